@@ -1,0 +1,123 @@
+"""What a pass over the data adds up: frozen records of tensors with ``add`` (one chunk of rows) and ``merge`` (two passes).
+
+Batches, devices and tasks add the same way. No normalization here: the builder divides by N once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fisherkit.rows.base import UnitRows
+from fisherkit.rows.factored import FactoredRows
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Σ_r row_r², the diagonal."""
+
+    total: Float[Tensor, "d"]
+
+    def add(self, rows: UnitRows) -> Squares:
+        """With more rows."""
+        return Squares(self.total + rows.squared_sum())
+
+    def merge(self, other: Squares) -> Squares:
+        """With another pass's."""
+        return Squares(self.total + other.total)
+
+
+@dataclass(frozen=True)
+class NormalMatrix:
+    """Σ_r row_r row_rᵀ, a dense block."""
+
+    total: Float[Tensor, "d d"]
+
+    def add(self, rows: Float[Tensor, "R d"]) -> NormalMatrix:
+        """With more rows, written out."""
+        return NormalMatrix(self.total + rows.mT @ rows)
+
+    def merge(self, other: NormalMatrix) -> NormalMatrix:
+        """With another pass's."""
+        return NormalMatrix(self.total + other.total)
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """Σ a aᵀ over examples and positions, their number, and Σ g gᵀ over rows and positions.
+
+    Args:
+        activation: ``[I(+1), I(+1)]``, the constant input of a bias appended.
+        gradient: ``[O, O]``.
+        count: number of (example, position) pairs in ``activation``.
+        transposed: whether the weight is stored ``[I, O]``.
+    """
+
+    activation: Float[Tensor, "I I"]
+    gradient: Float[Tensor, "O O"]
+    count: int
+    transposed: bool
+
+    @classmethod
+    def zeros(cls, rows: FactoredRows) -> KroneckerFactors:
+        """Of the right sizes."""
+        width = rows.inputs + rows.bias
+        g = rows.gradients
+        return cls(g.new_zeros(width, width), g.new_zeros(rows.outputs, rows.outputs), 0, rows.transposed)
+
+    def add(
+        self, rows: FactoredRows, *, first: bool, positions: Bool[Tensor, "B T"] | None, reduce: bool
+    ) -> KroneckerFactors:
+        """With more rows.
+
+        Args:
+            rows: of one chunk.
+            first: whether the batch's activations are new.
+            positions: which positions are data; None for all.
+            reduce: average activations and sum gradients over positions before taking second moments.
+        """
+        g = rows.gradients.sum(1) if reduce else rows.gradients.flatten(0, 1)
+        gradient = self.gradient + g.mT @ g
+        if not first:
+            return KroneckerFactors(self.activation, gradient, self.count, self.transposed)
+        a = rows.homogeneous()
+        if positions is None or positions.shape != a.shape[:2] or a.shape[1] == 1:
+            # A layer whose positions are not the data's (pooled, or of another length) has none to leave out.
+            positions = torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)
+        if reduce:
+            number = positions.sum(1)
+            means = (a * positions.unsqueeze(-1)).sum(1) / number.clamp_min(1).unsqueeze(1)
+            a = means[number > 0]
+        else:
+            a = a[positions]
+        return KroneckerFactors(self.activation + a.mT @ a, gradient, self.count + a.shape[0], self.transposed)
+
+    def merge(self, other: KroneckerFactors) -> KroneckerFactors:
+        """With another pass's."""
+        return KroneckerFactors(self.activation + other.activation, self.gradient + other.gradient,
+                                self.count + other.count, self.transposed)
+
+
+@dataclass(frozen=True)
+class RotatedSquares:
+    """Σ_r of the squares of row_r's matrix in a Kronecker eigenbasis: EKFAC's eigenvalues."""
+
+    activation_basis: Float[Tensor, "I I"]
+    gradient_basis: Float[Tensor, "O O"]
+    total: Float[Tensor, "O I"]
+
+    def add(self, rows: FactoredRows) -> RotatedSquares:
+        """With more rows."""
+        rotated = FactoredRows(rows.homogeneous() @ self.activation_basis, rows.gradients @ self.gradient_basis,
+                               rows.example, bias=False)
+        squares = rotated.squared_sum().reshape(self.total.shape)
+        return RotatedSquares(self.activation_basis, self.gradient_basis, self.total + squares)
+
+    def merge(self, other: RotatedSquares) -> RotatedSquares:
+        """With another pass's, in the same basis."""
+        return RotatedSquares(self.activation_basis, self.gradient_basis, self.total + other.total)
+
+

@@ -1,0 +1,254 @@
+"""From rows to an operator: the only place that knows N, the structures and the memory budget together.
+
+Reads the problem's chunks, adds them up by structure and divides by N once. It does not know which kind it builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.accumulators import KroneckerFactors, NormalMatrix, RotatedSquares, Squares
+from fisherkit.coverage import Coverage, CoverageEntry
+from fisherkit.errors import DataError, MemoryBudgetError
+from fisherkit.memory import available_memory
+from fisherkit.operators import (
+    BlockDiagonalOperator,
+    DenseOperator,
+    DiagonalOperator,
+    EigenKroneckerOperator,
+    FisherOperator,
+    KroneckerOperator,
+)
+from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.rows.collection import Rows, RowSource
+from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.problem import Chunk, Problem
+from fisherkit.rows.streamed import StreamedRows
+
+SMALL_BLOCK = 256
+"""Units without a Kronecker rule get an exact block up to this many parameters and an exact diagonal above."""
+
+Names = tuple[str, ...]
+Parts = dict[Names, tuple[FisherOperator, str, str]]
+"""Operator, structure and reason of each part of the parameters."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """An operator and how it came about.
+
+    Args:
+        operator: the Fisher.
+        examples: N.
+        rows: R.
+        coverage: what was done with each parameter.
+        dropped: for each example or token, the trace that the kind left out of the output Fisher; None if nothing.
+    """
+
+    operator: FisherOperator
+    examples: int
+    rows: int
+    coverage: Coverage
+    dropped: Float[Tensor, "n"] | None
+
+
+class Builder:
+    """Builds the structures of one problem.
+
+    Args:
+        problem: model, data, kind and conventions.
+        normalization: "mean" or "sum".
+        memory_budget: bytes; None for half of what is available.
+        reduce: Kronecker factors from sums over shared positions ("reduce") instead of each position ("expand").
+    """
+
+    def __init__(self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool) -> None:
+        self.problem, self.normalization, self.reduce = problem, normalization, reduce
+        self.space = problem.plan.space
+        first = problem.plan.parameters[self.space.names[0]]
+        self.dtype, self.device = first.dtype, first.device
+        self.budget = available_memory(first.device) // 2 if memory_budget is None else memory_budget
+        self.examples = self.rows = 0
+        self.dropped: list[Tensor] = []
+
+    def build(self, structure: str) -> Built:
+        """The operator of a structure.
+
+        Raises:
+            MemoryBudgetError: before the pass over the data, if the structure cannot fit.
+            DataError: no example counts.
+        """
+        make: dict[str, Callable[[], tuple[FisherOperator, Parts]]] = {
+            "full": self._full,
+            "block": self._block,
+            "diagonal": self._diagonal,
+            "kfac": lambda: self._join(self._kfac()),
+            "ekfac": lambda: self._join(self._ekfac()),
+        }
+        self.problem.measure()
+        for unit in self.problem.plan.units:
+            # Only rows that are kept gain from being written out; sums are taken from the factors.
+            unit.stored = unit.stored and structure in ("full", "block")
+        operator, parts = make[structure]()
+        coverage = Coverage(tuple(self._entry(names, *part) for names, part in parts.items()))
+        dropped = torch.cat(self.dropped) if self.dropped else None
+        return Built(operator, self.examples, self.rows, coverage, dropped)
+
+    # -- structures ----------------------------------------------------------------------------------------------------
+
+    def _full(self) -> tuple[FisherOperator, Parts]:
+        needed = self.problem.row_bytes(self.space.names) * self.problem.source.count()
+        units = {unit.names: unit.reason for unit in self.problem.plan.units}
+        if needed <= self.budget:
+            rows = Rows.cat([chunk.rows for chunk in self._counted(self.problem.batches("full"))])
+            whole = self._low_rank(rows)
+            kinds = {slot.names: f"full, {slot.rows.kind} rows" for slot in rows.slots}
+            return whole, {n: (self._low_rank(rows.part(n)), kinds[n], units[n]) for n in units}
+        for _ in self._counted(self.problem.chunks("count")):
+            pass
+        whole = self._low_rank(StreamedRows(self.problem, self.rows, self.space))
+        reason = f"rows would take {needed / 1e9:.3g} GB, the budget is {self.budget / 1e9:.3g} GB"
+        return whole, {n: (whole, "full, streamed rows", reason) for n in units}
+
+    def _block(self) -> tuple[FisherOperator, Parts]:
+        """Each module's block by its rows or its dense matrix, whichever is smaller; one pass for all."""
+        examples, item = self.problem.source.count(), torch.finfo(self.dtype).bits // 8
+        spaces = {names: self.space.restrict(names) for names in self.problem.plan.modules}
+        as_rows = {names: examples * self.problem.row_bytes(names) for names in spaces}
+        as_dense = {names: item * space.size**2 for names, space in spaces.items()}
+        self._require(sum(min(as_rows[n], as_dense[n]) for n in spaces), "block", 'structure="kfac" or "diagonal"')
+        dense = [names for names in spaces if as_dense[names] < as_rows[names]]
+        matrices = {names: NormalMatrix(self._zeros(spaces[names].size, spaces[names].size)) for names in dense}
+        kept_space = self.space.restrict(n for names in spaces if names not in dense for n in names)
+        kept: list[Rows] = []
+        for chunk in self._counted(self.problem.batches("block")):
+            for names in dense:
+                matrices[names] = matrices[names].add(chunk.rows.restrict(spaces[names]).dense())
+            if kept_space.names:
+                kept.append(chunk.rows.restrict(kept_space))
+        rows = Rows.cat(kept) if kept else None
+        parts: Parts = {}
+        for names, space in spaces.items():
+            if names in matrices:
+                block: FisherOperator = DenseOperator(space, self.scale * matrices[names].total)
+                parts[names] = block, "block, dense", "d² numbers are fewer than its rows'"
+            elif rows is not None:
+                block = self._low_rank(rows.restrict(space))
+                parts[names] = block, "block, rows", "its rows are fewer numbers than d²"
+        return self._join(parts)
+
+    def _diagonal(self) -> tuple[FisherOperator, Parts]:
+        totals: dict[Names, Squares] = {}
+        for chunk in self._counted(self.problem.chunks("diagonal")):
+            for slot in chunk.rows.slots:
+                known = totals.get(slot.names) or Squares(self._zeros(slot.rows.size))
+                totals[slot.names] = known.add(slot.rows)
+        parts: Parts = {
+            names: (DiagonalOperator(self.space.restrict(names), self.scale * total.total), "diagonal", "")
+            for names, total in totals.items()
+        }
+        joined, _ = self._join(parts)
+        return DiagonalOperator(self.space, joined.diagonal()), parts
+
+    def _kfac(self) -> Parts:
+        """Kronecker factors where the unit's rows are factored, else an exact block or diagonal."""
+        self._require(self._kfac_bytes(), "kfac", 'structure="diagonal", or params= without the widest layers')
+        factors: dict[Names, KroneckerFactors] = {}
+        blocks: dict[Names, NormalMatrix] = {}
+        squares: dict[Names, Squares] = {}
+        for chunk in self._counted(self.problem.chunks("kfac")):
+            for slot in chunk.rows.slots:
+                rows, names = slot.rows, slot.names
+                if isinstance(rows, FactoredRows):
+                    known = factors.get(names) or KroneckerFactors.zeros(rows)
+                    factors[names] = known.add(rows, first=chunk.first, positions=chunk.positions, reduce=self.reduce)
+                elif rows.size <= SMALL_BLOCK:
+                    blocks[names] = (blocks.get(names) or NormalMatrix(self._zeros(rows.size, rows.size))).add(rows.dense())
+                else:
+                    squares[names] = (squares.get(names) or Squares(self._zeros(rows.size))).add(rows)
+        parts: Parts = {}
+        for names in (unit.names for unit in self.problem.plan.units):
+            space = self.space.restrict(names)
+            if names in factors:
+                f = factors[names]
+                a, g = f.activation / max(f.count, 1), self.scale * f.gradient
+                parts[names] = KroneckerOperator(space, a, g, f.transposed), "kfac", ""
+            elif names in blocks:
+                block = DenseOperator(space, self.scale * blocks[names].total)
+                parts[names] = block, "exact block", f"no Kronecker rule, d <= {SMALL_BLOCK}"
+            else:
+                diagonal = DiagonalOperator(space, self.scale * squares[names].total)
+                parts[names] = diagonal, "exact diagonal", f"no Kronecker rule, d > {SMALL_BLOCK}"
+        return parts
+
+    def _ekfac(self) -> Parts:
+        """A second pass over kfac's eigenbases: second moments of the rows in them."""
+        parts = self._kfac()
+        bases = {n: part[0].eigen() for n, part in parts.items() if isinstance(part[0], KroneckerOperator)}
+        totals = {
+            names: RotatedSquares(basis.activation_basis, basis.gradient_basis, self._zeros(len(basis.gradient_basis), len(basis.activation_basis)))
+            for names, basis in bases.items()
+        }
+        for chunk in self.problem.chunks("ekfac"):
+            for slot in chunk.rows.slots:
+                if slot.names in totals and isinstance(slot.rows, FactoredRows):
+                    totals[slot.names] = totals[slot.names].add(slot.rows)
+        for names, t in totals.items():
+            operator = EigenKroneckerOperator(
+                self.space.restrict(names), t.activation_basis, t.gradient_basis, self.scale * t.total,
+                bases[names].transposed,
+            )  # fmt: skip
+            parts[names] = operator, "ekfac", ""
+        return parts
+
+    # -- shared --------------------------------------------------------------------------------------------------------
+
+    @property
+    def scale(self) -> float:
+        """1/N or 1."""
+        return 1.0 if self.normalization == "sum" else 1.0 / self.examples
+
+    def _counted(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """Count examples, rows and dropped traces on the way."""
+        for chunk in chunks:
+            self.examples += chunk.counted
+            self.rows += chunk.rows.count
+            if chunk.dropped is not None:
+                self.dropped.append(chunk.dropped)
+            yield chunk
+        if self.examples == 0:
+            raise DataError(call="data", got="no example with a label that counts", expected="at least one",
+                            why="all labels are ignore_index", try_="check the labels")
+
+    def _low_rank(self, rows: RowSource) -> LowRankOperator:
+        return LowRankOperator(rows, self.scale, dtype=self.dtype, device=self.device, memory_budget=self.budget)
+
+    def _join(self, parts: Parts) -> tuple[FisherOperator, Parts]:
+        return BlockDiagonalOperator(self.space, [operator for operator, _, _ in parts.values()]), parts
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def _kfac_bytes(self) -> int:
+        item = torch.finfo(self.dtype).bits // 8
+        return sum(item * n for n in self.problem.plan.factor_numbers())
+
+    def _require(self, needed: int, structure: str, try_: str) -> None:
+        if needed > self.budget:
+            raise MemoryBudgetError(
+                call=f'structure="{structure}"', got=f"a need of {needed / 1e9:.3g} GB",
+                expected=f"at most memory_budget = {self.budget / 1e9:.3g} GB", why="nothing has been computed yet",
+                try_=f"{try_}, or a larger memory_budget",
+            )  # fmt: skip
+
+    def _entry(self, names: Names, operator: FisherOperator, structure: str, reason: str) -> CoverageEntry:
+        units = self.problem.plan.units
+        rules = {unit.rule.name if unit.rule else self.problem.plan.generic_way for unit in units if unit.names[0] in names}
+        streamed = isinstance(operator, LowRankOperator) and not isinstance(operator.rows, Rows)
+        memory = 0 if streamed else sum(t.numel() * t.element_size() for t in operator._state().all_tensors())
+        return CoverageEntry(names, ", ".join(sorted(rules)), structure, memory, reason)

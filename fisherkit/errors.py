@@ -1,0 +1,81 @@
+"""Every error that fisherkit raises on purpose.
+
+Each says the same five things in one sentence or two: which call failed, what it got, what it expected, why, and what to
+try. Each is also a builtin exception, so that code which does not know fisherkit can still catch it. This module owns the
+wording's shape and nothing else; it imports nothing from the package.
+"""
+
+from __future__ import annotations
+
+
+class FisherkitError(Exception):
+    """Base of all errors of the package.
+
+    Args:
+        call: the public call that failed, as the user would write it, for example ``"Fisher.solve(damping=-1.0)"``.
+        got: what was passed or found.
+        expected: what would have been accepted.
+        why: the reason, where it is not obvious from the two above.
+        try_: what to do next.
+    """
+
+    def __init__(self, *, call: str, got: str, expected: str = "", why: str = "", try_: str = "") -> None:
+        self.call, self.got, self.expected, self.why, self.try_ = call, got, expected, why, try_
+        parts = [f"{call}: got {got}" + (f"; expected {expected}." if expected else ".")]
+        if why:
+            parts.append(f"{why[0].upper()}{why[1:].rstrip('.')}.")
+        if try_:
+            parts.append(f"Try: {try_.rstrip('.')}.")
+        super().__init__(" ".join(parts))
+
+    def __str__(self) -> str:
+        """The message itself; ``KeyError`` and its kin would quote it."""
+        return str(self.args[0])
+
+
+class InvalidArgumentError(FisherkitError, ValueError):
+    """An argument has the right type and a value or shape that cannot be used."""
+
+
+class InvalidTypeError(FisherkitError, TypeError):
+    """An argument has the wrong type."""
+
+
+class UnknownParameterError(FisherkitError, LookupError):
+    """A parameter name that the model does not have."""
+
+
+class DataError(FisherkitError, ValueError):
+    """The data, a batch or its labels cannot be used."""
+
+
+class ModelError(FisherkitError, RuntimeError):
+    """The model cannot have a well-defined Fisher in its present state."""
+
+
+class NonFiniteError(FisherkitError, ArithmeticError):
+    """NaN or infinity where finite numbers are needed."""
+
+
+class NoClosedFormError(FisherkitError, NotImplementedError):
+    """The structure has no closed form for the operation; the message names an estimator or a structure that has."""
+
+
+class SingularMatrixError(FisherkitError, ArithmeticError):
+    """The matrix, with the damping that was passed, is singular."""
+
+
+class MemoryBudgetError(FisherkitError, MemoryError):
+    """The run would not fit the memory budget; raised before it starts."""
+
+
+class FileFormatError(FisherkitError, ValueError):
+    """A file is not a Fisher file, is damaged, or is of a version this package cannot read."""
+
+
+class NotConvergedError(FisherkitError, RuntimeError):
+    """An iterative solver stopped before its tolerance and the caller asked for an error."""
+
+
+class NotConvergedWarning(UserWarning):
+    """An iterative solver stopped before its tolerance."""

@@ -1,0 +1,198 @@
+"""`FisherApproximation`: a Fisher matrix of a model on data, by one kind and in one structure.
+
+Owns the conventions a user chooses and hands the work on: the kind is the subclass's `output_vectors`, rows are made by
+`rows`, the operator by `build`. As an operator it forwards to the one that was built.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fisherkit import io, likelihoods
+from fisherkit._version import __version__
+from fisherkit.build import Builder, Built
+from fisherkit.coverage import Coverage
+from fisherkit.data import Data, Source, model_device
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.likelihoods import Likelihood
+from fisherkit.operators import Factorization, FisherOperator
+from fisherkit.outputs import Outputs, OutputVectors
+from fisherkit.rows.plan import make_plan
+from fisherkit.rows.problem import Problem
+from fisherkit.space import ParameterSpace, Selection
+
+STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
+
+
+class FisherApproximation(FisherOperator):
+    """F = (1/N) Σ_nm (J_nᵀ v_nm)(J_nᵀ v_nm)ᵀ with the vectors v of a kind, in a structure.
+
+    The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as before,
+    also after an exception. It must be deterministic: call ``model.eval()`` if it has dropout or batch norm.
+
+    Args:
+        model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or to an object with
+            ``.logits``. Examples lie along axis 0 and do not influence each other; both are checked.
+        data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A batch
+            is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword arguments,
+            or a mapping with "labels". Batches are moved to the model's device. Targets may be None for kinds that do not
+            use them.
+        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+        structure: "full", "block", "diagonal", "kfac" or "ekfac".
+        params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
+        example: "sequence": one example a batch element, its positions' losses summed; "token": one an unmasked position.
+        normalization: "mean" for 1/N, "sum" for no factor.
+        generator: seeds whatever is random about the kind; None for its documented default.
+        chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory. No effect on the result.
+        memory_budget: bytes that the operator may take; None for half of what is available. Rows of the full structure that
+            do not fit are streamed from the data for each product; other structures that do not fit are refused.
+        progress: show a progress bar.
+        shift_labels: labels belong to the outputs one position before them (causal language models). None: as the model
+            says of itself, for Hugging Face's ForCausalLM and their ``loss_type``; else no.
+        kfac_positions: "expand" or "reduce", how Kronecker factors treat shared positions.
+
+    Attributes:
+        examples: N.
+        rows: R, number of rows.
+        dropped_trace: for each example (or token) counted, the trace of the output Fisher that the kind left out; None if
+            nothing. ‖F_exact − F‖₂ is at most the mean over examples of dropped_trace · ‖J_n‖₂².
+
+    Raises:
+        FisherkitError: in one of its forms, each saying what was got, what was expected and what to try.
+
+    Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice.
+    """
+
+    kind_name: ClassVar[str]
+    positionwise: ClassVar[bool] = False
+    needs_targets: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        likelihood: str | Likelihood = "categorical",
+        structure: str = "full",
+        params: Selection = None,
+        example: str = "sequence",
+        normalization: str = "mean",
+        generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
+        memory_budget: int | None = None,
+        progress: bool = False,
+        shift_labels: bool | None = None,
+        kfac_positions: str = "expand",
+    ) -> None:
+        call = type(self).__name__
+        if not isinstance(model, nn.Module):
+            raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        _one_of(call, "structure", structure, STRUCTURES)
+        _one_of(call, "example", example, ("sequence", "token"))
+        _one_of(call, "normalization", normalization, ("mean", "sum"))
+        _one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
+        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+            _positive(call, name, value)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise InvalidTypeError(call=call, got=f"a {type(generator).__name__} as generator",
+                                   expected="a torch.Generator or None")
+        self.seed_from(generator)
+        resolved = likelihoods.resolve(likelihood)
+        space = ParameterSpace.of(model, params)
+        device, dtype = model_device(model, space.names)
+        super().__init__(space, dtype=dtype, device=device)
+        source = Source(data)
+        plan = make_plan(model, space, source.first().to(device))
+        problem = Problem(
+            plan, source, resolved, self.output_vectors, self.positionwise, self.needs_targets, example == "token",
+            _is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
+        )  # fmt: skip
+        builder = Builder(
+            problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce"
+        )
+        self._built: Built = builder.build(structure)
+        self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
+        self.dropped_trace = self._built.dropped
+        self.metadata = {
+            "kind": self.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
+            "likelihood": resolved.name, "example": example, "normalization": normalization,
+            "kfac_positions": kfac_positions, "coverage": self._built.coverage.to_json(), "fisherkit": __version__,
+            "torch": torch.__version__, **self.kind_options(),
+        }  # fmt: skip
+
+    # -- the kind: what a subclass says --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def output_vectors(self, outputs: Outputs) -> OutputVectors:
+        """The vectors v of this kind for a batch of outputs; all that tells kinds apart."""
+
+    def seed_from(self, generator: torch.Generator | None) -> None:
+        """Take what randomness the kind needs from the generator; nothing unless a kind overrides it."""
+
+    def kind_options(self) -> dict[str, str]:
+        """The kind's own settings, as recorded in metadata."""
+        return {}
+
+    # -- the operator: forwarded to the one that was built -------------------------------------------------------------
+
+    @final
+    def coverage(self) -> Coverage:
+        """Which parameters are handled by which rule, how they are kept, and the memory that takes."""
+        return self._built.coverage
+
+    def _unwrap(self) -> FisherOperator:
+        return self._built.operator
+
+    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self._unwrap()._matmat(columns)
+
+    def _diagonal(self) -> Float[Tensor, "D"]:
+        return self._unwrap()._diagonal()
+
+    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+        return self._unwrap()._factorize(damping, tolerance, max_steps)
+
+    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        return self._unwrap()._draw(generator)
+
+    def _scaled(self, scale: float) -> FisherOperator:
+        return self._unwrap()._scaled(scale)
+
+    def _state(self) -> io.State:
+        return self._unwrap()._state()
+
+    def _gram(self) -> Float[Tensor, "R R"]:
+        return self._unwrap()._gram()
+
+    def _trace(self) -> Float[Tensor, ""]:
+        return self._unwrap()._trace()
+
+    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
+        return self._unwrap()._eigenvalues(k)
+
+    def _to_dense(self) -> Float[Tensor, "D D"]:
+        return self._unwrap()._to_dense()
+
+
+def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+
+
+def _positive(call: str, name: str, value: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="an integer or None")
+    if value < 1:
+        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected="1 or more, or None")
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a Hugging Face model computes its loss on labels shifted by one."""
+    return getattr(model, "loss_type", None) == "ForCausalLM" or type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))

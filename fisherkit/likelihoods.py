@@ -1,0 +1,278 @@
+"""Likelihoods p(y | z): the loss a model was trained with, seen from its outputs.
+
+A likelihood owns the gradient and Hessian of ℓ = −log p in the outputs, how targets are shaped and checked, and how labels
+are drawn. It knows nothing of parameters. A new one supplies `gradient`, `hessian_factor` and `sample`; the other methods
+have defaults that follow from these and are overridden where a closed form is cheaper.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
+
+Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
+
+
+class Likelihood(ABC):
+    """p(y | z) for targets of z's own shape; `Categorical` overrides the shapes for labels."""
+
+    name: str
+
+    @abstractmethod
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """∂ℓ/∂z, elementwise over leading axes; accurate also where it is tiny."""
+
+    @abstractmethod
+    def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
+        """S with S Sᵀ = ∂²ℓ/∂z², the output Fisher of one position; M at least its rank."""
+
+    @abstractmethod
+    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... channels"]) -> Tensor:
+        """Targets drawn from p(y | z), one for each leading index, by inverse distribution functions.
+
+        Args:
+            z: outputs.
+            uniform: numbers in (0, 1), `channels(C)` of them for each draw.
+        """
+
+    def channels(self, outputs: int) -> int:
+        """How many uniform numbers `sample` uses for one draw of C outputs."""
+        return outputs
+
+    def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """(∂²ℓ/∂z²) w for each position."""
+        s = self.hessian_factor(z)
+        return (s @ (s.mT @ w.unsqueeze(-1))).squeeze(-1)
+
+    def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """diag ∂²ℓ/∂z² for each position."""
+        return self.hessian_factor(z).square().sum(-1)
+
+    def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """uᵀ H⁺ u with u the gradient and H⁺ the pseudo-inverse, for each position."""
+        s, u = self.hessian_factor(z), self.gradient(z, target)
+        return (u * (torch.linalg.pinv(s @ s.mT, hermitian=True) @ u.unsqueeze(-1)).squeeze(-1)).sum(-1)
+
+    def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
+        """Raw model outputs and targets as ``[B, P, C]``, targets and a mask of the positions that count.
+
+        Raises:
+            DataError: shapes or values that do not fit.
+        """
+        z = _positions(z.unsqueeze(-1) if z.ndim == 1 else z, call)
+        mask = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        if target is None:
+            return z, None, mask
+        if target.shape[:1] != z.shape[:1] or target.numel() != z.numel():
+            raise DataError(call=call, got=f"targets of shape {list(target.shape)} for outputs {list(z.shape)}",
+                            expected="targets of the outputs' shape", why=f"the likelihood is {self.name}")
+        target = target.reshape(z.shape).to(z.dtype)
+        self.check_values(target, call)
+        return z, target, mask
+
+    def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
+        """Refuse targets outside the likelihood's support.
+
+        Raises:
+            DataError: NaN, infinite or outside the support.
+        """
+        if not bool(torch.isfinite(target).all()):
+            raise DataError(call=call, got="targets with NaN or infinite entries", expected="finite numbers")
+
+
+class Gaussian(Likelihood):
+    """ℓ = ½‖z − y‖², unit variance, so that the output Fisher is I (F = JᵀJ is the identity-output Gauss-Newton)."""
+
+    name = "gaussian"
+
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """Z − y."""
+        return z - target
+
+    def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
+        """I."""
+        return torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand(*z.shape, z.shape[-1])
+
+    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
+        """Z + a standard normal number."""
+        return z + torch.special.ndtri(uniform).to(z.dtype)
+
+    def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """W."""
+        return w
+
+    def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """Ones."""
+        return torch.ones_like(z)
+
+    def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """‖z − y‖²."""
+        return (z - target).square().sum(-1)
+
+
+class Bernoulli(Likelihood):
+    """ℓ = Σ_c binary cross-entropy with logits; targets in [0, 1]."""
+
+    name = "bernoulli"
+
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """σ(z) − y, written so that nothing cancels when the fit is nearly perfect."""
+        return torch.sigmoid(z) * (1 - target) - torch.sigmoid(-z) * target
+
+    def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
+        """diag √(p(1 − p))."""
+        return torch.diag_embed(self.hessian_diagonal(z).sqrt())
+
+    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
+        """1 with probability σ(z)."""
+        return (uniform < torch.sigmoid(z.double())).to(z.dtype)
+
+    def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """p(1 − p) w."""
+        return self.hessian_diagonal(z) * w
+
+    def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """p(1 − p)."""
+        return torch.sigmoid(z) * torch.sigmoid(-z)
+
+    def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """Σ u² / (p(1 − p)); an output that is certain and right adds nothing."""
+        u, h = self.gradient(z, target), self.hessian_diagonal(z)
+        return torch.where(h > 0, u / h.sqrt().clamp_min(torch.finfo(z.dtype).tiny), torch.zeros_like(u)).square().sum(-1)
+
+    def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
+        """Refuse targets outside [0, 1]."""
+        super().check_values(target, call)
+        if bool(((target < 0) | (target > 1)).any()):
+            raise DataError(call=call, got=f"targets from {target.min().item():.4g} to {target.max().item():.4g}",
+                            expected="probabilities between 0 and 1", why="the likelihood is bernoulli")
+
+
+class Categorical(Likelihood):
+    """ℓ = −log softmax(z)_y, summed over an example's positions that are not ignored.
+
+    Args:
+        ignore_index: the label that marks a position as not counting.
+    """
+
+    name = "categorical"
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """P − e_y, with p_y − 1 computed as minus the others' mass, which does not cancel as p_y → 1."""
+        label = self._valid(target).unsqueeze(-1)
+        p = torch.softmax(z, -1).scatter(-1, label, 0.0)
+        return p.scatter(-1, label, -p.sum(-1, keepdim=True))
+
+    def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
+        """The exact Cholesky factor of diag(p) − p pᵀ, C − 1 columns (Tanabe and Sagae, 1992).
+
+        Column k is √(p_k q_{k+1} / q_k) (e_k − p_{>k} / q_{k+1}) with q_k the mass of the classes from k on; in logarithms,
+        so that it is accurate for probabilities near 0 and 1.
+        """
+        log_p = torch.log_softmax(z, -1)
+        log_q = torch.logcumsumexp(log_p.flip(-1), -1).flip(-1)
+        scale = (0.5 * (log_p[..., :-1] + log_q[..., 1:] - log_q[..., :-1])).exp()
+        later = (log_p.unsqueeze(-1) - log_q[..., 1:].unsqueeze(-2)).exp()
+        c = z.shape[-1]
+        below = torch.ones(c, c - 1, dtype=torch.bool, device=z.device).tril(-1)
+        unit = torch.eye(c, c - 1, dtype=z.dtype, device=z.device)
+        return (unit - torch.where(below, later, torch.zeros_like(later))) * scale.unsqueeze(-2)
+
+    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... 1"]) -> Tensor:
+        """The class whose interval of the cumulative distribution holds the number."""
+        cumulative = torch.softmax(z.double(), -1).cumsum(-1)
+        cumulative = cumulative / cumulative[..., -1:]
+        return (cumulative < uniform).sum(-1).clamp_max(z.shape[-1] - 1)
+
+    def channels(self, outputs: int) -> int:
+        """One."""
+        return 1
+
+    def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """p ∘ w − p (pᵀ w)."""
+        p = torch.softmax(z, -1)
+        return p * (w - (p * w).sum(-1, keepdim=True))
+
+    def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """p(1 − p), with 1 − p from logarithms."""
+        log_p = torch.log_softmax(z, -1)
+        return log_p.exp() * -torch.expm1(log_p)
+
+    def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """(1 − p_y) / p_y."""
+        label = self._valid(target).unsqueeze(-1)
+        log_p = torch.log_softmax(z, -1)
+        others = torch.logsumexp(log_p.scatter(-1, label, float("-inf")), -1)
+        return (others - log_p.gather(-1, label).squeeze(-1)).exp()
+
+    def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
+        """Outputs ``(B, C)`` with labels ``(B)``, or ``(B, T, C)`` with labels ``(B, T)``."""
+        if z.ndim == 1:
+            raise DataError(call=call, got="outputs of shape (B,)", expected="(B, C) or (B, T, C)",
+                            why="a categorical likelihood needs one output for each class",
+                            try_='likelihood="bernoulli" for one logit')
+        labels_shape = z.shape[:-1]
+        z = _positions(z, call)
+        if z.shape[-1] < 2:
+            raise DataError(call=call, got="one output a position", expected="at least two classes",
+                            try_='likelihood="bernoulli" for one logit')
+        if target is None:
+            return z, None, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        if target.is_floating_point() or target.dtype == torch.bool:
+            raise DataError(call=call, got=f"labels of {target.dtype}", expected="integers",
+                            why="a categorical likelihood takes class indices", try_="labels.long(), or probs.argmax(-1)")
+        if target.shape != labels_shape:
+            raise DataError(call=call, got=f"labels of shape {list(target.shape)} for outputs {[*labels_shape, z.shape[-1]]}",
+                            expected=f"{list(labels_shape)}", why="the last axis of the outputs holds the classes",
+                            try_="logits.movedim(1, -1) in the model if classes come second")
+        target = target.reshape(z.shape[:2]).long()
+        mask = target != self.ignore_index
+        if bool((mask & ((target < 0) | (target >= z.shape[-1]))).any()):
+            raise DataError(call=call, got=f"labels from {int(target[mask].min())} to {int(target[mask].max())}",
+                            expected=f"0 to {z.shape[-1] - 1}, or ignore_index = {self.ignore_index}",
+                            try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'")
+        return z, target, mask
+
+    def _valid(self, target: Tensor) -> Tensor:
+        return torch.where(target == self.ignore_index, torch.zeros_like(target), target)
+
+
+def _positions(z: Tensor, call: str) -> Float[Tensor, "B P C"]:
+    if z.ndim not in (2, 3):
+        raise DataError(call=call, got=f"outputs of shape {list(z.shape)}", expected="(B, C) or (B, T, C)",
+                        why="outputs are positions by classes, the classes last",
+                        try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W)")
+    return z.unsqueeze(1) if z.ndim == 2 else z
+
+
+_NAMED: dict[str, type[Categorical] | type[Gaussian] | type[Bernoulli]] = {
+    "categorical": Categorical,
+    "gaussian": Gaussian,
+    "bernoulli": Bernoulli,
+}
+
+
+def resolve(likelihood: str | Likelihood) -> Likelihood:
+    """A likelihood by name, or the object itself.
+
+    Raises:
+        InvalidArgumentError: an unknown name.
+        InvalidTypeError: neither a name nor a `Likelihood`.
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if not isinstance(likelihood, str):
+        raise InvalidTypeError(call="likelihood", got=f"a {type(likelihood).__name__}",
+                               expected=f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood")
+    if likelihood not in _NAMED:
+        raise InvalidArgumentError(call="likelihood", got=repr(likelihood), expected=f"one of {sorted(_NAMED)}",
+                                   try_="an object of fk.likelihoods for anything else")
+    return _NAMED[likelihood]()

@@ -1,0 +1,42 @@
+"""The structures: symmetric positive semi-definite matrices over a parameter space that answer one list of operations.
+
+`FisherOperator` is the contract. Its public methods are final and its hooks are what a structure supplies:
+
+| structure | F | solve and log det | eigenvalues | draw from N(0, F) | folds in a sum with |
+|---|---|---|---|---|---|
+| `DiagonalOperator` | diag(d) | 1/(d + λ) | d | √d ε | diagonal |
+| `DenseOperator` | the matrix | Cholesky | eigh | U √w ε | dense, diagonal |
+| `KroneckerOperator` | G ⊗ A | eigh of G and of A | products of theirs | as the next | never |
+| `EigenKroneckerOperator` | U diag(e) Uᵀ, U = U_G ⊗ U_A | 1/(e + λ) | e | U √e ε | never |
+| `BlockDiagonalOperator` | blocks | the blocks' | the blocks' | the blocks' | block by block |
+| `SumOperator` | F₁ + F₂ + ... | conjugate gradients, no log det | no closed form | the terms' | term by term |
+
+All supply `_matmat`, `_diagonal`, `_factorize`, `_draw`, `_scaled`, `_state` and `_from_state`. `_plus`, `_trace`,
+`_eigenvalues` and `_to_dense` have defaults (no folding, sum of the diagonal, no closed form, products with I)
+and are overridden where the structure has something better; `_gram` only where a structure has rows.
+"""
+
+from fisherkit.operators.algebra import SumOperator, add
+from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.block_diagonal import BlockDiagonalOperator
+from fisherkit.operators.damping import Damping, RelativeDamping
+from fisherkit.operators.dense import DenseOperator
+from fisherkit.operators.diagonal import DiagonalOperator
+from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
+from fisherkit.operators.persistence import load
+
+__all__ = [
+    "BlockDiagonalOperator",
+    "Damping",
+    "DenseOperator",
+    "DiagonalOperator",
+    "EigenKroneckerOperator",
+    "Factorization",
+    "FisherOperator",
+    "KroneckerOperator",
+    "RelativeDamping",
+    "SumOperator",
+    "add",
+    "load",
+]

@@ -1,0 +1,187 @@
+"""A block-diagonal Fisher matrix: parameters of different blocks do not interact, each block is an operator of its own.
+
+Owns the gathering and scattering of parameters; every operation is the blocks' operations. Blocks may be of any
+structure, and their names need not be neighbours in the flat order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit import io
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, SingularMatrixError
+from fisherkit.operators.algebra import fold
+from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.persistence import restore
+from fisherkit.solvers import SolveInfo
+from fisherkit.space import ParameterSpace
+
+
+class BlockDiagonalOperator(FisherOperator):
+    """F = blockdiag(F₁, F₂, ...) up to the order of the parameters.
+
+    Args:
+        space: all parameters.
+        blocks: operators over parts of it, each with its names in the order of ``space``; each name in one block.
+
+    Raises:
+        InvalidArgumentError: the blocks do not partition the space, or lie on different devices.
+        InvalidTypeError: a block is not a FisherOperator, or dtypes differ.
+    """
+
+    kind: ClassVar[str] = "block_diagonal"
+
+    def __init__(self, space: ParameterSpace, blocks: Sequence[FisherOperator]) -> None:
+        _check_partition(space, blocks)
+        super().__init__(space, dtype=blocks[0].dtype, device=blocks[0].device)
+        self.blocks = tuple(block._unwrap() for block in blocks)
+
+    def _gather(self, flat: Tensor) -> list[Tensor]:
+        """What each block sees of a flat tensor [D] or [D, K]."""
+        slices = self.space.slices
+        return [torch.cat([flat[slices[name]] for name in block.space.names]) for block in self.blocks]
+
+    def _scatter(self, parts: Sequence[Tensor]) -> Tensor:
+        """One flat tensor of the blocks' results."""
+        pieces: dict[str, Tensor] = {}
+        for block, part in zip(self.blocks, parts, strict=True):
+            pieces.update({name: part[place] for name, place in block.space.slices.items()})
+        return torch.cat([pieces[name] for name in self.space.names])
+
+    def _map(self, operation: Callable[[FisherOperator], Tensor]) -> Tensor:
+        return self._scatter([operation(block) for block in self.blocks])
+
+    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        parts = self._gather(columns)
+        return self._scatter([block._matmat(part) for block, part in zip(self.blocks, parts, strict=True)])
+
+    def _diagonal(self) -> Float[Tensor, "D"]:
+        return self._map(lambda block: block._diagonal())
+
+    def _trace(self) -> Float[Tensor, ""]:
+        return torch.stack([block._trace() for block in self.blocks]).sum()
+
+    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+        return _BlockFactorization(self, damping, tolerance, max_steps)
+
+    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        return self._map(lambda block: block._draw(generator))
+
+    def _scaled(self, scale: float) -> BlockDiagonalOperator:
+        return BlockDiagonalOperator(self.space, [block._scaled(scale) for block in self.blocks])
+
+    def _plus(self, other: FisherOperator) -> FisherOperator | None:
+        if not isinstance(other, BlockDiagonalOperator):
+            return None
+        partners = {block.space: block for block in other.blocks}
+        folded: list[FisherOperator] = []
+        for block in self.blocks:
+            partner = partners.get(block.space)
+            total = None if partner is None else fold(block, partner)
+            if total is None:
+                return None
+            folded.append(total)
+        return BlockDiagonalOperator(self.space, folded)
+
+    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
+        # The k largest of all lie among the k largest of each.
+        return torch.cat([block._eigenvalues(min(k, block.size)) for block in self.blocks]).topk(k).values
+
+    def _to_dense(self) -> Float[Tensor, "D D"]:
+        result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        places = self._gather(torch.arange(self.size, device=self.device))
+        for block, place in zip(self.blocks, places, strict=True):
+            result[place.unsqueeze(-1), place] = block._to_dense()
+        return result
+
+    def _state(self) -> io.State:
+        return io.State(self.kind, self.space.names, children=tuple(block._state() for block in self.blocks))
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, state: io.State) -> BlockDiagonalOperator:
+        return cls(space, [restore(space.restrict(child.names), child) for child in state.children])
+
+
+class _BlockFactorization(Factorization):
+    """Each block's own inverse, with the one damping for all."""
+
+    def __init__(
+        self, operator: BlockDiagonalOperator, damping: float, tolerance: float, max_steps: int | None
+    ) -> None:
+        super().__init__(operator, damping)
+        self._whole = operator
+        self._inverses = [_factorize_block(block, damping, tolerance, max_steps) for block in operator.blocks]
+
+    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        parts = self._whole._gather(columns)
+        return self._whole._scatter([f._solve(part) for f, part in zip(self._inverses, parts, strict=True)])
+
+    def _solve_with_info(self, columns: Float[Tensor, "D K"]) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+        parts = self._whole._gather(columns)
+        solved = [f._solve_with_info(part) for f, part in zip(self._inverses, parts, strict=True)]
+        infos = [info for _, info in solved]
+        # Blocks report residuals relative to their own share of the right-hand side; here they count by that share.
+        shares = torch.stack([part.norm(dim=0) for part in parts])
+        total = shares.norm(dim=0)
+        residual = (torch.stack([info.residual for info in infos]) * shares).norm(dim=0)
+        info = SolveInfo(
+            method=" + ".join(sorted({info.method for info in infos})),
+            steps=max(info.steps for info in infos),
+            residual=residual / torch.where(total > 0, total, 1),
+            converged=all(info.converged for info in infos),
+            damping=self.damping,
+        )
+        return self._whole._scatter([solution for solution, _ in solved]), info
+
+    def _logdet(self) -> Float[Tensor, ""]:
+        return torch.stack([inverse._logdet() for inverse in self._inverses]).sum()
+
+
+def _factorize_block(block: FisherOperator, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+    """One block's inverse; if it has none, an error that says which block."""
+    try:
+        return block._factorize(damping, tolerance, max_steps)
+    except SingularMatrixError as error:
+        raise SingularMatrixError(
+            call=f"BlockDiagonalOperator.factorize(damping={damping})",
+            got=f"a singular block over {list(block.space.names)}",
+            expected="positive definite blocks",
+            why=str(error),
+        ) from error
+
+
+def _check_partition(space: ParameterSpace, blocks: Sequence[Any]) -> None:
+    """Raise unless the blocks cover the space, each name once, in one dtype and on one device."""
+    call = "BlockDiagonalOperator(blocks)"
+    strangers = [type(block).__name__ for block in blocks if not isinstance(block, FisherOperator)]
+    if strangers:
+        raise InvalidTypeError(call=call, got=f"blocks of type {sorted(set(strangers))}", expected="FisherOperators")
+    covered = [name for block in blocks for name in block.space.names]
+    missing, unknown = sorted(set(space.names) - set(covered)), sorted(set(covered) - set(space.names))
+    twice = sorted({name for name in covered if covered.count(name) > 1})
+    if missing or unknown or twice:
+        raise InvalidArgumentError(
+            call=call,
+            got=f"blocks that leave out {missing}, add {unknown} and repeat {twice}",
+            expected=f"each of the {len(space.names)} names of the space in one block",
+            try_="space.restrict(names) for each of space.blocks.values()",
+        )
+    odd = [block.space.names for block in blocks if block.space != space.restrict(block.space.names)]
+    if odd:
+        raise InvalidArgumentError(
+            call=call,
+            got=f"a block over {list(odd[0])} whose shapes or order are not the space's",
+            expected="the same shapes and order as in the space",
+            try_="space.restrict(names)",
+        )
+    if len({block.dtype for block in blocks}) > 1:
+        raise InvalidTypeError(call=call, got=f"blocks of {[block.dtype for block in blocks]}", expected="one dtype")
+    if len({block.device for block in blocks}) > 1:
+        devices = [str(block.device) for block in blocks]
+        raise InvalidArgumentError(call=call, got=f"blocks on {devices}", expected="one device")

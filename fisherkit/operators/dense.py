@@ -1,0 +1,133 @@
+"""A Fisher matrix written out: for small models, and the blocks of the block structure.
+
+Owns the matrix, its Cholesky factor for solves and its spectrum for everything else, both in float64.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit import io
+from fisherkit.errors import SingularMatrixError
+from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.diagonal import DiagonalOperator
+from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, singular, spectrum
+from fisherkit.space import ParameterSpace
+
+
+class DenseOperator(FisherOperator):
+    """F as a D × D matrix.
+
+    Args:
+        space: the parameters it acts on.
+        matrix: F [D, D], symmetric positive semi-definite; its dtype and device are the operator's. Kept, not copied.
+
+    Raises:
+        InvalidTypeError: not a real floating-point tensor.
+        InvalidArgumentError: not of shape [D, D], or not symmetric.
+        NonFiniteError: NaN or infinite entries.
+    """
+
+    kind: ClassVar[str] = "dense"
+
+    def __init__(self, space: ParameterSpace, matrix: Float[Tensor, "..."]) -> None:
+        call = "DenseOperator(matrix)"
+        matrix = check_symmetric(check_tensor(matrix, [space.size, space.size], call), call)
+        super().__init__(space, dtype=matrix.dtype, device=matrix.device)
+        self._matrix = matrix
+
+    @cached_property
+    def _spectrum(self) -> tuple[Float[Tensor, "D"], Float[Tensor, "D D"]]:
+        return spectrum(self._matrix, "DenseOperator(matrix)")
+
+    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self._matrix @ columns
+
+    def _diagonal(self) -> Float[Tensor, "D"]:
+        return self._matrix.diagonal().clone()
+
+    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+        factor = self._cholesky(damping)
+        if factor is not None:
+            return _CholeskyFactorization(self, damping, factor)
+        if damping == 0.0:
+            raise SingularMatrixError(
+                **singular("DenseOperator.factorize", damping, f"its rank is below D = {self.size:,}")
+            )
+        # F + λI is positive definite, only not to Cholesky in float64: the spectrum still gives the null space λ.
+        return _EigenFactorization(self, damping)
+
+    def _cholesky(self, damping: float) -> Float[Tensor, "D D"] | None:
+        """Lower Cholesky factor of F + λI in float64, or None where a pivot is nothing but rounding."""
+        damped = self._matrix.to(torch.float64, copy=True)
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        # A pivot is what elimination leaves of its diagonal entry: judged against that entry, scales do not matter.
+        rounding = self.size * torch.finfo(torch.float64).eps * damped.diagonal()
+        sound = int(failed) == 0 and bool((factor.diagonal().square() > rounding).all())
+        return factor if sound else None
+
+    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        values, vectors = self._spectrum
+        noise = torch.randn(self.size, 1, dtype=self.dtype, device=self.device, generator=generator)
+        return (vectors @ (values.sqrt().unsqueeze(-1) * noise.double())).to(self.dtype)
+
+    def _scaled(self, scale: float) -> DenseOperator:
+        return DenseOperator(self.space, scale * self._matrix)
+
+    def _plus(self, other: FisherOperator) -> FisherOperator | None:
+        if isinstance(other, DenseOperator):
+            return DenseOperator(self.space, self._matrix + other._matrix)
+        if isinstance(other, DiagonalOperator):
+            return DenseOperator(self.space, self._matrix + other._to_dense())
+        return None
+
+    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
+        return self._spectrum[0].flip(0)[:k]
+
+    def _to_dense(self) -> Float[Tensor, "D D"]:
+        return self._matrix.clone()
+
+    def _state(self) -> io.State:
+        return io.State(self.kind, self.space.names, {"matrix": self._matrix})
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, state: io.State) -> DenseOperator:
+        return cls(space, state.tensors["matrix"])
+
+
+class _CholeskyFactorization(Factorization):
+    """(L Lᵀ)⁻¹ with L Lᵀ = F + λI."""
+
+    def __init__(self, operator: DenseOperator, damping: float, factor: Float[Tensor, "D D"]) -> None:
+        super().__init__(operator, damping)
+        self._factor = factor
+
+    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return torch.cholesky_solve(columns.double(), self._factor).to(columns.dtype)
+
+    def _logdet(self) -> Float[Tensor, ""]:
+        return 2 * self._factor.diagonal().log().sum()
+
+
+class _EigenFactorization(Factorization):
+    """U diag(1 / (w + λ)) Uᵀ with F = U diag(w) Uᵀ."""
+
+    def __init__(self, operator: DenseOperator, damping: float) -> None:
+        super().__init__(operator, damping)
+        values, self._vectors = operator._spectrum
+        self._shifted = values + damping
+        self._reciprocal = damped_reciprocal(values, damping, torch.float64, "DenseOperator.factorize").unsqueeze(-1)
+
+    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        rotated = self._vectors.mT @ columns.double()
+        return (self._vectors @ (self._reciprocal * rotated)).to(columns.dtype)
+
+    def _logdet(self) -> Float[Tensor, ""]:
+        return self._shifted.log().sum()

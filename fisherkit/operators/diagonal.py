@@ -1,0 +1,90 @@
+"""A diagonal Fisher matrix: one number for each parameter, every operation in closed form and O(D).
+
+Owns the diagonal; knows nothing of where it came from.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit import io
+from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.linalg import check_tensor, damped_reciprocal
+from fisherkit.space import ParameterSpace
+
+
+class DiagonalOperator(FisherOperator):
+    """F = diag(d).
+
+    Args:
+        space: the parameters it acts on.
+        diagonal: d [D], 0 or more; its dtype and device are the operator's. Kept, not copied.
+
+    Raises:
+        InvalidTypeError: not a real floating-point tensor.
+        InvalidArgumentError: not of shape [D], or negative entries.
+        NonFiniteError: NaN or infinite entries.
+    """
+
+    kind: ClassVar[str] = "diagonal"
+
+    def __init__(self, space: ParameterSpace, diagonal: Float[Tensor, "..."]) -> None:
+        diagonal = check_tensor(diagonal, [space.size], "DiagonalOperator(diagonal)", nonnegative=True)
+        super().__init__(space, dtype=diagonal.dtype, device=diagonal.device)
+        self._entries = diagonal
+
+    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self._entries.unsqueeze(-1) * columns
+
+    def _diagonal(self) -> Float[Tensor, "D"]:
+        return self._entries.clone()
+
+    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+        return _DiagonalFactorization(self, damping)
+
+    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        noise = torch.randn(self.size, 1, dtype=self.dtype, device=self.device, generator=generator)
+        return self._entries.sqrt().unsqueeze(-1) * noise
+
+    def _scaled(self, scale: float) -> DiagonalOperator:
+        return DiagonalOperator(self.space, scale * self._entries)
+
+    def _plus(self, other: FisherOperator) -> FisherOperator | None:
+        if isinstance(other, DiagonalOperator):
+            return DiagonalOperator(self.space, self._entries + other._entries)
+        return None
+
+    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
+        return self._entries.double().topk(k).values
+
+    def _to_dense(self) -> Float[Tensor, "D D"]:
+        return self._entries.diag()
+
+    def _state(self) -> io.State:
+        return io.State(self.kind, self.space.names, {"diagonal": self._entries})
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, state: io.State) -> DiagonalOperator:
+        return cls(space, state.tensors["diagonal"])
+
+
+class _DiagonalFactorization(Factorization):
+    """diag(1 / (d + λ))."""
+
+    def __init__(self, operator: DiagonalOperator, damping: float) -> None:
+        super().__init__(operator, damping)
+        self._shifted = operator._entries.double() + damping
+        self._reciprocal = damped_reciprocal(
+            operator._entries, damping, operator.dtype, "DiagonalOperator.factorize"
+        ).unsqueeze(-1)
+
+    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self._reciprocal * columns
+
+    def _logdet(self) -> Float[Tensor, ""]:
+        return self._shifted.log().sum()

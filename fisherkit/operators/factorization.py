@@ -1,0 +1,147 @@
+"""A reusable inverse of F + λI: what `FisherOperator.factorize` returns.
+
+Two hooks: a solve on columns and a log determinant. Knows its operator only through the operator's own hooks, so that
+direct and iterative inverses report their residual in the same words.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Literal, final, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.errors import SingularMatrixError
+from fisherkit.solvers import SolveInfo, conjugate_gradient
+from fisherkit.space import Vector
+
+if TYPE_CHECKING:
+    from fisherkit.operators.base import FisherOperator
+
+DIRECT_TOLERANCE = 1e-3  # a direct solve that leaves more than this is reported as not converged
+
+
+class Factorization(ABC):
+    """(F + λI)⁻¹, ready to be applied many times.
+
+    Args:
+        operator: F.
+        damping: λ, already a number.
+    """
+
+    method = "direct"
+
+    def __init__(self, operator: FisherOperator, damping: float) -> None:
+        self.operator = operator
+        self.damping = damping
+
+    @abstractmethod
+    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """(F + λI)⁻¹ V."""
+
+    @abstractmethod
+    def _logdet(self) -> Float[Tensor, ""]:
+        """log det(F + λI)."""
+
+    def _solve_with_info(self, columns: Float[Tensor, "D K"]) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+        solution = self._solve(columns)
+        residual = self.operator._matmat(solution) + self.damping * solution - columns
+        relative = residual.norm(dim=0) / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+        converged = bool((relative <= DIRECT_TOLERANCE).all())
+        return solution, SolveInfo(self.method, 0, relative, converged, self.damping)
+
+    @overload
+    def matvec(self, v: Vector, *, return_info: Literal[False] = ...) -> Vector: ...
+    @overload
+    def matvec(self, v: Vector, *, return_info: Literal[True]) -> tuple[Vector, SolveInfo]: ...
+    @final
+    def matvec(self, v: Vector, *, return_info: bool = False) -> Vector | tuple[Vector, SolveInfo]:
+        """(F + λI)⁻¹ v.
+
+        Args:
+            v: ``[D]``, ``[D, K]`` or a dict.
+            return_info: also return method, steps, relative residual per column and whether it converged; costs one
+                product with F for direct methods.
+
+        Returns:
+            The solution in v's form, dtype and device, or a pair with its `SolveInfo`.
+        """
+        columns, restore = self.operator._columns(v, "factorize().matvec")
+        if not return_info:
+            return restore(self._solve(columns))
+        solution, info = self._solve_with_info(columns)
+        return restore(solution), info
+
+    @final
+    def __matmul__(self, v: Vector) -> Vector:
+        """The same as `matvec`."""
+        return self.matvec(v)
+
+    @final
+    def logdet(self) -> Float[Tensor, ""]:
+        """log det(F + λI), float64.
+
+        Raises:
+            NoClosedFormError: the inverse is iterative.
+        """
+        return self._logdet()
+
+    @final
+    def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "D"]:
+        """A draw from N(0, (F + λI)⁻¹), the Laplace posterior around the parameters.
+
+        Perturb and solve: if b ~ N(0, F + λI) then (F + λI)⁻¹ b has covariance (F + λI)⁻¹, whatever the structure.
+
+        Args:
+            generator: source of randomness on the operator's device; None draws from torch's global one.
+        """
+        operator = self.operator
+        noise = torch.randn(operator.size, 1, dtype=operator.dtype, device=operator.device, generator=generator)
+        return self._solve(self.damping**0.5 * noise + operator._draw(generator)).squeeze(-1)
+
+
+class IterativeFactorization(Factorization):
+    """(F + λI)⁻¹ by conjugate gradients with the diagonal as preconditioner; every solve runs anew.
+
+    Args:
+        operator: F.
+        damping: λ.
+        tolerance: relative residual at which to stop.
+        max_steps: at most this many products.
+    """
+
+    method = "cg"
+
+    def __init__(self, operator: FisherOperator, damping: float, tolerance: float, max_steps: int | None) -> None:
+        super().__init__(operator, damping)
+        self.tolerance, self.max_steps = tolerance, max_steps
+        diagonal = operator._diagonal() + damping
+        # Parameters that F does not touch have diagonal 0; with damping 0 they stay as they are.
+        self.scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal().unsqueeze(-1)
+
+    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self._solve_with_info(columns)[0]
+
+    def _solve_with_info(self, columns: Float[Tensor, "D K"]) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+        return conjugate_gradient(
+            self.operator._matmat, columns, damping=self.damping, preconditioner=lambda r: self.scale * r,
+            tolerance=self.tolerance, max_steps=self.max_steps,
+        )  # fmt: skip
+
+    def _logdet(self) -> Float[Tensor, ""]:
+        raise self.operator._no_closed_form("logdet", "it is solved iteratively", "fk.estimators.lanczos_logdet(fisher, damping=...)")
+
+
+def cholesky(matrix: Float[Tensor, "n n"], *, call: str, why: str) -> Float[Tensor, "n n"]:
+    """Lower Cholesky factor in float64.
+
+    Raises:
+        SingularMatrixError: the matrix is not positive definite.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix.double())
+    if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+        raise SingularMatrixError(call=call, got="a singular matrix", expected="a positive definite one", why=why,
+                                  try_="a larger damping, or fk.RelativeDamping(1e-6)")
+    return factor

@@ -1,0 +1,232 @@
+"""One layer's Fisher matrix as a Kronecker product, and as a diagonal in a Kronecker product's eigenbasis.
+
+F = G ⊗ A, with A the second moment of the layer's inputs (a 1 appended for the bias) and G that of the gradients at its
+outputs (Martens and Grosse, arXiv 1503.05671); F = (U_G ⊗ U_A) diag(e) (U_G ⊗ U_A)ᵀ with e measured in that basis
+(George et al., arXiv 1806.03884). Owns the algebra of both, which is the same: a damped inverse of the first is one of
+the second. `layer_layout` owns which parameter lies where.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit import io
+from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.layer_layout import LayerLayout
+from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, spectrum
+from fisherkit.space import ParameterSpace
+
+
+class KroneckerOperator(FisherOperator):
+    """F = G ⊗ A over one layer's weight, or weight and then bias.
+
+    Args:
+        space: the layer's weight [O, I] (or [O, I, k...], taken as [O, I·k...]), and its bias [O] if it has one.
+        activation: A [I, I], or [I+1, I+1] with a bias, whose row and column are the last.
+        gradient: G [O, O]; of the same dtype and device.
+        transposed: the weight is stored as [I, O].
+
+    Raises:
+        InvalidTypeError: not real floating-point tensors, or dtypes that differ.
+        InvalidArgumentError: shapes that do not fit the space, devices that differ, or a factor that is not symmetric.
+        NonFiniteError: NaN or infinite entries.
+    """
+
+    kind: ClassVar[str] = "kronecker"
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        activation: Float[Tensor, "..."],
+        gradient: Float[Tensor, "..."],
+        transposed: bool = False,
+    ) -> None:
+        name = "KroneckerOperator"
+        self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
+        width, outputs = self._layout.width, self._layout.outputs
+        activation = check_tensor(activation, [width, width], f"{name}(activation)")
+        gradient = check_tensor(
+            gradient, [outputs, outputs], f"{name}(gradient)", dtypes=(activation.dtype,), device=activation.device
+        )
+        super().__init__(space, dtype=activation.dtype, device=activation.device)
+        self._activation = check_symmetric(activation, f"{name}(activation)")
+        self._gradient = check_symmetric(gradient, f"{name}(gradient)")
+
+    @cached_property
+    def _eigen(self) -> EigenKroneckerOperator:
+        # The product of the factors' eigenvalues stays in float64: its reciprocals are what a solve consists of.
+        on_inputs, activation_basis = spectrum(self._activation, "KroneckerOperator(activation)")
+        on_outputs, gradient_basis = spectrum(self._gradient, "KroneckerOperator(gradient)")
+        return EigenKroneckerOperator(
+            self.space,
+            activation_basis.to(self.dtype),
+            gradient_basis.to(self.dtype),
+            torch.outer(on_outputs, on_inputs),
+            self._layout.transposed,
+        )
+
+    def eigen(self) -> EigenKroneckerOperator:
+        """The same matrix in its eigenbasis; computed once, O(O³ + I³)."""
+        return self._eigen
+
+    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self._layout.to_flat(self._gradient @ self._layout.to_grid(columns) @ self._activation)
+
+    def _diagonal(self) -> Float[Tensor, "D"]:
+        grid = torch.outer(self._gradient.diagonal(), self._activation.diagonal())
+        return self._layout.to_flat(grid.unsqueeze(0)).squeeze(-1)
+
+    def _trace(self) -> Float[Tensor, ""]:
+        return self._gradient.diagonal().double().sum() * self._activation.diagonal().double().sum()
+
+    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+        return _EigenKroneckerFactorization(self, self._eigen, damping)
+
+    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        return self._eigen._draw(generator)
+
+    def _scaled(self, scale: float) -> KroneckerOperator:
+        return KroneckerOperator(self.space, self._activation, scale * self._gradient, self._layout.transposed)
+
+    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
+        return self._eigen._eigenvalues(k)
+
+    def _to_dense(self) -> Float[Tensor, "D D"]:
+        layout = self._layout
+        # Entry (o, j) of the grid is parameter place[o, j]; both sides of the product are put in that order.
+        grid = torch.arange(self.size, device=self.device).reshape(1, layout.outputs, layout.width)
+        order = layout.to_flat(grid).squeeze(-1)
+        return torch.kron(self._gradient, self._activation)[order][:, order]
+
+    def _state(self) -> io.State:
+        tensors = {"activation": self._activation, "gradient": self._gradient}
+        return io.State(self.kind, self.space.names, tensors, {"transposed": self._layout.transposed})
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, state: io.State) -> KroneckerOperator:
+        tensors = state.tensors
+        return cls(space, tensors["activation"], tensors["gradient"], bool(state.options["transposed"]))
+
+
+class EigenKroneckerOperator(FisherOperator):
+    """F = (U_G ⊗ U_A) diag(e) (U_G ⊗ U_A)ᵀ over one layer's weight, or weight and then bias.
+
+    Args:
+        space: as in `KroneckerOperator`.
+        activation_basis: U_A [I, I], or [I+1, I+1] with a bias; orthogonal, eigenvectors in columns.
+        gradient_basis: U_G [O, O], likewise; of the same dtype and device.
+        eigenvalues: e [O, I] or [O, I+1], 0 or more, in the bases' dtype or in float64.
+        transposed: the weight is stored as [I, O].
+
+    Raises:
+        InvalidTypeError: not real floating-point tensors, or dtypes that do not fit.
+        InvalidArgumentError: shapes that do not fit the space, devices that differ, or negative eigenvalues.
+        NonFiniteError: NaN or infinite entries.
+    """
+
+    kind: ClassVar[str] = "eigen_kronecker"
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        activation_basis: Float[Tensor, "..."],
+        gradient_basis: Float[Tensor, "..."],
+        eigenvalues: Float[Tensor, "..."],
+        transposed: bool = False,
+    ) -> None:
+        name = "EigenKroneckerOperator"
+        self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
+        width, outputs = self._layout.width, self._layout.outputs
+        basis = check_tensor(activation_basis, [width, width], f"{name}(activation_basis)")
+        dtype, device = basis.dtype, basis.device
+        super().__init__(space, dtype=dtype, device=device)
+        self.activation_basis = basis
+        self.gradient_basis = check_tensor(
+            gradient_basis, [outputs, outputs], f"{name}(gradient_basis)", dtypes=(dtype,), device=device
+        )
+        self._values = check_tensor(
+            eigenvalues,
+            [outputs, width],
+            f"{name}(eigenvalues)",
+            dtypes=(dtype, torch.float64),
+            device=device,
+            nonnegative=True,
+        )
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as [I, O]."""
+        return self._layout.transposed
+
+    def _rotate_scale_rotate(self, columns: Float[Tensor, "D K"], scales: Float[Tensor, "O J"]) -> Float[Tensor, "D K"]:
+        """(U_G ⊗ U_A) diag(scales) (U_G ⊗ U_A)ᵀ V."""
+        inner = self.gradient_basis.mT @ self._layout.to_grid(columns) @ self.activation_basis
+        return self._rotate_back(scales * inner)
+
+    def _rotate_back(self, grid: Float[Tensor, "K O J"]) -> Float[Tensor, "D K"]:
+        return self._layout.to_flat(self.gradient_basis @ grid @ self.activation_basis.mT)
+
+    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self._rotate_scale_rotate(columns, self._values.to(self.dtype))
+
+    def _diagonal(self) -> Float[Tensor, "D"]:
+        grid = self.gradient_basis.square() @ self._values.to(self.dtype) @ self.activation_basis.square().mT
+        return self._layout.to_flat(grid.unsqueeze(0)).squeeze(-1)
+
+    def _trace(self) -> Float[Tensor, ""]:
+        return self._values.double().sum()
+
+    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+        return _EigenKroneckerFactorization(self, self, damping)
+
+    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        noise = torch.randn(1, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
+        return self._rotate_back(self._values.sqrt().to(self.dtype) * noise)
+
+    def _scaled(self, scale: float) -> EigenKroneckerOperator:
+        return EigenKroneckerOperator(
+            self.space, self.activation_basis, self.gradient_basis, scale * self._values, self._layout.transposed
+        )
+
+    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
+        return self._values.double().flatten().topk(k).values
+
+    def _state(self) -> io.State:
+        tensors = {
+            "activation_basis": self.activation_basis,
+            "gradient_basis": self.gradient_basis,
+            "eigenvalues": self._values,
+        }
+        return io.State(self.kind, self.space.names, tensors, {"transposed": self._layout.transposed})
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, state: io.State) -> EigenKroneckerOperator:
+        tensors = state.tensors
+        return cls(
+            space,
+            tensors["activation_basis"],
+            tensors["gradient_basis"],
+            tensors["eigenvalues"],
+            bool(state.options["transposed"]),
+        )
+
+
+class _EigenKroneckerFactorization(Factorization):
+    """(U_G ⊗ U_A) diag(1 / (e + λ)) (U_G ⊗ U_A)ᵀ, for an operator that is, or can be brought to, this form."""
+
+    def __init__(self, operator: FisherOperator, eigen: EigenKroneckerOperator, damping: float) -> None:
+        super().__init__(operator, damping)
+        self._eigen = eigen
+        self._reciprocal = damped_reciprocal(eigen._values, damping, eigen.dtype, f"{operator._name}.factorize")
+
+    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self._eigen._rotate_scale_rotate(columns, self._reciprocal)
+
+    def _logdet(self) -> Float[Tensor, ""]:
+        return (self._eigen._values.double() + self.damping).log().sum()

@@ -1,0 +1,128 @@
+"""What several structures need of a small matrix: checks when it is handed in, its spectrum, safe reciprocals.
+
+Decompositions and reciprocals are in float64, whatever the operator's dtype: with small damping they decide the digits
+of a solve. Knows tensors only, neither operators nor spaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, SingularMatrixError
+
+
+def check_tensor(
+    tensor: Tensor,
+    shape: Sequence[int],
+    call: str,
+    *,
+    dtypes: tuple[torch.dtype, ...] = (),
+    device: torch.device | None = None,
+    nonnegative: bool = False,
+) -> Tensor:
+    """A tensor that an operator is made of, without its graph; it is kept, not copied.
+
+    Args:
+        tensor: what was passed.
+        shape: what it must be.
+        call: constructor and argument, for error messages.
+        dtypes: accepted dtypes; empty for any real floating-point one.
+        device: the device it must be on; None for any.
+        nonnegative: whether entries below 0 are refused.
+
+    Raises:
+        InvalidTypeError: not a tensor, or of another dtype.
+        InvalidArgumentError: a wrong shape or device, or negative entries.
+        NonFiniteError: NaN or infinity.
+    """
+    if not isinstance(tensor, Tensor):
+        raise InvalidTypeError(call=call, got=f"a {type(tensor).__name__}", expected="a torch tensor")
+    if not tensor.is_floating_point() or (dtypes and tensor.dtype not in dtypes):
+        wanted = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes)) or "a real floating-point dtype"
+        raise InvalidTypeError(call=call, got=f"a tensor of {tensor.dtype}", expected=wanted)
+    if tuple(tensor.shape) != tuple(shape):
+        raise InvalidArgumentError(call=call, got=f"shape {list(tensor.shape)}", expected=str(list(shape)))
+    if device is not None and tensor.device != device:
+        raise InvalidArgumentError(call=call, got=f"a tensor on {tensor.device}", expected=str(device))
+    if not bool(torch.isfinite(tensor).all()):
+        raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
+    if nonnegative and bool((tensor < 0).any()):
+        raise InvalidArgumentError(
+            call=call,
+            got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
+            expected="numbers that are 0 or more",
+            why="a Fisher matrix is positive semi-definite",
+        )
+    return tensor.detach()
+
+
+def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n n"]:
+    """The matrix, if it is symmetric up to what a product aᵀa computed in its dtype may leave.
+
+    Raises:
+        InvalidArgumentError: it is not symmetric.
+    """
+    skew = float((matrix - matrix.mT).abs().max())
+    if skew > torch.finfo(matrix.dtype).eps ** 0.5 * float(matrix.abs().max()):
+        raise InvalidArgumentError(
+            call=call,
+            got=f"a matrix that differs from its transpose by up to {skew:.3g}",
+            expected="a symmetric one",
+            why="a Fisher matrix is symmetric",
+        )
+    return matrix
+
+
+def spectrum(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:
+    """Eigenvalues in ascending order and eigenvectors in columns, float64; eigenvalues within rounding of 0 are 0.
+
+    Raises:
+        InvalidArgumentError: the matrix has negative eigenvalues that rounding cannot explain.
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    largest = float(values.abs().max())
+    if float(values.min()) < -(torch.finfo(matrix.dtype).eps ** 0.5) * largest:
+        raise InvalidArgumentError(
+            call=call,
+            got=f"a matrix with eigenvalue {float(values.min()):.3g} beside {largest:.3g}",
+            expected="no negative eigenvalue",
+            why="a Fisher matrix is positive semi-definite",
+        )
+    # Below this even a float64 decomposition only returns noise, half of it negative.
+    noise = len(values) * torch.finfo(torch.float64).eps * largest
+    return torch.where(values > noise, values, 0), vectors
+
+
+def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:
+    """1 / (values + damping), computed in float64 and returned in the operator's dtype.
+
+    Args:
+        values: eigenvalues of any shape, 0 or more.
+        damping: λ.
+        dtype: of the result.
+        call: class and operation, for error messages.
+
+    Raises:
+        SingularMatrixError: a reciprocal is infinite in that dtype.
+    """
+    result = (values.double() + damping).reciprocal().to(dtype)
+    infinite = int(result.isinf().sum())
+    if infinite:
+        why = f"{infinite:,} of its {result.numel():,} eigenvalues are 0, or too small for {dtype}"
+        raise SingularMatrixError(**singular(call, damping, why))
+    return result
+
+
+def singular(call: str, damping: float, why: str) -> dict[str, str]:
+    """The arguments of a `SingularMatrixError`, in the words that all structures share."""
+    return {
+        "call": f"{call}(damping={damping})",
+        "got": "a singular matrix",
+        "expected": "a positive definite one",
+        "why": f"{why}, so F + damping·I has no inverse and its log det is -inf",
+        "try_": "damping > 0, or fk.RelativeDamping(1e-6)",
+    }

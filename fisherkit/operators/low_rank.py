@@ -1,0 +1,176 @@
+"""The full structure: F = scale · JᵀJ, never written out, solved in sample space.
+
+Owns the algebra of the rows J: Woodbury's form through the R × R Gram where rows are fewer than parameters, the D × D
+normal matrix where parameters are fewer, conjugate gradients where neither fits in memory. Asks a `RowSource` for
+products and never how it makes them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit import io
+from fisherkit.errors import MemoryBudgetError, SingularMatrixError
+from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.dense import DenseOperator
+from fisherkit.operators.factorization import Factorization, IterativeFactorization
+from fisherkit.operators.linalg import singular
+from fisherkit.rows import restore_rows
+from fisherkit.rows.collection import Rows, RowSource
+from fisherkit.space import ParameterSpace
+
+UNBOUNDED = 1 << 62
+
+
+class LowRankOperator(FisherOperator):
+    """F = scale · JᵀJ.
+
+    Args:
+        rows: J, R rows over D parameters.
+        scale: 1/N, or whatever the normalization is.
+        dtype: of the rows.
+        device: of the rows.
+        memory_budget: bytes that a Gram or normal matrix may take; beyond it solves are by conjugate gradients.
+    """
+
+    kind: ClassVar[str] = "low_rank"
+
+    def __init__(
+        self, rows: RowSource, scale: float, *, dtype: torch.dtype, device: torch.device, memory_budget: int = UNBOUNDED
+    ) -> None:
+        super().__init__(rows.space, dtype=dtype, device=device)
+        self.rows, self.scale, self.memory_budget = rows, scale, memory_budget
+
+    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self.scale * self.rows.product(columns)
+
+    def _diagonal(self) -> Float[Tensor, "D"]:
+        return self.scale * self.rows.squared_sum()
+
+    def _gram(self) -> Float[Tensor, "R R"]:
+        self._check_square(self.rows.count, "gram", "R")
+        return self.scale * self.rows.gram()
+
+    def _to_dense(self) -> Float[Tensor, "D D"]:
+        self._check_square(self.size, "to_dense", "D")
+        return (self.scale * self.rows.normal_matrix()).to(self.dtype)
+
+    def _small_side(self) -> str:
+        """The side whose square matrix is smaller and fits, or "none"."""
+        # Streamed rows pay for a Gram with a pass over the data for every batch; conjugate gradients are cheaper.
+        gram = self.rows.count if isinstance(self.rows, Rows) else UNBOUNDED
+        side = "gram" if gram <= self.size else "dense"
+        return side if _square_bytes(min(gram, self.size)) <= self.memory_budget else "none"
+
+    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+        if damping == 0.0 and self.rows.count < self.size:
+            why = f"R = {self.rows.count:,} rows < D = {self.size:,} parameters"
+            raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
+        side = self._small_side()
+        if side == "gram":
+            return _GramFactorization(self, damping)
+        if side == "dense":
+            return self._as_dense()._factorize(damping, tolerance, max_steps)
+        return IterativeFactorization(self, damping, tolerance, max_steps)
+
+    def _as_dense(self) -> DenseOperator:
+        return DenseOperator(self.space, (self.scale * self.rows.normal_matrix()).to(self.dtype))
+
+    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
+        side = self._small_side()
+        if side == "none":
+            raise self._no_closed_form("eigenvalues", "neither the Gram nor the dense matrix fits the memory budget",
+                                       "fk.estimators.lanczos_eigenvalues(fisher, k)")
+        small = self.rows.gram() if side == "gram" else self.rows.normal_matrix()
+        values = torch.linalg.eigvalsh(self.scale * small).clamp_min(0).flip(0)[:k]
+        return torch.nn.functional.pad(values, (0, k - values.shape[0]))
+
+    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        noise = torch.randn(self.rows.count, 1, dtype=self.dtype, device=self.device, generator=generator)
+        return self.scale**0.5 * self.rows.rmatmul(noise)
+
+    def _scaled(self, scale: float) -> LowRankOperator:
+        return LowRankOperator(self.rows, scale * self.scale, dtype=self.dtype, device=self.device,
+                               memory_budget=self.memory_budget)
+
+    def _plus(self, other: FisherOperator) -> FisherOperator | None:
+        if not isinstance(other, LowRankOperator) or not isinstance(self.rows, Rows) or not isinstance(other.rows, Rows):
+            return None
+        if not self.rows.stacks_with(other.rows):
+            return None
+        stacked = Rows.cat([self.rows.scaled(self.scale**0.5), other.rows.scaled(other.scale**0.5)])
+        return LowRankOperator(stacked, 1.0, dtype=self.dtype, device=self.device,
+                               memory_budget=min(self.memory_budget, other.memory_budget))
+
+    def _state(self) -> io.State:
+        if not isinstance(self.rows, Rows):
+            raise self._no_closed_form("save", "its rows are streamed from the data and lie nowhere",
+                                       'structure="kfac" or "diagonal", or a larger memory_budget')
+        units = tuple(
+            io.State(slot.rows.kind, slot.names, slot.rows.tensors(), slot.rows.options()) for slot in self.rows.slots
+        )
+        return io.State(self.kind, self.space.names, options={"scale": self.scale}, children=units)
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, state: io.State) -> LowRankOperator:
+        rows = restore_rows(space, state.children)
+        values = state.children[0].tensors
+        floating = next(tensor for tensor in values.values() if tensor.is_floating_point())
+        return cls(rows, state.options["scale"], dtype=floating.dtype, device=floating.device)
+
+    def _check_square(self, side: int, operation: str, letter: str) -> None:
+        needed = _square_bytes(side)
+        if needed > self.memory_budget:
+            raise MemoryBudgetError(
+                call=f"{self._name}.{operation}",
+                got=f"a {letter} × {letter} matrix of {needed / 1e9:.2f} GB with {letter} = {side:,}",
+                expected=f"at most memory_budget = {self.memory_budget / 1e9:.2f} GB",
+                try_="fisher.matvec and fk.estimators, which need no square matrix, or a larger memory_budget",
+            )
+
+
+class _GramFactorization(Factorization):
+    """(F + λI)⁻¹ v = (v − scale · Jᵀ (scale · JJᵀ + λI)⁻¹ J v) / λ, Woodbury's identity."""
+
+    method = "woodbury"
+
+    def __init__(self, operator: LowRankOperator, damping: float) -> None:
+        super().__init__(operator, damping)
+        rows = operator.rows
+        assert isinstance(rows, Rows)  # noqa: S101  (the operator chooses this factorization for stored rows only)
+        gram = operator._gram()
+        self._scale = operator.scale
+        condition = 1 + float(gram.diagonal().sum()) / damping if damping > 0 else float("inf")
+        gram.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed) != 0:
+            why = "the rows are linearly dependent and the damping is below rounding"
+            raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
+        self._factor = factor
+        # v − Jᵀ(...)Jv cancels down to λ/(λ + trace) of v: where the rows' dtype cannot resolve that, float64 must.
+        eps = torch.finfo(operator.dtype).eps
+        self._rows = rows if condition * eps < 1e-5 else rows.double()
+
+    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        dtype = torch.float64 if self._rows is not self.operator_rows else columns.dtype
+        v = columns.to(dtype)
+        inner = torch.cholesky_solve(self._rows.matmul(v).double(), self._factor).to(dtype)
+        return ((v - self._scale * self._rows.rmatmul(inner)) / self.damping).to(columns.dtype)
+
+    @property
+    def operator_rows(self) -> RowSource:
+        """The operator's own rows."""
+        assert isinstance(self.operator, LowRankOperator)  # noqa: S101
+        return self.operator.rows
+
+    def _logdet(self) -> Float[Tensor, ""]:
+        null = self.operator.size - self._factor.shape[0]
+        return 2 * self._factor.diagonal().log().sum() + null * torch.log(self._factor.new_tensor(self.damping))
+
+
+def _square_bytes(side: int) -> int:
+    return 3 * 8 * side * side  # the matrix, its factor and one temporary, in float64

@@ -1,0 +1,87 @@
+"""From a Fisher file back to an operator, without the model.
+
+Owns the way from a `State`'s kind to the class that reads it: every imported subclass of `FisherOperator` that names a
+`kind`, users' own included. `fisherkit.io` owns the bytes, each class its own tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fisherkit import io
+from fisherkit.errors import FileFormatError, FisherkitError
+from fisherkit.operators.base import FisherOperator
+from fisherkit.space import ParameterSpace
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> FisherOperator:
+    """The operator that ``fisher.save(path)`` wrote: frozen, and in need of no model.
+
+    Args:
+        path: the file.
+        device: where its tensors go.
+
+    Returns:
+        An operator of the saved structure and dtype; what was recorded at saving is in ``.metadata``.
+
+    Raises:
+        FileFormatError: no such file, damaged, not a Fisher file, of a version from the future, or of an unknown kind.
+    """
+    call = f"load({str(path)!r})"
+    state, space, metadata = io.read(path, device=device)
+    unknown = sorted(_kinds(state) - set(_registry()))
+    if unknown:
+        raise FileFormatError(
+            call=call,
+            got=f"operators of unknown kind {unknown}",
+            expected=f"some of {sorted(_registry())}",
+            try_="import the module that defines them first, or a newer fisherkit",
+        )
+    try:
+        operator = restore(space, state)
+    except (FisherkitError, LookupError) as error:
+        raise FileFormatError(
+            call=call,
+            got=f"a file whose parts do not fit together ({error})",
+            expected="one written by fisher.save",
+            try_="save it again",
+        ) from error
+    operator.metadata = dict(metadata)
+    return operator
+
+
+def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
+    """The operator that a state describes.
+
+    Args:
+        space: the parameters it acts on.
+        state: of a registered kind.
+
+    Raises:
+        FileFormatError: the state is over other parameters.
+    """
+    if state.names != space.names:
+        raise FileFormatError(
+            call="load",
+            got=f"a {state.kind} operator over {list(state.names)}",
+            expected=f"one over {list(space.names)}",
+        )
+    return _registry()[state.kind]._from_state(space, state)
+
+
+def _registry() -> dict[str, type[FisherOperator]]:
+    return {cls.kind: cls for cls in _subclasses(FisherOperator) if cls.kind}
+
+
+def _subclasses(cls: Any) -> Iterator[type[FisherOperator]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _kinds(state: io.State) -> set[str]:
+    return {state.kind}.union(*(_kinds(child) for child in state.children))

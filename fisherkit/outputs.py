@@ -1,0 +1,70 @@
+"""Output space: what a kind sees of a batch, and the vectors it answers with.
+
+Everything that tells one Fisher from another happens on these two records. Neither holds parameters, layers or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fisherkit.likelihoods import Likelihood
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The model's outputs for n units (examples, or positions where each stands by itself).
+
+    Args:
+        z: ``[n, P, C]``, P positions of C outputs; at least float32.
+        target: labels ``[n, P]`` or values ``[n, P, C]``, as the likelihood wants; None for unlabelled data.
+        mask: which positions count.
+        keys: an integer for each position that depends on the example's place in the data alone, for random draws.
+        likelihood: p(y | z).
+    """
+
+    z: Float[Tensor, "n P C"]
+    target: Tensor | None
+    mask: Bool[Tensor, "n P"]
+    keys: Int[Tensor, "n P"]
+    likelihood: Likelihood
+
+    def positionwise(self) -> Outputs:
+        """The same outputs with every position as a unit of its own: ``[n·P, 1, C]``."""
+        flat = lambda x: x.reshape(-1, 1, *x.shape[2:])  # noqa: E731  (three uses, one line)
+        target = None if self.target is None else flat(self.target)
+        return Outputs(flat(self.z), target, flat(self.mask), flat(self.keys), self.likelihood)
+
+    def gradient(self) -> Float[Tensor, "n P C"]:
+        """∂ℓ/∂z at the observed target; zero at positions that do not count."""
+        assert self.target is not None  # the builder refuses unlabelled data for kinds that need labels
+        return self.masked(self.likelihood.gradient(self.z, self.target))
+
+    def masked(self, v: Float[Tensor, "n P C"]) -> Float[Tensor, "n P C"]:
+        """Zero at positions that do not count, whatever was there (NaN of padding included)."""
+        return torch.where(self.mask.unsqueeze(-1), v, torch.zeros((), dtype=v.dtype, device=v.device))
+
+
+@dataclass(frozen=True)
+class OutputVectors:
+    """The vectors v_nm of a kind: F = (1/N) Σ_nm (J_nᵀ v_nm)(J_nᵀ v_nm)ᵀ.
+
+    Args:
+        v: ``[n, M, P, C]``.
+        keep: False where a slot is padding because this unit has fewer vectors; None for all kept.
+        dropped: trace of the output Fisher that the vectors leave out, for each unit; None if they leave out nothing or
+            the kind does not know.
+    """
+
+    v: Float[Tensor, "n M P C"]
+    keep: Bool[Tensor, "n M"] | None = None
+    dropped: Float[Tensor, "n"] | None = None
+
+
+OutputRule = Callable[[Outputs], OutputVectors]

@@ -1,0 +1,69 @@
+"""Randomness that leaves no trace and does not depend on how data is cut.
+
+`keyed_uniform` gives each example its own numbers, whatever batch it arrives in; `untouched_rng` lets foreign code (data
+loaders, models) draw what it likes and puts the global generators back. Nothing here knows what the numbers are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+# The multipliers and increment of SplitMix64 (Steele, Lea, Flood, 2014), as signed 64-bit integers that wrap around.
+_GAMMA, _MIX_1, _MIX_2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    x = x + _GAMMA
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Int[Tensor, "..."], bits: int) -> Int[Tensor, "..."]:
+    # torch shifts signed integers arithmetically; the mask makes it the logical shift that the mixer needs.
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def keyed_uniform(
+    seed: int, keys: Int[Tensor, "n P"], *, draws: int, channels: int
+) -> Float[Tensor, "n draws P channels"]:
+    """Uniform numbers in (0, 1) that are a pure function of (seed, key, draw, channel); float64.
+
+    Args:
+        seed: any integer.
+        keys: one integer for each example and position.
+        draws: numbers for each key.
+        channels: numbers for each draw.
+    """
+    device = keys.device
+    state = _mix(keys + _signed((seed * 0x9E3779B97F4A7C15) % (1 << 64)))
+    draw = torch.arange(draws, device=device).view(1, -1, 1, 1)
+    channel = torch.arange(channels, device=device)
+    state = _mix(_mix(state[:, None, :, None] + draw) + channel)
+    # 53 bits, moved half a step off zero so that inverse distribution functions stay finite.
+    return (_shift(state, 11).double() + 0.5) * 2.0**-53
+
+
+@contextmanager
+def untouched_rng(devices: list[torch.device], state: Tensor | None = None) -> Iterator[None]:
+    """Run foreign code and restore the global random generators afterwards, also after an exception.
+
+    Args:
+        devices: devices beside the CPU whose generators to restore.
+        state: a CPU generator state to start from, so that a shuffling loader gives the same order in every pass.
+    """
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
+        if state is not None:
+            torch.set_rng_state(state)
+        yield

@@ -1,0 +1,99 @@
+"""Rows of one unit (a weight with its bias, or one parameter): the contract of every representation.
+
+A row is J_nᵀ v for one example n and one output vector v, restricted to the unit's parameters. A representation answers
+products, Gram and squares without saying how it stores them; it knows no layer, no kind and no normalization.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TILE = 1 << 25
+"""Entries of the largest temporary that a tiled loop makes: 128 MiB in float32, well above where matmuls are efficient."""
+
+
+class UnitRows(ABC):
+    """R rows over d parameters.
+
+    Args:
+        count: R.
+        size: d.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+
+    @abstractmethod
+    def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
+        """J U."""
+
+    @abstractmethod
+    def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "d K"]:
+        """Jᵀ W."""
+
+    @abstractmethod
+    def gram(self, other: Self) -> Float[Tensor, "R S"]:
+        """J J'ᵀ against rows of the same representation, accumulated in float64."""
+
+    @abstractmethod
+    def squared_sum(self) -> Float[Tensor, "d"]:
+        """Σ_r row_r², the diagonal of JᵀJ."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "R d"]:
+        """The rows themselves."""
+
+    @abstractmethod
+    def scaled(self, scale: float) -> Self:
+        """Every row times a number."""
+
+    @abstractmethod
+    def reordered(self, order: Int[Tensor, "R"]) -> Self:
+        """The rows in another order."""
+
+    @abstractmethod
+    def double(self) -> Self:
+        """The rows in float64."""
+
+    @classmethod
+    @abstractmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """All rows of the parts, in their order."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file must hold; `from_tensors` takes it back."""
+
+    @abstractmethod
+    def options(self) -> dict[str, int]:
+        """Settings beside the tensors."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> Self:
+        """The inverse of `tensors` and `options`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def spans(total: int, cost: int) -> Iterator[slice]:
+    """Cut ``range(total)`` so that a span times ``cost`` entries stays within `TILE`."""
+    step = max(1, TILE // max(1, cost))
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def sum_by(index: Int[Tensor, "R"], values: Float[Tensor, "R ..."], groups: int) -> Float[Tensor, "N ..."]:
+    """Sum the values that share an index."""
+    return torch.zeros(groups, *values.shape[1:], dtype=values.dtype, device=values.device).index_add_(0, index, values)

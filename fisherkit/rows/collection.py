@@ -1,0 +1,167 @@
+"""All rows of a Fisher: the units' rows side by side, over the flat parameter space.
+
+Splits flat vectors by unit and adds the units' answers. `RowSource` is what the full structure needs of rows; stored rows
+answer from memory, streamed rows (`rows.streamed`) from the data.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fisherkit.rows.base import UnitRows
+from fisherkit.space import ParameterSpace
+
+
+class RowSource(ABC):
+    """R rows over D parameters, wherever they are.
+
+    Args:
+        space: the parameters.
+        count: R.
+    """
+
+    def __init__(self, space: ParameterSpace, count: int) -> None:
+        self.space, self.count = space, count
+
+    @abstractmethod
+    def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """JᵀJ U."""
+
+    @abstractmethod
+    def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
+        """J U."""
+
+    @abstractmethod
+    def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
+        """Jᵀ W."""
+
+    @abstractmethod
+    def gram(self) -> Float[Tensor, "R R"]:
+        """J Jᵀ in float64."""
+
+    @abstractmethod
+    def squared_sum(self) -> Float[Tensor, "D"]:
+        """Diag JᵀJ."""
+
+    @abstractmethod
+    def normal_matrix(self) -> Float[Tensor, "D D"]:
+        """JᵀJ in float64, for small D."""
+
+
+@dataclass(frozen=True)
+class UnitSlot:
+    """One unit's rows and the parameters they are over."""
+
+    names: tuple[str, ...]
+    rows: UnitRows
+
+
+class Rows(RowSource):
+    """Rows that lie in memory.
+
+    Args:
+        space: the parameters.
+        slots: the units, which partition the space's names.
+    """
+
+    def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot]) -> None:
+        super().__init__(space, slots[0].rows.count)
+        self.slots = tuple(slots)
+
+    def _part(self, u: Float[Tensor, "D K"], slot: UnitSlot) -> Float[Tensor, "d K"]:
+        parts = [u[self.space.slices[name]] for name in slot.names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _whole(self, parts: Sequence[Float[Tensor, "d ..."]]) -> Float[Tensor, "D ..."]:
+        pieces: dict[str, Tensor] = {}
+        for slot, part in zip(self.slots, parts, strict=True):
+            sizes = [self.space.slices[name].stop - self.space.slices[name].start for name in slot.names]
+            pieces.update(zip(slot.names, part.split(sizes), strict=True))
+        return torch.cat([pieces[name] for name in self.space.names])
+
+    def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
+        """J U."""
+        return torch.stack([slot.rows.matmul(self._part(u, slot)) for slot in self.slots]).sum(0)
+
+    def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
+        """Jᵀ W."""
+        return self._whole([slot.rows.rmatmul(w) for slot in self.slots])
+
+    def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """JᵀJ U."""
+        return self.rmatmul(self.matmul(u))
+
+    def cross_gram(self, other: Rows) -> Float[Tensor, "R S"]:
+        """J J'ᵀ against other rows with the same units, float64."""
+        total = self.slots[0].rows.gram(other.slots[0].rows)
+        for mine, theirs in zip(self.slots[1:], other.slots[1:], strict=True):
+            total += mine.rows.gram(theirs.rows)
+        return total
+
+    def gram(self) -> Float[Tensor, "R R"]:
+        """J Jᵀ, symmetric to the last bit."""
+        gram = self.cross_gram(self)
+        return 0.5 * (gram + gram.mT)
+
+    def squared_sum(self) -> Float[Tensor, "D"]:
+        """Diag JᵀJ."""
+        return self._whole([slot.rows.squared_sum() for slot in self.slots])
+
+    def dense(self) -> Float[Tensor, "R D"]:
+        """The rows themselves."""
+        return self._whole([slot.rows.dense().mT for slot in self.slots]).mT
+
+    def normal_matrix(self) -> Float[Tensor, "D D"]:
+        """JᵀJ."""
+        rows = self.dense().double()
+        return rows.mT @ rows
+
+    def stacks_with(self, other: Rows) -> bool:
+        """Whether `cat` can put the two on top of each other: same units, kept in the same way."""
+        return self.space == other.space and [_form(slot) for slot in self.slots] == [_form(slot) for slot in other.slots]
+
+    def scaled(self, scale: float) -> Rows:
+        """Every row times a number."""
+        return Rows(self.space, [UnitSlot(slot.names, slot.rows.scaled(scale)) for slot in self.slots])
+
+    def reordered(self, order: Int[Tensor, "R"]) -> Rows:
+        """The rows in another order."""
+        return Rows(self.space, [UnitSlot(slot.names, slot.rows.reordered(order)) for slot in self.slots])
+
+    def double(self) -> Rows:
+        """The rows in float64."""
+        return Rows(self.space, [UnitSlot(slot.names, slot.rows.double()) for slot in self.slots])
+
+    def restrict(self, space: ParameterSpace) -> Rows:
+        """The rows over some whole units."""
+        wanted = set(space.names)
+        return Rows(space, [slot for slot in self.slots if slot.names[0] in wanted])
+
+    def part(self, names: Sequence[str]) -> Rows:
+        """The rows over some whole units, by name."""
+        return self.restrict(self.space.restrict(names))
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        """All rows of parts that have the same units."""
+        slots = []
+        for group in zip(*(part.slots for part in parts), strict=True):
+            rows = [slot.rows for slot in group]
+            slots.append(UnitSlot(group[0].names, type(rows[0]).cat(rows)))
+        return Rows(parts[0].space, slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(slot.rows.nbytes for slot in self.slots)
+
+
+def _form(slot: UnitSlot) -> tuple[object, ...]:
+    options = {key: value for key, value in slot.rows.options().items() if key != "count"}
+    return slot.names, slot.rows.kind, tuple(options.items())

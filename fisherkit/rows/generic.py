@@ -1,0 +1,61 @@
+"""Rows of parameters that no rule covers, by automatic differentiation of one example at a time.
+
+Two ways, both exact: ``torch.func`` vectorised over examples, and, for models that it cannot trace (recurrent kernels,
+data-dependent control flow), a loop of ordinary backward passes on the model itself. The plan finds out which one works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from fisherkit.data import Batch
+
+
+def vectorised_rows(
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, v: Float[Tensor, "k B ..."]
+) -> Float[Tensor, "k B d"]:
+    """Rows by ``vmap`` over examples and output vectors.
+
+    Args:
+        model: the model.
+        parameters: the parameters to differentiate, detached; d entries in all.
+        batch: B examples.
+        v: k vectors for each example, in the shape of the model's outputs.
+    """
+    leaves, rebuild = batch.leaves()
+
+    def one(example: list[Tensor], vectors: Float[Tensor, "k ..."]) -> Float[Tensor, "k d"]:
+        single = rebuild([leaf.unsqueeze(0) for leaf in example])
+
+        def forward(values: Mapping[str, Tensor]) -> Tensor:
+            return single.call(lambda *a, **kw: functional_call(model, dict(values), a, kw))[0]
+
+        _, pull = vjp(forward, dict(parameters))
+        (gradients,) = vmap(pull)(vectors)
+        return torch.cat([gradients[name].flatten(1) for name in parameters], 1)
+
+    return vmap(one, out_dims=1)(leaves, v.transpose(0, 1))
+
+
+def looped_rows(
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, v: Float[Tensor, "k B ..."]
+) -> Float[Tensor, "k B d"]:
+    """Rows by one forward pass an example and one backward pass a row; the parameters are the model's own."""
+    rows = []
+    for n in range(batch.size):
+        z = batch.take(slice(n, n + 1)).call(model)[0]
+        rows.append(torch.stack([gradient(z, list(parameters.values()), vector) for vector in v[:, n]]))
+    return torch.stack(rows, 1)
+
+
+def gradient(z: Tensor, parameters: list[Tensor], vector: Tensor) -> Float[Tensor, "d"]:
+    """Jᵀ v of one example, flat; zero for parameters that the outputs do not depend on."""
+    if not z.requires_grad:
+        return torch.cat([torch.zeros_like(p).flatten() for p in parameters])
+    found = torch.autograd.grad(z, parameters, vector.to(z.dtype), retain_graph=True, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)])

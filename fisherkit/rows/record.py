@@ -1,0 +1,105 @@
+"""Watch one forward pass and note every use of a chosen parameter.
+
+A ``TorchFunctionMode`` sees the functions themselves, so it makes no difference whether a parameter is used by its module,
+by another module (tying), by a function call, or inside attention. No hook is registered and nothing on the model changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from fisherkit.errors import ModelError
+from fisherkit.rows.rules import Use, rule_for
+
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
+
+# Attention is one function to a mode, which would hide the linear maps inside. Running its own code with the check for
+# overrides switched off lets the mode see them; the two constants are the code and defaults that PyTorch ships.
+_ATTENTION = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+_ATTENTION.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+
+
+class Recorder(TorchFunctionMode):
+    """Notes the uses of parameters while it is active.
+
+    Args:
+        names: ``id`` of each chosen parameter to its name.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.uses: list[Use] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the function and note it if it used a chosen parameter."""
+        kwargs = kwargs or {}
+        _refuse_random(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _ATTENTION(*args, **kwargs)
+        output = func(*args, **kwargs)
+        rule = rule_for(func, args, kwargs)
+        if rule is not None and isinstance(output, Tensor) and output.requires_grad:
+            arguments = rule.bind(args, kwargs)
+            weight, bias = self._name(arguments.get(rule.weight_name)), self._name(arguments.get(rule.bias_name))
+            if weight or bias:
+                edge = get_gradient_edge(output)
+                self.uses.append(Use(rule, weight, bias, arguments, edge, tuple(output.shape)))
+        return output
+
+    def _name(self, tensor: Any) -> str | None:
+        return self.names.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+
+def _refuse_random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if func in _DROPOUTS:
+        rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        training = kwargs.get("training", args[2] if len(args) > 2 else True)
+        random = bool(training) and (func is F.rrelu or rate > 0)
+    elif func is F.scaled_dot_product_attention:
+        random = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0
+    else:
+        random = False
+    if random:
+        raise ModelError(call="the model's forward pass", got=f"an active {func.__name__}", expected="a deterministic model",
+                         why="with dropout every pass has another Fisher", try_="model.eval()")
+    if func is F.embedding and kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None:
+        raise ModelError(call="the model's forward pass", got="an embedding with max_norm", expected="max_norm=None",
+                         why="it changes the table during the forward pass", try_="renormalize the table once, before")
+
+
+def refuse_train_mode(model: torch.nn.Module) -> None:
+    """Refuse modules whose train mode makes the Fisher random or couples the batch.
+
+    Raises:
+        ModelError: naming the modules.
+    """
+    nn = torch.nn
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        rate = 0.0
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rate = module.p
+        elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            rate = float(module.dropout)
+        coupled = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if rate > 0 or coupled:
+            what = "batch statistics couple the examples of a batch" if coupled else "dropout makes every pass different"
+            raise ModelError(call="the Fisher of this model", got=f"{type(module).__name__} {name!r} in train mode",
+                             expected="eval mode", why=what, try_="model.eval()")

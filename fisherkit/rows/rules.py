@@ -1,0 +1,319 @@
+"""Layer rules: what a function that uses a parameter saw, and how that becomes rows.
+
+One rule a function of ``torch.nn.functional``. It names the arguments, brings the input and the output gradient to shared
+positions (``a [B, T, i]`` and ``g [B, T, o]``), and makes a unit's rows from them. Convolutions are linear layers on their
+patches; norms are elementwise products with the normalized input; an embedding's input is its token ids. Every rule is
+checked against autograd on the user's own model before it is used (`rows.plan`), so a rule may assume the usual meaning of
+its arguments.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from fisherkit.rows.base import UnitRows
+from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.layouts import BATCH_FIRST, LAYOUTS, batch_first
+from fisherkit.rows.sparse import SparseRows
+from fisherkit.rows.stored import StoredRows
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a function with a chosen parameter.
+
+    Args:
+        rule: the function's rule.
+        weight: name of the chosen weight, None if the weight was not chosen.
+        bias: name of the chosen bias.
+        arguments: the call's arguments by name.
+        edge: where the output's gradient can be asked for, whatever is done to the output later in place.
+        output_shape: shape of the output.
+    """
+
+    rule: Rule
+    weight: str | None
+    bias: str | None
+    arguments: Mapping[str, Any]
+    edge: GradientEdge
+    output_shape: tuple[int, ...]
+
+
+class Rule(ABC):
+    """How one function's parameter gradients factor.
+
+    Args:
+        name: the function's name, for `coverage`.
+        signature: its argument names in order.
+    """
+
+    kronecker: ClassVar[bool] = False
+    layouts: tuple[str, ...] = (BATCH_FIRST,)
+    input_name = "input"
+    weight_name = "weight"
+    bias_name = "bias"
+
+    def __init__(self, name: str, signature: str) -> None:
+        self.name, self.signature = name, signature.split()
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name."""
+        return {**dict(zip(self.signature, args, strict=False)), **kwargs}
+
+    def input_features(self, use: Use) -> int:
+        """Number of trailing feature axes of the input."""
+        return 1
+
+    def output_features(self, use: Use) -> int:
+        """Number of trailing feature axes of the output."""
+        return self.input_features(use)
+
+    def activations(self, use: Use, layout: str, batch: int) -> Shaped[Tensor, "B T i"]:
+        """The input's side of the gradient."""
+        return batch_first(use.arguments[self.input_name].detach(), self.input_features(use), layout, batch)
+
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T o"]:
+        """The output gradient's side, for k output vectors."""
+        features = self.output_features(use)
+        return torch.stack([batch_first(g, features, layout, batch) for g in gradient])
+
+    @abstractmethod
+    def rows(
+        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
+    ) -> UnitRows:
+        """The rows of the chosen weight and bias, in this order, from both sides."""
+
+
+def _per_row(a: Shaped[Tensor, "B ..."], example: Int[Tensor, "R"] | None) -> Shaped[Tensor, "R ..."]:
+    return a if example is None else a[example]
+
+
+class LinearRule(Rule):
+    """Output = input Wᵀ + b at every position."""
+
+    kronecker = True
+    layouts = LAYOUTS
+    transposed = False
+
+    def rows(
+        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
+    ) -> UnitRows:
+        """Factored, or the summed gradients where only the bias is chosen."""
+        if use.weight is None:
+            return StoredRows(g.sum(1))
+        return FactoredRows(a, g, example, bias=use.bias is not None, transposed=self.transposed)
+
+
+class AddmmRule(LinearRule):
+    """Output = b + input W, as Hugging Face's Conv1D computes it."""
+
+    transposed = True
+    input_name, weight_name, bias_name = "mat1", "mat2", "input"
+
+
+class ConvolutionRule(LinearRule):
+    """A linear layer on patches; padding modes other than zeros have padded the input before the call."""
+
+    layouts = (BATCH_FIRST,)
+
+    def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
+        """Patches, channels first as in the weight."""
+        x = use.arguments["input"].detach()
+        dims = x.ndim - 2
+        kernel = use.arguments["weight"].shape[2:]
+        stride, dilation = _tuple(use.arguments.get("stride", 1), dims), _tuple(use.arguments.get("dilation", 1), dims)
+        padding = use.arguments.get("padding", 0)
+        if padding == "valid":
+            padding = 0
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            x = _pad(x, [(t // 2, t - t // 2) for t in total])
+        else:
+            x = _pad(x, [(p, p) for p in _tuple(padding, dims)])
+        return _patches(x, kernel, stride, dilation)
+
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T o"]:
+        """Channels last."""
+        return gradient.flatten(3).transpose(2, 3)
+
+
+class GroupedConvolutionRule(ConvolutionRule):
+    """Groups are small linear layers side by side: one block of the weight each, written out."""
+
+    kronecker = False
+
+    def rows(
+        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
+    ) -> UnitRows:
+        """Stored."""
+        groups = use.arguments["groups"]
+        left = g.unflatten(-1, (groups, -1))
+        right = _per_row(a, example).unflatten(-1, (groups, -1))
+        weight = [torch.einsum("rtgo,rtgi->rgoi", left, right).flatten(1)] if use.weight else []
+        return StoredRows(torch.cat(weight + ([g.sum(1)] if use.bias else []), 1))
+
+
+class TransposedConvolutionRule(Rule):
+    """Its weight gradient is that of a convolution from the output's side: input times patches of the output gradient."""
+
+    def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
+        """The input, channels last."""
+        x: Tensor = use.arguments["input"].detach()
+        return x.flatten(2).transpose(1, 2)
+
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T o"]:
+        """Patches of the gradient; behind them the bias's gradient, put at the first position and zero elsewhere."""
+        dims = gradient.ndim - 3
+        kernel, size = use.arguments["weight"].shape[2:], use.arguments["input"].shape[2:]
+        stride, dilation = _tuple(use.arguments.get("stride", 1), dims), _tuple(use.arguments.get("dilation", 1), dims)
+        padding, extra = _tuple(use.arguments.get("padding", 0), dims), _tuple(use.arguments.get("output_padding", 0), dims)
+        flat = gradient.flatten(0, 1)
+        # Output index = stride · input index + dilation · kernel index − padding, so the last window may end before or
+        # after the output does: a negative pad crops what output_padding added.
+        padded = _pad(flat, [(p, p - e) for p, e in zip(padding, extra, strict=True)])
+        patches = _patches(padded, kernel, stride, dilation)
+        bias = torch.nn.functional.pad(flat.flatten(2).sum(2).unsqueeze(1), (0, 0, 0, size.numel() - 1))
+        return torch.cat([patches, bias], 2).unflatten(0, gradient.shape[:2])
+
+    def rows(
+        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
+    ) -> UnitRows:
+        """Stored."""
+        groups = use.arguments.get("groups", 1)
+        outputs = use.output_shape[1]
+        left = _per_row(a, example).unflatten(-1, (groups, -1))
+        right = g[..., :-outputs].unflatten(-1, (groups, -1))
+        weight = [torch.einsum("rtgi,rtgo->rgio", left, right).flatten(1)] if use.weight else []
+        return StoredRows(torch.cat(weight + ([g[..., -outputs:].sum(1)] if use.bias else []), 1))
+
+
+class EmbeddingRule(Rule):
+    """A table looked up by token ids."""
+
+    layouts = LAYOUTS
+
+    def input_features(self, use: Use) -> int:
+        """Ids have none."""
+        return 0
+
+    def output_features(self, use: Use) -> int:
+        """The embedding's."""
+        return 1
+
+    def rows(
+        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
+    ) -> UnitRows:
+        """Sparse; the padding token's vector is a constant."""
+        ids = _per_row(a, example).squeeze(-1)
+        vocabulary = use.arguments["weight"].shape[0]
+        padding = use.arguments.get("padding_idx")
+        if padding is not None:
+            g = torch.where((ids == padding % vocabulary).unsqueeze(-1), torch.zeros_like(g), g)
+        return SparseRows.gathered(ids, g, vocabulary)
+
+
+class NormalizationRule(Rule):
+    """Output = weight ∘ normalized input + bias, the statistics being functions of the example or constants.
+
+    Args:
+        name: the function's name.
+        signature: its argument names.
+        function: the function itself, to normalize without weight and bias.
+        channels_second: whether features are axis 1 (batch and group norms) and not the last axes.
+    """
+
+    def __init__(self, name: str, signature: str, function: Callable[..., Tensor], *, channels_second: bool) -> None:
+        super().__init__(name, signature)
+        self.function, self.channels_second = function, channels_second
+        self.layouts = (BATCH_FIRST,) if channels_second else LAYOUTS
+
+    def input_features(self, use: Use) -> int:
+        """The normalized axes."""
+        return len(use.arguments["normalized_shape"])
+
+    def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
+        """The normalized input."""
+        plain = {**use.arguments, "weight": None, "bias": None, "input": use.arguments["input"].detach()}
+        x = self.function(*(plain[name] for name in self.signature if name in plain))
+        return self._positions(use, x, layout, batch)
+
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T o"]:
+        """As the input."""
+        return torch.stack([self._positions(use, g, layout, batch) for g in gradient])
+
+    def _positions(self, use: Use, x: Tensor, layout: str, batch: int) -> Float[Tensor, "B T i"]:
+        if self.channels_second:
+            return x.reshape(*x.shape[:2], -1).transpose(1, 2)
+        return batch_first(x, self.input_features(use), layout, batch)
+
+    def rows(
+        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
+    ) -> UnitRows:
+        """Stored: there are as many parameters as features."""
+        weight = [(g * _per_row(a, example)).sum(1)] if use.weight else []
+        return StoredRows(torch.cat(weight + ([g.sum(1)] if use.bias else []), 1))
+
+
+def _tuple(value: int | tuple[int, ...] | list[int], dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _pad(x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
+    if all(pair == (0, 0) for pair in pads):
+        return x
+    return F.pad(x, [amount for pair in reversed(pads) for amount in pair])
+
+
+def _patches(
+    x: Float[Tensor, "B c ..."], kernel: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> Float[Tensor, "B T ck"]:
+    dims = len(kernel)
+    for axis in range(dims):
+        window = dilation[axis] * (kernel[axis] - 1) + 1
+        x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
+    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    patches = x.permute(order)
+    return patches.reshape(x.shape[0], x.shape[2 : 2 + dims].numel(), -1)
+
+
+_CONV = "input weight bias stride padding dilation groups"
+_CONV_TRANSPOSE = "input weight bias stride padding output_padding groups dilation"
+_LAYER_NORM = "input normalized_shape weight bias eps"
+
+RULES: dict[Callable[..., Any], Rule] = {
+    F.linear: LinearRule("linear", "input weight bias"),
+    torch.addmm: AddmmRule("addmm", "input mat1 mat2"),
+    F.conv1d: ConvolutionRule("conv1d", _CONV),
+    F.conv2d: ConvolutionRule("conv2d", _CONV),
+    F.conv3d: ConvolutionRule("conv3d", _CONV),
+    F.conv_transpose1d: TransposedConvolutionRule("conv_transpose1d", _CONV_TRANSPOSE),
+    F.conv_transpose2d: TransposedConvolutionRule("conv_transpose2d", _CONV_TRANSPOSE),
+    F.conv_transpose3d: TransposedConvolutionRule("conv_transpose3d", _CONV_TRANSPOSE),
+    F.embedding: EmbeddingRule("embedding", "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"),
+    F.layer_norm: NormalizationRule("layer_norm", _LAYER_NORM, F.layer_norm, channels_second=False),
+    F.rms_norm: NormalizationRule("rms_norm", "input normalized_shape weight eps", F.rms_norm, channels_second=False),
+    F.group_norm: NormalizationRule("group_norm", "input num_groups weight bias eps", F.group_norm, channels_second=True),
+    F.batch_norm: NormalizationRule(
+        "batch_norm", "input running_mean running_var weight bias training momentum eps", F.batch_norm, channels_second=True
+    ),
+}
+GROUPED = {function: GroupedConvolutionRule(rule.name, _CONV) for function, rule in RULES.items()
+           if isinstance(rule, ConvolutionRule)}  # fmt: skip
+
+
+def rule_for(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rule | None:
+    """The rule of a function call, if there is one."""
+    rule = RULES.get(function)
+    if function in GROUPED and rule is not None and rule.bind(args, kwargs).get("groups", 1) != 1:
+        return GROUPED[function]
+    return rule

@@ -1,0 +1,129 @@
+"""Rows of an embedding table: each touches only the tokens of its example, so only these are kept.
+
+Entries are (row, token, gradient vector), one for each different token of a row; a vocabulary × vocabulary matrix, or even
+one dense row a sample, is never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fisherkit.rows.base import UnitRows, spans, sum_by
+
+
+class SparseRows(UnitRows):
+    """R rows of a table ``[V, E]``.
+
+    Args:
+        row: row of each entry, ``[n]``.
+        token: table row of each entry, ``[n]``; a pair (row, token) occurs once.
+        values: ``[n, E]``.
+        count: R.
+        vocabulary: V.
+    """
+
+    kind = "sparse"
+
+    def __init__(
+        self, row: Int[Tensor, "n"], token: Int[Tensor, "n"], values: Float[Tensor, "n E"], *, count: int, vocabulary: int
+    ) -> None:
+        super().__init__(count, vocabulary * values.shape[1])
+        self.row, self.token, self.values, self.vocabulary = row, token, values, vocabulary
+
+    @classmethod
+    def gathered(
+        cls, tokens: Int[Tensor, "R T"], gradients: Float[Tensor, "R T E"], vocabulary: int
+    ) -> Self:
+        """Rows from tokens and the gradients of their embedding vectors; repeats within a row are summed."""
+        count = tokens.shape[0]
+        key = tokens + torch.arange(count, device=tokens.device).unsqueeze(1) * vocabulary
+        unique, place = torch.unique(key.reshape(-1), return_inverse=True)
+        values = sum_by(place, gradients.reshape(-1, gradients.shape[-1]), unique.shape[0])
+        return cls(unique // vocabulary, unique % vocabulary, values, count=count, vocabulary=vocabulary)
+
+    def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
+        """J U."""
+        table = u.reshape(self.vocabulary, -1, u.shape[1])
+        return sum_by(self.row, torch.einsum("ne,nek->nk", self.values, table[self.token]), self.count)
+
+    def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "d K"]:
+        """Jᵀ W."""
+        weighed = torch.einsum("ne,nk->nek", self.values, w[self.row])
+        return sum_by(self.token, weighed, self.vocabulary).reshape(self.size, w.shape[1])
+
+    def gram(self, other: Self) -> Float[Tensor, "R S"]:
+        """J J'ᵀ over tiles of the tokens that occur on both sides."""
+        result = self.values.new_zeros(self.count, other.count, dtype=torch.float64)
+        shared = torch.unique(self.token)
+        shared = shared[torch.isin(shared, other.token)]
+        width = self.values.shape[1]
+        for span in spans(shared.shape[0], (self.count + other.count) * width):
+            result += self._columns(shared[span]) @ other._columns(shared[span]).mT
+        return result
+
+    def _columns(self, tokens: Int[Tensor, "s"]) -> Float[Tensor, "R e"]:
+        """Dense float64 rows restricted to some tokens, which are sorted."""
+        place = torch.searchsorted(tokens, self.token).clamp_max(tokens.shape[0] - 1)
+        hit = tokens[place] == self.token
+        width = self.values.shape[1]
+        tile = self.values.new_zeros(self.count, tokens.shape[0], width, dtype=torch.float64)
+        tile[self.row[hit], place[hit]] = self.values[hit].double()
+        return tile.flatten(1)
+
+    def squared_sum(self) -> Float[Tensor, "d"]:
+        """Σ_r row_r²."""
+        return sum_by(self.token, self.values.square(), self.vocabulary).reshape(-1)
+
+    def dense(self) -> Float[Tensor, "R d"]:
+        """The rows, zeros included."""
+        rows = self.values.new_zeros(self.count, self.vocabulary, self.values.shape[1])
+        rows[self.row, self.token] = self.values
+        return rows.flatten(1)
+
+    def _with(self, row: Tensor, values: Tensor) -> Self:
+        return type(self)(row, self.token, values, count=self.count, vocabulary=self.vocabulary)
+
+    def scaled(self, scale: float) -> Self:
+        """Every row times a number."""
+        return self._with(self.row, self.values * scale)
+
+    def reordered(self, order: Int[Tensor, "R"]) -> Self:
+        """The rows in another order: only their numbers change."""
+        return self._with(torch.argsort(order)[self.row], self.values)
+
+    def double(self) -> Self:
+        """The rows in float64."""
+        return self._with(self.row, self.values.double())
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """All rows of the parts."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = torch.tensor([0] + [part.count for part in parts]).cumsum(0).tolist()
+        return cls(
+            torch.cat([part.row + start for part, start in zip(parts, starts, strict=False)]),
+            torch.cat([part.token for part in parts]),
+            torch.cat([part.values for part in parts]),
+            count=starts[-1],
+            vocabulary=parts[0].vocabulary,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Row, token and vector of each entry."""
+        return {"row": self.row, "token": self.token, "values": self.values}
+
+    def options(self) -> dict[str, int]:
+        """R and V."""
+        return {"count": self.count, "vocabulary": self.vocabulary}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> Self:
+        """Back from a file."""
+        return cls(tensors["row"], tensors["token"], tensors["values"], count=options["count"],
+                   vocabulary=options["vocabulary"])

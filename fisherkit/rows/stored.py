@@ -1,0 +1,79 @@
+"""Rows written out, ``[R, d]``: right for small parameters and for layers with many shared positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fisherkit.rows.base import UnitRows, spans
+
+
+class StoredRows(UnitRows):
+    """The rows as one matrix.
+
+    Args:
+        values: ``[R, d]``.
+    """
+
+    kind = "stored"
+
+    def __init__(self, values: Float[Tensor, "R d"]) -> None:
+        super().__init__(*values.shape)
+        self.values = values
+
+    def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
+        """J U."""
+        return self.values @ u
+
+    def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "d K"]:
+        """Jᵀ W."""
+        return self.values.mT @ w
+
+    def gram(self, other: Self) -> Float[Tensor, "R S"]:
+        """J J'ᵀ, columns converted to float64 a tile at a time."""
+        result = self.values.new_zeros(self.count, other.count, dtype=torch.float64)
+        for span in spans(self.size, self.count + other.count):
+            result.addmm_(self.values[:, span].double(), other.values[:, span].double().mT)
+        return result
+
+    def squared_sum(self) -> Float[Tensor, "d"]:
+        """Σ_r row_r²."""
+        return self.values.square().sum(0)
+
+    def dense(self) -> Float[Tensor, "R d"]:
+        """The matrix."""
+        return self.values
+
+    def scaled(self, scale: float) -> Self:
+        """Every row times a number."""
+        return type(self)(self.values * scale)
+
+    def reordered(self, order: Int[Tensor, "R"]) -> Self:
+        """The rows in another order."""
+        return type(self)(self.values[order])
+
+    def double(self) -> Self:
+        """The rows in float64."""
+        return type(self)(self.values.double())
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """All rows of the parts."""
+        return parts[0] if len(parts) == 1 else cls(torch.cat([part.values for part in parts]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix."""
+        return {"values": self.values}
+
+    def options(self) -> dict[str, int]:
+        """None."""
+        return {}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> Self:
+        """Back from a file."""
+        return cls(tensors["values"])

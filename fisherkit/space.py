@@ -1,0 +1,203 @@
+"""The parameter space: which parameters, in which order, and how vectors over them are written.
+
+Owns the flat order (that of ``model.named_parameters()`` restricted to the chosen ones, each flattened row-major, a tied
+parameter once), the blocks (one a module, its own parameters together) and the conversion between flat tensors ``[D]``,
+``[D, K]`` and dicts of named tensors. Knows nothing of Fisher matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, UnknownParameterError
+
+Vector = Tensor | Mapping[str, Tensor]
+Selection = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """Names and shapes of the chosen parameters in flat order.
+
+    Args:
+        names: parameter names as in ``model.named_parameters()``.
+        shapes: their shapes, in the same order.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, params: Selection = None) -> ParameterSpace:
+        """The space of a model's chosen parameters.
+
+        Args:
+            model: any module.
+            params: None for all that require grad; or names; or a predicate ``(name, parameter) -> bool``.
+
+        Raises:
+            UnknownParameterError: a name that the model does not have.
+            InvalidArgumentError: nothing was chosen, or a chosen parameter is not a floating-point tensor.
+        """
+        available = dict(model.named_parameters())
+        if params is None:
+            chosen = [name for name, parameter in available.items() if parameter.requires_grad]
+        elif callable(params):
+            chosen = [name for name, parameter in available.items() if params(name, parameter)]
+        else:
+            wanted = [params] if isinstance(params, str) else list(params)
+            unknown = sorted(set(wanted) - set(available))
+            if unknown:
+                raise UnknownParameterError(
+                    call="params",
+                    got=f"unknown parameter names {unknown}",
+                    expected=f"some of {list(available)[:8]}{' …' if len(available) > 8 else ''}",
+                    why="a tied parameter has only the name of the first module that holds it",
+                    try_="dict(model.named_parameters()) lists the names",
+                )
+            chosen = [name for name in available if name in set(wanted)]
+        if not chosen:
+            raise InvalidArgumentError(
+                call="params",
+                got="no parameter" + (" that requires grad" if params is None else ""),
+                expected="at least one",
+                why=f"the model has {len(available)} parameters and none was chosen",
+                try_="pass params=lambda name, parameter: True, or call requires_grad_(True) on what you want",
+            )
+        odd = [name for name in chosen if not available[name].is_floating_point()]
+        if odd:
+            raise InvalidArgumentError(call="params", got=f"parameters {odd} that are not floating point",
+                                       expected="real floating-point parameters",
+                                       try_="leave them out with params=")
+        return cls(tuple(chosen), tuple(tuple(available[name].shape) for name in chosen))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def size(self) -> int:
+        """D, the number of entries in all."""
+        return sum(self.sizes)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each parameter lies in a flat vector."""
+        slices, start = {}, 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            slices[name] = slice(start, start + size)
+            start += size
+        return slices
+
+    @cached_property
+    def blocks(self) -> dict[str, tuple[str, ...]]:
+        """Module name to the names of its own parameters; a tied parameter belongs to the first module that holds it."""
+        blocks: dict[str, list[str]] = {}
+        for name in self.names:
+            blocks.setdefault(name.rpartition(".")[0], []).append(name)
+        return {module: tuple(names) for module, names in blocks.items()}
+
+    def restrict(self, names: Iterable[str]) -> ParameterSpace:
+        """The subspace of some of the names, in this space's order."""
+        wanted = set(names)
+        pairs = [(n, s) for n, s in zip(self.names, self.shapes, strict=True) if n in wanted]
+        return ParameterSpace(tuple(n for n, _ in pairs), tuple(s for _, s in pairs))
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "D"] | Float[Tensor, "D K"]:
+        """Dict of named tensors to one flat tensor.
+
+        Args:
+            tensors: name to a tensor of the parameter's shape, or of that shape with one more, last, axis K.
+
+        Raises:
+            UnknownParameterError: names missing or unknown.
+            InvalidArgumentError: a wrong shape, or axes K that differ.
+        """
+        missing, extra = set(self.names) - set(tensors), set(tensors) - set(self.names)
+        if missing or extra:
+            raise UnknownParameterError(
+                call="space.flatten",
+                got=f"a dict with missing names {sorted(missing)} and unknown names {sorted(extra)}",
+                expected=f"exactly the {len(self.names)} names of space.names",
+                try_="{name: ... for name in fisher.space.names}",
+            )
+        columns = {tensors[n].shape[len(s):] for n, s in zip(self.names, self.shapes, strict=True)}
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            got = tuple(tensors[name].shape)
+            if got[: len(shape)] != shape or len(got) > len(shape) + 1 or len(columns) > 1:
+                raise InvalidArgumentError(
+                    call="space.flatten",
+                    got=f"shape {list(got)} for {name!r}",
+                    expected=f"{list(shape)}, or {[*shape, 'K']} with one K for all names",
+                )
+        tail = next(iter(columns))
+        return torch.cat([tensors[name].reshape(size, *tail) for name, size in zip(self.names, self.sizes, strict=True)])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Flat ``[D]`` or ``[D, K]`` to name -> tensor of the parameter's shape (with a last axis K).
+
+        Raises:
+            InvalidArgumentError: the first axis is not D, or there are more than two axes.
+        """
+        self._check_flat(vector, "space.unflatten")
+        tail = vector.shape[1:]
+        return {n: vector[self.slices[n]].reshape((*s, *tail)) for n, s in zip(self.names, self.shapes, strict=True)}
+
+    def to_columns(
+        self, vector: Vector, call: str, *, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Float[Tensor, "D K"], Callable[[Tensor], Vector]]:
+        """Any accepted form of a vector as columns ``[D, K]``, and the function that gives a result the same form.
+
+        Args:
+            vector: ``[D]``, ``[D, K]`` or a dict.
+            call: the public call, for error messages.
+            dtype: the dtype that the vector must have.
+            device: the device that the vector must be on.
+
+        Raises:
+            InvalidTypeError: not a tensor nor a dict of tensors, or another dtype.
+            InvalidArgumentError: a wrong shape or device.
+            NonFiniteError: NaN or infinity.
+        """
+        if isinstance(vector, Mapping):
+            flat = self.flatten(vector)
+        elif isinstance(vector, Tensor):
+            self._check_flat(vector, call)
+            flat = vector
+        else:
+            raise InvalidTypeError(call=call, got=f"a {type(vector).__name__}", expected="a tensor [D] or [D, K], or a dict",
+                                   try_="torch.as_tensor, or fisher.space.flatten(dict)")
+        if flat.dtype != dtype:
+            raise InvalidTypeError(call=call, got=f"a vector of {flat.dtype}", expected=f"{dtype}, the operator's",
+                                   why="nothing is cast silently", try_=f"v.to({dtype})")
+        if flat.device != device:
+            raise InvalidArgumentError(call=call, got=f"a vector on {flat.device}", expected=f"{device}, the operator's",
+                                       try_=f'v.to("{device}")')
+        if not bool(torch.isfinite(flat).all()):
+            raise NonFiniteError(call=call, got="a vector with NaN or infinite entries", expected="finite numbers",
+                                 try_="torch.isfinite(v).all() before the call")
+        is_dict, is_single = isinstance(vector, Mapping), flat.ndim == 1
+
+        def restore(columns: Tensor) -> Vector:
+            result = columns.squeeze(-1) if is_single else columns
+            return self.unflatten(result) if is_dict else result
+
+        return (flat.unsqueeze(-1) if is_single else flat), restore
+
+    def _check_flat(self, vector: Tensor, call: str) -> None:
+        if vector.ndim not in (1, 2) or vector.shape[0] != self.size:
+            raise InvalidArgumentError(
+                call=call,
+                got=f"shape {list(vector.shape)}",
+                expected=f"[D] or [D, K] with D = {self.size:,}",
+                why="vectors over parameters are flat, columns last",
+                try_="fisher.space.flatten(dict of named tensors)",
+            )

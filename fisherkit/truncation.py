@@ -1,0 +1,132 @@
+"""Truncated square roots of an output Fisher H: the loss gradient first, then pivoted Cholesky of what is left.
+
+v₁ = u / √(uᵀH⁺u) is the largest multiple of the loss gradient whose square stays below H in the Loewner order; each next
+vector is R e_c / √R_cc for the largest remaining diagonal entry c of R = H − Σ v vᵀ. So F₁ ≼ F₂ ≼ … ≼ F_exact, and tr R
+bounds what is missing, example by example. For one softmax the vectors have a closed form: with q the distribution of the
+classes that have not been pivots, v = √(p_c q̄) (e_c − q). Rank 1 is Fast Gauss-Newton (Korbit and Zanon, arXiv
+2605.06081); all ranks are the exact Cholesky factor of the multinomial covariance (Tanabe and Sagae, 1992), label first
+and then pivoted. Everything is in float64: R's entries are differences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.likelihoods import Categorical
+from fisherkit.outputs import Outputs, OutputVectors
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When to stop adding vectors.
+
+    Args:
+        rank: vectors an example; None to go by tolerance.
+        tolerance: largest share of tr H that an example may lack.
+    """
+
+    rank: int | None
+    tolerance: float
+
+    def reached(self, count: int, full: int, left: Float[Tensor, "n"], total: Float[Tensor, "n"]) -> bool:
+        """Whether count vectors are enough for every example."""
+        if count >= full or (self.rank is not None and count >= self.rank):
+            return True
+        return self.rank is None and not bool((left > self.tolerance * total).any())
+
+
+def truncated_vectors(outputs: Outputs, stop: Stop) -> OutputVectors:
+    """The vectors of `fisherkit.TruncatedFisher`.
+
+    Args:
+        outputs: with targets.
+        stop: rank or tolerance.
+    """
+    one_softmax = outputs.z.shape[1] == 1 and type(outputs.likelihood) is Categorical
+    vectors, left, total = (_softmax if one_softmax else _pivoted)(outputs, stop)
+    v = torch.stack(vectors, 1)
+    keep = v.flatten(2).ne(0).any(-1)
+    if stop.rank is None:
+        # An example keeps the shortest prefix whose remainder is within its own tolerance; never less than one vector.
+        before = torch.stack([total, *left[:-1]], 1)
+        needed = before > stop.tolerance * total.unsqueeze(1)
+        needed[:, 0] = True
+        keep = keep & needed
+    kept = keep.long().cumsum(1).argmax(1)
+    dropped = torch.stack(left, 1).gather(1, kept.unsqueeze(1)).squeeze(1)
+    return OutputVectors(v.to(outputs.z.dtype), keep, dropped)
+
+
+Steps = tuple[list[Float[Tensor, "n P C"]], list[Float[Tensor, "n"]], Float[Tensor, "n"]]
+"""Vectors, the trace left after each, and tr H."""
+
+
+def _softmax(outputs: Outputs, stop: Stop) -> Steps:
+    z = outputs.z[:, 0].double()
+    target = torch.zeros_like(z[:, 0], dtype=torch.long) if outputs.target is None else outputs.target[:, 0]
+    label = torch.where(outputs.mask[:, 0], target, torch.zeros_like(target))
+    log_p = torch.log_softmax(z, -1)
+    total = _remainder(log_p, torch.zeros_like(log_p[:, 0]))
+    remaining, log_mass = log_p, torch.zeros_like(log_p[:, 0])
+    vectors: list[Tensor] = []
+    left: list[Tensor] = []
+    pivot = label
+    while not vectors or not stop.reached(len(vectors), z.shape[1] - 1, left[-1], total):
+        chosen = remaining.gather(1, pivot.unsqueeze(1))
+        remaining = remaining.scatter(1, pivot.unsqueeze(1), float("-inf"))
+        log_rest = torch.logsumexp(remaining, -1)
+        scale = (0.5 * (chosen.squeeze(1) + log_rest - log_mass)).exp()
+        rest = (remaining - log_rest.unsqueeze(1)).exp()
+        vectors.append((scale.unsqueeze(1) * (-rest).scatter(1, pivot.unsqueeze(1), 1.0)).unsqueeze(1))
+        log_mass = log_rest
+        left.append(_remainder(remaining, log_mass))
+        pivot = remaining.argmax(1)  # the most likely class left has the largest q(1 − q)
+    return vectors, left, total
+
+
+def _remainder(log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Trace of mass · (diag q − q qᵀ) with q = p / mass, without cancellation."""
+    log_q = log_p - log_mass.unsqueeze(1)
+    return log_mass.exp() * (log_q.exp() * -torch.expm1(log_q)).sum(-1)
+
+
+def _pivoted(outputs: Outputs, stop: Stop) -> Steps:
+    """The same for any likelihood and for positions joined in one example, by products with H alone."""
+    likelihood, z = outputs.likelihood, outputs.z.double()
+    wide = Outputs(z, outputs.target, outputs.mask, outputs.keys, likelihood)
+    assert outputs.target is not None  # noqa: S101  (the builder refuses unlabelled data for this kind)
+    u = wide.gradient()
+    form = torch.where(outputs.mask, likelihood.hessian_inverse_form(z, outputs.target).double(), 0.0).sum(1)
+    first = torch.where(form > 0, form.rsqrt(), torch.zeros_like(form))
+    diagonal = wide.masked(likelihood.hessian_diagonal(z))
+    # What is below rounding of where an entry started is nothing; pivoting on it would make vectors of noise.
+    noise = diagonal * (z.shape[1] * z.shape[2] * torch.finfo(torch.float64).eps * 16)
+    total = diagonal.flatten(1).sum(1)
+    full = z.shape[1] * z.shape[2]
+    vectors, left = [], []
+    v = first[:, None, None] * u
+    while True:
+        vectors.append(v)
+        diagonal = diagonal - v.square()
+        diagonal = torch.where(diagonal > noise, diagonal, torch.zeros_like(diagonal))
+        left.append(diagonal.flatten(1).sum(1))
+        if stop.reached(len(vectors), full, left[-1], total):
+            return vectors, left, total
+        v = _next(wide, vectors, diagonal)
+
+
+def _next(outputs: Outputs, vectors: list[Tensor], diagonal: Float[Tensor, "n P C"]) -> Float[Tensor, "n P C"]:
+    """R e_c / √R_cc at the largest remaining diagonal entry; zero where nothing is left."""
+    largest, place = diagonal.flatten(1).max(1)
+    unit = torch.zeros_like(diagonal).flatten(1).scatter(1, place.unsqueeze(1), 1.0).view_as(diagonal)
+    column = outputs.masked(outputs.likelihood.hessian_matmul(outputs.z, unit))
+    for known in vectors:
+        column = column - known * known.flatten(1).gather(1, place.unsqueeze(1)).unsqueeze(-1)
+    scale = torch.where(largest > 0, largest.rsqrt(), torch.zeros_like(largest))
+    # An entry whose diagonal is used up has nothing left in its row either; what stands there is rounding.
+    column = torch.where(diagonal > 0, column, torch.zeros_like(column))
+    return column * scale[:, None, None]

@@ -1,0 +1,260 @@
+"""Every structure × operation against the matrix written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fisherkit.errors import NoClosedFormError
+from fisherkit.operators import (
+    BlockDiagonalOperator,
+    DenseOperator,
+    FisherOperator,
+    KroneckerOperator,
+    RelativeDamping,
+    SumOperator,
+)
+from tests.operator_cases import (
+    CASES,
+    DTYPES,
+    LAYER,
+    MIXED,
+    TOLERANCE,
+    Pair,
+    assert_close,
+    diagonal,
+    kronecker,
+    normal,
+    positive,
+    total,
+)
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=CASES)
+def pair(request: pytest.FixtureRequest, dtype: torch.dtype) -> Pair:
+    return CASES[request.param](dtype)
+
+
+def has_eigenvalues(operator: FisherOperator) -> bool:
+    return not isinstance(operator, SumOperator)
+
+
+def shifted(matrix: Tensor, damping: float) -> Tensor:
+    return matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+def test_matvec__is_the_matrix_product_in_every_form(pair: Pair, dtype: torch.dtype) -> None:
+    operator, matrix = pair
+    columns = normal(operator.size, 3, seed=20, dtype=dtype)
+    expected = matrix @ columns.double()
+    for got in (operator.matvec(columns), operator @ columns):
+        assert isinstance(got, Tensor)
+        assert got.dtype == dtype
+        assert_close(got, expected, dtype)
+    assert_close(operator @ columns[:, 0], expected[:, 0], dtype)
+    named = operator @ operator.space.unflatten(columns[:, 1])
+    assert [(n, tuple(t.shape)) for n, t in named.items()] == list(
+        zip(operator.space.names, operator.space.shapes, strict=True)
+    )
+    assert_close(operator.space.flatten(named), expected[:, 1], dtype)
+    assert_close(operator.space.flatten(operator @ operator.space.unflatten(columns)), expected, dtype)
+
+
+def test_quadratic_form__is_the_matrix_s(pair: Pair, dtype: torch.dtype) -> None:
+    operator, matrix = pair
+    columns = normal(operator.size, 3, seed=21, dtype=dtype)
+    expected = torch.einsum("dk,de,ek->k", columns.double(), matrix, columns.double())
+    assert_close(operator.quadratic_form(columns), expected, dtype)
+    assert_close(operator.quadratic_form(columns[:, 2]), expected[2], dtype)
+    assert_close(operator.quadratic_form(operator.space.unflatten(columns[:, 2])), expected[2], dtype)
+    assert_close(operator.quadratic_form(operator.space.unflatten(columns)), expected, dtype)
+
+
+def test_diagonal_trace_to_dense__are_the_matrix_s(pair: Pair, dtype: torch.dtype) -> None:
+    operator, matrix = pair
+    assert operator.shape == tuple(matrix.shape)
+    assert operator.diagonal().dtype == operator.to_dense().dtype == dtype
+    assert operator.trace().dtype == torch.float64
+    assert_close(operator.diagonal(), matrix.diagonal(), dtype)
+    assert_close(operator.trace(), matrix.trace(), dtype)
+    assert_close(operator.to_dense(), matrix, dtype)
+
+
+def test_to_scipy__multiplies_numpy_arrays(pair: Pair, dtype: torch.dtype) -> None:
+    operator, matrix = pair
+    linear = operator.to_scipy()
+    columns = normal(operator.size, 2, seed=22, dtype=dtype)
+    for got in (linear @ columns.numpy(), linear.H @ columns.numpy(), linear.matmat(columns.numpy())):
+        assert got.dtype == columns.numpy().dtype
+        assert_close(torch.from_numpy(np.asarray(got)), matrix @ columns.double(), dtype)
+    assert_close(torch.from_numpy(linear.matvec(columns[:, 0].numpy())), matrix @ columns[:, 0].double(), dtype)
+
+
+# -- inverses ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3, RelativeDamping(0.5)], ids=["none", "absolute", "relative"])
+def test_solve__is_the_damped_inverse(pair: Pair, dtype: torch.dtype, damping: float | RelativeDamping) -> None:
+    operator, matrix = pair
+    number = damping if isinstance(damping, float) else 0.5 * float(matrix.trace()) / len(matrix)
+    columns = normal(operator.size, 3, seed=23, dtype=dtype)
+    expected = torch.linalg.inv(shifted(matrix, number)) @ columns.double()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    solution, info = operator.solve(columns, damping, return_info=True, tolerance=tolerance)
+    assert_close(solution, expected, dtype, factor=10)
+    assert info.converged
+    assert info.damping == pytest.approx(number, rel=1e-5)
+    assert info.residual.shape == (3,)
+    assert float(info.residual.max()) < TOLERANCE[dtype]
+    assert (info.steps == 0) == has_eigenvalues(operator)
+    inverse = operator.factorize(damping, tolerance=tolerance)
+    assert_close(inverse.matvec(columns[:, 0]), expected[:, 0], dtype, factor=10)
+    named = operator.solve(operator.space.unflatten(columns[:, 1]), damping, tolerance=tolerance)
+    assert_close(operator.space.flatten(named), expected[:, 1], dtype, factor=10)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3, RelativeDamping(0.5)], ids=["none", "absolute", "relative"])
+def test_logdet__is_slogdet_or_refused(pair: Pair, dtype: torch.dtype, damping: float | RelativeDamping) -> None:
+    operator, matrix = pair
+    number = damping if isinstance(damping, float) else 0.5 * float(matrix.trace()) / len(matrix)
+    if not has_eigenvalues(operator):
+        with pytest.raises(NoClosedFormError, match=r"fk\.estimators\.lanczos_logdet"):
+            operator.logdet(damping)
+        return
+    expected = torch.linalg.slogdet(shifted(matrix, number)).logabsdet
+    assert_close(operator.logdet(damping), expected, dtype)
+    assert_close(operator.factorize(damping).logdet(), expected, dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sample__has_exactly_the_inverse_as_covariance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A sample is linear in the normal numbers behind it: sample = S ε, and its covariance is S Sᵀ. S is read off by
+    # feeding one unit vector ε after the other.
+    operator, matrix = CASES[name](torch.float64)
+    inverse = operator.factorize(0.3, tolerance=1e-12)
+    numbers = Numbers()
+    monkeypatch.setattr(torch, "randn", numbers)
+    inverse.sample()
+    count = numbers.used
+    columns = []
+    for place in range(count):
+        numbers.start(place)
+        columns.append(inverse.sample(torch.Generator()))
+        assert numbers.used == count
+    root = torch.stack(columns, dim=1)
+    assert_close(root @ root.T, torch.linalg.inv(shifted(matrix, 0.3)), torch.float64, factor=10)
+
+
+class Numbers:
+    """Stands in for ``torch.randn``: zeros, with a 1 at one place of the whole sequence of numbers asked for."""
+
+    def __init__(self) -> None:
+        self.start(-1)
+
+    def start(self, place: int) -> None:
+        self.place, self.used = place, 0
+
+    def __call__(self, *shape: int, dtype: torch.dtype, device: torch.device, generator: object = None) -> Tensor:
+        count = math.prod(shape)
+        unit = (torch.arange(self.used, self.used + count) == self.place).to(dtype).reshape(shape)
+        self.used += count
+        return unit
+
+
+def test_sample__repeats_with_the_generator_s_seed(pair: Pair) -> None:
+    inverse = pair[0].factorize(0.3)
+    draws = [inverse.sample(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.allclose(draws[0], draws[2])
+
+
+def test_solve__tiny_damping_leaves_the_null_space_divided_by_it(dtype: torch.dtype) -> None:
+    # Cholesky of this matrix in float64 sees only rounding in the null space.
+    rows = normal(2, LAYER.size, seed=3).to(dtype)
+    operator = DenseOperator(LAYER, rows.T @ rows)
+    v = normal(LAYER.size, seed=4)
+    outside = v - rows.double().T @ torch.linalg.lstsq(rows.double().T, v.unsqueeze(1)).solution.squeeze(1)
+    if dtype == torch.float64:
+        got = operator.solve(outside, 1e-15)
+        assert float((got * 1e-15 - outside).norm() / outside.norm()) < 1e-5
+    assert bool(torch.isfinite(operator.solve(v.to(dtype), 1e-15)).all())
+
+
+# -- spectra -----------------------------------------------------------------------------------------------------------
+
+
+def test_eigenvalues__are_the_largest_in_order(pair: Pair, dtype: torch.dtype) -> None:
+    operator, matrix = pair
+    if not has_eigenvalues(operator):
+        with pytest.raises(NoClosedFormError, match=r"fk\.estimators\.lanczos_eigenvalues"):
+            operator.eigenvalues(2)
+        return
+    expected = torch.linalg.eigvalsh(matrix).flip(0)
+    for k in (1, 5, operator.size):
+        assert operator.eigenvalues(k).dtype == torch.float64
+        assert_close(operator.eigenvalues(k), expected[:k], dtype)
+    assert_close(operator.eigenvalues(), expected, dtype)
+
+
+def test_gram__needs_rows(pair: Pair) -> None:
+    with pytest.raises(NoClosedFormError, match='structure="full"'):
+        pair[0].gram()
+
+
+def test_eigen__is_the_same_matrix(dtype: torch.dtype) -> None:
+    operator, matrix = kronecker(dtype)
+    assert isinstance(operator, KroneckerOperator)
+    assert operator.eigen() is operator.eigen()
+    assert_close(operator.eigen().to_dense(), matrix, dtype)
+    assert float(operator.eigen().eigenvalues().min()) >= 0
+
+
+def test_eigen__rounding_below_zero_counts_as_zero() -> None:
+    activation, gradient = positive(5, 1, torch.float32, rank=2), positive(3, 2, torch.float32)
+    operator = KroneckerOperator(LAYER, activation, gradient)
+    assert float(operator.eigenvalues().min()) >= 0
+    assert bool(torch.isfinite(operator.factorize(1e-6).sample(torch.Generator().manual_seed(0))).all())
+
+
+def test_solve__blocks_that_iterate_report_themselves() -> None:
+    spaces = [MIXED.restrict(["x.weight", "x.bias"]), MIXED.restrict(["y.weight", "z", "w.weight", "w.bias"])]
+    pairs = [kronecker(torch.float64, spaces[0], seed, inputs=2) for seed in (0, 4)]
+    operator = BlockDiagonalOperator(MIXED, [total(*pairs)[0], diagonal(torch.float64, spaces[1])[0]])
+    columns = torch.cat([normal(MIXED.size, 2, seed=1), torch.zeros(MIXED.size, 1, dtype=torch.float64)], dim=1)
+    solution, info = operator.solve(columns, 0.1, return_info=True, tolerance=1e-10)
+    left = (shifted(operator.to_dense(), 0.1) @ solution - columns).norm(dim=0)
+    assert torch.allclose(info.residual, left / columns.norm(dim=0).clamp_min(1), rtol=1e-3, atol=1e-14)
+    assert info.converged
+    assert info.steps > 0
+    assert "conjugate_gradient" in info.method
+    assert "direct" in info.method
+
+
+def test_operators__never_change_their_tensors(pair: Pair) -> None:
+    operator, _ = pair
+    before, v = operator._state(), normal(operator.size, seed=1, dtype=operator.dtype)
+    copies = [tensor.clone() for tensor in tensors_of(before)]
+    operator.solve(v, 0.1)
+    operator.factorize(0.1).sample()
+    operator.diagonal().zero_()  # what an operation returns is the caller's to change
+    operator.to_dense().zero_()
+    (operator + 2.0 * operator).matvec(v)
+    after = tensors_of(operator._state())
+    assert all(torch.equal(a, b) for a, b in zip(after, copies, strict=True))
+
+
+def tensors_of(state: object) -> list[Tensor]:
+    own = list(state.tensors.values())  # type: ignore[attr-defined]
+    return own + [tensor for child in state.children for tensor in tensors_of(child)]  # type: ignore[attr-defined]
