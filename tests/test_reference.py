@@ -16,12 +16,14 @@ from tests.reference.outputs import (
     EXACT,
     IGNORE_INDEX,
     SAMPLED,
+    Example,
     Likelihood,
     gradient,
     hessian,
     loss,
     truncated_kind,
 )
+from tests.reference.zoo import Compose
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
 
@@ -287,6 +289,23 @@ def test_kronecker__is_exact_for_a_deep_linear_net_with_squared_error(method: Me
     problem = FAMILIES["deep_linear"].problem()
     found = kronecker(problem, EXACT, method, sharing)
     assert_close(found, block(rows(problem, EXACT)))
+
+
+@pytest.mark.parametrize("example", ["sequence", "token"])
+def test_kronecker__expand_is_exact_for_a_deep_linear_net_at_every_position(example: Example) -> None:
+    model, inputs, _ = FAMILIES["deep_linear"].build()
+    assert isinstance(inputs, Tensor)
+    sequences = inputs.reshape(3, 2, 4)
+    problem = Problem(model, sequences, torch.zeros(3, 2, 3, dtype=torch.float64), "gaussian", example)
+    assert_close(kronecker(problem, EXACT), block(rows(problem, EXACT)))
+
+
+def test_kronecker__reduce_is_exact_for_a_deep_linear_net_with_mean_pooling() -> None:
+    model, inputs, _ = FAMILIES["deep_linear"].build()
+    assert isinstance(inputs, Tensor)
+    pooled = Compose(lambda m, x: m.body(x).mean(1), body=model)
+    problem = Problem(pooled, inputs.reshape(3, 2, 4), torch.zeros(3, 3, dtype=torch.float64), "gaussian")
+    assert_close(kronecker(problem, EXACT, sharing="reduce"), block(rows(problem, EXACT)))
 
 
 @pytest.mark.parametrize("name", ["mlp", "residual", "frozen_bias", "inplace_relu_linear", "batchnorm1d"])

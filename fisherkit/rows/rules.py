@@ -237,8 +237,8 @@ class NormalizationRule(Rule):
         self.layouts = (BATCH_FIRST,) if channels_second else LAYOUTS
 
     def input_features(self, use: Use) -> int:
-        """The normalized axes."""
-        return len(use.arguments["normalized_shape"])
+        """The normalized axes; channels that come second are moved last by hand."""
+        return 1 if self.channels_second else len(use.arguments["normalized_shape"])
 
     def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
         """The normalized input."""
