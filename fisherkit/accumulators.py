@@ -1,6 +1,7 @@
-"""What a pass over the data adds up: frozen records of tensors with ``add`` (one chunk of rows) and ``merge`` (two passes).
+"""What a pass over the data adds up: frozen records of tensors with ``add`` and ``merge``.
 
-Batches, devices and tasks add the same way. No normalization here: the builder divides by N once.
+``add`` takes one more chunk of rows, ``merge`` what another pass added up, so that batches, devices and tasks add the
+same way. No normalization here: the builder divides by N once.
 """
 
 from __future__ import annotations
@@ -97,8 +98,12 @@ class KroneckerFactors:
 
     def merge(self, other: KroneckerFactors) -> KroneckerFactors:
         """With another pass's."""
-        return KroneckerFactors(self.activation + other.activation, self.gradient + other.gradient,
-                                self.count + other.count, self.transposed)
+        return KroneckerFactors(
+            self.activation + other.activation,
+            self.gradient + other.gradient,
+            self.count + other.count,
+            self.transposed,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,12 @@ class RotatedSquares:
 
     def add(self, rows: FactoredRows) -> RotatedSquares:
         """With more rows."""
-        rotated = FactoredRows(rows.homogeneous() @ self.activation_basis, rows.gradients @ self.gradient_basis,
-                               rows.example, bias=False)
+        rotated = FactoredRows(
+            rows.homogeneous() @ self.activation_basis, rows.gradients @ self.gradient_basis, rows.example, bias=False
+        )
         squares = rotated.squared_sum().reshape(self.total.shape)
         return RotatedSquares(self.activation_basis, self.gradient_basis, self.total + squares)
 
     def merge(self, other: RotatedSquares) -> RotatedSquares:
         """With another pass's, in the same basis."""
         return RotatedSquares(self.activation_basis, self.gradient_basis, self.total + other.total)
-
-

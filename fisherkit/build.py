@@ -70,7 +70,7 @@ class Builder:
     def __init__(self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool) -> None:
         self.problem, self.normalization, self.reduce = problem, normalization, reduce
         self.space = problem.plan.space
-        first = problem.plan.parameters[self.space.names[0]]
+        first = problem.plan.example_parameter
         self.dtype, self.device = first.dtype, first.device
         self.budget = available_memory(first.device) // 2 if memory_budget is None else memory_budget
         self.examples = self.rows = 0
@@ -91,7 +91,7 @@ class Builder:
             "ekfac": lambda: self._join(self._ekfac()),
         }
         self.problem.measure()
-        for unit in self.problem.plan.units:
+        for unit in self.problem.plan.ruled:
             # Only rows that are kept gain from being written out; sums are taken from the factors.
             unit.stored = unit.stored and structure in ("full", "block")
         operator, parts = make[structure]()
@@ -111,9 +111,9 @@ class Builder:
             return whole, {n: (self._low_rank(rows.part(n)), kinds[n], units[n]) for n in units}
         for _ in self._counted(self.problem.chunks("count")):
             pass
-        whole = self._low_rank(StreamedRows(self.problem, self.rows, self.space))
+        whole = self._low_rank(StreamedRows(self.problem, self.rows))
         reason = f"rows would take {needed / 1e9:.3g} GB, the budget is {self.budget / 1e9:.3g} GB"
-        return whole, {n: (whole, "full, streamed rows", reason) for n in units}
+        return whole, dict.fromkeys(units, (whole, "full, streamed rows", reason))
 
     def _block(self) -> tuple[FisherOperator, Parts]:
         """Each module's block by its rows or its dense matrix, whichever is smaller; one pass for all."""
@@ -168,7 +168,9 @@ class Builder:
                     known = factors.get(names) or KroneckerFactors.zeros(rows)
                     factors[names] = known.add(rows, first=chunk.first, positions=chunk.positions, reduce=self.reduce)
                 elif rows.size <= SMALL_BLOCK:
-                    blocks[names] = (blocks.get(names) or NormalMatrix(self._zeros(rows.size, rows.size))).add(rows.dense())
+                    blocks[names] = (blocks.get(names) or NormalMatrix(self._zeros(rows.size, rows.size))).add(
+                        rows.dense()
+                    )
                 else:
                     squares[names] = (squares.get(names) or Squares(self._zeros(rows.size))).add(rows)
         parts: Parts = {}
@@ -191,7 +193,11 @@ class Builder:
         parts = self._kfac()
         bases = {n: part[0].eigen() for n, part in parts.items() if isinstance(part[0], KroneckerOperator)}
         totals = {
-            names: RotatedSquares(basis.activation_basis, basis.gradient_basis, self._zeros(len(basis.gradient_basis), len(basis.activation_basis)))
+            names: RotatedSquares(
+                basis.activation_basis,
+                basis.gradient_basis,
+                self._zeros(len(basis.gradient_basis), len(basis.activation_basis)),
+            )
             for names, basis in bases.items()
         }
         for chunk in self.problem.chunks("ekfac"):
@@ -222,8 +228,13 @@ class Builder:
                 self.dropped.append(chunk.dropped)
             yield chunk
         if self.examples == 0:
-            raise DataError(call="data", got="no example with a label that counts", expected="at least one",
-                            why="all labels are ignore_index", try_="check the labels")
+            raise DataError(
+                call="data",
+                got="no example with a label that counts",
+                expected="at least one",
+                why="all labels are ignore_index",
+                try_="check the labels",
+            )
 
     def _low_rank(self, rows: RowSource) -> LowRankOperator:
         return LowRankOperator(rows, self.scale, dtype=self.dtype, device=self.device, memory_budget=self.budget)
@@ -236,7 +247,7 @@ class Builder:
 
     def _kfac_bytes(self) -> int:
         item = torch.finfo(self.dtype).bits // 8
-        return sum(item * n for n in self.problem.plan.factor_numbers())
+        return item * self.problem.plan.factor_numbers()
 
     def _require(self, needed: int, structure: str, try_: str) -> None:
         if needed > self.budget:
@@ -248,7 +259,7 @@ class Builder:
 
     def _entry(self, names: Names, operator: FisherOperator, structure: str, reason: str) -> CoverageEntry:
         units = self.problem.plan.units
-        rules = {unit.rule.name if unit.rule else self.problem.plan.generic_way for unit in units if unit.names[0] in names}
+        rules = {self.problem.plan.rule_name(unit) for unit in units if unit.names[0] in names}
         streamed = isinstance(operator, LowRankOperator) and not isinstance(operator.rows, Rows)
         memory = 0 if streamed else sum(t.numel() * t.element_size() for t in operator._state().all_tensors())
         return CoverageEntry(names, ", ".join(sorted(rules)), structure, memory, reason)

@@ -70,19 +70,30 @@ class Batch:
         """
         if isinstance(raw, Mapping):
             if "labels" not in raw:
-                raise DataError(call=call, got=f"a mapping with keys {sorted(map(str, raw))}", expected='one with "labels"',
-                                try_='a pair (inputs, targets), or rename the key to "labels"')
+                raise DataError(
+                    call=call,
+                    got=f"a mapping with keys {sorted(map(str, raw))}",
+                    expected='one with "labels"',
+                    try_='a pair (inputs, targets), or rename the key to "labels"',
+                )
             inputs: Any = {key: value for key, value in raw.items() if key != "labels"}
             targets = raw["labels"]
         elif isinstance(raw, (tuple, list)) and len(raw) == 2:
             inputs, targets = raw
         else:
-            raise InvalidTypeError(call=call, got=f"a batch of type {type(raw).__name__}",
-                                   expected='a pair (inputs, targets) or a mapping with "labels"',
-                                   try_="[(x, y)] for a list of batches, (x, y) for one")
+            raise InvalidTypeError(
+                call=call,
+                got=f"a batch of type {type(raw).__name__}",
+                expected='a pair (inputs, targets) or a mapping with "labels"',
+                try_="[(x, y)] for a list of batches, (x, y) for one",
+            )
         if targets is not None and not isinstance(targets, Tensor):
-            raise InvalidTypeError(call=call, got=f"targets of type {type(targets).__name__}", expected="a tensor",
-                                   try_="torch.as_tensor(targets)")
+            raise InvalidTypeError(
+                call=call,
+                got=f"targets of type {type(targets).__name__}",
+                expected="a tensor",
+                try_="torch.as_tensor(targets)",
+            )
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
         if isinstance(inputs, (tuple, list)):
             args = tuple(inputs)
@@ -93,9 +104,18 @@ class Batch:
         if size == 0:
             raise DataError(call=call, got="a batch with no example", expected="at least one")
         if targets is not None and (targets.ndim == 0 or targets.shape[0] != size):
-            raise DataError(call=call, got=f"inputs with {size} examples and targets of shape {list(targets.shape)}",
-                            expected=f"{size} targets", why="both have the examples along axis 0")
+            raise DataError(
+                call=call,
+                got=f"inputs with {size} examples and targets of shape {list(targets.shape)}",
+                expected=f"{size} targets",
+                why="both have the examples along axis 0",
+            )
         return cls(args, kwargs, targets, size)
+
+    @property
+    def raw(self) -> tuple[Any, Tensor | None]:
+        """As a pair that a user could have passed."""
+        return (self.kwargs if self.kwargs else self.args), self.targets
 
     def take(self, index: Tensor | slice) -> Batch:
         """Some of the examples; tensors without the batch's leading size are passed as they are."""
@@ -109,13 +129,17 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731  (three uses, one line)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         targets = None if self.targets is None else move(self.targets)
         return Batch(_map(self.args, move), _map(self.kwargs, move), targets, self.size)
 
     def shifted(self, ignore_index: int) -> Batch:
         """Labels moved one position to the left, as a causal language model's loss pairs them with its outputs."""
-        assert self.targets is not None
+        if self.targets is None:
+            return self
         last = torch.full_like(self.targets[:, :1], ignore_index)
         return Batch(self.args, self.kwargs, torch.cat([self.targets[:, 1:], last], 1), self.size)
 
@@ -145,9 +169,12 @@ class Batch:
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if isinstance(logits, Tensor):
             return logits
-        raise ModelError(call="the model's forward pass", got=f"a {type(output).__name__}",
-                         expected="a tensor of outputs, or an object with .logits",
-                         try_="a small nn.Module around the model whose forward returns the logits")
+        raise ModelError(
+            call="the model's forward pass",
+            got=f"a {type(output).__name__}",
+            expected="a tensor of outputs, or an object with .logits",
+            try_="a small nn.Module around the model whose forward returns the logits",
+        )
 
 
 class Source:
@@ -158,15 +185,24 @@ class Source:
     """
 
     def __init__(self, data: Data) -> None:
-        is_pair = isinstance(data, (tuple, list)) and len(data) == 2 and (data[1] is None or isinstance(data[1], Tensor))
+        is_pair = (
+            isinstance(data, (tuple, list)) and len(data) == 2 and (data[1] is None or isinstance(data[1], Tensor))
+        )
         is_batch = is_pair or isinstance(data, Mapping)
         if not is_batch and not isinstance(data, Iterable):
-            raise InvalidTypeError(call="data", got=f"a {type(data).__name__}",
-                                   expected="one batch (inputs, targets), or a list or DataLoader of batches")
+            raise InvalidTypeError(
+                call="data",
+                got=f"a {type(data).__name__}",
+                expected="one batch (inputs, targets), or a list or DataLoader of batches",
+            )
         if not is_batch and iter(data) is data:
-            raise DataError(call="data", got=f"a {type(data).__name__}, which can be read only once",
-                            expected="something that can be iterated again and again",
-                            why="streamed products and EKFAC read the data more than once", try_="list(data), or a DataLoader")
+            raise DataError(
+                call="data",
+                got=f"a {type(data).__name__}, which can be read only once",
+                expected="something that can be iterated again and again",
+                why="streamed products and EKFAC read the data more than once",
+                try_="list(data), or a DataLoader",
+            )
         self.batches: Iterable[Any] = [data] if is_batch else data
         # A shuffling loader draws its order from the global generator: every pass starts from the same state.
         self._rng_state = torch.get_rng_state()
@@ -230,8 +266,12 @@ def check_finite(z: Tensor, call: str) -> None:
         NonFiniteError: naming the batch.
     """
     if not bool(torch.isfinite(z).all()):
-        raise NonFiniteError(call=call, got="model outputs with NaN or infinite entries", expected="finite outputs",
-                             try_="check the inputs of this batch and the model's weights")
+        raise NonFiniteError(
+            call=call,
+            got="model outputs with NaN or infinite entries",
+            expected="finite outputs",
+            try_="check the inputs of this batch and the model's weights",
+        )
 
 
 def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device, torch.dtype]:
@@ -243,7 +283,11 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
     parameters = dict(model.named_parameters())
     found = {(parameters[name].device, parameters[name].dtype) for name in names}
     if len(found) > 1:
-        raise ModelError(call="params", got=f"parameters of {sorted(f'{d} {t}' for d, t in found)}",
-                         expected="one device and one dtype", why="a Fisher is one operator over all of them",
-                         try_="params= to choose the parameters of one device and dtype, or model.to(...)")
+        raise ModelError(
+            call="params",
+            got=f"parameters of {sorted(f'{d} {t}' for d, t in found)}",
+            expected="one device and one dtype",
+            why="a Fisher is one operator over all of them",
+            try_="params= to choose the parameters of one device and dtype, or model.to(...)",
+        )
     return found.pop()

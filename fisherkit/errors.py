@@ -1,8 +1,8 @@
 """Every error that fisherkit raises on purpose.
 
-Each says the same five things in one sentence or two: which call failed, what it got, what it expected, why, and what to
-try. Each is also a builtin exception, so that code which does not know fisherkit can still catch it. This module owns the
-wording's shape and nothing else; it imports nothing from the package.
+Each says the same five things in one sentence or two: which call failed, what it got, what it expected, why, and what
+to try. Each is also a builtin exception, so that code which does not know fisherkit can still catch it. This module
+owns the wording's shape and nothing else; it imports nothing from the package.
 """
 
 from __future__ import annotations

@@ -32,25 +32,28 @@ STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 class FisherApproximation(FisherOperator):
     """F = (1/N) Σ_nm (J_nᵀ v_nm)(J_nᵀ v_nm)ᵀ with the vectors v of a kind, in a structure.
 
-    The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as before,
-    also after an exception. It must be deterministic: call ``model.eval()`` if it has dropout or batch norm.
+    The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
+    before, also after an exception. It must be deterministic: call ``model.eval()`` if it has dropout or batch norm.
 
     Args:
         model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or to an object with
             ``.logits``. Examples lie along axis 0 and do not influence each other; both are checked.
-        data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A batch
-            is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword arguments,
-            or a mapping with "labels". Batches are moved to the model's device. Targets may be None for kinds that do not
-            use them.
+        data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A
+            batch is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword
+            arguments, or a mapping with "labels". Batches are moved to the model's device. Targets may be None for
+            kinds that do not use them.
         likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
         structure: "full", "block", "diagonal", "kfac" or "ekfac".
         params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
-        example: "sequence": one example a batch element, its positions' losses summed; "token": one an unmasked position.
+        example: "sequence": one example a batch element, its positions' losses summed; "token": one an unmasked
+            position.
         normalization: "mean" for 1/N, "sum" for no factor.
         generator: seeds whatever is random about the kind; None for its documented default.
-        chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory. No effect on the result.
-        memory_budget: bytes that the operator may take; None for half of what is available. Rows of the full structure that
-            do not fit are streamed from the data for each product; other structures that do not fit are refused.
+        chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory. No effect on the
+            result.
+        memory_budget: bytes that the operator may take; None for half of what is available. Rows of the full
+            structure that do not fit are streamed from the data for each product; other structures that do not fit
+            are refused.
         progress: show a progress bar.
         shift_labels: labels belong to the outputs one position before them (causal language models). None: as the model
             says of itself, for Hugging Face's ForCausalLM and their ``loss_type``; else no.
@@ -59,8 +62,8 @@ class FisherApproximation(FisherOperator):
     Attributes:
         examples: N.
         rows: R, number of rows.
-        dropped_trace: for each example (or token) counted, the trace of the output Fisher that the kind left out; None if
-            nothing. ‖F_exact − F‖₂ is at most the mean over examples of dropped_trace · ‖J_n‖₂².
+        dropped_trace: for each example (or token) counted, the trace of the output Fisher that the kind left out;
+            None if nothing. ‖F_exact − F‖₂ is at most the mean over examples of dropped_trace · ‖J_n‖₂².
 
     Raises:
         FisherkitError: in one of its forms, each saying what was got, what was expected and what to try.
@@ -99,8 +102,9 @@ class FisherApproximation(FisherOperator):
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
             _positive(call, name, value)
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise InvalidTypeError(call=call, got=f"a {type(generator).__name__} as generator",
-                                   expected="a torch.Generator or None")
+            raise InvalidTypeError(
+                call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
+            )
         self.seed_from(generator)
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
@@ -109,7 +113,7 @@ class FisherApproximation(FisherOperator):
         source = Source(data)
         plan = make_plan(model, space, source.first().to(device))
         problem = Problem(
-            plan, source, resolved, self.output_vectors, self.positionwise, self.needs_targets, example == "token",
+            plan, source, resolved, self, example == "token",
             _is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
         )  # fmt: skip
         builder = Builder(
@@ -130,6 +134,12 @@ class FisherApproximation(FisherOperator):
     @abstractmethod
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """The vectors v of this kind for a batch of outputs; all that tells kinds apart."""
+
+    def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
+        """Σ_m v (vᵀ w) for K directions w; overridden where the output Fisher has a cheaper product."""
+        found = self.output_vectors(outputs)
+        v = found.v if found.keep is None else found.v * found.keep[:, :, None, None]
+        return torch.einsum("nmpc,knm->knpc", v, torch.einsum("nmpc,knpc->knm", v, w))
 
     def seed_from(self, generator: torch.Generator | None) -> None:
         """Take what randomness the kind needs from the generator; nothing unless a kind overrides it."""
@@ -195,4 +205,6 @@ def _positive(call: str, name: str, value: int | None) -> None:
 
 def _is_causal(model: nn.Module) -> bool:
     """Whether a Hugging Face model computes its loss on labels shifted by one."""
-    return getattr(model, "loss_type", None) == "ForCausalLM" or type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return getattr(model, "loss_type", None) == "ForCausalLM" or type(model).__name__.endswith(
+        ("ForCausalLM", "LMHeadModel")
+    )

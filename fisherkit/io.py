@@ -1,7 +1,8 @@
 """Fisher files: safetensors with a JSON description in the header, written whole or not at all.
 
 Owns the bytes: names of tensors inside the file, the header's keys, the format's version, atomic replacement. Knows
-nothing of what an operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle is never used.
+nothing of what an operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle is never
+used.
 """
 
 from __future__ import annotations
@@ -62,8 +63,12 @@ def write(path: str | Path, state: State, space: ParameterSpace, metadata: dict[
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise InvalidArgumentError(call=f"save({str(path)!r})", got=f"a folder that does not exist: {path.parent}",
-                                   expected="an existing folder", try_="Path(path).parent.mkdir(parents=True)")
+        raise InvalidArgumentError(
+            call=f"save({str(path)!r})",
+            got=f"a folder that does not exist: {path.parent}",
+            expected="an existing folder",
+            try_="Path(path).parent.mkdir(parents=True)",
+        )
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
     header = {
@@ -97,24 +102,44 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State
     """
     call = f"load({str(path)!r})"
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise FileFormatError(call=call, got="a safetensors file of another kind",
-                                      expected="one written by fisher.save", try_="check the path")
-            if int(header["version"]) > VERSION:
-                raise FileFormatError(call=call, got=f"format version {header['version']}",
-                                      expected=f"at most {VERSION}", try_="a newer fisherkit")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        header, tensors = _open(path, str(device))
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(**_unreadable(call, error)) from error
+    if header.get("format") != FORMAT:
+        raise FileFormatError(
+            call=call,
+            got="a safetensors file of another kind",
+            expected="one written by fisher.save",
+            try_="check the path",
+        )
+    try:
+        version = int(header["version"])
         shapes = json.loads(header["space"])
         space = ParameterSpace(tuple(shapes), tuple(tuple(s) for s in shapes.values()))
-        return _unpack(json.loads(header["operator"]), tensors), space, json.loads(header["metadata"])
-    except (SafetensorError, KeyError, ValueError, OSError, AttributeError, TypeError) as error:
-        if isinstance(error, FileFormatError):
-            raise
-        raise FileFormatError(call=call, got=f"a file that cannot be read ({error})",
-                              expected="a complete file written by fisher.save",
-                              try_="save it again; an interrupted save leaves the old file in place") from error
+        state, metadata = _unpack(json.loads(header["operator"]), tensors), json.loads(header["metadata"])
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise FileFormatError(**_unreadable(call, error)) from error
+    if version > VERSION:
+        raise FileFormatError(
+            call=call, got=f"format version {version}", expected=f"at most {VERSION}", try_="a newer fisherkit"
+        )
+    return state, space, metadata
+
+
+def _open(path: str | Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, framework="pt", device=device) as file:
+        # The handle is not a mapping: keys() is its only way to tell what it holds.
+        names = file.keys()
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+
+
+def _unreadable(call: str, error: Exception) -> dict[str, str]:
+    return {
+        "call": call,
+        "got": f"a file that cannot be read ({error})",
+        "expected": "a complete file written by fisher.save",
+        "try_": "save it again; an interrupted save leaves the old file in place",
+    }
 
 
 def _pack(state: State, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -124,7 +149,13 @@ def _pack(state: State, prefix: str, tensors: dict[str, Tensor]) -> dict[str, An
         # safetensors refuses tensors that share memory, and views that are not contiguous.
         tensors[keys[name]] = tensor.detach().clone(memory_format=torch.contiguous_format)
     children = [_pack(child, f"{prefix}{i}.", tensors) for i, child in enumerate(state.children)]
-    return {"kind": state.kind, "names": list(state.names), "tensors": keys, "options": state.options, "children": children}
+    return {
+        "kind": state.kind,
+        "names": list(state.names),
+        "tensors": keys,
+        "options": state.options,
+        "children": children,
+    }
 
 
 def _unpack(tree: dict[str, Any], tensors: dict[str, Tensor]) -> State:

@@ -1,7 +1,7 @@
 """The kinds: five rules in output space, and nothing else.
 
-Each says which vectors v an example has; models, layers, structures and solvers never see the difference. A new kind is one
-more class here or in a user's own code.
+Each says which vectors v an example has; models, layers, structures and solvers never see the difference. A new kind
+is one more class here or in a user's own code.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit.data import Data
@@ -22,8 +23,8 @@ from fisherkit.truncation import Stop, truncated_vectors
 class EmpiricalFisher(FisherApproximation):
     """The empirical Fisher: v = ∂ℓ/∂z at the observed label, F = (1/N) Σ ∇ℓ_n ∇ℓ_nᵀ.
 
-    Not an approximation of the exact Fisher except near a perfect fit of the data's distribution; its preconditioned steps
-    are biased towards examples that are already fit (Kunstner, Hennig, Balles, arXiv 1905.12558).
+    Not an approximation of the exact Fisher except near a perfect fit of the data's distribution; its preconditioned
+    steps are biased towards examples that are already fit (Kunstner, Hennig, Balles, arXiv 1905.12558).
     """
 
     kind_name = "ef"
@@ -37,8 +38,8 @@ class ImprovedEmpiricalFisher(FisherApproximation):
     """The improved empirical Fisher: v = u / ‖u‖^power with u = ∂ℓ/∂z, at the price of the empirical one.
 
     Dividing each example's gradient by the norm of its logit gradient removes EF's inversely-scaled projection (Wu, Yu,
-    Zhang, Woodland, NeurIPS 2024, arXiv 2406.06420, eq. 14). An exactly zero gradient gives a zero row. The matrix is not on
-    the Fisher's scale: its trace does not vanish as the fit becomes perfect.
+    Zhang, Woodland, NeurIPS 2024, arXiv 2406.06420, eq. 14). An exactly zero gradient gives a zero row. The matrix is
+    not on the Fisher's scale: its trace does not vanish as the fit becomes perfect.
 
     Args:
         power: 1 for the paper's matrix, 0 for EF; ½ is a cheap cousin of the truncated Fisher of rank 1.
@@ -48,7 +49,9 @@ class ImprovedEmpiricalFisher(FisherApproximation):
 
     def __init__(self, model: nn.Module, data: Data, *, power: float = 1.0, **options: Any) -> None:
         if isinstance(power, bool) or not isinstance(power, (int, float)):
-            raise InvalidTypeError(call=type(self).__name__, got=f"power of type {type(power).__name__}", expected="a number")
+            raise InvalidTypeError(
+                call=type(self).__name__, got=f"power of type {type(power).__name__}", expected="a number"
+            )
         if not 0 <= power <= 1:
             raise InvalidArgumentError(call=type(self).__name__, got=f"power={power}", expected="a number from 0 to 1")
         self.power = float(power)
@@ -72,8 +75,9 @@ class ImprovedEmpiricalFisher(FisherApproximation):
 class SampledFisher(FisherApproximation):
     """The Monte Carlo Fisher: labels drawn from the model, v = ∂ℓ(ŷ_m)/∂z / √draws; unbiased for the exact Fisher.
 
-    A label depends on the seed and on the example's place in the data alone, so that the same seed gives the same matrix in
-    every pass and for any batch split. Draws of one example that fell on the same label become one weighted row, exactly.
+    A label depends on the seed and on the example's place in the data alone, so that the same seed gives the same
+    matrix in every pass and for any batch split. Draws of one example that fell on the same label become one weighted
+    row, exactly.
 
     Args:
         draws: labels an example.
@@ -86,8 +90,9 @@ class SampledFisher(FisherApproximation):
     def __init__(self, model: nn.Module, data: Data, *, draws: int = 1, seed: int = 0, **options: Any) -> None:
         for name, value in (("draws", draws), ("seed", seed)):
             if isinstance(value, bool) or not isinstance(value, int):
-                raise InvalidTypeError(call=type(self).__name__, got=f"{name} of type {type(value).__name__}",
-                                       expected="an integer")
+                raise InvalidTypeError(
+                    call=type(self).__name__, got=f"{name} of type {type(value).__name__}", expected="an integer"
+                )
         if draws < 1:
             raise InvalidArgumentError(call=type(self).__name__, got=f"draws={draws}", expected="1 or more")
         self.draws, self.seed = draws, seed
@@ -129,12 +134,16 @@ class ExactFisher(FisherApproximation):
         """Columns of a square root of the output Hessian."""
         return OutputVectors(outputs.likelihood.hessian_factor(outputs.z[:, 0]).transpose(1, 2).unsqueeze(2))
 
+    def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
+        """The output Hessian's own product, O(C) an output."""
+        return outputs.likelihood.hessian_matmul(outputs.z, w)
+
 
 class TruncatedFisher(FisherApproximation):
     """The exact Fisher's output metric truncated to a few vectors, the loss gradient first.
 
-    F₁ ≼ F₂ ≼ … ≼ F_exact in the Loewner order, equal at full rank; on F's own scale, without sampling; `dropped_trace` says
-    what each example lacks. See `fisherkit.truncation` for the construction and its sources.
+    F₁ ≼ F₂ ≼ … ≼ F_exact in the Loewner order, equal at full rank; on F's own scale, without sampling;
+    `dropped_trace` says what each example lacks. See `fisherkit.truncation` for the construction and its sources.
 
     Args:
         rank: vectors an example.

@@ -1,8 +1,8 @@
 """Likelihoods p(y | z): the loss a model was trained with, seen from its outputs.
 
-A likelihood owns the gradient and Hessian of ℓ = −log p in the outputs, how targets are shaped and checked, and how labels
-are drawn. It knows nothing of parameters. A new one supplies `gradient`, `hessian_factor` and `sample`; the other methods
-have defaults that follow from these and are overridden where a closed form is cheaper.
+A likelihood owns the gradient and Hessian of ℓ = −log p in the outputs, how targets are shaped and checked, and how
+labels are drawn. It knows nothing of parameters. A new one supplies `gradient`, `hessian_factor` and `sample`; the
+other methods have defaults that follow from these and are overridden where a closed form is cheaper.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Likelihood(ABC):
     """p(y | z) for targets of z's own shape; `Categorical` overrides the shapes for labels."""
 
     name: str
+    ignore_index = -100
+    """Label of positions that do not count, for likelihoods of labels."""
 
     @abstractmethod
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
@@ -69,8 +71,12 @@ class Likelihood(ABC):
         if target is None:
             return z, None, mask
         if target.shape[:1] != z.shape[:1] or target.numel() != z.numel():
-            raise DataError(call=call, got=f"targets of shape {list(target.shape)} for outputs {list(z.shape)}",
-                            expected="targets of the outputs' shape", why=f"the likelihood is {self.name}")
+            raise DataError(
+                call=call,
+                got=f"targets of shape {list(target.shape)} for outputs {list(z.shape)}",
+                expected="targets of the outputs' shape",
+                why=f"the likelihood is {self.name}",
+            )
         target = target.reshape(z.shape).to(z.dtype)
         self.check_values(target, call)
         return z, target, mask
@@ -143,14 +149,20 @@ class Bernoulli(Likelihood):
     def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """Σ u² / (p(1 − p)); an output that is certain and right adds nothing."""
         u, h = self.gradient(z, target), self.hessian_diagonal(z)
-        return torch.where(h > 0, u / h.sqrt().clamp_min(torch.finfo(z.dtype).tiny), torch.zeros_like(u)).square().sum(-1)
+        return (
+            torch.where(h > 0, u / h.sqrt().clamp_min(torch.finfo(z.dtype).tiny), torch.zeros_like(u)).square().sum(-1)
+        )
 
     def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
         """Refuse targets outside [0, 1]."""
         super().check_values(target, call)
         if bool(((target < 0) | (target > 1)).any()):
-            raise DataError(call=call, got=f"targets from {target.min().item():.4g} to {target.max().item():.4g}",
-                            expected="probabilities between 0 and 1", why="the likelihood is bernoulli")
+            raise DataError(
+                call=call,
+                got=f"targets from {target.min().item():.4g} to {target.max().item():.4g}",
+                expected="probabilities between 0 and 1",
+                why="the likelihood is bernoulli",
+            )
 
 
 class Categorical(Likelihood):
@@ -174,8 +186,8 @@ class Categorical(Likelihood):
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
         """The exact Cholesky factor of diag(p) − p pᵀ, C − 1 columns (Tanabe and Sagae, 1992).
 
-        Column k is √(p_k q_{k+1} / q_k) (e_k − p_{>k} / q_{k+1}) with q_k the mass of the classes from k on; in logarithms,
-        so that it is accurate for probabilities near 0 and 1.
+        Column k is √(p_k q_{k+1} / q_k) (e_k − p_{>k} / q_{k+1}) with q_k the mass of the classes from k on; in
+        logarithms, so that it is accurate for probabilities near 0 and 1.
         """
         log_p = torch.log_softmax(z, -1)
         log_q = torch.logcumsumexp(log_p.flip(-1), -1).flip(-1)
@@ -216,29 +228,49 @@ class Categorical(Likelihood):
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
         """Outputs ``(B, C)`` with labels ``(B)``, or ``(B, T, C)`` with labels ``(B, T)``."""
         if z.ndim == 1:
-            raise DataError(call=call, got="outputs of shape (B,)", expected="(B, C) or (B, T, C)",
-                            why="a categorical likelihood needs one output for each class",
-                            try_='likelihood="bernoulli" for one logit')
+            raise DataError(
+                call=call,
+                got="outputs of shape (B,)",
+                expected="(B, C) or (B, T, C)",
+                why="a categorical likelihood needs one output for each class",
+                try_='likelihood="bernoulli" for one logit',
+            )
         labels_shape = z.shape[:-1]
         z = _positions(z, call)
         if z.shape[-1] < 2:
-            raise DataError(call=call, got="one output a position", expected="at least two classes",
-                            try_='likelihood="bernoulli" for one logit')
+            raise DataError(
+                call=call,
+                got="one output a position",
+                expected="at least two classes",
+                try_='likelihood="bernoulli" for one logit',
+            )
         if target is None:
             return z, None, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
         if target.is_floating_point() or target.dtype == torch.bool:
-            raise DataError(call=call, got=f"labels of {target.dtype}", expected="integers",
-                            why="a categorical likelihood takes class indices", try_="labels.long(), or probs.argmax(-1)")
+            raise DataError(
+                call=call,
+                got=f"labels of {target.dtype}",
+                expected="integers",
+                why="a categorical likelihood takes class indices",
+                try_="labels.long(), or probs.argmax(-1)",
+            )
         if target.shape != labels_shape:
-            raise DataError(call=call, got=f"labels of shape {list(target.shape)} for outputs {[*labels_shape, z.shape[-1]]}",
-                            expected=f"{list(labels_shape)}", why="the last axis of the outputs holds the classes",
-                            try_="logits.movedim(1, -1) in the model if classes come second")
+            raise DataError(
+                call=call,
+                got=f"labels of shape {list(target.shape)} for outputs {[*labels_shape, z.shape[-1]]}",
+                expected=f"{list(labels_shape)}",
+                why="the last axis of the outputs holds the classes",
+                try_="logits.movedim(1, -1) in the model if classes come second",
+            )
         target = target.reshape(z.shape[:2]).long()
         mask = target != self.ignore_index
         if bool((mask & ((target < 0) | (target >= z.shape[-1]))).any()):
-            raise DataError(call=call, got=f"labels from {int(target[mask].min())} to {int(target[mask].max())}",
-                            expected=f"0 to {z.shape[-1] - 1}, or ignore_index = {self.ignore_index}",
-                            try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'")
+            raise DataError(
+                call=call,
+                got=f"labels from {int(target[mask].min())} to {int(target[mask].max())}",
+                expected=f"0 to {z.shape[-1] - 1}, or ignore_index = {self.ignore_index}",
+                try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'",
+            )
         return z, target, mask
 
     def _valid(self, target: Tensor) -> Tensor:
@@ -247,9 +279,13 @@ class Categorical(Likelihood):
 
 def _positions(z: Tensor, call: str) -> Float[Tensor, "B P C"]:
     if z.ndim not in (2, 3):
-        raise DataError(call=call, got=f"outputs of shape {list(z.shape)}", expected="(B, C) or (B, T, C)",
-                        why="outputs are positions by classes, the classes last",
-                        try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W)")
+        raise DataError(
+            call=call,
+            got=f"outputs of shape {list(z.shape)}",
+            expected="(B, C) or (B, T, C)",
+            why="outputs are positions by classes, the classes last",
+            try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W)",
+        )
     return z.unsqueeze(1) if z.ndim == 2 else z
 
 
@@ -270,9 +306,16 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
     if isinstance(likelihood, Likelihood):
         return likelihood
     if not isinstance(likelihood, str):
-        raise InvalidTypeError(call="likelihood", got=f"a {type(likelihood).__name__}",
-                               expected=f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood")
+        raise InvalidTypeError(
+            call="likelihood",
+            got=f"a {type(likelihood).__name__}",
+            expected=f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood",
+        )
     if likelihood not in _NAMED:
-        raise InvalidArgumentError(call="likelihood", got=repr(likelihood), expected=f"one of {sorted(_NAMED)}",
-                                   try_="an object of fk.likelihoods for anything else")
+        raise InvalidArgumentError(
+            call="likelihood",
+            got=repr(likelihood),
+            expected=f"one of {sorted(_NAMED)}",
+            try_="an object of fk.likelihoods for anything else",
+        )
     return _NAMED[likelihood]()

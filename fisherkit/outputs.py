@@ -5,13 +5,14 @@ Everything that tells one Fisher from another happens on these two records. Neit
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from fisherkit.errors import DataError
 
 if TYPE_CHECKING:
     from fisherkit.likelihoods import Likelihood
@@ -37,16 +38,30 @@ class Outputs:
 
     def positionwise(self) -> Outputs:
         """The same outputs with every position as a unit of its own: ``[n·P, 1, C]``."""
-        flat = lambda x: x.reshape(-1, 1, *x.shape[2:])  # noqa: E731  (three uses, one line)
+
+        def flat(x: Tensor) -> Tensor:
+            return x.reshape(-1, 1, *x.shape[2:])
+
         target = None if self.target is None else flat(self.target)
         return Outputs(flat(self.z), target, flat(self.mask), flat(self.keys), self.likelihood)
 
     def gradient(self) -> Float[Tensor, "n P C"]:
-        """∂ℓ/∂z at the observed target; zero at positions that do not count."""
-        assert self.target is not None  # the builder refuses unlabelled data for kinds that need labels
+        """∂ℓ/∂z at the observed target; zero at positions that do not count.
+
+        Raises:
+            DataError: there are no targets.
+        """
+        if self.target is None:
+            raise DataError(
+                call="the kind's output_vectors",
+                got="no targets",
+                expected="targets",
+                why="this kind uses the observed labels",
+                try_="fk.ExactFisher or fk.SampledFisher for unlabelled data",
+            )
         return self.masked(self.likelihood.gradient(self.z, self.target))
 
-    def masked(self, v: Float[Tensor, "n P C"]) -> Float[Tensor, "n P C"]:
+    def masked(self, v: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
         """Zero at positions that do not count, whatever was there (NaN of padding included)."""
         return torch.where(self.mask.unsqueeze(-1), v, torch.zeros((), dtype=v.dtype, device=v.device))
 
@@ -67,4 +82,19 @@ class OutputVectors:
     dropped: Float[Tensor, "n"] | None = None
 
 
-OutputRule = Callable[[Outputs], OutputVectors]
+class OutputRule(Protocol):
+    """What the rows' loop needs of a kind.
+
+    Attributes:
+        positionwise: whether every position has vectors of its own (kinds whose output Fisher is block-diagonal).
+        needs_targets: whether observed labels are used.
+    """
+
+    positionwise: ClassVar[bool]
+    needs_targets: ClassVar[bool]
+
+    def output_vectors(self, outputs: Outputs) -> OutputVectors:
+        """The vectors v."""
+
+    def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
+        """Σ_m v (vᵀ w)."""

@@ -1,7 +1,8 @@
 """Randomness that leaves no trace and does not depend on how data is cut.
 
-`keyed_uniform` gives each example its own numbers, whatever batch it arrives in; `untouched_rng` lets foreign code (data
-loaders, models) draw what it likes and puts the global generators back. Nothing here knows what the numbers are for.
+`keyed_uniform` gives each example its own numbers, whatever batch it arrives in; `untouched_rng` lets foreign code
+(data loaders, models) draw what it likes and puts the global generators back. Nothing here knows what the numbers are
+for.
 """
 
 from __future__ import annotations

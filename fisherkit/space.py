@@ -1,8 +1,8 @@
 """The parameter space: which parameters, in which order, and how vectors over them are written.
 
-Owns the flat order (that of ``model.named_parameters()`` restricted to the chosen ones, each flattened row-major, a tied
-parameter once), the blocks (one a module, its own parameters together) and the conversion between flat tensors ``[D]``,
-``[D, K]`` and dicts of named tensors. Knows nothing of Fisher matrices.
+Owns the flat order (that of ``model.named_parameters()`` restricted to the chosen ones, each flattened row-major, a
+tied parameter once), the blocks (one a module, its own parameters together) and the conversion between flat tensors
+``[D]``, ``[D, K]`` and dicts of named tensors. Knows nothing of Fisher matrices.
 """
 
 from __future__ import annotations
@@ -73,9 +73,12 @@ class ParameterSpace:
             )
         odd = [name for name in chosen if not available[name].is_floating_point()]
         if odd:
-            raise InvalidArgumentError(call="params", got=f"parameters {odd} that are not floating point",
-                                       expected="real floating-point parameters",
-                                       try_="leave them out with params=")
+            raise InvalidArgumentError(
+                call="params",
+                got=f"parameters {odd} that are not floating point",
+                expected="real floating-point parameters",
+                try_="leave them out with params=",
+            )
         return cls(tuple(chosen), tuple(tuple(available[name].shape) for name in chosen))
 
     @cached_property
@@ -99,7 +102,7 @@ class ParameterSpace:
 
     @cached_property
     def blocks(self) -> dict[str, tuple[str, ...]]:
-        """Module name to the names of its own parameters; a tied parameter belongs to the first module that holds it."""
+        """Module name to the names of its own parameters; a tied one belongs to the first module that holds it."""
         blocks: dict[str, list[str]] = {}
         for name in self.names:
             blocks.setdefault(name.rpartition(".")[0], []).append(name)
@@ -129,7 +132,7 @@ class ParameterSpace:
                 expected=f"exactly the {len(self.names)} names of space.names",
                 try_="{name: ... for name in fisher.space.names}",
             )
-        columns = {tensors[n].shape[len(s):] for n, s in zip(self.names, self.shapes, strict=True)}
+        columns = {tensors[n].shape[len(s) :] for n, s in zip(self.names, self.shapes, strict=True)}
         for name, shape in zip(self.names, self.shapes, strict=True):
             got = tuple(tensors[name].shape)
             if got[: len(shape)] != shape or len(got) > len(shape) + 1 or len(columns) > 1:
@@ -139,7 +142,9 @@ class ParameterSpace:
                     expected=f"{list(shape)}, or {[*shape, 'K']} with one K for all names",
                 )
         tail = next(iter(columns))
-        return torch.cat([tensors[name].reshape(size, *tail) for name, size in zip(self.names, self.sizes, strict=True)])
+        return torch.cat(
+            [tensors[name].reshape(size, *tail) for name, size in zip(self.names, self.sizes, strict=True)]
+        )
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Flat ``[D]`` or ``[D, K]`` to name -> tensor of the parameter's shape (with a last axis K).
@@ -173,17 +178,34 @@ class ParameterSpace:
             self._check_flat(vector, call)
             flat = vector
         else:
-            raise InvalidTypeError(call=call, got=f"a {type(vector).__name__}", expected="a tensor [D] or [D, K], or a dict",
-                                   try_="torch.as_tensor, or fisher.space.flatten(dict)")
+            raise InvalidTypeError(
+                call=call,
+                got=f"a {type(vector).__name__}",
+                expected="a tensor [D] or [D, K], or a dict",
+                try_="torch.as_tensor, or fisher.space.flatten(dict)",
+            )
         if flat.dtype != dtype:
-            raise InvalidTypeError(call=call, got=f"a vector of {flat.dtype}", expected=f"{dtype}, the operator's",
-                                   why="nothing is cast silently", try_=f"v.to({dtype})")
+            raise InvalidTypeError(
+                call=call,
+                got=f"a vector of {flat.dtype}",
+                expected=f"{dtype}, the operator's",
+                why="nothing is cast silently",
+                try_=f"v.to({dtype})",
+            )
         if flat.device != device:
-            raise InvalidArgumentError(call=call, got=f"a vector on {flat.device}", expected=f"{device}, the operator's",
-                                       try_=f'v.to("{device}")')
+            raise InvalidArgumentError(
+                call=call,
+                got=f"a vector on {flat.device}",
+                expected=f"{device}, the operator's",
+                try_=f'v.to("{device}")',
+            )
         if not bool(torch.isfinite(flat).all()):
-            raise NonFiniteError(call=call, got="a vector with NaN or infinite entries", expected="finite numbers",
-                                 try_="torch.isfinite(v).all() before the call")
+            raise NonFiniteError(
+                call=call,
+                got="a vector with NaN or infinite entries",
+                expected="finite numbers",
+                try_="torch.isfinite(v).all() before the call",
+            )
         is_dict, is_single = isinstance(vector, Mapping), flat.ndim == 1
 
         def restore(columns: Tensor) -> Vector:

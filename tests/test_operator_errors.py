@@ -54,9 +54,9 @@ CALLS: dict[str, tuple[Callable[[], object], type[FisherkitError], str]] = {
     "three axes": (lambda: operator() @ ONES.reshape(15, 1, 1), InvalidArgumentError, "got shape [15, 1, 1]"),
     "scalar": (lambda: operator() @ torch.tensor(1.0), InvalidArgumentError, "got shape []"),
     "wrong dtype": (
-        lambda: operator().solve(ONES.float()),
+        lambda: operator() @ ONES.float(),
         InvalidTypeError,
-        "KroneckerOperator.solve: got a vector of torch.float32; expected torch.float64, the operator's. "
+        "KroneckerOperator.matvec: got a vector of torch.float32; expected torch.float64, the operator's. "
         "Nothing is cast silently. Try: v.to(torch.float64).",
     ),
     "integers": (lambda: operator() @ ONES.long(), InvalidTypeError, "a vector of torch.int64"),

@@ -109,7 +109,7 @@ def test_load__refuses_a_corrupted_header(path: Path) -> None:
 def test_load__refuses_a_corrupted_description(path: Path) -> None:
     content = saved(path)
     path.write_bytes(content.replace(b"l.weight", b"k.weight", 1))
-    refused(path, r"parts do not fit together .*a diagonal operator over \[.*\]; expected one over")
+    refused(path, r"parts do not make an operator .*a diagonal operator over \[.*\]; expected one over")
     path.write_bytes(content.replace(b"{", b"[").replace(b"}", b"]"))
     refused(path, "a file that cannot be read")
 
@@ -151,7 +151,7 @@ def test_load__refuses_a_version_from_the_future(path: Path) -> None:
 def test_load__refuses_unknown_kinds_wherever_they_are(path: Path) -> None:
     inner = io.State("hologram", LAYER.names)
     io.write(path, io.State("sum", LAYER.names, children=(inner,)), LAYER, {})
-    refused(path, r"operators of unknown kind \['hologram'\]; expected some of \[.*'block_diagonal', .*'kronecker'")
+    refused(path, r"an operator of unknown kind 'hologram'; expected one of \[.*'block_diagonal', .*'kronecker'")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_load__refuses_unknown_kinds_wherever_they_are(path: Path) -> None:
 )  # fmt: skip
 def test_load__refuses_parts_that_do_not_fit(state: io.State, match: str, path: Path) -> None:
     io.write(path, state, LAYER, {})
-    refused(path, f"parts do not fit together .*{match}")
+    refused(path, f"parts do not make an operator .*{match}")
 
 
 def test_load__restores_odd_names(path: Path) -> None:

@@ -6,6 +6,7 @@
 |---|---|---|---|---|---|
 | `DiagonalOperator` | diag(d) | 1/(d + λ) | d | √d ε | diagonal |
 | `DenseOperator` | the matrix | Cholesky | eigh | U √w ε | dense, diagonal |
+| `LowRankOperator` | scale · JᵀJ | Woodbury, or the smaller of two Grams | its Gram's | √scale Jᵀε | rows of its form |
 | `KroneckerOperator` | G ⊗ A | eigh of G and of A | products of theirs | as the next | never |
 | `EigenKroneckerOperator` | U diag(e) Uᵀ, U = U_G ⊗ U_A | 1/(e + λ) | e | U √e ε | never |
 | `BlockDiagonalOperator` | blocks | the blocks' | the blocks' | the blocks' | block by block |
@@ -24,6 +25,7 @@ from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
+from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.persistence import load
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Factorization",
     "FisherOperator",
     "KroneckerOperator",
+    "LowRankOperator",
     "RelativeDamping",
     "SumOperator",
     "add",

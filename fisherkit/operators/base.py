@@ -70,8 +70,12 @@ class FisherOperator(ABC):
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> FisherOperator:
         """The operator that `_state` described; every structure with a `kind` supplies it."""
-        raise FileFormatError(call="load", got=f"an operator of kind {state.kind!r}", expected="a kind that can be loaded",
-                              why=f"{cls.__name__} does not define _from_state")
+        raise FileFormatError(
+            call="load",
+            got=f"an operator of kind {state.kind!r}",
+            expected="a kind that can be loaded",
+            why=f"{cls.__name__} does not define _from_state",
+        )
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         """F + other folded into one operator where that is exact, else None."""
@@ -84,7 +88,9 @@ class FisherOperator(ABC):
         return self._diagonal().double().sum()
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
-        raise self._no_closed_form("eigenvalues", "its parts do not share eigenvectors", "fk.estimators.lanczos_eigenvalues")
+        raise self._no_closed_form(
+            "eigenvalues", "its parts do not share eigenvectors", "fk.estimators.lanczos_eigenvalues"
+        )
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._matmat(torch.eye(self.size, dtype=self.dtype, device=self.device))
@@ -133,7 +139,7 @@ class FisherOperator(ABC):
         """vᵀ F v, a scalar for one vector, ``[K]`` for columns; float64."""
         columns, restore = self._columns(v, "quadratic_form")
         values = (columns.double() * self._matmat(columns).double()).sum(0)
-        single = isinstance(v, Tensor) and v.ndim == 1 or not isinstance(v, Tensor) and _is_single(v, self.space)
+        single = (isinstance(v, Tensor) and v.ndim == 1) or (not isinstance(v, Tensor) and _is_single(v, self.space))
         return values[0] if single else values
 
     @final
@@ -168,8 +174,11 @@ class FisherOperator(ABC):
         """
         count = self.size if k is None else k
         if not isinstance(count, int) or not 1 <= count <= self.size:
-            raise InvalidArgumentError(call=f"{self._name}.eigenvalues(k={k})", got=f"k = {k}",
-                                       expected=f"an integer from 1 to D = {self.size:,}")
+            raise InvalidArgumentError(
+                call=f"{self._name}.eigenvalues(k={k})",
+                got=f"k = {k}",
+                expected=f"an integer from 1 to D = {self.size:,}",
+            )
         return self._eigenvalues(count)
 
     @final
@@ -179,30 +188,33 @@ class FisherOperator(ABC):
 
     @final
     def factorize(
-        self, damping: Damping = 1e-3, *, tolerance: float = 1e-6, max_steps: int | None = None
+        self, damping: Damping = 1e-3, *, tolerance: float | None = None, max_steps: int | None = None
     ) -> Factorization:
         """A reusable inverse of F + λI with ``.matvec(v)``, ``.logdet()`` and ``.sample(generator)``.
 
         Args:
             damping: λ, or `RelativeDamping`.
-            tolerance: relative residual at which an iterative solver stops; direct factorizations ignore it.
+            tolerance: relative residual at which an iterative solver stops, 1e-10 in float64 and 1e-5 below by default;
+                direct factorizations ignore it.
             max_steps: of an iterative solver.
 
         Raises:
             InvalidTypeError, InvalidArgumentError: damping is not a number that is 0 or more.
             SingularMatrixError: F + λI is singular.
         """
+        if tolerance is None:
+            tolerance = 1e-10 if self.dtype == torch.float64 else 1e-5
         return self._factorize(self._resolve(damping, "factorize"), tolerance, max_steps)
 
     @overload
-    def solve(self, v: Vector, damping: Damping = ..., *, return_info: Literal[False] = ..., tolerance: float = ...,
+    def solve(self, v: Vector, damping: Damping = ..., *, return_info: Literal[False] = ..., tolerance: float | None = ...,
               max_steps: int | None = ...) -> Vector: ...  # fmt: skip
     @overload
-    def solve(self, v: Vector, damping: Damping = ..., *, return_info: Literal[True], tolerance: float = ...,
+    def solve(self, v: Vector, damping: Damping = ..., *, return_info: Literal[True], tolerance: float | None = ...,
               max_steps: int | None = ...) -> tuple[Vector, SolveInfo]: ...  # fmt: skip
     @final
     def solve(
-        self, v: Vector, damping: Damping = 1e-3, *, return_info: bool = False, tolerance: float = 1e-6,
+        self, v: Vector, damping: Damping = 1e-3, *, return_info: bool = False, tolerance: float | None = None,
         max_steps: int | None = None,
     ) -> Vector | tuple[Vector, SolveInfo]:  # fmt: skip
         """(F + λI)⁻¹ v, with the null space's v/λ included.
@@ -217,7 +229,6 @@ class FisherOperator(ABC):
         Returns:
             The solution in v's form; with ``return_info`` a pair (solution, `SolveInfo`).
         """
-        self._columns(v, "solve")
         inverse = self.factorize(damping, tolerance=tolerance, max_steps=max_steps)
         return inverse.matvec(v, return_info=True) if return_info else inverse.matvec(v)
 
@@ -258,8 +269,12 @@ class FisherOperator(ABC):
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise InvalidTypeError(call=f"{self._name} * scale", got=f"a {type(scale).__name__}", expected="a number")
         if not 0 <= scale < float("inf"):
-            raise InvalidArgumentError(call=f"{self._name} * {scale}", got=f"scale {scale}", expected="a finite number, 0 or more",
-                                       why="operators form a cone: a negative multiple is not positive semi-definite")
+            raise InvalidArgumentError(
+                call=f"{self._name} * {scale}",
+                got=f"scale {scale}",
+                expected="a finite number, 0 or more",
+                why="operators form a cone: a negative multiple is not positive semi-definite",
+            )
         return self._unwrap()._scaled(float(scale))
 
     __rmul__ = __mul__
@@ -267,10 +282,14 @@ class FisherOperator(ABC):
     @final
     def __add__(self, other: FisherOperator) -> FisherOperator:
         """F + other, folded into one operator where that is exact, else kept as a sum."""
-        from fisherkit.operators.algebra import add  # the sum is itself an operator, so this import cannot be at the top
+        from fisherkit.operators.algebra import (
+            add,
+        )  # the sum is itself an operator, so this import cannot be at the top
 
         if not isinstance(other, FisherOperator):
-            raise InvalidTypeError(call=f"{self._name} + other", got=f"a {type(other).__name__}", expected="a FisherOperator")
+            raise InvalidTypeError(
+                call=f"{self._name} + other", got=f"a {type(other).__name__}", expected="a FisherOperator"
+            )
         return add(self._unwrap(), other._unwrap())
 
     # -- shared by the above -------------------------------------------------------------------------------------------
@@ -288,8 +307,13 @@ class FisherOperator(ABC):
         return check_damping(damping, f"{self._name}.{operation}")
 
     def _no_closed_form(self, operation: str, why: str, try_: str) -> NoClosedFormError:
-        return NoClosedFormError(call=f"{self._name}.{operation}", got=f"a {self._name} over D = {self.size:,} parameters",
-                                 expected="a structure with a closed form", why=why, try_=try_)
+        return NoClosedFormError(
+            call=f"{self._name}.{operation}",
+            got=f"a {self._name} over D = {self.size:,} parameters",
+            expected="a structure with a closed form",
+            why=why,
+            try_=try_,
+        )
 
 
 def _is_single(v: Any, space: ParameterSpace) -> bool:

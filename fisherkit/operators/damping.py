@@ -34,10 +34,17 @@ def check_damping(damping: float, call: str) -> float:
         InvalidArgumentError: negative, NaN or infinite.
     """
     if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        raise InvalidTypeError(call=call, got=f"damping of type {type(damping).__name__}",
-                               expected="a float or fk.RelativeDamping", try_="float(damping)")
+        raise InvalidTypeError(
+            call=call,
+            got=f"damping of type {type(damping).__name__}",
+            expected="a float or fk.RelativeDamping",
+            try_="float(damping)",
+        )
     if not math.isfinite(damping) or damping < 0:
-        raise InvalidArgumentError(call=f"{call}(damping={damping})", got=f"damping {damping}",
-                                   expected="a finite number, 0 or more",
-                                   why="F + damping·I must stay positive semi-definite")
+        raise InvalidArgumentError(
+            call=f"{call}(damping={damping})",
+            got=f"damping {damping}",
+            expected="a finite number, 0 or more",
+            why="F + damping·I must stay positive semi-definite",
+        )
     return float(damping)

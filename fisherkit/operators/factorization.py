@@ -131,7 +131,9 @@ class IterativeFactorization(Factorization):
         )  # fmt: skip
 
     def _logdet(self) -> Float[Tensor, ""]:
-        raise self.operator._no_closed_form("logdet", "it is solved iteratively", "fk.estimators.lanczos_logdet(fisher, damping=...)")
+        raise self.operator._no_closed_form(
+            "logdet", "it is solved iteratively", "fk.estimators.lanczos_logdet(fisher, damping=...)"
+        )
 
 
 def cholesky(matrix: Float[Tensor, "n n"], *, call: str, why: str) -> Float[Tensor, "n n"]:
@@ -142,6 +144,11 @@ def cholesky(matrix: Float[Tensor, "n n"], *, call: str, why: str) -> Float[Tens
     """
     factor, info = torch.linalg.cholesky_ex(matrix.double())
     if int(info) != 0 or not bool(torch.isfinite(factor).all()):
-        raise SingularMatrixError(call=call, got="a singular matrix", expected="a positive definite one", why=why,
-                                  try_="a larger damping, or fk.RelativeDamping(1e-6)")
+        raise SingularMatrixError(
+            call=call,
+            got="a singular matrix",
+            expected="a positive definite one",
+            why=why,
+            try_="a larger damping, or fk.RelativeDamping(1e-6)",
+        )
     return factor

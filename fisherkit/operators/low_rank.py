@@ -83,8 +83,11 @@ class LowRankOperator(FisherOperator):
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         side = self._small_side()
         if side == "none":
-            raise self._no_closed_form("eigenvalues", "neither the Gram nor the dense matrix fits the memory budget",
-                                       "fk.estimators.lanczos_eigenvalues(fisher, k)")
+            raise self._no_closed_form(
+                "eigenvalues",
+                "neither the Gram nor the dense matrix fits the memory budget",
+                "fk.estimators.lanczos_eigenvalues(fisher, k)",
+            )
         small = self.rows.gram() if side == "gram" else self.rows.normal_matrix()
         values = torch.linalg.eigvalsh(self.scale * small).clamp_min(0).flip(0)[:k]
         return torch.nn.functional.pad(values, (0, k - values.shape[0]))
@@ -94,22 +97,35 @@ class LowRankOperator(FisherOperator):
         return self.scale**0.5 * self.rows.rmatmul(noise)
 
     def _scaled(self, scale: float) -> LowRankOperator:
-        return LowRankOperator(self.rows, scale * self.scale, dtype=self.dtype, device=self.device,
-                               memory_budget=self.memory_budget)
+        return LowRankOperator(
+            self.rows, scale * self.scale, dtype=self.dtype, device=self.device, memory_budget=self.memory_budget
+        )
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
-        if not isinstance(other, LowRankOperator) or not isinstance(self.rows, Rows) or not isinstance(other.rows, Rows):
+        if (
+            not isinstance(other, LowRankOperator)
+            or not isinstance(self.rows, Rows)
+            or not isinstance(other.rows, Rows)
+        ):
             return None
         if not self.rows.stacks_with(other.rows):
             return None
         stacked = Rows.cat([self.rows.scaled(self.scale**0.5), other.rows.scaled(other.scale**0.5)])
-        return LowRankOperator(stacked, 1.0, dtype=self.dtype, device=self.device,
-                               memory_budget=min(self.memory_budget, other.memory_budget))
+        return LowRankOperator(
+            stacked,
+            1.0,
+            dtype=self.dtype,
+            device=self.device,
+            memory_budget=min(self.memory_budget, other.memory_budget),
+        )
 
     def _state(self) -> io.State:
         if not isinstance(self.rows, Rows):
-            raise self._no_closed_form("save", "its rows are streamed from the data and lie nowhere",
-                                       'structure="kfac" or "diagonal", or a larger memory_budget')
+            raise self._no_closed_form(
+                "save",
+                "its rows are streamed from the data and lie nowhere",
+                'structure="kfac" or "diagonal", or a larger memory_budget',
+            )
         units = tuple(
             io.State(slot.rows.kind, slot.names, slot.rows.tensors(), slot.rows.options()) for slot in self.rows.slots
         )

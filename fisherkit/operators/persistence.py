@@ -33,21 +33,14 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FisherOpera
     """
     call = f"load({str(path)!r})"
     state, space, metadata = io.read(path, device=device)
-    unknown = sorted(_kinds(state) - set(_registry()))
-    if unknown:
-        raise FileFormatError(
-            call=call,
-            got=f"operators of unknown kind {unknown}",
-            expected=f"some of {sorted(_registry())}",
-            try_="import the module that defines them first, or a newer fisherkit",
-        )
     try:
         operator = restore(space, state)
-    except (FisherkitError, LookupError) as error:
+    except (FisherkitError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileFormatError(
             call=call,
-            got=f"a file whose parts do not fit together ({error})",
+            got=f"a file whose parts do not make an operator ({error})",
             expected="one written by fisher.save",
+            why="each structure checks its own tensors when it is restored",
             try_="save it again",
         ) from error
     operator.metadata = dict(metadata)
@@ -59,18 +52,26 @@ def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
 
     Args:
         space: the parameters it acts on.
-        state: of a registered kind.
+        state: as the operator's `_state` gave it.
 
     Raises:
-        FileFormatError: the state is over other parameters.
+        FileFormatError: the state is of an unknown kind, or over other parameters.
     """
+    registry = _registry()
+    if state.kind not in registry:
+        raise FileFormatError(
+            call="load",
+            got=f"an operator of unknown kind {state.kind!r}",
+            expected=f"one of {sorted(registry)}",
+            try_="import the module that defines it first, or a newer fisherkit",
+        )
     if state.names != space.names:
         raise FileFormatError(
             call="load",
             got=f"a {state.kind} operator over {list(state.names)}",
             expected=f"one over {list(space.names)}",
         )
-    return _registry()[state.kind]._from_state(space, state)
+    return registry[state.kind]._from_state(space, state)
 
 
 def _registry() -> dict[str, type[FisherOperator]]:
@@ -81,7 +82,3 @@ def _subclasses(cls: Any) -> Iterator[type[FisherOperator]]:
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
-
-
-def _kinds(state: io.State) -> set[str]:
-    return {state.kind}.union(*(_kinds(child) for child in state.children))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Self
 
 TILE = 1 << 25
-"""Entries of the largest temporary that a tiled loop makes: 128 MiB in float32, well above where matmuls are efficient."""
+"""Entries of the largest temporary of a tiled loop: 128 MiB in float32, well above where matmuls are efficient."""
 
 
 class UnitRows(ABC):

@@ -1,7 +1,7 @@
 """All rows of a Fisher: the units' rows side by side, over the flat parameter space.
 
-Splits flat vectors by unit and adds the units' answers. `RowSource` is what the full structure needs of rows; stored rows
-answer from memory, streamed rows (`rows.streamed`) from the data.
+Splits flat vectors by unit and adds the units' answers. `RowSource` is what the full structure needs of rows; stored
+rows answer from memory, streamed rows (`rows.streamed`) from the data.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ class Rows(RowSource):
 
     def stacks_with(self, other: Rows) -> bool:
         """Whether `cat` can put the two on top of each other: same units, kept in the same way."""
-        return self.space == other.space and [_form(slot) for slot in self.slots] == [_form(slot) for slot in other.slots]
+        return self.space == other.space and [_form(slot) for slot in self.slots] == [
+            _form(slot) for slot in other.slots
+        ]
 
     def scaled(self, scale: float) -> Rows:
         """Every row times a number."""

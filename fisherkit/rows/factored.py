@@ -1,17 +1,18 @@
 """Rows kept as the two factors of a linear layer's gradient: row = Σ_t g_t a_tᵀ, never N × D.
 
 The activations a belong to an example and are shared by all its rows; the output gradients g belong to a row. A bias is
-one more input that is always 1. This file owns the algebra of the pair; where the pair comes from is the rules' business.
+one more input that is always 1. This file owns the algebra of the pair; where the pair comes from is the rules'
+business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Self
 
 from fisherkit.rows.base import UnitRows, spans, sum_by
 
@@ -156,8 +157,9 @@ class FactoredRows(UnitRows):
 
     def double(self) -> Self:
         """The rows in float64."""
-        return type(self)(self.activations.double(), self.gradients.double(), self.example, bias=self.bias,
-                          transposed=self.transposed)
+        return type(self)(
+            self.activations.double(), self.gradients.double(), self.example, bias=self.bias, transposed=self.transposed
+        )
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
@@ -195,8 +197,13 @@ class FactoredRows(UnitRows):
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> Self:
         """Back from a file."""
-        return cls(tensors["activations"], tensors["gradients"], tensors.get("example"), bias=bool(options["bias"]),
-                   transposed=bool(options["transposed"]))
+        return cls(
+            tensors["activations"],
+            tensors["gradients"],
+            tensors.get("example"),
+            bias=bool(options["bias"]),
+            transposed=bool(options["transposed"]),
+        )
 
 
 def _padded(x: Float[Tensor, "n T c"], positions: int) -> Float[Tensor, "n P c"]:

@@ -1,7 +1,8 @@
 """Rows of parameters that no rule covers, by automatic differentiation of one example at a time.
 
 Two ways, both exact: ``torch.func`` vectorised over examples, and, for models that it cannot trace (recurrent kernels,
-data-dependent control flow), a loop of ordinary backward passes on the model itself. The plan finds out which one works.
+data-dependent control flow), a loop of ordinary backward passes on the model itself. The plan finds out which one
+works.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def vectorised_rows(
         def forward(values: Mapping[str, Tensor]) -> Tensor:
             return single.call(lambda *a, **kw: functional_call(model, dict(values), a, kw))[0]
 
-        _, pull = vjp(forward, dict(parameters))
+        pull = vjp(forward, dict(parameters))[1]
         (gradients,) = vmap(pull)(vectors)
         return torch.cat([gradients[name].flatten(1) for name in parameters], 1)
 
@@ -58,4 +59,6 @@ def gradient(z: Tensor, parameters: list[Tensor], vector: Tensor) -> Float[Tenso
     if not z.requires_grad:
         return torch.cat([torch.zeros_like(p).flatten() for p in parameters])
     found = torch.autograd.grad(z, parameters, vector.to(z.dtype), retain_graph=True, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)])
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+    )

@@ -1,8 +1,8 @@
 """Where the batch lies in a layer's tensors.
 
-Layers see their examples first ``[B, T…, c]``, second ``[T, B, c]`` (attention and recurrent code), or flattened with the
-positions either way round. The four cases are tried on two examples and the one that autograd confirms is used; this file
-only moves axes.
+Layers see their examples first ``[B, T…, c]``, second ``[T, B, c]`` (attention and recurrent code), or flattened with
+the positions either way round. The four cases are tried on two examples and the one that autograd confirms is used;
+this file only moves axes.
 """
 
 from __future__ import annotations

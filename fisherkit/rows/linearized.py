@@ -1,6 +1,7 @@
 """One batch linearised: a forward pass whose graph answers, for any output vectors, with the rows of every unit.
 
-Only gradients with respect to the layers' outputs are asked for; weight gradients of rule-covered units are never formed.
+Only gradients with respect to the layers' outputs are asked for; weight gradients of rule-covered units are never
+formed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.plan import Plan, Unit, forward, sides, unit_uses
-from fisherkit.rows.rules import Use
+from fisherkit.rows.plan import Plan, forward
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
 
@@ -30,20 +30,23 @@ class Linearized:
     def __init__(self, plan: Plan, batch: Batch) -> None:
         self.plan, self.batch = plan, batch
         self.z, uses = forward(plan, batch)
-        self._uses = [(unit, unit_uses(unit, uses)) for unit in plan.units if unit.rule is not None]
+        self._uses = [(unit, unit.uses(uses)) for unit in plan.ruled]
         self._activations: dict[tuple[str, ...], Tensor] = {}
         for unit, own in self._uses:
-            if any(_strange(unit, use) for use in own):
-                raise ModelError(call="the model's forward pass", got=f"parameter {unit.names[0]!r} used in a new way",
-                                 expected="the same layers for every batch", why="the first batch showed other uses",
-                                 try_="leave the parameter out with params=, or make forward independent of the data")
+            if not own or any(unit.strange(use) for use in own):
+                raise ModelError(
+                    call="the model's forward pass",
+                    got=f"parameter {unit.names[0]!r} {'used in a new way' if own else 'not used'} in this batch",
+                    expected="the same layers for every batch",
+                    why="rules are verified on the data's first examples",
+                    try_="leave the parameter out with params=, or make forward independent of the data",
+                )
 
     @property
     def numbers_per_vector(self) -> int:
         """Entries of all layer-output gradients for one output vector, what a backward pass must hold."""
         layers = sum(torch.Size(use.output_shape).numel() for _, own in self._uses for use in own)
-        generic = sum(self.plan.parameters[name].numel() for name in self.plan.generic)
-        return self.z.numel() + layers + generic * self.batch.size
+        return self.z.numel() + layers + sum(unit.numbers for unit in self.plan.generic) * self.batch.size
 
     def rows(self, v: Float[Tensor, "k B ..."], selection: RowSelection) -> Rows:
         """The rows Jᵀ v.
@@ -52,40 +55,28 @@ class Linearized:
             v: k vectors for each example, ``[k, *outputs]``.
             selection: which of them are rows.
         """
+        v = v.to(self.z.dtype)
         gradients = iter(self._backward(v))
         found: dict[tuple[str, ...], UnitRows] = {}
         for unit, own in self._uses:
-            if own:
-                known = self._activations.get(unit.names)
-                pulled = [next(gradients) for _ in own]
-                a, g = sides(unit, own, pulled, self.batch.size, known)
-                self._activations[unit.names] = a
-                g = g if g.shape[0] == v.shape[0] else g.expand(v.shape[0], *g.shape[1:])
-                found[unit.names] = unit.rows(own[0], a, selection.take(g), selection)
-            else:
-                found[unit.names] = StoredRows(selection.take(self.z.new_zeros(*v.shape[:2], self._size(unit))))
+            if unit.names not in self._activations:
+                self._activations[unit.names] = unit.activations(own, self.batch.size)
+            g = unit.gradients(own, [next(gradients) for _ in own], v)
+            found[unit.names] = unit.rows(own[0], self._activations[unit.names], selection.take(g), selection)
         if self.plan.generic:
             flat = selection.take(self.plan.generic_rows(self.batch, v))
-            generic = [unit for unit in self.plan.units if unit.rule is None]
-            parts = flat.split([self._size(unit) for unit in generic], 1)
-            found.update({unit.names: StoredRows(part) for unit, part in zip(generic, parts, strict=True)})
+            parts = flat.split([unit.numbers for unit in self.plan.generic], 1)
+            found.update({u.names: StoredRows(part) for u, part in zip(self.plan.generic, parts, strict=True)})
         return Rows(self.plan.space, [UnitSlot(unit.names, found[unit.names]) for unit in self.plan.units])
-
-    def _size(self, unit: Unit) -> int:
-        return sum(self.plan.parameters[name].numel() for name in unit.names)
 
     def _backward(self, v: Float[Tensor, "k B ..."]) -> list[Tensor | None]:
         """Gradients of Σ_n v_n · z_n in every use's output, for each of the k vectors."""
         edges = [use.edge for _, own in self._uses for use in own]
         if not edges:
             return []
-        v = v.to(self.z.dtype)
         if v.shape[0] > 1 and self.plan.batched_backward:
-            return list(torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True))
+            return list(
+                torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
+            )
         passes = [torch.autograd.grad(self.z, edges, one, retain_graph=True, allow_unused=True) for one in v]
         return [None if found[0] is None else torch.stack(found) for found in zip(*passes, strict=True)]
-
-
-def _strange(unit: Unit, use: Use) -> bool:
-    names = tuple(name for name in (use.weight, use.bias) if name is not None)
-    return use.rule is not unit.rule or names != unit.names

@@ -1,16 +1,15 @@
 """Decide, on two examples of the user's data, how each parameter's rows will be made.
 
-Rules are proposed by watching a forward pass and judged by automatic differentiation: a rule, with one of the layouts that
-fit, is used only if its rows equal autograd's per-example gradients on this very model. What no rule reproduces (custom
-arithmetic, parametrizations, parameters shared in ways the rules do not know) goes the generic way. So a tied weight or a
-hidden functional use can make a run slower, never wrong.
+Rules are proposed by watching a forward pass and judged by automatic differentiation: a rule, with one of the layouts
+that fit, is used only if its rows equal autograd's per-example gradients on this very model. What no rule reproduces
+(custom arithmetic, parametrizations, parameters shared in ways the rules do not know) goes the generic way. So a tied
+weight or a hidden functional use can make a run slower, never wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -18,89 +17,59 @@ from torch import Tensor, nn
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
-from fisherkit.rows.base import UnitRows
-from fisherkit.rows.factored import FactoredRows
+from fisherkit.randomness import untouched_rng
 from fisherkit.rows.generic import gradient, looped_rows, vectorised_rows
-from fisherkit.rows.layouts import fits
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.rules import Rule, Use
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.sparse import SparseRows
-from fisherkit.rows.stored import StoredRows
+from fisherkit.rows.units import RuledUnit, Unit
 from fisherkit.space import ParameterSpace
 
-Triple = tuple[Rule, str | None, str | None]
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Relative difference that rounding explains between two ways to the same gradient; 5e-2 for half precision."""
 
 
-@dataclass
-class Unit:
-    """Parameters whose rows are made together.
-
-    Args:
-        names: weight then bias, or one parameter.
-        rule: its layer rule; None for the generic way.
-        layout: where the rule finds the batch.
-        stored: write the rows out instead of keeping the rule's own representation.
-        reason: why, for `coverage`.
-        shape: positions, inputs and outputs ``(T, I, O)`` of a unit that can be kept factored; None for others.
-        numbers: how many numbers one row takes where it is not kept factored.
-    """
-
-    names: tuple[str, ...]
-    rule: Rule | None = None
-    layout: str = ""
-    stored: bool = False
-    reason: str = ""
-    shape: tuple[int, int, int] | None = None
-    numbers: int = 0
-
-    def choose(self, vectors: float) -> None:
-        """The cost model: keep whichever of the two factors and their product has fewer numbers an example.
-
-        Args:
-            vectors: output vectors an example.
-        """
-        if self.shape is None:
-            return
-        t, i, o = self.shape
-        pair, product = t * (i + vectors * o), vectors * i * o
-        self.stored = pair > product
-        sign = ">" if self.stored else "<="
-        self.reason = f"{self.layout}; T(I + M·O) = {pair:,.0f} {sign} M·I·O = {product:,.0f}"
-
-    def numbers_per_example(self, vectors: float) -> float:
-        """Numbers that the rows of one example take as they are kept."""
-        if self.shape is None or self.stored:
-            return vectors * self.numbers
-        t, i, o = self.shape
-        return t * (i + vectors * o)
-
-    def rows(self, use: Use, a: Tensor, g: Tensor, selection: RowSelection) -> UnitRows:
-        """Rows from both sides of the rule."""
-        assert self.rule is not None
-        rows = self.rule.rows(use, a, g, selection.example)
-        return StoredRows(rows.dense()) if self.stored and isinstance(rows, FactoredRows) else rows
-
-
-@dataclass
 class Plan:
     """How the rows of a model are made.
 
     Args:
         model: the model.
         space: the chosen parameters.
+
+    Attributes:
         parameters: the chosen parameters by name.
         units: a partition of the names.
         vectorised: whether ``torch.func`` reproduces the generic units' gradients.
         batched_backward: whether several output vectors can go through one vectorised backward pass.
     """
 
-    model: nn.Module
-    space: ParameterSpace
-    parameters: dict[str, Tensor]
-    units: list[Unit] = field(default_factory=list)
-    vectorised: bool = True
-    batched_backward: bool = True
+    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
+        own = dict(model.named_parameters())
+        self.model, self.space = model, space
+        self.parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
+        self.units: list[Unit] = []
+        self.vectorised = self.batched_backward = True
+
+    @property
+    def example_parameter(self) -> Tensor:
+        """Any of the parameters, for dtype and device."""
+        return self.parameters[self.space.names[0]]
+
+    @property
+    def ruled(self) -> list[RuledUnit]:
+        """The units that have a rule."""
+        return [unit for unit in self.units if isinstance(unit, RuledUnit)]
+
+    @property
+    def generic(self) -> list[Unit]:
+        """The others."""
+        return [unit for unit in self.units if not isinstance(unit, RuledUnit)]
+
+    def rule_name(self, unit: Unit) -> str:
+        """How a unit's rows are made, for `coverage`."""
+        if isinstance(unit, RuledUnit):
+            return unit.rule.name
+        return "torch.func" if self.vectorised else "loop"
 
     @property
     def modules(self) -> list[tuple[str, ...]]:
@@ -114,23 +83,13 @@ class Plan:
         blocks = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
         return sorted(blocks, key=lambda names: order[names[0]])
 
-    @property
-    def generic_way(self) -> str:
-        """How the generic units are differentiated, for `coverage`."""
-        return "torch.func" if self.vectorised else "loop"
-
-    def factor_numbers(self) -> list[int]:
-        """Entries of the Kronecker factors of each unit that has them."""
-        return [unit.shape[1] ** 2 + unit.shape[2] ** 2 for unit in self.units if unit.shape is not None]
-
-    @property
-    def generic(self) -> list[str]:
-        """Names that no rule covers."""
-        return [name for unit in self.units if unit.rule is None for name in unit.names]
+    def factor_numbers(self) -> int:
+        """Entries of all Kronecker factors."""
+        return sum(unit.shape[1] ** 2 + unit.shape[2] ** 2 for unit in self.ruled if unit.shape is not None)
 
     def generic_rows(self, batch: Batch, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
         """Rows of the generic units, side by side in their order."""
-        own = {name: self.parameters[name] for name in self.generic}
+        own = {name: self.parameters[name] for unit in self.generic for name in unit.names}
         if self.vectorised:
             return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v)
         return looped_rows(self.model, own, batch, v)
@@ -138,7 +97,7 @@ class Plan:
 
 @contextmanager
 def differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients on, frozen parameters differentiable, the fused inference kernel of attention off; all put back after."""
+    """Gradients on, frozen parameters differentiable, attention's fused inference kernel off; all put back after."""
     flags = [p.requires_grad for p in parameters]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -165,24 +124,19 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         ModelError: dropout or batch statistics in train mode, or examples of a batch that influence each other.
     """
     refuse_train_mode(model)
-    own = dict(model.named_parameters(remove_duplicate=False))
-    parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
-    plan = Plan(model, space, parameters)
-    device = next(iter(parameters.values())).device
+    plan = Plan(model, space)
+    parameters = list(plan.parameters.values())
+    device = plan.example_parameter.device
     probe = batch.take(torch.tensor([0, min(1, batch.size - 1)], device=device))
-    with differentiable(list(parameters.values())):
+    with untouched_rng([device]), differentiable(parameters):
         z, uses = forward(plan, probe)
         _refuse_interaction(model, batch, z)
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(2, *z.shape, generator=generator, dtype=torch.float64).to(z)
+        v = torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
-        for unit in _propose(space.names, uses):
-            plan.units.extend(_verify(plan, unit, uses, z, v[0], reference))
+        for unit in _propose(plan, uses):
+            plan.units.extend(_verified(plan, unit, uses, z, v[:1], reference))
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
-        for unit in plan.units:
-            if unit.rule is None:
-                unit.numbers = sum(parameters[name].numel() for name in unit.names)
-        _verify_generic(plan, probe, v[:1], reference)
+        plan.vectorised = _vectorised_agrees(plan, probe, v[:1], reference)
         plan.batched_backward = _batched_agrees(z, uses, v)
     return plan
 
@@ -193,14 +147,13 @@ def forward(plan: Plan, batch: Batch) -> tuple[Tensor, list[Use]]:
     with recorder:
         z = batch.call(plan.model)
     if z.ndim == 0 or z.shape[0] != batch.size:
-        raise ModelError(call="the model's forward pass", got=f"outputs of shape {list(z.shape)} for {batch.size} examples",
-                         expected=f"[{batch.size}, ...]", why="examples lie along axis 0 of inputs and outputs")
+        raise ModelError(
+            call="the model's forward pass",
+            got=f"outputs of shape {list(z.shape)} for {batch.size} examples",
+            expected=f"[{batch.size}, ...]",
+            why="examples lie along axis 0 of inputs and outputs",
+        )
     return z, recorder.uses
-
-
-def unit_uses(unit: Unit, uses: Sequence[Use]) -> list[Use]:
-    """The uses that belong to a unit, in the order of the forward pass."""
-    return [use for use in uses if use.weight in unit.names or use.bias in unit.names]
 
 
 class _Reference:
@@ -210,10 +163,10 @@ class _Reference:
         rows = torch.stack([gradient(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0])])
         self.rows = {name: rows[:, where] for name, where in plan.space.slices.items()}
         self.scale = rows.norm()
-        self.tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(rows.dtype, 5e-2)
+        self.tolerance = TOLERANCE.get(rows.dtype, 5e-2)
 
     def agrees(self, names: Sequence[str], rows: Tensor) -> bool:
-        """Whether rows are right up to rounding; gradients that are pure rounding noise are compared on the whole's scale."""
+        """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale."""
         expected = torch.cat([self.rows[name] for name in names], 1)
         if rows.shape != expected.shape or not bool(torch.isfinite(rows).all()):
             return False
@@ -225,7 +178,7 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor) -> None:
     if batch.size < 2:
         return
     twice = batch.take(torch.tensor([0, 0], device=z.device)).call(model)
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(z.dtype, 5e-2)
+    tolerance = TOLERANCE.get(z.dtype, 5e-2)
     if twice.shape == z.shape and bool((twice[0] - z[0]).norm() <= tolerance * (z[0].norm() + z[1].norm())):
         return
     raise ModelError(
@@ -237,92 +190,65 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor) -> None:
     )
 
 
-def _propose(names: Sequence[str], uses: Sequence[Use]) -> list[Unit]:
+def _propose(plan: Plan, uses: Sequence[Use]) -> list[Unit]:
     """Units by what was seen: a weight and a bias that only ever occur together, under one rule."""
-    seen: dict[str, set[Triple]] = {name: set() for name in names}
+    seen: dict[str | None, set[tuple[Rule, str | None, str | None]]] = {name: set() for name in plan.space.names}
     for use in uses:
-        for name in (use.weight, use.bias):
-            if name is not None:
-                seen[name].add((use.rule, use.weight, use.bias))
-    units, placed = [], set()
-    for name in names:
+        for name in {use.weight, use.bias} - {None}:
+            seen[name].add((use.rule, use.weight, use.bias))
+    units: list[Unit] = []
+    placed: set[str] = set()
+    for name in plan.space.names:
         if name in placed:
             continue
-        triples = set(seen[name])
-        for _, weight, bias in list(triples):
-            triples |= seen.get(weight or "", set()) | seen.get(bias or "", set())
-        if len(triples) == 1:
-            rule, weight, bias = triples.pop()
+        partners = {partner for _, weight, bias in seen[name] for partner in (weight, bias)} - {None}
+        together = set().union(*(seen[partner] for partner in partners))
+        if len(together) == 1:
+            rule, weight, bias = together.pop()
             members = tuple(n for n in (weight, bias) if n is not None)
-            units.append(Unit(members, rule))
+            units.append(RuledUnit(members, rule, _numbers(plan, members)))
             placed.update(members)
         else:
-            reason = "no layer rule saw it" if not triples else "shared between different uses"
-            units.append(Unit((name,), reason=reason))
-            placed.add(name)
+            reason = "no layer rule saw it" if not together else "shared between different uses"
+            units.append(Unit((name,), reason, _numbers(plan, (name,))))
     return units
 
 
-def _verify(plan: Plan, unit: Unit, uses: Sequence[Use], z: Tensor, v: Tensor, reference: _Reference) -> list[Unit]:
+def _numbers(plan: Plan, names: Sequence[str]) -> int:
+    return sum(plan.parameters[name].numel() for name in names)
+
+
+def _verified(
+    plan: Plan, unit: Unit, uses: Sequence[Use], z: Tensor, v: Float[Tensor, "1 B ..."], reference: _Reference
+) -> list[Unit]:
     """The unit with the layout that autograd confirms, or its parameters as generic units."""
-    if unit.rule is None:
+    if not isinstance(unit, RuledUnit):
         return [unit]
-    own = unit_uses(unit, uses)
-    batch = z.shape[0]
-    gradients = torch.autograd.grad(z, [use.edge for use in own], v, retain_graph=True, allow_unused=True)
+    own, batch = unit.uses(uses), z.shape[0]
+    found = torch.autograd.grad(z, [use.edge for use in own], v[0], retain_graph=True, allow_unused=True)
+    gradients = [None if gradient is None else gradient.unsqueeze(0) for gradient in found]
     for layout in unit.rule.layouts:
-        if not all(_fits(use, layout, batch) for use in own):
+        if not unit.fits(own, layout, batch):
             continue
         unit.layout = layout
-        a, g = sides(unit, own, [None if x is None else x.unsqueeze(0) for x in gradients], batch)
-        rows = unit.rows(own[0], a, g[0], RowSelection(1, batch, z.device))
+        g = unit.gradients(own, gradients, v)[0]
+        rows = unit.rows(own[0], unit.activations(own, batch), g, RowSelection(1, batch, z.device))
         if reference.agrees(unit.names, rows.dense()):
-            unit.reason = layout
-            unit.numbers = rows.size
-            if isinstance(rows, FactoredRows):
-                unit.shape = rows.positions, rows.inputs + rows.bias, rows.outputs
-            elif isinstance(rows, SparseRows):
-                unit.numbers = g.shape[2] * (g.shape[3] + 2)
+            unit.measure(rows, g.shape[1])
             return [unit]
     reason = f"autograd does not confirm the {unit.rule.name} rule here"
-    return [Unit((name,), reason=reason) for name in unit.names]
+    return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 
-def _fits(use: Use, layout: str, batch: int) -> bool:
-    rule = use.rule
-    shape = tuple(use.arguments[rule.input_name].shape)
-    return fits(shape, rule.input_features(use), layout, batch) and fits(
-        use.output_shape, rule.output_features(use), layout, batch
-    )
-
-
-def sides(
-    unit: Unit, uses: Sequence[Use], gradients: Sequence[Tensor | None], batch: int, activations: Tensor | None = None
-) -> tuple[Tensor, Float[Tensor, "k B T o"]]:
-    """Both sides of a unit's rows; several uses of one weight are positions of one use."""
-    rule, layout = unit.rule, unit.layout
-    assert rule is not None
-    if activations is None:
-        activations = torch.cat([rule.activations(use, layout, batch) for use in uses], 1)
-    count = next((g.shape[0] for g in gradients if g is not None), 1)
-    parts = []
-    for use, found in zip(uses, gradients, strict=True):
-        # An output that nothing depends on has no gradient; its positions stay, with zeros.
-        whole = torch.zeros(count, *use.output_shape, dtype=uses[0].arguments[rule.weight_name].dtype,
-                            device=activations.device) if found is None else found  # fmt: skip
-        parts.append(rule.gradients(use, whole, layout, batch))
-    return activations, torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-
-
-def _verify_generic(plan: Plan, probe: Batch, v: Tensor, reference: _Reference) -> None:
-    names = plan.generic
+def _vectorised_agrees(plan: Plan, probe: Batch, v: Float[Tensor, "1 B ..."], reference: _Reference) -> bool:
+    names = [name for unit in plan.generic for name in unit.names]
     if not names:
-        return
+        return True
     try:
-        plan.vectorised = reference.agrees(names, plan.generic_rows(probe, v)[0])
+        return reference.agrees(names, plan.generic_rows(probe, v)[0])
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         # torch.func refuses some kernels and any data-dependent Python; the loop over examples needs neither.
-        plan.vectorised = False
+        return False
 
 
 def _batched_agrees(z: Tensor, uses: Sequence[Use], v: Float[Tensor, "2 B ..."]) -> bool:
@@ -334,8 +260,9 @@ def _batched_agrees(z: Tensor, uses: Sequence[Use], v: Float[Tensor, "2 B ..."])
     except RuntimeError:  # an operation without a batching rule
         return False
     last = torch.autograd.grad(z, edges, v[1], retain_graph=True, allow_unused=True)
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(z.dtype, 5e-2)
+    tolerance = TOLERANCE.get(z.dtype, 5e-2)
     return all(
-        (a is None) == (b is None) and (a is None or b is None or bool((a[1] - b).norm() <= tolerance * (b.norm() + 1e-30)))
+        (a is None) == (b is None)
+        and (a is None or b is None or bool((a[1] - b).norm() <= tolerance * (b.norm() + 1e-30)))
         for a, b in zip(both, last, strict=True)
     )

@@ -6,6 +6,7 @@ else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,12 +18,13 @@ from tqdm.auto import tqdm
 
 from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError
-from fisherkit.likelihoods import Categorical, Likelihood
+from fisherkit.likelihoods import Likelihood
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.linearized import Linearized
+from fisherkit.rows.matrix_free import Metric
 from fisherkit.rows.plan import Plan, differentiable
 from fisherkit.rows.selection import RowSelection
 
@@ -36,6 +38,7 @@ class Chunk:
         owner: which example of the micro-batch each row belongs to.
         first: whether this is the micro-batch's first chunk.
         counted: examples that this chunk adds to N (all of them in the first chunk).
+        slots: output vectors for each example of the micro-batch, those that are no rows included.
         positions: which positions ``[B, T]`` of the inputs are data; None for all.
         dropped: for each example or token counted, the output Fisher's trace that the kind left out; first chunk only.
     """
@@ -44,6 +47,7 @@ class Chunk:
     owner: Int[Tensor, "R"]
     first: bool
     counted: int
+    slots: int
     positions: Bool[Tensor, "B T"] | None
     dropped: Float[Tensor, "n"] | None
 
@@ -56,9 +60,7 @@ class Problem:
         plan: how rows are made.
         source: the data.
         likelihood: p(y | z).
-        rule: the kind, as a function of outputs.
-        positionwise: whether the kind has vectors of its own for every position (block-diagonal output Fishers do).
-        needs_targets: whether the kind uses observed labels.
+        kind: the kind, as functions of outputs.
         token: whether every position is an example.
         shift_labels: whether labels belong to the position before theirs.
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
@@ -69,9 +71,7 @@ class Problem:
     plan: Plan
     source: Source
     likelihood: Likelihood
-    rule: OutputRule
-    positionwise: bool
-    needs_targets: bool
+    kind: OutputRule
     token: bool
     shift_labels: bool
     chunk_size: int | None
@@ -80,15 +80,8 @@ class Problem:
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
-        device = self.plan.parameters[self.plan.space.names[0]].device
-        bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
-        start = 0
-        for number, batch in enumerate(bar):
-            for micro in self._split(batch.to(device)):
-                yield from self._micro(micro, start, f"data, batch {number}")
-                start += micro.size
-        if start == 0:
-            raise DataError(call="data", got="no batch", expected="at least one example")
+        for batch, start, call in self._micro_batches(description):
+            yield from self._micro(batch, start, call)
 
     def batches(self, description: str) -> Iterator[Chunk]:
         """The same with a micro-batch's chunks joined, rows ordered by example, position and vector."""
@@ -100,55 +93,85 @@ class Problem:
             pending.append(chunk)
         yield _join(pending)
 
-    def vectors(self, linearized: Linearized, start: int, call: str) -> tuple[OutputVectors, Outputs]:
-        """The kind's vectors for a batch, and the outputs they belong to as ``[B, P, C]``."""
-        batch, raw = linearized.batch, linearized.z.detach()
+    def metrics(self, description: str) -> Iterator[tuple[Batch, Metric]]:
+        """One pass over the data that yields each micro-batch with the product of its output metric."""
+        for batch, start, call in self._micro_batches(description):
+            yield batch, functools.partial(self._metric, batch, start, call)
+
+    def probe(self) -> Problem:
+        """The same problem on the first two examples."""
+        first = self.source.first()
+        two = first.take(slice(0, min(2, first.size)))
+        return replace(self, source=Source([two.raw]), progress=False, chunk_size=None)
+
+    def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
+        """Σ_m v (vᵀ w) for K directions in output space."""
+        outputs = self._outputs(batch, raw, start, call)
+        directions = w.to(outputs.z.dtype).reshape(w.shape[0], *outputs.z.shape)
+        if self._flat:
+            flat = directions.reshape(w.shape[0], -1, 1, outputs.z.shape[2])
+            found = self.kind.output_product(outputs.positionwise(), flat)
+        else:
+            found = self.kind.output_product(outputs, directions)
+        return outputs.masked(found.reshape(directions.shape)).reshape(w.shape)
+
+    def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str) -> Outputs:
+        """The model's outputs as ``[B, P, C]``, with checked targets."""
+        raw = raw.detach()
         check_finite(raw, call)
-        if batch.targets is None and self.needs_targets:
-            raise DataError(call=call, got="no targets", expected="targets", why="this kind uses the observed labels",
-                            try_="fk.ExactFisher or fk.SampledFisher for unlabelled data")
-        if self.shift_labels and batch.targets is not None:
-            ignored = self.likelihood.ignore_index if isinstance(self.likelihood, Categorical) else -100
-            batch = batch.shifted(ignored)
+        if batch.targets is None and self.kind.needs_targets:
+            raise DataError(
+                call=call,
+                got="no targets",
+                expected="targets",
+                why="this kind uses the observed labels",
+                try_="fk.ExactFisher or fk.SampledFisher for unlabelled data",
+            )
+        if self.shift_labels:
+            batch = batch.shifted(self.likelihood.ignore_index)
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
         z, target, mask = self.likelihood.prepare(raw, batch.targets, call)
         # 2²⁴ positions an example keep (example, position) apart in one integer.
         example = torch.arange(start, start + z.shape[0], device=z.device)
         keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
-        outputs = Outputs(z, target, mask, keys, self.likelihood)
-        return self.rule(outputs.positionwise() if self._flat else outputs), outputs
+        return Outputs(z, target, mask, keys, self.likelihood)
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has, and choose how each unit's rows are kept."""
-        device = self.plan.parameters[self.plan.space.names[0]].device
-        first = self.source.first()
-        batch = first.take(slice(0, min(2, first.size))).to(device)
-        with self._quiet():
-            linearized = Linearized(self.plan, batch)
-        found, outputs = self.vectors(linearized, 0, "data, batch 0")
-        self.vectors_per_example = found.v.shape[1] * (outputs.mask.shape[1] if self._flat else 1)
-        for unit in self.plan.units:
+        chunk = next(self.probe().chunks("probe"))
+        self.vectors_per_example = chunk.slots
+        for unit in self.plan.ruled:
             unit.choose(self.vectors_per_example)
 
     def row_bytes(self, names: Collection[str]) -> int:
         """Bytes of one example's rows over the units of some parameters, as they are kept."""
-        item = torch.finfo(self.plan.parameters[self.plan.space.names[0]].dtype).bits // 8
+        item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
         return round(item * sum(unit.numbers_per_example(self.vectors_per_example) for unit in units))
 
     @property
     def _flat(self) -> bool:
-        return self.token or self.positionwise
+        return self.token or self.kind.positionwise
 
-    def _split(self, batch: Batch) -> Iterator[Batch]:
-        step = batch.size if self.chunk_size is None else min(self.chunk_size, batch.size)
-        for first in range(0, batch.size, step):
-            yield batch.take(slice(first, min(first + step, batch.size)))
+    def _micro_batches(self, description: str) -> Iterator[tuple[Batch, int, str]]:
+        """Pieces of batches on the model's device, the place of their first example in the data, and a name for errors."""
+        device = self.plan.example_parameter.device
+        bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
+        start = 0
+        for number, batch in enumerate(bar):
+            step = batch.size if self.chunk_size is None else min(self.chunk_size, batch.size)
+            for first in range(0, batch.size, step):
+                micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
+                yield micro, start, f"data, batch {number}"
+                start += micro.size
+        if start == 0:
+            raise DataError(call="data", got="no batch", expected="at least one example")
 
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
             linearized = Linearized(self.plan, batch)
-        found, outputs = self.vectors(linearized, start, call)
+        outputs = self._outputs(batch, linearized.z, start, call)
+        found = self.kind.output_vectors(outputs.positionwise() if self._flat else outputs)
         mask = outputs.mask
         counts = mask.flatten() if self.token else mask.any(1)
         dropped = None if found.dropped is None else found.dropped[mask.flatten() if self._flat else mask.any(1)]
@@ -163,9 +186,9 @@ class Problem:
             with self._quiet():
                 rows = linearized.rows(v.reshape(v.shape[0], *linearized.z.shape), selection)
             if first == 0:
-                yield Chunk(rows, selection.owner, True, int(counts.sum()), positions, dropped)
+                yield Chunk(rows, selection.owner, True, int(counts.sum()), slots, positions, dropped)
             else:
-                yield Chunk(rows, selection.owner, False, 0, positions, None)
+                yield Chunk(rows, selection.owner, False, 0, slots, positions, None)
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -201,7 +224,7 @@ class Problem:
 
 
 def _join(chunks: list[Chunk]) -> Chunk:
-    """One micro-batch's rows in order: chunks cut the vectors of every example, so examples have to be sorted together."""
+    """One micro-batch's rows in order: every chunk has rows of every example, so they are sorted by example."""
     if len(chunks) == 1:
         return chunks[0]
     owner = torch.cat([chunk.owner for chunk in chunks])

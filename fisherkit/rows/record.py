@@ -1,7 +1,8 @@
 """Watch one forward pass and note every use of a chosen parameter.
 
-A ``TorchFunctionMode`` sees the functions themselves, so it makes no difference whether a parameter is used by its module,
-by another module (tying), by a function call, or inside attention. No hook is registered and nothing on the model changes.
+A ``TorchFunctionMode`` sees the functions themselves, so it makes no difference whether a parameter is used by its
+module, by another module (tying), by a function call, or inside attention. No hook is registered and nothing on the
+model changes.
 """
 
 from __future__ import annotations
@@ -76,11 +77,21 @@ def _refuse_random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapp
     else:
         random = False
     if random:
-        raise ModelError(call="the model's forward pass", got=f"an active {func.__name__}", expected="a deterministic model",
-                         why="with dropout every pass has another Fisher", try_="model.eval()")
+        raise ModelError(
+            call="the model's forward pass",
+            got=f"an active {func.__name__}",
+            expected="a deterministic model",
+            why="with dropout every pass has another Fisher",
+            try_="model.eval()",
+        )
     if func is F.embedding and kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None:
-        raise ModelError(call="the model's forward pass", got="an embedding with max_norm", expected="max_norm=None",
-                         why="it changes the table during the forward pass", try_="renormalize the table once, before")
+        raise ModelError(
+            call="the model's forward pass",
+            got="an embedding with max_norm",
+            expected="max_norm=None",
+            why="it changes the table during the forward pass",
+            try_="renormalize the table once, before",
+        )
 
 
 def refuse_train_mode(model: torch.nn.Module) -> None:
@@ -100,6 +111,13 @@ def refuse_train_mode(model: torch.nn.Module) -> None:
             rate = float(module.dropout)
         coupled = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if rate > 0 or coupled:
-            what = "batch statistics couple the examples of a batch" if coupled else "dropout makes every pass different"
-            raise ModelError(call="the Fisher of this model", got=f"{type(module).__name__} {name!r} in train mode",
-                             expected="eval mode", why=what, try_="model.eval()")
+            what = (
+                "batch statistics couple the examples of a batch" if coupled else "dropout makes every pass different"
+            )
+            raise ModelError(
+                call="the Fisher of this model",
+                got=f"{type(module).__name__} {name!r} in train mode",
+                expected="eval mode",
+                why=what,
+                try_="model.eval()",
+            )

@@ -1,10 +1,10 @@
 """Layer rules: what a function that uses a parameter saw, and how that becomes rows.
 
-One rule a function of ``torch.nn.functional``. It names the arguments, brings the input and the output gradient to shared
-positions (``a [B, T, i]`` and ``g [B, T, o]``), and makes a unit's rows from them. Convolutions are linear layers on their
-patches; norms are elementwise products with the normalized input; an embedding's input is its token ids. Every rule is
-checked against autograd on the user's own model before it is used (`rows.plan`), so a rule may assume the usual meaning of
-its arguments.
+One rule a function of ``torch.nn.functional``. It names the arguments, brings the input and the output gradient to
+shared positions (``a [B, T, i]`` and ``g [B, T, o]``), and makes a unit's rows from them. Convolutions are linear
+layers on their patches; norms are elementwise products with the normalized input; an embedding's input is its token
+ids. Every rule is checked against autograd on the user's own model before it is used (`rows.plan`), so a rule may
+assume the usual meaning of its arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,6 @@ class Rule(ABC):
         signature: its argument names in order.
     """
 
-    kronecker: ClassVar[bool] = False
     layouts: tuple[str, ...] = (BATCH_FIRST,)
     input_name = "input"
     weight_name = "weight"
@@ -81,7 +80,9 @@ class Rule(ABC):
         """The input's side of the gradient."""
         return batch_first(use.arguments[self.input_name].detach(), self.input_features(use), layout, batch)
 
-    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T o"]:
+    def gradients(
+        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
+    ) -> Float[Tensor, "k B T o"]:
         """The output gradient's side, for k output vectors."""
         features = self.output_features(use)
         return torch.stack([batch_first(g, features, layout, batch) for g in gradient])
@@ -100,8 +101,7 @@ def _per_row(a: Shaped[Tensor, "B ..."], example: Int[Tensor, "R"] | None) -> Sh
 class LinearRule(Rule):
     """Output = input Wᵀ + b at every position."""
 
-    kronecker = True
-    layouts = LAYOUTS
+    layouts: tuple[str, ...] = LAYOUTS
     transposed = False
 
     def rows(
@@ -123,7 +123,7 @@ class AddmmRule(LinearRule):
 class ConvolutionRule(LinearRule):
     """A linear layer on patches; padding modes other than zeros have padded the input before the call."""
 
-    layouts = (BATCH_FIRST,)
+    layouts: tuple[str, ...] = (BATCH_FIRST,)
 
     def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
         """Patches, channels first as in the weight."""
@@ -141,15 +141,15 @@ class ConvolutionRule(LinearRule):
             x = _pad(x, [(p, p) for p in _tuple(padding, dims)])
         return _patches(x, kernel, stride, dilation)
 
-    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T o"]:
+    def gradients(
+        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
+    ) -> Float[Tensor, "k B T o"]:
         """Channels last."""
         return gradient.flatten(3).transpose(2, 3)
 
 
 class GroupedConvolutionRule(ConvolutionRule):
     """Groups are small linear layers side by side: one block of the weight each, written out."""
-
-    kronecker = False
 
     def rows(
         self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
@@ -163,19 +163,24 @@ class GroupedConvolutionRule(ConvolutionRule):
 
 
 class TransposedConvolutionRule(Rule):
-    """Its weight gradient is that of a convolution from the output's side: input times patches of the output gradient."""
+    """A convolution seen from the output's side: its weight gradient is input times patches of the output gradient."""
 
     def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
         """The input, channels last."""
         x: Tensor = use.arguments["input"].detach()
         return x.flatten(2).transpose(1, 2)
 
-    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T o"]:
+    def gradients(
+        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
+    ) -> Float[Tensor, "k B T o"]:
         """Patches of the gradient; behind them the bias's gradient, put at the first position and zero elsewhere."""
         dims = gradient.ndim - 3
         kernel, size = use.arguments["weight"].shape[2:], use.arguments["input"].shape[2:]
         stride, dilation = _tuple(use.arguments.get("stride", 1), dims), _tuple(use.arguments.get("dilation", 1), dims)
-        padding, extra = _tuple(use.arguments.get("padding", 0), dims), _tuple(use.arguments.get("output_padding", 0), dims)
+        padding, extra = (
+            _tuple(use.arguments.get("padding", 0), dims),
+            _tuple(use.arguments.get("output_padding", 0), dims),
+        )
         flat = gradient.flatten(0, 1)
         # Output index = stride · input index + dilation · kernel index − padding, so the last window may end before or
         # after the output does: a negative pad crops what output_padding added.
@@ -246,7 +251,9 @@ class NormalizationRule(Rule):
         x = self.function(*(plain[name] for name in self.signature if name in plain))
         return self._positions(use, x, layout, batch)
 
-    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T o"]:
+    def gradients(
+        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
+    ) -> Float[Tensor, "k B T o"]:
         """As the input."""
         return torch.stack([self._positions(use, g, layout, batch) for g in gradient])
 
@@ -302,9 +309,14 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.embedding: EmbeddingRule("embedding", "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"),
     F.layer_norm: NormalizationRule("layer_norm", _LAYER_NORM, F.layer_norm, channels_second=False),
     F.rms_norm: NormalizationRule("rms_norm", "input normalized_shape weight eps", F.rms_norm, channels_second=False),
-    F.group_norm: NormalizationRule("group_norm", "input num_groups weight bias eps", F.group_norm, channels_second=True),
+    F.group_norm: NormalizationRule(
+        "group_norm", "input num_groups weight bias eps", F.group_norm, channels_second=True
+    ),
     F.batch_norm: NormalizationRule(
-        "batch_norm", "input running_mean running_var weight bias training momentum eps", F.batch_norm, channels_second=True
+        "batch_norm",
+        "input running_mean running_var weight bias training momentum eps",
+        F.batch_norm,
+        channels_second=True,
     ),
 }
 GROUPED = {function: GroupedConvolutionRule(rule.name, _CONV) for function, rule in RULES.items()

@@ -34,7 +34,11 @@ class RowSelection:
     def example(self) -> Int[Tensor, "R"] | None:
         """The example of each row; None if row r is example r."""
         if self._kept is None:
-            return None if self.vectors == 1 else torch.arange(self.batch, device=self.device).repeat_interleave(self.vectors)
+            return (
+                None
+                if self.vectors == 1
+                else torch.arange(self.batch, device=self.device).repeat_interleave(self.vectors)
+            )
         return self._kept // self.vectors
 
     @property

@@ -1,17 +1,17 @@
 """Rows of an embedding table: each touches only the tokens of its example, so only these are kept.
 
-Entries are (row, token, gradient vector), one for each different token of a row; a vocabulary × vocabulary matrix, or even
-one dense row a sample, is never made.
+Entries are (row, token, gradient vector), one for each different token of a row; a vocabulary × vocabulary matrix, or
+even one dense row a sample, is never made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Self
 
 from fisherkit.rows.base import UnitRows, spans, sum_by
 
@@ -30,15 +30,19 @@ class SparseRows(UnitRows):
     kind = "sparse"
 
     def __init__(
-        self, row: Int[Tensor, "n"], token: Int[Tensor, "n"], values: Float[Tensor, "n E"], *, count: int, vocabulary: int
+        self,
+        row: Int[Tensor, "n"],
+        token: Int[Tensor, "n"],
+        values: Float[Tensor, "n E"],
+        *,
+        count: int,
+        vocabulary: int,
     ) -> None:
         super().__init__(count, vocabulary * values.shape[1])
         self.row, self.token, self.values, self.vocabulary = row, token, values, vocabulary
 
     @classmethod
-    def gathered(
-        cls, tokens: Int[Tensor, "R T"], gradients: Float[Tensor, "R T E"], vocabulary: int
-    ) -> Self:
+    def gathered(cls, tokens: Int[Tensor, "R T"], gradients: Float[Tensor, "R T E"], vocabulary: int) -> Self:
         """Rows from tokens and the gradients of their embedding vectors; repeats within a row are summed."""
         count = tokens.shape[0]
         key = tokens + torch.arange(count, device=tokens.device).unsqueeze(1) * vocabulary
@@ -125,5 +129,10 @@ class SparseRows(UnitRows):
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> Self:
         """Back from a file."""
-        return cls(tensors["row"], tensors["token"], tensors["values"], count=options["count"],
-                   vocabulary=options["vocabulary"])
+        return cls(
+            tensors["row"],
+            tensors["token"],
+            tensors["values"],
+            count=options["count"],
+            vocabulary=options["vocabulary"],
+        )

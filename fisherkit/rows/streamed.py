@@ -1,21 +1,24 @@
 """Rows that are made anew from the data for every product, because they do not fit in memory.
 
-Two ways for a product JᵀJ u over a batch, chosen by cost: rebuild the batch's rows and use them (M backward passes, M
-vectors an example), or push u forward through the model, apply the output metric Σ_m v vᵀ and pull back (one forward-mode
-and one reverse pass, whatever M).
+Two ways for a product JᵀJ u over a batch: rebuild the batch's rows and use them, which takes a backward pass for each of an
+example's M vectors; or `rows.matrix_free`, whose cost does not depend on M.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.rows import matrix_free
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.problem import Problem
-from fisherkit.space import ParameterSpace
+
+FEW_VECTORS = 2
+"""Up to this many vectors an example, rebuilding rows costs no more than a forward-mode pass."""
 
 
 class StreamedRows(RowSource):
@@ -24,52 +27,47 @@ class StreamedRows(RowSource):
     Args:
         problem: model, data and kind.
         count: R, counted by the builder in a pass over the data.
-        space: the parameters; a part of the problem's for blocks.
     """
 
-    def __init__(self, problem: Problem, count: int, space: ParameterSpace) -> None:
-        super().__init__(space, count)
+    def __init__(self, problem: Problem, count: int) -> None:
+        super().__init__(problem.plan.space, count)
         self.problem = problem
-
-    def _sum(self, function: Callable[[Rows], Tensor], description: str) -> Tensor:
-        total: Tensor | None = None
-        for chunk in self.problem.chunks(description):
-            part = function(chunk.rows.restrict(self.space))
-            total = part if total is None else total + part
-        assert total is not None  # the loop over the data refuses empty data
-        return total
+        self.matrix_free = problem.vectors_per_example > FEW_VECTORS and self._verified()
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U in one pass."""
-        return self._sum(lambda rows: rows.product(u), "product")
+        if not self.matrix_free:
+            return self._sum(lambda rows: rows.product(u), "product")
+        plan, metrics = self.problem.plan, self.problem.metrics("product")
+        parts = (matrix_free.product(plan, self.space, batch, u, metric) for batch, metric in metrics)
+        return functools.reduce(torch.add, parts)
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U in one pass."""
-        return torch.cat([chunk.rows.restrict(self.space).matmul(u) for chunk in self.problem.batches("J u")])
+        return torch.cat([chunk.rows.matmul(u) for chunk in self.problem.batches("J u")])
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W in one pass."""
         total, start = w.new_zeros(self.space.size, w.shape[1]), 0
         for chunk in self.problem.batches("Jᵀ w"):
             stop = start + chunk.rows.count
-            total += chunk.rows.restrict(self.space).rmatmul(w[start:stop])
+            total += chunk.rows.rmatmul(w[start:stop])
             start = stop
         return total
 
     def gram(self) -> Float[Tensor, "R R"]:
         """J Jᵀ by pairs of batches: the rows of each batch are rebuilt once for every batch before it."""
-        result = torch.zeros(self.count, self.count, dtype=torch.float64, device=self._device)
+        device = self.problem.plan.example_parameter.device
+        result = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
         start = 0
         for outer in self.problem.batches("Gram"):
-            left, other = outer.rows.restrict(self.space), 0
-            mine = slice(start, start + left.count)
+            mine, other = slice(start, start + outer.rows.count), 0
             for inner in self.problem.batches("Gram, inner"):
-                right = inner.rows.restrict(self.space)
-                result[mine, other : other + right.count] = left.cross_gram(right)
-                other += right.count
+                result[mine, other : other + inner.rows.count] = outer.rows.cross_gram(inner.rows)
+                other += inner.rows.count
                 if other > start:
                     break
-            start += left.count
+            start = mine.stop
         lower = result.tril()
         return lower + result.tril(-1).mT
 
@@ -81,6 +79,11 @@ class StreamedRows(RowSource):
         """JᵀJ in one pass."""
         return self._sum(lambda rows: rows.normal_matrix(), "dense")
 
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.problem.plan.parameters.values())).device
+    def _sum(self, function: Callable[[Rows], Tensor], description: str) -> Tensor:
+        return functools.reduce(torch.add, (function(chunk.rows) for chunk in self.problem.chunks(description)))
+
+    def _verified(self) -> bool:
+        plan, probe = self.problem.plan, self.problem.probe()
+        batch, metric = next(probe.metrics("probe"))
+        rows = next(probe.batches("probe")).rows
+        return matrix_free.agrees(plan, self.space, batch, rows.product, metric)

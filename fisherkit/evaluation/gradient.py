@@ -1,0 +1,113 @@
+"""∇L with the same conventions as a Fisher: the loss, the count N, the masks and the flat order.
+
+Owns one loop over the data. Knows likelihoods and batches, and no Fisher.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fisherkit import likelihoods
+from fisherkit.data import Batch, Data, Source, check_finite, model_device
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError
+from fisherkit.fisher import _is_causal
+from fisherkit.likelihoods import Categorical, Likelihood
+from fisherkit.randomness import untouched_rng
+from fisherkit.rows.plan import differentiable
+from fisherkit.rows.record import refuse_train_mode
+from fisherkit.space import ParameterSpace, Selection
+
+CALL = "loss_gradient"
+
+
+def loss_gradient(
+    model: nn.Module,
+    data: Data,
+    *,
+    likelihood: str | Likelihood = "categorical",
+    params: Selection = None,
+    example: str = "sequence",
+    normalization: str = "mean",
+    shift_labels: bool | None = None,
+) -> Float[Tensor, " D"]:
+    """∇L = (1/N) Σ_n ∂ℓ_n/∂θ, the gradient that belongs to a Fisher built with the same arguments.
+
+    N counts what the Fisher counts: batch elements with a label that counts, or such positions for ``example="token"``.
+    The loss is the likelihood's own, summed over an example's positions. The model is read, never changed.
+
+    Args:
+        model: as for `fisherkit.FisherApproximation`, like all that follow.
+        data: one batch or a re-iterable of batches, with targets.
+        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+        params: which parameters.
+        example: "sequence" or "token": what N counts.
+        normalization: "mean" for 1/N, "sum" for no factor.
+        shift_labels: labels belong to the outputs one position before them; None: as the model says of itself.
+
+    Returns:
+        ``[D]`` in flat order, in the parameters' dtype and on their device.
+
+    Raises:
+        InvalidTypeError: an argument of the wrong type.
+        InvalidArgumentError: an argument that is none of the allowed ones.
+        DataError: no example, no targets, or targets that do not fit.
+        ModelError: dropout or batch statistics in train mode, or outputs that do not depend on the parameters.
+
+    Cost: one forward and one backward pass over the data.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+    for name, value, allowed in (
+        ("example", example, ("sequence", "token")),
+        ("normalization", normalization, ("mean", "sum")),
+    ):
+        if value not in allowed:
+            raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+    resolved = likelihoods.resolve(likelihood)
+    space = ParameterSpace.of(model, params)
+    device, dtype = model_device(model, space.names)
+    refuse_train_mode(model)
+    shift = _is_causal(model) if shift_labels is None else shift_labels
+    own = dict(model.named_parameters())
+    parameters = [own[name] for name in space.names]
+    total = torch.zeros(space.size, dtype=torch.float64, device=device)
+    examples = 0
+    for number, raw in enumerate(Source(data)):
+        batch = raw.to(device)
+        gradient, mask = _batch_gradient(model, batch, resolved, parameters, shift, f"data, batch {number}")
+        total += gradient
+        examples += int((mask if example == "token" else mask.any(1)).sum())
+    if examples == 0:
+        raise DataError(call="data", got="no example with a label that counts", expected="at least one")
+    return (total / examples if normalization == "mean" else total).to(dtype)
+
+
+def _batch_gradient(
+    model: nn.Module, batch: Batch, likelihood: Likelihood, parameters: list[nn.Parameter], shift: bool, call: str
+) -> tuple[Float[Tensor, " D"], Tensor]:
+    """Σ_n ∂ℓ_n/∂θ of one batch in float64, and which positions count."""
+    if batch.targets is None:
+        raise DataError(call=call, got="no targets", expected="targets", why="the loss is that of the observed labels")
+    if shift:
+        batch = batch.shifted(likelihood.ignore_index if isinstance(likelihood, Categorical) else -100)
+    # Only the model's own code runs in here: outside, flags and random generators are the caller's.
+    with untouched_rng([parameters[0].device]), differentiable(parameters):
+        raw = batch.call(model)
+        if not raw.requires_grad:
+            raise ModelError(
+                call=call,
+                got="outputs that do not depend on the parameters",
+                expected="a forward pass that autograd can follow",
+                try_="a forward without torch.no_grad, detach or NumPy",
+            )
+        known = raw.detach()
+        check_finite(known, call)
+        known = known if known.dtype in {torch.float32, torch.float64} else known.float()
+        z, target, mask = likelihood.prepare(known, batch.targets, call)
+        assert target is not None  # noqa: S101  (prepare returns targets when it is given some)
+        v = torch.where(mask.unsqueeze(-1), likelihood.gradient(z, target), torch.zeros_like(z))
+        found = torch.autograd.grad(raw, parameters, v.reshape(raw.shape).to(raw.dtype), allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+    return torch.cat([g.detach().reshape(-1).double() for g in flat]), mask

@@ -1,0 +1,295 @@
+"""Theorems about kinds and structures: what must hold whatever the implementation.
+
+The numbers of the empirical and improved kinds are those of Wu, Yu, Zhang, Woodland, arXiv 2406.06420 ("the paper").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from tests.reference.fisher import Problem, block_indices, forward_one, rows
+from tests.reference.outputs import Kind, gradient
+from tests.theorem_cases import KINDS, build, error, gradients, problem
+
+FAMILIES = [
+    "mlp",
+    "residual",
+    "linear_3d",
+    "conv2d",
+    "conv_pooled",
+    "deep_linear",
+    "token_mlp",
+    "mapping_batch_by_token",
+]
+# A damping in the middle between the smallest non-zero eigenvalues here (about 0.1) and rounding in float64: it leaves an
+# error of about 1e-7 on the first account, and of ε / damping on the second, since what rounding puts outside the rows'
+# span is divided by the damping.
+TINY = 1e-8
+
+
+def blocks(of: Problem) -> dict[str, Tensor]:
+    """Flat indices of every module's block."""
+    return block_indices(rows(of, Kind("ef")))
+
+
+def pick(dense: Tensor, index: Tensor) -> Tensor:
+    return dense[index[:, None], index]
+
+
+def first_example(of: Problem) -> Problem:
+    assert isinstance(of.inputs, Tensor)
+    return Problem(of.model, of.inputs[:1], of.targets[:1], of.likelihood, of.example)
+
+
+# -- Kronecker factors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ekfac__is_no_farther_from_f_than_kfac_in_any_block(family: str, kind: str) -> None:
+    of = problem(family)
+    cls, options = KINDS[kind]
+    exact, kfac, ekfac = (build(cls, of, structure=s, **options).to_dense() for s in ("block", "kfac", "ekfac"))
+    for index in blocks(of).values():
+        near, far = ((pick(m, index) - pick(exact, index)).norm() for m in (ekfac, kfac))
+        assert near <= far * (1 + 1e-9) + 1e-12 * pick(exact, index).norm()
+
+
+def test_ekfac__is_strictly_nearer_where_kfac_is_wrong() -> None:
+    """Otherwise the theorem above would also hold of an EKFAC that is KFAC."""
+    of = problem("mlp")
+    exact, kfac, ekfac = (build(fk.ExactFisher, of, structure=s).to_dense() for s in ("block", "kfac", "ekfac"))
+    assert (ekfac - exact).norm() < 0.95 * (kfac - exact).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ekfac__has_the_trace_of_f(family: str, kind: str) -> None:
+    of = problem(family)
+    cls, options = KINDS[kind]
+    full, ekfac = (build(cls, of, structure=s, **options) for s in ("full", "ekfac"))
+    torch.testing.assert_close(ekfac.trace(), full.trace(), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["mlp", "mlp_no_bias", "deep_linear", "residual", "inplace_relu_linear"])
+def test_kfac__is_exact_for_one_example_without_shared_positions(family: str, kind: str) -> None:
+    """A second moment over one example is the product of its factors: there is nothing to be correlated over."""
+    of = first_example(problem(family))
+    cls, options = KINDS[kind]
+    block, kfac, ekfac = (build(cls, of, structure=s, **options).to_dense() for s in ("block", "kfac", "ekfac"))
+    assert error(kfac, block) < 1e-12
+    assert error(ekfac, block) < 1e-12
+
+
+def test_kfac__is_exact_for_a_deep_linear_network_with_gaussian_likelihood() -> None:
+    """Output gradients of the exact kind are then the same for all examples, so that they are independent of inputs."""
+    of = problem("deep_linear")
+    block, kfac = (build(fk.ExactFisher, of, structure=s).to_dense() for s in ("block", "kfac"))
+    assert error(kfac, block) < 1e-12
+    # ...which is a property of the exact kind: residuals do depend on inputs.
+    block, kfac = (build(fk.EmpiricalFisher, of, structure=s).to_dense() for s in ("block", "kfac"))
+    assert error(kfac, block) > 0.05
+
+
+# -- the sampled kind --------------------------------------------------------------------------------------------------
+
+
+def sampled_error(of: Problem, draws: int, seeds: int) -> float:
+    exact = build(fk.ExactFisher, of).to_dense()
+    squares = [
+        (build(fk.SampledFisher, of, draws=draws, seed=s).to_dense() - exact).square().sum() for s in range(seeds)
+    ]
+    return float(torch.stack(squares).mean().sqrt() / exact.norm())
+
+
+@pytest.mark.parametrize(
+    "family", ["mlp", "bernoulli_multilabel", "gaussian_vector", "token_mlp", "token_mlp_by_token"]
+)
+def test_sampled__approaches_exact_at_the_rate_of_one_over_root_draws(family: str) -> None:
+    of = problem(family)
+    few, many = sampled_error(of, 4, 32), sampled_error(of, 256, 8)
+    assert many < 0.25
+    assert 8 / 1.5 < few / many < 8 * 1.5  # √(256 / 4), to the scatter of so few seeds
+
+
+@pytest.mark.parametrize("family", ["bernoulli_scalar", "gaussian_scalar", "token_mlp"])
+def test_sampled__is_unbiased(family: str) -> None:
+    of = problem(family)
+    exact = build(fk.ExactFisher, of)
+    v = torch.randn(exact.size, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    forms = torch.stack([build(fk.SampledFisher, of, seed=s).quadratic_form(v) for s in range(100)])
+    z = (forms.mean(0) - exact.quadratic_form(v)) / (forms.std(0) / len(forms) ** 0.5)
+    assert bool((z.abs() < 4).all()), z
+
+
+# -- the improved empirical kind ---------------------------------------------------------------------------------------
+
+
+def output_gradients(of: Problem) -> Tensor:
+    """u_n joined over positions and outputs, ``[N, P]``."""
+    return torch.stack(
+        [gradient(forward_one(of, n).detach(), y, of.likelihood).reshape(-1) for n, y in enumerate(of.targets)]
+    )
+
+
+@pytest.mark.parametrize(
+    "family", ["mlp", "conv2d", "gaussian_vector", "bernoulli_multilabel", "gaussian_tokens", "bernoulli_tokens"]
+)
+def test_ief__is_the_gram_of_gradients_weighted_by_the_inverse_squared_logit_gradient(family: str) -> None:
+    """The paper's equations 14 and 41: Jᵀ diag(s)⁻¹ J with J of the losses, in its sum convention."""
+    of = problem(family)
+    j, s = gradients(of), output_gradients(of).square().sum(1)
+    ief = build(fk.ImprovedEmpiricalFisher, of, normalization="sum")
+    assert error(ief.to_dense(), j.T @ (j / s[:, None])) < 1e-12
+    half = build(fk.ImprovedEmpiricalFisher, of, normalization="sum", power=0.5)
+    assert error(half.to_dense(), j.T @ (j / s.sqrt()[:, None])) < 1e-12
+
+
+@pytest.mark.parametrize("family", ["mlp", "bernoulli_multilabel", "token_mlp_by_token"])
+@pytest.mark.parametrize("structure", ["full", "diagonal", "ekfac"])
+def test_ief__of_power_zero_is_the_empirical_fisher(family: str, structure: str) -> None:
+    of = problem(family)
+    ief = build(fk.ImprovedEmpiricalFisher, of, power=0.0, structure=structure)
+    assert error(ief.to_dense(), build(fk.EmpiricalFisher, of, structure=structure).to_dense()) < 1e-12
+
+
+@pytest.mark.parametrize("family", ["gaussian_scalar", "bernoulli_scalar"])
+def test_ief__of_a_scalar_output_is_gauss_newton(family: str) -> None:
+    """The paper's appendix A. For ½(z − y)² that is the natural gradient too; for a logit it is not."""
+    of = problem(family)
+    total = gradients(of).sum(0)
+    ief = build(fk.ImprovedEmpiricalFisher, of, normalization="sum")
+    gauss_newton = build(fk.ExactFisher, of, normalization="sum", likelihood="gaussian")
+    natural = build(fk.ExactFisher, of, normalization="sum")
+    assert error(ief.to_dense(), gauss_newton.to_dense()) < 1e-12
+    # The undamped update on its own, by the paper's equation 8, which never forms the matrix.
+    j, s = gradients(of), output_gradients(of).square().sum(1)
+    update = j.T @ torch.linalg.solve(j @ j.T, s)
+    assert error(ief.solve(total, damping=TINY), update) < 1e-5
+    assert error(gauss_newton.solve(total, damping=TINY), update) < 1e-5
+    distance = error(natural.solve(total, damping=TINY), update)
+    assert distance < 1e-5 if family == "gaussian_scalar" else distance > 0.05
+
+
+@pytest.mark.parametrize("family", ["mlp", "conv2d", "bernoulli_multilabel"])
+def test_undamped_update__ef_changes_every_loss_alike_and_ief_by_its_squared_logit_gradient(family: str) -> None:
+    """The paper's section 4.1: EF asks the same of a fitted example as of a wrong one, −η; iEF asks −η‖∂ℓ/∂z‖²."""
+    of = problem(family)
+    j, s = gradients(of), output_gradients(of).square().sum(1)
+    assert torch.linalg.matrix_rank(j) == len(j)
+    ef, ief = (build(kind, of, normalization="sum") for kind in (fk.EmpiricalFisher, fk.ImprovedEmpiricalFisher))
+    assert error(j @ ef.solve(j.sum(0), damping=TINY), torch.ones_like(s)) < 1e-5
+    assert error(j @ ief.solve(j.sum(0), damping=TINY), s) < 1e-5
+
+
+def test_perfect_fit__the_fisher_vanishes_and_the_improved_empirical_does_not() -> None:
+    of = problem("mlp")
+    with torch.no_grad():
+        of.model[2].weight.mul_(3)
+    of = Problem(of.model, of.inputs, of.model(of.inputs).argmax(1), of.likelihood)
+    traces: dict[str, list[float]] = {name: [] for name in KINDS}
+    for _ in range(4):
+        for name, (kind, options) in KINDS.items():
+            # Of the hidden layer alone, scaled back: the last layer's growing weight enlarges its gradients by itself.
+            fisher = build(kind, of, params=("2.weight", "2.bias"), **options)
+            traces[name].append(float(fisher.trace()))
+        with torch.no_grad():
+            of.model[2].weight.mul_(3)
+            of.model[2].bias.mul_(3)
+    for name in ("ef", "exact", "truncated"):
+        assert traces[name][-1] < 1e-3 * traces[name][0], name
+    assert traces["ief"][-1] > 0.5 * traces["ief"][0]
+
+
+# -- the paper's toy, figure 1 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("theta", "natural", "empirical"),
+    [((1.0, -0.9), 0.746, 3.77), ((0.5, 1.0), 0.981, 1.63)],
+    ids=["(1,-.9)", "(.5,1)"],
+)
+def test_toy__quality_of_each_update_is_the_papers(
+    theta: tuple[float, float], natural: float, empirical: float
+) -> None:
+    """f = θ₀ + θ₁x on (0, 0) and (1, 0) with loss Σ½(y − f)²; γ = √(ΔᵀFΔ) / |Δᵀ∇L| relative to gradient descent's."""
+    model = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        model.bias.fill_(theta[0])
+        model.weight.fill_(theta[1])
+    x, y = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    options: dict[str, Any] = {"likelihood": "gaussian", "normalization": "sum"}
+    exact, ef, ief = (
+        kind(model, (x, y), **options) for kind in (fk.ExactFisher, fk.EmpiricalFisher, fk.ImprovedEmpiricalFisher)
+    )
+    grads = torch.autograd.grad(0.5 * (model(x) - y).square().sum(), [model.weight, model.bias])
+    slope = torch.cat([g.reshape(-1) for g in grads])
+
+    def quality(update: Tensor) -> float:
+        return float(exact.quadratic_form(update).sqrt() / (update @ slope).abs())
+
+    sgd = quality(slope)
+    found = {
+        name: quality(f.solve(slope, damping=TINY)) / sgd for name, f in (("ngd", exact), ("ief", ief), ("ef", ef))
+    }
+    assert float(f"{found['ngd']:.3g}") == natural
+    assert float(f"{found['ef']:.3g}") == empirical
+    assert found["ief"] == pytest.approx(found["ngd"], rel=1e-6)
+    # Nothing is better than the natural gradient, whose γ is 1 / √(∇Lᵀ F⁻¹ ∇L).
+    assert found["ngd"] * sgd == pytest.approx(float((slope @ exact.solve(slope, damping=TINY)) ** -0.5), rel=1e-6)
+
+
+# -- Gauss-Newton ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+@pytest.mark.parametrize("positions", [(), (3,)], ids=["example", "positions"])
+def test_exact__is_the_hessian_of_the_loss_of_a_linear_model(likelihood: str, positions: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(3, 4).double()
+    x = torch.randn(5, *positions, 3, dtype=torch.float64, generator=generator)
+    y = torch.rand(5, *positions, 4, dtype=torch.float64, generator=generator)
+    target = y.argmax(-1) if likelihood == "categorical" else y
+
+    def mean_loss(weight: Tensor, bias: Tensor) -> Tensor:
+        z = nn.functional.linear(x, weight, bias)
+        if likelihood == "gaussian":
+            return 0.5 * (z - y).square().sum() / 5
+        if likelihood == "bernoulli":
+            return nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / 5
+        return nn.functional.cross_entropy(z.flatten(0, -2), target.flatten(), reduction="sum") / 5
+
+    (ww, wb), (bw, bb) = torch.autograd.functional.hessian(mean_loss, (model.weight.detach(), model.bias.detach()))
+    expected = torch.cat(
+        [
+            torch.cat([ww.reshape(12, 12), wb.reshape(12, 4)], 1),
+            torch.cat([bw.reshape(4, 12), bb], 1),
+        ]
+    )
+    fisher = fk.ExactFisher(model, (x, target), likelihood=likelihood)
+    assert error(fisher.to_dense(), expected) < 1e-12
+
+
+@pytest.mark.parametrize("family", ["mlp", "bernoulli_multilabel", "gaussian_vector", "conv_gaussian_positions"])
+@pytest.mark.parametrize("targets", ["observed", "none", "other"])
+def test_exact__with_gaussian_likelihood_is_the_jacobians_gram_whatever_the_targets(family: str, targets: str) -> None:
+    """The identity-output Gauss-Newton of a classifier takes the classifier's own data, class labels and all."""
+    of = problem(family)
+    jacobian = torch.cat([_jacobian(of, n) for n in range(len(of.targets))])
+    z = of.model(of.inputs).detach()
+    given = {"observed": of.targets, "none": None, "other": torch.full_like(z, 7.0)}[targets]
+    fisher = fk.ExactFisher(of.model, (of.inputs, given), likelihood="gaussian", normalization="sum")
+    assert error(fisher.to_dense(), jacobian.T @ jacobian) < 1e-12
+
+
+def _jacobian(of: Problem, n: int) -> Tensor:
+    z = forward_one(of, n).reshape(-1)
+    parameters = list(of.chosen().values())
+    found = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in z]
+    return torch.stack([torch.cat([g.reshape(-1) for g in grads]) for grads in found])
