@@ -107,8 +107,10 @@ def _pivoted(outputs: Outputs, stop: Stop) -> Steps:
     noise = diagonal * (z.shape[1] * z.shape[2] * torch.finfo(torch.float64).eps * 16)
     total = diagonal.flatten(1).sum(1)
     full = z.shape[1] * z.shape[2]
-    vectors, left = [], []
-    v = first[:, None, None] * u
+    vectors: list[Tensor] = []
+    left: list[Tensor] = []
+    # Where the gradient is exactly zero there is no direction to prefer, and the first vector is a pivot too.
+    v = torch.where((form > 0)[:, None, None], first[:, None, None] * u, _next(wide, vectors, diagonal))
     while True:
         vectors.append(v)
         diagonal = diagonal - v.square()

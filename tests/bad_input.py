@@ -1,6 +1,6 @@
 """What a table of bad input holds, and the small models and data that its calls use.
 
-A message is judged by pieces of it: the call, what was got with its concrete value, and what was expected or what to try.
+A message is judged by pieces of it: the call, what was got with its value, and what was expected or what to try.
 """
 
 from __future__ import annotations

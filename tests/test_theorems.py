@@ -26,9 +26,9 @@ FAMILIES = [
     "token_mlp",
     "mapping_batch_by_token",
 ]
-# A damping in the middle between the smallest non-zero eigenvalues here (about 0.1) and rounding in float64: it leaves an
-# error of about 1e-7 on the first account, and of ε / damping on the second, since what rounding puts outside the rows'
-# span is divided by the damping.
+# A damping half way between the smallest non-zero eigenvalues here (about 0.1) and rounding in float64: it leaves an
+# error of about 1e-7 on the first account, and of ε / damping on the second, since what rounding puts outside the
+# rows' span is divided by the damping.
 TINY = 1e-8
 
 
@@ -196,7 +196,7 @@ def test_perfect_fit__the_fisher_vanishes_and_the_improved_empirical_does_not() 
     traces: dict[str, list[float]] = {name: [] for name in KINDS}
     for _ in range(4):
         for name, (kind, options) in KINDS.items():
-            # Of the hidden layer alone, scaled back: the last layer's growing weight enlarges its gradients by itself.
+            # Of the last layer alone: its inputs stay as they are; the hidden layer's gradients grow with its weight.
             fisher = build(kind, of, params=("2.weight", "2.bias"), **options)
             traces[name].append(float(fisher.trace()))
         with torch.no_grad():
@@ -293,3 +293,36 @@ def _jacobian(of: Problem, n: int) -> Tensor:
     parameters = list(of.chosen().values())
     found = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in z]
     return torch.stack([torch.cat([g.reshape(-1) for g in grads]) for grads in found])
+
+
+# -- the data: how it is cut and in which order it comes ---------------------------------------------------------------
+
+
+def cut(of: Problem, index: Tensor) -> tuple[Any, Tensor]:
+    """Some of the examples as a batch."""
+    if isinstance(of.inputs, Tensor):
+        return of.inputs[index], of.targets[index]
+    return {name: value[index] for name, value in of.inputs.items()}, of.targets[index]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("family", ["mlp", "conv_pooled", "token_mlp", "mapping_batch_by_token"])
+def test_data__batch_split_order_and_chunks_do_not_change_f(family: str, structure: str, kind: str) -> None:
+    of = problem(family)
+    cls, options = KINDS[kind]
+    options = options | {"structure": structure, "likelihood": of.likelihood, "example": of.example}
+    n = len(of.targets)
+    expected = build(cls, of, **options)
+    pieces = [torch.arange(n)[:1], torch.arange(n)[1 : n - 1], torch.arange(n)[n - 1 :]]
+    variants = {
+        "split": ([cut(of, piece) for piece in pieces], {}),
+        "chunk 1": (cut(of, torch.arange(n)), {"chunk_size": 1}),
+        "chunk 2, split": ([cut(of, piece) for piece in pieces], {"chunk_size": 2}),
+    }
+    if kind != "sf":  # its draws belong to an example's place in the data, so that another order draws anew
+        variants["reversed"] = [cut(of, piece.flip(0)) for piece in reversed(pieces)], {}
+    for name, (data, more) in variants.items():
+        fisher = cls(of.model, data, **options, **more)
+        assert error(fisher.to_dense(), expected.to_dense()) < 1e-11, name
+        assert (fisher.examples, fisher.rows) == (expected.examples, expected.rows), name

@@ -137,7 +137,7 @@ class FisherOperator(ABC):
     @final
     def quadratic_form(self, v: Vector) -> Float[Tensor, "..."]:
         """vᵀ F v, a scalar for one vector, ``[K]`` for columns; float64."""
-        columns, restore = self._columns(v, "quadratic_form")
+        columns = self._columns(v, "quadratic_form")[0]
         values = (columns.double() * self._matmat(columns).double()).sum(0)
         single = (isinstance(v, Tensor) and v.ndim == 1) or (not isinstance(v, Tensor) and _is_single(v, self.space))
         return values[0] if single else values
@@ -202,21 +202,26 @@ class FisherOperator(ABC):
             InvalidTypeError, InvalidArgumentError: damping is not a number that is 0 or more.
             SingularMatrixError: F + λI is singular.
         """
-        if tolerance is None:
-            tolerance = 1e-10 if self.dtype == torch.float64 else 1e-5
-        return self._factorize(self._resolve(damping, "factorize"), tolerance, max_steps)
+        return self._inverse(damping, "factorize", tolerance, max_steps)
 
     @overload
-    def solve(self, v: Vector, damping: Damping = ..., *, return_info: Literal[False] = ..., tolerance: float | None = ...,
-              max_steps: int | None = ...) -> Vector: ...  # fmt: skip
+    def solve(
+        self, v: Vector, damping: Damping = ..., *, return_info: Literal[False] = ..., **options: Any
+    ) -> Vector: ...
     @overload
-    def solve(self, v: Vector, damping: Damping = ..., *, return_info: Literal[True], tolerance: float | None = ...,
-              max_steps: int | None = ...) -> tuple[Vector, SolveInfo]: ...  # fmt: skip
+    def solve(
+        self, v: Vector, damping: Damping = ..., *, return_info: Literal[True], **options: Any
+    ) -> tuple[Vector, SolveInfo]: ...
     @final
     def solve(
-        self, v: Vector, damping: Damping = 1e-3, *, return_info: bool = False, tolerance: float | None = None,
+        self,
+        v: Vector,
+        damping: Damping = 1e-3,
+        *,
+        return_info: bool = False,
+        tolerance: float | None = None,
         max_steps: int | None = None,
-    ) -> Vector | tuple[Vector, SolveInfo]:  # fmt: skip
+    ) -> Vector | tuple[Vector, SolveInfo]:
         """(F + λI)⁻¹ v, with the null space's v/λ included.
 
         Args:
@@ -229,8 +234,12 @@ class FisherOperator(ABC):
         Returns:
             The solution in v's form; with ``return_info`` a pair (solution, `SolveInfo`).
         """
-        inverse = self.factorize(damping, tolerance=tolerance, max_steps=max_steps)
-        return inverse.matvec(v, return_info=True) if return_info else inverse.matvec(v)
+        columns, restore = self._columns(v, "solve")
+        inverse = self._inverse(damping, "solve", tolerance, max_steps)
+        if not return_info:
+            return restore(inverse._solve(columns))
+        solution, info = inverse._solve_with_info(columns)
+        return restore(solution), info
 
     @final
     def logdet(self, damping: Damping = 1e-3) -> Float[Tensor, ""]:
@@ -240,7 +249,7 @@ class FisherOperator(ABC):
             NoClosedFormError: the structure is only solved iteratively.
             SingularMatrixError: F + λI is singular.
         """
-        return self._factorize(self._resolve(damping, "logdet"), 1e-6, None).logdet()
+        return self._inverse(damping, "logdet", None, None)._logdet()
 
     @final
     def to_scipy(self) -> LinearOperator:
@@ -275,7 +284,9 @@ class FisherOperator(ABC):
                 expected="a finite number, 0 or more",
                 why="operators form a cone: a negative multiple is not positive semi-definite",
             )
-        return self._unwrap()._scaled(float(scale))
+        result = self._unwrap()._scaled(float(scale))
+        result.metadata = {**self.metadata, "scale": str(scale * float(self.metadata.get("scale", 1)))}
+        return result
 
     __rmul__ = __mul__
 
@@ -290,13 +301,24 @@ class FisherOperator(ABC):
             raise InvalidTypeError(
                 call=f"{self._name} + other", got=f"a {type(other).__name__}", expected="a FisherOperator"
             )
-        return add(self._unwrap(), other._unwrap())
+        result = add(self._unwrap(), other._unwrap())
+        keys = {**self.metadata, **other.metadata}
+        both = {key: (self.metadata.get(key, "?"), other.metadata.get(key, "?")) for key in keys}
+        result.metadata = {key: a if a == b else f"{a} + {b}" for key, (a, b) in both.items()}
+        return result
 
     # -- shared by the above -------------------------------------------------------------------------------------------
 
     @property
     def _name(self) -> str:
         return type(self).__name__
+
+    def _inverse(
+        self, damping: Damping, operation: str, tolerance: float | None, max_steps: int | None
+    ) -> Factorization:
+        if tolerance is None:
+            tolerance = 1e-10 if self.dtype == torch.float64 else 1e-5
+        return self._factorize(self._resolve(damping, operation), tolerance, max_steps)
 
     def _columns(self, v: Vector, operation: str) -> tuple[Tensor, Any]:
         return self.space.to_columns(v, f"{self._name}.{operation}", dtype=self.dtype, device=self.device)

@@ -112,7 +112,7 @@ class IterativeFactorization(Factorization):
         max_steps: at most this many products.
     """
 
-    method = "cg"
+    method = "conjugate_gradient"
 
     def __init__(self, operator: FisherOperator, damping: float, tolerance: float, max_steps: int | None) -> None:
         super().__init__(operator, damping)

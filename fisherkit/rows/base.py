@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import Self
 
 TILE = 1 << 25
 """Entries of the largest temporary of a tiled loop: 128 MiB in float32, well above where matmuls are efficient."""
+
+
+R = TypeVar("R", bound="UnitRows")
 
 
 class UnitRows(ABC):
@@ -41,7 +43,7 @@ class UnitRows(ABC):
         """Jᵀ W."""
 
     @abstractmethod
-    def gram(self, other: Self) -> Float[Tensor, "R S"]:
+    def gram(self: R, other: R) -> Float[Tensor, "R S"]:
         """J J'ᵀ against rows of the same representation, accumulated in float64."""
 
     @abstractmethod
@@ -53,20 +55,20 @@ class UnitRows(ABC):
         """The rows themselves."""
 
     @abstractmethod
-    def scaled(self, scale: float) -> Self:
+    def scaled(self: R, scale: float) -> R:
         """Every row times a number."""
 
     @abstractmethod
-    def reordered(self, order: Int[Tensor, "R"]) -> Self:
+    def reordered(self: R, order: Int[Tensor, "R"]) -> R:
         """The rows in another order."""
 
     @abstractmethod
-    def double(self) -> Self:
+    def double(self: R) -> R:
         """The rows in float64."""
 
     @classmethod
     @abstractmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
+    def cat(cls: type[R], parts: Sequence[R]) -> R:
         """All rows of the parts, in their order."""
 
     @abstractmethod
@@ -79,7 +81,7 @@ class UnitRows(ABC):
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> Self:
+    def from_tensors(cls: type[R], tensors: dict[str, Tensor], options: dict[str, int]) -> R:
         """The inverse of `tensors` and `options`."""
 
     @property

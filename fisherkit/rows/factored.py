@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import Self
 
 from fisherkit.rows.base import UnitRows, spans, sum_by
 
@@ -75,7 +74,7 @@ class FactoredRows(UnitRows):
             parts.append(self._join(weight, weighed.sum((0, 1))))
         return torch.cat(parts, 1)
 
-    def gram(self, other: Self) -> Float[Tensor, "R S"]:
+    def gram(self, other: FactoredRows) -> Float[Tensor, "R S"]:
         """J J'ᵀ: an elementwise product of two small Grams if positions are not shared, else tiles of dense rows."""
         if self.positions == 1 and other.positions == 1:
             left = self.activations[:, 0].double() @ other.activations[:, 0].double().mT + float(self.bias)
@@ -144,25 +143,25 @@ class FactoredRows(UnitRows):
         flat = (weight.transpose(0, 1) if self.transposed else weight).reshape(-1, *weight.shape[2:])
         return torch.cat([flat, offset]) if self.bias else flat
 
-    def _with(self, gradients: Tensor, example: Tensor | None) -> Self:
-        return type(self)(self.activations, gradients, example, bias=self.bias, transposed=self.transposed)
+    def _with(self, gradients: Tensor, example: Tensor | None) -> FactoredRows:
+        return FactoredRows(self.activations, gradients, example, bias=self.bias, transposed=self.transposed)
 
-    def scaled(self, scale: float) -> Self:
+    def scaled(self, scale: float) -> FactoredRows:
         """Every row times a number."""
         return self._with(self.gradients * scale, self.example)
 
-    def reordered(self, order: Int[Tensor, "R"]) -> Self:
+    def reordered(self, order: Int[Tensor, "R"]) -> FactoredRows:
         """The rows in another order; the activations stay where they are."""
         return self._with(self.gradients[order], order if self.example is None else self.example[order])
 
-    def double(self) -> Self:
+    def double(self) -> FactoredRows:
         """The rows in float64."""
-        return type(self)(
+        return FactoredRows(
             self.activations.double(), self.gradients.double(), self.example, bias=self.bias, transposed=self.transposed
         )
 
     @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
+    def cat(cls, parts: Sequence[FactoredRows]) -> FactoredRows:
         """All rows of the parts; parts that share their activations (chunks of one batch) go on sharing them."""
         if len(parts) == 1:
             return parts[0]
@@ -195,7 +194,7 @@ class FactoredRows(UnitRows):
         return {"bias": int(self.bias), "transposed": int(self.transposed)}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> Self:
+    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> FactoredRows:
         """Back from a file."""
         return cls(
             tensors["activations"],

@@ -1,7 +1,7 @@
 """Products with a batch's F without any row: push forward, apply the output metric, pull back.
 
-F_batch u = Jᵀ (Σ_m v vᵀ) J u costs one forward-mode and one reverse pass whatever the number of vectors, and no layer rule.
-It needs ``torch.func`` to see through the model, which `agrees` finds out. Knows no kind: the metric is a function.
+F_batch u = Jᵀ (Σ_m v vᵀ) J u costs one forward-mode and one reverse pass whatever the number of vectors, and no layer
+rule. It needs ``torch.func`` to see through the model, which `agrees` finds out. Knows no kind: the metric is a function.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherkit.data import Batch
+from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
-from fisherkit.rows.plan import TOLERANCE, Plan
+from fisherkit.rows.plan import TOLERANCE, Plan, differentiable
 from fisherkit.space import ParameterSpace
 
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
@@ -37,7 +38,7 @@ def product(
     """
     forward, parameters = _forward(plan, space, batch)
     # The fused attention kernels have no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with untouched_rng([u.device]), differentiable(()), sdpa_kernel(SDPBackend.MATH):
         z, pull = vjp(forward, parameters)[:2]
         parts = []
         for span in spans(u.shape[1], z.numel()):

@@ -154,7 +154,7 @@ class Problem:
         return self.token or self.kind.positionwise
 
     def _micro_batches(self, description: str) -> Iterator[tuple[Batch, int, str]]:
-        """Pieces of batches on the model's device, the place of their first example in the data, and a name for errors."""
+        """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
         device = self.plan.example_parameter.device
         bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
         start = 0

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import Self
 
 from fisherkit.rows.base import UnitRows, spans, sum_by
 
@@ -42,13 +41,13 @@ class SparseRows(UnitRows):
         self.row, self.token, self.values, self.vocabulary = row, token, values, vocabulary
 
     @classmethod
-    def gathered(cls, tokens: Int[Tensor, "R T"], gradients: Float[Tensor, "R T E"], vocabulary: int) -> Self:
+    def gathered(cls, tokens: Int[Tensor, "R T"], gradients: Float[Tensor, "R T E"], vocabulary: int) -> SparseRows:
         """Rows from tokens and the gradients of their embedding vectors; repeats within a row are summed."""
         count = tokens.shape[0]
         key = tokens + torch.arange(count, device=tokens.device).unsqueeze(1) * vocabulary
         unique, place = torch.unique(key.reshape(-1), return_inverse=True)
         values = sum_by(place, gradients.reshape(-1, gradients.shape[-1]), unique.shape[0])
-        return cls(unique // vocabulary, unique % vocabulary, values, count=count, vocabulary=vocabulary)
+        return SparseRows(unique // vocabulary, unique % vocabulary, values, count=count, vocabulary=vocabulary)
 
     def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
         """J U."""
@@ -60,7 +59,7 @@ class SparseRows(UnitRows):
         weighed = torch.einsum("ne,nk->nek", self.values, w[self.row])
         return sum_by(self.token, weighed, self.vocabulary).reshape(self.size, w.shape[1])
 
-    def gram(self, other: Self) -> Float[Tensor, "R S"]:
+    def gram(self, other: SparseRows) -> Float[Tensor, "R S"]:
         """J J'ᵀ over tiles of the tokens that occur on both sides."""
         result = self.values.new_zeros(self.count, other.count, dtype=torch.float64)
         shared = torch.unique(self.token)
@@ -89,23 +88,23 @@ class SparseRows(UnitRows):
         rows[self.row, self.token] = self.values
         return rows.flatten(1)
 
-    def _with(self, row: Tensor, values: Tensor) -> Self:
-        return type(self)(row, self.token, values, count=self.count, vocabulary=self.vocabulary)
+    def _with(self, row: Tensor, values: Tensor) -> SparseRows:
+        return SparseRows(row, self.token, values, count=self.count, vocabulary=self.vocabulary)
 
-    def scaled(self, scale: float) -> Self:
+    def scaled(self, scale: float) -> SparseRows:
         """Every row times a number."""
         return self._with(self.row, self.values * scale)
 
-    def reordered(self, order: Int[Tensor, "R"]) -> Self:
+    def reordered(self, order: Int[Tensor, "R"]) -> SparseRows:
         """The rows in another order: only their numbers change."""
         return self._with(torch.argsort(order)[self.row], self.values)
 
-    def double(self) -> Self:
+    def double(self) -> SparseRows:
         """The rows in float64."""
         return self._with(self.row, self.values.double())
 
     @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
+    def cat(cls, parts: Sequence[SparseRows]) -> SparseRows:
         """All rows of the parts."""
         if len(parts) == 1:
             return parts[0]
@@ -127,7 +126,7 @@ class SparseRows(UnitRows):
         return {"count": self.count, "vocabulary": self.vocabulary}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> Self:
+    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> SparseRows:
         """Back from a file."""
         return cls(
             tensors["row"],

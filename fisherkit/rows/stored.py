@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import Self
 
 from fisherkit.rows.base import UnitRows, spans
 
@@ -33,7 +32,7 @@ class StoredRows(UnitRows):
         """Jᵀ W."""
         return self.values.mT @ w
 
-    def gram(self, other: Self) -> Float[Tensor, "R S"]:
+    def gram(self, other: StoredRows) -> Float[Tensor, "R S"]:
         """J J'ᵀ, columns converted to float64 a tile at a time."""
         result = self.values.new_zeros(self.count, other.count, dtype=torch.float64)
         for span in spans(self.size, self.count + other.count):
@@ -48,20 +47,20 @@ class StoredRows(UnitRows):
         """The matrix."""
         return self.values
 
-    def scaled(self, scale: float) -> Self:
+    def scaled(self, scale: float) -> StoredRows:
         """Every row times a number."""
-        return type(self)(self.values * scale)
+        return StoredRows(self.values * scale)
 
-    def reordered(self, order: Int[Tensor, "R"]) -> Self:
+    def reordered(self, order: Int[Tensor, "R"]) -> StoredRows:
         """The rows in another order."""
-        return type(self)(self.values[order])
+        return StoredRows(self.values[order])
 
-    def double(self) -> Self:
+    def double(self) -> StoredRows:
         """The rows in float64."""
-        return type(self)(self.values.double())
+        return StoredRows(self.values.double())
 
     @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
+    def cat(cls, parts: Sequence[StoredRows]) -> StoredRows:
         """All rows of the parts."""
         return parts[0] if len(parts) == 1 else cls(torch.cat([part.values for part in parts]))
 
@@ -74,6 +73,6 @@ class StoredRows(UnitRows):
         return {}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> Self:
+    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> StoredRows:
         """Back from a file."""
         return cls(tensors["values"])

@@ -1,0 +1,242 @@
+"""`check_fisher`: every operation of the contract against a matrix.
+
+One function for each group of operations; what a comparison is, `comparison` says. A new operation of `FisherOperator`
+gets its lines here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError, NotConvergedWarning
+from fisherkit.operators import FisherOperator, load
+from fisherkit.testing.comparison import TOLERANCES, Check, ConformanceError, ConformanceReport, checked_matrix
+
+
+def check_fisher(
+    operator: FisherOperator,
+    dense: Float[Tensor, "D D"],
+    *,
+    tolerance: float | None = None,
+    generator: torch.Generator | None = None,
+) -> ConformanceReport:
+    """Check every operation of an operator against its matrix.
+
+    Products of all forms of vector, quadratic form, diagonal, trace, Gram, damped solves, factorizations and log
+    determinants at two dampings, samples, eigenvalues, `to_dense`, `to_scipy`, scales and sums, symmetry, and a round
+    trip through a file; dtype, device and form of each result; and that changing a result in place does not change
+    the operator. Dampings are a tenth and a hundredth of the largest eigenvalue, so that what rounding does to a
+    solve stays near what it does to a product.
+
+    Args:
+        operator: the operator.
+        dense: the matrix that it should be, in flat order; best in float64 and by means that share no code with it.
+        tolerance: largest accepted relative error ‖got − expected‖₂ / ‖expected‖₂ with a result's entries joined (a
+            log determinant's is relative to Σ|log(eigenvalue + damping)|); None for `TOLERANCES` of the operator's
+            dtype.
+        generator: draws the vectors; None for one with seed 0.
+
+    Returns:
+        The relative error of each operation, and the operations that the structure refuses.
+
+    Raises:
+        InvalidTypeError: ``operator`` is not a FisherOperator.
+        InvalidArgumentError: ``dense`` is not a finite symmetric matrix of the operator's size, or ``tolerance`` is not
+            positive.
+        ConformanceError: naming the operation, its relative error and the tolerance, or what is wrong with its form.
+
+    Cost: an eigen-decomposition and a few solves with the dense matrix; meant for D up to a thousand or so.
+    """
+    call = "check_fisher"
+    if not isinstance(operator, FisherOperator):
+        raise InvalidTypeError(call=call, got=f"a {type(operator).__name__}", expected="a FisherOperator")
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise InvalidArgumentError(call=call, got=f"tolerance={tolerance}", expected="a positive number, or None")
+    limit = TOLERANCES.get(operator.dtype, 5e-2) if tolerance is None else tolerance
+    matrix = checked_matrix(operator, dense, limit)
+    seeds = torch.Generator().manual_seed(0) if generator is None else generator
+    check = Check(operator, matrix, limit, seeds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        for part in (_products, _numbers, _spectra, _inverses, _samples, _algebra, _files, _independence):
+            part(check)
+    return ConformanceReport(check.errors, tuple(sorted(check.refused)), limit)
+
+
+def _products(check: Check) -> None:
+    """Products in every form, and that they are symmetric."""
+    operator, columns = check.operator, check.columns
+    shape = (len(check.matrix), len(check.matrix))
+    check.require("shape", operator.shape == shape, f"{operator.shape}", f"{shape}")
+    expected = check.matrix @ columns.double()
+    check.in_every_form("matvec", operator.matvec, expected)
+    check.in_every_form("@", operator.__matmul__, expected)
+    other = check.normal(operator.size, 2)
+    left = check.columns_of(operator @ columns).double().mT @ other.double()
+    right = columns.double().mT @ check.columns_of(operator @ other).double()
+    size = float(expected.norm() * other.double().norm())
+    check.compare("symmetry", left, right, dtype=torch.float64, scale=size)
+    scipy_operator = operator.to_scipy()
+    arrays = columns.cpu().numpy()
+    for got, result, detail in (
+        (scipy_operator @ arrays, expected, " @ [D, K]"),
+        (scipy_operator.H @ arrays, expected, ".H @ [D, K]"),
+        (scipy_operator @ arrays[:, 0], expected[:, 0], " @ [D]"),
+    ):
+        check.compare("to_scipy", torch.from_numpy(got).to(operator.device), result, detail=f"(){detail}")
+
+
+def _numbers(check: Check) -> None:
+    """Quadratic forms, diagonal, trace and the matrix itself."""
+    operator, columns, matrix = check.operator, check.columns, check.matrix
+    expected = (columns.double() * (matrix @ columns.double())).sum(0)
+    unflatten = operator.space.unflatten
+    for v, result in (
+        (columns, expected),
+        (columns[:, 0], expected[0]),
+        (unflatten(columns), expected),
+        (unflatten(columns[:, 0]), expected[0]),
+    ):
+        check.compare("quadratic_form", operator.quadratic_form(v), result, dtype=torch.float64)
+    check.compare("diagonal", operator.diagonal(), matrix.diagonal())
+    check.compare("trace", operator.trace(), matrix.trace(), dtype=torch.float64)
+    dense = check.attempt("to_dense", operator.to_dense)
+    if dense is not None:
+        check.compare("to_dense", dense, matrix)
+        check.compare("symmetry", dense, dense.mT.double(), detail=" of to_dense()")
+
+
+def _spectra(check: Check) -> None:
+    """Eigenvalues and the Gram matrix."""
+    operator, values = check.operator, check.values
+    for k in (None, 1, (operator.size + 1) // 2):
+        found = check.attempt("eigenvalues", lambda k=k: operator.eigenvalues(k))  # type: ignore[misc]
+        if found is not None:
+            check.compare("eigenvalues", found, values[:k], detail=f"(k={k})", dtype=torch.float64)
+    gram = check.attempt("gram", operator.gram)
+    if gram is not None:
+        check.require(
+            "gram", gram.ndim == 2 and gram.shape[0] == gram.shape[1], f"{list(gram.shape)}", "a square matrix"
+        )
+        check.compare("gram", gram, gram.mT, detail="()", dtype=torch.float64)
+        mine = torch.linalg.eigvalsh(gram).flip(0)
+        count = max(len(mine), len(values))
+        pad = torch.nn.functional.pad
+        padded = pad(values, (0, count - len(values)))
+        check.compare("gram", pad(mine, (0, count - len(mine))), padded, detail="() eigenvalues", dtype=torch.float64)
+
+
+def _inverses(check: Check) -> None:
+    """Damped solves and log determinants, by every way to ask for them."""
+    operator, columns, space = check.operator, check.columns, check.operator.space
+    for damping, number in check.dampings:
+        shifted, detail = check.shifted(number), f", damping={damping}"
+        expected = torch.linalg.solve(shifted, columns.double())
+        solution, info = operator.solve(columns, damping, return_info=True, tolerance=check.residual)
+        check.compare("solve", solution, expected, detail=f"([D, K]{detail})")
+        left = shifted @ check.columns_of(solution).double() - columns.double()
+        left = left.norm(dim=0) / columns.double().norm(dim=0)
+        honest = info.residual.shape == left.shape and float((info.residual - left).abs().max()) <= check.tolerance
+        check.require("solve", honest, f"a reported residual of {info.residual}", f"{left}")
+        near = math.isclose(info.damping, number, rel_tol=check.tolerance)
+        check.require("solve", near, f"a reported damping of {info.damping}", f"{number}")
+        named = operator.solve(space.unflatten(columns[:, 0]), damping, tolerance=check.residual)
+        check.compare("solve", check.columns_of(named)[:, 0], expected[:, 0], detail=f"({{[...]}}{detail})")
+        inverse = operator.factorize(damping, tolerance=check.residual)
+        check.in_every_form("factorize", inverse.matvec, expected)
+        check.compare("factorize", inverse @ columns, expected, detail=f"({detail[2:]}) @ [D, K]")
+        logs = (check.values + number).log()
+        for ask in (functools.partial(operator.logdet, damping), inverse.logdet):
+            found = check.attempt("logdet", ask)
+            if found is not None:
+                size = float(logs.abs().sum())
+                check.compare("logdet", found, logs.sum(), detail=f"({detail[2:]})", dtype=torch.float64, scale=size)
+
+
+def _samples(check: Check) -> None:
+    """Draws from N(0, (F + λI)⁻¹) repeat with their seed, and xᵀ(F + λI)x is χ² with D degrees of freedom."""
+    damping, number = check.dampings[0]
+    inverse = check.operator.factorize(damping, tolerance=check.residual)
+    count = 2 + 500 // check.operator.size
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator(check.operator.device).manual_seed(seed)
+        return torch.stack([inverse.sample(generator) for _ in range(count)], 1)
+
+    first, second = check.seed(), check.seed()
+    draws = draw(first)
+    check.compare("sample", draw(first), draws.double(), detail="() of the same seed")
+    check.require("sample", not torch.equal(draw(second), draws), "the same draws", "others with another seed")
+    ratio = float((draws.double() * (check.shifted(number) @ draws.double())).sum()) / draws.numel()
+    # Six standard deviations: enough to see a missing term or factor, and no false alarm.
+    slack = 6 * math.sqrt(2 / draws.numel())
+    check.require("sample", abs(ratio - 1) < slack, f"draws of {ratio:.2f} times the expected size",
+                  f"between {1 - slack:.2f} and {1 + slack:.2f}")  # fmt: skip
+
+
+def _algebra(check: Check) -> None:
+    """Multiples and sums."""
+    operator, columns = check.operator, check.columns
+    product = check.matrix @ columns.double()
+    for name, result, factor in (
+        ("scale", 0.5 * operator, 0.5),
+        ("scale", operator * 2, 2.0),
+        ("scale", 0.0 * operator, 0.0),
+        ("sum", 0.5 * operator + 0.25 * operator, 0.75),
+        ("sum", operator + operator, 2.0),
+    ):
+        check.require(name, isinstance(result, FisherOperator), f"a {type(result).__name__}", "a FisherOperator")
+        check.compare(name, result @ columns, factor * product, detail=".matvec")
+        check.compare(name, result.diagonal(), factor * check.matrix.diagonal(), detail=".diagonal()")
+        check.compare(name, result.trace(), factor * check.matrix.trace(), detail=".trace()", dtype=torch.float64)
+    number = check.dampings[0][1]
+    solution = (0.5 * operator + 0.25 * operator).solve(columns, 0.75 * number, tolerance=check.residual)
+    expected = torch.linalg.solve(check.shifted(number), columns.double()) / 0.75
+    check.compare("sum", solution, expected, detail=".solve")
+
+
+def _files(check: Check) -> None:
+    """What `fisherkit.load` reads is the same operator."""
+    operator = check.operator
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "operator.safetensors"
+        check.attempt("save", functools.partial(operator.save, path))
+        if "save" in check.refused:
+            return
+        try:
+            restored = load(path, device=operator.device)
+        except FileFormatError as error:
+            got = f"a file that load refuses: {error}"
+            raise ConformanceError(call=check.name("save"), got=got, expected="one that load reads") from error
+    check.require("save", restored.space == operator.space, f"{restored.space}", f"{operator.space}")
+    check.require("save", restored.metadata == operator.metadata, f"{restored.metadata}", f"{operator.metadata}")
+    for name in ("matvec", "diagonal", "trace"):
+        arguments = (check.columns,) if name == "matvec" else ()
+        before, after = getattr(operator, name)(*arguments), getattr(restored, name)(*arguments)
+        check.compare("save", after, before.double(), detail=f" and load, {name}", dtype=before.dtype)
+    solution = restored.solve(check.columns, check.dampings[0][0], tolerance=check.residual)
+    expected = torch.linalg.solve(check.shifted(check.dampings[0][1]), check.columns.double())
+    check.compare("save", solution, expected, detail=" and load, solve")
+
+
+def _independence(check: Check) -> None:
+    """What an operation returns is the caller's to change."""
+    operator, columns = check.operator, check.columns
+    before = check.columns_of(operator @ columns).clone()
+    asked = (operator.diagonal, operator.trace, operator.to_dense, operator.eigenvalues, operator.gram)
+    results: list[Any] = [check.attempt(ask.__name__, ask) for ask in asked]
+    for result in (*results, operator @ columns, operator.solve(columns, check.dampings[0][0])):
+        if isinstance(result, Tensor):
+            result.zero_()
+    after = check.columns_of(operator @ columns)
+    check.require("matvec", torch.equal(before, after), "another product after a result was changed in place",
+                  "results that share no memory with the operator")  # fmt: skip
