@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, UnknownParameterError
 
-Vector = Tensor | Mapping[str, Tensor]
+Vector = TypeVar("Vector", Tensor, Mapping[str, Tensor])
+"""A vector over parameters: ``[D]``, ``[D, K]`` with columns last, or a dict name -> tensor; results have its form."""
 Selection = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
 
@@ -208,7 +210,7 @@ class ParameterSpace:
             )
         is_dict, is_single = isinstance(vector, Mapping), flat.ndim == 1
 
-        def restore(columns: Tensor) -> Vector:
+        def restore(columns: Tensor) -> Any:
             result = columns.squeeze(-1) if is_single else columns
             return self.unflatten(result) if is_dict else result
 

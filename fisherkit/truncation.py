@@ -1,11 +1,11 @@
 """Truncated square roots of an output Fisher H: the loss gradient first, then pivoted Cholesky of what is left.
 
 v₁ = u / √(uᵀH⁺u) is the largest multiple of the loss gradient whose square stays below H in the Loewner order; each
-next vector is R e_c / √R_cc for the largest remaining diagonal entry c of R = H − Σ v vᵀ. So F₁ ≼ F₂ ≼ … ≼ F_exact, and tr R
-bounds what is missing, example by example. For one softmax the vectors have a closed form: with q the distribution of
-the classes that have not been pivots, v = √(p_c q̄) (e_c − q). Rank 1 is Fast Gauss-Newton (Korbit and Zanon, arXiv
-2605.06081); all ranks are the exact Cholesky factor of the multinomial covariance (Tanabe and Sagae, 1992), label
-first and then pivoted. Everything is in float64: R's entries are differences.
+next vector is R e_c / √R_cc for the largest remaining diagonal entry c of R = H − Σ v vᵀ. So F₁ ≼ F₂ ≼ … ≼ F_exact,
+and tr R bounds what is missing, example by example. For one softmax the vectors have a closed form: with q the
+distribution of the classes that have not been pivots, v = √(p_c q̄) (e_c − q). Rank 1 is Fast Gauss-Newton (Korbit and
+Zanon, arXiv 2605.06081); all ranks are the exact Cholesky factor of the multinomial covariance (Tanabe and Sagae,
+1992), label first and then pivoted. Everything is in float64: R's entries are differences.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ A message is judged by pieces of it: the call, what was got with its value, and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class Case(NamedTuple):
 
 def ids(table: Iterable[str]) -> list[Any]:
     """Pytest parameters with readable ids."""
-    return [pytest.param(name, id=name.replace(" ", "-")) for name in table]
+    return [pytest.param(name, id=re.sub(r"[^\w.-]+", "-", name)) for name in table]
 
 
 def check(case: Case) -> None:

@@ -44,7 +44,10 @@ RANDOM = "Dropout makes every pass different"
 
 TRAIN_MODE: dict[str, Case] = {
     "dropout": Case(
-        lambda: in_train_mode(nn.Dropout(0.3)), MODEL, RuntimeError, ("got Dropout '1' in train mode", "eval mode", RANDOM, EVAL)
+        lambda: in_train_mode(nn.Dropout(0.3)),
+        MODEL,
+        RuntimeError,
+        ("got Dropout '1' in train mode", "eval mode", RANDOM, EVAL),
     ),
     "channel dropout": Case(
         lambda: in_train_mode(nn.Dropout1d(0.3)), MODEL, RuntimeError, ("got Dropout1d '1' in train mode", EVAL)
@@ -53,7 +56,10 @@ TRAIN_MODE: dict[str, Case] = {
         lambda: in_train_mode(nn.AlphaDropout(0.3)), MODEL, RuntimeError, ("got AlphaDropout '1' in train mode", EVAL)
     ),
     "nested dropout": Case(
-        lambda: in_train_mode(nn.Sequential(nn.Identity(), nn.Dropout())), MODEL, RuntimeError, ("Dropout '1.1' in train mode",)
+        lambda: in_train_mode(nn.Sequential(nn.Identity(), nn.Dropout())),
+        MODEL,
+        RuntimeError,
+        ("Dropout '1.1' in train mode",),
     ),
     "batch norm": Case(
         lambda: in_train_mode(nn.BatchNorm1d(5)), MODEL, RuntimeError, ("BatchNorm1d '1' in train mode", COUPLED, EVAL)
@@ -64,7 +70,9 @@ TRAIN_MODE: dict[str, Case] = {
         RuntimeError,
         ("got LSTM 'body' in train mode", RANDOM, EVAL),
     ),
-    "attention dropout": Case(attention, MODEL, RuntimeError, ("got MultiheadAttention 'body' in train mode", RANDOM, EVAL)),
+    "attention dropout": Case(
+        attention, MODEL, RuntimeError, ("got MultiheadAttention 'body' in train mode", RANDOM, EVAL)
+    ),
     "randomized ReLU": Case(lambda: in_train_mode(nn.RReLU()), MODEL, RuntimeError, ("rrelu", "deterministic", EVAL)),
     "functional dropout": Case(
         lambda: outputs(lambda m, x: m.body(F.dropout(x, 0.2, True))),
@@ -121,10 +129,16 @@ INTERACTION: dict[str, Case] = {
         lambda: outputs(lambda m, x: m.body(x.sort(0).values), data=(SORTED_START, Y)), MODEL, RuntimeError, REST
     ),
     "batch mean subtracted, a batch of one first": Case(
-        lambda: outputs(lambda m, x: m.body(x - x.mean(0)), data=[(X[:1], Y[:1]), (X[1:], Y[1:])]), MODEL, RuntimeError, REST
+        lambda: outputs(lambda m, x: m.body(x - x.mean(0)), data=[(X[:1], Y[:1]), (X[1:], Y[1:])]),
+        MODEL,
+        RuntimeError,
+        REST,
     ),
     "noise in forward": Case(
-        lambda: outputs(lambda m, x: m.body(x + torch.randn_like(x))), MODEL, RuntimeError, ("a deterministic forward pass", EVAL)
+        lambda: outputs(lambda m, x: m.body(x + torch.randn_like(x))),
+        MODEL,
+        RuntimeError,
+        ("a deterministic forward pass", EVAL),
     ),
     "noise in forward, one example": Case(
         lambda: outputs(lambda m, x: m.body(x + torch.randn_like(x)), data=(X[:1], Y[:1])),
@@ -177,10 +191,16 @@ ADVICE_FOR_IMAGES = "Try: z.movedim(1, -1).flatten(1, -2) in the model for image
 
 OUTPUTS: dict[str, Case] = {
     "images of logits": Case(
-        lambda: outputs(images), DATA, ValueError, ("got outputs of shape [", ", 3, 2, 2]", "(B, C) or (B, T, C)", ADVICE_FOR_IMAGES)
+        lambda: outputs(images),
+        DATA,
+        ValueError,
+        ("got outputs of shape [", ", 3, 2, 2]", "(B, C) or (B, T, C)", ADVICE_FOR_IMAGES),
     ),
     "images for gaussian": Case(
-        lambda: outputs(images, data=(X, normal(6, 3, 2, 2)), likelihood="gaussian"), DATA, ValueError, (ADVICE_FOR_IMAGES,)
+        lambda: outputs(images, data=(X, normal(6, 3, 2, 2)), likelihood="gaussian"),
+        DATA,
+        ValueError,
+        (ADVICE_FOR_IMAGES,),
     ),
     "one number an example": Case(
         lambda: outputs(lambda m, x: m.body(x).sum(1)),
@@ -195,16 +215,26 @@ OUTPUTS: dict[str, Case] = {
         ("got one output a position", "at least two classes", 'Try: likelihood="bernoulli"'),
     ),
     "one number a batch": Case(
-        lambda: outputs(lambda m, x: m.body(x).sum()), MODEL, RuntimeError, (FORWARD, "outputs of shape []", "Examples lie along axis 0")
+        lambda: outputs(lambda m, x: m.body(x).sum()),
+        MODEL,
+        RuntimeError,
+        (FORWARD, "outputs of shape []", "Examples lie along axis 0"),
     ),
     "batch axis lost": Case(
-        lambda: outputs(lambda m, x: m.body(x).sum(0, keepdim=True)), MODEL, RuntimeError, (FORWARD, "outputs of shape [1, 3] for 2")
+        lambda: outputs(lambda m, x: m.body(x).sum(0, keepdim=True)),
+        MODEL,
+        RuntimeError,
+        (FORWARD, "outputs of shape [1, 3] for 2"),
     ),
     "tuple": Case(
         lambda: outputs(lambda m, x: (m.body(x), x)),
         MODEL,
         RuntimeError,
-        (FORWARD + " a tuple", "a tensor of outputs, or an object with .logits", "Try: a small nn.Module around the model"),
+        (
+            FORWARD + " a tuple",
+            "a tensor of outputs, or an object with .logits",
+            "Try: a small nn.Module around the model",
+        ),
     ),
     "nothing": Case(lambda: outputs(lambda m, x: None), MODEL, RuntimeError, (FORWARD + " a NoneType", "Try:")),
     "mapping without logits": Case(
@@ -214,19 +244,34 @@ OUTPUTS: dict[str, Case] = {
         lambda: ef(data=(X * float("nan"), Y)),
         fk.NonFiniteError,
         ArithmeticError,
-        ("data, batch 0: got model outputs with NaN or infinite entries", "finite outputs", "Try: check the inputs of this batch"),
+        (
+            "data, batch 0: got model outputs with NaN or infinite entries",
+            "finite outputs",
+            "Try: check the inputs of this batch",
+        ),
     ),
     "NaN in a later batch": Case(
-        lambda: outputs(not_a_number, data=[(X, Y), (X + 99, Y)]), fk.NonFiniteError, ArithmeticError, ("data, batch 1: got model outputs",)
+        lambda: outputs(not_a_number, data=[(X, Y), (X + 99, Y)]),
+        fk.NonFiniteError,
+        ArithmeticError,
+        ("data, batch 1: got model outputs",),
     ),
     "infinite weights": Case(
-        lambda: outputs(lambda m, x: m.body(x) / 0), fk.NonFiniteError, ArithmeticError, ("with NaN or infinite entries",)
+        lambda: outputs(lambda m, x: m.body(x) / 0),
+        fk.NonFiniteError,
+        ArithmeticError,
+        ("with NaN or infinite entries",),
     ),
     "NaN gradients": Case(lambda: outputs(infinite_slope), fk.NonFiniteError, ArithmeticError, ("NaN", "gradient")),
     "class indices": Case(
         lambda: outputs(lambda m, x: F.one_hot(m.body(x).argmax(1), 3)), MODEL, RuntimeError, (FORWARD, "torch.int64")
     ),
-    "complex": Case(lambda: outputs(lambda m, x: torch.complex(m.body(x), m.body(x))), MODEL, RuntimeError, (FORWARD, "torch.complex128")),
+    "complex": Case(
+        lambda: outputs(lambda m, x: torch.complex(m.body(x), m.body(x))),
+        MODEL,
+        RuntimeError,
+        (FORWARD, "torch.complex128"),
+    ),
     "detached": Case(lambda: outputs(lambda m, x: m.body(x).detach()), MODEL, RuntimeError, (FORWARD, "gradient")),
     "forward without gradients": Case(lambda: ef(NoGradient().eval()), MODEL, RuntimeError, (FORWARD, "gradient")),
     "meta device": Case(lambda: ef(mlp().to("meta").eval()), MODEL, RuntimeError, ("meta",)),
@@ -283,12 +328,9 @@ def test_construction__accepts_what_only_looks_random(name: str) -> None:
 
 
 def test_construction__a_layer_used_in_a_new_way_in_a_later_batch_is_refused() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        if float(x.sum()) > 50:
-            return F.linear(torch.tanh(x), m.second.weight[:, :4], m.first.bias[:3])
-        return m.second(m.first(x).tanh())
-
     class Switching(nn.Module):
+        """The second weight works with the first layer's bias once the inputs are large."""
+
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second = nn.Linear(4, 5, dtype=F64), nn.Linear(5, 3, dtype=F64)
@@ -299,7 +341,6 @@ def test_construction__a_layer_used_in_a_new_way_in_a_later_batch_is_refused() -
             z: Tensor = self.second(self.first(x).tanh())
             return z
 
-    del forward
     with pytest.raises(fk.ModelError, match="used in a new way") as caught:
         ef(Switching(), [(X, Y), (X + 99, Y)])
     assert "the same layers for every batch" in str(caught.value)

@@ -8,6 +8,7 @@ and the conformance suite included. The list of operations is closed. This modul
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final, overload
 
@@ -206,11 +207,23 @@ class FisherOperator(ABC):
 
     @overload
     def solve(
-        self, v: Vector, damping: Damping = ..., *, return_info: Literal[False] = ..., **options: Any
+        self,
+        v: Vector,
+        damping: Damping = ...,
+        *,
+        return_info: Literal[False] = ...,
+        tolerance: float | None = ...,
+        max_steps: int | None = ...,
     ) -> Vector: ...
     @overload
     def solve(
-        self, v: Vector, damping: Damping = ..., *, return_info: Literal[True], **options: Any
+        self,
+        v: Vector,
+        damping: Damping = ...,
+        *,
+        return_info: Literal[True],
+        tolerance: float | None = ...,
+        max_steps: int | None = ...,
     ) -> tuple[Vector, SolveInfo]: ...
     @final
     def solve(
@@ -320,7 +333,7 @@ class FisherOperator(ABC):
             tolerance = 1e-10 if self.dtype == torch.float64 else 1e-5
         return self._factorize(self._resolve(damping, operation), tolerance, max_steps)
 
-    def _columns(self, v: Vector, operation: str) -> tuple[Tensor, Any]:
+    def _columns(self, v: Vector, operation: str) -> tuple[Tensor, Callable[[Tensor], Vector]]:
         return self.space.to_columns(v, f"{self._name}.{operation}", dtype=self.dtype, device=self.device)
 
     def _resolve(self, damping: Damping, operation: str) -> float:

@@ -1,7 +1,8 @@
 """Products with a batch's F without any row: push forward, apply the output metric, pull back.
 
 F_batch u = Jᵀ (Σ_m v vᵀ) J u costs one forward-mode and one reverse pass whatever the number of vectors, and no layer
-rule. It needs ``torch.func`` to see through the model, which `agrees` finds out. Knows no kind: the metric is a function.
+rule. It needs ``torch.func`` to see through the model, which `agrees` finds out. The metric is a function; no kind is
+known here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rows that are made anew from the data for every product, because they do not fit in memory.
 
-Two ways for a product JᵀJ u over a batch: rebuild the batch's rows and use them, which takes a backward pass for each of
-an example's M vectors; or `rows.matrix_free`, whose cost does not depend on M.
+Two ways for a product JᵀJ u over a batch: rebuild the batch's rows and use them, which takes a backward pass for each
+of an example's M vectors; or `rows.matrix_free`, whose cost does not depend on M.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One conformance check in progress: two sides, tolerances, and how results are compared and refusals judged.
 
-Owns `ConformanceError` and `ConformanceReport`; knows an operator's dtype, device and space, and none of its operations.
+Owns `ConformanceError` and `ConformanceReport`; knows an operator's dtype, device and space, and no operation of it.
 """
 
 from __future__ import annotations
@@ -136,6 +136,10 @@ class Check:
         promised = f"shape {list(expected.shape)}, {wanted}, on {self.operator.device}"
         if form != promised:
             raise ConformanceError(call=call, got=form, expected=promised)
+        if got.requires_grad:
+            raise ConformanceError(
+                call=call, got="a tensor with an autograd graph behind it", expected="a detached one"
+            )
         error = _relative_error(got, expected, scale)
         if not error <= self.tolerance:
             raise ConformanceError(

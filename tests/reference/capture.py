@@ -1,6 +1,6 @@
 """Naive capture of what a layer sees: its inputs per example, its output gradients per row.
 
-Owns which layers have a Kronecker rule here (Linear, Conv1d, Conv2d, and the transposed Conv1D of transformers) and
+Owns which layers have a Kronecker rule here (Linear, the convolutions, and the transposed Conv1D of transformers) and
 their shared positions. It must not know what is made of them.
 """
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from tests.reference.fisher import Problem, elements, forward_one, layout
 from tests.reference.outputs import Kind
+
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ def kronecker_layers(problem: Problem) -> list[str]:
     held = Counter(id(p) for module in problem.model.modules() for p in module._parameters.values() if p is not None)
     candidates = {}
     for name, module in problem.model.named_modules():
-        plain = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or is_transposed(module)
+        plain = type(module) in (nn.Linear, *CONVOLUTIONS) or is_transposed(module)
         own = [p for p in module._parameters.values() if p is not None]
-        grouped = isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1
+        grouped = isinstance(module, CONVOLUTIONS) and module.groups != 1
         if plain and not grouped and f"{name}.weight".lstrip(".") in chosen and all(held[id(p)] == 1 for p in own):
             candidates[name] = module
     with _recording(candidates) as seen:
@@ -58,7 +60,7 @@ def kronecker_layers(problem: Problem) -> list[str]:
 
 def patches(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "T I"]:
     """The input of every shared position of a layer, from a batch of one, one output position at a time."""
-    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+    if not isinstance(module, CONVOLUTIONS):
         return x.reshape(-1, x.shape[-1])
     pads = []
     for axis, (kernel, dilation) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
@@ -83,7 +85,10 @@ def patches(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "T I"]:
 def capture(
     problem: Problem, kind: Kind, layers: list[str] | None = None, draws: Shaped[Tensor, "M B *Y"] | None = None
 ) -> dict[str, Captured]:
-    """Inputs per counted example and output gradients per row of each layer (default: :func:`kronecker_layers`)."""
+    """Inputs per counted example and output gradients per row of each layer (default: :func:`kronecker_layers`).
+
+    The calls of a layer that is called several times are shared positions, one call after the other.
+    """
     names = kronecker_layers(problem) if layers is None else layers
     if not names:
         return {}
@@ -91,16 +96,18 @@ def capture(
     captured = {name: Captured(_matrix_index(problem, name), [], []) for name in names}
     with _recording(modules) as seen:
         for _, z, examples in elements(problem, kind, draws):
-            recorded = {name: calls[-1] for name, calls in seen.items()}
-            for name, (x, _) in recorded.items():
-                a, width = patches(modules[name], x), captured[name].index.shape[1]
-                ones = a.new_ones(len(a), width - a.shape[1])
+            for name, calls in seen.items():
+                a = torch.cat([patches(modules[name], x) for x, _ in calls])
+                ones = a.new_ones(len(a), captured[name].index.shape[1] - a.shape[1])
                 captured[name].inputs.extend([torch.cat([a, ones], dim=1)] * len(examples))
-            outputs = [output for _, output in recorded.values()]
             for row in (row for v in examples for row in v):
-                for name, g in zip(names, torch.autograd.grad(z, outputs, row, retain_graph=True), strict=True):
-                    conv = isinstance(modules[name], nn.Conv1d | nn.Conv2d)
-                    captured[name].gradients.append(g[0].flatten(1).T if conv else g.reshape(-1, g.shape[-1]))
+                for name, calls in seen.items():
+                    found = torch.autograd.grad(z, [output for _, output in calls], row, retain_graph=True)
+                    conv = isinstance(modules[name], CONVOLUTIONS)
+                    flat = [g[0].flatten(1).T if conv else g.reshape(-1, g.shape[-1]) for g in found]
+                    captured[name].gradients.append(torch.cat(flat))
+            for calls in seen.values():
+                calls.clear()
     return captured
 
 

@@ -1,0 +1,3 @@
+"""The command line: ``fisherkit`` and ``python -m fisherkit``."""
+
+from fisherkit.cli.commands import app as app

@@ -1,0 +1,112 @@
+"""The list of commands, their options, and how an error looks to someone at a terminal.
+
+What a command does lives in a module of its own, which is imported when the command runs: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fisherkit._version import __version__
+from fisherkit.errors import FisherkitError
+
+app = typer.Typer(
+    help="Fisher information matrices of PyTorch models.",
+    epilog="Exit codes: 0 done, 1 a command failed and said why, 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# \b keeps the line breaks of the paragraph that follows it.
+_INFO_EXAMPLES = """\b
+Examples:
+  fisherkit info
+  fisherkit info --json > info.json
+"""
+_DEMO_EXAMPLES = """\b
+Examples:
+  fisherkit demo
+  fisherkit demo --out /tmp/demo --seed 1
+  fisherkit demo --epochs 5 --examples 64 --batches 1    (a quick look)
+"""
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without Greek letters shows a question mark instead of ending the run.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog=_INFO_EXAMPLES, short_help="Versions, devices, memory, kinds and structures.")
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Show versions, devices, memory, and which kinds and structures there are."""
+    from fisherkit.cli.info import as_text, collect, to_json
+
+    with _readable_errors():
+        typer.echo(to_json(collect()) if as_json else as_text(collect()))
+
+
+@app.command(epilog=_DEMO_EXAMPLES, short_help="Train a small network and compare every kind of Fisher on it.")
+def demo(
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where pictures and figures.json go; made if missing.")
+    ] = Path("demo"),
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything random.")] = 0,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Epochs of training.")] = 40,
+    examples: Annotated[int, typer.Option(metavar="N", min=2, help="Examples behind the table of structures.")] = 256,
+    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches of 160 that γ is averaged over.")] = 4,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Builds that a time is the median of.")] = 5,
+) -> None:
+    """Train a small network on handwritten digits and compare every kind of Fisher on it.
+
+    Prints tables, and writes pictures and figures.json. Needs the packages of fisherkit[demo]. Takes a minute or two.
+    """
+    with _readable_errors():
+        _require("demo", {"matplotlib": "matplotlib", "sklearn": "scikit-learn"})
+        from fisherkit.cli.demo import Settings, run
+
+        run(Settings(out, seed, epochs, examples, batches, repeats))
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """What fisherkit or the file system refuses is a message, not a traceback."""
+    try:
+        yield
+    except (FisherkitError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _require(extra: str, modules: dict[str, str]) -> None:
+    """End with the pip command if a module, by import name, is missing from its distribution."""
+    missing = [distribution for module, distribution in modules.items() if not _importable(module)]
+    if missing:
+        typer.echo(f"error: this command needs {' and '.join(missing)}, which cannot be imported.", err=True)
+        typer.echo(f'Try: pip install "fisherkit[{extra}]"', err=True)
+        raise typer.Exit(1)
+
+
+def _importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True

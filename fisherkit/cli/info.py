@@ -1,0 +1,87 @@
+"""``fisherkit info``: what is installed, what the machine offers, and which kinds and structures there are."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import platform
+from typing import Any
+
+import torch
+
+from fisherkit._version import __version__
+from fisherkit.cli.text import table
+from fisherkit.fisher import STRUCTURES
+from fisherkit.kinds import KINDS
+from fisherkit.memory import available_memory
+
+STRUCTURE_MEANINGS = {
+    "full": "the whole matrix by its rows, JᵀJ/N; solved through the rows' Gram matrix",
+    "block": "one exact block a module, nothing between modules",
+    "diagonal": "the exact diagonal alone",
+    "kfac": "a Kronecker product a layer: activations' factor ⊗ output gradients' factor",
+    "ekfac": "kfac's eigenvectors with eigenvalues measured along them",
+}
+EXTRAS = {"demo": ("matplotlib", "scikit-learn"), "hf": ("transformers",)}
+
+
+def collect() -> dict[str, Any]:
+    """All that the command shows, ready for JSON."""
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    devices = [{"name": "cpu", "description": f"{torch.get_num_threads()} threads"}]
+    devices += [{"name": str(gpu), "description": torch.cuda.get_device_name(gpu)} for gpu in gpus]
+    return {
+        "fisherkit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(terse=True),
+        "threads": torch.get_num_threads(),
+        "devices": [
+            {**device, "available_bytes": available_memory(torch.device(device["name"]))} for device in devices
+        ],
+        "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "kinds": {name: {"class": kind.__name__, "meaning": _first_line(kind)} for name, kind in KINDS.items()},
+        "structures": {name: STRUCTURE_MEANINGS[name] for name in STRUCTURES},
+    }
+
+
+def to_json(found: dict[str, Any]) -> str:
+    """What was collected as one JSON object."""
+    return json.dumps(found, indent=2, ensure_ascii=False)
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What was collected, for people."""
+    versions = [(key, found[key]) for key in ("fisherkit", "python", "torch", "platform")]
+    versions += [
+        (device["name"], f"{device['description']}, {device['available_bytes'] / 1e9:.1f} GB available")
+        for device in found["devices"]
+    ]
+    versions += [
+        (f"[{extra}]", ", ".join(_state(*item) for item in names.items())) for extra, names in found["extras"].items()
+    ]
+    width = max(len(name) for name, _ in versions)
+    kinds = [(name, kind["class"], kind["meaning"]) for name, kind in found["kinds"].items()]
+    return "\n\n".join(
+        [
+            "\n".join(f"{name:<{width}}  {value}" for name, value in versions),
+            table(("kind", "class", "meaning"), kinds, left=3),
+            table(("structure", "meaning"), list(found["structures"].items()), left=2),
+        ]
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _state(name: str, version: str | None) -> str:
+    return f"{name} {version}" if version else f"{name} not installed"
+
+
+def _first_line(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").partition("\n")[0]

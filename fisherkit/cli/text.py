@@ -1,0 +1,42 @@
+"""Plain-text tables and numbers for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Columns of equal width, two spaces apart, with a rule under the header.
+
+    Args:
+        header: names of the columns.
+        rows: cells.
+        left: how many of the first columns are text, aligned to the left; the others are numbers, to the right.
+    """
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number with some significant digits and no exponent where it is of ordinary size."""
+    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{digits - 1}e}"
+    decimals = max(0, digits - 1 - (len(str(int(abs(value)))) - 1 if abs(value) >= 1 else 0))
+    return f"{value:,.{decimals}f}"
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that fits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count_float = count / 1000
+        count = round(count_float)
+    return f"{count} {unit}"

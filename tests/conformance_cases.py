@@ -1,0 +1,144 @@
+"""Kinds × families: the package's Fisher beside the reference's rows, each made once a process.
+
+Owns the list of kinds and what the conformance tables count; knows no structure's algebra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fisherkit import (
+    EmpiricalFisher,
+    ExactFisher,
+    FisherApproximation,
+    ImprovedEmpiricalFisher,
+    SampledFisher,
+    TruncatedFisher,
+    likelihoods,
+)
+from fisherkit.randomness import keyed_uniform
+from fisherkit.testing import ConformanceReport
+from tests.reference import fisher as reference
+from tests.reference.fisher import Problem, Rows, forward_one
+from tests.reference.models import FAMILIES
+from tests.reference.outputs import EF, EXACT, IEF, SAMPLED, Kind, truncated_kind
+
+SEED = 3
+
+
+@dataclass(frozen=True)
+class KindCase:
+    """One kind on both sides.
+
+    Attributes:
+        make: The package's class.
+        kind: The reference's.
+        options: Of the package's class.
+    """
+
+    make: type[FisherApproximation]
+    kind: Kind
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+KINDS: dict[str, KindCase] = {
+    "ef": KindCase(EmpiricalFisher, EF),
+    "ief": KindCase(ImprovedEmpiricalFisher, IEF),
+    "ief_half": KindCase(ImprovedEmpiricalFisher, Kind("ief", power=0.5), {"power": 0.5}),
+    "sf1": KindCase(SampledFisher, SAMPLED, {"draws": 1, "seed": SEED}),
+    "sf5": KindCase(SampledFisher, SAMPLED, {"draws": 5, "seed": SEED}),
+    "exact": KindCase(ExactFisher, EXACT),
+    "truncated1": KindCase(TruncatedFisher, truncated_kind(1), {"rank": 1}),
+    "truncated2": KindCase(TruncatedFisher, truncated_kind(2), {"rank": 2}),
+    "truncated_tolerance": KindCase(TruncatedFisher, truncated_kind(tolerance=0.1), {"tolerance": 0.1}),
+}
+
+STRUCTURES: dict[str, Callable[[Rows], Tensor]] = {
+    "full": reference.full,
+    "block": reference.block,
+    "diagonal": lambda rows: reference.diagonal(rows).diag(),
+}
+"""The structures that are parts of F, as the reference makes them."""
+
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+
+
+@lru_cache(maxsize=None)
+def problem(family: str, dtype: torch.dtype = torch.float64) -> Problem:
+    """A family's problem, the same weights and data in every dtype; shared, so never to be changed."""
+    return FAMILIES[family].problem(dtype)
+
+
+@lru_cache(maxsize=None)
+def reference_rows(family: str, kind: str) -> Rows:
+    """The reference's rows in float64."""
+    return reference.rows(problem(family), KINDS[kind].kind, drawn(family, kind))
+
+
+def reference_dense(family: str, kind: str, structure: str) -> Tensor:
+    """The reference's matrix of a structure, "mean" normalization."""
+    return STRUCTURES[structure](reference_rows(family, kind))
+
+
+def drawn(family: str, kind: str) -> Tensor | None:
+    """The targets that the sampled kind draws, ``[M, B, ...]``: from the package's own numbers and sampler."""
+    case, of = KINDS[kind], problem(family)
+    if case.make is not SampledFisher:
+        return None
+    z = torch.stack([forward_one(of, n).detach() for n in range(len(of.targets))])
+    likelihood = likelihoods.resolve(of.likelihood)
+    z, _, _ = likelihood.prepare(z, of.targets, "drawn")
+    draws, (batch, positions, outputs) = case.options["draws"], z.shape
+    keys = torch.arange(batch)[:, None] * (1 << 24) + torch.arange(positions)
+    uniform = keyed_uniform(case.options["seed"], keys, draws=draws, channels=likelihood.channels(outputs))
+    labels = likelihood.sample(z.unsqueeze(1).expand(-1, draws, -1, -1), uniform)
+    return labels.transpose(0, 1).reshape(draws, *of.targets.shape)
+
+
+def build(
+    family: str,
+    kind: str,
+    structure: str,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    data: Any = None,
+    **options: Any,
+) -> FisherApproximation:
+    """The package's Fisher of a family, on other data if given."""
+    of = problem(family, dtype)
+    if device != "cpu":
+        of = replace(of, model=deepcopy(of.model).to(device))
+    conventions = {"likelihood": of.likelihood, "example": of.example, "structure": structure}
+    data = (of.inputs, of.targets) if data is None else data
+    return KINDS[kind].make(of.model, data, **conventions, **KINDS[kind].options, **options)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """‖got − expected‖ / ‖expected‖."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
+
+
+def entry(
+    report: ConformanceReport, family: str, kind: str, structure: str, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[str, dict[str, Any]]:
+    """What a test records as a user property, for the table after the tests; plain data, to cross processes."""
+    worst, error = report.worst
+    return "conformance", {
+        "structure": structure,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "kind": kind,
+        "family": family,
+        "operations": len(report.errors),
+        "refused": len(report.refused),
+        "error": error,
+        "where": f"{worst}, {kind}, {family}",
+    }
