@@ -1,27 +1,75 @@
-"""Fisher information for PyTorch: five kinds, five structures, one list of exact operations."""
+"""Fisher information for PyTorch: five kinds, five structures, one list of exact operations.
 
-from fisherkit import estimators as estimators
-from fisherkit import likelihoods as likelihoods
-from fisherkit._version import __version__ as __version__
-from fisherkit.errors import *  # noqa: F403  (the errors are the package's own public names)
-from fisherkit.fisher import FisherApproximation as FisherApproximation
-from fisherkit.kinds import (
-    EmpiricalFisher as EmpiricalFisher,
+    import fisherkit as fk
+
+    fisher = fk.ImprovedEmpiricalFisher(model, data, likelihood="categorical", structure="full")
+    fisher @ v, fisher.diagonal(), fisher.solve(v, damping=1e-3), fisher.coverage()
+
+Kinds differ only in output space, structures only in how the same rows are kept; `fisherkit.fisher` states the
+conventions, `fisherkit.operators` the operations.
+"""
+
+from fisherkit import errors, estimators, evaluation, likelihoods, testing
+from fisherkit._version import __version__
+from fisherkit.errors import (
+    DataError,
+    FileFormatError,
+    FisherkitError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    MemoryBudgetError,
+    ModelError,
+    NoClosedFormError,
+    NonFiniteError,
+    NotConvergedError,
+    NotConvergedWarning,
+    SingularMatrixError,
+    UnknownParameterError,
 )
+from fisherkit.fisher import FisherApproximation
 from fisherkit.kinds import (
-    ExactFisher as ExactFisher,
+    KINDS,
+    EmpiricalFisher,
+    ExactFisher,
+    ImprovedEmpiricalFisher,
+    SampledFisher,
+    TruncatedFisher,
 )
-from fisherkit.kinds import (
-    ImprovedEmpiricalFisher as ImprovedEmpiricalFisher,
-)
-from fisherkit.kinds import (
-    SampledFisher as SampledFisher,
-)
-from fisherkit.kinds import (
-    TruncatedFisher as TruncatedFisher,
-)
-from fisherkit.operators import FisherOperator as FisherOperator
-from fisherkit.operators import RelativeDamping as RelativeDamping
-from fisherkit.operators import load as load
-from fisherkit.outputs import Outputs as Outputs
-from fisherkit.outputs import OutputVectors as OutputVectors
+from fisherkit.operators import FisherOperator, RelativeDamping, load
+from fisherkit.outputs import Outputs, OutputVectors
+from fisherkit.space import ParameterSpace
+
+__all__ = [
+    "KINDS",
+    "DataError",
+    "EmpiricalFisher",
+    "ExactFisher",
+    "FileFormatError",
+    "FisherApproximation",
+    "FisherOperator",
+    "FisherkitError",
+    "ImprovedEmpiricalFisher",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "MemoryBudgetError",
+    "ModelError",
+    "NoClosedFormError",
+    "NonFiniteError",
+    "NotConvergedError",
+    "NotConvergedWarning",
+    "OutputVectors",
+    "Outputs",
+    "ParameterSpace",
+    "RelativeDamping",
+    "SampledFisher",
+    "SingularMatrixError",
+    "TruncatedFisher",
+    "UnknownParameterError",
+    "__version__",
+    "errors",
+    "estimators",
+    "evaluation",
+    "likelihoods",
+    "load",
+    "testing",
+]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -70,14 +69,15 @@ class KroneckerFactors:
         return cls(g.new_zeros(width, width), g.new_zeros(rows.outputs, rows.outputs), 0, rows.transposed)
 
     def add(
-        self, rows: FactoredRows, *, first: bool, positions: Bool[Tensor, "B T"] | None, reduce: bool
+        self, rows: FactoredRows, *, first: bool, counted: tuple[Bool[Tensor, "..."], ...], reduce: bool
     ) -> KroneckerFactors:
         """With more rows.
 
         Args:
             rows: of one chunk.
             first: whether the batch's activations are new.
-            positions: which positions are data; None for all.
+            counted: masks ``[B, T]`` of the positions that count, for layers with one of these numbers of positions; for
+                others, every position of the examples that count in the first mask.
             reduce: average activations and sum gradients over positions before taking second moments.
         """
         g = rows.gradients.sum(1) if reduce else rows.gradients.flatten(0, 1)
@@ -85,15 +85,14 @@ class KroneckerFactors:
         if not first:
             return KroneckerFactors(self.activation, gradient, self.count, self.transposed)
         a = rows.homogeneous()
-        if positions is None or positions.shape != a.shape[:2] or a.shape[1] == 1:
-            # A layer whose positions are not the data's (pooled, or of another length) has none to leave out.
-            positions = torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)
+        everywhere = counted[0].any(1, keepdim=True).expand(a.shape[:2])
+        mask = next((mask for mask in counted if mask.shape == a.shape[:2]), everywhere)
         if reduce:
-            number = positions.sum(1)
-            means = (a * positions.unsqueeze(-1)).sum(1) / number.clamp_min(1).unsqueeze(1)
+            number = mask.sum(1)
+            means = (a * mask.unsqueeze(-1)).sum(1) / number.clamp_min(1).unsqueeze(1)
             a = means[number > 0]
         else:
-            a = a[positions]
+            a = a[mask]
         return KroneckerFactors(self.activation + a.mT @ a, gradient, self.count + a.shape[0], self.transposed)
 
     def merge(self, other: KroneckerFactors) -> KroneckerFactors:

@@ -166,7 +166,9 @@ class Builder:
                 rows, names = slot.rows, slot.names
                 if isinstance(rows, FactoredRows):
                     known = factors.get(names) or KroneckerFactors.zeros(rows)
-                    factors[names] = known.add(rows, first=chunk.first, positions=chunk.positions, reduce=self.reduce)
+                    factors[names] = known.add(
+                        rows, first=chunk.first, counted=chunk.counted_positions, reduce=self.reduce
+                    )
                 elif rows.size <= SMALL_BLOCK:
                     blocks[names] = (blocks.get(names) or NormalMatrix(self._zeros(rows.size, rows.size))).add(
                         rows.dense()

@@ -203,6 +203,7 @@ class Source:
                 why="streamed products and EKFAC read the data more than once",
                 try_="list(data), or a DataLoader",
             )
+        self._first: Batch | None = None
         self.batches: Iterable[Any] = [data] if is_batch else data
         # A shuffling loader draws its order from the global generator: every pass starts from the same state.
         self._rng_state = torch.get_rng_state()
@@ -244,8 +245,10 @@ class Source:
         Raises:
             DataError: there is none.
         """
-        for batch in self:
-            return batch
+        if self._first is None:
+            self._first = next(iter(self), None)
+        if self._first is not None:
+            return self._first
         raise DataError(call="data", got="no batch", expected="at least one example")
 
     def count(self) -> int:

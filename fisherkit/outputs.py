@@ -6,7 +6,7 @@ Everything that tells one Fisher from another happens on these two records. Neit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -82,6 +82,7 @@ class OutputVectors:
     dropped: Float[Tensor, "n"] | None = None
 
 
+@runtime_checkable
 class OutputRule(Protocol):
     """What the rows' loop needs of a kind.
 

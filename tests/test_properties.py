@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def _model(draw: st.DrawFn, kind: str, outputs: int) -> tuple[nn.Module, tuple[i
         return nn.Sequential(conv, act(), nn.Flatten(), nn.Linear(hidden * places, outputs)), (channels, side, side)
     sizes = [draw(width) for _ in range(draw(st.integers(1, 3)))]
     layers: list[nn.Module] = []
-    for inputs, hidden in zip(sizes, sizes[1:], strict=False):
+    for inputs, hidden in pairwise(sizes):
         layers += [nn.Linear(inputs, hidden, bias=draw(bias)), act()]
         if draw(st.booleans()) and hidden > 1:
             layers.append(nn.LayerNorm(hidden))

@@ -326,3 +326,13 @@ def test_data__batch_split_order_and_chunks_do_not_change_f(family: str, structu
         fisher = cls(of.model, data, **options, **more)
         assert error(fisher.to_dense(), expected.to_dense()) < 1e-11, name
         assert (fisher.examples, fisher.rows) == (expected.examples, expected.rows), name
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac"])
+@pytest.mark.parametrize("family", ["mlp", "bare_parameters", "tied_linears", "weight_norm", "lstm", "token_attention"])
+def test_operator__holds_no_autograd_graph(family: str, structure: str) -> None:
+    """A graph would keep every activation alive for as long as the operator lives."""
+    fisher = build(fk.EmpiricalFisher, problem(family), structure=structure)
+    v = torch.ones(fisher.size, dtype=torch.float64)
+    for found in (fisher.to_dense(), fisher.diagonal(), fisher.trace(), fisher @ v, fisher.solve(v, damping=1.0)):
+        assert not found.requires_grad

@@ -63,9 +63,13 @@ def test_construction__touches_no_family(family: str) -> None:
     problem = FAMILIES[family].problem()
     data = problem.inputs, problem.targets
     with untouched(problem.model, data):
-        fk.ImprovedEmpiricalFisher(
-            problem.model, data, likelihood=problem.likelihood, example=problem.example, structure="ekfac"
-        )
+        options = {"likelihood": problem.likelihood, "example": problem.example}
+        fk.ImprovedEmpiricalFisher(problem.model, data, structure="ekfac", **options)
+        fisher = fk.EmpiricalFisher(problem.model, data, **options)
+        product = fisher @ torch.ones(fisher.size, dtype=F64)
+    # A result that remembers how it was computed would keep every batch's graph alive.
+    assert not product.requires_grad
+    assert not fisher.gram().requires_grad
 
 
 def test_hooks__of_the_user_are_called_and_stay() -> None:

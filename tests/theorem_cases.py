@@ -74,7 +74,8 @@ def gradients(of: Problem) -> Tensor:
 def error(got: Tensor, expected: Tensor) -> float:
     """‖got − expected‖_F / ‖expected‖_F in float64."""
     assert got.shape == expected.shape
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm())
 
 
 def assert_below(lower: Tensor, upper: Tensor, tolerance: float = 1e-12) -> None:

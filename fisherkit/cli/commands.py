@@ -70,9 +70,12 @@ def demo(
     ] = Path("demo"),
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything random.")] = 0,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Epochs of training.")] = 40,
-    examples: Annotated[int, typer.Option(metavar="N", min=2, help="Examples behind the table of structures.")] = 256,
-    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches of 160 that γ is averaged over.")] = 4,
+    examples: Annotated[
+        int, typer.Option(metavar="N", min=2, max=1437, help="Examples behind the table of structures.")
+    ] = 256,
+    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches of 160 that γ is averaged over.")] = 6,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Builds that a time is the median of.")] = 5,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads; the network is too small for two.")] = 1,
 ) -> None:
     """Train a small network on handwritten digits and compare every kind of Fisher on it.
 
@@ -82,7 +85,7 @@ def demo(
         _require("demo", {"matplotlib": "matplotlib", "sklearn": "scikit-learn"})
         from fisherkit.cli.demo import Settings, run
 
-        run(Settings(out, seed, epochs, examples, batches, repeats))
+        run(Settings(out, seed, epochs, examples, batches, repeats, threads))
 
 
 @contextmanager

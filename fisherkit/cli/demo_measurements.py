@@ -5,6 +5,7 @@ Uses the package the way a user would, by its public operations alone. Knows nei
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.func import functional_call, jvp
 
 from fisherkit.cli.demo_training import Checkpoint, Digits
+from fisherkit.cli.text import progress
 from fisherkit.evaluation import approximation_quality, loss_gradient
 from fisherkit.fisher import STRUCTURES, FisherApproximation
 from fisherkit.kinds import EmpiricalFisher, ExactFisher, ImprovedEmpiricalFisher, SampledFisher, TruncatedFisher
 from fisherkit.operators import RelativeDamping
+from fisherkit.space import ParameterSpace
 
 KINDS: dict[str, Callable[..., FisherApproximation]] = {
     "EF": EmpiricalFisher,
@@ -73,29 +76,57 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues above rounding in descending order, of long spectra a few hundred, evenly spaced in the logarithm.
+
+    Args:
+        index: 1 for the largest.
+        eigenvalue: the value there.
+    """
+
+    index: list[int]
+    eigenvalue: list[float]
+
+    @classmethod
+    def of(cls, eigenvalues: Float[Tensor, "D"]) -> Spectrum:
+        """From all eigenvalues in descending order."""
+        count = int((eigenvalues > 1e-10 * eigenvalues[0]).sum())
+        index = torch.logspace(0, math.log10(count), 200, dtype=torch.float64).round().long().unique()
+        return cls(index.tolist(), eigenvalues[index - 1].tolist())
+
+
+@dataclass(frozen=True)
 class Structures:
     """The table of kinds and structures, and the spectra that were computed on the way.
 
     Args:
         cells: one for each kind and structure.
         unit_ms: median time of one forward and backward pass.
-        spectra: eigenvalues in descending order of each kind in the full structure ...
+        spectra: of each kind in the full structure ...
         structure_spectra: ... and of each structure of the exact kind.
     """
 
     cells: list[Cell]
     unit_ms: float
-    spectra: dict[str, list[float]]
-    structure_spectra: dict[str, list[float]]
+    spectra: dict[str, Spectrum]
+    structure_spectra: dict[str, Spectrum]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """γ/γ_SGD of every kind's update at one checkpoint: mean and standard deviation over batches."""
+    """γ/γ_SGD of every kind's update at one checkpoint.
+
+    Args:
+        epoch: which checkpoint.
+        mean: over the batches ...
+        deviation: ... and their standard deviation; 0 for a single batch.
+        vectors: output vectors an example that the kind used.
+    """
 
     epoch: int
     mean: dict[str, float]
     deviation: dict[str, float]
+    vectors: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -105,10 +136,12 @@ class Projection:
     Args:
         logit_gradient_norm: ‖∂ℓ_n/∂z_n‖, near zero for an example that is fit.
         share: for each kind, the part of the batch's loss reduction that falls to example n; the parts sum to 1.
+        step: the length of the update along ∇ℓ_n that this takes: share / ‖∇ℓ_n‖.
     """
 
     logit_gradient_norm: list[float]
     share: dict[str, list[float]]
+    step: dict[str, list[float]]
 
 
 def compare_structures(model: nn.Module, batch: Batch, *, repeats: int) -> Structures:
@@ -124,13 +157,13 @@ def compare_structures(model: nn.Module, batch: Batch, *, repeats: int) -> Struc
     reference = approximation_quality(gradient, exact, gradient)
     unit = _median_ms(partial(_forward_backward, model, batch), 10 * repeats)
     cells: list[Cell] = []
-    spectra: dict[tuple[str, str], list[float]] = {}
+    spectra: dict[tuple[str, str], Spectrum] = {}
     pairs = [(kind, structure) for structure in STRUCTURES for kind in KINDS]
-    for kind, structure in tqdm(pairs, desc="kinds and structures", leave=False):
+    for kind, structure in progress(pairs):
         build = partial(KINDS[kind], model, batch, structure=structure)
         fisher = build()
         eigenvalues = fisher.eigenvalues()
-        spectra[kind, structure] = eigenvalues[eigenvalues > 0].tolist()
+        spectra[kind, structure] = Spectrum.of(eigenvalues)
         quality = approximation_quality(fisher.solve(gradient, DAMPING), exact, gradient)
         build_ms = _median_ms(build, repeats)
         cells.append(
@@ -163,17 +196,18 @@ def quality_over_training(
     """
     drawn = [digits.batch(BATCH, generator) for _ in range(batches)]
     found = []
-    for checkpoint in tqdm(checkpoints, desc="γ over training", unit="checkpoint", leave=False):
+    for checkpoint in progress(checkpoints):
         model = checkpoint.network(torch.float64)
-        ratios = torch.stack([_relative_qualities(model, (x.double(), y), seed) for seed, (x, y) in enumerate(drawn)])
+        measured = [_relative_qualities(model, (x.double(), y), seed) for seed, (x, y) in enumerate(drawn)]
+        ratios, vectors = (torch.stack(values) for values in zip(*measured, strict=True))
         deviation = ratios.std(0) if batches > 1 else torch.zeros_like(ratios[0])
-        named = (dict(zip(KINDS, values.tolist(), strict=True)) for values in (ratios.mean(0), deviation))
-        found.append(Quality(checkpoint.epoch, *named))
+        by_kind = [dict(zip(KINDS, x.tolist(), strict=True)) for x in (ratios.mean(0), deviation, vectors.mean(0))]
+        found.append(Quality(checkpoint.epoch, *by_kind))
     return found
 
 
 def project(checkpoint: Checkpoint, batch: Batch) -> Projection:
-    """The loss reduction that each kind's update asks of each example: its first-order loss change, normalized."""
+    """The first-order loss change of each example along each kind's update."""
     model, (x, y) = checkpoint.network(torch.float64), batch
     data = (x.double(), y)
     gradient = loss_gradient(model, data)
@@ -181,31 +215,33 @@ def project(checkpoint: Checkpoint, batch: Batch) -> Projection:
     with torch.no_grad():
         logits = model(data[0])
     logit_gradient = torch.softmax(logits, 1) - F.one_hot(y, logits.shape[1])
-    shares = {}
+    # The Gram matrix of EF's rows holds the products of the examples' gradients.
+    norm = EmpiricalFisher(model, data, normalization="sum").gram().diagonal().sqrt()
+    shares, steps = {}, {}
     for kind, update in updates.items():
         change = (logit_gradient * _output_change(model, data[0], update)).sum(1)
-        shares[kind] = (change / change.sum()).tolist()
-    return Projection(logit_gradient.norm(dim=1).tolist(), shares)
+        share = change / change.sum()
+        shares[kind], steps[kind] = share.tolist(), (share / norm).tolist()
+    return Projection(logit_gradient.norm(dim=1).tolist(), shares, steps)
 
 
-def _relative_qualities(model: nn.Module, batch: Batch, seed: int) -> Float[Tensor, "kinds"]:
+def _relative_qualities(
+    model: nn.Module, batch: Batch, seed: int
+) -> tuple[Float[Tensor, "kinds"], Float[Tensor, "kinds"]]:
+    """γ/γ_SGD of every kind, and its vectors an example."""
     gradient = loss_gradient(model, batch)
     exact = ExactFisher(model, batch)
-    updates = [gradient]
-    for build in KINDS.values():
-        fisher = build(model, batch, generator=torch.Generator().manual_seed(seed))
-        updates.append(fisher.solve(gradient, DAMPING))
-    quality = approximation_quality(torch.stack(updates, 1), exact, gradient)
-    return quality[1:] / quality[0]
+    fishers = [build(model, batch, generator=torch.Generator().manual_seed(seed)) for build in KINDS.values()]
+    updates = torch.stack([gradient] + [fisher.solve(gradient, DAMPING) for fisher in fishers], 1)
+    quality = approximation_quality(updates, exact, gradient)
+    return quality[1:] / quality[0], torch.tensor([fisher.rows / fisher.examples for fisher in fishers])
 
 
 def _output_change(model: nn.Module, inputs: Tensor, update: Float[Tensor, "D"]) -> Float[Tensor, "B C"]:
     """J Δ, the change of the outputs along the update."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    pieces = update.split([p.numel() for p in parameters])
-    primal = {name: p.detach() for name, p in zip(names, parameters, strict=True)}
-    tangent = {n: piece.view_as(p) for n, p, piece in zip(names, parameters, pieces, strict=True)}
-    _, change = torch.func.jvp(lambda p: torch.func.functional_call(model, p, (inputs,)), (primal,), (tangent,))
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    direction = ParameterSpace.of(model).unflatten(update)
+    change: Tensor = jvp(lambda p: functional_call(model, p, (inputs,)), (parameters,), (direction,))[1]
     return change
 
 

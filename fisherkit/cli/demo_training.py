@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from fisherkit.cli.text import progress
 from fisherkit.randomness import untouched_rng
 
 CHECKPOINTS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40)
 """Epochs that are kept, of those that a run has; its last one is kept too."""
 
-_TRAIN = 1437  # of 1,797 examples, four fifths
+TRAINING_EXAMPLES = 1437
+"""Four fifths of 1,797."""
+
 _BATCH, _LEARNING_RATE = 64, 0.2
 
 
@@ -39,7 +41,12 @@ class Digits:
         order = torch.randperm(len(digits.target), generator=generator)
         inputs = (torch.as_tensor(digits.data, dtype=torch.float32) / 16)[order]
         targets = torch.as_tensor(digits.target, dtype=torch.long)[order]
-        return cls(inputs[:_TRAIN], targets[:_TRAIN], inputs[_TRAIN:], targets[_TRAIN:])
+        return cls(
+            inputs[:TRAINING_EXAMPLES],
+            targets[:TRAINING_EXAMPLES],
+            inputs[TRAINING_EXAMPLES:],
+            targets[TRAINING_EXAMPLES:],
+        )
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Float[Tensor, "b 64"], Int[Tensor, "b"]]:
         """Random training examples without repetition."""
@@ -82,15 +89,13 @@ def train(digits: Digits, *, epochs: int, seed: int, generator: torch.Generator)
     model = _network(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE)
     checkpoints = [_checkpoint(model, digits, 0)]
-    with tqdm(range(1, epochs + 1), desc="training", unit="epoch", leave=False) as bar:
-        for epoch in bar:
-            for chosen in torch.randperm(len(digits.targets), generator=generator).split(_BATCH):
-                optimizer.zero_grad()
-                F.cross_entropy(model(digits.inputs[chosen]), digits.targets[chosen]).backward()
-                optimizer.step()
-            if epoch in CHECKPOINTS or epoch == epochs:
-                checkpoints.append(_checkpoint(model, digits, epoch))
-                bar.set_postfix(loss=f"{checkpoints[-1].loss:.3f}", accuracy=f"{checkpoints[-1].accuracy:.1%}")
+    for epoch in progress(range(1, epochs + 1)):
+        for chosen in torch.randperm(len(digits.targets), generator=generator).split(_BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(model(digits.inputs[chosen]), digits.targets[chosen]).backward()
+            optimizer.step()
+        if epoch in CHECKPOINTS or epoch == epochs:
+            checkpoints.append(_checkpoint(model, digits, epoch))
     return checkpoints
 
 

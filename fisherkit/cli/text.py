@@ -1,8 +1,13 @@
-"""Plain-text tables and numbers for the terminal."""
+"""Plain text for the terminal: tables, numbers, progress."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+Item = TypeVar("Item")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -32,11 +37,6 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def size(count: int) -> str:
-    """Bytes in the unit that fits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count_float = count / 1000
-        count = round(count_float)
-    return f"{count} {unit}"
+def progress(items: Sequence[Item]) -> Iterable[Item]:
+    """The items, with a bar on the error stream where that is a terminal."""
+    return tqdm(items, leave=False, disable=None)

@@ -7,17 +7,21 @@ update was made.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators import Damping, FisherOperator
-from fisherkit.space import Vector
+
+Direction = Tensor | Mapping[str, Tensor]
+"""A vector over the parameters, in either form; update and gradient need not have the same."""
 
 
 def approximation_quality(
-    update: Vector, exact_fisher: FisherOperator, gradient: Vector
+    update: Direction, exact_fisher: FisherOperator, gradient: Direction
 ) -> Float[Tensor, ""] | Float[Tensor, " K"]:
     """γ(Δ) = √(ΔᵀFΔ) / abs(Δᵀ∇L): lower is better, and the natural gradient F⁻¹∇L has the least (eq. 15).
 
@@ -42,10 +46,10 @@ def approximation_quality(
     """
     call = "approximation_quality"
     g = _gradient(gradient, exact_fisher, call)
-    columns, _ = exact_fisher.space.to_columns(update, call, dtype=exact_fisher.dtype, device=exact_fisher.device)
-    if not bool(columns.any(0).all()):
+    flat = _flat(update, exact_fisher, call)
+    if not bool(flat.any(0).all()):
         raise InvalidArgumentError(call=call, got="a zero update", expected="a direction", why="γ would be 0/0")
-    terms = columns.double() * g.double().unsqueeze(1)
+    terms = flat.double() * (g.double() if flat.ndim == 1 else g.double().unsqueeze(1))
     inner = terms.sum(0).abs()
     # Below this a sum of D products is rounding alone, and so would γ be.
     if bool((inner <= torch.finfo(torch.float64).eps * terms.abs().sum(0)).any()):
@@ -56,11 +60,10 @@ def approximation_quality(
             why="to first order the update does not change the loss, so γ is infinite",
             try_="an update made from this gradient, such as fisher.solve(gradient, damping)",
         )
-    squared = exact_fisher.quadratic_form(update).clamp_min(0)
-    return squared.sqrt() / inner.reshape(squared.shape)
+    return exact_fisher.quadratic_form(flat).clamp_min(0).sqrt() / inner
 
 
-def quality_floor(exact_fisher: FisherOperator, gradient: Vector, damping: Damping = 1e-3) -> Float[Tensor, ""]:
+def quality_floor(exact_fisher: FisherOperator, gradient: Direction, damping: Damping = 1e-3) -> Float[Tensor, ""]:
     """1/√(∇Lᵀ(F + λI)⁻¹∇L), the least γ that any update has where F + λI takes F's place.
 
     It falls as λ does, and at λ = 0 it is the least `approximation_quality` of all updates. For λ > 0 it is thus an
@@ -83,11 +86,10 @@ def quality_floor(exact_fisher: FisherOperator, gradient: Vector, damping: Dampi
     """
     g = _gradient(gradient, exact_fisher, "quality_floor")
     solution = exact_fisher.factorize(damping).matvec(g)
-    assert isinstance(solution, Tensor)  # noqa: S101  (a solution has the form of its right-hand side)
     return (g.double() @ solution.double()).rsqrt()
 
 
-def _gradient(gradient: Vector, fisher: FisherOperator, call: str) -> Float[Tensor, " D"]:
+def _gradient(gradient: Direction, fisher: FisherOperator, call: str) -> Float[Tensor, " D"]:
     """The gradient as one flat vector that is not zero."""
     if not isinstance(fisher, FisherOperator):
         raise InvalidTypeError(
@@ -96,14 +98,18 @@ def _gradient(gradient: Vector, fisher: FisherOperator, call: str) -> Float[Tens
             expected="a FisherOperator",
             try_="fk.ExactFisher(model, data)",
         )
-    columns, _ = fisher.space.to_columns(gradient, f"{call}, gradient", dtype=fisher.dtype, device=fisher.device)
-    if columns.shape[1] != 1:
-        raise InvalidArgumentError(call=call, got=f"{columns.shape[1]} gradients", expected="one, flat [D] or a dict")
-    if not bool(columns.any()):
+    flat = _flat(gradient, fisher, f"{call}, gradient")
+    if flat.ndim != 1:
+        raise InvalidArgumentError(call=call, got=f"{flat.shape[1]} gradients", expected="one, flat [D] or a dict")
+    if not bool(flat.any()):
         raise InvalidArgumentError(
-            call=call,
-            got="a zero gradient",
-            expected="∇L ≠ 0",
-            why="at a stationary point γ is infinite",
+            call=call, got="a zero gradient", expected="∇L ≠ 0", why="at a stationary point γ is infinite"
         )
-    return columns.squeeze(1)
+    return flat
+
+
+def _flat(vector: Direction, fisher: FisherOperator, call: str) -> Float[Tensor, " D"] | Float[Tensor, "D K"]:
+    """The vector as one tensor, once it is known to fit the operator."""
+    flat = fisher.space.flatten(vector) if isinstance(vector, Mapping) else vector
+    fisher.space.to_columns(flat, call, dtype=fisher.dtype, device=fisher.device)
+    return flat

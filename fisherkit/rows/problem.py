@@ -39,7 +39,8 @@ class Chunk:
         first: whether this is the micro-batch's first chunk.
         counted: examples that this chunk adds to N (all of them in the first chunk).
         slots: output vectors for each example of the micro-batch, those that are no rows included.
-        positions: which positions ``[B, T]`` of the inputs are data; None for all.
+        counted_positions: which positions ``[B, P]`` of the outputs count, then which of the inputs are data, if the
+            batch says so in an attention mask.
         dropped: for each example or token counted, the output Fisher's trace that the kind left out; first chunk only.
     """
 
@@ -48,7 +49,7 @@ class Chunk:
     first: bool
     counted: int
     slots: int
-    positions: Bool[Tensor, "B T"] | None
+    counted_positions: tuple[Bool[Tensor, "B T"], ...]
     dropped: Float[Tensor, "n"] | None
 
 
@@ -66,6 +67,7 @@ class Problem:
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
         progress: show a progress bar.
         vectors_per_example: M, found by `measure`.
+        numbers_per_example: entries of all layer outputs for one example, found by `measure`.
     """
 
     plan: Plan
@@ -77,6 +79,7 @@ class Problem:
     chunk_size: int | None
     progress: bool
     vectors_per_example: int = 1
+    numbers_per_example: int = 1
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -138,8 +141,12 @@ class Problem:
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has, and choose how each unit's rows are kept."""
-        chunk = next(self.probe().chunks("probe"))
+        probe = self.probe()
+        chunk = next(probe.chunks("probe"))
         self.vectors_per_example = chunk.slots
+        with self._quiet():
+            linearized = Linearized(self.plan, probe.source.first().to(self.plan.example_parameter.device))
+        self.numbers_per_example = linearized.numbers_per_vector // linearized.batch.size
         for unit in self.plan.ruled:
             unit.choose(self.vectors_per_example)
 
@@ -147,7 +154,7 @@ class Problem:
         """Bytes of one example's rows over the units of some parameters, as they are kept."""
         item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
-        return round(item * sum(unit.numbers_per_example(self.vectors_per_example) for unit in units))
+        return item * sum(unit.numbers_per_example(self.vectors_per_example) for unit in units)
 
     @property
     def _flat(self) -> bool:
@@ -159,7 +166,7 @@ class Problem:
         bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
         start = 0
         for number, batch in enumerate(bar):
-            step = batch.size if self.chunk_size is None else min(self.chunk_size, batch.size)
+            step = max(1, TILE // self.numbers_per_example) if self.chunk_size is None else self.chunk_size
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
                 yield micro, start, f"data, batch {number}"
@@ -175,7 +182,8 @@ class Problem:
         mask = outputs.mask
         counts = mask.flatten() if self.token else mask.any(1)
         dropped = None if found.dropped is None else found.dropped[mask.flatten() if self._flat else mask.any(1)]
-        positions = self._positions(batch, mask)
+        attention = batch.kwargs.get("attention_mask")
+        positions = (mask, attention.bool()) if isinstance(attention, Tensor) and attention.ndim == 2 else (mask,)
         slots = found.v.shape[1] * (mask.shape[1] if self._flat else 1)
         step = max(1, TILE // linearized.numbers_per_vector)
         if self.chunk_size is not None:
@@ -215,12 +223,6 @@ class Problem:
             if found.keep is not None:
                 keep = keep & found.keep.reshape(batch, positions, m)[:, position, vector]
         return v, (None if bool(keep.all()) else keep)
-
-    def _positions(self, batch: Batch, mask: Tensor) -> Tensor | None:
-        if mask.shape[1] > 1:
-            return mask
-        attention = batch.kwargs.get("attention_mask")
-        return attention.bool() if isinstance(attention, Tensor) and attention.ndim == 2 else None
 
 
 def _join(chunks: list[Chunk]) -> Chunk:

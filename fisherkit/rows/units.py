@@ -33,7 +33,7 @@ class Unit:
     def __init__(self, names: tuple[str, ...], reason: str, numbers: int) -> None:
         self.names, self.reason, self.numbers = names, reason, numbers
 
-    def numbers_per_example(self, vectors: float) -> float:
+    def numbers_per_example(self, vectors: int) -> int:
         """Numbers that the rows of one example take as they are kept, for so many output vectors an example."""
         return vectors * self.numbers
 
@@ -107,7 +107,7 @@ class RuledUnit(Unit):
         elif isinstance(rows, SparseRows):
             self.numbers = positions * (rows.values.shape[1] + 2)
 
-    def choose(self, vectors: float) -> None:
+    def choose(self, vectors: int) -> None:
         """The cost model: keep whichever of the two factors and their product has fewer numbers an example."""
         if self.shape is None:
             return
@@ -115,9 +115,9 @@ class RuledUnit(Unit):
         pair, product = t * (i + vectors * o), vectors * i * o
         self.stored = pair > product
         sign = ">" if self.stored else "<="
-        self.reason = f"{self.layout}; T(I + M·O) = {pair:,.0f} {sign} M·I·O = {product:,.0f}"
+        self.reason = f"{self.layout}; T(I + M·O) = {pair:,} {sign} M·I·O = {product:,}"
 
-    def numbers_per_example(self, vectors: float) -> float:
+    def numbers_per_example(self, vectors: int) -> int:
         """As in `Unit`; the activations are shared by an example's rows."""
         if self.shape is None or self.stored:
             return vectors * self.numbers

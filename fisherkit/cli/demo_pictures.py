@@ -1,0 +1,180 @@
+"""The demo's pictures. Owns how they look, and computes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from fisherkit.cli.demo_measurements import KINDS, Projection, Quality, Structures
+from fisherkit.cli.demo_training import Checkpoint
+
+# The colours of Okabe and Ito, "Color universal design" (2008), can be told apart with any colour vision; the markers
+# say the same again.
+_COLOURS = dict(
+    zip(KINDS, ("#D55E00", "#E69F00", "#0072B2", "#8FD3BE", "#2FAE8B", "#00664B", "#CC79A7", "#000000"), strict=True)
+)
+_MARKERS = dict(zip(KINDS, ("s", "v", "^", "o", "P", "h", "D", "x"), strict=True))
+_STRUCTURES = {
+    "full": ("#000000", "-"),
+    "block": ("#0072B2", "-"),
+    "diagonal": ("#E69F00", "-"),
+    "kfac": ("#CC79A7", "-"),
+    "ekfac": ("#009E73", "--"),
+}
+_REQUESTS = {
+    "EF": "the same of every example",
+    "iEF": "‖∂ℓ/∂z‖²",
+    "truncated, rank 1": "(1 − p) / p of the label",
+    "exact": "(1 − p) / p of the label",
+}
+"""What each kind's undamped update asks of an example where the rows are linearly independent."""
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#555555",
+    "grid.color": "#E8E8E8",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "savefig.dpi": 150,
+}
+
+
+def draw(
+    quality: list[Quality], projection: Projection, checkpoint: Checkpoint, structures: Structures, folder: Path
+) -> list[Path]:
+    """Write all pictures.
+
+    Args:
+        quality: γ over training.
+        projection: what updates ask of examples ...
+        checkpoint: ... and where.
+        structures: spectra.
+        folder: where to.
+
+    Returns:
+        The files.
+    """
+    with mpl.rc_context(_STYLE):
+        pictures = {
+            "summary.png": _summary(quality, projection, checkpoint),
+            "quality.png": _quality(quality),
+            "projection.png": _projection(projection, checkpoint),
+            "spectra.png": _spectra(structures),
+        }
+        for name, figure in pictures.items():
+            figure.savefig(folder / name)
+    return [folder / name for name in pictures]
+
+
+def _summary(quality: list[Quality], projection: Projection, checkpoint: Checkpoint) -> Figure:
+    """The two findings side by side."""
+    figure = Figure(figsize=(11.6, 4.3), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    for kind in ("EF", "iEF", "exact"):
+        _scatter(left, projection, projection.share[kind], kind)
+    left.set_ylabel("share of the loss reduction")
+    left.set_xlabel("‖∂ℓ/∂z‖ of an example  (← fit · · · not fit →)")
+    left.set_title(f"Asked of each example, epoch {checkpoint.epoch}")
+    left.legend(loc="lower right", markerscale=1.5)
+    _quality_lines(right, quality)
+    right.set_title("Quality of the update over training")
+    return figure
+
+
+def _quality(quality: list[Quality]) -> Figure:
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    _quality_lines(axes, quality)
+    axes.set_title("Quality of each kind's preconditioned update over training")
+    return figure
+
+
+def _quality_lines(axes: Axes, quality: list[Quality]) -> None:
+    """γ/γ_SGD against epochs, with a band of one standard deviation where bands do not hide each other."""
+    epochs = [q.epoch for q in quality]
+    places = np.log1p(epochs)
+    for kind in KINDS:
+        mean = np.array([q.mean[kind] for q in quality])
+        deviation = np.array([q.deviation[kind] for q in quality])
+        if kind in {"EF", "iEF", "exact"}:
+            # In logarithms, as the axis is: the band stays positive.
+            band = np.exp(deviation / mean)
+            axes.fill_between(places, mean / band, mean * band, color=_COLOURS[kind], alpha=0.12, linewidth=0)
+        # The tolerance's line lies under the exact one's; both stay visible.
+        style: dict[str, Any] = {"linestyle": "--", "zorder": 4} if kind == "exact" else {}
+        style = {"linewidth": 4, "alpha": 0.8} if kind == "truncated, 1e-2" else style
+        axes.plot(places, mean, color=_COLOURS[kind], marker=_MARKERS[kind], label=kind, **style)
+    axes.axhline(1, color="#777777", linewidth=1, zorder=1)
+    axes.annotate("the gradient itself", (0, 1), (0, 3), textcoords="offset points", color="#777777", fontsize=9)
+    axes.set_yscale("log")
+    axes.set_xticks(places, [str(epoch) for epoch in epochs])
+    axes.set_yticks(ticks := [0.2, 0.3, 0.5, 1, 2, 3, 5], [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("epoch of training")
+    axes.set_ylabel(r"$\gamma\,/\,\gamma_{\mathrm{SGD}}$  (lower is better)")
+    note = "bands: one standard\ndeviation over batches"
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=note, title_fontsize=9, alignment="left")
+
+
+def _projection(projection: Projection, checkpoint: Checkpoint) -> Figure:
+    """Above, the loss reduction asked of each example; below, the step along the example's own gradient for it."""
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    panels = figure.subplots(2, len(_REQUESTS), sharex=True, sharey="row")
+    for (above, below), (kind, request) in zip(panels.T, _REQUESTS.items(), strict=True):
+        _scatter(above, projection, projection.share[kind], kind)
+        _scatter(below, projection, projection.step[kind], kind)
+        above.set_title(f"{kind}\n", fontsize=12)
+        above.text(0, 1.02, f"asks {request}", transform=above.transAxes, color="#555555", fontsize=10)
+    panels[0, 0].set_ylabel("share of the loss reduction")
+    panels[1, 0].set_ylabel("step along the example's\nown gradient, relative")
+    figure.supxlabel("‖∂ℓ/∂z‖ of an example  (← fit · · · not fit →)", fontsize=11)
+    figure.suptitle(f"What one update asks of each example (epoch {checkpoint.epoch})", x=0.01, ha="left", fontsize=13)
+    return figure
+
+
+def _scatter(axes: Axes, projection: Projection, values: list[float], kind: str) -> None:
+    colour = "#2FAE8B" if kind == "truncated, rank 1" else _COLOURS[kind]
+    axes.scatter(
+        projection.logit_gradient_norm, values, s=18, color=colour, marker=_MARKERS[kind], alpha=0.6, label=kind
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+
+
+def _spectra(structures: Structures) -> Figure:
+    """Eigenvalues of each kind in the full structure, and of each structure of the exact kind."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for kind, spectrum in structures.spectra.items():
+        style = "--" if kind == "exact" else "-"
+        left.plot(spectrum.index, spectrum.eigenvalue, color=_COLOURS[kind], linestyle=style, label=kind)
+    for structure, spectrum in structures.structure_spectra.items():
+        colour, style = _STRUCTURES[structure]
+        right.plot(spectrum.index, spectrum.eigenvalue, color=colour, linestyle=style, label=structure)
+    left.set_title("Kinds, full structure")
+    right.set_title("Structures, exact kind")
+    left.set_ylabel("eigenvalue")
+    # Below this, rounding decides.
+    left.set_ylim(bottom=1e-10 * structures.spectra["exact"].eigenvalue[0])
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("index")
+        axes.legend(loc="lower left")
+    return figure

@@ -1,0 +1,328 @@
+"""What a user adds: a likelihood, a kind, an operator, each a small class, and everything else works with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.io import State
+from fisherkit.operators import DiagonalOperator, Factorization
+from fisherkit.operators.factorization import IterativeFactorization
+from fisherkit.space import ParameterSpace
+from tests.reference.fisher import Problem
+from tests.theorem_cases import assert_below, build, error, metric, problem
+
+STRUCTURES = ["full", "block", "diagonal", "kfac", "ekfac"]
+
+
+# -- a likelihood ------------------------------------------------------------------------------------------------------
+
+
+class Poisson(fk.likelihoods.Likelihood):
+    """Counts with a log link: ℓ = exp(z) − y z."""
+
+    name = "poisson"
+
+    def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        return z.exp() - target
+
+    def hessian_factor(self, z: Tensor) -> Tensor:
+        return torch.diag_embed((z / 2).exp())
+
+    def sample(self, z: Tensor, uniform: Tensor) -> Tensor:
+        return torch.from_numpy(stats.poisson.ppf(uniform.numpy(), z.exp().numpy())).to(z.dtype)
+
+
+@pytest.fixture
+def counts() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network of two rates, inputs and counts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        x = torch.randn(8, 3, dtype=torch.float64)
+        return model, x, torch.poisson(torch.full((8, 2), 1.5)).double()
+
+
+def poisson_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Per-sample gradients of torch's own loss."""
+    losses = [nn.functional.poisson_nll_loss(model(a), b, reduction="sum") for a, b in zip(x, y, strict=True)]
+    grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in grads])
+
+
+def test_likelihood__empirical_kinds_are_made_of_its_gradients(counts: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = counts
+    j = poisson_gradients(model, x, y)
+    s = (model(x).exp() - y).square().sum(1).detach()
+    ef, ief = (kind(model, (x, y), likelihood=Poisson()) for kind in (fk.EmpiricalFisher, fk.ImprovedEmpiricalFisher))
+    assert error(ef.to_dense(), j.T @ j / 8) < 1e-12
+    assert error(ief.to_dense(), j.T @ (j / s[:, None]) / 8) < 1e-12
+    assert ef.metadata["likelihood"] == "poisson"
+
+
+def test_likelihood__exact_kind_is_the_hessian_of_its_loss_where_the_model_is_linear() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(3, 2, bias=False).double()
+    x = torch.randn(8, 3, dtype=torch.float64, generator=generator)
+    y = torch.ones(8, 2, dtype=torch.float64)
+
+    def loss(weight: Tensor) -> Tensor:
+        return nn.functional.poisson_nll_loss(x @ weight.T, y, reduction="sum") / 8
+
+    hessian = torch.autograd.functional.hessian(loss, model.weight.detach()).reshape(6, 6)
+    assert error(fk.ExactFisher(model, (x, None), likelihood=Poisson()).to_dense(), hessian) < 1e-12
+
+
+def test_likelihood__sampled_kind_is_unbiased(counts: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, _ = counts
+    exact = fk.ExactFisher(model, (x, None), likelihood=Poisson()).to_dense()
+    few, many = (
+        error(fk.SampledFisher(model, (x, None), likelihood=Poisson(), draws=draws).to_dense(), exact)
+        for draws in (20, 4_000)
+    )
+    assert many < 0.06
+    assert few > 3 * many
+
+
+def test_likelihood__sampled_counts_that_repeat_are_one_row(counts: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, _ = counts
+    assert fk.SampledFisher(model, (x, None), likelihood=Poisson(), draws=500).rows < 8 * 150
+
+
+def test_likelihood__truncated_kind_climbs_to_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 2, 3, dtype=torch.float64, generator=generator)  # two positions of three rates
+    y = torch.poisson(z.exp(), generator=generator)
+    exact = metric(fk.ExactFisher, z, y, Poisson())
+    chain = [metric(fk.TruncatedFisher, z, y, Poisson(), rank=rank) for rank in (1, 2, 4, 6)]
+    for lower, upper in zip(chain, [*chain[1:], exact], strict=True):
+        assert_below(lower, upper)
+    assert error(chain[-1], exact) < 1e-12
+    assert error(metric(fk.TruncatedFisher, z, y, Poisson(), tolerance=0.0), exact) < 1e-12
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_likelihood__works_in_every_structure(structure: str, counts: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = counts
+    fisher = fk.ExactFisher(model, (x, y), likelihood=Poisson(), structure=structure)
+    v = torch.ones(fisher.size, dtype=torch.float64)
+    assert error(fisher @ fisher.solve(v, damping=0.1) + 0.1 * fisher.solve(v, damping=0.1), v) < 1e-10
+
+
+class Counts(Poisson):
+    """The same with its support checked."""
+
+    def check_values(self, target: Tensor, call: str) -> None:
+        super().check_values(target, call)
+        if bool((target < 0).any()):
+            raise fk.DataError(call=call, got="negative counts", expected="0, 1, 2, ...")
+
+
+def test_likelihood__may_refuse_targets(counts: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = counts
+    with pytest.raises(fk.DataError, match="negative counts"):
+        fk.EmpiricalFisher(model, (x, -1 - y), likelihood=Counts())
+    with pytest.raises(fk.DataError, match="NaN or infinite"):
+        fk.EmpiricalFisher(model, (x, y / 0), likelihood=Counts())
+
+
+# -- a kind ------------------------------------------------------------------------------------------------------------
+
+
+class SelfLabelledFisher(fk.FisherApproximation):
+    """The empirical Fisher at the model's own most likely label."""
+
+    kind_name = "self-labelled"
+
+    def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
+        u = outputs.likelihood.gradient(outputs.z, outputs.z.argmax(-1))
+        return fk.OutputVectors(outputs.masked(u).unsqueeze(1))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("family", ["mlp", "token_mlp", "token_mlp_by_token", "conv_pooled"])
+def test_kind__of_one_method_works_in_every_structure(family: str, structure: str) -> None:
+    of = problem(family)
+    predicted = of.model(of.inputs).argmax(-1)
+    if of.targets.ndim > 1:
+        predicted[of.targets == -100] = -100
+    relabelled = Problem(of.model, of.inputs, predicted, of.likelihood, of.example)
+    found = build(SelfLabelledFisher, of, structure=structure)
+    expected = build(fk.EmpiricalFisher, relabelled, structure=structure)
+    assert error(found.to_dense(), expected.to_dense()) < 1e-12
+    assert found.rows == expected.rows
+
+
+def test_kind__needs_no_name() -> None:
+    """One method is all that a kind must say; a name is for what is recorded in files."""
+
+    class Unnamed(fk.FisherApproximation):
+        def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
+            return fk.OutputVectors(outputs.gradient().unsqueeze(1))
+
+    of = problem("mlp")
+    assert error(build(Unnamed, of).to_dense(), build(fk.EmpiricalFisher, of).to_dense()) < 1e-14
+
+
+class LikelyLabelsFisher(fk.FisherApproximation):
+    """The exact Fisher's sum over labels, Σ_k p_k u_k u_kᵀ, without the labels less likely than a threshold."""
+
+    kind_name = "likely"
+    needs_targets = False
+    positionwise = True  # every position has labels of its own
+
+    def __init__(self, model: nn.Module, data: Any, *, threshold: float, **options: Any) -> None:
+        self.threshold = threshold
+        super().__init__(model, data, **options)
+
+    def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
+        p = outputs.z[:, 0].softmax(-1)
+        u = p.unsqueeze(1) - torch.eye(p.shape[1], dtype=p.dtype)
+        v = p.sqrt().unsqueeze(2) * u
+        left_out = torch.where(p < self.threshold, v.square().sum(2), 0.0).sum(1)
+        return fk.OutputVectors(v.unsqueeze(2), keep=p >= self.threshold, dropped=left_out)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("family", ["mlp", "token_mlp", "token_mlp_by_token"])
+def test_kind__with_options_and_a_row_a_label_is_exact_in_the_limit(family: str, structure: str) -> None:
+    of = problem(family)
+    found = build(LikelyLabelsFisher, of, structure=structure, threshold=0.0)
+    assert error(found.to_dense(), build(fk.ExactFisher, of, structure=structure).to_dense()) < 1e-12
+    assert found.metadata["kind"] == "likely"
+
+
+def test_kind__may_leave_rows_out_and_say_so() -> None:
+    of = problem("mlp_no_bias")
+    p = of.model(of.inputs).softmax(-1)
+    found, exact = build(LikelyLabelsFisher, of, threshold=0.2), build(fk.ExactFisher, of)
+    assert found.rows == int((p >= 0.2).sum())
+    assert found.dropped_trace is not None
+    assert found.dropped_trace.shape == (6,)
+    assert bool((found.dropped_trace > 0).all())
+    assert_below(found.to_dense(), exact.to_dense())
+
+
+# -- an operator -------------------------------------------------------------------------------------------------------
+
+
+class Spiked(fk.FisherOperator):
+    """level · I + w wᵀ, known by its products alone."""
+
+    kind = "spiked"
+
+    def __init__(self, space: ParameterSpace, level: float, w: Tensor) -> None:
+        super().__init__(space, dtype=w.dtype, device=w.device)
+        self.level, self.w = level, w
+
+    def _matmat(self, columns: Tensor) -> Tensor:
+        return self.level * columns + self.w[:, None] * (self.w @ columns)
+
+    def _diagonal(self) -> Tensor:
+        return self.level + self.w.square()
+
+    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+        return IterativeFactorization(self, damping, tolerance, max_steps)
+
+    def _draw(self, generator: torch.Generator | None) -> Tensor:
+        noise = torch.randn(self.size + 1, 1, dtype=self.dtype, generator=generator)
+        return self.level**0.5 * noise[1:] + self.w[:, None] * noise[0]
+
+    def _scaled(self, scale: float) -> Spiked:
+        return Spiked(self.space, scale * self.level, scale**0.5 * self.w)
+
+    def _state(self) -> State:
+        return State(self.kind, self.space.names, {"w": self.w}, {"level": self.level})
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, state: State) -> Spiked:
+        return cls(space, state.options["level"], state.tensors["w"])
+
+
+@pytest.fixture
+def fisher() -> fk.FisherApproximation:
+    return build(fk.EmpiricalFisher, problem("mlp"))
+
+
+@pytest.fixture
+def spiked(fisher: fk.FisherApproximation) -> Spiked:
+    w = torch.randn(fisher.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return Spiked(fisher.space, 0.5, w)
+
+
+def test_operator__answers_what_its_hooks_imply(spiked: Spiked) -> None:
+    dense = 0.5 * torch.eye(spiked.size, dtype=torch.float64) + torch.outer(spiked.w, spiked.w)
+    v = torch.randn(spiked.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert error(spiked.to_dense(), dense) < 1e-14
+    assert error(spiked @ v, dense @ v) < 1e-14
+    assert error(spiked.quadratic_form(v), (v * (dense @ v)).sum(0)) < 1e-14
+    assert float(spiked.trace()) == pytest.approx(float(dense.trace()))
+    assert error((3 * spiked).to_dense(), 3 * dense) < 1e-14
+    assert error(torch.from_numpy(spiked.to_scipy() @ v.numpy()), dense @ v) < 1e-14
+    assert set(spiked @ spiked.space.unflatten(v[:, 0])) == set(spiked.space.names)
+    with pytest.raises(fk.NoClosedFormError, match="lanczos_eigenvalues"):
+        spiked.eigenvalues(2)
+
+
+def test_operator__is_solved_by_conjugate_gradients_that_report(spiked: Spiked) -> None:
+    v = torch.ones(spiked.size, dtype=torch.float64)
+    x, info = spiked.solve(v, damping=0.1, return_info=True, tolerance=1e-10)
+    assert info.converged
+    assert info.method == "conjugate_gradient"
+    assert error(spiked @ x + 0.1 * x, v) < 1e-9
+    with pytest.raises(fk.NoClosedFormError, match="lanczos_logdet"):
+        spiked.logdet(damping=0.1)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_operator__adds_to_every_structure_and_is_solved_with_it(structure: str, spiked: Spiked) -> None:
+    part = build(fk.ExactFisher, problem("mlp"), structure=structure)
+    total = 0.25 * part + 2 * spiked
+    dense = 0.25 * part.to_dense() + 2 * spiked.to_dense()
+    assert error(total.to_dense(), dense) < 1e-13
+    assert error((spiked + part).to_dense(), part.to_dense() + spiked.to_dense()) < 1e-13
+    v = torch.ones(total.size, dtype=torch.float64)
+    x, info = total.solve(v, damping=1e-2, return_info=True, tolerance=1e-10)
+    assert info.converged
+    assert error(x, torch.linalg.solve(dense + 1e-2 * torch.eye(total.size, dtype=torch.float64), v)) < 1e-8
+
+
+def test_operator__draws_have_its_covariance_in_a_sum(spiked: Spiked, fisher: fk.FisherApproximation) -> None:
+    """For x from N(0, A⁻¹) the mean of xᵀAx is D; over 60 draws it scatters by √(2 / 60D), here 2.6 %."""
+    total = spiked + fisher
+    inverse = total.factorize(damping=1.0, tolerance=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([inverse.sample(generator) for _ in range(60)], 1)
+    forms = total.quadratic_form(draws) + draws.square().sum(0)
+    assert float(forms.mean()) == pytest.approx(total.size, rel=0.1)
+    # Draws without the damping's noise, or with the sum's terms drawn alike, would show along the spike.
+    along = spiked.w / spiked.w.norm()
+    assert float((draws.T @ along).square().mean()) == pytest.approx(float(along @ inverse.matvec(along)), rel=0.6)
+
+
+def test_operator__may_fold_with_its_like(spiked: Spiked) -> None:
+    class Folding(Spiked):
+        kind = "folding"
+
+        def _plus(self, other: fk.FisherOperator) -> fk.FisherOperator | None:
+            return DiagonalOperator(self.space, other._diagonal() + self.level) if not self.w.any() else None
+
+    ridge = Folding(spiked.space, 0.5, torch.zeros_like(spiked.w))
+    diagonal = DiagonalOperator(spiked.space, spiked.w.square())
+    for total in (ridge + diagonal, diagonal + ridge):
+        assert isinstance(total, DiagonalOperator)
+        assert error(total.diagonal(), spiked.w.square() + 0.5) < 1e-14
+
+
+def test_operator__comes_back_from_a_file_alone_and_in_a_sum(
+    spiked: Spiked, fisher: fk.FisherApproximation, tmp_path: Path
+) -> None:
+    for name, operator in (("alone", spiked), ("sum", spiked + fisher)):
+        operator.save(tmp_path / name)
+        assert error(fk.load(tmp_path / name).to_dense(), operator.to_dense()) < 1e-14
