@@ -147,11 +147,10 @@ class Bernoulli(Likelihood):
         return torch.sigmoid(z) * torch.sigmoid(-z)
 
     def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """Σ u² / (p(1 − p)); an output that is certain and right adds nothing."""
+        """Σ u² / (p(1 − p)): nothing from an output that is certain and right, infinite for one certain and wrong."""
         u, h = self.gradient(z, target), self.hessian_diagonal(z)
-        return (
-            torch.where(h > 0, u / h.sqrt().clamp_min(torch.finfo(z.dtype).tiny), torch.zeros_like(u)).square().sum(-1)
-        )
+        ratio = torch.where(u == 0, torch.zeros_like(u), u.abs() / h.sqrt())
+        return ratio.square().sum(-1)
 
     def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
         """Refuse targets outside [0, 1]."""

@@ -109,8 +109,8 @@ def _pivoted(outputs: Outputs, stop: Stop) -> Steps:
     full = z.shape[1] * z.shape[2]
     vectors: list[Tensor] = []
     left: list[Tensor] = []
-    # Where the gradient is exactly zero there is no direction to prefer, and the first vector is a pivot too.
-    v = torch.where((form > 0)[:, None, None], first[:, None, None] * u, _next(wide, vectors, diagonal))
+    # Where the gradient is exactly zero, or leaves H's range, no multiple of it counts: the first vector is a pivot too.
+    v = torch.where((first > 0)[:, None, None], first[:, None, None] * u, _next(wide, vectors, diagonal))
     while True:
         vectors.append(v)
         diagonal = diagonal - v.square()

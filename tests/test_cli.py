@@ -1,0 +1,124 @@
+"""The command line as a user meets it: help, info, exit codes, and what is said when something is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import fisherkit as fk
+from fisherkit.cli import app
+from fisherkit.cli.info import STRUCTURE_MEANINGS
+from fisherkit.cli.text import number, table
+from fisherkit.fisher import STRUCTURES
+from fisherkit.kinds import KINDS
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_help__lists_the_commands() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for text in ("info", "demo", "--version", "Exit codes"):
+        assert text in result.stdout
+
+
+@pytest.mark.parametrize("command", ["info", "demo"])
+def test_help__of_a_command_shows_examples_line_by_line(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Examples:\n    fisherkit {command}\n" in result.stdout
+
+
+def test_no_command__shows_the_help_and_is_wrong_usage() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "Commands:" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["bogus"], ["info", "--bogus"], ["demo", "--epochs", "0"]], ids=" ".join)
+def test_wrong_usage__exits_with_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Error" in result.output
+
+
+def test_version__is_the_packages() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout.strip() == fk.__version__
+
+
+def test_info__shows_versions_kinds_and_structures() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for text in (fk.__version__, torch.__version__, "threads", "GB available", *KINDS, *STRUCTURES):
+        assert text in result.stdout
+    for kind in KINDS.values():
+        assert kind.__name__ in result.stdout
+
+
+def test_info__as_json() -> None:
+    result = run("info", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["fisherkit"] == fk.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["devices"][0]["name"] == "cpu"
+    assert found["devices"][0]["available_bytes"] > 0
+    assert list(found["kinds"]) == list(KINDS)
+    assert all(kind["meaning"] for kind in found["kinds"].values())
+    assert list(found["structures"]) == list(STRUCTURES) == list(STRUCTURE_MEANINGS)
+
+
+@pytest.mark.parametrize(("module", "distribution"), [("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")])
+def test_demo__names_the_missing_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, distribution: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    result = run("demo", "--out", str(tmp_path / "demo"))
+    assert result.exit_code == 1
+    assert f"needs {distribution}," in result.stderr
+    assert 'pip install "fisherkit[demo]"' in result.stderr
+    assert isinstance(result.exception, SystemExit)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_demo__says_when_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = run("demo", "--out", str(tmp_path / "file"))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "file" in result.stderr
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_module__is_the_same_program() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fisherkit", "--version"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (result.returncode, result.stdout.strip()) == (0, fk.__version__)
+
+
+def test_table__aligns_text_left_and_numbers_right() -> None:
+    assert table(("name", "n"), [("a", "10"), ("bcdef", "9")]) == (
+        "name    n\n"
+        "-----  --\n"
+        "a      10\n"
+        "bcdef   9"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.00"), (0.01234, "0.01"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234"), (1e-4, "1.00e-04")],
+)
+def test_number__has_three_digits(value: float, text: str) -> None:
+    assert number(value) == text
