@@ -208,14 +208,20 @@ class Categorical(Likelihood):
         return 1
 
     def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """p ∘ w − p (pᵀ w)."""
-        p = torch.softmax(z, -1)
-        return p * (w - (p * w).sum(-1, keepdim=True))
+        """p ∘ w − p (pᵀ w).
+
+        Constants in w drop out, so w is taken relative to its entry at the likeliest class: what is left of pᵀ w then
+        comes from the other classes and nothing cancels as one probability goes to 1.
+        """
+        p, likeliest = torch.softmax(z, -1), z.argmax(-1, keepdim=True)
+        relative = w - w.gather(-1, likeliest.expand(*w.shape[:-1], 1))
+        return p * (relative - (p * relative).sum(-1, keepdim=True))
 
     def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """p(1 − p), with 1 − p from logarithms."""
-        log_p = torch.log_softmax(z, -1)
-        return log_p.exp() * -torch.expm1(log_p)
+        """p(1 − p), with 1 − p of the likeliest class as the others' mass."""
+        p, likeliest = torch.softmax(z, -1), z.argmax(-1, keepdim=True)
+        others = p.scatter(-1, likeliest, 0.0).sum(-1, keepdim=True)
+        return p * (1 - p).scatter(-1, likeliest, others)
 
     def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """(1 − p_y) / p_y."""

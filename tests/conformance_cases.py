@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -71,13 +71,13 @@ STRUCTURES: dict[str, Callable[[Rows], Tensor]] = {
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def problem(family: str, dtype: torch.dtype = torch.float64) -> Problem:
     """A family's problem, the same weights and data in every dtype; shared, so never to be changed."""
     return FAMILIES[family].problem(dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference_rows(family: str, kind: str) -> Rows:
     """The reference's rows in float64."""
     return reference.rows(problem(family), KINDS[kind].kind, drawn(family, kind))

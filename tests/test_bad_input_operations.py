@@ -130,7 +130,7 @@ NUMBERS: dict[str, Case] = {
         ARGUMENT,
         ValueError,
         (
-            "EmpiricalFisher.factorize(damping=-0.001): got damping -0.001",
+            "(damping=-0.001): got damping -0.001",
             NOT_NEGATIVE,
             "must stay positive semi-definite",
         ),

@@ -182,9 +182,9 @@ def test_forms__a_mask_shared_by_all_examples_is_not_cut(batch: int) -> None:
     same(*shared_mask(batch))
 
 
-def test_forms__a_shared_mask_with_as_many_rows_as_examples_is_right_or_refused() -> None:
-    """Nothing tells it from a tensor with the batch axis, so that advice is the least to expect."""
-    with contextlib.suppress(fk.DataError, fk.ModelError):
+def test_forms__a_shared_mask_with_as_many_rows_as_examples_is_never_silently_cut() -> None:
+    """In the first batch nothing tells it from a tensor with the batch axis: it may fail, in the model or before."""
+    with contextlib.suppress(fk.FisherkitError, RuntimeError):
         same(*shared_mask(3))
 
 
@@ -204,6 +204,21 @@ def test_forms__a_shared_tensor_stays_shared_in_a_later_batch_of_its_length(chun
     ]
     got = fisher(body, batches, chunk_size=chunk_size)
     same(got.to_dense(), fisher(held, (x, Y)).to_dense())
+
+
+@pytest.mark.parametrize("structure", ["full", "full, streamed", "block", "diagonal"])
+def test_forms__batches_may_differ_in_length(structure: str) -> None:
+    """As padding to the longest of a batch makes them; rows of a short batch have fewer positions."""
+    model = Compose(lambda m, x: m.head(torch.tanh(m.gain * m.stem(x))), gain=nn.Parameter(torch.ones(5)),
+                    stem=nn.Linear(4, 5), head=nn.Linear(5, 3)).double()  # fmt: skip
+    labels = torch.tensor([[0, 2, 1, 1]] * 5)
+    labels[3, 2:] = -100
+    batches = [(normal(n, t, 4, seed=t), labels[:n, :t]) for n, t in ((2, 3), (5, 4), (1, 1), (3, 2))]
+    structure, _, streamed = structure.partition(", ")
+    options = {"memory_budget": 1} if streamed else {}
+    expected = sum(len(y) * fisher(model, (x, y), structure).to_dense() for x, y in batches) / 11
+    v = normal(len(expected), 2)
+    same(fisher(model, batches, structure, **options) @ v, expected @ v)
 
 
 @pytest.mark.parametrize("kind", ["sf", "exact"])

@@ -14,8 +14,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from fisherkit.cli import app
-from fisherkit.cli.demo_measurements import KINDS, Spectrum, project, quality_over_training
-from fisherkit.cli.demo_training import Checkpoint, Digits, train
+from fisherkit.cli.digits.kinds import KINDS
+from fisherkit.cli.digits.structures import Spectrum
+from fisherkit.cli.digits.training import Checkpoint, Digits, train
+from fisherkit.cli.digits.updates import project, quality_over_training
 from fisherkit.fisher import STRUCTURES
 
 PICTURES = ("summary.png", "quality.png", "projection.png", "spectra.png")
@@ -67,8 +69,10 @@ def test_figures__hold_every_cell(tiny: Run) -> None:
     for cell in cells.values():
         assert cell["trace"] > 0
         assert 0 < cell["effective_rank"] <= 64 * 64 + 64 + 64 * 32 + 32 + 32 * 10 + 10
+        assert cell["build_ms"] > 0
         assert cell["build_units"] == pytest.approx(cell["build_ms"] / structures["unit_ms"])
         assert cell["memory_bytes"] > 0
+    assert structures["unit_ms"] > 0
     exact = cells["exact", "full"]
     assert exact["rows"] == 12 * 9
     # Nothing beats the natural gradient, and the exact trace is the same whichever structure keeps the diagonal.

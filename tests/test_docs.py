@@ -1,7 +1,7 @@
 """README and docs: every Python block runs, what it prints is what the page shows, and links lead somewhere.
 
-The blocks of one page run in order in one namespace, in an empty folder. A ``text`` block right behind a Python block is
-its output. mkdocs checks links inside the site (``make docs``); here are README's, and what no builder checks.
+The blocks of one page run in order in one namespace, in an empty folder. A ``text`` block right behind a Python block
+is its output. mkdocs checks links inside the site (``make docs``); here are README's, and what no builder checks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,6 @@ from fisherkit.rows.rules import RULES
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-WITHOUT_CODE = {"design.md", "pages of docs/api"}
 
 LANGUAGES = {"python", "text", "sh"}
 """A fence of another language would be Python that nobody runs, or output that nobody compares."""
@@ -29,7 +28,7 @@ LANGUAGES = {"python", "text", "sh"}
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its first line's number in the page, its code, and what the page shows it to print."""
+    """A fenced block: its language, the number of lines before its first, its code, what the page says it prints."""
 
     language: str
     line: int
@@ -41,13 +40,13 @@ def blocks(text: str) -> list[Block]:
     """The fenced blocks of a page, a Python block joined with the text block that directly follows it."""
     fence = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```\s*?$", re.MULTILINE | re.DOTALL)
     found: list[Block] = []
-    end = -1
+    end = 0
     for match in fence.finditer(text):
-        block = Block(match[1], text.count("\n", 0, match.start(2)), match[2])
-        if block.language == "text" and found and found[-1].language == "python" and not text[end : match.start()].strip():
-            found[-1] = Block("python", found[-1].line, found[-1].code, shown=block.code)
+        follows = bool(found) and found[-1].language == "python" and not text[end : match.start()].strip()
+        if follows and match[1] == "text":
+            found[-1] = replace(found[-1], shown=match[2])
         else:
-            found.append(block)
+            found.append(Block(match[1], text.count("\n", 0, match.start(2)), match[2]))
         end = match.end()
     return found
 

@@ -7,11 +7,11 @@ from fisherkit.testing import TOLERANCES
 CONFORMANCE: dict[torch.dtype, float] = TOLERANCES
 """A Fisher of the package against the reference, whatever the operation; `test_testing` pins the numbers."""
 
-SAME: dict[torch.dtype, float] = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""Two ways to one result whose roundings differ: batch splits, chunk sizes, orders."""
-
 EIGENBASIS: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Off-diagonal remainder of a Kronecker factor in what should be its eigenbasis."""
 
 SEPARATE_EIGENVALUES = 1e-6
 """Relative gap from which on eigenvectors are determined well enough to compare what is made of them."""
+
+ROUNDING = 1e-12
+"""A sum this small relative to its terms may be zero."""

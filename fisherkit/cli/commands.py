@@ -83,7 +83,7 @@ def demo(
     """
     with _readable_errors():
         _require("demo", {"matplotlib": "matplotlib", "sklearn": "scikit-learn"})
-        from fisherkit.cli.demo import Settings, run
+        from fisherkit.cli.digits import Settings, run
 
         run(Settings(out, seed, epochs, examples, batches, repeats, threads))
 

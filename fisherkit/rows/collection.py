@@ -78,7 +78,7 @@ class Rows(RowSource):
         parts = [u[self.space.slices[name]] for name in slot.names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _whole(self, parts: Sequence[Float[Tensor, "d ..."]]) -> Float[Tensor, "D ..."]:
+    def _whole(self, parts: Sequence[Tensor]) -> Float[Tensor, "D ..."]:
         pieces: dict[str, Tensor] = {}
         for slot, part in zip(self.slots, parts, strict=True):
             sizes = [self.space.slices[name].stop - self.space.slices[name].start for name in slot.names]

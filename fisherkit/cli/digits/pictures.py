@@ -11,8 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from fisherkit.cli.demo_measurements import KINDS, Projection, Quality, Structures
-from fisherkit.cli.demo_training import Checkpoint
+from fisherkit.cli.digits.kinds import KINDS
+from fisherkit.cli.digits.structures import Structures
+from fisherkit.cli.digits.training import Checkpoint
+from fisherkit.cli.digits.updates import Projection, Quality
 
 # The colours of Okabe and Ito, "Color universal design" (2008), can be told apart with any colour vision; the markers
 # say the same again.
@@ -170,11 +172,16 @@ def _spectra(structures: Structures) -> Figure:
     left.set_title("Kinds, full structure")
     right.set_title("Structures, exact kind")
     left.set_ylabel("eigenvalue")
-    # Below this, rounding decides.
-    left.set_ylim(bottom=1e-10 * structures.spectra["exact"].eigenvalue[0])
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("index")
         axes.legend(loc="lower left")
+    # Below, rounding decides; the axis is shared.
+    left.set_ylim(bottom=1e-10 * structures.spectra["exact"].eigenvalue[0])
+    top = structures.spectra["iEF"]
+    left.annotate(
+        "iEF is not on\nthe Fisher's scale", (top.index[-1], top.eigenvalue[-1]), (12, 0), textcoords="offset points",
+        color=_COLOURS["iEF"], fontsize=9,
+    )  # fmt: skip
     return figure

@@ -1,0 +1,107 @@
+"""KFAC and EKFAC: every kind × operation × model family against the brute-force reference."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fisherkit import EmpiricalFisher
+from fisherkit.build import SMALL_BLOCK
+from fisherkit.testing import check_fisher
+from tests.conformance_cases import KINDS, build, entry, problem, reference_rows, relative_error
+from tests.kronecker_cases import captured, expected_matrix
+from tests.reference import fisher as reference
+from tests.reference.fisher import Problem
+from tests.reference.kronecker import Sharing
+from tests.reference.models import FAMILIES
+from tests.reference.outputs import EF
+from tests.tolerances import CONFORMANCE
+
+Record = Callable[[str, Any], None]
+
+METHODS = ("kfac", "ekfac")
+SHARING: dict[str, Sharing] = {"kfac": "expand", "ekfac": "expand", "kfac_reduce": "reduce", "ekfac_reduce": "reduce"}
+
+
+def has_shared_positions(family: str) -> bool:
+    return any(len(a) > 1 for layer in captured(family, "ef").values() for a in layer.inputs)
+
+
+def cells(kinds: tuple[str, ...], structures: tuple[str, ...], dtype: torch.dtype) -> list[Any]:
+    name = str(dtype).removeprefix("torch.")
+    return [
+        pytest.param(family, kind, structure, dtype, id=f"{family}-{kind}-{structure}-{name}-cpu")
+        for family, kind, structure in itertools.product(FAMILIES, kinds, structures)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "structure", "dtype"),
+    [
+        *cells(tuple(KINDS), METHODS, torch.float64),
+        *cells(("ef", "sf5", "exact", "truncated2"), ("kfac_reduce", "ekfac_reduce"), torch.float64),
+        *cells(("ef", "exact"), METHODS, torch.float32),
+    ],
+)
+def test_every_operation__is_the_reference_s(
+    family: str, kind: str, structure: str, dtype: torch.dtype, record_property: Record
+) -> None:
+    method, sharing = structure.removesuffix("_reduce"), SHARING[structure]
+    if sharing == "reduce" and not has_shared_positions(family):
+        return  # the same matrix as "expand"
+    fisher = build(family, kind, method, dtype, kfac_positions=sharing)
+    entries = fisher.coverage().entries
+    assert {e.parameters for e in entries if e.structure == method} == set(captured(family, kind))
+    assert sorted(name for e in entries for name in e.parameters) == sorted(fisher.space.names)
+    assert {e.structure for e in entries} <= {method, "exact block"}
+    expected = expected_matrix(family, kind, method, sharing, fisher)
+    report = check_fisher(fisher, expected, tolerance=CONFORMANCE[dtype])
+    record_property(*entry(report, family, kind, structure, dtype))
+    assert report.refused == ("gram",)
+    if method == "ekfac":
+        trace = reference.full(reference_rows(family, kind)).trace()
+        assert relative_error(fisher.trace(), trace) < CONFORMANCE[dtype]
+
+
+def test_units_without_a_rule__get_a_block_if_small_and_a_diagonal_if_not() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(70, 4), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3)).double()
+        ids, y = torch.randint(70, (5, 2)), torch.randint(3, (5,))
+    rows = reference.rows(Problem(model, ids, y), EF)
+    exact = reference.full(rows)
+    assert model[0].weight.numel() > SMALL_BLOCK
+    for method in METHODS:
+        fisher = EmpiricalFisher(model, (ids, y), structure=method)
+        found = {entry.parameters: entry.structure for entry in fisher.coverage().entries}
+        assert found == {
+            ("0.weight",): "exact diagonal",
+            ("2.weight", "2.bias"): "exact block",
+            ("3.weight", "3.bias"): method,
+        }
+        dense = fisher.to_dense()
+        table, norm = rows.layout["0.weight"], slice(rows.layout["2.weight"].start, rows.layout["2.bias"].stop)
+        assert_same(dense[table, table], exact[table, table].diagonal().diag())
+        assert_same(dense[norm, norm], exact[norm, norm])
+        assert float(dense[norm, table].abs().max()) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["mlp", "token_mlp_by_token", "conv2d"])
+def test_sum_normalization__scales_every_block(family: str, method: str) -> None:
+    fisher = build(family, "exact", method, normalization="sum")
+    expected = reference_rows(family, "exact").count * expected_matrix(family, "exact", method, "expand", fisher)
+    check_fisher(fisher, expected, tolerance=CONFORMANCE[torch.float64])
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    assert relative_error(got, expected) < CONFORMANCE[torch.float64]
+
+
+def test_problem__is_shared_and_never_changed() -> None:
+    assert problem("mlp") is problem("mlp")
