@@ -76,8 +76,8 @@ class KroneckerFactors:
         Args:
             rows: of one chunk.
             first: whether the batch's activations are new.
-            counted: masks ``[B, T]`` of the positions that count, for layers with one of these numbers of positions; for
-                others, every position of the examples that count in the first mask.
+            counted: masks ``[B, T]`` of the positions that count, for layers with as many positions; for others, every
+                position of the examples that count in the first mask.
             reduce: average activations and sum gradients over positions before taking second moments.
         """
         g = rows.gradients.sum(1) if reduce else rows.gradients.flatten(0, 1)

@@ -294,3 +294,9 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
             try_="params= to choose the parameters of one device and dtype, or model.to(...)",
         )
     return found.pop()
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a Hugging Face model computes its loss on labels shifted by one, by what it says of itself."""
+    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return named or getattr(model, "loss_type", None) == "ForCausalLM"

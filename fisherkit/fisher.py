@@ -7,7 +7,7 @@ Owns the conventions a user chooses and hands the work on: the kind is the subcl
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, final
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
 from fisherkit.build import Builder, Built
-from fisherkit.coverage import Coverage
-from fisherkit.data import Data, Source, model_device
+from fisherkit.data import Data, Source, is_causal, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Factorization, FisherOperator
@@ -62,8 +61,8 @@ class FisherApproximation(FisherOperator):
     Attributes:
         examples: N.
         rows: R, number of rows.
-        dropped_trace: for each example (or token) counted, the trace of the output Fisher that the kind left out;
-            None if nothing. ‖F_exact − F‖₂ is at most the mean over examples of dropped_trace · ‖J_n‖₂².
+        dropped_trace: for each example (or token) counted, the trace of the output Fisher that a truncated kind left
+            out; None for other kinds. ‖F_exact − F‖₂ is at most the mean over examples of dropped_trace · ‖J_n‖₂².
 
     Raises:
         FisherkitError: in one of its forms, each saying what was got, what was expected and what to try.
@@ -71,7 +70,7 @@ class FisherApproximation(FisherOperator):
     Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice.
     """
 
-    kind_name: ClassVar[str]
+    kind_name: ClassVar[str] = "custom"
     positionwise: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = True
 
@@ -114,7 +113,7 @@ class FisherApproximation(FisherOperator):
         plan = make_plan(model, space, source.first().to(device))
         problem = Problem(
             plan, source, resolved, self, example == "token",
-            _is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
+            is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
         )  # fmt: skip
         builder = Builder(
             problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce"
@@ -149,11 +148,6 @@ class FisherApproximation(FisherOperator):
         return {}
 
     # -- the operator: forwarded to the one that was built -------------------------------------------------------------
-
-    @final
-    def coverage(self) -> Coverage:
-        """Which parameters are handled by which rule, how they are kept, and the memory that takes."""
-        return self._built.coverage
 
     def _unwrap(self) -> FisherOperator:
         return self._built.operator
@@ -201,10 +195,3 @@ def _positive(call: str, name: str, value: int | None) -> None:
         raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="an integer or None")
     if value < 1:
         raise InvalidArgumentError(call=call, got=f"{name}={value}", expected="1 or more, or None")
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """Whether a Hugging Face model computes its loss on labels shifted by one."""
-    return getattr(model, "loss_type", None) == "ForCausalLM" or type(model).__name__.endswith(
-        ("ForCausalLM", "LMHeadModel")
-    )

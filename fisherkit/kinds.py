@@ -23,8 +23,9 @@ from fisherkit.truncation import Stop, truncated_vectors
 class EmpiricalFisher(FisherApproximation):
     """The empirical Fisher: v = ∂ℓ/∂z at the observed label, F = (1/N) Σ ∇ℓ_n ∇ℓ_nᵀ.
 
-    Not an approximation of the exact Fisher except near a perfect fit of the data's distribution; its preconditioned
-    steps are biased towards examples that are already fit (Kunstner, Hennig, Balles, arXiv 1905.12558).
+    Close to the exact Fisher only where the model's distribution is the data's; its preconditioned steps are biased
+    towards examples that are already fit (Kunstner, Hennig, Balles, arXiv 1905.12558). Arguments are those of
+    `FisherApproximation`.
     """
 
     kind_name = "ef"
@@ -43,6 +44,7 @@ class ImprovedEmpiricalFisher(FisherApproximation):
 
     Args:
         power: 1 for the paper's matrix, 0 for EF; ½ is a cheap cousin of the truncated Fisher of rank 1.
+        options: the keywords of `FisherApproximation`.
     """
 
     kind_name = "ief"
@@ -82,6 +84,7 @@ class SampledFisher(FisherApproximation):
     Args:
         draws: labels an example.
         seed: of the draws; ``generator=`` overrides it with a number drawn from the generator.
+        options: the keywords of `FisherApproximation`.
     """
 
     kind_name = "sf"
@@ -123,7 +126,7 @@ class SampledFisher(FisherApproximation):
 class ExactFisher(FisherApproximation):
     """The exact (type-2) Fisher, equal to the generalized Gauss-Newton of the loss: v the columns of S, S Sᵀ = ∂²ℓ/∂z².
 
-    With ``likelihood="gaussian"`` it is JᵀJ, the identity-output Gauss-Newton, whatever the model was trained with.
+    Arguments are those of `FisherApproximation`. With ``likelihood="gaussian"`` it is JᵀJ, the identity-output Gauss-Newton, whatever the model was trained with.
     """
 
     kind_name = "exact"
@@ -148,6 +151,7 @@ class TruncatedFisher(FisherApproximation):
     Args:
         rank: vectors an example.
         tolerance: instead of a rank, the largest share of its output Fisher's trace that an example may lack.
+        options: the keywords of `FisherApproximation`.
     """
 
     kind_name = "truncated"

@@ -24,6 +24,8 @@ class Likelihood(ABC):
     name: str
     ignore_index = -100
     """Label of positions that do not count, for likelihoods of labels."""
+    labels_mask = False
+    """Whether targets say which positions count, and so matter to kinds that do not use them otherwise."""
 
     @abstractmethod
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
@@ -66,6 +68,7 @@ class Likelihood(ABC):
         Raises:
             DataError: shapes or values that do not fit.
         """
+        raw = z
         z = _positions(z.unsqueeze(-1) if z.ndim == 1 else z, call)
         mask = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
         if target is None:
@@ -73,7 +76,7 @@ class Likelihood(ABC):
         if target.shape[:1] != z.shape[:1] or target.numel() != z.numel():
             raise DataError(
                 call=call,
-                got=f"targets of shape {list(target.shape)} for outputs {list(z.shape)}",
+                got=f"targets of shape {_shape(target)} for outputs {_shape(raw)}",
                 expected="targets of the outputs' shape",
                 why=f"the likelihood is {self.name}",
             )
@@ -172,6 +175,7 @@ class Categorical(Likelihood):
     """
 
     name = "categorical"
+    labels_mask = True
 
     def __init__(self, ignore_index: int = -100) -> None:
         self.ignore_index = ignore_index
@@ -240,7 +244,7 @@ class Categorical(Likelihood):
                 why="a categorical likelihood needs one output for each class",
                 try_='likelihood="bernoulli" for one logit',
             )
-        labels_shape = z.shape[:-1]
+        raw = z
         z = _positions(z, call)
         if z.shape[-1] < 2:
             raise DataError(
@@ -259,11 +263,11 @@ class Categorical(Likelihood):
                 why="a categorical likelihood takes class indices",
                 try_="labels.long(), or probs.argmax(-1)",
             )
-        if target.shape != labels_shape:
+        if target.shape != raw.shape[:-1]:
             raise DataError(
                 call=call,
-                got=f"labels of shape {list(target.shape)} for outputs {[*labels_shape, z.shape[-1]]}",
-                expected=f"{list(labels_shape)}",
+                got=f"labels of shape {_shape(target)} for outputs {_shape(raw)}",
+                expected=f"{_shape(raw[..., 0])}",
                 why="the last axis of the outputs holds the classes",
                 try_="logits.movedim(1, -1) in the model if classes come second",
             )
@@ -282,11 +286,16 @@ class Categorical(Likelihood):
         return torch.where(target == self.ignore_index, torch.zeros_like(target), target)
 
 
+def _shape(x: Tensor) -> str:
+    # Sizes without the batch's, which may be that of a probe and not the caller's.
+    return f"({', '.join(['B', *map(str, x.shape[1:])])})"
+
+
 def _positions(z: Tensor, call: str) -> Float[Tensor, "B P C"]:
     if z.ndim not in (2, 3):
         raise DataError(
             call=call,
-            got=f"outputs of shape {list(z.shape)}",
+            got=f"outputs of shape {_shape(z)}",
             expected="(B, C) or (B, T, C)",
             why="outputs are positions by classes, the classes last",
             try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W)",

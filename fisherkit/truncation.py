@@ -109,7 +109,7 @@ def _pivoted(outputs: Outputs, stop: Stop) -> Steps:
     full = z.shape[1] * z.shape[2]
     vectors: list[Tensor] = []
     left: list[Tensor] = []
-    # Where the gradient is exactly zero, or leaves H's range, no multiple of it counts: the first vector is a pivot too.
+    # Where the gradient is exactly zero, or leaves H's range, no multiple of it counts: the first vector is a pivot.
     v = torch.where((first > 0)[:, None, None], first[:, None, None] * u, _next(wide, vectors, diagonal))
     while True:
         vectors.append(v)

@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.data import Batch, Data, Source, check_finite, model_device
+from fisherkit.data import Batch, Data, Source, check_finite, is_causal, model_device
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError
-from fisherkit.fisher import _is_causal
-from fisherkit.likelihoods import Categorical, Likelihood
+from fisherkit.likelihoods import Likelihood
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.plan import differentiable
 from fisherkit.rows.record import refuse_train_mode
@@ -69,7 +68,7 @@ def loss_gradient(
     space = ParameterSpace.of(model, params)
     device, dtype = model_device(model, space.names)
     refuse_train_mode(model)
-    shift = _is_causal(model) if shift_labels is None else shift_labels
+    shift = is_causal(model) if shift_labels is None else shift_labels
     own = dict(model.named_parameters())
     parameters = [own[name] for name in space.names]
     total = torch.zeros(space.size, dtype=torch.float64, device=device)
@@ -91,7 +90,7 @@ def _batch_gradient(
     if batch.targets is None:
         raise DataError(call=call, got="no targets", expected="targets", why="the loss is that of the observed labels")
     if shift:
-        batch = batch.shifted(likelihood.ignore_index if isinstance(likelihood, Categorical) else -100)
+        batch = batch.shifted(likelihood.ignore_index)
     # Only the model's own code runs in here: outside, flags and random generators are the caller's.
     with untouched_rng([parameters[0].device]), differentiable(parameters):
         raw = batch.call(model)

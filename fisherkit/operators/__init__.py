@@ -23,7 +23,7 @@ from fisherkit.operators.block_diagonal import BlockDiagonalOperator
 from fisherkit.operators.damping import Damping, RelativeDamping
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator
-from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.factorization import Factorization, IterativeFactorization
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.persistence import load
@@ -36,6 +36,7 @@ __all__ = [
     "EigenKroneckerOperator",
     "Factorization",
     "FisherOperator",
+    "IterativeFactorization",
     "KroneckerOperator",
     "LowRankOperator",
     "RelativeDamping",

@@ -8,7 +8,7 @@ and the conformance suite included. The list of operations is closed. This modul
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final, overload
 
@@ -18,6 +18,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherkit import io
+from fisherkit.coverage import Coverage
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError, NoClosedFormError
 from fisherkit.operators.damping import Damping, RelativeDamping, check_damping
 from fisherkit.operators.factorization import Factorization
@@ -136,12 +137,12 @@ class FisherOperator(ABC):
         return self.matvec(v)
 
     @final
-    def quadratic_form(self, v: Vector) -> Float[Tensor, "..."]:
+    def quadratic_form(self, v: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "..."]:
         """vᵀ F v, a scalar for one vector, ``[K]`` for columns; float64."""
-        columns = self._columns(v, "quadratic_form")[0]
+        flat = self.space.flatten(v) if isinstance(v, Mapping) else v
+        columns = self._columns(flat, "quadratic_form")[0]
         values = (columns.double() * self._matmat(columns).double()).sum(0)
-        single = (isinstance(v, Tensor) and v.ndim == 1) or (not isinstance(v, Tensor) and _is_single(v, self.space))
-        return values[0] if single else values
+        return values[0] if flat.ndim == 1 else values
 
     @final
     def diagonal(self) -> Float[Tensor, "D"]:
@@ -298,10 +299,24 @@ class FisherOperator(ABC):
                 why="operators form a cone: a negative multiple is not positive semi-definite",
             )
         result = self._unwrap()._scaled(float(scale))
-        result.metadata = {**self.metadata, "scale": str(scale * float(self.metadata.get("scale", 1)))}
+        result.metadata = {**self.metadata, "terms": f"{scale} * ({self._title})"}
         return result
 
     __rmul__ = __mul__
+
+    @final
+    def __truediv__(self, divisor: float) -> FisherOperator:
+        """F / divisor."""
+        if divisor == 0:
+            raise InvalidArgumentError(call=f"{self._name} / 0", got="divisor 0", expected="a positive number")
+        return self * (1 / divisor)
+
+    @final
+    def __radd__(self, other: int) -> FisherOperator:
+        """0 + F, so that ``sum(fishers)`` works."""
+        if other != 0 or isinstance(other, bool) or not isinstance(other, int):
+            raise InvalidTypeError(call=f"other + {self._name}", got=repr(other), expected="a FisherOperator")
+        return self
 
     @final
     def __add__(self, other: FisherOperator) -> FisherOperator:
@@ -315,16 +330,36 @@ class FisherOperator(ABC):
                 call=f"{self._name} + other", got=f"a {type(other).__name__}", expected="a FisherOperator"
             )
         result = add(self._unwrap(), other._unwrap())
-        keys = {**self.metadata, **other.metadata}
-        both = {key: (self.metadata.get(key, "?"), other.metadata.get(key, "?")) for key in keys}
-        result.metadata = {key: a if a == b else f"{a} + {b}" for key, (a, b) in both.items()}
+        shared = {key: value for key, value in self.metadata.items() if other.metadata.get(key) == value}
+        result.metadata = {**shared, "terms": f"{self._title} + {other._title}"}
         return result
+
+    @final
+    def coverage(self) -> Coverage:
+        """Which parameters are handled by which rule, how they are kept, and the memory that takes.
+
+        Raises:
+            NoClosedFormError: the operator was not built from a model, or is a sum of such.
+        """
+        if "coverage" not in self.metadata:
+            raise self._no_closed_form(
+                "coverage", "it was not built from a model", "the coverage of each term of a sum"
+            )
+        return Coverage.from_json(self.metadata["coverage"])
+
+    def __repr__(self) -> str:
+        return f"<{self._name}: {self._title}, D = {self.size:,}, {self.dtype}, {self.device}>"
 
     # -- shared by the above -------------------------------------------------------------------------------------------
 
     @property
     def _name(self) -> str:
         return type(self).__name__
+
+    @property
+    def _title(self) -> str:
+        known = [self.metadata[key] for key in ("kind", "structure") if key in self.metadata]
+        return self.metadata.get("terms") or " ".join(known) or self._name
 
     def _inverse(
         self, damping: Damping, operation: str, tolerance: float | None, max_steps: int | None
@@ -349,7 +384,3 @@ class FisherOperator(ABC):
             why=why,
             try_=try_,
         )
-
-
-def _is_single(v: Any, space: ParameterSpace) -> bool:
-    return v[space.names[0]].ndim == len(space.shapes[0])

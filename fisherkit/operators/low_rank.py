@@ -71,9 +71,9 @@ class LowRankOperator(FisherOperator):
             why = f"R = {self.rows.count:,} rows < D = {self.size:,} parameters"
             raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
         side = self._small_side()
-        if side == "gram":
+        if side == "gram" and damping > 0:
             return _GramFactorization(self, damping)
-        if side == "dense":
+        if side != "none":
             return self._as_dense()._factorize(damping, tolerance, max_steps)
         return IterativeFactorization(self, damping, tolerance, max_steps)
 

@@ -104,10 +104,10 @@ class FactoredRows(UnitRows):
 
     def dense(self) -> Float[Tensor, "R d"]:
         """The rows in flat order."""
-        rows = self._tile(slice(0, self.outputs)).reshape(self.count, self.outputs, self.inputs + self.bias)
-        weight, offset = rows[..., : self.inputs], rows[..., self.inputs :].reshape(self.count, -1)
+        rows = self._tile(slice(0, self.outputs)).unflatten(1, (self.outputs, self.inputs + self.bias))
+        weight, offset = rows[..., : self.inputs], rows[..., self.inputs :]
         weight = weight.mT if self.transposed else weight
-        return torch.cat([weight.reshape(self.count, -1), offset], 1)
+        return torch.cat([weight.flatten(1), offset.flatten(1)], 1)
 
     def homogeneous(self) -> Float[Tensor, "N T I1"]:
         """The activations with the bias's constant input appended."""
@@ -139,7 +139,7 @@ class FactoredRows(UnitRows):
         weight = u[:size].reshape(*first, u.shape[1])
         return (weight.transpose(0, 1) if self.transposed else weight), (u[size:] if self.bias else None)
 
-    def _join(self, weight: Float[Tensor, "O I ..."], offset: Float[Tensor, "O ..."]) -> Float[Tensor, "d ..."]:
+    def _join(self, weight: Float[Tensor, "O I ..."], offset: Float[Tensor, "_ ..."]) -> Float[Tensor, "d ..."]:
         flat = (weight.transpose(0, 1) if self.transposed else weight).reshape(-1, *weight.shape[2:])
         return torch.cat([flat, offset]) if self.bias else flat
 

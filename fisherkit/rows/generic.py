@@ -38,7 +38,9 @@ def vectorised_rows(
 
         pull = vjp(forward, dict(parameters))[1]
         (gradients,) = vmap(pull)(vectors)
-        return torch.cat([gradients[name].flatten(1) for name in parameters], 1)
+        flat = [gradients[name].reshape(-1, p.numel()) for name, p in parameters.items()]
+        # A parameter that the outputs do not depend on has one zero gradient, whatever the number of vectors.
+        return torch.cat([g.expand(len(vectors), -1) for g in flat], 1)
 
     return vmap(one, out_dims=1)(leaves, v.transpose(0, 1))
 

@@ -90,9 +90,10 @@ class Plan:
     def generic_rows(self, batch: Batch, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
         """Rows of the generic units, side by side in their order."""
         own = {name: self.parameters[name] for unit in self.generic for name in unit.names}
-        if self.vectorised:
-            return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v)
-        return looped_rows(self.model, own, batch, v)
+        if not self.vectorised:
+            return looped_rows(self.model, own, batch, v)
+        # The rest of the model still requires grad, so the rows come with a graph that nobody needs.
+        return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v).detach()
 
 
 @contextmanager

@@ -133,7 +133,8 @@ class Problem:
         if self.shift_labels:
             batch = batch.shifted(self.likelihood.ignore_index)
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
-        z, target, mask = self.likelihood.prepare(raw, batch.targets, call)
+        wanted = self.kind.needs_targets or self.likelihood.labels_mask
+        z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
         # 2²⁴ positions an example keep (example, position) apart in one integer.
         example = torch.arange(start, start + z.shape[0], device=z.device)
         keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
