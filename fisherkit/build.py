@@ -15,7 +15,7 @@ from torch import Tensor
 from fisherkit.accumulators import KroneckerFactors, NormalMatrix, RotatedSquares, Squares
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.errors import DataError, MemoryBudgetError
-from fisherkit.memory import available_memory
+from fisherkit.memory import available_memory, readable
 from fisherkit.operators import (
     BlockDiagonalOperator,
     DenseOperator,
@@ -112,7 +112,7 @@ class Builder:
         for _ in self._counted(self.problem.chunks("count")):
             pass
         whole = self._low_rank(StreamedRows(self.problem, self.rows))
-        reason = f"rows would take {needed / 1e9:.3g} GB, the budget is {self.budget / 1e9:.3g} GB"
+        reason = f"rows would take {readable(needed)}, the budget is {readable(self.budget)}"
         return whole, dict.fromkeys(units, (whole, "full, streamed rows", reason))
 
     def _block(self) -> tuple[FisherOperator, Parts]:
@@ -254,8 +254,8 @@ class Builder:
     def _require(self, needed: int, structure: str, try_: str) -> None:
         if needed > self.budget:
             raise MemoryBudgetError(
-                call=f'structure="{structure}"', got=f"a need of {needed / 1e9:.3g} GB",
-                expected=f"at most memory_budget = {self.budget / 1e9:.3g} GB", why="nothing has been computed yet",
+                call=f'structure="{structure}"', got=f"a need of {readable(needed)}",
+                expected=f"at most memory_budget = {readable(self.budget)}", why="nothing has been computed yet",
                 try_=f"{try_}, or a larger memory_budget",
             )  # fmt: skip
 

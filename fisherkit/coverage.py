@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from fisherkit.memory import readable
+
 
 @dataclass(frozen=True)
 class CoverageEntry:
@@ -35,7 +37,7 @@ class Coverage:
         """A table of fixed-width columns."""
         header = ("parameters", "rule", "structure", "memory", "reason")
         rows = [header] + [
-            (", ".join(e.parameters), e.rule, e.structure, f"{e.memory / 1e6:,.3f} MB", e.reason) for e in self.entries
+            (", ".join(e.parameters), e.rule, e.structure, readable(e.memory), e.reason) for e in self.entries
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

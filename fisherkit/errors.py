@@ -7,6 +7,10 @@ owns the wording's shape and nothing else; it imports nothing from the package.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+E = TypeVar("E", bound="FisherkitError")
+
 
 class FisherkitError(Exception):
     """Base of all errors of the package.
@@ -27,6 +31,10 @@ class FisherkitError(Exception):
         if try_:
             parts.append(f"Try: {try_.rstrip('.')}.")
         super().__init__(" ".join(parts))
+
+    def at(self: E, call: str) -> E:
+        """The same error as raised by another, outer call."""
+        return type(self)(call=call, got=self.got, expected=self.expected, why=self.why, try_=self.try_)
 
     def __str__(self) -> str:
         """The message itself; ``KeyError`` and its kin would quote it."""

@@ -126,7 +126,8 @@ class SampledFisher(FisherApproximation):
 class ExactFisher(FisherApproximation):
     """The exact (type-2) Fisher, equal to the generalized Gauss-Newton of the loss: v the columns of S, S Sᵀ = ∂²ℓ/∂z².
 
-    Arguments are those of `FisherApproximation`. With ``likelihood="gaussian"`` it is JᵀJ, the identity-output Gauss-Newton, whatever the model was trained with.
+    With ``likelihood="gaussian"`` it is JᵀJ, the identity-output Gauss-Newton, whatever the model was trained with.
+    Arguments are those of `FisherApproximation`.
     """
 
     kind_name = "exact"

@@ -224,22 +224,25 @@ LABELS: dict[str, Case] = {
         lambda: ef(data=(X, nn.functional.one_hot(Y))),
         fk.DataError,
         ValueError,
-        ("labels of shape [", ", 3] for outputs [", "The last axis of the outputs holds the classes"),
+        ("labels of shape (B, 3) for outputs (B, 3); expected (B)", "The last axis of the outputs holds the classes"),
     ),
     "labels as a column": Case(
         lambda: ef(data=(X, Y.unsqueeze(1))),
         fk.DataError,
         ValueError,
-        (", 1] for outputs [", "Try: logits.movedim(1, -1)"),
+        ("labels of shape (B, 1) for outputs (B, 3); expected (B)", "Try: logits.movedim(1, -1)"),
     ),
     "one label for several positions": Case(
-        lambda: tokens(Y[:3]), fk.DataError, ValueError, ("labels of shape [", ", 2, 3]; expected [")
+        lambda: tokens(Y[:3]),
+        fk.DataError,
+        ValueError,
+        ("labels of shape (B) for outputs (B, 2, 3); expected (B, 2)", "Try:"),
     ),
     "one position too many": Case(
         lambda: tokens(torch.zeros(3, 3, dtype=torch.long)),
         fk.DataError,
         ValueError,
-        (", 3] for outputs [", "; expected ["),
+        ("labels of shape (B, 3) for outputs (B, 2, 3); expected (B, 2)", "Try:"),
     ),
     "all labels ignored": Case(
         lambda: ef(data=(X, IGNORED)),
@@ -275,10 +278,13 @@ LABELS: dict[str, Case] = {
         lambda: gaussian(normal(6, 2)),
         fk.DataError,
         ValueError,
-        ("targets of shape [", ", 2] for outputs [", "targets of the outputs' shape", "The likelihood is gaussian"),
+        ("targets of shape (B, 2) for outputs (B, 3)", "targets of the outputs' shape", "The likelihood is gaussian"),
     ),
     "class indices for gaussian": Case(
-        lambda: gaussian(Y), fk.DataError, ValueError, ("for outputs [", ", 3]", "The likelihood is gaussian")
+        lambda: gaussian(Y),
+        fk.DataError,
+        ValueError,
+        ("targets of shape (B) for outputs (B, 3)", "The likelihood is gaussian"),
     ),
     "bernoulli target above 1": Case(
         lambda: bernoulli(with_entry(2.0)),
@@ -293,7 +299,10 @@ LABELS: dict[str, Case] = {
         lambda: bernoulli(with_entry(float("nan"))), fk.DataError, ValueError, ("targets with NaN or infinite entries",)
     ),
     "class indices for bernoulli": Case(
-        lambda: bernoulli(Y), fk.DataError, ValueError, ("for outputs [", "The likelihood is bernoulli")
+        lambda: bernoulli(Y),
+        fk.DataError,
+        ValueError,
+        ("targets of shape (B) for outputs (B, 3)", "The likelihood is bernoulli"),
     ),
 }
 

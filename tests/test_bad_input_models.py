@@ -194,7 +194,7 @@ OUTPUTS: dict[str, Case] = {
         lambda: outputs(images),
         DATA,
         ValueError,
-        ("got outputs of shape [", ", 3, 2, 2]", "(B, C) or (B, T, C)", ADVICE_FOR_IMAGES),
+        ("got outputs of shape (B, 3, 2, 2)", "(B, C) or (B, T, C)", ADVICE_FOR_IMAGES),
     ),
     "images for gaussian": Case(
         lambda: outputs(images, data=(X, normal(6, 3, 2, 2)), likelihood="gaussian"),

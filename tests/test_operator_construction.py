@@ -44,14 +44,14 @@ CALLS: dict[str, tuple[Callable[[], object], type[FisherkitError], str]] = {
     "singular diagonal": (
         lambda: DiagonalOperator(LAYER, ONES * (torch.arange(15) > 1)).logdet(0.0),
         SingularMatrixError,
-        "DiagonalOperator.factorize(damping=0.0): got a singular matrix; expected a positive definite one. "
+        "DiagonalOperator.logdet(damping=0): got a singular matrix; expected a positive definite one. "
         "2 of its 15 eigenvalues are 0, or too small for torch.float64, so F + damping·I has no inverse and its log "
         "det is -inf. Try: damping > 0, or fk.RelativeDamping(1e-6).",
     ),
     "singular dense": (
         lambda: DenseOperator(LAYER, positive(15, 0, F64, rank=4)).solve(ONES, 0.0),
         SingularMatrixError,
-        "DenseOperator.factorize(damping=0.0): got a singular matrix; expected a positive definite one. Its rank",
+        "DenseOperator.solve(damping=0): got a singular matrix; expected a positive definite one. Its rank",
     ),
     "singular dense in float32": (
         lambda: DenseOperator(LAYER, positive(15, 0, F32, rank=4)).solve(ONES.float(), 0.0),
@@ -61,7 +61,7 @@ CALLS: dict[str, tuple[Callable[[], object], type[FisherkitError], str]] = {
     "singular Kronecker": (
         lambda: KroneckerOperator(LAYER, positive(5, 0, F64, rank=2), positive(3, 1, F64)).solve(ONES, 0.0),
         SingularMatrixError,
-        "KroneckerOperator.factorize(damping=0.0): got a singular matrix; expected a positive definite one. 9 of",
+        "KroneckerOperator.solve(damping=0): got a singular matrix; expected a positive definite one. 9 of",
     ),
     "singular eigen": (
         lambda: EigenKroneckerOperator(CONV, torch.eye(4), torch.eye(3), torch.zeros(3, 4)).logdet(0.0),
@@ -77,7 +77,7 @@ CALLS: dict[str, tuple[Callable[[], object], type[FisherkitError], str]] = {
             ],
         ).solve(ONES, 0.0),
         SingularMatrixError,
-        "BlockDiagonalOperator.factorize(damping=0.0): got a singular block over ['l.bias']; expected positive",
+        "BlockDiagonalOperator.solve(damping=0): got a singular block over ['l.bias']; expected positive",
     ),
     # constructors
     "diagonal of another length": (

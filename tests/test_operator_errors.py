@@ -95,7 +95,7 @@ CALLS: dict[str, tuple[Callable[[], object], type[FisherkitError], str]] = {
     "negative damping": (
         lambda: operator().solve(ONES, damping=-1.0),
         InvalidArgumentError,
-        "KroneckerOperator.factorize(damping=-1.0): got damping -1.0; expected a finite number, 0 or more. "
+        "KroneckerOperator.solve(damping=-1.0): got damping -1.0; expected a finite number, 0 or more. "
         "F + damping·I must stay positive semi-definite.",
     ),
     "NaN damping": (lambda: operator().factorize(float("nan")), InvalidArgumentError, "got damping nan"),

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.coverage import Coverage
-from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError, NoClosedFormError
+from fisherkit.errors import (
+    FileFormatError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NoClosedFormError,
+    SingularMatrixError,
+)
 from fisherkit.operators.damping import Damping, RelativeDamping, check_damping
 from fisherkit.operators.factorization import Factorization
 from fisherkit.solvers import SolveInfo
@@ -366,7 +372,12 @@ class FisherOperator(ABC):
     ) -> Factorization:
         if tolerance is None:
             tolerance = 1e-10 if self.dtype == torch.float64 else 1e-5
-        return self._factorize(self._resolve(damping, operation), tolerance, max_steps)
+        resolved = self._resolve(damping, operation)
+        try:
+            return self._factorize(resolved, tolerance, max_steps)
+        except SingularMatrixError as error:
+            # The part that found out is not what the caller called.
+            raise error.at(f"{self._name}.{operation}(damping={resolved:g})") from error
 
     def _columns(self, v: Vector, operation: str) -> tuple[Tensor, Callable[[Tensor], Vector]]:
         return self.space.to_columns(v, f"{self._name}.{operation}", dtype=self.dtype, device=self.device)

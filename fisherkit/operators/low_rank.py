@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.errors import MemoryBudgetError, SingularMatrixError
+from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
@@ -143,8 +144,8 @@ class LowRankOperator(FisherOperator):
         if needed > self.memory_budget:
             raise MemoryBudgetError(
                 call=f"{self._name}.{operation}",
-                got=f"a {letter} × {letter} matrix of {needed / 1e9:.2f} GB with {letter} = {side:,}",
-                expected=f"at most memory_budget = {self.memory_budget / 1e9:.2f} GB",
+                got=f"a {letter} × {letter} matrix of {readable(needed)} with {letter} = {side:,}",
+                expected=f"at most memory_budget = {readable(self.memory_budget)}",
                 try_="fisher.matvec and fk.estimators, which need no square matrix, or a larger memory_budget",
             )
 

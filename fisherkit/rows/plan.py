@@ -47,8 +47,25 @@ class Plan:
         own = dict(model.named_parameters())
         self.model, self.space = model, space
         self.parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
+        self._versions = {name: p._version for name, p in self.parameters.items()}
         self.units: list[Unit] = []
         self.vectorised = self.batched_backward = True
+
+    def refuse_changed(self) -> None:
+        """Refuse a model whose parameters were written to since the plan was made: its rows would be another Fisher's.
+
+        Raises:
+            ModelError: naming the parameters.
+        """
+        changed = [n for n, p in self.parameters.items() if p._version != self._versions[n]]
+        if changed:
+            raise ModelError(
+                call="a pass over the data",
+                got=f"parameters that have changed since the Fisher was built: {changed[:4]}",
+                expected="the model as it was",
+                why="rows that are streamed are made from the live model",
+                try_="build the Fisher anew, or a larger memory_budget, which keeps the rows",
+            )
 
     @property
     def example_parameter(self) -> Tensor:

@@ -163,6 +163,7 @@ class Problem:
 
     def _micro_batches(self, description: str) -> Iterator[tuple[Batch, int, str]]:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
+        self.plan.refuse_changed()
         device = self.plan.example_parameter.device
         bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
         start = 0
