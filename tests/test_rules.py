@@ -1,0 +1,176 @@
+"""Layer rules: which function gets which rule, that autograd has the last word, and how rows are kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fisherkit as fk
+from fisherkit.rows import rules
+from tests.reference.fisher import full, rows
+from tests.reference.models import FAMILIES
+from tests.reference.outputs import EF
+
+# Family -> every parameter that may go the generic way; all others must be covered by the rule of their function.
+GENERIC = {
+    "attention_cross": {"attn.in_proj_weight", "attn.in_proj_bias"},
+    "attention_cross_widths": {"attn.in_proj_bias"},
+    "bare_parameters": {"scale", "position"},
+    "gru_sequence_first": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
+    "lstm": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
+    "masked_weight": {"0.weight", "2.weight"},
+    "residual_conv": {"gain"},
+    "rnn": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
+    "tied_head_functional": {"position", "emb.weight"},
+    "tied_head_parameter": {"position", "emb.weight", "head.bias"},
+    "tied_linears": {"0.weight", "0.bias", "2.bias"},
+    "token_attention": {"position"},
+    "token_attention_by_token": {"position"},
+    "transformer_layer": {"position"},
+    "weight_norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
+}
+
+
+def build(name: str, **options: object) -> fk.EmpiricalFisher:
+    family = FAMILIES[name]
+    model, inputs, targets = family.build()
+    data = {**inputs, "labels": targets} if isinstance(inputs, dict) else (inputs, targets)
+    return fk.EmpiricalFisher(model, data, likelihood=family.likelihood, example=family.example, **options)
+
+
+def generic_names(fisher: fk.FisherApproximation) -> set[str]:
+    return {name for e in fisher.coverage().entries if e.rule in {"torch.func", "loop"} for name in e.parameters}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_coverage__only_what_has_no_rule_goes_the_generic_way(name: str) -> None:
+    """A broken rule is replaced, not believed, so that only the coverage shows it."""
+    assert generic_names(build(name)) == GENERIC.get(name, set())
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("mlp", F.linear),
+        ("conv2d", F.conv2d),
+        ("conv_transpose2d", F.conv_transpose2d),
+        ("embedding", F.embedding),
+        ("layernorm", F.layer_norm),
+        ("batchnorm2d", F.batch_norm),
+    ],
+)
+def test_wrong_rule__is_not_believed(name: str, function: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that autograd does not confirm are made the generic way: the matrix stays right."""
+    good = type(rules.RULES[function])
+
+    class Wrong(good):  # type: ignore[misc, valid-type]
+        def gradients(self, use, gradient, layout, batch):  # type: ignore[no-untyped-def]
+            return 1.01 * super().gradients(use, gradient, layout, batch)
+
+    wrong = Wrong.__new__(Wrong)
+    wrong.__dict__.update(rules.RULES[function].__dict__)
+    monkeypatch.setitem(rules.RULES, function, wrong)
+    fisher, expected = build(name), full(rows(FAMILIES[name].problem(), EF))
+    assert generic_names(fisher)
+    assert any("autograd does not confirm" in e.reason for e in fisher.coverage().entries)
+    assert (fisher.to_dense() - expected).norm() <= 1e-10 * expected.norm()
+
+
+class Flattened(nn.Module):
+    """Linear layers that see their examples first, second, and flattened either way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.major, self.minor = (nn.Linear(3, 3) for _ in range(4))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, c = x.shape
+        x = torch.tanh(self.first(x))
+        x = torch.tanh(self.second(x.transpose(0, 1))).transpose(0, 1)
+        x = torch.tanh(self.major(x.reshape(b * t, c))).reshape(b, t, c)
+        x = torch.tanh(self.minor(x.transpose(0, 1).reshape(t * b, c))).reshape(t, b, c)
+        return self.head(x.transpose(0, 1)).mean(1)
+
+
+@pytest.mark.parametrize("positions", [2, 3, 5])
+def test_layouts__are_told_apart_even_when_positions_are_as_many_as_examples(positions: int) -> None:
+    torch.manual_seed(0)
+    model = Flattened().double()
+    x, y = torch.randn(3, positions, 3).double(), torch.tensor([0, 1, 1])
+    fisher = fk.ExactFisher(model, [(x[:2], y[:2]), (x[2:], y[2:])])
+    reasons = {e.parameters[0]: e.reason for e in fisher.coverage().entries}
+    assert "batch second" in reasons["second.weight"]
+    assert "flattened, batch major" in reasons["major.weight"]
+    assert "flattened, position major" in reasons["minor.weight"]
+    jacobian = torch.autograd.functional.jacobian(
+        lambda *p: torch.func.functional_call(model, dict(zip(names, p, strict=True)), (x,)),
+        tuple(dict(model.named_parameters()).values()),
+    ) if (names := list(dict(model.named_parameters()))) else ()  # fmt: skip
+    j = torch.cat([g.reshape(3, 2, -1) for g in jacobian], 2)
+    p = torch.softmax(model(x), -1).detach()
+    h = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    expected = torch.einsum("nci,ncd,ndj->ij", j, h, j) / 3
+    assert (fisher.to_dense() - expected).norm() <= 1e-10 * expected.norm()
+
+
+def test_cost_model__keeps_whichever_is_smaller() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 3))
+    x, y = torch.randn(8, 40), torch.randint(0, 3, (8,))
+    entries = {e.parameters[0]: e for e in fk.EmpiricalFisher(wide, (x, y)).coverage().entries}
+    assert "factored" in entries["0.weight"].structure
+    assert entries["0.weight"].memory == 8 * (40 + 50) * 4  # never N × D
+    long = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(3 * 62, 3))
+    x = torch.randn(8, 2, 64)
+    entries = {e.parameters[0]: e for e in fk.EmpiricalFisher(long, (x, y)).coverage().entries}
+    assert "stored" in entries["0.weight"].structure
+    assert entries["0.weight"].memory == 8 * (2 * 3 * 3 + 3) * 4
+
+
+def test_rows__do_not_change_with_the_batch_that_they_came_from() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    fisher = fk.EmpiricalFisher(model, (x, y))
+    before = fisher.to_dense()
+    x.zero_()
+    assert torch.equal(fisher.to_dense(), before)
+
+
+class Branching(nn.Module):
+    """Uses one of two layers, by the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) if bool((x.mean() < 5).item()) else self.b(x)
+
+
+def test_layer_that_a_batch_does_not_use__is_refused_by_name() -> None:
+    x, y = torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(fk.ModelError, match=r"parameter 'a\.weight' not used in this batch"):
+        fk.EmpiricalFisher(Branching(), [(x, y), (x + 10, y)])
+
+
+@pytest.mark.parametrize("kind", [fk.EmpiricalFisher, fk.ExactFisher])
+def test_parameter_that_nothing_depends_on__has_zero_rows(kind: type[fk.FisherApproximation]) -> None:
+    torch.manual_seed(0)
+    model = Branching().double()
+    fisher = kind(model, (torch.randn(4, 3).double(), torch.tensor([0, 1, 0, 1])))
+    diagonal = fisher.space.unflatten(fisher.diagonal())
+    assert float(diagonal["a.weight"].sum()) > 0
+    assert not bool(diagonal["b.weight"].any())
+
+
+def test_streamed_fisher__refuses_a_model_that_was_trained_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    fisher = fk.EmpiricalFisher(model, (torch.randn(6, 4), torch.randint(0, 3, (6,))), memory_budget=1)
+    assert torch.isfinite(fisher.diagonal()).all()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    with pytest.raises(fk.ModelError, match=r"changed since the Fisher was built: \['weight'\]"):
+        fisher.diagonal()
