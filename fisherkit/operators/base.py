@@ -1,16 +1,15 @@
 """The contract of every Fisher operator: a symmetric positive semi-definite D × D matrix that is never written out.
 
-Public methods are final: they check their input once and call a private hook that sees only columns ``[D, K]`` of the
-operator's dtype on its device. A new structure supplies the abstract hooks, and inherits everything else, the checks
-and the conformance suite included. The list of operations is closed. This module knows neither models nor data.
+Public methods are final: they check their input once and call a private hook. A new structure supplies the hooks of
+`operators.hooks`, and inherits everything else, the checks and the conformance suite included. The list of operations
+is closed. This module knows neither models nor data.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final, overload
+from typing import Any, Literal, final, overload
 
 import torch
 from jaxtyping import Float
@@ -19,20 +18,15 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.coverage import Coverage
-from fisherkit.errors import (
-    FileFormatError,
-    InvalidArgumentError,
-    InvalidTypeError,
-    NoClosedFormError,
-    SingularMatrixError,
-)
-from fisherkit.operators.damping import Damping, RelativeDamping, check_damping
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.operators.damping import Damping
 from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.hooks import OperatorHooks
 from fisherkit.solvers import SolveInfo
-from fisherkit.space import ParameterSpace, Vector
+from fisherkit.space import Vector
 
 
-class FisherOperator(ABC):
+class FisherOperator(OperatorHooks):
     """A symmetric positive semi-definite matrix over a parameter space.
 
     Args:
@@ -41,73 +35,8 @@ class FisherOperator(ABC):
         device: of its vectors.
     """
 
-    kind: ClassVar[str] = ""  # the structure's name in files; empty for what is never saved under a name of its own
-
-    def __init__(self, space: ParameterSpace, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.space = space
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.metadata: dict[str, str] = {}
-
-    # -- hooks ---------------------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        """F V."""
-
-    @abstractmethod
-    def _diagonal(self) -> Float[Tensor, "D"]:
-        """diag F."""
-
-    @abstractmethod
-    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        """A reusable inverse of F + damping·I, by closed form or by an iterative solver that reports itself."""
-
-    @abstractmethod
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        """A draw from the normal distribution N(0, F)."""
-
-    @abstractmethod
-    def _scaled(self, scale: float) -> FisherOperator:
-        """scale · F as an operator of the same structure."""
-
-    @abstractmethod
-    def _state(self) -> io.State:
-        """What a file must hold."""
-
-    @classmethod
-    def _from_state(cls, space: ParameterSpace, state: io.State) -> FisherOperator:
-        """The operator that `_state` described; every structure with a `kind` supplies it."""
-        raise FileFormatError(
-            call="load",
-            got=f"an operator of kind {state.kind!r}",
-            expected="a kind that can be loaded",
-            why=f"{cls.__name__} does not define _from_state",
-        )
-
-    def _plus(self, other: FisherOperator) -> FisherOperator | None:
-        """F + other folded into one operator where that is exact, else None."""
-        return None
-
-    def _gram(self) -> Float[Tensor, "R R"]:
-        raise self._no_closed_form("gram", "only the full structure has rows of its own", 'structure="full"')
-
-    def _trace(self) -> Float[Tensor, ""]:
-        return self._diagonal().double().sum()
-
-    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
-        raise self._no_closed_form(
-            "eigenvalues", "its parts do not share eigenvectors", "fk.estimators.lanczos_eigenvalues"
-        )
-
-    def _to_dense(self) -> Float[Tensor, "D D"]:
-        return self._matmat(torch.eye(self.size, dtype=self.dtype, device=self.device))
-
     def _unwrap(self) -> FisherOperator:
-        """The operator that does the algebra; a wrapper returns what it holds."""
         return self
-
-    # -- the public, closed list of operations -------------------------------------------------------------------------
 
     @property
     @final
@@ -355,43 +284,3 @@ class FisherOperator(ABC):
 
     def __repr__(self) -> str:
         return f"<{self._name}: {self._title}, D = {self.size:,}, {self.dtype}, {self.device}>"
-
-    # -- shared by the above -------------------------------------------------------------------------------------------
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
-
-    @property
-    def _title(self) -> str:
-        known = [self.metadata[key] for key in ("kind", "structure") if key in self.metadata]
-        return self.metadata.get("terms") or " ".join(known) or self._name
-
-    def _inverse(
-        self, damping: Damping, operation: str, tolerance: float | None, max_steps: int | None
-    ) -> Factorization:
-        if tolerance is None:
-            tolerance = 1e-10 if self.dtype == torch.float64 else 1e-5
-        resolved = self._resolve(damping, operation)
-        try:
-            return self._factorize(resolved, tolerance, max_steps)
-        except SingularMatrixError as error:
-            # The part that found out is not what the caller called.
-            raise error.at(f"{self._name}.{operation}(damping={resolved:g})") from error
-
-    def _columns(self, v: Vector, operation: str) -> tuple[Tensor, Callable[[Tensor], Vector]]:
-        return self.space.to_columns(v, f"{self._name}.{operation}", dtype=self.dtype, device=self.device)
-
-    def _resolve(self, damping: Damping, operation: str) -> float:
-        if isinstance(damping, RelativeDamping):
-            return damping.scale * float(self._trace()) / self.size
-        return check_damping(damping, f"{self._name}.{operation}")
-
-    def _no_closed_form(self, operation: str, why: str, try_: str) -> NoClosedFormError:
-        return NoClosedFormError(
-            call=f"{self._name}.{operation}",
-            got=f"a {self._name} over D = {self.size:,} parameters",
-            expected="a structure with a closed form",
-            why=why,
-            try_=try_,
-        )
