@@ -1,4 +1,7 @@
-"""Settings shared by every test."""
+"""Settings shared by every test, and the conformance table at the end of a run."""
+
+from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -10,3 +13,29 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     # torch's note on the cost of uneven padding, which one family has on purpose.
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line for each structure and dtype of what the conformance tests recorded (`conformance_cases.entry`)."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for report in terminalreporter.getreports("passed"):
+        for name, found in report.user_properties:
+            if name == "conformance":
+                groups[found["structure"], found["dtype"], found["device"]].append(found)
+    if not groups:
+        return
+    everything = [found for group in groups.values() for found in group]
+    families, kinds = ({found[axis] for found in everything} for axis in ("family", "kind"))
+    cells = sum(found["operations"] for found in everything)
+    terminalreporter.section("conformance with the brute-force reference")
+    terminalreporter.line(f"{len(families)} families, {len(kinds)} kinds, {len(everything):,} Fishers, {cells:,} cells")
+    terminalreporter.line(
+        f"{'structure':<14}{'dtype':<10}{'device':<8}{'Fishers':>8}{'cells':>9}  worst relative error"
+    )
+    for labels, group in sorted(groups.items(), key=lambda item: (item[0][1:], item[0][0])):
+        worst = max(group, key=lambda found: found["error"])
+        structure, dtype, device = labels
+        cells = sum(found["operations"] for found in group)
+        terminalreporter.line(
+            f"{structure:<14}{dtype:<10}{device:<8}{len(group):>8,}{cells:>9,}  {worst['error']:.1e}  ({worst['where']})"
+        )

@@ -174,3 +174,14 @@ def test_streamed_fisher__refuses_a_model_that_was_trained_on() -> None:
         model.weight.add_(1.0)
     with pytest.raises(fk.ModelError, match=r"changed since the Fisher was built: \['weight'\]"):
         fisher.diagonal()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 64])
+def test_gram__has_its_rows_in_the_order_of_examples_for_any_chunks(chunk_size: int) -> None:
+    """Chunks cut every example's vectors; rows come back by example, position and vector."""
+    model, inputs, targets = FAMILIES["token_mlp"].build()
+    expected = fk.ExactFisher(model, (inputs, targets)).gram()
+    split = [(inputs[:3], targets[:3]), (inputs[3:], targets[3:])]
+    for data in ((inputs, targets), split):
+        found = fk.ExactFisher(model, data, chunk_size=chunk_size).gram()
+        assert (found - expected).norm() <= 1e-12 * expected.norm()

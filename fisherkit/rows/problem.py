@@ -49,7 +49,7 @@ class Chunk:
     first: bool
     counted: int
     slots: int
-    counted_positions: tuple[Bool[Tensor, "B T"], ...]
+    counted_positions: tuple[Bool[Tensor, "..."], ...]
     dropped: Float[Tensor, "n"] | None
 
 
@@ -185,7 +185,9 @@ class Problem:
         counts = mask.flatten() if self.token else mask.any(1)
         dropped = None if found.dropped is None else found.dropped[mask.flatten() if self._flat else mask.any(1)]
         attention = batch.kwargs.get("attention_mask")
-        positions = (mask, attention.bool()) if isinstance(attention, Tensor) and attention.ndim == 2 else (mask,)
+        positions: tuple[Tensor, ...] = (mask,)
+        if isinstance(attention, Tensor) and attention.ndim == 2:
+            positions = mask, attention.bool() & mask.any(1, keepdim=True)
         slots = found.v.shape[1] * (mask.shape[1] if self._flat else 1)
         step = max(1, TILE // linearized.numbers_per_vector)
         if self.chunk_size is not None:

@@ -176,21 +176,20 @@ class Check:
     def in_every_form(self, operation: str, function: Callable[[Any], Any], expected: Tensor) -> None:
         """Check a linear map on ``[D, K]``, ``[D]`` and dicts; ``expected`` is its result on `columns`."""
         space, before = self.operator.space, self.columns.clone()
-        self.compare(operation, function(self.columns), expected, detail="([D, K])")
-        self.compare(operation, function(self.columns[:, 0]), expected[:, 0], detail="([D])")
-        for v, result, form in (
-            (self.columns, expected, "{[..., K]}"),
-            (self.columns[:, 1], expected[:, 1], "{[...]}"),
-        ):
-            named = function(space.unflatten(v))
-            got = list(named) if isinstance(named, dict) else type(named).__name__
-            self.require(f"{operation}({form})", got == list(space.names), f"{got}", f"a dict over {list(space.names)}")
-            shapes = {name: [*shape, *v.shape[1:]] for name, shape in zip(space.names, space.shapes, strict=True)}
-            given = {name: list(tensor.shape) for name, tensor in named.items()}
-            self.require(f"{operation}({form})", given == shapes, f"{given}", f"{shapes}")
-            self.compare(operation, space.flatten(named), result, detail=f"({form})")
+        product = function(self.columns)
         unchanged = torch.equal(before, self.columns)
         self.require(operation, unchanged, "an argument that was changed in place", "an argument that is only read")
+        self.compare(operation, product, expected, detail="([D, K])")
+        self.compare(operation, function(self.columns[:, 0]), expected[:, 0], detail="([D])")
+        for v, result, form in (
+            (self.columns, expected, "({[..., K]})"),
+            (self.columns[:, 1], expected[:, 1], "({[...]})"),
+        ):
+            named = function(space.unflatten(v))
+            got = {n: list(t.shape) for n, t in named.items()} if isinstance(named, dict) else type(named).__name__
+            promised = {n: [*shape, *v.shape[1:]] for n, shape in zip(space.names, space.shapes, strict=True)}
+            self.require(f"{operation}{form}", got == promised, f"{got}", f"a dict of shapes {promised}")
+            self.compare(operation, space.flatten(named), result, detail=form)
 
 
 def checked_matrix(operator: FisherOperator, dense: Tensor, tolerance: float) -> Float[Tensor, "D D"]:
