@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -67,8 +66,6 @@ STRUCTURES: dict[str, Callable[[Rows], Tensor]] = {
     "diagonal": lambda rows: reference.diagonal(rows).diag(),
 }
 """The structures that are parts of F, as the reference makes them."""
-
-DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 
 
 @cache

@@ -34,8 +34,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     )
     for labels, group in sorted(groups.items(), key=lambda item: (item[0][1:], item[0][0])):
         worst = max(group, key=lambda found: found["error"])
-        structure, dtype, device = labels
         cells = sum(found["operations"] for found in group)
-        terminalreporter.line(
-            f"{structure:<14}{dtype:<10}{device:<8}{len(group):>8,}{cells:>9,}  {worst['error']:.1e}  ({worst['where']})"
-        )
+        counts = "{:<14}{:<10}{:<8}".format(*labels) + f"{len(group):>8,}{cells:>9,}"
+        terminalreporter.line(f"{counts}  {worst['error']:.1e}  ({worst['where']})")
