@@ -143,6 +143,9 @@ class Builder:
         return self._join(parts)
 
     def _diagonal(self) -> tuple[FisherOperator, Parts]:
+        self._require(
+            torch.finfo(self.dtype).bits // 8 * self.space.size, "diagonal", "params= to choose fewer parameters"
+        )
         totals: dict[Names, Squares] = {}
         for chunk in self._counted(self.problem.chunks("diagonal")):
             for slot in chunk.rows.slots:
@@ -155,9 +158,9 @@ class Builder:
         joined, _ = self._join(parts)
         return DiagonalOperator(self.space, joined.diagonal()), parts
 
-    def _kfac(self) -> Parts:
+    def _kfac(self, structure: str = "kfac") -> Parts:
         """Kronecker factors where the unit's rows are factored, else an exact block or diagonal."""
-        self._require(self._kfac_bytes(), "kfac", 'structure="diagonal", or params= without the widest layers')
+        self._require(self._kfac_bytes(), structure, 'structure="diagonal", or params= without the widest layers')
         factors: dict[Names, KroneckerFactors] = {}
         blocks: dict[Names, NormalMatrix] = {}
         squares: dict[Names, Squares] = {}
@@ -192,7 +195,7 @@ class Builder:
 
     def _ekfac(self) -> Parts:
         """A second pass over kfac's eigenbases: second moments of the rows in them."""
-        parts = self._kfac()
+        parts = self._kfac("ekfac")
         bases = {n: part[0].eigen() for n, part in parts.items() if isinstance(part[0], KroneckerOperator)}
         totals = {
             names: RotatedSquares(

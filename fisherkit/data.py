@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError
-from fisherkit.randomness import untouched_rng
+from fisherkit.randomness import rng_state, untouched_rng
 
 Data = Any
 """One batch, or a re-iterable of batches; documented at `FisherApproximation`."""
@@ -53,15 +53,17 @@ class Batch:
         kwargs: keyword arguments.
         targets: labels or values; None for unlabelled data.
         size: B.
+        axes: which of the inputs' tensors have the batch axis, by their place; the first batch decides for all.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: Tensor | None
     size: int
+    axes: dict[int, bool] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, raw: Any, call: str) -> Batch:
+    def of(cls, raw: Any, call: str, axes: dict[int, bool] | None = None) -> Batch:
         """From what the user's data yields.
 
         Raises:
@@ -100,7 +102,10 @@ class Batch:
         sizes = [leaf.shape[0] for leaf in _leaves((args, kwargs)) if leaf.ndim > 0]
         if not sizes:
             raise DataError(call=call, got="inputs without a tensor", expected="tensors with the examples along axis 0")
-        size = sizes[0]
+        size = targets.shape[0] if targets is not None and targets.ndim > 0 and targets.shape[0] in sizes else sizes[0]
+        if axes is not None and axes:
+            own = [leaf.shape[0] for i, leaf in enumerate(_leaves((args, kwargs))) if axes.get(i)]
+            size = own[0] if own else size
         if size == 0:
             raise DataError(call=call, got="a batch with no example", expected="at least one")
         if targets is not None and (targets.ndim == 0 or targets.shape[0] != size):
@@ -110,7 +115,17 @@ class Batch:
                 expected=f"{size} targets",
                 why="both have the examples along axis 0",
             )
-        return cls(args, kwargs, targets, size)
+        if not axes:
+            axes = {i: leaf.ndim > 0 and leaf.shape[0] == size for i, leaf in enumerate(_leaves((args, kwargs)))}
+        return cls(args, kwargs, targets, size, axes)
+
+    def _map_batched(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        number = itertools.count()
+
+        def one(leaf: Tensor) -> Tensor:
+            return function(leaf) if self.axes[next(number)] else leaf
+
+        return _map(self.args, one), _map(self.kwargs, one)
 
     @property
     def raw(self) -> tuple[Any, Tensor | None]:
@@ -119,13 +134,9 @@ class Batch:
 
     def take(self, index: Tensor | slice) -> Batch:
         """Some of the examples; tensors without the batch's leading size are passed as they are."""
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[index] if tensor.ndim > 0 and tensor.shape[0] == self.size else tensor
-
         count = index.shape[0] if isinstance(index, Tensor) else len(range(*index.indices(self.size)))
         targets = None if self.targets is None else self.targets[index]
-        return Batch(_map(self.args, cut), _map(self.kwargs, cut), targets, count)
+        return Batch(*self._map_batched(lambda tensor: tensor[index]), targets, count, self.axes)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -134,26 +145,31 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         targets = None if self.targets is None else move(self.targets)
-        return Batch(_map(self.args, move), _map(self.kwargs, move), targets, self.size)
+        return Batch(_map(self.args, move), _map(self.kwargs, move), targets, self.size, self.axes)
 
     def shifted(self, ignore_index: int) -> Batch:
         """Labels moved one position to the left, as a causal language model's loss pairs them with its outputs."""
         if self.targets is None:
             return self
+        if self.targets.ndim < 2:
+            raise DataError(
+                call="data",
+                got=f"labels of shape {list(self.targets.shape)} to be shifted",
+                expected="[B, T]",
+                why="shift_labels pairs every position with the next label",
+                try_="shift_labels=False",
+            )
         last = torch.full_like(self.targets[:, :1], ignore_index)
-        return Batch(self.args, self.kwargs, torch.cat([self.targets[:, 1:], last], 1), self.size)
+        return Batch(self.args, self.kwargs, torch.cat([self.targets[:, 1:], last], 1), self.size, self.axes)
 
     def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
         """The tensors that have the batch axis, and the function that puts others in their place."""
-        batched = [leaf for leaf in _leaves((self.args, self.kwargs)) if leaf.ndim > 0 and leaf.shape[0] == self.size]
+        batched = [leaf for i, leaf in enumerate(_leaves((self.args, self.kwargs))) if self.axes[i]]
 
         def rebuild(replacements: list[Tensor]) -> Batch:
             pending = iter(replacements)
 
-            def swap(leaf: Tensor) -> Tensor:
-                return next(pending) if leaf.ndim > 0 and leaf.shape[0] == self.size else leaf
-
-            return Batch(_map(self.args, swap), _map(self.kwargs, swap), None, replacements[0].shape[0])
+            return Batch(*self._map_batched(lambda _: next(pending)), None, replacements[0].shape[0], self.axes)
 
         return batched, rebuild
 
@@ -163,7 +179,13 @@ class Batch:
         Raises:
             ModelError: the model returns neither a tensor nor something with ``logits``.
         """
-        output = model(*self.args, **self.kwargs)
+
+        def fresh(leaf: Tensor) -> Tensor:
+            # Layers that work in place must not reach the caller's tensors, and rows, which keep layers' inputs, must
+            # not change when the caller refills them.
+            return leaf.clone()
+
+        output = model(*_map(self.args, fresh), **_map(self.kwargs, fresh))
         if isinstance(output, Tensor):
             return output
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -195,7 +217,7 @@ class Source:
                 got=f"a {type(data).__name__}",
                 expected="one batch (inputs, targets), or a list or DataLoader of batches",
             )
-        if not is_batch and iter(data) is data:
+        if not is_batch and isinstance(data, Iterator):
             raise DataError(
                 call="data",
                 got=f"a {type(data).__name__}, which can be read only once",
@@ -206,38 +228,39 @@ class Source:
         self._first: Batch | None = None
         self.batches: Iterable[Any] = [data] if is_batch else data
         # A shuffling loader draws its order from the global generator: every pass starts from the same state.
-        self._rng_state = torch.get_rng_state()
-        own = getattr(data, "generator", None) if isinstance(data, DataLoader) else None
-        self._own_generator: torch.Generator | None = own
-        self._own_state = own.get_state() if own is not None else None
+        self._rng_state = rng_state()
+        self._generators = _generators(data) if isinstance(data, DataLoader) else []
+        self._own_states = [generator.get_state() for generator in self._generators]
+        self._axes: dict[int, bool] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over the batches; the random generators are the caller's own whenever a batch is handed over."""
-        state, own_state = self._rng_state, self._own_state
+        state, own_states = self._rng_state, self._own_states
         iterator: Iterator[Any] | None = None
         for number in itertools.count():
-            with untouched_rng([], state), self._own(own_state):
+            with torch.inference_mode(False), untouched_rng([], state), self._own(own_states):
                 iterator = iter(self.batches) if iterator is None else iterator
                 try:
                     raw = next(iterator)
                 except StopIteration:
                     return
-                state = torch.get_rng_state()
-                own_state = None if self._own_generator is None else self._own_generator.get_state()
-            yield Batch.of(raw, f"data, batch {number}")
+                state = rng_state()
+                own_states = [generator.get_state() for generator in self._generators]
+            batch = Batch.of(raw, f"data, batch {number}", self._axes)
+            self._axes = batch.axes
+            yield batch
 
     @contextmanager
-    def _own(self, state: Tensor | None) -> Iterator[None]:
-        """The loader's own generator at our place in its stream, and back to the caller's afterwards."""
-        if self._own_generator is None or state is None:
-            yield
-            return
-        before = self._own_generator.get_state()
-        self._own_generator.set_state(state)
+    def _own(self, states: list[Tensor]) -> Iterator[None]:
+        """The loader's own generators at our place in their streams, and back to the caller's afterwards."""
+        before = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
         try:
             yield
         finally:
-            self._own_generator.set_state(before)
+            for generator, state in zip(self._generators, before, strict=True):
+                generator.set_state(state)
 
     def first(self) -> Batch:
         """The first batch.
@@ -246,20 +269,37 @@ class Source:
             DataError: there is none.
         """
         if self._first is None:
-            self._first = next(iter(self), None)
+            # Two examples are needed to see whether examples interact.
+            for batch in self:
+                if self._first is None or batch.size > 1:
+                    self._first = batch
+                if batch.size > 1:
+                    break
         if self._first is not None:
             return self._first
         raise DataError(call="data", got="no batch", expected="at least one example")
 
     def count(self) -> int:
         """Number of examples, read off the data's length where it has one, else by a pass over it."""
-        if isinstance(self.batches, DataLoader) and isinstance(self.batches.dataset, Sized):
-            return len(self.batches.dataset)
+        loader = self.batches
+        if isinstance(loader, DataLoader) and loader.batch_sampler is not None and isinstance(loader.dataset, Sized):
+            return len(loader.dataset)
         return sum(batch.size for batch in self)
 
     def steps(self) -> int | None:
         """Number of batches if it is known, for progress bars."""
-        return len(self.batches) if isinstance(self.batches, Sized) else None
+        try:
+            return len(self.batches) if isinstance(self.batches, Sized) else None
+        except TypeError:  # a loader of a stream has a length that raises
+            return None
+
+
+def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """The loader's own generators: its own, its sampler's, its batch sampler's."""
+    batch_sampler = loader.batch_sampler
+    owners = [loader, loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
+    found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
+    return list(found.values())
 
 
 def check_finite(z: Tensor, call: str) -> None:
@@ -298,5 +338,9 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
 
 def is_causal(model: nn.Module) -> bool:
     """Whether a Hugging Face model computes its loss on labels shifted by one, by what it says of itself."""
-    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    # torch.compile and data parallelism wrap the model; users subclass it.
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    if isinstance(inner, nn.Module) and is_causal(inner):
+        return True
+    named = any(cls.__name__.endswith(("ForCausalLM", "LMHeadModel")) for cls in type(model).__mro__)
     return named or getattr(model, "loss_type", None) == "ForCausalLM"

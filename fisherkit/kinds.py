@@ -167,6 +167,8 @@ class TruncatedFisher(FisherApproximation):
             raise InvalidTypeError(call=call, got=f"rank of type {type(rank).__name__}", expected="an integer")
         if rank is not None and rank < 1:
             raise InvalidArgumentError(call=call, got=f"rank={rank}", expected="1 or more")
+        if tolerance is not None and (isinstance(tolerance, bool) or not isinstance(tolerance, (int, float))):
+            raise InvalidTypeError(call=call, got=f"tolerance of type {type(tolerance).__name__}", expected="a number")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise InvalidArgumentError(call=call, got=f"tolerance={tolerance}", expected="a number from 0 to below 1")
         self.rank = 2 if rank is None and tolerance is None else rank

@@ -7,9 +7,12 @@ for.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -55,8 +58,24 @@ def keyed_uniform(
     return (_shift(state, 11).double() + 0.5) * 2.0**-53
 
 
+RngState = tuple[Tensor, Any, Any]
+"""States of the global CPU generators of torch, Python and NumPy."""
+
+
+def rng_state() -> RngState:
+    """Where the global generators of the CPU stand."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (users' code draws from it)
+
+
+def set_rng_state(state: RngState) -> None:
+    """Put the global generators of the CPU somewhere."""
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    np.random.set_state(state[2])  # noqa: NPY002
+
+
 @contextmanager
-def untouched_rng(devices: list[torch.device], state: Tensor | None = None) -> Iterator[None]:
+def untouched_rng(devices: list[torch.device], state: RngState | None = None) -> Iterator[None]:
     """Run foreign code and restore the global random generators afterwards, also after an exception.
 
     Args:
@@ -64,7 +83,11 @@ def untouched_rng(devices: list[torch.device], state: Tensor | None = None) -> I
         state: a CPU generator state to start from, so that a shuffling loader gives the same order in every pass.
     """
     cuda = [device for device in devices if device.type == "cuda"]
+    before = rng_state()
     with torch.random.fork_rng(devices=cuda):
-        if state is not None:
-            torch.set_rng_state(state)
-        yield
+        try:
+            if state is not None:
+                set_rng_state(state)
+            yield
+        finally:
+            set_rng_state(before)

@@ -47,6 +47,7 @@ class ParameterSpace:
         Raises:
             UnknownParameterError: a name that the model does not have.
             InvalidArgumentError: nothing was chosen, or a chosen parameter is not a floating-point tensor.
+            InvalidTypeError: neither names nor a predicate.
         """
         available = dict(model.named_parameters())
         if params is None:
@@ -54,7 +55,15 @@ class ParameterSpace:
         elif callable(params):
             chosen = [name for name, parameter in available.items() if params(name, parameter)]
         else:
-            wanted = [params] if isinstance(params, str) else list(params)
+            wanted = [params] if isinstance(params, str) else list(params) if isinstance(params, Iterable) else [params]
+            odd = sorted({type(name).__name__ for name in wanted if not isinstance(name, str)})
+            if odd:
+                raise InvalidTypeError(
+                    call="params",
+                    got=f"params of type {odd[0]}",
+                    expected="names, or a predicate (name, parameter) -> bool",
+                    try_="[name for name, _ in model.named_parameters() if ...]",
+                )
             unknown = sorted(set(wanted) - set(available))
             if unknown:
                 raise UnknownParameterError(
@@ -134,6 +143,7 @@ class ParameterSpace:
                 expected=f"exactly the {len(self.names)} names of space.names",
                 try_="{name: ... for name in fisher.space.names}",
             )
+        self._check_alike(tensors)
         columns = {tensors[n].shape[len(s) :] for n, s in zip(self.names, self.shapes, strict=True)}
         for name, shape in zip(self.names, self.shapes, strict=True):
             got = tuple(tensors[name].shape)
@@ -215,6 +225,19 @@ class ParameterSpace:
             return self.unflatten(result) if is_dict else result
 
         return (flat.unsqueeze(-1) if is_single else flat), restore
+
+    def _check_alike(self, tensors: Mapping[str, Tensor]) -> None:
+        call, why = "space.flatten", "nothing is cast or moved silently"
+        for name in self.names:
+            if not isinstance(tensors[name], Tensor):
+                got = f"a {type(tensors[name]).__name__} for {name!r}"
+                raise InvalidTypeError(call=call, got=got, expected="a tensor", try_="torch.as_tensor")
+        dtypes = sorted({str(tensors[name].dtype) for name in self.names})
+        if len(dtypes) > 1:
+            raise InvalidTypeError(call=call, got=f"tensors of {dtypes}", expected="one dtype", why=why)
+        devices = sorted({str(tensors[name].device) for name in self.names})
+        if len(devices) > 1:
+            raise InvalidArgumentError(call=call, got=f"tensors of {devices}", expected="one device", why=why)
 
     def _check_flat(self, vector: Tensor, call: str) -> None:
         if vector.ndim not in (1, 2) or vector.shape[0] != self.size:

@@ -5,12 +5,14 @@ Owns the list of kinds and what the conformance tables count; knows no structure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import jaxtyping
 import torch
 from torch import Tensor
 
@@ -116,6 +118,16 @@ def build(
     conventions = {"likelihood": of.likelihood, "example": of.example, "structure": structure}
     data = (of.inputs, of.targets) if data is None else data
     return KINDS[kind].make(of.model, data, **conventions, **KINDS[kind].options, **options)
+
+
+@contextmanager
+def annotations_checked(check: bool) -> Iterator[None]:
+    """Whether the shape annotations of the package are enforced; they take a third of a small Fisher's time."""
+    jaxtyping.config.update("jaxtyping_disable", not check)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -64,7 +64,7 @@ class FisherOperator(OperatorHooks):
             InvalidTypeError, InvalidArgumentError, NonFiniteError: v is not a finite vector of this space.
         """
         columns, restore = self._columns(v, "matvec")
-        return restore(self._matmat(columns))
+        return restore(self._matmat(columns) if columns.shape[1] else columns.clone())
 
     @final
     def __matmul__(self, v: Vector) -> Vector:
@@ -110,7 +110,7 @@ class FisherOperator(OperatorHooks):
             NoClosedFormError: sums whose parts do not share eigenvectors.
         """
         count = self.size if k is None else k
-        if not isinstance(count, int) or not 1 <= count <= self.size:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= self.size:
             raise InvalidArgumentError(
                 call=f"{self._name}.eigenvalues(k={k})",
                 got=f"k = {k}",
@@ -186,7 +186,7 @@ class FisherOperator(OperatorHooks):
         columns, restore = self._columns(v, "solve")
         inverse = self._inverse(damping, "solve", tolerance, max_steps)
         if not return_info:
-            return restore(inverse._solve(columns))
+            return restore(inverse._solve(columns) if columns.shape[1] else columns.clone())
         solution, info = inverse._solve_with_info(columns)
         return restore(solution), info
 

@@ -70,7 +70,7 @@ class Factorization(ABC):
         """
         columns, restore = self.operator._columns(v, "factorize().matvec")
         if not return_info:
-            return restore(self._solve(columns))
+            return restore(self._solve(columns) if columns.shape[1] else columns.clone())
         solution, info = self._solve_with_info(columns)
         return restore(solution), info
 

@@ -93,7 +93,7 @@ class UnitRows(ABC):
 def spans(total: int, cost: int) -> Iterator[slice]:
     """Cut ``range(total)`` so that a span times ``cost`` entries stays within `TILE`."""
     step = max(1, TILE // max(1, cost))
-    for start in range(0, total, step):
+    for start in range(0, max(total, 1), step):
         yield slice(start, min(start + step, total))
 
 

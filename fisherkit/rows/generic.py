@@ -42,7 +42,8 @@ def vectorised_rows(
         # A parameter that the outputs do not depend on has one zero gradient, whatever the number of vectors.
         return torch.cat([g.expand(len(vectors), -1) for g in flat], 1)
 
-    return vmap(one, out_dims=1)(leaves, v.transpose(0, 1))
+    # The rest of the model still requires grad, so the rows come with a graph that nobody needs.
+    return vmap(one, out_dims=1)(leaves, v.transpose(0, 1)).detach()
 
 
 def looped_rows(

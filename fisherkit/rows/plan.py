@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fisherkit.data import Batch
-from fisherkit.errors import ModelError
+from fisherkit.data import Batch, check_finite
+from fisherkit.errors import ModelError, NonFiniteError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.generic import gradient, looped_rows, vectorised_rows
 from fisherkit.rows.record import Recorder, refuse_train_mode
@@ -109,8 +109,7 @@ class Plan:
         own = {name: self.parameters[name] for unit in self.generic for name in unit.names}
         if not self.vectorised:
             return looped_rows(self.model, own, batch, v)
-        # The rest of the model still requires grad, so the rows come with a graph that nobody needs.
-        return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v).detach()
+        return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v)
 
 
 @contextmanager
@@ -145,10 +144,22 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     plan = Plan(model, space)
     parameters = list(plan.parameters.values())
     device = plan.example_parameter.device
-    probe = batch.take(torch.tensor([0, min(1, batch.size - 1)], device=device))
+    if device.type == "meta":
+        raise ModelError(
+            call="the Fisher of this model",
+            got="parameters on the meta device",
+            expected="parameters with values",
+            try_="model.to_empty(device=...) and load its weights",
+        )
     with untouched_rng([device]), differentiable(parameters):
+        probe = batch.take(torch.tensor([0, min(1, batch.size - 1)], device=device))
+        before = torch.get_rng_state()
         z, uses = forward(plan, probe)
+        random = not torch.equal(before, torch.get_rng_state())
+        _check_outputs(z)
         _refuse_interaction(model, batch, z)
+        if random:
+            _refuse_chance(model, probe, z)
         v = torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
         for unit in _propose(plan, uses):
@@ -179,6 +190,13 @@ class _Reference:
 
     def __init__(self, plan: Plan, z: Tensor, v: Tensor) -> None:
         rows = torch.stack([gradient(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0])])
+        if not bool(torch.isfinite(rows).all()):
+            raise NonFiniteError(
+                call="data, batch 0",
+                got="gradients with NaN or infinite entries",
+                expected="finite gradients",
+                try_="look for √, log or division at 0 in the model",
+            )
         self.rows = {name: rows[:, where] for name, where in plan.space.slices.items()}
         self.scale = rows.norm()
         self.tolerance = TOLERANCE.get(rows.dtype, 5e-2)
@@ -193,11 +211,19 @@ class _Reference:
 
 
 def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor) -> None:
-    if batch.size < 2:
-        return
-    twice = batch.take(torch.tensor([0, 0], device=z.device)).call(model)
     tolerance = TOLERANCE.get(z.dtype, 5e-2)
-    if twice.shape == z.shape and bool((twice[0] - z[0]).norm() <= tolerance * (z[0].norm() + z[1].norm())):
+    scale = tolerance * (z[0].norm() + z[1].norm())
+    # Each of the two beside itself, and some of the batch backwards: company and order must not matter.
+    some = batch.take(slice(0, 8))
+    order = torch.arange(some.size, device=z.device).flip(0)
+    whole, backwards = some.call(model), some.take(order).call(model)
+    twice = [batch.take(torch.tensor([n, n], device=z.device)).call(model) for n in (0, min(1, batch.size - 1))]
+    fine = (
+        all(one.shape == z.shape and bool((one[0] - z[n]).norm() <= scale) for n, one in enumerate(twice))
+        and whole.shape == backwards.shape
+        and bool((whole - backwards[order]).norm() <= tolerance * whole.norm())
+    )
+    if fine:
         return
     raise ModelError(
         call="the Fisher of this model",
@@ -206,6 +232,35 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor) -> None:
         why="per-example gradients do not exist otherwise",
         try_="model.eval(); remove batch statistics, contrastive terms or noise from forward",
     )
+
+
+def _check_outputs(z: Tensor) -> None:
+    call = "the model's forward pass"
+    if not z.is_floating_point():
+        raise ModelError(call=call, got=f"outputs of {z.dtype}", expected="real floating-point outputs")
+    check_finite(z, "data, batch 0")
+    if not z.requires_grad:
+        raise ModelError(
+            call=call,
+            got="outputs without a gradient in the chosen parameters",
+            expected="outputs that depend on them",
+            why="they are detached, or computed under torch.no_grad",
+            try_="a forward without .detach(), .data and @torch.no_grad()",
+        )
+
+
+def _refuse_chance(model: nn.Module, probe: Batch, z: Tensor) -> None:
+    """More passes for a model that draws random numbers: stochastic depth changes few examples at a time."""
+    for _ in range(32):
+        again = probe.call(model)
+        if again.shape != z.shape or bool((again - z).norm() > TOLERANCE.get(z.dtype, 5e-2) * z.norm()):
+            raise ModelError(
+                call="the Fisher of this model",
+                got="outputs that change from pass to pass",
+                expected="a deterministic forward pass",
+                why="the model draws random numbers",
+                try_="model.eval()",
+            )
 
 
 def _propose(plan: Plan, uses: Sequence[Use]) -> list[Unit]:

@@ -75,12 +75,7 @@ class RuledUnit(Unit):
     def activations(self, uses: Sequence[Use], batch: int) -> Shaped[Tensor, "B T i"]:
         """The inputs' side; several uses of one weight are positions of one use."""
         parts = [self.rule.activations(use, self.layout, batch) for use in uses]
-        if len(parts) > 1:
-            return torch.cat(parts, 1)
-        # Rows outlive the batch, whose memory the caller may refill: a view of a layer's input is copied.
-        inputs = uses[0].arguments[self.rule.input_name]
-        shared = parts[0].untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
-        return parts[0].clone() if shared else parts[0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def gradients(
         self, uses: Sequence[Use], found: Sequence[Tensor | None], like: Float[Tensor, "k B ..."]
