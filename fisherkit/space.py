@@ -227,16 +227,18 @@ class ParameterSpace:
         return (flat.unsqueeze(-1) if is_single else flat), restore
 
     def _check_alike(self, tensors: Mapping[str, Tensor]) -> None:
-        call, why = "space.flatten", "nothing is cast or moved silently"
+        call = "space.flatten"
         for name in self.names:
             if not isinstance(tensors[name], Tensor):
                 got = f"a {type(tensors[name]).__name__} for {name!r}"
                 raise InvalidTypeError(call=call, got=got, expected="a tensor", try_="torch.as_tensor")
         dtypes = sorted({str(tensors[name].dtype) for name in self.names})
         if len(dtypes) > 1:
+            why = "nothing is cast silently"
             raise InvalidTypeError(call=call, got=f"tensors of {dtypes}", expected="one dtype", why=why)
         devices = sorted({str(tensors[name].device) for name in self.names})
         if len(devices) > 1:
+            why = "nothing is moved silently"
             raise InvalidArgumentError(call=call, got=f"tensors of {devices}", expected="one device", why=why)
 
     def _check_flat(self, vector: Tensor, call: str) -> None:
