@@ -69,7 +69,7 @@ class KroneckerFactors:
         return cls(g.new_zeros(width, width), g.new_zeros(rows.outputs, rows.outputs), 0, rows.transposed)
 
     def add(
-        self, rows: FactoredRows, *, first: bool, counted: tuple[Bool[Tensor, "..."], ...], reduce: bool
+        self, rows: FactoredRows, *, first: bool, counted: tuple[Bool[Tensor, "..."], ...], token: bool, reduce: bool
     ) -> KroneckerFactors:
         """With more rows.
 
@@ -78,6 +78,7 @@ class KroneckerFactors:
             first: whether the batch's activations are new.
             counted: masks ``[B, T]`` of the positions that count, for layers with as many positions; for others, every
                 position of the examples that count in the first mask.
+            token: whether every position of the outputs is an example.
             reduce: average activations and sum gradients over positions before taking second moments.
         """
         g = rows.gradients.sum(1) if reduce else rows.gradients.flatten(0, 1)
@@ -85,15 +86,18 @@ class KroneckerFactors:
         if not first:
             return KroneckerFactors(self.activation, gradient, self.count, self.transposed)
         a = rows.homogeneous()
-        everywhere = counted[0].any(1, keepdim=True).expand(a.shape[:2])
-        mask = next((mask for mask in counted if mask.shape == a.shape[:2]), everywhere)
-        if reduce:
-            number = mask.sum(1)
-            means = (a * mask.unsqueeze(-1)).sum(1) / number.clamp_min(1).unsqueeze(1)
-            a = means[number > 0]
-        else:
-            a = a[mask]
-        return KroneckerFactors(self.activation + a.mT @ a, gradient, self.count + a.shape[0], self.transposed)
+        own = counted[0].shape == a.shape[:2]
+        everywhere = counted[0].any(1, keepdim=True)
+        mask = next((m for m in counted if m.shape == a.shape[:2]), everywhere).expand(a.shape[:2])
+        # A token has its own position where the layer has the outputs'; elsewhere it shares all of its sequence's.
+        examples = counted[0].sum(1) if token and not own else everywhere.squeeze(1).long()
+        if reduce and not (token and own):
+            a = (a * mask.unsqueeze(-1)).sum(1, keepdim=True) / mask.sum(1).clamp_min(1)[:, None, None]
+            mask = mask.any(1, keepdim=True)
+        weight = (examples.unsqueeze(1) * mask).flatten()
+        a, weight = a.flatten(0, 1)[weight > 0], weight[weight > 0]
+        activation = self.activation + (a * weight.unsqueeze(1)).mT @ a
+        return KroneckerFactors(activation, gradient, self.count + int(weight.sum()), self.transposed)
 
     def merge(self, other: KroneckerFactors) -> KroneckerFactors:
         """With another pass's."""

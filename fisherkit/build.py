@@ -170,7 +170,11 @@ class Builder:
                 if isinstance(rows, FactoredRows):
                     known = factors.get(names) or KroneckerFactors.zeros(rows)
                     factors[names] = known.add(
-                        rows, first=chunk.first, counted=chunk.counted_positions, reduce=self.reduce
+                        rows,
+                        first=chunk.first,
+                        counted=chunk.counted_positions,
+                        token=self.problem.token,
+                        reduce=self.reduce,
                     )
                 elif rows.size <= SMALL_BLOCK:
                     blocks[names] = (blocks.get(names) or NormalMatrix(self._zeros(rows.size, rows.size))).add(
@@ -265,6 +269,6 @@ class Builder:
     def _entry(self, names: Names, operator: FisherOperator, structure: str, reason: str) -> CoverageEntry:
         units = self.problem.plan.units
         rules = {self.problem.plan.rule_name(unit) for unit in units if unit.names[0] in names}
-        streamed = isinstance(operator, LowRankOperator) and not isinstance(operator.rows, Rows)
+        streamed = isinstance(operator, LowRankOperator) and not isinstance(operator.row_source, Rows)
         memory = 0 if streamed else sum(t.numel() * t.element_size() for t in operator._state().all_tensors())
         return CoverageEntry(names, ", ".join(sorted(rules)), structure, memory, reason)

@@ -87,7 +87,7 @@ class Batch:
                 call=call,
                 got=f"a batch of type {type(raw).__name__}",
                 expected='a pair (inputs, targets) or a mapping with "labels"',
-                try_="[(x, y)] for a list of batches, (x, y) for one",
+                try_="[(x, y)] for a list of batches, (x, y) for one; torch.as_tensor for arrays",
             )
         if targets is not None and not isinstance(targets, Tensor):
             raise InvalidTypeError(
@@ -216,6 +216,7 @@ class Source:
                 call="data",
                 got=f"a {type(data).__name__}",
                 expected="one batch (inputs, targets), or a list or DataLoader of batches",
+                try_="DataLoader(data, batch_size=...) for a data set",
             )
         if not is_batch and isinstance(data, Iterator):
             raise DataError(

@@ -101,6 +101,10 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State
         FileFormatError: no such file, damaged, not a Fisher file, or a version from the future.
     """
     call = f"load({str(path)!r})"
+    if not Path(path).is_file():
+        raise FileFormatError(
+            call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
+        )
     try:
         header, tensors = _open(path, str(device))
     except (SafetensorError, OSError) as error:

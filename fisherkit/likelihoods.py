@@ -269,7 +269,7 @@ class Categorical(Likelihood):
                 got=f"labels of shape {_shape(target)} for outputs {_shape(raw)}",
                 expected=f"{_shape(raw[..., 0])}",
                 why="the last axis of the outputs holds the classes",
-                try_="logits.movedim(1, -1) in the model if classes come second",
+                try_=_label_advice(raw, target),
             )
         target = target.reshape(z.shape[:2]).long()
         mask = target != self.ignore_index
@@ -284,6 +284,14 @@ class Categorical(Likelihood):
 
     def _valid(self, target: Tensor) -> Tensor:
         return torch.where(target == self.ignore_index, torch.zeros_like(target), target)
+
+
+def _label_advice(z: Tensor, target: Tensor) -> str:
+    if target.shape == z.shape:
+        return "labels.argmax(-1) if they are one-hot"
+    if target.shape == (*z.shape[:-1], 1):
+        return "labels.squeeze(-1)"
+    return "logits.movedim(1, -1) in the model if classes come second"
 
 
 def _shape(x: Tensor) -> str:

@@ -22,7 +22,7 @@ def test_merge__is_the_sum_of_both_passes() -> None:
 
     def kronecker(rows: FactoredRows) -> KroneckerFactors:
         empty = KroneckerFactors.zeros(rows)
-        return empty.add(rows, first=True, counted=counted[rows.count], reduce=False)
+        return empty.add(rows, first=True, counted=counted[rows.count], token=False, reduce=False)
 
     squares = Squares(torch.zeros(8).double())
     merged = squares.add(first).merge(squares.add(second))

@@ -230,7 +230,7 @@ LABELS: dict[str, Case] = {
         lambda: ef(data=(X, Y.unsqueeze(1))),
         fk.DataError,
         ValueError,
-        ("labels of shape (B, 1) for outputs (B, 3); expected (B)", "Try: logits.movedim(1, -1)"),
+        ("labels of shape (B, 1) for outputs (B, 3); expected (B)", "Try: labels.squeeze(-1)"),
     ),
     "one label for several positions": Case(
         lambda: tokens(Y[:3]),

@@ -297,9 +297,11 @@ def test_streamed_rows__conform(kind: str) -> None:
     )
     operator = fisher._unwrap()
     assert isinstance(operator, LowRankOperator)
-    assert isinstance(operator.rows, StreamedRows)
+    assert isinstance(operator.row_source, StreamedRows)
     # With memory for square matrices but none for rows, everything but a file has a closed form.
-    wide = LowRankOperator(operator.rows, operator.scale, dtype=DOUBLE, device=operator.device, memory_budget=UNBOUNDED)
+    wide = LowRankOperator(
+        operator.row_source, operator.scale, dtype=DOUBLE, device=operator.device, memory_budget=UNBOUNDED
+    )
     dense = reference_dense("token_mlp_by_token", kind, "full")
     assert check_fisher(wide, dense, tolerance=CONFORMANCE[DOUBLE]).refused == ("save",)
 

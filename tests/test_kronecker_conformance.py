@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fisherkit import EmpiricalFisher
+from fisherkit import EmpiricalFisher, ExactFisher, SingularMatrixError
 from fisherkit.build import SMALL_BLOCK
 from fisherkit.testing import check_fisher
 from tests.conformance_cases import KINDS, annotations_checked, build, entry, reference_rows, relative_error
@@ -97,3 +97,14 @@ def test_sum_normalization__scales_every_block(family: str, method: str) -> None
 
 def assert_same(got: Tensor, expected: Tensor) -> None:
     assert relative_error(got, expected) < CONFORMANCE[torch.float64]
+
+
+def test_ekfac__with_rounding_for_eigenvalues_is_singular_without_damping() -> None:
+    """Squares of rounding in a null space are not eigenvalues that anything could be divided by."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.ReLU(), torch.nn.Linear(10, 3))
+    for dtype in (torch.float32, torch.float64):
+        model, x, y = model.to(dtype), torch.randn(60, 6, dtype=dtype), torch.randint(0, 3, (60,))
+        fisher = ExactFisher(model, (x, y), structure="ekfac")
+        with pytest.raises(SingularMatrixError, match="singular"):
+            fisher.solve(torch.ones(fisher.size, dtype=dtype), damping=0.0)

@@ -138,8 +138,8 @@ def test_load__refuses_a_pickle(path: Path) -> None:
 
 
 def test_load__refuses_a_missing_file_and_a_folder(path: Path) -> None:
-    refused(path, "a file that cannot be read")
-    refused(path.parent, "a file that cannot be read")
+    refused(path, "no such file")
+    refused(path.parent, "no such file")
 
 
 def test_load__refuses_a_version_from_the_future(path: Path) -> None:

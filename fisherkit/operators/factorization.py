@@ -37,6 +37,9 @@ class Factorization(ABC):
         self.operator = operator
         self.damping = damping
 
+    def __repr__(self) -> str:
+        return f"<inverse of {self.operator!r} + {self.damping:g} I, {self.method}>"
+
     @abstractmethod
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """(F + λI)⁻¹ V."""

@@ -223,7 +223,11 @@ class _EigenKroneckerFactorization(Factorization):
     def __init__(self, operator: FisherOperator, eigen: EigenKroneckerOperator, damping: float) -> None:
         super().__init__(operator, damping)
         self._eigen = eigen
-        self._reciprocal = damped_reciprocal(eigen._values, damping, eigen.dtype, f"{operator._name}.factorize")
+        values = eigen._values.double()
+        # Eigenvalues are squares of projections that carry the bases' rounding: below its square they are nothing.
+        noise = values.numel() * torch.finfo(eigen.dtype).eps ** 2 * values.max()
+        values = torch.where(values > noise, values, 0) if damping == 0.0 else values
+        self._reciprocal = damped_reciprocal(values, damping, eigen.dtype, f"{operator._name}.factorize")
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         return self._eigen._rotate_scale_rotate(columns, self._reciprocal)

@@ -44,32 +44,32 @@ class LowRankOperator(FisherOperator):
         self, rows: RowSource, scale: float, *, dtype: torch.dtype, device: torch.device, memory_budget: int = UNBOUNDED
     ) -> None:
         super().__init__(rows.space, dtype=dtype, device=device)
-        self.rows, self.scale, self.memory_budget = rows, scale, memory_budget
+        self.row_source, self.scale, self.memory_budget = rows, scale, memory_budget
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        return self.scale * self.rows.product(columns)
+        return self.scale * self.row_source.product(columns)
 
     def _diagonal(self) -> Float[Tensor, "D"]:
-        return self.scale * self.rows.squared_sum()
+        return self.scale * self.row_source.squared_sum()
 
     def _gram(self) -> Float[Tensor, "R R"]:
-        self._check_square(self.rows.count, "gram", "R")
-        return self.scale * self.rows.gram()
+        self._check_square(self.row_source.count, "gram", "R")
+        return self.scale * self.row_source.gram()
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         self._check_square(self.size, "to_dense", "D")
-        return (self.scale * self.rows.normal_matrix()).to(self.dtype)
+        return (self.scale * self.row_source.normal_matrix()).to(self.dtype)
 
     def _small_side(self) -> str:
         """The side whose square matrix is smaller and fits, or "none"."""
         # Streamed rows pay for a Gram with a pass over the data for every batch; conjugate gradients are cheaper.
-        gram = self.rows.count if isinstance(self.rows, Rows) else UNBOUNDED
+        gram = self.row_source.count if isinstance(self.row_source, Rows) else UNBOUNDED
         side = "gram" if gram <= self.size else "dense"
         return side if _square_bytes(min(gram, self.size)) <= self.memory_budget else "none"
 
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        if damping == 0.0 and self.rows.count < self.size:
-            why = f"R = {self.rows.count:,} rows < D = {self.size:,} parameters"
+        if damping == 0.0 and self.row_source.count < self.size:
+            why = f"R = {self.row_source.count:,} rows < D = {self.size:,} parameters"
             raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
         side = self._small_side()
         if side == "gram" and damping > 0:
@@ -79,7 +79,7 @@ class LowRankOperator(FisherOperator):
         return IterativeFactorization(self, damping, tolerance, max_steps)
 
     def _as_dense(self) -> DenseOperator:
-        return DenseOperator(self.space, (self.scale * self.rows.normal_matrix()).to(self.dtype))
+        return DenseOperator(self.space, (self.scale * self.row_source.normal_matrix()).to(self.dtype))
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         side = self._small_side()
@@ -89,29 +89,29 @@ class LowRankOperator(FisherOperator):
                 "neither the Gram nor the dense matrix fits the memory budget",
                 "fk.estimators.lanczos_eigenvalues(fisher, k)",
             )
-        small = self.rows.gram() if side == "gram" else self.rows.normal_matrix()
+        small = self.row_source.gram() if side == "gram" else self.row_source.normal_matrix()
         values = torch.linalg.eigvalsh(self.scale * small).clamp_min(0).flip(0)[:k]
         return torch.nn.functional.pad(values, (0, k - values.shape[0]))
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        noise = torch.randn(self.rows.count, 1, dtype=self.dtype, device=self.device, generator=generator)
-        return self.scale**0.5 * self.rows.rmatmul(noise)
+        noise = torch.randn(self.row_source.count, 1, dtype=self.dtype, device=self.device, generator=generator)
+        return self.scale**0.5 * self.row_source.rmatmul(noise)
 
     def _scaled(self, scale: float) -> LowRankOperator:
         return LowRankOperator(
-            self.rows, scale * self.scale, dtype=self.dtype, device=self.device, memory_budget=self.memory_budget
+            self.row_source, scale * self.scale, dtype=self.dtype, device=self.device, memory_budget=self.memory_budget
         )
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         if (
             not isinstance(other, LowRankOperator)
-            or not isinstance(self.rows, Rows)
-            or not isinstance(other.rows, Rows)
+            or not isinstance(self.row_source, Rows)
+            or not isinstance(other.row_source, Rows)
         ):
             return None
-        if not self.rows.stacks_with(other.rows):
+        if not self.row_source.stacks_with(other.row_source):
             return None
-        stacked = Rows.cat([self.rows.scaled(self.scale**0.5), other.rows.scaled(other.scale**0.5)])
+        stacked = Rows.cat([self.row_source.scaled(self.scale**0.5), other.row_source.scaled(other.scale**0.5)])
         return LowRankOperator(
             stacked,
             1.0,
@@ -121,14 +121,15 @@ class LowRankOperator(FisherOperator):
         )
 
     def _state(self) -> io.State:
-        if not isinstance(self.rows, Rows):
+        if not isinstance(self.row_source, Rows):
             raise self._no_closed_form(
                 "save",
                 "its rows are streamed from the data and lie nowhere",
                 'structure="kfac" or "diagonal", or a larger memory_budget',
             )
         units = tuple(
-            io.State(slot.rows.kind, slot.names, slot.rows.tensors(), slot.rows.options()) for slot in self.rows.slots
+            io.State(slot.rows.kind, slot.names, slot.rows.tensors(), slot.rows.options())
+            for slot in self.row_source.slots
         )
         return io.State(self.kind, self.space.names, options={"scale": self.scale}, children=units)
 
@@ -157,7 +158,7 @@ class _GramFactorization(Factorization):
 
     def __init__(self, operator: LowRankOperator, damping: float) -> None:
         super().__init__(operator, damping)
-        rows = operator.rows
+        rows = operator.row_source
         assert isinstance(rows, Rows)  # noqa: S101  (the operator chooses this factorization for stored rows only)
         gram = operator._gram()
         self._scale = operator.scale
@@ -170,19 +171,13 @@ class _GramFactorization(Factorization):
         self._factor = factor
         # v − Jᵀ(...)Jv cancels down to λ/(λ + trace) of v: where the rows' dtype cannot resolve that, float64 must.
         eps = torch.finfo(operator.dtype).eps
-        self._rows = rows if condition * eps < 1e-5 else rows.double()
+        self._dtype = operator.dtype if condition * eps < 1e-5 else torch.float64
+        self._rows = rows if self._dtype == operator.dtype else rows.double()
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        dtype = torch.float64 if self._rows is not self.operator_rows else columns.dtype
-        v = columns.to(dtype)
-        inner = torch.cholesky_solve(self._rows.matmul(v).double(), self._factor).to(dtype)
+        v = columns.to(self._dtype)
+        inner = torch.cholesky_solve(self._rows.matmul(v).double(), self._factor).to(self._dtype)
         return ((v - self._scale * self._rows.rmatmul(inner)) / self.damping).to(columns.dtype)
-
-    @property
-    def operator_rows(self) -> RowSource:
-        """The operator's own rows."""
-        assert isinstance(self.operator, LowRankOperator)  # noqa: S101
-        return self.operator.rows
 
     def _logdet(self) -> Float[Tensor, ""]:
         null = self.operator.size - self._factor.shape[0]

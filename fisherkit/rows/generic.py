@@ -7,6 +7,7 @@ works.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -42,8 +43,12 @@ def vectorised_rows(
         # A parameter that the outputs do not depend on has one zero gradient, whatever the number of vectors.
         return torch.cat([g.expand(len(vectors), -1) for g in flat], 1)
 
+    with warnings.catch_warnings():
+        # torch asks for reports on operations that it does not vectorise; `coverage` says what matters to the user.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        found = vmap(one, out_dims=1)(leaves, v.transpose(0, 1))
     # The rest of the model still requires grad, so the rows come with a graph that nobody needs.
-    return vmap(one, out_dims=1)(leaves, v.transpose(0, 1)).detach()
+    return found.detach()
 
 
 def looped_rows(
