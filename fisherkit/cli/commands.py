@@ -36,7 +36,7 @@ Examples:
 _DEMO_EXAMPLES = """\b
 Examples:
   fisherkit demo
-  fisherkit demo --out /tmp/demo --seed 1
+  fisherkit demo --out my-demo --seed 1
   fisherkit demo --epochs 5 --examples 64 --batches 1    (a quick look)
 """
 
