@@ -10,9 +10,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-
 from fisherkit.cli import app
 from fisherkit.cli.digits.kinds import KINDS
 from fisherkit.cli.digits.structures import Spectrum

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.kinds import KINDS
 from tests.reference import fisher as reference
 from tests.reference.outputs import EXACT, IGNORE_INDEX, Kind, truncated_kind
-
-transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
