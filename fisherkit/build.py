@@ -109,8 +109,9 @@ class Builder:
             whole = self._low_rank(rows)
             kinds = {slot.names: f"full, {slot.rows.kind} rows" for slot in rows.slots}
             return whole, {n: (self._low_rank(rows.part(n)), kinds[n], units[n]) for n in units}
-        for _ in self._counted(self.problem.chunks("count")):
-            pass
+        for counted, rows_here, dropped in self.problem.counts("count"):
+            self._count(counted, rows_here, dropped)
+        self._require_examples()
         whole = self._low_rank(StreamedRows(self.problem, self.rows))
         reason = f"rows would take {readable(needed)}, the budget is {readable(self.budget)}"
         return whole, dict.fromkeys(units, (whole, "full, streamed rows", reason))
@@ -231,11 +232,17 @@ class Builder:
     def _counted(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """Count examples, rows and dropped traces on the way."""
         for chunk in chunks:
-            self.examples += chunk.counted
-            self.rows += chunk.rows.count
-            if chunk.dropped is not None:
-                self.dropped.append(chunk.dropped)
+            self._count(chunk.counted, chunk.rows.count, chunk.dropped)
             yield chunk
+        self._require_examples()
+
+    def _count(self, examples: int, rows: int, dropped: Tensor | None) -> None:
+        self.examples += examples
+        self.rows += rows
+        if dropped is not None:
+            self.dropped.append(dropped)
+
+    def _require_examples(self) -> None:
         if self.examples == 0:
             raise DataError(
                 call="data",

@@ -47,14 +47,14 @@ class LowRankOperator(FisherOperator):
         self.row_source, self.scale, self.memory_budget = rows, scale, memory_budget
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        return self.scale * self.row_source.product(columns)
+        return self.row_source.product(columns).mul_(self.scale)
 
     def _diagonal(self) -> Float[Tensor, "D"]:
         return self.scale * self.row_source.squared_sum()
 
     def _gram(self) -> Float[Tensor, "R R"]:
         self._check_square(self.row_source.count, "gram", "R")
-        return self.scale * self.row_source.gram()
+        return self.row_source.gram(precise=False).mul_(self.scale)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         self._check_square(self.size, "to_dense", "D")
@@ -152,7 +152,12 @@ class LowRankOperator(FisherOperator):
 
 
 class _GramFactorization(Factorization):
-    """(F + λI)⁻¹ v = (v − scale · Jᵀ (scale · JJᵀ + λI)⁻¹ J v) / λ, Woodbury's identity."""
+    """(F + λI)⁻¹ v = (v − scale · Jᵀ w) / λ with w = (scale · JJᵀ + λI)⁻¹ J v, Woodbury's identity.
+
+    The difference cancels down to λ / (λ + trace) of v, so rounding in the rows' dtype may show in the range of Jᵀ. There
+    the solution x is known better, since J x = w and w comes from a float64 solve: where it matters, x is corrected by
+    the identity applied to J x − w.
+    """
 
     method = "woodbury"
 
@@ -160,24 +165,34 @@ class _GramFactorization(Factorization):
         super().__init__(operator, damping)
         rows = operator.row_source
         assert isinstance(rows, Rows)  # noqa: S101  (the operator chooses this factorization for stored rows only)
-        gram = operator._gram()
+        # Half precision leaves too little for the correction to converge.
+        self._rows = rows if operator.dtype in (torch.float32, torch.float64) else rows.double()
+        self._dtype = torch.float32 if operator.dtype == torch.float32 else torch.float64
         self._scale = operator.scale
-        condition = 1 + float(gram.diagonal().sum()) / damping if damping > 0 else float("inf")
+        condition = 1 + self._scale * float(rows.row_norms().sum()) / damping
+        self._corrected = condition * torch.finfo(self._dtype).eps >= 1e-5
+        gram = self._rows.gram(precise=self._corrected).mul_(self._scale)
         gram.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed) != 0:
             why = "the rows are linearly dependent and the damping is below rounding"
             raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
         self._factor = factor
-        # v − Jᵀ(...)Jv cancels down to λ/(λ + trace) of v: where the rows' dtype cannot resolve that, float64 must.
-        eps = torch.finfo(operator.dtype).eps
-        self._dtype = operator.dtype if condition * eps < 1e-5 else torch.float64
-        self._rows = rows if self._dtype == operator.dtype else rows.double()
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         v = columns.to(self._dtype)
-        inner = torch.cholesky_solve(self._rows.matmul(v).double(), self._factor).to(self._dtype)
-        return ((v - self._scale * self._rows.rmatmul(inner)) / self.damping).to(columns.dtype)
+        w = self._small_solve(self._rows.matmul(v))
+        x = (v - self._pull_back(w)) / self.damping
+        if self._corrected:
+            x -= self._pull_back(self._small_solve(self._rows.matmul(x) - w))
+        return x.to(columns.dtype)
+
+    def _small_solve(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
+        """(scale · JJᵀ + λI)⁻¹ w, in float64."""
+        return torch.cholesky_solve(w.double(), self._factor)
+
+    def _pull_back(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
+        return self._rows.rmatmul((self._scale * w).to(self._dtype))
 
     def _logdet(self) -> Float[Tensor, ""]:
         null = self.operator.size - self._factor.shape[0]

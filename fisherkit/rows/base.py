@@ -17,6 +17,9 @@ from torch import Tensor
 TILE = 1 << 25
 """Entries of the largest temporary of a tiled loop: 128 MiB in float32, well above where matmuls are efficient."""
 
+BLOCK = 256
+"""Most products that are summed in the rows' own dtype on the way to a float64 Gram."""
+
 
 R = TypeVar("R", bound="UnitRows")
 
@@ -43,8 +46,17 @@ class UnitRows(ABC):
         """Jᵀ W."""
 
     @abstractmethod
-    def gram(self: R, other: R) -> Float[Tensor, "R S"]:
-        """J J'ᵀ against rows of the same representation, accumulated in float64."""
+    def gram(self: R, other: R, precise: bool = True) -> Float[Tensor, "R S"]:
+        """J J'ᵀ against rows of the same representation, in float64.
+
+        Args:
+            other: J'.
+            precise: multiply in float64 too; else as `inner_products` says.
+        """
+
+    @abstractmethod
+    def row_norms(self) -> Float[Tensor, "R"]:
+        """‖row‖² of each row, float64: the Gram's diagonal."""
 
     @abstractmethod
     def squared_sum(self) -> Float[Tensor, "d"]:
@@ -59,8 +71,13 @@ class UnitRows(ABC):
         """Every row times a number."""
 
     @abstractmethod
-    def reordered(self: R, order: Int[Tensor, "R"]) -> R:
-        """The rows in another order."""
+    def reordered(self: R, order: Int[Tensor, "R"], regular: bool = False) -> R:
+        """The rows in another order.
+
+        Args:
+            order: the new rows' old places.
+            regular: whether the new rows are ordered by example and every example has equally many.
+        """
 
     @abstractmethod
     def double(self: R) -> R:
@@ -95,6 +112,37 @@ def spans(total: int, cost: int) -> Iterator[slice]:
     step = max(1, TILE // max(1, cost))
     for start in range(0, max(total, 1), step):
         yield slice(start, min(start + step, total))
+
+
+def inner_products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -> Float[Tensor, "R S"]:
+    """X Yᵀ in float64.
+
+    Args:
+        x: rows.
+        y: rows; the same object for a Gram, of which one half is computed.
+        precise: multiply in float64. Else float32 products are summed over `BLOCK` columns in float32 and over blocks in
+            float64, so that the error stays that of a few roundings of the rows themselves.
+    """
+    if x is y and x.shape[0] >= BLOCK:
+        half = x.shape[0] // 2
+        upper, lower = x[:half], x[half:]
+        result = x.new_empty(x.shape[0], x.shape[0], dtype=torch.float64)
+        result[:half, :half], result[half:, half:] = _products(upper, upper, precise), _products(lower, lower, precise)
+        result[half:, :half] = _products(lower, upper, precise)
+        result[:half, half:] = result[half:, :half].mT
+        return result
+    return _products(x, y, precise)
+
+
+def _products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -> Float[Tensor, "R S"]:
+    result = x.new_zeros(x.shape[0], y.shape[0], dtype=torch.float64)
+    if precise or x.dtype == torch.float64:
+        for span in spans(x.shape[1], x.shape[0] + y.shape[0]):
+            result.addmm_(x[:, span].double(), y[:, span].double().mT)
+        return result
+    for start in range(0, x.shape[1], BLOCK):
+        result += x[:, start : start + BLOCK] @ y[:, start : start + BLOCK].mT
+    return result
 
 
 def sum_by(index: Int[Tensor, "R"], values: Float[Tensor, "R ..."], groups: int) -> Float[Tensor, "N ..."]:

@@ -6,6 +6,7 @@ rows answer from memory, streamed rows (`rows.streamed`) from the data.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ class RowSource(ABC):
         """Jᵀ W."""
 
     @abstractmethod
-    def gram(self) -> Float[Tensor, "R R"]:
-        """J Jᵀ in float64."""
+    def gram(self, precise: bool = True) -> Float[Tensor, "R R"]:
+        """J Jᵀ in float64; ``precise`` as in `fisherkit.rows.base.inner_products`."""
 
     @abstractmethod
     def squared_sum(self) -> Float[Tensor, "D"]:
@@ -75,8 +76,10 @@ class Rows(RowSource):
         self.slots = tuple(slots)
 
     def _part(self, u: Float[Tensor, "D K"], slot: UnitSlot) -> Float[Tensor, "d K"]:
-        parts = [u[self.space.slices[name]] for name in slot.names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        slices = [self.space.slices[name] for name in slot.names]
+        if all(left.stop == right.start for left, right in itertools.pairwise(slices)):
+            return u[slices[0].start : slices[-1].stop]
+        return torch.cat([u[span] for span in slices])
 
     def _whole(self, parts: Sequence[Tensor]) -> Float[Tensor, "D ..."]:
         pieces: dict[str, Tensor] = {}
@@ -87,7 +90,10 @@ class Rows(RowSource):
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U."""
-        return torch.stack([slot.rows.matmul(self._part(u, slot)) for slot in self.slots]).sum(0)
+        total = self.slots[0].rows.matmul(self._part(u, self.slots[0]))
+        for slot in self.slots[1:]:
+            total = total + slot.rows.matmul(self._part(u, slot))
+        return total
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W."""
@@ -97,17 +103,21 @@ class Rows(RowSource):
         """JᵀJ U."""
         return self.rmatmul(self.matmul(u))
 
-    def cross_gram(self, other: Rows) -> Float[Tensor, "R S"]:
+    def cross_gram(self, other: Rows, precise: bool = True) -> Float[Tensor, "R S"]:
         """J J'ᵀ against other rows with the same units, float64."""
-        total = self.slots[0].rows.gram(other.slots[0].rows)
+        total = self.slots[0].rows.gram(other.slots[0].rows, precise)
         for mine, theirs in zip(self.slots[1:], other.slots[1:], strict=True):
-            total += mine.rows.gram(theirs.rows)
+            total += mine.rows.gram(theirs.rows, precise)
         return total
 
-    def gram(self) -> Float[Tensor, "R R"]:
+    def gram(self, precise: bool = True) -> Float[Tensor, "R R"]:
         """J Jᵀ, symmetric to the last bit."""
-        gram = self.cross_gram(self)
-        return 0.5 * (gram + gram.mT)
+        gram = self.cross_gram(self, precise)
+        return gram.add_(gram.mT.clone()).mul_(0.5)
+
+    def row_norms(self) -> Float[Tensor, "R"]:
+        """‖row‖² of each row, float64."""
+        return torch.stack([slot.rows.row_norms() for slot in self.slots]).sum(0)
 
     def squared_sum(self) -> Float[Tensor, "D"]:
         """Diag JᵀJ."""
@@ -132,9 +142,9 @@ class Rows(RowSource):
         """Every row times a number."""
         return Rows(self.space, [UnitSlot(slot.names, slot.rows.scaled(scale)) for slot in self.slots])
 
-    def reordered(self, order: Int[Tensor, "R"]) -> Rows:
-        """The rows in another order."""
-        return Rows(self.space, [UnitSlot(slot.names, slot.rows.reordered(order)) for slot in self.slots])
+    def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> Rows:
+        """The rows in another order; ``regular`` as in `UnitRows.reordered`."""
+        return Rows(self.space, [UnitSlot(slot.names, slot.rows.reordered(order, regular)) for slot in self.slots])
 
     def double(self) -> Rows:
         """The rows in float64."""

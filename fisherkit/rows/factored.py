@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import UnitRows, spans, sum_by
+from fisherkit.rows.base import UnitRows, inner_products, spans, sum_by
 
 
 class FactoredRows(UnitRows):
@@ -22,7 +22,8 @@ class FactoredRows(UnitRows):
     Args:
         activations: ``[N, T, I]``.
         gradients: ``[R, T, O]``.
-        example: which example each row belongs to, ``[R]``; None if row r is example r.
+        example: which example each row belongs to, ``[R]``; None if the rows are ordered by example and every example
+            has R / N of them.
         bias: whether the unit has a bias behind the weight.
         transposed: whether the weight is stored ``[I, O]``.
     """
@@ -55,12 +56,13 @@ class FactoredRows(UnitRows):
         flat = self.activations.reshape(n * t, i)
         parts = []
         for span in spans(u.shape[1], self.count * t * self.outputs):
-            pushed = flat @ weight[..., span].permute(1, 0, 2).reshape(i, -1)
-            if offset is not None:
-                pushed = pushed + offset[:, span].reshape(-1)
-            pushed = self._to_rows(pushed.reshape(n, t, self.outputs, -1))
-            parts.append(torch.einsum("rto,rtok->rk", self.gradients, pushed))
-        return torch.cat(parts, 1)
+            columns = weight[..., span].permute(1, 0, 2).reshape(i, -1)
+            if offset is None:
+                pushed = flat @ columns
+            else:
+                pushed = torch.addmm(offset[:, span].reshape(-1), flat, columns)
+            parts.append(self._meet(pushed.reshape(n, t * self.outputs, -1)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "d K"]:
         """Jᵀ W: weigh the output gradients, sum those of one example, then one matmul with the activations."""
@@ -68,46 +70,63 @@ class FactoredRows(UnitRows):
         flat = self.activations.reshape(n * t, i)
         parts = []
         for span in spans(w.shape[1], self.count * t * self.outputs):
-            weighed = self._to_examples(torch.einsum("rto,rk->rtok", self.gradients, w[:, span]))
-            k = weighed.shape[-1]
-            weight = (weighed.reshape(n * t, -1).mT @ flat).reshape(self.outputs, k, i).permute(0, 2, 1)
-            parts.append(self._join(weight, weighed.sum((0, 1))))
-        return torch.cat(parts, 1)
+            weighed = self._weigh(w[:, span]).reshape(n * t, -1, self.outputs)  # [N T, K, O]
+            k = weighed.shape[1]
+            weight = (weighed.reshape(n * t, -1).mT @ flat).reshape(k, self.outputs, i).permute(1, 2, 0)
+            parts.append(self._join(weight, weighed.sum(0).mT))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def gram(self, other: FactoredRows) -> Float[Tensor, "R S"]:
+    def gram(self, other: FactoredRows, precise: bool = True) -> Float[Tensor, "R S"]:
         """J J'ᵀ: an elementwise product of two small Grams if positions are not shared, else tiles of dense rows."""
         if self.positions == 1 and other.positions == 1:
-            left = self.activations[:, 0].double() @ other.activations[:, 0].double().mT + float(self.bias)
-            right = self.gradients[:, 0].double() @ other.gradients[:, 0].double().mT
-            if self.example is not None:
-                left = left[self.example]
-            if other.example is not None:
-                left = left[:, other.example]
-            return left * right
+            same = other.activations is self.activations
+            mine, theirs = self.activations[:, 0], other.activations[:, 0]
+            left = inner_products(mine, mine if same else theirs, precise) + float(self.bias)
+            mine, theirs = self.gradients[:, 0], other.gradients[:, 0]
+            right = inner_products(mine, mine if other is self else theirs, precise)
+            left = self._to_rows(left)
+            return right.mul_(other._to_rows(left.mT).mT)
         result = self.gradients.new_zeros(self.count, other.count, dtype=torch.float64)
         for span in spans(self.outputs, (self.count + other.count) * (self.inputs + 1)):
-            mine = self._tile(span).double()
-            result += mine @ (mine if other is self else other._tile(span).double()).mT
+            mine = self._tile(span).flatten(1)
+            result += inner_products(mine, mine if other is self else other._tile(span).flatten(1), precise)
+        if self.bias:
+            mine = self.gradients.sum(1)
+            result += inner_products(mine, mine if other is self else other.gradients.sum(1), precise)
         return result
+
+    def row_norms(self) -> Float[Tensor, "R"]:
+        """‖row‖², float64."""
+        if self.positions == 1:
+            on_inputs = self.activations[:, 0].square().sum(1, dtype=torch.float64) + float(self.bias)
+            return self.gradients[:, 0].square().sum(1, dtype=torch.float64) * self._to_rows(on_inputs)
+        total = self.gradients.new_zeros(self.count, dtype=torch.float64)
+        for span in spans(self.outputs, self.count * (self.inputs + 1)):
+            total += self._tile(span).square_().sum((1, 2), dtype=torch.float64)
+        return total + (self.gradients.sum(1).square().sum(1, dtype=torch.float64) if self.bias else 0)
 
     def squared_sum(self) -> Float[Tensor, "d"]:
         """Σ_r row_r²; without shared positions the squares factor too, and rows of one example are summed first."""
         if self.positions == 1:
-            squares = self._to_examples(self.gradients.square())[:, 0]
+            squares = self._to_examples(self.gradients[:, 0].square())
             return self._join(squares.mT @ self.activations[:, 0].square(), squares.sum(0))
-        weights, biases = [], []
-        for span in spans(self.outputs, self.count * (self.inputs + 1)):
-            tile = self._tile(span).square().sum(0).reshape(-1, self.inputs + self.bias)
-            weights.append(tile[:, : self.inputs])
-            biases.append(tile[:, self.inputs :].reshape(-1))
-        return self._join(torch.cat(weights), torch.cat(biases))
+        weights = [
+            self._tile(span).square_().sum(0) for span in spans(self.outputs, self.count * (self.inputs + 1))
+        ]
+        return self._join(torch.cat(weights), self.gradients.sum(1).square_().sum(0))
 
     def dense(self) -> Float[Tensor, "R d"]:
         """The rows in flat order."""
-        rows = self._tile(slice(0, self.outputs)).unflatten(1, (self.outputs, self.inputs + self.bias))
-        weight, offset = rows[..., : self.inputs], rows[..., self.inputs :]
-        weight = weight.mT if self.transposed else weight
-        return torch.cat([weight.flatten(1), offset.flatten(1)], 1)
+        size = self.outputs * self.inputs
+        rows = self.gradients.new_empty(self.count, self.size)
+        weight, (left, right) = rows[:, :size], self._pair(slice(0, self.outputs))
+        if self.transposed:
+            torch.bmm(right.mT, left.mT, out=weight.unflatten(1, (self.inputs, self.outputs)))
+        else:
+            torch.bmm(left, right, out=weight.unflatten(1, (self.outputs, self.inputs)))
+        if self.bias:
+            torch.sum(self.gradients, 1, out=rows[:, size:])
+        return rows
 
     def homogeneous(self) -> Float[Tensor, "N T I1"]:
         """The activations with the bias's constant input appended."""
@@ -117,21 +136,60 @@ class FactoredRows(UnitRows):
 
     def matrices(self, span: slice) -> Float[Tensor, "s O I1"]:
         """Rows of a span as ``[O, I(+1)]`` matrices, the bias as last column."""
-        activations = self.homogeneous()
-        owner = activations[span] if self.example is None else activations[self.example[span]]
-        return self.gradients[span].mT @ owner
+        return self.gradients[span].mT @ self.homogeneous()[self._owner()[span]]
 
-    def _tile(self, span: slice) -> Float[Tensor, "R e"]:
-        """Dense rows of a span of outputs, ``[R, span · (I + bias)]``."""
-        activations = self.homogeneous()
-        owner = activations if self.example is None else activations[self.example]
-        return (self.gradients[..., span].mT @ owner).flatten(1)
+    @property
+    def each(self) -> int:
+        """How many rows every example has; 0 if they are listed one by one."""
+        return self.count // max(1, self.activations.shape[0]) if self.example is None else 0
+
+    def _owner(self) -> Int[Tensor, "R"]:
+        """The example of each row."""
+        if self.example is not None:
+            return self.example
+        examples = torch.arange(self.activations.shape[0], device=self.activations.device)
+        return examples.repeat_interleave(self.each)
+
+    def _pair(self, span: slice) -> tuple[Float[Tensor, "R s T"], Float[Tensor, "R T I"]]:
+        """Both sides of each row, over a span of outputs."""
+        activations = self.activations if self.each == 1 else self.activations[self._owner()]
+        return self.gradients[..., span].mT, activations
+
+    def _tile(self, span: slice) -> Float[Tensor, "R s I"]:
+        """Weight rows of a span of outputs."""
+        if self.each <= 1:
+            left, right = self._pair(span)
+            return left @ right
+        # All rows of an example in one product, which reads the activations once.
+        n, t, i = self.activations.shape
+        left = self.gradients[..., span].reshape(n, self.each, t, -1).transpose(2, 3).reshape(n, -1, t)
+        return (left @ self.activations).reshape(self.count, -1, i)
+
+    def _meet(self, x: Float[Tensor, "N S K"]) -> Float[Tensor, "R K"]:
+        """Σ_s g_rs x_ns of every row with its example's."""
+        g = self.gradients.flatten(1)
+        if self.each:
+            return (g.reshape(x.shape[0], self.each, -1) @ x).flatten(0, 1)
+        return (g.unsqueeze(1) @ x[self.example]).squeeze(1)
+
+    def _weigh(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "N T K O"]:
+        """Σ_r w_r g_r over the rows of every example."""
+        n, t = self.activations.shape[:2]
+        if self.each:
+            left, g = w.reshape(n, self.each, -1).mT, self.gradients.reshape(n, self.each, -1)
+            found = left @ g if self.each > 1 else left * g
+            return found.reshape(n, -1, t, self.outputs).transpose(1, 2)
+        return self._to_examples(torch.einsum("rto,rk->rtko", self.gradients, w))
 
     def _to_rows(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "R ..."]:
-        return x if self.example is None else x[self.example]
+        return x if self.each == 1 else x[self._owner()]
 
     def _to_examples(self, x: Float[Tensor, "R ..."]) -> Float[Tensor, "N ..."]:
-        return x if self.example is None else sum_by(self.example, x, self.activations.shape[0])
+        if self.each == 1:
+            return x
+        if self.each:
+            return x.unflatten(0, (-1, self.each)).sum(1)
+        return sum_by(self._owner(), x, self.activations.shape[0])
 
     def _split(self, u: Float[Tensor, "d K"]) -> tuple[Float[Tensor, "O I K"], Float[Tensor, "O K"] | None]:
         size = self.outputs * self.inputs
@@ -150,9 +208,9 @@ class FactoredRows(UnitRows):
         """Every row times a number."""
         return self._with(self.gradients * scale, self.example)
 
-    def reordered(self, order: Int[Tensor, "R"]) -> FactoredRows:
+    def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> FactoredRows:
         """The rows in another order; the activations stay where they are."""
-        return self._with(self.gradients[order], order if self.example is None else self.example[order])
+        return self._with(self.gradients[order], None if regular else self._owner()[order])
 
     def double(self) -> FactoredRows:
         """The rows in float64."""
@@ -173,19 +231,18 @@ class FactoredRows(UnitRows):
             if not activations or part.activations is not activations[-1]:
                 offset += activations[-1].shape[0] if activations else 0
                 activations.append(part.activations)
-            own = torch.arange(part.count, device=part.gradients.device) if part.example is None else part.example
-            example.append(own + offset)
-        one_to_one = all(part.example is None for part in parts) and len(activations) == len(parts)
+            example.append(part._owner() + offset)
+        regular = first.each > 0 and all(part.each == first.each for part in parts) and len(activations) == len(parts)
         return cls(
             torch.cat([_padded(a, positions) for a in activations]) if len(activations) > 1 else activations[0],
             torch.cat([_padded(part.gradients, positions) for part in parts]),
-            None if one_to_one else torch.cat(example),
+            None if regular else torch.cat(example),
             bias=first.bias,
             transposed=first.transposed,
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The two factors and, if rows share examples, the index."""
+        """The two factors and, unless rows are ordered by example, the index."""
         index = {} if self.example is None else {"example": self.example}
         return {"activations": self.activations, "gradients": self.gradients, **index}
 

@@ -58,15 +58,14 @@ def looped_rows(
     rows = []
     for n in range(batch.size):
         z = batch.take(slice(n, n + 1)).call(model)[0]
-        rows.append(torch.stack([gradient(z, list(parameters.values()), vector) for vector in v[:, n]]))
+        found = (gradients(z, list(parameters.values()), vector) for vector in v[:, n])
+        rows.append(torch.stack([torch.cat([g.flatten() for g in parts]) for parts in found]))
     return torch.stack(rows, 1)
 
 
-def gradient(z: Tensor, parameters: list[Tensor], vector: Tensor) -> Float[Tensor, "d"]:
-    """Jᵀ v of one example, flat; zero for parameters that the outputs do not depend on."""
+def gradients(z: Tensor, parameters: list[Tensor], vector: Tensor) -> list[Tensor]:
+    """Jᵀ v of one example by parameter; zero for those that the outputs do not depend on."""
     if not z.requires_grad:
-        return torch.cat([torch.zeros_like(p).flatten() for p in parameters])
+        return [torch.zeros_like(p) for p in parameters]
     found = torch.autograd.grad(z, parameters, vector.to(z.dtype), retain_graph=True, allow_unused=True)
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
-    )
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]

@@ -14,7 +14,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.plan import Plan, forward
+from fisherkit.rows.plan import TOLERANCE, Plan, forward
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
 
@@ -68,6 +68,25 @@ class Linearized:
             parts = flat.split([unit.numbers for unit in self.plan.generic], 1)
             found.update({u.names: StoredRows(part) for u, part in zip(self.plan.generic, parts, strict=True)})
         return Rows(self.plan.space, [UnitSlot(unit.names, found[unit.names]) for unit in self.plan.units])
+
+    def batched_backward_agrees(self) -> bool:
+        """Whether several vectors can go through one vectorised backward pass: tried with two, checked with one."""
+        edges = [use.edge for _, own in self._uses for use in own]
+        if not edges:
+            return True
+        shape = (2, *self.z.shape)
+        v = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
+        try:
+            both = torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        except RuntimeError:  # an operation without a batching rule
+            return False
+        last = torch.autograd.grad(self.z, edges, v[1], retain_graph=True, allow_unused=True)
+        tolerance = TOLERANCE.get(self.z.dtype, 5e-2)
+        return all(
+            (a is None) == (b is None)
+            and (a is None or b is None or bool((a[1] - b).norm() <= tolerance * (b.norm() + 1e-30)))
+            for a, b in zip(both, last, strict=True)
+        )
 
     def _backward(self, v: Float[Tensor, "k B ..."]) -> list[Tensor | None]:
         """Gradients of Σ_n v_n · z_n in every use's output, for each of the k vectors."""

@@ -8,7 +8,7 @@ weight or a hidden functional use can make a run slower, never wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError
 from fisherkit.randomness import untouched_rng
-from fisherkit.rows.generic import gradient, looped_rows, vectorised_rows
+from fisherkit.rows.generic import gradients, looped_rows, vectorised_rows
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.rules import Rule, Use
 from fisherkit.rows.selection import RowSelection
@@ -160,13 +160,15 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         _refuse_interaction(model, batch, z)
         if random:
             _refuse_chance(model, probe, z)
-        v = torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+        v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
+        edges = [use.edge for use in uses]
+        found = torch.autograd.grad(z, edges, v[0], retain_graph=True, allow_unused=True) if edges else ()
+        gradients = {id(use): g if g is None else g.unsqueeze(0) for use, g in zip(uses, found, strict=True)}
         for unit in _propose(plan, uses):
-            plan.units.extend(_verified(plan, unit, uses, z, v[:1], reference))
+            plan.units.extend(_verified(plan, unit, uses, gradients, v, reference))
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
-        plan.vectorised = _vectorised_agrees(plan, probe, v[:1], reference)
-        plan.batched_backward = _batched_agrees(z, uses, v)
+        plan.vectorised = _vectorised_agrees(plan, probe, v, reference)
     return plan
 
 
@@ -189,35 +191,47 @@ class _Reference:
     """Autograd's own per-example gradients on the probe."""
 
     def __init__(self, plan: Plan, z: Tensor, v: Tensor) -> None:
-        rows = torch.stack([gradient(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0])])
-        if not bool(torch.isfinite(rows).all()):
+        self.rows = [gradients(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0])]
+        self.names = {name: i for i, name in enumerate(plan.parameters)}
+        self.norms = torch.stack([torch.stack([g.norm() for g in row]) for row in self.rows])
+        # A norm is cheap, unlike a mask of finite entries; a large one may overflow where no entry does.
+        if not bool(torch.isfinite(self.norms).all()) and not all(
+            bool(torch.isfinite(g).all()) for row in self.rows for g in row
+        ):
             raise NonFiniteError(
                 call="data, batch 0",
                 got="gradients with NaN or infinite entries",
                 expected="finite gradients",
                 try_="look for √, log or division at 0 in the model",
             )
-        self.rows = {name: rows[:, where] for name, where in plan.space.slices.items()}
-        self.scale = rows.norm()
-        self.tolerance = TOLERANCE.get(rows.dtype, 5e-2)
+        self.scale = self.norms.norm()
+        self.tolerance = TOLERANCE.get(self.norms.dtype, 5e-2)
 
     def agrees(self, names: Sequence[str], rows: Tensor) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale."""
-        expected = torch.cat([self.rows[name] for name in names], 1)
-        if rows.shape != expected.shape or not bool(torch.isfinite(rows).all()):
+        places = [self.names[name] for name in names]
+        sizes = [self.rows[0][place].numel() for place in places]
+        if rows.shape != (len(self.rows), sum(sizes)):
             return False
-        scale = torch.maximum(expected.norm(), 1e-3 * self.scale)
-        return bool((rows - expected).norm() <= self.tolerance * scale)
+        parts = rows.split(sizes, 1)
+        errors = [
+            (part[n] - row[place].flatten()).norm()
+            for n, row in enumerate(self.rows)
+            for place, part in zip(places, parts, strict=True)
+        ]
+        own = self.norms[:, places].norm()
+        return bool(torch.stack(errors).norm() <= self.tolerance * torch.maximum(own, 1e-3 * self.scale))
 
 
 def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor) -> None:
     tolerance = TOLERANCE.get(z.dtype, 5e-2)
     scale = tolerance * (z[0].norm() + z[1].norm())
-    # Each of the two beside itself, and some of the batch backwards: company and order must not matter.
+    # Some of the batch forwards and backwards, and each of the two beside itself: company and order must not matter.
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)
-    whole, backwards = some.call(model), some.take(order).call(model)
-    twice = [batch.take(torch.tensor([n, n], device=z.device)).call(model) for n in (0, min(1, batch.size - 1))]
+    with torch.no_grad():
+        whole, backwards = some.call(model), some.take(order).call(model)
+        twice = [batch.take(torch.tensor([n, n], device=z.device)).call(model) for n in (0, min(1, batch.size - 1))]
     fine = (
         all(one.shape == z.shape and bool((one[0] - z[n]).norm() <= scale) for n, one in enumerate(twice))
         and whole.shape == backwards.shape
@@ -292,20 +306,24 @@ def _numbers(plan: Plan, names: Sequence[str]) -> int:
 
 
 def _verified(
-    plan: Plan, unit: Unit, uses: Sequence[Use], z: Tensor, v: Float[Tensor, "1 B ..."], reference: _Reference
+    plan: Plan,
+    unit: Unit,
+    uses: Sequence[Use],
+    found: Mapping[int, Tensor | None],
+    v: Float[Tensor, "1 B ..."],
+    reference: _Reference,
 ) -> list[Unit]:
     """The unit with the layout that autograd confirms, or its parameters as generic units."""
     if not isinstance(unit, RuledUnit):
         return [unit]
-    own, batch = unit.uses(uses), z.shape[0]
-    found = torch.autograd.grad(z, [use.edge for use in own], v[0], retain_graph=True, allow_unused=True)
-    gradients = [None if gradient is None else gradient.unsqueeze(0) for gradient in found]
+    own, batch = unit.uses(uses), v.shape[1]
+    gradients = [found[id(use)] for use in own]
     for layout in unit.rule.layouts:
         if not unit.fits(own, layout, batch):
             continue
         unit.layout = layout
         g = unit.gradients(own, gradients, v)[0]
-        rows = unit.rows(own[0], unit.activations(own, batch), g, RowSelection(1, batch, z.device))
+        rows = unit.rows(own[0], unit.activations(own, batch), g, RowSelection(1, batch, v.device))
         if reference.agrees(unit.names, rows.dense()):
             unit.measure(rows, g.shape[1])
             return [unit]
@@ -322,20 +340,3 @@ def _vectorised_agrees(plan: Plan, probe: Batch, v: Float[Tensor, "1 B ..."], re
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         # torch.func refuses some kernels and any data-dependent Python; the loop over examples needs neither.
         return False
-
-
-def _batched_agrees(z: Tensor, uses: Sequence[Use], v: Float[Tensor, "2 B ..."]) -> bool:
-    edges = [use.edge for use in uses]
-    if not edges:
-        return True
-    try:
-        both = torch.autograd.grad(z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
-    except RuntimeError:  # an operation without a batching rule
-        return False
-    last = torch.autograd.grad(z, edges, v[1], retain_graph=True, allow_unused=True)
-    tolerance = TOLERANCE.get(z.dtype, 5e-2)
-    return all(
-        (a is None) == (b is None)
-        and (a is None or b is None or bool((a[1] - b).norm() <= tolerance * (b.norm() + 1e-30)))
-        for a, b in zip(both, last, strict=True)
-    )

@@ -36,9 +36,10 @@ class Chunk:
     Args:
         rows: the rows.
         owner: which example of the micro-batch each row belongs to.
+        regular: whether rows are ordered by example and every example has equally many.
         first: whether this is the micro-batch's first chunk.
         counted: examples that this chunk adds to N (all of them in the first chunk).
-        slots: output vectors for each example of the micro-batch, those that are no rows included.
+        whole: whether every position of every example counts.
         counted_positions: which positions ``[B, P]`` of the outputs count, then which of the inputs are data, if the
             batch says so in an attention mask.
         dropped: for each example or token counted, the output Fisher's trace that the kind left out; first chunk only.
@@ -46,10 +47,23 @@ class Chunk:
 
     rows: Rows
     owner: Int[Tensor, "R"]
+    regular: bool
     first: bool
     counted: int
-    slots: int
+    whole: bool
     counted_positions: tuple[Bool[Tensor, "..."], ...]
+    dropped: Float[Tensor, "n"] | None
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """The output vectors of a micro-batch before any backward pass."""
+
+    found: OutputVectors
+    mask: Bool[Tensor, "B P"]
+    number: int
+    counted: int
+    whole: bool
     dropped: Float[Tensor, "n"] | None
 
 
@@ -101,6 +115,15 @@ class Problem:
         for batch, start, call in self._micro_batches(description):
             yield batch, functools.partial(self._metric, batch, start, call)
 
+    def counts(self, description: str) -> Iterator[tuple[int, int, Float[Tensor, "n"] | None]]:
+        """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
+        for batch, start, call in self._micro_batches(description):
+            with self._quiet(), torch.no_grad():
+                raw = batch.call(self.plan.model)
+            slots = self._slots(batch, raw, start, call)
+            keep = self._keep(slots, torch.arange(slots.number, device=slots.mask.device))
+            yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
+
     def probe(self) -> Problem:
         """The same problem on the first two examples."""
         first = self.source.first()
@@ -142,12 +165,14 @@ class Problem:
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has, and choose how each unit's rows are kept."""
-        probe = self.probe()
-        chunk = next(probe.chunks("probe"))
-        self.vectors_per_example = chunk.slots
+        two = self.probe().source.first().to(self.plan.example_parameter.device)
         with self._quiet():
-            linearized = Linearized(self.plan, probe.source.first().to(self.plan.example_parameter.device))
-        self.numbers_per_example = linearized.numbers_per_vector // linearized.batch.size
+            linearized = Linearized(self.plan, two)
+        self.vectors_per_example = self._slots(two, linearized.z, 0, "data, batch 0").number
+        self.numbers_per_example = linearized.numbers_per_vector // two.size
+        if self.vectors_per_example > 1:
+            with self._quiet():
+                self.plan.batched_backward = linearized.batched_backward_agrees()
         for unit in self.plan.ruled:
             unit.choose(self.vectors_per_example)
 
@@ -179,28 +204,36 @@ class Problem:
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
             linearized = Linearized(self.plan, batch)
-        outputs = self._outputs(batch, linearized.z, start, call)
-        found = self.kind.output_vectors(outputs.positionwise() if self._flat else outputs)
-        mask = outputs.mask
-        counts = mask.flatten() if self.token else mask.any(1)
-        dropped = None if found.dropped is None else found.dropped[mask.flatten() if self._flat else mask.any(1)]
+        slots = self._slots(batch, linearized.z, start, call)
+        mask = slots.mask
         attention = batch.kwargs.get("attention_mask")
         positions: tuple[Tensor, ...] = (mask,)
         if isinstance(attention, Tensor) and attention.ndim == 2:
             positions = mask, attention.bool() & mask.any(1, keepdim=True)
-        slots = found.v.shape[1] * (mask.shape[1] if self._flat else 1)
         step = max(1, TILE // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
-        for first in range(0, slots, step):
-            v, keep = self._cut(found, mask, range(first, min(first + step, slots)))
+        for first in range(0, slots.number, step):
+            index = torch.arange(first, min(first + step, slots.number), device=mask.device)
+            v, keep = self._vectors(slots, index), self._keep(slots, index)
             selection = RowSelection(v.shape[0], batch.size, v.device, keep)
             with self._quiet():
                 rows = linearized.rows(v.reshape(v.shape[0], *linearized.z.shape), selection)
-            if first == 0:
-                yield Chunk(rows, selection.owner, True, int(counts.sum()), slots, positions, dropped)
-            else:
-                yield Chunk(rows, selection.owner, False, 0, slots, positions, None)
+            yield Chunk(
+                rows, selection.owner, keep is None, first == 0, slots.counted if first == 0 else 0,
+                slots.whole and len(positions) == 1, positions, slots.dropped if first == 0 else None,
+            )  # fmt: skip
+
+    def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> _Slots:
+        outputs = self._outputs(batch, raw, start, call)
+        found = self.kind.output_vectors(outputs.positionwise() if self._flat else outputs)
+        mask = outputs.mask
+        counts = mask if self.token else mask.any(1)
+        # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.
+        counted, positions = torch.stack([counts.sum(), mask.sum()]).tolist()
+        dropped = None if found.dropped is None else found.dropped[mask.flatten() if self._flat else mask.any(1)]
+        number = found.v.shape[1] * (mask.shape[1] if self._flat else 1)
+        return _Slots(found, mask, number, counted, positions == mask.numel(), dropped)
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -209,24 +242,32 @@ class Problem:
         with untouched_rng([parameters[0].device]), differentiable(parameters):
             yield
 
-    def _cut(self, found: OutputVectors, mask: Tensor, span: range) -> tuple[Tensor, Tensor | None]:
-        """Vectors ``[k, B, P, C]`` of a span of slots, and which of them are rows."""
-        batch, positions = mask.shape
-        m = found.v.shape[1]
-        index = torch.arange(span.start, span.stop, device=mask.device)
+    def _vectors(self, slots: _Slots, index: Int[Tensor, "k"]) -> Float[Tensor, "k B P C"]:
+        """The output vectors of some slots."""
+        batch, positions = slots.mask.shape
+        v = slots.found.v
         if not self._flat:
-            v = found.v[:, span.start : span.stop].transpose(0, 1)
-            keep = mask.any(1, keepdim=True).expand(batch, len(span))
-            keep = keep if found.keep is None else keep & found.keep[:, span.start : span.stop]
+            return v[:, index].transpose(0, 1)
+        position, vector = index // v.shape[1], index % v.shape[1]
+        own = v.reshape(batch, positions, v.shape[1], -1)[:, position, vector].transpose(0, 1)
+        whole = own.new_zeros(len(index), batch, positions, own.shape[-1])
+        whole[torch.arange(len(index), device=index.device), :, position] = own
+        return whole
+
+    def _keep(self, slots: _Slots, index: Int[Tensor, "k"]) -> Bool[Tensor, "B k"] | None:
+        """Which of some slots are rows; None for all."""
+        found, mask = slots.found, slots.mask
+        if slots.whole and found.keep is None:
+            return None
+        if not self._flat:
+            keep = mask.any(1, keepdim=True).expand(-1, len(index))
+            keep = keep if found.keep is None else keep & found.keep[:, index]
         else:
-            position, vector = index // m, index % m
-            own = found.v.reshape(batch, positions, m, -1)[:, position, vector].transpose(0, 1)
-            v = own.new_zeros(len(span), batch, positions, own.shape[-1])
-            v[torch.arange(len(span), device=mask.device), :, position] = own
+            position, vector = index // found.v.shape[1], index % found.v.shape[1]
             keep = mask[:, position]
             if found.keep is not None:
-                keep = keep & found.keep.reshape(batch, positions, m)[:, position, vector]
-        return v, (None if bool(keep.all()) else keep)
+                keep = keep & found.keep.reshape(*mask.shape, -1)[:, position, vector]
+        return None if bool(keep.all()) else keep
 
 
 def _join(chunks: list[Chunk]) -> Chunk:
@@ -235,4 +276,5 @@ def _join(chunks: list[Chunk]) -> Chunk:
         return chunks[0]
     owner = torch.cat([chunk.owner for chunk in chunks])
     order = torch.argsort(owner, stable=True)
-    return replace(chunks[0], rows=Rows.cat([chunk.rows for chunk in chunks]).reordered(order), owner=owner[order])
+    rows = Rows.cat([chunk.rows for chunk in chunks]).reordered(order, all(chunk.regular for chunk in chunks))
+    return replace(chunks[0], rows=rows, owner=owner[order])

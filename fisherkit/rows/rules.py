@@ -94,8 +94,12 @@ class Rule(ABC):
         """The rows of the chosen weight and bias, in this order, from both sides."""
 
 
-def _per_row(a: Shaped[Tensor, "B ..."], example: Int[Tensor, "R"] | None) -> Shaped[Tensor, "R ..."]:
-    return a if example is None else a[example]
+def _per_row(a: Shaped[Tensor, "B ..."], g: Float[Tensor, "R ..."], example: Int[Tensor, "R"] | None) -> Tensor:
+    """An example's side for each of its rows; see `FactoredRows` for a missing index."""
+    if example is not None:
+        return a[example]
+    each = g.shape[0] // a.shape[0]
+    return a if each == 1 else a.repeat_interleave(each, 0)
 
 
 class LinearRule(Rule):
@@ -157,7 +161,7 @@ class GroupedConvolutionRule(ConvolutionRule):
         """Stored."""
         groups = use.arguments["groups"]
         left = g.unflatten(-1, (groups, -1))
-        right = _per_row(a, example).unflatten(-1, (groups, -1))
+        right = _per_row(a, g, example).unflatten(-1, (groups, -1))
         weight = [torch.einsum("rtgo,rtgi->rgoi", left, right).flatten(1)] if use.weight else []
         return StoredRows(torch.cat(weight + ([g.sum(1)] if use.bias else []), 1))
 
@@ -195,7 +199,7 @@ class TransposedConvolutionRule(Rule):
         """Stored."""
         groups = use.arguments.get("groups", 1)
         outputs = use.output_shape[1]
-        left = _per_row(a, example).unflatten(-1, (groups, -1))
+        left = _per_row(a, g, example).unflatten(-1, (groups, -1))
         right = g[..., :-outputs].unflatten(-1, (groups, -1))
         weight = [torch.einsum("rtgi,rtgo->rgio", left, right).flatten(1)] if use.weight else []
         return StoredRows(torch.cat(weight + ([g[..., -outputs:].sum(1)] if use.bias else []), 1))
@@ -218,7 +222,7 @@ class EmbeddingRule(Rule):
         self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
     ) -> UnitRows:
         """Sparse; the padding token's vector is a constant."""
-        ids = _per_row(a, example).squeeze(-1)
+        ids = _per_row(a, g, example).squeeze(-1)
         vocabulary = use.arguments["weight"].shape[0]
         padding = use.arguments.get("padding_idx")
         if padding is not None:
@@ -266,7 +270,7 @@ class NormalizationRule(Rule):
         self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
     ) -> UnitRows:
         """Stored: there are as many parameters as features."""
-        weight = [(g * _per_row(a, example)).sum(1)] if use.weight else []
+        weight = [(g * _per_row(a, g, example)).sum(1)] if use.weight else []
         return StoredRows(torch.cat(weight + ([g.sum(1)] if use.bias else []), 1))
 
 

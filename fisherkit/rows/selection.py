@@ -32,19 +32,15 @@ class RowSelection:
 
     @property
     def example(self) -> Int[Tensor, "R"] | None:
-        """The example of each row; None if row r is example r."""
-        if self._kept is None:
-            return (
-                None
-                if self.vectors == 1
-                else torch.arange(self.batch, device=self.device).repeat_interleave(self.vectors)
-            )
-        return self._kept // self.vectors
+        """The example of each row; None if every example has all of its vectors."""
+        return None if self._kept is None else self._kept // self.vectors
 
     @property
     def owner(self) -> Int[Tensor, "R"]:
         """The example of each row, spelled out."""
-        return torch.arange(self.batch, device=self.device) if self.example is None else self.example
+        if self.example is not None:
+            return self.example
+        return torch.arange(self.batch, device=self.device).repeat_interleave(self.vectors)
 
     def take(self, x: Shaped[Tensor, "k B ..."]) -> Shaped[Tensor, "R ..."]:
         """The rows of something that there is for every slot."""

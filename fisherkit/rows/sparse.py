@@ -59,8 +59,8 @@ class SparseRows(UnitRows):
         weighed = torch.einsum("ne,nk->nek", self.values, w[self.row])
         return sum_by(self.token, weighed, self.vocabulary).reshape(self.size, w.shape[1])
 
-    def gram(self, other: SparseRows) -> Float[Tensor, "R S"]:
-        """J J'ᵀ over tiles of the tokens that occur on both sides."""
+    def gram(self, other: SparseRows, precise: bool = True) -> Float[Tensor, "R S"]:
+        """J J'ᵀ over tiles of the tokens that occur on both sides; always precise."""
         result = self.values.new_zeros(self.count, other.count, dtype=torch.float64)
         shared = torch.unique(self.token)
         shared = shared[torch.isin(shared, other.token)]
@@ -68,6 +68,10 @@ class SparseRows(UnitRows):
         for span in spans(shared.shape[0], (self.count + other.count) * width):
             result += self._columns(shared[span]) @ other._columns(shared[span]).mT
         return result
+
+    def row_norms(self) -> Float[Tensor, "R"]:
+        """‖row‖²."""
+        return sum_by(self.row, self.values.square().sum(1, dtype=torch.float64), self.count)
 
     def _columns(self, tokens: Int[Tensor, "s"]) -> Float[Tensor, "R e"]:
         """Dense float64 rows restricted to some tokens, which are sorted."""
@@ -95,7 +99,7 @@ class SparseRows(UnitRows):
         """Every row times a number."""
         return self._with(self.row, self.values * scale)
 
-    def reordered(self, order: Int[Tensor, "R"]) -> SparseRows:
+    def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> SparseRows:
         """The rows in another order: only their numbers change."""
         return self._with(torch.argsort(order)[self.row], self.values)
 

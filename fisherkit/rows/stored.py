@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.base import UnitRows, inner_products
 
 
 class StoredRows(UnitRows):
@@ -32,12 +32,13 @@ class StoredRows(UnitRows):
         """Jᵀ W."""
         return self.values.mT @ w
 
-    def gram(self, other: StoredRows) -> Float[Tensor, "R S"]:
-        """J J'ᵀ, columns converted to float64 a tile at a time."""
-        result = self.values.new_zeros(self.count, other.count, dtype=torch.float64)
-        for span in spans(self.size, self.count + other.count):
-            result.addmm_(self.values[:, span].double(), other.values[:, span].double().mT)
-        return result
+    def gram(self, other: StoredRows, precise: bool = True) -> Float[Tensor, "R S"]:
+        """J J'ᵀ."""
+        return inner_products(self.values, self.values if other is self else other.values, precise)
+
+    def row_norms(self) -> Float[Tensor, "R"]:
+        """‖row‖²."""
+        return self.values.square().sum(1, dtype=torch.float64)
 
     def squared_sum(self) -> Float[Tensor, "d"]:
         """Σ_r row_r²."""
@@ -51,7 +52,7 @@ class StoredRows(UnitRows):
         """Every row times a number."""
         return StoredRows(self.values * scale)
 
-    def reordered(self, order: Int[Tensor, "R"]) -> StoredRows:
+    def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> StoredRows:
         """The rows in another order."""
         return StoredRows(self.values[order])
 

@@ -55,7 +55,7 @@ class StreamedRows(RowSource):
             start = stop
         return total
 
-    def gram(self) -> Float[Tensor, "R R"]:
+    def gram(self, precise: bool = True) -> Float[Tensor, "R R"]:
         """J Jᵀ by pairs of batches: the rows of each batch are rebuilt once for every batch before it."""
         device = self.problem.plan.example_parameter.device
         result = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
@@ -63,7 +63,7 @@ class StreamedRows(RowSource):
         for outer in self.problem.batches("Gram"):
             mine, other = slice(start, start + outer.rows.count), 0
             for inner in self.problem.batches("Gram, inner"):
-                result[mine, other : other + inner.rows.count] = outer.rows.cross_gram(inner.rows)
+                result[mine, other : other + inner.rows.count] = outer.rows.cross_gram(inner.rows, precise)
                 other += inner.rows.count
                 if other > start:
                     break
