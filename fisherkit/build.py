@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.accumulators import KroneckerFactors, NormalMatrix, RotatedSquares, Squares
+from fisherkit.accumulators import KroneckerFactors, NormalMatrix, RotatedSquares, SecondMoment, Squares
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.errors import DataError, MemoryBudgetError
 from fisherkit.memory import available_memory, readable
@@ -159,68 +159,76 @@ class Builder:
         joined, _ = self._join(parts)
         return DiagonalOperator(self.space, joined.diagonal()), parts
 
-    def _kfac(self, structure: str = "kfac") -> Parts:
+    def _kfac(self) -> Parts:
         """Kronecker factors where the unit's rows are factored, else an exact block or diagonal."""
+        factors, parts = self._factors("kfac", None)
+        for names, f in factors.items():
+            scales = 1 / max(f.count, 1), self.scale
+            a, g = (scale * m.dense() for scale, m in zip(scales, (f.activation, f.gradient), strict=True))
+            operator = KroneckerOperator(
+                self.space.restrict(names), a, g, f.transposed,
+                activation_spectrum=_scaled_spectrum(f.activation, scales[0]),
+                gradient_spectrum=_scaled_spectrum(f.gradient, scales[1]),
+            )  # fmt: skip
+            parts[names] = operator, "kfac", ""
+        return self._ordered(parts)
+
+    def _ekfac(self) -> Parts:
+        """Kfac's eigenbases, then second moments of the rows in them; rows that do not fit in memory are made twice."""
+        kept: dict[Names, list[FactoredRows]] = {}
+        needed = self._kfac_bytes() + self.problem.row_bytes(self.space.names) * self.problem.source.count()
+        factors, parts = self._factors("ekfac", kept if needed <= self.budget else None)
+        totals: dict[Names, RotatedSquares] = {}
+        for names, f in factors.items():
+            a, g = (moment.spectrum("ekfac")[1].to(self.dtype).contiguous() for moment in (f.activation, f.gradient))
+            totals[names] = RotatedSquares(a, g, self._zeros(g.shape[1], a.shape[1]))
+            for rows in kept.pop(names, []):
+                totals[names] = totals[names].add(rows)
+        if needed > self.budget:
+            for chunk in self.problem.chunks("ekfac"):
+                for slot in chunk.rows.slots:
+                    if slot.names in totals and isinstance(slot.rows, FactoredRows):
+                        totals[slot.names] = totals[slot.names].add(slot.rows)
+        for names, t in totals.items():
+            operator = EigenKroneckerOperator(
+                self.space.restrict(names), t.activation_basis, t.gradient_basis, self.scale * t.total,
+                factors[names].transposed,
+            )  # fmt: skip
+            parts[names] = operator, "ekfac", ""
+        return self._ordered(parts)
+
+    def _factors(
+        self, structure: str, kept: dict[Names, list[FactoredRows]] | None
+    ) -> tuple[dict[Names, KroneckerFactors], Parts]:
+        """One pass: the factors of units that have them, the parts of all others; the former's rows go to ``kept``."""
         self._require(self._kfac_bytes(), structure, 'structure="diagonal", or params= without the widest layers')
         factors: dict[Names, KroneckerFactors] = {}
         blocks: dict[Names, NormalMatrix] = {}
         squares: dict[Names, Squares] = {}
-        for chunk in self._counted(self.problem.chunks("kfac")):
+        for chunk in self._counted(self.problem.chunks(structure)):
             for slot in chunk.rows.slots:
                 rows, names = slot.rows, slot.names
                 if isinstance(rows, FactoredRows):
                     known = factors.get(names) or KroneckerFactors.zeros(rows)
                     factors[names] = known.add(
-                        rows,
-                        first=chunk.first,
-                        counted=chunk.counted_positions,
-                        token=self.problem.token,
-                        reduce=self.reduce,
-                    )
+                        rows, first=chunk.first, whole=chunk.whole, counted=chunk.counted_positions,
+                        token=self.problem.token, reduce=self.reduce,
+                    )  # fmt: skip
+                    if kept is not None:
+                        kept.setdefault(names, []).append(rows)
                 elif rows.size <= SMALL_BLOCK:
-                    blocks[names] = (blocks.get(names) or NormalMatrix(self._zeros(rows.size, rows.size))).add(
-                        rows.dense()
-                    )
+                    block = blocks.get(names) or NormalMatrix(self._zeros(rows.size, rows.size))
+                    blocks[names] = block.add(rows.dense())
                 else:
                     squares[names] = (squares.get(names) or Squares(self._zeros(rows.size))).add(rows)
         parts: Parts = {}
-        for names in (unit.names for unit in self.problem.plan.units):
-            space = self.space.restrict(names)
-            if names in factors:
-                f = factors[names]
-                a, g = f.activation / max(f.count, 1), self.scale * f.gradient
-                parts[names] = KroneckerOperator(space, a, g, f.transposed), "kfac", ""
-            elif names in blocks:
-                block = DenseOperator(space, self.scale * blocks[names].total)
-                parts[names] = block, "exact block", f"no Kronecker rule, d <= {SMALL_BLOCK}"
-            else:
-                diagonal = DiagonalOperator(space, self.scale * squares[names].total)
-                parts[names] = diagonal, "exact diagonal", f"no Kronecker rule, d > {SMALL_BLOCK}"
-        return parts
-
-    def _ekfac(self) -> Parts:
-        """A second pass over kfac's eigenbases: second moments of the rows in them."""
-        parts = self._kfac("ekfac")
-        bases = {n: part[0].eigen() for n, part in parts.items() if isinstance(part[0], KroneckerOperator)}
-        totals = {
-            names: RotatedSquares(
-                basis.activation_basis,
-                basis.gradient_basis,
-                self._zeros(len(basis.gradient_basis), len(basis.activation_basis)),
-            )
-            for names, basis in bases.items()
-        }
-        for chunk in self.problem.chunks("ekfac"):
-            for slot in chunk.rows.slots:
-                if slot.names in totals and isinstance(slot.rows, FactoredRows):
-                    totals[slot.names] = totals[slot.names].add(slot.rows)
-        for names, t in totals.items():
-            operator = EigenKroneckerOperator(
-                self.space.restrict(names), t.activation_basis, t.gradient_basis, self.scale * t.total,
-                bases[names].transposed,
-            )  # fmt: skip
-            parts[names] = operator, "ekfac", ""
-        return parts
+        for names, matrix in blocks.items():
+            block_operator = DenseOperator(self.space.restrict(names), self.scale * matrix.total)
+            parts[names] = block_operator, "exact block", f"no Kronecker rule, d <= {SMALL_BLOCK}"
+        for names, total in squares.items():
+            diagonal = DiagonalOperator(self.space.restrict(names), self.scale * total.total)
+            parts[names] = diagonal, "exact diagonal", f"no Kronecker rule, d > {SMALL_BLOCK}"
+        return factors, parts
 
     # -- shared --------------------------------------------------------------------------------------------------------
 
@@ -255,6 +263,9 @@ class Builder:
     def _low_rank(self, rows: RowSource) -> LowRankOperator:
         return LowRankOperator(rows, self.scale, dtype=self.dtype, device=self.device, memory_budget=self.budget)
 
+    def _ordered(self, parts: Parts) -> Parts:
+        return {unit.names: parts[unit.names] for unit in self.problem.plan.units}
+
     def _join(self, parts: Parts) -> tuple[FisherOperator, Parts]:
         return BlockDiagonalOperator(self.space, [operator for operator, _, _ in parts.values()]), parts
 
@@ -279,3 +290,13 @@ class Builder:
         streamed = isinstance(operator, LowRankOperator) and not isinstance(operator.row_source, Rows)
         memory = 0 if streamed else sum(t.numel() * t.element_size() for t in operator._state().all_tensors())
         return CoverageEntry(names, ", ".join(sorted(rules)), structure, memory, reason)
+
+
+def _scaled_spectrum(moment: SecondMoment, scale: float) -> Callable[[], tuple[Tensor, Tensor]] | None:
+    """How to decompose the scaled moment without its matrix; None if the matrix is all there is."""
+
+    def spectrum() -> tuple[Tensor, Tensor]:
+        values, vectors = moment.spectrum("kfac")
+        return scale * values, vectors
+
+    return spectrum if moment.matrix is None else None

@@ -165,7 +165,9 @@ def kronecker_block(layer: Captured, method: str, sharing: Sharing, rows: Rows, 
         scale = torch.maximum(factor.norm(), ROUNDING * scale)
         rotated, tolerance = basis.T @ factor @ basis, EIGENBASIS[operator.dtype]
         assert (rotated - rotated.diagonal().diag()).norm() <= tolerance * scale
-        assert (basis.T @ basis - torch.eye(len(basis), dtype=torch.float64)).norm() <= tolerance * len(basis)
+        assert (basis.T @ basis - torch.eye(basis.shape[1], dtype=torch.float64)).norm() <= tolerance * len(basis)
+        # A basis without the null space spans all of the rest.
+        assert (basis @ (basis.T @ factor) - factor).norm() <= tolerance * scale * len(basis)
         values, own = torch.linalg.eigh(factor)
         if operator.dtype == torch.float64 and bool((values.diff() > SEPARATE_EIGENVALUES * scale).all()):
             bases[i] = own

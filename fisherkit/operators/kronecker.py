@@ -8,19 +8,25 @@ the second. `layer_layout` owns which parameter lies where.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
+from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, spectrum
+from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, singular, spectrum
 from fisherkit.space import ParameterSpace
+
+Spectrum: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
+"""Eigenvalues [r] and eigenvectors [n, r] of a factor, when called."""
 
 
 class KroneckerOperator(FisherOperator):
@@ -31,6 +37,9 @@ class KroneckerOperator(FisherOperator):
         activation: A [I, I], or [I+1, I+1] with a bias, whose row and column are the last.
         gradient: G [O, O]; of the same dtype and device.
         transposed: the weight is stored as [I, O].
+        activation_spectrum: a cheaper way than from the matrix to A's eigenvalues [r] and orthonormal eigenvectors
+            [I, r], r the rank; used when they are first needed.
+        gradient_spectrum: the same for G.
 
     Raises:
         InvalidTypeError: not real floating-point tensors, or dtypes that differ.
@@ -46,6 +55,9 @@ class KroneckerOperator(FisherOperator):
         activation: Float[Tensor, "..."],
         gradient: Float[Tensor, "..."],
         transposed: bool = False,
+        *,
+        activation_spectrum: Spectrum | None = None,
+        gradient_spectrum: Spectrum | None = None,
     ) -> None:
         name = "KroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
@@ -57,12 +69,17 @@ class KroneckerOperator(FisherOperator):
         super().__init__(space, dtype=activation.dtype, device=activation.device)
         self._activation = check_symmetric(activation, f"{name}(activation)")
         self._gradient = check_symmetric(gradient, f"{name}(gradient)")
+        self._spectra = activation_spectrum, gradient_spectrum
 
     @cached_property
     def _eigen(self) -> EigenKroneckerOperator:
         # The product of the factors' eigenvalues stays in float64: its reciprocals are what a solve consists of.
-        on_inputs, activation_basis = spectrum(self._activation, "KroneckerOperator(activation)")
-        on_outputs, gradient_basis = spectrum(self._gradient, "KroneckerOperator(gradient)")
+        (on_inputs, activation_basis), (on_outputs, gradient_basis) = (
+            spectrum(matrix, f"KroneckerOperator({name})") if known is None else known()
+            for known, matrix, name in zip(
+                self._spectra, (self._activation, self._gradient), ("activation", "gradient"), strict=True
+            )
+        )
         return EigenKroneckerOperator(
             self.space,
             activation_basis.to(self.dtype),
@@ -92,7 +109,12 @@ class KroneckerOperator(FisherOperator):
         return self._eigen._draw(generator)
 
     def _scaled(self, scale: float) -> KroneckerOperator:
-        return KroneckerOperator(self.space, self._activation, scale * self._gradient, self._layout.transposed)
+        on_inputs, on_outputs = self._spectra
+        return KroneckerOperator(
+            self.space, self._activation, scale * self._gradient, self._layout.transposed,
+            activation_spectrum=on_inputs,
+            gradient_spectrum=None if on_outputs is None else lambda: (scale * on_outputs()[0], on_outputs()[1]),
+        )  # fmt: skip
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._eigen._eigenvalues(k)
@@ -119,9 +141,10 @@ class EigenKroneckerOperator(FisherOperator):
 
     Args:
         space: as in `KroneckerOperator`.
-        activation_basis: U_A [I, I], or [I+1, I+1] with a bias; orthogonal, eigenvectors in columns.
-        gradient_basis: U_G [O, O], likewise; of the same dtype and device.
-        eigenvalues: e [O, I] or [O, I+1], 0 or more, in the bases' dtype or in float64.
+        activation_basis: U_A [I, r], or [I+1, r] with a bias; r orthonormal eigenvectors in columns. F is 0 on what
+            they do not span.
+        gradient_basis: U_G [O, s], likewise; of the same dtype and device.
+        eigenvalues: e [s, r], 0 or more, in the bases' dtype or in float64.
         transposed: the weight is stored as [I, O].
 
     Raises:
@@ -143,16 +166,17 @@ class EigenKroneckerOperator(FisherOperator):
         name = "EigenKroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
         width, outputs = self._layout.width, self._layout.outputs
-        basis = check_tensor(activation_basis, [width, width], f"{name}(activation_basis)")
+        rank_in, rank_out = _columns(activation_basis, width), _columns(gradient_basis, outputs)
+        basis = check_tensor(activation_basis, [width, rank_in], f"{name}(activation_basis)")
         dtype, device = basis.dtype, basis.device
         super().__init__(space, dtype=dtype, device=device)
         self.activation_basis = basis
         self.gradient_basis = check_tensor(
-            gradient_basis, [outputs, outputs], f"{name}(gradient_basis)", dtypes=(dtype,), device=device
+            gradient_basis, [outputs, rank_out], f"{name}(gradient_basis)", dtypes=(dtype,), device=device
         )
         self._values = check_tensor(
             eigenvalues,
-            [outputs, width],
+            [rank_out, rank_in],
             f"{name}(eigenvalues)",
             dtypes=(dtype, torch.float64),
             device=device,
@@ -195,7 +219,14 @@ class EigenKroneckerOperator(FisherOperator):
         )
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
-        return self._values.double().flatten().topk(k).values
+        values = self._values.double().flatten()
+        known = values.topk(min(k, len(values))).values
+        return torch.nn.functional.pad(known, (0, k - len(known)))
+
+    @property
+    def _null(self) -> int:
+        """Dimensions of the null space that the bases do not span."""
+        return self.size - self._values.numel()
 
     def _state(self) -> io.State:
         tensors = {
@@ -227,10 +258,25 @@ class _EigenKroneckerFactorization(Factorization):
         # Eigenvalues are squares of projections that carry the bases' rounding: below its square they are nothing.
         noise = values.numel() * torch.finfo(eigen.dtype).eps ** 2 * values.max()
         values = torch.where(values > noise, values, 0) if damping == 0.0 else values
-        self._reciprocal = damped_reciprocal(values, damping, eigen.dtype, f"{operator._name}.factorize")
+        call = f"{operator._name}.factorize"
+        if damping == 0.0 and eigen._null:
+            raise SingularMatrixError(**singular(call, damping, f"{eigen._null:,} of its eigenvalues are 0"))
+        self._reciprocal = damped_reciprocal(values, damping, eigen.dtype, call)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        return self._eigen._rotate_scale_rotate(columns, self._reciprocal)
+        eigen = self._eigen
+        if not eigen._null:
+            return eigen._rotate_scale_rotate(columns, self._reciprocal)
+        # What the bases do not span is divided by λ.
+        return columns / self.damping + eigen._rotate_scale_rotate(columns, self._reciprocal - 1 / self.damping)
 
     def _logdet(self) -> Float[Tensor, ""]:
-        return (self._eigen._values.double() + self.damping).log().sum()
+        values = self._eigen._values.double()
+        null = self._eigen._null * math.log(self.damping) if self._eigen._null else 0.0
+        return (values + self.damping).log().sum() + null
+
+
+def _columns(basis: object, rows: int) -> int:
+    """How many columns a basis may have: its own number, up to a full basis."""
+    own = basis.shape[1] if isinstance(basis, Tensor) and basis.ndim == 2 else rows
+    return min(own, rows)

@@ -154,9 +154,9 @@ class LowRankOperator(FisherOperator):
 class _GramFactorization(Factorization):
     """(F + λI)⁻¹ v = (v − scale · Jᵀ w) / λ with w = (scale · JJᵀ + λI)⁻¹ J v, Woodbury's identity.
 
-    The difference cancels down to λ / (λ + trace) of v, so rounding in the rows' dtype may show in the range of Jᵀ. There
-    the solution x is known better, since J x = w and w comes from a float64 solve: where it matters, x is corrected by
-    the identity applied to J x − w.
+    The difference cancels down to λ / (λ + trace) of v, so rounding in the rows' dtype may show in the range of Jᵀ.
+    There the solution x is known better, since J x = w and w comes from a float64 solve: where it matters, x is
+    corrected by the identity applied to J x − w.
     """
 
     method = "woodbury"

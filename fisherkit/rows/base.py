@@ -120,8 +120,8 @@ def inner_products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bo
     Args:
         x: rows.
         y: rows; the same object for a Gram, of which one half is computed.
-        precise: multiply in float64. Else float32 products are summed over `BLOCK` columns in float32 and over blocks in
-            float64, so that the error stays that of a few roundings of the rows themselves.
+        precise: multiply in float64. Else float32 products are summed over `BLOCK` columns in float32 and over blocks
+            in float64, so that the error stays that of a few roundings of the rows themselves.
     """
     if x is y and x.shape[0] >= BLOCK:
         half = x.shape[0] // 2
@@ -142,6 +142,22 @@ def _products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -
         return result
     for start in range(0, x.shape[1], BLOCK):
         result += x[:, start : start + BLOCK] @ y[:, start : start + BLOCK].mT
+    return result
+
+
+def second_moment(x: Float[Tensor, "... w"]) -> Float[Tensor, "w w"]:
+    """Σ x xᵀ over all vectors, in their dtype; of wide ones, three of the four quarters are computed."""
+    if x.ndim == 3 and not x.is_contiguous() and x.shape[1] >= x.shape[2]:
+        return torch.bmm(x.mT, x).sum(0)
+    x = x.reshape(-1, x.shape[-1])
+    if x.device.type != "cpu" or x.shape[1] < 2 * BLOCK:
+        return x.mT @ x
+    half = x.shape[1] // 2
+    left, right = x[:, :half], x[:, half:]
+    result = x.new_empty(x.shape[1], x.shape[1])
+    result[:half, :half], result[half:, half:] = left.mT @ left, right.mT @ right
+    result[half:, :half] = right.mT @ left
+    result[:half, half:] = result[half:, :half].mT
     return result
 
 

@@ -7,20 +7,29 @@ business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.rows.base import UnitRows, inner_products, spans, sum_by
+from fisherkit.rows.patches import Patches
+
+Activations: TypeAlias = Tensor | Patches
+"""``[N, T, I]``, in memory or made when asked for."""
+
+CACHED = 1 << 21
+"""Entries of a temporary that should stay in the processor's cache: 8 MiB in float32."""
 
 
 class FactoredRows(UnitRows):
     """R rows of a weight ``[O, I]`` (or ``[I, O]`` if transposed), with a bias ``[O]`` after it if asked.
 
     Args:
-        activations: ``[N, T, I]``.
+        activations: ``[N, T, I]``, or a convolution's patches.
         gradients: ``[R, T, O]``.
         example: which example each row belongs to, ``[R]``; None if the rows are ordered by example and every example
             has R / N of them.
@@ -32,14 +41,14 @@ class FactoredRows(UnitRows):
 
     def __init__(
         self,
-        activations: Float[Tensor, "N T I"],
+        activations: Activations,
         gradients: Float[Tensor, "R T O"],
         example: Int[Tensor, "R"] | None = None,
         *,
         bias: bool,
         transposed: bool = False,
     ) -> None:
-        self.inputs, self.outputs = activations.shape[-1], gradients.shape[-1]
+        self.inputs, self.outputs = activations.shape[2], gradients.shape[2]
         super().__init__(gradients.shape[0], self.outputs * (self.inputs + bias))
         self.activations, self.gradients, self.example = activations, gradients, example
         self.bias, self.transposed = bias, transposed
@@ -53,43 +62,40 @@ class FactoredRows(UnitRows):
         """J U: push each input column through the layer, then meet the output gradients."""
         weight, offset = self._split(u)
         n, t, i = self.activations.shape
-        flat = self.activations.reshape(n * t, i)
-        parts = []
+        found = []
         for span in spans(u.shape[1], self.count * t * self.outputs):
             columns = weight[..., span].permute(1, 0, 2).reshape(i, -1)
-            if offset is None:
-                pushed = flat @ columns
-            else:
-                pushed = torch.addmm(offset[:, span].reshape(-1), flat, columns)
-            parts.append(self._meet(pushed.reshape(n, t * self.outputs, -1)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            pushed = [a.reshape(-1, i) @ columns for _, a in self.chunks()]
+            whole = pushed[0] if len(pushed) == 1 else torch.cat(pushed)
+            if offset is not None:
+                whole += offset[:, span].reshape(-1)
+            found.append(self._meet(whole.reshape(n, t * self.outputs, -1)))
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "d K"]:
         """Jᵀ W: weigh the output gradients, sum those of one example, then one matmul with the activations."""
         n, t, i = self.activations.shape
-        flat = self.activations.reshape(n * t, i)
-        parts = []
+        found = []
         for span in spans(w.shape[1], self.count * t * self.outputs):
-            weighed = self._weigh(w[:, span]).reshape(n * t, -1, self.outputs)  # [N T, K, O]
-            k = weighed.shape[1]
-            weight = (weighed.reshape(n * t, -1).mT @ flat).reshape(k, self.outputs, i).permute(1, 2, 0)
-            parts.append(self._join(weight, weighed.sum(0).mT))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            weighed = self._weigh(w[:, span]).reshape(n, t, -1)  # [N, T, K O]
+            parts = [weighed[s].flatten(0, 1).mT @ a.reshape(-1, i) for s, a in self.chunks()]
+            weight = functools.reduce(torch.add, parts).reshape(-1, self.outputs, i).permute(1, 2, 0)
+            found.append(self._join(weight, weighed.sum((0, 1)).reshape(-1, self.outputs).mT))
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def gram(self, other: FactoredRows, precise: bool = True) -> Float[Tensor, "R S"]:
         """J J'ᵀ: an elementwise product of two small Grams if positions are not shared, else tiles of dense rows."""
         if self.positions == 1 and other.positions == 1:
+            mine, theirs = self._inputs(), other._inputs()
             same = other.activations is self.activations
-            mine, theirs = self.activations[:, 0], other.activations[:, 0]
             left = inner_products(mine, mine if same else theirs, precise) + float(self.bias)
             mine, theirs = self.gradients[:, 0], other.gradients[:, 0]
             right = inner_products(mine, mine if other is self else theirs, precise)
-            left = self._to_rows(left)
-            return right.mul_(other._to_rows(left.mT).mT)
+            return right.mul_(other._to_rows(self._to_rows(left).mT).mT)
         result = self.gradients.new_zeros(self.count, other.count, dtype=torch.float64)
         for span in spans(self.outputs, (self.count + other.count) * (self.inputs + 1)):
-            mine = self._tile(span).flatten(1)
-            result += inner_products(mine, mine if other is self else other._tile(span).flatten(1), precise)
+            mine = self._tile(span)
+            result += inner_products(mine, mine if other is self else other._tile(span), precise)
         if self.bias:
             mine = self.gradients.sum(1)
             result += inner_products(mine, mine if other is self else other.gradients.sum(1), precise)
@@ -98,50 +104,69 @@ class FactoredRows(UnitRows):
     def row_norms(self) -> Float[Tensor, "R"]:
         """‖row‖², float64."""
         if self.positions == 1:
-            on_inputs = self.activations[:, 0].square().sum(1, dtype=torch.float64) + float(self.bias)
+            on_inputs = self._inputs().square().sum(1, dtype=torch.float64) + float(self.bias)
             return self.gradients[:, 0].square().sum(1, dtype=torch.float64) * self._to_rows(on_inputs)
-        total = self.gradients.new_zeros(self.count, dtype=torch.float64)
-        for span in spans(self.outputs, self.count * (self.inputs + 1)):
-            total += self._tile(span).square_().sum((1, 2), dtype=torch.float64)
-        return total + (self.gradients.sum(1).square().sum(1, dtype=torch.float64) if self.bias else 0)
+        parts = [tile.square_().sum(1, dtype=torch.float64) for _, tile in self._tiles(slice(0, self.outputs))]
+        offset = self.gradients.sum(1).square_().sum(1, dtype=torch.float64) if self.bias else 0.0
+        return torch.cat(parts) + offset
 
     def squared_sum(self) -> Float[Tensor, "d"]:
         """Σ_r row_r²; without shared positions the squares factor too, and rows of one example are summed first."""
         if self.positions == 1:
             squares = self._to_examples(self.gradients[:, 0].square())
-            return self._join(squares.mT @ self.activations[:, 0].square(), squares.sum(0))
-        weights = [
-            self._tile(span).square_().sum(0) for span in spans(self.outputs, self.count * (self.inputs + 1))
-        ]
-        return self._join(torch.cat(weights), self.gradients.sum(1).square_().sum(0))
+            return self._join(squares.mT @ self._inputs().square(), squares.sum(0))
+        parts = (tile.square_().sum(0) for _, tile in self._tiles(slice(0, self.outputs)))
+        weight = functools.reduce(torch.Tensor.add_, parts).reshape(self.outputs, self.inputs)
+        return self._join(weight, self.gradients.sum(1).square_().sum(0))
 
     def dense(self) -> Float[Tensor, "R d"]:
         """The rows in flat order."""
         size = self.outputs * self.inputs
         rows = self.gradients.new_empty(self.count, self.size)
-        weight, (left, right) = rows[:, :size], self._pair(slice(0, self.outputs))
-        if self.transposed:
-            torch.bmm(right.mT, left.mT, out=weight.unflatten(1, (self.inputs, self.outputs)))
-        else:
-            torch.bmm(left, right, out=weight.unflatten(1, (self.outputs, self.inputs)))
+        for span, tile in self._tiles(slice(0, self.outputs)):
+            if self.transposed:
+                tile = tile.reshape(-1, self.outputs, self.inputs).mT.flatten(1)
+            rows[span, :size] = tile
         if self.bias:
             torch.sum(self.gradients, 1, out=rows[:, size:])
         return rows
 
-    def homogeneous(self) -> Float[Tensor, "N T I1"]:
-        """The activations with the bias's constant input appended."""
-        if not self.bias:
-            return self.activations
-        return torch.nn.functional.pad(self.activations, (0, 1), value=1.0)
+    def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "n T I"]]]:
+        """The activations; patches a few examples at a time."""
+        n, t, i = self.activations.shape
+        step = n if isinstance(self.activations, Tensor) else max(1, CACHED // (t * i))
+        for start in range(0, n, max(1, step)):
+            span = slice(start, min(start + step, n))
+            yield span, self.activations[span]
 
-    def matrices(self, span: slice) -> Float[Tensor, "s O I1"]:
-        """Rows of a span as ``[O, I(+1)]`` matrices, the bias as last column."""
-        return self.gradients[span].mT @ self.homogeneous()[self._owner()[span]]
+    def homogeneous(self, a: Float[Tensor, "n T I"]) -> Float[Tensor, "n T I1"]:
+        """Activations with the bias's constant input appended."""
+        if not self.bias:
+            return a
+        if a.is_contiguous():
+            return torch.nn.functional.pad(a, (0, 1), value=1.0)
+        return torch.nn.functional.pad(a.mT, (0, 0, 0, 1), value=1.0).mT
+
+    def rotated(self, on_inputs: Float[Tensor, "I1 r"], on_outputs: Float[Tensor, "O s"]) -> Iterator[FactoredRows]:
+        """The rows in other bases of inputs and outputs, the bias being one of the inputs."""
+        g = self.gradients @ on_outputs
+        offset = on_inputs[-1] if self.bias else None
+        if isinstance(self.activations, Tensor):
+            a = self.activations @ on_inputs[: self.inputs]
+            yield FactoredRows(a if offset is None else a.add_(offset), g, self.example, bias=False)
+            return
+        for span, a in self._owners(self.activations.shape[1] * self.inputs):
+            a = a @ on_inputs[: self.inputs]
+            yield FactoredRows(a if offset is None else a.add_(offset), g[span], bias=False)
 
     @property
     def each(self) -> int:
         """How many rows every example has; 0 if they are listed one by one."""
         return self.count // max(1, self.activations.shape[0]) if self.example is None else 0
+
+    def _inputs(self) -> Float[Tensor, "N I"]:
+        """The activations of rows without shared positions."""
+        return self.activations[:][:, 0]
 
     def _owner(self) -> Int[Tensor, "R"]:
         """The example of each row."""
@@ -150,20 +175,34 @@ class FactoredRows(UnitRows):
         examples = torch.arange(self.activations.shape[0], device=self.activations.device)
         return examples.repeat_interleave(self.each)
 
-    def _pair(self, span: slice) -> tuple[Float[Tensor, "R s T"], Float[Tensor, "R T I"]]:
-        """Both sides of each row, over a span of outputs."""
-        activations = self.activations if self.each == 1 else self.activations[self._owner()]
-        return self.gradients[..., span].mT, activations
+    def _owners(self, cost: int) -> Iterator[tuple[slice, Float[Tensor, "n T I"]]]:
+        """Spans of rows with the activations of their examples, once for an example where it has rows of its own.
 
-    def _tile(self, span: slice) -> Float[Tensor, "R s I"]:
-        """Weight rows of a span of outputs."""
-        if self.each <= 1:
-            left, right = self._pair(span)
-            return left @ right
-        # All rows of an example in one product, which reads the activations once.
-        n, t, i = self.activations.shape
-        left = self.gradients[..., span].reshape(n, self.each, t, -1).transpose(2, 3).reshape(n, -1, t)
-        return (left @ self.activations).reshape(self.count, -1, i)
+        Args:
+            cost: entries of the largest temporary for one example, or one row where rows are listed one by one.
+        """
+        step = max(1, CACHED // max(1, cost))
+        units = self.activations.shape[0] if self.each else self.count
+        for start in range(0, units, step):
+            span = slice(start, min(start + step, units))
+            if self.example is None:
+                yield slice(span.start * self.each, span.stop * self.each), self.activations[span]
+            else:
+                yield span, self.activations[self.example[span]]
+
+    def _tiles(self, outputs: slice) -> Iterator[tuple[slice, Float[Tensor, "r e"]]]:
+        """Spans of rows with their weight rows of some outputs, written out, ``[r, outputs · I]``."""
+        width = len(range(*outputs.indices(self.outputs)))
+        each = max(1, self.each)
+        for span, a in self._owners(max(each * width, self.positions) * self.inputs):
+            # All rows of an example in one product, which reads the activations once.
+            left = self.gradients[span, :, outputs].unflatten(0, (-1, each)).transpose(2, 3).flatten(1, 2)
+            yield span, (left @ a).reshape(-1, width * self.inputs)
+
+    def _tile(self, outputs: slice) -> Float[Tensor, "R e"]:
+        """The same of all rows."""
+        parts = [tile for _, tile in self._tiles(outputs)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _meet(self, x: Float[Tensor, "N S K"]) -> Float[Tensor, "R K"]:
         """Σ_s g_rs x_ns of every row with its example's."""
@@ -225,7 +264,7 @@ class FactoredRows(UnitRows):
             return parts[0]
         first = parts[0]
         positions = max(part.positions for part in parts)
-        activations: list[Tensor] = []
+        activations: list[Activations] = []
         example, offset = [], 0
         for part in parts:
             if not activations or part.activations is not activations[-1]:
@@ -234,7 +273,7 @@ class FactoredRows(UnitRows):
             example.append(part._owner() + offset)
         regular = first.each > 0 and all(part.each == first.each for part in parts) and len(activations) == len(parts)
         return cls(
-            torch.cat([_padded(a, positions) for a in activations]) if len(activations) > 1 else activations[0],
+            _stacked(activations, positions),
             torch.cat([_padded(part.gradients, positions) for part in parts]),
             None if regular else torch.cat(example),
             bias=first.bias,
@@ -244,7 +283,13 @@ class FactoredRows(UnitRows):
     def tensors(self) -> dict[str, Tensor]:
         """The two factors and, unless rows are ordered by example, the index."""
         index = {} if self.example is None else {"example": self.example}
-        return {"activations": self.activations, "gradients": self.gradients, **index}
+        return {"activations": self.activations[:], "gradients": self.gradients, **index}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory; of patches, those of the input."""
+        a = self.activations if isinstance(self.activations, Tensor) else self.activations.x
+        return sum(t.numel() * t.element_size() for t in (a, self.gradients))
 
     def options(self) -> dict[str, int]:
         """Bias and orientation."""
@@ -260,6 +305,15 @@ class FactoredRows(UnitRows):
             bias=bool(options["bias"]),
             transposed=bool(options["transposed"]),
         )
+
+
+def _stacked(parts: Sequence[Activations], positions: int) -> Activations:
+    if len(parts) == 1:
+        return parts[0]
+    patches = [part for part in parts if isinstance(part, Patches)]
+    if len(patches) == len(parts) and all(patches[0].stacks_with(part) for part in patches):
+        return Patches.cat(patches)
+    return torch.cat([_padded(part[:], positions) for part in parts])
 
 
 def _padded(x: Float[Tensor, "n T c"], positions: int) -> Float[Tensor, "n P c"]:

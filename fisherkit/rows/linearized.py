@@ -14,6 +14,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.factored import Activations
 from fisherkit.rows.plan import TOLERANCE, Plan, forward
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
@@ -31,7 +32,7 @@ class Linearized:
         self.plan, self.batch = plan, batch
         self.z, uses = forward(plan, batch)
         self._uses = [(unit, unit.uses(uses)) for unit in plan.ruled]
-        self._activations: dict[tuple[str, ...], Tensor] = {}
+        self._activations: dict[tuple[str, ...], Activations] = {}
         for unit, own in self._uses:
             if not own or any(unit.strange(use) for use in own):
                 raise ModelError(

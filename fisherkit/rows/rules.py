@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fisherkit.rows.base import UnitRows
-from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.factored import Activations, FactoredRows
 from fisherkit.rows.layouts import BATCH_FIRST, LAYOUTS, batch_first
+from fisherkit.rows.patches import Patches
 from fisherkit.rows.sparse import SparseRows
 from fisherkit.rows.stored import StoredRows
 
@@ -76,8 +77,8 @@ class Rule(ABC):
         """Number of trailing feature axes of the output."""
         return self.input_features(use)
 
-    def activations(self, use: Use, layout: str, batch: int) -> Shaped[Tensor, "B T i"]:
-        """The input's side of the gradient."""
+    def activations(self, use: Use, layout: str, batch: int) -> Activations:
+        """The input's side of the gradient, ``[B, T, i]``."""
         return batch_first(use.arguments[self.input_name].detach(), self.input_features(use), layout, batch)
 
     def gradients(
@@ -88,14 +89,13 @@ class Rule(ABC):
         return torch.stack([batch_first(g, features, layout, batch) for g in gradient])
 
     @abstractmethod
-    def rows(
-        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
-    ) -> UnitRows:
+    def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """The rows of the chosen weight and bias, in this order, from both sides."""
 
 
-def _per_row(a: Shaped[Tensor, "B ..."], g: Float[Tensor, "R ..."], example: Int[Tensor, "R"] | None) -> Tensor:
+def _per_row(a: Activations, g: Float[Tensor, "R ..."], example: Int[Tensor, "R"] | None) -> Tensor:
     """An example's side for each of its rows; see `FactoredRows` for a missing index."""
+    a = a[:]
     if example is not None:
         return a[example]
     each = g.shape[0] // a.shape[0]
@@ -108,9 +108,7 @@ class LinearRule(Rule):
     layouts: tuple[str, ...] = LAYOUTS
     transposed = False
 
-    def rows(
-        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
-    ) -> UnitRows:
+    def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Factored, or the summed gradients where only the bias is chosen."""
         if use.weight is None:
             return StoredRows(g.sum(1))
@@ -129,21 +127,18 @@ class ConvolutionRule(LinearRule):
 
     layouts: tuple[str, ...] = (BATCH_FIRST,)
 
-    def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
+    def activations(self, use: Use, layout: str, batch: int) -> Patches:
         """Patches, channels first as in the weight."""
         x = use.arguments["input"].detach()
         dims = x.ndim - 2
-        kernel = use.arguments["weight"].shape[2:]
+        kernel = tuple(use.arguments["weight"].shape[2:])
         stride, dilation = _tuple(use.arguments.get("stride", 1), dims), _tuple(use.arguments.get("dilation", 1), dims)
         padding = use.arguments.get("padding", 0)
-        if padding == "valid":
-            padding = 0
         if padding == "same":
             total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            x = _pad(x, [(t // 2, t - t // 2) for t in total])
-        else:
-            x = _pad(x, [(p, p) for p in _tuple(padding, dims)])
-        return _patches(x, kernel, stride, dilation)
+            return Patches(x, kernel, stride, dilation, tuple((t // 2, t - t // 2) for t in total))
+        both = _tuple(0 if padding == "valid" else padding, dims)
+        return Patches(x, kernel, stride, dilation, tuple((p, p) for p in both))
 
     def gradients(
         self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
@@ -155,9 +150,7 @@ class ConvolutionRule(LinearRule):
 class GroupedConvolutionRule(ConvolutionRule):
     """Groups are small linear layers side by side: one block of the weight each, written out."""
 
-    def rows(
-        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
-    ) -> UnitRows:
+    def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Stored."""
         groups = use.arguments["groups"]
         left = g.unflatten(-1, (groups, -1))
@@ -188,14 +181,12 @@ class TransposedConvolutionRule(Rule):
         flat = gradient.flatten(0, 1)
         # Output index = stride · input index + dilation · kernel index − padding, so the last window may end before or
         # after the output does: a negative pad crops what output_padding added.
-        padded = _pad(flat, [(p, p - e) for p, e in zip(padding, extra, strict=True)])
-        patches = _patches(padded, kernel, stride, dilation)
+        crop = tuple((p, p - e) for p, e in zip(padding, extra, strict=True))
+        patches = Patches(flat, tuple(kernel), stride, dilation, crop)[:]
         bias = torch.nn.functional.pad(flat.flatten(2).sum(2).unsqueeze(1), (0, 0, 0, size.numel() - 1))
         return torch.cat([patches, bias], 2).unflatten(0, gradient.shape[:2])
 
-    def rows(
-        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
-    ) -> UnitRows:
+    def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Stored."""
         groups = use.arguments.get("groups", 1)
         outputs = use.output_shape[1]
@@ -218,9 +209,7 @@ class EmbeddingRule(Rule):
         """The embedding's."""
         return 1
 
-    def rows(
-        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
-    ) -> UnitRows:
+    def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Sparse; the padding token's vector is a constant."""
         ids = _per_row(a, g, example).squeeze(-1)
         vocabulary = use.arguments["weight"].shape[0]
@@ -266,9 +255,7 @@ class NormalizationRule(Rule):
             return x.reshape(*x.shape[:2], -1).transpose(1, 2)
         return batch_first(x, self.input_features(use), layout, batch)
 
-    def rows(
-        self, use: Use, a: Shaped[Tensor, "B T i"], g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None
-    ) -> UnitRows:
+    def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Stored: there are as many parameters as features."""
         weight = [(g * _per_row(a, g, example)).sum(1)] if use.weight else []
         return StoredRows(torch.cat(weight + ([g.sum(1)] if use.bias else []), 1))
@@ -277,24 +264,6 @@ class NormalizationRule(Rule):
 def _tuple(value: int | tuple[int, ...] | list[int], dims: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
-
-
-def _pad(x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
-    if all(pair == (0, 0) for pair in pads):
-        return x
-    return F.pad(x, [amount for pair in reversed(pads) for amount in pair])
-
-
-def _patches(
-    x: Float[Tensor, "B c ..."], kernel: torch.Size, stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> Float[Tensor, "B T ck"]:
-    dims = len(kernel)
-    for axis in range(dims):
-        window = dilation[axis] * (kernel[axis] - 1) + 1
-        x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
-    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
-    patches = x.permute(order)
-    return patches.reshape(x.shape[0], x.shape[2 : 2 + dims].numel(), -1)
 
 
 _CONV = "input weight bias stride padding dilation groups"

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.rows.base import UnitRows
-from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.factored import Activations, FactoredRows
 from fisherkit.rows.layouts import fits
 from fisherkit.rows.rules import Rule, Use
 from fisherkit.rows.selection import RowSelection
@@ -72,10 +72,10 @@ class RuledUnit(Unit):
             for use in uses
         )
 
-    def activations(self, uses: Sequence[Use], batch: int) -> Shaped[Tensor, "B T i"]:
-        """The inputs' side; several uses of one weight are positions of one use."""
+    def activations(self, uses: Sequence[Use], batch: int) -> Activations:
+        """The inputs' side, ``[B, T, i]``; several uses of one weight are positions of one use."""
         parts = [self.rule.activations(use, self.layout, batch) for use in uses]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return parts[0] if len(parts) == 1 else torch.cat([part[:] for part in parts], 1)
 
     def gradients(
         self, uses: Sequence[Use], found: Sequence[Tensor | None], like: Float[Tensor, "k B ..."]
@@ -94,7 +94,7 @@ class RuledUnit(Unit):
             parts.append(self.rule.gradients(use, whole, self.layout, like.shape[1]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def rows(self, use: Use, a: Tensor, g: Float[Tensor, "R T o"], selection: RowSelection) -> UnitRows:
+    def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], selection: RowSelection) -> UnitRows:
         """Rows from both sides, as the unit keeps them."""
         rows = self.rule.rows(use, a, g, selection.example)
         return StoredRows(rows.dense()) if self.stored and isinstance(rows, FactoredRows) else rows

@@ -43,7 +43,7 @@ def ekfac_block(
     Source: George et al., NeurIPS 2018.
     """
     values = (g_basis.T @ weight_rows @ a_basis).square().sum(0) / count
-    basis = torch.kron(g_basis, a_basis)
+    basis = torch.kron(g_basis.contiguous(), a_basis.contiguous())
     dense: Tensor = (basis * values.reshape(-1)) @ basis.T
     return dense
 

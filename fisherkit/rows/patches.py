@@ -1,0 +1,77 @@
+"""A convolution's input as the inputs of a linear layer, made when asked for.
+
+Patches hold every pixel as many times as the kernel has entries. Only a few examples' patches exist at a time, small
+enough to stay in the processor's cache; what is kept is the input itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """The windows of a padded input, ``[N, T, I]``: T output positions, I = channels × kernel, channels first.
+
+    Args:
+        x: ``[N, channels, *sizes]``.
+        kernel: its sizes.
+        stride: for each axis.
+        dilation: for each axis.
+        padding: zeros before and after each axis; negative to crop.
+    """
+
+    x: Float[Tensor, "N c ..."]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """How many windows there are along each axis."""
+        axes = zip(self.x.shape[2:], self.padding, self.kernel, self.stride, self.dilation, strict=True)
+        return tuple((size + sum(pads) - d * (k - 1) - 1) // s + 1 for size, pads, k, s, d in axes)
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[N, T, I]``."""
+        windows, entries = torch.Size(self.positions).numel(), torch.Size(self.kernel).numel()
+        return torch.Size((self.x.shape[0], windows, self.x.shape[1] * entries))
+
+    @property
+    def device(self) -> torch.device:
+        """The input's."""
+        return self.x.device
+
+    def __getitem__(self, index: slice | Int[Tensor, "n"]) -> Float[Tensor, "n T I"]:
+        """Some examples' patches; windows lie along the last axis of memory, where runs of pixels are copied whole."""
+        x = self.x[index]
+        if any(pair != (0, 0) for pair in self.padding):
+            x = F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
+        inner = x.stride()[2:]
+        size = (*x.shape[:2], *self.kernel, *self.positions)
+        windows = [step * s for step, s in zip(inner, self.dilation, strict=True)]
+        moves = [step * s for step, s in zip(inner, self.stride, strict=True)]
+        every = x.as_strided(size, (*x.stride()[:2], *windows, *moves), x.storage_offset())
+        return every.reshape(x.shape[0], self.shape[2], self.shape[1]).mT
+
+    def double(self) -> Patches:
+        """In float64."""
+        return replace(self, x=self.x.double())
+
+    def stacks_with(self, other: Patches) -> bool:
+        """Whether `cat` can put the two on top of each other."""
+        mine, theirs = ((p.x.shape[1:], p.kernel, p.stride, p.dilation, p.padding) for p in (self, other))
+        return mine == theirs
+
+    @staticmethod
+    def cat(parts: Sequence[Patches]) -> Patches:
+        """All examples of the parts, which are alike but for their number."""
+        return replace(parts[0], x=torch.cat([part.x for part in parts]))
