@@ -137,7 +137,10 @@ class FisherApproximation(FisherOperator):
     def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
         """Σ_m v (vᵀ w) for K directions w; overridden where the output Fisher has a cheaper product."""
         found = self.output_vectors(outputs)
-        v = found.v if found.keep is None else found.v * found.keep[:, :, None, None]
+        n = torch.arange(len(outputs.z), device=outputs.z.device).unsqueeze(1).expand(-1, found.number)
+        v = found.select(n.flatten(), torch.arange(found.number, device=n.device).expand_as(n).flatten())
+        v = v.reshape(*n.shape, *outputs.z.shape[1:])
+        v = v if found.keep is None else v * found.keep[:, :, None, None]
         return torch.einsum("nmpc,knm->knpc", v, torch.einsum("nmpc,knpc->knm", v, w))
 
     def seed_from(self, generator: torch.Generator | None) -> None:

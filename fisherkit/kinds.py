@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
-from fisherkit.outputs import Outputs, OutputVectors
+from fisherkit.outputs import Columns, Outputs, OutputVectors
 from fisherkit.randomness import keyed_uniform
 from fisherkit.truncation import Stop, truncated_vectors
 
@@ -136,7 +136,12 @@ class ExactFisher(FisherApproximation):
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """Columns of a square root of the output Hessian."""
-        return OutputVectors(outputs.likelihood.hessian_factor(outputs.z[:, 0]).transpose(1, 2).unsqueeze(2))
+        z, likelihood = outputs.z[:, 0], outputs.likelihood
+
+        def columns(unit: Tensor, vector: Tensor) -> Tensor:
+            return likelihood.hessian_columns(z[unit], vector).unsqueeze(1)
+
+        return OutputVectors(Columns(likelihood.hessian_rank(z.shape[1]), columns))
 
     def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
         """The output Hessian's own product, O(C) an output."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
@@ -34,6 +34,14 @@ class Likelihood(ABC):
     @abstractmethod
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
         """S with S Sᵀ = ∂²ℓ/∂z², the output Fisher of one position; M at least its rank."""
+
+    def hessian_rank(self, outputs: int) -> int:
+        """M, the columns of `hessian_factor` for C outputs."""
+        return self.hessian_factor(torch.zeros(1, outputs)).shape[-1]
+
+    def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
+        """One column of each position's `hessian_factor`."""
+        return self.hessian_factor(z).mT[torch.arange(len(z), device=z.device), index]
 
     @abstractmethod
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... channels"]) -> Tensor:
@@ -107,6 +115,14 @@ class Gaussian(Likelihood):
         """I."""
         return torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand(*z.shape, z.shape[-1])
 
+    def hessian_rank(self, outputs: int) -> int:
+        """C."""
+        return outputs
+
+    def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
+        """Unit vectors."""
+        return torch.zeros_like(z).scatter(-1, index.unsqueeze(-1), 1.0)
+
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
         """Z + a standard normal number."""
         return z + torch.special.ndtri(uniform).to(z.dtype)
@@ -136,6 +152,15 @@ class Bernoulli(Likelihood):
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
         """diag √(p(1 − p))."""
         return torch.diag_embed(self.hessian_diagonal(z).sqrt())
+
+    def hessian_rank(self, outputs: int) -> int:
+        """C."""
+        return outputs
+
+    def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
+        """Multiples of unit vectors."""
+        place = index.unsqueeze(-1)
+        return torch.zeros_like(z).scatter(-1, place, self.hessian_diagonal(z.gather(-1, place)).sqrt())
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
         """1 with probability σ(z)."""
@@ -192,14 +217,24 @@ class Categorical(Likelihood):
         Column k is √(p_k q_{k+1} / q_k) (e_k − p_{>k} / q_{k+1}) with q_k the mass of the classes from k on; in
         logarithms, so that it is accurate for probabilities near 0 and 1.
         """
-        log_p = torch.log_softmax(z, -1)
-        log_q = torch.logcumsumexp(log_p.flip(-1), -1).flip(-1)
-        scale = (0.5 * (log_p[..., :-1] + log_q[..., 1:] - log_q[..., :-1])).exp()
-        later = (log_p.unsqueeze(-1) - log_q[..., 1:].unsqueeze(-2)).exp()
         c = z.shape[-1]
-        below = torch.ones(c, c - 1, dtype=torch.bool, device=z.device).tril(-1)
-        unit = torch.eye(c, c - 1, dtype=z.dtype, device=z.device)
-        return (unit - torch.where(below, later, torch.zeros_like(later))) * scale.unsqueeze(-2)
+        index = torch.arange(c - 1, device=z.device).expand(*z.shape[:-1], c - 1)
+        rows = z.unsqueeze(-2).expand(*z.shape[:-1], c - 1, c)
+        return self.hessian_columns(rows.reshape(-1, c), index.reshape(-1)).reshape(rows.shape).mT
+
+    def hessian_rank(self, outputs: int) -> int:
+        """C − 1."""
+        return outputs - 1
+
+    def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
+        """As in `hessian_factor`, O(C) each."""
+        place = index.unsqueeze(-1)
+        log_p = torch.log_softmax(z, -1)
+        classes = torch.arange(z.shape[-1], device=z.device)
+        later = log_p.masked_fill(classes <= place, float("-inf"))
+        chosen, log_rest = log_p.gather(-1, place), torch.logsumexp(later, -1, keepdim=True)
+        scale = (0.5 * (chosen + log_rest - torch.logaddexp(chosen, log_rest))).exp()
+        return scale * (-(later - log_rest).exp()).scatter(-1, place, 1.0)
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... 1"]) -> Tensor:
         """The class whose interval of the cumulative distribution holds the number."""

@@ -5,6 +5,7 @@ Everything that tells one Fisher from another happens on these two records. Neit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
@@ -67,19 +68,41 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Vectors that are made when asked for.
+
+    Args:
+        number: M.
+        make: numbers of units and of vectors, each ``[k]``, to the vectors ``[k, P, C]``.
+    """
+
+    number: int
+    make: Callable[[Int[Tensor, "k"], Int[Tensor, "k"]], Float[Tensor, "k P C"]]
+
+
+@dataclass(frozen=True)
 class OutputVectors:
     """The vectors v_nm of a kind: F = (1/N) Σ_nm (J_nᵀ v_nm)(J_nᵀ v_nm)ᵀ.
 
     Args:
-        v: ``[n, M, P, C]``.
+        v: ``[n, M, P, C]``, or `Columns` where there are too many to exist at once.
         keep: False where a slot is padding because this unit has fewer vectors; None for all kept.
         dropped: trace of the output Fisher that the vectors leave out, for each unit; None if they leave out nothing or
             the kind does not know.
     """
 
-    v: Float[Tensor, "n M P C"]
+    v: Float[Tensor, "n M P C"] | Columns
     keep: Bool[Tensor, "n M"] | None = None
     dropped: Float[Tensor, "n"] | None = None
+
+    @property
+    def number(self) -> int:
+        """M."""
+        return self.v.number if isinstance(self.v, Columns) else self.v.shape[1]
+
+    def select(self, unit: Int[Tensor, "k"], vector: Int[Tensor, "k"]) -> Float[Tensor, "k P C"]:
+        """Some of the vectors."""
+        return self.v.make(unit, vector) if isinstance(self.v, Columns) else self.v[unit, vector]
 
 
 @runtime_checkable

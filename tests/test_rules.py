@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.rows import rules
@@ -15,18 +15,13 @@ from tests.reference.outputs import EF
 GENERIC = {
     "attention_cross": {"attn.in_proj_weight", "attn.in_proj_bias"},
     "attention_cross_widths": {"attn.in_proj_bias"},
-    "bare_parameters": {"scale", "position"},
     "gru_sequence_first": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
     "lstm": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
     "masked_weight": {"0.weight", "2.weight"},
-    "residual_conv": {"gain"},
     "rnn": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
-    "tied_head_functional": {"position", "emb.weight"},
-    "tied_head_parameter": {"position", "emb.weight", "head.bias"},
+    "tied_head_functional": {"emb.weight"},
+    "tied_head_parameter": {"emb.weight", "head.bias"},
     "tied_linears": {"0.weight", "0.bias", "2.bias"},
-    "token_attention": {"position"},
-    "token_attention_by_token": {"position"},
-    "transformer_layer": {"position"},
     "weight_norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
 }
 
@@ -57,6 +52,8 @@ def test_coverage__only_what_has_no_rule_goes_the_generic_way(name: str) -> None
         ("embedding", F.embedding),
         ("layernorm", F.layer_norm),
         ("batchnorm2d", F.batch_norm),
+        ("bare_parameters", torch.Tensor.add),
+        ("residual_conv", torch.Tensor.mul),
     ],
 )
 def test_wrong_rule__is_not_believed(name: str, function: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,3 +182,41 @@ def test_gram__has_its_rows_in_the_order_of_examples_for_any_chunks(chunk_size: 
     for data in ((inputs, targets), split):
         found = fk.ExactFisher(model, data, chunk_size=chunk_size).gram()
         assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
+class Positions(nn.Module):
+    """Tokens and their positions, which come from the model itself and so have no batch axis."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.token, self.position = nn.Embedding(11, 6), nn.Embedding(7, 6)
+        self.head, self.scale = nn.Linear(6, 3), nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(x.shape[1])
+        h = self.token(x)
+        if self.how == "no axis":
+            h = h + self.position(place)
+        elif self.how == "axis of one":
+            h = self.position(place.unsqueeze(0)) + h
+        else:  # a model that counts on the missing axis
+            h = h + self.position(place.unsqueeze(0)).repeat(len(x), 1, 1)
+        return self.head(torch.tanh(self.scale * h).mean(1))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 7])  # one a position too: 7 tokens
+@pytest.mark.parametrize("how", ["no axis", "axis of one", "repeated"])
+def test_positions__that_all_examples_share_have_rows_of_their_own(how: str, batch: int) -> None:
+    torch.manual_seed(0)
+    model = Positions(how).double()
+    x, y = torch.randint(11, (batch, 7)), torch.randint(3, (batch,))
+    # Batches of another size than the first, down to one example.
+    data = [(x[:3], y[:3]), (x[3:], y[3:])] if batch > 3 else (x, y)
+    fisher = fk.EmpiricalFisher(model, data)
+    losses = [F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]) for n in range(batch)]
+    own = list(model.parameters())
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, own)]) for loss in losses]
+    expected = sum(torch.outer(g, g) for g in gradients) / batch
+    assert (fisher.to_dense() - expected).norm() <= 1e-12 * expected.norm()
+    assert generic_names(fisher) == ({"position.weight"} if how == "repeated" else set())

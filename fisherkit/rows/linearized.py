@@ -30,7 +30,7 @@ class Linearized:
 
     def __init__(self, plan: Plan, batch: Batch) -> None:
         self.plan, self.batch = plan, batch
-        self.z, uses = forward(plan, batch)
+        self.z, uses, _ = forward(plan, batch)
         self._uses = [(unit, unit.uses(uses)) for unit in plan.ruled]
         self._activations: dict[tuple[str, ...], Activations] = {}
         for unit, own in self._uses:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,40 +38,74 @@ def product(
         u: columns.
         metric: product with Σ_m v vᵀ of each example.
     """
-    forward, parameters = _forward(plan, space, batch)
+    one = u.shape[1] == 1
     # The fused attention kernels have no forward-mode derivative.
     with untouched_rng([u.device]), differentiable(()), sdpa_kernel(SDPBackend.MATH):
-        z, pull = vjp(forward, parameters)[:2]
-        parts = []
-        for span in spans(u.shape[1], z.numel()):
-            tangents = {name: t.movedim(-1, 0) for name, t in space.unflatten(u[:, span]).items()}
-            pushed = vmap(lambda t: jvp(forward, (parameters,), (t,))[1])(tangents)
-            (pulled,) = vmap(pull)(metric(z.detach(), pushed).to(z.dtype))
-            parts.append(space.flatten({name: g.movedim(0, -1) for name, g in pulled.items()}))
+        return (_one_column if one else _columns)(plan, space, batch, u, metric)
+
+
+def _one_column(
+    plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D 1"], metric: Metric
+) -> Float[Tensor, "D 1"]:
+    """One forward pass carries the tangents and leaves the graph to go back through."""
+    forward, parameters = _forward(plan, space, batch)
+    leaves = {name: p.requires_grad_() for name, p in parameters.items()}
+    with forward_ad.dual_level():
+        tangents = space.unflatten(u[:, 0])
+        z = forward({name: forward_ad.make_dual(p, tangents[name]) for name, p in leaves.items()})
+        tangent = forward_ad.unpack_dual(z).tangent
+        pushed = torch.zeros_like(z) if tangent is None else tangent.detach().clone()
+    # Outside of the dual level, where going back would carry tangents too.
+    weighed = metric(z.detach(), pushed.unsqueeze(0)).squeeze(0).to(z.dtype)
+    found = torch.autograd.grad(z, list(leaves.values()), weighed, allow_unused=True, materialize_grads=True)
+    return space.flatten(dict(zip(leaves, found, strict=True))).unsqueeze(1)
+
+
+def _columns(
+    plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D K"], metric: Metric
+) -> Float[Tensor, "D K"]:
+    """Tangents and cotangents vectorised over the columns."""
+    forward, parameters = _forward(plan, space, batch)
+    z, pull = vjp(forward, parameters)[:2]
+    parts = []
+    for span in spans(u.shape[1], z.numel()):
+        tangents = {name: t.movedim(-1, 0) for name, t in space.unflatten(u[:, span]).items()}
+        pushed = vmap(lambda t: jvp(forward, (parameters,), (t,))[1])(tangents)
+        (pulled,) = vmap(pull)(metric(z.detach(), pushed).to(z.dtype))
+        parts.append(space.flatten({name: g.movedim(0, -1) for name, g in pulled.items()}))
     return torch.cat(parts, 1)
 
 
-def agrees(
-    plan: Plan, space: ParameterSpace, batch: Batch, rows_product: Callable[[Tensor], Tensor], metric: Metric
-) -> bool:
-    """Whether the product is the one that the verified rows give, on a random direction.
+def agrees(plan: Plan, space: ParameterSpace, batch: Batch, row_products: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether products are those of the verified rows, for one column and for two.
+
+    Both sides are asked for Jᵀ r (rᵀ J u) with random output vectors r, which takes one row of each example, however
+    many vectors the kind has.
 
     Args:
         plan: the model.
         space: the parameters.
         batch: a few examples.
-        rows_product: JᵀJ u of the same examples from their rows.
-        metric: as in `product`.
+        row_products: vectors ``[1, *outputs]`` of each example and u to JᵀJ u of the one row that each then has.
     """
-    like = plan.example_parameter
-    direction = torch.randn(space.size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
-    expected = rows_product(direction)
+    like, generator = plan.example_parameter, torch.Generator().manual_seed(0)
+    u = torch.randn(space.size, 2, generator=generator, dtype=torch.float64).to(like)
+    with untouched_rng([u.device]), torch.no_grad():
+        z = batch.call(plan.model)
+    r = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+
+    def metric(_: Tensor, w: Float[Tensor, "K B ..."]) -> Float[Tensor, "K B ..."]:
+        inner = (r * w).flatten(2).sum(2)
+        return r * inner.reshape(*inner.shape, *[1] * (w.ndim - 2))
+
+    expected = row_products(r.unsqueeze(0), u)
     try:
-        found = product(plan, space, batch, direction, metric)
+        one, two = (product(plan, space, batch, columns, metric) for columns in (u[:, :1], u))
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         # An operation without forward-mode derivative or batching rule; rows do without both.
         return False
-    return bool((found - expected).norm() <= TOLERANCE.get(like.dtype, 5e-2) * expected.norm())
+    tolerance = TOLERANCE.get(like.dtype, 5e-2) * expected.norm()
+    return bool((two - expected).norm() <= tolerance) and bool((one - expected[:, :1]).norm() <= tolerance)
 
 
 def _forward(

@@ -41,6 +41,7 @@ class Plan:
         units: a partition of the names.
         vectorised: whether ``torch.func`` reproduces the generic units' gradients.
         batched_backward: whether several output vectors can go through one vectorised backward pass.
+        shared: embeddings whose tokens all examples share, as of positions.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
@@ -50,6 +51,7 @@ class Plan:
         self._versions = {name: p._version for name, p in self.parameters.items()}
         self.units: list[Unit] = []
         self.vectorised = self.batched_backward = True
+        self.shared: set[str] = set()
 
     def refuse_changed(self) -> None:
         """Refuse a model whose parameters were written to since the plan was made: its rows would be another Fisher's.
@@ -154,12 +156,14 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     with untouched_rng([device]), differentiable(parameters):
         probe = batch.take(torch.tensor([0, min(1, batch.size - 1)], device=device))
         before = torch.get_rng_state()
-        z, uses = forward(plan, probe)
+        z, uses, unbatched = forward(plan, probe)
         random = not torch.equal(before, torch.get_rng_state())
         _check_outputs(z)
         _refuse_interaction(model, batch, z)
         if random:
             _refuse_chance(model, probe, z)
+        if unbatched:
+            z, uses = _with_batch(plan, probe, unbatched, z, uses)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
         edges = [use.edge for use in uses]
@@ -172,9 +176,22 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     return plan
 
 
-def forward(plan: Plan, batch: Batch) -> tuple[Tensor, list[Use]]:
-    """Outputs of a batch, and the uses of the chosen parameters on the way."""
-    recorder = Recorder({id(p): name for name, p in plan.parameters.items()})
+def _with_batch(plan: Plan, probe: Batch, unbatched: set[str], z: Tensor, uses: list[Use]) -> tuple[Tensor, list[Use]]:
+    """The forward pass with tokens repeated for each example, if the model's outputs stay what they are."""
+    plan.shared = unbatched
+    try:
+        again, own, _ = forward(plan, probe)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # a shape that the model does not expect
+        again, own = torch.empty(0), []
+    if again.shape == z.shape and bool((again - z).norm() <= TOLERANCE.get(z.dtype, 5e-2) * z.norm()):
+        return again, own
+    plan.shared = set()
+    return z, uses
+
+
+def forward(plan: Plan, batch: Batch) -> tuple[Tensor, list[Use], set[str]]:
+    """Outputs of a batch, the uses of the chosen parameters on the way, and embeddings of tokens without batch axis."""
+    recorder = Recorder({id(p): name for name, p in plan.parameters.items()}, batch.size, plan.shared)
     with recorder:
         z = batch.call(plan.model)
     if z.ndim == 0 or z.shape[0] != batch.size:
@@ -184,7 +201,7 @@ def forward(plan: Plan, batch: Batch) -> tuple[Tensor, list[Use]]:
             expected=f"[{batch.size}, ...]",
             why="examples lie along axis 0 of inputs and outputs",
         )
-    return z, recorder.uses
+    return z, recorder.uses, recorder.unbatched
 
 
 class _Reference:

@@ -7,7 +7,7 @@ else.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -130,6 +130,18 @@ class Problem:
         two = first.take(slice(0, min(2, first.size)))
         return replace(self, source=Source([two.raw]), progress=False, chunk_size=None)
 
+    def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
+        """The first two examples, and their rows for any output vectors."""
+        two = self.probe().source.first().to(self.plan.example_parameter.device)
+        with self._quiet():
+            linearized = Linearized(self.plan, two)
+
+        def rows(v: Float[Tensor, "k B ..."]) -> Rows:
+            with self._quiet():
+                return linearized.rows(v, RowSelection(v.shape[0], two.size, v.device))
+
+        return two, rows
+
     def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
         """Σ_m v (vᵀ w) for K directions in output space."""
         outputs = self._outputs(batch, raw, start, call)
@@ -232,7 +244,7 @@ class Problem:
         # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.
         counted, positions = torch.stack([counts.sum(), mask.sum()]).tolist()
         dropped = None if found.dropped is None else found.dropped[mask.flatten() if self._flat else mask.any(1)]
-        number = found.v.shape[1] * (mask.shape[1] if self._flat else 1)
+        number = found.number * (mask.shape[1] if self._flat else 1)
         return _Slots(found, mask, number, counted, positions == mask.numel(), dropped)
 
     @contextmanager
@@ -245,13 +257,18 @@ class Problem:
     def _vectors(self, slots: _Slots, index: Int[Tensor, "k"]) -> Float[Tensor, "k B P C"]:
         """The output vectors of some slots."""
         batch, positions = slots.mask.shape
-        v = slots.found.v
+        examples, found = torch.arange(batch, device=index.device), slots.found
         if not self._flat:
-            return v[:, index].transpose(0, 1)
-        position, vector = index // v.shape[1], index % v.shape[1]
-        own = v.reshape(batch, positions, v.shape[1], -1)[:, position, vector].transpose(0, 1)
-        whole = own.new_zeros(len(index), batch, positions, own.shape[-1])
-        whole[torch.arange(len(index), device=index.device), :, position] = own
+            shape = len(index), batch
+            own = found.select(examples.expand(shape).flatten(), index.unsqueeze(1).expand(shape).flatten())
+            return own.unflatten(0, shape)
+        position, vector = (index // found.number).unsqueeze(1), (index % found.number).unsqueeze(1)
+        unit = examples * positions + position
+        own = found.select(unit.flatten(), vector.expand_as(unit).flatten()).unflatten(0, unit.shape)
+        if positions == 1:
+            return own
+        whole = own.new_zeros(*unit.shape, positions, own.shape[-1])
+        whole[torch.arange(len(index), device=index.device).unsqueeze(1), examples, position] = own.squeeze(2)
         return whole
 
     def _keep(self, slots: _Slots, index: Int[Tensor, "k"]) -> Bool[Tensor, "B k"] | None:
@@ -263,7 +280,7 @@ class Problem:
             keep = mask.any(1, keepdim=True).expand(-1, len(index))
             keep = keep if found.keep is None else keep & found.keep[:, index]
         else:
-            position, vector = index // found.v.shape[1], index % found.v.shape[1]
+            position, vector = index // found.number, index % found.number
             keep = mask[:, position]
             if found.keep is not None:
                 keep = keep & found.keep.reshape(*mask.shape, -1)[:, position, vector]

@@ -7,7 +7,7 @@ model changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -37,12 +37,20 @@ class Recorder(TorchFunctionMode):
 
     Args:
         names: ``id`` of each chosen parameter to its name.
+        batch: number of examples.
+        shared: embeddings whose tokens all examples share, so that they come without a batch axis; they are looked up
+            for each example, because only then is there a gradient for each.
+
+    Attributes:
+        uses: what was seen.
+        unbatched: embeddings that were looked up without a batch axis.
     """
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], batch: int, shared: Collection[str] = ()) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.batch, self.shared = names, batch, shared
         self.uses: list[Use] = []
+        self.unbatched: set[str] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -53,6 +61,8 @@ class Recorder(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
+        if func is F.embedding:
+            args = self._with_batch(args, kwargs)
         output = func(*args, **kwargs)
         rule = rule_for(func, args, kwargs)
         if rule is not None and isinstance(output, Tensor) and output.requires_grad:
@@ -62,6 +72,19 @@ class Recorder(TorchFunctionMode):
                 edge = get_gradient_edge(output)
                 self.uses.append(Use(rule, weight, bias, arguments, edge, tuple(output.shape)))
         return output
+
+    def _with_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The arguments of an embedding, its tokens repeated for each example where all share them."""
+        name = self._name(args[1] if len(args) > 1 else kwargs.get("weight"))
+        tokens = args[0] if args else None
+        if name is None or not isinstance(tokens, Tensor):
+            return args
+        lead = tokens if tokens.ndim > 1 and tokens.shape[0] == 1 else tokens.unsqueeze(0)
+        if name in self.shared:
+            return (lead.expand(self.batch, *lead.shape[1:]), *args[1:])
+        if tokens.ndim > 0 and tokens.shape[0] != self.batch:
+            self.unbatched.add(name)
+        return args
 
     def _name(self, tensor: Any) -> str | None:
         return self.names.get(id(tensor)) if isinstance(tensor, Tensor) else None

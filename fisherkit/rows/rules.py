@@ -266,6 +266,57 @@ def _tuple(value: int | tuple[int, ...] | list[int], dims: int) -> tuple[int, ..
     return values * dims if len(values) == 1 else values
 
 
+class ElementwiseRule(Rule):
+    """Output = input ∘ w or input ± w, the parameter w broadcast over examples: positions added, scales multiplied.
+
+    Args:
+        name: the function's name.
+        product: whether it multiplies.
+    """
+
+    def __init__(self, name: str, *, product: bool) -> None:
+        super().__init__(name, "input weight")
+        self.product = product
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Either operand may be the parameter."""
+        named = super().bind(args, {("weight" if name == "other" else name): value for name, value in kwargs.items()})
+        if isinstance(named.get("input"), torch.nn.Parameter):
+            named["input"], named["weight"] = named.get("weight"), named["input"]
+        return named if isinstance(named["input"], Tensor) else {}
+
+    def input_features(self, use: Use) -> int:
+        """None: whatever is behind the batch axis is a position."""
+        return 0
+
+    def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
+        """The other operand at every entry of the output; nothing for sums."""
+        x = use.arguments["input"]
+        if not self.product:
+            return x.detach().new_empty(batch, 1, 0)
+        return x.detach().expand(use.output_shape).reshape(batch, -1, self._own(use)[0])
+
+    def gradients(
+        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
+    ) -> Float[Tensor, "k B T o"]:
+        """Positions are what the parameter is broadcast over in front of its own axes."""
+        return gradient.reshape(*gradient.shape[:2], -1, self._own(use)[0])
+
+    def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
+        """Stored: there are no more parameters than entries."""
+        whole = (g * _per_row(a, g, example) if self.product else g).sum(1)
+        _, entries, size = self._own(use)
+        values = whole.unflatten(1, entries).sum_to_size(len(g), *size).flatten(1) if entries else whole
+        return StoredRows(-values if self.name in ("sub", "sub_") else values)
+
+    def _own(self, use: Use) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Entries of an example's output along the parameter's axes, in all and by axis, and the parameter's sizes."""
+        size, behind = tuple(use.arguments["weight"].shape), use.output_shape[1:]
+        size = size[len(size) - len(behind) :] if len(size) > len(behind) else size
+        entries = behind[len(behind) - len(size) :]
+        return torch.Size(entries).numel(), entries, size
+
+
 _CONV = "input weight bias stride padding dilation groups"
 _CONV_TRANSPOSE = "input weight bias stride padding output_padding groups dilation"
 _LAYER_NORM = "input normalized_shape weight bias eps"
@@ -292,6 +343,12 @@ RULES: dict[Callable[..., Any], Rule] = {
         channels_second=True,
     ),
 }
+RULES.update(
+    (function, ElementwiseRule(name, product=name.startswith("mul")))
+    for name in ("add", "add_", "sub", "sub_", "mul", "mul_")
+    for function in (getattr(torch.Tensor, name), getattr(torch, name, None))
+    if function is not None
+)
 GROUPED = {function: GroupedConvolutionRule(rule.name, _CONV) for function, rule in RULES.items()
            if isinstance(rule, ConvolutionRule)}  # fmt: skip
 

@@ -83,7 +83,5 @@ class StreamedRows(RowSource):
         return functools.reduce(torch.add, (function(chunk.rows) for chunk in self.problem.chunks(description)))
 
     def _verified(self) -> bool:
-        plan, probe = self.problem.plan, self.problem.probe()
-        batch, metric = next(probe.metrics("probe"))
-        rows = next(probe.batches("probe")).rows
-        return matrix_free.agrees(plan, self.space, batch, rows.product, metric)
+        batch, rows = self.problem.probe_rows()
+        return matrix_free.agrees(self.problem.plan, self.space, batch, lambda v, u: rows(v).product(u))
