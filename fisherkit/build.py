@@ -102,7 +102,11 @@ class Builder:
     # -- structures ----------------------------------------------------------------------------------------------------
 
     def _full(self) -> tuple[FisherOperator, Parts]:
-        needed = self.problem.row_bytes(self.space.names) * self.problem.source.count()
+        for lean in (False, True):
+            self.problem.choose(lean=lean)
+            needed = self.problem.row_bytes(self.space.names) * self.problem.source.count()
+            if needed <= self.budget:
+                break
         units = {unit.names: unit.reason for unit in self.problem.plan.units}
         if needed <= self.budget:
             rows = Rows.cat([chunk.rows for chunk in self._counted(self.problem.batches("full"))])

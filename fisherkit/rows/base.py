@@ -140,9 +140,11 @@ def _products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -
         for span in spans(x.shape[1], x.shape[0] + y.shape[0]):
             result.addmm_(x[:, span].double(), y[:, span].double().mT)
         return result
-    for start in range(0, x.shape[1], BLOCK):
-        result += x[:, start : start + BLOCK] @ y[:, start : start + BLOCK].mT
-    return result
+    whole = x.shape[1] - x.shape[1] % BLOCK
+    left, right = (t[:, :whole].unflatten(1, (-1, BLOCK)).transpose(0, 1) for t in (x, y))
+    for span in spans(whole // BLOCK, 8 * x.shape[0] * y.shape[0]):
+        result += (left[span] @ right[span].mT).sum(0, dtype=torch.float64)
+    return result.add_(x[:, whole:] @ y[:, whole:].mT)
 
 
 def second_moment(x: Float[Tensor, "... w"]) -> Float[Tensor, "w w"]:

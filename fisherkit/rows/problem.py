@@ -176,7 +176,7 @@ class Problem:
         return Outputs(z, target, mask, keys, self.likelihood)
 
     def measure(self) -> None:
-        """Find out on two examples how many vectors the kind has, and choose how each unit's rows are kept."""
+        """Find out on two examples how many vectors the kind has."""
         two = self.probe().source.first().to(self.plan.example_parameter.device)
         with self._quiet():
             linearized = Linearized(self.plan, two)
@@ -185,8 +185,12 @@ class Problem:
         if self.vectors_per_example > 1:
             with self._quiet():
                 self.plan.batched_backward = linearized.batched_backward_agrees()
+        self.choose(lean=True)
+
+    def choose(self, *, lean: bool) -> None:
+        """Choose how each unit's rows are kept: with the fewest numbers if memory is short, else for speed."""
         for unit in self.plan.ruled:
-            unit.choose(self.vectors_per_example)
+            unit.choose(self.vectors_per_example, lean)
 
     def row_bytes(self, names: Collection[str]) -> int:
         """Bytes of one example's rows over the units of some parameters, as they are kept."""
@@ -205,7 +209,8 @@ class Problem:
         bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
         start = 0
         for number, batch in enumerate(bar):
-            step = max(1, TILE // self.numbers_per_example) if self.chunk_size is None else self.chunk_size
+            step = max(1, _graph(device) // self.numbers_per_example) if self.chunk_size is None else self.chunk_size
+            step = -(-batch.size // -(-batch.size // step))  # pieces of about the same size
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
                 yield micro, start, f"data, batch {number}"
@@ -285,6 +290,11 @@ class Problem:
             if found.keep is not None:
                 keep = keep & found.keep.reshape(*mask.shape, -1)[:, position, vector]
         return None if bool(keep.all()) else keep
+
+
+def _graph(device: torch.device) -> int:
+    """Entries of the layer outputs that one forward pass may hold: large matmuls, but little beside the rows."""
+    return TILE // 2 if device.type == "cpu" else 4 * TILE
 
 
 def _join(chunks: list[Chunk]) -> Chunk:

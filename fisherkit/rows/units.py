@@ -107,15 +107,26 @@ class RuledUnit(Unit):
         elif isinstance(rows, SparseRows):
             self.numbers = positions * (rows.values.shape[1] + 2)
 
-    def choose(self, vectors: int) -> None:
-        """The cost model: keep whichever of the two factors and their product has fewer numbers an example."""
+    def choose(self, vectors: int, lean: bool) -> None:
+        """The cost model: keep the two factors, or write their product out.
+
+        A product with F takes 4·T·I·O operations an example from factors and 4·M·I·O from rows written out. Writing out
+        takes 2·T·M·I·O, once; from factors every Gram, solve or diagonal does it again. So rows are written out where
+        T >= M, unless memory is short; then whatever has fewer numbers is kept.
+
+        Args:
+            vectors: M.
+            lean: whether memory is short.
+        """
         if self.shape is None:
             return
         t, i, o = self.shape
         pair, product = t * (i + vectors * o), vectors * i * o
-        self.stored = pair > product
-        sign = ">" if self.stored else "<="
-        self.reason = f"{self.layout}; T(I + M·O) = {pair:,} {sign} M·I·O = {product:,}"
+        smaller, faster = pair > product, t > 1 and t >= vectors and not lean
+        self.stored = smaller or faster
+        sign = ">" if smaller else "<="
+        why = f"T(I + M·O) = {pair:,} {sign} M·I·O = {product:,}"
+        self.reason = f"{self.layout}; {f'T = {t:,} >= M = {vectors:,}' if faster else why}"
 
     def numbers_per_example(self, vectors: int) -> int:
         """As in `Unit`; the activations are shared by an example's rows."""

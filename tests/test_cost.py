@@ -1,0 +1,188 @@
+"""What an operation may cost, in floating-point operations and passes over the data.
+
+The unit is one forward and backward pass of the same batch. Bounds are what the arithmetic says (`docs/costs.md`) plus
+a tenth, so that a lost factorisation, a second pass or a loop over outputs fails here and not in somebody's profile.
+Time is measured in `examples/benchmarks`, never here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fisherkit as fk
+
+C = 5
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Linear(8, 32), nn.Parameter(torch.randn(16, 32))
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x) + self.position).mean(1))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, C))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16 * 36, 32), nn.ReLU(), nn.Linear(32, C),
+    )  # fmt: skip
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (mlp, (256, 96)),
+    "cnn": (cnn, (128, 3, 12, 12)),
+    "encoder": (Encoder, (64, 16, 8)),
+}
+
+
+def case(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    return make().eval(), torch.randn(shape), torch.randint(C, shape[:1])
+
+
+def flops(function: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def units(name: str, operation: Callable[..., Any]) -> float:
+    """Floating-point operations of an operation over those of a forward and backward pass."""
+    model, x, y = case(name)
+    one = flops(lambda: F.cross_entropy(model(x), y).backward())
+    model.zero_grad()
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    return flops(operation(model, (x, y), v)) / one
+
+
+def build(kind: type[fk.FisherApproximation], **options: Any) -> Callable[..., Any]:
+    return lambda model, data, v: lambda: kind(model, data, **options)
+
+
+def cached(kind: type[fk.FisherApproximation], use: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def operation(model: nn.Module, data: Any, v: Tensor) -> Callable[[], Any]:
+        fisher = kind(model, data, **options)
+        return lambda: use(fisher, v)
+
+    return operation
+
+
+# Rows of layers without shared positions take a forward pass and the part of the backward pass that goes to layer
+# outputs: 2/3 of a unit or less. Shared positions add writing the rows out, as a weight gradient, 1/3. C − 1 = 4
+# vectors take four backward passes. A product with factored rows costs as much as a forward pass, twice; with
+# rows written out, 4 operations an entry. A Gram takes 2·R²·Σ(I + O) or 2·R²·D, three quarters of it where R >= 256:
+# more than a unit here, with many examples of a small model. The iEF Gram is in its solve. KFAC adds 2·N·T·Σ(I² + O²).
+OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
+    "EF, rows": (build(fk.EmpiricalFisher), {"mlp": 0.73, "cnn": 1.12, "encoder": 1.3}),
+    "EF, product": (cached(fk.EmpiricalFisher, lambda f, v: f.matvec(v)), {"mlp": 0.86, "cnn": 0.19, "encoder": 0.06}),
+    "EF, diagonal": (build(fk.EmpiricalFisher, structure="diagonal"), {"mlp": 1.15, "cnn": 1.2, "encoder": 1.3}),
+    "EF, gram": (cached(fk.EmpiricalFisher, lambda f, v: f.gram()), {"mlp": 1.72, "cnn": 1.2, "encoder": 1.6}),
+    "EF, kfac": (build(fk.EmpiricalFisher, structure="kfac"), {"mlp": 1.82, "cnn": 3.4, "encoder": 2.0}),
+    "iEF, solve": (
+        cached(fk.ImprovedEmpiricalFisher, lambda f, v: f.solve(v, damping=1.0)),
+        {"mlp": 2.56, "cnn": 1.36, "encoder": 1.64},
+    ),
+    "exact, diagonal": (build(fk.ExactFisher, structure="diagonal"), {"mlp": 1.9, "cnn": 3.0, "encoder": 3.5}),
+    "exact, product from rows": (
+        cached(fk.ExactFisher, lambda f, v: f.matvec(v)), {"mlp": 0.88, "cnn": 0.22, "encoder": 0.2},
+    ),
+    "exact, streamed product": (
+        cached(fk.ExactFisher, lambda f, v: f.matvec(v), memory_budget=1 << 10),
+        {"mlp": 1.9, "cnn": 1.9, "encoder": 2.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_flops__are_what_the_arithmetic_says(name: str, model: str, record_property: Callable[..., None]) -> None:
+    operation, bounds = OPERATIONS[name]
+    found = units(model, operation)
+    record_property("units", found)
+    assert found <= bounds[model], f"{name} of {model}: {found:.2f} units"
+
+
+class Counted(nn.Module):
+    """Counts the examples that pass through a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.examples = model, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.examples += len(x)
+        return self.model(x)
+
+
+@pytest.mark.parametrize(
+    ("structure", "kind", "passes"),
+    [
+        ("full", fk.EmpiricalFisher, 1),
+        ("full", fk.ExactFisher, 1),
+        ("diagonal", fk.ExactFisher, 1),
+        ("block", fk.EmpiricalFisher, 1),
+        ("kfac", fk.ExactFisher, 1),
+        ("ekfac", fk.EmpiricalFisher, 1),
+    ],
+)
+def test_build__reads_the_data_once(structure: str, kind: type[fk.FisherApproximation], passes: int) -> None:
+    """Beside the data, a build may look at a few examples to verify its rules."""
+    model, x, y = case("cnn")
+    counted = Counted(model)
+    kind(counted, [(x[:64], y[:64]), (x[64:], y[64:])], structure=structure)
+    assert passes * len(x) <= counted.examples <= passes * len(x) + 32
+
+
+def test_outputs__never_cost_one_forward_pass_each() -> None:
+    """Backward passes of the C − 1 output vectors are vectorised, and a product from the data needs none of them."""
+    model, x, y = case("mlp")
+    fisher = fk.ExactFisher(counted := Counted(model), (x, y), memory_budget=1 << 10)
+    counted.examples = 0
+    fisher.matvec(torch.randn(fisher.size))
+    assert counted.examples == len(x)
+
+
+@pytest.mark.parametrize("kind", [fk.EmpiricalFisher, fk.TruncatedFisher, fk.ExactFisher])
+def test_vocabulary__is_never_squared(kind: type[fk.FisherApproximation]) -> None:
+    """A language model's head: memory for [N, T, V], never for [N, T, V, V], and no pass for each of V outputs."""
+    torch.manual_seed(0)
+    vocabulary, n, t = 3000, 2, 8
+    model = nn.Sequential(nn.Embedding(vocabulary, 8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, vocabulary))
+    x, y = torch.randint(vocabulary, (n, t)), torch.randint(vocabulary, (n, t))
+    largest = Largest()
+    with largest:
+        options = {"memory_budget": 1 << 20} if kind is fk.ExactFisher else {}
+        fisher = kind(counted := Counted(model), (x, y), **options)
+        fisher.matvec(torch.randn(fisher.size))
+    assert largest.entries <= 4 * n * t * vocabulary
+    assert counted.examples <= 32
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the largest tensor that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for out in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(out, Tensor) and 0 not in out.stride():
+                self.entries = max(self.entries, out.numel())
+        return found
