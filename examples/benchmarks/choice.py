@@ -69,7 +69,7 @@ def compare(case: Case, kind: type[fk.FisherApproximation], device: torch.device
             continue
         runs[name] = work(case, kind, stored)
         first[name] = clock.once(runs[name])[0]
-    found = race(runs, first, clock, rounds=rounds, slow=20.0)
+    found = race(runs, first, clock, rounds=rounds, slow=5.0)
     seconds = {name: timing.seconds for name, timing in found.items()}
     ratio = seconds["chosen"] / min(seconds.values())
     return {

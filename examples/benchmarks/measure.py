@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from examples.benchmarks.contestants import Contestant, DisagreementError, Values, check_agreement
-from examples.benchmarks.operations import Cell
+from examples.benchmarks.operations import OPERATIONS, Cell
 from examples.benchmarks.timing import Clock, TookTooLongError, limit, race
 
 Record = dict[str, Any]
@@ -31,7 +30,7 @@ class Settings:
 
     device: torch.device
     rounds: int = 5
-    slow: float = 20.0
+    slow: float = 5.0
     patience: float = 180.0
 
 
@@ -45,50 +44,53 @@ class _Ready:
     values: Values
 
 
-def measure(cell: Cell, settings: Settings) -> Record:
-    """Check that everybody agrees, then time everybody.
+def agree(cell: Cell, settings: Settings) -> tuple[Record, list[_Ready]]:
+    """Run everybody once and compare.
+
+    Returns:
+        The record so far, and who can be timed, ours first if it can be.
 
     Raises:
         DisagreementError: a peer's result is not ours.
     """
     where = f"{cell.case.workload.name}, {cell.operation.title} ({cell.case.scope})"
     record: Record = {
-        "workload": cell.case.workload.name, "operation": cell.name, "title": cell.operation.title,
-        "scope": cell.case.scope, "peers": [],
-    }  # fmt: skip
-    clock, ready = Clock(settings.device), []
+        "workload": cell.case.workload.name,
+        "operation": cell.name,
+        "title": cell.operation.title,
+        "scope": cell.case.scope,
+        "peers": [],
+    }
+    clock = Clock(settings.device)
     mine = _try(cell.ours, clock, settings, record)
+    ready = [] if mine is None else [mine]
     for peer in cell.peers:
-        failed: Record = {"name": peer.name, "how": peer.how}
-        theirs = _try(peer, clock, settings, failed)
+        entry: Record = {"name": peer.name, "how": peer.how}
+        record["peers"].append(entry)
+        theirs = _try(peer, clock, settings, entry)
         if theirs is None:
-            record["peers"].append(failed)
             continue
         if mine is not None:
-            failed["errors"] = check_agreement(
-                f"{where}, {peer.name}", _with_forms(cell, mine.values), theirs.values, cell.bounds(peer)
-            )
-            failed["why"] = peer.why or (cell.operation.why if failed["errors"].keys() & cell.operation.bounds else "")
+            expected = _with_forms(cell, mine.values)
+            entry["errors"] = check_agreement(f"{where}, {peer.name}", expected, theirs.values, cell.bounds(peer))
+            entry["why"] = peer.why or (cell.operation.why if entry["errors"].keys() & cell.operation.bounds else "")
         theirs.values = {}
-        ready.append((theirs, failed))
-        record["peers"].append(failed)
-    if cell.case.scope != "all" and not ready:
-        return record  # no peer can do part of it either: there is nothing to compare with
-    _time(cell, mine, ready, clock, settings, record)
-    return record
+        ready.append(theirs)
+    return record, ready
 
 
-def _time(
-    cell: Cell,
-    mine: _Ready | None,
-    ready: list[tuple[_Ready, Record]],
-    clock: Clock,
-    settings: Settings,
-    record: Record,
-) -> None:
-    unit = cell.case.workload.unit()
+def measure(cell: Cell, settings: Settings) -> Record:
+    """Check that everybody agrees, then time everybody."""
+    record, ready = agree(cell, settings)
+    if cell.case.scope == "all" or any(one.contestant is not cell.ours for one in ready):
+        _time(cell, ready, settings, record)
+    return record  # of part of the parameters, untimed, if no peer can do that part: nothing to compare with
+
+
+def _time(cell: Cell, ready: list[_Ready], settings: Settings, record: Record) -> None:
+    clock, unit = Clock(settings.device), cell.case.workload.unit()
     runs, first = {"unit": unit}, {"unit": clock.once(unit)[0]}
-    for one in [*([mine] if mine else []), *(theirs for theirs, _ in ready)]:
+    for one in ready:
         runs[one.contestant.name], first[one.contestant.name] = one.run, one.first
     timings = race(runs, first, clock, rounds=settings.rounds, slow=settings.slow)
     u = timings["unit"].seconds
@@ -98,18 +100,21 @@ def _time(
             timing = timings[name]
             target |= {"seconds": timing.seconds, "units": timing.seconds / u, "rounds": timing.rounds}
             target |= {"spread": timing.spread}
-    judge(cell, record)
+    judge(record)
 
 
-def judge(cell: Cell, record: Record) -> None:
-    """Ratios to the peers and to the target, from the medians."""
+def judge(record: Record) -> None:
+    """Ratios to the best peer and to the target, from a cell's medians."""
     times = {p["name"]: p["seconds"] for p in record["peers"] if "seconds" in p}
-    target = cell.operation.targets.get(record["workload"])
+    if "seconds" in record and times:
+        best = min(times, key=times.__getitem__)
+        record |= {"best_peer": best, "ratio": times[best] / record["seconds"]}
+    target = OPERATIONS[record["operation"]].targets.get(record["workload"])
     if target is None:
         return
     counting = [t for name, t in times.items() if not target.against or name in target.against]
     by_ratio, by_units = target.ratio is not None and bool(counting), target.units is not None
-    if not by_ratio and (cell.case.scope != "all" or not by_units):
+    if not by_ratio and (record["scope"] != "all" or not by_units):
         return  # a target is judged where those that it names take part
     record["target"], record["met"] = str(target), False
     if "seconds" in record:
@@ -128,7 +133,6 @@ def _with_forms(cell: Cell, values: Values) -> Values:
 
 def _try(contestant: Contestant, clock: Clock, settings: Settings, record: Record) -> _Ready | None:
     """Run once; what goes wrong is put down as the result. Ours fails like anybody else."""
-    gc.collect()
     try:
         with warnings.catch_warnings(), limit(settings.patience):
             warnings.simplefilter("ignore")  # not ours to fix

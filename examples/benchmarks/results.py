@@ -16,7 +16,7 @@ KEYS = {
 }
 """Sections and what identifies a record in them."""
 
-FREE = ("date", "commit")
+FREE = ("date", "commit", "patience")
 """What may differ between runs that are shown in one table."""
 
 

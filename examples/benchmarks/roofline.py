@@ -78,18 +78,19 @@ def count(run: Callable[[], Any]) -> dict[torch.dtype, float]:
     return dict(counter.operations)
 
 
-def machine_rates(device: torch.device, *, size: int = 2048, bandwidth_bytes: int = 1 << 28) -> Record:
+def machine_rates(device: torch.device, *, tiny: bool = False) -> Record:
     """Best matmul rate in float32 and float64, and the bandwidth of a copy (read and write).
 
     Args:
         device: where.
-        size: the largest matrices; halves and quarters of it are tried too.
-        bandwidth_bytes: of what is copied; more than any cache.
+        tiny: small sizes; the rates mean nothing.
     """
+    size = 128 if tiny else 8192 if device.type == "cuda" else 2048
+    bandwidth_bytes = 1 << (20 if tiny else 28)
     clock, rates = Clock(device), {}
     for dtype in (torch.float32, torch.float64):
         best = 0.0
-        for n in (size, size // 2, size // 4):
+        for n in (size, size // 2, size // 4):  # the best of several sizes
             a, b = torch.randn(2, n, n, dtype=dtype, device=device)
             torch.mm(a, b)
             seconds = min(clock.seconds(lambda a=a, b=b: torch.mm(a, b), 3) for _ in range(5))  # type: ignore[misc]

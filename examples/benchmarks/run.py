@@ -7,7 +7,8 @@ import gc
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,11 +17,11 @@ import torch
 import fisherkit as fk
 from examples.benchmarks import report
 from examples.benchmarks import results as results_file
-from examples.benchmarks.accuracy import accuracy
+from examples.benchmarks.accuracy import accuracy, tf32
 from examples.benchmarks.choice import compare
 from examples.benchmarks.contestants import Case, DisagreementError
 from examples.benchmarks.environment import environment
-from examples.benchmarks.measure import Record, Settings, measure
+from examples.benchmarks.measure import Record, Settings, judge, measure
 from examples.benchmarks.memory import measure_memory
 from examples.benchmarks.operations import OPERATIONS, Cell, cells
 from examples.benchmarks.pictures import draw
@@ -43,10 +44,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--operation", nargs="+", choices=list(OPERATIONS), default=None, help="which (default: all)")
     add("--part", nargs="+", choices=PARTS, default=list(PARTS), help="which (default: all)")
     add("--rounds", type=int, default=5, help="how often everybody is timed (default: 5; at least 3)")
-    add("--slow", type=float, default=20.0, help="seconds; who takes longer is timed once (default: 20)")
+    add("--slow", type=float, default=5.0, help="seconds; who takes longer is timed once (default: 5)")
     add("--patience", type=float, default=180.0, help="seconds; who takes longer is not waited for (default: 180)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, default=None, help="of torch (default: as many as there are cores)")
+    add("--threads", type=int, default=None, help="of torch (default: as torch has it, one a core)")
     add("--vocabulary", type=int, default=8192, help="of W4 (default: 8192)")
     add("--out", type=Path, default=Path("benchmarks"), help="folder for results and pictures (default: benchmarks)")
     add("--keep", action="store_true", help="add to the results that are there, measured on the same machine")
@@ -74,17 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = results_file.empty(now, how)
     if options.keep and path.exists():
         old = results_file.read(path)
-        results = results_file.continued(old, now, how)
+        try:
+            results = results_file.continued(old, now, how)
+        except ValueError as error:
+            sys.exit(str(error))
     how["titles"] = results["settings"].get("titles", {}) | {n: w.title for n, w in workloads.items()}
     results["settings"] = how
-    _limit_memory(device)
     gc.collect()
     gc.freeze()  # everything imported by now: collections between runs then take no time
     try:
-        for name, workload in workloads.items():
-            for part in (p for p in PARTS if p in options.part):
-                PARTS_RUN[part](name, workload, settings, options, results)
-                results_file.write(path, results)
+        with _limited_memory(device), tf32(False):
+            for name, workload in workloads.items():
+                for part in (p for p in PARTS if p in options.part):
+                    PARTS_RUN[part](name, workload, settings, options, results)
+                    results_file.write(path, results)
     except DisagreementError as error:
         sys.exit(f"stopped, because a result is wrong: {error}")
     finally:
@@ -93,7 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def finish(results: Record, options: argparse.Namespace) -> None:
-    """Print, draw, write."""
+    """Judge, print, draw, write."""
+    for record in results["cells"]:
+        judge(record)  # anew: the targets may have changed since a kept cell was measured
+    results_file.write(options.out / "results.json", results)
     for name in report.workloads(results):
         draw(results, name, options.out / f"bars-{name}.png")
     growth = (PAGE.parent / "benchmarks-growth.md").exists()
@@ -160,9 +167,7 @@ def _memory(name: str, _w: Workload, settings: Settings, options: argparse.Names
 
 def _roofline(name: str, workload: Workload, settings: Settings, options: argparse.Namespace, results: Record) -> None:
     if not results["machine"]:
-        results["machine"] = machine_rates(
-            settings.device, **({"size": 256, "bandwidth_bytes": 1 << 22} if options.tiny else {})
-        )
+        results["machine"] = machine_rates(settings.device, tiny=options.tiny)
     seconds = {
         r["operation"]: r["seconds"]
         for r in results["cells"]
@@ -193,11 +198,19 @@ PARTS_RUN: dict[str, Callable[[str, Workload, Settings, argparse.Namespace, Reco
 }  # fmt: skip
 
 
-def _limit_memory(device: torch.device) -> None:
+@contextmanager
+def _limited_memory(device: torch.device) -> Iterator[None]:
     """On the CPU, who asks for more memory than there is gets an error instead of ending the process."""
     if device.type != "cpu" or sys.platform != "linux":
+        yield
         return
     import resource  # not on Windows
 
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * available_memory(device)), hard))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(0.9 * available_memory(device))
+    limit = limit if before[1] == resource.RLIM_INFINITY else min(limit, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)

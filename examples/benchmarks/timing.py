@@ -17,6 +17,8 @@ import torch
 SHORT = 0.05
 """Seconds: what takes less is repeated within a round, up to `REPEATS` times."""
 REPEATS = 10
+ENDLESS = 60.0
+"""Seconds: what took longer the first time is not timed again."""
 
 
 class Clock:
@@ -83,15 +85,16 @@ def race(
         first: seconds that each took the first time, which also warmed it up.
         clock: of the device.
         rounds: how many.
-        slow: seconds; who took longer the first time is not timed again.
+        slow: seconds; who took longer the first time takes part in one round alone, or in none beyond `ENDLESS`: then
+            the first time counts.
 
     Returns:
         Timings by name.
     """
-    found: dict[str, list[float]] = {name: [first[name]] if first[name] > slow else [] for name in runs}
-    for _ in range(rounds):
+    found: dict[str, list[float]] = {name: [first[name]] if first[name] > ENDLESS else [] for name in runs}
+    for number in range(rounds):
         for name, run in runs.items():
-            if first[name] <= slow:
+            if first[name] <= slow or (number == 0 and first[name] <= ENDLESS):
                 repeats = max(1, min(REPEATS, int(SHORT / max(first[name], 1e-9))))
                 found[name].append(clock.seconds(run, repeats))
     return {name: Timing.of(times) for name, times in found.items()}
