@@ -31,7 +31,7 @@ class Settings:
     device: torch.device
     rounds: int = 5
     slow: float = 5.0
-    patience: float = 180.0
+    patience: float = 120.0
 
 
 @dataclass

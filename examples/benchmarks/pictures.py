@@ -54,7 +54,8 @@ def draw(results: Record, workload: str, path: Path) -> None:
     axes.set_title(f"{workload}: {results['settings']['titles'][workload]}", fontsize=9, loc="left")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    order = [who for who in COLOURS if who in unique]
+    figure.legend([unique[who] for who in order], order, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

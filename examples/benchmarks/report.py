@@ -11,6 +11,7 @@ from examples.benchmarks.operations import OPERATIONS, PEERS
 from examples.benchmarks.ours import NAME
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+ABSENT = "Not measured yet."
 MET = {True: "yes", False: "**no**", None: ""}
 
 
@@ -24,6 +25,8 @@ def number(x: float) -> str:
 def markdown(table: Table) -> str:
     """A Markdown table, numbers to the right."""
     header, rows = table
+    if not rows:
+        return ABSENT
     rule = [":--", *["--:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
@@ -58,11 +61,11 @@ class Notes:
         """The number of a note, the same for the same text."""
         if text not in self.texts:
             self.texts.append(text)
-        return f"[{self.texts.index(text) + 1}]"
+        return f"({self.texts.index(text) + 1})"
 
     def lines(self) -> str:
         """All of them."""
-        return "\n".join(f"- [{i}] {text}" for i, text in enumerate(self.texts, 1))
+        return "\n".join(f"- ({i}) {text}" for i, text in enumerate(self.texts, 1))
 
 
 def workload_table(results: Record, workload: str) -> tuple[Table, Notes]:
@@ -156,6 +159,8 @@ def environment_lines(results: Record) -> str:
         f"{e['system']}, Python {e['python']}, {versions}.",
         f"{e['date']}, commit {e['commit'] or 'unknown'}, median of {s['rounds']} rounds.",
     ]
+    if s.get("remark"):
+        lines.append(s["remark"])
     if rates:
         lines.append(
             f"Measured rates: matmul {rates['float32_flops'] / 1e9:,.0f} Gflop/s in float32 and "
@@ -190,10 +195,10 @@ def sections(results: Record, *, pictures: str | None = None, growth: bool = Fal
     found["workloads"] = "\n\n".join(parts)
     found["memory"] = markdown(memory_table(results))
     rooflines = [roofline_table(results, name) for name in workloads(results)]
-    found["roofline"] = "\n\n".join(markdown(table) for table in rooflines if table[1])
+    found["roofline"] = "\n\n".join(markdown(table) for table in rooflines if table[1]) or ABSENT
     found["choice"] = markdown(choice_table(results))
     found["accuracy"] = markdown(accuracy_table(results))
-    link = "See [growth](benchmarks-growth.md)." if growth else "Not measured yet."
+    link = "See [growth](benchmarks-growth.md)." if growth else ABSENT
     found["growth"] = link
     return found
 
@@ -204,8 +209,9 @@ def text(results: Record) -> str:
     for name in workloads(results):
         table, notes = workload_table(results, name)
         parts += [plain(table), notes.lines()]
-    parts += [plain(roofline_table(results, name)) for name in workloads(results)]
-    parts += [plain(table(results)) for table in (memory_table, choice_table, accuracy_table)]
+    tables = [roofline_table(results, name) for name in workloads(results)]
+    tables += [table(results) for table in (memory_table, choice_table, accuracy_table)]
+    parts += [plain(table) for table in tables if table[1]]
     return "\n\n".join(filter(None, parts))
 
 

@@ -16,7 +16,7 @@ KEYS = {
 }
 """Sections and what identifies a record in them."""
 
-FREE = ("date", "commit", "patience")
+FREE = ("date", "commit", "patience", "remark")
 """What may differ between runs that are shown in one table."""
 
 

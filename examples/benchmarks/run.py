@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--part", nargs="+", choices=PARTS, default=list(PARTS), help="which (default: all)")
     add("--rounds", type=int, default=5, help="how often everybody is timed (default: 5; at least 3)")
     add("--slow", type=float, default=5.0, help="seconds; who takes longer is timed once (default: 5)")
-    add("--patience", type=float, default=180.0, help="seconds; who takes longer is not waited for (default: 180)")
+    add("--patience", type=float, default=120.0, help="seconds; who takes longer is not waited for (default: 120)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=None, help="of torch (default: as torch has it, one a core)")
     add("--vocabulary", type=int, default=8192, help="of W4 (default: 8192)")
@@ -53,6 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--keep", action="store_true", help="add to the results that are there, measured on the same machine")
     add("--tiny", action="store_true", help="tiny sizes: does everything work? The figures mean nothing.")
     add("--docs", action="store_true", help="also update docs/benchmarks.md from the results")
+    add("--remark", default="", help="a sentence shown with the results, such as what else the machine did")
     add("--report", action="store_true", help="measure nothing: print, draw and, with --docs, write what is there")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -67,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     path = options.out / "results.json"
     if options.report:
-        finish(results_file.read(path), options)
+        found = results_file.read(path)
+        found["settings"] |= {"remark": options.remark} if options.remark else {}
+        finish(found, options)
         return
     settings = Settings(device, max(3, options.rounds), options.slow, options.patience)
     workloads = {name: _workload(name, options).to(device) for name in options.workload}
@@ -122,7 +125,7 @@ def _workload(name: str, options: argparse.Namespace) -> Workload:
 
 
 def _described(settings: Settings, options: argparse.Namespace) -> Record:
-    return {**asdict(settings), "device": settings.device.type, "tiny": options.tiny}
+    return {**asdict(settings), "device": settings.device.type, "tiny": options.tiny, "remark": options.remark}
 
 
 def _say(text: str) -> None:
@@ -142,6 +145,7 @@ def _operations(
             record = _cell(cell, settings)
             if "unit_seconds" in record:
                 results_file.put(results, "cells", record)
+                results_file.write(options.out / "results.json", results)
             else:  # nobody else can do part of it: say so beside the whole
                 results_file.drop(results, "cells", record)
                 failures[cell.name] = record["peers"]
@@ -149,6 +153,7 @@ def _operations(
         record = _cell(cell, settings)
         record["peers"] += failures.get(cell.name, [])
         results_file.put(results, "cells", record)
+        results_file.write(options.out / "results.json", results)  # what is measured is kept, whatever comes next
 
 
 def _cell(cell: Cell, settings: Settings) -> Record:
