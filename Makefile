@@ -7,6 +7,7 @@
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # The versions in constraints.txt need this much; the package itself supports what pyproject.toml says.
 MIN_PYTHON := 3.11.5
@@ -24,7 +25,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install test lint docs demo format clean
+.PHONY: help install test lint docs demo bench format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,12 +50,15 @@ docs: $(DEV_STAMP) ## build the site into site/; a broken link or reference is a
 demo: $(DEMO_STAMP) ## train a small network, compare every kind of Fisher, write demo/
 	$(BIN)/python -m fisherkit demo --out demo
 
+bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (about 15 minutes)
+	$(BIN)/python -m examples.benchmarks --out benchmarks $(BENCH_ARGS)
+
 format: $(DEV_STAMP) ## rewrite the code the way `make lint` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## delete what can be made again, except .venv
-	rm -rf build demo dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build benchmarks demo dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Fails with advice where the interpreter $(1) is too old.

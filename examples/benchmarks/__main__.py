@@ -1,0 +1,5 @@
+"""``python -m examples.benchmarks``."""
+
+from examples.benchmarks.run import main
+
+main()

@@ -1,0 +1,236 @@
+"""Results as text and as Markdown. Reads the results file alone; measures nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.benchmarks.measure import Record
+from examples.benchmarks.operations import OPERATIONS, PEERS
+from examples.benchmarks.ours import NAME
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+ABSENT = "Not measured yet."
+MET = {True: "yes", False: "**no**", None: ""}
+
+
+def number(x: float) -> str:
+    """Three digits or so."""
+    if x >= 100:
+        return f"{x:,.0f}"
+    return f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table, numbers to the right."""
+    header, rows = table
+    if not rows:
+        return ABSENT
+    rule = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def plain(table: Table) -> str:
+    """The same for a terminal."""
+    header, rows = table
+    cells = [[cell.replace("**", "") for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join(lines)
+
+
+def title(record: Record) -> str:
+    """Of an operation, with the scope where it is not everything."""
+    name = OPERATIONS[record["operation"]].title
+    return name if record.get("scope", "all") == "all" else f"{name}: linear layers alone"
+
+
+class Notes:
+    """Numbered notes under a table."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        """The number of a note, the same for the same text."""
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"({self.texts.index(text) + 1})"
+
+    def lines(self) -> str:
+        """All of them."""
+        return "\n".join(f"- ({i}) {text}" for i, text in enumerate(self.texts, 1))
+
+
+def workload_table(results: Record, workload: str) -> tuple[Table, Notes]:
+    """Medians in units of one gradient, ours and every peer's."""
+    notes = Notes()
+    rows = []
+    order = list(OPERATIONS)
+    records = [r for r in results["cells"] if r["workload"] == workload]
+    for record in sorted(records, key=lambda r: (order.index(r["operation"]), r["scope"])):
+        peers = {peer["name"]: peer for peer in record["peers"]}
+        entries = [_entry(peers.get(name), name, notes) for name in PEERS]
+        ratio = f"{number(record['ratio'])}×" if "ratio" in record else ""
+        rows.append((
+            title(record), _entry(record, NAME, notes), *entries, ratio, record.get("target", ""),
+            MET[record.get("met")],
+        ))  # fmt: skip
+    return ((f"{workload}, in u", NAME, *PEERS, "best peer / ours", "target", "met"), rows), notes
+
+
+def _entry(record: Record | None, name: str, notes: Notes) -> str:
+    if record is None:
+        return ""
+    if "units" not in record:
+        return f"– {notes.mark(f'{name}: {_code(record)}')}" if "error" in record else ""
+    mark = ""
+    if record.get("why"):
+        bound = ", ".join(f"{value} {error:.1e}" for value, error in record["errors"].items())
+        mark = " " + notes.mark(f"{name}: compared loosely ({bound}): {record['why']}")
+    if record.get("rounds") == 1:
+        mark += " " + notes.mark("timed once: slow")
+    return number(record["units"]) + mark
+
+
+def _code(record: Record) -> str:
+    text = record["error"].replace("|", "/").replace("`", "'").replace("<", "‹").replace(">", "›")
+    return re.sub(r"'?examples\.benchmarks\.workloads\.", "'", text)
+
+
+def memory_table(results: Record) -> Table:
+    """Peaks of rows and solve against one training step."""
+    rows = [
+        (r["workload"], f"{r['train_bytes'] / 1e6:,.0f} MB", f"{r['solve_bytes'] / 1e6:,.0f} MB", f"{r['ratio']:.2f}×",
+         r.get("target", ""), MET[r.get("met")])
+        for r in results["memory"]
+    ]  # fmt: skip
+    return ("workload", "training step", "rows and iEF solve", "ratio", "target", "met"), rows
+
+
+def roofline_table(results: Record, workload: str) -> Table:
+    """What our operations did, and how close to the machine's rates."""
+    rows = []
+    for r in results["roofline"]:
+        if r["workload"] == workload:
+            bound = max(r["arithmetic_seconds"], r["transfer_seconds"])
+            rows.append((
+                OPERATIONS[r["operation"]].title, f"{r['float32_operations'] / 1e9:,.2f}",
+                f"{r['float64_operations'] / 1e9:,.2f}", f"{r['bytes'] / 1e6:,.0f}", f"{1e3 * bound:,.1f}", r["bound"],
+                f"{1e3 * r['seconds']:,.1f}", f"{100 * r['fraction']:.0f}%",
+            ))  # fmt: skip
+    header = (f"{workload}", "float32 Gflop", "float64 Gflop", "MB", "bound, ms", "by", "measured, ms", "reached")
+    return header, rows
+
+
+def choice_table(results: Record) -> Table:
+    """The cost model against both forced choices."""
+    rows = []
+    for r in results["choice"]:
+        seconds = [f"{1e3 * r['seconds'][n]:,.0f} ms" if n in r["seconds"] else "does not fit"
+                   for n in ("chosen", "factored", "written out")]  # fmt: skip
+        rows.append((f"{r['workload']}, {r['kind']}", *seconds, f"{r['ratio']:.2f}", r["target"], MET[r["met"]]))
+    return ("", "chosen", "all factored", "all written out", "chosen / best", "target", "met"), rows
+
+
+def accuracy_table(results: Record) -> Table:
+    """Relative errors against float64."""
+    names = next((list(r["errors"]) for r in results["accuracy"] if "errors" in r), [])
+    rows = []
+    for r in results["accuracy"]:
+        errors = [f"{r['errors'][n]:.0e}" if "errors" in r else "–" for n in names]
+        rows.append((f"{r['workload']}, {r['precision']}, {r['device']}", *errors))
+    return ("", *names), rows
+
+
+def environment_lines(results: Record) -> str:
+    """Where the figures come from."""
+    e, s = results["environment"], results["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+    rates = results["machine"]
+    lines = [
+        f"{e['processor']}, {e['cores']} cores, {e['threads']} threads; {e.get('accelerator', 'no accelerator')}.",
+        f"{e['system']}, Python {e['python']}, {versions}.",
+        f"{e['date']}, commit {e['commit'] or 'unknown'}, median of {s['rounds']} rounds.",
+    ]
+    if s.get("remark"):
+        lines.append(s["remark"])
+    if rates:
+        lines.append(
+            f"Measured rates: matmul {rates['float32_flops'] / 1e9:,.0f} Gflop/s in float32 and "
+            f"{rates['float64_flops'] / 1e9:,.0f} in float64, copy {rates['bytes_per_second'] / 1e9:,.1f} GB/s."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def workloads(results: Record) -> list[str]:
+    """Names of those that were measured."""
+    return sorted({record["workload"] for record in results["cells"]})
+
+
+def sections(results: Record, *, pictures: str | None = None, growth: bool = False) -> dict[str, str]:
+    """Markdown by name of section.
+
+    Args:
+        results: of a results file.
+        pictures: the folder that pictures are in, relative to the page; None for no pictures.
+        growth: whether the page on growth exists.
+    """
+    titles, found = results["settings"]["titles"], {"environment": environment_lines(results)}
+    parts = []
+    for name in workloads(results):
+        table, notes = workload_table(results, name)
+        unit = next(
+            (r["unit_seconds"] for r in results["cells"] if r["workload"] == name and "unit_seconds" in r), None
+        )
+        head = f"### {name}: {titles[name]}\n\nOne unit is {1e3 * unit:.0f} ms here." if unit else f"### {name}"
+        picture = f"\n\n![{name} in units of one gradient]({pictures}/bars-{name}.png)" if pictures else ""
+        parts.append("\n\n".join(filter(None, [head + picture, markdown(table), notes.lines()])))
+    found["workloads"] = "\n\n".join(parts)
+    found["memory"] = markdown(memory_table(results))
+    rooflines = [roofline_table(results, name) for name in workloads(results)]
+    found["roofline"] = "\n\n".join(markdown(table) for table in rooflines if table[1]) or ABSENT
+    found["choice"] = markdown(choice_table(results))
+    found["accuracy"] = markdown(accuracy_table(results))
+    link = "See [growth](benchmarks-growth.md)." if growth else ABSENT
+    found["growth"] = link
+    return found
+
+
+def text(results: Record) -> str:
+    """Everything for a terminal."""
+    parts = [environment_lines(results)]
+    for name in workloads(results):
+        table, notes = workload_table(results, name)
+        parts += [plain(table), notes.lines()]
+    tables = [roofline_table(results, name) for name in workloads(results)]
+    tables += [table(results) for table in (memory_table, choice_table, accuracy_table)]
+    parts += [plain(table) for table in tables if table[1]]
+    return "\n\n".join(filter(None, parts))
+
+
+def markers(name: str) -> tuple[str, str]:
+    """What a section of the page stands between."""
+    return f"<!-- {name}: written by run.py -->", f"<!-- end of {name} -->"
+
+
+def fill(page: Path, found: dict[str, str]) -> None:
+    """Write sections into a page, between their markers.
+
+    Raises:
+        ValueError: the page lacks a marker.
+    """
+    content = page.read_text("utf-8")
+    for name, body in found.items():
+        first, last = markers(name)
+        if first not in content or last not in content:
+            raise ValueError(f"{page.name} should have the lines {first!r} and {last!r}")
+        before, _, rest = content.partition(first)
+        content = f"{before}{first}\n\n{body}\n\n{last}{rest.partition(last)[2]}"
+    page.write_text(content, "utf-8")

@@ -1,0 +1,195 @@
+"""The benchmark suite on tiny sizes: everybody runs, agrees and is written down; no figure is looked at."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fisherkit as fk
+from examples.benchmarks import memory, report, results, roofline, run
+from examples.benchmarks.accuracy import accuracy
+from examples.benchmarks.choice import compare, forced
+from examples.benchmarks.contestants import Case, Contestant, DisagreementError, check_agreement
+from examples.benchmarks.measure import Settings, agree, measure
+from examples.benchmarks.operations import OPERATIONS, PEERS, Cell, cells
+from examples.benchmarks.timing import Clock, TookTooLongError, limit, race
+from examples.benchmarks.workloads import TINY
+from fisherkit.rows.units import RuledUnit
+
+SETTINGS = Settings(torch.device("cpu"), rounds=1)
+CASES = [(name, scope) for name in TINY for scope in ("all", "linear") if scope == "all" or name in ("W3", "W4")]
+UNABLE = {
+    ("W3", "nngeometry"): "3-D inputs of linear layers",
+    ("W3", "BackPACK"): "second-order extensions beyond sequential models",
+    ("W4", "curvlinops"): "EKFAC of outputs with positions",
+}
+"""Who may fail on what; anybody else who does has broken."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> Iterator[None]:
+    """Collecting garbage before every run takes no time if what the test session holds is left out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(("name", "scope"), CASES)
+def test_cells__everybody_agrees(name: str, scope: str) -> None:
+    case = Case(TINY[name](), scope)
+    records = [agree(cell, SETTINGS)[0] for cell in cells(case)]
+    assert records
+    for record in records:
+        assert "error" not in record, record
+        for peer in record["peers"]:
+            assert peer.get("errors") or (name, peer["name"]) in UNABLE, peer
+
+
+def test_operations__each_has_a_peer_somewhere() -> None:
+    met = {
+        (cell.name, peer.name)
+        for name, scope in CASES
+        for cell in cells(Case(TINY[name](), scope))
+        for peer in cell.peers
+    }
+    assert {name for name, _ in met} == set(OPERATIONS)
+    assert {peer for _, peer in met} == set(PEERS)
+
+
+def test_agreement__a_wrong_result_stops_the_benchmark() -> None:
+    case = Case(TINY["W1"]())
+    (cell,) = cells(case, frozenset({"ef_diagonal"}))
+    wrong = Contestant("wrong", "", lambda: lambda: 1.01, lambda factor: {"diagonal": factor * _diagonal(case)})
+    with pytest.raises(DisagreementError, match=r"W1, EF diagonal \(all\), wrong: diagonal differs by 1\.00e-02"):
+        measure(Cell(case, "ef_diagonal", cell.ours, (wrong,)), SETTINGS)
+
+
+def test_measure__everybody_in_units() -> None:
+    (cell,) = cells(Case(TINY["W1"]()), frozenset({"ef_product_cached"}))
+    record = measure(cell, SETTINGS)
+    everybody = [record, *record["peers"]]
+    assert [entry["units"] for entry in everybody] == [entry["seconds"] / record["unit_seconds"] for entry in everybody]
+    assert record["ratio"] == min(peer["seconds"] for peer in record["peers"]) / record["seconds"]
+    assert record["target"] == "≥ 3.5× curvlinops, ≤ 0.8 u"
+    curvlinops = next(peer["seconds"] for peer in record["peers"] if peer["name"] == "curvlinops")
+    assert record["met"] == (curvlinops / record["seconds"] >= 3.5 and record["units"] <= 0.8)
+
+
+def _diagonal(case: Case) -> torch.Tensor:
+    return fk.EmpiricalFisher(case.workload.model, case.workload.data).diagonal()
+
+
+def test_agreement__needs_something_to_compare_and_no_nan() -> None:
+    one = {"product": torch.ones(3)}
+    with pytest.raises(DisagreementError, match="nothing to compare"):
+        check_agreement("here", one, {}, {})
+    with pytest.raises(DisagreementError, match="nan"):
+        check_agreement("here", one, {"product": torch.full((3,), float("nan"))}, {"product": 1.0})
+    with pytest.raises(DisagreementError, match="shape"):
+        check_agreement("here", one, {"product": torch.ones(2)}, {"product": 1.0})
+
+
+def test_race__everybody_in_turn_and_the_slow_once() -> None:
+    order: list[str] = []
+    first = {"a": 1.0, "b": 1.0, "slow": 20.0, "endless": 99.0}
+    runs = {name: (lambda name=name: order.append(name)) for name in first}
+    found = race(runs, first, Clock(SETTINGS.device), rounds=3, slow=10)
+    assert order == ["a", "b", "slow", "a", "b", "a", "b"]
+    assert [found[name].rounds for name in first] == [3, 3, 1, 1]
+    assert found["endless"].seconds == 99.0
+
+
+def test_limit__interrupts() -> None:
+    def wait() -> None:
+        with limit(0.05):
+            time.sleep(5)
+
+    with pytest.raises(TookTooLongError, match=r"0\.05 s"):
+        wait()
+
+
+def test_forced__representation_and_back() -> None:
+    case, before = Case(TINY["W2"]()), RuledUnit.choose
+    for stored, kind in ((False, "factored"), (True, "stored")):
+        with forced(stored):
+            fisher = fk.EmpiricalFisher(case.workload.model, case.workload.data)
+        assert {entry.structure for entry in fisher.coverage().entries} == {f"full, {kind} rows"}
+    assert RuledUnit.choose is before
+    record = compare(case, fk.EmpiricalFisher, SETTINGS.device, rounds=1)
+    assert set(record["seconds"]) == {"chosen", "factored", "written out"}
+    assert record["ratio"] >= 1
+
+
+def test_roofline__counts_what_the_formulas_say() -> None:
+    a, b = torch.randn(4, 5), torch.randn(5, 6)
+    assert roofline.count(lambda: a @ b) == {torch.float32: 2 * 4 * 5 * 6}
+    square = torch.eye(6, dtype=torch.float64)
+    assert roofline.count(lambda: torch.linalg.cholesky(square)) == {torch.float64: 6**3 / 3}
+    assert roofline.count(lambda: torch.cholesky_solve(square[:, :2], square)) == {torch.float64: 2 * 6 * 6 * 2}
+
+
+def test_memory__of_fresh_processes() -> None:
+    record = memory.measure_memory("W1", device="cpu", tiny=True, repeats=1)
+    assert min(record["train_bytes"], record["solve_bytes"]) > 0
+
+
+def test_accuracy__falls_with_precision() -> None:
+    errors = {record["precision"]: record["errors"]["EF product"] for record in accuracy(TINY["W1"]())}
+    assert 0 < errors["float32"] < 1e-5 < errors["bfloat16 model"] < 0.1
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command's output for two cheap operations."""
+    out = tmp_path_factory.mktemp("benchmarks")
+    options = ["--tiny", "--rounds", "3", "--workload", "W1", "--threads", "1", "--out", str(out)]
+    run.main([*options, "--operation", "ef_product_cached", "ef_gram", "--part", "operations", "roofline"])
+    run.main([*options, "--keep", "--part", "choice"])
+    return out
+
+
+def test_command__writes_results_table_and_pictures(written: Path) -> None:
+    found = results.read(written / "results.json")
+    assert [record["operation"] for record in found["cells"]] == ["ef_product_cached", "ef_gram"]
+    assert len(found["roofline"]) == 2
+    assert {record["kind"] for record in found["choice"]} == {"ef", "exact"}  # --keep kept the rest
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert (written / "bars-W1.png").read_bytes().startswith(b"\x89PNG")
+    assert "EF product, rows at hand" in (written / "table.md").read_text("utf-8")
+
+
+def test_command__does_not_mix_machines(written: Path) -> None:
+    found = results.read(written / "results.json")
+    other = {**found["environment"], "processor": "another"}
+    with pytest.raises(ValueError, match="environment of the results that are there differs in"):
+        results.continued(found, other, found["settings"])
+
+
+def test_command__without_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cuda"])
+    assert "this torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_page__shows_the_results_that_lie_beside_it() -> None:
+    found = results.read(run.ASSETS / "results.json")
+    page = run.PAGE.read_text("utf-8")
+    growth = (run.PAGE.parent / "benchmarks-growth.md").exists()
+    for name, body in report.sections(found, pictures="assets/benchmarks", growth=growth).items():
+        first, last = report.markers(name)
+        assert page.partition(first)[2].partition(last)[0].strip() == body.strip(), f"section {name} is out of date"
+    assert not found["settings"]["tiny"]
+
+
+def test_environment__names_no_machine_and_no_user() -> None:
+    text = json.dumps(run.environment(torch.device("cpu")))
+    assert "/" not in text.replace("+cpu", "")
