@@ -7,6 +7,8 @@ direct and iterative inverses report their residual in the same words.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final, overload
 
 import torch
@@ -48,7 +50,10 @@ class Factorization(ABC):
     def _logdet(self) -> Float[Tensor, ""]:
         """log det(F + λI)."""
 
-    def _solve_with_info(self, columns: Float[Tensor, "D K"]) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+    def _solve_with_info(
+        self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False
+    ) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+        """The solution and a report; what is done in one go has no progress to show, and no place to go on from."""
         solution = self._solve(columns)
         residual = self.operator._matmat(solution) + self.damping * solution - columns
         relative = residual.norm(dim=0) / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
@@ -120,17 +125,23 @@ class IterativeFactorization(Factorization):
     def __init__(self, operator: FisherOperator, damping: float, tolerance: float, max_steps: int | None) -> None:
         super().__init__(operator, damping)
         self.tolerance, self.max_steps = tolerance, max_steps
-        diagonal = operator._diagonal() + damping
+
+    @cached_property
+    def scale(self) -> Float[Tensor, "D 1"]:
+        """Inverse of the diagonal of F + λI; may take a pass over the data, so not before it is needed."""
+        diagonal = self.operator._diagonal() + self.damping
         # Parameters that F does not touch have diagonal 0; with damping 0 they stay as they are.
-        self.scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal().unsqueeze(-1)
+        return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal().unsqueeze(-1)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         return self._solve_with_info(columns)[0]
 
-    def _solve_with_info(self, columns: Float[Tensor, "D K"]) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+    def _solve_with_info(
+        self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False
+    ) -> tuple[Float[Tensor, "D K"], SolveInfo]:
         return conjugate_gradient(
             self.operator._matmat, columns, damping=self.damping, preconditioner=lambda r: self.scale * r,
-            tolerance=self.tolerance, max_steps=self.max_steps,
+            tolerance=self.tolerance, max_steps=self.max_steps, progress=progress, checkpoint=checkpoint,
         )  # fmt: skip
 
     def _logdet(self) -> Float[Tensor, ""]:
