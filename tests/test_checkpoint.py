@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_checkpoint__is_written_no_more_often_than_asked(path: Path, monkeypatch
     _, info = solve(slow, right_hand_side(), path, checkpoint_every=60)
     steps = info.steps
     assert len(written) <= 3 + 10 * steps / 60  # the first, the last of a recursion, and one a minute
-    assert all(b - a >= 60 for a, b in zip(written, written[1:-1], strict=False))
+    assert all(later - earlier >= 60 for earlier, later in itertools.pairwise(written[:-1]))
 
 
 # -- what is refused, and left as it is --------------------------------------------------------------------------------
