@@ -7,7 +7,8 @@ direct and iterative inverses report their residual in the same words.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final, overload
 
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.conjugate import MatMat
 from fisherkit.errors import SingularMatrixError
 from fisherkit.solvers import SolveInfo, conjugate_gradient
 from fisherkit.space import Vector
@@ -111,27 +113,35 @@ class Factorization(ABC):
 
 
 class IterativeFactorization(Factorization):
-    """(F + λI)⁻¹ by conjugate gradients with the diagonal as preconditioner; every solve runs anew.
+    """(F + λI)⁻¹ by conjugate gradients; every solve runs anew.
 
     Args:
         operator: F.
         damping: λ.
         tolerance: relative residual at which to stop.
         max_steps: at most this many products.
+        preconditioner: makes an approximate inverse of F + λI from λ, or None for none; called at the first solve. By
+            default the inverse of the diagonal.
     """
 
     method = "conjugate_gradient"
 
-    def __init__(self, operator: FisherOperator, damping: float, tolerance: float, max_steps: int | None) -> None:
+    def __init__(
+        self,
+        operator: FisherOperator,
+        damping: float,
+        tolerance: float,
+        max_steps: int | None,
+        preconditioner: Callable[[float], MatMat | None] | None = None,
+    ) -> None:
         super().__init__(operator, damping)
         self.tolerance, self.max_steps = tolerance, max_steps
+        self._make = preconditioner or partial(diagonal_inverse, operator)
 
     @cached_property
-    def scale(self) -> Float[Tensor, "D 1"]:
-        """Inverse of the diagonal of F + λI; may take a pass over the data, so not before it is needed."""
-        diagonal = self.operator._diagonal() + self.damping
-        # Parameters that F does not touch have diagonal 0; with damping 0 they stay as they are.
-        return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal().unsqueeze(-1)
+    def preconditioner(self) -> MatMat | None:
+        """The approximate inverse; it may take a pass over the data, so it is not made before it is needed."""
+        return self._make(self.damping)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         return self._solve_with_info(columns)[0]
@@ -140,7 +150,7 @@ class IterativeFactorization(Factorization):
         self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False
     ) -> tuple[Float[Tensor, "D K"], SolveInfo]:
         return conjugate_gradient(
-            self.operator._matmat, columns, damping=self.damping, preconditioner=lambda r: self.scale * r,
+            self.operator._matmat, columns, damping=self.damping, preconditioner=self.preconditioner,
             tolerance=self.tolerance, max_steps=self.max_steps, progress=progress, checkpoint=checkpoint,
         )  # fmt: skip
 
@@ -148,6 +158,19 @@ class IterativeFactorization(Factorization):
         raise self.operator._no_closed_form(
             "logdet", "it is solved iteratively", "fk.estimators.lanczos_logdet(fisher, damping=...)"
         )
+
+
+def diagonal_inverse(operator: FisherOperator, damping: float) -> MatMat:
+    """Product with the inverse of the diagonal of F + λI, the default preconditioner.
+
+    Args:
+        operator: F.
+        damping: λ.
+    """
+    diagonal = operator._diagonal() + damping
+    # Parameters that F does not touch have diagonal 0; with damping 0 they stay as they are.
+    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal().unsqueeze(-1)
+    return scale.mul
 
 
 def cholesky(matrix: Float[Tensor, "n n"], *, call: str, why: str) -> Float[Tensor, "n n"]:
