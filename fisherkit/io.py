@@ -1,8 +1,8 @@
-"""Fisher files: safetensors with a JSON description in the header, written whole or not at all.
+"""Files: safetensors with a JSON description in the header, written whole or not at all.
 
-Owns the bytes: names of tensors inside the file, the header's keys, the format's version, atomic replacement. Knows
-nothing of what an operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle is never
-used.
+Owns the bytes: atomic replacement, and for Fisher files the names of tensors inside the file, the header's keys and the
+format's version. Knows nothing of what an operator means; ``operators.persistence`` turns a `State` back into an
+operator. Pickle is never used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
 from fisherkit.space import ParameterSpace
 
 FORMAT = "fisherkit"
@@ -61,14 +61,7 @@ def write(path: str | Path, state: State, space: ParameterSpace, metadata: dict[
     Raises:
         InvalidArgumentError: the folder does not exist.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InvalidArgumentError(
-            call=f"save({str(path)!r})",
-            got=f"a folder that does not exist: {path.parent}",
-            expected="an existing folder",
-            try_="Path(path).parent.mkdir(parents=True)",
-        )
+    check_folder(path, f"save({str(path)!r})")
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
     header = {
@@ -78,13 +71,7 @@ def write(path: str | Path, state: State, space: ParameterSpace, metadata: dict[
         "operator": json.dumps(tree),
         "metadata": json.dumps(metadata),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    replace_file(path, tensors, header)
 
 
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State, ParameterSpace, dict[str, str]]:
@@ -105,10 +92,7 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State
         raise FileFormatError(
             call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
         )
-    try:
-        header, tensors = _open(path, str(device))
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(**_unreadable(call, error)) from error
+    header, tensors = read_tensors(path, device, call, "fisher.save")
     if header.get("format") != FORMAT:
         raise FileFormatError(
             call=call,
@@ -130,18 +114,83 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State
     return state, space, metadata
 
 
-def _open(path: str | Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(path, framework="pt", device=device) as file:
-        # The handle is not a mapping: keys() is its only way to tell what it holds.
-        names = file.keys()
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+def as_path(path: str | Path, call: str) -> Path:
+    """A path as a Path.
+
+    Raises:
+        InvalidTypeError: it is no path.
+    """
+    if not isinstance(path, (str, Path)):
+        raise InvalidTypeError(call=call, got=f"a {type(path).__name__}", expected="the path of a file")
+    return Path(path)
 
 
-def _unreadable(call: str, error: Exception) -> dict[str, str]:
+def check_folder(path: str | Path, call: str) -> None:
+    """Find out before the work is done whether a file can be written.
+
+    Raises:
+        InvalidArgumentError: the folder does not exist, or the path is a folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(
+            call=call,
+            got=f"a folder that does not exist: {path.parent}",
+            expected="an existing folder",
+            try_="Path(path).parent.mkdir(parents=True)",
+        )
+    if path.is_dir():
+        raise InvalidArgumentError(call=call, got="a folder", expected="a file's name", try_="a file in that folder")
+
+
+def replace_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file; whoever opens the path finds the old file or the whole new one, never a part.
+
+    Args:
+        path: where; an existing file is replaced.
+        tensors: contiguous tensors that share no memory.
+        header: string keys and values.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=header)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # else a power cut right after the replacement leaves an empty file
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_tensors(
+    path: str | Path, device: torch.device | str, call: str, writer: str
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and the tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        device: where its tensors go.
+        call: the public call, for errors.
+        writer: what writes such files, for errors.
+
+    Raises:
+        FileFormatError: damaged, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            # The handle is not a mapping: keys() is its only way to tell what it holds.
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(**_unreadable(call, error, writer)) from error
+
+
+def _unreadable(call: str, error: Exception, writer: str = "fisher.save") -> dict[str, str]:
     return {
         "call": call,
         "got": f"a file that cannot be read ({error})",
-        "expected": "a complete file written by fisher.save",
+        "expected": f"a complete file written by {writer}",
         "try_": "save it again; an interrupted save leaves the old file in place",
     }
 

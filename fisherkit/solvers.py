@@ -1,26 +1,26 @@
 """Iterative solution of ``(A + damping I) x = rhs`` for a positive semi-definite ``A`` known only by its products.
 
-Owns conjugate gradients and `SolveInfo`, the report that every solve of the package gives, direct ones included. Knows
-neither operators nor Fishers: ``A`` is a plain callable on tensors [D, K].
+Owns the loop of conjugate gradients, whose formulas are in `fisherkit.conjugate`, and `SolveInfo`, the report that
+every solve of the package gives, direct ones included. Knows neither operators nor Fishers: ``A`` is a plain callable
+on tensors [D, K].
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fisherkit.checkpoint import Checkpoint
+from fisherkit.conjugate import MatMat, Recursion, State, System, column_scale, norm, product
 from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
 
-MatMat: TypeAlias = Callable[[Tensor], Tensor]
-"""A linear map of columns, [D, K] -> [D, K]."""
 # Asking "are all columns done?" makes the host wait for an accelerator, which then idles while the next kernels are
 # launched. A CPU has nothing to wait for, and a superfluous product there costs a full pass over the data.
 _CHECK_EVERY = {"cpu": 1, "accelerator": 5}
@@ -61,10 +61,9 @@ def relative_residual(
 
     Cost: one product with A.
     """
-    scale = _column_scale(rhs)
-    residual = (rhs - _product(matmat, solution) - damping * solution) / scale
-    norm = _norm(rhs / scale)
-    return _norm(residual) / torch.where(norm > 0, norm, 1)
+    scale = column_scale(rhs)
+    residual = (rhs - product(matmat, solution) - damping * solution) / scale
+    return norm(residual) / torch.where((size := norm(rhs / scale)) > 0, size, 1)
 
 
 def conjugate_gradient(
@@ -77,12 +76,21 @@ def conjugate_gradient(
     tolerance: float = 1e-6,
     max_steps: int | None = None,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: float = 60.0,
 ) -> tuple[Float[Tensor, "D K"], SolveInfo]:
     """Solve ``(A + damping I) x = rhs`` by preconditioned conjugate gradients, all columns at once.
 
     Each column has its own step sizes and stops by itself. In finite precision the residual that the recursion carries
     drifts from the true one; when the recursion is done, the true residual is computed, and a column that does not meet
     the tolerance after all is restarted from it for as long as that halves it. Solutions are not differentiable.
+
+    With ``checkpoint``, an interrupted solve goes on where it was: call again with the same arguments. The file is
+    written every ``checkpoint_every`` seconds, and when an exception (Ctrl-C is one) ends the solve, after the last
+    complete step; a process that is killed loses what came after the last writing. The iterates are those of a solve
+    without interruption, bit for bit where products are. ``tolerance`` and ``max_steps`` may be others: a solve that
+    ran out of steps goes on with more. The file stays when the solve is done, and the same call then returns its
+    solution after the one product that recognises the matrix.
 
     Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
 
@@ -95,114 +103,135 @@ def conjugate_gradient(
         tolerance: largest accepted ‖residual‖₂ / ‖rhs‖₂ of a column. Much less than cond(A + λI) times the dtype's
             machine epsilon may be out of reach.
         max_steps: most products within the recursion; min(10 D, 1000) by default.
-        progress: show a progress bar.
+        progress: show a progress bar with the largest relative residual among the columns.
+        checkpoint: the file to go on from, if it exists, and to keep.
+        checkpoint_every: seconds between two writings of the file; 0 for every step.
 
     Returns:
         x [D, K], in the dtype and on the device of ``rhs``, and a `SolveInfo`. Zero columns of rhs give zero columns.
         If a column misses the tolerance, a `NotConvergedWarning` says so.
 
-    Cost: one product with A a step, and one a restart; five [D, K] tensors.
+    Raises:
+        InvalidArgumentError: an argument cannot be used, or the checkpoint is the file of another problem, by its
+            shape, dtype, damping, rhs, initial, matrix or preconditioner. The file is left as it is.
+        FileFormatError: the checkpoint is damaged or no checkpoint. The file is left as it is.
+        NonFiniteError: rhs or initial is not finite.
+
+    Cost: one product with A a step, and one a restart; with ``checkpoint`` one a call. About ten [D, K] tensors, five
+    of them in the file.
     """
     _check_arguments(rhs, damping, initial, tolerance, max_steps)
     max_steps = min(10 * rhs.shape[0], 1000) if max_steps is None else max_steps
     # Columns of any magnitude become columns of norm about 1, whose squares neither overflow nor underflow.
-    scale = _column_scale(rhs)
+    scale = column_scale(rhs)
     target = rhs.detach() / scale
-    norm = _norm(target)
-    best = torch.zeros_like(target) if initial is None else torch.where(norm > 0, initial.detach() / scale, 0)
-    goal = tolerance * norm
-
-    residual = target if initial is None else target - _product(matmat, best) - damping * best
-    error, steps, spent, stalled = _norm(residual), 0, 0, False
-    with tqdm(total=max_steps, desc="conjugate_gradient", disable=not progress) as bar:
-        while spent < max_steps and not stalled and bool((active := error > goal).any()):
-            update, advanced, products = _recursion(
-                matmat, residual, damping, preconditioner, active, goal, max_steps - spent, bar.update
-            )
-            candidate = best + update
-            new_residual = target - _product(matmat, candidate) - damping * candidate
-            new_error = _norm(new_residual)
-            # The error in the norm of A falls with every step, the residual need not: the first pass is kept even
-            # where it ends on a larger residual. A restart only refines. NaN, from a broken product, is never kept.
-            kept = torch.isfinite(new_error) if spent == 0 else new_error < error
-            stalled = not bool(((new_error < 0.5 * error) & active).any())
-            best, residual = torch.where(kept, candidate, best), torch.where(kept, new_residual, residual)
-            error = torch.where(kept, new_error, error)
-            steps, spent = steps + advanced, spent + products
-
-    info = SolveInfo(
-        "conjugate_gradient", steps, error / torch.where(norm > 0, norm, 1), bool((error <= goal).all()), float(damping)
-    )
+    system = System(matmat, preconditioner, float(damping), target, tolerance)
+    start = torch.zeros_like(target)
+    if initial is not None:
+        start = torch.where(norm(target) > 0, initial.detach() / scale, 0)
+    file = None
+    if checkpoint is not None:
+        file = Checkpoint(checkpoint, every=checkpoint_every, device=rhs.device, dtype=rhs.dtype)
+        _recognise(file, system, rhs.detach(), start)
+    solve = _Solve(system, max_steps, file)
+    solve.begin(start, from_zero=initial is None)
+    state = solve.run(progress=progress)
+    error = norm(state.residual)
+    info = SolveInfo("conjugate_gradient", state.steps, system.relative(error), solve.met, float(damping))
     if not info.converged:
-        _warn(info, tolerance, max_steps, exhausted=spent >= max_steps)
-    return best * scale, info
+        _warn(info, tolerance, max_steps, exhausted=state.spent >= max_steps)
+    return state.best * scale, info
 
 
-def _recursion(
-    matmat: MatMat,
-    residual: Float[Tensor, "D K"],
-    damping: float,
-    preconditioner: MatMat | None,
-    active: Bool[Tensor, " K"],
-    goal: Float[Tensor, " K"],
-    max_steps: int,
-    on_step: Callable[[int], object],
-) -> tuple[Float[Tensor, "D K"], int, int]:
-    """Run the recursion from 0; return the update of x, the steps that advanced it, and the products spent."""
-    check_every = _CHECK_EVERY["cpu" if residual.device.type == "cpu" else "accelerator"]
-    update = torch.zeros_like(residual)
-    direction = torch.zeros_like(residual)
-    previous = torch.ones_like(goal)
-    advanced = torch.zeros((), dtype=torch.int64, device=residual.device)
-    spent = 0
-    while spent < max_steps:
-        preconditioned = residual if preconditioner is None else _product(preconditioner, residual)
-        energy = (residual * preconditioned).sum(dim=0)
-        active = active & (energy > 0)
-        # `direction` starts at 0, so that the first ratio does not matter; an idle column has its old direction kept.
-        direction = torch.where(active, preconditioned + energy / previous * direction, direction)
-        product = _product(matmat, direction) + damping * direction
-        curvature = (direction * product).sum(dim=0)
-        length = energy / curvature
-        # No curvature along a direction: rhs lies outside the range of a singular A, or A is not semi-definite, or a
-        # product is not finite. The column stays at its last sound iterate, and the true residual tells.
-        active = active & (curvature > 0) & torch.isfinite(length)
-        length = torch.where(active, length, 0)
-        update = update + length * direction
-        residual = torch.where(active, residual - length * product, residual)
-        previous = torch.where(active, energy, previous)
-        advanced = advanced + active.any()
-        active = active & (_norm(residual) > goal)
-        spent += 1
-        on_step(1)
-        if spent % check_every == 0 and not bool(active.any()):
-            break
-    return update, int(advanced), spent
+class _Solve:
+    """The loop around the steps: when to stop, what to show and what to write. `state` is always a whole one."""
+
+    def __init__(self, system: System, max_steps: int, file: Checkpoint | None) -> None:
+        self.system, self.max_steps, self.file = system, max_steps, file
+        self.check_every = _CHECK_EVERY["cpu" if system.target.device.type == "cpu" else "accelerator"]
+        self.state: State
+
+    def begin(self, start: Float[Tensor, "D K"], *, from_zero: bool) -> None:
+        """Begin where the file ends, or at the start.
+
+        Raises:
+            FileFormatError: the file is not whole.
+        """
+        if self.file is not None and self.file.found:
+            tensors, numbers = self.file.load()
+            try:
+                same = numbers.pop("tolerance") == self.system.tolerance
+                state = State.unpack(tensors, numbers)
+            except (LookupError, TypeError) as error:
+                raise self.file.damaged(error) from error
+            self.state = state if same else state.for_tolerance(self.system)
+        else:
+            self.state = State(start, self.system.target if from_zero else self.system.residual(start))
+            self.save(self.state)  # a file that cannot be written is found out before the work
+
+    def run(self, *, progress: bool) -> State:
+        """Step until every column meets its goal, none gains, or the steps are spent."""
+        try:
+            with tqdm(
+                total=self.max_steps, initial=self.state.total, desc="conjugate_gradient", disable=not progress
+            ) as bar:
+                while self.state.recursion is not None or not self.over:
+                    self._recursion(bar)
+        except BaseException:
+            self.save(self.state)
+            raise
+        return self.state
+
+    @property
+    def met(self) -> bool:
+        """Whether the true residual of every column meets its goal."""
+        return bool((norm(self.state.residual) <= self.system.goal).all())
+
+    @property
+    def over(self) -> bool:
+        """Whether another recursion would be of no use."""
+        return self.state.spent >= self.max_steps or self.state.stalled or self.met
+
+    def save(self, state: State) -> None:
+        """Write a state to the file, if there is one."""
+        if self.file is not None:
+            tensors, numbers = state.pack()
+            self.file.save(tensors, numbers | {"tolerance": self.system.tolerance})
+
+    def _recursion(self, bar: tqdm) -> None:
+        """One recursion to its end, from wherever it stands."""
+        if self.state.recursion is None:
+            self.state = self.state.begin(self.system)
+        while (recursion := self.state.recursion) is not None and not self._ended(recursion):
+            self.state = replace(self.state, recursion=recursion.step(self.system))
+            self._show(bar)
+            if self.file is not None and self.file.due():
+                self.save(self.state)
+        last, self.state = self.state, self.state.end(self.system)
+        # Out of steps in the middle of a recursion, its place in it is what a call with more steps needs.
+        self.save(self.state if self.met or self.state.spent < self.max_steps else last)
+
+    def _ended(self, recursion: Recursion) -> bool:
+        if self.state.total >= self.max_steps:
+            return True
+        return recursion.spent % self.check_every == 0 and not bool(recursion.active.any())
+
+    def _show(self, bar: tqdm) -> None:
+        recursion = self.state.recursion
+        if recursion is not None and not bar.disable and recursion.spent % self.check_every == 0:
+            residual = float(self.system.relative(norm(recursion.residual)).max())
+            bar.set_postfix(residual=f"{residual:.1e}", goal=f"{self.system.tolerance:.0e}", refresh=False)
+        bar.update(1)
 
 
-def _product(matmat: MatMat, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-    """Apply a user's product, without its graph, and refuse one that would broadcast silently."""
-    result = matmat(columns).detach()
-    if result.shape != columns.shape or result.dtype != columns.dtype:
-        raise InvalidArgumentError(
-            call="matmat(columns)",
-            got=f"a product of shape {list(result.shape)} and dtype {result.dtype}",
-            expected=f"shape {list(columns.shape)} and dtype {columns.dtype}, those of its argument",
-            why="matmat and preconditioner map columns [D, K] to columns [D, K]",
-        )
-    return result
-
-
-def _norm(columns: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
-    """Euclidean norm of each column."""
-    norm: Tensor = torch.linalg.vector_norm(columns, dim=0)
-    return norm
-
-
-def _column_scale(rhs: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
-    """Largest magnitude of each column, 1 for a zero column."""
-    largest = rhs.detach().abs().amax(dim=0)
-    return torch.where(largest > 0, largest, 1)
+def _recognise(file: Checkpoint, system: System, rhs: Float[Tensor, "D K"], start: Float[Tensor, "D K"]) -> None:
+    """Compare the problem with the file's, what costs nothing first."""
+    file.match("shape", list(rhs.shape))
+    file.match("dtype", str(rhs.dtype))
+    file.match("damping", system.damping)
+    file.match_columns("right-hand side", rhs)
+    file.match_columns("initial", start)
+    file.match_columns("matrix or preconditioner", product(system.matmat, system.precondition(system.target)))
 
 
 def _check_arguments(

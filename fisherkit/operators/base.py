@@ -150,6 +150,8 @@ class FisherOperator(OperatorHooks):
         return_info: Literal[False] = ...,
         tolerance: float | None = ...,
         max_steps: int | None = ...,
+        checkpoint: str | Path | None = ...,
+        progress: bool = ...,
     ) -> Vector: ...
     @overload
     def solve(
@@ -160,6 +162,8 @@ class FisherOperator(OperatorHooks):
         return_info: Literal[True],
         tolerance: float | None = ...,
         max_steps: int | None = ...,
+        checkpoint: str | Path | None = ...,
+        progress: bool = ...,
     ) -> tuple[Vector, SolveInfo]: ...
     @final
     def solve(
@@ -170,6 +174,8 @@ class FisherOperator(OperatorHooks):
         return_info: bool = False,
         tolerance: float | None = None,
         max_steps: int | None = None,
+        checkpoint: str | Path | None = None,
+        progress: bool = False,
     ) -> Vector | tuple[Vector, SolveInfo]:
         """(F + λI)⁻¹ v, with the null space's v/λ included.
 
@@ -179,16 +185,28 @@ class FisherOperator(OperatorHooks):
             return_info: also return how it went: method, steps, relative residual per column, converged.
             tolerance: as in `factorize`.
             max_steps: as in `factorize`.
+            checkpoint: a file in which an iterative solver keeps where it stands. After an interruption (Ctrl-C, an
+                exception, a killed process) the same call goes on from there; once done, it returns the solution in
+                the file. Direct solves, which are done in one go, neither read nor write it.
+            progress: show an iterative solver's steps and residual.
 
         Returns:
             The solution in v's form; with ``return_info`` a pair (solution, `SolveInfo`).
+
+        Raises:
+            InvalidArgumentError: the checkpoint is the file of another solve (another v, damping or Fisher); it is left
+                as it is.
+            FileFormatError: the checkpoint is damaged, or a file of another kind.
         """
         columns, restore = self._columns(v, "solve")
         inverse = self._inverse(damping, "solve", tolerance, max_steps)
-        if not return_info:
-            return restore(inverse._solve(columns) if columns.shape[1] else columns.clone())
-        solution, info = inverse._solve_with_info(columns)
-        return restore(solution), info
+        if not return_info and not columns.shape[1]:
+            return restore(columns.clone())
+        if not return_info and checkpoint is None and not progress:
+            return restore(inverse._solve(columns))
+        path = None if checkpoint is None else io.as_path(checkpoint, f"{self._name}.solve(checkpoint)")
+        solution, info = inverse._solve_with_info(columns, path, progress=progress)
+        return (restore(solution), info) if return_info else restore(solution)
 
     @final
     def logdet(self, damping: Damping = 1e-3) -> Float[Tensor, ""]:

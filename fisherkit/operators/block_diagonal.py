@@ -7,6 +7,7 @@ structure, and their names need not be neighbours in the flat order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -122,9 +123,17 @@ class _BlockFactorization(Factorization):
         parts = self._whole._gather(columns)
         return self._whole._scatter([f._solve(part) for f, part in zip(self._inverses, parts, strict=True)])
 
-    def _solve_with_info(self, columns: Float[Tensor, "D K"]) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+    def _solve_with_info(
+        self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False
+    ) -> tuple[Float[Tensor, "D K"], SolveInfo]:
         parts = self._whole._gather(columns)
-        solved = [f._solve_with_info(part) for f, part in zip(self._inverses, parts, strict=True)]
+        solved = [
+            # A block that is solved iteratively has a file of its own: solve.0.safetensors, solve.1.safetensors, ...
+            inverse._solve_with_info(
+                part, checkpoint and checkpoint.with_suffix(f".{i}{checkpoint.suffix}"), progress=progress
+            )
+            for i, (inverse, part) in enumerate(zip(self._inverses, parts, strict=True))
+        ]
         infos = [info for _, info in solved]
         # Blocks report residuals relative to their own share of the right-hand side; here they count by that share.
         shares = torch.stack([part.norm(dim=0) for part in parts])

@@ -7,12 +7,16 @@ direct and iterative inverses report their residual in the same words.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.conjugate import MatMat
 from fisherkit.errors import SingularMatrixError
 from fisherkit.solvers import SolveInfo, conjugate_gradient
 from fisherkit.space import Vector
@@ -48,7 +52,10 @@ class Factorization(ABC):
     def _logdet(self) -> Float[Tensor, ""]:
         """log det(F + λI)."""
 
-    def _solve_with_info(self, columns: Float[Tensor, "D K"]) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+    def _solve_with_info(
+        self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False
+    ) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+        """The solution and a report; what is done in one go has no progress to show, and no place to go on from."""
         solution = self._solve(columns)
         residual = self.operator._matmat(solution) + self.damping * solution - columns
         relative = residual.norm(dim=0) / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
@@ -106,37 +113,64 @@ class Factorization(ABC):
 
 
 class IterativeFactorization(Factorization):
-    """(F + λI)⁻¹ by conjugate gradients with the diagonal as preconditioner; every solve runs anew.
+    """(F + λI)⁻¹ by conjugate gradients; every solve runs anew.
 
     Args:
         operator: F.
         damping: λ.
         tolerance: relative residual at which to stop.
         max_steps: at most this many products.
+        preconditioner: makes an approximate inverse of F + λI from λ, or None for none; called at the first solve. By
+            default the inverse of the diagonal.
     """
 
     method = "conjugate_gradient"
 
-    def __init__(self, operator: FisherOperator, damping: float, tolerance: float, max_steps: int | None) -> None:
+    def __init__(
+        self,
+        operator: FisherOperator,
+        damping: float,
+        tolerance: float,
+        max_steps: int | None,
+        preconditioner: Callable[[float], MatMat | None] | None = None,
+    ) -> None:
         super().__init__(operator, damping)
         self.tolerance, self.max_steps = tolerance, max_steps
-        diagonal = operator._diagonal() + damping
-        # Parameters that F does not touch have diagonal 0; with damping 0 they stay as they are.
-        self.scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal().unsqueeze(-1)
+        self._make = preconditioner or partial(diagonal_inverse, operator)
+
+    @cached_property
+    def preconditioner(self) -> MatMat | None:
+        """The approximate inverse; it may take a pass over the data, so it is not made before it is needed."""
+        return self._make(self.damping)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         return self._solve_with_info(columns)[0]
 
-    def _solve_with_info(self, columns: Float[Tensor, "D K"]) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+    def _solve_with_info(
+        self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False
+    ) -> tuple[Float[Tensor, "D K"], SolveInfo]:
         return conjugate_gradient(
-            self.operator._matmat, columns, damping=self.damping, preconditioner=lambda r: self.scale * r,
-            tolerance=self.tolerance, max_steps=self.max_steps,
+            self.operator._matmat, columns, damping=self.damping, preconditioner=self.preconditioner,
+            tolerance=self.tolerance, max_steps=self.max_steps, progress=progress, checkpoint=checkpoint,
         )  # fmt: skip
 
     def _logdet(self) -> Float[Tensor, ""]:
         raise self.operator._no_closed_form(
             "logdet", "it is solved iteratively", "fk.estimators.lanczos_logdet(fisher, damping=...)"
         )
+
+
+def diagonal_inverse(operator: FisherOperator, damping: float) -> MatMat:
+    """Product with the inverse of the diagonal of F + λI, the default preconditioner.
+
+    Args:
+        operator: F.
+        damping: λ.
+    """
+    diagonal = operator._diagonal() + damping
+    # Parameters that F does not touch have diagonal 0; with damping 0 they stay as they are.
+    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal().unsqueeze(-1)
+    return scale.mul
 
 
 def cholesky(matrix: Float[Tensor, "n n"], *, call: str, why: str) -> Float[Tensor, "n n"]:

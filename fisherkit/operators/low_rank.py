@@ -7,6 +7,7 @@ products and never how it makes them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
 from fisherkit.operators.linalg import singular
+from fisherkit.operators.preconditioner import preconditioner_of_rows
 from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.space import ParameterSpace
@@ -76,7 +78,7 @@ class LowRankOperator(FisherOperator):
             return _GramFactorization(self, damping)
         if side != "none":
             return self._as_dense()._factorize(damping, tolerance, max_steps)
-        return IterativeFactorization(self, damping, tolerance, max_steps)
+        return IterativeFactorization(self, damping, tolerance, max_steps, partial(preconditioner_of_rows, self))
 
     def _as_dense(self) -> DenseOperator:
         return DenseOperator(self.space, (self.scale * self.row_source.normal_matrix()).to(self.dtype))

@@ -1,0 +1,68 @@
+"""Rows of every k-th example: few enough for memory, spread over the data so that its order does not matter.
+
+Owns the choice of examples; what the rows are good for is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from fisherkit.data import Batch, Source
+from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.streamed import StreamedRows
+
+
+class ThinnedSource(Source):
+    """Every k-th example of the data.
+
+    Args:
+        source: all of it.
+        stride: k.
+    """
+
+    def __init__(self, source: Source, stride: int) -> None:
+        super().__init__(source.batches)
+        self.source, self.stride = source, stride
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass over all batches."""
+        seen = 0
+        for batch in self.source:
+            first = -seen % self.stride
+            if first < batch.size:
+                yield batch.take(slice(first, None, self.stride))
+            seen += batch.size
+
+
+def thinned(rows: Rows | StreamedRows, stride: int) -> Rows:
+    """Rows of every k-th example; for stored ones every k-th row.
+
+    Args:
+        rows: all of them.
+        stride: k.
+
+    Cost: streamed, reading the data once, and the rows of the examples that are taken.
+    """
+    if isinstance(rows, StreamedRows):
+        problem = replace(rows.problem, source=ThinnedSource(rows.problem.source, stride), progress=False)
+        return Rows.cat([chunk.rows for chunk in problem.batches("sample")])
+    taken = rows.reordered(torch.arange(0, rows.count, stride, device=_device(rows)))
+    return Rows(rows.space, [_compact(slot) for slot in taken.slots])
+
+
+def _compact(slot: UnitSlot) -> UnitSlot:
+    """Without the activations of examples that have no row."""
+    rows = slot.rows
+    if not isinstance(rows, FactoredRows) or rows.example is None:
+        return slot
+    kept, example = torch.unique(rows.example, return_inverse=True)
+    fewer = FactoredRows(rows.activations[kept], rows.gradients, example, bias=rows.bias, transposed=rows.transposed)
+    return UnitSlot(slot.names, fewer)
+
+
+def _device(rows: Rows) -> torch.device:
+    return next(iter(rows.slots[0].rows.tensors().values())).device
