@@ -184,7 +184,7 @@ class _GramFactorization(Factorization):
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         v = columns.to(self._dtype)
         w = self._small_solve(self._rows.matmul(v))
-        x = (v - self._pull_back(w)) / self.damping
+        x = self._pull_back(w).neg_().add_(v).div_(self.damping)
         if self._corrected:
             x -= self._pull_back(self._small_solve(self._rows.matmul(x) - w))
         return x.to(columns.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +81,18 @@ class Rows(RowSource):
             return u[slices[0].start : slices[-1].stop]
         return torch.cat([u[span] for span in slices])
 
-    def _whole(self, parts: Sequence[Tensor]) -> Float[Tensor, "D ..."]:
-        pieces: dict[str, Tensor] = {}
+    def _whole(self, parts: Iterable[Tensor]) -> Float[Tensor, "D ..."]:
+        """The units' parts in flat order; taken one by one, so that only one exists beside the result."""
+        whole: Tensor | None = None
         for slot, part in zip(self.slots, parts, strict=True):
-            sizes = [self.space.slices[name].stop - self.space.slices[name].start for name in slot.names]
-            pieces.update(zip(slot.names, part.split(sizes), strict=True))
-        return torch.cat([pieces[name] for name in self.space.names])
+            whole = part.new_empty(self.space.size, *part.shape[1:]) if whole is None else whole
+            start = 0
+            for name in slot.names:
+                span = self.space.slices[name]
+                stop = start + span.stop - span.start
+                whole[span], start = part[start:stop], stop
+        assert whole is not None  # noqa: S101  (there is no space without parameters)
+        return whole
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U."""
@@ -97,7 +103,7 @@ class Rows(RowSource):
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W."""
-        return self._whole([slot.rows.rmatmul(w) for slot in self.slots])
+        return self._whole(slot.rows.rmatmul(w) for slot in self.slots)
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U."""
@@ -121,11 +127,11 @@ class Rows(RowSource):
 
     def squared_sum(self) -> Float[Tensor, "D"]:
         """Diag JᵀJ."""
-        return self._whole([slot.rows.squared_sum() for slot in self.slots])
+        return self._whole(slot.rows.squared_sum() for slot in self.slots)
 
     def dense(self) -> Float[Tensor, "R D"]:
         """The rows themselves."""
-        return self._whole([slot.rows.dense().mT for slot in self.slots]).mT
+        return self._whole(slot.rows.dense().mT for slot in self.slots).mT
 
     def normal_matrix(self) -> Float[Tensor, "D D"]:
         """JᵀJ."""
