@@ -158,7 +158,7 @@ class KroneckerFactors:
             return KroneckerFactors(self.activation, gradient, self.count, self.transposed)
         shape = rows.activations.shape[:2]
         own = counted[0].shape == shape
-        chunks = ((span, rows.homogeneous(a)) for span, a in rows.chunks())
+        chunks = rows.chunks(constant=True)
         if spanning and (own or not token):
             activation = self.activation.add(*(a for _, a in chunks))
             return KroneckerFactors(activation, gradient, self.count + shape.numel(), self.transposed)

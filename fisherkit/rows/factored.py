@@ -131,21 +131,21 @@ class FactoredRows(UnitRows):
             torch.sum(self.gradients, 1, out=rows[:, size:])
         return rows
 
-    def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "n T I"]]]:
-        """The activations; patches a few examples at a time."""
-        n, t, i = self.activations.shape
-        step = n if isinstance(self.activations, Tensor) else max(1, CACHED // (t * i))
-        for start in range(0, n, max(1, step)):
-            span = slice(start, min(start + step, n))
-            yield span, self.activations[span]
+    def chunks(self, *, constant: bool = False) -> Iterator[tuple[slice, Float[Tensor, "n T I1"]]]:
+        """The activations; patches a few examples at a time.
 
-    def homogeneous(self, a: Float[Tensor, "n T I"]) -> Float[Tensor, "n T I1"]:
-        """Activations with the bias's constant input appended."""
-        if not self.bias:
-            return a
-        if a.is_contiguous():
-            return torch.nn.functional.pad(a, (0, 1), value=1.0)
-        return torch.nn.functional.pad(a.mT, (0, 0, 0, 1), value=1.0).mT
+        Args:
+            constant: append the bias's constant input, if there is one.
+        """
+        a, constant = self.activations, constant and self.bias
+        if isinstance(a, Tensor):
+            yield slice(0, len(a)), torch.nn.functional.pad(a, (0, 1), value=1.0) if constant else a
+            return
+        n, t, i = a.shape
+        step = max(1, CACHED // (t * i))
+        for start in range(0, n, step):
+            span = slice(start, min(start + step, n))
+            yield span, a.take(span, constant=constant)
 
     def rotated(self, on_inputs: Float[Tensor, "I1 r"], on_outputs: Float[Tensor, "O s"]) -> Iterator[FactoredRows]:
         """The rows in other bases of inputs and outputs, the bias being one of the inputs."""
@@ -183,7 +183,7 @@ class FactoredRows(UnitRows):
         """
         step = max(1, CACHED // max(1, cost))
         units = self.activations.shape[0] if self.each else self.count
-        for start in range(0, units, step):
+        for start in range(0, max(1, units), step):  # once even if there are no rows
             span = slice(start, min(start + step, units))
             if self.example is None:
                 yield slice(span.start * self.each, span.stop * self.each), self.activations[span]
@@ -196,8 +196,8 @@ class FactoredRows(UnitRows):
         each = max(1, self.each)
         for span, a in self._owners(max(each * width, self.positions) * self.inputs):
             # All rows of an example in one product, which reads the activations once.
-            left = self.gradients[span, :, outputs].unflatten(0, (-1, each)).transpose(2, 3).flatten(1, 2)
-            yield span, (left @ a).reshape(-1, width * self.inputs)
+            left = self.gradients[span, :, outputs].unflatten(0, (len(a), each)).transpose(2, 3).flatten(1, 2)
+            yield span, (left @ a).reshape(each * len(a), width * self.inputs)
 
     def _tile(self, outputs: slice) -> Float[Tensor, "R e"]:
         """The same of all rows."""

@@ -36,9 +36,14 @@ def batch_first(x: Shaped[Tensor, "..."], features: int, layout: str, batch: int
         layout: one of `LAYOUTS`.
         batch: B.
     """
-    lead, width = x.shape[: x.ndim - features], x.shape[x.ndim - features :].numel()
+    return all_batch_first(x.unsqueeze(0), features, layout, batch).squeeze(0)
+
+
+def all_batch_first(x: Shaped[Tensor, "k ..."], features: int, layout: str, batch: int) -> Shaped[Tensor, "k B T c"]:
+    """The same for k tensors, without a copy where the layout allows it."""
+    k, width = x.shape[0], x.shape[x.ndim - features :].numel()
     if layout == BATCH_SECOND:
-        x = x.transpose(0, 1)
+        x = x.transpose(1, 2)
     elif layout == FLAT_POSITION_MAJOR:
-        x = x.reshape(lead[0] // batch, batch, width).transpose(0, 1)
-    return x.reshape(batch, -1, width)
+        x = x.reshape(k, x.shape[1] // batch, batch, width).transpose(1, 2)
+    return x.reshape(k, batch, -1, width)

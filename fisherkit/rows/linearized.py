@@ -99,4 +99,6 @@ class Linearized:
                 torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
             )
         passes = [torch.autograd.grad(self.z, edges, one, retain_graph=True, allow_unused=True) for one in v]
+        if len(passes) == 1:
+            return [None if one is None else one.unsqueeze(0) for one in passes[0]]
         return [None if found[0] is None else torch.stack(found) for found in zip(*passes, strict=True)]

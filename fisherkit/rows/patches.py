@@ -51,7 +51,14 @@ class Patches:
         return self.x.device
 
     def __getitem__(self, index: slice | Int[Tensor, "n"]) -> Float[Tensor, "n T I"]:
-        """Some examples' patches; windows lie along the last axis of memory, where runs of pixels are copied whole."""
+        """Some examples' patches."""
+        return self.take(index, constant=False)
+
+    def take(self, index: slice | Int[Tensor, "n"], *, constant: bool) -> Float[Tensor, "n T I1"]:
+        """The same, with a bias's constant input of 1 appended if asked.
+
+        Windows lie along the last axis of memory, where runs of pixels are copied whole.
+        """
         x = self.x[index]
         if any(pair != (0, 0) for pair in self.padding):
             x = F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
@@ -60,7 +67,11 @@ class Patches:
         windows = [step * s for step, s in zip(inner, self.dilation, strict=True)]
         moves = [step * s for step, s in zip(inner, self.stride, strict=True)]
         every = x.as_strided(size, (*x.stride()[:2], *windows, *moves), x.storage_offset())
-        return every.reshape(x.shape[0], self.shape[2], self.shape[1]).mT
+        _, t, i = self.shape
+        result = x.new_empty(x.shape[0], i + constant, t)
+        result[:, :i].unflatten(2, self.positions).unflatten(1, size[1 : 2 + len(inner)]).copy_(every)
+        result[:, i:] = 1.0
+        return result.mT
 
     def double(self) -> Patches:
         """In float64."""

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge
 
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.factored import Activations, FactoredRows
-from fisherkit.rows.layouts import BATCH_FIRST, LAYOUTS, batch_first
+from fisherkit.rows.layouts import BATCH_FIRST, LAYOUTS, all_batch_first, batch_first
 from fisherkit.rows.patches import Patches
 from fisherkit.rows.sparse import SparseRows
 from fisherkit.rows.stored import StoredRows
@@ -85,8 +85,7 @@ class Rule(ABC):
         self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
     ) -> Float[Tensor, "k B T o"]:
         """The output gradient's side, for k output vectors."""
-        features = self.output_features(use)
-        return torch.stack([batch_first(g, features, layout, batch) for g in gradient])
+        return all_batch_first(gradient, self.output_features(use), layout, batch)
 
     @abstractmethod
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
@@ -242,18 +241,18 @@ class NormalizationRule(Rule):
         """The normalized input."""
         plain = {**use.arguments, "weight": None, "bias": None, "input": use.arguments["input"].detach()}
         x = self.function(*(plain[name] for name in self.signature if name in plain))
-        return self._positions(use, x, layout, batch)
+        return self._positions(use, x.unsqueeze(0), layout, batch).squeeze(0)
 
     def gradients(
         self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
     ) -> Float[Tensor, "k B T o"]:
         """As the input."""
-        return torch.stack([self._positions(use, g, layout, batch) for g in gradient])
+        return self._positions(use, gradient, layout, batch)
 
-    def _positions(self, use: Use, x: Tensor, layout: str, batch: int) -> Float[Tensor, "B T i"]:
+    def _positions(self, use: Use, x: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T i"]:
         if self.channels_second:
-            return x.reshape(*x.shape[:2], -1).transpose(1, 2)
-        return batch_first(x, self.input_features(use), layout, batch)
+            return x.reshape(*x.shape[:3], -1).transpose(2, 3)
+        return all_batch_first(x, self.input_features(use), layout, batch)
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Stored: there are as many parameters as features."""
