@@ -174,7 +174,7 @@ class KroneckerFactors:
                 total = (a * mask[span].unsqueeze(-1)).sum(1, keepdim=True)
                 a = total / mask[span].sum(1).clamp_min(1)[:, None, None]
             kept = weight[span] > 0
-            weighed = a[kept] * weight[span][kept].sqrt().unsqueeze(1)
+            weighed = a[kept] * weight[span][kept].to(a.dtype).sqrt().unsqueeze(1)
             activation = activation.add(weighed.unsqueeze(1), spanning=spanning)
         return KroneckerFactors(activation, gradient, self.count + int(weight.sum()), self.transposed)
 
