@@ -119,4 +119,7 @@ def _rows(case: Case, then: str, finish: Callable[[dict[str, Tensor]], Tensor | 
         "G Gᵀ": lambda gram: {"gram": gram / n},
         "Woodbury": lambda solution: {"solution": solution},
     }[then]
-    return Contestant(NAME, f"vmap(grad), then {then}", lambda: run, values)
+    # float32 sums over a vocabulary at every position, in theirs and in ours, lose digits that the solve divides by λ.
+    bounds = {"solution": 2e-2} if then == "Woodbury" and case.workload.sequence else {}
+    why = "both sum over the vocabulary in float32 and then divide by λ" if bounds else ""
+    return Contestant(NAME, f"vmap(grad), then {then}", lambda: run, values, bounds, why)

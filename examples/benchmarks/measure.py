@@ -31,7 +31,7 @@ class Settings:
     device: torch.device
     rounds: int = 5
     slow: float = 5.0
-    patience: float = 120.0
+    patience: float = 90.0
 
 
 @dataclass
@@ -64,15 +64,18 @@ def agree(cell: Cell, settings: Settings) -> tuple[Record, list[_Ready]]:
     clock = Clock(settings.device)
     mine = _try(cell.ours, clock, settings, record)
     ready = [] if mine is None else [mine]
+    expected = None if mine is None else _with_forms(cell, mine.values)
     for peer in cell.peers:
         entry: Record = {"name": peer.name, "how": peer.how}
         record["peers"].append(entry)
         theirs = _try(peer, clock, settings, entry)
         if theirs is None:
             continue
-        if mine is not None:
-            expected = _with_forms(cell, mine.values)
-            entry["errors"] = check_agreement(f"{where}, {peer.name}", expected, theirs.values, cell.bounds(peer))
+        if expected is None:
+            expected = theirs.values  # ours could not be run: peers must still agree among themselves
+        else:
+            shared = theirs.values if mine is not None else {n: t for n, t in theirs.values.items() if n in expected}
+            entry["errors"] = check_agreement(f"{where}, {peer.name}", expected, shared, cell.bounds(peer))
             entry["why"] = peer.why or (cell.operation.why if entry["errors"].keys() & cell.operation.bounds else "")
         theirs.values = {}
         ready.append(theirs)

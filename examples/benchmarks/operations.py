@@ -49,12 +49,14 @@ class Operation:
         targets: by workload.
         bounds: relative errors allowed by name of value, where not `AGREEMENT`.
         why: why a bound is what it is.
+        wide: whether it is measured where a layer is as wide as a vocabulary: not if a peer decomposes its factor.
     """
 
     title: str
     targets: Mapping[str, Target] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
     why: str = ""
+    wide: bool = True
 
 
 def _targets(w1: Target, w2: Target, w3: Target) -> dict[str, Target]:
@@ -86,13 +88,14 @@ OPERATIONS: dict[str, Operation] = {
     "ief_solve": Operation("iEF damped solve", _targets(_by_hand(50, 2), _by_hand(3), _by_hand(1.5))),
     "kfac_ef": Operation("KFAC, EF", _targets(_layerwise(1.5), _layerwise(2), _layerwise(1.5))),
     "kfac_exact": Operation("KFAC, exact", _targets(_layerwise(3), _layerwise(3), _curvlinops(3))),
-    "kfac_solve": Operation("KFAC, EF: build and damped solve"),
+    "kfac_solve": Operation("KFAC, EF: build and damped solve", wide=False),
     "ekfac_ef": Operation(
         "EKFAC, EF",
         _targets(_nngeometry(5), _nngeometry(20), _curvlinops(2)),
         {"product": 0.1},
         "eigenvectors of close eigenvalues are determined to float32's rounding alone, and measured eigenvalues differ "
         "with them; the trace does not depend on the basis",
+        wide=False,
     ),
 }
 """By the name that ``--operation`` takes."""
@@ -125,8 +128,10 @@ def cells(case: Case, wanted: frozenset[str] | None = None) -> list[Cell]:
     """The cells of a case; for part of the parameters only those where a peer can do no more."""
     mine, peers = ours.contestants(case), [contestants(case) for contestants in PEERS.values()]
     found = []
-    for name in OPERATIONS:
+    for name, operation in OPERATIONS.items():
         if name not in mine or (wanted is not None and name not in wanted):
+            continue
+        if case.workload.sequence and not operation.wide:
             continue
         against = tuple(theirs[name] for theirs in peers if name in theirs)
         if case.scope == "all" or against:

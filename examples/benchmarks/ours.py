@@ -68,8 +68,10 @@ def _diagonal(case: Case, kind: type[fk.FisherApproximation]) -> Contestant:
 
 
 def _solve(case: Case, kind: type[fk.FisherApproximation], structure: str) -> Contestant:
+    damping = case.damping if structure == "full" else DAMPING
+
     def run() -> Tensor:
-        return build(case, kind, structure=structure).solve(case.gradient, damping=DAMPING)
+        return build(case, kind, structure=structure).solve(case.gradient, damping=damping)
 
     how = f'fk.{kind.__name__}(model, data, structure="{structure}").solve(g, damping)'
     return _timed(how, run, lambda solution: {"solution": solution})

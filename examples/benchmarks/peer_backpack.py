@@ -11,7 +11,7 @@ import torch
 from backpack import backpack, extend, extensions
 from torch import Tensor, nn
 
-from examples.benchmarks.contestants import DAMPING, Case, Contestant, Values
+from examples.benchmarks.contestants import Case, Contestant, Values
 from examples.benchmarks.ours import linear_weights
 
 NAME = "BackPACK"
@@ -115,9 +115,9 @@ def woodbury(case: Case, gradients: dict[str, Tensor], norm: Tensor) -> Tensor:
     gram = sum((r @ r.mT for r in rows.values()), torch.zeros((), device=norm.device)).double()
     v = {name: t.flatten() for name, t in case.unflatten(case.gradient).items()}
     pushed = sum((rows[name] @ v[name] for name in rows), torch.zeros((), device=norm.device)).double()
-    shifted = gram + n * DAMPING * torch.eye(n, dtype=gram.dtype, device=gram.device)
+    shifted = gram + n * case.damping * torch.eye(n, dtype=gram.dtype, device=gram.device)
     weights = torch.cholesky_solve(pushed[:, None], torch.linalg.cholesky(shifted))[:, 0].float()
-    return case.flatten({name: (v[name] - rows[name].mT @ weights) / DAMPING for name in rows})
+    return case.flatten({name: (v[name] - rows[name].mT @ weights) / case.damping for name in rows})
 
 
 def _product(case: Case, factors: dict[str, list[Tensor]]) -> Values:

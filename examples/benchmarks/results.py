@@ -67,4 +67,4 @@ def continued(old: Record, environment: Record, settings: Record) -> Record:
                 f"{[then.get(k) for k in differing]} then, {[now[k] for k in differing]} now. "
                 "Figures of one table must come from one machine: measure all of them, or into another --out."
             )
-    return {**old, "environment": environment, "settings": settings}
+    return {**old, "environment": environment, "settings": {**old["settings"], **settings}}

@@ -36,7 +36,7 @@ def _triangular(a: Tensor, b: Tensor, *_: Any, **__: Any) -> float:
 _aten = torch.ops.aten
 TEXTBOOK: dict[Any, Callable[..., float]] = {
     _aten.linalg_cholesky_ex: _cube(1 / 3),
-    _aten._linalg_eigh: _cube(9.0),  # tridiagonal form 4/3, its eigenvectors about 4, rotating back 2, and change
+    _aten._linalg_eigh: _cube(6.0),  # tridiagonal form 4/3, its eigenvectors by divide and conquer 8/3, rotating back 2
     _aten.linalg_qr: _cube(4 / 3),
     _aten.cholesky_inverse: _cube(2 / 3),
     _aten.cholesky_solve: lambda b, factor, *_, **__: 2.0 * b.numel() * factor.shape[-1],

@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--part", nargs="+", choices=PARTS, default=list(PARTS), help="which (default: all)")
     add("--rounds", type=int, default=5, help="how often everybody is timed (default: 5; at least 3)")
     add("--slow", type=float, default=5.0, help="seconds; who takes longer is timed once (default: 5)")
-    add("--patience", type=float, default=120.0, help="seconds; who takes longer is not waited for (default: 120)")
+    add("--patience", type=float, default=90.0, help="seconds; who takes longer is not waited for (default: 90)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=None, help="of torch (default: as torch has it, one a core)")
     add("--vocabulary", type=int, default=8192, help="of W4 (default: 8192)")
