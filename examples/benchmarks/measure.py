@@ -62,32 +62,36 @@ def agree(cell: Cell, settings: Settings) -> tuple[Record, list[_Ready]]:
         "peers": [],
     }
     clock = Clock(settings.device)
-    mine = _try(cell.ours, clock, settings, record)
-    ready = [] if mine is None else [mine]
-    expected = None if mine is None else _with_forms(cell, mine.values)
+    theirs: list[tuple[Contestant, Record, _Ready]] = []
     for peer in cell.peers:
         entry: Record = {"name": peer.name, "how": peer.how}
         record["peers"].append(entry)
-        theirs = _try(peer, clock, settings, entry)
-        if theirs is None:
-            continue
+        one = _try(peer, clock, settings, entry)
+        if one is not None:
+            theirs.append((peer, entry, one))
+    if cell.case.scope != "all" and not theirs:
+        return record, []  # no peer can do part of it either: there is nothing to compare with
+    mine = _try(cell.ours, clock, settings, record)
+    expected = None if mine is None else _with_forms(cell, mine.values)
+    for peer, entry, one in theirs:
         if expected is None:
-            expected = theirs.values  # ours could not be run: peers must still agree among themselves
-        else:
-            shared = theirs.values if mine is not None else {n: t for n, t in theirs.values.items() if n in expected}
-            entry["errors"] = check_agreement(f"{where}, {peer.name}", expected, shared, cell.bounds(peer))
-            entry["why"] = peer.why or (cell.operation.why if entry["errors"].keys() & cell.operation.bounds else "")
-        theirs.values = {}
-        ready.append(theirs)
+            expected = one.values  # ours could not be run: peers must still agree among themselves
+            continue
+        found = one.values if mine is not None else {n: t for n, t in one.values.items() if n in expected}
+        entry["errors"] = check_agreement(f"{where}, {peer.name}", expected, found, cell.bounds(peer))
+        entry["why"] = peer.why or (cell.operation.why if entry["errors"].keys() & cell.operation.bounds else "")
+    ready = [*([] if mine is None else [mine]), *(one for _, _, one in theirs)]
+    for one in ready:
+        one.values = {}
     return record, ready
 
 
 def measure(cell: Cell, settings: Settings) -> Record:
     """Check that everybody agrees, then time everybody."""
     record, ready = agree(cell, settings)
-    if cell.case.scope == "all" or any(one.contestant is not cell.ours for one in ready):
+    if cell.case.scope == "all" or ready:
         _time(cell, ready, settings, record)
-    return record  # of part of the parameters, untimed, if no peer can do that part: nothing to compare with
+    return record
 
 
 def _time(cell: Cell, ready: list[_Ready], settings: Settings, record: Record) -> None:
