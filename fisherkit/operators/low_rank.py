@@ -157,8 +157,8 @@ class _GramFactorization(Factorization):
     """(F + λI)⁻¹ v = (v − scale · Jᵀ w) / λ with w = (scale · JJᵀ + λI)⁻¹ J v, Woodbury's identity.
 
     The difference cancels down to λ / (λ + trace) of v, so rounding in the rows' dtype may show in the range of Jᵀ.
-    There the solution x is known better, since J x = w and w comes from a float64 solve: where it matters, x is
-    corrected by the identity applied to J x − w.
+    Since J x = w for the exact x, the residual v − (F + λI) x is scale · Jᵀ (w − J x): where it matters, one step of
+    iterative refinement takes it away, together with the error of a Gram matrix that was multiplied in float32.
     """
 
     method = "woodbury"
@@ -171,9 +171,12 @@ class _GramFactorization(Factorization):
         self._rows = rows if operator.dtype in (torch.float32, torch.float64) else rows.double()
         self._dtype = torch.float32 if operator.dtype == torch.float32 else torch.float64
         self._scale = operator.scale
-        condition = 1 + self._scale * float(rows.row_norms().sum()) / damping
-        self._corrected = condition * torch.finfo(self._dtype).eps >= 1e-5
-        gram = self._rows.gram(precise=self._corrected).mul_(self._scale)
+        gram = self._rows.gram(precise=False).mul_(self._scale)
+        # The largest row sum bounds the largest eigenvalue. What rounding leaves, relative to v, without correction:
+        rounding = torch.finfo(self._dtype).eps * (1 + float(gram.abs().sum(1).max()) / damping)
+        self._corrected = rounding >= 1e-4
+        if rounding >= 1e-2:
+            gram = self._rows.gram(precise=True).mul_(self._scale)
         gram.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed) != 0:

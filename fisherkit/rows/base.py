@@ -55,10 +55,6 @@ class UnitRows(ABC):
         """
 
     @abstractmethod
-    def row_norms(self) -> Float[Tensor, "R"]:
-        """‖row‖² of each row, float64: the Gram's diagonal."""
-
-    @abstractmethod
     def squared_sum(self) -> Float[Tensor, "d"]:
         """Σ_r row_r², the diagonal of JᵀJ."""
 

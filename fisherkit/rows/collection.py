@@ -121,10 +121,6 @@ class Rows(RowSource):
         gram = self.cross_gram(self, precise)
         return gram.add_(gram.mT.clone()).mul_(0.5)
 
-    def row_norms(self) -> Float[Tensor, "R"]:
-        """‖row‖² of each row, float64."""
-        return torch.stack([slot.rows.row_norms() for slot in self.slots]).sum(0)
-
     def squared_sum(self) -> Float[Tensor, "D"]:
         """Diag JᵀJ."""
         return self._whole(slot.rows.squared_sum() for slot in self.slots)

@@ -101,15 +101,6 @@ class FactoredRows(UnitRows):
             result += inner_products(mine, mine if other is self else other.gradients.sum(1), precise)
         return result
 
-    def row_norms(self) -> Float[Tensor, "R"]:
-        """‖row‖², float64."""
-        if self.positions == 1:
-            on_inputs = self._inputs().square().sum(1, dtype=torch.float64) + float(self.bias)
-            return self.gradients[:, 0].square().sum(1, dtype=torch.float64) * self._to_rows(on_inputs)
-        parts = [tile.square_().sum(1, dtype=torch.float64) for _, tile in self._tiles(slice(0, self.outputs))]
-        offset = self.gradients.sum(1).square_().sum(1, dtype=torch.float64) if self.bias else 0.0
-        return torch.cat(parts) + offset
-
     def squared_sum(self) -> Float[Tensor, "d"]:
         """Σ_r row_r²; without shared positions the squares factor too, and rows of one example are summed first."""
         if self.positions == 1:

@@ -69,10 +69,6 @@ class SparseRows(UnitRows):
             result += self._columns(shared[span]) @ other._columns(shared[span]).mT
         return result
 
-    def row_norms(self) -> Float[Tensor, "R"]:
-        """‖row‖²."""
-        return sum_by(self.row, self.values.square().sum(1, dtype=torch.float64), self.count)
-
     def _columns(self, tokens: Int[Tensor, "s"]) -> Float[Tensor, "R e"]:
         """Dense float64 rows restricted to some tokens, which are sorted."""
         place = torch.searchsorted(tokens, self.token).clamp_max(tokens.shape[0] - 1)

@@ -36,10 +36,6 @@ class StoredRows(UnitRows):
         """J J'ᵀ."""
         return inner_products(self.values, self.values if other is self else other.values, precise)
 
-    def row_norms(self) -> Float[Tensor, "R"]:
-        """‖row‖²."""
-        return self.values.square().sum(1, dtype=torch.float64)
-
     def squared_sum(self) -> Float[Tensor, "d"]:
         """Σ_r row_r²."""
         return self.values.square().sum(0)
