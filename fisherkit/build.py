@@ -109,7 +109,7 @@ class Builder:
                 break
         units = {unit.names: unit.reason for unit in self.problem.plan.units}
         if needed <= self.budget:
-            rows = Rows.cat([chunk.rows for chunk in self._counted(self.problem.batches("full"))])
+            rows = Rows.taken_from([chunk.rows for chunk in self._counted(self.problem.batches("full"))])
             whole = self._low_rank(rows)
             kinds = {slot.names: f"full, {slot.rows.kind} rows" for slot in rows.slots}
             return whole, {n: (self._low_rank(rows.part(n)), kinds[n], units[n]) for n in units}
@@ -168,9 +168,9 @@ class Builder:
         factors, parts = self._factors("kfac", None)
         for names, f in factors.items():
             scales = 1 / max(f.count, 1), self.scale
-            a, g = (scale * m.dense() for scale, m in zip(scales, (f.activation, f.gradient), strict=True))
+            a, g = (m.dense().mul_(scale) for scale, m in zip(scales, (f.activation, f.gradient), strict=True))
             operator = KroneckerOperator(
-                self.space.restrict(names), a, g, f.transposed,
+                self.space.restrict(names), a, g, f.transposed, symmetric=True,
                 activation_spectrum=_scaled_spectrum(f.activation, scales[0]),
                 gradient_spectrum=_scaled_spectrum(f.gradient, scales[1]),
             )  # fmt: skip

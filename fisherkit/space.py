@@ -211,7 +211,8 @@ class ParameterSpace:
                 expected=f"{device}, the operator's",
                 try_=f'v.to("{device}")',
             )
-        if not bool(torch.isfinite(flat).all()):
+        # A sum is cheap, unlike a mask of finite entries; it may overflow where no entry does.
+        if not bool(torch.isfinite(flat.sum())) and not bool(torch.isfinite(flat).all()):
             raise NonFiniteError(
                 call=call,
                 got="a vector with NaN or infinite entries",

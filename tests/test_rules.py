@@ -220,3 +220,10 @@ def test_positions__that_all_examples_share_have_rows_of_their_own(how: str, bat
     expected = sum(torch.outer(g, g) for g in gradients) / batch
     assert (fisher.to_dense() - expected).norm() <= 1e-12 * expected.norm()
     assert generic_names(fisher) == ({"position.weight"} if how == "repeated" else set())
+
+
+@pytest.mark.parametrize("name", ["embedding", "mlp", "conv2d", "token_attention"])
+def test_rows__in_any_order_and_number_are_those_rows(name: str) -> None:
+    rows = build(name)._unwrap().row_source
+    order = torch.randperm(rows.count, generator=torch.Generator().manual_seed(0))[: rows.count // 2 + 1]
+    torch.testing.assert_close(rows.reordered(order).dense(), rows.dense()[order], rtol=0, atol=0)

@@ -109,7 +109,7 @@ class Case:
         class Listening(fk.SampledFisher):
             def output_vectors(self, outputs: Any) -> Any:
                 found = super().output_vectors(outputs)
-                kept.append(found.v[:, 0])
+                kept.append(found.v[:, 0])  # one draw: never columns
                 return found
 
         Listening(self.workload.model, self.workload.data, structure="diagonal", chunk_size=1 << 40)

@@ -37,6 +37,7 @@ class KroneckerOperator(FisherOperator):
         activation: A [I, I], or [I+1, I+1] with a bias, whose row and column are the last.
         gradient: G [O, O]; of the same dtype and device.
         transposed: the weight is stored as [I, O].
+        symmetric: the factors are known to be symmetric up to rounding and not checked.
         activation_spectrum: a cheaper way than from the matrix to A's eigenvalues [r] and orthonormal eigenvectors
             [I, r], r the rank; used when they are first needed.
         gradient_spectrum: the same for G.
@@ -56,6 +57,7 @@ class KroneckerOperator(FisherOperator):
         gradient: Float[Tensor, "..."],
         transposed: bool = False,
         *,
+        symmetric: bool = False,
         activation_spectrum: Spectrum | None = None,
         gradient_spectrum: Spectrum | None = None,
     ) -> None:
@@ -67,8 +69,10 @@ class KroneckerOperator(FisherOperator):
             gradient, [outputs, outputs], f"{name}(gradient)", dtypes=(activation.dtype,), device=activation.device
         )
         super().__init__(space, dtype=activation.dtype, device=activation.device)
-        self._activation = check_symmetric(activation, f"{name}(activation)")
-        self._gradient = check_symmetric(gradient, f"{name}(gradient)")
+        if not symmetric:
+            check_symmetric(activation, f"{name}(activation)")
+            check_symmetric(gradient, f"{name}(gradient)")
+        self._activation, self._gradient = activation, gradient
         self._spectra = activation_spectrum, gradient_spectrum
 
     @cached_property

@@ -49,6 +49,8 @@ class LowRankOperator(FisherOperator):
         self.row_source, self.scale, self.memory_budget = rows, scale, memory_budget
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        if isinstance(self.row_source, Rows):
+            return self.row_source.rmatmul(self.row_source.matmul(columns).mul_(self.scale))
         return self.row_source.product(columns).mul_(self.scale)
 
     def _diagonal(self) -> Float[Tensor, "D"]:

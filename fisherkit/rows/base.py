@@ -42,8 +42,8 @@ class UnitRows(ABC):
         """J U."""
 
     @abstractmethod
-    def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "d K"]:
-        """Jᵀ W."""
+    def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
+        """Jᵀ W, written to ``out`` if it is given."""
 
     @abstractmethod
     def gram(self: R, other: R, precise: bool = True) -> Float[Tensor, "R S"]:
@@ -68,10 +68,10 @@ class UnitRows(ABC):
 
     @abstractmethod
     def reordered(self: R, order: Int[Tensor, "R"], regular: bool = False) -> R:
-        """The rows in another order.
+        """Some or all of the rows in another order.
 
         Args:
-            order: the new rows' old places.
+            order: the new rows' old places, each at most once.
             regular: whether the new rows are ordered by example and every example has equally many.
         """
 

@@ -76,10 +76,15 @@ class Rows(RowSource):
         self.slots = tuple(slots)
 
     def _part(self, u: Float[Tensor, "D K"], slot: UnitSlot) -> Float[Tensor, "d K"]:
+        span = self._span(slot)
+        return torch.cat([u[self.space.slices[name]] for name in slot.names]) if span is None else u[span]
+
+    def _span(self, slot: UnitSlot) -> slice | None:
+        """Where a unit lies in a flat vector; None if not in one piece."""
         slices = [self.space.slices[name] for name in slot.names]
         if all(left.stop == right.start for left, right in itertools.pairwise(slices)):
-            return u[slices[0].start : slices[-1].stop]
-        return torch.cat([u[span] for span in slices])
+            return slice(slices[0].start, slices[-1].stop)
+        return None
 
     def _whole(self, parts: Iterable[Tensor]) -> Float[Tensor, "D ..."]:
         """The units' parts in flat order; taken one by one, so that only one exists beside the result."""
@@ -103,7 +108,12 @@ class Rows(RowSource):
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W."""
-        return self._whole(slot.rows.rmatmul(w) for slot in self.slots)
+        if any(self._span(slot) is None for slot in self.slots):
+            return self._whole(slot.rows.rmatmul(w) for slot in self.slots)
+        whole = w.new_empty(self.space.size, w.shape[1])
+        for slot in self.slots:
+            slot.rows.rmatmul(w, whole[self._span(slot)])
+        return whole
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U."""
@@ -145,7 +155,7 @@ class Rows(RowSource):
         return Rows(self.space, [UnitSlot(slot.names, slot.rows.scaled(scale)) for slot in self.slots])
 
     def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> Rows:
-        """The rows in another order; ``regular`` as in `UnitRows.reordered`."""
+        """Some or all of the rows in another order; ``regular`` as in `UnitRows.reordered`."""
         return Rows(self.space, [UnitSlot(slot.names, slot.rows.reordered(order, regular)) for slot in self.slots])
 
     def double(self) -> Rows:
@@ -164,11 +174,21 @@ class Rows(RowSource):
     @staticmethod
     def cat(parts: Sequence[Rows]) -> Rows:
         """All rows of parts that have the same units."""
+        return Rows.taken_from(list(parts))
+
+    @staticmethod
+    def taken_from(parts: list[Rows]) -> Rows:
+        """The same, emptying the list, so that of one unit at a time rows exist twice."""
+        space = parts[0].space
+        groups = [[slot.rows for slot in group] for group in zip(*(part.slots for part in parts), strict=True)]
+        names = [slot.names for slot in parts[0].slots]
+        parts.clear()
         slots = []
-        for group in zip(*(part.slots for part in parts), strict=True):
-            rows = [slot.rows for slot in group]
-            slots.append(UnitSlot(group[0].names, type(rows[0]).cat(rows)))
-        return Rows(parts[0].space, slots)
+        for own in names:
+            rows = groups.pop(0)
+            slots.append(UnitSlot(own, type(rows[0]).cat(rows)))
+            del rows
+        return Rows(space, slots)
 
     @property
     def nbytes(self) -> int:

@@ -72,16 +72,22 @@ class FactoredRows(UnitRows):
             found.append(self._meet(whole.reshape(n, t * self.outputs, -1)))
         return found[0] if len(found) == 1 else torch.cat(found, 1)
 
-    def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "d K"]:
+    def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
         """Jᵀ W: weigh the output gradients, sum those of one example, then one matmul with the activations."""
         n, t, i = self.activations.shape
-        found = []
+        out = w.new_empty(self.size, w.shape[1]) if out is None else out
+        if w.shape[1] == 1 and isinstance(self.activations, Tensor) and not self.transposed:
+            weighed, size = self._weigh(w).reshape(n * t, self.outputs), self.outputs * i
+            torch.mm(weighed.mT, self.activations.reshape(n * t, i), out=out[:size].view(self.outputs, i))
+            if self.bias:
+                torch.sum(weighed, 0, out=out[size:, 0])
+            return out
         for span in spans(w.shape[1], self.count * t * self.outputs):
             weighed = self._weigh(w[:, span]).reshape(n, t, -1)  # [N, T, K O]
             parts = [weighed[s].flatten(0, 1).mT @ a.reshape(-1, i) for s, a in self.chunks()]
             weight = functools.reduce(torch.add, parts).reshape(-1, self.outputs, i).permute(1, 2, 0)
-            found.append(self._join(weight, weighed.sum((0, 1)).reshape(-1, self.outputs).mT))
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
+            out[:, span] = self._join(weight, weighed.sum((0, 1)).reshape(-1, self.outputs).mT)
+        return out
 
     def gram(self, other: FactoredRows, precise: bool = True) -> Float[Tensor, "R S"]:
         """J J'ᵀ: an elementwise product of two small Grams if positions are not shared, else tiles of dense rows."""
@@ -198,6 +204,9 @@ class FactoredRows(UnitRows):
     def _meet(self, x: Float[Tensor, "N S K"]) -> Float[Tensor, "R K"]:
         """Σ_s g_rs x_ns of every row with its example's."""
         g = self.gradients.flatten(1)
+        if self.each == 1:
+            # A product and a pairwise sum: over many positions and outputs, one long dot product loses digits.
+            return (g.unsqueeze(2) * x).sum(1)
         if self.each:
             return (g.reshape(x.shape[0], self.each, -1) @ x).flatten(0, 1)
         return (g.unsqueeze(1) @ x[self.example]).squeeze(1)

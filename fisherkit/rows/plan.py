@@ -8,16 +8,18 @@ weight or a hidden functional use can make a run slower, never wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError
 from fisherkit.randomness import untouched_rng
+from fisherkit.rows.base import UnitRows
 from fisherkit.rows.generic import gradients, looped_rows, vectorised_rows
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.rules import Rule, Use
@@ -42,6 +44,8 @@ class Plan:
         vectorised: whether ``torch.func`` reproduces the generic units' gradients.
         batched_backward: whether several output vectors can go through one vectorised backward pass.
         shared: embeddings whose tokens all examples share, as of positions.
+        probed: the outputs of the two examples that the plan was verified on.
+        numbers_per_example: entries of all layer outputs for one example.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
@@ -52,6 +56,8 @@ class Plan:
         self.units: list[Unit] = []
         self.vectorised = self.batched_backward = True
         self.shared: set[str] = set()
+        self.probed = torch.empty(0)
+        self.numbers_per_example = 1
 
     def refuse_changed(self) -> None:
         """Refuse a model whose parameters were written to since the plan was made: its rows would be another Fisher's.
@@ -154,7 +160,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             try_="model.to_empty(device=...) and load its weights",
         )
     with untouched_rng([device]), differentiable(parameters):
-        probe = batch.take(torch.tensor([0, min(1, batch.size - 1)], device=device))
+        probe = batch.take(two_of(batch))
         before = torch.get_rng_state()
         z, uses, unbatched = forward(plan, probe)
         random = not torch.equal(before, torch.get_rng_state())
@@ -173,7 +179,15 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             plan.units.extend(_verified(plan, unit, uses, gradients, v, reference))
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
         plan.vectorised = _vectorised_agrees(plan, probe, v, reference)
+        plan.probed = z.detach()
+        layers = sum(torch.Size(use.output_shape).numel() for use in uses)
+        plan.numbers_per_example = (z.numel() + layers) // 2 + sum(unit.numbers for unit in plan.generic)
     return plan
+
+
+def two_of(batch: Batch) -> Int[Tensor, "2"]:
+    """The first two examples of a batch; one counts twice."""
+    return torch.tensor([0, min(1, batch.size - 1)])
 
 
 def _with_batch(plan: Plan, probe: Batch, unbatched: set[str], z: Tensor, uses: list[Use]) -> tuple[Tensor, list[Use]]:
@@ -224,18 +238,23 @@ class _Reference:
         self.scale = self.norms.norm()
         self.tolerance = TOLERANCE.get(self.norms.dtype, 5e-2)
 
-    def agrees(self, names: Sequence[str], rows: Tensor) -> bool:
-        """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale."""
+    def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
+        """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale.
+
+        Args:
+            names: the parameters that the rows are over.
+            size: entries of a row.
+            written_out: an example's row, ``[size]``, which is overwritten.
+        """
         places = [self.names[name] for name in names]
         sizes = [self.rows[0][place].numel() for place in places]
-        if rows.shape != (len(self.rows), sum(sizes)):
+        if size != sum(sizes):
             return False
-        parts = rows.split(sizes, 1)
-        errors = [
-            (part[n] - row[place].flatten()).norm()
-            for n, row in enumerate(self.rows)
-            for place, part in zip(places, parts, strict=True)
-        ]
+        errors = []
+        for n, row in enumerate(self.rows):
+            # One example at a time: beside the gradients, only one row exists.
+            parts = written_out(n).split(sizes)
+            errors += [part.sub_(row[place].flatten()).norm() for place, part in zip(places, parts, strict=True)]
         own = self.norms[:, places].norm()
         return bool(torch.stack(errors).norm() <= self.tolerance * torch.maximum(own, 1e-3 * self.scale))
 
@@ -341,11 +360,15 @@ def _verified(
         unit.layout = layout
         g = unit.gradients(own, gradients, v)[0]
         rows = unit.rows(own[0], unit.activations(own, batch), g, RowSelection(1, batch, v.device))
-        if reference.agrees(unit.names, rows.dense()):
+        if rows.count == batch and reference.agrees(unit.names, rows.size, functools.partial(_row, rows)):
             unit.measure(rows, g.shape[1])
             return [unit]
     reason = f"autograd does not confirm the {unit.rule.name} rule here"
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
+
+
+def _row(rows: UnitRows, n: int) -> Float[Tensor, "d"]:
+    return rows.reordered(torch.tensor([n])).dense()[0]
 
 
 def _vectorised_agrees(plan: Plan, probe: Batch, v: Float[Tensor, "1 B ..."], reference: _Reference) -> bool:
@@ -353,7 +376,8 @@ def _vectorised_agrees(plan: Plan, probe: Batch, v: Float[Tensor, "1 B ..."], re
     if not names:
         return True
     try:
-        return reference.agrees(names, plan.generic_rows(probe, v)[0])
+        rows = plan.generic_rows(probe, v)[0]
+        return reference.agrees(names, rows.shape[1], rows.__getitem__)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         # torch.func refuses some kernels and any data-dependent Python; the loop over examples needs neither.
         return False

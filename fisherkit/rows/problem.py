@@ -25,7 +25,7 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
-from fisherkit.rows.plan import Plan, differentiable
+from fisherkit.rows.plan import Plan, differentiable, two_of
 from fisherkit.rows.selection import RowSelection
 
 
@@ -81,7 +81,6 @@ class Problem:
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
         progress: show a progress bar.
         vectors_per_example: M, found by `measure`.
-        numbers_per_example: entries of all layer outputs for one example, found by `measure`.
     """
 
     plan: Plan
@@ -93,7 +92,6 @@ class Problem:
     chunk_size: int | None
     progress: bool
     vectors_per_example: int = 1
-    numbers_per_example: int = 1
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -124,15 +122,14 @@ class Problem:
             keep = self._keep(slots, torch.arange(slots.number, device=slots.mask.device))
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
-    def probe(self) -> Problem:
-        """The same problem on the first two examples."""
+    def _two(self) -> Batch:
+        """The two examples that the plan was verified on."""
         first = self.source.first()
-        two = first.take(slice(0, min(2, first.size)))
-        return replace(self, source=Source([two.raw]), progress=False, chunk_size=None)
+        return first.take(two_of(first)).to(self.plan.example_parameter.device)
 
     def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
-        """The first two examples, and their rows for any output vectors."""
-        two = self.probe().source.first().to(self.plan.example_parameter.device)
+        """Two examples, and their rows for any output vectors."""
+        two = self._two()
         with self._quiet():
             linearized = Linearized(self.plan, two)
 
@@ -177,14 +174,11 @@ class Problem:
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
-        two = self.probe().source.first().to(self.plan.example_parameter.device)
-        with self._quiet():
-            linearized = Linearized(self.plan, two)
-        self.vectors_per_example = self._slots(two, linearized.z, 0, "data, batch 0").number
-        self.numbers_per_example = linearized.numbers_per_vector // two.size
+        two = self._two()
+        self.vectors_per_example = self._slots(two, self.plan.probed, 0, "data, batch 0").number
         if self.vectors_per_example > 1:
             with self._quiet():
-                self.plan.batched_backward = linearized.batched_backward_agrees()
+                self.plan.batched_backward = Linearized(self.plan, two).batched_backward_agrees()
         self.choose(lean=True)
 
     def choose(self, *, lean: bool) -> None:
@@ -209,7 +203,9 @@ class Problem:
         bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
         start = 0
         for number, batch in enumerate(bar):
-            step = max(1, _graph(device) // self.numbers_per_example) if self.chunk_size is None else self.chunk_size
+            step = (
+                max(1, _graph(device) // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
+            )
             step = -(-batch.size // -(-batch.size // step))  # pieces of about the same size
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
@@ -293,8 +289,8 @@ class Problem:
 
 
 def _graph(device: torch.device) -> int:
-    """Entries of the layer outputs that one forward pass may hold: large matmuls, but little beside the rows."""
-    return TILE // 2 if device.type == "cpu" else 4 * TILE
+    """Entries of the layer outputs that one forward pass may hold; an accelerator wants larger matmuls."""
+    return TILE if device.type == "cpu" else 4 * TILE
 
 
 def _join(chunks: list[Chunk]) -> Chunk:

@@ -54,10 +54,11 @@ class SparseRows(UnitRows):
         table = u.reshape(self.vocabulary, -1, u.shape[1])
         return sum_by(self.row, torch.einsum("ne,nek->nk", self.values, table[self.token]), self.count)
 
-    def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "d K"]:
+    def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
         """Jᵀ W."""
         weighed = torch.einsum("ne,nk->nek", self.values, w[self.row])
-        return sum_by(self.token, weighed, self.vocabulary).reshape(self.size, w.shape[1])
+        found = sum_by(self.token, weighed, self.vocabulary).reshape(self.size, w.shape[1])
+        return found if out is None else out.copy_(found)
 
     def gram(self, other: SparseRows, precise: bool = True) -> Float[Tensor, "R S"]:
         """J J'ᵀ over tiles of the tokens that occur on both sides; always precise."""
@@ -96,8 +97,13 @@ class SparseRows(UnitRows):
         return self._with(self.row, self.values * scale)
 
     def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> SparseRows:
-        """The rows in another order: only their numbers change."""
-        return self._with(torch.argsort(order)[self.row], self.values)
+        """Some or all of the rows in another order: only their numbers change."""
+        order = order.to(self.row.device)
+        place = torch.full((self.count,), -1, device=self.row.device)
+        place[order] = torch.arange(len(order), device=self.row.device)
+        row = place[self.row]
+        kept = row >= 0
+        return SparseRows(row[kept], self.token[kept], self.values[kept], count=len(order), vocabulary=self.vocabulary)
 
     def double(self) -> SparseRows:
         """The rows in float64."""

@@ -28,9 +28,9 @@ class StoredRows(UnitRows):
         """J U."""
         return self.values @ u
 
-    def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "d K"]:
+    def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
         """Jᵀ W."""
-        return self.values.mT @ w
+        return torch.mm(self.values.mT, w, out=out)
 
     def gram(self, other: StoredRows, precise: bool = True) -> Float[Tensor, "R S"]:
         """J J'ᵀ."""
