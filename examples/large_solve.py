@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class MemoryMapped(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(self.inputs[indices]), torch.from_numpy(self.labels[indices])
 
 
-def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def as_it_is(batch: Any) -> Any:
     """What to do with a batch that `MemoryMapped` has already put together."""
     return batch
 

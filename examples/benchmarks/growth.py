@@ -287,7 +287,7 @@ def run(axes: dict[str, tuple[str, list[tuple[int, Sizes]]]], limit: float) -> d
 def exponent(series: list[dict[str, float | None]], key: str) -> float | None:
     """Slope of log cost against log size over the larger half of the sizes."""
     half = series[len(series) // 2 :]
-    pairs = [(math.log(p["size"]), math.log(p[key])) for p in half if p["size"] and p[key]]
+    pairs = [(math.log(size), math.log(cost)) for p in half if (size := p["size"]) and (cost := p[key])]
     if len(pairs) < 2:
         return None
     x, y = (torch.tensor(values, dtype=torch.float64) for values in zip(*pairs, strict=True))
