@@ -175,3 +175,26 @@ def test_bad_matrix__is_refused_with_advice(name: str) -> None:
     with pytest.raises(error, match=re.escape(message).replace("a\\ Kronecker", "[aA]\\ Kronecker")):
         call()
     assert issubclass(error, (ValueError, TypeError, LookupError, ArithmeticError))
+
+
+def test_eigen_kronecker__of_bases_that_do_not_span_everything_is_its_dense_matrix() -> None:
+    """Few examples make factors of low rank; what their eigenvectors do not span is F's null space."""
+    generator = torch.Generator().manual_seed(0)
+    on_inputs = torch.linalg.qr(torch.randn(4, 2, generator=generator, dtype=torch.float64)).Q
+    on_outputs = torch.linalg.qr(torch.randn(3, 2, generator=generator, dtype=torch.float64)).Q
+    values = torch.rand(2, 2, generator=generator, dtype=torch.float64)
+    thin = EigenKroneckerOperator(CONV, on_inputs, on_outputs, values)
+    dense = torch.kron(on_outputs, on_inputs) @ values.flatten().diag() @ torch.kron(on_outputs, on_inputs).T
+    v = torch.randn(thin.size, 2, generator=generator, dtype=torch.float64)
+    regular = dense + 0.1 * torch.eye(len(dense), dtype=torch.float64)
+
+    def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    close(thin @ v, dense @ v)
+    close(thin.diagonal(), dense.diagonal())
+    close(thin.solve(v, damping=0.1), torch.linalg.solve(regular, v))
+    close(thin.logdet(0.1), torch.logdet(regular))
+    close(thin.eigenvalues(6), torch.linalg.eigvalsh(dense).flip(0)[:6].clamp_min(0))
+    with pytest.raises(SingularMatrixError):
+        thin.factorize(0.0)
