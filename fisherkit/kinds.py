@@ -141,7 +141,9 @@ class ExactFisher(FisherApproximation):
         def columns(unit: Tensor, vector: Tensor) -> Tensor:
             return likelihood.hessian_columns(z[unit], vector).unsqueeze(1)
 
-        return OutputVectors(Columns(likelihood.hessian_rank(z.shape[1]), columns))
+        if likelihood.columnwise:
+            return OutputVectors(Columns(likelihood.hessian_rank(z), columns))
+        return OutputVectors(likelihood.hessian_factor(z).transpose(1, 2).unsqueeze(2))
 
     def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
         """The output Hessian's own product, O(C) an output."""

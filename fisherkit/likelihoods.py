@@ -35,13 +35,23 @@ class Likelihood(ABC):
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
         """S with S Sᵀ = ∂²ℓ/∂z², the output Fisher of one position; M at least its rank."""
 
-    def hessian_rank(self, outputs: int) -> int:
-        """M, the columns of `hessian_factor` for C outputs."""
-        return self.hessian_factor(torch.zeros(1, outputs)).shape[-1]
+    def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
+        """M, the columns of `hessian_factor`."""
+        return self.hessian_factor(z[:1]).shape[-1]
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """One column of each position's `hessian_factor`."""
         return self.hessian_factor(z).mT[torch.arange(len(z), device=z.device), index]
+
+    @property
+    def columnwise(self) -> bool:
+        """Whether columns can be asked for one by one at O(C) each: `hessian_columns` is as specific as the factor."""
+        order = type(self).__mro__
+        columns, factor = (
+            next(i for i, base in enumerate(order) if name in vars(base))
+            for name in ("hessian_columns", "hessian_factor")
+        )
+        return columns <= factor
 
     @abstractmethod
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... channels"]) -> Tensor:
@@ -115,9 +125,9 @@ class Gaussian(Likelihood):
         """I."""
         return torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand(*z.shape, z.shape[-1])
 
-    def hessian_rank(self, outputs: int) -> int:
+    def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
         """C."""
-        return outputs
+        return z.shape[-1]
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """Unit vectors."""
@@ -153,9 +163,9 @@ class Bernoulli(Likelihood):
         """diag √(p(1 − p))."""
         return torch.diag_embed(self.hessian_diagonal(z).sqrt())
 
-    def hessian_rank(self, outputs: int) -> int:
+    def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
         """C."""
-        return outputs
+        return z.shape[-1]
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """Multiples of unit vectors."""
@@ -222,9 +232,9 @@ class Categorical(Likelihood):
         rows = z.unsqueeze(-2).expand(*z.shape[:-1], c - 1, c)
         return self.hessian_columns(rows.reshape(-1, c), index.reshape(-1)).reshape(rows.shape).mT
 
-    def hessian_rank(self, outputs: int) -> int:
+    def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
         """C − 1."""
-        return outputs - 1
+        return z.shape[-1] - 1
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """As in `hessian_factor`, O(C) each."""

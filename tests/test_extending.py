@@ -326,3 +326,16 @@ def test_operator__comes_back_from_a_file_alone_and_in_a_sum(
     for name, operator in (("alone", spiked), ("sum", spiked + fisher)):
         operator.save(tmp_path / name)
         assert error(fk.load(tmp_path / name).to_dense(), operator.to_dense()) < 1e-14
+
+
+def test_likelihood__derived_from_a_built_in_one_is_asked_for_its_own_factor() -> None:
+    """The built-in's way to single columns belongs to the built-in's factor alone."""
+
+    class Doubled(fk.likelihoods.Categorical):
+        def hessian_factor(self, z: Tensor) -> Tensor:
+            return 2 * super().hessian_factor(z)
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 4).double(), torch.randn(5, 3, dtype=torch.float64)
+    plain, ours = (fk.ExactFisher(model, (x, None), likelihood=own) for own in ("categorical", Doubled()))
+    torch.testing.assert_close(ours.to_dense(), 4 * plain.to_dense())

@@ -76,8 +76,8 @@ class LowRankOperator(FisherOperator):
             why = f"R = {self.row_source.count:,} rows < D = {self.size:,} parameters"
             raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
         side = self._small_side()
-        if side == "gram" and damping > 0:
-            return _GramFactorization(self, damping)
+        if side == "gram" and damping > 0 and isinstance(self.row_source, Rows):
+            return _GramFactorization(self, self.row_source, damping)
         if side != "none":
             return self._as_dense()._factorize(damping, tolerance, max_steps)
         return IterativeFactorization(self, damping, tolerance, max_steps, partial(preconditioner_of_rows, self))
@@ -165,10 +165,8 @@ class _GramFactorization(Factorization):
 
     method = "woodbury"
 
-    def __init__(self, operator: LowRankOperator, damping: float) -> None:
+    def __init__(self, operator: LowRankOperator, rows: Rows, damping: float) -> None:
         super().__init__(operator, damping)
-        rows = operator.row_source
-        assert isinstance(rows, Rows)  # noqa: S101  (the operator chooses this factorization for stored rows only)
         # Half precision leaves too little for the correction to converge.
         self._rows = rows if operator.dtype in (torch.float32, torch.float64) else rows.double()
         self._dtype = torch.float32 if operator.dtype == torch.float32 else torch.float64

@@ -88,15 +88,15 @@ class Rows(RowSource):
 
     def _whole(self, parts: Iterable[Tensor]) -> Float[Tensor, "D ..."]:
         """The units' parts in flat order; taken one by one, so that only one exists beside the result."""
-        whole: Tensor | None = None
-        for slot, part in zip(self.slots, parts, strict=True):
-            whole = part.new_empty(self.space.size, *part.shape[1:]) if whole is None else whole
+        remaining = iter(parts)
+        first = next(remaining)
+        whole = first.new_empty(self.space.size, *first.shape[1:])
+        for slot, part in zip(self.slots, itertools.chain([first], remaining), strict=True):
             start = 0
             for name in slot.names:
                 span = self.space.slices[name]
                 stop = start + span.stop - span.start
                 whole[span], start = part[start:stop], stop
-        assert whole is not None  # noqa: S101  (there is no space without parameters)
         return whole
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
