@@ -50,7 +50,7 @@ docs: $(DEV_STAMP) ## build the site into site/; a broken link or reference is a
 demo: $(DEMO_STAMP) ## train a small network, compare every kind of Fisher, write demo/
 	$(BIN)/python -m fisherkit demo --out demo
 
-bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (about 15 minutes)
+bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (20 minutes or more)
 	$(BIN)/python -m examples.benchmarks --out benchmarks $(BENCH_ARGS)
 
 format: $(DEV_STAMP) ## rewrite the code the way `make lint` wants it
