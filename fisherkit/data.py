@@ -339,8 +339,9 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
 
 def is_causal(model: nn.Module) -> bool:
     """Whether a Hugging Face model computes its loss on labels shifted by one, by what it says of itself."""
-    # torch.compile and data parallelism wrap the model; users subclass it.
-    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    # torch.compile, data parallelism and PEFT's adapters wrap the model; users subclass it.
+    unwrap = getattr(model, "get_base_model", None)
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None) or (callable(unwrap) and unwrap())
     if isinstance(inner, nn.Module) and is_causal(inner):
         return True
     named = any(cls.__name__.endswith(("ForCausalLM", "LMHeadModel")) for cls in type(model).__mro__)
