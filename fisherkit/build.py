@@ -25,9 +25,10 @@ from fisherkit.operators import (
     KroneckerOperator,
 )
 from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.problem import Chunk, Problem
+from fisherkit.rows.problem import Problem
 from fisherkit.rows.streamed import StreamedRows
 
 SMALL_BLOCK = 256

@@ -6,9 +6,6 @@ Owns the conventions a user chooses and hands the work on: the kind is the subcl
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,7 +17,7 @@ from fisherkit.data import Data, Source, is_causal, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Factorization, FisherOperator
-from fisherkit.outputs import Outputs, OutputVectors
+from fisherkit.outputs import OutputRule
 from fisherkit.rows.plan import make_plan
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
@@ -28,7 +25,7 @@ from fisherkit.space import ParameterSpace, Selection
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
 
-class FisherApproximation(FisherOperator):
+class FisherApproximation(OutputRule, FisherOperator):
     """F = (1/N) Σ_nm (J_nᵀ v_nm)(J_nᵀ v_nm)ᵀ with the vectors v of a kind, in a structure.
 
     The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
@@ -69,10 +66,6 @@ class FisherApproximation(FisherOperator):
 
     Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice.
     """
-
-    kind_name: ClassVar[str] = "custom"
-    positionwise: ClassVar[bool] = False
-    needs_targets: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -127,28 +120,6 @@ class FisherApproximation(FisherOperator):
             "kfac_positions": kfac_positions, "coverage": self._built.coverage.to_json(), "fisherkit": __version__,
             "torch": torch.__version__, **self.kind_options(),
         }  # fmt: skip
-
-    # -- the kind: what a subclass says --------------------------------------------------------------------------------
-
-    @abstractmethod
-    def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """The vectors v of this kind for a batch of outputs; all that tells kinds apart."""
-
-    def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
-        """Σ_m v (vᵀ w) for K directions w; overridden where the output Fisher has a cheaper product."""
-        found = self.output_vectors(outputs)
-        n = torch.arange(len(outputs.z), device=outputs.z.device).unsqueeze(1).expand(-1, found.number)
-        v = found.select(n.flatten(), torch.arange(found.number, device=n.device).expand_as(n).flatten())
-        v = v.reshape(*n.shape, *outputs.z.shape[1:])
-        v = v if found.keep is None else v * found.keep[:, :, None, None]
-        return torch.einsum("nmpc,knm->knpc", v, torch.einsum("nmpc,knpc->knm", v, w))
-
-    def seed_from(self, generator: torch.Generator | None) -> None:
-        """Take what randomness the kind needs from the generator; nothing unless a kind overrides it."""
-
-    def kind_options(self) -> dict[str, str]:
-        """The kind's own settings, as recorded in metadata."""
-        return {}
 
     # -- the operator: forwarded to the one that was built -------------------------------------------------------------
 

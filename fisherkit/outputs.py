@@ -5,9 +5,10 @@ Everything that tells one Fisher from another happens on these two records. Neit
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -105,20 +106,45 @@ class OutputVectors:
         return self.v.make(unit, vector) if isinstance(self.v, Columns) else self.v[unit, vector]
 
 
-@runtime_checkable
-class OutputRule(Protocol):
-    """What the rows' loop needs of a kind.
+class OutputRule(ABC):
+    """A kind, seen from the outputs: which vectors v an example has.
 
     Attributes:
+        kind_name: short name, as recorded in metadata.
         positionwise: whether every position has vectors of its own (kinds whose output Fisher is block-diagonal).
         needs_targets: whether observed labels are used.
     """
 
-    positionwise: ClassVar[bool]
-    needs_targets: ClassVar[bool]
+    kind_name: ClassVar[str] = "custom"
+    positionwise: ClassVar[bool] = False
+    needs_targets: ClassVar[bool] = True
 
+    @abstractmethod
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """The vectors v."""
+        """The vectors v of this kind for a batch of outputs; all that tells kinds apart."""
 
     def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
-        """Σ_m v (vᵀ w)."""
+        """Σ_m v (vᵀ w) for K directions w; overridden where the output Fisher has a cheaper product."""
+        found = self.output_vectors(outputs)
+        n = torch.arange(len(outputs.z), device=outputs.z.device).unsqueeze(1).expand(-1, found.number)
+        v = found.select(n.flatten(), torch.arange(found.number, device=n.device).expand_as(n).flatten())
+        v = v.reshape(*n.shape, *outputs.z.shape[1:])
+        v = v if found.keep is None else v * found.keep[:, :, None, None]
+        return torch.einsum("nmpc,knm->knpc", v, torch.einsum("nmpc,knpc->knm", v, w))
+
+    @property
+    def along_gradient(self) -> bool:
+        """Whether v is one vector, a multiple of the loss gradient, whose row any training step's backward pass has."""
+        return False
+
+    @property
+    def gradient_power(self) -> float | None:
+        """p of kinds with v = u / ‖u‖ᵖ, u = ∂ℓ/∂z: the paper's Gram-space update is that of these; None of others."""
+        return None
+
+    def seed_from(self, generator: torch.Generator | None) -> None:  # noqa: B027  (a default, not a duty)
+        """Take what randomness the kind needs from the generator; nothing unless a kind overrides it."""
+
+    def kind_options(self) -> dict[str, str]:
+        """The kind's own settings, as recorded in metadata."""
+        return {}

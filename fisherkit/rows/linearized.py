@@ -6,9 +6,13 @@ formed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
@@ -16,6 +20,7 @@ from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.factored import Activations
 from fisherkit.rows.plan import TOLERANCE, Plan, forward
+from fisherkit.rows.rules import Use
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
 
@@ -26,12 +31,13 @@ class Linearized:
     Args:
         plan: how rows are made.
         batch: the examples.
+        z: the model's outputs for them.
+        uses: of the chosen parameters on the way.
     """
 
-    def __init__(self, plan: Plan, batch: Batch) -> None:
-        self.plan, self.batch = plan, batch
-        self.z, uses, _ = forward(plan, batch)
-        self._uses = [(unit, unit.uses(uses)) for unit in plan.ruled]
+    def __init__(self, plan: Plan, batch: Batch, z: Tensor, uses: Sequence[Use]) -> None:
+        self.plan, self.batch, self.z = plan, batch, z
+        self._uses = [(unit, [_in_dtype(use, plan) for use in unit.uses(uses)]) for unit in plan.ruled]
         self._activations: dict[tuple[str, ...], Activations] = {}
         for unit, own in self._uses:
             if not own or any(unit.strange(use) for use in own):
@@ -43,36 +49,50 @@ class Linearized:
                     try_="leave the parameter out with params=, or make forward independent of the data",
                 )
 
+    @classmethod
+    def at(cls, plan: Plan, batch: Batch) -> Linearized:
+        """By a forward pass."""
+        z, uses, _ = forward(plan, batch)
+        return cls(plan, batch, z, uses)
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where gradients are asked for: the outputs of all uses."""
+        return [use.edge for _, own in self._uses for use in own]
+
     @property
     def numbers_per_vector(self) -> int:
         """Entries of all layer-output gradients for one output vector, what a backward pass must hold."""
         layers = sum(torch.Size(use.output_shape).numel() for _, own in self._uses for use in own)
         return self.z.numel() + layers + sum(unit.numbers for unit in self.plan.generic) * self.batch.size
 
-    def rows(self, v: Float[Tensor, "k B ..."], selection: RowSelection) -> Rows:
+    def rows(
+        self, v: Float[Tensor, "k B ..."], selection: RowSelection, known: Sequence[Tensor | None] | None = None
+    ) -> Rows:
         """The rows Jᵀ v.
 
         Args:
             v: k vectors for each example, ``[k, *outputs]``.
             selection: which of them are rows.
+            known: the gradients ``[k, *output]`` at the `edges`, where a backward pass has been made already.
         """
-        v = v.to(self.z.dtype)
-        gradients = iter(self._backward(v))
+        v, dtype = v.to(self.z.dtype), self.plan.example_parameter.dtype
+        gradients = iter(self._backward(v) if known is None else known)
         found: dict[tuple[str, ...], UnitRows] = {}
         for unit, own in self._uses:
             if unit.names not in self._activations:
                 self._activations[unit.names] = unit.activations(own, self.batch.size)
-            g = unit.gradients(own, [next(gradients) for _ in own], v)
+            g = unit.gradients(own, [next(gradients) for _ in own], v).to(dtype)
             found[unit.names] = unit.rows(own[0], self._activations[unit.names], selection.take(g), selection)
         if self.plan.generic:
-            flat = selection.take(self.plan.generic_rows(self.batch, v))
+            flat = selection.take(self.plan.generic_rows(self.batch, v).to(dtype))
             parts = flat.split([unit.numbers for unit in self.plan.generic], 1)
             found.update({u.names: StoredRows(part) for u, part in zip(self.plan.generic, parts, strict=True)})
         return Rows(self.plan.space, [UnitSlot(unit.names, found[unit.names]) for unit in self.plan.units])
 
     def batched_backward_agrees(self) -> bool:
         """Whether several vectors can go through one vectorised backward pass: tried with two, checked with one."""
-        edges = [use.edge for _, own in self._uses for use in own]
+        edges = self.edges
         if not edges:
             return True
         shape = (2, *self.z.shape)
@@ -91,7 +111,7 @@ class Linearized:
 
     def _backward(self, v: Float[Tensor, "k B ..."]) -> list[Tensor | None]:
         """Gradients of Σ_n v_n · z_n in every use's output, for each of the k vectors."""
-        edges = [use.edge for _, own in self._uses for use in own]
+        edges = self.edges
         if not edges:
             return []
         if v.shape[0] > 1 and self.plan.batched_backward:
@@ -102,3 +122,12 @@ class Linearized:
         if len(passes) == 1:
             return [None if one is None else one.unsqueeze(0) for one in passes[0]]
         return [None if found[0] is None else torch.stack(found) for found in zip(*passes, strict=True)]
+
+
+def _in_dtype(use: Use, plan: Plan) -> Use:
+    """The use with its input in the parameters' dtype, which autocast may have changed."""
+    name, dtype = use.rule.input_name, plan.example_parameter.dtype
+    x = use.arguments[name]
+    if not x.is_floating_point() or x.dtype == dtype:
+        return use
+    return replace(use, arguments={**use.arguments, name: x.detach().to(dtype)})

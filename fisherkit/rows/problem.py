@@ -9,62 +9,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError
 from fisherkit.likelihoods import Likelihood
-from fisherkit.outputs import OutputRule, Outputs, OutputVectors
+from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
+from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
 from fisherkit.rows.plan import Plan, differentiable, two_of
 from fisherkit.rows.selection import RowSelection
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows of some output vectors of one micro-batch.
-
-    Args:
-        rows: the rows.
-        owner: which example of the micro-batch each row belongs to.
-        regular: whether rows are ordered by example and every example has equally many.
-        first: whether this is the micro-batch's first chunk.
-        counted: examples that this chunk adds to N (all of them in the first chunk).
-        whole: whether every position of every example counts.
-        counted_positions: which positions ``[B, P]`` of the outputs count, then which of the inputs are data, if the
-            batch says so in an attention mask.
-        dropped: for each example or token counted, the output Fisher's trace that the kind left out; first chunk only.
-    """
-
-    rows: Rows
-    owner: Int[Tensor, "R"]
-    regular: bool
-    first: bool
-    counted: int
-    whole: bool
-    counted_positions: tuple[Bool[Tensor, "..."], ...]
-    dropped: Float[Tensor, "n"] | None
-
-
-@dataclass(frozen=True)
-class _Slots:
-    """The output vectors of a micro-batch before any backward pass."""
-
-    found: OutputVectors
-    mask: Bool[Tensor, "B P"]
-    number: int
-    counted: int
-    whole: bool
-    dropped: Float[Tensor, "n"] | None
 
 
 @dataclass
@@ -103,10 +66,10 @@ class Problem:
         pending: list[Chunk] = []
         for chunk in self.chunks(description):
             if chunk.first and pending:
-                yield _join(pending)
+                yield joined(pending)
                 pending = []
             pending.append(chunk)
-        yield _join(pending)
+        yield joined(pending)
 
     def metrics(self, description: str) -> Iterator[tuple[Batch, Metric]]:
         """One pass over the data that yields each micro-batch with the product of its output metric."""
@@ -119,7 +82,7 @@ class Problem:
             with self._quiet(), torch.no_grad():
                 raw = batch.call(self.plan.model)
             slots = self._slots(batch, raw, start, call)
-            keep = self._keep(slots, torch.arange(slots.number, device=slots.mask.device))
+            keep = slots.keep(torch.arange(slots.number, device=slots.mask.device))
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
     def _two(self) -> Batch:
@@ -131,7 +94,7 @@ class Problem:
         """Two examples, and their rows for any output vectors."""
         two = self._two()
         with self._quiet():
-            linearized = Linearized(self.plan, two)
+            linearized = Linearized.at(self.plan, two)
 
         def rows(v: Float[Tensor, "k B ..."]) -> Rows:
             with self._quiet():
@@ -178,7 +141,7 @@ class Problem:
         self.vectors_per_example = self._slots(two, self.plan.probed, 0, "data, batch 0").number
         if self.vectors_per_example > 1:
             with self._quiet():
-                self.plan.batched_backward = Linearized(self.plan, two).batched_backward_agrees()
+                self.plan.batched_backward = Linearized.at(self.plan, two).batched_backward_agrees()
         self.choose(lean=True)
 
     def choose(self, *, lean: bool) -> None:
@@ -216,37 +179,20 @@ class Problem:
 
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
-            linearized = Linearized(self.plan, batch)
+            linearized = Linearized.at(self.plan, batch)
         slots = self._slots(batch, linearized.z, start, call)
-        mask = slots.mask
-        attention = batch.kwargs.get("attention_mask")
-        positions: tuple[Tensor, ...] = (mask,)
-        if isinstance(attention, Tensor) and attention.ndim == 2:
-            positions = mask, attention.bool() & mask.any(1, keepdim=True)
         step = max(1, TILE // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
-        for first in range(0, slots.number, step):
-            index = torch.arange(first, min(first + step, slots.number), device=mask.device)
-            v, keep = self._vectors(slots, index), self._keep(slots, index)
-            selection = RowSelection(v.shape[0], batch.size, v.device, keep)
-            with self._quiet():
-                rows = linearized.rows(v.reshape(v.shape[0], *linearized.z.shape), selection)
-            yield Chunk(
-                rows, selection.owner, keep is None, first == 0, slots.counted if first == 0 else 0,
-                slots.whole and len(positions) == 1, positions, slots.dropped if first == 0 else None,
-            )  # fmt: skip
 
-    def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> _Slots:
-        outputs = self._outputs(batch, raw, start, call)
-        found = self.kind.output_vectors(outputs.positionwise() if self._flat else outputs)
-        mask = outputs.mask
-        counts = mask if self.token else mask.any(1)
-        # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.
-        counted, positions = torch.stack([counts.sum(), mask.sum()]).tolist()
-        dropped = None if found.dropped is None else found.dropped[mask.flatten() if self._flat else mask.any(1)]
-        number = found.number * (mask.shape[1] if self._flat else 1)
-        return _Slots(found, mask, number, counted, positions == mask.numel(), dropped)
+        def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
+            with self._quiet():
+                return linearized.rows(v.reshape(v.shape[0], *linearized.z.shape), selection)
+
+        yield from slots.chunks(batch, step, rows)
+
+    def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
+        return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -255,49 +201,7 @@ class Problem:
         with untouched_rng([parameters[0].device]), differentiable(parameters):
             yield
 
-    def _vectors(self, slots: _Slots, index: Int[Tensor, "k"]) -> Float[Tensor, "k B P C"]:
-        """The output vectors of some slots."""
-        batch, positions = slots.mask.shape
-        examples, found = torch.arange(batch, device=index.device), slots.found
-        if not self._flat:
-            shape = len(index), batch
-            own = found.select(examples.expand(shape).flatten(), index.unsqueeze(1).expand(shape).flatten())
-            return own.unflatten(0, shape)
-        position, vector = (index // found.number).unsqueeze(1), (index % found.number).unsqueeze(1)
-        unit = examples * positions + position
-        own = found.select(unit.flatten(), vector.expand_as(unit).flatten()).unflatten(0, unit.shape)
-        if positions == 1:
-            return own
-        whole = own.new_zeros(*unit.shape, positions, own.shape[-1])
-        whole[torch.arange(len(index), device=index.device).unsqueeze(1), examples, position] = own.squeeze(2)
-        return whole
-
-    def _keep(self, slots: _Slots, index: Int[Tensor, "k"]) -> Bool[Tensor, "B k"] | None:
-        """Which of some slots are rows; None for all."""
-        found, mask = slots.found, slots.mask
-        if slots.whole and found.keep is None:
-            return None
-        if not self._flat:
-            keep = mask.any(1, keepdim=True).expand(-1, len(index))
-            keep = keep if found.keep is None else keep & found.keep[:, index]
-        else:
-            position, vector = index // found.number, index % found.number
-            keep = mask[:, position]
-            if found.keep is not None:
-                keep = keep & found.keep.reshape(*mask.shape, -1)[:, position, vector]
-        return None if bool(keep.all()) else keep
-
 
 def _graph(device: torch.device) -> int:
     """Entries of the layer outputs that one forward pass may hold; an accelerator wants larger matmuls."""
     return TILE if device.type == "cpu" else 4 * TILE
-
-
-def _join(chunks: list[Chunk]) -> Chunk:
-    """One micro-batch's rows in order: every chunk has rows of every example, so they are sorted by example."""
-    if len(chunks) == 1:
-        return chunks[0]
-    owner = torch.cat([chunk.owner for chunk in chunks])
-    order = torch.argsort(owner, stable=True)
-    rows = Rows.cat([chunk.rows for chunk in chunks]).reordered(order, all(chunk.regular for chunk in chunks))
-    return replace(chunks[0], rows=rows, owner=owner[order])

@@ -1,0 +1,147 @@
+"""A micro-batch's output vectors as numbered slots, and the chunks of rows that are made of them.
+
+Between output space and rows: which slots there are, which of them count, and how many go through one backward pass.
+Knows neither the data's loop nor what becomes of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fisherkit.data import Batch
+from fisherkit.outputs import OutputRule, Outputs, OutputVectors
+from fisherkit.rows.collection import Rows
+from fisherkit.rows.selection import RowSelection
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of some output vectors of one micro-batch.
+
+    Args:
+        rows: the rows.
+        owner: which example of the micro-batch each row belongs to.
+        regular: whether rows are ordered by example and every example has equally many.
+        first: whether this is the micro-batch's first chunk.
+        counted: examples that this chunk adds to N (all of them in the first chunk).
+        whole: whether every position of every example counts.
+        counted_positions: which positions ``[B, P]`` of the outputs count, then which of the inputs are data, if the
+            batch says so in an attention mask.
+        dropped: for each example or token counted, the output Fisher's trace that the kind left out; first chunk only.
+    """
+
+    rows: Rows
+    owner: Int[Tensor, "R"]
+    regular: bool
+    first: bool
+    counted: int
+    whole: bool
+    counted_positions: tuple[Bool[Tensor, "..."], ...]
+    dropped: Float[Tensor, "n"] | None
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The output vectors of a micro-batch before any backward pass.
+
+    Args:
+        found: the kind's vectors.
+        mask: which positions count.
+        flat: whether every position has vectors of its own.
+        number: slots an example.
+        counted: examples (or tokens) that count.
+        whole: whether every position does.
+        dropped: for each that counts, the output Fisher's trace that the kind left out.
+    """
+
+    found: OutputVectors
+    mask: Bool[Tensor, "B P"]
+    flat: bool
+    number: int
+    counted: int
+    whole: bool
+    dropped: Float[Tensor, "n"] | None
+
+    @classmethod
+    def of(cls, outputs: Outputs, rule: OutputRule, token: bool) -> Slots:
+        """Those of a kind."""
+        flat = token or rule.positionwise
+        found = rule.output_vectors(outputs.positionwise() if flat else outputs)
+        mask = outputs.mask
+        counts = mask if token else mask.any(1)
+        # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.
+        counted, positions = torch.stack([counts.sum(), mask.sum()]).tolist()
+        dropped = None if found.dropped is None else found.dropped[mask.flatten() if flat else mask.any(1)]
+        number = found.number * (mask.shape[1] if flat else 1)
+        return cls(found, mask, flat, number, counted, positions == mask.numel(), dropped)
+
+    def vectors(self, index: Int[Tensor, "k"]) -> Float[Tensor, "k B P C"]:
+        """The output vectors of some slots."""
+        batch, positions = self.mask.shape
+        examples, found = torch.arange(batch, device=index.device), self.found
+        if not self.flat:
+            shape = len(index), batch
+            own = found.select(examples.expand(shape).flatten(), index.unsqueeze(1).expand(shape).flatten())
+            return own.unflatten(0, shape)
+        position, vector = (index // found.number).unsqueeze(1), (index % found.number).unsqueeze(1)
+        unit = examples * positions + position
+        own = found.select(unit.flatten(), vector.expand_as(unit).flatten()).unflatten(0, unit.shape)
+        if positions == 1:
+            return own
+        whole = own.new_zeros(*unit.shape, positions, own.shape[-1])
+        whole[torch.arange(len(index), device=index.device).unsqueeze(1), examples, position] = own.squeeze(2)
+        return whole
+
+    def keep(self, index: Int[Tensor, "k"]) -> Bool[Tensor, "B k"] | None:
+        """Which of some slots are rows; None for all."""
+        found, mask = self.found, self.mask
+        if self.whole and found.keep is None:
+            return None
+        if not self.flat:
+            keep = mask.any(1, keepdim=True).expand(-1, len(index))
+            keep = keep if found.keep is None else keep & found.keep[:, index]
+        else:
+            position, vector = index // found.number, index % found.number
+            keep = mask[:, position]
+            if found.keep is not None:
+                keep = keep & found.keep.reshape(*mask.shape, -1)[:, position, vector]
+        return None if bool(keep.all()) else keep
+
+    def chunks(
+        self, batch: Batch, step: int, make_rows: Callable[[Float[Tensor, "k B P C"], RowSelection], Rows]
+    ) -> Iterator[Chunk]:
+        """Rows of all slots.
+
+        Args:
+            batch: the examples.
+            step: how many vectors an example go through one backward pass.
+            make_rows: rows of some vectors.
+        """
+        attention = batch.kwargs.get("attention_mask")
+        positions: tuple[Tensor, ...] = (self.mask,)
+        if isinstance(attention, Tensor) and attention.ndim == 2:
+            positions = self.mask, attention.bool() & self.mask.any(1, keepdim=True)
+        for first in range(0, self.number, step):
+            index = torch.arange(first, min(first + step, self.number), device=self.mask.device)
+            v, keep = self.vectors(index), self.keep(index)
+            selection = RowSelection(v.shape[0], batch.size, v.device, keep)
+            yield Chunk(
+                make_rows(v, selection), selection.owner, keep is None, first == 0,
+                self.counted if first == 0 else 0, self.whole and len(positions) == 1, positions,
+                self.dropped if first == 0 else None,
+            )  # fmt: skip
+
+
+def joined(chunks: list[Chunk]) -> Chunk:
+    """One micro-batch's rows in order: every chunk has rows of every example, so they are sorted by example."""
+    if len(chunks) == 1:
+        return chunks[0]
+    owner = torch.cat([chunk.owner for chunk in chunks])
+    order = torch.argsort(owner, stable=True)
+    rows = Rows.cat([chunk.rows for chunk in chunks]).reordered(order, all(chunk.regular for chunk in chunks))
+    return replace(chunks[0], rows=rows, owner=owner[order])
