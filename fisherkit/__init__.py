@@ -9,7 +9,7 @@ Kinds differ only in output space, structures only in how the same rows are kept
 conventions, `fisherkit.operators` the operations.
 """
 
-from fisherkit import errors, estimators, evaluation, likelihoods, testing
+from fisherkit import errors, estimators, evaluation, likelihoods, optim, testing
 from fisherkit._version import __version__
 from fisherkit.errors import (
     DataError,
@@ -36,7 +36,7 @@ from fisherkit.kinds import (
     TruncatedFisher,
 )
 from fisherkit.operators import FisherOperator, RelativeDamping, load
-from fisherkit.outputs import Outputs, OutputVectors
+from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.space import ParameterSpace
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "NonFiniteError",
     "NotConvergedError",
     "NotConvergedWarning",
+    "OutputRule",
     "OutputVectors",
     "Outputs",
     "ParameterSpace",
@@ -71,5 +72,6 @@ __all__ = [
     "evaluation",
     "likelihoods",
     "load",
+    "optim",
     "testing",
 ]

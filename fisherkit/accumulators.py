@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fisherkit.operators.linalg import spectrum
 from fisherkit.rows.base import UnitRows, second_moment
+from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.factored import FactoredRows
 
 
@@ -212,3 +213,46 @@ class RotatedSquares:
     def merge(self, other: RotatedSquares) -> RotatedSquares:
         """With another pass's, in the same basis."""
         return RotatedSquares(self.activation_basis, self.gradient_basis, self.total + other.total)
+
+
+SMALL_BLOCK = 256
+"""Units without a Kronecker rule get an exact block up to this many parameters and an exact diagonal above."""
+
+Names = tuple[str, ...]
+
+
+@dataclass
+class LayerSums:
+    """What a pass adds up by unit for Kronecker factors: the factors, and exact blocks or diagonals of other units.
+
+    Args:
+        token: whether every position of the outputs is an example.
+        reduce: Kronecker factors from sums over shared positions instead of each position.
+        factors: of units whose rows are factored.
+        blocks: of other units, small ones.
+        squares: of other units.
+    """
+
+    token: bool
+    reduce: bool
+    factors: dict[Names, KroneckerFactors] = field(default_factory=dict)
+    blocks: dict[Names, NormalMatrix] = field(default_factory=dict)
+    squares: dict[Names, Squares] = field(default_factory=dict)
+
+    def add(self, chunk: Chunk) -> None:
+        """With more rows."""
+        for slot in chunk.rows.slots:
+            rows, names = slot.rows, slot.names
+            if isinstance(rows, FactoredRows):
+                known = self.factors.get(names) or KroneckerFactors.zeros(rows)
+                self.factors[names] = known.add(
+                    rows, first=chunk.first, whole=chunk.whole, counted=chunk.counted_positions,
+                    token=self.token, reduce=self.reduce,
+                )  # fmt: skip
+            elif rows.size <= SMALL_BLOCK:
+                dense = rows.dense()
+                block = self.blocks.get(names) or NormalMatrix(dense.new_zeros(rows.size, rows.size))
+                self.blocks[names] = block.add(dense)
+            else:
+                total = rows.squared_sum()
+                self.squares[names] = Squares(total).merge(self.squares.get(names) or Squares(torch.zeros_like(total)))

@@ -12,7 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.accumulators import KroneckerFactors, NormalMatrix, RotatedSquares, SecondMoment, Squares
+from fisherkit.accumulators import (
+    SMALL_BLOCK,
+    KroneckerFactors,
+    LayerSums,
+    Names,
+    NormalMatrix,
+    RotatedSquares,
+    SecondMoment,
+    Squares,
+)
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.errors import DataError, MemoryBudgetError
 from fisherkit.memory import available_memory, readable
@@ -31,10 +40,6 @@ from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.streamed import StreamedRows
 
-SMALL_BLOCK = 256
-"""Units without a Kronecker rule get an exact block up to this many parameters and an exact diagonal above."""
-
-Names = tuple[str, ...]
 Parts = dict[Names, tuple[FisherOperator, str, str]]
 """Operator, structure and reason of each part of the parameters."""
 
@@ -207,33 +212,21 @@ class Builder:
     ) -> tuple[dict[Names, KroneckerFactors], Parts]:
         """One pass: the factors of units that have them, the parts of all others; the former's rows go to ``kept``."""
         self._require(self._kfac_bytes(), structure, 'structure="diagonal", or params= without the widest layers')
-        factors: dict[Names, KroneckerFactors] = {}
-        blocks: dict[Names, NormalMatrix] = {}
-        squares: dict[Names, Squares] = {}
+        sums = LayerSums(self.problem.token, self.reduce)
         for chunk in self._counted(self.problem.chunks(structure)):
-            for slot in chunk.rows.slots:
-                rows, names = slot.rows, slot.names
-                if isinstance(rows, FactoredRows):
-                    known = factors.get(names) or KroneckerFactors.zeros(rows)
-                    factors[names] = known.add(
-                        rows, first=chunk.first, whole=chunk.whole, counted=chunk.counted_positions,
-                        token=self.problem.token, reduce=self.reduce,
-                    )  # fmt: skip
-                    if kept is not None:
-                        kept.setdefault(names, []).append(rows)
-                elif rows.size <= SMALL_BLOCK:
-                    block = blocks.get(names) or NormalMatrix(self._zeros(rows.size, rows.size))
-                    blocks[names] = block.add(rows.dense())
-                else:
-                    squares[names] = (squares.get(names) or Squares(self._zeros(rows.size))).add(rows)
+            sums.add(chunk)
+            if kept is not None:
+                for slot in chunk.rows.slots:
+                    if isinstance(slot.rows, FactoredRows):
+                        kept.setdefault(slot.names, []).append(slot.rows)
         parts: Parts = {}
-        for names, matrix in blocks.items():
+        for names, matrix in sums.blocks.items():
             block_operator = DenseOperator(self.space.restrict(names), self.scale * matrix.total)
             parts[names] = block_operator, "exact block", f"no Kronecker rule, d <= {SMALL_BLOCK}"
-        for names, total in squares.items():
+        for names, total in sums.squares.items():
             diagonal = DiagonalOperator(self.space.restrict(names), self.scale * total.total)
             parts[names] = diagonal, "exact diagonal", f"no Kronecker rule, d > {SMALL_BLOCK}"
-        return factors, parts
+        return sums.factors, parts
 
     # -- shared --------------------------------------------------------------------------------------------------------
 

@@ -119,6 +119,21 @@ class Batch:
             axes = {i: leaf.ndim > 0 and leaf.shape[0] == size for i, leaf in enumerate(_leaves((args, kwargs)))}
         return cls(args, kwargs, targets, size, axes)
 
+    @classmethod
+    def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """From the arguments of a model's call, which may have labels among them.
+
+        Raises:
+            DataError: no tensor, or no examples.
+        """
+        call = "the model's forward pass"
+        leaves = list(_leaves((args, kwargs)))
+        sizes = [leaf.shape[0] for leaf in leaves if leaf.ndim > 0]
+        if not sizes or sizes[0] == 0:
+            raise DataError(call=call, got="no example", expected="tensors with the examples along axis 0")
+        axes = {i: leaf.ndim > 0 and leaf.shape[0] == sizes[0] for i, leaf in enumerate(leaves)}
+        return cls(args, kwargs, None, sizes[0], axes)
+
     def _map_batched(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         number = itertools.count()
 
@@ -177,7 +192,7 @@ class Batch:
         """The model's outputs for this batch.
 
         Raises:
-            ModelError: the model returns neither a tensor nor something with ``logits``.
+            ModelError: as in `outputs_of`.
         """
 
         def fresh(leaf: Tensor) -> Tensor:
@@ -185,18 +200,26 @@ class Batch:
             # not change when the caller refills them.
             return leaf.clone()
 
-        output = model(*_map(self.args, fresh), **_map(self.kwargs, fresh))
-        if isinstance(output, Tensor):
-            return output
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if isinstance(logits, Tensor):
-            return logits
-        raise ModelError(
-            call="the model's forward pass",
-            got=f"a {type(output).__name__}",
-            expected="a tensor of outputs, or an object with .logits",
-            try_="a small nn.Module around the model whose forward returns the logits",
-        )
+        return outputs_of(model(*_map(self.args, fresh), **_map(self.kwargs, fresh)))
+
+
+def outputs_of(output: Any) -> Tensor:
+    """The outputs z in what a model returns.
+
+    Raises:
+        ModelError: it is neither a tensor nor something with ``logits``.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise ModelError(
+        call="the model's forward pass",
+        got=f"a {type(output).__name__}",
+        expected="a tensor of outputs, or an object with .logits",
+        try_="a small nn.Module around the model whose forward returns the logits",
+    )
 
 
 class Source:

@@ -24,6 +24,8 @@ class Likelihood(ABC):
     name: str
     ignore_index = -100
     """Label of positions that do not count, for likelihoods of labels."""
+    gradient_scale_free = False
+    """Whether `target_from_gradient` takes any positive multiple of the gradient."""
     labels_mask = False
     """Whether targets say which positions count, and so matter to kinds that do not use them otherwise."""
 
@@ -80,6 +82,10 @@ class Likelihood(ABC):
         s, u = self.hessian_factor(z), self.gradient(z, target)
         return (u * (torch.linalg.pinv(s @ s.mT, hermitian=True) @ u.unsqueeze(-1)).squeeze(-1)).sum(-1)
 
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
+        """The target whose loss has this gradient; None if the likelihood does not say."""
+        return None
+
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
         """Raw model outputs and targets as ``[B, P, C]``, targets and a mask of the positions that count.
 
@@ -121,6 +127,10 @@ class Gaussian(Likelihood):
         """Z − y."""
         return z - target
 
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor:
+        """Z minus the gradient."""
+        return z - gradient
+
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
         """I."""
         return torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand(*z.shape, z.shape[-1])
@@ -154,10 +164,15 @@ class Bernoulli(Likelihood):
     """ℓ = Σ_c binary cross-entropy with logits; targets in [0, 1]."""
 
     name = "bernoulli"
+    gradient_scale_free = True
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
         """σ(z) − y, written so that nothing cancels when the fit is nearly perfect."""
         return torch.sigmoid(z) * (1 - target) - torch.sigmoid(-z) * target
+
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor:
+        """1 where it is negative: of targets that are 0 or 1."""
+        return (gradient < 0).to(z.dtype)
 
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
         """diag √(p(1 − p))."""
@@ -210,6 +225,7 @@ class Categorical(Likelihood):
     """
 
     name = "categorical"
+    gradient_scale_free = True
     labels_mask = True
 
     def __init__(self, ignore_index: int = -100) -> None:
@@ -220,6 +236,11 @@ class Categorical(Likelihood):
         label = self._valid(target).unsqueeze(-1)
         p = torch.softmax(z, -1).scatter(-1, label, 0.0)
         return p.scatter(-1, label, -p.sum(-1, keepdim=True))
+
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor:
+        """The class whose entry, p_y − 1, is the least; the likeliest if rounding left several at 0."""
+        least = gradient == gradient.amin(-1, keepdim=True)
+        return z.masked_fill(~least, float("-inf")).argmax(-1)
 
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
         """The exact Cholesky factor of diag(p) − p pᵀ, C − 1 columns (Tanabe and Sagae, 1992).

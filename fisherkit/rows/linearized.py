@@ -7,7 +7,7 @@ formed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,19 @@ from fisherkit.rows.plan import TOLERANCE, Plan, forward
 from fisherkit.rows.rules import Use
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
+
+
+@dataclass(frozen=True)
+class Known:
+    """Gradients of another backward pass, of which the wanted rows are multiples.
+
+    Args:
+        gradients: ``[k, *output]`` at each of the `Linearized.edges`; None where nothing depends on an output.
+        scale: by example, what turns them into those of the wanted vectors.
+    """
+
+    gradients: Sequence[Tensor | None]
+    scale: Float[Tensor, "B"]
 
 
 class Linearized:
@@ -66,23 +79,22 @@ class Linearized:
         layers = sum(torch.Size(use.output_shape).numel() for _, own in self._uses for use in own)
         return self.z.numel() + layers + sum(unit.numbers for unit in self.plan.generic) * self.batch.size
 
-    def rows(
-        self, v: Float[Tensor, "k B ..."], selection: RowSelection, known: Sequence[Tensor | None] | None = None
-    ) -> Rows:
+    def rows(self, v: Float[Tensor, "k B ..."], selection: RowSelection, known: Known | None = None) -> Rows:
         """The rows Jᵀ v.
 
         Args:
             v: k vectors for each example, ``[k, *outputs]``.
             selection: which of them are rows.
-            known: the gradients ``[k, *output]`` at the `edges`, where a backward pass has been made already.
+            known: what a backward pass has brought already.
         """
         v, dtype = v.to(self.z.dtype), self.plan.example_parameter.dtype
-        gradients = iter(self._backward(v) if known is None else known)
+        gradients = iter(self._backward(v) if known is None else known.gradients)
         found: dict[tuple[str, ...], UnitRows] = {}
         for unit, own in self._uses:
             if unit.names not in self._activations:
                 self._activations[unit.names] = unit.activations(own, self.batch.size)
             g = unit.gradients(own, [next(gradients) for _ in own], v).to(dtype)
+            g = g if known is None else g * known.scale.to(dtype)[:, None, None]
             found[unit.names] = unit.rows(own[0], self._activations[unit.names], selection.take(g), selection)
         if self.plan.generic:
             flat = selection.take(self.plan.generic_rows(self.batch, v).to(dtype))

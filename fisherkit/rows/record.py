@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fisherkit.errors import ModelError
-from fisherkit.rows.rules import Use, rule_for
+from fisherkit.rows.rules import BATCH_NORM, Use, rule_for
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
 
@@ -40,29 +40,49 @@ class Recorder(TorchFunctionMode):
         batch: number of examples.
         shared: embeddings whose tokens all examples share, so that they come without a batch axis; they are looked up
             for each example, because only then is there a gradient for each.
+        training: a training step's own forward pass, in which dropout may be active.
+        constant_statistics: batch norm in train mode uses its batch's statistics as if they were constants, and leaves
+            its running ones alone.
 
     Attributes:
         uses: what was seen.
         unbatched: embeddings that were looked up without a batch axis.
+        random: whether dropout was active.
     """
 
-    def __init__(self, names: Mapping[int, str], batch: int, shared: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        batch: int,
+        shared: Collection[str] = (),
+        *,
+        training: bool = False,
+        constant_statistics: bool = False,
+    ) -> None:
         super().__init__()
         self.names, self.batch, self.shared = names, batch, shared
+        self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
         self.unbatched: set[str] = set()
+        self.random = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the function and note it if it used a chosen parameter."""
         kwargs = kwargs or {}
-        _refuse_random(func, args, kwargs)
+        if _random(func, args, kwargs):
+            self.random = True
+            if not self.training:
+                raise _refused_chance(func)
+        _refuse_max_norm(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
         if func is F.embedding:
             args = self._with_batch(args, kwargs)
+        if func is F.batch_norm and self.constant_statistics:
+            args, kwargs = _with_constants(args, kwargs)
         output = func(*args, **kwargs)
         rule = rule_for(func, args, kwargs)
         if rule is not None and isinstance(output, Tensor) and output.requires_grad:
@@ -90,23 +110,28 @@ class Recorder(TorchFunctionMode):
         return self.names.get(id(tensor)) if isinstance(tensor, Tensor) else None
 
 
-def _refuse_random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers."""
     if func in _DROPOUTS:
         rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         training = kwargs.get("training", args[2] if len(args) > 2 else True)
-        random = bool(training) and (func is F.rrelu or rate > 0)
-    elif func is F.scaled_dot_product_attention:
-        random = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0
-    else:
-        random = False
-    if random:
-        raise ModelError(
-            call="the model's forward pass",
-            got=f"an active {func.__name__}",
-            expected="a deterministic model",
-            why="with dropout every pass has another Fisher",
-            try_="model.eval()",
-        )
+        return bool(training) and (func is F.rrelu or rate > 0)
+    if func is F.scaled_dot_product_attention:
+        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0)
+    return False
+
+
+def _refused_chance(func: Callable[..., Any]) -> ModelError:
+    return ModelError(
+        call="the model's forward pass",
+        got=f"an active {func.__name__}",
+        expected="a deterministic model",
+        why="with dropout every pass has another Fisher",
+        try_="model.eval()",
+    )
+
+
+def _refuse_max_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     if func is F.embedding and kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None:
         raise ModelError(
             call="the model's forward pass",
@@ -115,6 +140,17 @@ def _refuse_random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapp
             why="it changes the table during the forward pass",
             try_="renormalize the table once, before",
         )
+
+
+def _with_constants(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """A batch norm's arguments with the batch's statistics in place of running ones, if it is in train mode."""
+    named = BATCH_NORM.bind(args, kwargs)
+    if not named.get("training", False):
+        return args, kwargs
+    x = named["input"].detach()
+    axes = [0, *range(2, x.ndim)]
+    variance, mean = torch.var_mean(x, axes, correction=0)
+    return (), {**named, "running_mean": mean, "running_var": variance, "training": False}
 
 
 def refuse_train_mode(model: torch.nn.Module) -> None:

@@ -320,6 +320,9 @@ _CONV = "input weight bias stride padding dilation groups"
 _CONV_TRANSPOSE = "input weight bias stride padding output_padding groups dilation"
 _LAYER_NORM = "input normalized_shape weight bias eps"
 
+BATCH_NORM = NormalizationRule(
+    "batch_norm", "input running_mean running_var weight bias training momentum eps", F.batch_norm, channels_second=True
+)
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: LinearRule("linear", "input weight bias"),
     torch.addmm: AddmmRule("addmm", "input mat1 mat2"),
@@ -335,12 +338,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.group_norm: NormalizationRule(
         "group_norm", "input num_groups weight bias eps", F.group_norm, channels_second=True
     ),
-    F.batch_norm: NormalizationRule(
-        "batch_norm",
-        "input running_mean running_var weight bias training momentum eps",
-        F.batch_norm,
-        channels_second=True,
-    ),
+    F.batch_norm: BATCH_NORM,
 }
 RULES.update(
     (function, ElementwiseRule(name, product=name.startswith("mul")))

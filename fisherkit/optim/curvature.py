@@ -1,0 +1,277 @@
+"""From a step's captured rows to a damped direction: what `NaturalGradient` and `Preconditioner` share.
+
+Owns the choice of structure and damping, the schedule of updates and the state that a file must hold. Knows neither
+learning rates nor parameter groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fisherkit import likelihoods
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError
+from fisherkit.likelihoods import Likelihood
+from fisherkit.operators import Damping, Factorization, RelativeDamping
+from fisherkit.optim.averages import Averages
+from fisherkit.optim.capture import Capture, Captured
+from fisherkit.optim.sample_space import Direction, damped_direction, form, gram_direction
+from fisherkit.outputs import OutputRule
+from fisherkit.rows.collection import Rows
+from fisherkit.space import ParameterSpace, Selection
+from fisherkit.vectors import RULES, EmpiricalVectors
+
+STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
+OF_A_BATCH = ("full", "block")
+
+
+class Curvature:
+    """The Fisher of recent training steps, and gradients seen through it.
+
+    Args:
+        model: the model.
+        params: which parameters.
+        kind: "ef", "ief", "sf", "exact" or "truncated", or an `fisherkit.OutputRule`.
+        options: of the kind: ``power``, ``draws``, ``seed``, ``rank``, ``tolerance``.
+        likelihood: p(y | z).
+        structure: "full", "block", "diagonal", "kfac" or "ekfac".
+        gram: whether the damping is the paper's, in the space of examples.
+        reduction: of the user's loss.
+        ema: weight of what was before in running averages.
+        update_every: steps between updates.
+        refresh_every: updates between eigen-decompositions.
+        kfac_positions: "expand" or "reduce".
+        call: the user's class, for errors.
+
+    Raises:
+        InvalidTypeError, InvalidArgumentError: an argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        params: Selection,
+        kind: str | OutputRule,
+        options: Mapping[str, Any],
+        likelihood: str | Likelihood,
+        structure: str,
+        gram: bool,
+        reduction: str,
+        ema: float,
+        update_every: int,
+        refresh_every: int,
+        kfac_positions: str,
+        call: str,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        for name, value, allowed in (
+            ("structure", structure, STRUCTURES),
+            ("reduction", reduction, ("mean", "sum")),
+            ("kfac_positions", kfac_positions, ("expand", "reduce")),
+        ):
+            if value not in allowed:
+                raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+        for name, number in (("update_every", update_every), ("refresh_every", refresh_every)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise InvalidArgumentError(call=call, got=f"{name}={number!r}", expected="an integer, 1 or more")
+        if not isinstance(ema, (int, float)) or not 0 <= ema < 1:
+            raise InvalidArgumentError(call=call, got=f"ema={ema!r}", expected="a number from 0 to below 1")
+        if structure in OF_A_BATCH and (ema > 0 or update_every > 1):
+            raise InvalidArgumentError(
+                call=call,
+                got=f"structure={structure!r} with ema={ema} and update_every={update_every}",
+                expected="ema=0 and update_every=1",
+                why="its rows are those of one batch",
+                try_='structure="kfac" or "ekfac"',
+            )
+        self.call, self.structure, self.gram, self.reduction = call, structure, gram, reduction
+        self.update_every = update_every
+        self.rule = rule_of(kind, options, call)
+        self._power = self.rule.gradient_power if gram and structure in OF_A_BATCH else None
+        self.capture = Capture(
+            model, params, EmpiricalVectors() if self._power is not None else self.rule,
+            likelihoods.resolve(likelihood), reduction, written_out=structure in OF_A_BATCH, call=call,
+        )  # fmt: skip
+        self.averages = Averages(structure, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce")
+        self.steps = self.examples = 0
+        self._inverse: tuple[ParameterSpace, Damping, Factorization] | None = None
+
+    def direction(self, gradients: Mapping[str, Tensor], damping: Damping) -> tuple[ParameterSpace, Direction]:
+        """Δ for the mean gradient, after an update if one is due.
+
+        Args:
+            gradients: by name; those that are missing are zero.
+            damping: λ.
+
+        Returns:
+            The parameters that take part, and Δ in their flat order.
+
+        Raises:
+            ModelError: no forward and backward pass was seen, or passes that do not fit together.
+        """
+        captured = self.capture.take()
+        inverse = self._inverse
+        due = self.steps % self.update_every == 0 or inverse is None
+        if inverse is None or due:
+            space = self._joint_space(captured)
+            self.examples = sum(one.counted for one in captured)
+        else:
+            space = inverse[0]
+        gradient = self._flat(gradients, space)
+        if self.reduction == "sum":
+            gradient = gradient / self.examples
+        if self.structure in OF_A_BATCH:
+            direction = self._of_batch(captured, gradient, damping)
+        else:
+            if due:
+                self.averages.update([chunk for one in captured for chunk in one.chunks], self.examples)
+                self._inverse = None
+            direction = self._averaged(space, gradient, damping)
+        self.steps += 1
+        self.capture.wanted = self.steps % self.update_every == 0
+        return space, direction
+
+    def _of_batch(self, captured: list[Captured], gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
+        plan = captured[0].plan
+        rows = Rows.taken_from([chunk.rows for one in captured for chunk in one.chunks])
+        blocks = [list(plan.space.names)] if self.structure == "full" else plan.modules
+        if self._power is not None and isinstance(damping, (int, float)):
+            targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
+            return gram_direction(rows, blocks, targets, damping, self.examples)
+        return damped_direction(rows, blocks, gradient, self._effective(damping), self.examples)
+
+    def _averaged(self, space: ParameterSpace, gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
+        effective = self._effective(damping)
+        if self._inverse is None or self._inverse[1] != effective:
+            self._inverse = space, effective, self.averages.operator(space).factorize(effective)
+        inverse = self._inverse[2]
+        update = inverse.matvec(gradient)
+        return Direction(update, lambda: form(update, gradient, inverse.damping))
+
+    def _effective(self, damping: Damping) -> Damping:
+        """Beside F = (1/N) Σ: the paper's damping is beside the sum."""
+        return damping / self.examples if self.gram and isinstance(damping, (int, float)) else damping
+
+    def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
+        if not captured:
+            raise ModelError(
+                call=f"{self.call}.step",
+                got="gradients, but no forward and backward pass of the model since the last step",
+                expected="loss(model(x), y).backward() before each step",
+                why="rows are captured there; calls of the model's parts or of a compiled or replicated copy, or "
+                "under no_grad or paused(), have none",
+                try_="calling the very module that the optimizer was made for",
+            )
+        spaces = {one.plan.space for one in captured}
+        if len(spaces) > 1:
+            raise ModelError(
+                call=f"{self.call}.step",
+                got="forward passes with different trainable parameters in one step",
+                expected="the same for all",
+                try_="freezing and unfreezing right after step()",
+            )
+        return spaces.pop()
+
+    def _flat(self, gradients: Mapping[str, Tensor], space: ParameterSpace) -> Float[Tensor, "D"]:
+        own = dict(self.capture.model.named_parameters())
+        return space.flatten({n: gradients.get(n, torch.zeros_like(own[n])).detach() for n in space.names})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, counters and running averages."""
+        return {
+            "kind": self.rule.kind_name, "options": self.rule.kind_options(), "structure": self.structure,
+            "gram": self.gram, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
+            "updates": self.averages.updates, "averages": self.averages.state(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            InvalidArgumentError: it is of another kind, structure or damping.
+        """
+        for key, own in (
+            ("kind", self.rule.kind_name), ("options", self.rule.kind_options()),
+            ("structure", self.structure), ("gram", self.gram),
+        ):  # fmt: skip
+            if state[key] != own:
+                raise InvalidArgumentError(
+                    call=f"{self.call}.load_state_dict", got=f"a state with {key} = {state[key]!r}", expected=repr(own),
+                    why="a step would go on in another direction", try_="an optimizer made with the same arguments",
+                )  # fmt: skip
+        self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
+        self.averages.load(state["averages"], state["updates"])
+        self.capture.wanted = self.steps % self.update_every == 0
+        self._inverse = None
+
+
+def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
+    """What the paper's update asks of each example: ‖∂ℓ/∂z‖^2p."""
+    norm = one.seen.squared_norm * one.seen.correction(passes) ** 2
+    owner = torch.cat([chunk.owner for chunk in one.chunks])
+    return torch.where(norm > 0, norm**power, torch.zeros_like(norm))[owner]
+
+
+def rule_of(kind: str | OutputRule, options: Mapping[str, Any], call: str) -> OutputRule:
+    """The rule of a kind, by name or itself.
+
+    Raises:
+        InvalidArgumentError: an unknown name, or options that the kind does not have.
+        InvalidTypeError: neither a name nor a rule.
+    """
+    if isinstance(kind, OutputRule):
+        if options:
+            raise InvalidArgumentError(call=call, got=f"options {sorted(options)} beside a rule", expected="none")
+        return kind
+    if not isinstance(kind, str):
+        raise InvalidTypeError(
+            call=call, got=f"a {type(kind).__name__} as kind", expected=f"one of {list(RULES)}, or an OutputRule"
+        )
+    if kind not in RULES:
+        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=f"one of {list(RULES)}")
+    unknown = sorted(set(options) - set(_OPTIONS[kind]))
+    if unknown:
+        raise InvalidArgumentError(
+            call=call, got=f"options {unknown} for kind={kind!r}", expected=f"some of {list(_OPTIONS[kind])}"
+        )
+    return RULES[kind](**options)
+
+
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "ef": (),
+    "ief": ("power",),
+    "sf": ("draws", "seed"),
+    "exact": (),
+    "truncated": ("rank", "tolerance"),
+}
+
+
+def check_damping_choice(damping: object, gram_damping: object, call: str) -> None:
+    """Exactly one of the two dampings, and a fitting one.
+
+    Raises:
+        InvalidArgumentError: both or neither, or a negative one.
+        InvalidTypeError: not a number.
+    """
+    if (damping is None) == (gram_damping is None):
+        raise InvalidArgumentError(
+            call=call,
+            got=f"damping={damping!r} and gram_damping={gram_damping!r}",
+            expected="one of them",
+            why="F + λI and the Gram matrix + λI are different updates",
+            try_="gram_damping=1e-3 for the paper's update, damping=1e-2 for (F + λI)⁻¹ times the mean gradient",
+        )
+    value, name = (damping, "damping") if gram_damping is None else (gram_damping, "gram_damping")
+    if isinstance(value, RelativeDamping) and gram_damping is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="a number")
+    if not (math.isfinite(value) and value >= 0):
+        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected="a finite number, 0 or more")

@@ -1,0 +1,241 @@
+"""`NaturalGradient`: a torch optimizer whose steps go along (F + λI)⁻¹ ∇L, or along the iEF paper's update.
+
+Owns learning rates, momentum, weight decay and the length of a step; the direction is `curvature`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError
+from fisherkit.likelihoods import Likelihood
+from fisherkit.operators import Damping
+from fisherkit.optim.curvature import Curvature, check_damping_choice
+from fisherkit.outputs import OutputRule
+from fisherkit.space import ParameterSpace, Selection
+
+CALL = "NaturalGradient"
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    """θ ← θ − lr · Δ with Δ the gradient seen through a Fisher of the very examples of the step.
+
+        optimizer = fk.optim.NaturalGradient(model, lr=0.5, kind="ief", gram_damping=1e-3)
+        loss = F.cross_entropy(model(x), y); loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    The rows of EF, iEF and the truncated kind of rank 1 are captured by the ordinary forward and backward passes; other
+    kinds make a backward pass of their own while yours runs. The damping decides the update:
+
+    - ``gram_damping=λ`` with EF and iEF is the paper's (Wu, Yu, Zhang, Woodland, arXiv 2406.06420, eq. 5 and 8):
+      Δ = Jᵀ(JJᵀ + λI)⁻¹ t, J the unreduced gradients of the step's examples, t_n = ‖∂ℓ_n/∂z_n‖^2p with the power p of
+      iEF, 1 for EF. It is made of the examples alone: what was done to ``.grad`` (clipping, penalties in the loss) does
+      not enter. With other kinds, and in other structures than full and block, it is (Σ rows rowsᵀ + λI)⁻¹ Σ_n ∇ℓ_n.
+    - ``damping=λ`` is (F + λI)⁻¹ g with F = (1/N) Σ and g the mean gradient as it stands in ``.grad``, clipped or not.
+
+    Neither depends on the loss's reduction or on how a batch was cut for accumulation.
+
+    Dropout may be active: rows come from the same forward pass. Batch norm in train mode: see `Warns`. Several forward
+    passes before a step are as many parts of its batch. Passes under ``torch.no_grad``, in `paused`, or without a
+    backward pass leave nothing behind.
+
+    Args:
+        model: the model; call this very object.
+        lr: learning rate.
+        kind: "ef", "ief", "sf", "exact", "truncated", or an object of `fisherkit.vectors.OutputRule`.
+        damping: λ beside F, or `fisherkit.RelativeDamping`.
+        gram_damping: λ beside the Gram matrix of unreduced gradients.
+        weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
+        momentum: μ of m ← μ m + Δ, which takes Δ's place.
+        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`. Your loss must be
+            its −log p, times anything that is the same for all positions of an example.
+        reduction: of your loss over examples, "mean" or "sum".
+        normalize_update: Δ / ‖Δ‖ takes Δ's place.
+        trust_region: δ: Δ is shortened so that (lr · Δ)ᵀ F (lr · Δ) <= δ, in the kind's own F, where it would be more.
+        structure: "full" (the batch's rows, in sample space), "block" (the same by module), "kfac", "ekfac",
+            "diagonal".
+        params: None for all parameters, names, a predicate ``(name, parameter) -> bool``, or parameter groups in
+            torch's form. Parameters that do not require a gradient are left alone until they do.
+        ema: for kfac, ekfac and diagonal, the weight of what was before in running averages.
+        update_every: for these, steps between updates.
+        refresh_every: updates between eigen-decompositions.
+        kfac_positions: "expand" or "reduce".
+        options: of the kind: ``power=`` (ief), ``draws=, seed=`` (sf), ``rank=`` or ``tolerance=`` (truncated).
+
+    Raises:
+        FisherkitError: in one of its forms, for arguments that do not fit; at the first forward pass, for a model whose
+            per-example gradients do not exist; in a backward pass, for a loss that is not the likelihood's.
+
+    Warns:
+        UserWarning: once, naming batch norms in train mode: for the rows, the batch's statistics are constants, which
+            takes one more forward and backward pass a step.
+
+    Cost: beside your own passes, N²D for the Gram matrix (full and block), or the products of `fisherkit.operators`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        kind: str | OutputRule = "ief",
+        damping: Damping | None = None,
+        gram_damping: float | None = None,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        likelihood: str | Likelihood = "categorical",
+        reduction: str = "mean",
+        normalize_update: bool = False,
+        trust_region: float | None = None,
+        structure: str = "full",
+        params: Selection | Iterable[Mapping[str, Any]] = None,
+        ema: float = 0.0,
+        update_every: int = 1,
+        refresh_every: int = 1,
+        kfac_positions: str = "expand",
+        **options: Any,
+    ) -> None:
+        check_damping_choice(damping, gram_damping, CALL)
+        for name, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("momentum", momentum, 0)):
+            if not isinstance(value, (int, float)) or not value >= least:
+                raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected="a number, 0 or more")
+        if trust_region is not None and not trust_region > 0:
+            raise InvalidArgumentError(call=CALL, got=f"trust_region={trust_region!r}", expected="a positive number")
+        groups, selection = _groups(model, params)
+        self._curvature = Curvature(
+            model, params=selection, kind=kind, options=options, likelihood=likelihood, structure=structure,
+            gram=gram_damping is not None, reduction=reduction, ema=ema, update_every=update_every,
+            refresh_every=refresh_every, kfac_positions=kfac_positions, call=CALL,
+        )  # fmt: skip
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "damping": damping,
+            "gram_damping": gram_damping, "kind": self._curvature.rule.kind_name, "structure": structure,
+            "normalize_update": normalize_update, "trust_region": trust_region,
+        }  # fmt: skip
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update; see the class.
+
+        Args:
+            closure: zeroes the gradients, computes the loss, calls backward and returns the loss; run once, before.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ModelError: gradients without a forward pass of the model.
+            NonFiniteError: NaN or infinite gradients; nothing is changed.
+            SingularMatrixError: the damping is too small.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        own = dict(self._curvature.capture.model.named_parameters())
+        grouped = {id(p): group for group in self.param_groups for p in group["params"]}
+        gradients = {n: p.grad for n, p in own.items() if id(p) in grouped and p.grad is not None}
+        if not gradients:
+            return loss
+        first = self.param_groups[0]
+        if not bool(torch.stack([g.isfinite().all() for g in gradients.values()]).all()):
+            raise NonFiniteError(
+                call=f"{CALL}.step", got="gradients with NaN or infinite entries", expected="finite gradients",
+                try_="skipping the step, as torch.amp.GradScaler does, or a smaller lr",
+            )  # fmt: skip
+        damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
+        space, direction = self._curvature.direction(gradients, damping)
+        update = direction.update
+        if first["normalize_update"]:
+            update = update / update.norm().clamp_min(torch.finfo(update.dtype).tiny)
+        if first["trust_region"] is not None:
+            lr = max(group["lr"] for group in self.param_groups)
+            length = direction.curvature() if not first["normalize_update"] else (
+                direction.curvature() / direction.update.double().square().sum()
+            )  # fmt: skip
+            shrink = (first["trust_region"] / (lr**2 * length)).sqrt().clamp_max(1)
+            update = update * shrink.to(update.dtype)
+        self._apply(own, grouped, space, update)
+        return loss
+
+    def _apply(
+        self,
+        own: Mapping[str, nn.Parameter],
+        grouped: Mapping[int, Mapping[str, Any]],
+        space: ParameterSpace,
+        update: Tensor,
+    ) -> None:
+        for name, delta in space.unflatten(update).items():
+            p, group = own[name], grouped[id(own[name])]
+            if group["momentum"]:
+                state = self.state[p]
+                known = state.get("momentum_buffer")
+                state["momentum_buffer"] = delta.clone() if known is None else known.mul_(group["momentum"]).add_(delta)
+                delta = state["momentum_buffer"]
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(delta, alpha=-group["lr"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; what was captured for the gradients goes with them."""
+        super().zero_grad(set_to_none)
+        self._curvature.capture.forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the parameters must be the model's.
+
+        Raises:
+            ModelError: they are not.
+        """
+        super().add_param_group(param_group)
+        capture = self._curvature.capture
+        names = {id(p): n for n, p in capture.model.named_parameters()}
+        chosen = [p for group in self.param_groups for p in group["params"]]
+        if any(id(p) not in names for p in chosen):
+            raise ModelError(
+                call=f"{CALL}.add_param_group", got="a parameter that is not the model's", expected="the model's own"
+            )
+        capture.space = ParameterSpace.of(capture.model, [names[id(p)] for p in chosen])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward passes in here are not captured: for uses of the model with gradients that do not lead to a step."""
+        with self._curvature.capture.paused():
+            yield
+
+    def close(self) -> None:
+        """Take the hooks off the model; the optimizer can make no step after that."""
+        self._curvature.capture.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's, and running averages and counters under "curvature"."""
+        return {**super().state_dict(), "curvature": self._curvature.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; steps go on bit for bit.
+
+        Raises:
+            InvalidArgumentError: it is of another kind, structure or damping.
+        """
+        self._curvature.load_state_dict(state_dict["curvature"])
+        super().load_state_dict(state_dict)
+
+
+def _groups(model: nn.Module, params: Any) -> tuple[list[dict[str, Any]], Selection]:
+    """Parameter groups in torch's form, and the selection that they make."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    own = dict(model.named_parameters())
+    if isinstance(params, (list, tuple)) and params and isinstance(params[0], Mapping):
+        groups = [{**group, "params": list(group["params"])} for group in params]
+        chosen = [p for group in groups for p in group["params"]]
+        if any(id(p) not in names for p in chosen):
+            raise ModelError(call=CALL, got="a group with a parameter that is not the model's", expected="its own")
+        return groups, [names[id(p)] for p in chosen]
+    everything: Selection = (lambda _name, _parameter: True) if params is None else cast("Selection", params)
+    space = ParameterSpace.of(model, everything)
+    return [{"params": [own[name] for name in space.names]}], list(space.names)

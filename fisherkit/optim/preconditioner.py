@@ -1,0 +1,137 @@
+"""`Preconditioner`: gradients seen through a Fisher, for any torch optimizer to follow.
+
+Owns what happens to ``.grad`` between backward and another optimizer's step; the direction is `curvature`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisherkit.errors import InvalidArgumentError
+from fisherkit.likelihoods import Likelihood
+from fisherkit.operators import Damping
+from fisherkit.optim.curvature import Curvature, check_damping_choice
+from fisherkit.outputs import OutputRule
+from fisherkit.space import Selection
+
+CALL = "Preconditioner"
+
+
+class Preconditioner:
+    """Replaces each gradient by (F + λI)⁻¹ ∇L, between ``loss.backward()`` and the step of any optimizer.
+
+        preconditioner = fk.optim.Preconditioner(model, kind="ief", structure="ekfac", damping=1e-2, update_every=10)
+        loss.backward(); preconditioner.step(); optimizer.step(); optimizer.zero_grad()
+
+    With ``kind="ief"`` and Kronecker factors this is the paper's ieKFAC (Wu, Yu, Zhang, Woodland, arXiv 2406.06420,
+    eq. 43): each example's output gradient is divided by the norm of its logit gradient, activations are as in KFAC.
+    Rows are captured as `NaturalGradient` does, in the steps in which an update is due, and at no cost in others.
+
+    With a gradient scaler: ``scaler.unscale_(optimizer); preconditioner.step(); scaler.step(optimizer)``; gradients
+    with infinite entries are left as they are, and the scaler skips them. Clip before or after, as you mean it.
+
+    Args:
+        model: the model; call this very object.
+        kind: as for `NaturalGradient`, like all that is not listed here.
+        structure: "kfac", "ekfac", "diagonal", "block" or "full".
+        damping: λ beside F, or `fisherkit.RelativeDamping`.
+        gram_damping: λ beside the sum over examples instead of the mean; for EF and iEF in the full and block structures
+            the paper's update, which ``.grad`` is then replaced by.
+        ema: weight of what was before in running averages; None for 0.95, and 0 for full and block, which are of a batch.
+        update_every: steps between updates; more than 1 for kfac, ekfac and diagonal.
+        refresh_every: updates between eigen-decompositions.
+        trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
+        lr: the following optimizer's learning rate, a number or a function without arguments; used by ``trust_region``.
+        likelihood, reduction, params, kfac_positions, options: see `NaturalGradient`.
+
+    Raises:
+        FisherkitError: as for `NaturalGradient`.
+
+    Cost: an update costs what the structure's build costs without its passes over the data; a step one product with the
+        inverse.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        kind: str | OutputRule = "ief",
+        structure: str = "kfac",
+        damping: Damping | None = None,
+        gram_damping: float | None = None,
+        likelihood: str | Likelihood = "categorical",
+        reduction: str = "mean",
+        params: Selection = None,
+        ema: float | None = None,
+        update_every: int = 1,
+        refresh_every: int = 1,
+        trust_region: float | None = None,
+        lr: float | Callable[[], float] = 1.0,
+        kfac_positions: str = "expand",
+        **options: Any,
+    ) -> None:
+        check_damping_choice(damping, gram_damping, CALL)
+        if trust_region is not None and not trust_region > 0:
+            raise InvalidArgumentError(call=CALL, got=f"trust_region={trust_region!r}", expected="a positive number")
+        self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
+        self.trust_region, self._lr = trust_region, lr
+        self._curvature = Curvature(
+            model, params=(lambda _name, _parameter: True) if params is None else params, kind=kind, options=options,
+            likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
+            ema=ema if ema is not None else 0.0 if structure in ("full", "block") else 0.95,
+            update_every=update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, call=CALL,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Put (F + λI)⁻¹ ∇L in the place of ``.grad``; see the class.
+
+        Raises:
+            ModelError: an update is due, and no forward and backward pass of the model was seen.
+            SingularMatrixError: the damping is too small.
+        """
+        curvature = self._curvature
+        own = dict(curvature.capture.model.named_parameters())
+        gradients = {n: p.grad for n, p in own.items() if n in curvature.capture.space.slices and p.grad is not None}
+        if not gradients:
+            return
+        if not bool(torch.stack([g.isfinite().all() for g in gradients.values()]).all()):
+            curvature.capture.forget()
+            return
+        space, direction = curvature.direction(gradients, self.damping)
+        update = direction.update
+        if self.trust_region is not None:
+            lr = self._lr() if callable(self._lr) else self._lr
+            shrink = (self.trust_region / (lr**2 * direction.curvature())).sqrt().clamp_max(1)
+            update = update * shrink.to(update.dtype)
+        for name, delta in space.unflatten(update).items():
+            gradient = own[name].grad
+            if gradient is not None:
+                gradient.copy_(delta)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """As `NaturalGradient.paused`."""
+        with self._curvature.capture.paused():
+            yield
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._curvature.capture.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running averages and counters."""
+        return self._curvature.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; steps go on bit for bit.
+
+        Raises:
+            InvalidArgumentError: it is of another kind, structure or damping.
+        """
+        self._curvature.load_state_dict(state_dict)

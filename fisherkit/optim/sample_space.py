@@ -1,0 +1,126 @@
+"""Damped directions of the full and block structures, from the rows of one step.
+
+Owns two formulas: the paper's update through the Gram matrix of per-example gradients, and (F + λI)⁻¹ applied to the
+gradient. Knows rows and nothing of models, kinds or steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.errors import SingularMatrixError
+from fisherkit.operators import Damping
+from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.rows.collection import Rows
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What a step follows, downhill along its negative.
+
+    Args:
+        update: Δ ``[D]``.
+        curvature: ΔᵀFΔ with the kind's own F in the mean normalization, float64, when called.
+    """
+
+    update: Float[Tensor, "D"]
+    curvature: Callable[[], Float[Tensor, ""]]
+
+
+def gram_direction(
+    rows: Rows, blocks: Sequence[Sequence[str]], targets: Float[Tensor, "R"], damping: float, examples: int
+) -> Direction:
+    """Δ = Jᵀ(JJᵀ + λI)⁻¹ t with J the per-example gradients, block by block (arXiv 2406.06420, eq. 5 and 8).
+
+    Args:
+        rows: J, unreduced gradients.
+        blocks: names of each block's parameters; one block for the full structure.
+        targets: t, what each example is asked for: 1 for EF, ‖∂ℓ/∂z‖² for iEF.
+        damping: λ.
+        examples: N.
+
+    Raises:
+        SingularMatrixError: the damped Gram matrix has no Cholesky factor.
+    """
+    update = torch.empty(rows.space.size, dtype=targets.dtype, device=targets.device)
+    curvature = targets.new_zeros(())
+    for names in blocks:
+        part = rows if len(names) == len(rows.space.names) else rows.part(names)
+        w = _damped(part, damping, targets.unsqueeze(1))
+        own = part.rmatmul(w.to(_dtype(part)))
+        _put(update, rows, names, own.squeeze(1))
+        # J Δ = t − λ w, and F = (1/N) Jᵀ diag(1/t) J for every kind that this is an update of.
+        change = targets - damping * w.squeeze(1)
+        curvature = curvature + torch.where(targets > 0, change.square() / targets, torch.zeros_like(targets)).sum()
+    return Direction(update.to(_dtype(rows)), lambda: curvature / examples)
+
+
+def damped_direction(
+    rows: Rows, blocks: Sequence[Sequence[str]], gradient: Float[Tensor, "D"], damping: Damping, examples: int
+) -> Direction:
+    """Δ = (F + λI)⁻¹ g with F = (1/N) JᵀJ, block by block.
+
+    Args:
+        rows: J, rows of the kind.
+        blocks: names of each block's parameters.
+        gradient: g.
+        damping: λ, or relative to each block's mean eigenvalue.
+        examples: N.
+    """
+    update, curvature = torch.empty_like(gradient), gradient.new_zeros((), dtype=torch.float64)
+    for names in blocks:
+        part = rows if len(names) == len(rows.space.names) else rows.part(names)
+        fisher = LowRankOperator(part, 1 / examples, dtype=gradient.dtype, device=gradient.device)
+        inverse = fisher.factorize(damping)
+        own = _take(gradient, rows, names)
+        solution = inverse.matvec(own)
+        curvature = curvature + form(solution, own, inverse.damping)
+        _put(update, rows, names, solution)
+    return Direction(update, lambda: curvature)
+
+
+def form(solution: Float[Tensor, "D"], gradient: Float[Tensor, "D"], damping: float) -> Float[Tensor, ""]:
+    """ΔᵀFΔ of a solution of (F + λI) Δ = g."""
+    precise = solution.double()
+    return (precise @ gradient.double() - damping * precise.square().sum()).clamp_min(0)
+
+
+def _damped(rows: Rows, damping: float, right: Float[Tensor, "R 1"]) -> Float[Tensor, "R 1"]:
+    """(JJᵀ + λI)⁻¹ t in float64; products in the rows' dtype where λ hides their rounding."""
+    gram = rows.gram(precise=False)
+    rounding = torch.finfo(_dtype(rows)).eps * gram.abs().sum(1).max()
+    if bool(rounding >= 1e-2 * damping):
+        gram = rows.gram(precise=True)
+    gram.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed) != 0:
+        raise SingularMatrixError(
+            call=f"a step with gram_damping={damping}",
+            got="a Gram matrix that is singular to working precision",
+            expected="a positive definite one",
+            why="examples' gradients are linearly dependent, as those of repeated examples are",
+            try_="a larger gram_damping",
+        )
+    return torch.cholesky_solve(right, factor)
+
+
+def _dtype(rows: Rows) -> torch.dtype:
+    tensors = rows.slots[0].rows.tensors().values()
+    return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+
+
+def _take(vector: Float[Tensor, "D"], rows: Rows, names: Sequence[str]) -> Float[Tensor, "d"]:
+    if len(names) == len(rows.space.names):
+        return vector
+    return torch.cat([vector[rows.space.slices[name]] for name in rows.space.restrict(names).names])
+
+
+def _put(vector: Float[Tensor, "D"], rows: Rows, names: Sequence[str], part: Float[Tensor, "d"]) -> None:
+    own = rows.space.restrict(names)
+    for name in own.names:
+        vector[rows.space.slices[name]] = part[own.slices[name]].to(vector.dtype)
