@@ -99,7 +99,7 @@ def run(out: Path, tiny: bool = False) -> Figures:
     Returns:
         For each toy, its numbers at the quoted points, over the grid and at the ends of paths.
     """
-    cells, step = (4, 0.1) if tiny else (12, 0.01)
+    cells, step = (3, 0.25) if tiny else (12, 0.01)
     found: Figures = {}
     for toy in (LEAST_SQUARES, LOGISTIC):
         drawings, ends = {}, []
