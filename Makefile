@@ -8,6 +8,7 @@ PYTHON ?= python3
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PAPER_ARGS ?=
 
 # The versions in constraints.txt need this much; the package itself supports what pyproject.toml says.
 MIN_PYTHON := 3.11.5
@@ -16,6 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEV_STAMP := $(VENV)/.installed-dev
 DEMO_STAMP := $(VENV)/.installed-demo
+PAPER_STAMP := $(VENV)/.installed-paper
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 # One thread a worker: workers that each start a thread per core slow each other down.
@@ -25,7 +27,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install test lint docs demo bench format clean
+.PHONY: help install test lint docs demo bench paper format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,12 +55,15 @@ demo: $(DEMO_STAMP) ## train a small network, compare every kind of Fisher, writ
 bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (20 minutes or more)
 	$(BIN)/python -m examples.benchmarks --out benchmarks $(BENCH_ARGS)
 
+paper: $(PAPER_STAMP) ## reproduce the iEF paper's findings, write paper/
+	$(BIN)/python -m examples.paper --out paper $(PAPER_ARGS)
+
 format: $(DEV_STAMP) ## rewrite the code the way `make lint` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## delete what can be made again, except .venv
-	rm -rf build benchmarks demo dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build benchmarks demo dist paper site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Fails with advice where the interpreter $(1) is too old.
@@ -77,14 +82,19 @@ $(BIN)/python:
 		echo "Try: your system's package for it (on Debian and Ubuntu: python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 
-# What `dev` installs includes what `demo` needs, hence both stamps.
+# What `dev` installs includes what `demo` and `paper` need, hence all stamps; and `paper` what `demo` needs.
 $(DEV_STAMP): pyproject.toml constraints.txt requirements-bench.txt | $(BIN)/python
 	$(call require_python,$(BIN)/python,rm -r $(VENV) and run make again with PYTHON=python3.11)
 	$(PIP_INSTALL) -e '.[dev,demo,docs]'
 	$(PIP_INSTALL) --no-deps -r requirements-bench.txt
-	@touch $(DEMO_STAMP) $@
+	@touch $(DEMO_STAMP) $(PAPER_STAMP) $@
 
 $(DEMO_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(call require_python,$(BIN)/python,rm -r $(VENV) and run make again with PYTHON=python3.11)
 	$(PIP_INSTALL) -e '.[demo]'
 	@touch $@
+
+$(PAPER_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(call require_python,$(BIN)/python,rm -r $(VENV) and run make again with PYTHON=python3.11)
+	$(PIP_INSTALL) -e '.[paper]'
+	@touch $(DEMO_STAMP) $@

@@ -1,0 +1,5 @@
+"""``python -m examples.paper``."""
+
+from examples.paper.run import main
+
+main()

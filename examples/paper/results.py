@@ -1,0 +1,65 @@
+"""Figures as they are written, and tables made of them. Knows no part."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Figures = dict[str, Any]
+"""What a part measured: text, numbers, lists and dicts, as JSON has them."""
+
+
+def environment() -> Figures:
+    """Versions and threads; never a host's or a user's name."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fisherkit": importlib.metadata.version("fisherkit"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write(path: Path, figures: Figures) -> None:
+    """Figures as JSON, one entry a line."""
+    path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read(path: Path) -> Figures:
+    """What `write` wrote."""
+    return json.loads(path.read_text("utf-8"))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, its first column to the left and the others to the right."""
+    align = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))
+
+
+def markers(name: str) -> tuple[str, str]:
+    """What a part's section of the page stands between."""
+    return f"<!-- {name}: written by run.py -->", f"<!-- end of {name} -->"
+
+
+def fill(page: Path, name: str, body: str) -> None:
+    """Write a section into a page, between its markers.
+
+    Args:
+        page: a Markdown file.
+        name: of the section.
+        body: its new content.
+
+    Raises:
+        ValueError: the page lacks a marker.
+    """
+    content = page.read_text("utf-8")
+    first, last = markers(name)
+    if first not in content or last not in content:
+        raise ValueError(f"{page.name} should have the lines {first!r} and {last!r}")
+    before, _, rest = content.partition(first)
+    page.write_text(f"{before}{first}\n\n{body}\n\n{last}{rest.partition(last)[2]}", "utf-8")
