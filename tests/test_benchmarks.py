@@ -18,6 +18,7 @@ from examples.benchmarks.choice import compare, forced
 from examples.benchmarks.contestants import Case, Contestant, DisagreementError, check_agreement
 from examples.benchmarks.measure import Settings, agree, measure
 from examples.benchmarks.operations import OPERATIONS, PEERS, Cell, cells
+from examples.benchmarks.steps import measure_steps
 from examples.benchmarks.timing import Clock, TookTooLongError, limit, race
 from examples.benchmarks.workloads import TINY
 from fisherkit.rows.units import RuledUnit
@@ -194,3 +195,14 @@ def test_page__shows_the_results_that_lie_beside_it() -> None:
 def test_environment__names_no_machine_and_no_user() -> None:
     text = json.dumps(run.environment(torch.device("cpu")))
     assert "/" not in text.replace("+cpu", "")
+
+
+@pytest.mark.parametrize("name", ["W1", "W2", "W3"])
+def test_steps__ours_is_the_one_by_hand_and_everybody_steps(name: str) -> None:
+    record = measure_steps(TINY[name](), torch.device("cpu"), rounds=1, slow=5.0, patience=60.0)
+    assert record["errors"] == {}
+    assert record["difference"] < 1e-6
+    assert record["units"]["SGD"] == 1.0
+    assert set(record["met"]) == set(record["targets"])
+    assert len(record["targets"]) == 3
+    assert record["targets"].keys() <= record["units"].keys()

@@ -139,6 +139,21 @@ def choice_table(results: Record) -> Table:
     return ("", "chosen", "all factored", "all written out", "chosen / best", "target", "met"), rows
 
 
+def steps_table(results: Record) -> Table:
+    """Training steps in steps of SGD."""
+    records = sorted(results["steps"], key=lambda r: r["workload"])
+    rows = []
+    for name in dict.fromkeys(name for r in records for name in [*r["units"], *r["errors"]]):
+        entries = []
+        for r in records:
+            target = r["targets"].get(name)
+            judged = "" if target is None else f" (≤ {target:g}: {'yes' if r['met'][name] else '**no**'})"
+            failed = f"– {r['errors'].get(name, '')}"
+            entries.append(number(r["units"][name]) + judged if name in r["units"] else failed)
+        rows.append((name, *entries))
+    return ("one step, in steps of SGD", *(r["workload"] for r in records)), rows
+
+
 def accuracy_table(results: Record) -> Table:
     """Relative errors against float64."""
     names = next((list(r["errors"]) for r in results["accuracy"] if "errors" in r), [])
@@ -198,6 +213,7 @@ def sections(results: Record, *, pictures: str | None = None, growth: bool = Fal
     found["roofline"] = "\n\n".join(markdown(table) for table in rooflines if table[1]) or ABSENT
     found["choice"] = markdown(choice_table(results))
     found["accuracy"] = markdown(accuracy_table(results))
+    found["steps"] = markdown(steps_table(results))
     link = "See [growth](benchmarks-growth.md)." if growth else ABSENT
     found["growth"] = link
     return found
@@ -210,7 +226,7 @@ def text(results: Record) -> str:
         table, notes = workload_table(results, name)
         parts += [plain(table), notes.lines()]
     tables = [roofline_table(results, name) for name in workloads(results)]
-    tables += [table(results) for table in (memory_table, choice_table, accuracy_table)]
+    tables += [table(results) for table in (memory_table, choice_table, accuracy_table, steps_table)]
     parts += [plain(table) for table in tables if table[1]]
     return "\n\n".join(filter(None, parts))
 

@@ -13,6 +13,7 @@ KEYS = {
     "roofline": ("workload", "operation"),
     "choice": ("workload", "kind"),
     "accuracy": ("workload", "precision", "device"),
+    "steps": ("workload",),
 }
 """Sections and what identifies a record in them."""
 
@@ -43,7 +44,8 @@ def drop(results: Record, section: str, record: Record) -> None:
 
 def read(path: Path) -> Record:
     """From a file."""
-    return json.loads(path.read_text("utf-8"))
+    found: Record = json.loads(path.read_text("utf-8"))
+    return {**{section: [] for section in KEYS}, **found}  # a file may be older than a section
 
 
 def write(path: Path, results: Record) -> None:

@@ -26,12 +26,13 @@ from examples.benchmarks.memory import measure_memory
 from examples.benchmarks.operations import OPERATIONS, Cell, cells
 from examples.benchmarks.pictures import draw
 from examples.benchmarks.roofline import machine_rates, roofline
+from examples.benchmarks.steps import measure_steps
 from examples.benchmarks.workloads import FULL, TINY, Workload, language
 from fisherkit.memory import available_memory
 
 ROOT = Path(__file__).parents[2]
 PAGE, ASSETS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "assets" / "benchmarks"
-PARTS = ("operations", "memory", "roofline", "choice", "accuracy")
+PARTS = ("operations", "memory", "roofline", "choice", "accuracy", "steps")
 CHOICES = {"W1": (fk.EmpiricalFisher, fk.ExactFisher), "W2": (fk.EmpiricalFisher,), "W3": (fk.EmpiricalFisher,)}
 """Kinds that the cost model is tried on."""
 
@@ -198,8 +199,19 @@ def _accuracy(name: str, workload: Workload, settings: Settings, options: argpar
     _say(f"{name}  accuracy by precision")
 
 
+def _steps(name: str, workload: Workload, settings: Settings, options: argparse.Namespace, results: Record) -> None:
+    if name == "W4":
+        return
+    record = measure_steps(
+        workload, settings.device, rounds=settings.rounds, slow=settings.slow, patience=settings.patience
+    )
+    results_file.put(results, "steps", record)
+    _say(f"{name}  training steps: " + ", ".join(f"{n} {report.number(u)}" for n, u in record["units"].items()))
+
+
 PARTS_RUN: dict[str, Callable[[str, Workload, Settings, argparse.Namespace, Record], None]] = {
     "operations": _operations, "memory": _memory, "roofline": _roofline, "choice": _choice, "accuracy": _accuracy,
+    "steps": _steps,
 }  # fmt: skip
 
 

@@ -6,20 +6,17 @@ kinds or steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.accumulators import LayerSums, Names, RotatedSquares
-from fisherkit.operators import (
-    BlockDiagonalOperator,
-    DenseOperator,
-    DiagonalOperator,
-    EigenKroneckerOperator,
-    FisherOperator,
-)
-from fisherkit.operators.linalg import spectrum
+from fisherkit.accumulators import LayerSums, Names, RotatedSquares, SecondMoment
+from fisherkit.operators import Damping, DenseOperator, DiagonalOperator, FisherOperator, RelativeDamping
+from fisherkit.operators.layer_layout import LayerLayout
+from fisherkit.optim.layer_inverse import LayerInverse, Spectrum, leading_spectrum
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.space import ParameterSpace
@@ -37,14 +34,16 @@ class Averages:
         ema: the weight of what was before, from 0 to below 1.
         refresh_every: updates between eigen-decompositions.
         reduce: Kronecker factors from sums over shared positions instead of each position.
+        max_rank: eigenpairs of a factor that are kept; None for all.
 
     Attributes:
         units: the tensors of each unit.
         updates: how many there were.
     """
 
-    def __init__(self, structure: str, *, ema: float, refresh_every: int, reduce: bool) -> None:
+    def __init__(self, structure: str, *, ema: float, refresh_every: int, reduce: bool, max_rank: int | None) -> None:
         self.structure, self.ema, self.refresh_every, self.reduce = structure, ema, refresh_every, reduce
+        self.max_rank = max_rank
         self.units: dict[Names, Unit] = {}
         self.updates = 0
 
@@ -53,16 +52,28 @@ class Averages:
         layers = self.structure != "diagonal"
         fresh = self._factors(chunks, examples) if layers else self._diagonals(chunks, examples)
         self.units = {names: self._blend(self.units.get(names, {}), new) for names, new in fresh.items()}
-        if layers and self.updates % self.refresh_every == 0:
-            for unit in self.units.values():
-                self._refresh(unit)
         if self.structure == "ekfac":
             self._moments(chunks, examples)
         self.updates += 1
 
-    def operator(self, space: ParameterSpace) -> FisherOperator:
-        """The average as an operator over the parameters of the last update."""
-        return BlockDiagonalOperator(space, [_operator(space.restrict(n), unit) for n, unit in self.units.items()])
+    def inverse(self, space: ParameterSpace, damping: Damping) -> Inverse:
+        """(F + λI)⁻¹ over the parameters of the last update."""
+        if isinstance(damping, RelativeDamping):
+            damping = damping.scale * float(sum(_trace(unit) for unit in self.units.values())) / space.size
+        parts: list[tuple[ParameterSpace, Callable[[Tensor], Tensor]]] = []
+        for names, unit in self.units.items():
+            own = space.restrict(names)
+            if "transposed" in unit:
+                layout = LayerLayout.of(own, bool(unit["transposed"]), "a step")
+                sides = _spectrum(unit, "activation"), _spectrum(unit, "gradient")
+                parts.append((own, LayerInverse(layout, *sides, unit.get("values"), damping).solve))
+            else:
+                whole = "matrix" in unit
+                operator: FisherOperator = (
+                    DenseOperator(own, unit["matrix"]) if whole else DiagonalOperator(own, unit["diagonal"])
+                )
+                parts.append((own, operator.factorize(damping).matvec))
+        return Inverse(space, parts, float(damping))
 
     def _diagonals(self, chunks: Sequence[Chunk], examples: int) -> dict[Names, Unit]:
         found: dict[Names, Unit] = {}
@@ -82,37 +93,43 @@ class Averages:
             names = slot.names
             if names in sums.factors:
                 factors = sums.factors[names]
-                found[names] = {
-                    "activation": factors.activation.dense() / max(factors.count, 1),
-                    "gradient": factors.gradient.dense() / examples,
-                    "transposed": torch.tensor(factors.transposed),
-                }
+                found[names] = {"transposed": torch.tensor(factors.transposed)}
+                for name, moment, count in (
+                    ("activation", factors.activation, max(factors.count, 1)),
+                    ("gradient", factors.gradient, examples),
+                ):
+                    found[names] |= self._side(name, moment, count)
             elif names in sums.blocks:
                 found[names] = {"matrix": sums.blocks[names].total / examples}
             else:
                 found[names] = {"diagonal": sums.squares[names].total / examples}
         return found
 
-    def _blend(self, old: Unit, new: Unit) -> Unit:
-        averaged = {
-            key: self.ema * old[key] + (1 - self.ema) * value
-            for key, value in new.items()
-            if key in old and value.is_floating_point()
-        }
-        return {**old, **new, **averaged}
+    def _side(self, name: str, moment: SecondMoment, count: int) -> Unit:
+        """A factor's matrix; without averages, the spectrum of few vectors takes its place."""
+        if self.ema > 0 or moment.matrix is not None:
+            return {name: moment.dense() / count}
+        values, basis = moment.spectrum(self.structure)
+        return {f"{name}_values": values / count, f"{name}_basis": basis, f"{name}_rest": values.new_zeros(())}
 
-    def _refresh(self, unit: Unit) -> None:
-        """New eigenbases; EKFAC's moments are carried over as the diagonal that their matrix has in the new ones."""
-        if "activation" not in unit:
-            return
-        (a_values, a), (g_values, g) = (spectrum(unit[name], self.structure) for name in ("activation", "gradient"))
-        a, g = (basis.to(unit["activation"].dtype).contiguous() for basis in (a, g))
-        if self.structure == "kfac":
-            unit["values"] = g_values.unsqueeze(1) * a_values
-        elif "values" in unit:
-            g_turn, a_turn = (g.mT @ unit["gradient_basis"]).square(), (a.mT @ unit["activation_basis"]).square()
-            unit["values"] = g_turn @ unit["values"] @ a_turn.mT
-        unit["activation_basis"], unit["gradient_basis"] = a, g
+    def _blend(self, old: Unit, new: Unit) -> Unit:
+        """The average with what was before, and its spectra if it is time for new ones."""
+        averaged: Unit = {
+            key: self.ema * old[key] + (1 - self.ema) * new[key]
+            for key in ("activation", "gradient", "matrix", "diagonal")
+            if key in old and key in new
+        }
+        unit: Unit = {**old, **new, **averaged}
+        if "transposed" in unit and (not old or self.updates % self.refresh_every == 0):
+            for name in ("activation", "gradient"):
+                if name in new:
+                    start = old.get(f"{name}_basis")
+                    found = leading_spectrum(unit[name], self.max_rank, start, self.structure)
+                    unit[f"{name}_values"], unit[f"{name}_basis"] = found.values, found.basis
+                    unit[f"{name}_rest"] = found.rest
+        if "values" in old and unit["gradient_basis"] is not old["gradient_basis"]:
+            unit["values"] = _turned(old, unit)
+        return unit
 
     def _moments(self, chunks: Sequence[Chunk], examples: int) -> None:
         """EKFAC's eigenvalues: second moments of the rows in the current bases."""
@@ -126,7 +143,8 @@ class Averages:
                 totals[slot.names] = known.add(slot.rows)
         for names, moments in totals.items():
             unit, new = self.units[names], moments.total / examples
-            unit["values"] = self.ema * unit["values"] + (1 - self.ema) * new if "values" in unit else new
+            old = unit.get("values")
+            unit["values"] = new if old is None or self.ema == 0 else self.ema * old + (1 - self.ema) * new
 
     def state(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -140,11 +158,45 @@ class Averages:
             self.units.setdefault(tuple(names.split("+")), {})[name] = value.clone()
 
 
-def _operator(space: ParameterSpace, unit: Unit) -> FisherOperator:
-    if "matrix" in unit:
-        return DenseOperator(space, unit["matrix"])
-    if "diagonal" in unit:
-        return DiagonalOperator(space, unit["diagonal"])
-    return EigenKroneckerOperator(
-        space, unit["activation_basis"], unit["gradient_basis"], unit["values"], bool(unit["transposed"])
-    )
+@dataclass(frozen=True)
+class Inverse:
+    """(F + λI)⁻¹ layer by layer.
+
+    Args:
+        space: all parameters.
+        parts: the parameters of each unit, and its own inverse.
+        damping: λ.
+    """
+
+    space: ParameterSpace
+    parts: Sequence[tuple[ParameterSpace, Callable[[Tensor], Tensor]]]
+    damping: float
+
+    def matvec(self, flat: Float[Tensor, "D"]) -> Float[Tensor, "D"]:
+        """The inverse times a vector."""
+        result, whole = torch.empty_like(flat), self.space.slices
+        for own, solve in self.parts:
+            part = solve(torch.cat([flat[whole[name]] for name in own.names]))
+            for name, place in own.slices.items():
+                result[whole[name]] = part[place]
+        return result
+
+
+def _spectrum(unit: Unit, name: str) -> Spectrum:
+    return Spectrum(unit[f"{name}_values"], unit[f"{name}_basis"], unit[f"{name}_rest"])
+
+
+def _trace(unit: Unit) -> Tensor:
+    if "transposed" in unit:
+        return unit["values"].sum() if "values" in unit else _kronecker_trace(unit)
+    return unit["matrix"].diagonal().sum() if "matrix" in unit else unit["diagonal"].sum()
+
+
+def _kronecker_trace(unit: Unit) -> Tensor:
+    return _spectrum(unit, "activation").trace * _spectrum(unit, "gradient").trace
+
+
+def _turned(old: Unit, new: Unit) -> Tensor:
+    """EKFAC's moments carried over to new bases: the diagonal that their matrix has there."""
+    g, a = ((new[f"{name}_basis"].mT @ old[f"{name}_basis"]).square() for name in ("gradient", "activation"))
+    return g @ old["values"] @ a.mT

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fisherkit import likelihoods
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError
 from fisherkit.likelihoods import Likelihood
-from fisherkit.operators import Damping, Factorization, RelativeDamping
-from fisherkit.optim.averages import Averages
+from fisherkit.operators import Damping, RelativeDamping
+from fisherkit.optim.averages import Averages, Inverse
 from fisherkit.optim.capture import Capture, Captured
 from fisherkit.optim.sample_space import Direction, damped_direction, form, gram_direction
 from fisherkit.outputs import OutputRule
@@ -46,6 +46,7 @@ class Curvature:
         update_every: steps between updates.
         refresh_every: updates between eigen-decompositions.
         kfac_positions: "expand" or "reduce".
+        max_rank: eigenpairs kept of a Kronecker factor; None for all.
         call: the user's class, for errors.
 
     Raises:
@@ -67,6 +68,7 @@ class Curvature:
         update_every: int,
         refresh_every: int,
         kfac_positions: str,
+        max_rank: int | None,
         call: str,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -78,7 +80,9 @@ class Curvature:
         ):
             if value not in allowed:
                 raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
-        for name, number in (("update_every", update_every), ("refresh_every", refresh_every)):
+        counts = {"update_every": update_every, "refresh_every": refresh_every}
+        counts |= {} if max_rank is None else {"max_rank": max_rank}
+        for name, number in counts.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise InvalidArgumentError(call=call, got=f"{name}={number!r}", expected="an integer, 1 or more")
         if not isinstance(ema, (int, float)) or not 0 <= ema < 1:
@@ -99,9 +103,11 @@ class Curvature:
             model, params, EmpiricalVectors() if self._power is not None else self.rule,
             likelihoods.resolve(likelihood), reduction, written_out=structure in OF_A_BATCH, call=call,
         )  # fmt: skip
-        self.averages = Averages(structure, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce")
+        self.averages = Averages(
+            structure, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce", max_rank=max_rank
+        )
         self.steps = self.examples = 0
-        self._inverse: tuple[ParameterSpace, Damping, Factorization] | None = None
+        self._inverse: tuple[ParameterSpace, Damping, Inverse] | None = None
 
     def direction(self, gradients: Mapping[str, Tensor], damping: Damping) -> tuple[ParameterSpace, Direction]:
         """Δ for the mean gradient, after an update if one is due.
@@ -150,7 +156,7 @@ class Curvature:
     def _averaged(self, space: ParameterSpace, gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
         effective = self._effective(damping)
         if self._inverse is None or self._inverse[1] != effective:
-            self._inverse = space, effective, self.averages.operator(space).factorize(effective)
+            self._inverse = space, effective, self.averages.inverse(space, effective)
         inverse = self._inverse[2]
         update = inverse.matvec(gradient)
         return Direction(update, lambda: form(update, gradient, inverse.damping))

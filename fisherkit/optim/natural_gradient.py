@@ -64,6 +64,8 @@ class NaturalGradient(torch.optim.Optimizer):
         update_every: for these, steps between updates.
         refresh_every: updates between eigen-decompositions.
         kfac_positions: "expand" or "reduce".
+        max_rank: leading eigenpairs of a Kronecker factor that are kept; all others get their mean eigenvalue. Makes
+            wide layers cheap, and the inverse approximate. None for all.
         options: of the kind: ``power=`` (ief), ``draws=, seed=`` (sf), ``rank=`` or ``tolerance=`` (truncated).
 
     Raises:
@@ -97,6 +99,7 @@ class NaturalGradient(torch.optim.Optimizer):
         update_every: int = 1,
         refresh_every: int = 1,
         kfac_positions: str = "expand",
+        max_rank: int | None = None,
         **options: Any,
     ) -> None:
         check_damping_choice(damping, gram_damping, CALL)
@@ -109,7 +112,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature = Curvature(
             model, params=selection, kind=kind, options=options, likelihood=likelihood, structure=structure,
             gram=gram_damping is not None, reduction=reduction, ema=ema, update_every=update_every,
-            refresh_every=refresh_every, kfac_positions=kfac_positions, call=CALL,
+            refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank, call=CALL,
         )  # fmt: skip
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "damping": damping,

@@ -48,7 +48,7 @@ class Preconditioner:
         refresh_every: updates between eigen-decompositions.
         trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
         lr: the following optimizer's learning rate, a number or a function without arguments; used by ``trust_region``.
-        likelihood, reduction, params, kfac_positions, options: see `NaturalGradient`.
+        likelihood, reduction, params, kfac_positions, max_rank, options: see `NaturalGradient`.
 
     Raises:
         FisherkitError: as for `NaturalGradient`.
@@ -74,6 +74,7 @@ class Preconditioner:
         trust_region: float | None = None,
         lr: float | Callable[[], float] = 1.0,
         kfac_positions: str = "expand",
+        max_rank: int | None = None,
         **options: Any,
     ) -> None:
         check_damping_choice(damping, gram_damping, CALL)
@@ -85,7 +86,8 @@ class Preconditioner:
             model, params=(lambda _name, _parameter: True) if params is None else params, kind=kind, options=options,
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
             ema=ema if ema is not None else 0.0 if structure in ("full", "block") else 0.95,
-            update_every=update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, call=CALL,
+            update_every=update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank,
+            call=CALL,
         )  # fmt: skip
 
     @torch.no_grad()
