@@ -247,6 +247,22 @@ def test_compare__sampled_rows_that_span_the_gradient_do_not_cancel_in_float32()
         assert a.gamma == pytest.approx(b.gamma, rel=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["truncated:1", "exact"])
+def test_compare__of_an_example_that_is_certain_and_wrong(kind: str) -> None:
+    # Its probability underflows and with it the example's Fisher: its gradient is in no row's span.
+    model, (x, y) = nn.Linear(5, 3).to(F64), data()
+    with torch.no_grad():
+        x[0] = model.weight[(int(y[0]) + 1) % 3] * 2e4
+    losses, outputs, p = reference.per_example(model, x, y)
+    assert float(p[0, y[0]]) == 0
+    fisher, gradient = reference.exact_fisher(outputs, p), losses.sum(0)
+    row = compare(model, (x, y), kinds=(kind,), gram_dampings=(1e-3,)).rows[0]
+    assert math.isfinite(row.gamma)
+    if kind == "exact":
+        update = reference.damped_solve(fisher, gradient, 1e-3)
+        assert row.gamma == pytest.approx(reference.quality(update, fisher, gradient), rel=1e-6)
+
+
 # -- data ----------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,8 @@ from tests.test_compare import PerPosition, data, network
         ({"kinds": ("truncated:",)}, fk.InvalidArgumentError, "got kind 'truncated:'"),
         ({"kinds": ("ief:2",)}, fk.InvalidArgumentError, "power lies between 0 and 1"),
         ({"kinds": "ef"}, fk.InvalidTypeError, 'kinds=("...",)'),
+        ({"kinds": ("ef", "ief", "ef")}, fk.InvalidArgumentError, "kinds with 'ef' twice"),
+        ({"gram_dampings": (1e-3, 1e-3)}, fk.InvalidArgumentError, "gram_dampings with 0.001 twice"),
         ({"kinds": ()}, fk.InvalidArgumentError, "got no kinds"),
         ({"kinds": (1,)}, fk.InvalidTypeError, "a kind of type int"),
         ({"structures": ("dense",)}, fk.InvalidArgumentError, "structure 'dense'"),
