@@ -21,9 +21,9 @@ from fisherkit.evaluation.kind_specs import KindSpec
 from fisherkit.fisher import FisherApproximation
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.outputs import Outputs, OutputVectors
-from fisherkit.randomness import keyed_uniform
 from fisherkit.rows.collection import Rows
 from fisherkit.truncation import Stop, truncated_vectors
+from fisherkit.vectors import SampledVectors
 
 Group = str
 """A kind's text, or `GRADIENT` or `EXACT`."""
@@ -133,8 +133,9 @@ class _StackedVectors(FisherApproximation):
         parts = [u.unsqueeze(1)]
         used = {GRADIENT: (0, torch.ones(len(u), 1, dtype=torch.bool, device=u.device))}
         for text, draws in self.sampled.items():
-            used[text] = sum(p.shape[1] for p in parts), used[GRADIENT][1].expand(-1, draws)
-            parts.append(self._sampled(outputs, draws))
+            drawn = SampledVectors(draws, self.seed).output_vectors(outputs)
+            used[text] = sum(p.shape[1] for p in parts), used[GRADIENT][1] if drawn.keep is None else drawn.keep
+            parts += [v for v in (drawn.v,) if isinstance(v, Tensor)]
         found = {text: truncated_vectors(outputs, stop) for text, stop in self.stops.items()}
         start = sum(p.shape[1] for p in parts)
         first = u.new_full((len(u),), float("nan"), dtype=torch.float64)
@@ -146,14 +147,6 @@ class _StackedVectors(FisherApproximation):
         stacked = torch.cat(parts, 1)
         self._note(outputs, u, first, stacked.shape[1], used)
         return OutputVectors(stacked)
-
-    def _sampled(self, outputs: Outputs, draws: int) -> Float[Tensor, "n draws P C"]:
-        """Those of `fisherkit.SampledFisher`, repeated draws as rows of their own."""
-        likelihood, z = outputs.likelihood, outputs.z
-        uniform = keyed_uniform(self.seed, outputs.keys, draws=draws, channels=likelihood.channels(z.shape[2]))
-        repeated = z.unsqueeze(1).expand(-1, draws, -1, -1)
-        v = likelihood.gradient(repeated, likelihood.sample(repeated, uniform)) / draws**0.5
-        return torch.where(outputs.mask[:, None, :, None], v, torch.zeros_like(v))
 
     def _note(
         self, outputs: Outputs, u: Tensor, first: Tensor, slots: int, used: dict[Group, tuple[int, Tensor]]
