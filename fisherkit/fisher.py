@@ -18,8 +18,8 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.outputs import OutputRule
-from fisherkit.rows.plan import make_plan
 from fisherkit.rows.problem import Problem
+from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace, Selection
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
@@ -103,7 +103,7 @@ class FisherApproximation(OutputRule, FisherOperator):
         device, dtype = model_device(model, space.names)
         super().__init__(space, dtype=dtype, device=device)
         source = Source(data)
-        plan = make_plan(model, space, source.first().to(device))
+        plan = plan_for(model, space, source.first().to(device))
         problem = Problem(
             plan, source, resolved, self, example == "token",
             is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,

@@ -34,10 +34,11 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import Plan, differentiable, make_plan
+from fisherkit.rows.plan import Plan, differentiable
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace, Selection
 
 OPEN = 8
@@ -149,7 +150,6 @@ class Capture:
         self.wanted = True
         self.finished: list[Captured] = []
         self._plans: dict[tuple[str, ...], Plan] = {}
-        self._tried: list[Plan] = []
         self._open: list[_Pass] = []
         self._recorder: tuple[Recorder, Plan, Batch, RngState | None] | None = None
         self._depth = self._frame = self.examples = 0
@@ -237,7 +237,7 @@ class Capture:
                 self.model.eval()
                 with torch.autocast(device, enabled=False):
                     space = ParameterSpace.of(self.model, names)
-                    plan = make_plan(self.model, space, batch.to(next(self.model.parameters()).device))
+                    plan = plan_for(self.model, space, batch.to(next(self.model.parameters()).device))
             finally:
                 self._paused = False
                 for module in training:
@@ -357,11 +357,6 @@ class Capture:
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with one.deaf():
                 return linearized.rows(v.reshape(v.shape[0], *linearized.z.shape), selection)
-
-        if slots.number > 1 and one.plan not in self._tried:
-            self._tried.append(one.plan)
-            with one.deaf():
-                one.plan.batched_backward = linearized.batched_backward_agrees()
 
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))
 

@@ -102,8 +102,15 @@ class Linearized:
             found.update({u.names: StoredRows(part) for u, part in zip(self.plan.generic, parts, strict=True)})
         return Rows(self.plan.space, [UnitSlot(unit.names, found[unit.names]) for unit in self.plan.units])
 
-    def batched_backward_agrees(self) -> bool:
-        """Whether several vectors can go through one vectorised backward pass: tried with two, checked with one."""
+    @property
+    def batched(self) -> bool:
+        """Whether several vectors can go through one vectorised backward pass; tried once a plan."""
+        if "batched" not in self.plan.tried:
+            self.plan.tried["batched"] = self._batched_agrees()
+        return self.plan.tried["batched"]
+
+    def _batched_agrees(self) -> bool:
+        """Tried with two, checked with one."""
         edges = self.edges
         if not edges:
             return True
@@ -126,7 +133,7 @@ class Linearized:
         edges = self.edges
         if not edges:
             return []
-        if v.shape[0] > 1 and self.plan.batched_backward:
+        if v.shape[0] > 1 and self.batched:
             return list(
                 torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
             )

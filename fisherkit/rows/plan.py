@@ -42,7 +42,8 @@ class Plan:
         parameters: the chosen parameters by name.
         units: a partition of the names.
         vectorised: whether ``torch.func`` reproduces the generic units' gradients.
-        batched_backward: whether several output vectors can go through one vectorised backward pass.
+        tried: by name, what is tried when it is first needed: "batched", whether several output vectors can go through
+            one vectorised backward pass.
         shared: embeddings whose tokens all examples share, as of positions.
         probed: the outputs of the two examples that the plan was verified on.
         numbers_per_example: entries of all layer outputs for one example.
@@ -54,7 +55,8 @@ class Plan:
         self.parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
         self._versions = {name: p._version for name, p in self.parameters.items()}
         self.units: list[Unit] = []
-        self.vectorised = self.batched_backward = True
+        self.vectorised = True
+        self.tried: dict[str, bool] = {}
         self.shared: set[str] = set()
         self.probed = torch.empty(0)
         self.numbers_per_example = 1

@@ -1,0 +1,116 @@
+"""What was verified of a model, kept for as long as the model lives: the next Fisher on it starts at once.
+
+Rules are verified on two examples (`rows.plan`), which costs a few passes over the weights. What they say holds for a
+model and not for its parameters' values, so it is used again while nothing else about the model has changed: its
+modules, their plain attributes, hooks and modes, its parameters' identities and shapes, and the form of a batch. Only
+findings are kept here, no tensor and no model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from fisherkit.data import Batch
+from fisherkit.randomness import untouched_rng
+from fisherkit.rows.plan import Plan, differentiable, make_plan, two_of
+from fisherkit.rows.record import refuse_train_mode
+from fisherkit.rows.units import Unit
+from fisherkit.space import ParameterSpace
+
+MOST = 32
+"""Findings kept of one model; a model that changes all the time starts over."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `make_plan` found.
+
+    Args:
+        units: how rows are made.
+        vectorised: as in `Plan`, like all that follow.
+        shared: see there.
+        numbers_per_example: see there.
+        tried: what else is tried once.
+    """
+
+    units: tuple[Unit, ...]
+    vectorised: bool
+    shared: frozenset[str]
+    numbers_per_example: int
+    tried: dict[str, bool]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
+
+
+def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+    """How rows are made: as verified before, or verified now.
+
+    Args:
+        model: the model, in a deterministic mode.
+        space: the chosen parameters.
+        batch: a first batch on the model's device.
+
+    Raises:
+        ModelError: as `make_plan`.
+    """
+    refuse_train_mode(model)
+    key, known = _key(model, space, batch), _KNOWN.setdefault(model, {})
+    if key not in known:
+        plan = make_plan(model, space, batch)
+        if len(known) >= MOST:
+            known.clear()
+        known[key] = Findings(
+            tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), plan.numbers_per_example,
+            plan.tried,
+        )  # fmt: skip
+        return plan
+    found, plan = known[key], Plan(model, space)
+    plan.units = [copy.copy(unit) for unit in found.units]
+    plan.vectorised, plan.shared, plan.tried = found.vectorised, set(found.shared), found.tried
+    plan.numbers_per_example = found.numbers_per_example
+    parameters = list(plan.parameters.values())
+    with untouched_rng([parameters[0].device]), differentiable(parameters), torch.no_grad():
+        plan.probed = batch.take(two_of(batch)).call(model)
+    return plan
+
+
+def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
+    """All that the findings may depend on."""
+    parameters = tuple((name, id(p), tuple(p.shape)) for name, p in model.named_parameters())
+    modules = tuple((name, *_described(module)) for name, module in model.named_modules())
+    inputs = tuple(_form(batch.args)), tuple(_form(batch.kwargs)), tuple(batch.axes.items())
+    return space.names, space.shapes, parameters, modules, inputs
+
+
+def _described(module: nn.Module) -> Iterator[Hashable]:
+    """A module's class, mode, hooks, plain attributes, and functions put in the place of its own."""
+    yield id(type(module))
+    for name, value in module.__dict__.items():
+        plain = value if isinstance(value, (tuple, list)) else (value,)
+        if name.endswith("_hooks"):
+            yield name, tuple(value)
+        elif all(isinstance(v, (bool, int, float, str, type(None))) for v in plain):
+            yield name, tuple(plain)
+        elif callable(value):
+            yield name, id(value)
+
+
+def _form(tree: Any) -> Iterator[Hashable]:
+    """Shapes behind the batch axis, dtypes, names and plain values."""
+    if isinstance(tree, torch.Tensor):
+        yield tuple(tree.shape[1:]), tree.dtype
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield name, *_form(value)
+    elif isinstance(tree, (list, tuple)):
+        yield type(tree).__name__, *(entry for value in tree for entry in _form(value))
+    else:
+        yield repr(tree)

@@ -1,0 +1,138 @@
+"""Findings about a model are used again, and only where they still hold."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.rows import verified
+from fisherkit.rows.plan import make_plan
+
+
+class Switched(nn.Module):
+    """A linear layer that uses its weight in one more, hidden way if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.hidden = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        return z + x @ (self.layer.weight * 1.0) if self.hidden else z
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Switched().double()
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(5, 3, generator=generator).double(), torch.tensor([0, 1, 2, 0, 1])
+
+
+@pytest.fixture
+def verifications(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The models that were verified."""
+    found: list[nn.Module] = []
+
+    def noted(model: nn.Module, *args: object) -> object:
+        found.append(model)
+        return make_plan(model, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(verified, "make_plan", noted)
+    return found
+
+
+def dense(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    """By a loop over examples."""
+    rows = []
+    for x, y in zip(*data, strict=True):
+        loss = nn.functional.cross_entropy(model(x[None]), y[None])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    j = torch.stack(rows)
+    return j.T @ j / len(rows)
+
+
+def test_verified__once_for_all_kinds_structures_and_values(
+    model: nn.Module, data: tuple[Tensor, Tensor], verifications: list[nn.Module]
+) -> None:
+    for kind in (fk.EmpiricalFisher, fk.ExactFisher):
+        for structure in ("full", "kfac", "diagonal"):
+            kind(model, data, structure=structure)
+    with torch.no_grad():
+        model.layer.weight.mul_(2)
+    fisher = fk.EmpiricalFisher(model, data)
+    assert len(verifications) == 1
+    torch.testing.assert_close(fisher.to_dense(), dense(model, data), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(fk.EmpiricalFisher(model, data, memory_budget=1) @ fisher.diagonal(),
+                               fisher @ fisher.diagonal(), rtol=1e-10, atol=1e-14)  # fmt: skip
+
+
+def _attribute(model: nn.Module) -> None:
+    model.hidden = True
+
+
+def _forward(model: nn.Module) -> None:
+    original = model.forward
+    model.forward = lambda x: original(x) + x @ (model.layer.weight * 1.0)  # type: ignore[method-assign]
+
+
+def _hook(model: nn.Module) -> None:
+    model.register_forward_hook(lambda module, args, z: z + args[0] @ (module.layer.weight * 1.0))
+
+
+def _module(model: nn.Module) -> None:
+    model.layer = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+
+
+def _parametrization(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model.layer)
+
+
+@pytest.mark.parametrize("change", [_attribute, _forward, _hook, _module, _parametrization])
+def test_verified__anew_when_the_model_has_changed(
+    change: Callable[[nn.Module], None],
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    verifications: list[nn.Module],
+) -> None:
+    fk.EmpiricalFisher(model, data)
+    change(model)
+    fisher = fk.EmpiricalFisher(model, data)
+    assert len(verifications) == 2
+    torch.testing.assert_close(fisher.to_dense(), dense(model, data), rtol=1e-10, atol=1e-14)
+
+
+def test_verified__anew_for_other_parameters_and_other_inputs(
+    model: nn.Module, data: tuple[Tensor, Tensor], verifications: list[nn.Module]
+) -> None:
+    fk.EmpiricalFisher(model, data)
+    fk.EmpiricalFisher(model, data, params=["layer.bias"])
+    fk.EmpiricalFisher(model, (data[0][:, None], data[1][:, None]))
+    assert len(verifications) == 3
+
+
+def test_verified__train_mode_is_refused_again(data: tuple[Tensor, Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout()).double().eval()
+    fk.EmpiricalFisher(model, data)
+    with pytest.raises(fk.ModelError, match="train mode"):
+        fk.EmpiricalFisher(model.train(), data)
+
+
+def test_verified__keeps_no_model_alive(data: tuple[Tensor, Tensor]) -> None:
+    model = Switched().double()
+    known = weakref.ref(model)
+    fk.ExactFisher(model, data)
+    del model
+    gc.collect()
+    assert known() is None
