@@ -22,7 +22,9 @@ from torch import nn
 from examples.benchmarks.environment import environment
 from examples.paper import quality_report
 from examples.paper.quality_cost import costs
-from examples.paper.quality_results import Results, resume, write
+from examples.paper.quality_pictures import draw
+from examples.paper.quality_results import Results, read, resume, write, write_json
+from examples.paper.quality_summary import Summary, summarize
 from examples.paper.tasks import TASKS, Batch, Task, docstring_text
 from examples.paper.training import Checkpoint, baseline
 from fisherkit.evaluation import compare
@@ -79,20 +81,55 @@ class Plan:
         }
 
 
-def run(plan: Plan, out: Path, *, keep: bool = False) -> None:
-    """Measure, and write ``quality-<task>.json`` after each cell.
+TINY = Plan(("digits",), batches=1, size=16, epochs=1)
+"""Every path, no figure."""
+
+
+def run(out: Path, tiny: bool = False, plan: Plan | None = None, *, anew: bool = False) -> dict[str, Any]:
+    """Measure what is not there yet, and write ``quality-<task>.json`` after each cell; then draw.
 
     Args:
-        plan: what.
-        out: folder for results and checkpoints.
-        keep: go on with the results that are there.
+        out: folder for results, checkpoints and pictures.
+        tiny: one task and one small batch: does everything work? The figures mean nothing.
+        plan: what is measured; None for everything, which takes hours.
+        anew: measure again what is there.
+
+    Returns:
+        Means and standard deviations of all tasks that the folder has, for `report`.
     """
+    plan = plan or (TINY if tiny else Plan())
     for name in plan.tasks:
         task = docstring_text(0, plan.data) if name == "docstrings" else TASKS[name](0)
         checkpoints = baseline(task, out / "checkpoints", seed=plan.seed, epochs=plan.epochs)
         path = out / f"quality-{name}.json"
-        results = resume(path, plan.settings(task), environment(torch.device("cpu")), checkpoints, keep=keep)
+        results = resume(path, plan.settings(task), environment(torch.device("cpu")), checkpoints, anew=anew)
         _task(task, plan, checkpoints, results, path)
+    return figures(out)
+
+
+def figures(out: Path) -> dict[str, Any]:
+    """Draw and return what is there.
+
+    Raises:
+        ValueError: nothing is.
+    """
+    paths = {name: out / f"quality-{name}.json" for name in TASKS}
+    summaries = {name: summarize(read(path)) for name, path in paths.items() if path.exists()}
+    if not summaries:
+        raise ValueError(f"{out} has no results yet")
+    draw(summaries, out)
+    return {"tasks": {name: summary.to_dict() for name, summary in summaries.items()}}
+
+
+def report(found: dict[str, Any], pictures: str = "assets/paper") -> str:
+    """The figures in Markdown.
+
+    Args:
+        found: what `run` returned.
+        pictures: the folder of the pictures, relative to the page.
+    """
+    summaries = {name: Summary.from_dict(summary) for name, summary in found["tasks"].items()}
+    return quality_report.report(summaries, pictures)
 
 
 def _task(task: Task, plan: Plan, checkpoints: list[Checkpoint], results: Results, path: Path) -> None:
@@ -130,23 +167,6 @@ def cell(model: nn.Module, batch: Batch, plan: Plan, *, seed: int) -> dict[str, 
     return found
 
 
-def main(
-    out: Path, plan: Plan | None = None, *, keep: bool = False, measure: bool = True, page: Path | None = None
-) -> None:
-    """Measure, then write pictures and tables.
-
-    Args:
-        out: folder for everything that is measured.
-        plan: what is measured; None for everything, which takes hours.
-        keep: go on with the results that are there.
-        measure: False to write the report of what is there alone.
-        page: the docs folder to write ``assets/paper`` of; None for pictures and tables in ``out``.
-    """
-    if measure:
-        run(plan or Plan(), out, keep=keep)
-    print(quality_report.write_all(out, page))
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options."""
     parser = argparse.ArgumentParser(prog="python -m examples.paper.quality", description=__doc__)
@@ -158,8 +178,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--kfac", nargs="*", default=list(KFAC), help=f"kinds in the kfac structure (default: {' '.join(KFAC)})")
     add("--data", type=Path, default=None, help="your own examples for the text task, one text<TAB>label a line")
     add("--out", type=Path, default=Path("paper"), help="folder for results and pictures (default: paper)")
-    add("--keep", action="store_true", help="go on with the results that are there")
-    add("--docs", action="store_true", help="also write docs/assets/paper from the results")
+    add("--anew", action="store_true", help="measure again what is there")
     add("--report", action="store_true", help="measure nothing: draw and write what is there")
     return parser.parse_args(arguments)
 
@@ -168,18 +187,22 @@ def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-def _command(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: measure, draw, print the tables, and write them and the figures."""
     options = parse(arguments)
     plan = Plan(
         tuple(options.task), options.batches, options.size, FULL, tuple(options.kfac), epochs=options.epochs,
         data=options.data,
     )  # fmt: skip
-    docs = Path(__file__).parents[2] / "docs" if options.docs else None
     try:
-        main(options.out, plan, keep=options.keep, measure=not options.report, page=docs)
+        found = figures(options.out) if options.report else run(options.out, plan=plan, anew=options.anew)
     except ValueError as error:
         sys.exit(str(error))
+    write_json(options.out / "quality.json", found)
+    body = report(found, ".")
+    (options.out / "quality.md").write_text(body + "\n", "utf-8")
+    print(body)
 
 
 if __name__ == "__main__":
-    _command()
+    main()

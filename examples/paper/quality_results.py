@@ -1,4 +1,4 @@
-"""The results files of `examples.paper.quality`, and what they say on average. Measures nothing."""
+"""The results files of `examples.paper.quality`, one a task, a cell at a time. Measures nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from examples.paper.training import Checkpoint
-
-Array = NDArray[np.float64]
 
 
 @dataclass
@@ -45,22 +40,29 @@ class Results:
 
 
 def resume(
-    path: Path, settings: dict[str, Any], environment: dict[str, Any], checkpoints: Sequence[Checkpoint], *, keep: bool
+    path: Path, settings: dict[str, Any], environment: dict[str, Any], checkpoints: Sequence[Checkpoint], *, anew: bool
 ) -> Results:
-    """Results to add to: those of the file if they are kept, else none.
+    """Results to add to: those of the file if there are any, else none.
+
+    Args:
+        path: of the file.
+        settings: of what is measured now.
+        environment: where.
+        checkpoints: what is measured.
+        anew: leave the file's results out.
 
     Raises:
         ValueError: the file's results were measured otherwise.
     """
     rows = [{"epoch": c.epoch, "loss": c.loss, "accuracy": c.accuracy} for c in checkpoints]
-    if not (keep and path.exists()):
+    if anew or not path.exists():
         return Results(settings, environment, rows)
     old = read(path)
     differing = [name for name, value in settings.items() if old.settings.get(name) != value]
     if old.checkpoints != rows:
         differing.append("checkpoints")
     if differing:
-        raise ValueError(f"--keep: {path} was measured with other {differing}; measure anew, or into another --out")
+        raise ValueError(f"{path} was measured with other {differing}; measure into another --out, or --anew")
     return old
 
 
@@ -80,87 +82,3 @@ def write_json(path: Path, content: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
     os.replace(part, path)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """γ/γ_SGD of one kind in one structure; arrays are ``[checkpoint, damping]``.
-
-    Args:
-        mean: over batches.
-        std: their standard deviation.
-        over_exact: mean of the ratio to the exact kind's γ on the same batch at the same damping, full structure.
-        worst: the largest such ratio.
-    """
-
-    mean: Array
-    std: Array
-    over_exact: Array
-    worst: Array
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A task's results on average.
-
-    Args:
-        name: of the task.
-        settings: of its results.
-        environment: of its results.
-        checkpoints: those with a cell.
-        batches: of each checkpoint.
-        cost: seconds by kind.
-        seconds: of an average cell.
-        curves: by structure and kind.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    environment: dict[str, Any]
-    checkpoints: list[dict[str, Any]]
-    batches: list[int]
-    cost: dict[str, float]
-    seconds: float
-    curves: dict[tuple[str, str], Curve]
-
-    @property
-    def dampings(self) -> list[float]:
-        """Every λ."""
-        return list(self.settings["dampings"])
-
-    @property
-    def epochs(self) -> list[int]:
-        """Of the checkpoints."""
-        return [c["epoch"] for c in self.checkpoints]
-
-    def curve(self, kind: str, structure: str = "full") -> Curve:
-        """Of one kind."""
-        return self.curves[structure, kind]
-
-
-def summarize(name: str, results: Results) -> Summary:
-    """Means and standard deviations over batches."""
-    checkpoints = [c for c in results.checkpoints if results.cells.get(str(c["epoch"]))]
-    cells = [list(results.cells[str(c["epoch"])].values()) for c in checkpoints]
-    curves = {}
-    for structure, kinds in results.settings["kinds"].items():
-        for kind in kinds:
-            if kind != "sgd":
-                curves[structure, kind] = _curve(cells, structure, kind)
-    seconds = float(np.mean([cell["seconds"] for group in cells for cell in group]))
-    return Summary(
-        name, results.settings, results.environment, checkpoints, [len(group) for group in cells], results.cost or {},
-        seconds, curves,
-    )  # fmt: skip
-
-
-def _curve(cells: list[list[dict[str, Any]]], structure: str, kind: str) -> Curve:
-    mean, std, over_exact, worst = [], [], [], []
-    for group in cells:
-        values = np.array([cell[structure][kind] for cell in group])
-        ratio = values / np.array([cell["full"]["exact"] for cell in group])
-        mean.append(values.mean(0))
-        std.append(values.std(0, ddof=1) if len(group) > 1 else np.zeros(values.shape[1]))
-        over_exact.append(ratio.mean(0))
-        worst.append(ratio.max(0))
-    return Curve(np.array(mean), np.array(std), np.array(over_exact), np.array(worst))

@@ -238,12 +238,22 @@ def docstring_text(seed: int = 0, path: Path | None = None) -> Task:
         [text for text, _ in pairs], padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
     )
     labels = torch.tensor([names.index(label) for _, label in pairs])
-    train, test = _split({name: encoded[name] for name in ("input_ids", "attention_mask")}, labels, seed)
+    kept = _distinct(encoded["input_ids"], labels)
+    inputs = {name: encoded[name][kept] for name in ("input_ids", "attention_mask")}
+    train, test = _split(inputs, labels[kept], seed)
     build = _seeded(lambda: _adapted(len(names)))
     source = "docstrings of scipy" if path is None else path.name
     title = f"MiniLM with LoRA on {source}, {len(names)} classes, {_sizes(build(0), train, test)}"
     recipe = Recipe("AdamW", 1e-3, 32, (0, 1, 3, 6, 10))
     return Task("docstrings", title, train, test, build, recipe, torch.float32)
+
+
+def _distinct(tokens: Tensor, labels: Tensor) -> Tensor:
+    """Places of the first of equal rows, without rows of several labels: cut and without capitals, texts may agree."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(tokens.tolist()):
+        found.setdefault(tuple(row), []).append(place)
+    return torch.tensor([places[0] for places in found.values() if len(set(labels[places].tolist())) == 1])
 
 
 def _weights() -> str:
