@@ -5,7 +5,18 @@
 
 from fisherkit.evaluation.compare import compare
 from fisherkit.evaluation.gradient import loss_gradient
+from fisherkit.evaluation.plots import plot_checkpoints, plot_damping
 from fisherkit.evaluation.quality import approximation_quality, quality_floor
-from fisherkit.evaluation.table import QualityRow, QualityTable
+from fisherkit.evaluation.table import QualityRow, QualityTable, average
 
-__all__ = ["QualityRow", "QualityTable", "approximation_quality", "compare", "loss_gradient", "quality_floor"]
+__all__ = [
+    "QualityRow",
+    "QualityTable",
+    "approximation_quality",
+    "average",
+    "compare",
+    "loss_gradient",
+    "plot_checkpoints",
+    "plot_damping",
+    "quality_floor",
+]

@@ -192,7 +192,7 @@ class _StackedVectors(FisherApproximation):
 def _along(u: Float[Tensor, "n P C"], v: Float[Tensor, "n P C"]) -> Float[Tensor, "n"]:
     """c with u = c v, 0 for a zero u, NaN where v is not along u; float64."""
     u, v = u.double().flatten(1), v.double().flatten(1)
-    norm_u, norm_v = u.norm(dim=1), v.norm(dim=1)
-    aligned = (u * v).sum(1) >= (1 - 1e-6) * norm_u * norm_v
-    ratio = torch.where(norm_v > 0, norm_u / norm_v, float("nan"))
-    return torch.where(norm_u == 0, 0.0, torch.where(aligned, ratio, float("nan")))
+    norm_u, norm_v, inner = u.norm(dim=1), v.norm(dim=1), (u * v).sum(1)
+    aligned = (inner.abs() >= (1 - 1e-6) * norm_u * norm_v) & (norm_v > 0)
+    ratio = torch.where(aligned, inner.sign() * norm_u / norm_v, float("nan"))
+    return torch.where(norm_u == 0, 0.0, ratio)

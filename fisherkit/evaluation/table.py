@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import os
+import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fisherkit.errors import InvalidArgumentError
 from fisherkit.io import as_path, check_folder
 
 
@@ -98,6 +100,33 @@ class QualityTable:
         ]
         imbalance = f"gradient-norm imbalance {self.rows[0].imbalance:.3g}" if self.rows else "no rows"
         return "\n".join([f"N = {self.examples} examples{dropped}; {imbalance}", "", *lines])
+
+
+Key = tuple[str, str, float | None]
+"""Kind, structure and damping."""
+
+
+def average(tables: Sequence[QualityTable]) -> dict[Key, tuple[float, float]]:
+    """γ/γ_SGD over several batches: the mean and the standard deviation, 0 for a single batch.
+
+    Args:
+        tables: of the same kinds, structures and dampings.
+
+    Raises:
+        InvalidArgumentError: no table, or tables of different updates.
+    """
+    keys = [[(row.kind, row.structure, row.damping) for row in table.rows] for table in tables]
+    if not tables or any(other != keys[0] for other in keys):
+        raise InvalidArgumentError(
+            call="average(tables)",
+            got="no table" if not tables else "tables of different kinds, structures or dampings",
+            expected="tables that compare() made with the same arguments on different batches",
+        )
+    found: dict[Key, tuple[float, float]] = {}
+    for key, rows in zip(keys[0], zip(*(table.rows for table in tables), strict=True), strict=True):
+        values = [row.relative_gamma for row in rows]
+        found[key] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return found
 
 
 def replace_text(path: Path, text: str) -> None:

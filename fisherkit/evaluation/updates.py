@@ -19,15 +19,18 @@ Columns = Float[Tensor, "D K"]
 
 
 def in_span(rows: Rows, c: Float[Tensor, "R"], dampings: Sequence[float]) -> Columns:
-    """Jᵀ(JJᵀ + λI)⁻¹c for every λ.
+    """Jᵀ(JJᵀ + λI)⁻¹c for every λ, by the smaller of the R × R and the D × D matrix.
 
     Args:
         rows: J in float64.
         c: the right-hand side in sample space.
         dampings: λ.
 
-    Cost: one Gram matrix and one product with Jᵀ; O(R³) for each λ.
+    Cost: one Gram matrix and one product with Jᵀ; O(min(R, D)³) for each λ.
     """
+    if rows.space.size < rows.count:
+        normal, gradient = rows.normal_matrix(), rows.rmatmul(c.unsqueeze(1))[:, 0]
+        return torch.stack([_solve(normal, gradient, damping) for damping in dampings], 1)
     gram = rows.gram()
     return rows.rmatmul(torch.stack([_solve(gram, c, damping) for damping in dampings], 1))
 
@@ -82,12 +85,12 @@ def _modules(rows: Rows) -> list[tuple[str, ...]]:
     return [tuple(name for name in rows.space.names if name in group) for group in groups]
 
 
-def _solve(gram: Float[Tensor, "R R"], c: Float[Tensor, "R"], damping: float) -> Float[Tensor, "R"]:
-    """(G + λI)⁻¹c; through the eigenvalues where λ is below the rounding of a singular Gram matrix."""
-    damped = gram.clone()
+def _solve(matrix: Float[Tensor, "n n"], c: Float[Tensor, "n"], damping: float) -> Float[Tensor, "n"]:
+    """(A + λI)⁻¹c; through the eigenvalues where λ is below the rounding of a singular A."""
+    damped = matrix.clone()
     damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) == 0:
         return torch.cholesky_solve(c.unsqueeze(1), factor)[:, 0]
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(matrix)
     return vectors @ ((vectors.mT @ c) / (values.clamp_min(0) + damping))
