@@ -43,13 +43,10 @@ def compare(
     s_n = ‖∂ℓ_n/∂z_n‖^(2·power) and Ĵ the rows of a Fisher F = ĴᵀĴ, the updates of the full structure are the paper's
     (arXiv 2406.06420, eq. 5, 8, 49):
 
-    ======================== ==========================================================
-    "sgd"                    ∇L
-    "ef"                     Jᵀ(JJᵀ + λI)⁻¹1
-    "ief"                    Jᵀ(JJᵀ + λI)⁻¹s
-    "sf", "truncated",       (F + λI)⁻¹∇L = (1/λ)[I − Ĵᵀ(ĴĴᵀ + λI)⁻¹Ĵ]∇L,
-    "exact"                  computed so that small λ does not cancel
-    ======================== ==========================================================
+    - "sgd": ∇L
+    - "ef": Jᵀ(JJᵀ + λI)⁻¹1
+    - "ief": Jᵀ(JJᵀ + λI)⁻¹s
+    - "sf", "truncated", "exact": (F + λI)⁻¹∇L = (1/λ)[I − Ĵᵀ(ĴĴᵀ + λI)⁻¹Ĵ]∇L, computed so that small λ does not cancel
 
     "block" is the same module by module; "diagonal", "kfac" and "ekfac" are (F + λI)⁻¹∇L with that structure of the
     kind, which for "ief" is the paper's ieKFAC.
@@ -73,7 +70,8 @@ def compare(
         draws: of "sf" without a setting.
 
     Returns:
-        A table with a row for each structure, kind and damping, nested in that order.
+        A table: the gradient's row first, if asked for, then one for each structure, kind and damping, nested in that
+        order.
 
     Raises:
         InvalidTypeError: an argument of the wrong type.
@@ -115,7 +113,14 @@ def _listed(name: str, values: Sequence[str]) -> Sequence[str]:
         )
     if not values:
         raise InvalidArgumentError(call=CALL, got=f"no {name}", expected="at least one")
+    _check_repeats(name, values)
     return values
+
+
+def _check_repeats(name: str, values: Sequence[Any]) -> None:
+    repeated = [value for value in values if values.count(value) > 1]
+    if repeated:
+        raise InvalidArgumentError(call=CALL, got=f"{name} with {repeated[0]!r} twice", expected="each once")
 
 
 def _positive(values: Sequence[float]) -> tuple[float, ...]:
@@ -134,6 +139,7 @@ def _positive(values: Sequence[float]) -> tuple[float, ...]:
             )  # fmt: skip
     if not values:
         raise InvalidArgumentError(call=CALL, got="no gram_dampings", expected="at least one")
+    _check_repeats("gram_dampings", values)
     return tuple(float(value) for value in values)
 
 

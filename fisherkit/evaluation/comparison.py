@@ -75,9 +75,9 @@ class Comparison:
             # A budget of one byte streams: products by passes, no rows.
             else ExactFisher(model, batch.raw, normalization="sum", memory_budget=1, **options)
         )
-        self.own, _ = self.stack.take(GRADIENT)
-        self.whole = self.gradient = self._sum(self.own)
-        self.gram = self.own.gram()
+        own, _ = self.stack.take(GRADIENT)
+        self.whole = self.gradient = self._sum(own)
+        self.gram = own.gram()
         self.kept: Bool[Tensor, "N"] | None = None
         self.data = batch.raw
 
@@ -144,19 +144,21 @@ class Comparison:
         kept = None if spec.name == EXACT else self.kept
         group = GRADIENT if spec.name in {"ef", "ief"} else spec.text
         rows, owner = self.stack.take(group, kept)
-        c: Tensor | None
+        gram: Tensor | None = None
+        c: Tensor | None = None
         if group == GRADIENT:
             c = self.stack.norms[owner] ** (2 * spec.power)
+            gram = self.gram if kept is None else self.gram[kept][:, kept]
         elif spec.name != "sf" and self.stack.first is not None:
             # The first vector of each unit carries the whole gradient.
             c = torch.where(_first_of_each(owner), self.stack.first[owner], 0.0)
-        else:
-            c = None
-        gradient = self.whole if kept is None else self.gradient
-        formula = partial(_update, rows, c, gradient, dampings, torch.finfo(self.dtype).eps)
+        if structure == "full" and c is not None:
+            return in_span(rows, c, dampings, gram), rows.count
+        gradient, rounding = self.whole if kept is None else self.gradient, torch.finfo(self.dtype).eps
         if structure == "full":
-            return formula(None), rows.count
-        return by_block(rows, formula, len(dampings)), rows.count
+            return any_gradient(rows, gradient, dampings, rounding), rows.count
+        block = partial(_block_update, rows, c, gradient, dampings, rounding)
+        return by_block(rows, block, len(dampings)), rows.count
 
     def _solved(self, spec: KindSpec, structure: str, dampings: tuple[float, ...]) -> tuple[Float[Tensor, "D K"], int]:
         """(F + λI)⁻¹∇L with a Fisher built for it."""
@@ -180,21 +182,20 @@ class Comparison:
         return rows.rmatmul(torch.ones(rows.count, 1, dtype=torch.float64, device=self.device))[:, 0]
 
 
-def _update(
+def _block_update(
     rows: Rows,
     c: Float[Tensor, "R"] | None,
     gradient: Float[Tensor, "D"],
     dampings: tuple[float, ...],
     rounding: float,
-    names: tuple[str, ...] | None,
-) -> Float[Tensor, "D K"]:
-    """One update by its formula, over all parameters or some."""
-    own = rows if names is None else rows.part(names)
+    names: tuple[str, ...],
+) -> Float[Tensor, "d K"]:
+    """One module's update by its formula."""
+    own = rows.part(names)
     if c is not None:
         return in_span(own, c, dampings)
-    if names is not None:
-        gradient = torch.cat([gradient[rows.space.slices[name]] for name in names])
-    return any_gradient(own, gradient, dampings, rounding)
+    part = torch.cat([gradient[rows.space.slices[name]] for name in names])
+    return any_gradient(own, part, dampings, rounding)
 
 
 def _first_of_each(owner: Tensor) -> Bool[Tensor, "R"]:

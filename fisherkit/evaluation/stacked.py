@@ -165,7 +165,9 @@ class _StackedVectors(FisherApproximation):
             wide[text] = torch.zeros(len(u), slots, dtype=torch.bool, device=u.device)
             wide[text][:, start : start + keep.shape[1]] = keep
         self.noted[int(outputs.keys[0, 0])] = _Noted(
-            u.double().flatten(1).norm(dim=1)[counts], first[counts], (outputs.keys[:, 0] >> 24)[counts], slots,
+            u.double().flatten(1).norm(dim=1)[counts], first[counts],
+            (outputs.keys[:, 0] >> 24)[counts],  # a key is the example's place times 2²⁴ plus the position
+            slots,
             {text: keep[counts] for text, keep in wide.items()},
         )  # fmt: skip
 

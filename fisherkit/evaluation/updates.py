@@ -18,20 +18,23 @@ from fisherkit.rows.collection import Rows
 Columns = Float[Tensor, "D K"]
 
 
-def in_span(rows: Rows, c: Float[Tensor, "R"], dampings: Sequence[float]) -> Columns:
+def in_span(
+    rows: Rows, c: Float[Tensor, "R"], dampings: Sequence[float], gram: Float[Tensor, "R R"] | None = None
+) -> Columns:
     """Jᵀ(JJᵀ + λI)⁻¹c for every λ, by the smaller of the R × R and the D × D matrix.
 
     Args:
         rows: J in float64.
         c: the right-hand side in sample space.
         dampings: λ.
+        gram: JJᵀ if it is known.
 
     Cost: one Gram matrix and one product with Jᵀ; O(min(R, D)³) for each λ.
     """
     if rows.space.size < rows.count:
         normal, gradient = rows.normal_matrix(), rows.rmatmul(c.unsqueeze(1))[:, 0]
         return torch.stack([_solve(normal, gradient, damping) for damping in dampings], 1)
-    gram = rows.gram()
+    gram = rows.gram() if gram is None else gram
     return rows.rmatmul(torch.stack([_solve(gram, c, damping) for damping in dampings], 1))
 
 
