@@ -91,6 +91,24 @@ def iekfac_is_near_ief(s: Summary) -> Finding:
     return Finding(numbers, bool((ratio <= 1.25).mean() > 0.5))
 
 
+def half_power_is_better(s: Summary) -> Finding:
+    """iEF's γ with power ½ below that with the paper's power 1 in most cells."""
+    half, whole = s.mean("ief:0.5")[s.trained], s.mean("ief")[s.trained]
+    last = (half / whole)[-1]
+    numbers = f"{_count(half < whole)} below; over iEF's at the last epoch {last.min():.2f} to {last.max():.2f}"
+    return Finding(numbers, bool((half < whole).mean() > 0.5))
+
+
+def rank_two_is_best(s: Summary) -> Finding:
+    """Rank 2's γ below EF's, SF's and iEF's in most cells."""
+    two = s.mean("truncated:2")[s.trained]
+    others = np.minimum.reduce([s.mean(kind)[s.trained] for kind in ("ef", "sf", "ief")])
+    per_epoch = ", ".join(f"{int(row.sum())} of {len(row)}" for row in two < others)
+    return Finding(
+        f"{_count(two < others)} below all: {per_epoch} at epochs {_epochs(s)}", bool((two < others).mean() > 0.5)
+    )
+
+
 def rank_two_is_near_exact(s: Summary) -> Finding:
     """Rank 2's γ within 5% of the exact kind's at every damping, at every checkpoint but the first two."""
     ratio = s.curves["full"]["truncated:2"].over_exact[EARLY:]
@@ -123,6 +141,8 @@ CLAIMS: dict[str, Callable[[Summary], Finding]] = {
     "EF worse than SGD at the end, near-zero damping": ef_is_worse_than_sgd,
     "ieKFAC below EF-KFAC in most cells": iekfac_beats_ef_kfac,
     "ieKFAC within 25% of iEF in most cells": iekfac_is_near_ief,
+    "iEF, power ½: below iEF in most cells": half_power_is_better,
+    "Truncated, rank 2: below EF, SF and iEF in most cells": rank_two_is_best,
     "Truncated, rank 2: within 5% of exact after the first epochs, every damping": rank_two_is_near_exact,
     "Truncated, rank 2: about twice EF's cost (≤ 2.5)": rank_two_costs_twice_ef,
 }

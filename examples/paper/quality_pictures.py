@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from examples.paper.quality_report import name_of
 from examples.paper.quality_summary import Summary
@@ -115,8 +115,9 @@ def _bars(mean: Any, std: Any) -> Any:
 def _gamma_axis(axes: Axes) -> None:
     axes.axhline(1, color="#777777", linewidth=1, zorder=1)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _legend(figure: Figure, panels: list[Axes]) -> None:
