@@ -162,7 +162,7 @@ def made_up(**curves: list[list[float]]) -> Summary:
     kinds = {"full": [k for k in quality.FULL if k != "sgd"], "kfac": list(quality.KFAC)}
 
     def cell(place: int) -> dict[str, Any]:
-        own = {k.replace("rank", "truncated:"): rows[place] for k, rows in curves.items()}
+        own = {{"rank2": "truncated:2", "half": "ief:0.5"}.get(k, k): rows[place] for k, rows in curves.items()}
         return {
             "full": {k: own.get(k, [1.0, 1.0]) for k in kinds["full"]},
             "kfac": {k: own.get(f"kfac_{k}", [1.0, 1.0]) for k in kinds["kfac"]},
@@ -182,7 +182,7 @@ def made_up(**curves: list[list[float]]) -> Summary:
 def test_claims__hold_where_the_numbers_say_so() -> None:
     good = made_up(
         ef=[[0.5, 0.5], [3.0, 0.9], [9.0, 0.9]], sf=[[0.5, 0.5], [1.5, 0.8], [1.5, 0.8]],
-        ief=[[0.6, 0.6], [0.5, 0.55], [0.5, 0.55]], rank2=[[0.9, 0.9], [0.5, 0.5], [0.41, 0.41]],
+        ief=[[0.6, 0.6], [0.5, 0.55], [0.5, 0.55]], rank2=[[0.9, 0.9], [0.5, 0.5], [0.41, 0.41]], half=[[0.4, 0.4]] * 3,
         exact=[[0.4, 0.4], [0.4, 0.4], [0.4, 0.4]], kfac_ef=[[1.0, 1.0]] * 3, kfac_ief=[[0.6, 0.6]] * 3,
     )  # fmt: skip
     assert {claim: finding(good).held for claim, finding in CLAIMS.items()} == dict.fromkeys(CLAIMS, True)
