@@ -167,6 +167,7 @@ def made_up(**curves: list[list[float]]) -> Summary:
             "full": {k: own.get(k, [1.0, 1.0]) for k in kinds["full"]},
             "kfac": {k: own.get(f"kfac_{k}", [1.0, 1.0]) for k in kinds["kfac"]},
             "seconds": 1.0,
+            "least_p": 0.5,
         }
 
     return summarize(

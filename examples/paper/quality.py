@@ -25,7 +25,7 @@ from examples.paper.quality_cost import costs
 from examples.paper.quality_pictures import draw
 from examples.paper.quality_results import Results, read, resume, write, write_json
 from examples.paper.quality_summary import Summary, summarize
-from examples.paper.tasks import TASKS, Batch, Task, docstring_text
+from examples.paper.tasks import TASKS, Batch, Task, docstring_text, logits
 from examples.paper.training import Checkpoint, baseline
 from fisherkit.evaluation import compare
 
@@ -162,9 +162,18 @@ def cell(model: nn.Module, batch: Batch, plan: Plan, *, seed: int) -> dict[str, 
         for row in table.rows:
             if row.kind != "sgd":
                 found[structure].setdefault(row.kind, []).append(float(f"{row.relative_gamma:.6g}"))
+    found["least_p"] = least_probability(model, batch)
     found["imbalance"] = float(f"{tables['full'].rows[0].imbalance:.4g}")
     found["seconds"] = round(time.perf_counter() - start, 2)
     return found
+
+
+def least_probability(model: nn.Module, batch: Batch) -> float:
+    """The probability of the label that the model is most wrong about."""
+    inputs, labels = batch
+    with torch.no_grad():
+        p = torch.softmax(logits(model, inputs), 1)
+    return float(f"{p.gather(1, labels.unsqueeze(1)).min().item():.4g}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -111,13 +111,15 @@ def rank_two_is_best(s: Summary) -> Finding:
 
 def rank_two_is_near_exact(s: Summary) -> Finding:
     """Rank 2's γ within 5% of the exact kind's at every damping, at every checkpoint but the first two."""
-    ratio = s.curves["full"]["truncated:2"].over_exact[EARLY:]
+    two = s.curves["full"]["truncated:2"]
+    ratio = two.over_exact[EARLY:]
     if not ratio.size:
         return Finding("no later checkpoint", held=False)
     reached = [epoch for epoch, row in zip(s.epochs[EARLY:], ratio, strict=True) if (row <= NEAR).all()]
     where = f"at epochs {', '.join(map(str, reached))}" if reached else "at no checkpoint"
     numbers = (
         f"{_count(ratio <= NEAR)} within; every damping {where}; largest ratio {_each(ratio.max(1))} "
+        f"(median batch {_each(two.median[EARLY:].max(1))}, worst batch {_each(two.worst[EARLY:].max(1))}) "
         f"at epochs {', '.join(map(str, s.epochs[EARLY:]))}"
     )
     return Finding(numbers, bool((ratio <= NEAR).all()))

@@ -77,10 +77,19 @@ def _ranks(summaries: Mapping[str, Summary]) -> str:
     for name, s in summaries.items():
         for i, (epoch, first) in enumerate(zip(s.epochs, needed(s), strict=True)):
             worst = [f"{s.curves['full'][kind].over_exact[i].max():.3f}" for kind in TRUNCATED]
-            rows.append((f"{name}, epoch {epoch}", *worst, NAMES.get(first, first)))
+            two = s.curves["full"]["truncated:2"]
+            batches = f"{two.median[i].max():.3f} / {two.worst[i].max():.3f}"
+            correlation = s.checkpoints[i]["correlation"]
+            said = "" if correlation is None else f"{correlation:.2f}"
+            rows.append((f"{name}, epoch {epoch}", *worst, batches, said, NAMES.get(first, first)))
     kinds = [NAMES[kind].removeprefix("truncated, ") for kind in TRUNCATED]
-    return "γ over the exact kind's, largest over the dampings:\n\n" + markdown((
-        ("", *kinds, "first within 5%"), rows,
+    text = (
+        "γ over the exact kind's, mean over batches, largest over the dampings; of rank 2 also the median and the "
+        "worst batch, and the rank correlation over batches of that ratio with the least probability that the model gives a "
+        "label (negative: rank 2 is poor where an example is confidently wrong):"
+    )
+    return f"{text}\n\n" + markdown((
+        ("", *kinds, "rank 2, median / worst batch", "with least p", "first within 5%"), rows,
     ))  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from examples.paper.quality_results import Results
 
@@ -23,12 +24,14 @@ class Curve:
         mean: over batches.
         std: their standard deviation.
         over_exact: mean of the ratio to the exact kind's γ on the same batch at the same damping, full structure.
+        median: of the same ratios: a few batches with an example that is confidently wrong can decide their mean.
         worst: the largest such ratio.
     """
 
     mean: Array
     std: Array
     over_exact: Array
+    median: Array
     worst: Array
 
 
@@ -39,7 +42,8 @@ class Summary:
     Args:
         settings: of its results.
         environment: of its results.
-        checkpoints: those with a cell; epoch, loss, accuracy, batches.
+        checkpoints: those with a cell; epoch, loss, accuracy, batches, and over the batches the rank correlation of
+            the least probability of a label with rank 2's γ over the exact kind's (None for fewer than 3 batches).
         cost: seconds by kind.
         seconds: of an average cell.
         curves: by structure and kind.
@@ -99,6 +103,8 @@ def summarize(results: Results) -> Summary:
     cells = {c["epoch"]: list(results.cells.get(str(c["epoch"]), {}).values()) for c in results.checkpoints}
     checkpoints = [{**c, "batches": len(cells[c["epoch"]])} for c in results.checkpoints if cells[c["epoch"]]]
     groups = [cells[c["epoch"]] for c in checkpoints]
+    for c, group in zip(checkpoints, groups, strict=True):
+        c["correlation"] = _correlation(group)
     curves = {
         structure: {kind: _curve(groups, structure, kind) for kind in kinds if kind != "sgd"}
         for structure, kinds in results.settings["kinds"].items()
@@ -108,15 +114,26 @@ def summarize(results: Results) -> Summary:
 
 
 def _curve(groups: list[list[dict[str, Any]]], structure: str, kind: str) -> Curve:
-    mean, std, over_exact, worst = [], [], [], []
+    mean, std, over_exact, median, worst = [], [], [], [], []
     for group in groups:
         values = np.array([cell[structure][kind] for cell in group])
         ratio = values / np.array([cell["full"]["exact"] for cell in group])
         mean.append(values.mean(0))
         std.append(values.std(0, ddof=1) if len(group) > 1 else np.zeros(values.shape[1]))
         over_exact.append(ratio.mean(0))
+        median.append(np.median(ratio, 0))
         worst.append(ratio.max(0))
-    return Curve(np.array(mean), np.array(std), np.array(over_exact), np.array(worst))
+    return Curve(*(np.array(values) for values in (mean, std, over_exact, median, worst)))
+
+
+def _correlation(group: list[dict[str, Any]]) -> float | None:
+    """Spearman's, at the smallest damping."""
+    pairs = [
+        (cell["least_p"], cell["full"]["truncated:2"][0] / cell["full"]["exact"][0])
+        for cell in group
+        if "truncated:2" in cell["full"]
+    ]
+    return round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 2) if len(pairs) > 2 else None
 
 
 def _rounded(array: Array) -> list[list[float]]:
