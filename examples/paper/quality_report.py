@@ -85,8 +85,8 @@ def _ranks(summaries: Mapping[str, Summary]) -> str:
     kinds = [NAMES[kind].removeprefix("truncated, ") for kind in TRUNCATED]
     text = (
         "γ over the exact kind's, mean over batches, largest over the dampings; of rank 2 also the median and the "
-        "worst batch, and the rank correlation over batches of that ratio with the least probability that the model gives a "
-        "label (negative: rank 2 is poor where an example is confidently wrong):"
+        "worst batch, and the rank correlation over batches of that ratio with the least probability that the model "
+        "gives a label (negative: rank 2 is poor where an example is confidently wrong):"
     )
     return f"{text}\n\n" + markdown((
         ("", *kinds, "rank 2, median / worst batch", "with least p", "first within 5%"), rows,
