@@ -42,7 +42,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.5,
     "lines.markersize": 4.5,
-    "savefig.dpi": 110,
+    "savefig.dpi": 85,
 }
 
 

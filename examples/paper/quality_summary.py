@@ -43,9 +43,9 @@ class Summary:
         settings: of its results.
         environment: of its results.
         checkpoints: those with a cell; epoch, loss, accuracy, batches, and over the batches the rank correlation of
-            the least probability of a label with rank 2's γ over the exact kind's (None for fewer than 3 batches).
+            the least probability of a label with rank 2's γ over the exact kind's (None for fewer than 10 batches).
         cost: seconds by kind.
-        seconds: of an average cell.
+        seconds: of a cell, their median.
         curves: by structure and kind.
     """
 
@@ -109,7 +109,7 @@ def summarize(results: Results) -> Summary:
         structure: {kind: _curve(groups, structure, kind) for kind in kinds if kind != "sgd"}
         for structure, kinds in results.settings["kinds"].items()
     }
-    seconds = round(float(np.mean([cell["seconds"] for group in groups for cell in group])), 2)
+    seconds = round(float(np.median([cell["seconds"] for group in groups for cell in group])), 2)
     return Summary(results.settings, results.environment, checkpoints, results.cost or {}, seconds, curves)
 
 
@@ -133,7 +133,7 @@ def _correlation(group: list[dict[str, Any]]) -> float | None:
         for cell in group
         if "truncated:2" in cell["full"]
     ]
-    return round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 2) if len(pairs) > 2 else None
+    return round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 2) if len(pairs) >= 10 else None
 
 
 def _rounded(array: Array) -> list[list[float]]:
