@@ -20,8 +20,16 @@ from examples.paper import results
 from examples.paper.results import Figures
 
 ROOT = Path(__file__).parents[2]
-PAGE, ASSETS = ROOT / "docs" / "paper.md", ROOT / "docs" / "assets" / "paper"
-PARTS = {"toys": "examples.paper.toys", "theorem": "examples.paper.theorem"}
+DOCS = ROOT / "docs"
+ASSETS = DOCS / "assets" / "paper"
+PARTS = {
+    "toys": "examples.paper.toys",
+    "theorem": "examples.paper.theorem",
+    "quality": "examples.paper.quality",
+    "optimisation": "examples.paper.optimisation",
+}
+PAGES = {"toys": "paper.md", "theorem": "paper.md", "quality": "paper-quality.md", "optimisation": "paper-optimisation.md"}
+"""Where a part's section stands."""
 
 
 class Part(Protocol):
@@ -47,7 +55,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("paper"), help="folder for figures and pictures (default: paper)")
     add("--threads", type=int, default=1, help="of torch (default: 1; everything here is small)")
     add("--tiny", action="store_true", help="tiny sizes: does everything work? The figures mean nothing.")
-    add("--docs", action="store_true", help="also update docs/paper.md")
+    add("--docs", action="store_true", help="also update the docs' pages")
+    add("--report", action="store_true", help="measure nothing: print and, with --docs, write what the folder has")
     return parser.parse_args(arguments)
 
 
@@ -62,16 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.part:
         begin = time.perf_counter()
-        found = {
-            **part(name).run(options.out, options.tiny),
-            "tiny": options.tiny,
-            "environment": results.environment(),
-        }
-        results.write(options.out / f"{name}.json", found)
+        if options.report:
+            found = results.read(options.out / f"{name}.json")
+        else:
+            found = {
+                **part(name).run(options.out, options.tiny),
+                "tiny": options.tiny,
+                "environment": results.environment(),
+            }
+            results.write(options.out / f"{name}.json", found)
         body = part(name).report(found)
         print(f"{name}: {time.perf_counter() - begin:.0f} s\n\n{body}\n", flush=True)
         if options.docs:
             ASSETS.mkdir(parents=True, exist_ok=True)
             for file in (options.out / f"{name}.json", *options.out.glob("*.png")):
                 shutil.copy(file, ASSETS)
-            results.fill(PAGE, name, body)
+            results.fill(DOCS / PAGES[name], name, body)
