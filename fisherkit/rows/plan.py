@@ -44,6 +44,7 @@ class Plan:
         vectorised: whether ``torch.func`` reproduces the generic units' gradients.
         batched_backward: whether several output vectors can go through one vectorised backward pass.
         shared: embeddings whose tokens all examples share, as of positions.
+        unused: names of parameters that the outputs of the two examples do not depend on at all.
         probed: the outputs of the two examples that the plan was verified on.
         numbers_per_example: entries of all layer outputs for one example.
     """
@@ -56,6 +57,7 @@ class Plan:
         self.units: list[Unit] = []
         self.vectorised = self.batched_backward = True
         self.shared: set[str] = set()
+        self.unused: set[str] = set()
         self.probed = torch.empty(0)
         self.numbers_per_example = 1
 
@@ -172,6 +174,8 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             z, uses = _with_batch(plan, probe, unbatched, z, uses)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
+        reached = torch.autograd.grad(z, parameters, v[0], retain_graph=True, allow_unused=True)
+        plan.unused = {name for name, g in zip(plan.parameters, reached, strict=True) if g is None}
         edges = [use.edge for use in uses]
         found = torch.autograd.grad(z, edges, v[0], retain_graph=True, allow_unused=True) if edges else ()
         gradients = {id(use): g if g is None else g.unsqueeze(0) for use, g in zip(uses, found, strict=True)}
