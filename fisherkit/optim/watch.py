@@ -15,17 +15,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from fisherkit.rows.record import Recorder
 
 
 class Listener(Protocol):
     """Who wants to know of a model's calls."""
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TorchFunctionMode | None:
-        """A call begins; the mode in which it is to run, or None if its end is of no interest."""
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder | None:
+        """A call begins; the recorder that is to see it, or None if its end is of no interest."""
 
     def end(self, output: Any) -> None:
-        """A call that `begin` gave a mode for has ended; None if it raised."""
+        """A call that `begin` gave a recorder for has ended; None if it raised."""
 
 
 class Watch:
@@ -44,7 +46,7 @@ class Watch:
         self._listener = weakref.ref(listener)
         self._paused = self._quiet = self._depth = 0
         self._frame: FrameType | None = None
-        self._active: list[TorchFunctionMode] = []
+        self._active: list[Recorder] = []
         handles = [
             model.register_forward_pre_hook(_Hook(self, True), with_kwargs=True),
             model.register_forward_hook(_Hook(self, False), with_kwargs=True, always_call=True),
@@ -71,13 +73,18 @@ class Watch:
         """While a pass of our own runs, nobody who watches the same parameters takes notice."""
         own = {id(p) for p in self.model.parameters()}
         kin = [one for one in list(_LIVE) if one is self or any(id(p) in own for p in one.model.parameters())]
+        recorders = [recorder for one in kin for recorder in one._active]
         for one in kin:
             one._quiet += 1
+        for recorder in recorders:
+            recorder.muted += 1
         try:
             yield
         finally:
             for one in kin:
                 one._quiet -= 1
+            for recorder in recorders:
+                recorder.muted -= 1
 
     def tidy(self) -> None:
         """Forget a call that was interrupted so that its end was never announced."""
@@ -96,10 +103,10 @@ class Watch:
         listener = self._listener()
         if listener is None or self.silent or not torch.is_grad_enabled():
             return
-        mode = listener.begin(args, kwargs)
-        if mode is not None:
-            self._active.append(mode)
-            mode.__enter__()  # type: ignore[no-untyped-call]
+        recorder = listener.begin(args, kwargs)
+        if recorder is not None:
+            self._active.append(recorder)
+            recorder.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, output: Any) -> None:
         self._depth = max(self._depth - 1, 0)
@@ -140,7 +147,7 @@ class _Hook:
 def leave(mode: TorchFunctionMode) -> None:
     """Take a mode off the stack, wherever in it: modes are not always left in the order in which they were entered."""
     above: list[TorchFunctionMode] = []
-    while _len_torch_function_stack() > 0:
+    for _ in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
         top = _pop_mode()  # type: ignore[no-untyped-call]
         if top is mode:
             break
@@ -158,7 +165,7 @@ def _is_running(frame: FrameType) -> bool:
     return False
 
 
-def _remove(handles: list[Any], active: list[TorchFunctionMode]) -> None:
+def _remove(handles: list[Any], active: list[Recorder]) -> None:
     for handle in handles:
         handle.remove()
     while active:
