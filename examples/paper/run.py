@@ -28,7 +28,12 @@ PARTS = {
     "quality": "examples.paper.quality",
     "optimisation": "examples.paper.optimisation",
 }
-PAGES = {"toys": "paper.md", "theorem": "paper.md", "quality": "paper-quality.md", "optimisation": "paper-optimisation.md"}
+PAGES = {
+    "toys": "paper.md",
+    "theorem": "paper.md",
+    "quality": "paper-quality.md",
+    "optimisation": "paper-optimisation.md",
+}
 """Where a part's section stands."""
 
 

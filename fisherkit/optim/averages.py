@@ -6,8 +6,9 @@ kinds or steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -146,16 +147,24 @@ class Averages:
             old = unit.get("values")
             unit["values"] = new if old is None or self.ema == 0 else self.ema * old + (1 - self.ema) * new
 
-    def state(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        return {f"{'+'.join(names)}/{key}": value for names, unit in self.units.items() for key, value in unit.items()}
+    def space(self, whole: ParameterSpace) -> ParameterSpace:
+        """The parameters of the last update."""
+        return whole.restrict(name for names in self.units for name in names)
 
-    def load(self, state: dict[str, Tensor], updates: int) -> None:
-        """The inverse of `state`."""
-        self.units, self.updates = {}, updates
-        for key, value in state.items():
-            names, _, name = key.rpartition("/")
-            self.units.setdefault(tuple(names.split("+")), {})[name] = value.clone()
+    def state(self) -> list[dict[str, Any]]:
+        """Of each unit, its names and tensors."""
+        return [{"names": list(names), "tensors": dict(unit)} for names, unit in self.units.items()]
+
+    def load(self, state: Sequence[Mapping[str, Any]], updates: int, own: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`, on the devices of the model's own parameters."""
+        self.updates = updates
+        self.units = {
+            tuple(unit["names"]): {
+                key: (value.to(own[unit["names"][0]].device) if value.is_floating_point() else value).clone()
+                for key, value in unit["tensors"].items()
+            }
+            for unit in state
+        }
 
 
 @dataclass(frozen=True)

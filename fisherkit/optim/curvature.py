@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.averages import Averages, Inverse
-from fisherkit.optim.capture import Capture, Captured
+from fisherkit.optim.capture import Capture
+from fisherkit.optim.passes import Captured
 from fisherkit.optim.sample_space import Direction, damped_direction, form, gram_direction
 from fisherkit.outputs import OutputRule
+from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.vectors import RULES, EmpiricalVectors
@@ -71,8 +74,6 @@ class Curvature:
         max_rank: int | None,
         call: str,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
         for name, value, allowed in (
             ("structure", structure, STRUCTURES),
             ("reduction", reduction, ("mean", "sum")),
@@ -123,30 +124,43 @@ class Curvature:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
         """
         captured = self.capture.take()
-        inverse = self._inverse
-        due = self.steps % self.update_every == 0 or inverse is None
-        if inverse is None or due:
-            space = self._joint_space(captured)
-            self.examples = sum(one.counted for one in captured)
-        else:
-            space = inverse[0]
-        gradient = self._flat(gradients, space)
+        due = self.steps % self.update_every == 0
+        # A summed loss is divided by the number of its own examples, also where no update is due.
+        joint = self._joint_space(captured) if due or self.reduction == "sum" else None
+        space = self.averages.space(self.capture.space) if joint is None or not due else joint
+        if due:
+            self._refuse_strays(gradients, space)
+        gradient, examples = self._flat(gradients, space), sum(one.counted for one in captured)
         if self.reduction == "sum":
-            gradient = gradient / self.examples
+            gradient = gradient / max(examples, 1)
+        if due:
+            self.examples, self._inverse = examples, None
         if self.structure in OF_A_BATCH:
             direction = self._of_batch(captured, gradient, damping)
         else:
             if due:
-                self.averages.update([chunk for one in captured for chunk in one.chunks], self.examples)
-                self._inverse = None
+                self.averages.update(
+                    [chunk for one in captured for chunk in self._chunks(one, len(captured))], examples
+                )
             direction = self._averaged(space, gradient, damping)
         self.steps += 1
-        self.capture.wanted = self.steps % self.update_every == 0
+        self._expect()
         return space, direction
+
+    def _expect(self) -> None:
+        """Say whether the next step is to be watched."""
+        self.capture.wanted = self.steps % self.update_every == 0 or self.reduction == "sum"
+
+    def _chunks(self, one: Captured, passes: int) -> list[Chunk]:
+        """Rows of one of so many passes, on the scale of the likelihood's own gradient."""
+        missing, power = one.seen.correction(passes), self.capture.rule.gradient_power
+        if missing == 1 or power in (None, 1):
+            return one.chunks
+        return [replace(chunk, rows=chunk.rows.scaled(missing ** (1 - power))) for chunk in one.chunks]
 
     def _of_batch(self, captured: list[Captured], gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
         plan = captured[0].plan
-        rows = Rows.taken_from([chunk.rows for one in captured for chunk in one.chunks])
+        rows = Rows.taken_from([chunk.rows for one in captured for chunk in self._chunks(one, len(captured))])
         blocks = [list(plan.space.names)] if self.structure == "full" else plan.modules
         if self._power is not None and isinstance(damping, (int, float)):
             targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
@@ -165,15 +179,33 @@ class Curvature:
         """Beside F = (1/N) Σ: the paper's damping is beside the sum."""
         return damping / self.examples if self.gram and isinstance(damping, (int, float)) else damping
 
+    def _refuse_strays(self, gradients: Mapping[str, Tensor], space: ParameterSpace) -> None:
+        own = dict(self.capture.model.named_parameters())
+        rest = [(n, g) for n, g in gradients.items() if n not in space.slices and own[n].requires_grad]
+        strays = [name for name, gradient in rest if bool(gradient.any())]
+        if strays:
+            raise ModelError(
+                call=f"{self.call}.step",
+                got=f"a gradient for parameters that the outputs did not depend on in the first batch: {strays[:4]}",
+                expected="the same layers for every batch, and a loss of the outputs alone",
+                why="there are no rows for them",
+                try_="params= without them, and a second optimizer; weight_decay= instead of penalties in the loss",
+            )
+
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
+        if self.capture.closed:
+            raise ModelError(
+                call=f"{self.call}.step", got="a closed optimizer", expected="one that watches its model",
+                try_=f"a new {self.call}",
+            )  # fmt: skip
         if not captured:
             raise ModelError(
                 call=f"{self.call}.step",
                 got="gradients, but no forward and backward pass of the model since the last step",
                 expected="loss(model(x), y).backward() before each step",
                 why="rows are captured there; calls of the model's parts or of a compiled or replicated copy, or "
-                "under no_grad or paused(), have none",
-                try_="calling the very module that the optimizer was made for",
+                "under no_grad or paused(), have none, nor has torch.autograd.grad",
+                try_="loss.backward() on outputs of the very module that the optimizer was made for",
             )
         spaces = {one.plan.space for one in captured}
         if len(spaces) > 1:
@@ -197,12 +229,18 @@ class Curvature:
             "updates": self.averages.updates, "averages": self.averages.state(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that steps cannot go on from.
 
         Raises:
             InvalidArgumentError: it is of another kind, structure or damping.
         """
+        missing = {"kind", "options", "structure", "gram", "averages"} - set(state)
+        if missing:
+            raise InvalidArgumentError(
+                call=f"{self.call}.load_state_dict", got=f"a state without {sorted(missing)}",
+                expected=f"one that {self.call}.state_dict() made",
+            )  # fmt: skip
         for key, own in (
             ("kind", self.rule.kind_name), ("options", self.rule.kind_options()),
             ("structure", self.structure), ("gram", self.gram),
@@ -212,10 +250,19 @@ class Curvature:
                     call=f"{self.call}.load_state_dict", got=f"a state with {key} = {state[key]!r}", expected=repr(own),
                     why="a step would go on in another direction", try_="an optimizer made with the same arguments",
                 )  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            InvalidArgumentError: it is of another kind, structure or damping.
+        """
+        self.check_state(state)
         self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
-        self.averages.load(state["averages"], state["updates"])
-        self.capture.wanted = self.steps % self.update_every == 0
+        own_parameters = dict(self.capture.model.named_parameters())
+        self.averages.load(state["averages"], state["updates"], own_parameters)
         self._inverse = None
+        self._expect()
 
 
 def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
@@ -257,6 +304,19 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "exact": (),
     "truncated": ("rank", "tolerance"),
 }
+
+
+def check_model(model: object, call: str) -> None:
+    """A module, and not its parameters, which other optimizers take.
+
+    Raises:
+        InvalidTypeError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(
+            call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module",
+            why="per-example gradients come from its forward pass", try_=f"{call}(model, ..., params=names)",
+        )  # fmt: skip
 
 
 def check_damping_choice(damping: object, gram_damping: object, call: str) -> None:

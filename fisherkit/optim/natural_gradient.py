@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError
 from fisherkit.likelihoods import Likelihood
-from fisherkit.operators import Damping
-from fisherkit.optim.curvature import Curvature, check_damping_choice
+from fisherkit.operators import Damping, RelativeDamping
+from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model
 from fisherkit.outputs import OutputRule
 from fisherkit.space import ParameterSpace, Selection
 
@@ -102,6 +102,7 @@ class NaturalGradient(torch.optim.Optimizer):
         max_rank: int | None = None,
         **options: Any,
     ) -> None:
+        check_model(model, CALL)
         check_damping_choice(damping, gram_damping, CALL)
         for name, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("momentum", momentum, 0)):
             if not isinstance(value, (int, float)) or not value >= least:
@@ -175,6 +176,8 @@ class NaturalGradient(torch.optim.Optimizer):
     ) -> None:
         for name, delta in space.unflatten(update).items():
             p, group = own[name], grouped[id(own[name])]
+            if p.grad is None:  # frozen since the last update
+                continue
             if group["momentum"]:
                 state = self.state[p]
                 known = state.get("momentum_buffer")
@@ -194,15 +197,25 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Raises:
             ModelError: they are not.
+            InvalidArgumentError: a setting that all groups share.
         """
-        super().add_param_group(param_group)
+        odd = sorted(_OF_ALL & set(param_group))
+        if odd:
+            raise InvalidArgumentError(
+                call=f"{CALL}.add_param_group", got=f"{odd} in a parameter group",
+                expected=f"some of {sorted(_OF_ONE)}",
+                why="one Fisher and one direction belong to all groups", try_=f"{odd[0]}= of {CALL} itself",
+            )  # fmt: skip
         capture = self._curvature.capture
         names = {id(p): n for n, p in capture.model.named_parameters()}
-        chosen = [p for group in self.param_groups for p in group["params"]]
-        if any(id(p) not in names for p in chosen):
+        own = param_group.get("params", [])
+        param_group["params"] = [own] if isinstance(own, Tensor) else list(own)
+        if any(id(p) not in names for p in param_group["params"]):
             raise ModelError(
                 call=f"{CALL}.add_param_group", got="a parameter that is not the model's", expected="the model's own"
             )
+        super().add_param_group(param_group)
+        chosen = [p for group in self.param_groups for p in group["params"]]
         capture.space = ParameterSpace.of(capture.model, [names[id(p)] for p in chosen])
 
     @contextmanager
@@ -216,17 +229,39 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature.capture.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, and running averages and counters under "curvature"."""
-        return {**super().state_dict(), "curvature": self._curvature.state_dict()}
+        """Torch's, and running averages and counters under "curvature"; of tensors, numbers and strings alone."""
+        state = {**super().state_dict(), "curvature": self._curvature.state_dict()}
+        for group in state["param_groups"]:
+            if isinstance(group["damping"], RelativeDamping):
+                group["damping"] = {"relative": group["damping"].scale}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`; steps go on bit for bit.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping.
+            InvalidArgumentError: it is of another kind, structure or damping, or another optimizer's.
         """
+        if "curvature" not in state_dict:
+            raise InvalidArgumentError(
+                call=f"{CALL}.load_state_dict", got=f"a state with {sorted(state_dict)}",
+                expected=f"one that {CALL}.state_dict() made, with 'curvature'",
+            )  # fmt: skip
+        self._curvature.check_state(state_dict["curvature"])
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group in groups:
+            if isinstance(group.get("damping"), Mapping):
+                group["damping"] = RelativeDamping(group["damping"]["relative"])
+        super().load_state_dict({**state_dict, "param_groups": groups})
         self._curvature.load_state_dict(state_dict["curvature"])
-        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: see `Capture`."""
+        return self._curvature.capture.__getstate__()
+
+
+_OF_ONE = {"lr", "weight_decay", "momentum"}
+_OF_ALL = {"damping", "gram_damping", "kind", "structure", "normalize_update", "trust_region"}
 
 
 def _groups(model: nn.Module, params: Any) -> tuple[list[dict[str, Any]], Selection]:

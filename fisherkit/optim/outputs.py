@@ -27,7 +27,8 @@ class Seen:
         outputs: outputs and targets; positions without a gradient do not count.
         gradient: u = ∂ℓ/∂z, the likelihood's own.
         multiple: the user's gradient is this times u; 0 for examples that do not count.
-        calibrated: whether the multiple was found by comparison, and not taken from the loss's reduction.
+        calibrated: whether the multiple is known, by comparison or because the loss is a sum; else it is that of a mean
+            over this pass's examples alone.
     """
 
     outputs: Outputs
@@ -68,12 +69,14 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     precise = raw if raw.dtype in {torch.float32, torch.float64} else raw.float()
     z, _, _ = likelihood.prepare(precise, None, place)
     found = gradient.reshape(z.shape).to(z.dtype)
-    mask = (found != 0).any(-1)
+    # Where targets are read off the values, a gradient of zero is a perfect fit, not a position that does not count.
+    counts = likelihood.gradient_scale_free
+    mask = (found != 0).any(-1) if counts else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     example = torch.arange(start, start + z.shape[0], device=z.device)
     keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
     multiple = torch.ones(len(z), dtype=torch.float64, device=z.device)
     if not likelihood.gradient_scale_free and reduction == "mean":
-        multiple = multiple / mask.any(1).sum()
+        multiple = multiple / len(z)
     target = likelihood.target_from_gradient(z, found / multiple.to(z.dtype)[:, None, None])
     if target is None:
         raise ModelError(
@@ -88,7 +91,7 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     if likelihood.gradient_scale_free:
         multiple = _ratio(_dot(found, u), _dot(u, u))
         _refuse_other_loss(found, u, multiple, raw.dtype, likelihood, call)
-    return Seen(outputs, u, multiple, likelihood.gradient_scale_free)
+    return Seen(outputs, u, multiple, likelihood.gradient_scale_free or reduction == "sum")
 
 
 def _refuse_other_loss(

@@ -15,7 +15,7 @@ from torch import nn
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
-from fisherkit.optim.curvature import Curvature, check_damping_choice
+from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model
 from fisherkit.outputs import OutputRule
 from fisherkit.space import Selection
 
@@ -77,6 +77,7 @@ class Preconditioner:
         max_rank: int | None = None,
         **options: Any,
     ) -> None:
+        check_model(model, CALL)
         check_damping_choice(damping, gram_damping, CALL)
         if trust_region is not None and not trust_region > 0:
             raise InvalidArgumentError(call=CALL, got=f"trust_region={trust_region!r}", expected="a positive number")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +46,7 @@ class Plan:
         tried: by name, what is tried when it is first needed: "batched", whether several output vectors can go through
             one vectorised backward pass.
         shared: embeddings whose tokens all examples share, as of positions.
+        unused: names of parameters that the outputs of the two examples do not depend on at all.
         probed: the outputs of the two examples that the plan was verified on.
         numbers_per_example: entries of all layer outputs for one example.
     """
@@ -58,6 +60,7 @@ class Plan:
         self.vectorised = True
         self.tried: dict[str, bool] = {}
         self.shared: set[str] = set()
+        self.unused: set[str] = set()
         self.probed = torch.empty(0)
         self.numbers_per_example = 1
 
@@ -122,9 +125,14 @@ class Plan:
         return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v)
 
 
+OWN_PASS: ContextVar[bool] = ContextVar("OWN_PASS", default=False)
+"""Whether the package itself is calling the model, so that who watches the user's calls can tell."""
+
+
 @contextmanager
 def differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gradients on, frozen parameters differentiable, attention's fused inference kernel off; all put back after."""
+    token = OWN_PASS.set(True)
     flags = [p.requires_grad for p in parameters]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -134,6 +142,7 @@ def differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
+        OWN_PASS.reset(token)
         torch.backends.mha.set_fastpath_enabled(fast)
         for p, flag in zip(parameters, flags, strict=True):
             p.requires_grad_(flag)
@@ -174,6 +183,8 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             z, uses = _with_batch(plan, probe, unbatched, z, uses)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
+        reached = torch.autograd.grad(z, parameters, v[0], retain_graph=True, allow_unused=True)
+        plan.unused = {name for name, g in zip(plan.parameters, reached, strict=True) if g is None}
         edges = [use.edge for use in uses]
         found = torch.autograd.grad(z, edges, v[0], retain_graph=True, allow_unused=True) if edges else ()
         gradients = {id(use): g if g is None else g.unsqueeze(0) for use, g in zip(uses, found, strict=True)}

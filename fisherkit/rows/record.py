@@ -48,6 +48,7 @@ class Recorder(TorchFunctionMode):
         uses: what was seen.
         unbatched: embeddings that were looked up without a batch axis.
         random: whether dropout was active.
+        muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
     """
 
     def __init__(
@@ -65,12 +66,15 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.unbatched: set[str] = set()
         self.random = False
+        self.muted = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the function and note it if it used a chosen parameter."""
         kwargs = kwargs or {}
+        if self.muted:
+            return func(*args, **kwargs)
         if _random(func, args, kwargs):
             self.random = True
             if not self.training:

@@ -36,6 +36,7 @@ class Findings:
         units: how rows are made.
         vectorised: as in `Plan`, like all that follow.
         shared: see there.
+        unused: see there.
         numbers_per_example: see there.
         tried: what else is tried once.
     """
@@ -43,6 +44,7 @@ class Findings:
     units: tuple[Unit, ...]
     vectorised: bool
     shared: frozenset[str]
+    unused: frozenset[str]
     numbers_per_example: int
     tried: dict[str, bool]
 
@@ -68,14 +70,14 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         if len(known) >= MOST:
             known.clear()
         known[key] = Findings(
-            tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), plan.numbers_per_example,
-            plan.tried,
+            tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), frozenset(plan.unused),
+            plan.numbers_per_example, plan.tried,
         )  # fmt: skip
         return plan
     found, plan = known[key], Plan(model, space)
     plan.units = [copy.copy(unit) for unit in found.units]
     plan.vectorised, plan.shared, plan.tried = found.vectorised, set(found.shared), found.tried
-    plan.numbers_per_example = found.numbers_per_example
+    plan.unused, plan.numbers_per_example = set(found.unused), found.numbers_per_example
     parameters = list(plan.parameters.values())
     with untouched_rng([parameters[0].device]), differentiable(parameters), torch.no_grad():
         plan.probed = batch.take(two_of(batch)).call(model)

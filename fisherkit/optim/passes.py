@@ -1,0 +1,159 @@
+"""A forward pass between its end and the end of its backward pass: what is kept of it, and its hooks on the graph.
+
+Owns the record and the gradients that arrive at layers' outputs. Knows neither when passes begin nor what becomes of
+their rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherkit.data import Batch
+from fisherkit.errors import ModelError
+from fisherkit.optim.outputs import Seen
+from fisherkit.randomness import RngState
+from fisherkit.rows.chunks import Chunk
+from fisherkit.rows.plan import Plan
+from fisherkit.rows.rules import Use
+
+SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative difference of the same gradient computed twice; 1e-2 for half precision."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Rows of one forward and backward pass.
+
+    Args:
+        plan: how they were made.
+        chunks: the rows.
+        seen: outputs, targets and loss gradients.
+    """
+
+    plan: Plan
+    chunks: list[Chunk]
+    seen: Seen
+
+    @property
+    def counted(self) -> int:
+        """Examples that count."""
+        return sum(chunk.counted for chunk in self.chunks)
+
+
+@dataclass(eq=False)
+class Pass:
+    """A forward pass that waits for its backward pass.
+
+    Args:
+        plan: how rows are made.
+        batch: the arguments of the call; without examples if nothing asks for them again.
+        z: the outputs, with their graph.
+        uses: of the parameters on the way.
+        coupled: modules that couple the examples of a batch.
+        rng: where the random generators were before the pass; None if it is not run again.
+
+    Attributes:
+        gradient: of the user's loss at the outputs.
+        found: the gradients at uses' outputs, by the edge's ``id``.
+        expected: what they should be if all of the loss goes through the outputs; None where that is not checked.
+        chunks: rows that a backward pass of our own has brought.
+        seen: what the gradient says of the targets.
+    """
+
+    plan: Plan
+    batch: Batch
+    z: Tensor
+    uses: list[Use]
+    coupled: list[str]
+    rng: RngState | None
+    gradient: Tensor | None = None
+    found: dict[int, Tensor] = field(default_factory=dict)
+    expected: Sequence[Tensor | None] | None = None
+    chunks: list[Chunk] | None = None
+    seen: Seen | None = None
+
+    def __post_init__(self) -> None:
+        """Note what would show that the outputs are written to."""
+        self._version = self.z._version
+
+    def listen(self, reached: Callable[[Pass | None, Tensor | None], None], silent: Callable[[], bool]) -> None:
+        """Put hooks on the graph. They know the pass weakly, because it holds the graph.
+
+        Args:
+            reached: what to call with the pass and the gradient when a backward pass is at the outputs.
+            silent: whether gradients at the uses' outputs are to be ignored.
+        """
+        known = weakref.ref(self)
+        edge = torch.autograd.graph.get_gradient_edge(self.z)
+        place = edge.output_nr
+        edge.node.register_prehook(lambda gradients: reached(known(), gradients[place]))
+        for use in self.uses:
+            use.edge.node.register_prehook(_Receiver(known, id(use.edge), use.edge.output_nr, silent))
+
+    def refuse_rewritten(self, call: str) -> None:
+        """Refuse outputs that were changed in place.
+
+        Raises:
+            ModelError: they were.
+        """
+        if self.z._version != self._version:
+            raise ModelError(
+                call=f"{call}, backward pass",
+                got="outputs that were changed in place after the forward pass",
+                expected="outputs as the model returned them",
+                why="the likelihood is read at their values",
+                try_="logits / temperature instead of logits.div_(temperature), or the change inside forward",
+            )
+
+    def through_outputs(self) -> bool | None:
+        """Whether all of the loss went through the outputs; None if infinite gradients, as of a scaler, do not tell."""
+        differences, sizes = [], []
+        for use, own in zip(self.uses, self.expected or (), strict=True):
+            got = self.found.get(id(use.edge))
+            parts = [g.detach().double() for g in (got, own) if g is not None]
+            if parts:
+                differences.append((parts[0] - parts[1]).norm() if len(parts) == 2 else parts[0].norm())
+                sizes.append(SAME.get(parts[0].dtype if got is None else got.dtype, 1e-2) * parts[0].norm())
+        if not differences:
+            return True
+        errors, allowed = torch.stack(differences), torch.stack(sizes)
+        return bool((errors <= allowed).all()) if bool(torch.isfinite(errors).all()) else None
+
+    def take_expected(self) -> None:
+        """Put the gradients that come through the outputs in the place of those that arrived."""
+        pairs = zip(self.uses, self.expected or (), strict=True)
+        self.found = {id(use.edge): gradient for use, gradient in pairs if gradient is not None}
+
+
+class _Receiver:
+    """Keeps the gradient at one use's output."""
+
+    def __init__(self, known: weakref.ref[Pass], edge: int, place: int, silent: Callable[[], bool]) -> None:
+        self.known, self.edge, self.place, self.silent = known, edge, place, silent
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        one = self.known()
+        if one is None or self.silent():
+            return
+        gradient = gradients[self.place]
+        if gradient is not None:
+            one.found[self.edge] = gradient.detach()
+
+
+def with_own_inputs(uses: list[Use], arguments: Sequence[Tensor]) -> list[Use]:
+    """The uses with copies of inputs that lie in the caller's memory, which may be refilled before the step."""
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in arguments}
+
+    def own(use: Use) -> Use:
+        x: Any = use.arguments[use.rule.input_name]
+        if not isinstance(x, Tensor) or x.untyped_storage().data_ptr() not in theirs:
+            return use
+        return replace(use, arguments={**use.arguments, use.rule.input_name: x.detach().clone()})
+
+    return [own(use) for use in uses]

@@ -1,0 +1,173 @@
+"""Watching a model's own calls: when one begins, when it ends, and who must not listen.
+
+Owns the hooks on the model, nesting, interrupted calls and the function mode that records one. Knows neither rows nor
+backward passes.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from fisherkit.rows.plan import OWN_PASS
+from fisherkit.rows.record import Recorder
+
+
+class Listener(Protocol):
+    """Who wants to know of a model's calls."""
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder | None:
+        """A call begins; the recorder that is to see it, or None if its end is of no interest."""
+
+    def end(self, output: Any) -> None:
+        """A call that `begin` gave a recorder for has ended; None if it raised."""
+
+
+class Watch:
+    """Announces a model's outermost calls to a listener, which it keeps weakly.
+
+    Args:
+        model: the model.
+        listener: who is told.
+
+    Attributes:
+        close: takes the hooks off the model.
+    """
+
+    def __init__(self, model: nn.Module, listener: Listener) -> None:
+        self.model = model
+        self._listener = weakref.ref(listener)
+        self._paused = self._quiet = self._depth = 0
+        self._frame: FrameType | None = None
+        self._active: list[Recorder] = []
+        handles = [
+            model.register_forward_pre_hook(_Hook(self, True), with_kwargs=True),
+            model.register_forward_hook(_Hook(self, False), with_kwargs=True, always_call=True),
+        ]
+        self.close = weakref.finalize(self, _remove, handles, self._active)
+        _LIVE.add(self)
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is announced now."""
+        return self._paused > 0 or self._quiet > 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The user's wish: nothing in here is announced."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """While a pass of our own runs, nobody who watches the same parameters takes notice."""
+        own = {id(p) for p in self.model.parameters()}
+        kin = [one for one in list(_LIVE) if one is self or any(id(p) in own for p in one.model.parameters())]
+        recorders = [recorder for one in kin for recorder in one._active]
+        for one in kin:
+            one._quiet += 1
+        for recorder in recorders:
+            recorder.muted += 1
+        try:
+            yield
+        finally:
+            for one in kin:
+                one._quiet -= 1
+            for recorder in recorders:
+                recorder.muted -= 1
+
+    def tidy(self) -> None:
+        """Forget a call that was interrupted so that its end was never announced."""
+        if self._frame is None or _is_running(self._frame):
+            return
+        self._frame, self._depth = None, 0
+        while self._active:
+            leave(self._active.pop())
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.tidy()
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._frame = sys._getframe(2)
+        listener = self._listener()
+        if listener is None or self.silent or OWN_PASS.get() or not torch.is_grad_enabled():
+            return
+        recorder = listener.begin(args, kwargs)
+        if recorder is not None:
+            self._active.append(recorder)
+            recorder.__enter__()  # type: ignore[no-untyped-call]
+
+    def _end(self, output: Any) -> None:
+        self._depth = max(self._depth - 1, 0)
+        if self._depth > 0:
+            return
+        self._frame, listener = None, self._listener()
+        if not self._active:
+            return
+        leave(self._active.pop())
+        if listener is not None:
+            listener.end(output)
+
+
+_LIVE: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+class _Hook:
+    """A hook on the model that keeps neither its owner alive nor copies of the model watched."""
+
+    def __init__(self, owner: Watch | None, before: bool) -> None:
+        self._owner, self._before = (None if owner is None else weakref.ref(owner)), before
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        owner = None if self._owner is None else self._owner()
+        if owner is None or owner.model is not module:
+            return
+        if self._before:
+            owner._begin(args, kwargs)
+        else:
+            owner._end(output[0] if output else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self._before)  # a copy or a file of the model has hooks that do nothing
+
+
+def leave(mode: TorchFunctionMode) -> None:
+    """Take a mode off the stack, wherever in it: modes are not always left in the order in which they were entered."""
+    above: list[TorchFunctionMode] = []
+    for _ in _get_current_function_mode_stack():
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+
+
+def _is_running(frame: FrameType) -> bool:
+    """Whether a function has not returned. The identity of its frame would not tell: the next one may get the same."""
+    try:
+        frame.clear()
+    except RuntimeError:  # it is executing
+        return True
+    return False
+
+
+def _remove(handles: list[Any], active: list[Recorder]) -> None:
+    for handle in handles:
+        handle.remove()
+    while active:
+        leave(active.pop())

@@ -1,0 +1,175 @@
+"""Running averages, their schedules, and `Preconditioner`, against dense matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from tests.optim_cases import (
+    OPTIONS,
+    backward,
+    blockwise,
+    close,
+    damped,
+    fisher,
+    flat,
+    jacobian,
+    one_step,
+    places,
+    problem,
+)
+from tests.reference.fisher import Problem
+
+LAMBDA = 0.05
+
+
+# -- running averages --------------------------------------------------------------------------------------------------
+
+
+def halves(of: Problem) -> list[Problem]:
+    n = len(of.targets) // 2
+    assert isinstance(of.inputs, Tensor)
+    return [Problem(of.model, of.inputs[take], of.targets[take]) for take in (slice(n), slice(n, 2 * n))]
+
+
+def gradients(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def after_both(preconditioner: Any, first: Problem, second: Problem, reduction: str = "mean") -> Tensor:
+    """The gradients after a step for each."""
+    for of in (first, second):
+        first.model.zero_grad()
+        backward(of, reduction)
+        preconditioner.step()
+    return gradients(first.model)
+
+
+def kfac_factors(of: Problem) -> list[tuple[Tensor, Tensor]]:
+    """A and G of each linear layer of an MLP for iEF, by a loop over examples: the paper's equation 43."""
+    model = of.model
+    assert isinstance(model, nn.Sequential)
+    found = []
+    for layer in (model[0], model[2]):
+        A, G = 0.0, 0.0
+        for n in range(len(of.targets)):
+            seen: list[Any] = []
+            handle = layer.register_forward_hook(lambda _m, args, out, seen=seen: seen.extend([args[0], out]))
+            z = model(of.inputs[n : n + 1])
+            handle.remove()
+            p = torch.softmax(z.detach(), -1)
+            u = p - nn.functional.one_hot(of.targets[n], p.shape[-1])
+            (g,) = torch.autograd.grad(z, seen[1], u)
+            a = torch.cat([seen[0], torch.ones(1, 1, dtype=torch.float64)], 1).detach()
+            A, G = A + a.T @ a, G + g.T @ g / u.square().sum()
+        found.append((A / len(of.targets), G / len(of.targets)))
+    return found
+
+
+def by_layer(of: Problem, matrices: list[Tensor], vector: Tensor, damping: float) -> Tensor:
+    """(⊕ Gᵢ ⊗ Aᵢ + λI)⁻¹ v, each layer's matrix over [weight | bias]."""
+    result = []
+    for matrix, prefix in zip(matrices, ("0", "2"), strict=True):
+        w, b = (vector[places(of)[f"{prefix}.{part}"]] for part in ("weight", "bias"))
+        both = torch.cat([w.reshape(len(b), -1), b[:, None]], 1)
+        solved = damped(matrix, both.flatten(), damping).reshape(both.shape)
+        result += [solved[:, :-1].flatten(), solved[:, -1]]
+    return torch.cat(result)
+
+
+def test_ema__averages_the_kronecker_factors() -> None:
+    first, second = halves(problem("mlp"))
+    factors, gradient = [kfac_factors(first), kfac_factors(second)], jacobian(second)[0].mean(0)
+    found = after_both(fk.optim.Preconditioner(first.model, kind="ief", damping=LAMBDA, ema=0.7), first, second)
+    mixed = [
+        torch.kron(0.7 * g + 0.3 * g2, 0.7 * a + 0.3 * a2)
+        for (a, g), (a2, g2) in zip(factors[0], factors[1], strict=True)
+    ]
+    close(found, by_layer(first, mixed, gradient, LAMBDA))
+
+
+def test_refresh_every__keeps_the_eigenbasis_and_renews_the_moments() -> None:
+    # Enough examples for a basis that no null space leaves open.
+    first, other = problem("mlp"), problem("mlp", seed=1)
+    second = Problem(first.model, other.inputs, other.targets)
+    mixed, gradient = [], jacobian(second)[0].mean(0)
+    for layer, (A, G) in zip(("0", "2"), kfac_factors(first), strict=True):
+        basis = torch.kron(torch.linalg.eigh(G)[1], torch.linalg.eigh(A)[1])
+        moments = []
+        for of in (first, second):
+            J, s = jacobian(of)
+            w = J[:, places(of)[f"{layer}.weight"]].reshape(len(J), len(G), -1)
+            b = J[:, places(of)[f"{layer}.bias"]].unsqueeze(2)
+            rows = torch.cat([w, b], 2).flatten(1) / s.sqrt()[:, None]
+            moments.append((rows @ basis).square().mean(0))
+        mixed.append(basis @ torch.diag(0.6 * moments[0] + 0.4 * moments[1]) @ basis.T)
+    preconditioner = fk.optim.Preconditioner(
+        first.model, kind="ief", structure="ekfac", damping=LAMBDA, ema=0.6, refresh_every=2
+    )
+    close(after_both(preconditioner, first, second), by_layer(first, mixed, gradient, LAMBDA))
+
+
+def test_update_every__goes_on_with_what_it_has() -> None:
+    first, second = halves(problem("mlp"))
+    expected = damped(fisher(first, "ief", "kfac"), jacobian(second)[0].mean(0), LAMBDA)
+    preconditioner = fk.optim.Preconditioner(first.model, kind="ief", damping=LAMBDA, update_every=2)
+    close(after_both(preconditioner, first, second), expected)
+
+
+def test_update_every__beside_a_summed_loss_divides_by_each_steps_own_examples() -> None:
+    whole = problem("mlp")
+    first, second = (Problem(whole.model, whole.inputs[t], whole.targets[t]) for t in (slice(4), slice(4, 6)))
+    expected = damped(fisher(first, "ief", "kfac"), jacobian(second)[0].mean(0), LAMBDA)
+    preconditioner = fk.optim.Preconditioner(first.model, damping=LAMBDA, update_every=2, reduction="sum")
+    close(after_both(preconditioner, first, second, "sum"), expected)
+
+
+# -- beside another optimizer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("kind", ["ef", "ief", "exact", "truncated"])
+def test_preconditioner__puts_the_direction_where_the_gradient_was(kind: str, structure: str) -> None:
+    of = problem("mlp")
+    expected = damped(fisher(of, kind, structure), jacobian(of)[0].mean(0), LAMBDA)
+    preconditioner = fk.optim.Preconditioner(
+        of.model, kind=kind, structure=structure, damping=LAMBDA, **OPTIONS.get(kind, {})
+    )
+    backward(of)
+    preconditioner.step()
+    close(gradients(of.model), expected)
+
+
+def test_preconditioner__with_plain_sgd_is_the_natural_gradient() -> None:
+    of = problem("mlp")
+    start = flat(of)
+    expected = one_step(of, kind="ief", gram_damping=LAMBDA)
+    preconditioner = fk.optim.Preconditioner(of.model, kind="ief", structure="full", gram_damping=LAMBDA)
+    optimizer = torch.optim.SGD(of.model.parameters(), lr=1.0)
+    backward(of)
+    preconditioner.step()
+    optimizer.step()
+    close(start - flat(of), expected)
+
+
+def test_preconditioner__kl_clip_uses_the_optimizers_rate() -> None:
+    of = problem("mlp")
+    F, g = fisher(of, "ief", "kfac"), jacobian(of)[0].mean(0)
+    direction = damped(F, g, LAMBDA)
+    bound = float(0.25 * direction @ F @ direction) / 16
+    preconditioner = fk.optim.Preconditioner(of.model, damping=LAMBDA, trust_region=bound, lr=lambda: 0.5)
+    backward(of)
+    preconditioner.step()
+    close(gradients(of.model), direction / 4)
+
+
+def test_blockwise__is_what_the_tests_think() -> None:
+    of = problem("mlp")
+    F = blockwise(of, torch.ones(len(flat(of)), len(flat(of)), dtype=torch.float64))
+    cut = places(of)["2.weight"].start
+    assert bool(F[:cut, :cut].all())
+    assert not bool(F[:cut, cut:].any())
