@@ -7,7 +7,7 @@ learning rates nor parameter groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -130,19 +130,19 @@ class Curvature:
         space = self.averages.space(self.capture.space) if joint is None or not due else joint
         if due:
             self._refuse_strays(gradients, space)
-        gradient, examples = self._flat(gradients, space), sum(one.counted for one in captured)
-        if self.reduction == "sum":
-            gradient = gradient / max(examples, 1)
+        examples = sum(one.counted for one in captured)
         if due:
             self.examples, self._inverse = examples, None
-        if self.structure in OF_A_BATCH:
-            direction = self._of_batch(captured, gradient, damping)
+        if self._power is not None and isinstance(damping, (int, float)):
+            direction = self._by_gram(captured, self._power, damping)
+        elif self.structure in OF_A_BATCH:
+            direction = self._of_batch(captured, self._mean(gradients, space, examples), damping)
         else:
             if due:
                 self.averages.update(
                     [chunk for one in captured for chunk in self._chunks(one, len(captured))], examples
                 )
-            direction = self._averaged(space, gradient, damping)
+            direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
         self._expect()
         return space, direction
@@ -158,14 +158,21 @@ class Curvature:
             return one.chunks
         return [replace(chunk, rows=chunk.rows.scaled(missing ** (1 - power))) for chunk in one.chunks]
 
+    def _by_gram(self, captured: list[Captured], power: float, damping: float) -> Direction:
+        """The paper's update, of examples alone."""
+        targets = torch.cat([_targets(one, power, len(captured)) for one in captured])
+        return gram_direction(self._rows(captured), self._blocks(captured), targets, damping, self.examples)
+
     def _of_batch(self, captured: list[Captured], gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
+        effective = self._effective(damping)
+        return damped_direction(self._rows(captured), self._blocks(captured), gradient, effective, self.examples)
+
+    def _rows(self, captured: list[Captured]) -> Rows:
+        return Rows.taken_from([chunk.rows for one in captured for chunk in self._chunks(one, len(captured))])
+
+    def _blocks(self, captured: list[Captured]) -> Sequence[Sequence[str]]:
         plan = captured[0].plan
-        rows = Rows.taken_from([chunk.rows for one in captured for chunk in self._chunks(one, len(captured))])
-        blocks = [list(plan.space.names)] if self.structure == "full" else plan.modules
-        if self._power is not None and isinstance(damping, (int, float)):
-            targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
-            return gram_direction(rows, blocks, targets, damping, self.examples)
-        return damped_direction(rows, blocks, gradient, self._effective(damping), self.examples)
+        return [plan.space.names] if self.structure == "full" else plan.modules
 
     def _averaged(self, space: ParameterSpace, gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
         effective = self._effective(damping)
@@ -217,9 +224,11 @@ class Curvature:
             )
         return spaces.pop()
 
-    def _flat(self, gradients: Mapping[str, Tensor], space: ParameterSpace) -> Float[Tensor, "D"]:
+    def _mean(self, gradients: Mapping[str, Tensor], space: ParameterSpace, examples: int) -> Float[Tensor, "D"]:
+        """The mean gradient, whatever the reduction of the loss."""
         own = dict(self.capture.model.named_parameters())
-        return space.flatten({n: gradients.get(n, torch.zeros_like(own[n])).detach() for n in space.names})
+        flat = space.flatten({n: gradients.get(n, torch.zeros_like(own[n])).detach() for n in space.names})
+        return flat / max(examples, 1) if self.reduction == "sum" else flat
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, counters and running averages."""
