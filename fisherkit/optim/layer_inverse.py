@@ -18,8 +18,8 @@ from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.operators.linalg import singular, spectrum
 
-FIRST, LATER = 4, 1
-"""Subspace iterations from random vectors, and from the last eigenvectors."""
+FIRST, LATER, MORE = 4, 1, 16
+"""Subspace iterations from random vectors, of which there are so many more, and from the last eigenvectors."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,16 @@ def leading_spectrum(
     if rank is None or rank >= width:
         values, vectors = spectrum(matrix, call)
         return Spectrum(values, vectors.to(matrix.dtype).contiguous(), values.new_zeros(()))
-    warm = start is not None and start.shape == (width, rank)
-    q = start if start is not None and warm else torch.randn(
-        width, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).to(matrix)  # fmt: skip
-    for _ in range(LATER if warm else FIRST):
+    if start is not None and start.shape == (width, rank):
+        q, iterations = start, LATER
+    else:
+        shape, generator = (width, min(width, rank + MORE)), torch.Generator().manual_seed(0)
+        q, iterations = torch.randn(shape, generator=generator, dtype=torch.float64).to(matrix), FIRST
+    for _ in range(iterations):
         q = torch.linalg.qr(matrix @ q)[0]
     small = (q.mT @ (matrix @ q)).double()
     values, turn = torch.linalg.eigh((small + small.mT) / 2)
-    values = values.clamp_min(0)
+    values, turn = values[-rank:].clamp_min(0), turn[:, -rank:]
     rest = (matrix.diagonal().double().sum() - values.sum()).clamp_min(0) / (width - rank)
     return Spectrum(values, q @ turn.to(q.dtype), rest)
 
