@@ -19,7 +19,7 @@ from torch.autograd import Variable
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisherkit.data import Batch, outputs_of
+from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.optim.outputs import Seen, seen_outputs
@@ -164,12 +164,12 @@ class Capture:
         """The plan for the parameters that require a gradient now, verified once, in eval mode."""
         if names not in self._plans:
             training = [module for module in self.model.modules() if module.training]
-            example = self.model.get_parameter(names[0])
-            batch = batch.to(example.device)
+            device, _ = model_device(self.model, names)
+            batch = batch.to(device)
             try:
                 for module in training:
                     module.training = False
-                with self._watch.quiet(), torch.autocast(example.device.type, enabled=False):
+                with self._watch.quiet(), torch.autocast(device.type, enabled=False):
                     plan = make_plan(self.model, ParameterSpace.of(self.model, names), batch)
                     used = [name for name in names if name not in plan.unused]
                     if len(used) < len(names):
@@ -198,7 +198,7 @@ class Capture:
             got=f"{coupled[0] if coupled else 'active dropout'!r} beside parameters without a layer rule: {names[:4]}",
             expected="either one of the two",
             why="rows of such parameters come from a pass of their own, which would draw or average anew",
-            try_="params= without them, or model.eval()",
+            try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
         )
 
     # -- the backward pass ---------------------------------------------------------------------------------------------

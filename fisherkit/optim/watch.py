@@ -106,7 +106,7 @@ class Watch:
         recorder = listener.begin(args, kwargs)
         if recorder is not None:
             self._active.append(recorder)
-            recorder.__enter__()  # type: ignore[no-untyped-call]
+            recorder.__enter__()
 
     def _end(self, output: Any) -> None:
         self._depth = max(self._depth - 1, 0)
@@ -147,8 +147,8 @@ class _Hook:
 def leave(mode: TorchFunctionMode) -> None:
     """Take a mode off the stack, wherever in it: modes are not always left in the order in which they were entered."""
     above: list[TorchFunctionMode] = []
-    for _ in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
-        top = _pop_mode()  # type: ignore[no-untyped-call]
+    for _ in _get_current_function_mode_stack():
+        top = _pop_mode()
         if top is mode:
             break
         above.append(top)
