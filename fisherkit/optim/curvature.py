@@ -187,6 +187,13 @@ class Curvature:
             )
 
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+            if processes > 1:
+                raise ModelError(
+                    call=f"{self.call}.step", got=f"{processes} processes", expected="one",
+                    why="each would see its own examples alone and go its own way", try_="one process",
+                )  # fmt: skip
         if self.capture.closed:
             raise ModelError(
                 call=f"{self.call}.step", got="a closed optimizer", expected="one that watches its model",

@@ -106,7 +106,7 @@ class Watch:
         recorder = listener.begin(args, kwargs)
         if recorder is not None:
             self._active.append(recorder)
-            recorder.__enter__()
+            recorder.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, output: Any) -> None:
         self._depth = max(self._depth - 1, 0)
