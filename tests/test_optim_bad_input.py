@@ -312,6 +312,22 @@ def test_step__without_gradients_does_nothing() -> None:
     assert torch.equal(flat(model), before)
 
 
+@pytest.mark.parametrize("structure", ["full", "block"])
+def test_step__refused_for_too_little_damping_can_be_tried_again(structure: str) -> None:
+    found = []
+    for first in (0.0, 0.1):
+        model = mlp()
+        optimizer = natural(model, kind="ef", gram_damping=first, structure=structure, params=["2.bias"])
+        F.cross_entropy(model(X), Y).backward()
+        if not first:
+            with pytest.raises(SingularMatrixError):
+                optimizer.step()
+            optimizer.param_groups[0]["gram_damping"] = 0.1
+        optimizer.step()
+        found.append(flat(model))
+    assert torch.equal(found[0], found[1])
+
+
 def test_step__refused_for_infinite_gradients_changes_nothing() -> None:
     model = mlp()
     optimizer, before = natural(model, momentum=0.9, weight_decay=0.1), flat(model)

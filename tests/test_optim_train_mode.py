@@ -101,6 +101,17 @@ def test_dropout__beside_a_parameter_without_a_rule_is_refused_by_name() -> None
     optimizer.step()
 
 
+def test_instance_norm__with_running_statistics_is_refused_by_name() -> None:
+    norm = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), norm, nn.Flatten(), nn.Linear(9, 3)).double().train()
+    optimizer = natural(model)
+    with pytest.raises(ModelError, match=r"'1' beside parameters without a layer rule"):
+        model(normal(6, 2, 5))
+    model.eval()
+    backward(model, normal(6, 2, 5))
+    optimizer.step()
+
+
 # -- batch norm --------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError
@@ -141,8 +142,9 @@ class Capture:
         if not z.requires_grad:
             return
         coupled = self._coupled()
-        if plan.generic and (recorder.random or coupled):
-            raise self._unfit(plan, coupled)
+        averaging = [*coupled, *self._tracking()]
+        if plan.generic and (recorder.random or averaging):
+            raise self._unfit(plan, averaging)
         keep = batch if plan.generic or coupled else Batch((), _masks(batch), None, batch.size)
         one = Pass(plan, keep, z, with_own_inputs(recorder.uses, batch.leaves()[0]), coupled, rng)
         if coupled:
@@ -185,6 +187,11 @@ class Capture:
     def _coupled(self) -> list[str]:
         """Modules that use statistics of the batch."""
         return [name for name, m in self.model.named_modules() if isinstance(m, _BatchNorm) and m.training]
+
+    def _tracking(self) -> list[str]:
+        """Modules whose every pass in train mode moves running statistics, without coupling examples."""
+        own = [(name, m) for name, m in self.model.named_modules() if isinstance(m, _InstanceNorm) and m.training]
+        return [name for name, module in own if module.track_running_stats]
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, Factorization, RelativeDamping
 from fisherkit.optim.averages import Averages
@@ -116,6 +116,8 @@ class Curvature:
 
         Raises:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
+            SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
+                block structures.
         """
         captured = self.capture.take()
         due = self.steps % self.update_every == 0
@@ -130,7 +132,11 @@ class Curvature:
         if due:
             self.examples, self._inverse = examples, None
         if self.structure in OF_A_BATCH:
-            direction = self._of_batch(captured, gradient, damping)
+            try:
+                direction = self._of_batch(captured, gradient, damping)
+            except SingularMatrixError:
+                self.capture.finished = captured  # for another try with more damping
+                raise
         else:
             if due:
                 self.averages.update(
