@@ -19,8 +19,9 @@ from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fisherkit.data import Batch, outputs_of
+from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.optim.outputs import Seen, seen_outputs
@@ -142,8 +143,9 @@ class Capture:
         if not z.requires_grad:
             return
         coupled = self._coupled()
-        if plan.generic and (recorder.random or coupled):
-            raise self._unfit(plan, coupled)
+        averaging = [*coupled, *self._tracking()]
+        if plan.generic and (recorder.random or averaging):
+            raise self._unfit(plan, averaging)
         keep = batch if plan.generic or coupled else Batch((), _masks(batch), None, batch.size)
         one = Pass(plan, keep, z, with_own_inputs(recorder.uses, batch.leaves()[0]), coupled, rng)
         if coupled:
@@ -165,12 +167,12 @@ class Capture:
         """The plan for the parameters that require a gradient now, verified once, in eval mode."""
         if names not in self._plans:
             training = [module for module in self.model.modules() if module.training]
-            example = self.model.get_parameter(names[0])
-            batch = batch.to(example.device)
+            device, _ = model_device(self.model, names)
+            batch = batch.to(device)
             try:
                 for module in training:
                     module.training = False
-                with self._watch.quiet(), torch.autocast(example.device.type, enabled=False):
+                with self._watch.quiet(), torch.autocast(device.type, enabled=False):
                     plan = plan_for(self.model, ParameterSpace.of(self.model, names), batch)
                     used = [name for name in names if name not in plan.unused]
                     if len(used) < len(names):
@@ -187,6 +189,11 @@ class Capture:
         """Modules that use statistics of the batch."""
         return [name for name, m in self.model.named_modules() if isinstance(m, _BatchNorm) and m.training]
 
+    def _tracking(self) -> list[str]:
+        """Modules whose every pass in train mode moves running statistics, without coupling examples."""
+        own = [(name, m) for name, m in self.model.named_modules() if isinstance(m, _InstanceNorm) and m.training]
+        return [name for name, module in own if module.track_running_stats]
+
     def _warn(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
@@ -199,7 +206,7 @@ class Capture:
             got=f"{coupled[0] if coupled else 'active dropout'!r} beside parameters without a layer rule: {names[:4]}",
             expected="either one of the two",
             why="rows of such parameters come from a pass of their own, which would draw or average anew",
-            try_="params= without them, or model.eval()",
+            try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
         )
 
     # -- the backward pass ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ learning rates nor parameter groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.averages import Averages, Inverse
@@ -122,6 +122,8 @@ class Curvature:
 
         Raises:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
+            SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
+                block structures.
         """
         captured = self.capture.take()
         due = self.steps % self.update_every == 0
@@ -133,10 +135,12 @@ class Curvature:
         examples = sum(one.counted for one in captured)
         if due:
             self.examples, self._inverse = examples, None
-        if self._power is not None and isinstance(damping, (int, float)):
-            direction = self._by_gram(captured, self._power, damping)
-        elif self.structure in OF_A_BATCH:
-            direction = self._of_batch(captured, self._mean(gradients, space, examples), damping)
+        if self.structure in OF_A_BATCH:
+            try:
+                direction = self._of_batch(captured, gradients, damping)
+            except SingularMatrixError:
+                self.capture.finished = captured  # for another try with more damping
+                raise
         else:
             if due:
                 self.averages.update(
@@ -158,21 +162,15 @@ class Curvature:
             return one.chunks
         return [replace(chunk, rows=chunk.rows.scaled(missing ** (1 - power))) for chunk in one.chunks]
 
-    def _by_gram(self, captured: list[Captured], power: float, damping: float) -> Direction:
-        """The paper's update, of examples alone."""
-        targets = torch.cat([_targets(one, power, len(captured)) for one in captured])
-        return gram_direction(self._rows(captured), self._blocks(captured), targets, damping, self.examples)
-
-    def _of_batch(self, captured: list[Captured], gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
-        effective = self._effective(damping)
-        return damped_direction(self._rows(captured), self._blocks(captured), gradient, effective, self.examples)
-
-    def _rows(self, captured: list[Captured]) -> Rows:
-        return Rows.taken_from([chunk.rows for one in captured for chunk in self._chunks(one, len(captured))])
-
-    def _blocks(self, captured: list[Captured]) -> Sequence[Sequence[str]]:
+    def _of_batch(self, captured: list[Captured], gradients: Mapping[str, Tensor], damping: Damping) -> Direction:
         plan = captured[0].plan
-        return [plan.space.names] if self.structure == "full" else plan.modules
+        rows = Rows.taken_from([chunk.rows for one in captured for chunk in self._chunks(one, len(captured))])
+        blocks = [plan.space.names] if self.structure == "full" else plan.modules
+        if self._power is not None and isinstance(damping, (int, float)):
+            targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
+            return gram_direction(rows, blocks, targets, damping, self.examples)
+        mean = self._mean(gradients, plan.space, self.examples)
+        return damped_direction(rows, blocks, mean, self._effective(damping), self.examples)
 
     def _averaged(self, space: ParameterSpace, gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
         effective = self._effective(damping)
@@ -200,6 +198,13 @@ class Curvature:
             )
 
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+            if processes > 1:
+                raise ModelError(
+                    call=f"{self.call}.step", got=f"{processes} processes", expected="one",
+                    why="each would see its own examples alone and go its own way", try_="one process",
+                )  # fmt: skip
         if self.capture.closed:
             raise ModelError(
                 call=f"{self.call}.step", got="a closed optimizer", expected="one that watches its model",

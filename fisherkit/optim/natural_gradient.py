@@ -74,7 +74,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Warns:
         UserWarning: once, naming batch norms in train mode: for the rows, the batch's statistics are constants, which
-            takes one more forward and backward pass a step.
+            takes one more forward and backward pass a step. Once, if the loss reaches layers in other ways than through
+            the outputs (auxiliary losses on features): rows are those of the outputs, at one more backward pass.
 
     Cost: beside your own passes, N²D for the Gram matrix (full and block), or the products of `fisherkit.operators`.
     """

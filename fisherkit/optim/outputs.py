@@ -100,7 +100,8 @@ def _refuse_other_loss(
     """The gradient must be a multiple of the likelihood's in each example, up to the rounding of p − 1."""
     expected = u * multiple.to(u.dtype)[:, None, None]
     rounding = 16 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    relative = 16 * torch.finfo(dtype).eps
+    # Losses are often computed in float32, whatever the model's dtype is.
+    relative = 16 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     scale = multiple.abs().to(u.dtype)
     allowed = relative * found.flatten(1).norm(dim=1) + rounding * scale * u.shape[1] ** 0.5
     wrong = (found - expected).flatten(1).norm(dim=1) > allowed

@@ -48,7 +48,12 @@ class Preconditioner:
         refresh_every: updates between eigen-decompositions.
         trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
         lr: the following optimizer's learning rate, a number or a function without arguments; used by ``trust_region``.
-        likelihood, reduction, params, kfac_positions, max_rank, options: see `NaturalGradient`.
+        likelihood: as there.
+        reduction: as there.
+        params: names, or a predicate; other gradients are left as they are.
+        kfac_positions: as there.
+        max_rank: as there.
+        options: of the kind.
 
     Raises:
         FisherkitError: as for `NaturalGradient`.

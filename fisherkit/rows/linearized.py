@@ -7,7 +7,7 @@ formed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.factored import Activations
 from fisherkit.rows.plan import TOLERANCE, Plan, forward
-from fisherkit.rows.rules import Use
+from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
 
@@ -50,7 +50,9 @@ class Linearized:
 
     def __init__(self, plan: Plan, batch: Batch, z: Tensor, uses: Sequence[Use]) -> None:
         self.plan, self.batch, self.z = plan, batch, z
-        self._uses = [(unit, [_in_dtype(use, plan) for use in unit.uses(uses)]) for unit in plan.ruled]
+        self._uses = [
+            (unit, [in_dtype(use, plan.example_parameter.dtype) for use in unit.uses(uses)]) for unit in plan.ruled
+        ]
         self._activations: dict[tuple[str, ...], Activations] = {}
         for unit, own in self._uses:
             if not own or any(unit.strange(use) for use in own):
@@ -59,7 +61,8 @@ class Linearized:
                     got=f"parameter {unit.names[0]!r} {'used in a new way' if own else 'not used'} in this batch",
                     expected="the same layers for every batch",
                     why="rules are verified on the data's first examples",
-                    try_="leave the parameter out with params=, or make forward independent of the data",
+                    try_="leave the parameter out with params=, make forward independent of the data, or checkpoint "
+                    "activations with use_reentrant=False",
                 )
 
     @classmethod
@@ -141,12 +144,3 @@ class Linearized:
         if len(passes) == 1:
             return [None if one is None else one.unsqueeze(0) for one in passes[0]]
         return [None if found[0] is None else torch.stack(found) for found in zip(*passes, strict=True)]
-
-
-def _in_dtype(use: Use, plan: Plan) -> Use:
-    """The use with its input in the parameters' dtype, which autocast may have changed."""
-    name, dtype = use.rule.input_name, plan.example_parameter.dtype
-    x = use.arguments[name]
-    if not x.is_floating_point() or x.dtype == dtype:
-        return use
-    return replace(use, arguments={**use.arguments, name: x.detach().to(dtype)})

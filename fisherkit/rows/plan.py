@@ -23,7 +23,7 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.generic import gradients, looped_rows, vectorised_rows
 from fisherkit.rows.record import Recorder, refuse_train_mode
-from fisherkit.rows.rules import Rule, Use
+from fisherkit.rows.rules import Rule, Use, in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import RuledUnit, Unit
 from fisherkit.space import ParameterSpace
@@ -47,6 +47,7 @@ class Plan:
             one vectorised backward pass.
         shared: embeddings whose tokens all examples share, as of positions.
         unused: names of parameters that the outputs of the two examples do not depend on at all.
+        half: whether layers compute in half precision, whatever the dtype of parameters and outputs.
         probed: the outputs of the two examples that the plan was verified on.
         numbers_per_example: entries of all layer outputs for one example.
     """
@@ -61,6 +62,7 @@ class Plan:
         self.tried: dict[str, bool] = {}
         self.shared: set[str] = set()
         self.unused: set[str] = set()
+        self.half = False
         self.probed = torch.empty(0)
         self.numbers_per_example = 1
 
@@ -176,7 +178,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         z, uses, unbatched = forward(plan, probe)
         random = not torch.equal(before, torch.get_rng_state())
         _check_outputs(z)
-        _refuse_interaction(model, batch, z)
+        _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
             _refuse_chance(model, probe, z)
         if unbatched:
@@ -187,7 +189,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         plan.unused = {name for name, g in zip(plan.parameters, reached, strict=True) if g is None}
         edges = [use.edge for use in uses]
         found = torch.autograd.grad(z, edges, v[0], retain_graph=True, allow_unused=True) if edges else ()
-        gradients = {id(use): g if g is None else g.unsqueeze(0) for use, g in zip(uses, found, strict=True)}
+        gradients = {id(use.edge): g if g is None else g.unsqueeze(0) for use, g in zip(uses, found, strict=True)}
         for unit in _propose(plan, uses):
             plan.units.extend(_verified(plan, unit, uses, gradients, v, reference))
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
@@ -221,6 +223,7 @@ def forward(plan: Plan, batch: Batch) -> tuple[Tensor, list[Use], set[str]]:
     recorder = Recorder({id(p): name for name, p in plan.parameters.items()}, batch.size, plan.shared)
     with recorder:
         z = batch.call(plan.model)
+    plan.half = plan.half or recorder.half
     if z.ndim == 0 or z.shape[0] != batch.size:
         raise ModelError(
             call="the model's forward pass",
@@ -249,7 +252,7 @@ class _Reference:
                 try_="look for √, log or division at 0 in the model",
             )
         self.scale = self.norms.norm()
-        self.tolerance = TOLERANCE.get(self.norms.dtype, 5e-2)
+        self.tolerance = _tolerance(self.norms.dtype, plan)
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale.
@@ -272,8 +275,11 @@ class _Reference:
         return bool(torch.stack(errors).norm() <= self.tolerance * torch.maximum(own, 1e-3 * self.scale))
 
 
-def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor) -> None:
-    tolerance = TOLERANCE.get(z.dtype, 5e-2)
+def _tolerance(dtype: torch.dtype, plan: Plan) -> float:
+    return 5e-2 if plan.half else TOLERANCE.get(dtype, 5e-2)
+
+
+def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> None:
     scale = tolerance * (z[0].norm() + z[1].norm())
     # Some of the batch forwards and backwards, and each of the two beside itself: company and order must not matter.
     some = batch.take(slice(0, 8))
@@ -365,13 +371,14 @@ def _verified(
     """The unit with the layout that autograd confirms, or its parameters as generic units."""
     if not isinstance(unit, RuledUnit):
         return [unit]
-    own, batch = unit.uses(uses), v.shape[1]
-    gradients = [found[id(use)] for use in own]
+    dtype = plan.example_parameter.dtype
+    own, batch = [in_dtype(use, dtype) for use in unit.uses(uses)], v.shape[1]
+    gradients = [g if g is None else g.to(dtype) for g in (found[id(use.edge)] for use in own)]
     for layout in unit.rule.layouts:
         if not unit.fits(own, layout, batch):
             continue
         unit.layout = layout
-        g = unit.gradients(own, gradients, v)[0]
+        g = unit.gradients(own, gradients, v.to(dtype))[0]
         rows = unit.rows(own[0], unit.activations(own, batch), g, RowSelection(1, batch, v.device))
         if rows.count == batch and reference.agrees(unit.names, rows.size, functools.partial(_row, rows)):
             unit.measure(rows, g.shape[1])

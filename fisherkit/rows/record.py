@@ -48,6 +48,7 @@ class Recorder(TorchFunctionMode):
         uses: what was seen.
         unbatched: embeddings that were looked up without a batch axis.
         random: whether dropout was active.
+        half: whether layers computed in half precision, as under autocast, which may be inside the model.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
     """
 
@@ -65,7 +66,7 @@ class Recorder(TorchFunctionMode):
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
         self.unbatched: set[str] = set()
-        self.random = False
+        self.random = self.half = False
         self.muted = 0
 
     def __torch_function__(
@@ -93,6 +94,7 @@ class Recorder(TorchFunctionMode):
             arguments = rule.bind(args, kwargs)
             weight, bias = self._name(arguments.get(rule.weight_name)), self._name(arguments.get(rule.bias_name))
             if weight or bias:
+                self.half = self.half or output.dtype in (torch.bfloat16, torch.float16)
                 edge = get_gradient_edge(output)
                 self.uses.append(Use(rule, weight, bias, arguments, edge, tuple(output.shape)))
         return output

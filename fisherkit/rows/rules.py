@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,15 @@ class Use:
     arguments: Mapping[str, Any]
     edge: GradientEdge
     output_shape: tuple[int, ...]
+
+
+def in_dtype(use: Use, dtype: torch.dtype) -> Use:
+    """The use with its input in the parameters' dtype, which autocast may have changed."""
+    name = use.rule.input_name
+    x = use.arguments[name]
+    if not x.is_floating_point() or x.dtype == dtype:
+        return use
+    return replace(use, arguments={**use.arguments, name: x.detach().to(dtype)})
 
 
 class Rule(ABC):

@@ -1,0 +1,341 @@
+"""What the optimizers refuse, when, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fisherkit as fk
+from fisherkit.errors import (
+    DataError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    ModelError,
+    NonFiniteError,
+    SingularMatrixError,
+    UnknownParameterError,
+)
+from tests.bad_input import Case, X, Y, check, ids, mlp, wrapped
+from tests.optim_loops import flat, natural
+
+Natural: Any = fk.optim.NaturalGradient
+Beside: Any = fk.optim.Preconditioner
+
+ARGUMENTS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Exception], tuple[str, ...]]] = {
+    "parameters": (
+        lambda: Natural(mlp().parameters(), 0.1, damping=1.0), InvalidTypeError, TypeError,
+        ("a generator as model", "a torch.nn.Module", "NaturalGradient(model"),
+    ),
+    "parameters beside": (
+        lambda: Beside(list(mlp().parameters()), damping=1.0), InvalidTypeError, TypeError,
+        ("a list as model", "Preconditioner(model"),
+    ),
+    "no damping": (
+        lambda: Natural(mlp(), 0.1), InvalidArgumentError, ValueError,
+        ("damping=None and gram_damping=None", "one of them", "gram_damping=1e-3"),
+    ),
+    "two dampings": (
+        lambda: Beside(mlp(), damping=1.0, gram_damping=1.0), InvalidArgumentError, ValueError,
+        ("damping=1.0 and gram_damping=1.0", "different updates"),
+    ),
+    "negative damping": (
+        lambda: natural(mlp(), gram_damping=-1.0), InvalidArgumentError, ValueError, ("gram_damping=-1.0", "0 or more"),
+    ),
+    "text damping": (
+        lambda: natural(mlp(), gram_damping="1"), InvalidTypeError, TypeError, ("gram_damping of type str",),
+    ),
+    "relative gram damping": (
+        lambda: natural(mlp(), gram_damping=fk.RelativeDamping(1.0)), InvalidTypeError, TypeError,
+        ("gram_damping of type RelativeDamping",),
+    ),
+    "lr": (lambda: natural(mlp(), lr=-0.1), InvalidArgumentError, ValueError, ("lr=-0.1", "0 or more")),
+    "lr nan": (lambda: natural(mlp(), lr=float("nan")), InvalidArgumentError, ValueError, ("lr=nan",)),
+    "momentum": (lambda: natural(mlp(), momentum="a"), InvalidArgumentError, ValueError, ("momentum='a'",)),
+    "trust region": (lambda: natural(mlp(), trust_region=0.0), InvalidArgumentError, ValueError, ("trust_region=0.0",)),
+    "kind": (lambda: natural(mlp(), kind="kfac"), InvalidArgumentError, ValueError, ("kind='kfac'", "'ief'")),
+    "kind type": (lambda: natural(mlp(), kind=fk.ExactFisher), InvalidTypeError, TypeError, ("as kind", "OutputRule")),
+    "options": (
+        lambda: natural(mlp(), kind="ef", draws=2), InvalidArgumentError, ValueError, ("options ['draws']",),
+    ),
+    "structure": (lambda: natural(mlp(), structure="kron"), InvalidArgumentError, ValueError, ("structure='kron'",)),
+    "reduction": (lambda: natural(mlp(), reduction="none"), InvalidArgumentError, ValueError, ("reduction='none'",)),
+    "ema": (lambda: Beside(mlp(), damping=1.0, ema=1.0), InvalidArgumentError, ValueError, ("ema=1.0", "below 1")),
+    "ema of rows": (
+        lambda: natural(mlp(), ema=0.5), InvalidArgumentError, ValueError, ("structure='full' with ema=0.5", '"kfac"'),
+    ),
+    "update every": (
+        lambda: Beside(mlp(), damping=1.0, update_every=0), InvalidArgumentError, ValueError, ("update_every=0",),
+    ),
+    "positions": (
+        lambda: Beside(mlp(), damping=1.0, kfac_positions="mean"), InvalidArgumentError, ValueError,
+        ("kfac_positions='mean'",),
+    ),
+    "unknown name": (
+        lambda: natural(mlp(), params=["weight"]), UnknownParameterError, LookupError, ("['weight']", "0.weight"),
+    ),
+    "tensors as params": (
+        lambda: natural(mlp(), params=mlp().parameters()), InvalidTypeError, TypeError, ("params of type Parameter",),
+    ),
+    "foreign group": (
+        lambda: natural(mlp(), params=[{"params": mlp().parameters()}]), ModelError, RuntimeError,
+        ("not the model's",),
+    ),
+    "setting of a group": (
+        lambda: natural(m := mlp(), params=[{"params": m.parameters(), "gram_damping": 1.0}]), InvalidArgumentError,
+        ValueError, ("['gram_damping'] in a parameter group", "'momentum'", "all groups"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ids(ARGUMENTS))
+def test_arguments__that_do_not_fit_are_named(name: str) -> None:
+    check(Case(*ARGUMENTS[name]))
+
+
+def test_add_param_group__refused_changes_nothing() -> None:
+    model = mlp()
+    optimizer = natural(model, params=[{"params": model[0].parameters()}])
+    with pytest.raises(ModelError, match="not the model's"):
+        optimizer.add_param_group({"params": mlp().parameters()})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": model[2].weight, "lr": 0.5})
+    before = flat(model)
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    assert int((flat(model) != before).sum()) == model[0].weight.numel() + 5 + model[2].weight.numel()
+
+
+def fit(model: nn.Module, loss: Callable[[Tensor], Tensor], **options: Any) -> Callable[[], None]:
+    """One step with a loss of the outputs."""
+
+    def step() -> None:
+        optimizer = natural(model, **options)
+        loss(model(X)).backward()
+        optimizer.step()
+
+    return step
+
+
+def reentrant(m: Any, x: Tensor) -> Tensor:
+    h: Tensor = checkpoint(m.body[0], x.requires_grad_(), use_reentrant=True) if m.training else m.body[0](x)
+    z: Tensor = m.body[2](torch.tanh(h))
+    return z
+
+
+def twice(model: nn.Module) -> None:
+    optimizer = natural(model)
+    loss = F.cross_entropy(model(X), Y)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+
+
+def without_forward(model: nn.Sequential, call: Callable[[nn.Sequential], Tensor]) -> None:
+    optimizer = natural(model)
+    F.cross_entropy(call(model), Y).backward()
+    optimizer.step()
+
+
+def closed(model: nn.Module) -> None:
+    optimizer = natural(model)
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.close()
+    optimizer.step()
+
+
+def late_layer(m: Any, x: Tensor) -> Tensor:
+    z: Tensor = m.body(x)
+    return z + m.extra(x) if m.extra.weight.requires_grad and getattr(m, "late", False) else z
+
+
+def used_later() -> None:
+    model = wrapped(late_layer)
+    model.extra = nn.Linear(4, 3).double()
+    optimizer = natural(model)
+    for late in (False, True):
+        model.late = late  # type: ignore[assignment]
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+
+
+def different_parameters() -> None:
+    model = mlp()
+    optimizer = natural(model)
+    F.cross_entropy(model(X), Y).backward()
+    model[0].requires_grad_(False)
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+
+
+def rewritten(z: Tensor) -> Tensor:
+    return F.cross_entropy(z.div_(2.0), Y)
+
+
+def paused_step() -> None:
+    model = mlp()
+    optimizer = natural(model)
+    with optimizer.paused():
+        F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+
+
+def many_waiting() -> None:
+    model = mlp()
+    optimizer = natural(model)
+    losses = [F.cross_entropy(model(X), Y) for _ in range(9)]
+    sum(losses, torch.zeros(())).backward()
+    optimizer.step()
+
+
+def without_tensors() -> None:
+    model = wrapped(lambda m, x: m.body(X))
+    optimizer = natural(model)
+    F.cross_entropy(model(3), Y).backward()
+    optimizer.step()
+
+
+def cross_entropy(z: Tensor) -> Tensor:
+    return F.cross_entropy(z, Y)
+
+
+TRAINING: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Exception], tuple[str, ...]]] = {
+    "label smoothing": (
+        fit(mlp(), lambda z: F.cross_entropy(z, Y, label_smoothing=0.1)), ModelError, RuntimeError,
+        ("NaturalGradient, backward pass", "no positive multiple", "without label smoothing"),
+    ),
+    "penalty on outputs": (
+        fit(mlp(), lambda z: F.cross_entropy(z, Y) + z.square().mean()), ModelError, RuntimeError, ("terms in the",),
+    ),
+    "ascent": (fit(mlp(), lambda z: -F.cross_entropy(z, Y)), ModelError, RuntimeError, ("no positive multiple",)),
+    "another likelihood": (
+        fit(mlp(), lambda z: z.square().mean()), ModelError, RuntimeError, ("of the categorical likelihood",),
+    ),
+    "soft labels": (
+        fit(mlp(), lambda z: F.cross_entropy(z, torch.full((6, 3), 1 / 3).double())), ModelError, RuntimeError,
+        ("hard targets",),
+    ),
+    "outputs in place": (
+        fit(mlp(), rewritten), ModelError, RuntimeError, ("changed in place after the forward pass", "temperature"),
+    ),
+    "second backward": (
+        lambda: twice(mlp()), ModelError, RuntimeError, ("a forward pass that was used", "optimizer.paused()"),
+    ),
+    "nine waiting": (many_waiting, ModelError, RuntimeError, ("no longer known", "at most 8")),
+    "only parts": (
+        lambda: without_forward(mlp(), lambda m: m[2](torch.tanh(m[0](X)))), ModelError, RuntimeError,
+        ("NaturalGradient.step", "no forward and backward pass", "the model's parts", "the very module"),
+    ),
+    "forward itself": (
+        lambda: without_forward(mlp(), lambda m: m.forward(X)), ModelError, RuntimeError, ("no forward and backward",),
+    ),
+    "paused": (paused_step, ModelError, RuntimeError, ("paused()",)),
+    "closed": (lambda: closed(mlp()), ModelError, RuntimeError, ("a closed optimizer", "a new NaturalGradient")),
+    "used later": (used_later, ModelError, RuntimeError, ("did not depend on in the first batch", "extra.weight")),
+    "frozen between": (different_parameters, ModelError, RuntimeError, ("different trainable parameters",)),
+    "reentrant checkpointing": (
+        fit(wrapped(reentrant).train(), cross_entropy), ModelError, RuntimeError,
+        ("'body.0.weight' not used", "use_reentrant=False"),
+    ),
+    "nan": (
+        fit(mlp(), lambda z: F.cross_entropy(z * float("nan"), Y)), NonFiniteError, ArithmeticError, ("NaN",),
+    ),
+    "singular": (
+        fit(mlp(), cross_entropy, kind="ef", gram_damping=0.0, params=["2.bias"]), SingularMatrixError, ArithmeticError,
+        ("gram_damping=0.0", "a larger gram_damping"),
+    ),
+    "scalar outputs": (
+        fit(wrapped(lambda m, x: F.cross_entropy(m.body(x), Y[: len(x)])), lambda z: z), ModelError, RuntimeError,
+        ("outputs of shape []", "Examples lie along axis 0"),
+    ),
+    "tuple outputs": (
+        fit(wrapped(lambda m, x: (m.body(x), x)), cross_entropy), ModelError, RuntimeError, ("a tuple", ".logits"),
+    ),
+    "examples that interact": (
+        fit(wrapped(lambda m, x: m.body(x - x.mean(0))), cross_entropy), ModelError, RuntimeError, ("influence each",),
+    ),
+    "two dtypes": (
+        fit(wrapped(lambda m, x: m.body[2](torch.tanh(m.body[0](x.float())).double()),
+                    nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).apply(
+            lambda m: m.float() if isinstance(m, nn.Linear) and m.in_features == 4 else m), cross_entropy),
+        ModelError, RuntimeError, ("one dtype",),
+    ),
+    "no tensors": (without_tensors, DataError, ValueError, ("axis 0",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ids(TRAINING))
+def test_training__refuses_what_would_be_wrong(name: str) -> None:
+    check(Case(*TRAINING[name]))
+
+
+def test_step__in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would make an update of its own examples, and the replicas would drift apart."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ModelError, match=r"NaturalGradient.step: got 2 processes"):
+        fit(mlp(), cross_entropy)()
+
+
+@pytest.mark.parametrize("cls", [Natural, Beside], ids=["NaturalGradient", "Preconditioner"])
+def test_copies__of_an_optimizer_are_refused(cls: Any) -> None:
+    import copy
+    import pickle
+
+    optimizer = cls(mlp(), lr=0.1, damping=1.0)
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ModelError, match=f"a copy or pickle of {cls.__name__}.*load_state_dict"):
+            duplicate(optimizer)
+
+
+def test_class_weights__are_accepted_for_one_label_an_example_and_refused_for_sequences() -> None:
+    weight = torch.tensor([0.5, 2.0, 1.0]).double()
+    fit(mlp(), lambda z: F.cross_entropy(z, Y, weight=weight))()
+    tokens = wrapped(lambda m, x: m.body(x.unsqueeze(1).expand(-1, 3, -1)))
+    labels = torch.stack([Y, Y.flip(0), Y], 1)
+    fit(tokens, lambda z: F.cross_entropy(z.flatten(0, 1), labels.flatten()))()
+    with pytest.raises(ModelError, match="no positive multiple"):
+        fit(tokens, lambda z: F.cross_entropy(z.flatten(0, 1), labels.flatten(), weight=weight))()
+
+
+def test_step__without_gradients_does_nothing() -> None:
+    model = mlp()
+    before = flat(model)
+    natural(model, weight_decay=0.1).step()
+    fk.optim.Preconditioner(model, damping=1.0).step()
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("structure", ["full", "block"])
+def test_step__refused_for_too_little_damping_can_be_tried_again(structure: str) -> None:
+    found = []
+    for first in (0.0, 0.1):
+        model = mlp()
+        optimizer = natural(model, kind="ef", gram_damping=first, structure=structure, params=["2.bias"])
+        F.cross_entropy(model(X), Y).backward()
+        if not first:
+            with pytest.raises(SingularMatrixError):
+                optimizer.step()
+            optimizer.param_groups[0]["gram_damping"] = 0.1
+        optimizer.step()
+        found.append(flat(model))
+    assert torch.equal(found[0], found[1])
+
+
+def test_step__refused_for_infinite_gradients_changes_nothing() -> None:
+    model = mlp()
+    optimizer, before = natural(model, momentum=0.9, weight_decay=0.1), flat(model)
+    (F.cross_entropy(model(X), Y) * float("inf")).backward()
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+    assert not optimizer.state
+    optimizer.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()

@@ -1,0 +1,183 @@
+"""Training that is stopped and goes on from a file takes the same steps, to the last bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.errors import InvalidArgumentError
+from tests.bad_input import X, Y, mlp, normal
+from tests.optim_loops import flat
+
+STEPS, CUT = 7, 4
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ief-gram": {"gram_damping": 1e-2},
+    "ef-block": {"kind": "ef", "gram_damping": 1e-2, "structure": "block"},
+    "truncated": {"kind": "truncated", "rank": 2, "damping": 1e-2},
+    "sf": {"kind": "sf", "draws": 2, "damping": 1e-2},
+    "exact": {"kind": "exact", "damping": 1e-2},
+    "relative": {"kind": "exact", "damping": fk.RelativeDamping(0.1)},
+    "momentum": {"gram_damping": 1e-2, "momentum": 0.9, "weight_decay": 0.01},
+    "normalized": {"gram_damping": 1e-2, "normalize_update": True, "trust_region": 1e-3},
+    "diagonal": {"damping": 1e-2, "structure": "diagonal", "ema": 0.9},
+    "kfac": {"damping": 1e-2, "structure": "kfac", "ema": 0.9},
+    "kfac-every": {"damping": 1e-2, "structure": "kfac", "ema": 0.9, "update_every": 3},
+    "kfac-refresh": {"damping": 1e-2, "structure": "kfac", "ema": 0.9, "refresh_every": 3},
+    "kfac-gram-sum": {"gram_damping": 1e-2, "structure": "kfac", "update_every": 3, "reduction": "sum"},
+    "ekfac": {"damping": 1e-2, "structure": "ekfac", "ema": 0.9, "refresh_every": 2, "momentum": 0.5},
+    "ekfac-sf": {"kind": "sf", "damping": 1e-2, "structure": "ekfac", "ema": 0.9, "update_every": 3},
+}
+each = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+
+
+def through_file(state: Any) -> Any:
+    """As a checkpoint that runs no code when it is read."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    size = 6 - step % 2
+    return normal(size, 4, seed=step), Y[:size]
+
+
+def model_with_norm() -> nn.Module:
+    return mlp(nn.LayerNorm(5).double())
+
+
+class Run:
+    """A model with its optimizer, its schedule, and a preconditioner in front if asked for."""
+
+    def __init__(self, setting: dict[str, Any], beside: bool) -> None:
+        self.model = model_with_norm()
+        own = {k: v for k, v in setting.items() if k not in ("momentum", "weight_decay", "normalize_update")}
+        self.reduction = setting.get("reduction", "mean")
+        self.preconditioner = fk.optim.Preconditioner(self.model, **({"structure": "full"} | own)) if beside else None
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam(self.model.parameters(), lr=0.01)
+            if beside
+            else fk.optim.NaturalGradient(self.model, 0.1, **setting)
+        )
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.5)
+
+    def steps(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            x, y = batch(step)
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.model(x), y, reduction=self.reduction).backward()
+            if self.preconditioner is not None:
+                self.preconditioner.step()
+            self.optimizer.step()
+            self.scheduler.step()
+
+    def parts(self) -> dict[str, Any]:
+        return {name: part for name, part in vars(self).items() if name != "reduction" and part is not None}
+
+    def state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts().items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+
+
+@each
+@pytest.mark.parametrize("beside", [False, True], ids=["natural", "preconditioner"])
+@pytest.mark.parametrize("cut", [0, CUT, CUT + 1])
+def test_resume__goes_on_bit_for_bit(setting: dict[str, Any], beside: bool, cut: int) -> None:
+    straight, stopped, resumed = Run(setting, beside), Run(setting, beside), Run(setting, beside)
+    straight.steps(0, STEPS)
+    stopped.steps(0, cut)
+    resumed.load(through_file(stopped.state()))
+    resumed.steps(cut, STEPS)
+    assert torch.equal(flat(resumed.model), flat(straight.model))
+
+
+@each
+def test_load__does_not_share_memory_with_the_state(setting: dict[str, Any]) -> None:
+    run, other = Run(setting, False), Run(setting, False)
+    run.steps(0, 2)
+    state = run.state()
+    other.load(copy.deepcopy(state))
+    kept = copy.deepcopy(state["optimizer"])
+    other.steps(2, STEPS)
+    assert str(state["optimizer"]) == str(kept)
+
+
+def test_state__says_which_damping_was_chosen() -> None:
+    for name, chosen, other in (("ief-gram", "gram_damping", "damping"), ("exact", "damping", "gram_damping")):
+        group = Run(SETTINGS[name], False).optimizer.state_dict()["param_groups"][0]
+        assert group[chosen] == 1e-2
+        assert group[other] is None
+
+
+@pytest.mark.parametrize(
+    ("own", "loaded", "says"),
+    [
+        ("ief-gram", "exact", "kind"),
+        ("ief-gram", "ef-block", "kind"),
+        ("kfac", "diagonal", "structure"),
+        ("kfac", "kfac-gram-sum", "gram"),
+        ("sf", "ekfac-sf", "options"),
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True], ids=["natural", "preconditioner"])
+def test_load__of_another_kind_structure_or_damping_is_refused(own: str, loaded: str, says: str, beside: bool) -> None:
+    target, source = Run(SETTINGS[own], beside), Run(SETTINGS[loaded], beside)
+    part = "preconditioner" if beside else "optimizer"
+    with pytest.raises(InvalidArgumentError, match=f"a state with {says} = "):
+        getattr(target, part).load_state_dict(getattr(source, part).state_dict())
+
+
+def test_load__of_another_optimizers_state_is_refused() -> None:
+    model = mlp()
+    natural, preconditioner = (
+        fk.optim.NaturalGradient(model, 0.1, damping=1e-2),
+        fk.optim.Preconditioner(model, damping=1e-2),
+    )
+    adam = torch.optim.Adam(model.parameters()).state_dict()
+    with pytest.raises(InvalidArgumentError, match=r"NaturalGradient.load_state_dict.*with 'curvature'"):
+        natural.load_state_dict(adam)
+    with pytest.raises(InvalidArgumentError, match=r"Preconditioner.load_state_dict.*without"):
+        preconditioner.load_state_dict(adam)
+
+
+def test_load__with_other_groups_leaves_the_running_averages() -> None:
+    model = mlp()
+    split = [{"params": [p]} for p in model.parameters()]
+    optimizer = fk.optim.NaturalGradient(model, 0.1, damping=1e-2, structure="kfac", params=split)
+    nn.functional.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    other = fk.optim.NaturalGradient(mlp(), 0.1, damping=1e-2, structure="kfac")
+    before = str(optimizer.state_dict()["curvature"])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(other.state_dict())
+    assert str(optimizer.state_dict()["curvature"]) == before
+
+
+def test_names__with_any_characters_survive() -> None:
+    runs = []
+    for _ in range(2):
+        model = nn.Sequential()
+        for name, part in zip(("a+b", "/", "c+"), mlp(), strict=True):
+            model.add_module(name, part)
+        runs.append((model, fk.optim.NaturalGradient(model, 0.1, damping=1e-2, structure="kfac", update_every=2)))
+    for model, optimizer in runs[:1]:
+        nn.functional.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+    runs[1][0].load_state_dict(runs[0][0].state_dict())
+    runs[1][1].load_state_dict(through_file(runs[0][1].state_dict()))
+    for model, optimizer in runs:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+    assert torch.equal(flat(runs[0][0]), flat(runs[1][0]))

@@ -1,0 +1,188 @@
+"""The optimizers under other people's loops: transformers' Trainer, Accelerate, and closures as in Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fisherkit as fk
+from fisherkit.errors import ModelError
+from tests.bad_input import X, Y, mlp
+from tests.optim_cases import close
+from tests.optim_loops import flat, natural
+
+SIZES = {"vocab_size": 9, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 4, "intermediate_size": 6}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """The library keeps its state in the process."""
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES, num_labels=3, max_position_embeddings=6)
+    return transformers.BertForSequenceClassification(config)
+
+
+def gpt2(dropout: float = 0.0) -> Any:
+    torch.manual_seed(0)
+    rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=9, n_positions=6, n_embd=4, n_layer=1, n_head=2, n_inner=6, **rates)
+    )
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, num_key_value_heads=1, max_position_embeddings=6)
+    )
+
+
+def examples(causal: bool, number: int = 10) -> list[dict[str, Any]]:
+    tokens = torch.randint(1, 9, (number, 5), generator=torch.Generator().manual_seed(1))
+    return [
+        {"input_ids": own, "attention_mask": torch.ones(5).long(), "labels": own if causal else int(own.sum()) % 3}
+        for own in tokens
+    ]
+
+
+def run(
+    model: Any, optimizer: Any, data: list[dict[str, Any]], folder: Path, batch: int = 2, accumulate: int = 2,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """Two epochs of the Trainer, with evaluation in between; the parameters at the end."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        num_train_epochs=2, max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        logging_strategy="no", lr_scheduler_type="constant", **({"eval_strategy": "steps", "eval_steps": 1} | options),
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data[:3], optimizers=(optimizer, None)
+    )
+    trainer.train()
+    return flat(model)
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, llama])
+@pytest.mark.parametrize(
+    "setting", [{"kind": "ief", "gram_damping": 1e-2}, {"kind": "ief", "damping": 1e-1, "structure": "kfac"}],
+    ids=["ief-gram", "ief-kfac"],
+)  # fmt: skip
+def test_trainer__trains_with_accumulation_evaluation_and_dropout(
+    make: Callable[[], Any], setting: dict[str, Any], tmp_path: Path
+) -> None:
+    model, data = make(), examples(causal=make is not bert)
+    before = flat(model)
+    after = run(model, fk.optim.NaturalGradient(model, 1e-2, **setting), data, tmp_path)
+    assert bool(torch.isfinite(after).all())
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_trainer__accumulation_does_not_change_the_steps(make: Callable[[], Any], tmp_path: Path) -> None:
+    """Ten examples in batches of four: the last is partial. No dropout, whose masks depend on the cuts."""
+    found = []
+    for batch, accumulate in ((4, 1), (2, 2)):
+        model, data = make().double(), examples(causal=make is llama)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.config._attn_implementation = "eager"
+        found.append(run(model, natural(model, 1e-2), data, tmp_path, batch, accumulate))
+    close(found[1], found[0], 1e-4)
+
+
+def test_trainer__a_tied_head_beside_dropout_is_refused_by_name(tmp_path: Path) -> None:
+    model = gpt2(dropout=0.1)
+    with pytest.raises(ModelError, match=r"active dropout.*wte.weight.*dropout of 0"):
+        run(model, natural(model), examples(causal=True), tmp_path)
+
+
+def test_trainer__label_smoothing_is_refused(tmp_path: Path) -> None:
+    model = bert()
+    with pytest.raises(ModelError, match="without label smoothing"):
+        run(model, natural(model), examples(causal=False), tmp_path, label_smoothing_factor=0.1)
+
+
+def test_trainer__resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    data, found = examples(causal=False), []
+    for resume in (False, True):
+        model = bert()
+        optimizer = natural(model, 1e-2, momentum=0.9)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=6, use_cpu=True, report_to=[],
+            disable_tqdm=True, logging_strategy="no", save_strategy="steps", save_steps=4, max_grad_norm=0.0,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4") if resume else None)
+        found.append(flat(model))
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate__loops_with_accumulation(precision: str) -> None:
+    """`prepare` puts the optimizer's state through load_state_dict and wraps the model's forward."""
+    model = mlp().float()
+    optimizer: Any = natural(model, 0.1)
+    start = flat(model)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
+    loader: Any = DataLoader(TensorDataset(X.float(), Y), batch_size=3)
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for x, y in loader:
+        with accelerator.accumulate(prepared):
+            accelerator.backward(F.cross_entropy(prepared(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    twin = mlp().float()
+    plain = natural(twin, 0.1)
+    F.cross_entropy(twin(X.float()), Y).backward()
+    plain.step()
+    close(flat(model) - start, flat(twin) - start, 1e-4 if precision == "no" else 0.05)
+
+
+def test_lightning__style_closures_with_hooks_between() -> None:
+    """The optimizer is handed a closure that does forward, zero_grad and backward; validation runs in between."""
+    model = mlp(nn.Dropout(0.0)).train()
+    optimizer = natural(model, 0.1)
+
+    def training_step() -> Tensor:
+        return F.cross_entropy(model(X), Y)
+
+    def closure() -> Tensor:
+        loss = training_step()
+        optimizer.zero_grad()
+        loss.backward()
+        return loss
+
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    losses = []
+    for _ in range(3):
+        with torch.no_grad():
+            model.eval()
+            losses.append(training_step().item())
+            model.train()
+        optimizer.step(closure=closure)
+        scheduler.step()
+    twin = mlp(nn.Dropout(0.0)).train()
+    plain = natural(twin, 0.1)
+    for step in range(3):
+        plain.param_groups[0]["lr"] = 0.1 * 0.9**step
+        plain.zero_grad()
+        F.cross_entropy(twin(X), Y).backward()
+        plain.step()
+    close(flat(model), flat(twin))
+    assert losses == sorted(losses, reverse=True)
