@@ -2,8 +2,8 @@
 
 Rules are verified on two examples (`rows.plan`), which costs a few passes over the weights. What they say holds for a
 model and not for its parameters' values, so it is used again while nothing else about the model has changed: its
-modules, their plain attributes, hooks and modes, its parameters' identities and shapes, and the form of a batch. Only
-findings are kept here, no tensor and no model.
+modules, their plain attributes, hooks and modes, its parameters' identities and shapes, the form of a batch, and the
+layer rules that there are. Only findings are kept here, no tensor and no model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fisherkit.data import Batch
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.plan import Plan, differentiable, make_plan, two_of
 from fisherkit.rows.record import refuse_train_mode
+from fisherkit.rows.rules import RULES
 from fisherkit.rows.units import Unit
 from fisherkit.space import ParameterSpace
 
@@ -89,7 +90,8 @@ def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
     parameters = tuple((name, id(p), tuple(p.shape)) for name, p in model.named_parameters())
     modules = tuple((name, *_described(module)) for name, module in model.named_modules())
     inputs = tuple(_form(batch.args)), tuple(_form(batch.kwargs)), tuple(batch.axes.items())
-    return space.names, space.shapes, parameters, modules, inputs
+    rules = tuple((id(function), id(rule)) for function, rule in RULES.items())  # users add their own
+    return space.names, space.shapes, parameters, modules, inputs, rules
 
 
 def _described(module: nn.Module) -> Iterator[Hashable]:
