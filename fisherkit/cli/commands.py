@@ -39,6 +39,12 @@ Examples:
   fisherkit demo --out my-demo --seed 1
   fisherkit demo --epochs 5 --examples 64 --batches 1    (a quick look)
 """
+_QUALITY_EXAMPLES = """\b
+Examples:
+  fisherkit quality                                      (on the demo's network)
+  fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality
+  fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10
+"""
 
 
 @app.callback(invoke_without_command=True)
@@ -86,6 +92,67 @@ def demo(
         from fisherkit.cli.digits import Settings, run
 
         run(Settings(out, seed, epochs, examples, batches, repeats, threads))
+
+
+@app.command(epilog=_QUALITY_EXAMPLES, short_help="How good each kind's update is on a model of yours.")
+def quality(
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SPEC]", help='"package.module:function" that returns (model, data); none: the demo\'s.'
+        ),
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(metavar="LIST", help="sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.")
+    ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact",
+    structures: Annotated[str, typer.Option(metavar="LIST", help="Of full, block, diagonal, kfac, ekfac.")] = "full",
+    dampings: Annotated[str, typer.Option(metavar="LIST", help="λ > 0.")] = "1e-7,1e-5,1e-3,1e-1",
+    likelihood: Annotated[
+        str, typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli.")
+    ] = "categorical",
+    example: Annotated[str, typer.Option(metavar="NAME", help="sequence or token.")] = "sequence",
+    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are averaged over.")] = 1,
+    drop_duplicates: Annotated[
+        float | None,
+        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates; none unless asked for."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of sampled labels.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.")
+    ] = None,
+) -> None:
+    """Compare every kind's preconditioned update with the natural gradient, by γ of Wu and others (NeurIPS 2024).
+
+    The model is any module in eval mode, the data one batch or a list or DataLoader of batches. Prints a table.
+    """
+    with _readable_errors():
+        if out is not None or spec is None:
+            needed = {"matplotlib": "matplotlib"} if out is not None else {}
+            _require("demo", needed | ({"sklearn": "scikit-learn"} if spec is None else {}))
+        from fisherkit.cli.quality import QualitySettings, run
+
+        numbers = _numbers(dampings)
+        run(
+            QualitySettings(
+                spec, out, batches, _names(kinds), _names(structures), numbers, likelihood, example, drop_duplicates,
+                seed,
+            )
+        )  # fmt: skip
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """The numbers between commas."""
+    try:
+        return tuple(float(word) for word in _names(text))
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers such as 1e-7,1e-3", param_hint="--dampings"
+        ) from error
 
 
 @contextmanager

@@ -1,9 +1,22 @@
 """How good a preconditioned update is, judged by the exact Fisher.
 
-Takes built operators and plain vectors; knows neither kinds nor structures, and no other application.
+γ takes built operators and plain vectors; `compare` builds every kind on a batch. Knows no other application.
 """
 
+from fisherkit.evaluation.compare import compare
 from fisherkit.evaluation.gradient import loss_gradient
+from fisherkit.evaluation.plots import plot_checkpoints, plot_damping
 from fisherkit.evaluation.quality import approximation_quality, quality_floor
+from fisherkit.evaluation.table import QualityRow, QualityTable, average
 
-__all__ = ["approximation_quality", "loss_gradient", "quality_floor"]
+__all__ = [
+    "QualityRow",
+    "QualityTable",
+    "approximation_quality",
+    "average",
+    "compare",
+    "loss_gradient",
+    "plot_checkpoints",
+    "plot_damping",
+    "quality_floor",
+]

@@ -1,0 +1,176 @@
+"""``fisherkit quality``: γ of every kind on a user's own model, or on the demo's network.
+
+Owns how the model is found, what is printed and which files are written; the numbers are `fisherkit.evaluation`'s.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+
+from fisherkit._version import __version__
+from fisherkit.cli.text import number, progress, table
+from fisherkit.data import Source
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.evaluation import QualityTable, compare
+from fisherkit.evaluation.plots import plot_damping
+from fisherkit.evaluation.table import average, replace_text
+
+CALL = "fisherkit quality SPEC"
+EPOCHS, BATCH = 10, 160
+"""Of the demo's network, where no SPEC is given; 160 is the paper's batch."""
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """The command's options.
+
+    Args:
+        spec: "package.module:function", or None for the demo's network.
+        out: folder of the files; None to write none.
+        batches: how many are compared and averaged.
+        kinds: as in `compare`, like all that follow.
+        structures: of the Fishers.
+        dampings: λ.
+        likelihood: by name.
+        example: "sequence" or "token".
+        drop_duplicates: a cosine, or None.
+        seed: of sampled labels, and of the demo's network.
+    """
+
+    spec: str | None
+    out: Path | None
+    batches: int
+    kinds: tuple[str, ...]
+    structures: tuple[str, ...]
+    dampings: tuple[float, ...]
+    likelihood: str
+    example: str
+    drop_duplicates: float | None
+    seed: int
+
+
+def run(settings: QualitySettings) -> None:
+    """Compare, print, write; the folder is made first, so that a wrong path fails before the work."""
+    if settings.out is not None:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    model, batches = _digits(settings) if settings.spec is None else _load(settings.spec, settings.batches)
+    tables = [
+        compare(
+            model, batch, kinds=settings.kinds, structures=settings.structures, gram_dampings=settings.dampings,
+            likelihood=settings.likelihood, example=settings.example, drop_duplicates=settings.drop_duplicates,
+            seed=settings.seed + i,
+        )
+        for i, batch in enumerate(progress(batches))
+    ]  # fmt: skip
+    typer.echo(report(tables))
+    if settings.out is not None:
+        typer.echo(f"\nWrote {', '.join(str(path) for path in _write(settings, tables, settings.out))}.")
+
+
+def report(tables: Sequence[QualityTable]) -> str:
+    """The mean over batches as a table for the terminal."""
+    examples, dropped = sum(t.examples for t in tables), sum(t.dropped for t in tables)
+    count = "1 batch" if len(tables) == 1 else f"{len(tables)} batches"
+    title = f"γ/γ_SGD, mean of {count}, {examples:,} examples. Lower is better; 1 is the gradient itself."
+    if dropped:
+        title += f"\n{dropped:,} near-duplicates left out of the updates."
+    rows = []
+    for i, ((kind, structure, damping), (mean, deviation)) in enumerate(average(tables).items()):
+        norm = sum(t.rows[i].update_norm for t in tables) / len(tables)
+        spread = f"{deviation:.3f}" if len(tables) > 1 else ""
+        cells = (
+            "" if damping is None else f"{damping:g}",
+            f"{mean:.3f}",
+            spread,
+            number(norm),
+            f"{tables[0].rows[i].rows:,}",
+        )
+        rows.append((kind, structure, *cells))
+    return f"{title}\n\n" + table(("kind", "structure", "damping", "γ/γ_SGD", "±", "‖Δ‖", "rows"), rows, left=2)
+
+
+def _write(settings: QualitySettings, tables: Sequence[QualityTable], folder: Path) -> list[Path]:
+    paths = [folder / name for name in ("quality.csv", "quality.json", "quality.png")]
+    lines = ["batch," + ",".join(asdict(tables[0].rows[0]))]
+    for i, found in enumerate(tables):
+        lines += [",".join("" if v is None else str(v) for v in (i, *asdict(row).values())) for row in found.rows]
+    replace_text(paths[0], "\n".join(lines) + "\n")
+    figures = {
+        "environment": {
+            "fisherkit": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "platform": platform.platform(terse=True), "threads": torch.get_num_threads(),
+        },
+        "settings": asdict(settings) | {"out": str(settings.out)},
+        "batches": [found.to_dict() for found in tables],
+    }  # fmt: skip
+    replace_text(paths[1], json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    if any(row.damping is not None for row in tables[0].rows):
+        plot_damping(tables, paths[2])
+        return paths
+    return paths[:2]
+
+
+def _digits(settings: QualitySettings) -> tuple[nn.Module, list[Any]]:
+    """The demo's network and random batches of its data, in float64."""
+    from fisherkit.cli.digits.training import Digits, train
+
+    generator = torch.Generator().manual_seed(settings.seed)
+    digits = Digits.load(generator)
+    typer.echo(f"No SPEC: training the demo's 64-64-32-10 network on scikit-learn's digits for {EPOCHS} epochs ...")
+    model = train(digits, epochs=EPOCHS, seed=settings.seed, generator=generator)[-1].network(torch.float64)
+    drawn = (digits.batch(BATCH, generator) for _ in range(settings.batches))
+    return model, [(x.double(), y) for x, y in drawn]
+
+
+def _load(spec: str, batches: int) -> tuple[nn.Module, list[Any]]:
+    """What the user's function returns, and its first batches."""
+    module, colon, name = spec.partition(":")
+    if not (module and colon and name):
+        raise InvalidArgumentError(
+            call=CALL, got=repr(spec), expected='"package.module:function"', try_="fisherkit quality mymodule:make"
+        )
+    function = getattr(_module(module), name, None)
+    if not callable(function):
+        raise InvalidArgumentError(
+            call=CALL, got=f"{spec!r}", expected=f"a function {name!r} in the module {module!r}",
+            why=f"the module has {'no such name' if function is None else f'a {type(function).__name__} there'}",
+        )  # fmt: skip
+    made = function()
+    if not (isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise InvalidTypeError(
+            call=CALL, got=f"a {type(made).__name__} from {spec}()", expected="a pair (model, data)",
+            try_="return model.eval(), [(inputs, targets), ...]",
+        )  # fmt: skip
+    model, data = made
+    return model, [batch.raw for batch in itertools.islice(Source(data), batches)]
+
+
+def _module(name: str) -> Any:
+    """A module by name, the current folder's own included."""
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A module that is there and cannot import something else says so itself.
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise
+        raise InvalidArgumentError(
+            call=CALL, got=f"{name!r}", expected="a module that can be imported",
+            why=f"there is no {error.name!r} in the current folder or among the installed packages",
+            try_="run the command in the folder that holds it",
+        ) from error  # fmt: skip

@@ -1,0 +1,155 @@
+"""The table that `compare` returns: rows, text, CSV. Owns how it looks, and computes nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fisherkit.errors import InvalidArgumentError
+from fisherkit.io import as_path, check_folder
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One update and how good it is.
+
+    Args:
+        kind: as it was asked for, "truncated:3" for example.
+        structure: of its Fisher; "none" for "sgd".
+        damping: λ, added to the Gram matrix ("full", "block") or to the Fisher (the others); None for "sgd".
+        gamma: γ (eq. 15), in the sum normalization.
+        relative_gamma: γ/γ_SGD; below 1 is better than the gradient.
+        update_norm: ‖Δ‖₂.
+        imbalance: standard deviation of the examples' ‖∇_θ ℓ_n‖ over their mean, a property of the batch. EF's
+            step along an example's gradient goes as 1/‖∇_θ ℓ_n‖: the larger this is, the more biased EF.
+        rows: R, rows of its Fisher; 0 for "sgd".
+        seconds: time that the updates of this kind and structure took, all dampings together, without what kinds share.
+    """
+
+    kind: str
+    structure: str
+    damping: float | None
+    gamma: float
+    relative_gamma: float
+    update_norm: float
+    imbalance: float
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QualityTable:
+    """How good every kind's update is on one batch.
+
+    Args:
+        rows: one for each kind, structure and damping.
+        examples: N.
+        dropped: examples that the updates left out as near-duplicates.
+        seconds: of the whole comparison.
+    """
+
+    rows: tuple[QualityRow, ...]
+    examples: int
+    dropped: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, ready for JSON."""
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> QualityTable:
+        """The inverse of `to_dict`."""
+        rows = tuple(QualityRow(**row) for row in found["rows"])
+        return cls(rows, found["examples"], found["dropped"], found["seconds"])
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows with a header line; a reader finds the old file or the whole new one.
+
+        Args:
+            path: an existing file is replaced.
+
+        Raises:
+            InvalidArgumentError: the folder does not exist, or the path is one.
+            InvalidTypeError: the path is none.
+        """
+        path = as_path(path, "QualityTable.to_csv(path)")
+        check_folder(path, "QualityTable.to_csv(path)")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [field.name for field in fields(QualityRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        replace_text(path, text.getvalue())
+
+    def __str__(self) -> str:
+        """Columns of equal width under a line about the batch."""
+        dropped = f", {self.dropped} of them left out of the updates as near-duplicates" if self.dropped else ""
+        header = ("kind", "structure", "damping", "γ", "γ/γ_SGD", "‖Δ‖", "rows", "ms")
+        cells = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+        lines = [
+            "  ".join(_aligned(cell, w, text=i < 2) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            for line in cells
+        ]
+        imbalance = f"gradient-norm imbalance {self.rows[0].imbalance:.3g}" if self.rows else "no rows"
+        return "\n".join([f"N = {self.examples} examples{dropped}; {imbalance}", "", *lines])
+
+
+Key = tuple[str, str, float | None]
+"""Kind, structure and damping."""
+
+
+def average(tables: Sequence[QualityTable]) -> dict[Key, tuple[float, float]]:
+    """γ/γ_SGD over several batches: the mean and the standard deviation, 0 for a single batch.
+
+    Args:
+        tables: of the same kinds, structures and dampings.
+
+    Raises:
+        InvalidArgumentError: no table, or tables of different updates.
+    """
+    keys = [[(row.kind, row.structure, row.damping) for row in table.rows] for table in tables]
+    if not tables or any(other != keys[0] for other in keys):
+        raise InvalidArgumentError(
+            call="average(tables)",
+            got="no table" if not tables else "tables of different kinds, structures or dampings",
+            expected="tables that compare() made with the same arguments on different batches",
+        )
+    found: dict[Key, tuple[float, float]] = {}
+    for key, rows in zip(keys[0], zip(*(table.rows for table in tables), strict=True), strict=True):
+        values = [row.relative_gamma for row in rows]
+        found[key] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return found
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file to a temporary name and put it in place.
+
+    Args:
+        path: an existing file is replaced.
+        text: in UTF-8.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _cells(row: QualityRow) -> tuple[str, ...]:
+    damping = "" if row.damping is None else f"{row.damping:g}"
+    numbers = (f"{value:.4g}" for value in (row.gamma, row.relative_gamma, row.update_norm))
+    return (row.kind, row.structure, damping, *numbers, f"{row.rows:,}", f"{1e3 * row.seconds:.3g}")
+
+
+def _aligned(cell: str, width: int, *, text: bool) -> str:
+    return cell.ljust(width) if text else cell.rjust(width)

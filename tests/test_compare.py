@@ -1,0 +1,383 @@
+"""`compare` against formulas on dense matrices and the paper's toy example, and what it promises of its data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.evaluation import QualityRow, QualityTable, compare, comparison
+from tests import snapshot
+from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
+from tests.reference import updates as reference
+
+F64 = torch.float64
+DAMPINGS = (1e-6, 1e-3, 1e-1)
+Batch = tuple[Tensor, Tensor]
+
+
+def network(classes: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, classes)).to(F64)
+
+
+def data(n: int = 12, classes: int = 3, seed: int = 1) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 5, generator=g, dtype=F64), torch.randint(classes, (n,), generator=g)
+
+
+def rows_of(table: QualityTable, kind: str, structure: str | None = None) -> list[QualityRow]:
+    return [r for r in table.rows if r.kind == kind and structure in {None, r.structure}]
+
+
+# -- values --------------------------------------------------------------------------------------------------
+
+
+def expected_updates(model: nn.Module, batch: Batch, kind: str, damping: float) -> Tensor:
+    losses, outputs, p = reference.per_example(model, *batch)
+    gradient = losses.sum(0)
+    squared = (p - torch.nn.functional.one_hot(batch[1], p.shape[1])).square().sum(1)
+    name, _, setting = kind.partition(":")
+    if name in {"ef", "ief"}:
+        power = 0.0 if name == "ef" else float(setting or 1)
+        return reference.empirical_update(losses, squared**power, damping)
+    if name == "truncated":
+        fisher = reference.truncated_fisher(outputs, p, batch[1], int(setting or 2))
+    elif name == "exact":
+        fisher = reference.exact_fisher(outputs, p)
+    else:
+        # Which labels are drawn is the seed's business; that the matrix is theirs is tested with the kind.
+        draws = int(setting or 1)
+        fisher = fk.SampledFisher(model, batch, draws=draws, seed=3, normalization="sum").to_dense()
+    return reference.damped_solve(fisher, gradient, damping)
+
+
+@pytest.mark.parametrize("kind", ["ef", "ief", "ief:0.5", "sf", "sf:2", "truncated", "truncated:1", "exact"])
+def test_compare__is_the_formulas(kind: str) -> None:
+    model, batch = network(), data()
+    losses, outputs, p = reference.per_example(model, *batch)
+    fisher, gradient = reference.exact_fisher(outputs, p), losses.sum(0)
+    table = compare(model, batch, kinds=(kind,), gram_dampings=DAMPINGS, seed=3)
+    assert [row.damping for row in table.rows] == list(DAMPINGS)
+    for row, damping in zip(table.rows, DAMPINGS, strict=True):
+        update = expected_updates(model, batch, kind, damping)
+        gamma = reference.quality(update, fisher, gradient)
+        assert row.gamma == pytest.approx(gamma, rel=1e-6)
+        assert row.relative_gamma == pytest.approx(gamma / reference.quality(gradient, fisher, gradient), rel=1e-6)
+        assert row.update_norm == pytest.approx(float(update.norm()), rel=1e-5)
+        norms = losses.norm(dim=1)
+        assert row.imbalance == pytest.approx(float(norms.std(correction=0) / norms.mean()))
+
+
+@pytest.mark.parametrize("kind", ["ef", "ief", "sf", "truncated:1", "exact"])
+def test_compare__in_blocks_is_the_formulas_module_by_module(kind: str) -> None:
+    model, batch = network(), data()
+    losses, outputs, p = reference.per_example(model, *batch)
+    parts = [slice(0, 24), slice(24, 39)]
+    pieces = []
+    for part in parts:
+        if kind in {"ef", "ief"}:
+            squared = (p - torch.nn.functional.one_hot(batch[1], 3)).square().sum(1)
+            right = squared if kind == "ief" else torch.ones_like(squared)
+            pieces.append(reference.empirical_update(losses[:, part], right, 1e-3))
+            continue
+        whole = (
+            fk.SampledFisher(model, batch, normalization="sum").to_dense()
+            if kind == "sf"
+            else reference.truncated_fisher(outputs, p, batch[1], 1 if kind == "truncated:1" else 2)
+        )
+        pieces.append(reference.damped_solve(whole[part, part], losses.sum(0)[part], 1e-3))
+    row = compare(model, batch, kinds=(kind,), structures=("block",), gram_dampings=(1e-3,)).rows[0]
+    gamma = reference.quality(torch.cat(pieces), reference.exact_fisher(outputs, p), losses.sum(0))
+    assert row.gamma == pytest.approx(gamma, rel=1e-7)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+def test_compare__solves_other_structures_by_their_own_fisher(structure: str) -> None:
+    model, batch = network(), data()
+    losses, outputs, p = reference.per_example(model, *batch)
+    fisher, gradient = reference.exact_fisher(outputs, p), losses.sum(0)
+    table = compare(model, batch, kinds=("sgd", "ief", "exact"), structures=(structure,), gram_dampings=(1e-2,))
+    for row, kind in zip(table.rows[1:], (fk.ImprovedEmpiricalFisher, fk.ExactFisher), strict=True):
+        own = kind(model, batch, structure=structure, normalization="sum")
+        gamma = reference.quality(own.solve(gradient, 1e-2), fisher, gradient)
+        assert row.gamma == pytest.approx(gamma, rel=1e-9)
+        assert row.structure == structure
+
+
+def test_compare__has_one_row_for_the_gradient_and_one_for_each_combination() -> None:
+    table = compare(network(), data(), structures=("full", "diagonal"), gram_dampings=(1e-3, 1e-1))
+    sgd, *others = table.rows
+    assert (sgd.kind, sgd.structure, sgd.damping, sgd.relative_gamma, sgd.rows) == ("sgd", "none", None, 1.0, 0)
+    assert [(r.kind, r.structure, r.damping) for r in others] == [
+        (kind, structure, damping)
+        for structure in ("full", "diagonal")
+        for kind in ("ef", "ief", "sf", "exact")
+        for damping in (1e-3, 1e-1)
+    ]
+    assert [r.rows for r in others[:8:2]] == [12, 12, 12, 24]
+    assert (table.examples, table.dropped) == (12, 0)
+
+
+def line(slope: float, intercept: float) -> tuple[nn.Module, Batch]:
+    """Figure 1 of the paper: f = θ₀ + θ₁x on (0, 0) and (1, 0)."""
+    model = nn.Linear(1, 1).to(F64)
+    with torch.no_grad():
+        model.weight.fill_(slope)
+        model.bias.fill_(intercept)
+    return model, (torch.tensor([[0.0], [1.0]], dtype=F64), torch.zeros(2, 1, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    ("theta", "natural", "empirical"), [((1.0, -0.9), 0.746, 3.77), ((0.5, 1.0), 0.981, 1.63)], ids=str
+)
+def test_compare__is_the_papers_on_its_toy_example(
+    theta: tuple[float, float], natural: float, empirical: float
+) -> None:
+    model, batch = line(slope=theta[1], intercept=theta[0])
+    table = compare(
+        model, batch, kinds=("ef", "ief", "truncated:1", "exact"), gram_dampings=(1e-9,), likelihood="gaussian"
+    )
+    ef, *others = [row.relative_gamma for row in table.rows]
+    assert ef == pytest.approx(empirical, abs=5e-3)
+    assert others == pytest.approx([natural] * 3, abs=5e-4)
+
+
+# -- theorems ------------------------------------------------------------------------------------------------
+
+
+def test_compare__exact_is_best_and_truncated_at_full_rank_is_exact() -> None:
+    table = compare(network(), data(), kinds=("ef", "ief", "sf", "truncated:2", "truncated:0.0", "exact"))
+    best = {row.damping: row for row in rows_of(table, "exact")}
+    assert all(row.gamma >= best[1e-7].gamma * (1 - 1e-9) for row in table.rows)
+    for kind in ("truncated:2", "truncated:0.0"):
+        for row in rows_of(table, kind):
+            assert row.gamma == pytest.approx(best[row.damping].gamma, rel=1e-9)
+
+
+class Scaled(fk.likelihoods.Gaussian):
+    """½ scale ‖z − y‖²: the same model and data with a loss of another unit."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        return self.scale * (z - target)
+
+    def hessian_factor(self, z: Tensor) -> Tensor:
+        return self.scale**0.5 * super().hessian_factor(z)
+
+    def hessian_columns(self, z: Tensor, index: Tensor) -> Tensor:
+        return self.scale**0.5 * super().hessian_columns(z, index)
+
+    def hessian_matmul(self, z: Tensor, w: Tensor) -> Tensor:
+        return self.scale * w
+
+    def hessian_diagonal(self, z: Tensor) -> Tensor:
+        return self.scale * torch.ones_like(z)
+
+    def hessian_inverse_form(self, z: Tensor, target: Tensor) -> Tensor:
+        return self.scale * (z - target).square().sum(-1)
+
+
+def test_compare__relative_gamma_does_not_depend_on_the_scale_of_the_loss() -> None:
+    model, (x, y) = network(), data()
+    batch = x, torch.nn.functional.one_hot(y, 3).double()
+    one, ten = (
+        compare(model, batch, kinds=("ef", "ief", "truncated:1", "exact"), gram_dampings=(1e-10,), likelihood=loss)
+        for loss in (Scaled(1.0), Scaled(10.0))
+    )
+    for a, b in zip(one.rows, ten.rows, strict=True):
+        assert a.relative_gamma == pytest.approx(b.relative_gamma, rel=1e-5)
+        assert a.gamma == pytest.approx(b.gamma * 10**0.5, rel=1e-5)
+
+
+def test_compare__small_damping_does_not_cancel_in_float32() -> None:
+    model, (x, y) = network(), data(40)
+    wide = compare(model, (x, y), kinds=("ief", "truncated:1", "exact"), gram_dampings=(1e-7, 1e-3))
+    narrow = compare(model.float(), (x.float(), y), kinds=("ief", "truncated:1", "exact"), gram_dampings=(1e-7, 1e-3))
+    for a, b in zip(wide.rows, narrow.rows, strict=True):
+        assert a.gamma == pytest.approx(b.gamma, rel=1e-3)
+
+
+def test_compare__streams_the_exact_fisher_where_outputs_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = network(classes=6), data(classes=6)
+    options: dict[str, Any] = {"kinds": ("ef", "truncated:1", "exact"), "structures": ("full", "block")}
+    by_rows = compare(model, batch, **options, gram_dampings=(1e-2,))
+    monkeypatch.setattr(comparison, "FEW_OUTPUTS", 0)
+    streamed = compare(model, batch, **options, gram_dampings=(1e-2,))
+    for a, b in zip(by_rows.rows, streamed.rows, strict=True):
+        assert a.gamma == pytest.approx(b.gamma, rel=1e-7)
+
+
+# -- data ----------------------------------------------------------------------------------------------------
+
+
+def test_compare__near_duplicates_change_gamma_and_are_dropped_only_when_asked() -> None:
+    # Nearly the same inputs with the other label: no step along them can lower both losses.
+    model, (x, y) = network(classes=2), data(classes=2)
+    generator = torch.Generator().manual_seed(2)
+    close = x[:4] + 1e-3 * torch.randn(4, 5, generator=generator, dtype=F64)
+    batch = torch.cat([x, close]), torch.cat([y, 1 - y[:4]])
+    options: dict[str, Any] = {"kinds": ("sgd", "ef", "ief", "exact"), "gram_dampings": (1e-7,)}
+    kept, dropped = compare(model, batch, **options), compare(model, batch, **options, drop_duplicates=0.9999)
+    assert (kept.dropped, dropped.dropped) == (0, 4)
+    assert kept.examples == dropped.examples == 16
+    a, b = rows_of(kept, "ef")[0], rows_of(dropped, "ef")[0]
+    assert abs(math.log2(a.relative_gamma / b.relative_gamma)) > 1
+    assert (a.rows, b.rows) == (16, 12)
+    assert rows_of(kept, "ief")[0].gamma != pytest.approx(rows_of(dropped, "ief")[0].gamma, rel=0.1)
+    for kind in ("sgd", "exact"):
+        assert rows_of(kept, kind)[0].gamma == rows_of(dropped, kind)[0].gamma
+    assert "4 of them left out" in str(dropped)
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "kfac"])
+def test_compare__dropped_examples_are_as_if_the_updates_had_not_seen_them(structure: str) -> None:
+    model, (x, y) = network(), data()
+    batch = torch.cat([x, x[:3]]), torch.cat([y, y[:3]])
+    table = compare(model, batch, kinds=("ef", "ief", "truncated:1"), structures=(structure,), drop_duplicates=0.99999)
+    without = compare(model, (x, y), kinds=("ef", "ief", "truncated:1"), structures=(structure,))
+    assert table.dropped == 3
+    for a, b in zip(table.rows, without.rows, strict=True):
+        assert a.update_norm == pytest.approx(b.update_norm, rel=1e-6)
+
+
+def test_compare__ignored_labels_do_not_count() -> None:
+    model, (x, y) = network(), data()
+    masked = torch.cat([x, x[:2] * 3]), torch.cat([y, torch.full((2,), -100)])
+    kinds = ("ef", "ief", "sf", "truncated:1", "truncated:0.3", "exact")
+    a, b = compare(model, masked, kinds=kinds), compare(model, (x, y), kinds=kinds)
+    assert a.examples == b.examples == 12
+    assert [row.gamma for row in a.rows] == pytest.approx([row.gamma for row in b.rows])
+
+
+class PerPosition(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_compare__tokens_are_examples_of_their_own() -> None:
+    x, y = data(12)
+    model = PerPosition()
+    kinds = ("ef", "ief", "truncated:1", "exact")
+    flat = compare(model, (x, y), kinds=kinds)
+    token = compare(model, (x.reshape(4, 3, 5), y.reshape(4, 3)), kinds=kinds, example="token")
+    sequence = compare(model, (x.reshape(4, 3, 5), y.reshape(4, 3)), kinds=kinds)
+    assert (token.examples, sequence.examples) == (12, 4)
+    assert [row.gamma for row in token.rows] == pytest.approx([row.gamma for row in flat.rows])
+    # Rows are sums over positions for EF and iEF; the exact Fisher is the same.
+    assert rows_of(sequence, "exact")[0].gamma == pytest.approx(rows_of(flat, "exact")[0].gamma)
+    assert rows_of(sequence, "ef")[0].rows == 4
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_compare__leaves_the_model_as_it_was() -> None:
+    model, batch = network(), data()
+    with snapshot.untouched(model, batch):
+        compare(model, batch, structures=("full", "block", "kfac"), drop_duplicates=0.99)
+
+
+def test_compare__of_some_parameters() -> None:
+    model, batch = network(), data()
+    table = compare(model, batch, params=["2.weight", "2.bias"], kinds=("exact",), gram_dampings=(1e-8,))
+    exact = fk.ExactFisher(model, batch, params=["2.weight", "2.bias"], normalization="sum")
+    gradient = fk.evaluation.loss_gradient(model, batch, params=["2.weight", "2.bias"], normalization="sum")
+    floor = fk.evaluation.quality_floor(exact, gradient, 1e-8)
+    assert table.rows[0].gamma == pytest.approx(float(floor), rel=1e-6)
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+def test_table__as_text_dict_and_csv(tmp_path: Path) -> None:
+    table = compare(network(), data(), kinds=("sgd", "truncated:1"), gram_dampings=(1e-3,))
+    text = str(table)
+    assert text.splitlines()[0].startswith("N = 12 examples; gradient-norm imbalance ")
+    assert "γ/γ_SGD" in text
+    assert re.search(r"truncated:1 +full +0\.001 ", text)
+    assert QualityTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    table.to_csv(tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
+        sgd, other = csv.DictReader(file)
+    assert (sgd["kind"], sgd["damping"]) == ("sgd", "")
+    assert (other["kind"], float(other["gamma"])) == ("truncated:1", table.rows[1].gamma)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_to_csv__says_when_it_cannot_write(tmp_path: Path) -> None:
+    table = compare(network(), data(), kinds=("sgd",))
+    with pytest.raises(fk.InvalidArgumentError, match="a folder that does not exist"):
+        table.to_csv(tmp_path / "none" / "table.csv")
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kinds": ("newton",)}, fk.InvalidArgumentError, "here is no kind 'newton'"),
+        ({"kinds": ("ef:2",)}, fk.InvalidArgumentError, "'ef' has no setting"),
+        ({"kinds": ("sf:0",)}, fk.InvalidArgumentError, "1 draw or more"),
+        ({"kinds": ("truncated:0",)}, fk.InvalidArgumentError, "rank is 1 or more"),
+        ({"kinds": ("truncated:1.5",)}, fk.InvalidArgumentError, "between 0 and 1"),
+        ({"kinds": ("truncated:",)}, fk.InvalidArgumentError, "got kind 'truncated:'"),
+        ({"kinds": ("ief:2",)}, fk.InvalidArgumentError, "power lies between 0 and 1"),
+        ({"kinds": "ef"}, fk.InvalidTypeError, 'kinds=("...",)'),
+        ({"kinds": ()}, fk.InvalidArgumentError, "got no kinds"),
+        ({"kinds": (1,)}, fk.InvalidTypeError, "a kind of type int"),
+        ({"structures": ("dense",)}, fk.InvalidArgumentError, "structure 'dense'"),
+        ({"gram_dampings": (0.0,)}, fk.InvalidArgumentError, "gram damping 0.0"),
+        ({"gram_dampings": (math.inf,)}, fk.InvalidArgumentError, "gram damping inf"),
+        ({"gram_dampings": ("1",)}, fk.InvalidTypeError, "a damping of type str"),
+        ({"gram_dampings": 1e-3}, fk.InvalidTypeError, "gram_dampings of type float"),
+        ({"gram_dampings": ()}, fk.InvalidArgumentError, "no gram_dampings"),
+        ({"drop_duplicates": 1.0}, fk.InvalidArgumentError, "a cosine between 0 and 1"),
+        ({"drop_duplicates": "yes"}, fk.InvalidTypeError, "drop_duplicates of type str"),
+        ({"draws": 0}, fk.InvalidArgumentError, "draws=0"),
+        ({"seed": 0.5}, fk.InvalidTypeError, "seed of type float"),
+        ({"likelihood": "poisson"}, fk.InvalidArgumentError, "poisson"),
+        ({"example": "word"}, fk.InvalidArgumentError, "example='word'"),
+    ],
+    ids=str,
+)
+def test_compare__refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        compare(network(), data(), **options)
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_compare__refuses_other_models_and_batches() -> None:
+    model, (x, y) = network(), data()
+    stranger: Any = model.forward
+    with pytest.raises(fk.InvalidTypeError, match="as model"):
+        compare(stranger, (x, y))
+    with pytest.raises(fk.InvalidTypeError, match="a batch of type"):
+        compare(model, x)
+    with pytest.raises(fk.DataError, match="no targets"):
+        compare(model, (x, None))
+    with pytest.raises(fk.ModelError):
+        compare(nn.Sequential(model, nn.Dropout(0.5)), (x, y))
+    with pytest.raises(fk.DataError, match="no example with a label"):
+        compare(model, (x, torch.full_like(y, -100)))
+
+
+def test_compare__refuses_duplicate_tokens_in_structures_built_from_data() -> None:
+    x, y = data(12)
+    batch = x.reshape(4, 3, 5), y.reshape(4, 3)
+    with pytest.raises(fk.InvalidArgumentError, match="tokens cannot be taken out"):
+        compare(PerPosition(), batch, structures=("kfac",), example="token", drop_duplicates=0.9)
