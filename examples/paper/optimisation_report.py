@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from typing import Any
+
+
+def report(tasks: Any, pictures: str) -> str:
+    return ""
