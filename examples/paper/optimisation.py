@@ -1,7 +1,8 @@
 """Every kind as an optimizer: the iEF paper's tables 1 and 5 on three small tasks.
 
 Each method is tuned over a grid of six configurations by the training loss at the end of seed 0's run, and then run on
-seeds of its own. Owns the order of the runs, their files and the command. ``python -m examples.paper.optimisation --help``.
+seeds of its own. Owns the order of the runs, their files and the command.
+Run ``python -m examples.paper.optimisation --help``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,11 @@ from examples.paper.results import Figures
 
 ROOT = Path(__file__).parents[2]
 PAGE, ASSETS = ROOT / "docs" / "paper.md", ROOT / "docs" / "assets" / "paper"
-PARTS = {"toys": "examples.paper.toys", "theorem": "examples.paper.theorem"}
+PARTS = {
+    "toys": "examples.paper.toys",
+    "theorem": "examples.paper.theorem",
+    "optimisation": "examples.paper.optimisation",
+}
 
 
 class Part(Protocol):
