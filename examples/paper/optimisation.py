@@ -33,7 +33,7 @@ EPOCHS: Mapping[str, int] = {"digits": 8, "mnist1d": 10, "docstrings": 3}
 
 TEXT = (
     "sgd", "sgd-momentum", "adamw", "ef", "sf", "ief", "ief-trust", "ief-momentum", "truncated-1", "truncated-2",
-    "kfac-ief", "ekfac-ief", "kfac-ef",
+    "rows-1", "rows-2", "kfac-ief", "ekfac-ief", "kfac-ef",
 )  # fmt: skip
 """Methods on docstrings, whose runs take longest."""
 

@@ -77,6 +77,9 @@ def start(method: Method, settings: Settings, model: nn.Module, steps: int) -> S
     parameters = [p for p in model.parameters() if p.requires_grad]
     preconditioner = None
     arguments: dict[str, Any] = {**method.fixed, **settings}
+    if "row_damping" in arguments:
+        options = {name: arguments.pop(name) for name in ("rank",) if name in arguments}
+        arguments["kind"] = fk.optim.RowDamped(arguments["kind"], arguments.pop("row_damping"), **options)
     if method.family == "natural":
         optimizer: torch.optim.Optimizer = fk.optim.NaturalGradient(
             model, params=lambda _, p: p.requires_grad, **arguments
@@ -108,6 +111,12 @@ def _trust(name: str, kind: str, **fixed: Any) -> Method:
     return Method(name, "natural", axes, {"kind": kind, "lr": 1.0, **fixed})
 
 
+def _rows(name: str, kind: str, trust_region: tuple[float, ...] = (0.1, 0.3, 1.0), **fixed: Any) -> Method:
+    """The same with a damping for every row, `fisherkit.optim.RowDamped`."""
+    axes = {"trust_region": trust_region, "row_damping": (0.1, 0.3)}
+    return Method(name, "natural", axes, {"kind": kind, "lr": 1.0, "damping": 1e-2, **fixed})
+
+
 def _layers(name: str, kind: str, structure: str, **fixed: Any) -> Method:
     """Kronecker factors averaged over batches, before SGD with momentum."""
     axes = {"trust_region": (1e-5, 1e-4, 1e-3), "damping": (1e-2, 1e-3)}
@@ -119,7 +128,7 @@ METHODS: Mapping[str, Method] = {
     "sgd": Method("SGD", "sgd", {"lr": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}),
     "sgd-momentum": Method("SGD, momentum", "sgd", {"lr": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)}, {"momentum": 0.9}),
     "adamw": Method("AdamW", "adamw", {"lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}, {"weight_decay": 0.0}),
-    "ef": _gram("EF", "ef", (0.3, 1.0, 3.0), decay=True),
+    "ef": _gram("EF", "ef", (0.03, 0.3, 3.0), decay=True),
     "sf": _gram("SF", "sf", (0.3, 1.0, 3.0), decay=True),
     "ief": _gram("iEF", "ief", (1.0, 3.0, 10.0)),
     "ief-half": _gram("iEF, power ½", "ief", (1.0, 3.0, 10.0), power=0.5),
@@ -139,15 +148,26 @@ METHODS: Mapping[str, Method] = {
         {"trust_region": (3e-4, 1e-3, 3e-3), "damping": (1e-2, 1e-3)},
         {"kind": "truncated", "rank": 2, "lr": 0.1, "momentum": 0.9},
     ),
+    "rows-1": _rows("truncated, rank 1, row damping", "truncated", rank=1),
+    "rows-2": _rows("truncated, rank 2, row damping", "truncated", rank=2),
+    "rows-2-momentum": _rows(
+        "truncated, rank 2, row damping, momentum", "truncated", (1e-3, 3e-3, 1e-2), rank=2, lr=0.1, momentum=0.9
+    ),
     "kfac-ief": _layers("ieKFAC, momentum", "ief", "kfac"),
     "ekfac-ief": _layers("ieEKFAC, momentum", "ief", "ekfac"),
     "kfac-ef": _layers("KFAC of EF, momentum", "ef", "kfac"),
     "kfac-truncated-2": _layers("KFAC of truncated, rank 2, momentum", "truncated", "kfac", rank=2),
+    "kfac-rows-2": Method(
+        "KFAC of truncated, rank 2, row damping, momentum", "preconditioner",
+        {"trust_region": (1e-5, 1e-4, 1e-3), "row_damping": (0.3, 1.0)},
+        {"kind": "truncated", "rank": 2, "structure": "kfac", "update_every": 10, "lr": 0.1, "momentum": 0.9, "damping": 1e-3},
+    ),
     "kfac-ief-plain": Method(
         "ieKFAC", "preconditioner", {"trust_region": (1e-4, 1e-3, 1e-2), "damping": (1e-2, 1e-3)},
         {"kind": "ief", "structure": "kfac", "update_every": 10, "lr": 0.1},
     ),
     "truncated-3": _trust("truncated, rank 3, trust region", "truncated", rank=3),
+    "rows-exact": _rows("exact, row damping", "exact"),
     "exact": _trust("exact, trust region", "exact"),
     "truncated-tolerance": _trust("truncated, 1e-2, trust region", "truncated", tolerance=1e-2),
 }  # fmt: skip

@@ -14,8 +14,8 @@ from examples.paper.pictures import STYLE
 
 LINES = {
     "sgd": ("#009E73", "--"), "adamw": ("#000000", "-"), "ef": ("#D55E00", "-"), "sf": ("#E69F00", "-"),
-    "ief": ("#0072B2", "-"), "ief-trust": ("#0072B2", "--"), "truncated-2": ("#CC79A7", "-"),
-    "truncated-2-momentum": ("#CC79A7", "--"), "exact": ("#56B4E9", "-"), "kfac-ief": ("#999999", "-"),
+    "ief": ("#0072B2", "-"), "ief-trust": ("#0072B2", "--"), "truncated-2": ("#CC79A7", "--"),
+    "rows-2": ("#CC79A7", "-"), "exact": ("#56B4E9", "-"), "kfac-ief": ("#999999", "-"),
 }  # fmt: skip
 """Colour and style by method; the others are in the table alone."""
 

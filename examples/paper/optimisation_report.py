@@ -10,7 +10,7 @@ from examples.benchmarks.report import markdown
 
 Summary = Mapping[str, Any]
 
-ARGUMENTS = {"lr": "η", "gram_damping": "λ of JJᵀ", "damping": "λ", "trust_region": "δ"}
+ARGUMENTS = {"lr": "η", "gram_damping": "λ of JJᵀ", "damping": "λ", "trust_region": "δ", "row_damping": "ε"}
 """How tables call the arguments of a grid."""
 
 PAPER = {
@@ -40,6 +40,15 @@ CLAIMS = (
     ("exact, with a trust region … than truncated, rank 2", "exact", "truncated-2"),
     ("exact, with a trust region … than iEF", "exact", "ief"),
     ("with momentum and a trust region: rank 2 … than iEF with momentum", "truncated-2-momentum", "ief-momentum"),
+    ("truncated, rank 2, with row damping … than without", "rows-2", "truncated-2"),
+    ("truncated, rank 2, with row damping … than iEF", "rows-2", "ief"),
+    ("truncated, rank 2, with row damping … than iEF with a trust region", "rows-2", "ief-trust"),
+    ("truncated, rank 2, with row damping … than AdamW", "rows-2", "adamw"),
+    ("truncated, rank 2, with row damping … than rank 1 with it", "rows-2", "rows-1"),
+    ("truncated, rank 1, with row damping … than iEF with a trust region", "rows-1", "ief-trust"),
+    ("exact, with row damping … than truncated, rank 2, with it", "rows-exact", "rows-2"),
+    ("exact, with row damping … than without", "rows-exact", "exact"),
+    ("KFAC of truncated, rank 2, with row damping … than ieKFAC", "kfac-rows-2", "kfac-ief"),
     ("ieKFAC … than KFAC of EF", "kfac-ief", "kfac-ef"),
     ("ieKFAC without momentum … than iEF", "kfac-ief-plain", "ief"),
     ("ieKFAC … than AdamW", "kfac-ief", "adamw"),
@@ -95,7 +104,9 @@ def _setting(tasks: Mapping[str, Summary]) -> str:
         f"- Six configurations a method, chosen by the training loss at the end of seed {first['tuning']}'s run; then "
         f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}. No dropout, no weight decay. Momentum is "
         "0.9. EF and SF take normalized steps whose length falls linearly to zero; all others have constant rates. "
-        "Kronecker factors are averaged (0.95) and renewed every 10 steps."
+        "Kronecker factors are averaged (0.95) and renewed every 10 steps. "
+        "Row damping ε adds ε ûûᵀ to each example's output Fisher, û its loss gradient over its norm; all methods with "
+        "it have a trust region (δ) too."
     )
     lines.append(
         f"- {e['processor']}, one thread, torch {e['versions']['torch']}; {e['date']}. Time is the processor's."
