@@ -160,7 +160,10 @@ METHODS: Mapping[str, Method] = {
     "kfac-rows-2": Method(
         "KFAC of truncated, rank 2, row damping, momentum", "preconditioner",
         {"trust_region": (1e-5, 1e-4, 1e-3), "row_damping": (0.3, 1.0)},
-        {"kind": "truncated", "rank": 2, "structure": "kfac", "update_every": 10, "lr": 0.1, "momentum": 0.9, "damping": 1e-3},
+        {
+            "kind": "truncated", "rank": 2, "structure": "kfac", "update_every": 10, "lr": 0.1, "momentum": 0.9,
+            "damping": 1e-3,
+        },
     ),
     "kfac-ief-plain": Method(
         "ieKFAC", "preconditioner", {"trust_region": (1e-4, 1e-3, 1e-2), "damping": (1e-2, 1e-3)},

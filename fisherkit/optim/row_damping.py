@@ -25,7 +25,7 @@ class RowDamped(OutputRule):
 
     A softmax's Hessian goes to zero with p(1 − p) at both ends: an example that is surely right can be moved at no
     cost, one that is surely wrong asks for a step of 1/p. λI is the same for all examples. With ε no example asks its
-    outputs to move by more than ‖∂ℓ/∂z‖/ε, and one that is fit holds its place; that is how iEF's step is bounded.
+    outputs to move along û by more than ‖∂ℓ/∂z‖/ε, and one that is fit holds its place, as in iEF.
     ε is on the scale of the output Fisher, whose largest eigenvalue is 1/2 for a softmax.
 
     Args:
