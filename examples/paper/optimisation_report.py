@@ -101,9 +101,11 @@ def _setting(tasks: Mapping[str, Summary]) -> str:
     first = next(iter(tasks.values()))
     e, seeds = first["environment"], first["seeds"]
     lines.append(
-        f"- Six configurations a method, chosen by the training loss at the end of seed {first['tuning']}'s run; then "
-        f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}. No dropout, no weight decay. Momentum is "
-        "0.9. EF and SF take normalized steps whose length falls linearly to zero; all others have constant rates. "
+        "- Six configurations a method, in grids that a coarse search on seed 0 of digits placed (those of EF and of row "
+        "damping on mnist1d too). A configuration is chosen by the training loss at the end of seed "
+        f"{first['tuning']}'s run; then mean ± standard deviation over seeds {', '.join(map(str, seeds))}. No dropout, "
+        "no weight decay. Momentum is 0.9. EF and SF take normalized steps whose length falls linearly to zero; all "
+        "others have constant rates. "
         "Kronecker factors are averaged (0.95) and renewed every 10 steps. "
         "Row damping ε adds ε ûûᵀ to each example's output Fisher, û its loss gradient over its norm; all methods with "
         "it have a trust region (δ) too."
