@@ -25,8 +25,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shown() -> dict[str, Any]:
-    """What the page was written from."""
-    return {name: results.read(run.ASSETS / f"{name}.json") for name in ("toys", "theorem")}
+    """What the pages were written from."""
+    return {name: results.read(run.ASSETS / f"{name}.json") for name in run.PARTS}
 
 
 # -- figure 1 ----------------------------------------------------------------------------------------------------------
@@ -182,9 +182,9 @@ def test_command__writes_figures_and_pictures(written: Path) -> None:
 def test_command__runs_what_is_asked_prints_it_and_writes_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page, assets = tmp_path / "page.md", tmp_path / "assets"
+    page, assets = tmp_path / run.PAGES["toys"], tmp_path / "assets"
     page.write_text("\n".join(results.markers("toys")))
-    monkeypatch.setattr(run, "PAGE", page)
+    monkeypatch.setattr(run, "DOCS", tmp_path)
     monkeypatch.setattr(run, "ASSETS", assets)
     run.main(["--part", "toys", "--tiny", "--docs", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
@@ -203,13 +203,13 @@ def test_command__knows_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
         assert callable(run.part(name).report)
 
 
-def test_page__shows_the_results_that_lie_beside_it(shown: dict[str, Any]) -> None:
-    page = run.PAGE.read_text("utf-8")
+def test_pages__show_the_results_that_lie_beside_them(shown: dict[str, Any]) -> None:
     for name, found in shown.items():
+        page = (run.DOCS / run.PAGES[name]).read_text("utf-8")
         first, last = results.markers(name)
         body = run.part(name).report(found)
         assert page.partition(first)[2].partition(last)[0].strip() == body.strip(), f"section {name} is out of date"
-        assert not found["tiny"]
+        assert not found.get("tiny")
 
 
 def test_fill__needs_markers(tmp_path: Path) -> None:

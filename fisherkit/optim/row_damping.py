@@ -1,0 +1,84 @@
+"""`RowDamped`: any kind with a floor under the curvature along each example's own loss gradient, for steps in training.
+
+Owns one rule in output space. Knows neither steps nor models.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.optim.curvature import rule_of
+from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors
+from fisherkit.vectors import ImprovedVectors, TruncatedVectors
+
+
+class RowDamped(OutputRule):
+    """F + ε F_iEF: to each example's output Fisher, ε ûûᵀ is added, û its loss gradient divided by its norm.
+
+        kind = fk.optim.RowDamped("truncated", 0.1, rank=2)
+        optimizer = fk.optim.NaturalGradient(model, lr=1.0, kind=kind, damping=1e-2, trust_region=0.3)
+
+    A softmax's Hessian goes to zero with p(1 − p) at both ends: an example that is surely right can be moved at no
+    cost, one that is surely wrong asks for a step of 1/p. λI is the same for all examples. With ε no example asks its
+    outputs to move along û by more than ‖∂ℓ/∂z‖/ε, and one that is fit holds its place, as in iEF.
+    ε is on the scale of the output Fisher, whose largest eigenvalue is 1/2 for a softmax.
+
+    Args:
+        kind: "ef", "ief", "sf", "exact", "truncated", or an `fisherkit.OutputRule`.
+        row_damping: ε.
+        options: of the kind: ``rank`` and so on.
+
+    Raises:
+        InvalidTypeError, InvalidArgumentError: an argument that does not fit.
+
+    Cost: nothing for kinds whose first vector is a multiple of the loss gradient (EF, iEF, truncated); one more row an
+        example for the others.
+    """
+
+    needs_targets: ClassVar[bool] = True
+
+    def __init__(self, kind: str | OutputRule, row_damping: float, **options: Any) -> None:
+        call = "RowDamped"
+        if isinstance(row_damping, bool) or not isinstance(row_damping, (int, float)):
+            raise InvalidTypeError(
+                call=call, got=f"row_damping of type {type(row_damping).__name__}", expected="a number"
+            )
+        if not (math.isfinite(row_damping) and row_damping > 0):
+            raise InvalidArgumentError(call=call, got=f"row_damping={row_damping}", expected="a positive number")
+        self.rule, self.row_damping = rule_of(kind, options, call), float(row_damping)
+        self.kind_name = self.rule.kind_name  # type: ignore[misc]  # what a class has is an object's own here
+        self.positionwise = self.rule.positionwise  # type: ignore[misc]
+
+    def output_vectors(self, outputs: Outputs) -> OutputVectors:
+        """The kind's vectors, the first of them lengthened or one more."""
+        found = self.rule.output_vectors(outputs)
+        direction = ImprovedVectors().output_vectors(outputs).v
+        assert isinstance(direction, Tensor)  # noqa: S101  (iEF has one vector)
+        there = direction.flatten(2).ne(0).any(-1)
+        if isinstance(found.v, Tensor) and (self.along_gradient or isinstance(self.rule, TruncatedVectors)):
+            size = (found.v[:, :1].flatten(2).square().sum(-1) + self.row_damping).sqrt()
+            v = torch.cat([direction * size[:, :, None, None], found.v[:, 1:]], 1)
+            keep = None if found.keep is None else torch.cat([there, found.keep[:, 1:]], 1)
+            return OutputVectors(v, keep, found.dropped)
+        number, more = found.number, direction[:, 0] * self.row_damping**0.5
+
+        def columns(unit: Tensor, vector: Tensor) -> Tensor:
+            own = found.select(unit, vector.clamp_max(number - 1))
+            return torch.where((vector < number)[:, None, None], own, more[unit])
+
+        keep = None if found.keep is None else torch.cat([found.keep, there], 1)
+        return OutputVectors(Columns(number + 1, columns), keep, found.dropped)
+
+    @property
+    def along_gradient(self) -> bool:
+        """As the kind's."""
+        return self.rule.along_gradient
+
+    def kind_options(self) -> dict[str, str]:
+        """The kind's, and ε."""
+        return {**self.rule.kind_options(), "row_damping": str(self.row_damping)}
