@@ -115,7 +115,8 @@ def one_step(of: Problem, reduction: str = "mean", cuts: tuple[int, ...] = (), *
         options: the optimizer's.
     """
     before = flat(of)
-    options = OPTIONS.get(options.get("kind", ""), {}) | options
+    kind = options.get("kind")
+    options = (OPTIONS.get(kind, {}) if isinstance(kind, str) else {}) | options
     optimizer = fk.optim.NaturalGradient(
         of.model, lr=1.0, likelihood=of.likelihood, reduction=reduction, params=of.chosen(), **options
     )

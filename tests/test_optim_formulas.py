@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit import RelativeDamping
+from fisherkit.vectors import TruncatedVectors
 from tests.optim_cases import (
     backward,
     close,
@@ -158,6 +159,15 @@ def test_step__depends_on_neither_reduction_nor_cuts(family: str, setting: dict[
         close(one_step(of, cuts=(1, n - 3, 2), **setting), whole)
     elif n % 2 == 0:
         close(one_step(of, cuts=(n // 2, n // 2), **setting), whole)
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "kfac", "diagonal"])
+@pytest.mark.parametrize("family", ["mlp", "token_mlp", "linear_3d"])
+def test_step__of_a_kind_whose_rank_depends_on_the_examples_depends_on_no_cuts(family: str, structure: str) -> None:
+    of = problem(family)
+    rule = TruncatedVectors(tolerance=0.1)
+    whole = one_step(of, kind=rule, damping=LAMBDA, structure=structure)
+    close(one_step(of, cuts=(1, 2, len(of.targets) - 3), kind=rule, damping=LAMBDA, structure=structure), whole)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=name)

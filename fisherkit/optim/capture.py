@@ -73,6 +73,7 @@ class Capture:
         self.finished: list[Captured] = []
         self.examples = 0
         self._plans: dict[tuple[str, ...], Plan] = {}
+        self._chosen: set[int] = set()
         self._through: dict[int, bool] = {}
         self._open: list[Pass] = []
         self._begun: tuple[Recorder, Plan, Batch, RngState | None] | None = None
@@ -325,7 +326,9 @@ class Capture:
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))
 
     def _choose(self, plan: Plan, slots: Slots) -> None:
-        if self._written_out:
+        """Once: rows of the passes of a step are joined, so all must be kept in one way."""
+        if self._written_out and id(plan) not in self._chosen:
+            self._chosen.add(id(plan))
             for unit in plan.ruled:
                 unit.choose(slots.number, lean=False)
 
