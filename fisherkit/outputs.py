@@ -113,11 +113,13 @@ class OutputRule(ABC):
         kind_name: short name, as recorded in metadata.
         positionwise: whether every position has vectors of its own (kinds whose output Fisher is block-diagonal).
         needs_targets: whether observed labels are used.
+        scale_free: whether vectors stay what they are when the loss is multiplied, or change as `gradient_power` says.
     """
 
     kind_name: ClassVar[str] = "custom"
     positionwise: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     @abstractmethod
     def output_vectors(self, outputs: Outputs) -> OutputVectors:

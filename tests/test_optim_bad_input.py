@@ -151,7 +151,7 @@ def closed(model: nn.Module) -> None:
 
 def late_layer(m: Any, x: Tensor) -> Tensor:
     z: Tensor = m.body(x)
-    return z + m.extra(x) if m.extra.weight.requires_grad and getattr(m, "late", False) else z
+    return z + m.extra(x) if m.extra.weight.requires_grad and getattr(m, "config", {}).get("late") else z
 
 
 def used_later() -> None:
@@ -159,7 +159,7 @@ def used_later() -> None:
     model.extra = nn.Linear(4, 3).double()
     optimizer = natural(model)
     for late in (False, True):
-        model.late = late  # type: ignore[assignment]
+        model.config = {"late": late}  # type: ignore[assignment]
         optimizer.zero_grad()
         F.cross_entropy(model(X), Y).backward()
         optimizer.step()

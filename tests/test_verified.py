@@ -22,10 +22,11 @@ class Switched(nn.Module):
         super().__init__()
         self.layer = nn.Linear(3, 3)
         self.hidden = False
+        self.config = {"hidden": False}
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.layer(x)
-        return z + x @ (self.layer.weight * 1.0) if self.hidden else z
+        return z + x @ (self.layer.weight * 1.0) if self.hidden or self.config["hidden"] else z
 
 
 @pytest.fixture
@@ -82,6 +83,10 @@ def _attribute(model: nn.Module) -> None:
     model.hidden = True
 
 
+def _unseen(model: nn.Module) -> None:
+    model.config["hidden"] = True
+
+
 def _forward(model: nn.Module) -> None:
     original = model.forward
     model.forward = lambda x: original(x) + x @ (model.layer.weight * 1.0)  # type: ignore[method-assign]
@@ -99,7 +104,7 @@ def _parametrization(model: nn.Module) -> None:
     nn.utils.parametrizations.weight_norm(model.layer)
 
 
-@pytest.mark.parametrize("change", [_attribute, _forward, _hook, _module, _parametrization])
+@pytest.mark.parametrize("change", [_attribute, _unseen, _forward, _hook, _module, _parametrization])
 def test_verified__anew_when_the_model_has_changed(
     change: Callable[[nn.Module], None],
     model: nn.Module,

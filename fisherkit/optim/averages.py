@@ -128,7 +128,7 @@ class Averages:
                     found = leading_spectrum(unit[name], self.max_rank, start, self.structure)
                     unit[f"{name}_values"], unit[f"{name}_basis"] = found.values, found.basis
                     unit[f"{name}_rest"] = found.rest
-        if "values" in old and unit["gradient_basis"] is not old["gradient_basis"]:
+        if self.ema > 0 and "values" in old and unit["gradient_basis"] is not old["gradient_basis"]:
             unit["values"] = _turned(old, unit)
         return unit
 
@@ -197,12 +197,12 @@ def _spectrum(unit: Unit, name: str) -> Spectrum:
 
 def _trace(unit: Unit) -> Tensor:
     if "transposed" in unit:
-        return unit["values"].sum() if "values" in unit else _kronecker_trace(unit)
+        whole = _spectrum(unit, "activation").trace * _spectrum(unit, "gradient").trace
+        if "values" not in unit:
+            return whole
+        # Where the bases span, the moments take the place of the factors' products.
+        return whole + unit["values"].sum() - unit["activation_values"].sum() * unit["gradient_values"].sum()
     return unit["matrix"].diagonal().sum() if "matrix" in unit else unit["diagonal"].sum()
-
-
-def _kronecker_trace(unit: Unit) -> Tensor:
-    return _spectrum(unit, "activation").trace * _spectrum(unit, "gradient").trace
 
 
 def _turned(old: Unit, new: Unit) -> Tensor:

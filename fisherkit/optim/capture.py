@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError
 from fisherkit.likelihoods import Likelihood
+from fisherkit.optim import surprises
 from fisherkit.optim.outputs import Seen, seen_outputs
 from fisherkit.optim.passes import Captured, Pass, with_own_inputs
 from fisherkit.optim.watch import Watch
@@ -36,7 +38,7 @@ from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, differentiable
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.verified import plan_for
+from fisherkit.rows.verified import fingerprint, plan_for
 from fisherkit.space import ParameterSpace, Selection
 
 OPEN = 8
@@ -71,13 +73,13 @@ class Capture:
         self.space = ParameterSpace.of(model, (lambda _name, _parameter: True) if params is None else params)
         self.wanted = True
         self.finished: list[Captured] = []
-        self.examples = 0
-        self._plans: dict[tuple[str, ...], Plan] = {}
+        self.examples = self._passes = 0
+        self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
         self._through: dict[int, bool] = {}
         self._open: list[Pass] = []
         self._begun: tuple[Recorder, Plan, Batch, RngState | None] | None = None
-        self._gradients: dict[str, int] = {}
+        self._gradients: dict[str, tuple[int, int]] = {}
         self._warned: set[str] = set()
         self._watch = Watch(model, self)
 
@@ -150,7 +152,7 @@ class Capture:
         keep = batch if plan.generic or coupled else Batch((), _masks(batch), None, batch.size)
         one = Pass(plan, keep, z, with_own_inputs(recorder.uses, batch.leaves()[0]), coupled, rng)
         if coupled:
-            self._warn(
+            self.warn(
                 f"{_listed(coupled)} in train mode: the batch's statistics are taken as constants for the Fisher's "
                 "rows, which costs one more forward and backward pass a step. The gradient is unchanged."
             )
@@ -166,7 +168,8 @@ class Capture:
 
     def _plan(self, names: tuple[str, ...], batch: Batch) -> Plan:
         """The plan for the parameters that require a gradient now, verified once, in eval mode."""
-        if names not in self._plans:
+        key = names, fingerprint(self.model)
+        if key not in self._plans:
             training = [module for module in self.model.modules() if module.training]
             device, _ = model_device(self.model, names)
             batch = batch.to(device)
@@ -183,8 +186,8 @@ class Capture:
                 for module in training:
                     module.training = True
             plan.probed = torch.empty(0)
-            self._plans[names] = plan
-        return self._plans[names]
+            self._plans[key] = plan
+        return self._plans[key]
 
     def _coupled(self) -> list[str]:
         """Modules that use statistics of the batch."""
@@ -195,7 +198,8 @@ class Capture:
         own = [(name, m) for name, m in self.model.named_modules() if isinstance(m, _InstanceNorm) and m.training]
         return [name for name, module in own if module.track_running_stats]
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Say something once."""
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(f"{self.call}: {text}", UserWarning, stacklevel=2)
@@ -214,7 +218,7 @@ class Capture:
 
     def _reached(self, one: Pass | None, gradient: Tensor | None) -> None:
         """The user's backward pass is at the model's outputs."""
-        if gradient is None or self._watch.silent or not self._accumulating():
+        if self.closed or gradient is None or self._watch.silent or not self._accumulating():
             return
         if one is None or one.gradient is not None:
             raise ModelError(
@@ -229,13 +233,18 @@ class Capture:
         one.gradient = gradient.detach()
         if not one.coupled and not self.rule.along_gradient:
             one.chunks = self._own_rows(one, Linearized(one.plan, one.batch, one.z, one.uses))
-        elif not one.coupled and not self._through.get(id(one.plan), False):
+        elif not one.coupled and (self._due() or not self._through.get(id(one.plan), False)):
             edges = [use.edge for use in one.uses]
             with self._watch.quiet():
                 one.expected = torch.autograd.grad(
                     one.z, edges, one.gradient, retain_graph=True, allow_unused=True
                 ) if edges else ()  # fmt: skip
         Variable._execution_engine.queue_callback(lambda: self._finish(one))
+
+    def _due(self) -> bool:
+        """Whether to look again for ways around the outputs."""
+        self._passes += 1
+        return surprises.due(self._passes)
 
     def _accumulating(self) -> bool:
         """Whether the backward pass that runs adds to ``.grad``: what torch.autograd.grad finds leads to no step."""
@@ -249,14 +258,16 @@ class Capture:
         """Batches whose gradients were set to zero since are no part of the step."""
         if not self.finished or not self._gradients or self._gradients == self._versions():
             return
-        gradients = (self.model.get_parameter(name).grad for name in self._gradients)
-        if not any(g is not None and bool(g.any()) for g in gradients):
+        now = {name: self.model.get_parameter(name).grad for name in self._gradients}
+        # Set to None since, and perhaps filled by another backward pass; or set to zero where they were.
+        replaced = any(g is None or id(g) != self._gradients[name][0] for name, g in now.items())
+        if replaced or not any(g is not None and bool(g.any()) for g in now.values()):
             self.finished.clear()
 
-    def _versions(self) -> dict[str, int]:
-        """What shows that gradients were written to, of those that exist."""
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        """What shows that gradients were replaced or written to, of those that exist."""
         own = self.model.named_parameters()
-        return {n: p.grad._version for n, p in own if p.grad is not None and n in self.space.slices}
+        return {n: (id(p.grad), p.grad._version) for n, p in own if p.grad is not None and n in self.space.slices}
 
     def _finish(self, one: Pass) -> None:
         """The user's backward pass is over."""
@@ -269,7 +280,7 @@ class Capture:
             self._judge(one)
             one.chunks = self._users_rows(one)
         if one.seen is not None:
-            self.finished.append(Captured(one.plan, one.chunks, one.seen))
+            self.finished.append(Captured(one.plan, one.chunks, one.seen, bool(one.coupled)))
         self._gradients = self._versions()
 
     def _judge(self, one: Pass) -> None:
@@ -277,12 +288,12 @@ class Capture:
         if one.expected is None:
             return
         place = id(one.plan)
-        if place not in self._through:
+        if self._through.get(place, True):
             through = one.through_outputs()
             if through is not None:
                 self._through[place] = through
             if through is False:
-                self._warn(
+                self.warn(
                     "the loss reaches layers in other ways than through the model's outputs (an auxiliary loss): rows "
                     "are those of the outputs, which costs one more backward pass a step. The gradient is unchanged."
                 )

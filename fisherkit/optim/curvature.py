@@ -19,6 +19,7 @@ from fisherkit import likelihoods
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, RelativeDamping
+from fisherkit.optim import surprises
 from fisherkit.optim.averages import Averages, Inverse
 from fisherkit.optim.capture import Capture
 from fisherkit.optim.passes import Captured
@@ -133,8 +134,12 @@ class Curvature:
         if due:
             self._refuse_strays(gradients, space)
         examples = sum(one.counted for one in captured)
+        if due and examples == 0:  # every label is ignored
+            nothing = self._mean({}, space, 1)
+            return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
         if due:
             self.examples, self._inverse = examples, None
+            self._look_for_surprises(captured, gradients, space)
         if self.structure in OF_A_BATCH:
             try:
                 direction = self._of_batch(captured, gradients, damping)
@@ -158,9 +163,30 @@ class Curvature:
     def _chunks(self, one: Captured, passes: int) -> list[Chunk]:
         """Rows of one of so many passes, on the scale of the likelihood's own gradient."""
         missing, power = one.seen.correction(passes), self.capture.rule.gradient_power
+        if missing != 1 and not self.capture.rule.scale_free:
+            raise ModelError(
+                call=f"{self.call}.step",
+                got=f"{passes} passes of a {self.capture.likelihood.name} likelihood in one step",
+                expected="one",
+                why="the loss gradients' scale is known afterwards, and this kind's vectors depend on it",
+                try_="one forward pass a step, or another kind",
+            )
         if missing == 1 or power in (None, 1):
             return one.chunks
         return [replace(chunk, rows=chunk.rows.scaled(missing ** (1 - power))) for chunk in one.chunks]
+
+    def _look_for_surprises(
+        self, captured: list[Captured], gradients: Mapping[str, Tensor], space: ParameterSpace
+    ) -> None:
+        if not surprises.due(self.steps + 1) or not all(one.seen.calibrated for one in captured):
+            return
+        if self._power is None:
+            said = [surprises.wrong_reduction(captured, self.reduction, self.examples)]
+        else:
+            mean = self._mean(gradients, space, self.examples)
+            said = [surprises.lost_weights(captured), surprises.lost_terms(captured, mean)]
+        for text in filter(None, said):
+            self.capture.warn(text)
 
     def _of_batch(self, captured: list[Captured], gradients: Mapping[str, Tensor], damping: Damping) -> Direction:
         plan = captured[0].plan
@@ -302,7 +328,12 @@ def rule_of(kind: str | OutputRule, options: Mapping[str, Any], call: str) -> Ou
             call=call, got=f"a {type(kind).__name__} as kind", expected=f"one of {list(RULES)}, or an OutputRule"
         )
     if kind not in RULES:
-        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=f"one of {list(RULES)}")
+        name, _, setting = kind.lower().partition(":")
+        own = " or ".join(f"{option}=" for option in _OPTIONS.get(name, ()))
+        advice = f"kind={name!r} with {own}" if setting and own else f"kind={name!r}"
+        raise InvalidArgumentError(
+            call=call, got=f"kind={kind!r}", expected=f"one of {list(RULES)}", try_=advice if name in RULES else ""
+        )
     unknown = sorted(set(options) - set(_OPTIONS[kind]))
     if unknown:
         raise InvalidArgumentError(
@@ -331,6 +362,19 @@ def check_model(model: object, call: str) -> None:
             call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module",
             why="per-example gradients come from its forward pass", try_=f"{call}(model, ..., params=names)",
         )  # fmt: skip
+
+
+def check_trust_region(trust_region: object, call: str) -> None:
+    """A positive number, or none.
+
+    Raises:
+        InvalidArgumentError: neither.
+    """
+    if trust_region is None:
+        return
+    number = isinstance(trust_region, (int, float)) and not isinstance(trust_region, bool)
+    if not number or not trust_region > 0:  # type: ignore[operator]
+        raise InvalidArgumentError(call=call, got=f"trust_region={trust_region!r}", expected="a positive number")
 
 
 def check_damping_choice(damping: object, gram_damping: object, call: str) -> None:

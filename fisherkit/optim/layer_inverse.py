@@ -1,9 +1,9 @@
 """(G ⊗ A + λI)⁻¹ of one layer from leading eigenpairs of both factors, and the eigenpairs themselves.
 
-What the leading eigenvectors do not span gets the mean of the eigenvalues that are left, so that traces are kept; with
-all eigenpairs, or where the rest is truly zero, the inverse is exact. Leading eigenpairs by subspace iteration (Halko,
-Martinsson, Tropp, arXiv 0909.4061), from where the last ones were. Low-rank Kronecker factors: Puiu, arXiv 2206.15397.
-Knows tensors, and nothing of rows or steps.
+What a factor's leading eigenvectors do not span gets the mean of its eigenvalues that are left, so that its trace is
+kept; with all eigenpairs, or where the rest is truly zero, the inverse is exact. Leading eigenpairs by subspace
+iteration (Halko, Martinsson, Tropp, arXiv 0909.4061), from where the last ones were. Low-rank Kronecker factors: Puiu,
+arXiv 2206.15397. Knows tensors, and nothing of rows or steps.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Owns learning rates, momentum, weight decay and the length of a step; the direct
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model
+from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region
 from fisherkit.outputs import OutputRule
 from fisherkit.space import ParameterSpace, Selection
 
@@ -37,7 +38,9 @@ class NaturalGradient(torch.optim.Optimizer):
       not enter. With other kinds, and in other structures than full and block, it is (Σ rows rowsᵀ + λI)⁻¹ Σ_n ∇ℓ_n.
     - ``damping=λ`` is (F + λI)⁻¹ g with F = (1/N) Σ and g the mean gradient as it stands in ``.grad``, clipped or not.
 
-    Neither depends on the loss's reduction or on how a batch was cut for accumulation.
+    Neither depends on how a batch was cut for accumulation, nor, once ``reduction`` says it, on the loss's reduction.
+    For EF and iEF in the full and block structures ``gram_damping`` takes no part of the loss but its examples: weights
+    of examples, penalties and auxiliary losses are warned of and have no effect.
 
     Dropout may be active: rows come from the same forward pass. Batch norm in train mode: see `Warns`. Several forward
     passes before a step are as many parts of its batch. Passes under ``torch.no_grad``, in `paused`, or without a
@@ -52,10 +55,12 @@ class NaturalGradient(torch.optim.Optimizer):
         weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
         momentum: μ of m ← μ m + Δ, which takes Δ's place.
         likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`. Your loss must be
-            its −log p, times anything that is the same for all positions of an example.
+            its −log p, times anything that is the same for all positions of an example. With "gaussian" its factor
+            cannot be seen: the loss must be ``((z - y) ** 2).sum(1).mean() / 2``, or the sum for ``reduction="sum"``.
         reduction: of your loss over examples, "mean" or "sum".
         normalize_update: Δ / ‖Δ‖ takes Δ's place.
         trust_region: δ: Δ is shortened so that (lr · Δ)ᵀ F (lr · Δ) <= δ, in the kind's own F, where it would be more.
+            With momentum, what is added to the buffer is.
         structure: "full" (the batch's rows, in sample space), "block" (the same by module), "kfac", "ekfac",
             "diagonal".
         params: None for all parameters, names, a predicate ``(name, parameter) -> bool``, or parameter groups in
@@ -106,10 +111,9 @@ class NaturalGradient(torch.optim.Optimizer):
         check_model(model, CALL)
         check_damping_choice(damping, gram_damping, CALL)
         for name, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("momentum", momentum, 0)):
-            if not isinstance(value, (int, float)) or not value >= least:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
                 raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected="a number, 0 or more")
-        if trust_region is not None and not trust_region > 0:
-            raise InvalidArgumentError(call=CALL, got=f"trust_region={trust_region!r}", expected="a positive number")
+        check_trust_region(trust_region, CALL)
         groups, selection = _groups(model, params)
         self._curvature = Curvature(
             model, params=selection, kind=kind, options=options, likelihood=likelihood, structure=structure,
@@ -153,6 +157,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 call=f"{CALL}.step", got="gradients with NaN or infinite entries", expected="finite gradients",
                 try_="skipping the step, as torch.amp.GradScaler does, or a smaller lr",
             )  # fmt: skip
+        check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
         space, direction = self._curvature.direction(gradients, damping)
         update = direction.update

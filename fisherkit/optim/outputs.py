@@ -69,8 +69,8 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     precise = raw if raw.dtype in {torch.float32, torch.float64} else raw.float()
     z, _, _ = likelihood.prepare(precise, None, place)
     found = gradient.reshape(z.shape).to(z.dtype)
-    # Where targets are read off the values, a gradient of zero is a perfect fit, not a position that does not count.
-    counts = likelihood.gradient_scale_free
+    # A gradient of zero is a position that does not count where labels say so; elsewhere it is a perfect fit.
+    counts = likelihood.labels_mask
     mask = (found != 0).any(-1) if counts else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     example = torch.arange(start, start + z.shape[0], device=z.device)
     keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)

@@ -34,11 +34,13 @@ class Captured:
         plan: how they were made.
         chunks: the rows.
         seen: outputs, targets and loss gradients.
+        coupled: whether the examples of the batch were coupled, so that rows are not parts of the gradient.
     """
 
     plan: Plan
     chunks: list[Chunk]
     seen: Seen
+    coupled: bool
 
     @property
     def counted(self) -> int:

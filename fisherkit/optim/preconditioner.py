@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherkit.errors import InvalidArgumentError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
-from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model
+from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region
 from fisherkit.outputs import OutputRule
 from fisherkit.space import Selection
 
@@ -84,8 +83,7 @@ class Preconditioner:
     ) -> None:
         check_model(model, CALL)
         check_damping_choice(damping, gram_damping, CALL)
-        if trust_region is not None and not trust_region > 0:
-            raise InvalidArgumentError(call=CALL, got=f"trust_region={trust_region!r}", expected="a positive number")
+        check_trust_region(trust_region, CALL)
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
         self.trust_region, self._lr = trust_region, lr
         self._curvature = Curvature(

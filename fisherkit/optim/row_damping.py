@@ -14,7 +14,7 @@ from torch import Tensor
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.optim.curvature import rule_of
 from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors
-from fisherkit.vectors import ImprovedVectors, TruncatedVectors
+from fisherkit.vectors import ImprovedVectors
 
 
 class RowDamped(OutputRule):
@@ -41,6 +41,7 @@ class RowDamped(OutputRule):
     """
 
     needs_targets: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = False
 
     def __init__(self, kind: str | OutputRule, row_damping: float, **options: Any) -> None:
         call = "RowDamped"
@@ -60,7 +61,7 @@ class RowDamped(OutputRule):
         direction = ImprovedVectors().output_vectors(outputs).v
         assert isinstance(direction, Tensor)  # noqa: S101  (iEF has one vector)
         there = direction.flatten(2).ne(0).any(-1)
-        if isinstance(found.v, Tensor) and (self.along_gradient or isinstance(self.rule, TruncatedVectors)):
+        if isinstance(found.v, Tensor) and (self.along_gradient or _parallel(found.v[:, 0], direction[:, 0])):
             size = (found.v[:, :1].flatten(2).square().sum(-1) + self.row_damping).sqrt()
             v = torch.cat([direction * size[:, :, None, None], found.v[:, 1:]], 1)
             keep = None if found.keep is None else torch.cat([there, found.keep[:, 1:]], 1)
@@ -82,3 +83,11 @@ class RowDamped(OutputRule):
     def kind_options(self) -> dict[str, str]:
         """The kind's, and ε."""
         return {**self.rule.kind_options(), "row_damping": str(self.row_damping)}
+
+
+def _parallel(a: Tensor, b: Tensor) -> bool:
+    """Whether the vectors are along each other in every example, zero ones to zero ones."""
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    return bool(((a * b).sum(1).abs() >= (1 - 1e-9) * a.norm(dim=1) * b.norm(dim=1)).all()) and torch.equal(
+        a.any(1), b.any(1)
+    )

@@ -1,9 +1,10 @@
 """What was verified of a model, kept for as long as the model lives: the next Fisher on it starts at once.
 
 Rules are verified on two examples (`rows.plan`), which costs a few passes over the weights. What they say holds for a
-model and not for its parameters' values, so it is used again while nothing else about the model has changed: its
+model and not for its parameters' values, so it is used again while nothing else about the model has changed, its
 modules, their plain attributes, hooks and modes, its parameters' identities and shapes, the form of a batch, and the
-layer rules that there are. Only findings are kept here, no tensor and no model.
+layer rules that there are; and what no such comparison sees is found by one backward pass, whose weight gradients must
+be the sum of the two examples' rows. Only findings are kept here, no tensor and no model.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import torch
 from torch import nn
 
 from fisherkit.data import Batch
+from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
-from fisherkit.rows.plan import Plan, differentiable, make_plan, two_of
+from fisherkit.rows.linearized import Known, Linearized
+from fisherkit.rows.plan import TOLERANCE, Plan, differentiable, make_plan, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import RULES
+from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import Unit
 from fisherkit.space import ParameterSpace
 
@@ -75,23 +79,61 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             plan.numbers_per_example, plan.tried,
         )  # fmt: skip
         return plan
-    found, plan = known[key], Plan(model, space)
+    plan = _again(known[key], model, space)
+    if _confirmed(plan, batch.take(two_of(batch))):
+        return plan
+    del known[key]
+    return plan_for(model, space, batch)
+
+
+def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
+    plan = Plan(model, space)
     plan.units = [copy.copy(unit) for unit in found.units]
     plan.vectorised, plan.shared, plan.tried = found.vectorised, set(found.shared), found.tried
     plan.unused, plan.numbers_per_example = set(found.unused), found.numbers_per_example
-    parameters = list(plan.parameters.values())
-    with untouched_rng([parameters[0].device]), differentiable(parameters), torch.no_grad():
-        plan.probed = batch.take(two_of(batch)).call(model)
     return plan
 
 
+def _confirmed(plan: Plan, probe: Batch) -> bool:
+    """Whether the rows of two examples add up to the gradients that autograd finds for both."""
+    parameters = list(plan.parameters.values())
+    with untouched_rng([parameters[0].device]), differentiable(parameters):
+        try:
+            linearized = Linearized.at(plan, probe)
+        except ModelError:  # used in another way: what is wrong, if anything, is for a new plan to say
+            return False
+        z, edges = linearized.z, linearized.edges
+        if not z.requires_grad:
+            return False
+        v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+        inputs: list[Any] = [*edges, *parameters]
+        found = torch.autograd.grad(z, inputs, v, allow_unused=True)
+        known = [None if g is None else g.unsqueeze(0) for g in found[: len(edges)]]
+        selection = RowSelection(1, probe.size, z.device)
+        rows = linearized.rows(v.unsqueeze(0), selection, Known(known, v.new_ones(probe.size)))
+    total = plan.space.unflatten(rows.rmatmul(parameters[0].new_ones(rows.count, 1))[:, 0])
+    pairs = [
+        (own, torch.zeros_like(own) if g is None else g)
+        for own, g in zip(total.values(), found[len(edges) :], strict=True)
+    ]
+    norms, errors = (torch.stack(x) for x in ([g.norm() for _, g in pairs], [(own - g).norm() for own, g in pairs]))
+    tolerance = TOLERANCE.get(parameters[0].dtype, 5e-2)
+    plan.probed = z.detach()
+    return bool((errors <= tolerance * torch.maximum(norms, 1e-2 * norms.norm())).all())
+
+
 def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
-    """All that the findings may depend on."""
+    """All that the findings may depend on and that can be compared."""
+    inputs = tuple(_form(batch.args)), tuple(_form(batch.kwargs)), tuple(batch.axes.items())
+    return space.names, space.shapes, inputs, fingerprint(model)
+
+
+def fingerprint(model: nn.Module) -> Hashable:
+    """What can be compared of a model, and the layer rules that there are."""
     parameters = tuple((name, id(p), tuple(p.shape)) for name, p in model.named_parameters())
     modules = tuple((name, *_described(module)) for name, module in model.named_modules())
-    inputs = tuple(_form(batch.args)), tuple(_form(batch.kwargs)), tuple(batch.axes.items())
     rules = tuple((id(function), id(rule)) for function, rule in RULES.items())  # users add their own
-    return space.names, space.shapes, parameters, modules, inputs, rules
+    return parameters, modules, rules
 
 
 def _described(module: nn.Module) -> Iterator[Hashable]:

@@ -1,0 +1,87 @@
+"""What a step would lose without a word is said once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.bad_input import X, Y, mlp
+from tests.optim_loops import natural
+
+Loss = Callable[[nn.Module], Tensor]
+GRAM: dict[str, Any] = {"gram_damping": 0.1}
+DAMPED: dict[str, Any] = {"damping": 0.1, "gram_damping": None}
+WEIGHT = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
+
+
+def penalized(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(X), Y) + sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
+
+
+CASES: dict[str, tuple[dict[str, Any], Loss, str]] = {
+    "penalty": (GRAM, penalized, "no effect on the update of gram_damping=. Try: damping="),
+    "weights": (
+        GRAM,
+        lambda m: F.cross_entropy(m(X), Y, weight=WEIGHT),
+        "weights of examples in the loss have no effect",
+    ),
+    "a sum": (DAMPED, lambda m: F.cross_entropy(m(X), Y, reduction="sum"), 'the loss is a sum: reduction="sum"'),
+    "a mean": ({**DAMPED, "reduction": "sum"}, lambda m: F.cross_entropy(m(X), Y), 'a mean: reduction="mean"'),
+}
+FINE: dict[str, tuple[dict[str, Any], Loss]] = {
+    "gram, sum": (GRAM, lambda m: F.cross_entropy(m(X), Y, reduction="sum")),
+    "gram, scaled": (GRAM, lambda m: 1024 * F.cross_entropy(m(X), Y)),
+    "damped, mean": (DAMPED, lambda m: F.cross_entropy(m(X), Y)),
+    "damped, sum": ({**DAMPED, "reduction": "sum"}, lambda m: F.cross_entropy(m(X), Y, reduction="sum")),
+    "damped, scaled": (DAMPED, lambda m: 1024 * F.cross_entropy(m(X), Y)),
+    "damped, penalty": (DAMPED, penalized),
+}
+
+
+def steps(options: dict[str, Any], loss: Loss, number: int = 3) -> list[str]:
+    model = mlp()
+    optimizer = natural(model, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(number):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+    return [str(one.message) for one in said if "NaturalGradient" in str(one.message)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_surprise__is_said_once(case: str) -> None:
+    options, loss, message = CASES[case]
+    said = steps(options, loss)
+    assert len(said) == 1
+    assert message in said[0]
+
+
+@pytest.mark.parametrize("case", FINE)
+def test_surprise__nothing_is_said_of_what_is_as_expected(case: str) -> None:
+    assert steps(*FINE[case]) == []
+
+
+def test_surprise__undivided_accumulation() -> None:
+    def loss(model: nn.Module) -> Tensor:
+        F.cross_entropy(model(X[:3]), Y[:3]).backward()
+        return F.cross_entropy(model(X[3:]), Y[3:])
+
+    (said,) = steps(DAMPED, loss)
+    assert "divide the loss of each of the 2 passes by 2" in said
+
+
+def test_surprise__a_step_without_a_label_that_counts_moves_nothing() -> None:
+    model = mlp()
+    optimizer = natural(model, **GRAM)
+    before = [p.clone() for p in model.parameters()]
+    F.cross_entropy(model(X), torch.full_like(Y, -100), reduction="sum").backward()
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
