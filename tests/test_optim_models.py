@@ -118,3 +118,17 @@ def test_compiled__models_are_refused_at_the_step() -> None:
     with pytest.raises(ModelError, match="compiled"):
         optimizer.step()
     torch._dynamo.reset()
+
+
+def test_compiled__models_that_the_optimizer_was_made_for_step_as_others_do() -> None:
+    ends = []
+    for compiled in (False, True):
+        model = mlp()
+        watched = torch.compile(model, backend="aot_eager") if compiled else model
+        optimizer = natural(watched)
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(watched(X), Y).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    close(*ends)

@@ -106,7 +106,9 @@ def quality(
         str, typer.Option(metavar="LIST", help="sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.")
     ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact",
     structures: Annotated[str, typer.Option(metavar="LIST", help="Of full, block, diagonal, kfac, ekfac.")] = "full",
-    dampings: Annotated[str, typer.Option(metavar="LIST", help="Gram dampings λ > 0, beside sums over examples.")] = "1e-7,1e-5,1e-3,1e-1",
+    dampings: Annotated[
+        str, typer.Option(metavar="LIST", help="Gram dampings λ > 0, beside sums over examples.")
+    ] = "1e-7,1e-5,1e-3,1e-1",
     likelihood: Annotated[
         str, typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli.")
     ] = "categorical",

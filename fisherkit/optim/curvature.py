@@ -336,9 +336,12 @@ def rule_of(kind: str | OutputRule, options: Mapping[str, Any], call: str) -> Ou
         )
     unknown = sorted(set(options) - set(_OPTIONS[kind]))
     if unknown:
+        named = " and ".join(f"{name}=" for name in unknown)
+        own = " and ".join(f"{name}=" for name in _OPTIONS[kind]) or "none"
         raise InvalidArgumentError(
-            call=call, got=f"options {unknown} for kind={kind!r}", expected=f"some of {list(_OPTIONS[kind])}"
-        )
+            call=call, got=f"an argument {named} that it does not have", expected=f"its own; for kind={kind!r}, {own}",
+            try_=f"help(fk.optim.{call})",
+        )  # fmt: skip
     return RULES[kind](**options)
 
 

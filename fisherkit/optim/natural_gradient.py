@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region
+from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region, rule_of
 from fisherkit.outputs import OutputRule
 from fisherkit.space import ParameterSpace, Selection
 
@@ -109,6 +109,7 @@ class NaturalGradient(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         check_model(model, CALL)
+        rule = rule_of(kind, options, CALL)  # first: a misspelt argument is among its options
         check_damping_choice(damping, gram_damping, CALL)
         for name, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("momentum", momentum, 0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
@@ -116,7 +117,7 @@ class NaturalGradient(torch.optim.Optimizer):
         check_trust_region(trust_region, CALL)
         groups, selection = _groups(model, params)
         self._curvature = Curvature(
-            model, params=selection, kind=kind, options=options, likelihood=likelihood, structure=structure,
+            model, params=selection, kind=rule, options={}, likelihood=likelihood, structure=structure,
             gram=gram_damping is not None, reduction=reduction, ema=ema, update_every=update_every,
             refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank, call=CALL,
         )  # fmt: skip

@@ -111,7 +111,8 @@ def _refuse_other_loss(
             got="a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
             expected=f"−log p(y | z) of the {likelihood.name} likelihood with hard targets, weighted or not",
             why="the Fisher is that of the likelihood",
-            try_="a loss without label smoothing or terms in the outputs, or likelihood= to match it",
+            try_="a loss without label smoothing or terms in the outputs, of the outputs that the model returns; or "
+            "likelihood= to match it",
         )
 
 

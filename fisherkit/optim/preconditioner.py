@@ -14,7 +14,7 @@ from torch import nn
 
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
-from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region
+from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region, rule_of
 from fisherkit.outputs import OutputRule
 from fisherkit.space import Selection
 
@@ -82,12 +82,13 @@ class Preconditioner:
         **options: Any,
     ) -> None:
         check_model(model, CALL)
+        rule = rule_of(kind, options, CALL)  # first: a misspelt argument is among its options
         check_damping_choice(damping, gram_damping, CALL)
         check_trust_region(trust_region, CALL)
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
         self.trust_region, self._lr = trust_region, lr
         self._curvature = Curvature(
-            model, params=(lambda _name, _parameter: True) if params is None else params, kind=kind, options=options,
+            model, params=(lambda _name, _parameter: True) if params is None else params, kind=rule, options={},
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
             ema=ema if ema is not None else 0.0 if structure in ("full", "block") else 0.95,
             update_every=update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank,
