@@ -61,7 +61,7 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[E
     "kind": (lambda: natural(mlp(), kind="kfac"), InvalidArgumentError, ValueError, ("kind='kfac'", "'ief'")),
     "kind type": (lambda: natural(mlp(), kind=fk.ExactFisher), InvalidTypeError, TypeError, ("as kind", "OutputRule")),
     "options": (
-        lambda: natural(mlp(), kind="ef", draws=2), InvalidArgumentError, ValueError, ("an argument draws= that it does not have",),
+        lambda: natural(mlp(), kind="ef", draws=2), InvalidArgumentError, ValueError, ("an argument draws=",),
     ),
     "structure": (lambda: natural(mlp(), structure="kron"), InvalidArgumentError, ValueError, ("structure='kron'",)),
     "reduction": (lambda: natural(mlp(), reduction="none"), InvalidArgumentError, ValueError, ("reduction='none'",)),
