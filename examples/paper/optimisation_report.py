@@ -101,8 +101,8 @@ def _setting(tasks: Mapping[str, Summary]) -> str:
     first = next(iter(tasks.values()))
     e, seeds = first["environment"], first["seeds"]
     lines.append(
-        "- Six configurations a method, in grids that a coarse search on seed 0 of digits placed (those of EF and of "
-        "row damping on mnist1d too). A configuration is chosen by the training loss at the end of seed "
+        "- Six configurations a method, in grids placed by a coarse search on seed 0 of digits (those of EF and of row "
+        "damping on mnist1d too). A configuration is chosen by the training loss at the end of seed "
         f"{first['tuning']}'s run; then mean ± standard deviation over seeds {', '.join(map(str, seeds))}. No dropout, "
         "no weight decay. Momentum is 0.9. EF and SF take normalized steps whose length falls linearly to zero; all "
         "others have constant rates. "

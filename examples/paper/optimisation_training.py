@@ -14,8 +14,8 @@ from examples.paper.optimisation_methods import Method, Settings, start
 from examples.paper.tasks import Task, logits
 from examples.paper.training import measure
 
-FAILURES = (fk.NonFiniteError, fk.SingularMatrixError, RuntimeError)
-"""How an optimizer says that it cannot go on; torch's linear algebra raises a RuntimeError."""
+FAILURES = (fk.NonFiniteError, fk.SingularMatrixError, torch.linalg.LinAlgError)
+"""How an optimizer, or torch's linear algebra, says that it cannot go on."""
 
 EXPLODED = 10.0
 """A run ends, as diverged, where a batch's loss is so many times the loss of all examples at the start."""
