@@ -14,7 +14,7 @@ from examples.paper.optimisation_methods import Method, Settings, start
 from examples.paper.tasks import Task, logits
 from examples.paper.training import measure
 
-FAILURES = (fk.NonFiniteError, fk.SingularMatrixError, torch.linalg.LinAlgError)
+FAILURES = (fk.NonFiniteError, fk.SingularMatrixError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # documented, not in __all__
 """How an optimizer, or torch's linear algebra, says that it cannot go on."""
 
 EXPLODED = 10.0
