@@ -55,7 +55,7 @@ demo: $(DEMO_STAMP) ## train a small network, compare every kind of Fisher, writ
 bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (20 minutes or more)
 	$(BIN)/python -m examples.benchmarks --out benchmarks $(BENCH_ARGS)
 
-paper: $(PAPER_STAMP) ## reproduce the iEF paper's findings, write paper/
+paper: $(PAPER_STAMP) ## reproduce the iEF paper's findings, write paper/ (hours; goes on where it stopped)
 	$(BIN)/python -m examples.paper --out paper $(PAPER_ARGS)
 
 format: $(DEV_STAMP) ## rewrite the code the way `make lint` wants it
