@@ -17,6 +17,7 @@ from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region, rule_of
+from fisherkit.optim.sample_space import all_finite
 from fisherkit.outputs import OutputRule
 from fisherkit.space import ParameterSpace, Selection
 
@@ -153,7 +154,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if not gradients:
             return loss
         first = self.param_groups[0]
-        if not bool(torch.stack([g.isfinite().all() for g in gradients.values()]).all()):
+        if not all_finite(gradients.values()):
             raise NonFiniteError(
                 call=f"{CALL}.step", got="gradients with NaN or infinite entries", expected="finite gradients",
                 try_="skipping the step, as torch.amp.GradScaler does, or a smaller lr",

@@ -15,6 +15,7 @@ from torch import nn
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
 from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region, rule_of
+from fisherkit.optim.sample_space import all_finite
 from fisherkit.outputs import OutputRule
 from fisherkit.space import Selection
 
@@ -108,7 +109,7 @@ class Preconditioner:
         gradients = {n: p.grad for n, p in own.items() if n in curvature.capture.space.slices and p.grad is not None}
         if not gradients:
             return
-        if not bool(torch.stack([g.isfinite().all() for g in gradients.values()]).all()):
+        if not all_finite(gradients.values()):
             curvature.capture.forget()
             return
         space, direction = curvature.direction(gradients, self.damping)

@@ -6,7 +6,7 @@ gradient. Knows rows and nothing of models, kinds or steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,7 @@ def gram_direction(
     Raises:
         SingularMatrixError: the damped Gram matrix has no Cholesky factor.
     """
-    update = torch.empty(rows.space.size, dtype=targets.dtype, device=targets.device)
+    update = torch.empty(rows.space.size, dtype=_dtype(rows), device=targets.device)
     curvature = targets.new_zeros(())
     for names in blocks:
         part = rows if len(names) == len(rows.space.names) else rows.part(names)
@@ -57,7 +57,7 @@ def gram_direction(
         # J Δ = t − λ w, and F = (1/N) Jᵀ diag(1/t) J for every kind that this is an update of.
         change = targets - damping * w.squeeze(1)
         curvature = curvature + torch.where(targets > 0, change.square() / targets, torch.zeros_like(targets)).sum()
-    return Direction(update.to(_dtype(rows)), lambda: curvature / examples)
+    return Direction(update, lambda: curvature / examples)
 
 
 def damped_direction(
@@ -121,6 +121,16 @@ def _take(vector: Float[Tensor, "D"], rows: Rows, names: Sequence[str]) -> Float
 
 
 def _put(vector: Float[Tensor, "D"], rows: Rows, names: Sequence[str], part: Float[Tensor, "d"]) -> None:
+    if len(names) == len(rows.space.names):
+        vector.copy_(part)
+        return
     own = rows.space.restrict(names)
     for name in own.names:
         vector[rows.space.slices[name]] = part[own.slices[name]].to(vector.dtype)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no entry is NaN or infinite: by norms, and by entries only where a norm overflows."""
+    found = list(tensors)
+    norms = torch.stack(torch._foreach_norm(found))
+    return bool(norms.isfinite().all()) or all(bool(t.isfinite().all()) for t in found)

@@ -17,8 +17,11 @@ from torch import Tensor
 TILE = 1 << 25
 """Entries of the largest temporary of a tiled loop: 128 MiB in float32, well above where matmuls are efficient."""
 
-BLOCK = 256
+BLOCK = 1024
 """Most products that are summed in the rows' own dtype on the way to a float64 Gram."""
+
+HALVED = 256
+"""Symmetric products of at least so many vectors are computed by halves."""
 
 
 R = TypeVar("R", bound="UnitRows")
@@ -119,7 +122,7 @@ def inner_products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bo
         precise: multiply in float64. Else float32 products are summed over `BLOCK` columns in float32 and over blocks
             in float64, so that the error stays that of a few roundings of the rows themselves.
     """
-    if x is y and x.shape[0] >= BLOCK:
+    if x is y and x.shape[0] >= HALVED:
         half = x.shape[0] // 2
         upper, lower = x[:half], x[half:]
         result = x.new_empty(x.shape[0], x.shape[0], dtype=torch.float64)
@@ -148,7 +151,7 @@ def second_moment(x: Float[Tensor, "... w"]) -> Float[Tensor, "w w"]:
     if x.ndim == 3 and not x.is_contiguous() and x.shape[1] >= x.shape[2]:
         return torch.bmm(x.mT, x).sum(0)
     x = x.reshape(-1, x.shape[-1])
-    if x.device.type != "cpu" or x.shape[1] < 2 * BLOCK:
+    if x.device.type != "cpu" or x.shape[1] < 2 * HALVED:
         return x.mT @ x
     half = x.shape[1] // 2
     left, right = x[:, :half], x[:, half:]
