@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from examples.paper.pictures import STYLE
 
@@ -41,6 +42,7 @@ def draw(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axes.set_yscale("log")
             axes.set_title(name)
             axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(visible=True)
         panels[0].set_ylabel("training loss")
         figure.legend(list(drawn.values()), list(drawn), loc="outside right upper", fontsize=9)
