@@ -85,3 +85,15 @@ def test_surprise__a_step_without_a_label_that_counts_moves_nothing() -> None:
     F.cross_entropy(model(X), torch.full_like(Y, -100), reduction="sum").backward()
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"kind": kind, **DAMPED} for kind in ("ef", "ief", "exact", "truncated")] + [GRAM])
+@pytest.mark.parametrize("label", [0, 1])
+def test_step__of_an_example_that_is_certain_right_or_wrong_is_finite(options: dict[str, Any], label: int) -> None:
+    model = nn.Linear(2, 3, bias=False)
+    with torch.no_grad():
+        model.weight.zero_()[0, 0] = 4000.0
+    optimizer = natural(model, **options)
+    F.cross_entropy(model(torch.tensor([[1.0, 0.0]])), torch.tensor([label])).backward()
+    optimizer.step()
+    assert bool(model.weight.isfinite().all())

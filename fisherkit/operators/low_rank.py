@@ -173,7 +173,8 @@ class _GramFactorization(Factorization):
         self._scale = operator.scale
         gram = self._rows.gram(precise=False).mul_(self._scale)
         # The largest row sum bounds the largest eigenvalue. What rounding leaves, relative to v, without correction:
-        rounding = torch.finfo(self._dtype).eps * (1 + float(gram.abs().sum(1).max()) / damping)
+        largest = float(gram.abs().sum(1).max()) if len(gram) else 0.0
+        rounding = torch.finfo(self._dtype).eps * (1 + largest / damping)
         self._corrected = rounding >= 1e-4
         if rounding >= 1e-2:
             gram = self._rows.gram(precise=True).mul_(self._scale)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.errors import SingularMatrixError
+from fisherkit.errors import NonFiniteError, SingularMatrixError
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.operators.linalg import singular, spectrum
 
@@ -53,8 +53,16 @@ def leading_spectrum(
         rank: how many; None for all.
         start: where to start from; None for random vectors from a fixed seed.
         call: for errors.
+
+    Raises:
+        NonFiniteError: NaN or infinite entries.
     """
     width = len(matrix)
+    if not bool(matrix.isfinite().all()):
+        raise NonFiniteError(
+            call="a step", got="Kronecker factors with NaN or infinite entries", expected="finite ones",
+            why="activations or gradients have grown out of range", try_="a smaller lr, or a trust_region",
+        )  # fmt: skip
     if rank is None or rank >= width:
         values, vectors = spectrum(matrix, call)
         return Spectrum(values, vectors.to(matrix.dtype).contiguous(), values.new_zeros(()))

@@ -93,6 +93,8 @@ def form(solution: Float[Tensor, "D"], gradient: Float[Tensor, "D"], damping: fl
 def _damped(rows: Rows, damping: float, right: Float[Tensor, "R 1"]) -> Float[Tensor, "R 1"]:
     """(JJᵀ + λI)⁻¹ t in float64; products in the rows' dtype where λ hides their rounding."""
     gram = rows.gram(precise=False)
+    if len(gram) == 0:
+        return right
     rounding = torch.finfo(_dtype(rows)).eps * gram.abs().sum(1).max()
     if bool(rounding >= 1e-2 * damping):
         gram = rows.gram(precise=True)
