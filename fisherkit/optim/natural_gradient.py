@@ -50,7 +50,7 @@ class NaturalGradient(torch.optim.Optimizer):
     Args:
         model: the model; call this very object.
         lr: learning rate.
-        kind: "ef", "ief", "sf", "exact", "truncated", or an object of `fisherkit.vectors.OutputRule`.
+        kind: "ef", "ief", "sf", "exact", "truncated", or an object of `fisherkit.OutputRule`.
         damping: λ beside F, or `fisherkit.RelativeDamping`.
         gram_damping: λ beside the Gram matrix of unreduced gradients.
         weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
