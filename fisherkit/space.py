@@ -119,6 +119,18 @@ class ParameterSpace:
             blocks.setdefault(name.rpartition(".")[0], []).append(name)
         return {module: tuple(names) for module, names in blocks.items()}
 
+    def joined_blocks(self, units: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
+        """The blocks, joined where a unit spans two of them (a weight of one module used with a bias of another)."""
+        groups = [set(names) for names in self.blocks.values()]
+        for unit in units:
+            own = set(unit)
+            touched = [group for group in groups if group & own]
+            if len(touched) > 1:
+                groups = [group for group in groups if group not in touched] + [set().union(*touched)]
+        order = {name: i for i, name in enumerate(self.names)}
+        blocks = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
+        return sorted(blocks, key=lambda names: order[names[0]])
+
     def restrict(self, names: Iterable[str]) -> ParameterSpace:
         """The subspace of some of the names, in this space's order."""
         wanted = set(names)

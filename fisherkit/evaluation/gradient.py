@@ -14,7 +14,7 @@ from fisherkit.data import Batch, Data, Source, check_finite, is_causal, model_d
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.randomness import untouched_rng
-from fisherkit.rows.plan import differentiable
+from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.space import ParameterSpace, Selection
 

@@ -70,22 +70,13 @@ def by_block(rows: Rows, update: Callable[[tuple[str, ...]], Columns], count: in
     """
     like = next(iter(rows.slots[0].rows.tensors().values()))
     whole = torch.empty(rows.space.size, count, dtype=torch.float64, device=like.device)
-    for names in _modules(rows):
+    for names in rows.space.joined_blocks(slot.names for slot in rows.slots):
         part, start = update(names), 0
         for name in names:
             span = rows.space.slices[name]
             stop = start + span.stop - span.start
             whole[span], start = part[start:stop], stop
     return whole
-
-
-def _modules(rows: Rows) -> list[tuple[str, ...]]:
-    """The space's blocks, joined where a unit's rows span two of them."""
-    groups = [set(names) for names in rows.space.blocks.values()]
-    for slot in rows.slots:
-        touched = [group for group in groups if group & set(slot.names)]
-        groups = [group for group in groups if group not in touched] + [set().union(*touched)]
-    return [tuple(name for name in rows.space.names if name in group) for group in groups]
 
 
 def _solve(matrix: Float[Tensor, "n n"], c: Float[Tensor, "n"], damping: float) -> Float[Tensor, "n"]:

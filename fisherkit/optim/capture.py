@@ -34,8 +34,9 @@ from fisherkit.randomness import RngState, rng_state, untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import Plan, differentiable
+from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.verified import fingerprint, plan_for

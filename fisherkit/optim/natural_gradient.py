@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region, rule_of
+from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
+from fisherkit.optim.curvature import Curvature
 from fisherkit.optim.sample_space import all_finite
 from fisherkit.outputs import OutputRule
 from fisherkit.space import ParameterSpace, Selection

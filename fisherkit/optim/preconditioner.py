@@ -14,7 +14,8 @@ from torch import nn
 
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
-from fisherkit.optim.curvature import Curvature, check_damping_choice, check_model, check_trust_region, rule_of
+from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
+from fisherkit.optim.curvature import Curvature
 from fisherkit.optim.sample_space import all_finite
 from fisherkit.outputs import OutputRule
 from fisherkit.space import Selection

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.optim.curvature import rule_of
+from fisherkit.optim.arguments import rule_of
 from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors
 from fisherkit.vectors import ImprovedVectors
 
@@ -58,8 +58,8 @@ class RowDamped(OutputRule):
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """The kind's vectors, the first of them lengthened or one more."""
         found = self.rule.output_vectors(outputs)
-        direction = ImprovedVectors().output_vectors(outputs).v
-        assert isinstance(direction, Tensor)  # noqa: S101  (iEF has one vector)
+        units = torch.arange(len(outputs.z), device=outputs.z.device)
+        direction = ImprovedVectors().output_vectors(outputs).select(units, torch.zeros_like(units)).unsqueeze(1)
         there = direction.flatten(2).ne(0).any(-1)
         if isinstance(found.v, Tensor) and (self.along_gradient or _parallel(found.v[:, 0], direction[:, 0])):
             size = (found.v[:, :1].flatten(2).square().sum(-1) + self.row_damping).sqrt()

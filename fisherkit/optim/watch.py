@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from fisherkit.rows.plan import OWN_PASS
+from fisherkit.rows.differentiable import OWN_PASS
 from fisherkit.rows.record import Recorder
 
 

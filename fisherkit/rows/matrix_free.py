@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisherkit.data import Batch
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
-from fisherkit.rows.plan import TOLERANCE, Plan, differentiable
+from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.space import ParameterSpace
 
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]

@@ -9,9 +9,7 @@ weight or a hidden functional use can make a run slower, never wrong.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +19,7 @@ from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import UnitRows
+from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.generic import gradients, looped_rows, vectorised_rows
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.rules import Rule, Use, in_dtype
@@ -105,15 +104,8 @@ class Plan:
 
     @property
     def modules(self) -> list[tuple[str, ...]]:
-        """The space's blocks, joined where a unit spans two modules (a weight of one used with a bias of another)."""
-        groups = [set(names) for names in self.space.blocks.values()]
-        for unit in self.units:
-            touched = [group for group in groups if group & set(unit.names)]
-            if len(touched) > 1:
-                groups = [group for group in groups if group not in touched] + [set().union(*touched)]
-        order = {name: i for i, name in enumerate(self.space.names)}
-        blocks = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
-        return sorted(blocks, key=lambda names: order[names[0]])
+        """The space's blocks, joined where a unit spans two modules."""
+        return self.space.joined_blocks(unit.names for unit in self.units)
 
     def factor_numbers(self) -> int:
         """Entries of all Kronecker factors."""
@@ -125,29 +117,6 @@ class Plan:
         if not self.vectorised:
             return looped_rows(self.model, own, batch, v)
         return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v)
-
-
-OWN_PASS: ContextVar[bool] = ContextVar("OWN_PASS", default=False)
-"""Whether the package itself is calling the model, so that who watches the user's calls can tell."""
-
-
-@contextmanager
-def differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients on, frozen parameters differentiable, attention's fused inference kernel off; all put back after."""
-    token = OWN_PASS.set(True)
-    flags = [p.requires_grad for p in parameters]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for p in parameters:
-            p.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        OWN_PASS.reset(token)
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for p, flag in zip(parameters, flags, strict=True):
-            p.requires_grad_(flag)
 
 
 def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:

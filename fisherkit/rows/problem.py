@@ -24,9 +24,10 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
-from fisherkit.rows.plan import Plan, differentiable, two_of
+from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
 
 

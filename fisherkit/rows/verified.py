@@ -21,8 +21,9 @@ from torch import nn
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
+from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import TOLERANCE, Plan, differentiable, make_plan, two_of
+from fisherkit.rows.plan import TOLERANCE, Plan, make_plan, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import RULES
 from fisherkit.rows.selection import RowSelection
