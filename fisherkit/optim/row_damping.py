@@ -26,7 +26,8 @@ class RowDamped(OutputRule):
     A softmax's Hessian goes to zero with p(1 − p) at both ends: an example that is surely right can be moved at no
     cost, one that is surely wrong asks for a step of 1/p. λI is the same for all examples. With ε no example asks its
     outputs to move along û by more than ‖∂ℓ/∂z‖/ε, and one that is fit holds its place, as in iEF.
-    ε is on the scale of the output Fisher, whose largest eigenvalue is 1/2 for a softmax.
+    ε is on the scale of the output Fisher, whose largest eigenvalue is at most 1/2 for a softmax. For the exact kind
+    ε ûûᵀ is added position by position.
 
     Args:
         kind: "ef", "ief", "sf", "exact", "truncated", or an `fisherkit.OutputRule`.
