@@ -1,3 +1,6 @@
 """The command line: ``fisherkit`` and ``python -m fisherkit``."""
 
-from fisherkit.cli.commands import app as app
+from fisherkit.cli import commands, file_commands  # they put their commands into the application
+from fisherkit.cli.app import app
+
+__all__ = ["app", "commands", "file_commands"]

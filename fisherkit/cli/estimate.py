@@ -19,7 +19,7 @@ from torch import nn
 
 from fisherkit import io
 from fisherkit.cli.factories import load_factory
-from fisherkit.cli.hugging_face import TextBatches, load
+from fisherkit.cli.hugging_face import Folder, TextBatches
 from fisherkit.cli.text import number, table
 from fisherkit.cli.texts import Columns, read_texts
 from fisherkit.data import Data
@@ -104,9 +104,10 @@ def _model_and_data(settings: EstimateSettings) -> tuple[nn.Module, Data, str]:
             raise InvalidArgumentError(
                 call=CALL, got=f"{folder} without data", expected="--data FILE", try_="a .jsonl with text and label"
             )
-        own = load(folder, CALL, device=settings.device, dtype=settings.dtype, max_length=settings.max_length)
-        columns = Columns(settings.columns.text, settings.columns.pair, None) if own.causal else settings.columns
+        found = Folder.open(folder, CALL)
+        columns = Columns(settings.columns.text, settings.columns.pair, None) if found.causal else settings.columns
         texts = read_texts(settings.data, columns, CALL, examples=settings.examples, seed=settings.seed)
+        own = found.load(device=settings.device, dtype=settings.dtype, max_length=settings.max_length)
         return own.model, TextBatches(own, texts, settings.batch_size, CALL), own.likelihood
     if ":" not in settings.model:
         raise InvalidArgumentError(

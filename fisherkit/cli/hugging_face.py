@@ -21,6 +21,15 @@ from fisherkit.errors import DataError, InvalidArgumentError
 IGNORE = -100
 """The label that a categorical likelihood leaves out."""
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+
 LIKELIHOODS = {
     "regression": "gaussian",
     "multi_label_classification": "bernoulli",
@@ -48,52 +57,82 @@ class Pretrained:
     max_length: int
 
 
-def load(folder: Path, call: str, *, device: str, dtype: str | None, max_length: int | None) -> Pretrained:
-    """The model of a folder that ``save_pretrained`` wrote, the tokenizer beside it.
+@dataclass(frozen=True)
+class Folder:
+    """A folder that ``save_pretrained`` wrote, before its weights are read.
 
     Args:
-        folder: with config.json, weights and tokenizer.
-        call: the command, for errors.
-        device: where the model goes.
-        dtype: of its weights; None for that of the file.
-        max_length: tokens a text is cut to; None for the most that tokenizer and model allow.
-
-    Raises:
-        InvalidArgumentError: no config, no tokenizer, an adapter alone, or a model for another purpose.
+        path: with config.json, weights and tokenizer.
+        config: of the model.
+        tokenizer: beside it.
+        causal: a causal language model; else a sequence classifier.
     """
-    import transformers
 
-    if (folder / "adapter_config.json").exists():
-        raise InvalidArgumentError(
-            call=call, got=f"{folder}, an adapter without its model", expected="the folder of a whole model",
-            try_="peft: AutoPeftModelForSequenceClassification.from_pretrained(folder).merge_and_unload()"
-            ".save_pretrained(other), or a module:function that returns the model with its adapter",
-        )  # fmt: skip
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError(
-            call=call, got=f"{folder}, from which transformers cannot load config and tokenizer",
-            expected="a folder that model.save_pretrained and tokenizer.save_pretrained wrote", why=str(error),
-            try_="tokenizer.save_pretrained(folder), or a module:function",
-        ) from error  # fmt: skip
-    causal = _is_causal(config, folder, call)
-    loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
-    model = loader.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto").to(device).eval()
-    likelihood = "categorical" if causal else LIKELIHOODS[_problem(config)]
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
+    path: Path
+    config: Any
+    tokenizer: Any
+    causal: bool
+
+    @classmethod
+    def open(cls, path: Path, call: str) -> Folder:
+        """Read config and tokenizer.
+
+        Args:
+            path: the folder.
+            call: the command, for errors.
+
+        Raises:
+            InvalidArgumentError: no config, no tokenizer, an adapter alone, or a model for another purpose.
+        """
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        if (path / "adapter_config.json").exists():
             raise InvalidArgumentError(
-                call=call, got=f"{folder}, whose tokenizer has no padding token", expected="one",
-                try_="tokenizer.pad_token = ...; tokenizer.save_pretrained(folder)",
+                call=call, got=f"{path}, an adapter without its model", expected="the folder of a whole model",
+                try_="peft: AutoPeftModelForSequenceClassification.from_pretrained(folder).merge_and_unload()"
+                ".save_pretrained(other), or a module:function that returns the model with its adapter",
             )  # fmt: skip
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
-    if not causal and config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify at the last token that is not padding
-    tokenizer.padding_side = "right"
-    most = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 512)
-    return Pretrained(model, tokenizer, likelihood, causal, min(max_length or most, most))
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+            # Where there is none, transformers would make one that knows no word.
+            if not any((path / name).exists() for name in TOKENIZER_FILES):
+                raise OSError(f"there is none of {', '.join(TOKENIZER_FILES)}")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError(
+                call=call, got=f"{path}, from which transformers cannot load config and tokenizer",
+                expected="a folder that model.save_pretrained and tokenizer.save_pretrained wrote", why=str(error),
+                try_="tokenizer.save_pretrained(folder), or a module:function",
+            ) from error  # fmt: skip
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise InvalidArgumentError(
+                    call=call, got=f"{path}, whose tokenizer has no padding token", expected="one",
+                    try_="tokenizer.pad_token = ...; tokenizer.save_pretrained(folder)",
+                )  # fmt: skip
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+        tokenizer.padding_side = "right"
+        return cls(path, config, tokenizer, _is_causal(config, path, call))
+
+    def load(self, *, device: str, dtype: str | None, max_length: int | None) -> Pretrained:
+        """Read the weights.
+
+        Args:
+            device: where the model goes.
+            dtype: of its weights; None for that of the file.
+            max_length: tokens a text is cut to; None for the most that tokenizer and model allow.
+        """
+        import transformers
+
+        loader = transformers.AutoModelForCausalLM if self.causal else transformers.AutoModelForSequenceClassification
+        model = loader.from_pretrained(self.path, local_files_only=True, dtype=dtype or "auto").to(device).eval()
+        if not self.causal and model.config.pad_token_id is None:
+            # Decoders classify at the last token that is not padding.
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        likelihood = "categorical" if self.causal else LIKELIHOODS[_problem(self.config)]
+        most = min(self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None) or 512)
+        return Pretrained(model, self.tokenizer, likelihood, self.causal, min(max_length or most, most))
 
 
 @dataclass

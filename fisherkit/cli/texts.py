@@ -53,9 +53,7 @@ class Text:
     place: str
 
 
-def read_texts(
-    path: Path, columns: Columns, call: str, *, examples: int | None = None, seed: int = 0
-) -> list[Text]:
+def read_texts(path: Path, columns: Columns, call: str, *, examples: int | None = None, seed: int = 0) -> list[Text]:
     """The lines of a file.
 
     Args:

@@ -1,6 +1,7 @@
 """How good a preconditioned update is, and how right a Fisher, judged by the exact Fisher.
 
-γ takes built operators and plain vectors, `audit` a Fisher of any origin; `compare` builds every kind on a batch. Knows no other application.
+γ takes built operators and plain vectors, `audit` a Fisher of any origin; `compare` builds every kind on a batch. Knows
+no other application.
 """
 
 from fisherkit.evaluation.audit import Audit, Likeness, audit
