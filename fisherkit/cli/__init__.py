@@ -1,6 +1,3 @@
 """The command line: ``fisherkit`` and ``python -m fisherkit``."""
 
-from fisherkit.cli import commands, file_commands  # they put their commands into the application
-from fisherkit.cli.app import app
-
-__all__ = ["app", "commands", "file_commands"]
+from fisherkit.cli.commands import app as app

@@ -1,17 +1,32 @@
-"""The commands about a model in memory: info, demo, quality.
+"""The list of commands: ``fisherkit`` itself, and what it knows.
 
-Owns their options. What a command does lives in a module of its own, which is imported when the command runs:
-``--help`` answers at once.
+A command is a `Command` of a module of its own, in `COMMANDS`; the first three have their options here.
 """
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fisherkit.cli.app import app, readable_errors, require
+from fisherkit._version import __version__
+from fisherkit.cli.command import readable_errors, require
+from fisherkit.cli.file_commands import AUDIT, ESTIMATE
+from fisherkit.cli.show import SHOW
+
+app = typer.Typer(
+    help="Fisher information matrices of PyTorch models.",
+    epilog="Exit codes: 0 done, 1 a command failed and said why, 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+COMMANDS = (ESTIMATE, SHOW, AUDIT)
 
 # \b keeps the line breaks of the paragraph that follows it.
 _INFO_EXAMPLES = """\b
@@ -31,6 +46,17 @@ Examples:
   fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality
   fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10
 """
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without Greek letters shows a question mark instead of ending the run.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.command(epilog=_INFO_EXAMPLES, short_help="Versions, devices, memory, kinds and structures.")
@@ -130,3 +156,7 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise typer.BadParameter(
             f"{text!r} is not a list of numbers such as 1e-7,1e-3", param_hint="--dampings"
         ) from error
+
+
+for _command in COMMANDS:
+    _command.add_to(app)

@@ -1,4 +1,4 @@
-"""The commands about Fisher files: estimate one, compare two.
+"""The commands that make and compare Fisher files.
 
 Owns their options; what each does lives in a module of its own, imported when it runs.
 """
@@ -10,23 +10,11 @@ from typing import Annotated
 
 import typer
 
-from fisherkit.cli.app import app, readable_errors, require
+from fisherkit.cli.command import Command, readable_errors, require
 
-_ESTIMATE_EXAMPLES = """\b
-Examples:
-  fisherkit estimate my-model --data train.jsonl --kind ief --structure diagonal --out f.safetensors
-  fisherkit estimate my-model --data train.csv --text-column summary --structure kfac --params "classifier.*" --out f
-  fisherkit estimate mymodule:make --kind truncated:2 --structure full --out f.safetensors
-"""
-_AUDIT_EXAMPLES = """\b
-Examples:
-  fisherkit audit theirs.safetensors exact.safetensors
-  fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32
-"""
 _JSON = typer.Option("--json", help="Print one JSON object instead of text.")
 
 
-@app.command(epilog=_ESTIMATE_EXAMPLES, short_help="Estimate a model's Fisher on a file of texts, or on data of yours.")
 def estimate(
     model: Annotated[
         str,
@@ -97,7 +85,6 @@ def estimate(
         )  # fmt: skip
 
 
-@app.command(epilog=_AUDIT_EXAMPLES, short_help="Compare a Fisher of any origin with an exact one.")
 def audit(
     other: Annotated[
         Path,
@@ -122,3 +109,22 @@ def audit(
         from fisherkit.cli.audit import run
 
         run(other, exact, compare=compare, batch_size=batch_size, as_json=as_json)
+
+
+ESTIMATE = Command(
+    estimate,
+    "Estimate a model's Fisher on a file of texts, or on data of yours.",
+    (
+        "fisherkit estimate my-model --data train.jsonl --kind ief --structure diagonal --out f.safetensors",
+        "fisherkit estimate my-model --data train.csv --text-column body --params 'head.*' --out f.safetensors",
+        "fisherkit estimate mymodule:make --kind truncated:2 --structure full --out f.safetensors",
+    ),
+)
+AUDIT = Command(
+    audit,
+    "Compare a Fisher of any origin with an exact one.",
+    (
+        "fisherkit audit theirs.safetensors exact.safetensors",
+        "fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32",
+    ),
+)

@@ -44,6 +44,7 @@ class Pretrained:
 
     Args:
         model: in eval mode.
+        config: its own.
         tokenizer: the folder's.
         likelihood: of the model's own loss.
         causal: a causal language model, whose labels are its inputs.
@@ -51,6 +52,7 @@ class Pretrained:
     """
 
     model: nn.Module
+    config: Any
     tokenizer: Any
     likelihood: str
     causal: bool
@@ -86,18 +88,21 @@ class Folder:
         """
         import transformers
 
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         if (path / "adapter_config.json").exists():
             raise InvalidArgumentError(
                 call=call, got=f"{path}, an adapter without its model", expected="the folder of a whole model",
                 try_="peft: AutoPeftModelForSequenceClassification.from_pretrained(folder).merge_and_unload()"
                 ".save_pretrained(other), or a module:function that returns the model with its adapter",
             )  # fmt: skip
+        # Where there is no tokenizer, transformers would make one that knows no word.
+        if not any((path / name).exists() for name in TOKENIZER_FILES):
+            raise InvalidArgumentError(
+                call=call, got=f"{path}, which has no tokenizer", expected=f"one of {', '.join(TOKENIZER_FILES)}",
+                try_="tokenizer.save_pretrained(folder), or a module:function",
+            )  # fmt: skip
         try:
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-            # Where there is none, transformers would make one that knows no word.
-            if not any((path / name).exists() for name in TOKENIZER_FILES):
-                raise OSError(f"there is none of {', '.join(TOKENIZER_FILES)}")
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise InvalidArgumentError(
@@ -126,13 +131,14 @@ class Folder:
         import transformers
 
         loader = transformers.AutoModelForCausalLM if self.causal else transformers.AutoModelForSequenceClassification
-        model = loader.from_pretrained(self.path, local_files_only=True, dtype=dtype or "auto").to(device).eval()
+        model: Any = loader.from_pretrained(self.path, local_files_only=True, dtype=dtype or "auto")
+        model = model.to(device).eval()
         if not self.causal and model.config.pad_token_id is None:
             # Decoders classify at the last token that is not padding.
             model.config.pad_token_id = self.tokenizer.pad_token_id
         likelihood = "categorical" if self.causal else LIKELIHOODS[_problem(self.config)]
         most = min(self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None) or 512)
-        return Pretrained(model, self.tokenizer, likelihood, self.causal, min(max_length or most, most))
+        return Pretrained(model, model.config, self.tokenizer, likelihood, self.causal, min(max_length or most, most))
 
 
 @dataclass
@@ -185,7 +191,7 @@ class TextBatches:
 
     def _label(self, text: Text) -> Tensor:
         """A text's label as the model's loss takes it."""
-        config, dtype = self.pretrained.model.config, next(self.pretrained.model.parameters()).dtype
+        config, dtype = self.pretrained.config, next(self.pretrained.model.parameters()).dtype
         readers: dict[str, Callable[[], Tensor]] = {
             "categorical": lambda: torch.tensor(self._class(text, config.label2id, config.num_labels)),
             "gaussian": lambda: torch.tensor(_numbers(text.label), dtype=dtype).reshape(config.num_labels),
@@ -193,6 +199,8 @@ class TextBatches:
         }
         try:
             return readers[self.pretrained.likelihood]()
+        except DataError:  # says what is wrong by itself
+            raise
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 call=self.call, got=f"label {text.label!r} in {text.place}",

@@ -1,38 +1,37 @@
-"""The command line's frame: the application, and how an error looks to someone at a terminal."""
+"""What every command shares: how it is registered, and how an error looks to someone at a terminal."""
 
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Any
 
 import typer
 
-from fisherkit._version import __version__
 from fisherkit.errors import FisherkitError
 
-app = typer.Typer(
-    help="Fisher information matrices of PyTorch models.",
-    epilog="Exit codes: 0 done, 1 a command failed and said why, 2 wrong usage.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 
+@dataclass(frozen=True)
+class Command:
+    """A command of ``fisherkit``; its name is its function's.
 
-@app.callback(invoke_without_command=True)
-def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal without Greek letters shows a question mark instead of ending the run.
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+    Args:
+        function: with typer's annotations; its docstring is the help.
+        short_help: the line in the list of commands.
+        examples: command lines, shown under the options.
+    """
+
+    function: Callable[..., Any]
+    short_help: str
+    examples: tuple[str, ...]
+
+    def add_to(self, app: typer.Typer) -> None:
+        """Register it."""
+        # \b keeps the line breaks of the paragraph that follows it.
+        lines = "\n".join(f"  {example}" for example in self.examples)
+        app.command(epilog=f"\b\nExamples:\n{lines}\n", short_help=self.short_help)(self.function)
 
 
 @contextmanager
