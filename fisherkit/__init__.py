@@ -35,6 +35,7 @@ from fisherkit.kinds import (
     SampledFisher,
     TruncatedFisher,
 )
+from fisherkit.model_state import parameters_hash
 from fisherkit.operators import FisherOperator, RelativeDamping, load
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.space import ParameterSpace
@@ -73,5 +74,6 @@ __all__ = [
     "likelihoods",
     "load",
     "optim",
+    "parameters_hash",
     "testing",
 ]
