@@ -55,18 +55,11 @@ class MemorySource(FisherSource):
 
     def read(self, names: Names) -> FisherOperator:
         """The operator over some whole blocks."""
-        parts = [self._parts[name] for name in names if name in self._parts]
-        if len(parts) == 1:
-            return parts[0]
-        space = self.space.restrict(names)
-        diagonals = [part for part in parts if isinstance(part, DiagonalOperator)]
-        if len(diagonals) == len(parts):
-            return DiagonalOperator(space, torch.cat([part.diagonal() for part in diagonals]))
-        return BlockDiagonalOperator(space, parts)
+        return _joined(self.space.restrict(names), [self._parts[name] for name in names if name in self._parts])
 
 
 class FileSource(FisherSource):
-    """A Fisher file of which only the asked for blocks are read."""
+    """A Fisher file of which only the blocks that are asked for are read."""
 
     def __init__(self, path: Path) -> None:
         self._file = open_file(path)
@@ -74,7 +67,16 @@ class FileSource(FisherSource):
 
     def read(self, names: Names) -> FisherOperator:
         """The operator over some whole blocks."""
-        return self._file.read(names)
+        return _joined(self.space.restrict(names), split(self._file.read(names)))
+
+
+def _joined(space: ParameterSpace, parts: Sequence[FisherOperator]) -> FisherOperator:
+    """Blocks as one operator; diagonals as one diagonal, which folds with more than blocks do."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, DiagonalOperator) for part in parts):
+        return DiagonalOperator(space, torch.cat([part.diagonal() for part in parts]))
+    return BlockDiagonalOperator(space, parts)
 
 
 def open_fisher(fisher: Fisher, label: str) -> FisherSource:
