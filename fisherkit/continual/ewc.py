@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisherkit.continual import policies
-from fisherkit.continual.penalty import Penalty, Term
+from fisherkit.continual.penalty import Term, penalty_of
 from fisherkit.continual.state import pack, unpack
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NoClosedFormError
 from fisherkit.operators import FisherOperator, Quadratic, normalize
@@ -32,22 +33,22 @@ class EWC(nn.Module):
         ewc.consolidate(fk.ImprovedEmpiricalFisher(model, first_task, structure="kfac"))
         loss = F.cross_entropy(model(x), y) + ewc.penalty()  # in training on the next one
 
-    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks" (arXiv 1612.00796); a decay below
-    1 is online EWC (Schwarz et al., arXiv 1805.06370).
+    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks" (arXiv 1612.00796); with a decay
+    below 1, online EWC (Schwarz et al., arXiv 1805.06370).
 
     The terms of structures that add up to one (diagonal, dense, rows) are joined, exactly: memory does not grow with
     tasks, but for rows up to the size of the D × D matrix. Kronecker products do not add up to one, and each task's are
     kept.
 
-    The model is no submodule: its parameters are not in ``ewc.parameters()`` nor in ``ewc.state_dict()``. A deep copy of
-    an EWC alone is bound to the same model; within a deep copy of something that holds both, to the copied model.
+    The model is no submodule: its parameters are neither in ``ewc.parameters()`` nor in ``ewc.state_dict()``. A deep
+    copy of an EWC alone is bound to the same model; within a deep copy of what holds both, to the copied model.
 
     Args:
         model: the model that is trained; not wrapped (DDP, compile), since names must be those of the Fishers.
         strength: factor of the penalty; may be set later.
         decay: factor on older terms at each consolidation, from 0 to 1.
-        normalize: "trace" divides each Fisher by its mean eigenvalue, "norm" by its root mean square eigenvalue, so that
-            one strength means the same for all kinds, losses and stages of training; None takes Fishers as they are.
+        normalize: "trace" divides each Fisher by its mean eigenvalue, "norm" by its root mean square eigenvalue, so
+            that a strength means the same for all kinds, losses and stages of training; None takes Fishers as they are.
         grown: what happens if a parameter is larger than it was when consolidated: "refuse", or "leading": its first
             entries along each axis are the old ones, the others are free.
         drop_below: terms that could not be joined and whose weight, decay^age, is not above this are dropped.
@@ -146,8 +147,7 @@ class EWC(nn.Module):
         parameters = dict(self.model.named_parameters())
         names = list(dict.fromkeys(name for term in self._terms for name in term.shapes)) or list(parameters)[:1]
         self._check("EWC.penalty", self._terms, parameters)
-        penalty: Tensor = Penalty.apply(self._terms, self.strength, names, *(parameters[name] for name in names))
-        return penalty
+        return penalty_of(self._terms, self.strength, names, [parameters[name] for name in names])
 
     def _check(self, call: str, terms: tuple[Term, ...], parameters: Mapping[str, nn.Parameter]) -> None:
         for term in terms:
@@ -240,8 +240,8 @@ class EWC(nn.Module):
                     call="EWC.to", got=f"{probe.dtype}", expected=f"{operator.dtype}, that of the Fishers",
                     why="rounding them to another dtype would be another penalty", try_="ewc.to(device)",
                 )  # fmt: skip
-            terms.append(replace(term, quadratic=term.quadratic.map(lambda tensor, to=probe.device: tensor.to(to))))
-        super()._apply(fn, recurse)
+            terms.append(replace(term, quadratic=term.quadratic.map(partial(Tensor.to, device=probe.device))))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._terms = tuple(terms)
         return self
 

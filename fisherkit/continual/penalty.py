@@ -70,7 +70,19 @@ def _add(gradients: dict[str, Tensor], name: str, part: Tensor, shape: torch.Siz
     leading(gradients[name], part.shape).add_(part)
 
 
-class Penalty(torch.autograd.Function):
+def penalty_of(terms: Sequence[Term], strength: float, names: Sequence[str], values: Sequence[Tensor]) -> Tensor:
+    """½ · strength · Σ weight · q as a differentiable scalar in the first value's dtype.
+
+    Args:
+        terms: any number; 0 without any.
+        strength: the factor.
+        names: of the parameters that the terms are over; at least one.
+        values: the parameters themselves, in the same order.
+    """
+    return _Penalty.apply(tuple(terms), strength, tuple(names), *values)  # type: ignore[no-untyped-call]
+
+
+class _Penalty(torch.autograd.Function):
     """½ · strength · Σ weight · q, with the gradient strength · Σ weight · (F d + h)."""
 
     @staticmethod
@@ -92,11 +104,15 @@ class Penalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         """The gradients that the forward pass has found."""
-        scaled = iter(_Once.apply(outer[0], *ctx.saved_tensors)) if ctx.saved_tensors else iter(())
+        scaled = iter(_times(outer[0], ctx.saved_tensors))
         results = [
             next(scaled).to(dtype) if present else None for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
         ]
         return None, None, None, *results
+
+
+def _times(outer: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return _Once.apply(outer, *gradients) if gradients else ()  # type: ignore[no-untyped-call]
 
 
 class _Once(torch.autograd.Function):

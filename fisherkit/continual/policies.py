@@ -137,7 +137,7 @@ def check_shapes(
             continue
         raise ModelError(
             call=call, got=f"{name!r} of shape {list(now)}, consolidated as {list(shape)}",
-            expected="the same shape" if grown == "refuse" else "that shape, or a larger one with the old entries first",
+            expected="the same shape" if grown == "refuse" else "that shape, or a larger one, old entries first",
             why="entries would be compared with others' values",
             try_='grown="leading" if it has grown and its old entries come first' if larger else "a new EWC",
         )  # fmt: skip

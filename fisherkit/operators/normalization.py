@@ -21,7 +21,7 @@ NORMALIZATIONS = ("trace", "norm", None)
 
 
 def check_normalize(how: object, call: str) -> None:
-    """ "trace", "norm" or None.
+    """One of "trace", "norm" and None.
 
     Raises:
         InvalidArgumentError: anything else.
@@ -49,10 +49,27 @@ def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOper
     """
     call = f"normalize({how!r})"
     check_normalize(how, call)
+    factor = normalization_factor(operator, how, call)
+    return operator if how is None else factor * operator
+
+
+def normalization_factor(operator: FisherOperator, how: str | None, call: str) -> float:
+    """The number that `normalize` multiplies by.
+
+    Args:
+        operator: F.
+        how: as there, checked.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidTypeError: as there.
+        InvalidArgumentError: as there.
+        NonFiniteError: as there.
+    """
     if not isinstance(operator, FisherOperator):
         raise InvalidTypeError(call=call, got=f"a {type(operator).__name__}", expected="a FisherOperator")
     if how is None:
-        return operator
+        return 1.0
     size = float(operator.trace() if how == "trace" else frobenius_norm(operator))
     if not math.isfinite(size):
         raise NonFiniteError(call=call, got=f"a Fisher with {how} {size}", expected="finite numbers")
@@ -60,12 +77,11 @@ def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOper
         raise InvalidArgumentError(
             call=call,
             got=f"a Fisher that is 0 ({how} {size:g})",
-            expected="one with a positive trace",
+            expected=f"one with a positive {how}",
             why="no multiple of it has mean eigenvalue 1; empirical Fishers are 0 where the loss is exactly 0",
             try_="normalize=None, or another kind",
         )
-    factor = (operator.size if how == "trace" else operator.size**0.5) / size
-    return factor * operator
+    return (operator.size if how == "trace" else math.sqrt(operator.size)) / size
 
 
 def frobenius_norm(operator: FisherOperator) -> Float[Tensor, ""]:

@@ -6,7 +6,7 @@ Owns the form in which a joined sum is kept, so that its value is a sum of what 
 |---|---|---|
 | diagonal | (θ − m)ᵀF(θ − m) + c, m the exact minimum entry by entry | D |
 | rows (full) | ‖√s (J(θ − m) − b)‖² + c, an offset b for each row; dense once that is smaller | D + R |
-| others that fold (dense) | (θ − m)ᵀF(θ − m) + 2(θ − m)ᵀh + c, m a damped minimum, h what is left of the gradient there | 2D |
+| others that fold (dense) | (θ − m)ᵀF(θ − m) + 2(θ − m)ᵀh + c, m a damped minimum, h the gradient left there | 2D |
 
 What does not fold, such as Kronecker products, is not joined. Knows neither models nor what the sums are for.
 """
