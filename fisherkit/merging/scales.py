@@ -7,16 +7,17 @@ conversion of a relative damping; reads every block once to measure it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.operators import FisherOperator, KroneckerOperator, RelativeDamping
-from fisherkit.operators.damping import Damping, check_damping
+from fisherkit.errors import InvalidArgumentError
 from fisherkit.merging.sources import FisherSource, Names
+from fisherkit.operators import Damping, FisherOperator, KroneckerOperator, RelativeDamping
+from fisherkit.operators.damping import check_damping
+from fisherkit.operators.normalization import frobenius_norm
 
 NORMALIZATIONS: tuple[str | None, ...] = ("trace", "norm", "block", "output", None)
 """None: as they are. "trace": the whole Fisher's mean eigenvalue becomes 1; "norm": its root mean square eigenvalue
@@ -63,17 +64,67 @@ def measure(
         raise InvalidArgumentError(
             call="merge", got=f"normalize={normalize!r}", expected=f"one of {list(NORMALIZATIONS)}"
         )
-    relative = isinstance(damping, RelativeDamping)
-    if not relative:
+    if not isinstance(damping, RelativeDamping):
         damping = check_damping(damping, "merge")
-    if normalize is None and not relative:
-        return Scales(dict.fromkeys(blocks, tuple(weights)), float(damping))  # type: ignore[arg-type]
-    measured = [[_measured(source.read(names), normalize) for names in blocks] for source in sources]
+        if normalize is None:
+            return Scales(dict.fromkeys(blocks, tuple(weights)), damping)
+    measured = [_measured((source.read(names) for names in blocks), normalize) for source in sources]
     factors = [
         [weight * factor for factor in _factors(own, normalize, number)]
         for number, (own, weight) in enumerate(zip(measured, weights, strict=True), 1)
     ]
-    size = sum(found.size for found in measured[0])
-    trace = sum(c * found.trace for row, own in zip(factors, measured, strict=True) for c, found in zip(row, own, strict=True))
-    absolute = damping.scale * trace / size if isinstance(damping, RelativeDamping) else float(damping)
-    return Scales({names: tuple(row[i] for row in factors) for i, names in enumerate(blocks)}, absolute)
+    if isinstance(damping, RelativeDamping):
+        traces = (c * block.trace for row, own in zip(factors, measured, strict=True) for c, block in zip(row, own, strict=True))
+        damping = damping.scale * sum(traces) / sum(block.size for block in measured[0])
+    return Scales({names: tuple(row[i] for row in factors) for i, names in enumerate(blocks)}, damping)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One block of one Fisher: d, its trace, and what it is normalized by."""
+
+    size: int
+    trace: float
+    scale: float
+
+
+def _measured(blocks: Iterable[FisherOperator], normalize: str | None) -> list[_Measured]:
+    sizes, found = [], []
+    for block in blocks:
+        sizes.append(block.size)
+        trace = block.trace()
+        found.append(torch.stack([trace, _scale(block, trace, normalize)]))
+    # One transfer from the device for all of them.
+    pairs = torch.stack(found).tolist()
+    return [_Measured(size, trace, scale) for size, (trace, scale) in zip(sizes, pairs, strict=True)]
+
+
+def _scale(block: FisherOperator, trace: Tensor, normalize: str | None) -> Tensor:
+    if normalize == "norm":
+        return frobenius_norm(block).square()
+    if normalize == "output" and isinstance(block, KroneckerOperator):
+        return block.gradient.diagonal().double().mean()
+    return trace / block.size
+
+
+def _factors(blocks: Sequence[_Measured], normalize: str | None, number: int) -> list[float]:
+    """What one Fisher's blocks are multiplied by."""
+    if normalize is None:
+        return [1.0] * len(blocks)
+    size = sum(block.size for block in blocks)
+    if normalize in ("block", "output"):
+        # A block that is 0 says nothing at any scale.
+        return [1 / block.scale if block.scale > 0 else 1.0 for block in blocks]
+    if normalize == "trace":
+        scale = sum(block.trace for block in blocks) / size
+    else:
+        scale = math.sqrt(sum(block.scale for block in blocks) / size)
+    if not 0 < scale < math.inf:
+        raise InvalidArgumentError(
+            call="merge",
+            got=f"Fisher {number} with {normalize} {scale:g}",
+            expected=f"a positive {normalize} to normalize by",
+            why="no multiple of it has mean eigenvalue 1; empirical Fishers are 0 where the loss is exactly 0",
+            try_="normalize=None, or another kind",
+        )
+    return [1 / scale] * len(blocks)
