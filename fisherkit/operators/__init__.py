@@ -30,7 +30,9 @@ from fisherkit.operators.files import FisherFile, open_file
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.partition import split
+from fisherkit.operators.normalization import normalize
 from fisherkit.operators.persistence import load
+from fisherkit.operators.quadratic import Quadratic
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -44,10 +46,12 @@ __all__ = [
     "IterativeFactorization",
     "KroneckerOperator",
     "LowRankOperator",
+    "Quadratic",
     "RelativeDamping",
     "SumOperator",
     "add",
     "load",
     "open_file",
     "split",
+    "normalize",
 ]

@@ -18,6 +18,7 @@ from fisherkit import io
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
+from fisherkit.operators.kronecker_sum import preconditioner_of_sum
 from fisherkit.operators.persistence import restore
 from fisherkit.space import ParameterSpace
 
@@ -82,7 +83,9 @@ class SumOperator(FisherOperator):
         return _total(term._trace() for term in self.terms)
 
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        return IterativeFactorization(self, damping, tolerance, max_steps)
+        return IterativeFactorization(
+            self, damping, tolerance, max_steps, functools.partial(preconditioner_of_sum, self.terms)
+        )
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
         # Independent draws: their covariances add.
