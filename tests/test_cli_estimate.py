@@ -17,14 +17,7 @@ from typer.testing import CliRunner, Result
 
 import fisherkit as fk
 from fisherkit.cli import app
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "sparse", "dense", "matrix", "of", "a", "graph", "integral"]
-SIZES: dict[str, Any] = {
-    "vocab_size": len(WORDS), "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 4,
-    "intermediate_size": 6, "max_position_embeddings": 16,
-}  # fmt: skip
-TEXTS = ["a sparse matrix", "integral of a graph", "dense matrix", "graph", "a dense integral of a dense graph"]
-LABELS = ["linalg", "integrate", "linalg", "integrate", "linalg"]
+from tests.text_models import LABELS, SIZES, TEXTS, jsonl, make_classifier, make_tokenizer, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
@@ -35,34 +28,17 @@ def run(*arguments: str | Path) -> Result:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    vocabulary = tmp_path_factory.mktemp("words") / "vocab.txt"
-    vocabulary.write_text("\n".join(WORDS))
-    return transformers.BertTokenizerFast(vocab_file=str(vocabulary), model_max_length=12)
+    return make_tokenizer(tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module")
 def classifier(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        **SIZES, label2id={"linalg": 0, "integrate": 1, "fft": 2}, id2label={0: "linalg", 1: "integrate", 2: "fft"}
-    )
-    return saved(transformers.BertForSequenceClassification(config), tokenizer, tmp_path_factory.mktemp("classifier"))
-
-
-def saved(model: Any, tokenizer: Any, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved(make_classifier(), tokenizer, tmp_path_factory.mktemp("classifier"))
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return jsonl(tmp_path / "texts.jsonl", [{"text": t, "label": n} for t, n in zip(TEXTS, LABELS, strict=True)])
-
-
-def jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 def batch(tokenizer: Any, texts: list[str], labels: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import typer
 
 from fisherkit._version import __version__
 from fisherkit.cli.command import readable_errors, require
-from fisherkit.cli.file_commands import AUDIT, ESTIMATE
+from fisherkit.cli.file_commands import AUDIT, ESTIMATE, MERGE
 from fisherkit.cli.show import SHOW
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-COMMANDS = (ESTIMATE, SHOW, AUDIT)
+COMMANDS = (ESTIMATE, SHOW, MERGE, AUDIT)
 
 # \b keeps the line breaks of the paragraph that follows it.
 _INFO_EXAMPLES = """\b

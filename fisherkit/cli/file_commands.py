@@ -111,6 +111,76 @@ def audit(
         run(other, exact, compare=compare, batch_size=batch_size, as_json=as_json)
 
 
+def merge(
+    model: Annotated[
+        list[Path], typer.Option(metavar="PATH", help="A Hugging Face folder, or a safetensors file; twice or more.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The folder (or, for files, the file) to write.")],
+    fisher: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A Fisher file for each model, in their order.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, direct or cg; or average, task-arithmetic, regmean.")
+    ] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(metavar="LIST", help='Of the models, such as 1,2; or "examples".')
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(metavar="λ", help="A multiple of the mean eigenvalue; see --absolute-damping.")
+    ] = None,
+    absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False,
+    output_damping: Annotated[
+        float | None, typer.Option(metavar="ρ", help="How much of each Fisher's average over outputs is added.")
+    ] = None,
+    normalize: Annotated[str | None, typer.Option(metavar="NAME", help="trace, norm, block, output or none.")] = None,
+    center: Annotated[
+        str | None, typer.Option(metavar="PATH", help='Where damping pulls to: "average" or a model.')
+    ] = None,
+    base: Annotated[Path | None, typer.Option(metavar="PATH", help="task-arithmetic: the common start.")] = None,
+    scale: Annotated[float | None, typer.Option(metavar="S", help="task-arithmetic: of the sum of changes.")] = None,
+    shrink: Annotated[
+        float | None, typer.Option(metavar="α", help="regmean: share of the off-diagonal that is kept.")
+    ] = None,
+    uncovered: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Parameters without a Fisher: refuse, average, first or center.")
+    ] = None,
+    buffers: Annotated[str | None, typer.Option(metavar="NAME", help="Float buffers, likewise.")] = None,
+    integers: Annotated[str | None, typer.Option(metavar="NAME", help="Other tensors: refuse or first.")] = None,
+    mismatched: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Names or shapes that differ: refuse, skip or first.")
+    ] = None,
+    config_from_first: Annotated[
+        bool, typer.Option("--config-from-first", help="Where configs or vocabularies differ, take the first.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Of the result, such as bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="Where blocks are solved.")] = None,
+    max_shard_size: Annotated[
+        int | None, typer.Option(metavar="BYTES", min=1, help="Write several files of at most this size.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Merge models by their Fishers: Σ (θ − θ_t)ᵀF_t(θ − θ_t), damped towards their average, made least.
+
+    Reads and writes one block at a time. The folder loads with from_pretrained, like the first model's; merge.json in
+    it says how every block was solved.
+    """
+    with readable_errors():
+        from fisherkit.cli.merge import MergeSettings, options, run
+
+        keywords = options(
+            damping=damping, absolute_damping=absolute_damping, normalize=normalize, weights=weights, dtype=dtype,
+            output_damping=output_damping, center=center, shrink=shrink, uncovered=uncovered, buffers=buffers,
+            integers=integers, mismatched=mismatched, device=device, max_shard_size=max_shard_size,
+        )  # fmt: skip
+        run(
+            MergeSettings(
+                tuple(model), tuple(fisher or ()), out, method, base, scale, config_from_first, overwrite, as_json,
+                keywords,
+            )
+        )  # fmt: skip
+
+
 ESTIMATE = Command(
     estimate,
     "Estimate a model's Fisher on a file of texts, or on data of yours.",
@@ -126,5 +196,14 @@ AUDIT = Command(
     (
         "fisherkit audit theirs.safetensors exact.safetensors",
         "fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32",
+    ),
+)
+MERGE = Command(
+    merge,
+    "Merge models by their Fishers into a folder that loads like the first.",
+    (
+        "fisherkit merge --model A --fisher a.safetensors --model B --fisher b.safetensors --out merged",
+        "fisherkit merge --model A --model B --method average --out merged",
+        "fisherkit merge --model A --fisher a --model B --fisher b --uncovered average --weights examples --out merged",
     ),
 )
