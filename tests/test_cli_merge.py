@@ -1,4 +1,4 @@
-"""``fisherkit estimate``, ``fisherkit merge``, ``from_pretrained``: the truth is `fisherkit.merging` on the same models."""
+"""``fisherkit merge`` after ``fisherkit estimate``: the truth is `fisherkit.merging`, and that ``from_pretrained`` loads it."""
 
 from __future__ import annotations
 
