@@ -74,7 +74,11 @@ def measure(
         for number, (own, weight) in enumerate(zip(measured, weights, strict=True), 1)
     ]
     if isinstance(damping, RelativeDamping):
-        traces = (c * block.trace for row, own in zip(factors, measured, strict=True) for c, block in zip(row, own, strict=True))
+        traces = (
+            c * block.trace
+            for row, own in zip(factors, measured, strict=True)
+            for c, block in zip(row, own, strict=True)
+        )
         damping = damping.scale * sum(traces) / sum(block.size for block in measured[0])
     return Scales({names: tuple(row[i] for row in factors) for i, names in enumerate(blocks)}, damping)
 
