@@ -146,6 +146,12 @@ class FileCheckpoint(Checkpoint):
                     self._places[name] = file
         super().__init__(label, shapes, dtypes, _by_name(shapes), {})
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that belong to it, the index included."""
+        named = [self.path / name for name in FOLDER_NAMES] if self.path.is_dir() else [self.path]
+        return [*named, *dict.fromkeys(self._places.values())]
+
     def _files(self) -> Iterator[tuple[Path, list[str] | None]]:
         """The files and the names to take from each; None for all."""
         path = self.path
@@ -220,7 +226,7 @@ def open_checkpoint(model: Model, label: str) -> Checkpoint:
     if isinstance(model, Mapping):
         return MemoryCheckpoint(model, label)
     if isinstance(model, (str, Path)):
-        return FileCheckpoint(Path(model), f"{label}")
+        return FileCheckpoint(Path(model), label)
     raise InvalidTypeError(
         call=f"merge, {label}",
         got=f"a {type(model).__name__}",

@@ -130,7 +130,8 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str]) -> list
             if inside and len(inside) < len(block):
                 raise InvalidArgumentError(
                     call=f"merge, Fisher {number}",
-                    got=f"a block over {_some(block)} of which {_some([n for n in block if n not in order])} cannot be merged",
+                    got=f"a block over {_some(block)}, of which {_some([n for n in block if n not in order])} cannot "
+                    "be merged",
                     expected="blocks whose parameters all models and Fishers have, in the same shapes",
                     why="parameters of one block interact, and a part of them cannot be solved for alone",
                     try_="Fishers built with the same params=, without the parameters that differ",

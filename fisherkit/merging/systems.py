@@ -7,17 +7,26 @@ are the operators' own. Knows neither models nor files.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.errors import NotConvergedWarning, SingularMatrixError
-from fisherkit.operators import DenseOperator, DiagonalOperator, FisherOperator, SumOperator
+from fisherkit.errors import InvalidArgumentError, NotConvergedWarning, SingularMatrixError
+from fisherkit.operators import (
+    DenseOperator,
+    DiagonalOperator,
+    Factorization,
+    FisherOperator,
+    IterativeFactorization,
+    SumOperator,
+)
 from fisherkit.operators.algebra import add
 from fisherkit.solvers import SolveInfo, relative_residual
+
+REFINEMENTS = 5
 
 METHODS = ("auto", "direct", "cg")
 
@@ -40,26 +49,43 @@ class Solver:
     tolerance: float
     max_steps: int | None
 
+    def check(self, call: str) -> None:
+        """Raise for settings that cannot be used.
+
+        Raises:
+            InvalidArgumentError: an unknown method, or a tolerance or number of steps out of range.
+        """
+        if self.method not in METHODS:
+            raise InvalidArgumentError(call=call, got=f"method={self.method!r}", expected=f"one of {list(METHODS)}")
+        if not 0 < self.tolerance < 1:
+            raise InvalidArgumentError(call=call, got=f"tolerance={self.tolerance}", expected="0 < tolerance < 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise InvalidArgumentError(
+                call=call, got=f"max_steps={self.max_steps}", expected="an integer >= 1, or None"
+            )
+
     def solve(
-        self, terms: Sequence[FisherOperator], differences: Sequence[Float[Tensor, "d"]], damping: float
+        self, terms: Iterable[tuple[FisherOperator, Float[Tensor, "d"]]], damping: float
     ) -> tuple[Float[Tensor, "d"], SolveInfo]:
         """δ, and how it was found.
 
         Args:
-            terms: c_t F_t, in float64.
-            differences: θ_t − θ_c of each, in float64.
+            terms: c_t F_t and θ_t − θ_c of each model, in float64; taken one by one.
             damping: λ.
 
         Raises:
             SingularMatrixError: λ is 0 and the method needs an inverse that does not exist.
+            InvalidArgumentError: no terms.
         """
-        total, rhs = terms[0], terms[0].matvec(differences[0])
-        for term, difference in zip(terms[1:], differences[1:], strict=True):
-            total = add(total, term)
-            rhs = rhs + term.matvec(difference)
+        total: FisherOperator | None = None
+        rhs: Tensor | None = None
+        for operator, difference in terms:
+            product = operator.matvec(difference)
+            total, rhs = (operator, product) if total is None or rhs is None else (add(total, operator), rhs + product)
+        if total is None or rhs is None:
+            raise InvalidArgumentError(call="merge", got="no Fisher with a weight", expected="at least one")
         if not bool(rhs.any()):
-            residual = rhs.new_zeros(1)
-            return rhs, SolveInfo("closed_form", 0, residual, True, damping)
+            return rhs, SolveInfo("closed_form", 0, rhs.new_zeros(1), True, damping)
         return self._solve(total, rhs, damping)
 
     def _solve(
@@ -74,11 +100,29 @@ class Solver:
             total = SumOperator([total])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)  # said once, for all blocks, by the merge
-            solution, info = total.solve(
-                rhs, damping, return_info=True, tolerance=self.tolerance, max_steps=self.max_steps
-            )
+            inverse = total.factorize(damping, tolerance=self.tolerance, max_steps=self.max_steps)
+            solution, info = inverse.matvec(rhs, return_info=True)
+        if not isinstance(inverse, IterativeFactorization):
+            solution, info = self._refined(inverse, rhs, solution, info)
         converged = bool((info.residual <= self.tolerance).all())
         return solution, SolveInfo(info.method, info.steps, info.residual, converged, damping)
+
+    def _refined(
+        self, inverse: Factorization, rhs: Float[Tensor, "d"], solution: Float[Tensor, "d"], info: SolveInfo
+    ) -> tuple[Float[Tensor, "d"], SolveInfo]:
+        """Iterative refinement: Woodbury's form with little damping leaves more than rounding."""
+        for _ in range(REFINEMENTS):
+            if bool((info.residual <= self.tolerance).all()):
+                break
+            remainder = rhs - inverse.operator.matvec(solution) - inverse.damping * solution
+            better = solution + inverse.matvec(remainder)
+            residual = relative_residual(
+                inverse.operator.matvec, better.unsqueeze(1), rhs.unsqueeze(1), damping=inverse.damping
+            )
+            if not bool((residual < info.residual).all()):
+                break
+            solution, info = better, SolveInfo(info.method, info.steps + 1, residual, True, info.damping)
+        return solution, info
 
     def _diagonal(
         self, total: DiagonalOperator, rhs: Float[Tensor, "d"], damping: float

@@ -29,8 +29,8 @@ from fisherkit.operators.factorization import Factorization, IterativeFactorizat
 from fisherkit.operators.files import FisherFile, open_file
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.operators.partition import split
 from fisherkit.operators.normalization import normalize
+from fisherkit.operators.partition import split
 from fisherkit.operators.persistence import load
 from fisherkit.operators.quadratic import Quadratic
 
@@ -51,7 +51,7 @@ __all__ = [
     "SumOperator",
     "add",
     "load",
+    "normalize",
     "open_file",
     "split",
-    "normalize",
 ]

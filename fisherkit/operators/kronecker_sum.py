@@ -19,7 +19,6 @@ from torch import Tensor
 from fisherkit.conjugate import MatMat
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.diagonal import DiagonalOperator
-from fisherkit.operators.factorization import diagonal_inverse
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.layer_layout import LayerLayout
 
@@ -51,23 +50,22 @@ class _Terms:
         return torch.stack([_mean_eigenvalue(g) * _mean_eigenvalue(a) for g, a in pairs]).sum()
 
 
-def preconditioner_of_sum(terms: Sequence[FisherOperator], damping: float) -> MatMat:
-    """Product with an approximate inverse of Σ_t F_t + λI.
+def layer_inverse(terms: Sequence[FisherOperator], damping: float) -> MatMat | None:
+    """Product with an approximate inverse of Σ_t F_t + λI over one layer.
 
     Args:
         terms: the F_t, over one space.
         damping: λ.
 
     Returns:
-        The inverse that this module describes if all terms are over one layer and known by factors, else that of the
-        diagonal.
+        The inverse that this module describes, or None if a term has no factors and cannot be approximated by some.
 
     Cost: for a layer with O outputs and J inputs (bias included) O³ + O·J³/3 operations, O·J² numbers, the roles of O
     and J exchanged where that is what fits; beyond `MOST_NUMBERS` O³ + J³ operations.
     """
     found = _factors(terms)
     if found is None:
-        return _diagonal_of_all(terms, damping)
+        return None
     inverse = _inverse_on_grid(found, damping)
 
     def product(columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -176,8 +174,3 @@ def _marginals(grid: Float[Tensor, "O J"]) -> tuple[Float[Tensor, "O"], Float[Te
 
 def _mean_eigenvalue(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
     return matrix.trace() / len(matrix)
-
-
-def _diagonal_of_all(terms: Sequence[FisherOperator], damping: float) -> MatMat:
-    diagonal = torch.stack([term._diagonal() for term in terms]).sum(0)
-    return diagonal_inverse(DiagonalOperator(terms[0].space, diagonal), damping)

@@ -1,8 +1,8 @@
 """A layer's Fisher matrix averaged over its outputs, and mixtures with that average.
 
 A layer's block has an entry for each pair of (output, input) pairs. Its average over outputs is I ⊗ M with
-M = (1/O) Σ_o F[(o, ·), (o, ·)], the partial trace divided by O. It knows which inputs matter and no longer which outputs
-do: for G ⊗ A it is tr(G)/O · I ⊗ A, the metric of RegMean (Jin et al., arXiv 2212.09849) up to a scale. Owns this
+M = (1/O) Σ_o F[(o, ·), (o, ·)], the partial trace divided by O. It knows which inputs matter and no longer which
+outputs do: for G ⊗ A it is tr(G)/O · I ⊗ A, the metric of RegMean (Jin et al., arXiv 2212.09849) up to a scale. Owns this
 average for each structure; it has the trace of the original.
 """
 
@@ -32,7 +32,8 @@ def average_over_outputs(operator: FisherOperator) -> FisherOperator:
     """The average over outputs of each module's own block, I ⊗ M.
 
     A module's weight [O, ...] and its bias [O] have the outputs along their first axis (along the last for a Kronecker
-    product known to be transposed). A parameter on its own with one axis has one input: its average is the mean times I.
+    product known to be transposed). A parameter on its own with one axis has one input: its average is the mean times
+    I.
     Parameters of different modules do not interact in the average.
 
     Args:
