@@ -1,4 +1,4 @@
-"""``fisherkit merge`` after ``fisherkit estimate``: the truth is `fisherkit.merging`, and that ``from_pretrained`` loads it."""
+"""``fisherkit merge``: the truth is `fisherkit.merging`, and that ``from_pretrained`` loads what was written."""
 
 from __future__ import annotations
 
