@@ -120,7 +120,7 @@ def _function(settings: MergeSettings) -> Callable[..., Any]:
     def call(**target: Any) -> Any:
         if settings.method == "average":
             return merging.average(models, **options, **target)
-        if settings.method == "task-arithmetic":
+        if settings.base is not None and settings.scale is not None:
             return merging.task_arithmetic(models, settings.base, settings.scale, **options, **target)
         own = options | {"progress": sys.stderr.isatty()}
         if settings.method == "regmean":
