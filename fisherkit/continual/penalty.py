@@ -89,7 +89,7 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx: Any, terms: Sequence[Term], strength: float, names: Sequence[str], *values: Tensor) -> Tensor:
         """The penalty in the first parameter's dtype; 0 without terms."""
         dtype, device = values[0].dtype, values[0].device
-        ctx.dtypes, ctx.present = [value.dtype for value in values], [False] * len(values)
+        ctx.values, ctx.present = values, [False] * len(values)
         if not terms:
             return torch.zeros((), dtype=dtype, device=device)
         # Products in half precision, as autocast would have them, are no Fisher products.
@@ -104,22 +104,20 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         """The gradients that the forward pass has found."""
-        scaled = iter(_times(outer[0], ctx.saved_tensors))
-        results = [
-            next(scaled).to(dtype) if present else None for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
-        ]
-        return None, None, None, *results
+        scaled = iter(_times(outer[0], ctx.saved_tensors, ctx.values))
+        pairs = zip(ctx.present, ctx.values, strict=True)
+        return None, None, None, *(next(scaled).to(value.dtype) if present else None for present, value in pairs)
 
 
-def _times(outer: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return _Once.apply(outer, *gradients) if gradients else ()  # type: ignore[no-untyped-call]
+def _times(outer: Tensor, gradients: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return _Times.apply(outer, gradients, *values) if gradients else ()  # type: ignore[no-untyped-call]
 
 
-class _Once(torch.autograd.Function):
-    """Gradients times a number; differentiating them once more is refused."""
+class _Times(torch.autograd.Function):
+    """Gradients times a number. They depend on the parameters, and differentiating that is refused, not left out."""
 
     @staticmethod
-    def forward(ctx: Any, outer: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, outer: Tensor, gradients: Sequence[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
         return tuple(outer.to(gradient.dtype) * gradient for gradient in gradients)
 
     @staticmethod
