@@ -77,7 +77,12 @@ def test_convert_strength__makes_the_penalties_equal(name: str, normalize: str |
 def at_a_minimum(labels: Tensor) -> nn.Module:
     """Softmax regression on labels that no model fits: the mean gradient is 0, single examples' are not."""
     model = nn.Linear(4, 3).double()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=500, tolerance_grad=1e-10, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -134,7 +139,12 @@ RAW: dict[str, Any] = {"normalize": None}
 TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Exception], tuple[str, ...]]] = {
     "strength": (converting("1", **RAW), InvalidTypeError, TypeError, ("strength of type str",)),
     "negative": (converting(-1.0, **RAW), InvalidArgumentError, ValueError, ("strength=-1.0",)),
-    "source": (converting(1.0, "sequoia", **RAW), InvalidArgumentError, ValueError, ("'sequoia'", "'avalanche'", "half=")),
+    "source": (
+        converting(1.0, "sequoia", **RAW),
+        InvalidArgumentError,
+        ValueError,
+        ("'sequoia'", "'avalanche'", "half="),
+    ),
     "average": (converting(1.0, average="mean", **RAW), InvalidArgumentError, ValueError, ("average='mean'", "'sum'")),
     "squared": (converting(1.0, squared="both", **RAW), InvalidArgumentError, ValueError, ("squared='both'",)),
     "no batch size": (converting(1.0, "avalanche", **RAW), InvalidArgumentError, ValueError, ("batch_size=None",)),
@@ -142,11 +152,13 @@ TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Excep
     "no fisher": (converting(1.0), InvalidArgumentError, ValueError, ("without fisher=", "normalize=None")),
     "no operator": (converting(1.0, fisher=3), InvalidTypeError, TypeError, ("a int",)),
     "a sum": (
-        lambda: convert_strength(1.0, fisher=fk.EmpiricalFisher(mlp(), (X, Y), normalization="sum")), InvalidArgumentError,
-        ValueError, ('normalization="sum"',),
+        lambda: convert_strength(1.0, fisher=fk.EmpiricalFisher(mlp(), (X, Y), normalization="sum")),
+        InvalidArgumentError,
+        ValueError,
+        ('normalization="sum"',),
     ),
     "normalize": (converting(1.0, normalize="max"), InvalidArgumentError, ValueError, ("normalize='max'",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ids(TABLE))
