@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from fisherkit.continual import EWC
 from fisherkit.errors import InvalidTypeError
 from tests.test_continual import flat, mlp, task
 
-pytest.importorskip("avalanche", reason="Avalanche is not installed")
+if find_spec("avalanche") is None:
+    pytest.skip("Avalanche is not installed", allow_module_level=True)
 try:
     import torchvision  # noqa: F401
 except RuntimeError:
