@@ -33,8 +33,9 @@ class EWC(nn.Module):
         ewc.consolidate(fk.ImprovedEmpiricalFisher(model, first_task, structure="kfac"))
         loss = F.cross_entropy(model(x), y) + ewc.penalty()  # in training on the next one
 
-    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks" (arXiv 1612.00796); with a decay
-    below 1, online EWC (Schwarz et al., arXiv 1805.06370).
+    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks" (arXiv 1612.00796). The decay is
+    that of online EWC (Schwarz et al., arXiv 1805.06370), which also moves all centres to the newest θ*; here each term
+    keeps its own.
 
     The terms of structures that add up to one (diagonal, dense, rows) are joined, exactly: memory does not grow with
     tasks, but for rows up to the size of the D × D matrix. Kronecker products do not add up to one, and each task's are

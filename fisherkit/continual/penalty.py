@@ -56,7 +56,8 @@ def evaluate(terms: Sequence[Term], tensors: Mapping[str, Tensor]) -> tuple[Floa
         parts = [leading(tensors[name], shape).reshape(-1) for name, shape in shapes.items()]
         value, half = term.quadratic.evaluate(torch.cat(parts).to(operator.dtype))
         values.append(term.weight * value)
-        for name, part in operator.space.unflatten(term.weight * half).items():
+        weighted = half if term.weight == 1 else term.weight * half
+        for name, part in operator.space.unflatten(weighted).items():
             _add(gradients, name, part, tensors[name].shape)
     return torch.stack(values).sum(), gradients
 
@@ -89,7 +90,7 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx: Any, terms: Sequence[Term], strength: float, names: Sequence[str], *values: Tensor) -> Tensor:
         """The penalty in the first parameter's dtype; 0 without terms."""
         dtype, device = values[0].dtype, values[0].device
-        ctx.dtypes, ctx.present = [value.dtype for value in values], [False] * len(values)
+        ctx.strength, ctx.values, ctx.present = strength, values, [False] * len(values)
         if not terms:
             return torch.zeros((), dtype=dtype, device=device)
         # Products in half precision, as autocast would have them, are no Fisher products.
@@ -97,30 +98,29 @@ class _Penalty(torch.autograd.Function):
             total, gradients = evaluate(terms, dict(zip(names, values, strict=True)))
         wanted = ctx.needs_input_grad[3:]
         ctx.present = [needed and name in gradients for name, needed in zip(names, wanted, strict=True)]
-        kept = [gradients[name] for name, present in zip(names, ctx.present, strict=True) if present]
-        ctx.save_for_backward(*(strength * gradient for gradient in kept))
+        ctx.save_for_backward(*(gradients[name] for name, own in zip(names, ctx.present, strict=True) if own))
         return (0.5 * strength * total).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         """The gradients that the forward pass has found."""
-        scaled = iter(_times(outer[0], ctx.saved_tensors))
-        results = [
-            next(scaled).to(dtype) if present else None for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
-        ]
-        return None, None, None, *results
+        scaled = iter(_times(outer[0], ctx.strength, ctx.saved_tensors, ctx.values))
+        pairs = zip(ctx.present, ctx.values, strict=True)
+        return None, None, None, *(next(scaled).to(value.dtype) if present else None for present, value in pairs)
 
 
-def _times(outer: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return _Once.apply(outer, *gradients) if gradients else ()  # type: ignore[no-untyped-call]
+def _times(outer: Tensor, strength: float, gradients: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return _Times.apply(outer, strength, gradients, *values) if gradients else ()  # type: ignore[no-untyped-call]
 
 
-class _Once(torch.autograd.Function):
-    """Gradients times a number; differentiating them once more is refused."""
+class _Times(torch.autograd.Function):
+    """outer · strength · gradients. They depend on the parameters: differentiating that is refused, not left out."""
 
     @staticmethod
-    def forward(ctx: Any, outer: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(outer.to(gradient.dtype) * gradient for gradient in gradients)
+    def forward(
+        ctx: Any, outer: Tensor, strength: float, gradients: Sequence[Tensor], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple((strength * outer.to(gradient.dtype)) * gradient for gradient in gradients)
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:

@@ -92,7 +92,7 @@ def check_uncovered(model: nn.Module, space: ParameterSpace, uncovered: str, fre
     """Every trainable parameter is in the Fisher, or named as free to change.
 
     Raises:
-        InvalidArgumentError: some are not; or ``free`` names what the Fisher covers; or both policies were given.
+        InvalidArgumentError: some are not; or ``free`` names what the Fisher covers; or another ``uncovered``.
         UnknownParameterError: ``free`` names what the model does not have.
         InvalidTypeError: ``free`` is neither names nor a predicate.
     """

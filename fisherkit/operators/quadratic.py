@@ -171,12 +171,13 @@ def _at_minimum(
     """The quadratic with matrix F that has these values and gradients, centred where it is nearly lowest.
 
     Far from its minimum a small value would be the difference of large ones. The damping keeps the centre close where F
-    says nothing; whatever it leaves of the gradient is the linear part, so that the centre does not have to be exact.
+    says little, so that rounding does not carry it away; whatever it leaves of the gradient is the linear part, so that
+    the centre does not have to be exact.
     """
     centre = start
     trace = float(operator._trace())
     if trace > 0:
-        damping = 8 * torch.finfo(operator.dtype).eps * trace / operator.size
+        damping = torch.finfo(operator.dtype).eps ** 0.5 * trace / operator.size
         step = operator.factorize(damping).matvec(evaluate(start)[1])
         centre = start - step
     value, gradient = evaluate(centre)
