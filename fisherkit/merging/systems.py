@@ -42,12 +42,12 @@ class Solver:
     Args:
         method: one of `METHODS`.
         tolerance: largest accepted relative residual.
-        max_steps: of conjugate gradients in each block; None for 1,000.
+        max_steps: of conjugate gradients in each block.
     """
 
     method: str
     tolerance: float
-    max_steps: int | None
+    max_steps: int
 
     def check(self, call: str) -> None:
         """Raise for settings that cannot be used.
@@ -59,10 +59,8 @@ class Solver:
             raise InvalidArgumentError(call=call, got=f"method={self.method!r}", expected=f"one of {list(METHODS)}")
         if not 0 < self.tolerance < 1:
             raise InvalidArgumentError(call=call, got=f"tolerance={self.tolerance}", expected="0 < tolerance < 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InvalidArgumentError(
-                call=call, got=f"max_steps={self.max_steps}", expected="an integer >= 1, or None"
-            )
+        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
+            raise InvalidArgumentError(call=call, got=f"max_steps={self.max_steps!r}", expected="an integer, 1 or more")
 
     def solve(
         self, terms: Iterable[tuple[FisherOperator, Float[Tensor, "d"]]], damping: float
