@@ -1,7 +1,7 @@
 """Merging problems with their answer written out: one dense float64 system over all parameters.
 
-Shares no formula with the package: Fishers come as dense matrices of `tests.operator_cases`, normalizations and averages
-over outputs are loops over entries.
+Shares no formula with the package: Fishers come as dense matrices of `tests.operator_cases`, normalizations and
+averages over outputs are loops over entries.
 """
 
 from __future__ import annotations

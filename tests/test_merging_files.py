@@ -204,6 +204,9 @@ def test_merge__refuses_to_write_where_a_model_is(paths, tmp_path) -> None:
         names = {path.name for path in (tmp_path / "out").iterdir()}
         assert ("model.safetensors" in names) == (size is None)
         assert len(names) == (1 if size is None else 4)
+    odd = [{**state(seed), "phase": torch.ones(2, dtype=torch.complex64)} for seed in (0, 1)]
+    with pytest.raises(fk.InvalidTypeError, match=r"'phase' of torch.complex64"):
+        merging.merge(odd, paths[2:], out=tmp_path / "o")
     with pytest.raises(fk.InvalidTypeError, match=r"max_shard_size='5GB'"):
         merging.merge(**settings, out=tmp_path / "o", max_shard_size="5GB")
 

@@ -1,4 +1,4 @@
-"""What becomes of names that are not merged, and of models and Fishers that do not fit: refused by default, with the flag."""
+"""What becomes of names that are not merged, and of models and Fishers that do not fit: refused, with the flag."""
 
 from __future__ import annotations
 
@@ -188,6 +188,14 @@ def test_merge__tied_weights_stay_tied() -> None:
     assert merging.average(models)["head.weight"] is not None
     with pytest.raises(fk.InvalidArgumentError, match=r"not every Fisher covers: 'head.weight'"):
         merging.merge([models[0].state_dict(), Tied(3, tie=False).state_dict()], fishers)
+
+
+def test_merge__a_tied_pair_that_is_skipped_is_skipped_whole() -> None:
+    shared = [torch.zeros(5, 2), torch.zeros(7, 2)]
+    a, b = (state(i, embed=tensor, head=tensor) for i, tensor in enumerate(shared))
+    assert set(merge(a, b, mismatched="skip")) == {"w", "b"}
+    first = merge(a, b, mismatched="first")
+    assert first["head"] is first["embed"]
 
 
 # -- dtypes, hashes, weights ---------------------------------------------------------------------------------------------

@@ -84,8 +84,9 @@ def merge(
         mismatched: what becomes of names that a model lacks or has in another shape: "refuse", "skip" or "first".
         dtype: of the result's floating-point tensors; None for the models', which must agree.
         device: where blocks are solved; None for where the first Fisher's lie.
-        tolerance: largest relative residual of a block that counts as converged. Far above the default, directions whose
-            curvature is near λ are not solved for: at relative damping 1e-8 a residual of 1e-8 may mean an error of 0.1.
+        tolerance: largest relative residual of a block that counts as converged. Far above the default, directions
+            whose curvature is near λ are not solved for: at relative damping 1e-8 a residual of 1e-8 may leave them
+            wrong altogether.
         max_steps: of conjugate gradients in each block.
         out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
         max_shard_size: bytes of tensors in one file; with more there is an index. None for a single file.

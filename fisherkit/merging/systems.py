@@ -27,6 +27,7 @@ from fisherkit.operators.algebra import add
 from fisherkit.solvers import SolveInfo, relative_residual
 
 REFINEMENTS = 5
+CHUNK = 1 << 20
 
 METHODS = ("auto", "direct", "cg")
 
@@ -79,7 +80,9 @@ class Solver:
         rhs: Tensor | None = None
         for operator, difference in terms:
             product = operator.matvec(difference)
-            total, rhs = (operator, product) if total is None or rhs is None else (add(total, operator), rhs + product)
+            total = operator if total is None else add(total, operator)
+            rhs = product if rhs is None else rhs.add_(product)
+            del operator, difference, product
         if total is None or rhs is None:
             raise InvalidArgumentError(call="merge", got="no Fisher with a weight", expected="at least one")
         if not bool(rhs.any()):
@@ -125,11 +128,17 @@ class Solver:
     def _diagonal(
         self, total: DiagonalOperator, rhs: Float[Tensor, "d"], damping: float
     ) -> tuple[Float[Tensor, "d"], SolveInfo]:
-        shifted = total.diagonal() + damping
-        # Where no Fisher says anything and nothing is damped, the limit of small damping stays at the center.
-        solution = torch.where(shifted > 0, rhs / torch.where(shifted > 0, shifted, 1), 0)
-        columns, right = solution.unsqueeze(1), rhs.unsqueeze(1)
-        residual = relative_residual(total.matvec, columns, right, damping=damping)
+        shifted, solution = total.diagonal().add_(damping), torch.empty_like(rhs)
+        left, whole = rhs.new_zeros(1), rhs.new_zeros(1)
+        # A part at a time: a block may be an embedding of a billion entries, and each step makes a temporary.
+        for start in range(0, len(rhs), CHUNK):
+            part = slice(start, start + CHUNK)
+            scale, right = shifted[part], rhs[part]
+            # Where no Fisher says anything and nothing is damped, the limit of small damping stays at the center.
+            solution[part] = torch.where(scale > 0, right / torch.where(scale > 0, scale, 1), 0)
+            left += (scale * solution[part] - right).square().sum()
+            whole += right.square().sum()
+        residual = (left / whole).sqrt()
         return solution, SolveInfo("closed_form", 0, residual, bool((residual <= self.tolerance).all()), damping)
 
 

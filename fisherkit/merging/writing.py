@@ -102,10 +102,14 @@ def written(
 
     Raises:
         InvalidArgumentError: there is something already, or no folder to write into.
-        InvalidTypeError: a size that is no integer.
+        InvalidTypeError: a size that is no integer, or a dtype that safetensors does not have.
     """
     single, index = targets(out)
     _check(out, single, index, max_shard_size, overwrite, call)
+    if odd := [name for name, (_, dtype) in forms.items() if dtype not in _NAMES]:
+        raise InvalidTypeError(
+            call=call, got=f"{odd[0]!r} of {forms[odd[0]][1]}", expected=f"one of {[str(d) for d in _NAMES]} in files"
+        )
     shards = _shards(forms, max_shard_size)
     header = {"format": "pt", **ties}
     with ExitStack() as stack:
