@@ -9,7 +9,7 @@ Kinds differ only in output space, structures only in how the same rows are kept
 conventions, `fisherkit.operators` the operations.
 """
 
-from fisherkit import errors, estimators, evaluation, likelihoods, optim, testing
+from fisherkit import continual, errors, estimators, evaluation, likelihoods, merging, optim, testing
 from fisherkit._version import __version__
 from fisherkit.errors import (
     DataError,
@@ -35,6 +35,7 @@ from fisherkit.kinds import (
     SampledFisher,
     TruncatedFisher,
 )
+from fisherkit.model_state import parameters_hash
 from fisherkit.operators import FisherOperator, RelativeDamping, load
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.space import ParameterSpace
@@ -67,11 +68,13 @@ __all__ = [
     "TruncatedFisher",
     "UnknownParameterError",
     "__version__",
+    "continual",
     "errors",
     "estimators",
     "evaluation",
     "likelihoods",
     "load",
     "optim",
+    "parameters_hash",
     "testing",
 ]

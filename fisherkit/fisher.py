@@ -16,6 +16,7 @@ from fisherkit.build import Builder, Built
 from fisherkit.data import Data, Source, is_causal, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_state import parameters_hash
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.problem import Problem
@@ -116,9 +117,11 @@ class FisherApproximation(OutputRule, FisherOperator):
         self.dropped_trace = self._built.dropped
         self.metadata = {
             "kind": self.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
-            "likelihood": resolved.name, "example": example, "normalization": normalization,
-            "kfac_positions": kfac_positions, "coverage": self._built.coverage.to_json(), "fisherkit": __version__,
-            "torch": torch.__version__, **self.kind_options(),
+            "likelihood": resolved.name, "label_source": self.label_source, "example": example,
+            "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
+            # At build and not at save: by then the model may have moved on.
+            "parameters_hash": parameters_hash(model), "coverage": self._built.coverage.to_json(),
+            "fisherkit": __version__, "torch": torch.__version__, **self.kind_options(),
         }  # fmt: skip
 
     # -- the operator: forwarded to the one that was built -------------------------------------------------------------

@@ -135,6 +135,11 @@ class OutputRule(ABC):
         return torch.einsum("nmpc,knm->knpc", v, torch.einsum("nmpc,knpc->knm", v, w))
 
     @property
+    def label_source(self) -> str:
+        """Which labels the vectors are made of: "observed", "sampled" from the model, or "none"; recorded in files."""
+        return "observed" if self.needs_targets else "none"
+
+    @property
     def along_gradient(self) -> bool:
         """Whether v is one vector, a multiple of the loss gradient, whose row any training step's backward pass has."""
         return False

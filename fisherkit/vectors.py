@@ -125,6 +125,11 @@ class SampledVectors(OutputRule):
         weight = _repeats(labels.masked_fill(~(mask if labels.ndim == 4 else mask.squeeze(-1)), 0))
         return OutputVectors(v * (weight / self.draws).sqrt().to(z.dtype)[:, :, None, None], weight > 0)
 
+    @property
+    def label_source(self) -> str:
+        """The model."""
+        return "sampled"
+
     def kind_options(self) -> dict[str, str]:
         """Draws and seed."""
         return {"draws": str(self.draws), "seed": str(self.seed)}

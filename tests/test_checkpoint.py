@@ -72,7 +72,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_part_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("fisherkit.io.os.fsync", lambda _: None)  # slow, and of use after a power cut only
+    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
     yield
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
 
@@ -298,7 +298,7 @@ def test_interrupted_writing__leaves_the_last_file(path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(io, "save_file", half)
+        patch.setattr("fisherkit.io.atomic.save_file", half)
         with pytest.raises(OSError, match="No space left"):
             solve(a, rhs, path)
     assert path.read_bytes() == before

@@ -144,8 +144,8 @@ def test_load__refuses_a_missing_file_and_a_folder(path: Path) -> None:
 
 def test_load__refuses_a_version_from_the_future(path: Path) -> None:
     saved(path)
-    rewrite_header(path, "version", "2")
-    refused(path, "format version 2; expected at most 1. Try: a newer fisherkit")
+    rewrite_header(path, "version", "3")
+    refused(path, "format version 3; expected at most 2. Try: a newer fisherkit")
 
 
 def test_load__refuses_unknown_kinds_wherever_they_are(path: Path) -> None:

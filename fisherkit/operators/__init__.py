@@ -15,6 +15,8 @@
 All supply `_matmat`, `_diagonal`, `_factorize`, `_draw`, `_scaled`, `_state` and `_from_state`. `_plus`, `_trace`,
 `_eigenvalues` and `_to_dense` have defaults (no folding, sum of the diagonal, no closed form, products with I)
 and are overridden where the structure has something better; `_gram` only where a structure has rows.
+
+`split` takes an operator apart into its independent blocks; `open_file` reads them one by one from a file.
 """
 
 from fisherkit.operators.algebra import SumOperator, add
@@ -24,9 +26,13 @@ from fisherkit.operators.damping import Damping, RelativeDamping
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
+from fisherkit.operators.files import FisherFile, open_file
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.operators.normalization import normalize
+from fisherkit.operators.partition import split
 from fisherkit.operators.persistence import load
+from fisherkit.operators.quadratic import Quadratic
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -35,12 +41,17 @@ __all__ = [
     "DiagonalOperator",
     "EigenKroneckerOperator",
     "Factorization",
+    "FisherFile",
     "FisherOperator",
     "IterativeFactorization",
     "KroneckerOperator",
     "LowRankOperator",
+    "Quadratic",
     "RelativeDamping",
     "SumOperator",
     "add",
     "load",
+    "normalize",
+    "open_file",
+    "split",
 ]

@@ -82,7 +82,11 @@ class SumOperator(FisherOperator):
         return _total(term._trace() for term in self.terms)
 
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        return IterativeFactorization(self, damping, tolerance, max_steps)
+        # Which part can be inverted is told by structures, and those of blocks are themselves made of sums.
+        from fisherkit.operators.sum_preconditioner import preconditioner_of_sum
+
+        make = functools.partial(preconditioner_of_sum, self)
+        return IterativeFactorization(self, damping, tolerance, max_steps, make)
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
         # Independent draws: their covariances add.

@@ -230,14 +230,23 @@ class FisherOperator(OperatorHooks):
         return LinearOperator(self.shape, matvec=product, matmat=product, rmatvec=product, rmatmat=product, dtype=dtype)
 
     @final
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, max_shard_size: int | None = None) -> None:
         """Write the operator to a safetensors file that `fisherkit.load` reads without the model.
 
+        The old file or the new one is whole at every moment, also if saving is interrupted.
+
+        Args:
+            path: where; an older Fisher file is replaced, shards included.
+            max_shard_size: bytes. Tensors that take more in all are written as ``name-00001-of-00003.safetensors`` and
+                so on, beside an index ``name.safetensors.index.json``; larger tensors are cut. None for one file.
+
         Raises:
-            InvalidArgumentError: the folder does not exist.
+            InvalidArgumentError: the folder does not exist, the size is not positive, or shards would have to replace
+                something that is not a Fisher file.
+            InvalidTypeError: not a path, or a size that is not an integer.
             NoClosedFormError: the rows are streamed from the data and lie nowhere.
         """
-        io.write(path, self._state(), self.space, self.metadata)
+        io.write(path, self._state(), self.space, self.metadata, max_shard_size=max_shard_size)
 
     @final
     def __mul__(self, scale: float) -> FisherOperator:

@@ -92,6 +92,21 @@ class KroneckerOperator(FisherOperator):
             self._layout.transposed,
         )
 
+    @property
+    def activation(self) -> Float[Tensor, "J J"]:
+        """A; not to be changed."""
+        return self._activation
+
+    @property
+    def gradient(self) -> Float[Tensor, "O O"]:
+        """G; not to be changed."""
+        return self._gradient
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Which parameter lies where on the grid that the factors act on."""
+        return self._layout
+
     def eigen(self) -> EigenKroneckerOperator:
         """The same matrix in its eigenbasis; computed once, O(O³ + I³)."""
         return self._eigen
@@ -191,6 +206,16 @@ class EigenKroneckerOperator(FisherOperator):
     def transposed(self) -> bool:
         """Whether the weight is stored as [I, O]."""
         return self._layout.transposed
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Which parameter lies where on the grid that the bases act on."""
+        return self._layout
+
+    @property
+    def eigenvalue_grid(self) -> Float[Tensor, "s r"]:
+        """e, one for each pair of basis vectors; not to be changed."""
+        return self._values
 
     def _rotate_scale_rotate(self, columns: Float[Tensor, "D K"], scales: Float[Tensor, "O J"]) -> Float[Tensor, "D K"]:
         """(U_G ⊗ U_A) diag(scales) (U_G ⊗ U_A)ᵀ V."""

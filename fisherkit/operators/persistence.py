@@ -7,6 +7,7 @@ Owns the way from a `State`'s kind to the class that reads it: every imported su
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FisherOpera
     """The operator that ``fisher.save(path)`` wrote: frozen, and in need of no model.
 
     Args:
-        path: the file.
+        path: the file; of one in shards its index, or the path that was given to ``save``.
         device: where its tensors go.
 
     Returns:
@@ -31,11 +32,21 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FisherOpera
     Raises:
         FileFormatError: no such file, damaged, not a Fisher file, of a version from the future, or of an unknown kind.
     """
-    call = f"load({str(path)!r})"
     state, space, metadata = io.read(path, device=device)
-    try:
+    with parts_fit(f"load({str(path)!r})"):
         operator = restore(space, state)
+    operator.metadata = dict(metadata)
+    return operator
+
+
+@contextmanager
+def parts_fit(call: str) -> Iterator[None]:
+    """A FileFormatError of the call for whatever a structure says of tensors that it cannot use."""
+    try:
+        yield
     except (FisherkitError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, FileFormatError) and error.call == call:
+            raise
         raise FileFormatError(
             call=call,
             got=f"a file whose parts do not make an operator ({error})",
@@ -43,8 +54,6 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FisherOpera
             why="each structure checks its own tensors when it is restored",
             try_="save it again",
         ) from error
-    operator.metadata = dict(metadata)
-    return operator
 
 
 def restore(space: ParameterSpace, state: io.State) -> FisherOperator:

@@ -1,0 +1,128 @@
+"""One file under its name: the old one or the whole new one, never a part.
+
+Owns temporary names, replacement, and the checks of a path. Knows safetensors and text, and no format of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
+
+
+def as_path(path: str | Path, call: str) -> Path:
+    """A path as a Path.
+
+    Raises:
+        InvalidTypeError: it is no path.
+    """
+    if not isinstance(path, (str, Path)):
+        raise InvalidTypeError(call=call, got=f"a {type(path).__name__}", expected="the path of a file")
+    return Path(path)
+
+
+def check_folder(path: str | Path, call: str) -> None:
+    """Find out before the work is done whether a file can be written.
+
+    Raises:
+        InvalidArgumentError: the folder does not exist, or the path is a folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(
+            call=call,
+            got=f"a folder that does not exist: {path.parent}",
+            expected="an existing folder",
+            try_="Path(path).parent.mkdir(parents=True)",
+        )
+    if path.is_dir():
+        raise InvalidArgumentError(call=call, got="a folder", expected="a file's name", try_="a file in that folder")
+
+
+@contextmanager
+def part_of(path: Path) -> Iterator[Path]:
+    """A temporary file beside a path, gone at the end unless it was moved."""
+    # tempfile would make it readable for its owner alone, and the file inherits that.
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.touch(exist_ok=False)
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_part(part: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file and have it on the disk; contiguous tensors that share no memory."""
+    save_file(tensors, part, metadata=header)
+    flush(part)
+
+
+def flush(part: Path) -> None:
+    """Have a file on the disk, else a power cut right after it is renamed leaves an empty one."""
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def replace_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file; whoever opens the path finds the old file or the whole new one, never a part.
+
+    Args:
+        path: where; an existing file is replaced.
+        tensors: contiguous tensors that share no memory.
+        header: string keys and values.
+    """
+    with part_of(Path(path)) as part:
+        write_part(part, tensors, header)
+        os.replace(part, path)
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """The same for a text file, in UTF-8."""
+    with part_of(Path(path)) as part:
+        part.write_text(text, encoding="utf-8")
+        flush(part)
+        os.replace(part, path)
+
+
+def read_tensors(
+    path: str | Path, device: torch.device | str, call: str, writer: str
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and the tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        device: where its tensors go.
+        call: the public call, for errors.
+        writer: what writes such files, for errors.
+
+    Raises:
+        FileFormatError: damaged, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            # The handle is not a mapping: keys() is its only way to tell what it holds.
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(**unreadable(call, error, writer=writer)) from error
+
+
+def unreadable(
+    call: str, error: Exception | str, *, name: str = "a file", writer: str = "fisher.save"
+) -> dict[str, str]:
+    """What a FileFormatError says of a damaged file, under the name that it has in the sentence."""
+    return {
+        "call": call,
+        "got": f"{name} that cannot be read ({error})",
+        "expected": f"a complete file written by {writer}",
+        "try_": "save it again; an interrupted save leaves the old file in place",
+    }

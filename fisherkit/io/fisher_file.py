@@ -1,0 +1,154 @@
+"""The format of Fisher files: what the header says, in which version.
+
+Owns the header's keys and the format's versions; `shards` and `reader` own the bytes. Knows nothing of what an operator
+means.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
+from fisherkit.io.atomic import as_path, check_folder, unreadable
+from fisherkit.io.reader import FORMAT, INDEX_SUFFIX, Archive, Reader
+from fisherkit.io.shards import fill, nbytes, pack, write_sharded, write_single
+from fisherkit.io.state import Node, State
+from fisherkit.space import ParameterSpace
+
+VERSION = 1
+"""Of a single file."""
+SHARDED_VERSION = 2
+"""Of an index, whose tensors may be cut; the highest that is read."""
+
+
+def write(
+    path: str | Path,
+    state: State,
+    space: ParameterSpace,
+    metadata: dict[str, str],
+    *,
+    max_shard_size: int | None = None,
+) -> None:
+    """Write a Fisher file; the final name appears only when the file is complete.
+
+    Args:
+        path: where; an existing Fisher file, of shards or not, is replaced.
+        state: the operator's state.
+        space: its parameter space.
+        metadata: string keys and values to record beside it.
+        max_shard_size: bytes; more than that are written as shards beside an index. None for one file.
+
+    Raises:
+        InvalidTypeError: not a path, or a size that is not an integer.
+        InvalidArgumentError: the folder does not exist, the name is an index's, the size is not positive or too small,
+            or shards would have to replace something that is not a Fisher file.
+    """
+    call = f"save({str(path)!r})"
+    path = as_path(path, "save(path)")
+    check_folder(path, call)
+    if path.name.endswith(INDEX_SUFFIX):
+        raise InvalidArgumentError(
+            call=call, got="the name of an index", expected="the name of the file",
+            try_=repr(path.name.removesuffix(INDEX_SUFFIX)),
+        )  # fmt: skip
+    _check_size(max_shard_size, call)
+    total = sum(nbytes(tensor) for tensor in state.all_tensors())
+    sharded = max_shard_size is not None and total > max_shard_size
+    node, tensors = pack(state, max_shard_size if sharded else None)
+    header = {
+        "format": FORMAT,
+        "version": str(SHARDED_VERSION if sharded else VERSION),
+        "space": json.dumps({n: list(s) for n, s in zip(space.names, space.shapes, strict=True)}),
+        "operator": json.dumps(node.to_json()),
+        "metadata": json.dumps(metadata),
+    }
+    if max_shard_size is not None and sharded:
+        write_sharded(path, fill(tensors, max_shard_size), header, call)
+    else:
+        write_single(path, tensors, header)
+
+
+@dataclass(frozen=True)
+class FisherHeader:
+    """What a Fisher file says of itself.
+
+    Args:
+        space: the parameters.
+        metadata: what was recorded.
+        root: the operator, its tensors still in the file.
+        archive: where they are.
+    """
+
+    space: ParameterSpace
+    metadata: dict[str, str]
+    root: Node
+    archive: Archive
+
+
+def read_header(path: str | Path, call: str) -> FisherHeader:
+    """All of a Fisher file but its tensors.
+
+    Args:
+        path: the file, the index, or the path that was given to ``save`` of a sharded one.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidTypeError: not a path.
+        FileFormatError: no such file, damaged, not a Fisher file, or a version from the future.
+    """
+    archive = Archive.open(as_path(path, call), call)
+    try:
+        version = int(archive.header["version"])
+        if version > SHARDED_VERSION:
+            raise FileFormatError(
+                call=call, got=f"format version {version}", expected=f"at most {SHARDED_VERSION}",
+                try_="a newer fisherkit",
+            )  # fmt: skip
+        shapes = json.loads(archive.header["space"])
+        space = ParameterSpace(tuple(shapes), tuple(tuple(s) for s in shapes.values()))
+        root = Node.from_json(json.loads(archive.header["operator"]))
+        metadata = dict(json.loads(archive.header["metadata"]))
+    except FileFormatError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise FileFormatError(**unreadable(call, error)) from error
+    absent = [key for key in root.all_keys() if key not in archive.files]
+    if absent:
+        raise FileFormatError(**unreadable(call, f"{archive.path.name} has no tensor {absent[0]!r}"))
+    return FisherHeader(space, metadata, root, archive)
+
+
+def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State, ParameterSpace, dict[str, str]]:
+    """Read a Fisher file.
+
+    Args:
+        path: the file, the index, or the path that was given to ``save`` of a sharded one.
+        device: where its tensors go.
+
+    Returns:
+        The operator's state, its space and the recorded metadata.
+
+    Raises:
+        FileFormatError: no such file, damaged, not a Fisher file, or a version from the future.
+    """
+    header = read_header(path, f"load({str(path)!r})")
+    with Reader(header.archive, device) as reader:
+        return reader.state(header.root), header.space, header.metadata
+
+
+def _check_size(size: int | None, call: str) -> None:
+    if size is None:
+        return
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise InvalidTypeError(
+            call=call,
+            got=f"max_shard_size of type {type(size).__name__}",
+            expected="bytes, an integer",
+            try_="5 * 10**9",
+        )
+    if size < 1:
+        raise InvalidArgumentError(call=call, got=f"max_shard_size={size}", expected="bytes, 1 or more")

@@ -1,0 +1,225 @@
+"""The tensors of a Fisher file, one file or several, read when they are asked for.
+
+Owns the way from a path to the header and to the file that holds a tensor, and the checks that all files are of one
+save. Knows keys and bytes, not what they describe.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fisherkit.errors import FileFormatError
+from fisherkit.io.atomic import unreadable
+from fisherkit.io.state import Node, Place, State
+
+FORMAT = "fisherkit"
+SHARD_FORMAT = "fisherkit-shard"
+INDEX_SUFFIX = ".index.json"
+
+
+def stem_of(path: Path) -> str:
+    """A Fisher file's name without ``.safetensors``, of which shards and index are named."""
+    return path.name.removesuffix(".safetensors")
+
+
+def index_of(path: Path) -> Path:
+    """The index of a Fisher file that is kept in shards."""
+    return path.with_name(f"{stem_of(path)}.safetensors{INDEX_SUFFIX}")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Which file holds which tensor.
+
+    Args:
+        path: the file or the index.
+        header: the description, string keys and values.
+        files: key to file.
+        save: what the header of each shard must name; None for a single file.
+        call: the public call, for errors.
+    """
+
+    path: Path
+    header: dict[str, str]
+    files: dict[str, Path]
+    save: str | None
+    call: str
+
+    @classmethod
+    def open(cls, path: Path, call: str) -> Archive:
+        """Read the header or the index, and no tensor.
+
+        Args:
+            path: the file, the index, or the path that was given to ``save`` of a sharded one.
+            call: the public call, for errors.
+
+        Raises:
+            FileFormatError: no such file, damaged, or not a Fisher file.
+        """
+        if path.name.endswith(INDEX_SUFFIX) and path.is_file():
+            return cls._of_index(path, call)
+        if path.is_file():
+            return cls._of_file(path, call)
+        if index_of(path).is_file():
+            return cls._of_index(index_of(path), call)
+        raise FileFormatError(
+            call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
+        )
+
+    @classmethod
+    def _of_file(cls, path: Path, call: str) -> Archive:
+        try:
+            with safe_open(path, framework="pt") as file:
+                header, keys = file.metadata() or {}, list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise FileFormatError(**unreadable(call, error)) from error
+        if header.get("format") == SHARD_FORMAT:
+            raise FileFormatError(
+                call=call,
+                got="one shard of a Fisher file",
+                expected="its index, which knows the others",
+                try_=f"the file that ends with {INDEX_SUFFIX}, beside it",
+            )
+        if header.get("format") != FORMAT:
+            raise FileFormatError(
+                call=call,
+                got="a safetensors file of another kind",
+                expected="one written by fisher.save",
+                try_="check the path",
+            )
+        return cls(path, header, dict.fromkeys(keys, path), None, call)
+
+    @classmethod
+    def _of_index(cls, path: Path, call: str) -> Archive:
+        try:
+            index = json.loads(path.read_text("utf-8"))
+            header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
+            files = {key: path.with_name(name) for key, name in index["weight_map"].items()}
+            if header.get("format") == FORMAT:
+                save = header["save"]
+        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+            # A name with a folder in it raises ValueError too: shards lie beside their index.
+            raise FileFormatError(**unreadable(call, error, name=f"an index {path.name}")) from error
+        if header.get("format") != FORMAT:
+            raise FileFormatError(
+                call=call, got="an index of something else", expected="that of a Fisher file", try_="check the path"
+            )
+        return cls(path, header, files, save, call)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, of all files that are there."""
+        paths = {self.path, *self.files.values()}
+        return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+class Reader:
+    """Files of an archive, opened when one of their tensors is asked for and closed together.
+
+    Args:
+        archive: which file holds which tensor.
+        device: where tensors go.
+    """
+
+    def __init__(self, archive: Archive, device: torch.device | str) -> None:
+        self._archive, self._device = archive, device
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> Reader:
+        """Open nothing yet."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close what was opened."""
+        self._open.clear()
+        self._stack.close()
+
+    def state(self, node: Node) -> State:
+        """A node with all its tensors."""
+        tensors = {role: self.tensor(place) for role, place in node.places.items()}
+        return State(node.kind, node.names, tensors, node.options, tuple(self.state(child) for child in node.children))
+
+    def tensor(self, place: Place) -> Tensor:
+        """A whole tensor.
+
+        Raises:
+            FileFormatError: a file is missing, damaged, of another save, or lacks the tensor; which one is said.
+        """
+        if not place.rows:
+            return self._read(place.keys[0], None)
+        return torch.cat([self._read(key, (0, rows), rows) for key, rows in zip(place.keys, place.rows, strict=True)])
+
+    def rows(self, place: Place, start: int, stop: int) -> Tensor:
+        """A tensor's entries from start to stop along its first axis; nothing else is read.
+
+        Raises:
+            FileFormatError: as `tensor`, or the tensor is not that long.
+        """
+        if not place.rows:
+            return self._read(place.keys[0], (start, stop))
+        parts, first = [], 0
+        for key, rows in zip(place.keys, place.rows, strict=True):
+            low, high = max(start, first) - first, min(stop, first + rows) - first
+            if low < high:
+                parts.append(self._read(key, (low, high), rows))
+            first += rows
+        if not parts or stop > first:
+            raise self._wrong(self._archive.path, f"{first} numbers under {list(place.keys)}, {stop} are needed")
+        return torch.cat(parts)
+
+    def _read(self, key: str, span: tuple[int, int] | None, rows: int | None = None) -> Tensor:
+        path = self._archive.files.get(key)
+        if path is None:
+            raise self._wrong(self._archive.path, f"no tensor {key!r}")
+        file = self._file(path)
+        try:
+            if span is None:
+                return file.get_tensor(key)
+            found = file.get_slice(key)
+            length = found.get_shape()[0] if found.get_shape() else 0
+            if length < span[1] or (rows is not None and length != rows):
+                raise self._wrong(path, f"{key!r} has {length} rows, {rows or span[1]} are needed")
+            return found[span[0] : span[1]]
+        except (SafetensorError, OSError) as error:
+            raise self._wrong(path, error) from error
+
+    def _file(self, path: Path) -> Any:
+        if path in self._open:
+            return self._open[path]
+        archive = self._archive
+        if not path.is_file():
+            raise FileFormatError(
+                call=archive.call, got=f"no file {path.name}", expected=f"every file that {archive.path.name} names",
+                why="it was not copied along, or the Fisher file was replaced after it was opened",
+                try_="copy all of them, or open it again",
+            )  # fmt: skip
+        try:
+            file = self._stack.enter_context(safe_open(path, framework="pt", device=str(self._device)))
+            header = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise self._wrong(path, error) from error
+        own = header == archive.header if archive.save is None else header.get("save") == archive.save
+        if not own:
+            raise FileFormatError(
+                call=archive.call, got=f"{path.name} of another save", expected=f"the one {archive.path.name} names",
+                why="files of two saves are mixed, or the Fisher file was replaced after it was opened",
+                try_="copy all files of one save, or open it again",
+            )  # fmt: skip
+        self._open[path] = file
+        return file
+
+    def _wrong(self, path: Path, error: Exception | str) -> FileFormatError:
+        name = "a file" if self._archive.save is None else f"a file {path.name}"
+        return FileFormatError(**unreadable(self._archive.call, error, name=name))

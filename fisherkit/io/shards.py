@@ -1,0 +1,185 @@
+"""Writing a Fisher file: one safetensors file, or shards of a given size beside an index.
+
+Owns which tensor goes where, the files' names and the order of replacement: shards under names that nothing points to,
+then the index, then what it replaced is deleted. So the old file or the new one is complete at every moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fisherkit.errors import InvalidArgumentError
+from fisherkit.io.atomic import part_of, replace_file, replace_text, write_part
+from fisherkit.io.reader import FORMAT, INDEX_SUFFIX, SHARD_FORMAT, index_of, stem_of
+from fisherkit.io.state import Node, Place, State
+
+MOST_SHARDS = 99_999
+
+Tensors = dict[str, Tensor]
+
+
+def pack(state: State, largest: int | None, prefix: str = "") -> tuple[Node, Tensors]:
+    """A state as a node and the tensors it names, references still.
+
+    Args:
+        state: the operator's.
+        largest: bytes above which a tensor is cut along its first axis; None for never.
+        prefix: of its keys.
+    """
+    places: dict[str, Place] = {}
+    tensors: Tensors = {}
+    for role, tensor in state.tensors.items():
+        key = f"{prefix}{role}"
+        parts = _cut(tensor, largest)
+        places[role] = Place((key,))
+        if len(parts) > 1:
+            keys = tuple(f"{key}.{i}" for i in range(len(parts)))
+            places[role] = Place(keys, tuple(len(part) for part in parts))
+        tensors.update(zip(places[role].keys, parts, strict=True))
+    children = []
+    for i, child in enumerate(state.children):
+        node, below = pack(child, largest, f"{prefix}{i}.")
+        children.append(node)
+        tensors.update(below)
+    return Node(state.kind, state.names, places, state.options, tuple(children)), tensors
+
+
+def _cut(tensor: Tensor, largest: int | None) -> Sequence[Tensor]:
+    if largest is None or nbytes(tensor) <= largest or tensor.ndim == 0 or len(tensor) < 2:
+        return (tensor,)
+    return tensor.split(max(1, largest * len(tensor) // nbytes(tensor)))
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def fill(tensors: Tensors, largest: int) -> list[Tensors]:
+    """The tensors in their order, in shards of at most ``largest`` bytes where no single tensor is larger."""
+    shards: list[Tensors] = []
+    room = 0
+    for key, tensor in tensors.items():
+        if not shards or nbytes(tensor) > room:
+            shards.append({})
+            room = largest
+        shards[-1][key] = tensor
+        room -= nbytes(tensor)
+    return shards
+
+
+def write_single(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
+    """One file; a sharded one of the same name is deleted afterwards."""
+    replace_file(path, _owned(tensors), header)
+    if _is_ours(index_of(path)):
+        _delete([index_of(path)])
+    _delete(_shards_of(path))
+
+
+def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], call: str) -> None:
+    """Shards and an index.
+
+    Args:
+        path: as the user named the file; nothing will be under this very name.
+        shards: tensors of each.
+        header: the description, which goes to the index.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidArgumentError: too many shards, or something that is not a Fisher file is in the way.
+    """
+    index = index_of(path)
+    _check(path, len(shards), call)
+    save = uuid.uuid4().hex
+    total = sum(nbytes(tensor) for shard in shards for tensor in shard.values())
+    finals = _names(path, len(shards), save)
+    weight_map = {key: final.name for shard, final in zip(shards, finals, strict=True) for key in shard}
+    text = json.dumps({"metadata": {"total_size": total, **header, "save": save}, "weight_map": weight_map}, indent=1)
+    try:
+        with ExitStack() as stack:
+            parts = [stack.enter_context(part_of(final)) for final in finals]
+            for part, shard in zip(parts, shards, strict=True):
+                write_part(part, _owned(shard), {"format": SHARD_FORMAT, "save": save})
+            for part, final in zip(parts, finals, strict=True):
+                os.replace(part, final)
+            replace_text(index, text)
+    except BaseException:
+        # An interruption may come right after the index was put in place: then the new file is the file.
+        if _save_of(index) != save:
+            _delete([final for final in finals if _save_of(final) == save])
+        raise
+    _delete([path] if path.is_file() else [])
+    _delete([shard for shard in _shards_of(path) if shard not in finals])
+
+
+def _owned(tensors: Tensors) -> Tensors:
+    """Copies: safetensors refuses tensors that share memory, and views that are not contiguous."""
+    return {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+
+
+def _names(path: Path, count: int, save: str) -> list[Path]:
+    """Names that no file has, so that an index that is there never points to a shard of this save."""
+    for tag in ("", f"-{save[:8]}"):
+        names = [path.with_name(f"{stem_of(path)}{tag}-{i:05}-of-{count:05}.safetensors") for i in range(1, count + 1)]
+        if not any(name.exists() for name in names):
+            break
+    return names
+
+
+def _shards_of(path: Path) -> list[Path]:
+    """The shards of any save under this name, interrupted ones too; told by their headers, not their names alone."""
+    pattern = re.compile(re.escape(stem_of(path)) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
+    named = (found for found in path.parent.iterdir() if pattern.fullmatch(found.name))
+    return [found for found in named if _header(found).get("format") == SHARD_FORMAT]
+
+
+def _check(path: Path, count: int, call: str) -> None:
+    if count > MOST_SHARDS:
+        raise InvalidArgumentError(
+            call=call, got=f"a need of {count:,} shards", expected=f"at most {MOST_SHARDS:,}",
+            try_="a larger max_shard_size",
+        )  # fmt: skip
+    for there in (path, index_of(path)):
+        if there.exists() and not _is_ours(there):
+            raise InvalidArgumentError(
+                call=call, got=f"a path where {there.name} is something else than a Fisher file",
+                expected="a free path, or that of an older Fisher file",
+                why="a sharded file has to replace it, and a model's index may have this name", try_="another name",
+            )  # fmt: skip
+
+
+def _is_ours(path: Path) -> bool:
+    return _header(path).get("format") == FORMAT
+
+
+def _save_of(path: Path) -> str | None:
+    return _header(path).get("save")
+
+
+def _header(path: Path) -> dict[str, str]:
+    """What a file or an index says of itself; nothing if it is not there or of another kind."""
+    try:
+        if path.name.endswith(INDEX_SUFFIX):
+            return dict(json.loads(path.read_text("utf-8"))["metadata"])
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError):
+        return {}
+
+
+def _delete(paths: Sequence[Path]) -> None:
+    # What cannot be deleted (a reader has it open on Windows) is in nobody's way; the next save tries again.
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,0 +1,11 @@
+"""One model from several: merging with Fishers, and the ways to merge that it is compared with.
+
+Knows operators by their blocks and solves, models by their tensors; no other application.
+"""
+
+from fisherkit.merging.baselines import average, task_arithmetic
+from fisherkit.merging.info import BlockInfo, MergeInfo
+from fisherkit.merging.merge import merge
+from fisherkit.merging.regmean import regmean
+
+__all__ = ["BlockInfo", "MergeInfo", "average", "merge", "regmean", "task_arithmetic"]

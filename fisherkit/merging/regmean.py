@@ -1,0 +1,146 @@
+"""RegMean: linear layers merged so that their outputs on all tasks' inputs change least.
+
+W = (Σ_t w_t A_t)⁻¹ Σ_t w_t A_t W_t for a layer's weight and bias together, A_t the second moment of its inputs on task
+t: the merge with the Fishers I ⊗ A_t. Owns the choice of these factors; solved as every merge is.
+
+Jin, Ren, Preotiuc-Pietro and Cheng, "Dataless knowledge fusion by merging weights of language models" (arXiv
+2212.09849).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fisherkit.errors import InvalidArgumentError
+from fisherkit.merging.assembly import Target, assemble, open_models
+from fisherkit.merging.blockwise import BlockwiseMerge
+from fisherkit.merging.checkpoints import Model
+from fisherkit.merging.info import MergeInfo
+from fisherkit.merging.merge import blocks_of_plan, open_fishers, resolve_weights, unverified_models
+from fisherkit.merging.policies import Policies, make_plan
+from fisherkit.merging.scales import measure
+from fisherkit.merging.sources import Fisher, FisherSource, Names
+from fisherkit.merging.systems import Solver
+from fisherkit.operators import Damping, FisherOperator, KroneckerOperator, RelativeDamping
+from fisherkit.space import ParameterSpace
+
+DEFAULT_DAMPING = RelativeDamping(1e-6)
+
+
+def regmean(
+    models: Sequence[Model],
+    fishers: Sequence[Fisher],
+    weights: Sequence[float] | str | None = None,
+    *,
+    shrink: float = 0.9,
+    damping: Damping = DEFAULT_DAMPING,
+    buffers: str = "refuse",
+    integers: str = "refuse",
+    mismatched: str = "refuse",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    tolerance: float = 1e-8,
+    max_steps: int | None = None,
+    out: str | Path | None = None,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    return_info: bool = False,
+    progress: bool = False,
+) -> Any:
+    """The model whose linear layers reproduce the models' outputs on their own inputs, in the least squares sense.
+
+    Layers that all Fishers have as a Kronecker product are merged with A_t, of which only the share ``shrink`` of the
+    entries off the diagonal is kept; everything else is averaged. Convolutions count, with A_t over their patches.
+
+    Args:
+        models: as in `merge`.
+        fishers: of the structure "kfac", whatever the kind: their activation factors are the A_t.
+        weights: as in `merge`.
+        shrink: α of A_t ← α A_t + (1 − α) diag(A_t); 1 for none, the paper's choices are 0.9 and 0.1.
+        damping: as in `merge`; towards the average. By default so little that it only decides what no input reaches.
+        buffers: as in `merge`, and so are all others.
+        integers: as there.
+        mismatched: as there.
+        dtype: as there.
+        device: as there.
+        tolerance: as there.
+        max_steps: as there.
+        out: as there.
+        max_shard_size: as there.
+        overwrite: as there.
+        return_info: as there.
+        progress: as there.
+
+    Returns:
+        As `merge`.
+
+    Raises:
+        InvalidArgumentError: as in `merge`; or no Fisher has Kronecker products.
+        InvalidTypeError, NonFiniteError, FileFormatError: as in `merge`.
+
+    Cost: as `merge` with Kronecker products, of which these converge in a step or two.
+    """
+    call = "regmean"
+    if not 0 <= shrink <= 1:
+        raise InvalidArgumentError(call=call, got=f"shrink={shrink}", expected="a number from 0 to 1")
+    policies = Policies("average", buffers, integers, mismatched, dtype)
+    policies.check(call)
+    solver = Solver("auto", tolerance, max_steps)
+    solver.check(call)
+    checkpoints = open_models(models, call)
+    sources: list[FisherSource] = [ActivationSource(s, shrink) for s in open_fishers(fishers, len(checkpoints), call)]
+    resolved = resolve_weights(weights, sources, None, call)
+    unverified = unverified_models(models, sources, call)
+    shared = [n for n in sources[0].space.names if all(n in source.space.slices for source in sources)]
+    if not shared:
+        raise InvalidArgumentError(
+            call=call, got="Fishers without a Kronecker product that all of them have", expected="activation factors",
+            why="RegMean merges linear layers by the second moments of their inputs", try_='structure="kfac"',
+        )  # fmt: skip
+    plan = make_plan(checkpoints, shared, None, policies, call)
+    blocks = blocks_of_plan(plan, checkpoints, sources, None, call)
+    scales = measure(sources, blocks, resolved, None, damping)
+    problem = BlockwiseMerge(
+        checkpoints, sources, resolved, None, scales, lambda f: f, solver,
+        None if device is None else torch.device(device), progress,
+    )  # fmt: skip
+    target = Target(out, max_shard_size, overwrite)
+    result = assemble(plan, problem.solutions(), checkpoints, resolved, None, target, call)
+    info = MergeInfo(
+        call, resolved, None, scales.damping, 0.0, tuple(problem.infos),
+        {name: str(entry) for name, entry in plan.items()}, unverified,
+    )  # fmt: skip
+    return (result, info) if return_info else result
+
+
+class ActivationSource(FisherSource):
+    """The Kronecker products of a Fisher with I in the place of their gradient factors; its other blocks left out.
+
+    Args:
+        source: the Fisher.
+        shrink: the share of A's entries off the diagonal that is kept.
+    """
+
+    def __init__(self, source: FisherSource, shrink: float) -> None:
+        self._source, self._shrink = source, shrink
+        blocks = tuple(names for names in source.blocks if isinstance(source.read(names), KroneckerOperator))
+        names = tuple(name for block in blocks for name in block)
+        space = source.space.restrict(names) if names else ParameterSpace((), ())
+        super().__init__(space, source.metadata, blocks)
+
+    def read(self, names: Names) -> FisherOperator:
+        """I ⊗ A over one layer."""
+        layer = self._source.read(names)
+        if not isinstance(layer, KroneckerOperator):
+            raise InvalidArgumentError(
+                call="regmean", got=f"layers joined into {list(names)}", expected="Fishers of one structure",
+                try_='structure="kfac" for all',
+            )  # fmt: skip
+        diagonal = layer.activation.diagonal().diag()
+        kept = diagonal + self._shrink * (layer.activation - diagonal)
+        identity = torch.eye(layer.layout.outputs, dtype=layer.dtype, device=layer.device)
+        return KroneckerOperator(layer.space, kept, identity, layer.layout.transposed, symmetric=True)

@@ -1,0 +1,160 @@
+"""Fishers as blocks that are read one by one, from memory or from files, and the partition that all of them share.
+
+The merging problem falls apart where every Fisher does. Owns the joined partition; knows no solver.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.operators import (
+    BlockDiagonalOperator,
+    DiagonalOperator,
+    FisherOperator,
+    open_file,
+    split,
+)
+from fisherkit.space import ParameterSpace
+
+Fisher: TypeAlias = FisherOperator | str | Path
+"""An operator, or the path of a Fisher file."""
+
+Names: TypeAlias = tuple[str, ...]
+
+
+class FisherSource(ABC):
+    """Independent diagonal blocks of one Fisher.
+
+    Args:
+        space: all its parameters.
+        metadata: what was recorded when it was built.
+        blocks: names of each of the finest independent blocks.
+    """
+
+    def __init__(self, space: ParameterSpace, metadata: dict[str, str], blocks: tuple[Names, ...]) -> None:
+        self.space, self.metadata, self.blocks = space, metadata, blocks
+
+    @abstractmethod
+    def read(self, names: Names) -> FisherOperator:
+        """The operator over some whole blocks."""
+
+
+class MemorySource(FisherSource):
+    """An operator in memory."""
+
+    def __init__(self, operator: FisherOperator) -> None:
+        parts = split(operator)
+        self._parts = {part.space.names[0]: part for part in parts}
+        super().__init__(operator.space, dict(operator.metadata), tuple(part.space.names for part in parts))
+
+    def read(self, names: Names) -> FisherOperator:
+        """The operator over some whole blocks."""
+        return _joined(self.space.restrict(names), [self._parts[name] for name in names if name in self._parts])
+
+
+class FileSource(FisherSource):
+    """A Fisher file of which only the blocks that are asked for are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open_file(path)
+        super().__init__(self._file.space, dict(self._file.metadata), self._file.blocks)
+
+    def read(self, names: Names) -> FisherOperator:
+        """The operator over some whole blocks."""
+        return _joined(self.space.restrict(names), split(self._file.read(names)))
+
+
+def _joined(space: ParameterSpace, parts: Sequence[FisherOperator]) -> FisherOperator:
+    """Blocks as one operator; diagonals as one diagonal, which folds with more than blocks do."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, DiagonalOperator) for part in parts):
+        return DiagonalOperator(space, torch.cat([part.diagonal() for part in parts]))
+    return BlockDiagonalOperator(space, parts)
+
+
+def open_fisher(fisher: Fisher, label: str) -> FisherSource:
+    """A source of blocks.
+
+    Args:
+        fisher: an operator, or the path of a Fisher file.
+        label: what messages call it.
+
+    Raises:
+        InvalidTypeError: neither.
+        FileFormatError: the file is missing, damaged or no Fisher file.
+    """
+    if isinstance(fisher, FisherOperator):
+        return MemorySource(fisher)
+    if isinstance(fisher, (str, Path)):
+        return FileSource(Path(fisher))
+    raise InvalidTypeError(
+        call=f"merge, {label}",
+        got=f"a {type(fisher).__name__}",
+        expected="a FisherOperator, or the path of a Fisher file",
+        try_="fk.EmpiricalFisher(model, data)",
+    )
+
+
+def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str]) -> list[Names]:
+    """The finest partition of some names in which no block of any source is torn apart.
+
+    Args:
+        sources: the Fishers.
+        names: in the order that the blocks' names shall have.
+
+    Returns:
+        Blocks in the order of their first names.
+
+    Raises:
+        InvalidArgumentError: a block reaches beyond the names, or the sources order its names differently.
+    """
+    order = {name: place for place, name in enumerate(names)}
+    root = {name: name for name in order}
+
+    def find(name: str) -> str:
+        while root[name] != name:
+            root[name] = root[root[name]]
+            name = root[name]
+        return name
+
+    for number, source in enumerate(sources, 1):
+        for block in source.blocks:
+            inside = [name for name in block if name in order]
+            if inside and len(inside) < len(block):
+                raise InvalidArgumentError(
+                    call=f"merge, Fisher {number}",
+                    got=f"a block over {_some(block)}, of which {_some([n for n in block if n not in order])} cannot "
+                    "be merged",
+                    expected="blocks whose parameters all models and Fishers have, in the same shapes",
+                    why="parameters of one block interact, and a part of them cannot be solved for alone",
+                    try_="Fishers built with the same params=, without the parameters that differ",
+                )
+            if inside:
+                first = find(inside[0])
+                for name in inside[1:]:
+                    root[find(name)] = first
+    groups: dict[str, list[str]] = {}
+    for name in order:
+        groups.setdefault(find(name), []).append(name)
+    blocks = [tuple(group) for group in groups.values()]
+    for number, source in enumerate(sources, 1):
+        for block in blocks:
+            if (own := source.space.restrict(block).names) != block:
+                raise InvalidArgumentError(
+                    call=f"merge, Fisher {number}",
+                    got=f"the parameters {_some(own)} in another order than the first Fisher's",
+                    expected="one order of parameters",
+                    try_="Fishers built from models of one class",
+                )
+    return blocks
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

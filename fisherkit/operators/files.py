@@ -1,0 +1,117 @@
+"""A Fisher file that is open and not read: what is in it, and any of its blocks.
+
+Owns which tensors a block needs; `fisherkit.io` owns the bytes, `partition` what a block is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from fisherkit import io
+from fisherkit.errors import FileFormatError, InvalidArgumentError, UnknownParameterError
+from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.partition import blocks_of_node, join
+from fisherkit.operators.persistence import parts_fit
+from fisherkit.space import ParameterSpace
+
+
+def open_file(path: str | Path, *, device: torch.device | str = "cpu") -> FisherFile:
+    """Open a Fisher file without reading its tensors.
+
+    Args:
+        path: the file; of one in shards its index, or the path that was given to ``save``.
+        device: where tensors go that are read from it.
+
+    Raises:
+        InvalidTypeError: not a path.
+        FileFormatError: no such file, damaged, not a Fisher file, or of a version from the future.
+    """
+    path = io.as_path(path, "open_file(path)")
+    call = f"open_file({str(path)!r})"
+    header = io.read_header(path, call)
+    found = FisherFile(header, torch.device(device))
+    with parts_fit(call):  # a damaged tree may have blocks over anything
+        covered = sorted(name for names in found.blocks for name in names)
+    if covered != sorted(header.space.names):
+        raise FileFormatError(
+            call=call, got=f"a file with blocks over {covered}", expected=f"each of {sorted(header.space.names)} once",
+            try_="save it again",
+        )  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True)
+class FisherFile:
+    """An open Fisher file; made by `open_file`. It keeps no file open between reads.
+
+    Args:
+        header: what the file says of itself.
+        device: where tensors go.
+    """
+
+    header: io.FisherHeader
+    device: torch.device
+
+    @property
+    def space(self) -> ParameterSpace:
+        """All parameters of the file."""
+        return self.header.space
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What was recorded when the matrix was built and saved."""
+        return self.header.metadata
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, of the index and all shards if it has some."""
+        return self.header.archive.nbytes
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the finest independent blocks, as `fisherkit.operators.split` gives them."""
+        return tuple(blocks_of_node(self.header.root, self.space, io.Reader(self.header.archive, self.device)))
+
+    def read(self, names: Iterable[str]) -> FisherOperator:
+        """The operator over some of the blocks; reads their tensors and nothing else.
+
+        Args:
+            names: parameters, in any order: all those of one block or of several.
+
+        Returns:
+            An operator over ``space.restrict(names)``, a `BlockDiagonalOperator` if there are several blocks; without
+            metadata.
+
+        Raises:
+            UnknownParameterError: names that the file does not have.
+            InvalidArgumentError: no names, or a block of which only a part is named.
+            FileFormatError: a file is missing, damaged, or of another save; the message names it.
+        """
+        wanted = {names} if isinstance(names, str) else set(names)
+        chosen = self._chosen(wanted)
+        call = self.header.archive.call
+        with io.Reader(self.header.archive, self.device) as reader, parts_fit(call):
+            blocks = blocks_of_node(self.header.root, self.space, reader)
+            return join(self.space.restrict(wanted), [blocks[block]() for block in chosen])
+
+    def _chosen(self, wanted: set[str]) -> list[tuple[str, ...]]:
+        call = "FisherFile.read(names)"
+        unknown = sorted(wanted - set(self.space.names))
+        if unknown:
+            raise UnknownParameterError(
+                call=call, got=f"unknown names {unknown}", expected=f"names of {self.header.archive.path.name}",
+                try_="FisherFile.space.names",
+            )  # fmt: skip
+        chosen = [block for block in self.blocks if wanted & set(block)]
+        cut = [block for block in chosen if not wanted >= set(block)]
+        if cut or not chosen:
+            raise InvalidArgumentError(
+                call=call, got=f"a part of the block {list(cut[0])}" if cut else "no names",
+                expected="whole blocks", why="parameters of one block interact", try_="a union of FisherFile.blocks",
+            )  # fmt: skip
+        return chosen
