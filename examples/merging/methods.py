@@ -30,7 +30,7 @@ KINDS: Mapping[str, Callable[..., fk.FisherApproximation]] = {
 
 STRUCTURES = ("diagonal", "kfac", "full")
 
-RATIO, DAMPING = 3.0, 0.1
+RATIO, DAMPING = 3.0, 0.03
 """ρ and the relative λ that are proposed for everything."""
 
 REGMEAN = 1e9
@@ -65,18 +65,13 @@ GRID = (
     *PLAIN,
     *(Setting("block", 0.0, damping) for damping in (1e-4, 1e-2, 1.0)),
     *(Setting("block", ratio, DAMPING) for ratio in (0.3, 1.0, 3.0, 10.0, 30.0)),
-    *(Setting("block", RATIO, damping) for damping in (1e-3, 1e-2, 0.03, 0.3, 1.0)),
+    *(Setting("block", RATIO, damping) for damping in (1e-3, 1e-2, 0.1, 0.3, 1.0)),
     Setting("trace", RATIO, DAMPING),
     Setting("output", RATIO, DAMPING),
 )
 """Of diagonal and Kronecker-factored Fishers."""
 
-SHORT = (
-    *PLAIN[1:],
-    Setting("block", 0.0, 1e-2),
-    *(Setting("block", ratio, DAMPING) for ratio in (1.0, 3.0, 10.0)),
-    Setting("block", RATIO, 1e-2),
-)
+SHORT = (*PLAIN[1:], Setting("block", 0.0, 1e-2), Setting("block", 1.0, DAMPING), DEFAULT)
 """Of full ones, whose systems are large."""
 
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0)
@@ -85,7 +80,7 @@ SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0)
 SHRINKS = (1.0, 0.9, 0.5)
 """Of RegMean's second moments."""
 
-DAMPED = (1e-2, 0.03, 0.1, 0.3)
+DAMPED = (1e-2, DAMPING, 0.1, 0.3)
 """λ of RegMean with each layer's second moments at one scale."""
 
 
@@ -138,8 +133,8 @@ def merge(models: Sequence[nn.Module], found: Sequence[fk.FisherOperator], famil
     """A merge by Fishers."""
     result = fk.merging.merge(
         models, found, normalize=setting.normalize, output_damping=setting.ratio,
-        damping=fk.RelativeDamping(setting.damping), method="direct" if "full" in family else "auto",
-        return_info=True,
+        damping=fk.RelativeDamping(setting.damping), method="direct" if family.startswith("full") else "cg",
+        max_steps=5000, return_info=True,
     )  # fmt: skip
     return _merged(family, setting.key, result)
 

@@ -74,10 +74,12 @@ def run(out: Path, tiny: bool = False, *, plan: Plan | None = None) -> dict[str,
         A summary of all suites that the folder has, for `report`.
     """
     plan = plan or (TINY if tiny else Plan())
-    for seed in plan.seeds:
-        for name in plan.suites:
-            path = out / f"small-{name}.json"
-            _seed(suite(name, seed), seed, plan, _resume(path, name, plan), path)
+    # What is cheap comes first on all seeds, so that a run cut short has it.
+    for structure in plan.structures:
+        for seed in plan.seeds:
+            for name in plan.suites:
+                path = out / f"small-{name}.json"
+                _seed(suite(name, seed), seed, structure, plan, _resume(path, name, plan), path)
     return figures(out)
 
 
@@ -117,13 +119,13 @@ def _resume(path: Path, name: str, plan: Plan) -> Results:
     return old
 
 
-def _seed(own: Suite, seed: int, plan: Plan, results: Results, path: Path) -> None:
-    """One seed of a suite: train, then every family of methods that is not there yet."""
+def _seed(own: Suite, seed: int, structure: str, plan: Plan, results: Results, path: Path) -> None:
+    """One seed of a suite: train, then every family of methods with a structure that is not there yet."""
     begin = trained(own, path.parent / "models", seed, plan.recipe(own.name))
     cells = results["seeds"].setdefault(str(seed), {"training": begin.record, "families": {}})
     models = [_model(own, state) for state in begin.models]
     judge = Judge(own)
-    for family, merged in _families(own, begin, models, plan, seed):
+    for family, merged in _families(own, begin, models, structure, plan, seed):
         if family not in cells["families"]:
             start = time.perf_counter()
             cells["families"][family] = {one.setting: judge(one) for one in merged}
@@ -133,7 +135,7 @@ def _seed(own: Suite, seed: int, plan: Plan, results: Results, path: Path) -> No
 
 
 def _families(
-    own: Suite, begin: Trained, models: list[nn.Module], plan: Plan, seed: int
+    own: Suite, begin: Trained, models: list[nn.Module], structure: str, plan: Plan, seed: int
 ) -> Iterator[tuple[str, Iterable[Merged]]]:
     """Each with the merges that it consists of, made when they are asked for."""
     data = [_sample(task.train.inputs, task.train.labels, plan.examples, seed) for task in own.tasks]
@@ -141,16 +143,15 @@ def _families(
     def regmean() -> Iterator[Merged]:
         yield from methods.by_regmean(models, methods.fishers("ef", "kfac", models, data))
 
-    def by_fisher(structure: str, kind: str) -> Iterator[Merged]:
+    def by_fisher(kind: str) -> Iterator[Merged]:
         found = methods.fishers(kind, structure, models, data)
         for setting in methods.grid(structure):
             yield methods.merge(models, found, f"{structure}/{kind}", setting)
 
     yield "none", methods.without_fishers(models, doubled(begin.start))
     yield "regmean", regmean()
-    for structure in plan.structures:
-        for kind in plan.kinds:
-            yield f"{structure}/{kind}", by_fisher(structure, kind)
+    for kind in plan.kinds:
+        yield f"{structure}/{kind}", by_fisher(kind)
 
 
 def _sample(inputs: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from examples.merging.methods import DAMPED, DEFAULT, GRID, KINDS, PLAIN, RATIO, STRUCTURES, Setting
+from examples.merging.methods import DAMPING, DEFAULT, GRID, KINDS, PLAIN, RATIO, REGMEAN, STRUCTURES, Setting
 from examples.merging.small_summary import Family, Spread, families
 from examples.paper.results import markdown
 
@@ -56,7 +56,7 @@ def _rows(summaries: Suites) -> list[tuple[str, str, str]]:
         ("task arithmetic, scale 0.3", "task arithmetic", "0.3"),
         ("RegMean, as its paper has it (off the diagonal × 0.9)", "regmean", "0.9"),
         ("RegMean, not shrunk", "regmean", "1"),
-        (f"RegMean, blocks normalised, λ = {DAMPED[2]:g}", "regmean, damped", _damped(DAMPED[2])),
+        ("RegMean, blocks normalised, the same λ", "regmean, damped", Setting("block", REGMEAN, DAMPING).key),
     ]
     found = {family for s in summaries.values() for family in s["families"]}
     for structure in ("kfac", "full", "diagonal"):
@@ -66,12 +66,6 @@ def _rows(summaries: Suites) -> list[tuple[str, str, str]]:
             if f"{structure}/{kind}" in found
         ]
     return rows
-
-
-def _damped(damping: float) -> str:
-    from examples.merging.methods import REGMEAN
-
-    return Setting("block", REGMEAN, damping).key
 
 
 def _defaults(summaries: Suites) -> str:
@@ -172,7 +166,7 @@ def _choices(summaries: Suites) -> str:
         return f"{fmean(family.test(DEFAULT.key)):.1f} / {fmean(family.chosen()):.1f} / {fmean(family.test(best)):.1f} ({best})"
 
     text = (
-        "The default / the setting of least training loss, chosen for each seed / the setting that is best on the test "
+        "The default / the setting of best training accuracy, chosen for each seed / the setting that is best on the test "
         "data (normalisation/ρ/λ):"
     )
     return _by_kind(summaries, text, cell)

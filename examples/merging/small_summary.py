@@ -46,38 +46,39 @@ class Family:
         return max(filter(among, self.settings), key=lambda setting: fmean(self.test(setting)))
 
     def chosen(self) -> list[float]:
-        """Held-out accuracy at each seed's setting of least training loss, on all tasks' training examples."""
+        """Held-out accuracy at each seed's setting of best accuracy on all tasks' training examples."""
         seeds = range(len(next(iter(self.settings.values()))["test"]))
-        picks = [min(self.settings.values(), key=lambda cells: cells["loss"][seed]) for seed in seeds]
+        picks = [max(self.settings.values(), key=lambda cells: cells["train"][seed]) for seed in seeds]
         return [cells["test"][seed] for seed, cells in enumerate(picks)]
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a suite: by family and setting, lists over the seeds that have all families.
+    """Of a suite: by family and setting, lists over the seeds that have it.
 
     Args:
         results: as `small.run` writes them.
     """
     seeds = list(results["seeds"].values())
-    names = [set(seed["families"]) for seed in seeds]
-    whole = [seed for seed, own in zip(seeds, names, strict=True) if own == set().union(*names)] or seeds[:1]
     families: dict[str, dict[str, Cells]] = {}
-    for group in whole[0]["families"]:
-        for setting, first in whole[0]["families"][group].items():
-            cells = [seed["families"][group][setting] for seed in whole]
-            families.setdefault(first["family"], {})[setting] = {
-                measure: [_short(cell[measure]) for cell in cells] for measure in ("test", "train", "loss")
-            } | ({} if first["residual"] is None else {"residual": [float(f"{c['residual']:.2g}") for c in cells]})
-    records = [seed["training"] for seed in whole]
-    own = [task["accuracy"] for record in records for task in record["tasks"]]
+    for seed in seeds:
+        for group in seed["families"].values():
+            for setting, cell in group.items():
+                cells = families.setdefault(cell["family"], {}).setdefault(setting, {})
+                for measure in ("test", "train", "loss"):
+                    cells.setdefault(measure, []).append(_short(cell[measure]))
+                if cell["residual"] is not None:
+                    cells.setdefault("residual", []).append(float(f"{cell['residual']:.2g}"))
+    records = [seed["training"] for seed in seeds]
+    own = [task for record in records for task in record["tasks"]]
     training = {
         "start": _spread([fmean(record["start"]) for record in records]),
-        "own": _spread(own),
-        "loss": max(task["loss"] for record in records for task in record["tasks"]),
+        "own": _spread([task["accuracy"] for task in own]),
+        "loss": max(task["loss"] for task in own),
         "joint": [_short(fmean(record["joint"]["accuracy"])) for record in records],
     }
-    return {**results["settings"], "environment": results["environment"], "seeds": len(whole)} | {
-        "training": training, "families": families,
+    return {
+        **results["settings"], "environment": results["environment"], "seeds": len(seeds), "training": training,
+        "families": families,
     }  # fmt: skip
 
 
