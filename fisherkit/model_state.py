@@ -23,9 +23,9 @@ def parameters_hash(model: nn.Module) -> str:
 
     Fisher files record it at build as ``parameters_hash``, so that ``fk.parameters_hash(model)`` tells whether a model
     is the one that was measured. Buffers count, also those that a checkpoint leaves out; gradients, train/eval flags
-    and ``requires_grad`` do not. The same on every device. A long tensor enters by exact sums of its 64-bit words (along
-    rows and along columns of 1,024) and not byte by byte: any change of a value shows, but nothing here resists someone
-    who seeks two models with one hash. ``docs/file-format.md`` has the definition.
+    and ``requires_grad`` do not. The same on every device. A long tensor enters by exact sums of its 64-bit words,
+    along rows and along columns of 1,024, and not byte by byte: training steps, casts, permutations and swaps show, but
+    nothing here resists someone who seeks two models with one hash. The page on the file format has the definition.
 
     Args:
         model: any module; not changed.
@@ -49,7 +49,7 @@ def parameters_hash(model: nn.Module) -> str:
         pieces = (piece for _, tensor in state for piece in _digestible(tensor.detach()))
         # One transfer for all tensors in a row on one device.
         for _, group in itertools.groupby(pieces, key=lambda piece: piece.device):
-            digest.update(memoryview(torch.cat(list(group)).cpu().numpy()))
+            digest.update(torch.cat(list(group)).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

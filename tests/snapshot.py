@@ -47,7 +47,7 @@ def value(tensor: Tensor | None) -> Any:
     hooks = dict(tensor._backward_hooks or {}), dict(getattr(tensor, "_post_accumulate_grad_hooks", None) or {})
     # An inference tensor has no version.
     version = None if tensor.is_inference() else tensor._version
-    raw = tensor.detach().clone().cpu().contiguous()
+    raw = tensor.detach().clone().cpu().contiguous().flatten().view(torch.uint8)  # NumPy knows no bfloat16
     return id(tensor), version, raw.numpy().tobytes(), tensor.requires_grad, hooks, value(tensor.grad)
 
 

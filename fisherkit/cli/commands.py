@@ -1,14 +1,11 @@
-"""The list of commands, their options, and how an error looks to someone at a terminal.
+"""The list of commands: ``fisherkit`` itself, and what it knows.
 
-What a command does lives in a module of its own, which is imported when the command runs: ``--help`` answers at once.
+A command is a `Command` of a module of its own, in `COMMANDS`; the first three have their options here.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +13,9 @@ from typing import Annotated
 import typer
 
 from fisherkit._version import __version__
-from fisherkit.errors import FisherkitError
+from fisherkit.cli.command import readable_errors, require
+from fisherkit.cli.file_commands import AUDIT, ESTIMATE, MERGE
+from fisherkit.cli.show import SHOW
 
 app = typer.Typer(
     help="Fisher information matrices of PyTorch models.",
@@ -26,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+COMMANDS = (ESTIMATE, SHOW, MERGE, AUDIT)
 
 # \b keeps the line breaks of the paragraph that follows it.
 _INFO_EXAMPLES = """\b
@@ -65,7 +66,7 @@ def info(
     """Show versions, devices, memory, and which kinds and structures there are."""
     from fisherkit.cli.info import as_text, collect, to_json
 
-    with _readable_errors():
+    with readable_errors():
         typer.echo(to_json(collect()) if as_json else as_text(collect()))
 
 
@@ -87,8 +88,8 @@ def demo(
 
     Prints tables, and writes pictures and figures.json. Needs the packages of fisherkit[demo]. Takes a minute or two.
     """
-    with _readable_errors():
-        _require("demo", {"matplotlib": "matplotlib", "sklearn": "scikit-learn"})
+    with readable_errors():
+        require("demo", {"matplotlib": "matplotlib", "sklearn": "scikit-learn"})
         from fisherkit.cli.digits import Settings, run
 
         run(Settings(out, seed, epochs, examples, batches, repeats, threads))
@@ -127,10 +128,10 @@ def quality(
 
     The model is any module in eval mode, the data one batch or a list or DataLoader of batches. Prints a table.
     """
-    with _readable_errors():
+    with readable_errors():
         if out is not None or spec is None:
             needed = {"matplotlib": "matplotlib"} if out is not None else {}
-            _require("demo", needed | ({"sklearn": "scikit-learn"} if spec is None else {}))
+            require("demo", needed | ({"sklearn": "scikit-learn"} if spec is None else {}))
         from fisherkit.cli.quality import QualitySettings, run
 
         numbers = _numbers(dampings)
@@ -157,28 +158,5 @@ def _numbers(text: str) -> tuple[float, ...]:
         ) from error
 
 
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """What fisherkit or the file system refuses is a message, not a traceback."""
-    try:
-        yield
-    except (FisherkitError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-
-
-def _require(extra: str, modules: dict[str, str]) -> None:
-    """End with the pip command if a module, by import name, is missing from its distribution."""
-    missing = [distribution for module, distribution in modules.items() if not _importable(module)]
-    if missing:
-        typer.echo(f"error: this command needs {' and '.join(missing)}, which cannot be imported.", err=True)
-        typer.echo(f'Try: pip install "fisherkit[{extra}]"', err=True)
-        raise typer.Exit(1)
-
-
-def _importable(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
+for _command in COMMANDS:
+    _command.add_to(app)

@@ -1,16 +1,13 @@
 """``fisherkit quality``: γ of every kind on a user's own model, or on the demo's network.
 
-Owns how the model is found, what is printed and which files are written; the numbers are `fisherkit.evaluation`'s.
+Owns what is printed and which files are written; the numbers are `fisherkit.evaluation`'s.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
-import os
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +18,9 @@ import typer
 from torch import nn
 
 from fisherkit._version import __version__
+from fisherkit.cli.factories import load_factory
 from fisherkit.cli.text import number, progress, table
 from fisherkit.data import Source
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.plots import plot_damping
 from fisherkit.evaluation.table import average, replace_text
@@ -66,7 +63,7 @@ def run(settings: QualitySettings) -> None:
     """Compare, print, write; the folder is made first, so that a wrong path fails before the work."""
     if settings.out is not None:
         settings.out.mkdir(parents=True, exist_ok=True)
-    model, batches = _digits(settings) if settings.spec is None else _load(settings.spec, settings.batches)
+    model, batches = _digits(settings) if settings.spec is None else _users(settings.spec, settings.batches)
     tables = [
         compare(
             model, batch, kinds=settings.kinds, structures=settings.structures, gram_dampings=settings.dampings,
@@ -135,42 +132,7 @@ def _digits(settings: QualitySettings) -> tuple[nn.Module, list[Any]]:
     return model, [(x.double(), y) for x, y in drawn]
 
 
-def _load(spec: str, batches: int) -> tuple[nn.Module, list[Any]]:
+def _users(spec: str, batches: int) -> tuple[nn.Module, list[Any]]:
     """What the user's function returns, and its first batches."""
-    module, colon, name = spec.partition(":")
-    if not (module and colon and name):
-        raise InvalidArgumentError(
-            call=CALL, got=repr(spec), expected='"package.module:function"', try_="fisherkit quality mymodule:make"
-        )
-    function = getattr(_module(module), name, None)
-    if not callable(function):
-        raise InvalidArgumentError(
-            call=CALL, got=f"{spec!r}", expected=f"a function {name!r} in the module {module!r}",
-            why=f"the module has {'no such name' if function is None else f'a {type(function).__name__} there'}",
-        )  # fmt: skip
-    made = function()
-    if not (isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], nn.Module)):
-        raise InvalidTypeError(
-            call=CALL, got=f"a {type(made).__name__} from {spec}()", expected="a pair (model, data)",
-            try_="return model.eval(), [(inputs, targets), ...]",
-        )  # fmt: skip
-    model, data = made
+    model, data = load_factory(spec, CALL)
     return model, [batch.raw for batch in itertools.islice(Source(data), batches)]
-
-
-def _module(name: str) -> Any:
-    """A module by name, the current folder's own included."""
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        # A module that is there and cannot import something else says so itself.
-        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-            raise
-        raise InvalidArgumentError(
-            call=CALL, got=f"{name!r}", expected="a module that can be imported",
-            why=f"there is no {error.name!r} in the current folder or among the installed packages",
-            try_="run the command in the folder that holds it",
-        ) from error  # fmt: skip

@@ -1,8 +1,10 @@
-"""How good a preconditioned update is, judged by the exact Fisher.
+"""How good a preconditioned update is, and how right a Fisher, judged by the exact Fisher.
 
-γ takes built operators and plain vectors; `compare` builds every kind on a batch. Knows no other application.
+γ takes built operators and plain vectors, `audit` a Fisher of any origin; `compare` builds every kind on a batch. Knows
+no other application.
 """
 
+from fisherkit.evaluation.audit import Audit, Likeness, audit
 from fisherkit.evaluation.compare import compare
 from fisherkit.evaluation.gradient import loss_gradient
 from fisherkit.evaluation.plots import plot_checkpoints, plot_damping
@@ -10,9 +12,12 @@ from fisherkit.evaluation.quality import approximation_quality, quality_floor
 from fisherkit.evaluation.table import QualityRow, QualityTable, average
 
 __all__ = [
+    "Audit",
+    "Likeness",
     "QualityRow",
     "QualityTable",
     "approximation_quality",
+    "audit",
     "average",
     "compare",
     "loss_gradient",

@@ -51,7 +51,7 @@ def check_folder(path: str | Path, call: str) -> None:
 @contextmanager
 def part_of(path: Path) -> Iterator[Path]:
     """A temporary file beside a path, gone at the end unless it was moved."""
-    # tempfile would make it readable for its owner alone, and the file inherits that.
+    # Not by tempfile, whose files only their owner can read: what becomes of this one is a file like any other.
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         part.touch(exist_ok=False)
@@ -62,7 +62,9 @@ def part_of(path: Path) -> Iterator[Path]:
 
 def write_part(part: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     """Write a safetensors file and have it on the disk; contiguous tensors that share no memory."""
+    mode = part.stat().st_mode
     save_file(tensors, part, metadata=header)
+    part.chmod(mode)  # some versions of safetensors leave a file that only its owner can read
     flush(part)
 
 

@@ -36,6 +36,11 @@ def index_of(path: Path) -> Path:
     return path.with_name(f"{stem_of(path)}.safetensors{INDEX_SUFFIX}")
 
 
+def _stamp(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Archive:
     """Which file holds which tensor.
@@ -44,14 +49,15 @@ class Archive:
         path: the file or the index.
         header: the description, string keys and values.
         files: key to file.
-        save: what the header of each shard must name; None for a single file.
+        save: what tells this save's files from others': an entry of each shard's header, or a single file's place on
+            the disk and time.
         call: the public call, for errors.
     """
 
     path: Path
     header: dict[str, str]
     files: dict[str, Path]
-    save: str | None
+    save: str | tuple[int, ...]
     call: str
 
     @classmethod
@@ -78,6 +84,7 @@ class Archive:
     @classmethod
     def _of_file(cls, path: Path, call: str) -> Archive:
         try:
+            save = _stamp(path)
             with safe_open(path, framework="pt") as file:
                 header, keys = file.metadata() or {}, list(file.keys())
         except (SafetensorError, OSError) as error:
@@ -96,10 +103,11 @@ class Archive:
                 expected="one written by fisher.save",
                 try_="check the path",
             )
-        return cls(path, header, dict.fromkeys(keys, path), None, call)
+        return cls(path, header, dict.fromkeys(keys, path), save, call)
 
     @classmethod
     def _of_index(cls, path: Path, call: str) -> Archive:
+        save = ""
         try:
             index = json.loads(path.read_text("utf-8"))
             header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
@@ -210,8 +218,7 @@ class Reader:
             header = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise self._wrong(path, error) from error
-        own = header == archive.header if archive.save is None else header.get("save") == archive.save
-        if not own:
+        if archive.save != (_stamp(path) if path == archive.path else header.get("save")):
             raise FileFormatError(
                 call=archive.call, got=f"{path.name} of another save", expected=f"the one {archive.path.name} names",
                 why="files of two saves are mixed, or the Fisher file was replaced after it was opened",
@@ -221,5 +228,5 @@ class Reader:
         return file
 
     def _wrong(self, path: Path, error: Exception | str) -> FileFormatError:
-        name = "a file" if self._archive.save is None else f"a file {path.name}"
+        name = "a file" if path == self._archive.path else f"a file {path.name}"
         return FileFormatError(**unreadable(self._archive.call, error, name=name))

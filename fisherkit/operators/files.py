@@ -68,6 +68,11 @@ class FisherFile:
         return self.header.metadata
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files that hold the tensors."""
+        return tuple(sorted({*self.header.archive.files.values()}))
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk, of the index and all shards if it has some."""
         return self.header.archive.nbytes

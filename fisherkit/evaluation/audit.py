@@ -1,0 +1,233 @@
+"""What a Fisher that someone else computed is, beside the exact one: how alike, and by which factor larger.
+
+Accuracy alone does not show a Fisher on the wrong scale, because a penalty's strength is tuned until it works: squared
+gradients of batches, which much code uses, are too small by about the batch's size. Owns the comparison; knows
+operators by their diagonals and blocks only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudgetError
+from fisherkit.operators import DiagonalOperator, FisherOperator, split
+
+LARGEST_BLOCK = 4096
+"""Parameters of a block that is still written out to be compared: 134 MB in float64."""
+
+CLOSE = 0.3
+"""A factor explains a scale if it is within this part of it."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How one matrix, or one parameter's part of it, compares with the exact one.
+
+    Args:
+        name: the parameter or block; "all" for the whole.
+        cosine: ⟨A, F⟩/(‖A‖‖F‖), by Frobenius; 1 if A is a multiple of F, nan if either is zero.
+        scale: the s that makes ‖A − sF‖ least, ⟨A, F⟩/⟨F, F⟩.
+        trace_ratio: tr A / tr F.
+    """
+
+    name: str
+    cosine: float
+    scale: float
+    trace_ratio: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found.
+
+    Args:
+        compared: "diagonal" or "matrix".
+        total: over all parameters.
+        parts: a parameter (diagonals) or a block (matrices) each.
+        explanations: factors near the scale that common code brings about.
+    """
+
+    compared: str
+    total: Likeness
+    parts: tuple[Likeness, ...]
+    explanations: tuple[str, ...]
+
+    @property
+    def strength_ratio(self) -> float:
+        """What a strength tuned for the exact Fisher is multiplied by to do the same with the other one: 1/scale."""
+        return 1 / self.total.scale if self.total.scale else math.inf
+
+    def __str__(self) -> str:
+        t = self.total
+        lines = [
+            f"{self.compared}: cosine {t.cosine:.4f}, scale {t.scale:.4g}, trace ratio {t.trace_ratio:.4g}",
+            f"a strength for the exact Fisher must be multiplied by {self.strength_ratio:.4g} with this one",
+        ]
+        return "\n".join([*lines, *(f"near {text}" for text in self.explanations)])
+
+
+def audit(
+    other: FisherOperator | Tensor | Mapping[str, Tensor],
+    exact: FisherOperator,
+    *,
+    compare: str | None = None,
+    batch_size: int | None = None,
+) -> Audit:
+    """Compare a Fisher of any origin with an exact one.
+
+    Args:
+        other: an operator; or a diagonal alone, flat ``[D]`` or a dict of named tensors of the parameters' shapes, as
+            most code for elastic weight consolidation keeps it.
+        exact: usually `fisherkit.ExactFisher`, or `fisherkit.EmpiricalFisher` where that is what the other should be.
+        compare: "diagonal"; or "matrix", block by block over the blocks that neither couples to others. None: the
+            diagonal if that is all there is of either, else the matrix.
+        batch_size: of the batches that the other was computed from, to recognise squared batch gradients.
+
+    Returns:
+        An `Audit`; ``str()`` of it says what was found. Its numbers are Python floats computed in float64.
+
+    Raises:
+        InvalidTypeError: neither an operator, a tensor nor a dict.
+        InvalidArgumentError: another parameter space, negative or not finite entries, a zero exact Fisher, or a matrix
+            to be compared where there is only a diagonal.
+        MemoryBudgetError: a block with more than 4,096 parameters would have to be written out.
+    """
+    call = "audit"
+    if not isinstance(exact, FisherOperator):
+        raise InvalidTypeError(call=call, got=f"a {type(exact).__name__} as exact", expected="a FisherOperator")
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise InvalidArgumentError(call=call, got=f"batch_size={batch_size!r}", expected="an integer, 1 or more")
+    operator = other if isinstance(other, FisherOperator) else _diagonal(other, exact, call)
+    if operator.space != exact.space:
+        raise InvalidArgumentError(
+            call=call,
+            got=f"{operator.size:,} parameters {_names(operator)} beside {exact.size:,} {_names(exact)}",
+            expected="the same names, shapes and order",
+            try_="build the exact one with params=other.space.names",
+        )
+    chosen = compare or ("diagonal" if any(_is_diagonal(f) for f in (operator, exact)) else "matrix")
+    if chosen not in {"diagonal", "matrix"}:
+        raise InvalidArgumentError(call=call, got=f"compare={compare!r}", expected='"diagonal", "matrix" or None')
+    products = _of_diagonals(operator, exact) if chosen == "diagonal" else _of_matrices(operator, exact, call)
+    total = _Products("all", *(sum(values) for values in zip(*(p.values for p in products), strict=True)))
+    if total.exact == 0:
+        raise InvalidArgumentError(call=call, got="an exact Fisher that is zero", expected="one that is not")
+    found = total.likeness()
+    return Audit(chosen, found, tuple(p.likeness() for p in products), _explain(found.scale, exact, batch_size))
+
+
+@dataclass(frozen=True)
+class _Products:
+    """⟨A, F⟩, ⟨A, A⟩, ⟨F, F⟩, tr A and tr F of one part."""
+
+    name: str
+    mixed: float
+    other: float
+    exact: float
+    other_trace: float
+    exact_trace: float
+
+    @classmethod
+    def of(cls, name: str, a: Tensor, f: Tensor, traces: tuple[Tensor, Tensor]) -> _Products:
+        a, f = a.double(), f.double()
+        values = torch.stack([(a * f).sum(), a.square().sum(), f.square().sum(), *traces])
+        return cls(name, *values.tolist())
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return self.mixed, self.other, self.exact, self.other_trace, self.exact_trace
+
+    def likeness(self) -> Likeness:
+        norms = math.sqrt(self.other) * math.sqrt(self.exact)
+        return Likeness(
+            self.name,
+            self.mixed / norms if norms else math.nan,
+            self.mixed / self.exact if self.exact else math.nan,
+            self.other_trace / self.exact_trace if self.exact_trace else math.nan,
+        )
+
+
+def _of_diagonals(other: FisherOperator, exact: FisherOperator) -> list[_Products]:
+    """One a parameter."""
+    a, f = other.diagonal().double(), exact.diagonal().to(other.device).double()
+    slices = exact.space.slices.items()
+    return [_Products.of(n, a[place], f[place], (a[place].sum(), f[place].sum())) for n, place in slices]
+
+
+def _of_matrices(other: FisherOperator, exact: FisherOperator, call: str) -> list[_Products]:
+    """One a block of the coarsest partition that either couples; what lies outside of both's blocks is 0 in both."""
+    blocks = exact.space.joined_blocks([part.space.names for f in (other, exact) for part in split(f)])
+    found = []
+    for names in blocks:
+        space = exact.space.restrict(names)
+        if space.size > LARGEST_BLOCK:
+            raise MemoryBudgetError(
+                call=call, got=f"a block of {space.size:,} parameters to be written out",
+                expected=f"at most {LARGEST_BLOCK:,}", try_='compare="diagonal"',
+            )  # fmt: skip
+        a, f = (_dense(operator, set(names)) for operator in (other, exact))
+        f = f.to(a.device)
+        found.append(_Products.of(", ".join(names), a, f, (a.trace().double(), f.trace().double())))
+    return found
+
+
+def _dense(operator: FisherOperator, names: set[str]) -> Float[Tensor, "d d"]:
+    """The parts of an operator over some names, as one matrix."""
+    parts = [part for part in split(operator) if set(part.space.names) <= names]
+    if len(parts) == 1:
+        return parts[0].to_dense()
+    space = operator.space.restrict(names)
+    whole = torch.zeros(space.size, space.size, dtype=operator.dtype, device=operator.device)
+    for part in parts:
+        index = torch.cat([torch.arange(space.size)[space.slices[name]] for name in part.space.names]).to(whole.device)
+        whole[index.unsqueeze(1), index] = part.to_dense()
+    return whole
+
+
+def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOperator:
+    """A diagonal alone as an operator.
+
+    Raises:
+        InvalidTypeError: neither a tensor nor a dict.
+    """
+    if isinstance(diagonal, Mapping):
+        diagonal = exact.space.flatten(diagonal)
+    if not isinstance(diagonal, Tensor):
+        raise InvalidTypeError(
+            call=call, got=f"a {type(diagonal).__name__}", expected="a FisherOperator, a diagonal [D] or a dict"
+        )
+    return DiagonalOperator(exact.space, diagonal.detach())
+
+
+def _is_diagonal(operator: FisherOperator) -> bool:
+    return isinstance(operator._unwrap(), DiagonalOperator)
+
+
+def _names(operator: FisherOperator) -> str:
+    names = operator.space.names
+    return f"[{names[0]} … {names[-1]}]"
+
+
+def _explain(scale: float, exact: FisherOperator, batch_size: int | None) -> tuple[str, ...]:
+    """Factors that common code brings about and that are near the scale."""
+    factors = {"1: the same normalization": 1.0, "½: half the Fisher": 0.5, "2: twice the Fisher": 2.0}
+    examples = int(exact.metadata.get("examples", 0))
+    if examples > 1:
+        factors |= {
+            f"N = {examples:,}: a sum over examples": float(examples),
+            f"1/N = 1/{examples:,}: divided by N once too often": 1 / examples,
+        }
+    if batch_size is not None and batch_size > 1:
+        factors[f"1/B = 1/{batch_size}: squared gradients of batches, averaged over batches"] = 1 / batch_size
+        if examples > batch_size:
+            factors[f"N/B² = {examples:,}/{batch_size}²: squared gradients of batches, summed"] = (
+                examples / batch_size**2
+            )
+            factors[f"N/B = {examples:,}/{batch_size}: a sum over batches"] = examples / batch_size
+    return tuple(text for text, factor in factors.items() if abs(scale - factor) <= CLOSE * factor)

@@ -1,0 +1,229 @@
+"""``fisherkit estimate`` on Hugging Face folders and on functions of one's own; the truth is autograd, text by text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from typer.testing import CliRunner, Result
+
+import fisherkit as fk
+from fisherkit.cli import app
+from tests.text_models import LABELS, SIZES, TEXTS, jsonl, make_classifier, make_tokenizer, saved
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["estimate", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_tokenizer(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(make_classifier(), tokenizer, tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return jsonl(tmp_path / "texts.jsonl", [{"text": t, "label": n} for t, n in zip(TEXTS, LABELS, strict=True)])
+
+
+def batch(tokenizer: Any, texts: list[str], labels: Tensor) -> dict[str, Tensor]:
+    return dict(tokenizer(texts, padding=True, return_tensors="pt")) | {"labels": labels}
+
+
+def test_estimate__a_classifiers_fisher_is_that_of_its_own_loss(
+    classifier: Path, tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "f.safetensors"
+    result = run(
+        classifier, "--data", data, "--kind", "ief", "--structure", "diagonal", "--out", out, "--dtype", "float64"
+    )
+    assert result.exit_code == 0, result.output
+    assert "examples N       5" in result.stdout
+    found = fk.load(out)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float64).eval()
+    rows = []
+    for text, label in zip(TEXTS, LABELS, strict=True):
+        one = batch(tokenizer, [text], torch.tensor([model.config.label2id[label]]))
+        outputs = model(**one)
+        (u,) = torch.autograd.grad(outputs.loss, outputs.logits, retain_graph=True)
+        gradient = torch.autograd.grad(outputs.loss, list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in gradient]) / u.norm())
+    torch.testing.assert_close(found.diagonal(), torch.stack(rows).square().mean(0), rtol=1e-9, atol=1e-12)
+    assert found.metadata["kind"] == "ief"
+    assert found.metadata["likelihood"] == "categorical"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_estimate__tables_and_other_columns_give_the_same(
+    classifier: Path, data: Path, tmp_path: Path, suffix: str
+) -> None:
+    separator = "," if suffix == ".csv" else "\t"
+    table = tmp_path / f"texts{suffix}"
+    lines = [separator.join(("area", "summary"))]
+    lines += [separator.join((label, text)) for text, label in zip(TEXTS, LABELS, strict=True)]
+    table.write_text("\n".join(lines), encoding="utf-8")
+    options = ("--kind", "exact", "--structure", "kfac", "--params", "classifier.*", "--batch-size", "2")
+    for source, columns, name in (
+        (data, (), "a"),
+        (table, ("--text-column", "summary", "--label-column", "area"), "b"),
+    ):
+        result = run(classifier, "--data", source, *options, *columns, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    a, b = fk.load(tmp_path / "a"), fk.load(tmp_path / "b")
+    assert a.space.names == ("classifier.weight", "classifier.bias")
+    assert torch.equal(a.diagonal(), b.diagonal())
+
+
+def test_estimate__a_causal_model_needs_no_labels(tokenizer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0)
+    folder = saved(transformers.LlamaForCausalLM(config).double(), tokenizer, tmp_path / "causal")
+    source = jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    result = run(
+        folder, "--data", source, "--kind", "ef", "--structure", "diagonal", "--batch-size", "2", "--json", "--out",
+        tmp_path / "f",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["examples"] == 5
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    squares = []
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        # Not the model's own loss, which is in float32 whatever the model is in.
+        loss = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        squares.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).square())
+    expected = torch.stack(squares).mean(0)
+    torch.testing.assert_close(fk.load(tmp_path / "f").diagonal(), expected, rtol=1e-8, atol=1e-12)
+    assert told["trace"] == pytest.approx(float(expected.sum()))
+
+
+@pytest.mark.parametrize(
+    ("problem", "outputs", "labels", "likelihood"),
+    [
+        ("regression", 1, [0.5, -1, "2", 3, 0], "gaussian"),
+        ("multi_label_classification", 2, [[0, 1], [1, 1], "[0, 0]", [1, 0], [0, 1]], "bernoulli"),
+    ],
+)
+def test_estimate__the_likelihood_is_that_of_the_models_problem(
+    tokenizer: Any, tmp_path: Path, problem: str, outputs: int, labels: list[Any], likelihood: str
+) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES, num_labels=outputs, problem_type=problem)
+    folder = saved(transformers.BertForSequenceClassification(config), tokenizer, tmp_path / problem)
+    source = jsonl(tmp_path / "texts.jsonl", [{"text": t, "label": n} for t, n in zip(TEXTS, labels, strict=True)])
+    result = run(
+        folder, "--data", source, "--kind", "exact", "--structure", "diagonal", "--out", tmp_path / "f", "--params",
+        "classifier.bias",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    fisher = fk.load(tmp_path / "f")
+    assert fisher.metadata["likelihood"] == likelihood
+    if likelihood == "gaussian":
+        torch.testing.assert_close(fisher.diagonal(), torch.ones(outputs))
+
+
+FUNCTION = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(24, 4).double(), torch.randint(3, (24,))
+    return model, [(x[:12], y[:12]), (x[12:], y[12:])]
+"""
+
+
+@pytest.fixture
+def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "own_module.py").write_text(FUNCTION)
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    yield "own_module:make"
+    sys.path[:] = path
+    sys.modules.pop("own_module", None)
+
+
+def test_estimate__a_functions_model_and_data(function: str, tmp_path: Path) -> None:
+    result = run(function, "--kind", "truncated:1", "--out", tmp_path / "f", "--structure", "full")
+    assert result.exit_code == 0, result.output
+    assert "Wrote" in result.stdout
+    sys.path.insert(0, str(tmp_path))
+    model, batches = __import__("own_module").make()
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    torch.testing.assert_close(fk.load(tmp_path / "f").to_dense(), fk.TruncatedFisher(model, (x, y), rank=1).to_dense())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nowhere", "--out", "f"), ("no such folder", "package.module:function")),
+        (("{classifier}", "--out", "f"), ("--data FILE",)),
+        (("{classifier}", "--data", "missing.jsonl", "--out", "f"), ("no file at missing.jsonl",)),
+        (("{classifier}", "--data", "{data}", "--out", "no/f"), ("a folder that does not exist",)),
+        (("{classifier}", "--data", "{data}", "--kind", "sgd", "--out", "f"), ("a kind of Fisher",)),
+        (("{classifier}", "--data", "{data}", "--kind", "best", "--out", "f"), ("There is no kind 'best'",)),
+        (("{classifier}", "--data", "{data}", "--params", "head.*", "--out", "f"), ("matches no parameter",)),
+        (("{classifier}", "--data", "{data}", "--text-column", "body", "--out", "f"), ("['body']", "--text-column")),
+        (("{classifier}", "--data", "bad.jsonl", "--out", "f"), ("line 2 of bad.jsonl", "not JSON")),
+        (("{classifier}", "--data", "empty.csv", "--out", "f"), ("has no line",)),
+        (("{classifier}", "--data", "other.jsonl", "--out", "f"), ("label 'poetry' in line 1", "linalg")),
+        (("{classifier}", "--data", "notes.txt", "--out", "f"), (".jsonl, .csv or .tsv",)),
+        (("own_module:make", "--data", "{data}", "--out", "f"), ("its own data",)),
+    ],
+)
+@pytest.mark.usefixtures("function")
+def test_estimate__refuses_with_what_to_do_and_leaves_no_file(
+    classifier: Path, data: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": 0}\n{"text": \n')
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    (tmp_path / "notes.txt").write_text("a")
+    jsonl(tmp_path / "other.jsonl", [{"text": "a", "label": "poetry"}])
+    result = run(*(argument.format(classifier=classifier, data=data) for argument in arguments))
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    for word in words:
+        assert word in result.stderr
+    assert not (tmp_path / "f").exists()
+
+
+def test_estimate__an_adapter_alone_or_a_folder_without_a_tokenizer_is_refused(
+    classifier: Path, data: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "merge_and_unload" in run(adapter, "--data", data, "--out", tmp_path / "f").stderr
+    bare = tmp_path / "bare"
+    transformers.AutoModelForSequenceClassification.from_pretrained(classifier).save_pretrained(bare)
+    assert "tokenizer.save_pretrained" in run(bare, "--data", data, "--out", tmp_path / "f").stderr
+
+
+def test_estimate__draws_some_of_the_texts_and_counts_those_that_are_cut(
+    classifier: Path, data: Path, tmp_path: Path
+) -> None:
+    result = run(
+        classifier, "--data", data, "--out", tmp_path / "f", "--examples", "3", "--max-length", "4", "--json",
+        "--structure", "diagonal",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["examples"], told["max_length"]) == (3, 4)
+    assert told["texts_at_max_length"] >= 1

@@ -1,0 +1,171 @@
+"""``fisherkit merge``: the truth is `fisherkit.merging`, and that ``from_pretrained`` loads what was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+import fisherkit as fk
+from fisherkit.cli import app
+from tests.text_models import LABELS, TEXTS, jsonl, make_classifier, make_tokenizer, saved
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def merged(*arguments: str | Path) -> Result:
+    return run("merge", *arguments)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_tokenizer(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders a and b of two models, and their Fisher files."""
+    root = tmp_path_factory.mktemp("tasks")
+    data = jsonl(root / "texts.jsonl", [{"text": t, "label": n} for t, n in zip(TEXTS, LABELS, strict=True)])
+    for seed, name in enumerate("ab"):
+        saved(make_classifier(seed), tokenizer, root / name)
+        result = run("estimate", root / name, "--data", data, "--structure", "kfac", "--out", root / f"{name}.fisher")
+        assert result.exit_code == 0, result.output
+    return root
+
+
+def both(tasks: Path, *, fishers: bool = True) -> list[str | Path]:
+    found: list[str | Path] = []
+    for name in "ab":
+        found += ["--model", tasks / name] + (["--fisher", tasks / f"{name}.fisher"] if fishers else [])
+    return found
+
+
+def test_merge__writes_a_folder_that_loads_and_predicts(tasks: Path, tokenizer: Any, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    result = merged(*both(tasks), "--out", out, "--damping", "0.1", "--normalize", "block")
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {out}" in result.stdout
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    expected = fk.merging.merge(
+        [tasks / "a", tasks / "b"], [tasks / "a.fisher", tasks / "b.fisher"], damping=fk.RelativeDamping(0.1),
+        normalize="block",
+    )  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    inputs = transformers.AutoTokenizer.from_pretrained(out)(TEXTS, padding=True, return_tensors="pt")
+    assert model(**inputs).logits.shape == (len(TEXTS), 3)
+    info = json.loads((out / "merge.json").read_text())
+    assert info["weights"] == [0.5, 0.5]
+    assert all(block["converged"] for block in info["blocks"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_merge__the_comparisons(tasks: Path, tokenizer: Any, tmp_path: Path) -> None:
+    a, b = (load_file(tasks / name / "model.safetensors") for name in "ab")
+    start = saved(make_classifier(7), tokenizer, tmp_path / "start")
+    base = load_file(start / "model.safetensors")
+    models = both(tasks, fishers=False)
+    for arguments, expected in (
+        (("--method", "average", "--weights", "1,3"), {n: (a[n].double() + 3 * b[n].double()) / 4 for n in a}),
+        (
+            ("--method", "task-arithmetic", "--base", start, "--scale", "0.7"),
+            {n: base[n].double() + 0.7 * (a[n].double() + b[n].double() - 2 * base[n].double()) for n in a},
+        ),
+    ):
+        result = merged(*models, *arguments, "--out", tmp_path / "out", "--overwrite")
+        assert result.exit_code == 0, result.output
+        found = load_file(tmp_path / "out" / "model.safetensors")
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name].double(), tensor, rtol=1e-6, atol=1e-7)
+    result = merged(*both(tasks), "--method", "regmean", "--shrink", "0.5", "--out", tmp_path / "regmean", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["method"] == "regmean"
+
+
+def test_merge__files_make_a_file(tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    models = [part for name in "ab" for part in ("--model", tasks / name / "model.safetensors")]
+    result = merged(*models, "--method", "average", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert set(load_file(out)) == set(load_file(tasks / "a" / "model.safetensors"))
+    assert "--overwrite" in merged(*models, "--method", "average", "--out", out).stderr
+
+
+def test_merge__shards_load_too(tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    result = merged(*both(tasks), "--out", out, "--max-shard-size", "600")
+    assert result.exit_code == 0, result.output
+    assert (out / "model.safetensors.index.json").exists()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    whole = fk.merging.merge([tasks / "a", tasks / "b"], [tasks / "a.fisher", tasks / "b.fisher"])
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+
+
+def test_merge__models_whose_classes_differ_are_refused(tasks: Path, tokenizer: Any, tmp_path: Path) -> None:
+    other = make_classifier(1)
+    other.config.id2label = {0: "fft", 1: "linalg", 2: "integrate"}
+    saved(other, tokenizer, tmp_path / "other")
+    models = ("--model", tasks / "a", "--model", tmp_path / "other", "--method", "average", "--out", tmp_path / "m")
+    result = merged(*models)
+    assert result.exit_code == 1
+    assert "id2label" in result.stderr
+    assert not (tmp_path / "m").exists()
+    assert merged(*models, "--config-from-first").exit_code == 0
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["id2label"]["0"] == "linalg"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--method", "best"), "one of ['auto'"),
+        (("--fisher", "{tasks}/a.fisher"), "a Fisher for each model"),
+        (("--method", "average", "--fisher", "{tasks}/a.fisher"), "no Fishers"),
+        (("--method", "task-arithmetic", "--scale", "1"), "--base and --scale"),
+        (("--method", "average", "--weights", "one,two"), "numbers such as 1,2"),
+        (("--method", "average", "--dtype", "float99"), "bfloat16"),
+        (("--method", "average", "--out", "{full}"), "not empty"),
+        (("--method", "average", "--out", "{full}/no/m"), "does not exist"),
+        (("--fisher", "{tasks}/a.fisher", "--fisher", "{tasks}/none"), "do not exist"),
+    ],
+)
+def test_merge__refuses_with_what_to_do_and_leaves_nothing(
+    tasks: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    save_file({"x": torch.ones(1)}, full / "x.safetensors")
+    filled = [argument.format(tasks=tasks, full=full) for argument in arguments]
+    out = [] if "--out" in filled else ["--out", tmp_path / "m"]
+    result = merged(*both(tasks, fishers=False), *filled, *out)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "x.safetensors"]
+
+
+def test_merge__an_interrupted_merge_leaves_what_was_there(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "m"
+    assert merged(*both(tasks, fishers=False), "--method", "average", "--out", out).exit_code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def stop(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("fisherkit.cli.merge.shutil.copy2", stop)
+    result = merged(*both(tasks), "--out", out, "--overwrite")
+    assert result.exit_code == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

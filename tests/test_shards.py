@@ -1,0 +1,277 @@
+"""Fisher files in shards: what lies where, what an interruption leaves, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fisherkit import io
+from fisherkit.io import shards
+from fisherkit.operators import FisherOperator, load, open_file
+from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "fisher.safetensors"
+
+
+def index_of(path: Path) -> Path:
+    return path.parent / "fisher.safetensors.index.json"
+
+
+def listing(path: Path) -> list[str]:
+    return sorted(file.name for file in path.parent.iterdir())
+
+
+def numbers(operator: FisherOperator) -> list[Tensor]:
+    return operator._state().all_tensors()
+
+
+def same(a: FisherOperator, b: FisherOperator) -> bool:
+    mine, theirs = numbers(a), numbers(b)
+    return len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
+
+
+# -- what lies where ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 8, 50, 100, 400])
+@pytest.mark.parametrize("name", CASES)
+def test_load__gives_back_a_sharded_operator(name: str, size: int, path: Path) -> None:
+    operator, _ = CASES[name](F64)
+    operator.metadata = {"kind": "ief", "note": "λ"}
+    operator.save(path, max_shard_size=size)
+    loaded = load(path)
+    assert type(loaded) is type(operator)
+    assert loaded.metadata == operator.metadata
+    assert same(loaded, operator)
+
+
+def test_save__names_and_index_are_hugging_faces(path: Path) -> None:
+    """A kfac layer of 8-byte numbers: 25 in one factor and 9 in the other."""
+    operator, _ = kronecker(F64)
+    operator.save(path, max_shard_size=200)
+    parts = ["fisher-00001-of-00002.safetensors", "fisher-00002-of-00002.safetensors"]
+    assert listing(path) == sorted([*parts, "fisher.safetensors.index.json"])
+    index = json.loads(index_of(path).read_text("utf-8"))
+    assert index["weight_map"] == {"activation": parts[0], "gradient": parts[1]}
+    assert index["metadata"]["total_size"] == 8 * 34
+    assert (index["metadata"]["format"], index["metadata"]["version"]) == ("fisherkit", "2")
+    assert list(load_file(path.parent / parts[0])) == ["activation"]
+
+
+def test_save__no_shard_is_larger_than_asked_for(path: Path) -> None:
+    for name in CASES:
+        CASES[name](F64)[0].save(path, max_shard_size=130)
+        for file in path.parent.glob("*.safetensors"):
+            assert sum(t.numel() * t.element_size() for t in load_file(file).values()) <= 130
+
+
+def test_save__keeps_small_operators_in_one_file(path: Path) -> None:
+    operator, _ = diagonal(F64)
+    operator.save(path, max_shard_size=15 * 8)
+    assert listing(path) == [path.name]
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["version"] == "1"
+    operator.save(path, max_shard_size=15 * 8 - 1)
+    assert len(listing(path)) == 3
+
+
+@pytest.mark.parametrize("name", ["fisher.safetensors", "fisher", "fisher.bin"])
+def test_load__takes_the_index_and_the_path_of_saving(name: str, tmp_path: Path) -> None:
+    operator, _ = kronecker(F64)
+    operator.save(tmp_path / name, max_shard_size=100)
+    (index,) = tmp_path.glob("*.index.json")
+    for given in (tmp_path / name, index, str(index)):
+        assert same(load(given), operator)
+        assert open_file(given).space == LAYER
+
+
+def test_load__reads_a_file_of_version_1_without_this_package(path: Path) -> None:
+    """The header as version 1 had it, written key by key."""
+    header = {
+        "format": "fisherkit",
+        "version": "1",
+        "space": '{"l.weight": [3, 4], "l.bias": [3]}',
+        "operator": '{"kind": "diagonal", "names": ["l.weight", "l.bias"], "tensors": {"diagonal": "diagonal"}, '
+        '"options": {}, "children": []}',
+        "metadata": '{"kind": "ef"}',
+    }
+    save_file({"diagonal": torch.arange(15.0)}, path, metadata=header)
+    assert torch.equal(load(path).diagonal(), torch.arange(15.0))
+    assert torch.equal(open_file(path).read(["l.bias"]).diagonal(), torch.arange(12.0, 15.0))
+
+
+def test_save__a_file_is_as_readable_as_any_other(path: Path) -> None:
+    (path.parent / "plain").touch()
+    diagonal(F64)[0].save(path)
+    kronecker(F64)[0].save(path.parent / "k", max_shard_size=100)
+    assert len({file.stat().st_mode for file in path.parent.iterdir()}) == 1
+
+
+# -- one save after another --------------------------------------------------------------------------------------------
+
+# Factors of 5 × 5 and 3 × 3 numbers of 8 bytes, cut between rows.
+SIZES = {"whole": None, "two": 200, "three": 120, "four": 80}
+FILES = {"whole": 1, "two": 3, "three": 4, "four": 5}
+
+
+def first(path: Path, size: str) -> FisherOperator:
+    operator, _ = kronecker(F64, seed=0)
+    operator.save(path, max_shard_size=SIZES[size])
+    return operator
+
+
+@pytest.mark.parametrize("new", SIZES)
+@pytest.mark.parametrize("old", SIZES)
+def test_save__replaces_whatever_there_was(old: str, new: str, path: Path) -> None:
+    first(path, old)
+    second, _ = kronecker(F64, seed=1)
+    for _ in range(2):
+        second.save(path, max_shard_size=SIZES[new])
+        assert same(load(path), second)
+        assert len(listing(path)) == FILES[new]
+
+
+@contextmanager
+def steps(before: Any) -> Iterator[None]:
+    """Call ``before`` ahead of each step that changes the folder: replacing and deleting."""
+    replace, unlink = os.replace, Path.unlink
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", lambda *a: (before(), replace(*a))[1])
+        patch.setattr(Path, "unlink", lambda self, **options: (before(), unlink(self, **options))[1])
+        yield
+
+
+@contextmanager
+def failing(step: int, error: BaseException) -> Iterator[None]:
+    """Raise at a step: after writing a safetensors file, or instead of putting a file in place."""
+    replace, save, count = os.replace, save_file, itertools.count()
+
+    def reach() -> None:
+        if next(count) == step:
+            raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", lambda *a: (reach(), replace(*a))[1])
+        patch.setattr("fisherkit.io.atomic.save_file", lambda *a, **k: (save(*a, **k), reach())[0])
+        yield
+
+
+@pytest.mark.parametrize("new", SIZES)
+@pytest.mark.parametrize("old", SIZES)
+def test_save__leaves_the_old_or_the_new_file_wherever_it_is_killed(
+    old: str, new: str, path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The folder is copied ahead of every step: each copy is what a killed process leaves."""
+    before = first(path, old)
+    second, _ = kronecker(F64, seed=1)
+    copies: list[Path] = []
+    aside = tmp_path_factory.mktemp("copies")
+
+    def copy() -> None:
+        copies.append(aside / str(len(copies)))
+        shutil.copytree(path.parent, copies[-1])
+
+    with steps(copy):
+        second.save(path, max_shard_size=SIZES[new])
+    seen = []
+    for folder in copies:
+        found = load(folder / path.name)
+        seen.append("new" if same(found, second) else "old")
+        assert same(found, before if seen[-1] == "old" else second)
+        # What a killed process left is cleared away by the next save.
+        second.save(folder / path.name, max_shard_size=SIZES[new])
+        assert same(load(folder / path.name), second)
+        assert len([file for file in folder.iterdir() if file.suffix != ".part"]) == FILES[new]
+    assert seen == sorted(seen, reverse=True)  # once new, new for good
+    assert seen[0] == "old"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+@pytest.mark.parametrize("old", SIZES)
+def test_save__that_fails_leaves_the_old_file_and_nothing_else(old: str, error: BaseException, path: Path) -> None:
+    before = first(path, old)
+    files = listing(path)
+    second, _ = kronecker(F64, seed=1)
+    step = 0
+    while True:
+        try:
+            with failing(step, error):
+                second.save(path, max_shard_size=SIZES["three"])
+            break
+        except type(error):
+            assert listing(path) == files
+            assert same(load(path), before)
+        step += 1
+    assert step == 7  # three shards written, three renamed, and the index
+    assert same(load(path), second)
+
+
+def test_save__interrupted_right_after_the_index_keeps_the_new_shards(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first(path, "two")
+    second, _ = kronecker(F64, seed=1)
+    put = io.replace_text
+
+    def interrupted(*arguments: Any) -> None:
+        put(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "replace_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            second.save(path, max_shard_size=200)
+    assert same(load(path), second)
+    second.save(path, max_shard_size=200)
+    assert len(listing(path)) == 3
+
+
+def test_save__needs_no_more_memory_than_one_shard_beside_the_operator(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    save = save_file
+
+    def record(tensors: dict[str, Tensor], *rest: Any, **options: Any) -> None:
+        held.append(sum(t.numel() * t.element_size() for t in tensors.values()))
+        save(tensors, *rest, **options)
+
+    monkeypatch.setattr("fisherkit.io.atomic.save_file", record)
+    block_diagonal(F64)[0].save(path, max_shard_size=96)
+    assert max(held) <= 96
+
+
+def test_save__leaves_files_of_others_alone(path: Path) -> None:
+    """A model's shards and files that only look like ours stay, and no name of theirs is used."""
+    theirs = ["fisher-00001-of-00002.safetensors", "fisher-00001-of-00003.safetensors"]
+    for name in theirs:
+        save_file({"weight": torch.zeros(3)}, path.parent / name)
+    (path.parent / "fisher-0000000a-00001-of-00001.safetensors").write_text("notes")
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    for size in (200, None, 120, 200):
+        kronecker(F64)[0].save(path, max_shard_size=size)
+        assert {file: file.read_bytes() for file in before} == before
+    kronecker(F64)[0].save(path)
+    assert {*path.parent.iterdir()} == {*before, path}
