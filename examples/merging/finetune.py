@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -42,12 +42,14 @@ def make_start(folder: Path, seed: int, *, width: int | None = None) -> None:
         else:
             sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
             config = AutoConfig.from_pretrained(source, local_files_only=True, **labels, **sizes)
-            model = AutoModelForSequenceClassification.from_config(config)
+            model = cast("Any", AutoModelForSequenceClassification).from_config(config)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
 
 
-def finetune(start: Path, data: Path, out: Path, *, epochs: int, until: float, rate: float, seed: int) -> dict[str, Any]:
+def finetune(
+    start: Path, data: Path, out: Path, *, epochs: int = 40, until: float = 0.02, rate: float = 3e-4, seed: int = 0
+) -> dict[str, Any]:
     """Train until the mean loss of an epoch is small, without dropout, and save.
 
     Args:

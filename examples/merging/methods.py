@@ -108,7 +108,7 @@ def without_fishers(models: Sequence[nn.Module], start: Mapping[str, Tensor]) ->
         yield Merged("task arithmetic", f"{scale:g}", fk.merging.task_arithmetic(models, start, scale))
 
 
-def by_regmean(models: Sequence[nn.Module], fishers: Sequence[fk.FisherApproximation]) -> Iterator[Merged]:
+def by_regmean(models: Sequence[nn.Module], fishers: Sequence[fk.FisherOperator]) -> Iterator[Merged]:
     """RegMean as published, and damped towards the average with every layer's second moments at one scale.
 
     Args:

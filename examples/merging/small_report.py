@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -124,7 +124,7 @@ def claims(summaries: Suites) -> str:
     return markdown(("claim", "suite", "measured", "verdict"), sorted(rows, key=lambda row: _place(rows, row[0])))
 
 
-def _place(rows: list[tuple[str, ...]], claim: str) -> int:
+def _place(rows: Sequence[Sequence[str]], claim: str) -> int:
     return [row[0] for row in rows].index(claim)
 
 
@@ -144,18 +144,27 @@ def _by_kind(summaries: Suites, text: str, cell: Any) -> str:
     tables = {name: families(s) for name, s in summaries.items()}
     keys = [f"{structure}/{kind}" for structure in STRUCTURES for kind in KINDS]
     rows = [
-        (f"{key.partition('/')[0]}, {NAMES[key.partition('/')[2]]}", *(cell(found.get(key)) for found in tables.values()))
+        (
+            _label(key),
+            *(cell(found.get(key)) for found in tables.values()),
+        )
         for key in keys
         if any(key in found for found in tables.values())
     ]
     return f"{text}\n\n{markdown(('', *summaries), rows)}"
 
 
+def _label(key: str) -> str:
+    structure, _, kind = key.partition("/")
+    return f"{structure}, {NAMES[kind]}"
+
+
 def _plain(summaries: Suites) -> str:
     def cell(family: Family | None) -> str:
         return "–" if family is None else str(Spread.of(family.test(family.best(among=_is_plain))))
 
-    return _by_kind(summaries, "Fishers as they are (ρ = 0, not normalised), at the damping that is best on the test data:", cell)
+    text = "Fishers as they are (ρ = 0, not normalised), at the damping that is best on the test data:"
+    return _by_kind(summaries, text, cell)
 
 
 def _choices(summaries: Suites) -> str:
@@ -163,11 +172,12 @@ def _choices(summaries: Suites) -> str:
         if family is None:
             return "–"
         best = family.best()
-        return f"{fmean(family.test(DEFAULT.key)):.1f} / {fmean(family.chosen()):.1f} / {fmean(family.test(best)):.1f} ({best})"
+        numbers = (family.test(DEFAULT.key), family.chosen(), family.test(best))
+        return f"{' / '.join(f'{fmean(one):.1f}' for one in numbers)} ({best})"
 
     text = (
-        "The default / the setting of best training accuracy, chosen for each seed / the setting that is best on the test "
-        "data (normalisation/ρ/λ):"
+        "The default / the setting of best training accuracy, chosen for each seed / the setting that is best on the "
+        "test data (normalisation/ρ/λ):"
     )
     return _by_kind(summaries, text, cell)
 

@@ -1,4 +1,4 @@
-"""What a suite's results say: numbers over seeds by family and setting, and choices between settings. Measures nothing."""
+"""What a suite's results say: numbers over seeds by family and setting, and choices between settings."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,13 @@ class Suite:
         """The network I-32-32-10 with tanh, at its initialization, float32, in eval mode."""
         with untouched_rng([]):
             torch.manual_seed(seed)
-            layers = nn.Linear(self.start.inputs.shape[1], 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10)
+            layers = (
+                nn.Linear(self.start.inputs.shape[1], 32),
+                nn.Tanh(),
+                nn.Linear(32, 32),
+                nn.Tanh(),
+                nn.Linear(32, 10),
+            )
             return nn.Sequential(*layers).eval()
 
     def joint(self) -> Split:
@@ -130,8 +137,11 @@ def _same(inputs: Tensor, generator: torch.Generator) -> Tensor:
     return inputs
 
 
-DIGITS: Mapping[str, Change] = {"-40°": turned(-40), "0°": _same, "40°": turned(40), "noise": noisy(0.3)}
-MNIST1D: Mapping[str, Change] = {"-2 places": moved(-2), "0 places": _same, "2 places": moved(2), "noise": noisy(0.3)}
+DOMAINS: Mapping[str, Mapping[str, Change]] = {
+    "digits": {"-40°": turned(-40), "0°": _same, "40°": turned(40), "noise": noisy(0.3)},
+    "mnist1d": {"-2 places": moved(-2), "0 places": _same, "2 places": moved(2), "noise": noisy(0.3)},
+}
+"""The domains of each data set."""
 
 
 # -- suites ------------------------------------------------------------------------------------------------------------
@@ -140,10 +150,9 @@ MNIST1D: Mapping[str, Change] = {"-2 places": moved(-2), "0 places": _same, "2 p
 def digits(seed: int) -> tuple[Split, Split]:
     """scikit-learn's handwritten digits, 8 × 8: four fifths to learn from and the rest."""
     task = tasks.digits(seed)
-    train, test = task.train.inputs, task.test.inputs
-    assert isinstance(train, Tensor)
-    assert isinstance(test, Tensor)
-    return Split(train, task.train.labels), Split(test, task.test.labels)
+    # A task's inputs may be a dict of tensors; here they are one tensor.
+    train, test = (Split(cast("Tensor", split.inputs), split.labels) for split in (task.train, task.test))
+    return train, test
 
 
 def mnist1d(seed: int) -> tuple[Split, Split]:
@@ -166,10 +175,12 @@ def mnist1d(seed: int) -> tuple[Split, Split]:
     return train, test
 
 
-DATA: Mapping[str, tuple[str, Callable[[int], tuple[Split, Split]], Mapping[str, Change]]] = {
-    "digits": ("digits, MLP 64-32-32-10", digits, DIGITS),
-    "mnist1d": ("mnist1d, MLP 40-32-32-10", mnist1d, MNIST1D),
+DATA: Mapping[str, tuple[str, Callable[[int], tuple[Split, Split]]]] = {
+    "digits": ("digits, MLP 64-32-32-10", digits),
+    "mnist1d": ("mnist1d, MLP 40-32-32-10", mnist1d),
 }
+"""Title, and the examples to learn from and to test for a seed."""
+
 SUITES = tuple(f"{data}-{kind}" for data in DATA for kind in ("domains", "classes"))
 """Names of all suites."""
 
@@ -182,16 +193,16 @@ def suite(name: str, seed: int) -> Suite:
         seed: of the split, and of what is random in its domains.
     """
     data, _, kind = name.rpartition("-")
-    title, load, domains = DATA[data]
+    title, load = DATA[data]
     train, test = load(seed)
     generator = torch.Generator().manual_seed(seed)
     start = Split(train.inputs[:START], train.labels[:START])
     if kind == "domains":
         found = [
             Task(key, train.changed(change, generator), test.changed(change, generator))
-            for key, change in domains.items()
+            for key, change in DOMAINS[data].items()
         ]
-        text = "domains " + ", ".join(domains)
+        text = "domains " + ", ".join(DOMAINS[data])
     else:
         found = [Task("+".join(map(str, c)), train.of_classes(c), test.of_classes(c)) for c in SUBSETS]
         text = "classes " + ", ".join(task.name for task in found)

@@ -2,7 +2,7 @@
 
 Three models are fine-tuned from one start on three subsets of one label set, their Fishers are estimated into files,
 folders are merged into folders, and each folder is evaluated on all tasks. Owns the order of the commands and the
-results; every step is a process of its own.
+results; every step of fisherkit is a process of its own, and nothing of it is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 
 from examples.benchmarks.environment import environment
 from examples.merging import text_report, text_tasks
-from examples.merging.finetune import TRAINED, make_start
+from examples.merging.evaluate import evaluate
+from examples.merging.finetune import TRAINED, finetune, make_start
 from examples.merging.text_methods import FEW, METHODS, Method
 from examples.merging.text_tasks import TASKS
 from examples.paper.quality_results import write_json
@@ -149,9 +150,8 @@ class _Seed:
             make_start(start, self._seed, width=self._plan.width)
         for name in (*TASKS, "all"):
             if name not in self._own["trained"]:
-                options = ["--start", start, "--data", data / f"{name}-train.jsonl", "--out", self._folder / name]
-                record = _python(
-                    "examples.merging.finetune", *options, "--epochs", self._plan.epochs, "--seed", self._seed
+                record = finetune(
+                    start, data / f"{name}-train.jsonl", self._folder / name, epochs=self._plan.epochs, seed=self._seed
                 )
                 self._own["trained"][name] = {**record, "accuracy": self._evaluate(self._folder / name)}
                 self._save(f"fine-tuned on {name}")
@@ -174,7 +174,9 @@ class _Seed:
 
     def _fisher(self, name: str, method: Method) -> Path:
         """The Fisher file of a task's model, estimated if it is not there."""
-        path = self._folder / f"{name}-{method.structure}-{method.kind.replace(':', '-')}-{method.likelihood}.safetensors"
+        path = (
+            self._folder / f"{name}-{method.structure}-{method.kind.replace(':', '-')}-{method.likelihood}.safetensors"
+        )
         if not path.exists():
             options: list[Any] = [self._folder / name, "--data", self._folder / "data" / f"{name}-train.jsonl"]
             options += ["--kind", method.kind, "--structure", method.structure, "--likelihood", method.likelihood]
@@ -185,7 +187,7 @@ class _Seed:
     def _evaluate(self, model: Path) -> dict[str, Any]:
         """By split, percent correct on each task."""
         files = [self._folder / "data" / f"{name}-{split}.jsonl" for split in ("test", "train") for name in TASKS]
-        found = [one["accuracy"] for one in _python("examples.merging.evaluate", "--model", model, "--data", *files)]
+        found = [one["accuracy"] for one in evaluate(model, files)]
         return {"test": found[: len(TASKS)], "train": found[len(TASKS) :]}
 
     def _save(self, what: str) -> None:
@@ -194,21 +196,12 @@ class _Seed:
 
 
 def _fisherkit(command: str, *options: Any) -> None:
-    _run([sys.executable, "-m", "fisherkit", command, *map(str, options)])
-
-
-def _python(module: str, *options: Any) -> Any:
-    """What a module's command prints last, as JSON."""
-    return json.loads(_run([sys.executable, "-m", module, *map(str, options)]).splitlines()[-1])
-
-
-def _run(words: Sequence[str]) -> str:
-    """A command's output.
+    """Run a command.
 
     Raises:
         RuntimeError: it failed; with what it said.
     """
+    words = [sys.executable, "-m", "fisherkit", command, *map(str, options)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr.strip()}")
-    return done.stdout

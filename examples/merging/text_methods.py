@@ -11,6 +11,13 @@ DEFAULT = ("--normalize", "block", "--output-damping", f"{RATIO:g}", "--damping"
 """The setting that is proposed for everything, spelled out."""
 
 
+KINDS = (
+    ("EF", "ef", "categorical"), ("iEF", "ief", "categorical"), ("truncated, rank 2", "truncated:2", "categorical"),
+    ("exact", "exact", "categorical"), ("JᵀJ", "exact", "gaussian"),
+)  # fmt: skip
+"""Name, and ``--kind`` and ``--likelihood`` of ``fisherkit estimate``."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One merge.
@@ -30,37 +37,25 @@ class Method:
     based: bool = False
 
 
-def _setting(normalize: str, ratio: float, damping: float) -> tuple[str, ...]:
-    return "--normalize", normalize, "--output-damping", f"{ratio:g}", "--damping", f"{damping:g}"
-
-
 def _methods() -> dict[str, Method]:
+    plain = ("--normalize", "none", "--output-damping", "0", "--damping", "0.01")
     found = {"average": Method(("--method", "average"))}
-    for scale in (0.2, 0.5, 1.0):
+    for scale in (0.5, 1.0):
         options = ("--method", "task-arithmetic", "--scale", f"{scale:g}")
         found[f"task arithmetic, {scale:g}"] = Method(options, based=True)
     for shrink in (1.0, 0.9):
         found[f"RegMean, {shrink:g}"] = Method(("--method", "regmean", "--shrink", f"{shrink:g}"), "kfac")
-    for structure in ("kfac", "diagonal"):
-        for name, kind, likelihood in (
-            ("EF", "ef", "categorical"), ("iEF", "ief", "categorical"), ("truncated, rank 2", "truncated:2", "categorical"),
-            ("SF", "sf", "categorical"), ("exact", "exact", "categorical"), ("JᵀJ", "exact", "gaussian"),
-        ):  # fmt: skip
-            found[f"{structure}, {name}"] = Method(DEFAULT, structure, kind, likelihood)
-            if structure == "diagonal" or kind in ("ef", "exact", "ief") and likelihood == "categorical":
-                plain = _setting("none", 0.0, 1e-2)
-                found[f"{structure}, {name}, as it is"] = Method(plain, structure, kind, likelihood)
-    for ratio in (1.0, 10.0):
-        found[f"kfac, iEF, ρ = {ratio:g}"] = Method(_setting("block", ratio, DAMPING), "kfac")
-    for damping in (1e-3, 0.3):
-        found[f"kfac, iEF, λ = {damping:g}"] = Method(_setting("block", RATIO, damping), "kfac")
+    for name, kind, likelihood in KINDS:
+        found[f"kfac, {name}"] = Method(DEFAULT, "kfac", kind, likelihood)
+    for name, kind, likelihood in (KINDS[1], KINDS[3]):
+        found[f"kfac, {name}, as it is"] = Method(plain, "kfac", kind, likelihood)
+        found[f"diagonal, {name}"] = Method(DEFAULT, "diagonal", kind, likelihood)
+        found[f"diagonal, {name}, as it is"] = Method(plain, "diagonal", kind, likelihood)
     return found
 
 
 METHODS: Mapping[str, Method] = _methods()
 """By name, in the tables' order."""
 
-FEW: Mapping[str, Method] = {
-    name: METHODS[name] for name in ("average", "task arithmetic, 0.5", "RegMean, 0.9", "kfac, iEF")
-}
+FEW: Mapping[str, Method] = {name: METHODS[name] for name in ("average", "kfac, iEF")}
 """Every command."""

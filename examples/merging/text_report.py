@@ -25,9 +25,9 @@ def _what(found: Mapping[str, Any]) -> str:
     counts = [record["examples"] for record in trained[: len(found["tasks"])]]
     e = found["environment"]
     return (
-        f"MiniLM with a head of 10 classes, its last two layers, pooler and head fine-tuned on {' / '.join(map(str, counts))} "
-        f"docstrings ({tasks}) to a training loss of at most {max(r['loss'] for r in trained):.2g}; "
-        f"{len(found['trained'])} seeds. {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; "
+        f"MiniLM with a head of 10 classes, its last two layers, pooler and head fine-tuned on "
+        f"{' / '.join(map(str, counts))} docstrings ({tasks}) to a training loss of "
+        f"at most {max(r['loss'] for r in trained):.2g}; {len(found['trained'])} seeds. {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; "
         f"{e['date']}, {e['commit']}."
     )
 

@@ -36,8 +36,8 @@ def write(folder: Path, seed: int, most: int | None = None) -> None:
         most: texts of each label; None for all.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = docstrings.collect()
-    kept = [pair for label in LABELS for pair in [pair for pair in pairs if pair[1] == label][:most]]
+    collected = docstrings.collect()
+    kept = [pair for label in LABELS for pair in [own for own in collected if own[1] == label][:most]]
     train, test = _split(kept, seed)
     for name, labels in TASKS.items():
         for suffix, pairs in (("train", train), ("test", test)):
