@@ -1,0 +1,1 @@
+"""Merging fine-tuned models by their Fishers, measured."""

@@ -1,0 +1,5 @@
+"""``python -m examples.merging``."""
+
+from examples.merging.run import main
+
+main()

