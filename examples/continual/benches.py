@@ -122,12 +122,17 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def mnist1d() -> tuple[Tensor, Tensor]:
-    """The 5,000 signals of 40 samples that the package makes."""
+    """The package's 5,000 signals of 40 samples, moved by at most 2 of them.
+
+    With the package's own 48, a perceptron learns too little of a task to forget.
+    """
     import numpy as np
     from mnist1d.data import get_dataset_args, make_dataset
 
+    settings = get_dataset_args()
+    settings.max_translation = 2
     with untouched_rng([]):  # the package seeds and uses the global generators
-        found = make_dataset(get_dataset_args())
+        found = make_dataset(settings)
     x = np.concatenate([found["x"], found["x_test"]])
     y = np.concatenate([found["y"], found["y_test"]])
     return _standardised(x), torch.as_tensor(y, dtype=torch.long)
@@ -147,7 +152,7 @@ def _split_digits(seeds: tuple[int, ...]) -> list[TaskData]:
 
 
 def _permuted_mnist1d(seeds: tuple[int, ...]) -> list[TaskData]:
-    return permuted(*mnist1d(), tasks=5, train=2000, test=1000, seeds=seeds)
+    return permuted(*mnist1d(), tasks=5, train=1000, test=1000, seeds=seeds)
 
 
 BENCHES: Mapping[str, Bench] = {
@@ -159,12 +164,12 @@ BENCHES: Mapping[str, Bench] = {
         ),
         Bench(
             "split-digits", "5 tasks: two digits each, a head for each task",
-            (64, 32, 32, 10), {"fit": 40, "early": 3}, _split_digits,
+            (64, 32, 32, 10), {"fit": 20, "early": 3}, _split_digits,
             ("truncated-1", "truncated-2"),  # of two outputs, any rank is exact
         ),
         Bench(
-            "permuted-mnist1d", "5 tasks: MNIST-1D with its samples permuted, one head",
-            (40, 64, 64, 10), {"fit": 40, "early": 4}, _permuted_mnist1d,
+            "permuted-mnist1d", "5 tasks: MNIST-1D, moved by at most 2 samples, with its samples permuted, one head",
+            (40, 32, 32, 10), {"fit": 50, "early": 4}, _permuted_mnist1d,
             ("full",),
         ),
     )

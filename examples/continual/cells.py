@@ -64,10 +64,10 @@ class Plan:
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     strengths: Mapping[str, tuple[float, ...]] = field(
-        default_factory=lambda: {TRACE: half_decades(-6, 6), RAW: half_decades(-3, 9)}
+        default_factory=lambda: {TRACE: half_decades(-6, 6), RAW: half_decades(-3, 11)}
     )
-    full: tuple[float, ...] = half_decades(-3, 3)
-    examples: int = 512
+    full: tuple[float, ...] = half_decades(-2, 3)
+    examples: int = 256
     epochs: Mapping[str, int] = field(default_factory=dict)
     tasks: int | None = None
 

@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-import fisherkit as fk
 from examples.continual.methods import KINDS, SQUARED, Method
 from examples.continual.penalties import DenseTerm, DiagonalTerm, FactoredTerm, KroneckerTerm, LinearizedTerm, Term
 from examples.continual.stacked import Pass, Perceptron, Stack, with_ones
@@ -80,9 +79,7 @@ class Builder:
         passes, rows = Pass(stack, window), []
         for start in range(0, labels.shape[1] - BATCH + 1, BATCH):
             rows.append(stack.like())
-            passes.gradient(
-                with_ones(inputs[:, start : start + BATCH]), labels[:, start : start + BATCH], rows[-1]
-            )
+            passes.gradient(with_ones(inputs[:, start : start + BATCH]), labels[:, start : start + BATCH], rows[-1])
         diagonals = sum(row.flat().square() for row in rows) / len(rows)
         weights = self._weights(torch.as_tensor(diagonals).sum(1), stack)
         if self.method.structure == "diagonal":
@@ -131,7 +128,9 @@ def _full(operators: list[FisherOperator], stack: Stack, weights: Tensor) -> Ter
     activations[0] = activations[0][:: stack.each]
     scale = _as(LowRankOperator, operators[0]).scale  # 1/N, the same for all
     if gradients[-1].shape[1] > MANY:
-        return LinearizedTerm(stack, activations, gradients[-1], weights * scale)  # the last layer's are in output space
+        return LinearizedTerm(
+            stack, activations, gradients[-1], weights * scale
+        )  # the last layer's are in output space
     return FactoredTerm(stack, activations, gradients, weights * scale)
 
 

@@ -118,9 +118,7 @@ class LinearizedTerm(Term):
     def add_product(self, difference: Stack, out: Stack) -> None:
         """Forward and back; a unit that is off at θ_t passes nothing."""
         passed = matmul(difference.layers[0], self.columns[0])
-        for w, delta, columns in zip(
-            self.center.layers[1:], difference.layers[1:], self.columns[1:], strict=True
-        ):
+        for w, delta, columns in zip(self.center.layers[1:], difference.layers[1:], self.columns[1:], strict=True):
             passed = torch.ops.aten.threshold_backward(passed, columns[:, :-1], 0.0)
             passed = torch.baddbmm(matmul(delta, columns), w[:, :, :-1], passed)
         rows = (self.vectors * passed.unsqueeze(1)).sum(2, keepdim=True)

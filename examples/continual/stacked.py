@@ -7,6 +7,7 @@ with its gradient, and the way to an ordinary module. Knows nothing of Fishers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class Stack:
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         self.widths, self.seeds, self.each = tuple(widths), seeds, each
-        shapes = [(seeds * each, o, i + 1) for i, o in zip(widths, widths[1:], strict=False)]
+        shapes = [(seeds * each, o, i + 1) for i, o in pairwise(widths)]
         sizes = [s * o * i for s, o, i in shapes]
         self.storage = torch.zeros(sum(sizes), dtype=dtype) if storage is None else storage
         self.layers = [part.view(shape) for part, shape in zip(self.storage.split(sizes), shapes, strict=True)]
@@ -85,7 +86,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, widths: Sequence[int], window: slice | None = None) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:], strict=False))
+        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def with_ones(inputs: Tensor) -> Tensor:
 
 
 def matmul(w: Tensor, columns: Tensor) -> Tensor:
-    """``w @ columns`` for ``w [S, O, I]`` and ``columns [S, I, n]``, or ``[E, I, n]`` where a seed's members share it."""
+    """``w @ columns`` of ``w [S, O, I]`` and ``columns [S, I, n]``, or ``[E, I, n]`` where a seed's members share them."""
     count, outputs, width = w.shape
     return torch.bmm(w.reshape(len(columns), -1, width), columns).view(count, outputs, columns.shape[2])
 
