@@ -10,6 +10,7 @@ from examples.continual.methods import KINDS
 from examples.continual.summary import Curve, Place, of_method, span, verdict
 
 Found = Mapping[Place, Mapping[str, Curve]]
+Row = tuple[str, str, str, str]
 DIGITS = ("permuted-digits", "fit")
 
 SKETCH = {
@@ -29,7 +30,7 @@ def claims(found: Found) -> str:
     return text + markdown((("claim", "sketch", "here", ""), rows)) if rows else ""
 
 
-def _pairs(found: Found) -> list[tuple[str, ...]]:
+def _pairs(found: Found) -> list[Row]:
     """IEF against EF and exact on permuted digits, fit."""
     rows = []
     own = found.get(DIGITS, {})
@@ -49,7 +50,7 @@ def _pairs(found: Found) -> list[tuple[str, ...]]:
     return rows
 
 
-def _early(found: Found) -> list[tuple[str, ...]]:
+def _early(found: Found) -> list[Row]:
     """No kind wins when stopped early."""
     rows = []
     for (bench, regime), own in found.items():
@@ -75,7 +76,7 @@ def _early(found: Found) -> list[tuple[str, ...]]:
     return rows
 
 
-def _spans(found: Found) -> list[tuple[str, ...]]:
+def _spans(found: Found) -> list[Row]:
     """How far raw diagonals' best strengths lie apart."""
     rows = []
     for kind, before in (("ef", "5.5"), ("exact", "4"), ("ief", "1.5")):
@@ -89,7 +90,7 @@ def _spans(found: Found) -> list[tuple[str, ...]]:
     return rows
 
 
-def _tenth(found: Found) -> list[tuple[str, ...]]:
+def _tenth(found: Found) -> list[Row]:
     """Trace-normalised KFAC at strength 0.1."""
     rows = []
     for kind, (name, _, _) in KINDS.items():
@@ -109,7 +110,7 @@ def _tenth(found: Found) -> list[tuple[str, ...]]:
     return rows
 
 
-def _squared(found: Found) -> list[tuple[str, ...]]:
+def _squared(found: Found) -> list[Row]:
     """Squared batch gradients reach EF's accuracy at a larger strength."""
     rows = []
     for (bench, regime), own in found.items():
@@ -129,7 +130,7 @@ def _squared(found: Found) -> list[tuple[str, ...]]:
     return rows
 
 
-def _grids(found: Found) -> list[tuple[str, ...]]:
+def _grids(found: Found) -> list[Row]:
     """What a grid of whole decades would have said."""
     changed, pairs, largest = 0, 0, 0.0
     for own in found.values():
@@ -154,4 +155,4 @@ def _coarse(curve: Curve) -> float:
 
 
 _SAID = {"trace": "trace-normalised", "none": "as they are"}
-_CLAIMS: tuple[Callable[[Found], list[tuple[str, ...]]], ...] = (_pairs, _early, _spans, _tenth, _squared, _grids)
+_CLAIMS: tuple[Callable[[Found], list[Row]], ...] = (_pairs, _early, _spans, _tenth, _squared, _grids)

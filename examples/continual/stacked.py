@@ -109,7 +109,7 @@ def with_ones(inputs: Tensor) -> Tensor:
 
 
 def matmul(w: Tensor, columns: Tensor) -> Tensor:
-    """``w @ columns`` of ``w [S, O, I]`` and ``columns [S, I, n]``, or ``[E, I, n]`` where a seed's members share them."""
+    """``w @ columns`` of ``w [S, O, I]`` and ``columns [S, I, n]``, or ``[E, I, n]`` where a seed's share them."""
     count, outputs, width = w.shape
     return torch.bmm(w.reshape(len(columns), -1, width), columns).view(count, outputs, columns.shape[2])
 
