@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class State:
     def all_tensors(self) -> list[Tensor]:
         """Its tensors and those of its children."""
         return [*self.tensors.values(), *(tensor for child in self.children for tensor in child.all_tensors())]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> State:
+        """The same with every tensor, those of its children too, replaced by what the function makes of it."""
+        tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, children=tuple(child.map(function) for child in self.children))
 
 
 def write(path: str | Path, state: State, space: ParameterSpace, metadata: dict[str, str]) -> None:

@@ -26,7 +26,9 @@ from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.operators.normalization import normalize
 from fisherkit.operators.persistence import load
+from fisherkit.operators.quadratic import Quadratic
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -39,8 +41,10 @@ __all__ = [
     "IterativeFactorization",
     "KroneckerOperator",
     "LowRankOperator",
+    "Quadratic",
     "RelativeDamping",
     "SumOperator",
     "add",
     "load",
+    "normalize",
 ]

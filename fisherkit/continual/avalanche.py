@@ -1,0 +1,53 @@
+"""EWC in Avalanche: a plugin that adds the penalty to a strategy's loss and consolidates after each experience.
+
+Owns the two hooks. Imports Avalanche.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from avalanche.training.plugins import SupervisedPlugin
+
+from fisherkit.continual.ewc import EWC
+from fisherkit.errors import InvalidTypeError
+from fisherkit.operators import FisherOperator
+
+
+class EWCPlugin(SupervisedPlugin):  # type: ignore[misc]  # Any where Avalanche is not installed
+    """``ewc.penalty()`` in the loss of each batch, ``ewc.consolidate(...)`` after each experience.
+
+        def fisher(strategy):
+            data = DataLoader(strategy.experience.dataset, 32, collate_fn=lambda batch: ...)  # pairs (x, y)
+            return fk.ImprovedEmpiricalFisher(strategy.model.eval(), data, structure="kfac")
+
+        strategy = Naive(model=model, ..., plugins=[EWCPlugin(ewc, fisher)])
+
+    Args:
+        ewc: of the strategy's model; ``grown="leading"`` for models that add outputs with each experience.
+        fisher: makes the Fisher of the experience just learned. Avalanche's batches have a third part, the task labels.
+        consolidate: further keywords of `EWC.consolidate`, such as ``uncovered="free"`` for multi-head models.
+
+    Raises:
+        InvalidTypeError: no EWC, or a ``fisher`` that cannot be called.
+    """
+
+    def __init__(self, ewc: EWC, fisher: Callable[[Any], FisherOperator], **consolidate: Any) -> None:
+        super().__init__()
+        if not isinstance(ewc, EWC):
+            raise InvalidTypeError(call="EWCPlugin", got=f"a {type(ewc).__name__} as ewc", expected="an EWC")
+        if not callable(fisher):
+            raise InvalidTypeError(
+                call="EWCPlugin", got=f"a {type(fisher).__name__} as fisher", expected="a function of the strategy",
+                why="each experience needs a Fisher of its own",
+            )  # fmt: skip
+        self.ewc, self._fisher, self._consolidate = ewc, fisher, consolidate
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the penalty to the batch's loss."""
+        strategy.loss = strategy.loss + self.ewc.penalty()
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Consolidate the experience."""
+        self.ewc.consolidate(self._fisher(strategy), **self._consolidate)

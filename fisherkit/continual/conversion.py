@@ -1,0 +1,137 @@
+"""Other libraries' strength of EWC in ours.
+
+Owns the facts in which definitions of EWC differ, and what they amount to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.operators import FisherOperator
+from fisherkit.operators.normalization import check_normalize, normalization_factor
+
+CALL = "convert_strength"
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a library defines its penalty k · strength · (θ − θ*)ᵀ diag(F) (θ − θ*).
+
+    Args:
+        half: k = ½ and not 1.
+        average: what the sum of squared gradients is divided by: "examples", "batches", or "sum" for nothing.
+        squared: the gradient of each "example", or of the mean loss of each "batch".
+    """
+
+    half: bool = True
+    average: str = "examples"
+    squared: str = "example"
+
+
+# Read in November 2026, at each project's main branch.
+CONVENTIONS: dict[str, Convention] = {
+    "paper": Convention(),  # Kirkpatrick et al., arXiv 1612.00796, eq. 3
+    "avalanche": Convention(half=False, average="batches", squared="batch"),  # EWCPlugin
+    "facil": Convention(half=True, average="batches", squared="batch"),  # approach ewc
+    "kuc2477": Convention(),  # pytorch-ewc
+    "mammoth": Convention(half=False),  # ewc_on, but for a weight of each example
+    "vandeven": Convention(),  # continual-learning, with its fisher_batch of 1
+}
+
+
+def convert_strength(
+    strength: float,
+    source: str = "paper",
+    *,
+    half: bool | None = None,
+    average: str | None = None,
+    squared: str | None = None,
+    batch_size: int | None = None,
+    examples: int | None = None,
+    normalize: str | None = "trace",
+    fisher: FisherOperator | None = None,
+) -> float:
+    """The strength with which `EWC` has the penalty that another library has with its own.
+
+    The penalties are then equal for one task, with the diagonal empirical Fisher here. Squares of batch gradients are
+    another quantity, which no factor makes equal: for independent examples whose mean gradient is 0, as at a minimum,
+    they are F/B in expectation, and that is what is assumed. Where it is not 0 they are more, up to F.
+
+    Args:
+        strength: the other library's.
+        source: "paper", "avalanche", "facil", "kuc2477", "mammoth" or "vandeven"; `docs/continual.md` has the details.
+        half: whether the other penalty has a factor ½; None as the source.
+        average: what its sum of squares is divided by: "examples", "batches", or "sum" for nothing.
+        squared: whose gradient it squares: each "example"'s, or the mean loss's of each "batch".
+        batch_size: B, of the batches over which its Fisher is computed; needed where batches matter.
+        examples: N; needed for "sum".
+        normalize: of the `EWC` that is to get the strength.
+        fisher: the Fisher of the task, normalization="mean", not yet normalised; needed unless ``normalize`` is None.
+
+    Returns:
+        strength · 2k · α / c, with k its ½ or 1, α its Fisher's multiple of F, c what normalising multiplies F by.
+
+    Raises:
+        InvalidArgumentError: an unknown source or fact, or one that is needed and missing.
+        InvalidTypeError: not a number, or not a FisherOperator.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise InvalidTypeError(call=CALL, got=f"strength of type {type(strength).__name__}", expected="a number")
+    if not (math.isfinite(strength) and strength >= 0):
+        raise InvalidArgumentError(call=CALL, got=f"strength={strength}", expected="a finite number, 0 or more")
+    if source not in CONVENTIONS:
+        raise InvalidArgumentError(
+            call=CALL, got=f"source={source!r}", expected=f"one of {list(CONVENTIONS)}",
+            try_="half=, average= and squared= of your library",
+        )  # fmt: skip
+    known = CONVENTIONS[source]
+    convention = Convention(
+        known.half if half is None else half,
+        known.average if average is None else average,
+        known.squared if squared is None else squared,
+    )
+    multiple = _multiple(convention, batch_size, examples)
+    return strength * (1 if convention.half else 2) * multiple / _normalization(normalize, fisher)
+
+
+def _multiple(convention: Convention, batch_size: int | None, examples: int | None) -> float:
+    """α of the other Fisher = α F, F the mean over examples of squared example gradients."""
+    for name, value, allowed in (
+        ("average", convention.average, ("examples", "batches", "sum")),
+        ("squared", convention.squared, ("example", "batch")),
+    ):
+        if value not in allowed:
+            raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+    by_batch = convention.squared == "batch"
+    B = _count("batch_size", batch_size) if by_batch or convention.average == "batches" else 1
+    # A batch has one square of about F/B in place of B squares of F.
+    total = 1 / B**2 if by_batch else 1.0  # of the sum over all, divided by N
+    if convention.average == "batches":
+        return total * B
+    return total * _count("examples", examples) if convention.average == "sum" else total
+
+
+def _count(name: str, value: int | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgumentError(
+            call=CALL, got=f"{name}={value!r}", expected="a positive integer",
+            why="the other library's Fisher depends on it",
+        )  # fmt: skip
+    return value
+
+
+def _normalization(normalize: str | None, fisher: FisherOperator | None) -> float:
+    check_normalize(normalize, CALL)
+    if normalize is None:
+        return 1.0
+    if fisher is None:
+        raise InvalidArgumentError(
+            call=CALL, got=f"normalize={normalize!r} without fisher=", expected="the task's Fisher",
+            why="other libraries do not normalise, so the strength depends on the Fisher's size",
+            try_="fisher=, or normalize=None for EWC(normalize=None)",
+        )  # fmt: skip
+    if isinstance(fisher, FisherOperator) and fisher.metadata.get("normalization") == "sum":
+        raise InvalidArgumentError(call=CALL, got='a Fisher with normalization="sum"', expected='normalization="mean"')
+    return normalization_factor(fisher, normalize, CALL)

@@ -1,0 +1,257 @@
+"""`EWC`: elastic weight consolidation, a quadratic penalty that keeps what earlier tasks need.
+
+Owns the terms, their decay and their state; the algebra of quadratic forms is `operators.quadratic`'s, the autograd
+function `penalty`'s, the checks `policies`'. Asks a Fisher for neither kind nor structure.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherkit.continual import policies
+from fisherkit.continual.penalty import Term, penalty_of
+from fisherkit.continual.state import pack, unpack
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NoClosedFormError
+from fisherkit.operators import FisherOperator, Quadratic, normalize
+from fisherkit.operators.normalization import check_normalize
+from fisherkit.operators.quadratic import atoms, join
+from fisherkit.space import Selection
+
+
+class EWC(nn.Module):
+    """½ · strength · Σ_t decay^(T−t) (θ − θ_t)ᵀ F_t (θ − θ_t), over the tasks t = 1 … T consolidated so far.
+
+        ewc = fk.continual.EWC(model)
+        ...  # train on the first task
+        ewc.consolidate(fk.ImprovedEmpiricalFisher(model, first_task, structure="kfac"))
+        loss = F.cross_entropy(model(x), y) + ewc.penalty()  # in training on the next one
+
+    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks" (arXiv 1612.00796); with a decay
+    below 1, online EWC (Schwarz et al., arXiv 1805.06370).
+
+    The terms of structures that add up to one (diagonal, dense, rows) are joined, exactly: memory does not grow with
+    tasks, but for rows up to the size of the D × D matrix. Kronecker products do not add up to one, and each task's are
+    kept.
+
+    The model is no submodule: its parameters are neither in ``ewc.parameters()`` nor in ``ewc.state_dict()``. A deep
+    copy of an EWC alone is bound to the same model; within a deep copy of what holds both, to the copied model.
+
+    Args:
+        model: the model that is trained; not wrapped (DDP, compile), since names must be those of the Fishers.
+        strength: factor of the penalty; may be set later.
+        decay: factor on older terms at each consolidation, from 0 to 1.
+        normalize: "trace" divides each Fisher by its mean eigenvalue, "norm" by its root mean square eigenvalue, so
+            that a strength means the same for all kinds, losses and stages of training; None takes Fishers as they are.
+        grown: what happens if a parameter is larger than it was when consolidated: "refuse", or "leading": its first
+            entries along each axis are the old ones, the others are free.
+        drop_below: terms that could not be joined and whose weight, decay^age, is not above this are dropped.
+
+    Attributes:
+        model: the model.
+        consolidations: T.
+
+    Raises:
+        InvalidTypeError, InvalidArgumentError: arguments that do not fit.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strength: float = 0.1,
+        decay: float = 1.0,
+        normalize: str | None = "trace",
+        *,
+        grown: str = "refuse",
+        drop_below: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise InvalidTypeError(call="EWC", got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        check_normalize(normalize, "EWC")
+        policies.choice(grown, "grown", ("refuse", "leading"))
+        self.model = model
+        self.strength = strength
+        self.decay = policies.number(decay, "decay", most=1)
+        self.drop_below = policies.number(drop_below, "drop_below", most=1)
+        self.normalize, self.grown = normalize, grown
+        self.consolidations = 0
+        self._terms: tuple[Term, ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":
+            self.__dict__[name] = value  # nn.Module would register it as a submodule
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def strength(self) -> float:
+        """The factor of the penalty."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = policies.number(value, "strength")
+
+    def consolidate(self, fisher: FisherOperator, *, uncovered: str = "refuse", free: Selection = None) -> None:
+        """Keep the model's present parameters and this Fisher as what the task just learned needs.
+
+        Args:
+            fisher: of the model as it is now, on the task's data; of any kind and structure, a sum, or loaded.
+            uncovered: what happens to trainable parameters that the Fisher leaves out: "refuse", or "free" to change.
+            free: names, or a predicate ``(name, parameter) -> bool``: those that may be left out, other tasks' heads
+                for instance.
+
+        Raises:
+            FisherkitError: in one of its forms: the Fisher and the model do not fit, parameters are left out, F = 0
+                cannot be normalised, or its rows are streamed and would follow the model. Nothing is changed then.
+
+        Cost: one pass over the operator; for dense matrices that are joined a Cholesky factorization.
+        """
+        parameters = dict(self.model.named_parameters())
+        policies.check_fisher(fisher, parameters)
+        policies.check_uncovered(self.model, fisher.space, uncovered, free)
+        try:
+            fisher._state()
+        except NoClosedFormError as error:  # rows that are streamed from the data would follow the model
+            raise error.at(policies.CALL) from error
+        terms = [replace(term, weight=self.decay * term.weight) for term in self._terms]
+        terms = [term for term in terms if term.weight > self.drop_below]
+        for atom in atoms(normalize(fisher, self.normalize)):
+            flat = torch.cat([parameters[name].detach().reshape(-1) for name in atom.space.names])
+            _add(terms, Quadratic.of(atom, flat.to(atom.dtype)))
+        self._terms = tuple(terms)
+        self.consolidations += 1
+
+    def penalty(self) -> Tensor:
+        """The penalty at the model's present parameters.
+
+        Returns:
+            A scalar in the model's dtype, to be added to a loss; 0 before the first consolidation. Its gradient is
+            strength · Σ_t decay^(T−t) F_t(θ − θ_t), computed with the value in one product with each F_t. Parameters
+            that do not require grad add to the value and get no gradient.
+
+        Raises:
+            ModelError: the model lacks a consolidated parameter, or has it in another shape (see ``grown``).
+            InvalidArgumentError: the model has moved to another device.
+            NoClosedFormError: in a backward pass through its gradient.
+        """
+        parameters = dict(self.model.named_parameters())
+        names = list(dict.fromkeys(name for term in self._terms for name in term.shapes)) or list(parameters)[:1]
+        self._check("EWC.penalty", self._terms, parameters)
+        return penalty_of(self._terms, self.strength, names, [parameters[name] for name in names])
+
+    def _check(self, call: str, terms: tuple[Term, ...], parameters: Mapping[str, nn.Parameter]) -> None:
+        for term in terms:
+            policies.check_shapes(term.shapes, parameters, self.grown, call)
+            device = term.quadratic.operator.device
+            for name in term.shapes:
+                if parameters[name].device != device:
+                    raise InvalidArgumentError(
+                        call=call, got=f"{name!r} on {parameters[name].device} and its term on {device}",
+                        expected="one device", try_=f'ewc.to("{parameters[name].device}")',
+                    )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the terms take."""
+        tensors = [
+            tensor
+            for term in self._terms
+            for tensor in (*term.quadratic.operator._state().all_tensors(), *term.quadratic.tensors().values())
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows between the brackets."""
+        return (
+            f"strength={self.strength}, decay={self.decay}, normalize={self.normalize!r}, "
+            f"consolidations={self.consolidations}, terms={len(self._terms)}"
+        )
+
+    # -- state, copies, devices: nn.Module's own protocols -------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The terms as plain containers and tensors: part of ``state_dict()``, readable with ``weights_only=True``.
+
+        Strength, decay and policies are the constructor's, as in every module.
+        """
+        return {
+            "version": 1,
+            "normalize": self.normalize,
+            "consolidations": self.consolidations,
+            "terms": [pack(term) for term in self._terms],
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """What ``load_state_dict()`` does; neither data nor Fishers are needed.
+
+        Raises:
+            InvalidArgumentError: not such a state, of a later version, or of an EWC with another ``normalize``.
+            ModelError: the model does not have the parameters that were consolidated.
+        """
+        call = "EWC.load_state_dict"
+        device = next(self.model.parameters()).device
+        try:
+            version, how, consolidations = state["version"], state["normalize"], int(state["consolidations"])
+            terms = tuple(unpack(term, device) for term in state["terms"]) if version == 1 else ()
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InvalidArgumentError(
+                call=call, got=f"a state that cannot be read ({error})", expected="one of EWC.state_dict()"
+            ) from error
+        if version != 1:
+            raise InvalidArgumentError(
+                call=call, got=f"version {version}", expected="version 1", try_="a newer fisherkit"
+            )
+        if how != self.normalize:
+            raise InvalidArgumentError(
+                call=call, got=f"terms of normalize={how!r}", expected=f"normalize={self.normalize!r}, this EWC's",
+                why="one strength would mean two things", try_=f"EWC(model, normalize={how!r})",
+            )  # fmt: skip
+        self._check(call, terms, dict(self.model.named_parameters()))
+        self._terms, self.consolidations = terms, consolidations
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EWC:
+        """A copy with the same terms; see the class for its model."""
+        if not memo:  # copy.deepcopy of this alone; within a container it has the container
+            memo[id(self.model)] = self.model
+        result = type(self).__new__(type(self))
+        memo[id(self)] = result
+        memo[id(self._terms)] = self._terms  # never changed in place, so both may hold them
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EWC:
+        """``to``, ``cuda``, ``float`` … move the terms; their dtype stays that of the Fishers."""
+        terms = []
+        for term in self._terms:
+            operator = term.quadratic.operator
+            probe = fn(torch.empty(0, dtype=operator.dtype, device=operator.device))
+            if probe.dtype != operator.dtype:
+                raise InvalidTypeError(
+                    call="EWC.to", got=f"{probe.dtype}", expected=f"{operator.dtype}, that of the Fishers",
+                    why="rounding them to another dtype would be another penalty", try_="ewc.to(device)",
+                )  # fmt: skip
+            terms.append(replace(term, quadratic=term.quadratic.map(partial(Tensor.to, device=probe.device))))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._terms = tuple(terms)
+        return self
+
+
+def _add(terms: list[Term], new: Quadratic) -> None:
+    """Put a quadratic form among the terms, joined with the first that can take it."""
+    for i, term in enumerate(terms):
+        if term.quadratic.operator.space == new.operator.space:
+            joined = join(term.quadratic.scaled(term.weight), new)
+            if joined is not None:
+                terms[i] = Term(1.0, joined)
+                return
+    terms.append(Term(1.0, new))

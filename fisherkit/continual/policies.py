@@ -1,0 +1,160 @@
+"""What must hold between a model, a Fisher and what was consolidated before, and what a caller may allow by name.
+
+Owns the checks and their messages. Knows nothing of penalties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.operators import FisherOperator
+from fisherkit.space import ParameterSpace, Selection
+
+CALL = "EWC.consolidate"
+
+
+def number(value: object, name: str, most: float = math.inf) -> float:
+    """A finite number from 0 to ``most``.
+
+    Raises:
+        InvalidTypeError: not a number.
+        InvalidArgumentError: out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidTypeError(call="EWC", got=f"{name} of type {type(value).__name__}", expected="a number")
+    if not (math.isfinite(value) and 0 <= value <= most):
+        upper = "0 or more" if most == math.inf else f"from 0 to {most:g}"
+        raise InvalidArgumentError(call="EWC", got=f"{name}={value}", expected=f"a finite number, {upper}")
+    return float(value)
+
+
+def choice(value: object, name: str, allowed: tuple[str, ...], call: str = "EWC") -> None:
+    """One of a few names.
+
+    Raises:
+        InvalidArgumentError: another.
+    """
+    if value not in allowed:
+        raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+
+
+def check_fisher(fisher: object, parameters: Mapping[str, nn.Parameter]) -> None:
+    """A Fisher whose parameters the model has, in these shapes, on this device and in a dtype that loses nothing.
+
+    Raises:
+        InvalidTypeError: no FisherOperator, or of a narrower dtype than the parameters.
+        UnknownParameterError: parameters that the model does not have.
+        InvalidArgumentError: other shapes, or on another device.
+    """
+    if not isinstance(fisher, FisherOperator):
+        raise InvalidTypeError(
+            call=CALL, got=f"a {type(fisher).__name__}", expected="a FisherOperator",
+            try_='fk.ImprovedEmpiricalFisher(model, data, structure="kfac"), or fk.load(path)',
+        )  # fmt: skip
+    space = fisher.space
+    unknown = [name for name in space.names if name not in parameters]
+    if unknown:
+        raise UnknownParameterError(
+            call=CALL, got=f"a Fisher over {listed(unknown)}, which the model does not have",
+            expected=f"some of {listed(parameters)}", why="it may be of another model, or of a wrapped or compiled one",
+            try_="EWC of the very module that the Fisher was built from",
+        )  # fmt: skip
+    changed = [
+        f"{name!r}: {list(shape)} in the Fisher, {list(parameters[name].shape)} in the model"
+        for name, shape in zip(space.names, space.shapes, strict=True) if tuple(parameters[name].shape) != shape
+    ]  # fmt: skip
+    if changed:
+        raise InvalidArgumentError(
+            call=CALL, got="; ".join(changed), expected="a Fisher of the model as it is",
+            why="θ* is taken from the model, so both must be of the same moment",
+            try_="consolidating before a layer grows, or building the Fisher again",
+        )  # fmt: skip
+    for name in space.names:
+        parameter = parameters[name]
+        if parameter.device != fisher.device:
+            raise InvalidArgumentError(
+                call=CALL, got=f"a Fisher on {fisher.device} and {name!r} on {parameter.device}",
+                expected="one device", try_=f'fk.load(path, device="{parameter.device}")',
+            )  # fmt: skip
+        if torch.promote_types(parameter.dtype, fisher.dtype) != fisher.dtype:
+            raise InvalidTypeError(
+                call=CALL, got=f"a Fisher of {fisher.dtype} and {name!r} of {parameter.dtype}",
+                expected=f"one of {parameter.dtype}", why="θ − θ* is formed in the Fisher's dtype",
+            )  # fmt: skip
+
+
+def check_uncovered(model: nn.Module, space: ParameterSpace, uncovered: str, free: Selection) -> None:
+    """Every trainable parameter is in the Fisher, or named as free to change.
+
+    Raises:
+        InvalidArgumentError: some are not; or ``free`` names what the Fisher covers; or both policies were given.
+        UnknownParameterError: ``free`` names what the model does not have.
+        InvalidTypeError: ``free`` is neither names nor a predicate.
+    """
+    choice(uncovered, "uncovered", ("refuse", "free"), CALL)
+    allowed = set(_chosen(model, free))
+    if held := [name for name in space.names if name in allowed]:
+        raise InvalidArgumentError(
+            call=CALL, got=f"free={listed(held)}, which the Fisher covers", expected="names that it does not cover",
+            try_="leaving them out of the Fisher with params=",
+        )  # fmt: skip
+    if uncovered == "free":
+        return
+    covered = {*space.names, *allowed}
+    loose = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in covered]
+    if loose:
+        raise InvalidArgumentError(
+            call=CALL, got=f"a Fisher that leaves out {listed(loose)}, which the model trains",
+            expected="all trainable parameters", why="nothing would keep them near their values",
+            try_='free=[names] or free=lambda name, parameter: ... for other tasks\' heads, uncovered="free" for all',
+        )  # fmt: skip
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, nn.Parameter], grown: str, call: str
+) -> None:
+    """The model still has what was consolidated, in the same shapes or, where allowed, in larger ones.
+
+    Raises:
+        ModelError: a parameter is gone, smaller, or larger without leave.
+    """
+    for name, shape in shapes.items():
+        if name not in parameters:
+            raise ModelError(
+                call=call, got=f"a model without {name!r}, which was consolidated", expected="every consolidated name",
+                try_="keeping the old module, or a new EWC",
+            )  # fmt: skip
+        now = tuple(parameters[name].shape)
+        if now == shape:
+            continue
+        larger = len(now) == len(shape) and all(a >= b for a, b in zip(now, shape, strict=True))
+        if grown == "leading" and larger:
+            continue
+        raise ModelError(
+            call=call, got=f"{name!r} of shape {list(now)}, consolidated as {list(shape)}",
+            expected="the same shape" if grown == "refuse" else "that shape, or a larger one, old entries first",
+            why="entries would be compared with others' values",
+            try_='grown="leading" if it has grown and its old entries come first' if larger else "a new EWC",
+        )  # fmt: skip
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names for a message, the first few and how many more."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{names[:most]}{more}"
+
+
+def _chosen(model: nn.Module, selection: Selection) -> list[str]:
+    if selection is None:
+        return []
+    if callable(selection):
+        predicate: Callable[[str, nn.Parameter], bool] = selection
+        return [name for name, parameter in model.named_parameters() if predicate(name, parameter)]
+    names = list(selection) if not isinstance(selection, str) else [selection]
+    return list(ParameterSpace.of(model, names).names) if names else []

@@ -1,0 +1,100 @@
+"""One scale for Fishers of different kinds, examples and stages of training.
+
+Owns what `normalize=` means wherever the package has it: a factor for the whole matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
+from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.block_diagonal import BlockDiagonalOperator
+from fisherkit.operators.dense import DenseOperator
+from fisherkit.operators.low_rank import LowRankOperator
+
+NORMALIZATIONS = ("trace", "norm", None)
+
+
+def check_normalize(how: object, call: str) -> None:
+    """One of "trace", "norm" and None.
+
+    Raises:
+        InvalidArgumentError: anything else.
+    """
+    if how not in NORMALIZATIONS:
+        raise InvalidArgumentError(call=call, got=f"normalize={how!r}", expected=f"one of {list(NORMALIZATIONS)}")
+
+
+def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOperator:
+    """F times the one number that gives it a standard size.
+
+    Args:
+        operator: F.
+        how: "trace" for F · D / trace F, whose mean eigenvalue is 1; "norm" for F · √D / ‖F‖_F, whose root mean square
+            eigenvalue is 1; None for F itself.
+
+    Raises:
+        InvalidTypeError: not a FisherOperator.
+        InvalidArgumentError: another ``how``, or F = 0.
+        NonFiniteError: the trace or norm is infinite or NaN.
+        NoClosedFormError: "norm" of a sum that does not fold.
+
+    Cost: "trace" that of the trace; "norm" that of a Gram matrix for rows, eigenvalues of both factors for Kronecker
+        products.
+    """
+    call = f"normalize({how!r})"
+    check_normalize(how, call)
+    factor = normalization_factor(operator, how, call)
+    return operator if how is None else factor * operator
+
+
+def normalization_factor(operator: FisherOperator, how: str | None, call: str) -> float:
+    """The number that `normalize` multiplies by.
+
+    Args:
+        operator: F.
+        how: as there, checked.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidTypeError: as there.
+        InvalidArgumentError: as there.
+        NonFiniteError: as there.
+    """
+    if not isinstance(operator, FisherOperator):
+        raise InvalidTypeError(call=call, got=f"a {type(operator).__name__}", expected="a FisherOperator")
+    if how is None:
+        return 1.0
+    size = float(operator.trace() if how == "trace" else frobenius_norm(operator))
+    if not math.isfinite(size):
+        raise NonFiniteError(call=call, got=f"a Fisher with {how} {size}", expected="finite numbers")
+    if size <= 0:
+        raise InvalidArgumentError(
+            call=call,
+            got=f"a Fisher that is 0 ({how} {size:g})",
+            expected=f"one with a positive {how}",
+            why="no multiple of it has mean eigenvalue 1; empirical Fishers are 0 where the loss is exactly 0",
+            try_="normalize=None, or another kind",
+        )
+    return (operator.size if how == "trace" else math.sqrt(operator.size)) / size
+
+
+def frobenius_norm(operator: FisherOperator) -> Float[Tensor, ""]:
+    """‖F‖_F, float64.
+
+    Raises:
+        NoClosedFormError: sums that do not fold.
+    """
+    plain = operator._unwrap()
+    if isinstance(plain, BlockDiagonalOperator):
+        return torch.stack([frobenius_norm(block) for block in plain.blocks]).norm()
+    if isinstance(plain, DenseOperator):
+        return plain._matrix.double().norm()
+    if isinstance(plain, LowRankOperator):
+        return plain.gram().norm()
+    return plain.eigenvalues().norm()

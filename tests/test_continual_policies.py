@@ -1,0 +1,268 @@
+"""EWC: what is refused with which message, and what is allowed by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.continual import EWC
+from fisherkit.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    ModelError,
+    NoClosedFormError,
+    UnknownParameterError,
+)
+from fisherkit.operators import DiagonalOperator
+from fisherkit.space import ParameterSpace
+from tests.bad_input import F64, Case, X, Y, check, ef, ids, mlp, normal
+
+
+def diagonal(model: nn.Module, **options: Any) -> fk.FisherOperator:
+    return ef(model, structure="diagonal", **options)
+
+
+def consolidated(model: nn.Module | None = None, **options: Any) -> EWC:
+    model = mlp() if model is None else model
+    ewc = EWC(model, **options)
+    ewc.consolidate(diagonal(model))
+    return ewc
+
+
+def refused(make: Callable[[nn.Module], object], **options: Any) -> Callable[[], object]:
+    """Consolidating what ``make`` returns for an MLP."""
+
+    def call() -> None:
+        model = mlp()
+        EWC(model).consolidate(make(model), **options)  # type: ignore[arg-type]
+
+    return call
+
+
+def changed(change: Callable[[nn.Sequential], object], **options: Any) -> Callable[[], object]:
+    """The penalty after a change of a consolidated MLP."""
+
+    def call() -> None:
+        model = mlp()
+        ewc = consolidated(model, **options)
+        change(model)
+        ewc.penalty()
+
+    return call
+
+
+def loading(state: Callable[[dict[str, Any]], object], model: nn.Module | None = None, **options: Any) -> Any:
+    """Loading a consolidated EWC's state after a change of it."""
+
+    def call() -> None:
+        packed = consolidated().state_dict()
+        state(packed["_extra_state"])
+        EWC(mlp() if model is None else model, **options).load_state_dict(packed)
+
+    return call
+
+
+def zero(model: nn.Module) -> DiagonalOperator:
+    space = ParameterSpace.of(model)
+    return DiagonalOperator(space, torch.zeros(space.size, dtype=F64))
+
+
+WIDE = nn.Linear(5, 4).double()
+TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Exception], tuple[str, ...]]] = {
+    "no model": (lambda: EWC([1]), InvalidTypeError, TypeError, ("a list as model", "torch.nn.Module")),
+    "negative strength": (lambda: EWC(mlp(), -1.0), InvalidArgumentError, ValueError, ("strength=-1.0", "0 or more")),
+    "infinite strength": (lambda: EWC(mlp(), float("inf")), InvalidArgumentError, ValueError, ("strength=inf",)),
+    "strength later": (lambda: setattr(EWC(mlp()), "strength", "1"), InvalidTypeError, TypeError, ("strength", "a number")),
+    "decay above 1": (lambda: EWC(mlp(), decay=1.5), InvalidArgumentError, ValueError, ("decay=1.5", "from 0 to 1")),
+    "drop_below": (lambda: EWC(mlp(), drop_below=-0.1), InvalidArgumentError, ValueError, ("drop_below=-0.1",)),
+    "normalize": (lambda: EWC(mlp(), normalize="max"), InvalidArgumentError, ValueError, ("normalize='max'", "'trace'")),
+    "grown": (lambda: EWC(mlp(), grown="yes"), InvalidArgumentError, ValueError, ("grown='yes'", "'leading'")),
+    "no fisher": (refused(lambda m: normal(43)), InvalidTypeError, TypeError, ("a Tensor", "a FisherOperator", "fk.load")),
+    "another model's": (
+        refused(lambda m: diagonal(nn.Sequential(nn.Linear(4, 3), nn.Identity(), nn.Identity(), nn.Linear(3, 3)).double())),
+        UnknownParameterError, LookupError, ("'3.weight'", "the model does not have", "'2.weight'"),
+    ),
+    "other shapes": (
+        refused(lambda m: diagonal(mlp(outputs=4))), InvalidArgumentError, ValueError,
+        ("'2.weight': [4, 5] in the Fisher, [3, 5] in the model", "before a layer grows"),
+    ),
+    "a narrower dtype": (
+        refused(lambda m: ef(mlp().float(), (X.float(), Y), structure="diagonal")), InvalidTypeError, TypeError,
+        ("torch.float32", "torch.float64", "the Fisher's dtype"),
+    ),
+    "left out": (
+        refused(lambda m: diagonal(m, params=["0.weight", "0.bias"])), InvalidArgumentError, ValueError,
+        ("leaves out ['2.weight', '2.bias']", "free=[names]", 'uncovered="free"'),
+    ),
+    "left out in part": (
+        refused(lambda m: diagonal(m, params=["0.weight", "0.bias"]), free="2.bias"), InvalidArgumentError, ValueError,
+        ("leaves out ['2.weight'],",),
+    ),
+    "free but covered": (
+        refused(diagonal, free=lambda name, p: name.startswith("2.")), InvalidArgumentError, ValueError,
+        ("free=['2.weight', '2.bias'], which the Fisher covers", "params="),
+    ),
+    "free but unknown": (refused(diagonal, free=["3.weight"]), UnknownParameterError, LookupError, ("'3.weight'",)),
+    "free of a strange type": (refused(diagonal, free=[3]), InvalidTypeError, TypeError, ("type int",)),
+    "uncovered": (refused(diagonal, uncovered="ignore"), InvalidArgumentError, ValueError, ("uncovered='ignore'",)),
+    "zero": (refused(zero), InvalidArgumentError, ValueError, ("a Fisher that is 0", "normalize=None")),
+    "streamed": (
+        refused(lambda m: ef(m, memory_budget=1)), NoClosedFormError, NotImplementedError,
+        ("EWC.consolidate", "streamed", '"diagonal"'),
+    ),
+    "grown head": (
+        changed(lambda m: m.__setitem__(2, WIDE)), ModelError, RuntimeError,
+        ("EWC.penalty", "'2.weight' of shape [4, 5], consolidated as [3, 5]", 'grown="leading"'),
+    ),
+    "shrunk head": (
+        changed(lambda m: m.__setitem__(2, nn.Linear(5, 2).double()), grown="leading"), ModelError, RuntimeError,
+        ("'2.weight' of shape [2, 5]", "old entries first"),
+    ),
+    "head of other rank": (
+        changed(lambda m: setattr(m[2], "bias", nn.Parameter(torch.zeros(3, 3, dtype=F64))), grown="leading"), ModelError,
+        RuntimeError, ("'2.bias' of shape [3, 3], consolidated as [3]",),
+    ),
+    "lost head": (changed(lambda m: m.__delitem__(2)), ModelError, RuntimeError, ("a model without '2.weight'",)),
+    "state of nothing": (loading(lambda s: s.clear()), InvalidArgumentError, ValueError, ("a state that cannot be read",)),
+    "state without operator": (
+        loading(lambda s: s["terms"][0].pop("operator")), InvalidArgumentError, ValueError, ("'operator'", "EWC.state_dict()"),
+    ),
+    "state of the future": (
+        loading(lambda s: s.update(version=2)), InvalidArgumentError, ValueError, ("version 2", "a newer fisherkit"),
+    ),
+    "state of another normalization": (
+        loading(lambda s: None, normalize=None), InvalidArgumentError, ValueError,
+        ("terms of normalize='trace'", "normalize=None", "two things"),
+    ),
+    "state of another model": (
+        loading(lambda s: None, model=nn.Linear(2, 2).double()), ModelError, RuntimeError,
+        ("EWC.load_state_dict", "a model without '0.weight'"),
+    ),
+    "another dtype": (
+        lambda: consolidated().to(torch.float32), InvalidTypeError, TypeError, ("EWC.to", "torch.float64", "ewc.to(device)"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ids(TABLE))
+def test_ewc__refuses_with_a_message(name: str) -> None:
+    check(Case(*TABLE[name]))
+
+
+def test_consolidate__refused_changes_nothing() -> None:
+    model = mlp()
+    ewc = consolidated(model)
+    with torch.no_grad():
+        model[0].weight += 1
+    before = ewc.state_dict()["_extra_state"], ewc.penalty()
+    for fisher, options in (
+        (zero(model), {}),
+        (diagonal(model, params=["0.bias"]), {}),
+        (diagonal(model), {"free": ["x"]}),
+    ):
+        with pytest.raises(fk.FisherkitError):
+            ewc.consolidate(fisher, **options)
+    after = ewc.state_dict()["_extra_state"], ewc.penalty()
+    assert before[0]["consolidations"] == after[0]["consolidations"] == 1
+    assert torch.equal(before[1], after[1])
+
+
+def test_consolidate__zero_is_fine_without_normalization() -> None:
+    model = mlp()
+    ewc = EWC(model, normalize=None)
+    ewc.consolidate(zero(model))
+    assert ewc.penalty().item() == 0
+
+
+class TwoHeads(nn.Module):
+    """A body and a head for each task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+            self.heads = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+        self.task = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.heads[self.task](self.body(x))
+        return found
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "full"])
+@pytest.mark.parametrize("allowed", [{"uncovered": "free"}, {"free": lambda name, p: name.startswith("heads.")}])
+def test_consolidate__heads_of_other_tasks_may_be_left_free(structure: str, allowed: dict[str, Any]) -> None:
+    model = TwoHeads().double()
+    ewc, expected = EWC(model, 2.0), torch.zeros((), dtype=F64)
+    parts = []
+    for task in range(2):
+        model.task = task
+        own = [name for name, _ in model.named_parameters() if name.startswith(("body", f"heads.{task}"))]
+        fisher = fk.EmpiricalFisher(model, (X, Y), structure=structure, params=own)
+        policy = {"free": [f"heads.{1 - task}.weight", f"heads.{1 - task}.bias"]} if "free" in allowed else allowed
+        ewc.consolidate(fisher, **policy)
+        matrix = fisher.to_dense()
+        theta = {name: p.detach().clone() for name, p in model.named_parameters()}
+        parts.append((matrix * len(matrix) / matrix.trace(), {name: theta[name] for name in own}))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1
+    now = dict(model.named_parameters())
+    for matrix, centre in parts:
+        d = torch.cat([(now[name].detach() - value).reshape(-1) for name, value in centre.items()])
+        expected = expected + d @ matrix @ d
+    torch.testing.assert_close(ewc.penalty().detach(), expected)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "block", "full"])
+def test_penalty__a_grown_head_is_held_in_its_old_entries(structure: str) -> None:
+    model = mlp()
+    ewc = EWC(model, 2.0, grown="leading")
+    fisher = ef(model, structure=structure)
+    ewc.consolidate(fisher)
+    old = model[2]
+    model[2] = nn.Linear(5, 4).double()
+    with torch.no_grad():
+        model[2].weight[:3], model[2].bias[:3] = old.weight + 0.1, old.bias - 0.2
+    penalty = ewc.penalty()
+    penalty.backward()
+    d = torch.cat([torch.zeros(25, dtype=F64), torch.full((15,), 0.1, dtype=F64), torch.full((3,), -0.2, dtype=F64)])
+    product = fisher.to_dense() @ d * fisher.size / fisher.trace()
+    torch.testing.assert_close(penalty.detach(), d @ product)
+    weight, bias = model[2].weight.grad, model[2].bias.grad
+    torch.testing.assert_close(weight[:3].reshape(-1), 2 * product[25:40])
+    torch.testing.assert_close(bias[:3], 2 * product[40:])
+    assert not weight[3].any()
+    assert not bias[3].any()
+
+
+def test_consolidate__after_growing_adds_to_the_old_entries() -> None:
+    """The body's terms fold on; the head's old and new ones stay beside each other."""
+    model = mlp()
+    ewc = consolidated(model, strength=2.0, grown="leading", normalize=None)
+    first, old = diagonal(model).diagonal(), model[2]
+    model[2] = nn.Linear(5, 4).double()
+    with torch.no_grad():
+        model[2].weight[:3], model[2].bias[:3] = old.weight, old.bias
+    second = diagonal(model).diagonal()
+    ewc.consolidate(diagonal(model))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    torch.testing.assert_close(ewc.penalty().detach(), first.sum() + second.sum())
+    assert "terms=6" in repr(ewc)
+
+
+def test_consolidate__frozen_parameters_need_no_fisher() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    ewc = EWC(model)
+    ewc.consolidate(diagonal(model))
+    ewc.penalty().backward()
+    assert model[0].weight.grad is None
