@@ -114,9 +114,9 @@ def measure(bench: Bench, tasks: list[TaskData], cell: Cell, plan: Plan) -> dict
     Returns:
         strengths; accuracy: the mean over tasks after the last one, in percent, by strength and then seed; by strength
         and then task, means over seeds: final (accuracy after the last task), learned (accuracy when it was learned)
-        and loss (on the training examples then); eigenvalues: trace F / D by task; seconds, and those of the Fishers.
+        and loss (on the training examples then); eigenvalues: trace F / D by task; the processor's seconds, and those of the Fishers.
     """
-    start, training = time.perf_counter(), plan.training(bench, cell.regime)
+    start, training = time.process_time(), plan.training(bench, cell.regime)
     stack, strengths = initial(bench.widths, plan.seeds), plan.strengths_of(cell)
     builder = None
     if cell.method.kind == "joint":
@@ -132,7 +132,7 @@ def measure(bench: Bench, tasks: list[TaskData], cell: Cell, plan: Plan) -> dict
         "strengths": list(strengths),
         **_figures(outcome, len(plan.seeds)),
         "eigenvalues": [float(f"{value:.3g}") for value in builder.eigenvalues] if builder else [],
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.process_time() - start, 1),
         "build_seconds": round(builder.seconds, 1) if builder else 0.0,
     }
 

@@ -38,7 +38,7 @@ class Builder:
         normalize: "trace" for F·D / trace F, a mean eigenvalue of 1; None for F as it is.
 
     Attributes:
-        seconds: that the Fishers took.
+        seconds: of the processor that the Fishers took.
         eigenvalues: the mean eigenvalue, trace F / D, of each term; the geometric mean over members.
     """
 
@@ -61,11 +61,11 @@ class Builder:
             return DiagonalTerm(stack, torch.ones_like(stack.flat()), self.strengths)
         if self.method.kind == SQUARED:
             return self._squared(stack, inputs, labels, window)
-        start = time.perf_counter()
+        start = time.process_time()
         operators = build(self.method, stack, inputs[:, :count], labels[:, :count], window, seed)
         traces = torch.stack([operator.trace() for operator in operators])
         term = _JOINED[self.method.structure](operators, stack, self._weights(traces, stack))
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         return term
 
     def _weights(self, traces: Tensor, stack: Stack) -> Tensor:
