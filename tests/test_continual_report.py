@@ -55,8 +55,11 @@ def test_command__goes_on_where_it_stopped(out: Path, monkeypatch: pytest.Monkey
         pytest.fail("measured again")
 
     monkeypatch.setattr(experiment, "measure", nothing)
+    monkeypatch.setattr(run, "draw", lambda *_: [])  # which takes seconds
+    before = (out / "continual.md").read_text("utf-8")
     run.main(["--part", "split-digits", "--methods", *SOME, "--tiny", "--out", str(out)])
     run.main(["--report", "--out", str(out)])
+    assert (out / "continual.md").read_text("utf-8") == before
     with pytest.raises(SystemExit, match=r"made with other \['seeds'"):
         run.main(["--part", "split-digits", "--out", str(out)])
 

@@ -114,7 +114,8 @@ def measure(bench: Bench, tasks: list[TaskData], cell: Cell, plan: Plan) -> dict
     Returns:
         strengths; accuracy: the mean over tasks after the last one, in percent, by strength and then seed; by strength
         and then task, means over seeds: final (accuracy after the last task), learned (accuracy when it was learned)
-        and loss (on the training examples then); eigenvalues: trace F / D by task; the processor's seconds, and those of the Fishers.
+        and loss (on the training examples then); eigenvalues: trace F / D by task; the processor's seconds, and those
+        of the Fishers.
     """
     start, training = time.process_time(), plan.training(bench, cell.regime)
     stack, strengths = initial(bench.widths, plan.seeds), plan.strengths_of(cell)

@@ -82,23 +82,25 @@ def _setting(results: Mapping[str, Mapping[str, Any]], found: Mapping[Place, Map
 
 
 def _table(own: Mapping[str, Curve]) -> str:
-    """Every method of a bench and regime."""
-    header = ("", "normalize", "accuracy, %", "best strength", "within 3, decades", "accuracy when learned, %")
+    """Every method of a bench and regime, normalized to the left and as it is to the right."""
+    names = ("accuracy, %", "best strength", "within 3")
+    header = ("", *(f"{name}, {label}" for label in NORMALIZED.values() for name in names))
     rows = []
-    for name, curve in own.items():
-        normalization, key = name.split("/")
-        method = METHODS[key]
-        learned = curve.cell["learned"][curve.place]
-        cells = ["", "", ""]
-        if curve.strengths:
-            cells = [
-                NORMALIZED[normalization] if method.structure else "",
-                f"{curve.strength:.2g}{'*' if curve.at_edge else ''}",
-                f"{curve.decades():.1f}",
-            ]
-        accuracy = f"{curve.best:.1f} ± {curve.deviation:.1f}"
-        rows.append((title(method), cells[0], accuracy, *cells[1:], f"{sum(learned) / len(learned):.1f}"))
+    for method in METHODS.values():
+        pair = [own.get(f"{normalization}/{method.key}") for normalization in NORMALIZED]
+        if any(pair):
+            rows.append((title(method), *(cell for curve in pair for cell in _cells(curve))))
     return markdown((header, rows))
+
+
+def _cells(curve: Curve | None) -> tuple[str, str, str]:
+    """Accuracy at the best strength, that strength, and the decades near it."""
+    if curve is None:
+        return "", "", ""
+    accuracy = f"{curve.best:.1f} ± {curve.deviation:.1f}"
+    if not curve.strengths:
+        return accuracy, "", ""
+    return accuracy, f"{curve.strength:.2g}{'*' if curve.at_edge else ''}", f"{curve.decades():.1f}"
 
 
 def title(method: Method) -> str:
