@@ -37,12 +37,15 @@ def curve(*means: float, strengths: tuple[float, ...] = ()) -> Curve:
 
 def test_command__measures_draws_and_reports(out: Path) -> None:
     names = {path.name for path in out.iterdir()}
-    drawn = {f"strength-{s}.png" for s in ("diagonal-trace", "diagonal-none", "kfac-trace", "kfac-none", "full-trace")}
+    drawn = {
+        f"strength-{s}.png"
+        for s in ("diagonal-trace", "diagonal-none", "kfac-trace", "kfac-none", "full-trace", "full-none")
+    }
     assert names == {"split-digits.json", "continual.md", "best-strengths.png"} | drawn
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
     cells = json.loads((out / "split-digits.json").read_text("utf-8"))["cells"]
     expected = {f"{regime}/trace/{key}" for regime in ("fit", "early") for key in SOME}
-    expected |= {f"{regime}/none/{key}" for regime in ("fit", "early") for key in SOME if key[:4] in ("diag", "kfac")}
+    expected |= {f"{regime}/none/{key}" for regime in ("fit", "early") for key in SOME if METHODS[key].structure}
     assert cells.keys() == expected
     assert all(len(row) == 2 and all(0 <= x <= 100 for x in row) for c in cells.values() for row in c["accuracy"])
     body = (out / "continual.md").read_text("utf-8")
@@ -71,7 +74,7 @@ def test_command__writes_a_file_after_each_cell(tmp_path: Path, monkeypatch: pyt
         if calls:
             raise KeyboardInterrupt
         calls.append(cell.key)
-        return {"accuracy": [[50.0]], "seconds": 1.0, "build_seconds": 0.0}
+        return {"accuracy": [[50.0]], "strengths": [], "seconds": 1.0, "build_seconds": 0.0}
 
     monkeypatch.setattr(experiment, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
@@ -94,6 +97,8 @@ def test_plan__is_the_tasks(out: Path) -> None:
         assert strengths[2] / strengths[0] == pytest.approx(10)
     keys = {cell.key for cell in plan.cells(BENCHES["permuted-digits"])}
     assert {f"fit/trace/{key}" for key in METHODS} <= keys
+    assert "early/none/full-ef" in keys
+    assert "fit/none/full-ef" not in keys
     assert not any("full" in cell.key for cell in plan.cells(BENCHES["permuted-mnist1d"]))
 
 

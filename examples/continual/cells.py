@@ -55,8 +55,8 @@ class Plan:
 
     Args:
         seeds: of data, initialization and order of the examples.
-        strengths: of the diagonal and Kronecker-factored structures and of L2, by normalization.
-        full: strengths of the full structure, which costs most.
+        strengths: by normalization.
+        full: fewer of them for the full structure, which costs most, by bench and regime; there, normalized alone.
         examples: that a Fisher of the full structure is of; the other structures take all of the task's.
         epochs: by regime, instead of the bench's.
         tasks: the first ones of each bench; None for all.
@@ -66,7 +66,9 @@ class Plan:
     strengths: Mapping[str, tuple[float, ...]] = field(
         default_factory=lambda: {TRACE: half_decades(-6, 6), RAW: half_decades(-3, 11)}
     )
-    full: tuple[float, ...] = half_decades(-2, 3)
+    full: Mapping[tuple[str, str], tuple[float, ...]] = field(
+        default_factory=lambda: {("permuted-digits", "fit"): half_decades(-2, 3)}
+    )
     examples: int = 256
     epochs: Mapping[str, int] = field(default_factory=dict)
     tasks: int | None = None
@@ -82,8 +84,6 @@ class Plan:
             "title": bench.title,
             "widths": list(bench.widths),
             "seeds": list(self.seeds),
-            "strengths": {name: list(values) for name, values in self.strengths.items()},
-            "full": list(self.full),
             "examples": self.examples,
             "epochs": {regime: one.epochs for regime, one in training.items()},
             "rate": training["fit"].rate,
@@ -91,20 +91,23 @@ class Plan:
             "tasks": self.tasks,
         }
 
-    def strengths_of(self, cell: Cell) -> tuple[float, ...]:
+    def strengths_of(self, bench: Bench, cell: Cell) -> tuple[float, ...]:
         """The sweep of a cell; empty if there is none."""
         if not cell.method.swept:
             return ()
-        return self.full if cell.method.structure == "full" else self.strengths[cell.normalization]
+        few = self.full.get((bench.name, cell.regime)) if cell.method.structure == "full" else None
+        return few or self.strengths[cell.normalization]
 
     def cells(self, bench: Bench, keys: tuple[str, ...] | None = None) -> list[Cell]:
         """Every cell of a bench, the structures in the order of what they cost."""
         found = []
         for method in METHODS.values():
             if (keys is None or method.key in keys) and bench.includes(method.kind, method.structure):
-                raw = method.structure in ("diagonal", "kfac")
-                for normalization in (TRACE, RAW) if raw else (TRACE,):
-                    found += [Cell(regime, normalization, method) for regime in REGIMES]
+                for normalization in (TRACE, RAW) if method.structure else (TRACE,):
+                    for regime in REGIMES:
+                        few = method.structure == "full" and (bench.name, regime) in self.full
+                        if normalization == TRACE or not few:
+                            found.append(Cell(regime, normalization, method))
         return found
 
 
@@ -118,7 +121,7 @@ def measure(bench: Bench, tasks: list[TaskData], cell: Cell, plan: Plan) -> dict
         of the Fishers.
     """
     start, training = time.process_time(), plan.training(bench, cell.regime)
-    stack, strengths = initial(bench.widths, plan.seeds), plan.strengths_of(cell)
+    stack, strengths = initial(bench.widths, plan.seeds), plan.strengths_of(bench, cell)
     builder = None
     if cell.method.kind == "joint":
         outcome = joint(stack, tasks, plan.seeds, training)

@@ -26,7 +26,7 @@ def path_of(out: Path, bench: str) -> Path:
 
 
 def run(out: Path, bench: Bench, plan: Plan, keys: tuple[str, ...] | None = None) -> Results:
-    """Measure what is not there yet.
+    """Measure what is not there yet, or was measured at other strengths.
 
     Args:
         out: the folder.
@@ -42,7 +42,8 @@ def run(out: Path, bench: Bench, plan: Plan, keys: tuple[str, ...] | None = None
     """
     path = path_of(out, bench.name)
     results = resume(path, plan.settings(bench))
-    wanted = [cell for cell in plan.cells(bench, keys) if cell.key not in results["cells"]]
+    known = {key: tuple(cell["strengths"]) for key, cell in results["cells"].items()}
+    wanted = [cell for cell in plan.cells(bench, keys) if known.get(cell.key) != plan.strengths_of(bench, cell)]
     if not wanted:
         return results
     tasks = bench.make(plan.seeds)[: plan.tasks]
