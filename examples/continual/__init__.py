@@ -1,0 +1,1 @@
+"""Elastic weight consolidation measured: every kind of Fisher, in every structure, over twelve decades of strength."""

@@ -1,0 +1,5 @@
+"""``python -m examples.continual``."""
+
+from examples.continual.run import main
+
+main()
