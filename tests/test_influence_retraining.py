@@ -1,0 +1,371 @@
+"""Vectorised retraining against one ordinary training loop a model, and its file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.influence.evaluation import Retraining, TrainingRecipe, random_subsets, retrain
+from fisherkit.influence.evaluation import retraining as module
+from fisherkit.influence.evaluation.training import epoch_orders
+
+F64 = torch.float64
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def mlp(seed: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)).double()
+
+
+class Convolution(nn.Module):
+    """Keywords, a normalization, a frozen random layer, a buffer, dropout in eval mode, logits in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(1, 3, 3)
+        self.norm, self.dropout, self.head = nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(9, 3)
+        self.convolution.weight.requires_grad_(False)
+
+    def forward(self, signal: Tensor) -> dict[str, Tensor]:
+        hidden = self.dropout(torch.relu(self.norm(self.convolution(signal.unsqueeze(1)))))
+        return {"logits": self.head(hidden.flatten(1))}
+
+
+class Tied(nn.Module):
+    """A weight that two layers use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+N, Q = 13, 4
+X, Y = random(N + Q, 5), torch.arange(N + Q) % 3
+TOKENS = torch.randint(6, (N + Q, 7), generator=torch.Generator().manual_seed(0))
+SIZES = torch.tensor([6, 9, 13, 6, 5])
+MASKS = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(i)) < n for i, n in enumerate(SIZES)])
+SGD = TrainingRecipe(epochs=3, learning_rate=0.1, momentum=0.9, weight_decay=1e-2, batch_size=4, schedule="linear")
+ADAMW = TrainingRecipe(epochs=3, learning_rate=0.02, optimizer="adamw", weight_decay=0.1, batch_size=4)
+WHOLE = TrainingRecipe(epochs=4, learning_rate=0.1)
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+
+
+def alone(build: Callable[[int], nn.Module], inputs: Any, y: Tensor, recipe: TrainingRecipe, loss: Losses) -> Tensor:
+    """Outputs of models trained one at a time by an ordinary loop, [S, R, Q] of −loss."""
+
+    def at(index: Tensor | slice) -> Any:
+        return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[index]
+
+    def call(model: nn.Module, x: Any) -> Tensor:
+        z = model(**x) if isinstance(x, dict) else model(x)
+        return z["logits"] if isinstance(z, dict) else z
+
+    out = torch.empty(len(MASKS), 2, Q, dtype=F64)
+    for s, mask in enumerate(MASKS):
+        for r, seed in enumerate((3, 1)):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = build(seed)
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            if recipe.optimizer == "sgd":
+                optimizer: Any = torch.optim.SGD(
+                    parameters, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
+                )
+            else:
+                optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
+            batch = recipe.batch_size or N
+            total, done = recipe.epochs * -(-int(mask.sum()) // batch), 0
+            for order in epoch_orders(seed, recipe.epochs, N):
+                for index in order[mask[order]].split(batch):
+                    if recipe.schedule == "linear":
+                        optimizer.param_groups[0]["lr"] = recipe.learning_rate * (1 - done / total)
+                    optimizer.zero_grad()
+                    loss(call(model, at(index)), y[index]).mean().backward()
+                    optimizer.step()
+                    done += 1
+            out[s, r] = -loss(call(model, at(slice(N, None))), y[N:]).detach()
+    return out
+
+
+def categorical(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, reduction="none")
+
+
+def tokens(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.mT, y, reduction="none").sum(1)
+
+
+def squared(z: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * (z - y).square().sum(1)
+
+
+def binary(z: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(1)
+
+
+def huber(z: Tensor, y: Tensor) -> Tensor:
+    return F.huber_loss(z, y, reduction="none").sum(1)
+
+
+CASES: dict[str, tuple[Callable[[int], nn.Module], Any, Tensor, Any, Losses]] = {
+    "mlp": (mlp, X, Y, "categorical", categorical),
+    "convolution": (lambda seed: Convolution().double().eval(), {"signal": X}, Y, "categorical", categorical),
+    "tied": (lambda seed: Tied().double(), TOKENS, torch.where(TOKENS == 2, -100, TOKENS), "categorical", tokens),
+    "regression": (mlp, X, random(N + Q, 3, seed=1), "gaussian", squared),
+    "binary": (mlp, X, (random(N + Q, 3, seed=1) > 0).double(), "bernoulli", binary),
+    "own": (mlp, X, random(N + Q, 3, seed=1), huber, huber),
+}
+
+
+def halves(inputs: Any, y: Tensor) -> tuple[Any, Any]:
+    def part(index: slice) -> Any:
+        return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[index]
+
+    return (part(slice(N)), y[:N]), (part(slice(N, None)), y[N:])
+
+
+@pytest.mark.parametrize("recipe", [SGD, ADAMW, WHOLE], ids=["sgd", "adamw", "whole"])
+@pytest.mark.parametrize("case", CASES)
+def test_retrain__is_training_one_model_at_a_time(case: str, recipe: TrainingRecipe) -> None:
+    build, inputs, y, likelihood, loss = CASES[case]
+    train, queries = halves(inputs, y)
+    got = retrain(build, train, queries, MASKS, recipe, seeds=(3, 1), likelihood=likelihood, chunk_size=4)
+    torch.testing.assert_close(got.outputs["loss"], alone(build, inputs, y, recipe, loss), rtol=1e-8, atol=1e-10)
+    assert got.train_losses.shape == (5, 2)
+    assert got.seeds == (3, 1)
+
+
+TRAIN, QUERIES = halves(X, Y)
+
+
+def test_retrain__depends_on_neither_chunks_nor_a_subsets_place() -> None:
+    first = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, seeds=(0, 5)).outputs["loss"]
+    for chunk_size in (1, 3):
+        other = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, seeds=(0, 5), chunk_size=chunk_size).outputs["loss"]
+        torch.testing.assert_close(other, first)
+    order = torch.tensor([2, 0, 4, 1, 3])
+    moved = retrain(mlp, TRAIN, QUERIES, MASKS[order], SGD, seeds=(5, 0)).outputs["loss"]
+    torch.testing.assert_close(moved, first[order].flip(1))
+
+
+def test_retrain__is_deterministic_and_leaves_data_and_generators_alone() -> None:
+    torch.manual_seed(3)
+    before, x, y = torch.get_rng_state(), TRAIN[0].clone(), TRAIN[1].clone()
+    runs = []
+    for _ in range(2):
+        runs.append(retrain(mlp, TRAIN, QUERIES, MASKS, ADAMW, seeds=(0, 1), measurements=("loss", "margin")))
+        torch.rand(3)  # what the caller draws in between changes nothing
+    for name in ("loss", "margin"):
+        assert torch.equal(runs[0].outputs[name], runs[1].outputs[name])
+    torch.set_rng_state(before)
+    retrain(mlp, TRAIN, QUERIES, MASKS[:1], WHOLE, seeds=(0,))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(TRAIN[0], x)
+    assert torch.equal(TRAIN[1], y)
+
+
+def test_retrain__measures_margins_and_functions() -> None:
+    def entropy(z: Tensor, y: Tensor) -> Tensor:
+        return -(z.softmax(1) * z.log_softmax(1)).sum(1)
+
+    losses = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, seeds=(0,), measurements=("loss", "margin")).outputs
+    p = losses["loss"].exp()
+    torch.testing.assert_close(losses["margin"], (p / (1 - p)).log())
+    own = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, seeds=(0,), measurements={"entropy": entropy}).outputs
+    assert own["entropy"].shape == (5, 1, Q)
+    assert bool((own["entropy"] > 0).all())
+
+
+def test_retrain__sees_a_subset_and_nothing_else() -> None:
+    """Other values outside the subset change nothing."""
+    x = torch.where(MASKS[0].unsqueeze(1), TRAIN[0], 1e3)
+    same = [retrain(mlp, (inputs, TRAIN[1]), QUERIES, MASKS[:1], SGD, seeds=(0,)) for inputs in (x, TRAIN[0])]
+    assert torch.equal(same[0].outputs["loss"], same[1].outputs["loss"])
+    torch.testing.assert_close(same[0].train_losses, same[1].train_losses)
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, path: Path, chunks: int, **options: Any) -> None:
+    """Stop a run after some chunks."""
+    train, count = module.train_stack, 0
+
+    def stopping(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > chunks:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_stack", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path, **options)
+
+
+@pytest.mark.parametrize("save_every", [0.0, 1e9])
+def test_retrain__goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, save_every: float) -> None:
+    options: dict[str, Any] = {"seeds": (0, 5), "chunk_size": 2, "save_every": save_every}
+    path = tmp_path / "runs.safetensors"
+    whole = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, **options)
+    interrupted(monkeypatch, path, 2, **options)
+    with pytest.raises(fk.errors.FileFormatError, match="unfinished run, 4 of 10"):
+        Retraining.load(path)
+    calls: list[int] = []
+    train = module.train_stack
+    monkeypatch.setattr(module, "train_stack", lambda *args: calls.append(len(args[1])) or train(*args))
+    finished = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path, **options)
+    assert sum(calls) == 6
+    assert torch.equal(finished.outputs["loss"], whole.outputs["loss"])
+    again = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path, **options)
+    assert sum(calls) == 6
+    loaded = Retraining.load(path)
+    for other in (again, loaded):
+        assert torch.equal(other.outputs["loss"], whole.outputs["loss"])
+        assert torch.equal(other.train_losses, whole.train_losses)
+    assert torch.equal(loaded.masks, MASKS)
+    assert loaded.seeds == (0, 5)
+    assert [file.name for file in tmp_path.iterdir()] == ["runs.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"recipe": ADAMW}, "recipe"),
+        ({"seeds": (0, 2)}, "models"),
+        ({"masks": ~MASKS | MASKS[[1, 2, 3, 4, 0]]}, "subsets"),
+        ({"train": (TRAIN[0] + 1, TRAIN[1])}, "data"),
+        ({"measurements": ("margin",)}, "measurements"),
+        ({"build": lambda seed: nn.Linear(5, 3).double()}, "models"),
+    ],
+)
+def test_retrain__refuses_the_file_of_another_run(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    path = tmp_path / "runs.safetensors"
+    arguments: dict[str, Any] = {
+        "build": mlp, "train": TRAIN, "queries": QUERIES, "masks": MASKS, "recipe": SGD, "seeds": (0, 1), "path": path,
+    }  # fmt: skip
+    retrain(**arguments)
+    content = path.read_bytes()
+    with pytest.raises(fk.errors.InvalidArgumentError, match=f"another run, which differs in .*{named}"):
+        retrain(**{**arguments, **change})
+    assert path.read_bytes() == content
+
+
+def test_files__of_other_kinds_are_refused_and_left(tmp_path: Path) -> None:
+    broken, fisher = tmp_path / "broken", tmp_path / "fisher"
+    broken.write_bytes(b"nothing")
+    fk.EmpiricalFisher(mlp(0), TRAIN).save(fisher)
+    for path in (broken, fisher):
+        content = path.read_bytes()
+        with pytest.raises(fk.errors.FileFormatError):
+            retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path)
+        with pytest.raises(fk.errors.FileFormatError):
+            Retraining.load(path)
+        assert path.read_bytes() == content
+    with pytest.raises(fk.errors.FileFormatError, match="no such file"):
+        Retraining.load(tmp_path / "none")
+    with pytest.raises(fk.errors.InvalidArgumentError, match="does not exist"):
+        retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=tmp_path / "no" / "runs")
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        return z if z.sum() > 0 else -z
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"masks": MASKS[:, :9]}, fk.errors.InvalidArgumentError, "[S, 13]"),
+        ({"masks": MASKS.long()}, fk.errors.InvalidTypeError, "boolean"),
+        ({"masks": MASKS & False}, fk.errors.InvalidArgumentError, "without examples"),
+        ({"recipe": {"epochs": 3}}, fk.errors.InvalidTypeError, "TrainingRecipe"),
+        ({"seeds": ()}, fk.errors.InvalidArgumentError, "seeds"),
+        ({"seeds": (1, 1)}, fk.errors.InvalidArgumentError, "distinct"),
+        ({"chunk_size": 0}, fk.errors.InvalidArgumentError, "chunk_size=0"),
+        ({"memory_budget": 10}, fk.errors.MemoryBudgetError, "at most 10 B"),
+        ({"train": (X[:N], None)}, fk.errors.DataError, "no targets"),
+        ({"train": X}, fk.errors.InvalidTypeError, "pair"),
+        ({"likelihood": "poisson"}, fk.errors.InvalidArgumentError, "poisson"),
+        ({"likelihood": 3}, fk.errors.InvalidTypeError, "int as likelihood"),
+        ({"likelihood": "gaussian"}, fk.errors.DataError, "one target for each output"),
+        ({"measurements": "accuracy"}, fk.errors.InvalidArgumentError, "accuracy"),
+        ({"measurements": ()}, fk.errors.InvalidArgumentError, "no measurements"),
+        ({"measurements": {"a": 3}}, fk.errors.InvalidTypeError, "functions"),
+        ({"build": lambda seed: seed}, fk.errors.InvalidTypeError, "returns a int"),
+        ({"build": lambda seed: nn.Linear(5, 3 + seed).double()}, fk.errors.InvalidArgumentError, "one architecture"),
+        ({"build": lambda seed: nn.Flatten()}, fk.errors.InvalidArgumentError, "require grad"),
+        (
+            {"build": lambda seed: nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.1)).double()},
+            fk.errors.ModelError,
+            "eval",
+        ),
+        ({"build": lambda seed: Branching()}, fk.errors.ModelError, "vmap cannot take"),
+        ({"recipe": TrainingRecipe(epochs=40, learning_rate=1e200)}, fk.errors.NonFiniteError, "of subset 0 from"),
+    ],
+)
+def test_retrain__refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "build": mlp, "train": TRAIN, "queries": QUERIES, "masks": MASKS, "recipe": SGD, "seeds": (0, 1), **change,
+    }  # fmt: skip
+    with pytest.raises(error, match=re.escape(message)):
+        retrain(**arguments)
+
+
+def test_retrain__refuses_margins_of_values() -> None:
+    train, queries = halves(X, random(N + Q, 3))
+    with pytest.raises(fk.errors.DataError, match="one label"):
+        retrain(mlp, train, queries, MASKS, SGD, likelihood="gaussian", measurements="margin")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0}, {"epochs": 1.5}, {"learning_rate": 0}, {"learning_rate": float("nan")}, {"optimizer": "lbfgs"},
+        {"momentum": 1.0}, {"weight_decay": -1}, {"batch_size": 0}, {"schedule": "cosine"},
+        {"optimizer": "adamw", "momentum": 0.9},
+    ],
+)  # fmt: skip
+def test_training_recipe__refuses(change: dict[str, Any]) -> None:
+    with pytest.raises(fk.errors.InvalidArgumentError, match=f"{next(reversed(change))}="):
+        TrainingRecipe(**{"epochs": 3, "learning_rate": 0.1, **change})
+
+
+def test_retrain__runs_as_many_models_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    train = module.train_stack
+    monkeypatch.setattr(module, "train_stack", lambda *args: sizes.append(len(args[1])) or train(*args))
+    masks = random_subsets(N, 10)
+    retrain(mlp, TRAIN, QUERIES, masks, SGD, seeds=(0,), memory_budget=20_000)
+    assert sum(sizes) == 10
+    assert 1 < max(sizes) < 10
+    retrain(mlp, TRAIN, QUERIES, masks, SGD, seeds=(0,))
+    assert sizes[-1] == 10
