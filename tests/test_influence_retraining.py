@@ -182,15 +182,44 @@ def test_retrain__is_deterministic_and_leaves_data_and_generators_alone() -> Non
 
 
 def test_retrain__measures_margins_and_functions() -> None:
-    def entropy(z: Tensor, y: Tensor) -> Tensor:
-        return -(z.softmax(1) * z.log_softmax(1)).sum(1)
+    def brier(z: Tensor, y: Tensor) -> Tensor:
+        return (z.softmax(1) - F.one_hot(y, 3)).square().sum(1)
 
     losses = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, seeds=(0,), measurements=("loss", "margin")).outputs
     p = losses["loss"].exp()
     torch.testing.assert_close(losses["margin"], (p / (1 - p)).log())
-    own = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, seeds=(0,), measurements={"entropy": entropy}).outputs
-    assert own["entropy"].shape == (5, 1, Q)
-    assert bool((own["entropy"] > 0).all())
+    own = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, seeds=(0,), measurements={"brier": brier}).outputs
+    assert own["brier"].shape == (5, 1, Q)
+    assert bool((own["brier"] < 0).all())  # a loss; larger = better
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_retrain__measures_margins_of_binary_outputs(outputs: int) -> None:
+    def build(seed: int) -> nn.Module:
+        return nn.Linear(5, outputs).double()
+
+    train, queries = halves(X, (random(N + Q, outputs, seed=1) > 0).double())
+    got = retrain(build, train, queries, MASKS, SGD, seeds=(0,), likelihood="bernoulli", measurements="margin")
+    own = retrain(
+        build, train, queries, MASKS, SGD, seeds=(0,), likelihood="bernoulli",
+        measurements={"odds": lambda z, y: (torch.sigmoid(z) / torch.sigmoid(-z)).log().mul(1 - 2 * y).sum(1)},
+    )  # fmt: skip
+    torch.testing.assert_close(got.outputs["margin"], own.outputs["odds"])
+
+
+def test_retrain__sums_margins_over_positions_that_count() -> None:
+    labels = torch.where(TOKENS == 2, -100, TOKENS)
+    train, queries = halves(TOKENS, labels)
+
+    def odds(z: Tensor, y: Tensor) -> Tensor:
+        p = z.softmax(-1).gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return -torch.where(y >= 0, (p / (1 - p)).log(), 0).sum(1)
+
+    runs = [
+        retrain(lambda seed: Tied().double(), train, queries, MASKS, SGD, seeds=(0,), measurements=measurement)
+        for measurement in ("margin", {"margin": odds})
+    ]
+    torch.testing.assert_close(runs[0].outputs["margin"], runs[1].outputs["margin"])
 
 
 def test_retrain__sees_a_subset_and_nothing_else() -> None:
@@ -342,7 +371,7 @@ def test_retrain__refuses(change: dict[str, Any], error: type[Exception], messag
 
 def test_retrain__refuses_margins_of_values() -> None:
     train, queries = halves(X, random(N + Q, 3))
-    with pytest.raises(fk.errors.DataError, match="one label"):
+    with pytest.raises(fk.errors.InvalidArgumentError, match="for this likelihood"):
         retrain(mlp, train, queries, MASKS, SGD, likelihood="gaussian", measurements="margin")
 
 

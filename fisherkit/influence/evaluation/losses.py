@@ -1,11 +1,12 @@
 """What is trained on and what is measured: a number for each example, from outputs and targets.
 
-Owns ℓ for each named likelihood and the margin. Knows no model; outputs may come from many models at once, flattened
-into the batch axis.
+Owns ℓ for each named likelihood, the margin, and the sign that makes larger better. Knows no model; outputs may come
+from many models at once, flattened into the batch axis.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -75,47 +76,57 @@ def loss_of(likelihood: Likelihood, call: str) -> PerExample:
     return likelihood
 
 
-def margin(z: Tensor, y: Tensor) -> Float[Tensor, " B"]:
-    """log(p_y / (1 − p_y)), as z_y − logsumexp of the others, which does not cancel (Park et al. 2023, §3.3).
+def _categorical_margin(z: Tensor, y: Tensor) -> Float[Tensor, " B"]:
+    """z_y − logsumexp of the other classes, which does not cancel; summed over positions as the loss is."""
+    if y.is_floating_point() or z.ndim != y.ndim + 1:
+        return _categorical(z, y)  # which says what is wrong
+    counts = y != -100
+    label = torch.where(counts, y, 0).unsqueeze(-1)
+    others = torch.logsumexp(z.scatter(-1, label, float("-inf")), -1)
+    margins = torch.where(counts, z.gather(-1, label).squeeze(-1) - others, 0.0)
+    return margins.reshape(len(z), -1).sum(1)
+
+
+def _bernoulli_margin(z: Tensor, y: Tensor) -> Float[Tensor, " B"]:
+    """±z with the label's sign, summed over outputs."""
+    return (z * (2 * _shaped(y, z) - 1)).reshape(len(z), -1).sum(1)
+
+
+_MARGINS: dict[str, PerExample] = {"categorical": _categorical_margin, "bernoulli": _bernoulli_margin}
+
+
+def measurements_of(measurements: Measurements, likelihood: Likelihood, call: str) -> dict[str, PerExample]:
+    """What is recorded of every trained model, by name; larger = better.
 
     Raises:
-        DataError: not one class index for each example.
-    """
-    if z.ndim != 2 or y.ndim != 1 or y.is_floating_point():
-        raise DataError(
-            call='measurements="margin"', got=f"outputs of {z.ndim} axes and targets of {y.ndim} axes and {y.dtype}",
-            expected="outputs [B, C] and class indices [B]", why="a margin is that of one label",
-            try_='"loss", or a function of outputs and targets',
-        )  # fmt: skip
-    label = y.unsqueeze(1)
-    others = torch.logsumexp(z.scatter(1, label, float("-inf")), 1)
-    return z.gather(1, label).squeeze(1) - others
-
-
-def measurements_of(measurements: Measurements, loss: PerExample, call: str) -> dict[str, PerExample]:
-    """What is measured of every trained model, by name; larger = better.
-
-    Raises:
-        InvalidArgumentError: none, or an unknown name.
+        InvalidArgumentError: none, an unknown name, or a margin of a likelihood without labels.
         InvalidTypeError: not names or functions.
     """
-
-    def negative_loss(z: Tensor, y: Tensor) -> Tensor:
-        return -loss(z, y)
-
-    known: dict[str, PerExample] = {"loss": negative_loss, "margin": margin}
+    known: dict[str, PerExample] = {"loss": _negative(loss_of(likelihood, call))}
+    if isinstance(likelihood, str) and likelihood in _MARGINS:
+        known["margin"] = _MARGINS[likelihood]
     if isinstance(measurements, Mapping):
-        found = dict(measurements)
-        if not all(callable(function) for function in found.values()):
-            raise InvalidTypeError(call=call, got=f"measurements={found}", expected="functions of outputs and targets")
+        if not all(callable(function) for function in measurements.values()):
+            raise InvalidTypeError(
+                call=call, got=f"measurements={measurements}", expected="functions of outputs and targets"
+            )
+        found = {name: _negative(function) for name, function in measurements.items()}
     else:
         names = (measurements,) if isinstance(measurements, str) else tuple(measurements)
         if unknown := [name for name in names if name not in known]:
             raise InvalidArgumentError(
-                call=call, got=f"measurements {unknown}", expected=f"among {list(known)}",
+                call=call, got=f"measurements {unknown}", expected=f"among {list(known)} for this likelihood",
                 try_="a dict of functions of outputs and targets for others",
             )  # fmt: skip
         found = {name: known[name] for name in names}
     if not found:
         raise InvalidArgumentError(call=call, got="no measurements", expected="at least one", try_='("loss",)')
     return found
+
+
+def _negative(function: PerExample) -> PerExample:
+    @functools.wraps(function)
+    def negative(z: Tensor, y: Tensor) -> Tensor:
+        return -function(z, y)
+
+    return negative

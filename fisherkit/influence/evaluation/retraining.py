@@ -64,8 +64,10 @@ def retrain(
         seeds: R distinct integers.
         likelihood: what is trained on: "categorical", "gaussian", "bernoulli" (as everywhere in the package), or a
             function of outputs and targets that returns a loss for each example.
-        measurements: what is recorded, larger = better: "loss" is −ℓ, "margin" is log(p_y / (1 − p_y)) for class
-            labels; or a dict of functions of outputs and targets that return a number for each example.
+        measurements: what is recorded, larger = better: "loss" is −ℓ, "margin" is log(p_y / (1 − p_y)) of the labels
+            (Park et al. 2023, §3.3), summed over an example's positions or outputs; or a dict of functions of outputs
+            and targets. A function returns a number for each example and is read like a loss: its negative is
+            recorded.
         path: a file that results are added to as they come in. If it exists and was written with the same arguments,
             the run goes on from it; functions are told apart by their names only.
         save_every: seconds between writes of the file, at least; 0 writes after every chunk of models.
@@ -92,7 +94,7 @@ def retrain(
     check_masks(masks, call, data.size)
     _check_rest(recipe, seeds, chunk_size, memory_budget, call)
     loss = loss_of(likelihood, call)
-    measured = measurements_of(measurements, loss, call)
+    measured = measurements_of(measurements, likelihood, call)
     models = StackedModels(build, seeds, call)
     masks = masks.cpu()
     settings = {
