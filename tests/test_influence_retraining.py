@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,19 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.influence.evaluation import Retraining, TrainingRecipe, random_subsets, retrain
+from fisherkit.influence.evaluation import TrainingRecipe, random_subsets, retrain, train_models
 from fisherkit.influence.evaluation import retraining as module
 from fisherkit.influence.evaluation.training import epoch_orders
-
-F64 = torch.float64
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def mlp(seed: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)).double()
+from tests.retraining_cases import (
+    ADAMW,
+    F64,
+    MASKS,
+    QUERIES,
+    SGD,
+    TOKENS,
+    TRAIN,
+    WHOLE,
+    N,
+    Q,
+    X,
+    Y,
+    halves,
+    mlp,
+    random,
+)
 
 
 class Convolution(nn.Module):
@@ -54,15 +60,6 @@ class Tied(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.embedding(tokens))
 
-
-N, Q = 13, 4
-X, Y = random(N + Q, 5), torch.arange(N + Q) % 3
-TOKENS = torch.randint(6, (N + Q, 7), generator=torch.Generator().manual_seed(0))
-SIZES = torch.tensor([6, 9, 13, 6, 5])
-MASKS = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(i)) < n for i, n in enumerate(SIZES)])
-SGD = TrainingRecipe(epochs=3, learning_rate=0.1, momentum=0.9, weight_decay=1e-2, batch_size=4, schedule="linear")
-ADAMW = TrainingRecipe(epochs=3, learning_rate=0.02, optimizer="adamw", weight_decay=0.1, batch_size=4)
-WHOLE = TrainingRecipe(epochs=4, learning_rate=0.1)
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 
@@ -134,13 +131,6 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], Any, Tensor, Any, Losses]] = 
 }
 
 
-def halves(inputs: Any, y: Tensor) -> tuple[Any, Any]:
-    def part(index: slice) -> Any:
-        return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[index]
-
-    return (part(slice(N)), y[:N]), (part(slice(N, None)), y[N:])
-
-
 @pytest.mark.parametrize("recipe", [SGD, ADAMW, WHOLE], ids=["sgd", "adamw", "whole"])
 @pytest.mark.parametrize("case", CASES)
 def test_retrain__is_training_one_model_at_a_time(case: str, recipe: TrainingRecipe) -> None:
@@ -150,9 +140,6 @@ def test_retrain__is_training_one_model_at_a_time(case: str, recipe: TrainingRec
     torch.testing.assert_close(got.outputs["loss"], alone(build, inputs, y, recipe, loss), rtol=1e-8, atol=1e-10)
     assert got.train_losses.shape == (5, 2)
     assert got.seeds == (3, 1)
-
-
-TRAIN, QUERIES = halves(X, Y)
 
 
 def test_retrain__depends_on_neither_chunks_nor_a_subsets_place() -> None:
@@ -228,91 +215,6 @@ def test_retrain__sees_a_subset_and_nothing_else() -> None:
     same = [retrain(mlp, (inputs, TRAIN[1]), QUERIES, MASKS[:1], SGD, seeds=(0,)) for inputs in (x, TRAIN[0])]
     assert torch.equal(same[0].outputs["loss"], same[1].outputs["loss"])
     torch.testing.assert_close(same[0].train_losses, same[1].train_losses)
-
-
-# -- the file --------------------------------------------------------------------------------------------------------
-
-
-def interrupted(monkeypatch: pytest.MonkeyPatch, path: Path, chunks: int, **options: Any) -> None:
-    """Stop a run after some chunks."""
-    train, count = module.train_stack, 0
-
-    def stopping(*args: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count > chunks:
-            raise KeyboardInterrupt
-        return train(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "train_stack", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path, **options)
-
-
-@pytest.mark.parametrize("save_every", [0.0, 1e9])
-def test_retrain__goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, save_every: float) -> None:
-    options: dict[str, Any] = {"seeds": (0, 5), "chunk_size": 2, "save_every": save_every}
-    path = tmp_path / "runs.safetensors"
-    whole = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, **options)
-    interrupted(monkeypatch, path, 2, **options)
-    with pytest.raises(fk.errors.FileFormatError, match="unfinished run, 4 of 10"):
-        Retraining.load(path)
-    calls: list[int] = []
-    train = module.train_stack
-    monkeypatch.setattr(module, "train_stack", lambda *args: calls.append(len(args[1])) or train(*args))
-    finished = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path, **options)
-    assert sum(calls) == 6
-    assert torch.equal(finished.outputs["loss"], whole.outputs["loss"])
-    again = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path, **options)
-    assert sum(calls) == 6
-    loaded = Retraining.load(path)
-    for other in (again, loaded):
-        assert torch.equal(other.outputs["loss"], whole.outputs["loss"])
-        assert torch.equal(other.train_losses, whole.train_losses)
-    assert torch.equal(loaded.masks, MASKS)
-    assert loaded.seeds == (0, 5)
-    assert [file.name for file in tmp_path.iterdir()] == ["runs.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"recipe": ADAMW}, "recipe"),
-        ({"seeds": (0, 2)}, "models"),
-        ({"masks": ~MASKS | MASKS[[1, 2, 3, 4, 0]]}, "subsets"),
-        ({"train": (TRAIN[0] + 1, TRAIN[1])}, "data"),
-        ({"measurements": ("margin",)}, "measurements"),
-        ({"build": lambda seed: nn.Linear(5, 3).double()}, "models"),
-    ],
-)
-def test_retrain__refuses_the_file_of_another_run(tmp_path: Path, change: dict[str, Any], named: str) -> None:
-    path = tmp_path / "runs.safetensors"
-    arguments: dict[str, Any] = {
-        "build": mlp, "train": TRAIN, "queries": QUERIES, "masks": MASKS, "recipe": SGD, "seeds": (0, 1), "path": path,
-    }  # fmt: skip
-    retrain(**arguments)
-    content = path.read_bytes()
-    with pytest.raises(fk.errors.InvalidArgumentError, match=f"another run, which differs in .*{named}"):
-        retrain(**{**arguments, **change})
-    assert path.read_bytes() == content
-
-
-def test_files__of_other_kinds_are_refused_and_left(tmp_path: Path) -> None:
-    broken, fisher = tmp_path / "broken", tmp_path / "fisher"
-    broken.write_bytes(b"nothing")
-    fk.EmpiricalFisher(mlp(0), TRAIN).save(fisher)
-    for path in (broken, fisher):
-        content = path.read_bytes()
-        with pytest.raises(fk.errors.FileFormatError):
-            retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path)
-        with pytest.raises(fk.errors.FileFormatError):
-            Retraining.load(path)
-        assert path.read_bytes() == content
-    with pytest.raises(fk.errors.FileFormatError, match="no such file"):
-        Retraining.load(tmp_path / "none")
-    with pytest.raises(fk.errors.InvalidArgumentError, match="does not exist"):
-        retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=tmp_path / "no" / "runs")
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -398,3 +300,25 @@ def test_retrain__runs_as_many_models_as_memory_allows(monkeypatch: pytest.Monke
     assert 1 < max(sizes) < 10
     retrain(mlp, TRAIN, QUERIES, masks, SGD, seeds=(0,))
     assert sizes[-1] == 10
+
+
+# -- models to be scored -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["convolution", "tied"])
+def test_train_models__are_those_that_retrain_measures(case: str) -> None:
+    build, inputs, y, _, loss = CASES[case]
+    train, queries = halves(inputs, y)
+    runs = retrain(build, train, queries, MASKS, SGD, seeds=(3, 1))
+    for s, mask in ((2, None), (0, MASKS[0])):  # subset 2 is everything
+        models = train_models(build, train, SGD, seeds=(3, 1), mask=mask)
+        for r, model in enumerate(models):
+            z = model(**queries[0]) if isinstance(queries[0], dict) else model(queries[0])
+            got = -loss(z["logits"] if isinstance(z, dict) else z, queries[1])
+            torch.testing.assert_close(got.detach(), runs.outputs["loss"][s, r])
+
+
+def test_train_models__refuses() -> None:
+    for options in ({"seeds": ()}, {"mask": MASKS[0, :4]}, {"mask": MASKS[0] & False}, {"likelihood": "poisson"}):
+        with pytest.raises(fk.errors.InvalidArgumentError):
+            train_models(mlp, TRAIN, SGD, **options)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from fisherkit.influence.evaluation.removal import RemovalCurve, removal_curve
 from fisherkit.influence.evaluation.retraining import retrain
 from fisherkit.influence.evaluation.runs_file import Retraining
 from fisherkit.influence.evaluation.subsets import leave_one_out_masks, random_subsets, removal_masks
+from fisherkit.influence.evaluation.trained_models import train_models
 
 __all__ = [
     "Detection",
@@ -35,4 +36,5 @@ __all__ = [
     "removal_curve",
     "removal_masks",
     "retrain",
+    "train_models",
 ]

@@ -90,9 +90,9 @@ def retrain(
     Cost: S · R trainings. Memory: that of one chunk of models.
     """
     call = "retrain"
-    data, asked = _batch(train, f"{call}, train"), _batch(queries, f"{call}, queries")
+    data, asked = batch_of(train, f"{call}, train"), batch_of(queries, f"{call}, queries")
     check_masks(masks, call, data.size)
-    _check_rest(recipe, seeds, chunk_size, memory_budget, call)
+    check_training(recipe, seeds, chunk_size, memory_budget, call)
     loss = loss_of(likelihood, call)
     measured = measurements_of(measurements, likelihood, call)
     models = StackedModels(build, seeds, call)
@@ -108,7 +108,7 @@ def retrain(
     }
     data, asked = data.to(models.device), asked.to(models.device)
     file = RunsFile(path, settings, masks, measured, (len(masks), len(seeds), asked.size), save_every, call)
-    at_once = _chunk_size(models, data, recipe, chunk_size, memory_budget, call)
+    at_once = chunk_of(models, data, recipe, chunk_size, memory_budget, call)
     orders = torch.stack([epoch_orders(seed, recipe.epochs, data.size) for seed in seeds])
     bar = tqdm(
         total=file.done.numel() * recipe.epochs, initial=int(file.done.sum()) * recipe.epochs, desc=call,
@@ -164,10 +164,14 @@ def _measure(
     return on(queries, measured), (losses * own).sum(1) / own.sum(1)
 
 
-def _chunk_size(
+def chunk_of(
     models: StackedModels, data: Batch, recipe: TrainingRecipe, asked: int | None, budget: int | None, call: str
 ) -> int:
-    """How many models to train at once."""
+    """How many models to train at once.
+
+    Raises:
+        MemoryBudgetError: not even one fits.
+    """
     width = min(data.size, max(recipe.batch_size or data.size, _EVALUATED))
     each = models.bytes_per_model(data.take(slice(0, width)), call)
     if asked is not None:
@@ -181,7 +185,12 @@ def _chunk_size(
     return min(_AT_ONCE, budget // each)
 
 
-def _batch(raw: Any, call: str) -> Batch:
+def batch_of(raw: Any, call: str) -> Batch:
+    """Inputs and targets as users pass them.
+
+    Raises:
+        DataError: no targets.
+    """
     batch = Batch.of(raw, call)
     if batch.targets is None:
         raise DataError(call=call, got="no targets", expected="a pair (inputs, targets)")
@@ -192,9 +201,15 @@ def _targets(batch: Batch) -> list[Tensor]:
     return [] if batch.targets is None else [batch.targets]
 
 
-def _check_rest(
+def check_training(
     recipe: object, seeds: Sequence[int], chunk_size: int | None, memory_budget: int | None, call: str
 ) -> None:
+    """Refuse what no training can use.
+
+    Raises:
+        InvalidTypeError: recipe is not one.
+        InvalidArgumentError: seeds that are not distinct integers, or sizes below 1.
+    """
     if not isinstance(recipe, TrainingRecipe):
         raise InvalidTypeError(call=call, got=f"a {type(recipe).__name__} as recipe", expected="a TrainingRecipe")
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)

@@ -105,6 +105,24 @@ class StackedModels:
         axes = (0, 0 if stack.frozen else None, *([None if shared else 0] * len(leaves)))
         return vmap(one, in_dims=axes)(stack.trained, stack.frozen, *leaves)
 
+    @staticmethod
+    def module(build: Build, seed: int, stack: Stack, place: int, call: str) -> nn.Module:
+        """One of the models by itself.
+
+        Args:
+            build: what built it.
+            seed: of it.
+            stack: the models.
+            place: its place among them.
+            call: for errors.
+        """
+        model = _built(build, seed, call)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in stack.trained:
+                    parameter.copy_(stack.trained[name][place])
+        return model
+
     def bytes_per_model(self, batch: Batch, call: str) -> int:
         """Memory that training one more model takes: parameters, gradients, moments, and what autograd keeps.
 
