@@ -318,6 +318,16 @@ def test_train_models__are_those_that_retrain_measures(case: str) -> None:
             torch.testing.assert_close(got.detach(), runs.outputs["loss"][s, r])
 
 
+def test_retrain__leaves_the_model_that_a_function_returns_alone() -> None:
+    model = mlp(0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = train_models(lambda seed: model, TRAIN, SGD, seeds=(0, 1))
+    retrain(lambda seed: model, TRAIN, QUERIES, MASKS, SGD, seeds=(0, 1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not torch.equal(trained[0][0].weight, model[0].weight)
+
+
 def test_train_models__refuses() -> None:
     for options in ({"seeds": ()}, {"mask": MASKS[0, :4]}, {"mask": MASKS[0] & False}, {"likelihood": "poisson"}):
         with pytest.raises(fk.errors.InvalidArgumentError):

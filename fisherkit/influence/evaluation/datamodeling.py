@@ -40,7 +40,8 @@ def linear_datamodeling_score(
         outputs: of the models trained on the subsets; an axis of seeds is averaged first.
         resamples: of the bootstrap.
         confidence: of the intervals, which are percentiles of the mean over queries: with queries drawn anew, with
-            subsets drawn anew, and with both. They do not include what other seeds would change.
+            subsets drawn anew, and with both. They do not include what other seeds would change. Subsets that are
+            drawn twice are ties, which pull a rank correlation down a little if there are few subsets.
         seed: of the resamples.
 
     Returns:

@@ -116,7 +116,7 @@ def retrain(
     )  # fmt: skip
     with file, bar:
         for subset, seed in _chunks(masks, file.done, recipe, at_once):
-            stack = train_stack(models, seed, data, masks[subset], orders[seed], recipe, loss, bar.update)
+            stack = train_stack(models, seed, data, masks[subset], orders, recipe, loss, bar.update)
             outputs, own = _measure(models, stack, data, asked, masks[subset], recipe, loss, measured)
             _check_finite({**outputs, "training loss": own}, subset, [seeds[int(i)] for i in seed], call)
             file.put(subset, seed, outputs, own)

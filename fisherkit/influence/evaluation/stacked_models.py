@@ -5,6 +5,7 @@ Owns what is stacked, what all models share, and the memory one model takes. Kno
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,7 @@ class StackedModels:
             place: its place among them.
             call: for errors.
         """
-        model = _built(build, seed, call)
+        model = copy.deepcopy(_built(build, seed, call))  # what a function returns may be the caller's own
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in stack.trained:

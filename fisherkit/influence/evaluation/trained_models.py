@@ -60,10 +60,10 @@ def train_models(
     models = StackedModels(build, seeds, call)
     data = data.to(models.device)
     at_once = chunk_of(models, data, recipe, None, memory_budget, call)
+    orders = torch.stack([epoch_orders(seed, recipe.epochs, data.size) for seed in seeds])
     found = []
     with tqdm(total=len(seeds) * recipe.epochs, desc=call, unit="epoch", disable=not progress) as bar:
         for which in torch.arange(len(seeds)).split(at_once):
-            orders = torch.stack([epoch_orders(seeds[int(i)], recipe.epochs, data.size) for i in which])
             masks = kept.cpu().expand(len(which), -1)
             stack = train_stack(models, which, data, masks, orders, recipe, loss, bar.update)
             found += [models.module(build, seeds[int(i)], stack, place, call) for place, i in enumerate(which)]

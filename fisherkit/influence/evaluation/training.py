@@ -38,7 +38,7 @@ def train_stack(
     which: Int[Tensor, " M"],
     data: Batch,
     masks: Bool[Tensor, "M N"],
-    orders: Int[Tensor, "M E N"],
+    orders: Int[Tensor, "R E N"],
     recipe: TrainingRecipe,
     loss: PerExample,
     tick: Callable[[int], object],
@@ -50,7 +50,7 @@ def train_stack(
         which: each model's place among the seeds.
         data: all training examples.
         masks: each model's subset.
-        orders: of the examples, of each model in each epoch.
+        orders: of the examples, of each seed in each epoch.
         recipe: how.
         loss: ℓ for each example.
         tick: called after every epoch with M.
@@ -67,7 +67,7 @@ def train_stack(
     weights /= weights.sum(2, keepdim=True)
     places = torch.zeros(real.shape, dtype=torch.long)
     for epoch in range(recipe.epochs):
-        order = orders[:, epoch]
+        order = orders[which, epoch]
         places[real] = order[masks.gather(1, order)]
         index = places.view(len(sizes), steps, width).to(models.device)
         for step in range(steps):
