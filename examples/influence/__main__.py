@@ -1,0 +1,5 @@
+"""``python -m examples.influence``."""
+
+from examples.influence.run import main
+
+main()
