@@ -74,6 +74,7 @@ __all__ = [
     "evaluation",
     "likelihoods",
     "load",
+    "merging",
     "optim",
     "parameters_hash",
     "testing",

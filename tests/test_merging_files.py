@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 import fisherkit as fk
+from examples.merging import out_of_core
 from fisherkit.merging import assembly, blockwise, checkpoints
 from fisherkit.operators import DiagonalOperator
 from tests.test_merging_policies import Tied
@@ -157,7 +159,7 @@ def test_merge__to_files_keeps_one_block_alive(paths, tmp_path, monkeypatch) -> 
     assert 0 < most[0] <= 5 * block  # of LAYERS blocks of two models and two Fishers
 
 
-# -- refusals and interruptions ------------------------------------------------------------------------------------------
+# -- refusals and interruptions ----------------------------------------------------------------------------------------
 
 
 def test_merge__refuses_files_that_are_missing_or_damaged(paths, tmp_path) -> None:
@@ -211,6 +213,10 @@ def test_merge__refuses_to_write_where_a_model_is(paths, tmp_path) -> None:
         merging.merge(**settings, out=tmp_path / "o", max_shard_size="5GB")
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("size", [None, 20_000])
 def test_merge__interrupted_leaves_the_old_model_or_none(paths, tmp_path, monkeypatch, size) -> None:
     out = tmp_path / "out"
@@ -233,7 +239,7 @@ def test_merge__interrupted_leaves_the_old_model_or_none(paths, tmp_path, monkey
     interrupted(4)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     with monkeypatch.context() as patch:  # between the shards and the index
-        patch.setattr("fisherkit.merging.writing.replace_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("fisherkit.merging.writing.replace_text", interrupt)
         if size is not None:
             with pytest.raises(KeyboardInterrupt):
                 merging.merge(paths[:2], paths[2:], out=out, max_shard_size=size, overwrite=True)
@@ -257,3 +263,15 @@ def test_merge__of_a_module_and_its_file_verifies_what_it_can(tmp_path) -> None:
     model = nn.Linear(3, 2)
     model.load_state_dict(result)
     assert torch.isfinite(model(data[0])).all()
+
+
+@pytest.mark.skipif(not out_of_core.STATUS.exists(), reason="measured by /proc")
+def test_out_of_core__measures_every_way(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(out_of_core, "SIDE", 32)
+    for seed, name in enumerate("ab"):
+        out_of_core.write_model(tmp_path / name, 20_000, seed)
+    for way in out_of_core.WAYS:
+        out_of_core.child(tmp_path, way)
+        found = json.loads(capsys.readouterr().out)
+        assert found.keys() == {"anonymous", "resident", "seconds"}
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)

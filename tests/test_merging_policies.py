@@ -35,7 +35,7 @@ def merge(a: State, b: State, *names: str, **settings: Any) -> Any:
     return merging.merge([a, b], fishers, **settings)
 
 
-# -- parameters without Fisher -----------------------------------------------------------------------------------------
+# -- parameters without Fisher ---------------------------------------------------------------------------------------
 
 
 def test_merge__refuses_uncovered_parameters_with_list_and_flag() -> None:
@@ -85,7 +85,7 @@ def test_merge__refuses_a_block_that_not_all_fishers_have_whole() -> None:
         merging.merge([a, b], [whole, fisher(b, "w")], uncovered="average")
 
 
-# -- buffers -----------------------------------------------------------------------------------------------------------
+# -- buffers ---------------------------------------------------------------------------------------------------------
 
 
 def normed(seed: int) -> nn.Module:
@@ -126,7 +126,7 @@ def test_merge__integer_entries_pass_when_equal() -> None:
         merge(state(0, ids=ids), state(1, ids=ids + 1))
 
 
-# -- heads that differ ---------------------------------------------------------------------------------------------------
+# -- heads that differ -------------------------------------------------------------------------------------------------
 
 
 def test_merge__heads_that_differ_are_refused_skipped_or_taken_from_the_first() -> None:
@@ -160,7 +160,7 @@ def test_merge__a_fisher_may_cover_the_head_that_is_skipped() -> None:
     assert set(without) == set(skipped) == {"w", "b"}
 
 
-# -- tied weights ------------------------------------------------------------------------------------------------------
+# -- tied weights ----------------------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -198,7 +198,7 @@ def test_merge__a_tied_pair_that_is_skipped_is_skipped_whole() -> None:
     assert first["head"] is first["embed"]
 
 
-# -- dtypes, hashes, weights ---------------------------------------------------------------------------------------------
+# -- dtypes, hashes, weights -------------------------------------------------------------------------------------------
 
 
 def test_merge__of_half_precision_models_computes_in_float64_and_rounds_once() -> None:
@@ -243,7 +243,7 @@ def test_merge__weights_by_examples_are_read_from_the_fishers() -> None:
         merging.merge([a, b], fishers, "examples", normalize=None)
 
 
-# -- arguments ---------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------------------------
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weights": [1.0]}, fk.InvalidArgumentError, "1 weights"),

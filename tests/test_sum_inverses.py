@@ -117,3 +117,11 @@ def test_solve__of_sums_with_zero_terms_and_with_blocks(damping) -> None:
     expected = torch.linalg.solve(matrix + damping * torch.eye(len(matrix), dtype=F64), w)
     oc.assert_close(solution, expected, F64, 1e3)
     assert info.converged
+
+
+def test_convert__refuses_rows_that_lie_nowhere() -> None:
+    torch.manual_seed(0)
+    model, data = torch.nn.Linear(3, 2), (torch.randn(8, 3), torch.randint(2, (8,)))
+    fisher = fk.EmpiricalFisher(model, data, structure="full", memory_budget=1)
+    with pytest.raises(fk.NoClosedFormError, match=r"LowRankOperator in torch.float64.*streamed"):
+        convert(fisher, F64, CPU)

@@ -1,12 +1,12 @@
 """How much memory a merge of files takes, while the models grow.
 
-    python examples/merging/out_of_core.py folder/               # models of 0.25, 0.5 and 1 GB: 2 GB of models, 2 GB of Fishers
+    python examples/merging/out_of_core.py folder/    # models of 0.25, 0.5 and 1 GB; 4 GB of files
     python examples/merging/out_of_core.py folder/ --gigabytes 0.1
 
-Writes two synthetic float32 models in shards and their diagonal Fishers into the folder, merges them into files, each way
-in a process of its own, and deletes everything again. Prints what the process had at most above what it had before the
-merge: anonymous memory (tensors; ``RssAnon``), sampled every 5 ms, and resident memory with the pages of mapped files that
-the system keeps while nobody needs them (``VmHWM``). Linux only.
+Writes two synthetic float32 models in shards and their diagonal Fishers into the folder, merges them into files, each
+way in a process of its own, and deletes everything again. Prints what the process had at most above what it had before
+the merge: anonymous memory (tensors; ``RssAnon``), sampled every 5 ms, and resident memory with the pages of mapped
+files that the system keeps while nobody needs them (``VmHWM``). Linux only.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def main() -> None:
     if arguments.child:
         child(arguments.folder, arguments.child)
         return
-    print(f"two models and two diagonal Fishers, one block is {4 * SIDE * SIDE / 1e6:.1f} MB, shards of {SHARD / 1e6:.0f} MB\n")
+    block, shard = 4 * SIDE * SIDE / 1e6, SHARD / 1e6
+    print(f"two models and two diagonal Fishers, one block is {block:.1f} MB, shards of {shard:.0f} MB\n")
     print("| a model | all files | way | anonymous memory | resident, with mapped pages | seconds |")
     print("|---|---|---|---|---|---|")
     for share in (0.25, 0.5, 1.0):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def check_weights(weights: Sequence[float] | Tensor | str, count: int, call: str
     """
     if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)):
         raise InvalidTypeError(call=call, got=f"weights={weights!r}", expected="one number for each model, or None")
-    values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    values: list[Any] = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     if any(isinstance(w, bool) or not isinstance(w, (int, float)) for w in values):
         raise InvalidTypeError(call=call, got=f"weights={values!r}", expected="numbers")
     if len(values) != count:

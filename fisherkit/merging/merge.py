@@ -164,7 +164,7 @@ def resolve_weights(
     if weights is None:
         return (1 / len(sources),) * len(sources)
     if weights != "examples":
-        return check_weights(weights, len(sources), call)  # type: ignore[arg-type]
+        return check_weights(weights, len(sources), call)
     counts = [source.metadata.get("examples") for source in sources]
     if None in counts:
         raise InvalidArgumentError(

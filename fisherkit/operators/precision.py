@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
+from fisherkit.errors import NoClosedFormError
 from fisherkit.operators.algebra import SumOperator
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator
@@ -63,7 +64,11 @@ def _convert(operator: FisherOperator, dtype: torch.dtype, device: torch.device)
             activation_spectrum=lambda: (on_inputs[0].to(device), on_inputs[1].to(device)),
             gradient_spectrum=lambda: (on_outputs[0].to(device), on_outputs[1].to(device)),
         )  # fmt: skip
-    return restore(operator.space, _state_in(operator._state(), dtype, device))
+    try:
+        state = operator._state()
+    except NoClosedFormError as error:
+        raise error.at(f"{operator._name} in {dtype}") from error
+    return restore(operator.space, _state_in(state, dtype, device))
 
 
 def _state_in(state: io.State, dtype: torch.dtype, device: torch.device) -> io.State:
