@@ -14,6 +14,12 @@ NAMES = {
     "ef": "EF", "ief": "iEF", "truncated:1": "truncated, rank 1", "truncated:2": "truncated, rank 2", "sf": "SF",
     "exact": "exact", "jtj": "JᵀJ",
 }  # fmt: skip
+SAME = Setting("block", REGMEAN, DAMPING)
+"""RegMean with the default's normalisation and damping."""
+
+PROPOSED = "ief"
+"""The kind whose default is held against RegMean."""
+
 Suites = Mapping[str, Mapping[str, Any]]
 
 
@@ -28,7 +34,7 @@ def report(summaries: Suites, pictures: str) -> str:
     parts += [
         f"![held-out accuracy over ρ]({pictures}/merging-ratio.png)",
         f"![held-out accuracy over damping]({pictures}/merging-damping.png)",
-        _plain(summaries), _choices(summaries), _normalizations(summaries), _residuals(summaries),
+        _plain(summaries), _choices(summaries), _grid(summaries), _normalizations(summaries), _residuals(summaries),
     ]  # fmt: skip
     return "\n\n".join(filter(None, parts))
 
@@ -56,7 +62,7 @@ def _rows(summaries: Suites) -> list[tuple[str, str, str]]:
         ("task arithmetic, scale 0.3", "task arithmetic", "0.3"),
         ("RegMean, as its paper has it (off the diagonal × 0.9)", "regmean", "0.9"),
         ("RegMean, not shrunk", "regmean", "1"),
-        ("RegMean, blocks normalised, the same λ", "regmean, damped", Setting("block", REGMEAN, DAMPING).key),
+        ("RegMean, blocks normalised, the same λ", "regmean, damped", SAME.key),
     ]
     found = {family for s in summaries.values() for family in s["families"]}
     for structure in ("kfac", "full", "diagonal"):
@@ -99,15 +105,21 @@ def claims(summaries: Suites) -> str:
         kfac = {kind: found[f"kfac/{kind}"] for kind in KINDS if f"kfac/{kind}" in found}
         regmean = fmean(found["regmean"].test("0.9"))
         least = min(kfac, key=lambda kind: fmean(kfac[kind].test(DEFAULT.key)))
-        value = fmean(kfac[least].test(DEFAULT.key))
+        value, usual = (
+            fmean(kfac[kind].test(DEFAULT.key)) for kind in (least, PROPOSED if PROPOSED in kfac else least)
+        )
         rows.append((
-            "the default with any kind is at or above RegMean (0.9)", name,
-            f"least {value:.1f} ({NAMES[least]}), RegMean {regmean:.1f}", _verdict(value >= regmean),
+            f"the default with {NAMES[PROPOSED]} is at or above RegMean (0.9)", name,
+            f"{usual:.1f}, RegMean {regmean:.1f}", _verdict(usual >= regmean),
         ))  # fmt: skip
         any_regmean = max(fmean(f.test(f.best())) for key, f in found.items() if key.startswith("regmean"))
         rows.append((
-            "… and at or above RegMean at its best setting on the test data", name,
-            f"least {value:.1f}, best RegMean {any_regmean:.1f}", _verdict(value >= any_regmean),
+            "… and at or above RegMean at the best of all its settings on the test data", name,
+            f"{usual:.1f}, best RegMean {any_regmean:.1f}", _verdict(usual >= any_regmean),
+        ))  # fmt: skip
+        rows.append((
+            "the default with any kind is at or above RegMean (0.9)", name,
+            f"least {value:.1f} ({NAMES[least]}), RegMean {regmean:.1f}", _verdict(value >= regmean),
         ))  # fmt: skip
         plain = {kind: fmean(f.test(f.best(among=_is_plain))) for kind, f in kfac.items()}
         top = max(plain, key=plain.__getitem__)
@@ -139,17 +151,17 @@ def _is_plain(setting: str) -> bool:
 # -- more tables -------------------------------------------------------------------------------------------------------
 
 
-def _by_kind(summaries: Suites, text: str, cell: Any) -> str:
-    """A row for each structure and kind."""
+def _by_kind(summaries: Suites, text: str, cell: Any, before: Sequence[Sequence[str]] = ()) -> str:
+    """A row for each structure and kind, and others before them."""
     tables = {name: families(s) for name, s in summaries.items()}
     keys = [f"{structure}/{kind}" for structure in STRUCTURES for kind in KINDS]
     rows = [
-        (
-            _label(key),
-            *(cell(found.get(key)) for found in tables.values()),
-        )
-        for key in keys
-        if any(key in found for found in tables.values())
+        *before,
+        *(
+            (_label(key), *(cell(found.get(key)) for found in tables.values()))
+            for key in keys
+            if any(key in found for found in tables.values())
+        ),
     ]
     return f"{text}\n\n{markdown(('', *summaries), rows)}"
 
@@ -168,18 +180,46 @@ def _plain(summaries: Suites) -> str:
 
 
 def _choices(summaries: Suites) -> str:
-    def cell(family: Family | None) -> str:
+    """What choosing by training accuracy gives, and what is the best there is."""
+
+    def cell(family: Family | None, default: str = DEFAULT.key) -> str:
         if family is None:
             return "–"
         best = family.best()
-        numbers = (family.test(DEFAULT.key), family.chosen(), family.test(best))
+        numbers = (family.test(default), family.chosen(), family.test(best))
         return f"{' / '.join(f'{fmean(one):.1f}' for one in numbers)} ({best})"
 
     text = (
-        "The default / the setting of best training accuracy, chosen for each seed / the setting that is best on the "
-        "test data (normalisation/ρ/λ):"
+        "One setting for everything / the setting of best accuracy on the tasks' training examples, chosen for each "
+        "seed / the setting that is best on the test data (normalisation/ρ/λ, or the share kept off the diagonal):"
     )
-    return _by_kind(summaries, text, cell)
+    tables = [families(s) for s in summaries.values()]
+    rows = [
+        ("RegMean", *(cell(found["regmean"], "0.9") for found in tables)),
+        ("RegMean, blocks normalised", *(cell(found["regmean, damped"], SAME.key) for found in tables)),
+    ]
+    return _by_kind(summaries, text, cell, rows)
+
+
+def _grid(summaries: Suites) -> str:
+    """Mean over suites of training and of held-out accuracy, over ρ and λ: how they agree."""
+    tables = [families(s) for s in summaries.values()]
+    settings = sorted({s for s in GRID if s.normalize == "block" and s.ratio > 0}, key=lambda s: (s.ratio, s.damping))
+    rows = []
+    for kind in KINDS:
+        found = [own[f"kfac/{kind}"] for own in tables if f"kfac/{kind}" in own]
+        if found:
+            pairs = [
+                [fmean(fmean(own.settings[s.key][m]) for own in found) for m in ("train", "test")] for s in settings
+            ]
+            rows.append((NAMES[kind], *(f"{train:.1f} / {test:.1f}" for train, test in pairs)))
+    text = "kfac, blocks normalised: training / held-out accuracy, mean over suites, at ρ, λ ="
+    return f"{text}\n\n{markdown(('', *(f'{s.ratio:g}, {s.damping:g}' for s in settings)), rows)}"
+
+
+def _pair(cells: Sequence[Mapping[str, list[float]]]) -> str:
+    train, test = (fmean(fmean(cell[measure]) for cell in cells) for measure in ("train", "test"))
+    return f"{train:.1f} / {test:.1f}"
 
 
 def _normalizations(summaries: Suites) -> str:
