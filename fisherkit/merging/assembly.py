@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def check_weights(weights: Sequence[float] | Tensor | str, count: int, call: str
     """
     if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)):
         raise InvalidTypeError(call=call, got=f"weights={weights!r}", expected="one number for each model, or None")
-    values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    values: list[Any] = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     if any(isinstance(w, bool) or not isinstance(w, (int, float)) for w in values):
         raise InvalidTypeError(call=call, got=f"weights={values!r}", expected="numbers")
     if len(values) != count:
@@ -84,8 +85,8 @@ def weighted_average(models: Sequence[Checkpoint], weights: Sequence[float], nam
     first = read_double(models[0], name)
     total, mean = sum(weights), torch.zeros_like(first)
     for model, weight in zip(models[1:], weights[1:], strict=True):
-        mean += weight / total * (read_double(model, name, first.device) - first)
-    return first + mean
+        mean.add_(read_double(model, name, first.device) - first, alpha=weight / total)
+    return mean.add_(first)
 
 
 def read_double(model: Checkpoint, name: str, device: torch.device | None = None) -> Tensor:
@@ -141,7 +142,7 @@ def assemble(
             sink = stack.enter_context(written(out, forms, ties, size, overwrite=overwrite, call=call))
         for name, tensor in _all(plan, merged, models, weights, center):
             entry = plan[name]
-            device = models[0].read(name).device if name in models[0].shapes else tensor.device
+            device = models[0].device(name) if name in models[0].shapes else tensor.device
             sink.put(name, tensor.reshape(entry.shape).to(device, entry.dtype))
         for name, owner in ties.items():
             sink.tie(name, owner)

@@ -6,6 +6,7 @@ where models agree. Owns the loop: of every model and every Fisher one block is 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class BlockwiseMerge:
 
     def _solve(self, names: Names) -> Iterator[tuple[str, Tensor]]:
         factors = self.scales.factors[names]
-        device = self.device or self.sources[0].read(names).device
+        device = self.device or self.sources[0].device
         center = torch.cat([self._center(name, device).reshape(-1) for name in names])
         try:
             delta, found = self.solver.solve(self._terms(names, center, device), self.scales.damping)
@@ -81,9 +82,9 @@ class BlockwiseMerge:
             names, len(center), found.method, found.steps, float(found.residual.max()), found.converged, factors
         )
         self.infos.append(info)
-        merged, start = center + delta, 0
+        merged, start = delta.add_(center), 0
         for name in names:
-            size = self.models[0].read(name).numel()
+            size = math.prod(self.models[0].shapes[name])
             yield name, merged[start : start + size]
             start += size
 
@@ -94,9 +95,9 @@ class BlockwiseMerge:
         for model, source, factor in zip(self.models, self.sources, self.scales.factors[names], strict=True):
             if factor == 0:
                 continue
-            operator = self.transform(convert(source.read(names), torch.float64, device))
             theta = torch.cat([read_double(model, name, device).reshape(-1) for name in names])
-            yield factor * operator, theta - center
+            yield factor * self.transform(convert(source.read(names), torch.float64, device)), theta.sub_(center)
+            del theta  # before the next is made
 
     def _center(self, name: str, device: torch.device) -> Tensor:
         if self.center is not None:

@@ -73,6 +73,10 @@ class Checkpoint(ABC):
             )
         return self._read(name)
 
+    def device(self, name: str) -> torch.device:
+        """Where a tensor is once read."""
+        return torch.device("cpu")
+
     @abstractmethod
     def _read(self, name: str) -> Tensor: ...
 
@@ -113,6 +117,10 @@ class MemoryCheckpoint(Checkpoint):
             _by_name(self._tensors) if buffers is None else buffers,
             aliases,
         )
+
+    def device(self, name: str) -> torch.device:
+        """Where the tensor is."""
+        return self._tensors[name].device
 
     def _read(self, name: str) -> Tensor:
         return self._tensors[name]

@@ -48,8 +48,8 @@ def merge(
     mismatched: str = "refuse",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    tolerance: float = 1e-8,
-    max_steps: int | None = None,
+    tolerance: float = 1e-12,
+    max_steps: int = 2000,
     out: str | Path | None = None,
     max_shard_size: int | None = None,
     overwrite: bool = False,
@@ -84,8 +84,10 @@ def merge(
         mismatched: what becomes of names that a model lacks or has in another shape: "refuse", "skip" or "first".
         dtype: of the result's floating-point tensors; None for the models', which must agree.
         device: where blocks are solved; None for where the first Fisher's lie.
-        tolerance: largest relative residual of a block that counts as converged.
-        max_steps: of conjugate gradients in each block; None for 1,000.
+        tolerance: largest relative residual of a block that counts as converged. Far above the default, directions
+            whose curvature is near λ are not solved for: at relative damping 1e-8 a residual of 1e-8 may leave them
+            wrong altogether.
+        max_steps: of conjugate gradients in each block.
         out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
         max_shard_size: bytes of tensors in one file; with more there is an index. None for a single file.
         overwrite: replace a model that is there.
@@ -162,7 +164,7 @@ def resolve_weights(
     if weights is None:
         return (1 / len(sources),) * len(sources)
     if weights != "examples":
-        return check_weights(weights, len(sources), call)  # type: ignore[arg-type]
+        return check_weights(weights, len(sources), call)
     counts = [source.metadata.get("examples") for source in sources]
     if None in counts:
         raise InvalidArgumentError(

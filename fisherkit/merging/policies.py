@@ -6,7 +6,7 @@ Owns the plan and the refusals, each with its list and the flag that allows it. 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -133,7 +133,8 @@ class _Planner:
             else:
                 kept = self.policies.mismatched == "first" and name in self.models[0].shapes
                 plan[name] = Entry(*self._form(name), action="first" if kept else "skipped")
-        return plan
+        lost = [name for name, owner in tied.items() if plan[owner].action == "skipped"]
+        return {**plan, **{name: replace(plan[name], action="skipped", owner="") for name in lost}}
 
     def _owner(self, name: str) -> str | None:
         """The name whose tensor this one shares in every model that has both; None if it stands for itself."""

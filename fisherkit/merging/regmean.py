@@ -43,8 +43,8 @@ def regmean(
     mismatched: str = "refuse",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    tolerance: float = 1e-8,
-    max_steps: int | None = None,
+    tolerance: float = 1e-12,
+    max_steps: int = 2000,
     out: str | Path | None = None,
     max_shard_size: int | None = None,
     overwrite: bool = False,
@@ -60,7 +60,7 @@ def regmean(
         models: as in `merge`.
         fishers: of the structure "kfac", whatever the kind: their activation factors are the A_t.
         weights: as in `merge`.
-        shrink: α of A_t ← α A_t + (1 − α) diag(A_t); 1 for none, the paper's choices are 0.9 and 0.1.
+        shrink: α of A_t ← α A_t + (1 − α) diag(A_t); 1 for none, 0.9 the paper's usual choice.
         damping: as in `merge`; towards the average. By default so little that it only decides what no input reaches.
         buffers: as in `merge`, and so are all others.
         integers: as there.
@@ -130,7 +130,7 @@ class ActivationSource(FisherSource):
         blocks = tuple(names for names in source.blocks if isinstance(source.read(names), KroneckerOperator))
         names = tuple(name for block in blocks for name in block)
         space = source.space.restrict(names) if names else ParameterSpace((), ())
-        super().__init__(space, source.metadata, blocks)
+        super().__init__(space, source.metadata, blocks, source.device)
 
     def read(self, names: Names) -> FisherOperator:
         """I ⊗ A over one layer."""

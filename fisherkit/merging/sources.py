@@ -35,10 +35,13 @@ class FisherSource(ABC):
         space: all its parameters.
         metadata: what was recorded when it was built.
         blocks: names of each of the finest independent blocks.
+        device: where they are once read.
     """
 
-    def __init__(self, space: ParameterSpace, metadata: dict[str, str], blocks: tuple[Names, ...]) -> None:
-        self.space, self.metadata, self.blocks = space, metadata, blocks
+    def __init__(
+        self, space: ParameterSpace, metadata: dict[str, str], blocks: tuple[Names, ...], device: torch.device
+    ) -> None:
+        self.space, self.metadata, self.blocks, self.device = space, metadata, blocks, device
 
     @abstractmethod
     def read(self, names: Names) -> FisherOperator:
@@ -51,7 +54,8 @@ class MemorySource(FisherSource):
     def __init__(self, operator: FisherOperator) -> None:
         parts = split(operator)
         self._parts = {part.space.names[0]: part for part in parts}
-        super().__init__(operator.space, dict(operator.metadata), tuple(part.space.names for part in parts))
+        blocks = tuple(part.space.names for part in parts)
+        super().__init__(operator.space, dict(operator.metadata), blocks, operator.device)
 
     def read(self, names: Names) -> FisherOperator:
         """The operator over some whole blocks."""
@@ -63,7 +67,7 @@ class FileSource(FisherSource):
 
     def __init__(self, path: Path) -> None:
         self._file = open_file(path)
-        super().__init__(self._file.space, dict(self._file.metadata), self._file.blocks)
+        super().__init__(self._file.space, dict(self._file.metadata), self._file.blocks, self._file.device)
 
     def read(self, names: Names) -> FisherOperator:
         """The operator over some whole blocks."""

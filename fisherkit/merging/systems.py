@@ -27,6 +27,7 @@ from fisherkit.operators.algebra import add
 from fisherkit.solvers import SolveInfo, relative_residual
 
 REFINEMENTS = 5
+CHUNK = 1 << 20
 
 METHODS = ("auto", "direct", "cg")
 
@@ -42,12 +43,12 @@ class Solver:
     Args:
         method: one of `METHODS`.
         tolerance: largest accepted relative residual.
-        max_steps: of conjugate gradients in each block; None for 1,000.
+        max_steps: of conjugate gradients in each block.
     """
 
     method: str
     tolerance: float
-    max_steps: int | None
+    max_steps: int
 
     def check(self, call: str) -> None:
         """Raise for settings that cannot be used.
@@ -59,10 +60,8 @@ class Solver:
             raise InvalidArgumentError(call=call, got=f"method={self.method!r}", expected=f"one of {list(METHODS)}")
         if not 0 < self.tolerance < 1:
             raise InvalidArgumentError(call=call, got=f"tolerance={self.tolerance}", expected="0 < tolerance < 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InvalidArgumentError(
-                call=call, got=f"max_steps={self.max_steps}", expected="an integer >= 1, or None"
-            )
+        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
+            raise InvalidArgumentError(call=call, got=f"max_steps={self.max_steps!r}", expected="an integer, 1 or more")
 
     def solve(
         self, terms: Iterable[tuple[FisherOperator, Float[Tensor, "d"]]], damping: float
@@ -81,7 +80,9 @@ class Solver:
         rhs: Tensor | None = None
         for operator, difference in terms:
             product = operator.matvec(difference)
-            total, rhs = (operator, product) if total is None or rhs is None else (add(total, operator), rhs + product)
+            total = operator if total is None else add(total, operator)
+            rhs = product if rhs is None else rhs.add_(product)
+            del operator, difference, product
         if total is None or rhs is None:
             raise InvalidArgumentError(call="merge", got="no Fisher with a weight", expected="at least one")
         if not bool(rhs.any()):
@@ -127,11 +128,17 @@ class Solver:
     def _diagonal(
         self, total: DiagonalOperator, rhs: Float[Tensor, "d"], damping: float
     ) -> tuple[Float[Tensor, "d"], SolveInfo]:
-        shifted = total.diagonal() + damping
-        # Where no Fisher says anything and nothing is damped, the limit of small damping stays at the center.
-        solution = torch.where(shifted > 0, rhs / torch.where(shifted > 0, shifted, 1), 0)
-        columns, right = solution.unsqueeze(1), rhs.unsqueeze(1)
-        residual = relative_residual(total.matvec, columns, right, damping=damping)
+        shifted, solution = total.diagonal().add_(damping), torch.empty_like(rhs)
+        left, whole = rhs.new_zeros(1), rhs.new_zeros(1)
+        # A part at a time: a block may be an embedding of a billion entries, and each step makes a temporary.
+        for start in range(0, len(rhs), CHUNK):
+            part = slice(start, start + CHUNK)
+            scale, right = shifted[part], rhs[part]
+            # Where no Fisher says anything and nothing is damped, the limit of small damping stays at the center.
+            solution[part] = torch.where(scale > 0, right / torch.where(scale > 0, scale, 1), 0)
+            left += (scale * solution[part] - right).square().sum()
+            whole += right.square().sum()
+        residual = (left / whole).sqrt()
         return solution, SolveInfo("closed_form", 0, residual, bool((residual <= self.tolerance).all()), damping)
 
 

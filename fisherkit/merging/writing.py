@@ -102,15 +102,21 @@ def written(
 
     Raises:
         InvalidArgumentError: there is something already, or no folder to write into.
-        InvalidTypeError: a size that is no integer.
+        InvalidTypeError: a size that is no integer, or a dtype that safetensors does not have.
     """
     single, index = targets(out)
     _check(out, single, index, max_shard_size, overwrite, call)
-    single.parent.mkdir(exist_ok=True)
+    if odd := [name for name, (_, dtype) in forms.items() if dtype not in _NAMES]:
+        raise InvalidTypeError(
+            call=call, got=f"{odd[0]!r} of {forms[odd[0]][1]}", expected=f"one of {[str(d) for d in _NAMES]} in files"
+        )
     shards = _shards(forms, max_shard_size)
-    finals = [single] if len(shards) == 1 else _free_names(single, len(shards))
     header = {"format": "pt", **ties}
     with ExitStack() as stack:
+        if not single.parent.exists():
+            single.parent.mkdir()
+            stack.callback(_remove_if_empty, single.parent)
+        finals = [single] if len(shards) == 1 else _free_names(single, len(shards))
         parts = [stack.enter_context(part_of(final)) for final in finals]
         places: dict[str, tuple[IO[bytes], int]] = {}
         files: list[IO[bytes]] = []
@@ -123,17 +129,40 @@ def written(
             os.fsync(file.fileno())
             file.close()
         old = _old_files(single, index)
+        if len(shards) == 1:
+            os.replace(parts[0], single)
+        else:
+            weight_map = {name: final.name for final, names in zip(finals, shards, strict=True) for name in names}
+            total = sum(_nbytes(form) for form in forms.values())
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            _publish(parts, finals, index, text)
+        # Now the new model is complete; what it replaces goes last.
+        _delete([path for path in old if path not in (*finals, *([index] if len(shards) > 1 else []))])
+
+
+def _publish(parts: list[Path], finals: list[Path], index: Path, text: str) -> None:
+    """Shards under names that nothing points to, then the index; if that fails, nothing of them stays."""
+    done = False
+    try:
         for part, final in zip(parts, finals, strict=True):
             os.replace(part, final)
-        if len(shards) > 1:
-            total = sum(_nbytes(form) for form in forms.values())
-            weight_map = {name: final.name for final, names in zip(finals, shards, strict=True) for name in names}
-            replace_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-            finals = [*finals, index]
-        for path in old:
-            if path not in finals:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        replace_text(index, text)
+        done = True
+    finally:
+        # An interruption may come right after the index was put in place: then it is the model.
+        if not done and not (index.is_file() and index.read_text("utf-8") == text):
+            _delete(finals)
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def targets(out: Path) -> tuple[Path, Path]:

@@ -1,9 +1,9 @@
 """A layer's Fisher matrix averaged over its outputs, and mixtures with that average.
 
 A layer's block has an entry for each pair of (output, input) pairs. Its average over outputs is I ⊗ M with
-M = (1/O) Σ_o F[(o, ·), (o, ·)], the partial trace divided by O. It knows which inputs matter and no longer which
-outputs do: for G ⊗ A it is tr(G)/O · I ⊗ A, the metric of RegMean (Jin et al., arXiv 2212.09849) up to a scale. Owns this
-average for each structure; it has the trace of the original.
+M = (1/O) Σ_o F[(o, ·), (o, ·)], the partial trace divided by O. It knows which inputs matter and not which
+outputs do: for G ⊗ A it is tr(G)/O · I ⊗ A, the metric of RegMean (Jin et al., arXiv 2212.09849) up to a scale. Owns
+this average for each structure; it has the trace of the original.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An approximate inverse of a sum for conjugate gradients: of the part of it that can be inverted block by block.
 
-Owns which terms count as that part; `kronecker_sum` owns the inverse of a layer's Kronecker products. What is solved for
-is never approximated.
+Owns which terms count as that part; `kronecker_sum` owns the inverse of a layer's Kronecker products. What is solved
+for is never approximated.
 """
 
 from __future__ import annotations
