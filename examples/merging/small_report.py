@@ -109,15 +109,16 @@ def _claims(found: Mapping[str, Family]) -> list[tuple[str, str, str]]:
     default = {kind: fmean(family.test(DEFAULT.key)) for kind, family in kfac.items()}
     plain = {kind: fmean(family.test(family.best(among=_is_plain))) for kind, family in kfac.items()}
     diagonal = [fmean(f.test(f.best())) for key, f in found.items() if key.startswith("diagonal/")]
-    regmean = fmean(found["regmean"].test("0.9"))
-    best = max(fmean(f.test(f.best())) for key, f in found.items() if key.startswith("regmean"))
+    published = found["regmean"].test("0.9")
+    regmean = fmean(published)
+    best = max((f.test(f.best()) for key, f in found.items() if key.startswith("regmean")), key=fmean)
     least, top = min(default, key=default.__getitem__), max(plain, key=plain.__getitem__)
-    usual = default.get(PROPOSED, default[least])
+    usual = kfac.get(PROPOSED, kfac[least]).test(DEFAULT.key)
     rows = [
-        (f"the default with {NAMES[PROPOSED]} is at or above RegMean (0.9)", f"{usual:.1f}, RegMean {regmean:.1f}",
-         usual >= regmean),
-        ("… and at or above RegMean at the best of all its settings on the test data",
-         f"{usual:.1f}, best RegMean {best:.1f}", usual >= best),
+        (f"the default with {NAMES[PROPOSED]} is at or above RegMean (0.9)", _against(usual, published),
+         fmean(usual) >= regmean),
+        ("… and at or above RegMean at the best of all its settings on the test data", _against(usual, best),
+         fmean(usual) >= fmean(best)),
         ("the default with any kind is at or above RegMean (0.9)",
          f"least {default[least]:.1f} ({NAMES[least]}), RegMean {regmean:.1f}", default[least] >= regmean),
         ("plain kfac is below RegMean (0.9) at any damping",
@@ -126,6 +127,16 @@ def _claims(found: Mapping[str, Family]) -> list[tuple[str, str, str]]:
          f"{min(diagonal):.1f}–{max(diagonal):.1f}, RegMean {regmean:.1f}", max(diagonal) < regmean),
     ]  # fmt: skip
     return [(claim, measured, "held" if held else "**failed**") for claim, measured, held in rows]
+
+
+def _against(ours: list[float], theirs: list[float]) -> str:
+    """Two means, and the difference of each seed's two numbers."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    won = sum(difference >= 0 for difference in differences)
+    return (
+        f"{fmean(ours):.1f} against {fmean(theirs):.1f}: {fmean(differences):+.1f} ± {Spread.of(differences).std:.1f} by "
+        f"seed, {won} of {len(ours)} seeds"
+    )
 
 
 def _place(rows: Sequence[Sequence[str]], claim: str) -> int:
