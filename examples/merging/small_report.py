@@ -133,10 +133,8 @@ def _against(ours: list[float], theirs: list[float]) -> str:
     """Two means, and the difference of each seed's two numbers."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     won = sum(difference >= 0 for difference in differences)
-    return (
-        f"{fmean(ours):.1f} against {fmean(theirs):.1f}: {fmean(differences):+.1f} ± {Spread.of(differences).std:.1f} by "
-        f"seed, {won} of {len(ours)} seeds"
-    )
+    spread = f"{fmean(differences):+.1f} ± {Spread.of(differences).std:.1f}"
+    return f"{fmean(ours):.1f} against {fmean(theirs):.1f}: {spread} by seed, {won} of {len(ours)} seeds"
 
 
 def _place(rows: Sequence[Sequence[str]], claim: str) -> int:
