@@ -20,7 +20,9 @@ from fisherkit.randomness import untouched_rng
 Change = Callable[[Tensor, torch.Generator], Tensor]
 """Inputs ``[B, I]`` to inputs of a domain."""
 
-SUBSETS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
+SUBSETS: Mapping[str, tuple[tuple[int, ...], ...]] = {
+    "classes": ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9)), "halves": ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9)),
+}  # fmt: skip
 """Classes of each task of a suite of class subsets."""
 
 START = 400
@@ -181,7 +183,7 @@ DATA: Mapping[str, tuple[str, Callable[[int], tuple[Split, Split]]]] = {
 }
 """Title, and the examples to learn from and to test for a seed."""
 
-SUITES = tuple(f"{data}-{kind}" for data in DATA for kind in ("domains", "classes"))
+SUITES = tuple(f"{data}-{kind}" for kind in ("domains", "classes", "halves") for data in DATA)
 """Names of all suites."""
 
 
@@ -204,6 +206,6 @@ def suite(name: str, seed: int) -> Suite:
         ]
         text = "domains " + ", ".join(DOMAINS[data])
     else:
-        found = [Task("+".join(map(str, c)), train.of_classes(c), test.of_classes(c)) for c in SUBSETS]
+        found = [Task("+".join(map(str, c)), train.of_classes(c), test.of_classes(c)) for c in SUBSETS[kind]]
         text = "classes " + ", ".join(task.name for task in found)
     return Suite(name, f"{title}, {text}", start, tuple(found))
