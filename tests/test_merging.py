@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests import merging_cases as mc
 from tests import operator_cases as oc
 from tests.merging_cases import F64
 
-merge = fk.merging.merge
+merge = functools.partial(fk.merging.merge, normalize="trace", output_damping=0.0)
 STRUCTURES = [pytest.param(make, id=name) for name, make in mc.STRUCTURES.items()]
 
 
@@ -273,3 +274,37 @@ def test_merge__changes_neither_models_nor_fishers_nor_random_numbers() -> None:
     assert all(torch.equal(m.state_dict()[n], t) for m, old in zip(models, before, strict=True) for n, t in old.items())
     assert all(torch.equal(f.to_dense(), d) for f, d in zip(fishers, dense, strict=True))
     assert all(m.training and not m._forward_hooks for m in models)
+
+
+def test_merge__defaults_are_those_of_the_documentation() -> None:
+    pairs = mc.STRUCTURES["kronecker"]()
+    models = mc.states(pairs[0][0].space, len(pairs))
+    result = fk.merging.merge(models, mc.operators(pairs))
+    settings = {"normalize": "block", "output_damping": 3.0, "damping": fk.RelativeDamping(0.03)}
+    expected = fk.merging.merge(models, mc.operators(pairs), [1 / 2, 1 / 2], center="average", **settings)
+    assert all(torch.equal(result[name], expected[name]) for name in result)
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "kfac", "ekfac"])
+def test_merge__of_linear_regressions_is_the_joint_one_at_any_output_damping(structure: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        (torch.randn(n, 4, generator=generator).double(), torch.randn(n, 2, generator=generator).double())
+        for n in (20, 11)
+    ]
+
+    def fit(x: Tensor, y: Tensor) -> nn.Module:
+        solution = torch.linalg.lstsq(torch.cat([x, x.new_ones(len(x), 1)], 1), y).solution
+        model = nn.Linear(4, 2).double()
+        model.load_state_dict({"weight": solution[:4].mT, "bias": solution[4]})
+        return model
+
+    models = [fit(*part) for part in parts]
+    fishers = [
+        fk.ExactFisher(m, p, likelihood="gaussian", structure=structure) for m, p in zip(models, parts, strict=True)
+    ]
+    joint = fit(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    for settings in ({}, {"output_damping": 0.0}):
+        result = fk.merging.merge(models, fishers, weights=[20, 11], normalize=None, damping=0, **settings)
+        for name, tensor in joint.state_dict().items():
+            torch.testing.assert_close(result[name], tensor, rtol=1e-9, atol=1e-10)

@@ -150,8 +150,9 @@ def test_merge__heads_that_differ_are_refused_skipped_or_taken_from_the_first() 
 def test_merge__a_fisher_may_cover_the_head_that_is_skipped() -> None:
     a, b = state(0, head=torch.zeros(5, 2)), state(1, head=torch.zeros(7, 2))
     fishers = [fisher(a, "w", "b", "head"), fisher(b, "w", "b", "head", seed=1)]
-    skipped = merging.merge([a, b], fishers, mismatched="skip", normalize=None, damping=1e-3)
-    without = merge(a, b, mismatched="skip", normalize=None, damping=1e-3)
+    settings: dict[str, Any] = {"mismatched": "skip", "normalize": None, "damping": 1e-3, "output_damping": 0}
+    skipped = merging.merge([a, b], fishers, **settings)
+    without = merge(a, b, **settings)
     rows = [f.diagonal()[:8] for f in fishers]
     center = (torch.cat([a["w"].reshape(-1), a["b"]]) + torch.cat([b["w"].reshape(-1), b["b"]])) / 2
     delta = torch.cat([b["w"].reshape(-1), b["b"]]) - center

@@ -27,9 +27,11 @@ from fisherkit.model_state import parameters_hash
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.operators.outputs_average import mix_with_average
 
-DEFAULT_DAMPING = RelativeDamping(1e-3)
-"""A thousandth of the mean eigenvalue. What a Fisher measures lies in few directions, far above the mean, and is left
-to it; directions that none measured stay at the average."""
+DEFAULT_DAMPING = RelativeDamping(0.03)
+"""Of the mean eigenvalue: directions that no Fisher measured stay at the average."""
+
+DEFAULT_OUTPUT_DAMPING = 3.0
+"""One constant for all: between 1 and 30 the merged models were equally good (docs/merging-experiments.md)."""
 
 
 def merge(
@@ -40,8 +42,8 @@ def merge(
     method: str = "auto",
     damping: Damping = DEFAULT_DAMPING,
     center: str | Model = "average",
-    normalize: str | None = "trace",
-    output_damping: float = 0.0,
+    normalize: str | None = "block",
+    output_damping: float = DEFAULT_OUTPUT_DAMPING,
     uncovered: str = "refuse",
     buffers: str = "refuse",
     integers: str = "refuse",
@@ -72,11 +74,12 @@ def merge(
             3,000 parameters a block, conjugate gradients beyond; "direct" writes every block out; "cg" iterates always.
         damping: λ, or `fisherkit.RelativeDamping`: that multiple of the mean eigenvalue of Σ w_t F_t over all blocks.
         center: where damping pulls to: "average" of the models with the same weights, or a model.
-        normalize: "trace": each Fisher's mean eigenvalue becomes 1; "norm": its root mean square eigenvalue; "block":
-            the mean eigenvalue of each of its blocks; "output": that of each Kronecker product's gradient factor; None:
-            as they are, for Fishers of one kind on one scale.
+        normalize: "block": the mean eigenvalue of each block of each Fisher becomes 1; "trace": that of each whole
+            Fisher; "norm": its root mean square eigenvalue; "output": the mean eigenvalue of each Kronecker product's
+            gradient factor; None: as they are, for Fishers of one kind on one scale.
         output_damping: ρ; F_t becomes (F_t + ρR_t) / (1 + ρ), R_t the average of F_t over each layer's outputs. For
-            Kronecker products that damps the gradient factor alone. 0 for none.
+            Kronecker products that damps the gradient factor alone; it is what kfac needs to be as good as RegMean. 0
+            for none: then rows stay rows, and diagonals are merged entry by entry.
         uncovered: what becomes of float parameters that differ and that not every Fisher covers: "refuse", "average",
             "first" or "center".
         buffers: likewise for float buffers, such as statistics of batch norm.

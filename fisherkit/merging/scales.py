@@ -115,20 +115,18 @@ def _factors(blocks: Sequence[_Measured], normalize: str | None, number: int) ->
     """What one Fisher's blocks are multiplied by."""
     if normalize is None:
         return [1.0] * len(blocks)
-    size = sum(block.size for block in blocks)
-    if normalize in ("block", "output"):
-        # A block that is 0 says nothing at any scale.
-        return [1 / block.scale if block.scale > 0 else 1.0 for block in blocks]
-    if normalize == "trace":
-        scale = sum(block.trace for block in blocks) / size
-    else:
-        scale = math.sqrt(sum(block.scale for block in blocks) / size)
-    if not 0 < scale < math.inf:
+    whole = sum(block.scale if normalize == "norm" else block.trace for block in blocks)
+    if not 0 < whole < math.inf:
+        what = "norm" if normalize == "norm" else "trace"
         raise InvalidArgumentError(
             call="merge",
-            got=f"Fisher {number} with {normalize} {scale:g}",
-            expected=f"a positive {normalize} to normalize by",
+            got=f"Fisher {number} with {what} {whole:g}",
+            expected=f"a positive {what} to normalize by",
             why="no multiple of it has mean eigenvalue 1; empirical Fishers are 0 where the loss is exactly 0",
             try_="normalize=None, or another kind",
         )
-    return [1 / scale] * len(blocks)
+    if normalize in ("block", "output"):
+        # A block that is 0, alone among others, says nothing at any scale.
+        return [1 / block.scale if block.scale > 0 else 1.0 for block in blocks]
+    mean = whole / sum(block.size for block in blocks)
+    return [1 / (math.sqrt(mean) if normalize == "norm" else mean)] * len(blocks)
