@@ -9,7 +9,7 @@ Kinds differ only in output space, structures only in how the same rows are kept
 conventions, `fisherkit.operators` the operations.
 """
 
-from fisherkit import errors, estimators, evaluation, likelihoods, optim, testing
+from fisherkit import errors, estimators, evaluation, influence, likelihoods, optim, testing
 from fisherkit._version import __version__
 from fisherkit.errors import (
     DataError,
@@ -70,6 +70,7 @@ __all__ = [
     "errors",
     "estimators",
     "evaluation",
+    "influence",
     "likelihoods",
     "load",
     "optim",

@@ -23,6 +23,8 @@ from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, singular, spectrum
+from fisherkit.rows.collection import Rows
+from fisherkit.rows.factored import FactoredRows
 from fisherkit.space import ParameterSpace
 
 Spectrum: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
@@ -273,6 +275,19 @@ class _EigenKroneckerFactorization(Factorization):
             return eigen._rotate_scale_rotate(columns, self._reciprocal)
         # What the bases do not span is divided by λ.
         return columns / self.damping + eigen._rotate_scale_rotate(columns, self._reciprocal - 1 / self.damping)
+
+    def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
+        eigen, (slot, *others) = self._eigen, rows.slots
+        if others or not isinstance(slot.rows, FactoredRows) or slot.rows.transposed != eigen.transposed:
+            return super()._row_squares(rows)
+        # What the bases do not span is divided by λ: all of the row by it, and what they span corrected.
+        outside = 1 / self.damping if eigen._null else 0.0
+        weights = (self._reciprocal - outside).flatten()
+        parts = [
+            rotated.weighted_squares(weights) for rotated in slot.rows.rotated(eigen.activation_basis, eigen.gradient_basis)
+        ]
+        within = torch.cat(parts)
+        return within + outside * slot.rows.weighted_squares(weights.new_ones(eigen.size)) if outside else within
 
     def _logdet(self) -> Float[Tensor, ""]:
         values = self._eigen._values.double()
