@@ -137,5 +137,3 @@ def query_rule(measurement: Measurement, axes: int, *, labelled: bool) -> Output
             call="measurement", got=f"a {type(measurement).__name__}", expected="a name or a function"
         )
     return (FunctionVectors if labelled else UnlabelledFunctionVectors)(measurement, axes)
-
-

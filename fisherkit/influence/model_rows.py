@@ -11,6 +11,7 @@ from torch import nn
 from fisherkit import likelihoods
 from fisherkit.data import Data, Source, is_causal, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.fisher import check_positive
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
 from fisherkit.influence.measurements import Measurement, query_rule
 from fisherkit.likelihoods import Likelihood
@@ -56,6 +57,8 @@ class ModelRows:
             )
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+            check_positive(CALL, name, value)
         _check_space(fisher, model)
         self.model, self.space = model, fisher.space
         self.dtype, self.device = fisher.dtype, fisher.device

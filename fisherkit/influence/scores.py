@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fisherkit.data import Data
-from fisherkit.errors import InvalidArgumentError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.influence.blocks import KeptBlocks, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
@@ -225,7 +225,7 @@ class InfluenceScores:
         return torch.cat([self._scale * self._squares(block) for block in blocks])
 
     def leverages(self, data: Data) -> Float[Tensor, "N"]:
-        """(1/N) tr(S_nᵀJ_n(F + λI)⁻¹J_nᵀS_n), S_nS_nᵀ the loss's Hessian in the outputs: what an example's fit hangs on.
+        """(1/N) tr(S_nᵀJ_n(F + λI)⁻¹J_nᵀS_n), S_nS_nᵀ the loss's Hessian in z: how far an example fits itself.
 
         The leverage of generalized linear models (Pregibon 1981), from 0 to the number of free outputs; it needs no
         labels. With an exact Fisher of the same data the leverages sum up to its effective dimension tr(F(F + λI)⁻¹).
@@ -301,9 +301,15 @@ class InfluenceScores:
         return block.by_example(squares).to(self._model_rows.dtype)
 
 
-def _check_options(by: Any, groups: Tensor | None, normalize: Any) -> None:
+def _check_options(by: Any, groups: Any, normalize: Any) -> None:
     """Refuse what is not allowed and what does not go together."""
     call = "scores"
+    if groups is not None and not isinstance(groups, Tensor):
+        raise InvalidTypeError(call=call, got=f"a {type(groups).__name__} as groups", expected="a tensor of integers")
+    if groups is not None and (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool):
+        raise InvalidTypeError(call=call, got=f"groups of {groups.dtype}", expected="a tensor of integers")
+    if groups is not None and groups.numel() and int(groups.min()) < 0:
+        raise InvalidArgumentError(call=call, got=f"group {int(groups.min())}", expected="0 or more")
     for name, value, allowed in (("by", by, (None, "module", "token")), ("normalize", normalize, (None, "relatif"))):
         if value not in allowed:
             raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
@@ -333,6 +339,12 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
 
 
 def _grouped(scores: Float[Tensor, "Q N"], groups: Tensor) -> Float[Tensor, "Q G"]:
+    if groups.shape != scores.shape[1:]:
+        raise InvalidArgumentError(
+            call="scores(groups)",
+            got=f"groups of shape {list(groups.shape)} for {scores.shape[1]} training examples",
+            expected="one number for each",
+        )
     groups = groups.to(scores.device)
     total = scores.new_zeros(scores.shape[0], int(groups.max()) + 1)
     return total.index_add_(1, groups, scores)

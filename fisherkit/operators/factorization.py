@@ -1,7 +1,8 @@
 """A reusable inverse of F + λI: what `FisherOperator.factorize` returns.
 
-Two hooks: a solve on columns and a log determinant; two more, about rows, have defaults that need only the solve. Knows its operator only through the operator's own hooks, so that
-direct and iterative inverses report their residual in the same words.
+Two hooks: a solve on columns and a log determinant; two more, about rows, have defaults that need only the solve. Knows
+its operator only through the operator's own hooks, so that direct and iterative inverses report their residual in the
+same words.
 """
 
 from __future__ import annotations

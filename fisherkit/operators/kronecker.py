@@ -284,7 +284,8 @@ class _EigenKroneckerFactorization(Factorization):
         outside = 1 / self.damping if eigen._null else 0.0
         weights = (self._reciprocal - outside).flatten()
         parts = [
-            rotated.weighted_squares(weights) for rotated in slot.rows.rotated(eigen.activation_basis, eigen.gradient_basis)
+            rotated.weighted_squares(weights)
+            for rotated in slot.rows.rotated(eigen.activation_basis, eigen.gradient_basis)
         ]
         within = torch.cat(parts)
         return within + outside * slot.rows.weighted_squares(weights.new_ones(eigen.size)) if outside else within
