@@ -49,7 +49,7 @@ def parameters_hash(model: nn.Module) -> str:
         pieces = (piece for _, tensor in state for piece in _digestible(tensor.detach()))
         # One transfer for all tensors in a row on one device.
         for _, group in itertools.groupby(pieces, key=lambda piece: piece.device):
-            digest.update(memoryview(torch.cat(list(group)).cpu().numpy()))
+            digest.update(torch.cat(list(group)).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

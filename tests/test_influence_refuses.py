@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "one example's own",
     ),
     "groups short": (
-        lambda: made().scores(DATA, DATA, groups=torch.zeros(6, dtype=torch.long)), fk.InvalidArgumentError, "shape .6. for 7"
+        lambda: made().scores(DATA, DATA, groups=torch.zeros(6, dtype=torch.long)), fk.InvalidArgumentError, "6. for 7"
     ),
     "groups float": (lambda: made().scores(DATA, DATA, groups=torch.zeros(7)), fk.InvalidTypeError, "torch.float32"),
     "groups negative": (

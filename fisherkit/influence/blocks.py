@@ -82,11 +82,12 @@ class LiveBlocks(RowBlocks):
 
     def __init__(self, problem: Problem, limit: int) -> None:
         super().__init__(problem.token)
-        self.problem = replace(problem, source=LimitedSource(problem.source, limit))
+        self.problem, self.limit = problem, limit
 
     def __iter__(self) -> Iterator[RowBlock]:
         """A forward and a backward pass."""
-        for chunk in self.problem.batches("rows"):
+        problem = replace(self.problem, source=LimitedSource(self.problem.source, self.limit))
+        for chunk in problem.batches("rows"):
             yield RowBlock(chunk.rows, chunk.owner, chunk.counted_positions[0])
 
     def count(self) -> int:

@@ -5,6 +5,8 @@ Owns what must agree between Fisher and model, and how large blocks are. Knows n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -93,13 +95,12 @@ class ModelRows:
         """The module that a unit's parameters belong to; of a unit across modules, all of them."""
         return ", ".join(dict.fromkeys(self._modules[name] for name in names))
 
-    def live(self, data: Data, rule: OutputRule, what: str, *, token: bool = False, lean: bool = False) -> LiveBlocks:
+    def live(self, data: Data, rule: OutputRule, *, token: bool = False, lean: bool = False) -> LiveBlocks:
         """Rows made in every pass.
 
         Args:
             data: one batch or a re-iterable of batches.
             rule: their output vectors.
-            what: the data's name in error messages.
             token: whether each position has a row of its own.
             lean: keep rows with as few numbers as can be, not for speed.
         """
@@ -115,6 +116,18 @@ class ModelRows:
         rule = query_rule(measurement, plan.probed.ndim, labelled=first.targets is not None)
         problem = self._problem(source, rule, token=False)
         return LiveBlocks(problem, self._limit(problem))
+
+    def settings(self, *, token: bool) -> dict[str, Any]:
+        """What rows of the loss depend on beside the data, as JSON has it."""
+        shapes = {name: list(shape) for name, shape in zip(self.space.names, self.space.shapes, strict=True)}
+        return {
+            "parameters_hash": parameters_hash(self.model),
+            "space": shapes,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "likelihood": self.likelihood.name,
+            "shift_labels": self.shift_labels,
+            "token": token,
+        }
 
     def limited(self, blocks: LiveBlocks, most: int) -> LiveBlocks:
         """The same in blocks of at most so many examples."""

@@ -7,6 +7,7 @@ a Fisher's damped inverse for its form between rows (`operators.row_forms`) and 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.influence.blocks import KeptBlocks, RowBlock, RowBlocks, in_groups
+from fisherkit.influence.folder import write_blocks
 from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
 from fisherkit.influence.top import RunningTop, TopScores
@@ -77,19 +79,27 @@ class InfluenceScores:
         self._inverse = fisher.factorize(damping)
         self.damping = self._inverse.damping
 
-    def prepare(self, train: Data, *, by: Literal["token"] | None = None) -> RowBlocks:
+    def prepare(
+        self, train: Data, *, folder: str | Path | None = None, by: Literal["token"] | None = None
+    ) -> RowBlocks:
         """Training rows made once, for any number of calls that take ``train``.
 
         Args:
             train: one batch or a re-iterable of batches, with targets.
+            folder: keep them there, a file a block, instead of in memory. A call that was interrupted goes on from what
+                it left, to the same bytes.
             by: "token" for calls with ``by="token"``.
 
         Raises:
             DataError, ModelError: as for a Fisher of these data.
+            InvalidArgumentError: the folder holds rows of another model or other data, or cannot be made.
+            FileFormatError: the folder's manifest or one of its blocks is damaged.
 
-        Cost: one forward and one backward pass; memory for all rows in their smallest form.
+        Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form.
         """
-        blocks = self._model_rows.live(train, EmpiricalVectors(), "train", token=by == "token", lean=True)
+        blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token", lean=True)
+        if folder is not None:
+            return write_blocks(folder, blocks, self._model_rows.settings(token=blocks.token))
         return KeptBlocks(list(blocks), blocks.token)
 
     @overload
@@ -238,14 +248,14 @@ class InfluenceScores:
 
         Cost: the rows of an exact Fisher, as many for each example as it has free outputs.
         """
-        blocks = self._model_rows.live(data, ExactVectors(), "data", token=False)
+        blocks = self._model_rows.live(data, ExactVectors(), token=False)
         return torch.cat([self._scale * self._squares(block) for block in blocks])
 
     # -- shared --------------------------------------------------------------------------------------------------------
 
     def _training(self, train: Data | RowBlocks, *, token: bool) -> RowBlocks:
         if not isinstance(train, RowBlocks):
-            return self._model_rows.live(train, EmpiricalVectors(), "train", token=token)
+            return self._model_rows.live(train, EmpiricalVectors(), token=token)
         if train.token != token:
             raise InvalidArgumentError(
                 call="scores(train)",
