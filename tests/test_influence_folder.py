@@ -94,11 +94,11 @@ def test_folders_that_cannot_be_used__are_refused(tmp_path: Path) -> None:
     with pytest.raises(fk.InvalidArgumentError, match="in a folder that exists"):
         scores.prepare((X, Y), folder=tmp_path / "none" / "rows")
     (tmp_path / "file").write_text("")
-    with pytest.raises(fk.InvalidArgumentError, match="a folder, or a new one"):
+    with pytest.raises(fk.InvalidArgumentError, match="expected a folder"):
         scores.prepare((X, Y), folder=tmp_path / "file")
     with pytest.raises(fk.InvalidArgumentError, match="holds other files"):
         scores.prepare((X, Y), folder=tmp_path)
-    with pytest.raises(fk.InvalidTypeError, match="an? int"):
+    with pytest.raises(fk.InvalidTypeError, match=r"an? int"):
         scores.prepare((X, Y), folder=3)  # type: ignore[arg-type]
 
 

@@ -3,8 +3,17 @@
 `InfluenceScores` takes a built Fisher, its model and two sets of data. Knows no other application.
 """
 
+from fisherkit.influence.approximations import ApproximateScores, Approximation, LowRankQueries, RandomProjection
 from fisherkit.influence.blocks import RowBlocks
 from fisherkit.influence.scores import InfluenceScores
 from fisherkit.influence.top import TopScores
 
-__all__ = ["InfluenceScores", "RowBlocks", "TopScores"]
+__all__ = [
+    "ApproximateScores",
+    "Approximation",
+    "InfluenceScores",
+    "LowRankQueries",
+    "RandomProjection",
+    "RowBlocks",
+    "TopScores",
+]

@@ -113,7 +113,7 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
     """The manifest that is there, or a new one."""
     file = path / MANIFEST
     if not file.exists():
-        if any(path.iterdir()):
+        if any(not other.name.endswith(".part") for other in path.iterdir()):  # a killed run may leave parts
             raise InvalidArgumentError(
                 call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
             )

@@ -5,6 +5,7 @@ Owns what must agree between Fisher and model, and how large blocks are. Knows n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fisherkit.operators import FisherOperator
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.problem import Problem
+from fisherkit.rows.thinned import ThinnedSource, thinned
 from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
 
@@ -138,6 +140,14 @@ class ModelRows:
         if not isinstance(blocks, LiveBlocks) or blocks.row_bytes() * blocks.count() > self.budget // 4:
             return blocks
         return KeptBlocks(list(blocks), blocks.token)
+
+    def sample(self, blocks: RowBlocks, stride: int) -> Rows:
+        """Rows of every so-many-th example."""
+        if isinstance(blocks, LiveBlocks):
+            source = ThinnedSource(blocks.problem.source, stride)
+            blocks = LiveBlocks(replace(blocks.problem, source=source), blocks.limit)
+            return Rows.cat([block.rows for block in blocks])
+        return Rows.cat([thinned(block.rows, stride) for block in blocks])
 
     def probe(self, blocks: LiveBlocks) -> Rows:
         """Two rows of the form that a problem's rows have."""

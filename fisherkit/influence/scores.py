@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.influence.approximations import ApproximateScores, Approximation
 from fisherkit.influence.blocks import KeptBlocks, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
 from fisherkit.influence.measurements import Measurement
@@ -23,7 +24,7 @@ from fisherkit.influence.model_rows import ModelRows
 from fisherkit.influence.top import RunningTop, TopScores
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping
-from fisherkit.operators.row_forms import RowForm
+from fisherkit.operators.row_forms import RowForm, SolvedForm
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
 
@@ -219,6 +220,60 @@ class InfluenceScores:
             tops.append((*helpful.result(), *harmful.result()))
         return TopScores(*(torch.cat(parts) for parts in zip(*tops, strict=True)))
 
+    def approximate_scores(
+        self,
+        queries: Data,
+        train: Data | RowBlocks,
+        approximation: Approximation,
+        *,
+        measurement: Measurement = "loss",
+        checked: int = 64,
+    ) -> ApproximateScores:
+        """Scores by an approximation, with its error measured on some of the training examples.
+
+        Args:
+            queries: as in `scores`.
+            train: see there.
+            approximation: `LowRankQueries` or `RandomProjection`.
+            measurement: see there.
+            checked: on how many training examples, at least about, exact scores are computed beside them.
+
+        Raises:
+            InvalidTypeError: no approximation.
+            InvalidArgumentError: checked is below 1.
+            DataError, ModelError: as in `scores`.
+
+        Cost: one solve for each query, the compressed queries in memory, and one pass over the training examples
+        whatever the number of queries; another one over those that are checked.
+        """
+        call = "approximate_scores"
+        if not isinstance(approximation, Approximation):
+            raise InvalidTypeError(
+                call=call,
+                got=f"a {type(approximation).__name__} as approximation",
+                expected="fk.influence.LowRankQueries(rank) or fk.influence.RandomProjection(size)",
+            )
+        if isinstance(checked, bool) or not isinstance(checked, int) or checked < 1:
+            raise InvalidArgumentError(call=call, got=f"checked={checked!r}", expected="an integer, 1 or more")
+        blocks = self._training(train, token=False, lean=True)
+        sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
+        form = SolvedForm(self._inverse._solve, self._model_rows.space.size)
+        live = self._model_rows.queries(queries, measurement)
+        most = self._model_rows.room(form.numbers_per_query)
+        kept, errors = [], []
+        for block in in_groups(self._model_rows.limited(live, min(most, live.limit)), most):
+            solved = form.solve(block.rows)
+            compressed = approximation.compress(solved.columns, sample)
+            exact = solved.products(sample).double()
+            error = (compressed.products(sample) - exact).norm(dim=0) / exact.norm(dim=0)
+            errors.append(block.by_example(error.nan_to_num(0.0)).to(self._model_rows.dtype))
+            kept.append((block, compressed))
+        pieces = [
+            torch.cat([self._placed(c.products(other.rows), b, other, None, self._scale) for b, c in kept])
+            for other in blocks
+        ]
+        return ApproximateScores(torch.cat(pieces, 1), torch.cat(errors), sample.count)
+
     def self_influence(self, train: Data | RowBlocks) -> Float[Tensor, "N"]:
         """(1/N) ∇ℓ_nᵀ(F + λI)⁻¹∇ℓ_n of each example: how much its own loss rises without it.
 
@@ -253,9 +308,9 @@ class InfluenceScores:
 
     # -- shared --------------------------------------------------------------------------------------------------------
 
-    def _training(self, train: Data | RowBlocks, *, token: bool) -> RowBlocks:
+    def _training(self, train: Data | RowBlocks, *, token: bool, lean: bool = False) -> RowBlocks:
         if not isinstance(train, RowBlocks):
-            return self._model_rows.live(train, EmpiricalVectors(), token=token)
+            return self._model_rows.live(train, EmpiricalVectors(), token=token, lean=lean)
         if train.token != token:
             raise InvalidArgumentError(
                 call="scores(train)",

@@ -63,7 +63,7 @@ class SolvedForm(RowForm):
         super().__init__(4 * size)  # the row, the solution, and a solver's two temporaries
         self._solve = solve
 
-    def solve(self, queries: Rows) -> RowSolution:
+    def solve(self, queries: Rows) -> Solved:
         """One solve for all."""
         return Solved(self._solve(queries.dense().mT))
 
