@@ -137,9 +137,14 @@ class ModelRows:
 
     def kept(self, blocks: RowBlocks) -> RowBlocks:
         """The same made once, if memory has room for all rows beside the rest."""
-        if not isinstance(blocks, LiveBlocks) or blocks.row_bytes() * blocks.count() > self.budget // 4:
+        if not isinstance(blocks, LiveBlocks):
             return blocks
-        return KeptBlocks(list(blocks), blocks.token)
+        for lean in (False, True):
+            blocks.problem.choose(lean=lean)
+            if blocks.row_bytes() * blocks.count() <= self.budget // 4:
+                return KeptBlocks(list(blocks), blocks.token)
+        blocks.problem.choose(lean=False)
+        return blocks
 
     def sample(self, blocks: RowBlocks, stride: int) -> Rows:
         """Rows of every so-many-th example."""
