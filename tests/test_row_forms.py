@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.data import Source
 from fisherkit.influence import InfluenceScores
+from fisherkit.operators.eigen_form import EigenForm
 from fisherkit.operators.gram_form import GramForm
 from fisherkit.operators.row_forms import BlockForm, SolvedForm
 from fisherkit.rows.collection import Rows, UnitSlot
@@ -97,6 +99,33 @@ def scores_of(dtype: torch.dtype, rounded: torch.dtype, damping: float) -> Tenso
     model = mlp().to(rounded).to(dtype)
     fisher = fk.EmpiricalFisher(model, (x, Y))
     return InfluenceScores(fisher, model, damping=fk.RelativeDamping(damping)).scores((x[:3] + 1, Y[:3]), (x, Y))
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turned_rows__give_what_solved_columns_do(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inverse: Any = build(family, "ef", method).factorize(fk.RelativeDamping(0.3))
+    lean, fast = loss_rows(family, lean=True), loss_rows(family, lean=False)
+    expected = fast.dense() @ inverse._solve(fast.dense().mT)
+    monkeypatch.setattr(EigenForm, "worthwhile", lambda *_: True)
+    for probe in (lean, fast):
+        form = inverse._row_form(probe, 1, 1)
+        for queries, rows in itertools.product((lean, fast, written_out(lean)), repeat=2):
+            same(form.solve(queries).products(rows), expected.mT)
+    same(inverse._row_squares(lean), expected.diagonal())
+
+
+def test_turned_rows__are_exact_where_bases_leave_something_out() -> None:
+    model, x, y = wide()
+    fisher = fk.EmpiricalFisher(model.double(), (x.double(), y), structure="ekfac")
+    assert any(block._null for block in fisher._built.operator.blocks)  # type: ignore[attr-defined]
+    inverse: Any = fisher.factorize(fk.RelativeDamping(1.0))
+    rows = fk.EmpiricalFisher(model, (x.double(), y))._built.operator.row_source  # type: ignore[attr-defined]
+    expected = rows.dense() @ inverse._solve(rows.dense().mT)
+    form = inverse._row_form(rows, 1_000_000, 1)
+    assert [type(part) for _, part in form._forms] == [EigenForm] * 2
+    same(form.solve(rows).products(rows), expected)
+    same(inverse._row_squares(rows), expected.diagonal())
 
 
 def wide() -> tuple[nn.Module, Tensor, Tensor]:

@@ -168,7 +168,7 @@ class _LowRankUnit(UnitQueries):
     def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
         rows, parts = _factored(rows), []
         queries, _, rank = self._on_inputs.shape
-        for span in spans(queries, 2 * rows.count * rows.positions * rank):
+        for span in spans(queries, 8 * rows.count * rows.positions * rank):
             on_inputs, on_outputs = (
                 side[span].movedim(0, 1).flatten(1) for side in (self._on_inputs, self._on_outputs)
             )

@@ -75,7 +75,8 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
     path = _folder(folder)
     manifest = _begun(path, settings, live.limit)
     problem, limit = live.problem, int(manifest["limit"])
-    source, entries = LimitedSource(problem.source, limit), []
+    source = LimitedSource(problem.source, limit)
+    entries: list[dict[str, Any]] = []
     for number, batch in enumerate(tqdm(source, desc="rows", disable=not problem.progress, leave=False)):
         name, digest = f"rows-{number:06d}.safetensors", _digest(batch)
         if not (path / name).exists():
@@ -117,11 +118,11 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
             raise InvalidArgumentError(
                 call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
             )
-        manifest = {"format": FORMAT, "version": VERSION, "limit": limit, "settings": settings, "blocks": []}
-        _replace_text(file, json.dumps(manifest, indent=1))
-        return manifest
+        begun = {"format": FORMAT, "version": VERSION, "limit": limit, "settings": settings, "blocks": []}
+        _replace_text(file, json.dumps(begun, indent=1))
+        return begun
     try:
-        manifest = dict(json.loads(file.read_text(encoding="utf-8")))
+        manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
         known, version = dict(manifest["settings"]), int(manifest["version"])
         int(manifest["limit"])
     except (LookupError, ValueError, TypeError) as error:

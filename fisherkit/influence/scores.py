@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.influence.approximations import ApproximateScores, Approximation
+from fisherkit.influence.assembly import check_options, grouped, side_by_side, stacked
 from fisherkit.influence.blocks import KeptBlocks, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
 from fisherkit.influence.measurements import Measurement
@@ -139,7 +140,8 @@ class InfluenceScores:
 
         Args:
             queries: one batch or a re-iterable of batches.
-            train: the same, or what `prepare` made.
+            train: the same, or what `prepare` made. Scores are in the order in which the data come, so no loader that
+                shuffles.
             measurement: what is asked of a query: its "loss"; its "margin" log p_y / (1 − p_y); or a function
                 ``(outputs, targets) -> [B]``, differentiable, each number of its own example alone. Scores are how much
                 the loss or the function's value rises, or the margin falls, without the training example.
@@ -163,7 +165,7 @@ class InfluenceScores:
         Cost: the rows of both sides, one solve for each query, N·Q products of rows; or, where it takes fewer
         operations, inner products of rows alone.
         """
-        _check_options(by, groups, normalize)
+        check_options(by, groups, normalize)
         train = self._training(train, token=by == "token")
         whole: dict[str, list[Tensor]] = {}
         for block, form, others in self._query_blocks(queries, train, measurement):
@@ -172,9 +174,9 @@ class InfluenceScores:
                 for name, piece in pieces.items():
                     found.setdefault(name, []).append(piece)
             for name, parts in found.items():
-                total = _side_by_side(parts)
-                whole.setdefault(name, []).append(total if groups is None else _grouped(total, groups))
-        result = {name: torch.cat(parts) for name, parts in whole.items()}
+                total = side_by_side(parts)
+                whole.setdefault(name, []).append(total if groups is None else grouped(total, groups))
+        result = {name: stacked(parts) for name, parts in whole.items()}
         return result if by == "module" else result[""]
 
     def top(
@@ -205,7 +207,7 @@ class InfluenceScores:
         call = f"top(k={k})"
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InvalidArgumentError(call=call, got=f"k={k!r}", expected="an integer, 1 or more")
-        _check_options(None, None, normalize)
+        check_options(None, None, normalize)
         tops: list[tuple[Tensor, ...]] = []
         train = self._training(train, token=False)
         for block, form, others in self._query_blocks(queries, train, measurement):
@@ -329,6 +331,9 @@ class InfluenceScores:
         form = self._inverse._row_form(self._model_rows.probe(live), count, others)
         most = self._model_rows.room(form.numbers_per_query)
         if count > most:
+            # Each block of queries meets all others: what counts is a block's own number.
+            form = self._inverse._row_form(self._model_rows.probe(live), most, others)
+            most = self._model_rows.room(form.numbers_per_query)
             live = self._model_rows.limited(live, most)
             train = self._model_rows.kept(train)
         for block in in_groups(live, most):
@@ -364,52 +369,3 @@ class InfluenceScores:
     def _squares(self, block: RowBlock) -> Float[Tensor, "B"]:
         squares = self._inverse._row_squares(block.rows).clamp_min(0)  # rounding may leave a little less
         return block.by_example(squares).to(self._model_rows.dtype)
-
-
-def _check_options(by: Any, groups: Any, normalize: Any) -> None:
-    """Refuse what is not allowed and what does not go together."""
-    call = "scores"
-    if groups is not None and not isinstance(groups, Tensor):
-        raise InvalidTypeError(call=call, got=f"a {type(groups).__name__} as groups", expected="a tensor of integers")
-    if groups is not None and (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool):
-        raise InvalidTypeError(call=call, got=f"groups of {groups.dtype}", expected="a tensor of integers")
-    if groups is not None and groups.numel() and int(groups.min()) < 0:
-        raise InvalidArgumentError(call=call, got=f"group {int(groups.min())}", expected="0 or more")
-    for name, value, allowed in (("by", by, (None, "module", "token")), ("normalize", normalize, (None, "relatif"))):
-        if value not in allowed:
-            raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
-    if by == "token" and (groups is not None or normalize is not None):
-        raise InvalidArgumentError(
-            call=call,
-            got='by="token" with groups= or normalize=',
-            expected="either of them",
-            why="both are about whole examples",
-            try_='scores(..., by="token") and sums over it',
-        )
-    if groups is not None and normalize is not None:
-        raise InvalidArgumentError(
-            call=call,
-            got=f"groups with normalize={normalize!r}",
-            expected="either of them",
-            why="RelatIF is relative to one example's own influence",
-        )
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    """Blocks of training examples in one tensor; shorter sequences end in zeros."""
-    if parts[0].ndim == 3:
-        longest = max(part.shape[2] for part in parts)
-        parts = [torch.nn.functional.pad(part, (0, longest - part.shape[2])) for part in parts]
-    return torch.cat(parts, 1)
-
-
-def _grouped(scores: Float[Tensor, "Q N"], groups: Tensor) -> Float[Tensor, "Q G"]:
-    if groups.shape != scores.shape[1:]:
-        raise InvalidArgumentError(
-            call="scores(groups)",
-            got=f"groups of shape {list(groups.shape)} for {scores.shape[1]} training examples",
-            expected="one number for each",
-        )
-    groups = groups.to(scores.device)
-    total = scores.new_zeros(scores.shape[0], int(groups.max()) + 1)
-    return total.index_add_(1, groups, scores)
