@@ -7,6 +7,7 @@ back. Owns that form and the count of operations that decides for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -76,10 +77,15 @@ class _EigenSolution(RowSolution):
         self._form, self._queries = form, queries
         self._weighed = form.weighed(rows) if isinstance(rows, FactoredRows) else None
 
+    @cached_property
+    def _solved(self) -> Float[Tensor, "D Q"]:
+        """For rows that are not factored, if there are such."""
+        return self._form._solve(self._queries.dense().mT)
+
     def parts(self, rows: Rows) -> Iterator[Part]:
         slot, mine, form = rows.slots[0], self._queries.slots[0].rows, self._form
         if self._weighed is None or not isinstance(slot.rows, FactoredRows):
-            yield slot.names, slot.rows.matmul(form._solve(self._queries.dense().mT))
+            yield slot.names, slot.rows.matmul(self._solved)
             return
         within = torch.cat([part.matmul(self._weighed) for part in form.turned(slot.rows)])
         if form.outside and isinstance(mine, FactoredRows):
