@@ -187,19 +187,12 @@ def test_scores__do_not_depend_on_batches_budget_or_preparation(structure: str) 
 
 def test_a_small_budget__cuts_the_queries() -> None:
     scores, _ = influence(memory_budget=10_000)
-    calls = []
-    original = scores._inverse._row_form
-
-    def counting(*arguments: Any) -> Any:
-        form = original(*arguments)
-        form.numbers_per_query = 2_500 // 8 // 2
-        solve = form.solve
-        form.solve = lambda rows: calls.append(rows.count) or solve(rows)  # type: ignore[func-returns-value]
-        return form
-
-    scores._inverse._row_form = counting  # type: ignore[method-assign]
-    scores.scores((X, Y), (X, Y))
-    assert calls == [2, 2, 2, 1]
+    form = scores._inverse._row_form(scores._model_rows.probe(scores._model_rows.queries((X, Y), "loss")), 7, 7)
+    room = max(1, 2_500 // (8 * form.numbers_per_query))
+    blocks = [block.size for block, _, _ in scores._query_blocks((X, Y), scores.prepare((X, Y)), "loss")]
+    assert len(blocks) > 1
+    assert sum(blocks) == 7
+    assert max(blocks) <= room
 
 
 @pytest.mark.usefixtures("unchecked_annotations")
