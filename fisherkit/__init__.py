@@ -9,7 +9,7 @@ Kinds differ only in output space, structures only in how the same rows are kept
 conventions, `fisherkit.operators` the operations.
 """
 
-from fisherkit import continual, errors, estimators, evaluation, likelihoods, merging, optim, testing
+from fisherkit import continual, errors, estimators, evaluation, influence, likelihoods, merging, optim, testing
 from fisherkit._version import __version__
 from fisherkit.errors import (
     DataError,
@@ -72,6 +72,7 @@ __all__ = [
     "errors",
     "estimators",
     "evaluation",
+    "influence",
     "likelihoods",
     "load",
     "merging",

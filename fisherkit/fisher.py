@@ -93,7 +93,7 @@ class FisherApproximation(OutputRule, FisherOperator):
         _one_of(call, "normalization", normalization, ("mean", "sum"))
         _one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
-            _positive(call, name, value)
+            check_positive(call, name, value)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
@@ -165,7 +165,13 @@ def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
 
 
-def _positive(call: str, name: str, value: int | None) -> None:
+def check_positive(call: str, name: str, value: int | None) -> None:
+    """An argument that is None or an integer from 1 on.
+
+    Raises:
+        InvalidTypeError: no integer.
+        InvalidArgumentError: below 1.
+    """
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):

@@ -20,6 +20,8 @@ from fisherkit.operators.algebra import fold
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.persistence import restore
+from fisherkit.operators.row_forms import BlockForm, RowForm, aligned
+from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace
 
@@ -122,6 +124,24 @@ class _BlockFactorization(Factorization):
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         parts = self._whole._gather(columns)
         return self._whole._scatter([f._solve(part) for f, part in zip(self._inverses, parts, strict=True)])
+
+    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
+        spaces = [block.space for block in self._whole.blocks]
+        if not aligned(spaces, probe):
+            return super()._row_form(probe, queries, others)
+        return BlockForm(
+            [
+                (space, inverse._row_form(probe.restrict(space), queries, others))
+                for space, inverse in zip(spaces, self._inverses, strict=True)
+            ]
+        )
+
+    def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
+        spaces = [block.space for block in self._whole.blocks]
+        if not aligned(spaces, rows):
+            return super()._row_squares(rows)
+        parts = [f._row_squares(rows.restrict(space)) for space, f in zip(spaces, self._inverses, strict=True)]
+        return torch.stack([part.double() for part in parts]).sum(0)
 
     def _solve_with_info(
         self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False

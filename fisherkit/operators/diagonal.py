@@ -15,6 +15,7 @@ from fisherkit import io
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.linalg import check_tensor, damped_reciprocal
+from fisherkit.rows.collection import Rows
 from fisherkit.space import ParameterSpace
 
 
@@ -85,6 +86,9 @@ class _DiagonalFactorization(Factorization):
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         return self._reciprocal * columns
+
+    def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
+        return rows.weighted_squares(self._reciprocal.squeeze(-1))
 
     def _logdet(self) -> Float[Tensor, ""]:
         return self._shifted.log().sum()

@@ -1,7 +1,8 @@
 """A reusable inverse of F + λI: what `FisherOperator.factorize` returns.
 
-Two hooks: a solve on columns and a log determinant. Knows its operator only through the operator's own hooks, so that
-direct and iterative inverses report their residual in the same words.
+Two hooks: a solve on columns and a log determinant; two more, about rows, have defaults that need only the solve. Knows
+its operator only through the operator's own hooks, so that direct and iterative inverses report their residual in the
+same words.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from fisherkit.conjugate import MatMat
 from fisherkit.errors import SingularMatrixError
+from fisherkit.operators.row_forms import RowForm, SolvedForm, solved_squares
+from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient
 from fisherkit.space import Vector
 
@@ -51,6 +54,20 @@ class Factorization(ABC):
     @abstractmethod
     def _logdet(self) -> Float[Tensor, ""]:
         """log det(F + λI)."""
+
+    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
+        """rᵀ(F + λI)⁻¹q in the form that is cheapest for so many queries and other rows.
+
+        Args:
+            probe: a few rows of the form that both will have.
+            queries: how many q there will be.
+            others: how many r.
+        """
+        return SolvedForm(self._solve, self.operator.size)
+
+    def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
+        """rᵀ(F + λI)⁻¹r of each row."""
+        return solved_squares(self._solve, rows)
 
     def _solve_with_info(
         self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False

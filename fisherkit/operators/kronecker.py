@@ -20,9 +20,13 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.eigen_form import EigenForm
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, singular, spectrum
+from fisherkit.operators.row_forms import RowForm
+from fisherkit.rows.collection import Rows
+from fisherkit.rows.factored import FactoredRows
 from fisherkit.space import ParameterSpace
 
 Spectrum: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
@@ -298,6 +302,23 @@ class _EigenKroneckerFactorization(Factorization):
             return eigen._rotate_scale_rotate(columns, self._reciprocal)
         # What the bases do not span is divided by λ.
         return columns / self.damping + eigen._rotate_scale_rotate(columns, self._reciprocal - 1 / self.damping)
+
+    @cached_property
+    def _eigen_form(self) -> EigenForm:
+        eigen = self._eigen
+        outside = 1 / self.damping if eigen._null else 0.0
+        return EigenForm(eigen.activation_basis, eigen.gradient_basis, self._reciprocal, outside, self._solve)
+
+    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
+        if EigenForm.worthwhile(probe, queries, others):
+            return self._eigen_form
+        return super()._row_form(probe, queries, others)
+
+    def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
+        slot, *others = rows.slots
+        if others or not isinstance(slot.rows, FactoredRows):
+            return super()._row_squares(rows)
+        return self._eigen_form.squares(slot.rows)
 
     def _logdet(self) -> Float[Tensor, ""]:
         values = self._eigen._values.double()

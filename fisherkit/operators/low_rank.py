@@ -7,7 +7,7 @@ products and never how it makes them.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -20,8 +20,10 @@ from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
+from fisherkit.operators.gram_form import GramForm
 from fisherkit.operators.linalg import singular
 from fisherkit.operators.preconditioner import preconditioner_of_rows
+from fisherkit.operators.row_forms import RowForm
 from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.space import ParameterSpace
@@ -176,7 +178,8 @@ class _GramFactorization(Factorization):
         largest = float(gram.abs().sum(1).max()) if len(gram) else 0.0
         rounding = torch.finfo(self._dtype).eps * (1 + largest / damping)
         self._corrected = rounding >= 1e-4
-        if rounding >= 1e-2:
+        self._precise = rounding >= 1e-2
+        if self._precise:
             gram = self._rows.gram(precise=True).mul_(self._scale)
         gram.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(gram)
@@ -195,14 +198,41 @@ class _GramFactorization(Factorization):
 
     def _small_solve(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
         """(scale · JJᵀ + λI)⁻¹ w, in float64."""
-        return torch.cholesky_solve(w.double(), self._factor)
+        return _cholesky_solve(self._factor, w)
 
     def _pull_back(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         return self._rows.rmatmul((self._scale * w).to(self._dtype))
 
+    @cached_property
+    def _gram_form(self) -> GramForm:
+        """Inner products of rows have no later correction: where rounding would show, they are made in float64."""
+        if not self._corrected:
+            return GramForm(self._rows, self._scale, self.damping, self._small_solve, precise=False)
+        factor = self._factor
+        if not self._precise:
+            gram = self._rows.gram(precise=True).mul_(self._scale)
+            gram.diagonal().add_(self.damping)
+            factor = torch.linalg.cholesky(gram)
+        solve = partial(_cholesky_solve, factor)
+        return GramForm(self._rows, self._scale, self.damping, solve, precise=True)
+
+    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
+        form = self._gram_form
+        cheaper = form.operations(queries, others) <= form.solved_operations(queries, others)
+        if cheaper and self._rows.same_units(probe):
+            return form
+        return super()._row_form(probe, queries, others)
+
+    def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
+        return self._gram_form.squares(rows) if self._rows.same_units(rows) else super()._row_squares(rows)
+
     def _logdet(self) -> Float[Tensor, ""]:
         null = self.operator.size - self._factor.shape[0]
         return 2 * self._factor.diagonal().log().sum() + null * torch.log(self._factor.new_tensor(self.damping))
+
+
+def _cholesky_solve(factor: Float[Tensor, "R R"], w: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
+    return torch.cholesky_solve(w.double(), factor)
 
 
 def _square_bytes(side: int) -> int:

@@ -78,6 +78,18 @@ class UnitRows(ABC):
             regular: whether the new rows are ordered by example and every example has equally many.
         """
 
+    def some(self: R, span: slice) -> R:
+        """Neighbouring rows in their order."""
+        if len(range(*span.indices(self.count))) == self.count:
+            return self
+        device = next(iter(self.tensors().values())).device
+        return self.reordered(torch.arange(*span.indices(self.count), device=device))
+
+    def weighted_squares(self, weights: Float[Tensor, "d"]) -> Float[Tensor, "R"]:
+        """Σ_i w_i row_i² of every row; written out a few at a time unless a representation has something better."""
+        parts = [self.some(span).dense().square() @ weights for span in spans(self.count, 2 * self.size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     @abstractmethod
     def double(self: R) -> R:
         """The rows in float64."""

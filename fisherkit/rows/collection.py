@@ -6,16 +6,17 @@ rows answer from memory, streamed rows (`rows.streamed`) from the data.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import UnitRows
+from fisherkit.rows.base import UnitRows, spans
 from fisherkit.space import ParameterSpace
 
 
@@ -75,7 +76,7 @@ class Rows(RowSource):
         super().__init__(space, slots[0].rows.count)
         self.slots = tuple(slots)
 
-    def _part(self, u: Float[Tensor, "D K"], slot: UnitSlot) -> Float[Tensor, "d K"]:
+    def _part(self, u: Float[Tensor, "D ..."], slot: UnitSlot) -> Float[Tensor, "d ..."]:
         span = self._span(slot)
         return torch.cat([u[self.space.slices[name]] for name in slot.names]) if span is None else u[span]
 
@@ -101,10 +102,12 @@ class Rows(RowSource):
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U."""
-        total = self.slots[0].rows.matmul(self._part(u, self.slots[0]))
-        for slot in self.slots[1:]:
-            total = total + slot.rows.matmul(self._part(u, slot))
-        return total
+        return functools.reduce(torch.add, (part for _, part in self.matmul_by_unit(u)))
+
+    def matmul_by_unit(self, u: Float[Tensor, "D K"]) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "R K"]]]:
+        """The units' summands of J U, each with the names of its parameters."""
+        for slot in self.slots:
+            yield slot.names, slot.rows.matmul(self._part(u, slot))
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W."""
@@ -121,10 +124,18 @@ class Rows(RowSource):
 
     def cross_gram(self, other: Rows, precise: bool = True) -> Float[Tensor, "R S"]:
         """J J'ᵀ against other rows with the same units, float64."""
-        total = self.slots[0].rows.gram(other.slots[0].rows, precise)
-        for mine, theirs in zip(self.slots[1:], other.slots[1:], strict=True):
-            total += mine.rows.gram(theirs.rows, precise)
-        return total
+        return functools.reduce(torch.Tensor.add_, (part for _, part in self.cross_gram_by_unit(other, precise)))
+
+    def cross_gram_by_unit(
+        self, other: Rows, precise: bool = True
+    ) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "R S"]]]:
+        """The units' summands of J J'ᵀ, each with the names of its parameters; units may be kept in different ways."""
+        for mine, theirs in zip(self.slots, other.slots, strict=True):
+            yield mine.names, _unit_gram(mine.rows, theirs.rows, precise)
+
+    def same_units(self, other: Rows) -> bool:
+        """Whether both have the same units in the same order, however they are kept."""
+        return [slot.names for slot in self.slots] == [slot.names for slot in other.slots]
 
     def gram(self, precise: bool = True) -> Float[Tensor, "R R"]:
         """J Jᵀ, symmetric to the last bit."""
@@ -134,6 +145,11 @@ class Rows(RowSource):
     def squared_sum(self) -> Float[Tensor, "D"]:
         """Diag JᵀJ."""
         return self._whole(slot.rows.squared_sum() for slot in self.slots)
+
+    def weighted_squares(self, weights: Float[Tensor, "D"]) -> Float[Tensor, "R"]:
+        """Σ_d w_d J_rd² of every row."""
+        parts = (slot.rows.weighted_squares(self._part(weights, slot)) for slot in self.slots)
+        return functools.reduce(torch.add, parts)
 
     def dense(self) -> Float[Tensor, "R D"]:
         """The rows themselves."""
@@ -157,6 +173,24 @@ class Rows(RowSource):
     def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> Rows:
         """Some or all of the rows in another order; ``regular`` as in `UnitRows.reordered`."""
         return Rows(self.space, [UnitSlot(slot.names, slot.rows.reordered(order, regular)) for slot in self.slots])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return self._floating.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the rows."""
+        return self._floating.device
+
+    @property
+    def _floating(self) -> Tensor:
+        return next(t for t in self.slots[0].rows.tensors().values() if t.is_floating_point())
+
+    def some(self, span: slice) -> Rows:
+        """Neighbouring rows in their order."""
+        return Rows(self.space, [UnitSlot(slot.names, slot.rows.some(span)) for slot in self.slots])
 
     def double(self) -> Rows:
         """The rows in float64."""
@@ -199,3 +233,15 @@ class Rows(RowSource):
 def _form(slot: UnitSlot) -> tuple[object, ...]:
     options = {key: value for key, value in slot.rows.options().items() if key != "count"}
     return slot.names, slot.rows.kind, tuple(options.items())
+
+
+def _unit_gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor, "R S"]:
+    """J J'ᵀ of one unit, in float64; rows of another representation are written out a few at a time."""
+    if type(mine) is type(theirs):
+        return mine.gram(theirs, precise)
+    mine = mine.double() if precise else mine
+    parts = []
+    for span in spans(theirs.count, 2 * theirs.size):
+        some = theirs.some(span)
+        parts.append(mine.matmul((some.double() if precise else some).dense().mT).double())
+    return torch.cat(parts, 1)

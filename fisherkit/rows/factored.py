@@ -116,6 +116,16 @@ class FactoredRows(UnitRows):
         weight = functools.reduce(torch.Tensor.add_, parts).reshape(self.outputs, self.inputs)
         return self._join(weight, self.gradients.sum(1).square_().sum(0))
 
+    def weighted_squares(self, weights: Float[Tensor, "d"]) -> Float[Tensor, "R"]:
+        """Σ_i w_i row_i²; without shared positions the squares factor."""
+        if self.positions > 1:
+            return super().weighted_squares(weights)
+        weight, offset = self._split(weights.unsqueeze(1))
+        inner = self._inputs().square() @ weight.squeeze(2).mT
+        if offset is not None:
+            inner += offset.squeeze(1)
+        return (self.gradients[:, 0].square() * self._to_rows(inner)).sum(1)
+
     def dense(self) -> Float[Tensor, "R d"]:
         """The rows in flat order."""
         size = self.outputs * self.inputs

@@ -1,0 +1,196 @@
+"""Cheaper scores that are not exact, by name: queries of low rank, random projections of both sides.
+
+Each turns solved queries X = (F + λI)⁻¹Q, layer by layer, into something smaller that still meets rows. Only layers
+whose rows are kept as two factors are compressed; the rest, small or written out, stays exact. Owns the two
+compressions. Knows neither data nor Fishers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.operators.layer_layout import LayerLayout
+from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.factored import FactoredRows
+
+
+@dataclass(frozen=True)
+class ApproximateScores:
+    """Scores and how far off they are.
+
+    Args:
+        scores: as `InfluenceScores.scores` would have them.
+        error: of each query, ‖approximate − exact‖ / ‖exact‖ over the training examples on which both were computed.
+        checked: how many these are, spread evenly over the training data.
+    """
+
+    scores: Float[Tensor, "Q N"]
+    error: Float[Tensor, "Q"]
+    checked: int
+
+
+class UnitQueries(ABC):
+    """Solved queries of one unit."""
+
+    @abstractmethod
+    def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
+        """With other rows."""
+
+
+class Approximation(ABC):
+    """A compression of solved queries.
+
+    Args:
+        size: how much is kept.
+        seed: of the random numbers; the same seed gives the same scores.
+
+    Raises:
+        InvalidTypeError: no integers.
+        InvalidArgumentError: a size below 1.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        call = type(self).__name__
+        for name, value in (("its size", size), ("seed", seed)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="an integer")
+        if size < 1:
+            raise InvalidArgumentError(call=call, got=f"a size of {size}", expected="1 or more")
+        self.size, self.seed = size, seed
+
+    def compress(self, columns: Float[Tensor, "D Q"], probe: Rows) -> CompressedQueries:
+        """The queries by unit.
+
+        Args:
+            columns: X.
+            probe: rows of the form that those to be met will have.
+        """
+        units = []
+        for number, slot in enumerate(probe.slots):
+            own = torch.cat([columns[probe.space.slices[name]] for name in slot.names])
+            units.append(self._unit(own, slot, probe, number))
+        return CompressedQueries(units)
+
+    def _unit(self, own: Float[Tensor, "d Q"], slot: UnitSlot, probe: Rows, number: int) -> UnitQueries:
+        rows = slot.rows
+        if not isinstance(rows, FactoredRows) or self.size >= min(rows.outputs, rows.inputs + rows.bias):
+            return _ExactUnit(own)
+        layout = LayerLayout(rows.outputs, rows.inputs, rows.bias, rows.transposed)
+        generator = torch.Generator().manual_seed(self.seed + number)
+        return self._layer(layout.to_grid(own), generator)
+
+    @abstractmethod
+    def _layer(self, grid: Float[Tensor, "Q O J"], generator: torch.Generator) -> UnitQueries:
+        """A layer's queries as matrices from inputs, the bias's among them, to outputs."""
+
+
+class LowRankQueries(Approximation):
+    """Each query's solution of each layer as a matrix of low rank, found by a randomized range finder.
+
+    Halko, Martinsson and Tropp, arXiv 0909.4061, with one power iteration. A score then takes rank · (inputs + outputs)
+    multiplications a layer instead of inputs · outputs. The solutions of the kfac structure are of low rank nearly
+    exactly.
+
+    Args:
+        rank: of a layer's solution.
+        seed: of the range finder.
+    """
+
+    def __init__(self, rank: int = 32, seed: int = 0) -> None:
+        super().__init__(rank, seed)
+
+    def _layer(self, grid: Float[Tensor, "Q O J"], generator: torch.Generator) -> UnitQueries:
+        start = torch.randn(grid.shape[2], self.size, generator=generator, dtype=torch.float64).to(grid)
+        basis = torch.linalg.qr(grid @ start).Q
+        basis = torch.linalg.qr(grid @ torch.linalg.qr(grid.mT @ basis).Q).Q
+        return _LowRankUnit(basis, grid.mT @ basis)
+
+
+class RandomProjection(Approximation):
+    """Both sides of every layer projected to ``size`` random directions of inputs and as many of outputs.
+
+    Training examples are then ``size²`` numbers a layer. Unbiased; the error falls as 1 / size, in relation to
+    ‖x_q‖ ‖∇ℓ_n‖, and so is large for scores that are small against that (Johnson and Lindenstrauss; per layer as in
+    Choe et al., arXiv 2405.13954).
+
+    Args:
+        size: random directions of each side.
+        seed: of the directions.
+    """
+
+    def __init__(self, size: int = 32, seed: int = 0) -> None:
+        super().__init__(size, seed)
+
+    def _layer(self, grid: Float[Tensor, "Q O J"], generator: torch.Generator) -> UnitQueries:
+        on_outputs, on_inputs = (
+            (torch.randn(width, self.size, generator=generator, dtype=torch.float64) / self.size**0.5).to(grid)
+            for width in grid.shape[1:]
+        )
+        return _ProjectedUnit(on_inputs, on_outputs, (on_outputs.mT @ grid @ on_inputs).flatten(1).mT)
+
+
+class CompressedQueries:
+    """Solved queries of all units.
+
+    Args:
+        units: in the order of the rows' slots.
+    """
+
+    def __init__(self, units: Sequence[UnitQueries]) -> None:
+        self.units = units
+
+    def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
+        """With other rows."""
+        parts = [unit.products(slot.rows) for unit, slot in zip(self.units, rows.slots, strict=True)]
+        return torch.stack(parts).sum(0)
+
+
+class _ExactUnit(UnitQueries):
+    def __init__(self, columns: Float[Tensor, "d Q"]) -> None:
+        self._columns = columns.clone()
+
+    def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
+        return rows.matmul(self._columns)
+
+
+class _LowRankUnit(UnitQueries):
+    def __init__(self, on_outputs: Float[Tensor, "Q O k"], on_inputs: Float[Tensor, "Q J k"]) -> None:
+        self._on_outputs, self._on_inputs = on_outputs, on_inputs
+
+    def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
+        rows, parts = _factored(rows), []
+        queries, _, rank = self._on_inputs.shape
+        for span in spans(queries, 8 * rows.count * rows.positions * rank):
+            on_inputs, on_outputs = (
+                side[span].movedim(0, 1).flatten(1) for side in (self._on_inputs, self._on_outputs)
+            )
+            met = []
+            for turned in rows.rotated(on_inputs, on_outputs):
+                a = turned.activations[:] if turned.example is None else turned.activations[turned.example]
+                met.append((turned.gradients * a).sum(1).unflatten(1, (-1, rank)).sum(2))
+            parts.append(torch.cat(met))
+        return torch.cat(parts, 1)
+
+
+class _ProjectedUnit(UnitQueries):
+    def __init__(
+        self, on_inputs: Float[Tensor, "J p"], on_outputs: Float[Tensor, "O p"], queries: Float[Tensor, "d Q"]
+    ) -> None:
+        self._on_inputs, self._on_outputs, self._queries = on_inputs, on_outputs, queries
+
+    def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
+        turned = _factored(rows).rotated(self._on_inputs, self._on_outputs)
+        return torch.cat([part.dense() @ self._queries for part in turned])
+
+
+def _factored(rows: UnitRows) -> FactoredRows:
+    assert isinstance(rows, FactoredRows)  # noqa: S101  (a plan keeps a unit's rows in one way)
+    return rows

@@ -1,0 +1,235 @@
+"""A model at the parameters of a Fisher: makes the rows of any data's loss or measurement, within a memory budget.
+
+Owns what must agree between Fisher and model, and how large blocks are. Knows no score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisherkit import likelihoods
+from fisherkit.data import Data, Source, is_causal, model_device
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.fisher import check_positive
+from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
+from fisherkit.influence.measurements import Measurement, query_rule
+from fisherkit.likelihoods import Likelihood
+from fisherkit.memory import available_memory
+from fisherkit.model_state import parameters_hash
+from fisherkit.operators import FisherOperator
+from fisherkit.outputs import OutputRule
+from fisherkit.rows.collection import Rows
+from fisherkit.rows.problem import Problem
+from fisherkit.rows.thinned import ThinnedSource, thinned
+from fisherkit.rows.verified import plan_for
+from fisherkit.space import ParameterSpace
+
+CALL = "InfluenceScores"
+
+
+class ModelRows:
+    """Rows of a model over a Fisher's parameters.
+
+    Args:
+        fisher: whose parameters; checked against the model.
+        model: the model.
+        likelihood: of the loss; None for the Fisher's.
+        chunk_size: most rows in one backward pass.
+        memory_budget: bytes; None for half of what is available.
+        progress: show progress bars.
+        shift_labels: as for `fisherkit.FisherApproximation`.
+    """
+
+    def __init__(
+        self,
+        fisher: FisherOperator,
+        model: nn.Module,
+        *,
+        likelihood: str | Likelihood | None,
+        chunk_size: int | None,
+        memory_budget: int | None,
+        progress: bool,
+        shift_labels: bool | None,
+    ) -> None:
+        if not isinstance(fisher, FisherOperator):
+            raise InvalidTypeError(
+                call=CALL, got=f"a {type(fisher).__name__} as fisher", expected="a Fisher", try_="fk.EmpiricalFisher"
+            )
+        if not isinstance(model, nn.Module):
+            raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+            check_positive(CALL, name, value)
+        _check_space(fisher, model)
+        self.model, self.space = model, fisher.space
+        self.dtype, self.device = fisher.dtype, fisher.device
+        self.metadata = fisher.metadata
+        self.likelihood = _likelihood(likelihood, fisher)
+        self.chunk_size, self.progress = chunk_size, progress
+        self.budget = available_memory(self.device) // 2 if memory_budget is None else memory_budget
+        self.shift_labels = is_causal(model) if shift_labels is None else shift_labels
+        self._modules = {name: module for module, names in self.space.blocks.items() for name in names}
+
+    def examples(self, given: int | None) -> int:
+        """N, as given or as the Fisher says.
+
+        Raises:
+            InvalidArgumentError: neither says it.
+        """
+        # A sum keeps what its terms have in common, which would be each term's N and not the sum's.
+        known = None if "terms" in self.metadata else self.metadata.get("examples")
+        if given is None and known is None:
+            raise InvalidArgumentError(
+                call=CALL,
+                got="a Fisher that does not say on how many examples it was measured",
+                expected="examples=N",
+                why="sums, multiples and operators of one's own have no N",
+                try_="examples=len(train)",
+            )
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+            raise InvalidArgumentError(call=CALL, got=f"examples={given!r}", expected="an integer, 1 or more")
+        return int(known) if given is None and known is not None else int(given or 0)
+
+    def module(self, names: tuple[str, ...]) -> str:
+        """The module that a unit's parameters belong to; of a unit across modules, all of them."""
+        return ", ".join(dict.fromkeys(self._modules[name] for name in names))
+
+    def live(self, data: Data, rule: OutputRule, *, token: bool = False, lean: bool = False) -> LiveBlocks:
+        """Rows made in every pass.
+
+        Args:
+            data: one batch or a re-iterable of batches.
+            rule: their output vectors.
+            token: whether each position has a row of its own.
+            lean: keep rows with as few numbers as can be, not for speed.
+        """
+        problem = self._problem(Source(data), rule, token)
+        problem.choose(lean=lean)
+        return LiveBlocks(problem, self._limit(problem))
+
+    def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
+        """Rows of a measurement."""
+        source = Source(data)
+        first = source.first()
+        plan = plan_for(self.model, self.space, first.to(self.device))
+        rule = query_rule(measurement, plan.probed.ndim, labelled=first.targets is not None)
+        problem = self._problem(source, rule, token=False)
+        return LiveBlocks(problem, self._limit(problem))
+
+    def settings(self, *, token: bool) -> dict[str, Any]:
+        """What rows of the loss depend on beside the data, as JSON has it."""
+        shapes = {name: list(shape) for name, shape in zip(self.space.names, self.space.shapes, strict=True)}
+        return {
+            "parameters_hash": parameters_hash(self.model),
+            "space": shapes,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "likelihood": self.likelihood.name,
+            "shift_labels": self.shift_labels,
+            "token": token,
+        }
+
+    def limited(self, blocks: LiveBlocks, most: int) -> LiveBlocks:
+        """The same in blocks of at most so many examples."""
+        return LiveBlocks(blocks.problem, most)
+
+    def kept(self, blocks: RowBlocks) -> RowBlocks:
+        """The same made once, if memory has room for all rows beside the rest."""
+        if not isinstance(blocks, LiveBlocks):
+            return blocks
+        for lean in (False, True):
+            blocks.problem.choose(lean=lean)
+            if blocks.row_bytes() * blocks.count() <= self.budget // 4:
+                return KeptBlocks(list(blocks), blocks.token)
+        blocks.problem.choose(lean=False)
+        return blocks
+
+    def sample(self, blocks: RowBlocks, stride: int) -> Rows:
+        """Rows of every so-many-th example."""
+        if isinstance(blocks, LiveBlocks):
+            source = ThinnedSource(blocks.problem.source, stride)
+            blocks = LiveBlocks(replace(blocks.problem, source=source), blocks.limit)
+            return Rows.cat([block.rows for block in blocks])
+        return Rows.cat([thinned(block.rows, stride) for block in blocks])
+
+    def probe(self, blocks: LiveBlocks) -> Rows:
+        """Two rows of the form that a problem's rows have."""
+        _, rows = blocks.problem.probe_rows()
+        probed = blocks.problem.plan.probed
+        return rows(torch.zeros(1, 2, *probed.shape[1:], dtype=probed.dtype, device=probed.device))
+
+    def room(self, numbers: int) -> int:
+        """How many queries with so many numbers each fit a quarter of the budget; at least one."""
+        return max(1, self.budget // 4 // (numbers * torch.finfo(self.dtype).bits // 8))
+
+    def _problem(self, source: Source, rule: OutputRule, token: bool) -> Problem:
+        plan = plan_for(self.model, self.space, source.first().to(self.device))
+        problem = Problem(
+            plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress
+        )  # fmt: skip
+        problem.measure()
+        problem.choose(lean=False)
+        return problem
+
+    def _limit(self, problem: Problem) -> int:
+        """Examples in a block, by the bytes of their rows."""
+        return max(1, min(MOST, self.budget // 8 // max(1, problem.row_bytes(self.space.names))))
+
+
+def _likelihood(likelihood: str | Likelihood | None, fisher: FisherOperator) -> Likelihood:
+    if likelihood is not None:
+        return likelihoods.resolve(likelihood)
+    known = fisher.metadata.get("likelihood")
+    try:
+        return likelihoods.resolve("" if known is None else known)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(
+            call=CALL,
+            got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
+            expected="likelihood=, the one of the loss",
+            why="the Fisher does not say which it is" if known is None else "a likelihood of one's own has only a name",
+        ) from error
+
+
+def _check_space(fisher: FisherOperator, model: nn.Module) -> None:
+    """Raise unless the Fisher's parameters are the model's, in the same dtype, on the same device."""
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    unknown = [name for name in fisher.space.names if name not in own]
+    if unknown:
+        raise UnknownParameterError(
+            call=CALL,
+            got=f"a Fisher over {unknown[:4]}{' …' if len(unknown) > 4 else ''}",
+            expected=f"parameters of the model, such as {list(own)[:4]}",
+            try_="the model that the Fisher was built with",
+        )
+    space = ParameterSpace.of(model, fisher.space.names)
+    if space != fisher.space:
+        pairs = zip(fisher.space.names, fisher.space.shapes, strict=True)
+        odd = [f"{name!r}: {list(shape)} and not {list(own[name])}" for name, shape in pairs if own[name] != shape]
+        raise InvalidArgumentError(
+            call=CALL,
+            got="a Fisher over " + ("; ".join(odd[:4]) or "the model's parameters in another order"),
+            expected="the model's own shapes and order",
+            try_="the model that the Fisher was built with",
+        )
+    device, dtype = model_device(model, fisher.space.names)
+    if dtype != fisher.dtype:
+        raise InvalidTypeError(call=CALL, got=f"a Fisher of {fisher.dtype}", expected=f"{dtype}, the model's")
+    if device != fisher.device:
+        raise InvalidArgumentError(
+            call=CALL,
+            got=f"a Fisher on {fisher.device}",
+            expected=f"{device}, the model's",
+            try_=f'fk.load(path, device="{device}"), or model.to("{fisher.device}")',
+        )
+    known = fisher.metadata.get("parameters_hash")
+    if known is not None and known != parameters_hash(model):
+        raise ModelError(
+            call=CALL,
+            got="a model whose parameters or buffers are not those that the Fisher was measured at",
+            expected="the same values",
+            why="∇ℓ and F must be taken at one point",
+            try_="load the weights the Fisher was built with, or build it anew",
+        )

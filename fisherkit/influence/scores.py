@@ -1,0 +1,371 @@
+"""Influence scores: what the removal of a training example does to a query, to first order.
+
+Owns the formula's factors (1/N, sign, what is summed over what) and the loops over queries and training examples. Asks
+a Fisher's damped inverse for its form between rows (`operators.row_forms`) and never how it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fisherkit.data import Data
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.influence.approximations import ApproximateScores, Approximation
+from fisherkit.influence.assembly import check_options, grouped, side_by_side, stacked
+from fisherkit.influence.blocks import KeptBlocks, RowBlock, RowBlocks, in_groups
+from fisherkit.influence.folder import write_blocks
+from fisherkit.influence.measurements import Measurement
+from fisherkit.influence.model_rows import ModelRows
+from fisherkit.influence.top import RunningTop, TopScores
+from fisherkit.likelihoods import Likelihood
+from fisherkit.operators import Damping, FisherOperator, RelativeDamping
+from fisherkit.operators.row_forms import RowForm, SolvedForm
+from fisherkit.vectors import EmpiricalVectors, ExactVectors
+
+
+class InfluenceScores:
+    """score[q, n] = (1/N) ∇ℓ_qᵀ (F + λI)⁻¹ ∇ℓ_n: positive where the training example helps the query.
+
+    To first order it is how much the query's loss rises when the example is removed and the model is trained on (Koh
+    and Liang, arXiv 1703.04730, with F in place of the loss's Hessian). ∇ℓ is an example's loss gradient, summed over
+    its positions. N and the scale of F are what the Fisher was measured with, also if ``train`` is a part of its data
+    or other data: a score does not depend on what else is scored.
+
+    Args:
+        fisher: any kind in any structure, of this model at these parameters.
+        model: the model; read, never changed. In eval mode if it has dropout or batch norm.
+        likelihood: of the loss; None for the one the Fisher was built with.
+        damping: λ in parameter space, or `fisherkit.RelativeDamping`; by default once the mean eigenvalue.
+        examples: N, where the Fisher does not say it (sums of Fishers, operators of one's own).
+        chunk_size: as for `fisherkit.FisherApproximation`.
+        memory_budget: bytes for rows and solutions beside the scores themselves; None for half of what is available.
+        progress: show progress bars.
+        shift_labels: as for `fisherkit.FisherApproximation`.
+
+    Raises:
+        InvalidTypeError: not a Fisher operator or not a module; a dtype that is not the model's.
+        UnknownParameterError: the Fisher is over parameters that the model does not have.
+        InvalidArgumentError: shapes or a device that are not the model's, other parameters than at the Fisher's build,
+            an unknown N or likelihood, a bad damping.
+        SingularMatrixError: F + λI is singular.
+
+    Cost: one factorization of F + λI, kept.
+    """
+
+    def __init__(
+        self,
+        fisher: FisherOperator,
+        model: nn.Module,
+        *,
+        likelihood: str | Likelihood | None = None,
+        damping: Damping = RelativeDamping(1.0),  # noqa: B008  (frozen)
+        examples: int | None = None,
+        chunk_size: int | None = None,
+        memory_budget: int | None = None,
+        progress: bool = False,
+        shift_labels: bool | None = None,
+    ) -> None:
+        self._model_rows = ModelRows(
+            fisher, model, likelihood=likelihood, chunk_size=chunk_size, memory_budget=memory_budget,
+            progress=progress, shift_labels=shift_labels,
+        )  # fmt: skip
+        self.examples = self._model_rows.examples(examples)
+        # Under "sum" F has no 1/N: the inverse brings it.
+        self._scale = 1.0 if fisher.metadata.get("normalization") == "sum" else 1.0 / self.examples
+        self._inverse = fisher.factorize(damping)
+        self.damping = self._inverse.damping
+
+    def prepare(
+        self, train: Data, *, folder: str | Path | None = None, by: Literal["token"] | None = None
+    ) -> RowBlocks:
+        """Training rows made once, for any number of calls that take ``train``.
+
+        Args:
+            train: one batch or a re-iterable of batches, with targets.
+            folder: keep them there, a file a block, instead of in memory. A call that was interrupted goes on from what
+                it left, to the same bytes.
+            by: "token" for calls with ``by="token"``.
+
+        Raises:
+            DataError, ModelError: as for a Fisher of these data.
+            InvalidArgumentError: the folder holds rows of another model or other data, or cannot be made.
+            FileFormatError: the folder's manifest or one of its blocks is damaged.
+
+        Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form.
+        """
+        blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token", lean=True)
+        if folder is not None:
+            return write_blocks(folder, blocks, self._model_rows.settings(token=blocks.token))
+        return KeptBlocks(list(blocks), blocks.token)
+
+    @overload
+    def scores(
+        self,
+        queries: Data,
+        train: Data | RowBlocks,
+        *,
+        measurement: Measurement = ...,
+        by: Literal["token"] | None = ...,
+        groups: Tensor | None = ...,
+        normalize: str | None = ...,
+    ) -> Tensor: ...
+    @overload
+    def scores(
+        self,
+        queries: Data,
+        train: Data | RowBlocks,
+        *,
+        measurement: Measurement = ...,
+        by: Literal["module"],
+        groups: Tensor | None = ...,
+        normalize: str | None = ...,
+    ) -> dict[str, Tensor]: ...
+    def scores(
+        self,
+        queries: Data,
+        train: Data | RowBlocks,
+        *,
+        measurement: Measurement = "loss",
+        by: Literal["module", "token"] | None = None,
+        groups: Int[Tensor, "N"] | None = None,
+        normalize: str | None = None,
+    ) -> Float[Tensor, "Q N ..."] | dict[str, Tensor]:
+        """All scores of the queries against the training examples.
+
+        Args:
+            queries: one batch or a re-iterable of batches.
+            train: the same, or what `prepare` made. Scores are in the order in which the data come, so no loader that
+                shuffles.
+            measurement: what is asked of a query: its "loss"; its "margin" log p_y / (1 − p_y); or a function
+                ``(outputs, targets) -> [B]``, differentiable, each number of its own example alone. Scores are how much
+                the loss or the function's value rises, or the margin falls, without the training example.
+            by: "module" for the summands of each module's parameters in ∇ℓ_n; "token" for those of each training
+                position's loss.
+            groups: a group's number, 0 or more, for each training example; scores are then those of groups, the sums of
+                their members'.
+            normalize: "relatif" divides by √(∇ℓ_nᵀ(F + λI)⁻¹∇ℓ_n), so that examples with large gradients do not lead
+                every list (ℓ-RelatIF of Barshan, Brunet and Dziugaite, AISTATS 2020).
+
+        Returns:
+            ``[Q, N]``, ``[Q, groups]``, ``[Q, N, T]`` by token, or a dict module -> ``[Q, N]``; in the Fisher's dtype
+            and on its device. Examples without a label that counts score 0.
+
+        Raises:
+            InvalidArgumentError: an option that is none of the allowed ones, or two that do not go together.
+            InvalidTypeError: groups that are not integers.
+            DataError: no example, no targets, or targets that do not fit.
+            ModelError: as for a Fisher.
+
+        Cost: the rows of both sides, one solve for each query, N·Q products of rows; or, where it takes fewer
+        operations, inner products of rows alone.
+        """
+        check_options(by, groups, normalize)
+        train = self._training(train, token=by == "token")
+        whole: dict[str, list[Tensor]] = {}
+        for block, form, others in self._query_blocks(queries, train, measurement):
+            found: dict[str, list[Tensor]] = {}
+            for _, pieces in self._pieces(block, form, others, by, normalize):
+                for name, piece in pieces.items():
+                    found.setdefault(name, []).append(piece)
+            for name, parts in found.items():
+                total = side_by_side(parts)
+                whole.setdefault(name, []).append(total if groups is None else grouped(total, groups))
+        result = {name: stacked(parts) for name, parts in whole.items()}
+        return result if by == "module" else result[""]
+
+    def top(
+        self,
+        queries: Data,
+        train: Data | RowBlocks,
+        k: int,
+        *,
+        measurement: Measurement = "loss",
+        normalize: str | None = None,
+    ) -> TopScores:
+        """The k most helpful and the k most harmful training examples of each query, without the score matrix.
+
+        Args:
+            queries: as in `scores`, like all that follow but k.
+            train: see there.
+            k: how many of each.
+            measurement: see there.
+            normalize: see there.
+
+        Returns:
+            Scores and places in the training data; of equal scores the earlier example comes first.
+
+        Raises:
+            InvalidArgumentError: k is not between 1 and the number of training examples.
+            DataError, ModelError: as in `scores`.
+        """
+        call = f"top(k={k})"
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise InvalidArgumentError(call=call, got=f"k={k!r}", expected="an integer, 1 or more")
+        check_options(None, None, normalize)
+        tops: list[tuple[Tensor, ...]] = []
+        train = self._training(train, token=False)
+        for block, form, others in self._query_blocks(queries, train, measurement):
+            helpful, harmful = RunningTop(k, largest=True), RunningTop(k, largest=False)
+            for _, pieces in self._pieces(block, form, others, None, normalize):
+                helpful.add(pieces[""])
+                harmful.add(pieces[""])
+            if helpful.seen < k:
+                raise InvalidArgumentError(
+                    call=call, got=f"{helpful.seen} training examples", expected=f"at least k = {k}"
+                )
+            tops.append((*helpful.result(), *harmful.result()))
+        return TopScores(*(torch.cat(parts) for parts in zip(*tops, strict=True)))
+
+    def approximate_scores(
+        self,
+        queries: Data,
+        train: Data | RowBlocks,
+        approximation: Approximation,
+        *,
+        measurement: Measurement = "loss",
+        checked: int = 64,
+    ) -> ApproximateScores:
+        """Scores by an approximation, with its error measured on some of the training examples.
+
+        Args:
+            queries: as in `scores`.
+            train: see there.
+            approximation: `LowRankQueries` or `RandomProjection`.
+            measurement: see there.
+            checked: on how many training examples, at least about, exact scores are computed beside them.
+
+        Raises:
+            InvalidTypeError: no approximation.
+            InvalidArgumentError: checked is below 1.
+            DataError, ModelError: as in `scores`.
+
+        Cost: one solve for each query, the compressed queries in memory, and one pass over the training examples
+        whatever the number of queries; another one over those that are checked.
+        """
+        call = "approximate_scores"
+        if not isinstance(approximation, Approximation):
+            raise InvalidTypeError(
+                call=call,
+                got=f"a {type(approximation).__name__} as approximation",
+                expected="fk.influence.LowRankQueries(rank) or fk.influence.RandomProjection(size)",
+            )
+        if isinstance(checked, bool) or not isinstance(checked, int) or checked < 1:
+            raise InvalidArgumentError(call=call, got=f"checked={checked!r}", expected="an integer, 1 or more")
+        blocks = self._training(train, token=False, lean=True)
+        sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
+        form = SolvedForm(self._inverse._solve, self._model_rows.space.size)
+        live = self._model_rows.queries(queries, measurement)
+        most = self._model_rows.room(form.numbers_per_query)
+        kept, errors = [], []
+        for block in in_groups(self._model_rows.limited(live, min(most, live.limit)), most):
+            solved = form.solve(block.rows)
+            compressed = approximation.compress(solved.columns, sample)
+            exact = solved.products(sample).double()
+            error = (compressed.products(sample) - exact).norm(dim=0) / exact.norm(dim=0)
+            errors.append(block.by_example(error.nan_to_num(0.0)).to(self._model_rows.dtype))
+            kept.append((block, compressed))
+        pieces = [
+            torch.cat([self._placed(c.products(other.rows), b, other, None, self._scale) for b, c in kept])
+            for other in blocks
+        ]
+        return ApproximateScores(torch.cat(pieces, 1), torch.cat(errors), sample.count)
+
+    def self_influence(self, train: Data | RowBlocks) -> Float[Tensor, "N"]:
+        """(1/N) ∇ℓ_nᵀ(F + λI)⁻¹∇ℓ_n of each example: how much its own loss rises without it.
+
+        Args:
+            train: as in `scores`.
+
+        Raises:
+            DataError, ModelError: as in `scores`.
+
+        Cost: the rows; for factored rows and structures with an eigenbasis no more than a few products of their size,
+        for the full structure their inner products with the Fisher's rows, else one solve an example.
+        """
+        blocks = self._training(train, token=False)
+        return torch.cat([self._scale * self._squares(block) for block in blocks])
+
+    def leverages(self, data: Data) -> Float[Tensor, "N"]:
+        """(1/N) tr(S_nᵀJ_n(F + λI)⁻¹J_nᵀS_n), S_nS_nᵀ the loss's Hessian in z: how far an example fits itself.
+
+        The leverage of generalized linear models (Pregibon 1981), from 0 to the number of free outputs; it needs no
+        labels. With an exact Fisher of the same data the leverages sum up to its effective dimension tr(F(F + λI)⁻¹).
+
+        Args:
+            data: one batch or a re-iterable of batches; targets may be None.
+
+        Raises:
+            DataError, ModelError: as for an exact Fisher of these data.
+
+        Cost: the rows of an exact Fisher, as many for each example as it has free outputs.
+        """
+        blocks = self._model_rows.live(data, ExactVectors(), token=False)
+        return torch.cat([self._scale * self._squares(block) for block in blocks])
+
+    # -- shared --------------------------------------------------------------------------------------------------------
+
+    def _training(self, train: Data | RowBlocks, *, token: bool, lean: bool = False) -> RowBlocks:
+        if not isinstance(train, RowBlocks):
+            return self._model_rows.live(train, EmpiricalVectors(), token=token, lean=lean)
+        if train.token != token:
+            raise InvalidArgumentError(
+                call="scores(train)",
+                got=f"rows prepared with by={'token' if train.token else None!r}",
+                expected=f"by={'token' if token else None!r}",
+                try_='prepare(train, by="token") for scores by token, prepare(train) for all others',
+            )
+        return train
+
+    def _query_blocks(
+        self, queries: Data, train: RowBlocks, measurement: Measurement
+    ) -> Iterator[tuple[RowBlock, RowForm, RowBlocks]]:
+        """The queries in blocks that memory has room for, the form that suits them, and the other side."""
+        live = self._model_rows.queries(queries, measurement)
+        count, others = live.count(), train.count()
+        form = self._inverse._row_form(self._model_rows.probe(live), count, others)
+        most = self._model_rows.room(form.numbers_per_query)
+        if count > most:
+            # Each block of queries meets all others: what counts is a block's own number.
+            form = self._inverse._row_form(self._model_rows.probe(live), most, others)
+            most = self._model_rows.room(form.numbers_per_query)
+            live = self._model_rows.limited(live, most)
+            train = self._model_rows.kept(train)
+        for block in in_groups(live, most):
+            yield block, form, train
+
+    def _pieces(
+        self, block: RowBlock, form: RowForm, train: RowBlocks, by: str | None, normalize: str | None
+    ) -> Iterator[tuple[RowBlock, dict[str, Tensor]]]:
+        """Scores of a block of queries against each training block, ``[Q, B]`` or ``[Q, B, P]``."""
+        solution = form.solve(block.rows)
+        for other in train:
+            scale: float | Tensor = self._scale
+            if normalize is not None:
+                norms = self._squares(other).sqrt()
+                scale = self._scale * torch.where(norms > 0, norms.reciprocal(), 0)
+            found: dict[str, Tensor] = {}
+            if by == "module":
+                for names, part in solution.parts(other.rows):
+                    name = self._model_rows.module(names)
+                    found[name] = found[name] + part if name in found else part
+            else:
+                found[""] = solution.products(other.rows)
+            yield other, {name: self._placed(part, block, other, by, scale) for name, part in found.items()}
+
+    def _placed(
+        self, part: Float[Tensor, "R S"], queries: RowBlock, train: RowBlock, by: str | None, scale: float | Tensor
+    ) -> Tensor:
+        """From rows on both sides to examples on both, the queries first."""
+        part = train.by_position(part) if by == "token" else train.by_example(part)
+        part = queries.by_example(part.movedim(-1, 0))
+        return (part * scale).to(self._model_rows.dtype)
+
+    def _squares(self, block: RowBlock) -> Float[Tensor, "B"]:
+        squares = self._inverse._row_squares(block.rows).clamp_min(0)  # rounding may leave a little less
+        return block.by_example(squares).to(self._model_rows.dtype)

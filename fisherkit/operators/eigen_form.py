@@ -1,0 +1,93 @@
+"""rᵀ(F + λI)⁻¹r' of one layer in a Kronecker product's eigenbasis, where rows are turned instead of solutions.
+
+A factored row is turned by its two factors, which takes far less than turning a solution [outputs, inputs] there and
+back. Owns that form and the count of operations that decides for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.operators.row_forms import Part, RowForm, RowSolution
+from fisherkit.rows.collection import Rows
+from fisherkit.rows.factored import FactoredRows
+
+
+class EigenForm(RowForm):
+    """(U_G ⊗ U_A) diag(w) (U_G ⊗ U_A)ᵀ, and 1/λ on what the bases do not span.
+
+    Args:
+        on_inputs: U_A.
+        on_outputs: U_G.
+        weights: w.
+        outside: 1/λ if the bases leave something out, else 0.
+        solve: the same on columns, for rows that are not factored.
+    """
+
+    def __init__(
+        self,
+        on_inputs: Float[Tensor, "I1 r"],
+        on_outputs: Float[Tensor, "O s"],
+        weights: Float[Tensor, "s r"],
+        outside: float,
+        solve: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(3 * weights.numel())
+        self.on_inputs, self.on_outputs, self.outside = on_inputs, on_outputs, outside
+        self._weights, self._solve = (weights - outside).flatten(), solve
+
+    @staticmethod
+    def worthwhile(probe: Rows, queries: int, others: int) -> bool:
+        """Whether turning the others' rows takes fewer multiplications than turning the queries' solutions."""
+        rows = probe.slots[0].rows
+        if len(probe.slots) > 1 or not isinstance(rows, FactoredRows):
+            return False
+        width, outputs = rows.inputs + rows.bias, rows.outputs
+        turned = others * rows.positions * (width**2 + outputs**2)
+        return turned <= 2 * queries * width * outputs * (width + outputs)
+
+    def turned(self, rows: FactoredRows) -> Iterator[FactoredRows]:
+        """The rows in the eigenbasis."""
+        return rows.rotated(self.on_inputs, self.on_outputs)
+
+    def solve(self, queries: Rows) -> RowSolution:
+        """Queries turned, written out and weighed."""
+        return _EigenSolution(self, queries)
+
+    def squares(self, rows: FactoredRows) -> Float[Tensor, "R"]:
+        """rᵀ(F + λI)⁻¹r of each row."""
+        within = torch.cat([part.weighted_squares(self._weights) for part in self.turned(rows)])
+        if not self.outside:
+            return within
+        return within + self.outside * rows.weighted_squares(self._weights.new_ones(rows.size))
+
+    def weighed(self, queries: FactoredRows) -> Float[Tensor, "d Q"]:
+        """diag(w) (U_G ⊗ U_A)ᵀ Q, in the eigenbasis."""
+        return torch.cat([part.dense() for part in self.turned(queries)]).mul_(self._weights).mT
+
+
+class _EigenSolution(RowSolution):
+    def __init__(self, form: EigenForm, queries: Rows) -> None:
+        rows = queries.slots[0].rows
+        self._form, self._queries = form, queries
+        self._weighed = form.weighed(rows) if isinstance(rows, FactoredRows) else None
+
+    @cached_property
+    def _solved(self) -> Float[Tensor, "D Q"]:
+        """For rows that are not factored, if there are such."""
+        return self._form._solve(self._queries.dense().mT)
+
+    def parts(self, rows: Rows) -> Iterator[Part]:
+        slot, mine, form = rows.slots[0], self._queries.slots[0].rows, self._form
+        if self._weighed is None or not isinstance(slot.rows, FactoredRows):
+            yield slot.names, slot.rows.matmul(self._solved)
+            return
+        within = torch.cat([part.matmul(self._weighed) for part in form.turned(slot.rows)])
+        if form.outside and isinstance(mine, FactoredRows):
+            within += form.outside * slot.rows.gram(mine, precise=False).to(within.dtype)
+        yield slot.names, within

@@ -1,0 +1,127 @@
+"""rᵀ(F + λI)⁻¹r' between many rows: what an inverse needs to know of rows, and the way that works for all.
+
+A `RowForm` is the bilinear form of a damped inverse, ready for rows; it takes one side (queries) once and meets the
+other in blocks. Owns the contract, the form that solves for the queries' rows written out, and the form of a block
+diagonal. Inverses with something better supply it (`Factorization._row_form`). Knows neither models nor data.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.rows.base import spans
+from fisherkit.rows.collection import Rows
+from fisherkit.space import ParameterSpace
+
+Part: TypeAlias = tuple[tuple[str, ...], Tensor]
+"""Names of a unit's parameters, and its summand ``[R, Q]``."""
+
+
+class RowSolution(ABC):
+    """(F + λI)⁻¹ applied to the queries' rows, as meeting other rows needs it."""
+
+    @abstractmethod
+    def parts(self, rows: Rows) -> Iterator[Part]:
+        """rᵀ(F + λI)⁻¹q of rows r and queries q, cut along r's units: Σ over them is `products`."""
+
+    def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
+        """rᵀ(F + λI)⁻¹q."""
+        return functools.reduce(torch.add, (part for _, part in self.parts(rows)))
+
+
+class RowForm(ABC):
+    """The form r, q ↦ rᵀ(F + λI)⁻¹q.
+
+    Args:
+        numbers_per_query: how many numbers a solution and its making hold for one query.
+    """
+
+    def __init__(self, numbers_per_query: int) -> None:
+        self.numbers_per_query = numbers_per_query
+
+    @abstractmethod
+    def solve(self, queries: Rows) -> RowSolution:
+        """The queries' side."""
+
+
+class SolvedForm(RowForm):
+    """Solve for the queries written out, ``[D, Q]``, then products with the other rows as they are kept.
+
+    Args:
+        solve: (F + λI)⁻¹ on columns.
+        size: D.
+    """
+
+    def __init__(self, solve: Callable[[Tensor], Tensor], size: int) -> None:
+        super().__init__(4 * size)  # the row, the solution, and a solver's two temporaries
+        self._solve = solve
+
+    def solve(self, queries: Rows) -> Solved:
+        """One solve for all."""
+        return Solved(self._solve(queries.dense().mT))
+
+
+class Solved(RowSolution):
+    """Columns X = (F + λI)⁻¹Q.
+
+    Args:
+        columns: X.
+    """
+
+    def __init__(self, columns: Float[Tensor, "D Q"]) -> None:
+        self.columns = columns
+
+    def parts(self, rows: Rows) -> Iterator[Part]:
+        """J X by unit."""
+        yield from rows.matmul_by_unit(self.columns)
+
+
+class BlockForm(RowForm):
+    """The sum of the blocks' forms.
+
+    Args:
+        forms: a form for each part of the parameters.
+    """
+
+    def __init__(self, forms: Sequence[tuple[ParameterSpace, RowForm]]) -> None:
+        super().__init__(sum(form.numbers_per_query for _, form in forms))
+        self._forms = forms
+
+    def solve(self, queries: Rows) -> RowSolution:
+        """Each block by itself."""
+        return _BlockSolution([(space, form.solve(queries.restrict(space))) for space, form in self._forms])
+
+
+class _BlockSolution(RowSolution):
+    def __init__(self, solutions: Sequence[tuple[ParameterSpace, RowSolution]]) -> None:
+        self._solutions = solutions
+
+    def parts(self, rows: Rows) -> Iterator[Part]:
+        for space, solution in self._solutions:
+            yield from solution.parts(rows.restrict(space))
+
+    def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
+        found = (solution.products(rows.restrict(space)) for space, solution in self._solutions)
+        return functools.reduce(torch.add, found)
+
+
+def solved_squares(solve: Callable[[Tensor], Tensor], rows: Rows) -> Float[Tensor, "R"]:
+    """rᵀ(F + λI)⁻¹r of each row by solves, a few rows at a time; float64."""
+    parts = []
+    for span in spans(rows.count, 4 * rows.space.size):
+        columns = rows.some(span).dense().mT
+        parts.append((columns.double() * solve(columns).double()).sum(0))
+    return torch.cat(parts)
+
+
+def aligned(spaces: Sequence[ParameterSpace], rows: Rows) -> bool:
+    """Whether every unit of the rows lies in one of the spaces."""
+    home = {name: i for i, space in enumerate(spaces) for name in space.names}
+    return all(len({home[name] for name in slot.names}) == 1 for slot in rows.slots)

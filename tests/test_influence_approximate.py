@@ -1,0 +1,98 @@
+"""Approximate scores: exact at full size, seeded, with the error that they have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.influence import InfluenceScores, LowRankQueries, RandomProjection
+from tests.conformance_cases import build, problem
+from tests.influence_cases import data
+from tests.small_data import F64, X, Y, mlp, same
+
+Data = tuple[Tensor, Tensor]
+
+
+def larger(structure: str) -> tuple[InfluenceScores, Data, Data]:
+    """A network with layers worth compressing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 44), nn.Tanh(), nn.Linear(44, 5)).double()
+    x, y = torch.randn(300, 40, generator=generator, dtype=F64), torch.arange(300) % 5
+    fisher = fk.EmpiricalFisher(model, (x, y), structure=structure)
+    return InfluenceScores(fisher, model), (x[:20] + 0.1, y[:20]), (x, y)
+
+
+@pytest.mark.parametrize("approximation", [LowRankQueries(64), RandomProjection(64)])
+@pytest.mark.parametrize("structure", ["full", "diagonal", "ekfac"])
+def test_full_size__is_exact(approximation: Any, structure: str) -> None:
+    scores, queries, train = larger(structure)
+    found = scores.approximate_scores(queries, train, approximation)
+    same(found.scores, scores.scores(queries, train))
+    assert float(found.error.max()) < 1e-9
+    assert found.checked >= 64
+
+
+@pytest.mark.parametrize("family", ["conv2d", "token_mlp", "linear_3d", "embedding", "hf_conv1d", "mapping_batch"])
+@pytest.mark.parametrize("approximation", [LowRankQueries(2), RandomProjection(2)])
+def test_every_layer__is_compressed_and_the_error_is_the_measured_one(family: str, approximation: Any) -> None:
+    of = problem(family)
+    scores = InfluenceScores(build(family, "ef", "ekfac"), of.model)
+    found = scores.approximate_scores(data(of), data(of), approximation)
+    exact = scores.scores(data(of), data(of))
+    same(found.error, ((found.scores - exact).norm(dim=1) / exact.norm(dim=1)).nan_to_num(0.0))
+
+
+def test_queries_of_low_rank__are_nearly_exact_for_kfac_and_better_with_rank() -> None:
+    scores, queries, train = larger("kfac")
+    errors = [float(scores.approximate_scores(queries, train, LowRankQueries(r)).error.max()) for r in (2, 6, 20)]
+    assert errors[0] > 10 * errors[1] > 100 * errors[2]
+    assert errors[2] < 1e-5
+
+
+def test_projections__are_unbiased_and_better_with_size() -> None:
+    scores, queries, train = larger("ekfac")
+    exact = scores.scores(queries, train)
+    found = [scores.approximate_scores(queries, train, RandomProjection(16, seed=1000 * s)).scores for s in range(40)]
+    one = float((found[0] - exact).norm() / exact.norm())
+    mean = float((torch.stack(found).mean(0) - exact).norm() / exact.norm())
+    assert mean < 0.3 * one
+    small, large = (scores.approximate_scores(queries, train, RandomProjection(p)).error.mean() for p in (4, 32))
+    assert small > 3 * large
+
+
+def test_a_seed__decides_everything(tmp_path: Path) -> None:
+    scores, queries, train = larger("full")
+    first = scores.approximate_scores(queries, train, RandomProjection(8, seed=3))
+    state = torch.get_rng_state()
+    again = scores.approximate_scores(queries, scores.prepare(train), RandomProjection(8, seed=3))
+    assert torch.equal(state, torch.get_rng_state())
+    same(first.scores, again.scores)
+    same(first.error, again.error)
+    other = scores.approximate_scores(queries, train, RandomProjection(8, seed=4))
+    assert not torch.allclose(first.scores, other.scores)
+    model = scores._model_rows.model
+    small = InfluenceScores(fk.EmpiricalFisher(model, train), model, memory_budget=200_000)
+    split = small.approximate_scores(
+        queries, small.prepare(train, folder=tmp_path / "rows"), RandomProjection(8, seed=3)
+    )
+    same(first.scores, split.scores)
+
+
+def test_bad_input__is_refused() -> None:
+    model = mlp()
+    scores = InfluenceScores(fk.EmpiricalFisher(model, (X, Y)), model)
+    with pytest.raises(fk.InvalidTypeError, match="LowRankQueries"):
+        scores.approximate_scores((X, Y), (X, Y), 3)  # type: ignore[arg-type]
+    with pytest.raises(fk.InvalidArgumentError, match="checked=0"):
+        scores.approximate_scores((X, Y), (X, Y), LowRankQueries(), checked=0)
+    with pytest.raises(fk.InvalidArgumentError, match="a size of 0"):
+        LowRankQueries(0)
+    with pytest.raises(fk.InvalidTypeError, match="seed of type float"):
+        RandomProjection(3, seed=0.5)  # type: ignore[arg-type]

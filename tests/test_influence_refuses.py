@@ -1,0 +1,129 @@
+"""Bad input to influence scores, with its message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.influence import InfluenceScores
+from tests.small_data import X, Y, mlp
+
+DATA = (X, Y)
+VALUES = (X, torch.zeros(7, 3).double())
+
+
+def made(**options: Any) -> InfluenceScores:
+    model = mlp()
+    return InfluenceScores(fk.EmpiricalFisher(model, DATA), model, **options)
+
+
+def with_metadata(**changes: str) -> tuple[Any, nn.Module]:
+    model = mlp()
+    fisher = fk.EmpiricalFisher(model, DATA)
+    fisher.metadata.update(changes)
+    return fisher, model
+
+
+def without_grad(z: Tensor, _: Tensor | None) -> Tensor:
+    return torch.zeros(len(z))
+
+
+CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "fisher": (lambda: InfluenceScores(torch.eye(3), mlp()), fk.InvalidTypeError, "a Tensor as fisher"),  # type: ignore[arg-type]
+    "model": (lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), 3), fk.InvalidTypeError, "an? int as model"),  # type: ignore[arg-type]
+    "other names": (
+        lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), nn.Linear(4, 3).double()),
+        fk.UnknownParameterError,
+        r"a Fisher over \['0.weight'",
+    ),
+    "other shapes": (
+        lambda: InfluenceScores(
+            fk.EmpiricalFisher(mlp(), DATA), nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        ),
+        fk.InvalidArgumentError,
+        r"'0.weight': \[5, 4\] and not \[6, 4\]",
+    ),
+    "other dtype": (
+        lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), mlp().float()), fk.InvalidTypeError, "a Fisher of"
+    ),
+    "other values": (
+        lambda: InfluenceScores(*with_metadata(parameters_hash="0" * 64)), fk.ModelError, "not those that the Fisher"
+    ),
+    "own likelihood": (
+        lambda: InfluenceScores(*with_metadata(likelihood="poisson")), fk.InvalidArgumentError, "named 'poisson'"
+    ),
+    "likelihood": (lambda: made(likelihood="softmax"), fk.InvalidArgumentError, "softmax"),
+    "damping": (lambda: made(damping=-1.0), fk.InvalidArgumentError, "damping -1.0"),
+    "singular": (lambda: made(damping=0.0), fk.SingularMatrixError, "singular"),
+    "examples": (lambda: made(examples=0), fk.InvalidArgumentError, "examples=0"),
+    "no labels": (lambda: made().scores((X, None), DATA), fk.DataError, "queries: got no targets"),
+    "no train labels": (lambda: made().scores(DATA, (X, None)), fk.DataError, "no targets"),
+    "no margin": (
+        lambda: made(likelihood="gaussian").scores(VALUES, VALUES, measurement="margin"),
+        fk.DataError,
+        "a gaussian likelihood",
+    ),
+    "measurement": (
+        lambda: made().scores(DATA, DATA, measurement="accuracy"), fk.InvalidArgumentError, "one of .'loss', 'margin'"
+    ),
+    "measurement type": (lambda: made().scores(DATA, DATA, measurement=3), fk.InvalidTypeError, "an? int"),  # type: ignore[arg-type]
+    "measurement shape": (
+        lambda: made().scores(DATA, DATA, measurement=lambda z, _: z), fk.InvalidArgumentError, "one number for each"
+    ),
+    "measurement value": (
+        lambda: made().scores(DATA, DATA, measurement=lambda z, _: 3.0), fk.InvalidTypeError, "a float"  # type: ignore[arg-type,return-value]
+    ),
+    "measurement graph": (
+        lambda: made().scores(DATA, DATA, measurement=without_grad), fk.InvalidArgumentError, "without a graph"
+    ),
+    "measurement infinite": (
+        lambda: made().scores(DATA, DATA, measurement=lambda z, _: (z[:, 0] - z[:, 0]).sqrt()), fk.NonFiniteError, "NaN"
+    ),
+    "by": (lambda: made().scores(DATA, DATA, by="layer"), fk.InvalidArgumentError, "by='layer'"),  # type: ignore[call-overload]
+    "normalize": (lambda: made().scores(DATA, DATA, normalize="cosine"), fk.InvalidArgumentError, "normalize='cosine'"),
+    "token with groups": (
+        lambda: made().scores(DATA, DATA, by="token", groups=torch.zeros(7, dtype=torch.long)),
+        fk.InvalidArgumentError,
+        "whole examples",
+    ),
+    "relatif with groups": (
+        lambda: made().scores(DATA, DATA, normalize="relatif", groups=torch.zeros(7, dtype=torch.long)),
+        fk.InvalidArgumentError,
+        "one example's own",
+    ),
+    "groups short": (
+        lambda: made().scores(DATA, DATA, groups=torch.zeros(6, dtype=torch.long)), fk.InvalidArgumentError, "6. for 7"
+    ),
+    "groups float": (lambda: made().scores(DATA, DATA, groups=torch.zeros(7)), fk.InvalidTypeError, "torch.float32"),
+    "groups negative": (
+        lambda: made().scores(DATA, DATA, groups=torch.full((7,), -1)), fk.InvalidArgumentError, "group -1"
+    ),
+    "k": (lambda: made().top(DATA, DATA, 0), fk.InvalidArgumentError, "k=0"),
+    "k large": (lambda: made().top(DATA, DATA, 8), fk.InvalidArgumentError, "7 training examples"),
+    "prepared": (
+        lambda: (i := made()).scores(DATA, i.prepare(DATA), by="token"), fk.InvalidArgumentError, "with by=None"
+    ),
+    "budget": (lambda: made(memory_budget=0), fk.InvalidArgumentError, "memory_budget=0"),
+    "chunk": (lambda: made(chunk_size=0), fk.InvalidArgumentError, "chunk_size=0"),
+    "empty": (lambda: made().scores([], DATA), fk.DataError, "no batch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input__is_refused_with_a_reason(case: str) -> None:
+    call, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_train_mode__is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).double().eval()
+    influence = InfluenceScores(fk.EmpiricalFisher(model, DATA), model)
+    model.train()
+    with pytest.raises(fk.ModelError, match="Dropout"):
+        influence.scores(DATA, DATA)

@@ -1,0 +1,195 @@
+"""rᵀ(F + λI)⁻¹r' in sample space and by solved columns: the same numbers, chosen by a count of operations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.data import Source
+from fisherkit.influence import InfluenceScores
+from fisherkit.operators.eigen_form import EigenForm
+from fisherkit.operators.gram_form import GramForm
+from fisherkit.operators.row_forms import BlockForm, SolvedForm
+from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.problem import Problem
+from fisherkit.rows.stored import StoredRows
+from fisherkit.rows.verified import plan_for
+from fisherkit.vectors import EmpiricalVectors
+from tests.conformance_cases import build, problem
+from tests.influence_cases import data
+from tests.small_data import X, Y, mlp, same
+
+FAMILIES = ("mlp", "conv2d", "linear_3d", "embedding", "hf_conv1d", "token_attention", "tied_linears")
+
+
+def loss_rows(family: str, *, lean: bool) -> Rows:
+    """∂ℓ/∂θ of a family's examples."""
+    of = problem(family)
+    source = Source(data(of))
+    plan = plan_for(of.model, fk.ParameterSpace.of(of.model, of.params), source.first())
+    made = Problem(
+        plan, source, fk.likelihoods.resolve(of.likelihood), EmpiricalVectors(), False, False, None, False
+    )  # fmt: skip
+    made.measure()
+    made.choose(lean=lean)
+    return next(iter(made.batches("rows"))).rows
+
+
+def written_out(rows: Rows) -> Rows:
+    """The same, no unit factored."""
+    return Rows(rows.space, [UnitSlot(slot.names, StoredRows(slot.rows.dense())) for slot in rows.slots])
+
+
+def forms(family: str, kind: str) -> tuple[GramForm, SolvedForm, Tensor]:
+    """Both forms of a full Fisher, and (F + λI)⁻¹."""
+    fisher = build(family, kind, "full")
+    inverse: Any = fisher.factorize(fk.RelativeDamping(0.3))
+    dense = fisher.to_dense()
+    expected = torch.linalg.inv(dense + inverse.damping * torch.eye(fisher.size, dtype=dense.dtype))
+    return inverse._gram_form, SolvedForm(inverse._solve, fisher.size), expected
+
+
+@pytest.mark.parametrize("kind", ["ef", "sf5"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_primal_and_dual__agree_whatever_way_rows_are_kept(family: str, kind: str) -> None:
+    gram, solved, inverse = forms(family, kind)
+    lean, fast = loss_rows(family, lean=True), loss_rows(family, lean=False)
+    dense = fast.dense()
+    for queries in (lean, fast, written_out(lean)):
+        for form in (gram, solved):
+            solution = form.solve(queries)
+            for rows in (lean, fast, written_out(fast)):
+                same(solution.products(rows).to(dense.dtype), dense @ inverse @ dense.T)
+                parts = dict(solution.parts(rows))
+                assert list(parts) == [slot.names for slot in rows.slots]
+                same(torch.stack(list(parts.values())).sum(0), dense @ inverse @ dense.T)
+    same(gram.squares(lean), (dense @ inverse * dense).sum(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weighted_squares__are_those_of_the_rows_written_out(family: str) -> None:
+    for lean in (True, False):
+        rows = loss_rows(family, lean=lean)
+        weights = torch.rand(rows.space.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        same(rows.weighted_squares(weights), rows.dense().square() @ weights)
+        same(rows.some(slice(1, 3)).dense(), rows.dense()[1:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("damping", [1e-6, 1.0])
+def test_sample_space__is_accurate_where_differences_cancel(dtype: torch.dtype, damping: float) -> None:
+    exact = scores_of(torch.float64, dtype, damping)
+    found = scores_of(dtype, dtype, damping)
+    scale = exact.abs().max()
+    # Rounding of the rows themselves, seen through the inverse, is not the form's to undo.
+    assert float((found.double() - exact).abs().max() / scale) < {torch.float32: 2e-3, torch.bfloat16: 0.5}[dtype]
+
+
+def scores_of(dtype: torch.dtype, rounded: torch.dtype, damping: float) -> Tensor:
+    """Scores of a network whose weights and data are exact in a shorter dtype, computed in a longer one."""
+    x = X.to(rounded).to(dtype)
+    model = mlp().to(rounded).to(dtype)
+    fisher = fk.EmpiricalFisher(model, (x, Y))
+    return InfluenceScores(fisher, model, damping=fk.RelativeDamping(damping)).scores((x[:3] + 1, Y[:3]), (x, Y))
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turned_rows__give_what_solved_columns_do(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inverse: Any = build(family, "ef", method).factorize(fk.RelativeDamping(0.3))
+    lean, fast = loss_rows(family, lean=True), loss_rows(family, lean=False)
+    expected = fast.dense() @ inverse._solve(fast.dense().mT)
+    monkeypatch.setattr(EigenForm, "worthwhile", lambda *_: True)
+    for probe in (lean, fast):
+        form = inverse._row_form(probe, 1, 1)
+        for queries, rows in itertools.product((lean, fast, written_out(lean)), repeat=2):
+            same(form.solve(queries).products(rows), expected.mT)
+    same(inverse._row_squares(lean), expected.diagonal())
+
+
+def test_turned_rows__are_exact_where_bases_leave_something_out() -> None:
+    model, x, y = wide()
+    fisher = fk.EmpiricalFisher(model.double(), (x.double(), y), structure="ekfac")
+    assert any(block._null for block in fisher._built.operator.blocks)  # type: ignore[attr-defined]
+    inverse: Any = fisher.factorize(fk.RelativeDamping(1.0))
+    rows = fk.EmpiricalFisher(model, (x.double(), y))._built.operator.row_source  # type: ignore[attr-defined]
+    expected = rows.dense() @ inverse._solve(rows.dense().mT)
+    form = inverse._row_form(rows, 1_000_000, 1)
+    assert [type(part) for _, part in form._forms] == [EigenForm] * 2
+    same(form.solve(rows).products(rows), expected)
+    same(inverse._row_squares(rows), expected.diagonal())
+
+
+def wide() -> tuple[nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+        return model, torch.randn(50, 64), torch.randint(10, (50,))
+
+
+def test_the_form__is_the_one_with_fewer_operations() -> None:
+    model, x, y = wide()
+    fisher = fk.EmpiricalFisher(model, (x, y))
+    inverse = fisher.factorize(1e-2)
+    probe = fisher._built.operator.row_source  # type: ignore[attr-defined]
+    assert isinstance(inverse._row_form(probe, queries=1, others=1_000_000), SolvedForm)
+    assert isinstance(inverse._row_form(probe, queries=1_000, others=1_000), GramForm)
+    blocks = fk.EmpiricalFisher(model, (x, y), structure="block").factorize(1e-2)
+    assert isinstance(blocks._row_form(probe, queries=1_000, others=1_000), BlockForm)
+
+
+def test_sample_space__never_writes_a_row_over_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = wide()
+    fisher = fk.EmpiricalFisher(model, (x, y))
+    influence = InfluenceScores(fisher, model)
+    with no_dense_rows(monkeypatch):
+        influence.scores((x, y), (x, y))
+        influence.self_influence((x, y))
+    kfac = InfluenceScores(fk.EmpiricalFisher(model, (x, y), structure="ekfac"), model)
+    with no_dense_rows(monkeypatch):
+        kfac.self_influence((x, y))
+
+
+@contextmanager
+def no_dense_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refused(_: Any) -> Tensor:
+        raise AssertionError("rows written out")
+
+    with monkeypatch.context() as patch:
+        for kind in (FactoredRows, Rows):
+            patch.setattr(kind, "dense", refused)
+        yield
+
+
+def test_blocks_that_cut_a_layer__are_solved_whole() -> None:
+    model = mlp()
+    matrix = fk.EmpiricalFisher(model, (X, Y), structure="diagonal").diagonal()
+    space = fk.ParameterSpace.of(model)
+    each = [
+        fk.operators.DiagonalOperator(space.restrict([name]), matrix[space.slices[name]].clone())
+        for name in space.names
+    ]
+    operator = fk.operators.BlockDiagonalOperator(space, each)
+    cut = InfluenceScores(operator, model, likelihood="categorical", examples=7)
+    whole = InfluenceScores(fk.EmpiricalFisher(model, (X, Y), structure="diagonal"), model)
+    same(cut.scores((X, Y), (X, Y)), whole.scores((X, Y), (X, Y)))
+    same(cut.self_influence((X, Y)), whole.self_influence((X, Y)))
+
+
+@pytest.mark.parametrize("kind", ["ef", "exact"])
+def test_streamed_rows_and_sums__are_solved_iteratively(kind: str) -> None:
+    model = mlp()
+    kinds = {"ef": fk.EmpiricalFisher, "exact": fk.ExactFisher}
+    full = kinds[kind](model, (X, Y))
+    streamed = kinds[kind](model, (X, Y), memory_budget=1)
+    found, expected = (InfluenceScores(f, model, damping=0.1) for f in (streamed, full))
+    torch.testing.assert_close(found.scores((X, Y), (X, Y)), expected.scores((X, Y), (X, Y)), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.self_influence((X, Y)), expected.self_influence((X, Y)), rtol=1e-6, atol=1e-8)
