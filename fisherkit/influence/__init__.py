@@ -3,6 +3,7 @@
 `InfluenceScores` takes a built Fisher, its model and two sets of data. Knows no other application.
 """
 
+from fisherkit.influence import evaluation
 from fisherkit.influence.approximations import ApproximateScores, Approximation, LowRankQueries, RandomProjection
 from fisherkit.influence.blocks import RowBlocks
 from fisherkit.influence.scores import InfluenceScores
@@ -16,4 +17,5 @@ __all__ = [
     "RandomProjection",
     "RowBlocks",
     "TopScores",
+    "evaluation",
 ]
