@@ -29,7 +29,8 @@ class EWCTrainerMixin:
 
     Args:
         ewc: of the very model that is trained; its terms are moved to the model's device.
-        args, kwargs: the Trainer's.
+        *args: the Trainer's.
+        **kwargs: the Trainer's.
 
     Raises:
         InvalidTypeError: no EWC.
