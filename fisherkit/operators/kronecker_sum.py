@@ -25,6 +25,9 @@ from fisherkit.operators.layer_layout import LayerLayout
 MOST_NUMBERS = 1 << 28
 """Numbers that the factored small matrices may take, 2 GB; fixed, so that a solve does not depend on free memory."""
 
+AT_ONCE = 1 << 24
+"""Numbers of small matrices that are factored at once."""
+
 FLOOR_POWER = 0.75
 """P treats λ as (λ / mean eigenvalue)^this of its side's scale: the share of the damping that this side stands for.
 
@@ -120,20 +123,28 @@ def _by_rows(side: _Diagonalised, matrices: Sequence[Float[Tensor, "m m"]], shif
     """(P ⊗ I) blockdiag(Σ_t d_t[p] M_t + shift·e[p]·I)⁻¹ (P ⊗ I)ᵀ on grids [K, n, m]."""
     blocks = torch.einsum("tp,tij->pij", side.diagonals, torch.stack(list(matrices)))
     blocks.diagonal(dim1=1, dim2=2).add_((shift * side.lengths).unsqueeze(-1))
-    # What rounding leaves below 0 is far below the shift, unless there is no damping.
-    factors, failed = torch.linalg.cholesky_ex(blocks)
-    for power in (1e2, 1e4, 1e6):
-        if not bool(failed.any()):
-            break
-        more = power * ROUNDING * blocks.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)
-        blocks.diagonal(dim1=1, dim2=2).add_(more)
-        factors, failed = torch.linalg.cholesky_ex(blocks)
+    factors = _factor_in_place(blocks)
 
     def product(grid: Float[Tensor, "K n m"]) -> Float[Tensor, "K n m"]:
         rows = (side.basis.mT @ grid).permute(1, 2, 0)
         return side.basis @ torch.cholesky_solve(rows, factors).permute(2, 0, 1)
 
     return product
+
+
+def _factor_in_place(blocks: Float[Tensor, "n m m"]) -> Float[Tensor, "n m m"]:
+    """Lower Cholesky factors of all, a few at a time, so that there is no second copy of them all."""
+    for part in blocks.split(max(1, AT_ONCE // blocks.shape[1] ** 2)):
+        factors, failed = torch.linalg.cholesky_ex(part)
+        # What rounding leaves below 0 is far below the shift, unless there is no damping.
+        for power in (1e2, 1e4, 1e6):
+            if not bool(failed.any()):
+                break
+            diagonal = part.diagonal(dim1=1, dim2=2)
+            diagonal.add_(power * ROUNDING * diagonal.mean(-1, keepdim=True))
+            factors, failed = torch.linalg.cholesky_ex(part)
+        part.copy_(factors)
+    return blocks
 
 
 def _factors(terms: Sequence[FisherOperator]) -> _Terms | None:
