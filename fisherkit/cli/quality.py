@@ -23,7 +23,8 @@ from fisherkit.cli.text import number, progress, table
 from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.plots import plot_damping
-from fisherkit.evaluation.table import average, replace_text
+from fisherkit.evaluation.table import average
+from fisherkit.io import replace_text
 
 CALL = "fisherkit quality SPEC"
 EPOCHS, BATCH = 10, 160

@@ -6,14 +6,13 @@ Needs matplotlib, which is imported when a picture is drawn: ``pip install "fish
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.evaluation.table import Key, QualityTable, average
-from fisherkit.io import as_path, check_folder
+from fisherkit.io import as_path, check_folder, part_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,13 +119,9 @@ def _finish(figure: Figure, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(r"$\gamma\,/\,\gamma_{\mathrm{SGD}}$  (lower is better)")
     figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with part_of(path) as part:
+        figure.savefig(part, format=path.suffix.lstrip(".") or "png")
+        os.replace(part, path)
 
 
 def _picture(path: str | Path, call: str) -> Path:

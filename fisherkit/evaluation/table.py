@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.io import as_path, check_folder
+from fisherkit.io import as_path, check_folder, replace_text
 
 
 @dataclass(frozen=True)
@@ -127,22 +125,6 @@ def average(tables: Sequence[QualityTable]) -> dict[Key, tuple[float, float]]:
         values = [row.relative_gamma for row in rows]
         found[key] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     return found
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file to a temporary name and put it in place.
-
-    Args:
-        path: an existing file is replaced.
-        text: in UTF-8.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _cells(row: QualityRow) -> tuple[str, ...]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +85,7 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
             raise InvalidArgumentError(**_other(path, f"rows of other data from example {at} on"))
         entries.append({"file": name, "examples": batch.size})
     manifest["blocks"] = entries
-    _replace_text(path / MANIFEST, json.dumps(manifest, indent=1))
+    io.replace_text(path / MANIFEST, json.dumps(manifest, indent=1))
     return FolderBlocks(path, problem.plan.space, problem.plan.example_parameter.device, manifest)
 
 
@@ -119,7 +117,7 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
                 call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
             )
         begun = {"format": FORMAT, "version": VERSION, "limit": limit, "settings": settings, "blocks": []}
-        _replace_text(file, json.dumps(begun, indent=1))
+        io.replace_text(file, json.dumps(begun, indent=1))
         return begun
     try:
         manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
@@ -203,15 +201,3 @@ def _digest(batch: Batch) -> str:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _replace_text(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
