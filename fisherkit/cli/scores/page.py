@@ -9,7 +9,6 @@ from html import escape
 
 from fisherkit.cli.scores.result import Computed, Example, Query, Result, Scored, unit
 from fisherkit.cli.scores.table import described, signed
-from fisherkit.cli.text import number
 
 LONGEST = 800
 """Characters of a text that the page shows; the JSON has all."""
@@ -38,9 +37,9 @@ section { margin-top: 2rem; padding-top: 1.25rem; border-top: 1px solid var(--li
 .query { display: flex; gap: 1rem; align-items: flex-start; margin-bottom: 1rem; }
 .query img { width: 7rem; }
 img { display: block; height: auto; image-rendering: pixelated; border-radius: 4px; border: 1px solid var(--line); }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.5rem; }
+.columns { display: grid; gap: 1.5rem; }
 ol { list-style: none; margin: 0; padding: 0; display: grid; gap: .5rem; align-content: start; }
-.own ol { grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); }
+@media (min-width: 44rem) { .columns, .own ol { grid-template-columns: 1fr 1fr; } }
 li { display: flex; gap: .75rem; background: var(--card); border-radius: 6px; padding: .6rem; }
 li img { width: 3.5rem; flex: none; align-self: flex-start; }
 li > div { flex: 1; min-width: 0; }
@@ -52,6 +51,7 @@ li > div { flex: 1; min-width: 0; }
 .helpful .score, h3.helpful { color: var(--helpful); }
 .harmful .track span { background: var(--harmful); }
 .harmful .score, h3.harmful { color: var(--harmful); }
+.formula { white-space: nowrap; }
 .wrong { color: var(--wrong); }
 """
 
@@ -84,14 +84,12 @@ def page(found: Result) -> str:
 def _header(found: Result) -> str:
     c = found.computed
     relative = "" if c.relative_damping is None else f", {c.relative_damping:g} × the mean eigenvalue"
-    source = (
-        f"built in {c.fisher_seconds:.1f} s" if c.fisher_seconds is not None else f"from the file {c.fisher_file}"
-    )
+    source = f"built in {c.fisher_seconds:.1f} s" if c.fisher_seconds is not None else f"from the file {c.fisher_file}"
     facts = {
         "Model": f"{c.model}, D = {c.parameters:,} parameters",
         "Data": f"{c.train:,} training examples, {c.queries:,} queries",
         "Fisher": f"{c.kind}, {c.structure}, N = {c.examples:,}, {source}",
-        "Damping": f"λ = {number(c.damping)}{relative}",
+        "Damping": f"λ = {c.damping:.3g}{relative}",
         "Of what": f"{c.measurement} of each query, likelihood {c.likelihood}"
         + ("" if c.normalize is None else f", normalized by {c.normalize}"),
         "Scores": f"computed in {c.score_seconds:.1f} s",
@@ -103,9 +101,10 @@ def _header(found: Result) -> str:
         "<header>\n<h1>Influence scores</h1>\n"
         '<p class="soft">Which training examples these predictions hang on.</p>\n'
         f"<dl>\n{rows}\n</dl>\n"
-        f"<p><strong>How to read it.</strong> {escape(unit(c))} It is a first-order prediction for a trained model, "
-        "score = (1/N) ∇ℓ<sub>q</sub>ᵀ (F + λI)⁻¹ ∇ℓ<sub>n</sub>; the randomness of training a model again is often "
-        "larger than one example's effect. Bars are relative to the largest score of their query.</p>\n"
+        f"<p><strong>How to read it.</strong> {escape(unit(c))} "
+        '<span class="formula">score = (1/N) ∇ℓ<sub>q</sub>ᵀ (F + λI)⁻¹ ∇ℓ<sub>n</sub>.</span> '
+        "When a model is trained again, randomness alone often changes a loss by more than one example does. "
+        "Bars are relative to the largest score of their query.</p>\n"
         f"{notes}\n</header>"
     )
 
@@ -165,7 +164,8 @@ def _item(scored: Scored, largest: float) -> str:
 def _described(example: Example) -> str:
     """Label, prediction and loss; marked where the first two differ."""
     wrong = example.prediction is not None and example.probability is not None and example.label != example.prediction
-    return f'<span{" class=" + chr(34) + "wrong" + chr(34) if wrong else ""}>{escape(described(example))}</span>'
+    text = escape(described(example))
+    return f'<span class="wrong">{text}</span>' if wrong else text
 
 
 def _text(example: Example) -> str:

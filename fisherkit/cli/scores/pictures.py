@@ -73,8 +73,8 @@ def _bytes(image: Tensor) -> Tensor:
             values = (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
     longest = max(values.shape[:2])
     if longest > LARGEST:
-        size = [max(1, round(side * LARGEST / longest)) for side in values.shape[:2]]
-        values = torch.nn.functional.adaptive_avg_pool2d(values.movedim(-1, 0), size).movedim(0, -1)
+        height, width = (max(1, round(side * LARGEST / longest)) for side in values.shape[:2])
+        values = torch.nn.functional.adaptive_avg_pool2d(values.movedim(-1, 0), (height, width)).movedim(0, -1)
     return (values * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
 
 

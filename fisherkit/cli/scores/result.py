@@ -1,4 +1,4 @@
-"""What ``fisherkit scores`` found: examples, their neighbours by score, and what was computed. Knows no output format."""
+"""What ``fisherkit scores`` found: examples, their neighbours by score, what was computed. Knows no output format."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ def unit(computed: Computed) -> str:
         "margin": "the query's margin, the log odds of its label, would fall",
     }
     text = (
-        f"A score is about how much {sides[computed.measurement]} if the training example were left out and the model "
-        "trained on: above 0 the example helps the query, below 0 it harms."
+        f"A score is how much, to first order, {sides[computed.measurement]} if the training example were left out and "
+        "the model trained on: above 0 the example helps the query, below 0 it harms."
     )
     if computed.normalize is not None:
         text += " Each is divided by the example's own size in the metric of the Fisher (RelatIF)."

@@ -114,15 +114,16 @@ def _check(settings: ScoresSettings) -> KindSpec:
             words = ", ".join(repr(v) for v in values if v is not None)
             raise InvalidArgumentError(call=CALL, got=f"{name} {value!r}", expected=f"one of {words}")
     if settings.fisher is not None:
-        built = {
+        given = {
             "--kind": settings.kind, "--structure": settings.structure, "--params": settings.params or None,
             "--save-fisher": settings.save_fisher,
         }  # fmt: skip
-        for name, value in built.items():
-            if value is not None:
-                raise InvalidArgumentError(
-                    call=CALL, got=f"{name} beside --fisher", expected="one of them", why="the file's Fisher is built"
-                )
+        beside = [name for name in given if given[name] is not None]
+        if beside:
+            raise InvalidArgumentError(
+                call=CALL, got=f"{', '.join(beside)} beside --fisher", expected="--fisher alone",
+                why="they are of a Fisher that is built",
+            )  # fmt: skip
     if settings.save_fisher is not None:
         io.check_folder(settings.save_fisher, f"{CALL} --save-fisher")
     return kind
@@ -155,67 +156,75 @@ def _fisher(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> tuple
 
 
 def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Result:
-    demo = settings.model is None
-    worst = DEMO_QUERIES if settings.worst is None and demo else settings.worst
-    own = (DEMO_SELF if demo else 0) if settings.own is None else settings.own
     fisher, fisher_seconds = _fisher(settings, kind, subject)
     known = fisher.metadata.get("likelihood") if settings.fisher is not None else None
     likelihood = settings.likelihood or known or subject.likelihood
-    describer = Describer(subject.model, likelihood, subject.classes, subject.show, subject.place, CALL)
-    damping = settings.damping if settings.absolute_damping else RelativeDamping(settings.damping)
     start = time.perf_counter()
     influence = InfluenceScores(
-        fisher, subject.model, likelihood=likelihood, damping=damping, progress=sys.stderr.isatty()
-    )
-    # Only now, because what is wrong with the model or the data is best said by those who know it.
+        fisher, subject.model, likelihood=likelihood, progress=sys.stderr.isatty(),
+        damping=settings.damping if settings.absolute_damping else RelativeDamping(settings.damping),
+    )  # fmt: skip
+    describer = Describer(subject.model, likelihood, subject.classes, subject.show, subject.place, CALL)
+    train, queries = Source(subject.train).count(), Source(subject.queries).count()
+    order = _order(settings, subject, describer, queries)
+    scored, own = _scored(settings, subject, describer, influence, sorted(order), train)
+    seconds = time.perf_counter() - start
+    computed = Computed(
+        model=subject.name, kind=fisher.metadata.get("kind", "unknown") if settings.fisher is not None else kind.text,
+        structure=fisher.metadata.get("structure", type(fisher).__name__),
+        likelihood=likelihood, measurement=settings.measurement, normalize=settings.normalize,
+        relative_damping=None if settings.absolute_damping else settings.damping, damping=float(influence.damping),
+        examples=influence.examples, parameters=fisher.size, train=train, queries=queries,
+        fisher_seconds=fisher_seconds, score_seconds=seconds,
+        fisher_file=None if settings.fisher is None else str(settings.fisher),
+        versions={"fisherkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    )  # fmt: skip
+    notes = _notes(computed, fisher, subject, shown=len(order))
+    return Result(computed, tuple(scored[i] for i in order), own, notes)
+
+
+def _order(settings: ScoresSettings, subject: Subject, describer: Describer, count: int) -> list[int]:
+    """The queries that are shown: all, or the ones with the largest loss first."""
+    worst = DEMO_QUERIES if settings.worst is None and settings.model is None else settings.worst
+    if worst is None:
+        return list(range(count))
     losses = describer.losses(subject.queries)
-    order = sorted(range(len(losses)), key=lambda i: -losses[i])[:worst] if worst is not None else range(len(losses))
-    kept = sorted(order)
-    count = Source(subject.train).count()
+    return sorted(range(count), key=lambda i: -losses[i])[:worst]
+
+
+def _scored(
+    settings: ScoresSettings,
+    subject: Subject,
+    describer: Describer,
+    influence: InfluenceScores,
+    kept: list[int],
+    count: int,
+) -> tuple[dict[int, Query], tuple[Scored, ...]]:
+    """The queries by their place in the data, and the largest self-influences."""
     top = influence.top(
         subset(subject.queries, kept), subject.train, min(settings.top, count), measurement=settings.measurement,
         normalize=settings.normalize,
     )  # fmt: skip
-    self_influence = influence.self_influence(subject.train).sort(descending=True, stable=True) if own else None
-    seconds = time.perf_counter() - start
-    mine = [] if self_influence is None else _pairs(self_influence.values[:own], self_influence.indices[:own])
+    own: list[tuple[float, int]] = []
+    most = (DEMO_SELF if settings.model is None else 0) if settings.own is None else settings.own
+    if most:
+        found = influence.self_influence(subject.train).sort(descending=True, stable=True)
+        own = _pairs(found.values[:most], found.indices[:most])
     helpful = [[p for p in _pairs(*row) if p[0] > 0] for row in zip(top.helpful, top.helpful_index, strict=True)]
     harmful = [[p for p in _pairs(*row) if p[0] < 0] for row in zip(top.harmful, top.harmful_index, strict=True)]
-    wanted = {index for pairs in (*helpful, *harmful, mine) for _, index in pairs}
+    wanted = {index for pairs in (*helpful, *harmful, own) for _, index in pairs}
     train = describer.examples("train", subject.train, wanted)
     queries = describer.examples("queries", subject.queries, kept)
 
     def scored(pairs: list[tuple[float, int]]) -> tuple[Scored, ...]:
         return tuple(Scored(score, train[index]) for score, index in pairs)
 
-    neighbours = {i: (scored(h), scored(b)) for i, h, b in zip(kept, helpful, harmful, strict=True)}
-    computed = Computed(
-        model=subject.name, kind=_kind_name(fisher, kind, settings), structure=_structure(fisher),
-        likelihood=likelihood, measurement=settings.measurement, normalize=settings.normalize,
-        relative_damping=None if settings.absolute_damping else settings.damping, damping=float(influence.damping),
-        examples=influence.examples, parameters=fisher.size, train=count, queries=len(losses),
-        fisher_seconds=fisher_seconds, score_seconds=seconds,
-        fisher_file=None if settings.fisher is None else str(settings.fisher),
-        versions={"fisherkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    )  # fmt: skip
-    return Result(
-        computed,
-        tuple(Query(queries[i], *neighbours[i]) for i in order),
-        scored(mine),
-        _notes(computed, fisher, subject, shown=len(kept)),
-    )
+    rows = zip(kept, helpful, harmful, strict=True)
+    return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own)
 
 
 def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
     return list(zip(values.tolist(), places.tolist(), strict=True))
-
-
-def _kind_name(fisher: FisherOperator, kind: KindSpec, settings: ScoresSettings) -> str:
-    return kind.text if settings.fisher is None else fisher.metadata.get("kind", "unknown")
-
-
-def _structure(fisher: FisherOperator) -> str:
-    return fisher.metadata.get("structure", type(fisher).__name__)
 
 
 def _notes(computed: Computed, fisher: FisherOperator, subject: Subject, *, shown: int) -> tuple[str, ...]:
@@ -223,11 +232,9 @@ def _notes(computed: Computed, fisher: FisherOperator, subject: Subject, *, show
     if shown < computed.queries:
         notes.append(f"Of {computed.queries:,} queries the {shown:,} with the largest loss are shown.")
     if computed.examples != computed.train:
-        notes.append(
-            f"The Fisher was measured on {computed.examples:,} examples and {computed.train:,} were scored: N is the first."
-        )
+        notes.append(f"The Fisher was measured on N = {computed.examples:,} examples; {computed.train:,} were scored.")
     if "parameters_hash" not in fisher.metadata:
         notes.append("The Fisher does not say at which weights it was measured; other weights would go unnoticed.")
-    if computed.kind == "ief":
+    if fisher.metadata.get("kind") == "ief":
         notes.append("The iEF matrix is not on the Fisher's scale: scores rank, and their unit is not the loss's.")
     return tuple(notes)

@@ -20,7 +20,7 @@ from fisherkit.cli.texts import Columns, Text, read_texts
 from fisherkit.data import Data
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 
-EPOCHS, MISLABELLED = 10, 0.03
+EPOCHS, MISLABELLED = 40, 0.03
 """Of the demo's network, and the share of its training examples that are given a wrong label."""
 
 
@@ -59,7 +59,7 @@ class Subject:
         likelihood: of the model's own loss.
         classes: names of the outputs, by number.
         show: an example as text or picture; None to show inputs that are images.
-        places: for "train" and "queries", where each example stands; "example 3" where there is no entry.
+        places: for "train" and "queries", where each example stands; "train 3" where there is no entry.
         about: what a reader should know of the data.
     """
 
@@ -76,7 +76,7 @@ class Subject:
     def place(self, split: str, index: int) -> str:
         """Where an example stands, in words."""
         known = self.places.get(split)
-        return f"{'training example' if split == 'train' else 'query'} {index}" if known is None else known[index]
+        return f"{'train' if split == 'train' else 'query'} {index}" if known is None else known[index]
 
 
 def of_folder(folder: Path, options: TextOptions, *, device: str, seed: int, call: str) -> Subject:

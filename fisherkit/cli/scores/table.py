@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fisherkit.cli.scores.result import Computed, Example, Query, Result, Scored, unit
-from fisherkit.cli.text import number, table
+from fisherkit.cli.text import table
 
 WIDEST = 60
 """Characters of a text that a row shows."""
@@ -31,13 +31,13 @@ def computed_line(computed: Computed) -> str:
         seconds = f"Fisher {c.fisher_seconds:.1f} s, {seconds}"
     return (
         f"{c.model}: {c.queries:,} queries, {c.train:,} training examples, D = {c.parameters:,} parameters.\n"
-        f"Fisher: {c.kind}, {c.structure}, N = {c.examples:,}, λ = {number(c.damping)}{λ}; {seconds}."
+        f"Fisher: {c.kind}, {c.structure}, N = {c.examples:,}, λ = {c.damping:.3g}{λ}; {seconds}."
     )
 
 
 def signed(score: float) -> str:
     """A score with its sign."""
-    return f"{'+' if score > 0 else ''}{number(score)}"
+    return f"{score:+.3g}"
 
 
 def described(example: Example) -> str:
@@ -46,7 +46,7 @@ def described(example: Example) -> str:
     if example.prediction is not None:
         sure = "" if example.probability is None else f" ({example.probability:.2f})"
         parts.append(f"predicted {example.prediction}{sure}")
-    return ", ".join([*parts, f"loss {number(example.loss)}"])
+    return ", ".join([*parts, f"loss {example.loss:.3g}"])
 
 
 def _query(query: Query, measurement: str) -> str:
@@ -63,7 +63,7 @@ def _row(side: str, scored: Scored) -> tuple[str, ...]:
     predicted = "" if e.prediction is None else f"{e.prediction}{sure}"
     return (
         side, e.place, "" if e.label is None else e.label, predicted, _short(e.text or ""), signed(scored.score),
-        number(e.loss),
+        f"{e.loss:.3g}",
     )  # fmt: skip
 
 
