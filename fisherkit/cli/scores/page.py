@@ -37,14 +37,17 @@ section { margin-top: 2rem; padding-top: 1.25rem; border-top: 1px solid var(--li
 .query { display: flex; gap: 1rem; align-items: flex-start; margin-bottom: 1rem; }
 .query img { width: 7rem; }
 img { display: block; height: auto; image-rendering: pixelated; border-radius: 4px; border: 1px solid var(--line); }
-.columns { display: grid; gap: 1.5rem; }
+.columns { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+.columns > div { flex: 1 1 20rem; min-width: 0; }
 ol { list-style: none; margin: 0; padding: 0; display: grid; gap: .5rem; align-content: start; }
-@media (min-width: 44rem) { .columns, .own ol { grid-template-columns: 1fr 1fr; } }
+.own ol { display: flex; flex-wrap: wrap; }
+.own li { flex: 1 1 22rem; }
 li { display: flex; gap: .75rem; background: var(--card); border-radius: 6px; padding: .6rem; }
 li img { width: 3.5rem; flex: none; align-self: flex-start; }
 li > div { flex: 1; min-width: 0; }
 .text { margin: .25rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .score { display: flex; align-items: center; gap: .5rem; font-variant-numeric: tabular-nums; font-weight: 600; }
+.score > span { min-width: 3.6rem; }
 .track { flex: 1; height: .5rem; border-radius: .25rem; background: var(--line); overflow: hidden; }
 .track span { display: block; height: 100%; }
 .helpful .track span { background: var(--helpful); }
@@ -154,7 +157,7 @@ def _list(scored: tuple[Scored, ...], largest: float, empty: str) -> str:
 def _item(scored: Scored, largest: float) -> str:
     e, share = scored.example, 100 * abs(scored.score) / (largest or 1.0)
     return (
-        f'<li>{_picture(e)}<div><div class="score">{escape(signed(scored.score))}'
+        f'<li>{_picture(e)}<div><div class="score"><span>{escape(signed(scored.score))}</span>'
         f'<div class="track"><span style="width: {share:.1f}%"></span></div></div>'
         f'{_text(e)}<div class="small">{_described(e)}</div>'
         f'<div class="small soft">{escape(e.place)}</div></div></li>'
