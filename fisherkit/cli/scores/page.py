@@ -106,7 +106,8 @@ def _header(found: Result) -> str:
         f"<dl>\n{rows}\n</dl>\n"
         f"<p><strong>How to read it.</strong> {escape(unit(c))} "
         '<span class="formula">score = (1/N) ∇ℓ<sub>q</sub>ᵀ (F + λI)⁻¹ ∇ℓ<sub>n</sub>.</span> '
-        "When a model is trained again, randomness alone often changes a loss by more than one example does. "
+        "Read scores as a ranking: how far a loss really moves depends on how the model is trained on, and training "
+        "anew often changes it by more than one example does. "
         "Bars are relative to the largest score of their query.</p>\n"
         f"{notes}\n</header>"
     )

@@ -182,7 +182,7 @@ def of_demo(options: TextOptions, *, seed: int, call: str) -> Subject:
     inputs = {"train": digits.inputs, "queries": digits.test_inputs}
 
     def show(split: str, index: int) -> Any:
-        text = f"wrong label on purpose, it is a {int(digits.targets[index])}"
+        text = f"wrong label on purpose, in truth {int(digits.targets[index])}"
         return inputs[split][index].reshape(8, 8), text if split == "train" and wrong[index] else None
 
     return Subject(

@@ -20,7 +20,8 @@ def as_text(found: Result) -> str:
         title = "Training examples whose own loss hangs most on themselves. Wrong labels are often among them; so are\n"
         rows = [_row("", scored) for scored in found.self_influence]
         parts.append(title + "rare and hard examples.\n\n" + _table(rows))
-    return "\n\n".join(parts)
+    # Texts come from anywhere: nothing in them may steer the terminal.
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in "\n\n".join(parts))
 
 
 def computed_line(computed: Computed) -> str:
