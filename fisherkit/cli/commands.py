@@ -15,6 +15,7 @@ import typer
 from fisherkit._version import __version__
 from fisherkit.cli.command import readable_errors, require
 from fisherkit.cli.file_commands import AUDIT, ESTIMATE, MERGE
+from fisherkit.cli.scores.command import SCORES
 from fisherkit.cli.show import SHOW
 
 app = typer.Typer(
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-COMMANDS = (ESTIMATE, SHOW, MERGE, AUDIT)
+COMMANDS = (ESTIMATE, SHOW, MERGE, AUDIT, SCORES)
 
 # \b keeps the line breaks of the paragraph that follows it.
 _INFO_EXAMPLES = """\b

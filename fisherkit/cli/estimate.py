@@ -87,7 +87,7 @@ def run(settings: EstimateSettings) -> None:
     start = time.perf_counter()
     fisher = kind.build(
         model, data, seed=settings.seed, likelihood=settings.likelihood or likelihood, structure=settings.structure,
-        params=_selection(model, settings.params), example=settings.example, normalization=settings.normalization,
+        params=selection(model, settings.params, CALL), example=settings.example, normalization=settings.normalization,
         kfac_positions=settings.kfac_positions, progress=sys.stderr.isatty(),
     )  # fmt: skip
     seconds = time.perf_counter() - start
@@ -122,15 +122,27 @@ def _model_and_data(settings: EstimateSettings) -> tuple[nn.Module, Data, str]:
     return model.to(settings.device), data, "categorical"
 
 
-def _selection(model: nn.Module, patterns: tuple[str, ...]) -> list[str] | None:
-    """The names that match a pattern; None without patterns."""
+def selection(model: nn.Module, patterns: tuple[str, ...], call: str) -> list[str] | None:
+    """The parameters whose names match a pattern.
+
+    Args:
+        model: whose parameters.
+        patterns: as a shell has them; none for all that require grad.
+        call: the command, for errors.
+
+    Returns:
+        Names; None without patterns.
+
+    Raises:
+        InvalidArgumentError: a pattern that matches no parameter.
+    """
     if not patterns:
         return None
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InvalidArgumentError(
-                call=CALL, got=f"--params {pattern!r}, which matches no parameter",
+                call=call, got=f"--params {pattern!r}, which matches no parameter",
                 expected=f"a pattern of names such as {names[-1]!r}", try_="quotes, so that the shell leaves * alone",
             )  # fmt: skip
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

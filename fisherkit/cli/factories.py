@@ -14,7 +14,7 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 
 
 def load_factory(spec: str, call: str) -> tuple[nn.Module, Data]:
-    """What the user's function returns.
+    """A model with its data, as the user's function returns them.
 
     Args:
         spec: "package.module:function"; the current folder's modules are found too.
@@ -27,6 +27,26 @@ def load_factory(spec: str, call: str) -> tuple[nn.Module, Data]:
         InvalidArgumentError: no such module or function.
         InvalidTypeError: it returned something else than a pair of a module and data.
     """
+    made = call_factory(spec, call)
+    if not (isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise InvalidTypeError(
+            call=call, got=f"a {type(made).__name__} from {spec}()", expected="a pair (model, data)",
+            try_="return model.eval(), [(inputs, targets), ...]",
+        )  # fmt: skip
+    model, data = made
+    return model, data
+
+
+def call_factory(spec: str, call: str) -> Any:
+    """What the user's function returns, whatever it is.
+
+    Args:
+        spec: "package.module:function"; the current folder's modules are found too.
+        call: the command, for errors.
+
+    Raises:
+        InvalidArgumentError: no such module or function.
+    """
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
         raise InvalidArgumentError(
@@ -38,14 +58,7 @@ def load_factory(spec: str, call: str) -> tuple[nn.Module, Data]:
             call=call, got=f"{spec!r}", expected=f"a function {name!r} in the module {module!r}",
             why=f"the module has {'no such name' if function is None else f'a {type(function).__name__} there'}",
         )  # fmt: skip
-    made = function()
-    if not (isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], nn.Module)):
-        raise InvalidTypeError(
-            call=call, got=f"a {type(made).__name__} from {spec}()", expected="a pair (model, data)",
-            try_="return model.eval(), [(inputs, targets), ...]",
-        )  # fmt: skip
-    model, data = made
-    return model, data
+    return function()
 
 
 def _module(name: str, call: str) -> Any:

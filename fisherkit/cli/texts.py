@@ -83,7 +83,7 @@ def _records(path: Path, call: str) -> Iterator[tuple[dict[str, Any], str]]:
     suffix = path.suffix.lower()
     if suffix not in {".jsonl", ".json", *SEPARATORS}:
         raise InvalidArgumentError(
-            call=call, got=f"{path}", expected="a .jsonl, .csv or .tsv file", try_="another --data, or rename it"
+            call=call, got=f"{path}", expected="a .jsonl, .csv or .tsv file", try_="another file, or rename it"
         )
     with path.open(encoding="utf-8-sig", newline="") as file:
         if suffix in SEPARATORS:

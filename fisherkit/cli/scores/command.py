@@ -1,0 +1,131 @@
+"""The options of ``fisherkit scores``; what it does is `run`'s, imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fisherkit.cli.command import Command, readable_errors, require
+
+
+def scores(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help='A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
+            "train, queries, show); none: the demo's digits.",
+        ),
+    ] = None,
+    train: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A folder's training texts and labels: .jsonl, .csv or .tsv.")
+    ] = None,
+    queries: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts and labels that are asked about, likewise.")
+    ] = None,
+    fisher: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A Fisher file of this model; built unless given.")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Of the Fisher that is built: ef, ief[:POWER], sf[:DRAWS], truncated[:RANK or :TOLERANCE], exact; "
+            "truncated:2 unless told.",
+        ),
+    ] = None,
+    structure: Annotated[
+        str | None, typer.Option(metavar="NAME", help="full, block, diagonal, kfac or ekfac; ekfac unless told.")
+    ] = None,
+    params: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help='Its parameters by name, such as "classifier.*"; may be repeated.'),
+    ] = None,
+    save_fisher: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the Fisher that is built.")] = None,
+    damping: Annotated[
+        float, typer.Option(metavar="λ", help="A multiple of the mean eigenvalue; see --absolute-damping.")
+    ] = 1.0,
+    absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False,
+    measurement: Annotated[str, typer.Option(metavar="NAME", help="What is asked of a query: loss or margin.")] = (
+        "loss"
+    ),
+    normalize: Annotated[
+        str | None, typer.Option(metavar="NAME", help="relatif: outliers with large gradients lead no list.")
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="K", min=1, help="Most helpful, and most harmful, a query.")] = 5,
+    worst: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Only the N queries with the largest loss; all, in the demo 8."),
+    ] = None,
+    own: Annotated[
+        int | None,
+        typer.Option(
+            "--self", metavar="N", min=0, help="List the N largest self-influences too; 0, in the demo 12, unless told."
+        ),
+    ] = None,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli; that of the model's loss unless told."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the text.")] = "text",
+    pair_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of a second text.")] = None,
+    label_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of the label; causal models need none.")
+    ] = "label",
+    examples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Draw so many of the training texts; all unless told.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Texts a batch; no effect on the result.")] = 32,
+    max_length: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens a text is cut to; what the model allows unless told.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a folder's weights: float32, float64; the file's unless told."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Seed of drawn texts, sampled labels and the demo.")
+    ] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write scores.html, a page to show, and scores.json there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Say which training examples each prediction hangs on: the most helpful and the most harmful ones.
+
+    A score is (1/N) ∇ℓ_qᵀ(F + λI)⁻¹∇ℓ_n, about how much the query's loss would rise without the training example. The
+    function's show(split, index) returns example number index of "train" or "queries" as a text, a picture (an array),
+    a pair of both, or None. Inputs of shape [1 or 3, H, W] are pictures without it.
+    """
+    with readable_errors():
+        if model is None:
+            require("demo", {"sklearn": "scikit-learn"})
+        elif Path(model).is_dir():
+            require("hf", {"transformers": "transformers"})
+        from fisherkit.cli.scores.run import ScoresSettings, run
+        from fisherkit.cli.scores.sources import TextOptions
+        from fisherkit.cli.texts import Columns
+
+        columns = Columns(text_column, pair_column, label_column)
+        run(
+            ScoresSettings(
+                model, TextOptions(train, queries, columns, examples, batch_size, max_length, dtype), fisher, kind,
+                structure, tuple(params or ()), save_fisher, likelihood, damping, absolute_damping, measurement,
+                normalize, top, worst, own, device, seed, out, as_json,
+            )
+        )  # fmt: skip
+
+
+SCORES = Command(
+    scores,
+    "Which training examples predictions hang on, as a table or a page.",
+    (
+        "fisherkit scores --out scores                         (the demo's digits)",
+        "fisherkit scores my-model --train train.jsonl --queries test.jsonl --out scores",
+        "fisherkit scores my-model --train train.csv --queries test.csv --fisher f.safetensors --worst 20 --json",
+        "fisherkit scores mymodule:make --kind exact --structure full --top 10 --self 20 --out scores",
+    ),
+)

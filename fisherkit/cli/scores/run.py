@@ -1,0 +1,246 @@
+"""The work behind ``fisherkit scores``: the model, its Fisher, the scores, and the files that are written.
+
+Owns the order of things and what is refused before the work begins. The numbers are `InfluenceScores`'.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import typer
+from torch import Tensor
+
+from fisherkit import io
+from fisherkit._version import __version__
+from fisherkit.cli.estimate import selection
+from fisherkit.cli.scores.describe import Describer, subset
+from fisherkit.cli.scores.page import page
+from fisherkit.cli.scores.result import Computed, Query, Result, Scored
+from fisherkit.cli.scores.sources import Subject, TextOptions, of_demo, of_folder, of_function
+from fisherkit.cli.scores.table import as_text
+from fisherkit.data import Source
+from fisherkit.errors import InvalidArgumentError
+from fisherkit.evaluation.kind_specs import SGD, KindSpec
+from fisherkit.fisher import STRUCTURES
+from fisherkit.influence import InfluenceScores
+from fisherkit.operators import FisherOperator, RelativeDamping, load
+
+CALL = "fisherkit scores"
+KIND, STRUCTURE = "truncated:2", "ekfac"
+DEMO_QUERIES, DEMO_SELF = 8, 12
+"""The demo's --worst and --self where they are not given."""
+
+
+@dataclass(frozen=True)
+class ScoresSettings:
+    """The command's options.
+
+    Args:
+        model: a Hugging Face folder, "package.module:function", or None for the demo.
+        texts: for a folder.
+        fisher: a file; None to build one.
+        kind: of the one that is built, as `KindSpec` spells it; None for `KIND`.
+        structure: of it; None for `STRUCTURE`.
+        params: patterns of its parameters' names; none for all that require grad.
+        save_fisher: where to write it.
+        likelihood: by name; None for the Fisher file's, or that of the model's own loss.
+        damping: a multiple of the mean eigenvalue, or λ itself.
+        absolute_damping: whether it is λ itself.
+        measurement: "loss" or "margin".
+        normalize: None or "relatif".
+        top: how many helpful and how many harmful examples a query.
+        worst: only so many queries, those of the largest loss; None for all.
+        own: how many training examples of the largest self-influence.
+        device: where the model runs.
+        seed: of drawn texts, sampled labels and the demo.
+        out: folder of the files; None to write none.
+        as_json: print one JSON object.
+    """
+
+    model: str | None
+    texts: TextOptions
+    fisher: Path | None
+    kind: str | None
+    structure: str | None
+    params: tuple[str, ...]
+    save_fisher: Path | None
+    likelihood: str | None
+    damping: float
+    absolute_damping: bool
+    measurement: str
+    normalize: str | None
+    top: int
+    worst: int | None
+    own: int | None
+    device: str
+    seed: int
+    out: Path | None
+    as_json: bool
+
+
+def run(settings: ScoresSettings) -> None:
+    """Compute, print, write; what can be wrong with the options is found out before the model is loaded."""
+    kind = _check(settings)
+    if settings.out is not None:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    found = _result(settings, kind, _subject(settings))
+    text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
+    typer.echo(text if settings.as_json else as_text(found))
+    if settings.out is not None:
+        paths = settings.out / "scores.html", settings.out / "scores.json"
+        io.replace_text(paths[0], page(found))
+        io.replace_text(paths[1], text + "\n")
+        typer.echo(f"\nWrote {paths[0]} and {paths[1]}.", err=settings.as_json)
+
+
+def _check(settings: ScoresSettings) -> KindSpec:
+    """Refuse options that are none or do not go together."""
+    kind = KindSpec.parse(settings.kind or KIND, draws=1, call=CALL)
+    if kind.name == SGD:
+        raise InvalidArgumentError(call=CALL, got="--kind sgd", expected="a kind of Fisher matrix")
+    allowed: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
+        ("--structure", settings.structure, (None, *STRUCTURES)),
+        ("--measurement", settings.measurement, ("loss", "margin")),
+        ("--normalize", settings.normalize, (None, "relatif")),
+    )
+    for name, value, values in allowed:
+        if value not in values:
+            words = ", ".join(repr(v) for v in values if v is not None)
+            raise InvalidArgumentError(call=CALL, got=f"{name} {value!r}", expected=f"one of {words}")
+    if settings.fisher is not None:
+        given = {
+            "--kind": settings.kind, "--structure": settings.structure, "--params": settings.params or None,
+            "--save-fisher": settings.save_fisher,
+        }  # fmt: skip
+        beside = [name for name in given if given[name] is not None]
+        if beside:
+            raise InvalidArgumentError(
+                call=CALL, got=f"{', '.join(beside)} beside --fisher", expected="--fisher alone",
+                why="they are of a Fisher that is built",
+            )  # fmt: skip
+    if settings.save_fisher is not None:
+        io.check_folder(settings.save_fisher, f"{CALL} --save-fisher")
+    return kind
+
+
+def _subject(settings: ScoresSettings) -> Subject:
+    if settings.model is None:
+        return of_demo(settings.texts, seed=settings.seed, call=CALL)
+    folder = Path(settings.model)
+    if folder.is_dir():
+        return of_folder(folder, settings.texts, device=settings.device, seed=settings.seed, call=CALL)
+    return of_function(settings.model, settings.texts, device=settings.device, call=CALL)
+
+
+def _fisher(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> tuple[FisherOperator, float | None]:
+    """The Fisher, and the seconds it took."""
+    device = next(subject.model.parameters()).device
+    if settings.fisher is not None:
+        return load(settings.fisher, device=device), None
+    start = time.perf_counter()
+    fisher = kind.build(
+        subject.model, subject.train, seed=settings.seed, likelihood=settings.likelihood or subject.likelihood,
+        structure=settings.structure or STRUCTURE, params=selection(subject.model, settings.params, CALL),
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    if settings.save_fisher is not None:
+        fisher.save(settings.save_fisher)
+    return fisher, seconds
+
+
+def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Result:
+    fisher, fisher_seconds = _fisher(settings, kind, subject)
+    known = fisher.metadata.get("likelihood") if settings.fisher is not None else None
+    likelihood = settings.likelihood or known or subject.likelihood
+    start = time.perf_counter()
+    influence = InfluenceScores(
+        fisher, subject.model, likelihood=likelihood, progress=sys.stderr.isatty(),
+        damping=settings.damping if settings.absolute_damping else RelativeDamping(settings.damping),
+    )  # fmt: skip
+    describer = Describer(subject.model, likelihood, subject.classes, subject.show, subject.place, CALL)
+    train, queries = Source(subject.train).count(), Source(subject.queries).count()
+    order = _order(settings, subject, describer, queries)
+    scored, own = _scored(settings, subject, describer, influence, sorted(order), train)
+    seconds = time.perf_counter() - start
+    computed = Computed(
+        model=subject.name, kind=_recorded_kind(fisher) if settings.fisher is not None else kind.text,
+        structure=fisher.metadata.get("structure", type(fisher).__name__),
+        likelihood=likelihood, measurement=settings.measurement, normalize=settings.normalize,
+        relative_damping=None if settings.absolute_damping else settings.damping, damping=float(influence.damping),
+        examples=influence.examples, parameters=fisher.size, train=train, queries=queries,
+        fisher_seconds=fisher_seconds, score_seconds=seconds,
+        fisher_file=None if settings.fisher is None else str(settings.fisher),
+        versions={"fisherkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    )  # fmt: skip
+    notes = _notes(computed, fisher, subject, shown=len(order))
+    return Result(computed, tuple(scored[i] for i in order), own, notes)
+
+
+def _order(settings: ScoresSettings, subject: Subject, describer: Describer, count: int) -> list[int]:
+    """The queries that are shown: all, or the ones with the largest loss first."""
+    worst = DEMO_QUERIES if settings.worst is None and settings.model is None else settings.worst
+    if worst is None:
+        return list(range(count))
+    losses = describer.losses(subject.queries)
+    return sorted(range(count), key=lambda i: -losses[i])[:worst]
+
+
+def _scored(
+    settings: ScoresSettings,
+    subject: Subject,
+    describer: Describer,
+    influence: InfluenceScores,
+    kept: list[int],
+    count: int,
+) -> tuple[dict[int, Query], tuple[Scored, ...]]:
+    """The queries by their place in the data, and the largest self-influences."""
+    top = influence.top(
+        subset(subject.queries, kept), subject.train, min(settings.top, count), measurement=settings.measurement,
+        normalize=settings.normalize,
+    )  # fmt: skip
+    own: list[tuple[float, int]] = []
+    most = (DEMO_SELF if settings.model is None else 0) if settings.own is None else settings.own
+    if most:
+        found = influence.self_influence(subject.train).sort(descending=True, stable=True)
+        own = _pairs(found.values[:most], found.indices[:most])
+    helpful = [[p for p in _pairs(*row) if p[0] > 0] for row in zip(top.helpful, top.helpful_index, strict=True)]
+    harmful = [[p for p in _pairs(*row) if p[0] < 0] for row in zip(top.harmful, top.harmful_index, strict=True)]
+    wanted = {index for pairs in (*helpful, *harmful, own) for _, index in pairs}
+    train = describer.examples("train", subject.train, wanted)
+    queries = describer.examples("queries", subject.queries, kept)
+
+    def scored(pairs: list[tuple[float, int]]) -> tuple[Scored, ...]:
+        return tuple(Scored(score, train[index]) for score, index in pairs)
+
+    rows = zip(kept, helpful, harmful, strict=True)
+    return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own)
+
+
+def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
+    return list(zip(values.tolist(), places.tolist(), strict=True))
+
+
+def _recorded_kind(fisher: FisherOperator) -> str:
+    """The kind of a Fisher from a file, with its setting."""
+    setting = [fisher.metadata[name] for name in ("rank", "tolerance", "draws") if name in fisher.metadata]
+    return ":".join([fisher.metadata.get("kind", "unknown"), *setting[:1]])
+
+
+def _notes(computed: Computed, fisher: FisherOperator, subject: Subject, *, shown: int) -> tuple[str, ...]:
+    notes = list(subject.about)
+    if shown < computed.queries:
+        notes.append(f"Of {computed.queries:,} queries the {shown:,} with the largest loss are shown.")
+    if computed.examples != computed.train:
+        notes.append(f"The Fisher was measured on N = {computed.examples:,} examples; {computed.train:,} were scored.")
+    if "parameters_hash" not in fisher.metadata:
+        notes.append("The Fisher does not say at which weights it was measured; other weights would go unnoticed.")
+    if fisher.metadata.get("kind") == "ief":
+        notes.append("The iEF matrix is not on the Fisher's scale: scores rank, and their unit is not the loss's.")
+    return tuple(notes)

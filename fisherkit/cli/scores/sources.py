@@ -1,0 +1,199 @@
+"""The model, the training data and the queries: of a Hugging Face folder, of a user's function, or of the demo.
+
+Owns what each needs and what it brings to be shown. Knows no Fisher and no score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from fisherkit.cli.factories import call_factory
+from fisherkit.cli.scores.describe import Show
+from fisherkit.cli.texts import Columns, Text, read_texts
+from fisherkit.data import Data
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
+
+EPOCHS, MISLABELLED = 40, 0.03
+"""Of the demo's network, and the share of its training examples that are given a wrong label."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How files of texts are read.
+
+    Args:
+        train: the training texts.
+        queries: the queries.
+        columns: of both.
+        examples: training texts to draw; None for all.
+        batch_size: texts a batch.
+        max_length: tokens a text is cut to.
+        dtype: of the folder's weights.
+    """
+
+    train: Path | None
+    queries: Path | None
+    columns: Columns
+    examples: int | None
+    batch_size: int
+    max_length: int | None
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is asked about.
+
+    Args:
+        name: of the model.
+        model: in eval mode.
+        train: training data.
+        queries: data.
+        likelihood: of the model's own loss.
+        classes: names of the outputs, by number.
+        show: an example as text or picture; None to show inputs that are images.
+        places: for "train" and "queries", where each example stands; "train 3" where there is no entry.
+        about: what a reader should know of the data.
+    """
+
+    name: str
+    model: nn.Module
+    train: Data
+    queries: Data
+    likelihood: str
+    classes: Mapping[int, str]
+    show: Show | None
+    places: Mapping[str, list[str]]
+    about: tuple[str, ...] = ()
+
+    def place(self, split: str, index: int) -> str:
+        """Where an example stands, in words."""
+        known = self.places.get(split)
+        return f"{'train' if split == 'train' else 'query'} {index}" if known is None else known[index]
+
+
+def of_folder(folder: Path, options: TextOptions, *, device: str, seed: int, call: str) -> Subject:
+    """A Hugging Face folder with files of texts.
+
+    Args:
+        folder: of a sequence classifier or a causal language model.
+        options: of the texts.
+        device: where the model goes.
+        seed: of drawn texts.
+        call: the command, for errors.
+
+    Raises:
+        InvalidArgumentError: a file is missing, or the folder cannot be used.
+        DataError: a line or a label that cannot be used.
+    """
+    from fisherkit.cli.hugging_face import Folder, TextBatches
+
+    missing = [
+        name for name, path in (("--train FILE", options.train), ("--queries FILE", options.queries)) if path is None
+    ]
+    if options.train is None or options.queries is None:
+        raise InvalidArgumentError(
+            call=call, got=f"{folder} without texts", expected=" and ".join(missing),
+            try_="a .jsonl with text and label for each",
+        )  # fmt: skip
+    found = Folder.open(folder, call)
+    columns = replace(options.columns, label=None) if found.causal else options.columns
+    texts: dict[str, list[Text]] = {
+        "train": read_texts(options.train, columns, f"{call} --train", examples=options.examples, seed=seed),
+        "queries": read_texts(options.queries, columns, f"{call} --queries"),
+    }
+    own = found.load(device=device, dtype=options.dtype, max_length=options.max_length)
+    train, queries = (TextBatches(own, texts[split], options.batch_size, call) for split in texts)
+
+    def show(split: str, index: int) -> str:
+        text = texts[split][index]
+        return text.text if text.pair is None else f"{text.text}\n{text.pair}"
+
+    names = {} if found.causal else {int(k): v for k, v in own.config.id2label.items()}
+    places = {split: [text.place for text in texts[split]] for split in texts}
+    return Subject(str(folder), own.model, train, queries, own.likelihood, names, show, places)
+
+
+def of_function(spec: str, options: TextOptions, *, device: str, call: str) -> Subject:
+    """What a user's function returns: (model, train, queries) or (model, train, queries, show).
+
+    Args:
+        spec: "package.module:function".
+        options: of texts, which a function has none of.
+        device: where the model goes.
+        call: the command, for errors.
+
+    Raises:
+        InvalidArgumentError: neither a folder nor a function, or files beside a function.
+        InvalidTypeError: the function returned something else.
+        DataError: a loader that shuffles.
+    """
+    if ":" not in spec:
+        raise InvalidArgumentError(
+            call=call, got=repr(spec), expected='a Hugging Face folder, or "package.module:function"',
+            why="there is no such folder",
+        )  # fmt: skip
+    _refuse_files(options, "a function", "the function returns its own data", call)
+    made = call_factory(spec, call)
+    fits = isinstance(made, (tuple, list)) and len(made) in (3, 4) and isinstance(made[0], nn.Module)
+    if not fits or (len(made) == 4 and not (made[3] is None or callable(made[3]))):
+        size = f" of {len(made)}" if isinstance(made, (tuple, list)) else ""
+        raise InvalidTypeError(
+            call=call, got=f"a {type(made).__name__}{size} from {spec}()",
+            expected="(model, train, queries) or (model, train, queries, show)",
+            try_='show = lambda split, index: ..., a text or a picture for split "train" or "queries"',
+        )  # fmt: skip
+    model, train, queries, show = (*made, None)[:4]
+    for name, data in (("train", train), ("queries", queries)):
+        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+            raise DataError(
+                call=call, got=f"a DataLoader that shuffles as {name}", expected="one in a fixed order",
+                why="an example is known by its place", try_="DataLoader(data, batch_size=..., shuffle=False)",
+            )  # fmt: skip
+    return Subject(spec, model.to(device), train, queries, "categorical", {}, show, {})
+
+
+def of_demo(options: TextOptions, *, seed: int, call: str) -> Subject:
+    """The demo's network on digits of which some are given a wrong label; the held-out digits are the queries.
+
+    Args:
+        options: of texts, which the demo has none of.
+        seed: of everything random.
+        call: the command, for errors.
+
+    Raises:
+        InvalidArgumentError: files without a model.
+    """
+    from fisherkit.cli.digits.training import Digits, train
+    from fisherkit.influence.evaluation import flip_labels
+
+    _refuse_files(options, "no model", "they are the texts of a Hugging Face folder", call)
+    generator = torch.Generator().manual_seed(seed)
+    digits = Digits.load(generator)
+    targets, wrong = flip_labels(digits.targets, MISLABELLED, classes=10, seed=seed)
+    network = train(replace(digits, targets=targets), epochs=EPOCHS, seed=seed, generator=generator)[-1].network
+    inputs = {"train": digits.inputs, "queries": digits.test_inputs}
+
+    def show(split: str, index: int) -> Any:
+        text = f"wrong label on purpose, in truth {int(digits.targets[index])}"
+        return inputs[split][index].reshape(8, 8), text if split == "train" and wrong[index] else None
+
+    return Subject(
+        "the demo's network on scikit-learn's digits", network(torch.float64),
+        (digits.inputs.double(), targets), (digits.test_inputs.double(), digits.test_targets),
+        "categorical", {}, show, {},
+        (f"{int(wrong.sum())} of the {len(targets):,} training examples were given a wrong label on purpose.",),
+    )  # fmt: skip
+
+
+def _refuse_files(options: TextOptions, beside: str, why: str, call: str) -> None:
+    given = [name for name, path in (("--train", options.train), ("--queries", options.queries)) if path is not None]
+    if given:
+        raise InvalidArgumentError(call=call, got=f"{' and '.join(given)} with {beside}", expected="neither", why=why)
