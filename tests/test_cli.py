@@ -118,7 +118,15 @@ def test_table__aligns_text_left_and_numbers_right() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0.00"), (0.01234, "0.01"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234"), (1e-4, "1.00e-04")],
+    [
+        (0.0, "0.00"),
+        (0.01234, "0.0123"),
+        (0.0024, "0.00240"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (1234.5, "1,234"),
+        (1e-4, "1.00e-04"),
+    ],
 )
 def test_number__has_three_digits(value: float, text: str) -> None:
     assert number(value) == text

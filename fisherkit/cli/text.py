@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ def number(value: float, digits: int = 3) -> str:
     """A number with some significant digits and no exponent where it is of ordinary size."""
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.{digits - 1}e}"
-    decimals = max(0, digits - 1 - (len(str(int(abs(value)))) - 1 if abs(value) >= 1 else 0))
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else digits - 1
     return f"{value:,.{decimals}f}"
 
 
