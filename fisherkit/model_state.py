@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,17 @@ def parameters_hash(model: nn.Module) -> str:
         for _, group in itertools.groupby(pieces, key=lambda piece: piece.device):
             digest.update(torch.cat(list(group)).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
+    """Whether a Fisher was measured at a model's present weights; None if it does not say at which it was.
+
+    Args:
+        model: any module; not changed.
+        metadata: of the Fisher.
+    """
+    known = metadata.get("parameters_hash")
+    return None if known is None else known == parameters_hash(model)
 
 
 def _digestible(tensor: Tensor) -> Iterator[Tensor]:

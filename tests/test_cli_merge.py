@@ -169,3 +169,26 @@ def test_merge__an_interrupted_merge_leaves_what_was_there(
     assert result.exit_code == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_merge__overwriting_a_folder_that_holds_anything_else_is_refused(tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "project"
+    (out / "chapters").mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    result = merged(*both(tasks, fishers=False), "--method", "average", "--out", out, "--overwrite")
+    assert result.exit_code == 1
+    assert "['chapters', 'notes.txt']" in result.stderr
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "chapters").is_dir()
+
+
+def test_merge__into_the_current_folder(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = merged(*both(tasks, fishers=False), "--method", "average", "--out", ".")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "here" / "model.safetensors").exists()
+
+
+def test_merge__says_that_files_were_not_checked_against_their_fishers(tasks: Path, tmp_path: Path) -> None:
+    assert "Not checked" in merged(*both(tasks), "--out", tmp_path / "m").stdout

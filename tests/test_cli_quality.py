@@ -34,6 +34,9 @@ def alone():
     return make()[0]
 
 number = 3
+
+def needs(data):
+    return make()
 """
 
 
@@ -104,6 +107,7 @@ def test_quality__without_a_spec_is_on_the_demos_network(monkeypatch: pytest.Mon
         (["users_module.inner:make"], "expected a module that can be imported"),
         (["users_module:nothing"], "has no such name"),
         (["users_module:number"], "has a int there"),
+        (["users_module:needs"], "needs arguments"),
         (["users_module:alone"], "expected a pair (model, data)"),
         (["users_module:make", "--kinds", "newton"], "here is no kind 'newton'"),
         (["users_module:make", "--kinds", ","], "got no kinds"),

@@ -321,3 +321,36 @@ def test_consolidate__frozen_parameters_need_no_fisher() -> None:
     ewc.consolidate(diagonal(model))
     ewc.penalty().backward()
     assert model[0].weight.grad is None
+
+
+def test_consolidate__refuses_a_fisher_of_other_weights() -> None:
+    a, b = nn.Linear(4, 3), nn.Linear(4, 3)
+    data = torch.randn(8, 4), torch.randint(3, (8,))
+    fisher = fk.EmpiricalFisher(a, data)
+    with pytest.raises(fk.ModelError, match="measured at other parameters"):
+        fk.continual.EWC(b).consolidate(fisher)
+    ewc = fk.continual.EWC(a)
+    ewc.consolidate(fisher)
+    with torch.no_grad():
+        a.weight.add_(1)
+    with pytest.raises(fk.ModelError, match="before training goes on"):
+        ewc.consolidate(fisher)
+    assert ewc.consolidations == 1
+
+
+def test_consolidate__a_head_that_no_data_reach_counts_as_left_out() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.other = nn.Linear(4, 3), nn.Linear(4, 30)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model, data = Heads(), (torch.randn(8, 4), torch.randint(3, (8,)))
+    whole = fk.EmpiricalFisher(model, data, structure="diagonal", params=lambda *_: True)
+    with pytest.raises(fk.InvalidArgumentError, match=r"0 on \['other.weight', 'other.bias'\]"):
+        fk.continual.EWC(model).consolidate(whole)
+    fk.continual.EWC(model).consolidate(whole, uncovered="free")
+    own = fk.EmpiricalFisher(model, data, structure="diagonal", params=["used.weight", "used.bias"])
+    fk.continual.EWC(model).consolidate(own, free=["other.weight", "other.bias"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
 from fisherkit.influence import InfluenceScores
@@ -127,3 +128,22 @@ def test_train_mode__is_refused() -> None:
     model.train()
     with pytest.raises(fk.ModelError, match="Dropout"):
         influence.scores(DATA, DATA)
+
+
+def test_scores__refuse_a_model_that_has_changed_since_and_loaders_that_shuffle() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Linear(4, 3), (torch.randn(12, 4), torch.randint(3, (12,)))
+    influence = fk.influence.InfluenceScores(fk.EmpiricalFisher(model, data), model)
+    rows = influence.prepare(data)
+    loader = DataLoader(TensorDataset(*data), batch_size=4, shuffle=True)
+    with pytest.raises(fk.DataError, match="shuffles"):
+        influence.scores(data, loader)
+    with torch.no_grad():
+        model.weight.mul_(2)
+    for call in (
+        lambda: influence.scores(data, data), lambda: influence.scores(data, rows),
+        lambda: influence.top(data, rows, 2), lambda: influence.self_influence(data),
+        lambda: influence.leverages(data), lambda: influence.prepare(data),
+    ):  # fmt: skip
+        with pytest.raises(fk.ModelError, match="have changed since"):
+            call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from typing import Any
@@ -58,6 +59,15 @@ def call_factory(spec: str, call: str) -> Any:
             call=call, got=f"{spec!r}", expected=f"a function {name!r} in the module {module!r}",
             why=f"the module has {'no such name' if function is None else f'a {type(function).__name__} there'}",
         )  # fmt: skip
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise InvalidArgumentError(
+            call=call, got=f"{spec!r}, a function that needs arguments ({error})", expected="one that needs none",
+            try_="a default for each of them",
+        ) from error  # fmt: skip
+    except ValueError:  # no signature to be read: let it be called
+        pass
     return function()
 
 

@@ -72,15 +72,16 @@ def run(settings: MergeSettings) -> None:
         return
     _compare([model / "config.json" for model in settings.models], settings, "config.json", _config)
     _compare([model / "tokenizer.json" for model in settings.models], settings, "the vocabulary", _vocabulary)
-    with tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=f".{settings.out.name}.") as part:
-        whole = Path(part) / settings.out.name
+    out = settings.out.resolve()
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as part:
+        whole = Path(part) / out.name
         whole.mkdir()
         _, info = _function(settings)(out=whole)
         _copy_beside(settings.models[0], whole)
         (whole / "merge.json").write_text(info.to_json() + "\n", encoding="utf-8")
-        if settings.out.is_dir():
-            settings.out.rename(Path(part) / "replaced")
-        whole.rename(settings.out)
+        if out.is_dir():
+            out.rename(Path(part) / "replaced")
+        whole.rename(out)
     _tell(settings.out, info, settings)
 
 
@@ -109,8 +110,29 @@ def _check(settings: MergeSettings) -> None:
         raise refuse(f"--out in a folder that does not exist: {settings.out.parent}", "an existing folder")
     if settings.out.is_dir() and any(settings.out.iterdir()) and not settings.overwrite:
         raise refuse(f"--out {settings.out}, a folder that is not empty", "another name", "--overwrite replaces it")
+    if settings.out.is_dir() and all(model.is_dir() for model in settings.models):
+        _refuse_strangers(settings.out, settings.models[0])
     if settings.out.is_file() and not settings.overwrite:
         raise refuse(f"--out {settings.out}, a file that is there", "another name", "--overwrite replaces it")
+
+
+def _refuse_strangers(folder: Path, first: Path) -> None:
+    """A folder is replaced whole, so it may hold nothing but a model: weights, and files that the first model has too.
+
+    Raises:
+        InvalidArgumentError: there is something else in it.
+    """
+    known = {"merge.json", *(path.name for path in first.iterdir())}
+    strangers = sorted(
+        path.name for path in folder.iterdir()
+        if path.is_dir() or not (path.name in known or any(path.match(pattern) for pattern in WEIGHT_FILES))
+    )  # fmt: skip
+    if strangers:
+        raise InvalidArgumentError(
+            call=CALL, got=f"--overwrite of {folder}, which holds {strangers[:8]}",
+            expected="a folder of a model alone",
+            why="it is replaced whole, and they would be lost", try_="another --out",
+        )  # fmt: skip
 
 
 def _function(settings: MergeSettings) -> Callable[..., Any]:
@@ -224,4 +246,10 @@ def _tell(path: Path, info: merging.MergeInfo, settings: MergeSettings) -> None:
     if settings.as_json:
         typer.echo(json.dumps({"out": str(path), "residual": info.residual} | json.loads(info.to_json())))
     else:
-        typer.echo(f"{info}\n\nWrote {path}.")
+        numbers = ", ".join(str(number) for number in info.unverified)
+        note = (
+            f"\nNot checked: that each Fisher was measured at its model's weights (models {numbers})."
+            if numbers
+            else ""
+        )
+        typer.echo(f"{info}{note}\n\nWrote {path}.")

@@ -119,7 +119,8 @@ class EWC(nn.Module):
         """
         parameters = dict(self.model.named_parameters())
         policies.check_fisher(fisher, parameters)
-        policies.check_uncovered(self.model, fisher.space, uncovered, free)
+        policies.check_weights(fisher, self.model)
+        policies.check_uncovered(self.model, fisher, uncovered, free)
         try:
             fisher._state()
         except NoClosedFormError as error:  # rows that are streamed from the data would follow the model

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.model_state import measured_at
 from fisherkit.operators import FisherOperator
 from fisherkit.space import ParameterSpace, Selection
 
@@ -88,8 +89,26 @@ def check_fisher(fisher: object, parameters: Mapping[str, nn.Parameter]) -> None
             )  # fmt: skip
 
 
-def check_uncovered(model: nn.Module, space: ParameterSpace, uncovered: str, free: Selection) -> None:
+def check_weights(fisher: FisherOperator, model: nn.Module) -> None:
+    """A Fisher of the model as it is now, as far as can be told.
+
+    Raises:
+        ModelError: it was measured at others.
+    """
+    # A model of another dtype, which a Fisher of a wider copy may serve, cannot be compared.
+    comparable = all(parameter.dtype == fisher.dtype for parameter in model.parameters())
+    if comparable and measured_at(model, fisher.metadata) is False:
+        raise ModelError(
+            call=CALL, got="a Fisher that was measured at other parameters or buffers than the model has now",
+            expected="the same values", why="θ* is taken from the model, so both must be of the same moment",
+            try_="consolidating before training goes on, loading those weights, or building the Fisher again",
+        )  # fmt: skip
+
+
+def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, free: Selection) -> None:
     """Every trainable parameter is in the Fisher, or named as free to change.
+
+    A parameter on which the Fisher is 0 everywhere, such as the head of another task, is as good as left out.
 
     Raises:
         InvalidArgumentError: some are not; or ``free`` names what the Fisher covers; or another ``uncovered``.
@@ -97,7 +116,7 @@ def check_uncovered(model: nn.Module, space: ParameterSpace, uncovered: str, fre
         InvalidTypeError: ``free`` is neither names nor a predicate.
     """
     choice(uncovered, "uncovered", ("refuse", "free"), CALL)
-    allowed = set(_chosen(model, free))
+    space, allowed = fisher.space, set(_chosen(model, free))
     if held := [name for name in space.names if name in allowed]:
         raise InvalidArgumentError(
             call=CALL, got=f"free={listed(held)}, which the Fisher covers", expected="names that it does not cover",
@@ -112,6 +131,15 @@ def check_uncovered(model: nn.Module, space: ParameterSpace, uncovered: str, fre
             call=CALL, got=f"a Fisher that leaves out {listed(loose)}, which the model trains",
             expected="all trainable parameters", why="nothing would keep them near their values",
             try_='free=[names] or free=lambda name, parameter: ... for other tasks\' heads, uncovered="free" for all',
+        )  # fmt: skip
+    diagonal = fisher.diagonal()
+    some = torch.stack([diagonal[place].any() for place in space.slices.values()]).tolist()
+    unused = [name for name, used in zip(space.names, some, strict=True) if not used]
+    if 0 < len(unused) < len(some):  # a Fisher that is 0 altogether is a matter of normalization
+        raise InvalidArgumentError(
+            call=CALL, got=f"a Fisher that is 0 on {listed(unused)}", expected="one that says something of each",
+            why="the data never reach them: nothing would keep them near their values, and they would count in D",
+            try_='params= without them and free=[names], or uncovered="free"',
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
@@ -92,6 +92,11 @@ def compare(
     for structure in _listed("structures", structures):
         if structure not in STRUCTURES:
             raise InvalidArgumentError(call=CALL, got=f"structure {structure!r}", expected=f"one of {list(STRUCTURES)}")
+    if isinstance(batch, list) and batch and not isinstance(batch[0], Tensor):
+        raise InvalidTypeError(
+            call=CALL, got=f"a list of {len(batch)} batches", expected="one batch, (inputs, targets) or a mapping",
+            try_="[compare(model, batch) for batch in batches], and fk.evaluation.average",
+        )  # fmt: skip
     start = time.perf_counter()
     options = {"likelihood": likelihood, "params": params, "example": example, "shift_labels": shift_labels}
     comparison = Comparison(model, Batch.of(batch, "batch"), specs, seed, options, updates=len(specs) * len(dampings))

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
 
 from fisherkit import likelihoods
 from fisherkit.data import Data, Source, is_causal, model_device
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
 from fisherkit.fisher import check_positive
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
 from fisherkit.influence.measurements import Measurement, query_rule
 from fisherkit.likelihoods import Likelihood
 from fisherkit.memory import available_memory
-from fisherkit.model_state import parameters_hash
+from fisherkit.model_state import measured_at, parameters_hash
 from fisherkit.operators import FisherOperator
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.collection import Rows
@@ -65,6 +66,7 @@ class ModelRows:
             check_positive(CALL, name, value)
         _check_space(fisher, model)
         self.model, self.space = model, fisher.space
+        self._weights = parameters_hash(model)
         self.dtype, self.device = fisher.dtype, fisher.device
         self.metadata = fisher.metadata
         self.likelihood = _likelihood(likelihood, fisher)
@@ -106,18 +108,38 @@ class ModelRows:
             token: whether each position has a row of its own.
             lean: keep rows with as few numbers as can be, not for speed.
         """
-        problem = self._problem(Source(data), rule, token)
+        problem = self._problem(self._source(data), rule, token)
         problem.choose(lean=lean)
         return LiveBlocks(problem, self._limit(problem))
 
     def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
         """Rows of a measurement."""
-        source = Source(data)
+        source = self._source(data)
         first = source.first()
         plan = plan_for(self.model, self.space, first.to(self.device))
         rule = query_rule(measurement, plan.probed.ndim, labelled=first.targets is not None)
         problem = self._problem(source, rule, token=False)
         return LiveBlocks(problem, self._limit(problem))
+
+    def _source(self, data: Data) -> Source:
+        """The data, once the model is known to be what it was and the order to be fixed.
+
+        Raises:
+            ModelError: its weights have changed since.
+            DataError: a loader that shuffles.
+        """
+        if parameters_hash(self.model) != self._weights:
+            raise ModelError(
+                call=CALL, got="a model whose weights have changed since the scores' construction",
+                expected="the same values", why="∇ℓ and F must be taken at one point",
+                try_="a Fisher and an InfluenceScores of the model as it is",
+            )  # fmt: skip
+        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+            raise DataError(
+                call=CALL, got="a DataLoader that shuffles", expected="one in a fixed order",
+                why="an example is known by its place", try_="DataLoader(data, batch_size=..., shuffle=False)",
+            )  # fmt: skip
+        return Source(data)
 
     def settings(self, *, token: bool) -> dict[str, Any]:
         """What rows of the loss depend on beside the data, as JSON has it."""
@@ -224,8 +246,7 @@ def _check_space(fisher: FisherOperator, model: nn.Module) -> None:
             expected=f"{device}, the model's",
             try_=f'fk.load(path, device="{device}"), or model.to("{fisher.device}")',
         )
-    known = fisher.metadata.get("parameters_hash")
-    if known is not None and known != parameters_hash(model):
+    if measured_at(model, fisher.metadata) is False:
         raise ModelError(
             call=CALL,
             got="a model whose parameters or buffers are not those that the Fisher was measured at",

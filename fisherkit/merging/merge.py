@@ -23,7 +23,7 @@ from fisherkit.merging.policies import Plan, Policies, make_plan
 from fisherkit.merging.scales import measure
 from fisherkit.merging.sources import Fisher, FisherSource, joined_blocks, open_fisher
 from fisherkit.merging.systems import Solver
-from fisherkit.model_state import parameters_hash
+from fisherkit.model_state import measured_at
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.operators.outputs_average import mix_with_average
 
@@ -204,10 +204,10 @@ def unverified_models(models: Sequence[Model], sources: Sequence[FisherSource], 
     """Models, from 1, that cannot be told to be those that were measured; a module that is another one is warned of."""
     unverified = []
     for number, (model, source) in enumerate(zip(models, sources, strict=True), 1):
-        known = source.metadata.get("parameters_hash")
-        if known is None or not isinstance(model, nn.Module):
+        same = measured_at(model, source.metadata) if isinstance(model, nn.Module) else None
+        if same is None:
             unverified.append(number)
-        elif parameters_hash(model) != known:
+        elif not same:
             warnings.warn(
                 f"{call}: Fisher {number} was measured at other parameters or buffers than those of model {number}. "
                 f"Expected: the Fisher of this very model. Try: measure it again, or another order of fishers.",
@@ -241,8 +241,10 @@ def blocks_of_plan(
         if strangers or odd:
             raise InvalidArgumentError(
                 call=call,
-                got=f"Fisher {number} over parameters that model {number} lacks: {strangers}, or has in another shape: "
-                f"{odd}",
+                got=f"Fisher {number} over parameters that model {number} "
+                + " and ".join(
+                    [f"lacks: {strangers}"] * bool(strangers) + [f"has in another shape: {', '.join(odd)}"] * bool(odd)
+                ),
                 expected="the Fisher of this model",
                 why="a tied parameter has only the name of the first module that holds it",
                 try_="another order of fishers, or the Fisher measured again",
