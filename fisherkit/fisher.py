@@ -16,7 +16,7 @@ from fisherkit.build import Builder, Built
 from fisherkit.data import Data, Source, is_causal, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
-from fisherkit.model_state import parameters_hash
+from fisherkit.model_state import parameters_hash, tensors_hash
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.problem import Problem
@@ -115,12 +115,15 @@ class FisherApproximation(OutputRule, FisherOperator):
         self._built: Built = builder.build(structure)
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
         self.dropped_trace = self._built.dropped
+        own = dict(model.named_parameters())
+        covered = {name: own[name] for name in space.names}
         self.metadata = {
             "kind": self.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
             "likelihood": resolved.name, "label_source": self.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
-            "parameters_hash": parameters_hash(model), "coverage": self._built.coverage.to_json(),
+            "parameters_hash": parameters_hash(model), "covered_hash": f"{dtype}:{tensors_hash(covered)}"[len("torch.") :],
+            "coverage": self._built.coverage.to_json(),
             "fisherkit": __version__, "torch": torch.__version__, **self.kind_options(),
         }  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,22 @@ def parameters_hash(model: nn.Module) -> str:
         raise InvalidTypeError(
             call="parameters_hash(model)", got=f"a {type(model).__name__}", expected="a torch.nn.Module"
         )
-    state = sorted(itertools.chain(model.named_parameters(), model.named_buffers()), key=lambda item: item[0])
+    return tensors_hash(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
+    """The same of any named tensors.
+
+    Args:
+        tensors: name to tensor, of which only shape and dtype are looked at if there is ``read``.
+        read: gives the values, one name after the other.
+    """
+    state = sorted(tensors.items())
     listed = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in state]
     digest = hashlib.sha256(json.dumps(listed).encode())
     with torch.no_grad():
-        pieces = (piece for _, tensor in state for piece in _digestible(tensor.detach()))
+        values = (tensor if read is None else read(name) for name, tensor in state)
+        pieces = (piece for tensor in values for piece in _digestible(tensor.detach()))
         # One transfer for all tensors in a row on one device.
         for _, group in itertools.groupby(pieces, key=lambda piece: piece.device):
             digest.update(torch.cat(list(group)).cpu().numpy().tobytes())
@@ -75,7 +86,7 @@ def _digestible(tensor: Tensor) -> Iterator[Tensor]:
             # Integer sums wrap around, and so are the same in any order and on any device.
             yield words.sum(1).view(torch.uint8)
             yield words.sum(0).view(torch.uint8)
-        yield data[whole:]
+        yield data[whole:].clone()  # a view would keep the whole tensor
 
 
 def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:

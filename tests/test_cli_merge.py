@@ -190,5 +190,30 @@ def test_merge__into_the_current_folder(tasks: Path, tmp_path: Path, monkeypatch
     assert (tmp_path / "here" / "model.safetensors").exists()
 
 
-def test_merge__says_that_files_were_not_checked_against_their_fishers(tasks: Path, tmp_path: Path) -> None:
-    assert "Not checked" in merged(*both(tasks), "--out", tmp_path / "m").stdout
+def test_merge__warns_of_fishers_in_another_order(tasks: Path, tmp_path: Path) -> None:
+    swapped = (
+        "--model",
+        tasks / "a",
+        "--model",
+        tasks / "b",
+        "--fisher",
+        tasks / "b.fisher",
+        "--fisher",
+        tasks / "a.fisher",
+    )
+    with pytest.warns(UserWarning, match="another order of fishers"):
+        merged(*swapped, "--out", tmp_path / "m")
+
+
+def test_merge__says_which_models_could_not_be_compared_with_their_fishers(tasks: Path, tmp_path: Path) -> None:
+    folders = []
+    for name in "ab":
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(tasks / name).half()
+        folders.append(saved(model, make_tokenizer(tasks), tmp_path / name))
+    result = merged(
+        "--model", folders[0], "--fisher", tasks / "a.fisher", "--model", folders[1], "--fisher", tasks / "b.fisher",
+        "--out", tmp_path / "m",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "(models 1, 2)" in result.stdout
+    assert "(models" not in merged(*both(tasks), "--out", tmp_path / "n").stdout

@@ -225,7 +225,13 @@ def test_merge__warns_of_a_fisher_measured_at_another_model() -> None:
     assert info.unverified == ()
     with pytest.warns(UserWarning, match=r"Fisher [12] was measured at other parameters"):
         merging.merge(models[::-1], fishers)
-    _, info = merging.merge([m.state_dict() for m in models], fishers, return_info=True)
+    states = [m.state_dict() for m in models]
+    _, info = merging.merge(states, fishers, return_info=True)
+    assert info.unverified == ()
+    with pytest.warns(UserWarning, match=r"Fisher [12] was measured at other parameters"):
+        merging.merge(states[::-1], fishers)
+    half = [{name: tensor.half() for name, tensor in state.items()} for state in states]
+    _, info = merging.merge(half, fishers, return_info=True)
     assert info.unverified == (1, 2)
 
 

@@ -23,7 +23,7 @@ from fisherkit.merging.policies import Plan, Policies, make_plan
 from fisherkit.merging.scales import measure
 from fisherkit.merging.sources import Fisher, FisherSource, joined_blocks, open_fisher
 from fisherkit.merging.systems import Solver
-from fisherkit.model_state import measured_at
+from fisherkit.model_state import tensors_hash
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.operators.outputs_average import mix_with_average
 
@@ -120,7 +120,7 @@ def merge(
     sources = open_fishers(fishers, len(checkpoints), call)
     resolved = resolve_weights(weights, sources, normalize, call)
     pull = open_center(center, call)
-    unverified = unverified_models(models, sources, call)
+    unverified = unverified_models(checkpoints, sources, call)
     plan = make_plan(checkpoints, covered_by_all(sources), pull, policies, call)
     blocks = blocks_of_plan(plan, checkpoints, sources, pull, call)
     scales = measure(sources, blocks, resolved, normalize, damping)
@@ -200,21 +200,33 @@ def open_center(center: str | Model, call: str) -> Checkpoint | None:
     return open_checkpoint(center, "center")
 
 
-def unverified_models(models: Sequence[Model], sources: Sequence[FisherSource], call: str) -> tuple[int, ...]:
-    """Models, from 1, that cannot be told to be those that were measured; a module that is another one is warned of."""
+def unverified_models(models: Sequence[Checkpoint], sources: Sequence[FisherSource], call: str) -> tuple[int, ...]:
+    """Models, from 1, that cannot be told to be those that were measured; one that is another is warned of.
+
+    Cost: reads each model's covered parameters once, one at a time.
+    """
     unverified = []
     for number, (model, source) in enumerate(zip(models, sources, strict=True), 1):
-        same = measured_at(model, source.metadata) if isinstance(model, nn.Module) else None
+        same = _measured_at(model, source)
         if same is None:
             unverified.append(number)
         elif not same:
             warnings.warn(
-                f"{call}: Fisher {number} was measured at other parameters or buffers than those of model {number}. "
+                f"{call}: Fisher {number} was measured at other parameters than those of model {number}. "
                 f"Expected: the Fisher of this very model. Try: measure it again, or another order of fishers.",
                 UserWarning,
                 stacklevel=3,
             )
     return tuple(unverified)
+
+
+def _measured_at(model: Checkpoint, source: FisherSource) -> bool | None:
+    """Whether a model has the parameters that a Fisher was measured at; None where that cannot be told."""
+    names, (dtype, _, known) = source.space.names, source.metadata.get("covered_hash", "").partition(":")
+    if any(str(model.dtypes.get(name)).removeprefix("torch.") != dtype for name in names):
+        return None
+    forms = {name: torch.empty(model.shapes[name], dtype=model.dtypes[name], device="meta") for name in names}
+    return tensors_hash(forms, model.read) == known
 
 
 def covered_by_all(sources: Sequence[FisherSource]) -> list[str]:

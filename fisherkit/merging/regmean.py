@@ -92,9 +92,10 @@ def regmean(
     solver = Solver("auto", tolerance, max_steps)
     solver.check(call)
     checkpoints = open_models(models, call)
-    sources: list[FisherSource] = [ActivationSource(s, shrink) for s in open_fishers(fishers, len(checkpoints), call)]
+    opened = open_fishers(fishers, len(checkpoints), call)
+    sources: list[FisherSource] = [ActivationSource(source, shrink) for source in opened]
     resolved = resolve_weights(weights, sources, None, call)
-    unverified = unverified_models(models, sources, call)
+    unverified = unverified_models(checkpoints, opened, call)
     shared = [n for n in sources[0].space.names if all(n in source.space.slices for source in sources)]
     if not shared:
         raise InvalidArgumentError(
