@@ -122,9 +122,9 @@ class FisherApproximation(OutputRule, FisherOperator):
             "likelihood": resolved.name, "label_source": self.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
-            "parameters_hash": parameters_hash(model), "covered_hash": f"{dtype}:{tensors_hash(covered)}"[len("torch.") :],
-            "coverage": self._built.coverage.to_json(),
-            "fisherkit": __version__, "torch": torch.__version__, **self.kind_options(),
+            "parameters_hash": parameters_hash(model),
+            "covered_hash": f"{dtype}:{tensors_hash(covered)}".removeprefix("torch."),
+            "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__, **self.kind_options(),
         }  # fmt: skip
 
     # -- the operator: forwarded to the one that was built -------------------------------------------------------------
