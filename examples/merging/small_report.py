@@ -7,13 +7,9 @@ from statistics import fmean
 from typing import Any
 
 from examples.merging.methods import DAMPING, DEFAULT, GRID, KINDS, PLAIN, RATIO, REGMEAN, STRUCTURES, Setting
-from examples.merging.small_summary import Family, Spread, families
+from examples.merging.small_summary import NAMES, Family, Spread, families
 from examples.paper.results import markdown
 
-NAMES = {
-    "ef": "EF", "ief": "iEF", "truncated:1": "truncated, rank 1", "truncated:2": "truncated, rank 2", "sf": "SF",
-    "exact": "exact", "jtj": "JᵀJ",
-}  # fmt: skip
 SAME = Setting("block", REGMEAN, DAMPING)
 """RegMean with the default's normalisation and damping."""
 
@@ -189,7 +185,8 @@ def _choices(summaries: Suites) -> str:
 
     text = (
         "One setting for everything / the setting of best accuracy on the tasks' training examples, chosen for each "
-        "seed / the setting that is best on the test data (normalisation/ρ/λ, or the share kept off the diagonal):"
+        "seed / the setting that is best on the test data (normalisation/ρ/λ, ρ = 1e9 for RegMean; or the share kept "
+        "off the diagonal):"
     )
     tables = [families(s) for s in summaries.values()]
     rows = [
