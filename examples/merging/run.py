@@ -17,6 +17,7 @@ from typing import Protocol, cast
 import torch
 
 from examples.paper import results
+from examples.paper.quality_results import write_json
 from examples.paper.results import Figures
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.part:
         begin, module = time.perf_counter(), part(name)
         found = module.figures(options.out) if options.report else module.run(options.out, options.tiny)
-        results.write(options.out / f"{name}.json", {**found, "tiny": options.tiny})
+        write_json(options.out / f"{name}.json", {**found, "tiny": options.tiny})
         body = module.report(found)
         print(f"{name}: {time.perf_counter() - begin:.0f} s\n\n{body}\n", flush=True)
         if options.docs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -12,13 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.merging.methods import DAMPING, GRID, RATIO, Setting
-from examples.merging.small_summary import Family, families
+from examples.merging.small_summary import NAMES, Family, families
 from examples.paper.pictures import STYLE
 
 COLOURS = {
     "ef": "#D55E00", "ief": "#0072B2", "truncated:1": "#CC79A7", "truncated:2": "#AA4499", "sf": "#E69F00",
     "exact": "#56B4E9", "jtj": "#009E73",
 }  # fmt: skip
+"""Of kinds."""
 
 
 def draw(summaries: Mapping[str, Mapping[str, Any]], out: Path) -> None:
@@ -38,23 +40,26 @@ def _figure(
     summaries: Mapping[str, Mapping[str, Any]], settings: list[Setting], axis: str, label: str, path: Path
 ) -> None:
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.6 * len(summaries) + 1.8, 3.8), layout="constrained")
-        panels = figure.subplots(1, len(summaries), squeeze=False)[0]
+        rows = math.ceil(len(summaries) / 2)
+        figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
+        panels = figure.subplots(rows, 2, squeeze=False).flatten()
+        for axes in panels[len(summaries) :]:
+            axes.remove()
         drawn: dict[str, Any] = {}
-        for axes, (name, summary) in zip(panels, summaries.items(), strict=True):
+        for axes, (name, summary) in zip(panels, summaries.items(), strict=False):
             found = families(summary)
             for kind, colour in COLOURS.items():
                 if (family := found.get(f"kfac/{kind}")) is not None:
                     x = [getattr(setting, axis) for setting in settings]
                     y = [fmean(family.test(setting.key)) for setting in settings]
-                    (drawn[kind],) = axes.plot(x, y, "o-", color=colour, markersize=3)
+                    (drawn[NAMES[kind]],) = axes.plot(x, y, "o-", color=colour, markersize=3)
             drawn["RegMean, 0.9"] = _level(axes, found["regmean"], "0.9", "--")
             drawn["average"] = _level(axes, found["average"], "", ":")
             axes.set_xscale("log")
             axes.set_title(name)
             axes.set_xlabel(label)
+            axes.set_ylabel("held-out accuracy, %")
             axes.grid(visible=True)
-        panels[0].set_ylabel("held-out accuracy, %")
         figure.legend(list(drawn.values()), list(drawn), loc="outside right upper", fontsize=9)
         figure.savefig(path)
 

@@ -8,7 +8,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 Cells = dict[str, list[float]]
-"""By measure ("test", "train", "loss", "residual"), a number for each seed."""
+"""By measure ("test", "train", "residual"), a number for each seed."""
+
+NAMES = {
+    "ef": "EF", "ief": "iEF", "truncated:1": "truncated, rank 1", "truncated:2": "truncated, rank 2", "sf": "SF",
+    "exact": "exact", "jtj": "JᵀJ",
+}  # fmt: skip
+"""What tables and pictures call the kinds."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
         for group in seed["families"].values():
             for setting, cell in group.items():
                 cells = families.setdefault(cell["family"], {}).setdefault(setting, {})
-                for measure in ("test", "train", "loss"):
+                for measure in ("test", "train"):
                     cells.setdefault(measure, []).append(_short(cell[measure]))
                 if cell["residual"] is not None:
                     cells.setdefault("residual", []).append(float(f"{cell['residual']:.2g}"))
