@@ -124,7 +124,8 @@ class FisherApproximation(OutputRule, FisherOperator):
             # At build and not at save: by then the model may have moved on.
             "parameters_hash": parameters_hash(model),
             "covered_hash": f"{dtype}:{tensors_hash(covered)}".removeprefix("torch."),
-            "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__, **self.kind_options(),
+            "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
+            **self.kind_options(),
         }  # fmt: skip
 
     # -- the operator: forwarded to the one that was built -------------------------------------------------------------
