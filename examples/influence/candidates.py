@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from examples.influence.settings import Pair
-from fisherkit.rows.collection import Rows
+from fisherkit.rows.base import UnitRows
+from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.factored import FactoredRows
 
 Grams = list[Tensor]
 """Inner products of rows, a matrix for each layer."""
@@ -36,6 +38,9 @@ class Candidate:
         by_layer: λ in multiples of each layer's own mean eigenvalue; else of the whole matrix's.
         blocks: layers by themselves.
         floor: the share ε of (1 − ε) F + ε EKFAC, of the same kind.
+        kronecker: the share ε of F + (√ε A + πs I) ⊗ (√ε G + s/π I), s² = λ: KFAC of the same kind with the factored
+            damping of Martens and Grosse (arXiv 1503.05671, section 6.3) in the place of λI. Its inverse is a Kronecker
+            product, so that rows keep their factors and inner products their price.
     """
 
     kind: type[fk.FisherApproximation]
@@ -44,6 +49,7 @@ class Candidate:
     by_layer: bool = False
     blocks: bool = False
     floor: float = 0.0
+    kronecker: float = 0.0
 
 
 def rows_of(kind: type[fk.FisherApproximation], model: nn.Module, data: Pair, **options: Any) -> Rows:
@@ -80,9 +86,13 @@ def fit(candidate: Candidate, model: nn.Module, train: Pair) -> Callable[[Pair, 
     """
     examples = len(train[1])
     rows = rows_of(candidate.kind, model, train, **candidate.options)
+    own = rows_of(fk.EmpiricalFisher, model, train)
+    whole = rows
     if candidate.keep is not None:
         rows = largest(rows, int(candidate.keep * examples))
-    own = rows_of(fk.EmpiricalFisher, model, train)
+    if candidate.kronecker:
+        factors = [_factors(slot.rows, mine.rows) for slot, mine in zip(whole.slots, own.slots, strict=True)]
+        return partial(_whitened, candidate.kronecker, model, rows, own, factors)
     if candidate.floor:
         return partial(_floored, candidate, model, train, rows, own)
     jj, jn = _grams(rows, rows), _grams(rows, own)
@@ -130,6 +140,49 @@ def _floored(
     return woodbury(q @ solved_n, (q @ solved_j).mT, j @ solved_n, j @ solved_j, examples)
 
 
+def _factors(rows: UnitRows, own: UnitRows) -> tuple[Tensor, Tensor]:
+    """KFAC's A and G of a layer without shared positions, float64."""
+    if not isinstance(rows, FactoredRows) or not isinstance(own, FactoredRows) or rows.positions > 1:
+        raise TypeError("a linear layer without shared positions is needed")
+    inputs = torch.cat([a[:, 0] for _, a in own.chunks(constant=own.bias)]).double()
+    outputs = rows.gradients[:, 0].double()
+    return inputs.mT @ inputs / len(inputs), outputs.mT @ outputs / len(inputs)
+
+
+def _whitened(
+    share: float,
+    model: nn.Module,
+    rows: Rows,
+    own: Rows,
+    factors: list[tuple[Tensor, Tensor]],
+    queries: Pair,
+    damping: float | None,
+) -> Tensor:
+    """B a Kronecker product in every layer, λ in multiples of the mean eigenvalue of F."""
+    asked = rows_of(fk.EmpiricalFisher, model, queries)
+    trace = float(torch.stack([a.trace() * g.trace() for a, g in factors]).sum())
+    root = (_number(damping) * trace / rows.space.size) ** 0.5
+    turned: tuple[list[UnitSlot], ...] = ([], [], [])
+    for place, (a, g) in enumerate(factors):
+        ratio = float(((a.trace() / len(a)) / (g.trace() / len(g))) ** 0.5)
+        on = [_half_inverse(share**0.5 * m, shift) for m, shift in ((a, root * ratio), (g, root / ratio))]
+        for slots, side in zip(turned, (rows, asked, own), strict=True):
+            slot = side.slots[place]
+            if not isinstance(slot.rows, FactoredRows):
+                raise TypeError("a linear layer is needed")
+            parts = list(slot.rows.double().rotated(*on))
+            slots.append(UnitSlot(slot.names, FactoredRows.cat(parts)))
+    j, q, n = (Rows(rows.space, slots) for slots in turned)
+    found = woodbury(q.cross_gram(n), j.cross_gram(q), j.cross_gram(n), j.gram(), own.count)
+    return found.detach()
+
+
+def _half_inverse(matrix: Tensor, shift: float) -> Tensor:
+    """W with W Wᵀ = (matrix + shift · I)⁻¹."""
+    eye = torch.eye(len(matrix), dtype=matrix.dtype)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(matrix + shift * eye), eye, upper=False).mT
+
+
 def _grams(left: Rows, right: Rows) -> Grams:
     return [gram for _, gram in left.cross_gram_by_unit(right)]
 
@@ -151,9 +204,11 @@ CANDIDATES: Mapping[str, Callable[[nn.Module, Pair], Callable[[Pair, float | Non
         "full, truncated 2, λ by layer": Candidate(fk.TruncatedFisher, _TWO, by_layer=True),
         "block, truncated 2, λ by layer": Candidate(fk.TruncatedFisher, _TWO, by_layer=True, blocks=True),
         "full, truncated 2, N rows, λ by layer": Candidate(fk.TruncatedFisher, _TWO, keep=1, by_layer=True),
-        "full, truncated 2 + 0.03 EKFAC": Candidate(fk.TruncatedFisher, _TWO, floor=0.03),
-        "full, truncated 2 + 0.3 EKFAC": Candidate(fk.TruncatedFisher, _TWO, floor=0.3),
-        "full, truncated 2, N rows + 0.3 EKFAC": Candidate(fk.TruncatedFisher, _TWO, keep=1, floor=0.3),
+        "full, exact, N rows, λ by layer": Candidate(fk.ExactFisher, keep=1, by_layer=True),
+        "full, exact, N rows + 0.3 EKFAC": Candidate(fk.ExactFisher, keep=1, floor=0.3),
+        "full, exact, N rows + 0.1 KFAC": Candidate(fk.ExactFisher, keep=1, kronecker=0.1),
+        "full, exact, N rows + 0.3 KFAC": Candidate(fk.ExactFisher, keep=1, kronecker=0.3),
+        "full, exact, N rows + KFAC": Candidate(fk.ExactFisher, keep=1, kronecker=1.0),
     }.items()
 }
 """By name."""
