@@ -37,10 +37,7 @@ class Dense:
 
     def gradients(self, pair: tuple[Tensor, Tensor]) -> Tensor:
         return torch.stack(
-            [
-                self._flat(nn.functional.cross_entropy(self.model(x[None]), y[None]))
-                for x, y in zip(*pair, strict=True)
-            ]
+            [self._flat(nn.functional.cross_entropy(self.model(x[None]), y[None])) for x, y in zip(*pair, strict=True)]
         )
 
     def scores(self, matrix: Tensor) -> Tensor:

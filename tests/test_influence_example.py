@@ -29,7 +29,7 @@ def test_main__writes_files_and_goes_on(
     assert [(row["method"], row["damping"]) for row in found["rows"]] == expected
     assert "| dot product | " in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "methods", lambda: {})  # nothing is scored again
+        patch.setattr(scoring, "methods", dict)  # nothing is scored again
         main([*arguments, "--method", "dot product"])
     again = json.loads((tmp_path / "digits-0.json").read_text("utf-8"))
     assert again["rows"] == found["rows"]

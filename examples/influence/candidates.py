@@ -105,25 +105,27 @@ def _layered(
     examples: int,
     rows: Rows,
     own: Rows,
-    jj: Grams,
-    jn: Grams,
+    own_grams: Grams,
+    train_grams: Grams,
     queries: Pair,
     damping: float | None,
 ) -> Tensor:
     """B = λ_l I in every layer."""
     asked = rows_of(fk.EmpiricalFisher, model, queries)
     sizes = [rows.part(slot.names).space.size for slot in rows.slots]
-    means = [gram.diagonal().sum() / examples / size for gram, size in zip(jj, sizes, strict=True)]
+    means = [gram.diagonal().sum() / examples / size for gram, size in zip(own_grams, sizes, strict=True)]
     if not candidate.by_layer:
         means = [torch.stack([m * s for m, s in zip(means, sizes, strict=True)]).sum() / sum(sizes)] * len(sizes)
     weights = [1 / (_number(damping) * mean) for mean in means]
     scaled = [
         [weight * gram for weight, gram in zip(weights, grams, strict=True)]
-        for grams in (_grams(asked, own), _grams(rows, asked), jn, jj)
+        for grams in (_grams(asked, own), _grams(rows, asked), train_grams, own_grams)
     ]
     if candidate.blocks:
-        return torch.stack([woodbury(*layer, examples) for layer in zip(*scaled, strict=True)]).sum(0)
-    return woodbury(*(torch.stack(grams).sum(0) for grams in scaled), examples)
+        parts = [woodbury(qn, jq, jn, jj, examples) for qn, jq, jn, jj in zip(*scaled, strict=True)]
+        return torch.stack(parts).sum(0)
+    qn, jq, jn, jj = (torch.stack(grams).sum(0) for grams in scaled)
+    return woodbury(qn, jq, jn, jj, examples)
 
 
 def _floored(

@@ -56,7 +56,7 @@ def compare(setting: Setting, models: Sequence[nn.Module], runs: Retraining, out
     ceiling = noise_ceiling(outputs)
     rows = []
     for s in sorted(found, key=lambda s: (list(methods()).index(s.method), s.damping or 0.0)):
-        row = {
+        row: dict[str, Any] = {
             "method": s.method, "damping": s.damping, "mean": means[id(s)], "fit_seconds": s.fit, "seconds": s.seconds
         }  # fmt: skip
         if s.damping in (None, 1.0):
@@ -67,8 +67,8 @@ def compare(setting: Setting, models: Sequence[nn.Module], runs: Retraining, out
     results.write(
         path_of(out, setting.name),
         {
-            "title": setting.title, "environment": environment(torch.device("cpu")), "tiny": tiny, "subsets": len(runs.masks),
-            "seeds": outputs.shape[1], "models": SCORED, "train": len(setting.train[1]),
+            "title": setting.title, "environment": environment(torch.device("cpu")), "tiny": tiny,
+            "subsets": len(runs.masks), "seeds": outputs.shape[1], "models": SCORED, "train": len(setting.train[1]),
             "queries": len(setting.queries[1]), "parameters": sum(p.numel() for p in models[0].parameters()),
             "accuracy": accuracy(setting, list(models)), "ceiling": [ceiling.mean, *ceiling.interval], "rows": rows,
         },

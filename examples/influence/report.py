@@ -33,8 +33,9 @@ def _settings(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for name, r in results.items():
         low, high = r["ceiling"][1:]
+        tiny = " (tiny: the figures mean nothing)" if r["tiny"] else ""
         lines.append(
-            f"- **{name}**{' (tiny: the figures mean nothing)' if r['tiny'] else ''}: {r['title']}; {r['parameters']:,} "
+            f"- **{name}**{tiny}: {r['title']}; {r['parameters']:,} "
             f"parameters, {r['train']:,} training examples, {r['queries']} queries, {r['subsets']} random halves × "
             f"{r['seeds']} seeds. Scores of {r['models']} models, right on {100 * r['accuracy']:.1f}% of the queries. "
             f"Noise ceiling {r['ceiling'][0]:.3f} ({low:.3f} to {high:.3f})."
@@ -90,9 +91,9 @@ def _aims(goals: Mapping[str, Mapping[str, Aim]]) -> str:
     for name in places:
         header += [f"behind exact, {name}", "× EF's time", "min/max"]
     text = (
-        f"At λ = 1 × the mean eigenvalue: how far the score is below the exact Fisher's (aim: {WITHIN:g} at most), fit "
-        f"and scores over the empirical Fisher's time (aim: under {TIMES:g}), and the least over the greatest score for "
-        f"λ from 1e-6 to 10 mean eigenvalues (aim: {ROBUST:g} at least; empty where that was not measured). *All*: the "
+        f"At λ = 1 × the mean eigenvalue: how far the score is below the exact Fisher's (aim: {WITHIN:g} at most), "
+        f"fit and scores over the empirical Fisher's time (aim: under {TIMES:g}), and the least over the greatest score "
+        f"for λ from 1e-6 to 10 mean eigenvalues (aim: {ROBUST:g} at least; empty where that was not measured). *All*: the "
         "three together in every setting shown.\n\n"
     )
     return text + markdown((*header, "all"), rows)
