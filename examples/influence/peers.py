@@ -7,6 +7,7 @@ multiples of the mean eigenvalue over all layers.
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import logging
 import tempfile
@@ -58,24 +59,24 @@ def kronfluence(strategy: str, model: nn.Module, train: Pair, *, own: bool) -> S
         train: its data.
         own: the library's own choice of damping.
     """
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-
+    # By name: a library that need not be there has no types to check.
+    analyzing = importlib.import_module("kronfluence.analyzer")
+    asking = importlib.import_module("kronfluence.arguments")
     folder = tempfile.TemporaryDirectory()
     task = _task()
     # Prepared models are wrapped in place.
-    prepared = prepare_model(copy.deepcopy(model).eval(), task)
+    prepared = analyzing.prepare_model(copy.deepcopy(model).eval(), task)
     logging.getLogger("kronfluence").setLevel(logging.ERROR)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        analyzer = Analyzer(
+        analyzer = analyzing.Analyzer(
             "influence", prepared, task, cpu=True, disable_tqdm=True, log_level=logging.ERROR, output_dir=folder.name
         )
         analyzer.fit_all_factors(
             "factors",
             dataset=TensorDataset(*train),
             per_device_batch_size=len(train[1]),
-            factor_args=FactorArguments(strategy=strategy),
+            factor_args=asking.FactorArguments(strategy=strategy),
             overwrite_output_dir=True,
         )
 
@@ -90,10 +91,10 @@ def kronfluence(strategy: str, model: nn.Module, train: Pair, *, own: bool) -> S
             train_dataset=TensorDataset(*train),
             per_device_query_batch_size=len(queries[1]),
             per_device_train_batch_size=len(train[1]),
-            score_args=ScoreArguments(damping_factor=factor),
+            score_args=asking.ScoreArguments(damping_factor=factor),
             overwrite_output_dir=True,
         )
-        return analyzer.load_pairwise_scores("scores")["all_modules"] / len(train[1])  # type: ignore[no-any-return]
+        return analyzer.load_pairwise_scores("scores")["all_modules"] / len(train[1])
 
     # The factors lie in the folder: it lives as long as the scorer.
     scores.folder = Path(folder.name), folder  # type: ignore[attr-defined]
@@ -113,9 +114,9 @@ def _mean_eigenvalue(analyzer: Any, strategy: str) -> float:
 
 
 def _task() -> Any:
-    from kronfluence.task import Task
+    base: Any = importlib.import_module("kronfluence.task").Task
 
-    class Classification(Task):  # type: ignore[misc]
+    class Classification(base):  # type: ignore[misc]
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
             inputs, labels = batch
             outputs = model(inputs)

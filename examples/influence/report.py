@@ -92,9 +92,9 @@ def _aims(goals: Mapping[str, Mapping[str, Aim]]) -> str:
         header += [f"behind exact, {name}", "× EF's time", "min/max"]
     text = (
         f"At λ = 1 × the mean eigenvalue: how far the score is below the exact Fisher's (aim: {WITHIN:g} at most), "
-        f"fit and scores over the empirical Fisher's time (aim: under {TIMES:g}), and the least over the greatest score "
-        f"for λ from 1e-6 to 10 mean eigenvalues (aim: {ROBUST:g} at least; empty where that was not measured). *All*: the "
-        "three together in every setting shown.\n\n"
+        f"fit and scores over the empirical Fisher's time (aim: under {TIMES:g}), and the least over the greatest "
+        f"score for λ from 1e-6 to 10 mean eigenvalues (aim: {ROBUST:g} at least; empty where that was not measured). "
+        "*All*: the three together in every setting that the method was measured in.\n\n"
     )
     return text + markdown((*header, "all"), rows)
 
