@@ -211,6 +211,7 @@ CANDIDATES: Mapping[str, Callable[[nn.Module, Pair], Callable[[Pair, float | Non
         "full, exact, N rows + 0.1 KFAC": Candidate(fk.ExactFisher, keep=1, kronecker=0.1),
         "full, exact, N rows + 0.3 KFAC": Candidate(fk.ExactFisher, keep=1, kronecker=0.3),
         "full, exact, N rows + KFAC": Candidate(fk.ExactFisher, keep=1, kronecker=1.0),
+        "full, exact, N rows + 3 KFAC": Candidate(fk.ExactFisher, keep=1, kronecker=3.0),
     }.items()
 }
 """By name."""
