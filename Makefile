@@ -11,6 +11,7 @@ BENCH_ARGS ?=
 PAPER_ARGS ?=
 CONTINUAL_ARGS ?=
 MERGING_ARGS ?=
+INFLUENCE_ARGS ?=
 
 # The versions in constraints.txt need this much; the package itself supports what pyproject.toml says.
 MIN_PYTHON := 3.11.5
@@ -29,7 +30,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install test lint docs demo bench paper continual merging format clean
+.PHONY: help install test lint docs demo bench paper continual merging influence format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,12 +67,15 @@ continual: $(PAPER_STAMP) ## elastic weight consolidation with every Fisher, wri
 merging: $(PAPER_STAMP) ## models merged by every Fisher and structure, write merging/ (hours; goes on where it stopped)
 	$(BIN)/python -m examples.merging --out merging $(MERGING_ARGS)
 
+influence: $(PAPER_STAMP) ## influence scores against retraining, write influence/ (goes on where it stopped)
+	$(BIN)/python -m examples.influence --out influence $(INFLUENCE_ARGS)
+
 format: $(DEV_STAMP) ## rewrite the code the way `make lint` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## delete what can be made again, except .venv
-	rm -rf build benchmarks continual demo dist merging paper site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build benchmarks continual demo dist influence merging paper site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Fails with advice where the interpreter $(1) is too old.

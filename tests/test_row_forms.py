@@ -193,3 +193,20 @@ def test_streamed_rows_and_sums__are_solved_iteratively(kind: str) -> None:
     found, expected = (InfluenceScores(f, model, damping=0.1) for f in (streamed, full))
     torch.testing.assert_close(found.scores((X, Y), (X, Y)), expected.scores((X, Y), (X, Y)), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(found.self_influence((X, Y)), expected.self_influence((X, Y)), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_gram__of_rows_ordered_by_example_has_the_bytes_of_listed_ones(m: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def made(n: int, each: int) -> tuple[FactoredRows, FactoredRows]:
+        a, g = (torch.randn(size, 1, width, generator=generator) for size, width in ((n, 4), (n * each, 3)))
+        listed = torch.arange(n).repeat_interleave(each)
+        return FactoredRows(a, g, bias=True), FactoredRows(a, g, listed, bias=True)
+
+    (left, left_listed), (right, right_listed) = made(5, m), made(7, k)
+    expected = left.double().dense() @ right.double().dense().mT
+    for mine, theirs in ((left, right), (left, right_listed), (left_listed, right), (left_listed, right_listed)):
+        torch.testing.assert_close(mine.double().gram(theirs.double()), expected)
+        assert torch.equal(mine.gram(theirs), left_listed.gram(right_listed))
+    assert torch.equal(left.gram(left), left_listed.gram(left_listed))

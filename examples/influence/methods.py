@@ -1,12 +1,12 @@
 """Scores by every method, from one model. Knows no retraining.
 
-A method is a function of a trained model, the training data and the queries that returns ``[Q, N]``, positive =
-helpful.
+A method fits what it needs of a model and its training data once, and then scores at any damping: scores are
+``[Q, N]``, positive = helpful, damping is λ in multiples of the fitted matrix's mean eigenvalue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import fisherkit as fk
+from examples.influence.candidates import CANDIDATES
+from examples.influence.peers import peers
 from examples.influence.settings import Pair
 
-Method = Callable[[nn.Module, Pair, Pair], Tensor]
+Scorer = Callable[[Pair, float | None], Tensor]
+"""Queries and a damping to scores."""
+Method = Callable[[nn.Module, Pair], Scorer]
+"""A model and its training data to a scorer."""
 
 
 def gradients(model: nn.Module, data: Pair) -> Tensor:
@@ -32,37 +37,45 @@ def gradients(model: nn.Module, data: Pair) -> Tensor:
     return torch.cat([g.flatten(1) for g in found.values()], 1)
 
 
-def dot(model: nn.Module, train: Pair, queries: Pair) -> Tensor:
+def dot(model: nn.Module, train: Pair) -> Scorer:
     """∇ℓ_qᵀ∇ℓ_n / N, no curvature at all."""
-    return gradients(model, queries) @ gradients(model, train).mT / len(train[1])
+    own = gradients(model, train) / len(train[1])
+    return lambda queries, damping: gradients(model, queries) @ own.mT
 
 
-def cosine(model: nn.Module, train: Pair, queries: Pair) -> Tensor:
+def cosine(model: nn.Module, train: Pair) -> Scorer:
     """The same of gradients of length 1."""
-    q, n = (F.normalize(gradients(model, data), dim=1) for data in (queries, train))
-    return q @ n.mT
+    own = F.normalize(gradients(model, train), dim=1)
+    return lambda queries, damping: F.normalize(gradients(model, queries), dim=1) @ own.mT
 
 
 def by_fisher(
-    kind: type[fk.FisherApproximation],
-    structure: str,
-    options: dict[str, Any],
-    damping: float,
-    model: nn.Module,
-    train: Pair,
-    queries: Pair,
-) -> Tensor:
-    """∇ℓ_qᵀ(F + λI)⁻¹∇ℓ_n / N, λ in multiples of F's mean eigenvalue."""
-    from fisherkit.influence import InfluenceScores
+    kind: type[fk.FisherApproximation], structure: str, options: dict[str, Any], model: nn.Module, train: Pair
+) -> Scorer:
+    """∇ℓ_qᵀ(F + λI)⁻¹∇ℓ_n / N."""
+    fisher: fk.operators.FisherOperator = kind(model, train, structure=structure, **options)
+    if structure == "full" and fisher.rows > fisher.size:  # type: ignore[attr-defined]
+        # Once for all dampings.
+        fisher = fk.operators.DenseOperator(fisher.space, fisher.to_dense())
 
-    fisher = kind(model, train, structure=structure, **options)
-    return InfluenceScores(fisher, model, damping=fk.RelativeDamping(damping)).scores(queries, train)
+    def scores(queries: Pair, damping: float | None) -> Tensor:
+        if damping is None:
+            raise ValueError("a Fisher needs a damping")
+        influence = fk.influence.InfluenceScores(
+            fisher, model, likelihood="categorical", examples=len(train[1]), damping=fk.RelativeDamping(damping)
+        )
+        return influence.scores(queries, train)
+
+    return scores
 
 
 FISHERS: dict[str, tuple[type[fk.FisherApproximation], str, dict[str, Any]]] = {
     "diagonal, exact": (fk.ExactFisher, "diagonal", {}),
     "KFAC, exact": (fk.ExactFisher, "kfac", {}),
     "EKFAC, exact": (fk.ExactFisher, "ekfac", {}),
+    "EKFAC, truncated 1": (fk.TruncatedFisher, "ekfac", {"rank": 1}),
+    "EKFAC, truncated 2": (fk.TruncatedFisher, "ekfac", {"rank": 2}),
+    "block, truncated 2": (fk.TruncatedFisher, "block", {"rank": 2}),
     "full, EF": (fk.EmpiricalFisher, "full", {}),
     "full, iEF": (fk.ImprovedEmpiricalFisher, "full", {}),
     "full, SF 1": (fk.SampledFisher, "full", {"draws": 1}),
@@ -71,14 +84,13 @@ FISHERS: dict[str, tuple[type[fk.FisherApproximation], str, dict[str, Any]]] = {
     "full, truncated 3": (fk.TruncatedFisher, "full", {"rank": 3}),
     "full, exact": (fk.ExactFisher, "full", {}),
 }
-"""Kind, structure and options by name."""
+"""Kind, structure and options by name: what the package offers."""
+
+UNDAMPED = ("dot product", "cosine")
+"""Methods without a damping."""
 
 
-def methods(damping: float) -> dict[str, Method]:
-    """All of them at one damping.
-
-    Args:
-        damping: λ over F's mean eigenvalue.
-    """
-    fishers = {name: partial(by_fisher, *choice, damping) for name, choice in FISHERS.items()}
-    return {"dot product": dot, "cosine": cosine, **fishers}
+def methods() -> Mapping[str, Method]:
+    """All of them, those of other libraries where they are installed."""
+    fishers = {name: partial(by_fisher, *choice) for name, choice in FISHERS.items()}
+    return {"dot product": dot, "cosine": cosine, **fishers, **CANDIDATES, **peers()}

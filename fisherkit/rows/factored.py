@@ -97,6 +97,11 @@ class FactoredRows(UnitRows):
             left = inner_products(mine, mine if same else theirs, precise) + float(self.bias)
             mine, theirs = self.gradients[:, 0], other.gradients[:, 0]
             right = inner_products(mine, mine if other is self else theirs, precise)
+            if self.each and other.each:
+                # In place: written out for every row, the inputs' part would be gathered twice.
+                by_example = right.unflatten(1, (-1, other.each)).unflatten(0, (-1, self.each))
+                by_example.mul_(left[:, None, :, None])
+                return right
             return right.mul_(other._to_rows(self._to_rows(left).mT).mT)
         result = self.gradients.new_zeros(self.count, other.count, dtype=torch.float64)
         for span in spans(self.outputs, (self.count + other.count) * (self.inputs + 1)):
