@@ -89,7 +89,10 @@ def test_pages__have_code() -> None:
     silent = {page for page, code in found.items() if not code}
     without = {
         "docs/design.md",
-        *(f"docs/{page}.md" for page in ("paper-optimisation", "continual-experiments", "merging-experiments", "influence-experiments")),
+        *(
+            f"docs/{page}.md"
+            for page in ("paper-optimisation", "continual-experiments", "merging-experiments", "influence-experiments")
+        ),
     }
     assert silent <= without | {page for page in found if page.startswith("docs/api/")}
     assert sum(block.shown is not None for code in found.values() for block in code) > 10
