@@ -61,10 +61,10 @@ bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (20 
 paper: $(PAPER_STAMP) ## reproduce the iEF paper's findings, write paper/ (hours; goes on where it stopped)
 	$(BIN)/python -m examples.paper --out paper $(PAPER_ARGS)
 
-continual: $(PAPER_STAMP) ## elastic weight consolidation with every Fisher, write continual/ (an hour; goes on where it stopped)
+continual: $(PAPER_STAMP) ## elastic weight consolidation with every Fisher, write continual/ (goes on where it stopped)
 	$(BIN)/python -m examples.continual --out continual $(CONTINUAL_ARGS)
 
-merging: $(PAPER_STAMP) ## models merged by every Fisher and structure, write merging/ (hours; goes on where it stopped)
+merging: $(PAPER_STAMP) ## models merged by every Fisher and structure, write merging/ (goes on where it stopped)
 	$(BIN)/python -m examples.merging --out merging $(MERGING_ARGS)
 
 influence: $(PAPER_STAMP) ## influence scores against retraining, write influence/ (goes on where it stopped)

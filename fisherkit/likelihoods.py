@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
+from fisherkit.positions import as_positions, label_advice, shape_text
 
 Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
 
@@ -93,14 +94,14 @@ class Likelihood(ABC):
             DataError: shapes or values that do not fit.
         """
         raw = z
-        z = _positions(z.unsqueeze(-1) if z.ndim == 1 else z, call)
+        z = as_positions(z.unsqueeze(-1) if z.ndim == 1 else z, call)
         mask = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
         if target is None:
             return z, None, mask
         if target.shape[:1] != z.shape[:1] or target.numel() != z.numel():
             raise DataError(
                 call=call,
-                got=f"targets of shape {_shape(target)} for outputs {_shape(raw)}",
+                got=f"targets of shape {shape_text(target)} for outputs {shape_text(raw)}",
                 expected="targets of the outputs' shape",
                 why=f"the likelihood is {self.name}",
             )
@@ -311,7 +312,7 @@ class Categorical(Likelihood):
                 try_='likelihood="bernoulli" for one logit',
             )
         raw = z
-        z = _positions(z, call)
+        z = as_positions(z, call)
         if z.shape[-1] < 2:
             raise DataError(
                 call=call,
@@ -332,10 +333,10 @@ class Categorical(Likelihood):
         if target.shape != raw.shape[:-1]:
             raise DataError(
                 call=call,
-                got=f"labels of shape {_shape(target)} for outputs {_shape(raw)}",
-                expected=f"{_shape(raw[..., 0])}",
+                got=f"labels of shape {shape_text(target)} for outputs {shape_text(raw)}",
+                expected=f"{shape_text(raw[..., 0])}",
                 why="the last axis of the outputs holds the classes",
-                try_=_label_advice(raw, target),
+                try_=label_advice(raw, target),
             )
         target = target.reshape(z.shape[:2]).long()
         mask = target != self.ignore_index
@@ -350,31 +351,6 @@ class Categorical(Likelihood):
 
     def _valid(self, target: Tensor) -> Tensor:
         return torch.where(target == self.ignore_index, torch.zeros_like(target), target)
-
-
-def _label_advice(z: Tensor, target: Tensor) -> str:
-    if target.shape == z.shape:
-        return "labels.argmax(-1) if they are one-hot"
-    if target.shape == (*z.shape[:-1], 1):
-        return "labels.squeeze(-1)"
-    return "logits.movedim(1, -1) in the model if classes come second"
-
-
-def _shape(x: Tensor) -> str:
-    # Sizes without the batch's, which may be that of a probe and not the caller's.
-    return f"({', '.join(['B', *map(str, x.shape[1:])])})"
-
-
-def _positions(z: Tensor, call: str) -> Float[Tensor, "B P C"]:
-    if z.ndim not in (2, 3):
-        raise DataError(
-            call=call,
-            got=f"outputs of shape {_shape(z)}",
-            expected="(B, C) or (B, T, C)",
-            why="outputs are positions by classes, the classes last",
-            try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W)",
-        )
-    return z.unsqueeze(1) if z.ndim == 2 else z
 
 
 _NAMED: dict[str, type[Categorical] | type[Gaussian] | type[Bernoulli]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,11 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--part", nargs="+", choices=list(BENCHES), default=list(BENCHES), help="which benches (default: all)")
     add("--methods", nargs="+", choices=list(METHODS), default=None, help="which methods (default: all)")
-    add("--out", type=Path, default=Path("continual"), help="folder for figures and pictures (default: continual)")
-    add("--threads", type=int, default=1, help="of torch (default: 1; everything here is small)")
-    add("--tiny", action="store_true", help="tiny sizes: does everything work? The figures mean nothing.")
-    add("--docs", action="store_true", help="also update the docs' page")
-    add("--report", action="store_true", help="measure nothing: print, draw and, with --docs, write what is there")
+    results.add_options(parser, "continual")
     return parser.parse_args(arguments)
 
 
@@ -71,7 +66,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.out / "continual.md").write_text(body + "\n", "utf-8")
     print(body)
     if options.docs:
-        ASSETS.mkdir(parents=True, exist_ok=True)
-        for file in (*(experiment.path_of(options.out, name) for name in found), *pictures):
-            shutil.copy(file, ASSETS)
-        results.fill(PAGE, SECTION, report.report(found, "assets/continual"))
+        files = (*(experiment.path_of(options.out, name) for name in found), *pictures)
+        results.publish(ASSETS, files, PAGE, SECTION, report.report(found, "assets/continual"))

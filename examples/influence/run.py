@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -37,12 +36,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, default=10, help="trainings of each half (default: 10)")
     add("--method", nargs="+", choices=list(methods()), help="which scores (default: all)")
     add("--damping", nargs="+", type=float, default=[1.0], help="multiples of the mean eigenvalue (default: 1)")
-    add("--out", type=Path, default=Path("influence"), help="folder for files (default: influence)")
-    add("--threads", type=int, default=1, help="of torch (default: 1)")
+    results.add_options(parser, "influence")
     add("--only-retrain", action="store_true", help="no scores")
-    add("--tiny", action="store_true", help="tiny sizes: does everything work? The figures mean nothing.")
-    add("--docs", action="store_true", help="also update the docs' page")
-    add("--report", action="store_true", help="measure nothing: print, draw and, with --docs, write what is there")
     return parser.parse_args(arguments)
 
 
@@ -70,10 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.out / "influence.md").write_text(body + "\n", "utf-8")
     print(body)
     if options.docs:
-        ASSETS.mkdir(parents=True, exist_ok=True)
-        for file in (*(compare.path_of(options.out, name) for name in found), *pictures):
-            shutil.copy(file, ASSETS)
-        results.fill(PAGE, SECTION, report.report(found, "assets/influence"))
+        files = (*(compare.path_of(options.out, name) for name in found), *pictures)
+        results.publish(ASSETS, files, PAGE, SECTION, report.report(found, "assets/influence"))
 
 
 def _measure(name: str, options: argparse.Namespace) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,34 @@ def fill(page: Path, name: str, body: str) -> None:
         raise ValueError(f"{page.name} should have the lines {first!r} and {last!r}")
     before, _, rest = content.partition(first)
     page.write_text(f"{before}{first}\n\n{body}\n\n{last}{rest.partition(last)[2]}", "utf-8")
+
+
+def publish(assets: Path, files: Iterable[Path], page: Path, name: str, body: str) -> None:
+    """Results and pictures among the docs' assets, and their section into the page.
+
+    Args:
+        assets: the folder; made if missing.
+        files: what goes there.
+        page: a Markdown file.
+        name: of the section.
+        body: its new content.
+    """
+    assets.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copy(file, assets)
+    fill(page, name, body)
+
+
+def add_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """What every experiment's command has.
+
+    Args:
+        parser: gets them.
+        out: the default folder.
+    """
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(out), help=f"folder for figures and pictures (default: {out})")
+    add("--threads", type=int, default=1, help="of torch (default: 1; everything here is small)")
+    add("--tiny", action="store_true", help="tiny sizes: does everything work? The figures mean nothing.")
+    add("--docs", action="store_true", help="also update the docs' page")
+    add("--report", action="store_true", help="measure nothing: print, draw and, with --docs, write what is there")

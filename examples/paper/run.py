@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,11 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.paper", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="which (default: all)")
-    add("--out", type=Path, default=Path("paper"), help="folder for figures and pictures (default: paper)")
-    add("--threads", type=int, default=1, help="of torch (default: 1; everything here is small)")
-    add("--tiny", action="store_true", help="tiny sizes: does everything work? The figures mean nothing.")
-    add("--docs", action="store_true", help="also update the docs' pages")
-    add("--report", action="store_true", help="measure nothing: print and, with --docs, write what the folder has")
+    results.add_options(parser, "paper")
     return parser.parse_args(arguments)
 
 
@@ -88,7 +83,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         body = part(name).report(found)
         print(f"{name}: {time.perf_counter() - begin:.0f} s\n\n{body}\n", flush=True)
         if options.docs:
-            ASSETS.mkdir(parents=True, exist_ok=True)
-            for file in (options.out / f"{name}.json", *options.out.glob("*.png")):
-                shutil.copy(file, ASSETS)
-            results.fill(DOCS / PAGES[name], name, body)
+            files = (options.out / f"{name}.json", *options.out.glob("*.png"))
+            results.publish(ASSETS, files, DOCS / PAGES[name], name, body)

@@ -11,8 +11,18 @@ from typing import Annotated
 import typer
 
 from fisherkit.cli.command import Command, readable_errors, require
-
-_JSON = typer.Option("--json", help="Print one JSON object instead of text.")
+from fisherkit.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    LabelColumn,
+    LikelihoodName,
+    MaxLength,
+    MaxShardSize,
+    PairColumn,
+    TextColumn,
+)
 
 
 def estimate(
@@ -32,39 +42,27 @@ def estimate(
         str, typer.Option(metavar="KIND", help="ef, ief[:POWER], sf[:DRAWS], truncated[:RANK or :TOLERANCE], exact.")
     ] = "truncated:2",
     structure: Annotated[str, typer.Option(metavar="NAME", help="full, block, diagonal, kfac or ekfac.")] = "diagonal",
-    text_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the text.")] = "text",
-    pair_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of a second text.")] = None,
-    label_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of the label; causal models need none.")
-    ] = "label",
+    text_column: TextColumn = "text",
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = "label",
     examples: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Draw so many of the texts; all unless told.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Texts a batch; no effect on the result.")] = 32,
-    max_length: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokens a text is cut to; what the model allows unless told.")
-    ] = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = None,
     params: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help='Parameters by name, such as "classifier.*"; may be repeated.'),
     ] = None,
-    likelihood: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli; that of the model's loss unless told."),
-    ] = None,
+    likelihood: LikelihoodName = None,
     example: Annotated[str, typer.Option(metavar="NAME", help="sequence or token.")] = "sequence",
     normalization: Annotated[str, typer.Option(metavar="NAME", help="mean or sum.")] = "mean",
     kfac_positions: Annotated[str, typer.Option(metavar="NAME", help="expand or reduce.")] = "expand",
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Of a folder's weights: float32, float64; the file's unless told."),
-    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of drawn texts and sampled labels.")] = 0,
-    max_shard_size: Annotated[
-        int | None, typer.Option(metavar="BYTES", min=1, help="Write several files of at most this size.")
-    ] = None,
-    as_json: Annotated[bool, _JSON] = False,
+    max_shard_size: MaxShardSize = None,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate the Fisher of a model and write it to a file that needs no model.
 
@@ -99,7 +97,7 @@ def audit(
     batch_size: Annotated[
         int | None, typer.Option(metavar="B", min=1, help="Of the batches behind OTHER, to recognise their squares.")
     ] = None,
-    as_json: Annotated[bool, _JSON] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say how alike two Fishers are, and by which factor one is larger.
 
@@ -154,11 +152,9 @@ def merge(
     ] = False,
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Of the result, such as bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Where blocks are solved.")] = None,
-    max_shard_size: Annotated[
-        int | None, typer.Option(metavar="BYTES", min=1, help="Write several files of at most this size.")
-    ] = None,
+    max_shard_size: MaxShardSize = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
-    as_json: Annotated[bool, _JSON] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge models by their Fishers: Σ (θ − θ_t)ᵀF_t(θ − θ_t), damped towards their average, made least.
 

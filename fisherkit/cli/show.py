@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from fisherkit.cli.command import Command, readable_errors, require
+from fisherkit.cli.options import AsJson
 from fisherkit.cli.summary import Summary, summarize
 from fisherkit.cli.text import table
 from fisherkit.io import replace_text
@@ -23,7 +24,7 @@ SHOWN = 10
 
 def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A Fisher file, or the index of one in shards.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: AsJson = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write show.json and show.png there; made if missing.")
     ] = None,

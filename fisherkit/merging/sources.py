@@ -13,13 +13,8 @@ from typing import TypeAlias
 import torch
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.operators import (
-    BlockDiagonalOperator,
-    DiagonalOperator,
-    FisherOperator,
-    open_file,
-    split,
-)
+from fisherkit.operators import FisherOperator, open_file, split
+from fisherkit.operators.partition import finest_partition, folded
 from fisherkit.space import ParameterSpace
 
 Fisher: TypeAlias = FisherOperator | str | Path
@@ -59,7 +54,7 @@ class MemorySource(FisherSource):
 
     def read(self, names: Names) -> FisherOperator:
         """The operator over some whole blocks."""
-        return _joined(self.space.restrict(names), [self._parts[name] for name in names if name in self._parts])
+        return folded(self.space.restrict(names), [self._parts[name] for name in names if name in self._parts])
 
 
 class FileSource(FisherSource):
@@ -71,16 +66,7 @@ class FileSource(FisherSource):
 
     def read(self, names: Names) -> FisherOperator:
         """The operator over some whole blocks."""
-        return _joined(self.space.restrict(names), split(self._file.read(names)))
-
-
-def _joined(space: ParameterSpace, parts: Sequence[FisherOperator]) -> FisherOperator:
-    """Blocks as one operator; diagonals as one diagonal, which folds with more than blocks do."""
-    if len(parts) == 1:
-        return parts[0]
-    if all(isinstance(part, DiagonalOperator) for part in parts):
-        return DiagonalOperator(space, torch.cat([part.diagonal() for part in parts]))
-    return BlockDiagonalOperator(space, parts)
+        return folded(self.space.restrict(names), split(self._file.read(names)))
 
 
 def open_fisher(fisher: Fisher, label: str) -> FisherSource:
@@ -120,14 +106,7 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str]) -> list
         InvalidArgumentError: a block reaches beyond the names, or the sources order its names differently.
     """
     order = {name: place for place, name in enumerate(names)}
-    root = {name: name for name in order}
-
-    def find(name: str) -> str:
-        while root[name] != name:
-            root[name] = root[root[name]]
-            name = root[name]
-        return name
-
+    units: list[Names] = [(name,) for name in order]
     for number, source in enumerate(sources, 1):
         for block in source.blocks:
             inside = [name for name in block if name in order]
@@ -140,14 +119,9 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str]) -> list
                     why="parameters of one block interact, and a part of them cannot be solved for alone",
                     try_="Fishers built with the same params=, without the parameters that differ",
                 )
-            if inside:
-                first = find(inside[0])
-                for name in inside[1:]:
-                    root[find(name)] = first
-    groups: dict[str, list[str]] = {}
-    for name in order:
-        groups.setdefault(find(name), []).append(name)
-    blocks = [tuple(group) for group in groups.values()]
+            units += [block] if inside else []
+    groups = [sorted(group, key=order.__getitem__) for group in finest_partition(units)]
+    blocks = [tuple(group) for group in sorted(groups, key=lambda group: order[group[0]])]
     for number, source in enumerate(sources, 1):
         for block in blocks:
             if (own := source.space.restrict(block).names) != block:

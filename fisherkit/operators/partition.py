@@ -96,7 +96,7 @@ def _read_diagonal(space: ParameterSpace, name: str, reader: io.Reader, place: i
 
 
 def _of_sum(space: ParameterSpace, terms: Sequence[Blocks]) -> Blocks:
-    groups = _joined([names for blocks in terms for names in blocks])
+    groups = finest_partition([names for blocks in terms for names in blocks])
     found: Blocks = {}
     for group in groups:
         part = space.restrict(group)
@@ -106,19 +106,28 @@ def _of_sum(space: ParameterSpace, terms: Sequence[Blocks]) -> Blocks:
 
 
 def _sum(space: ParameterSpace, terms: Sequence[Sequence[Callable[[], FisherOperator]]]) -> FisherOperator:
-    return functools.reduce(add, [_folded(space, [make() for make in makers]) for makers in terms])
+    return functools.reduce(add, [folded(space, [make() for make in makers]) for makers in terms])
 
 
-def _folded(space: ParameterSpace, blocks: Sequence[FisherOperator]) -> FisherOperator:
-    """As `join`, but diagonals are one diagonal, which folds with more."""
+def folded(space: ParameterSpace, blocks: Sequence[FisherOperator]) -> FisherOperator:
+    """As `join`, but diagonals are one diagonal, which folds with more.
+
+    Args:
+        space: all their parameters.
+        blocks: at least one.
+    """
     if all(type(block) is DiagonalOperator for block in blocks):
         entries = {block.space.names[0]: block._diagonal() for block in blocks}
         return DiagonalOperator(space, torch.cat([entries[name] for name in space.names]))
     return join(space, blocks)
 
 
-def _joined(units: Iterable[tuple[str, ...]]) -> list[set[str]]:
-    """The finest partition of which every unit lies in one part."""
+def finest_partition(units: Iterable[tuple[str, ...]]) -> list[set[str]]:
+    """The finest partition of which every unit lies in one part.
+
+    Args:
+        units: names that belong together; they may overlap.
+    """
     group_of: dict[str, set[str]] = {}
     for unit in units:
         merged: set[str] = set(unit).union(*(group_of[name] for name in unit if name in group_of))

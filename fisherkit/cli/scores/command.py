@@ -8,6 +8,17 @@ from typing import Annotated
 import typer
 
 from fisherkit.cli.command import Command, readable_errors, require
+from fisherkit.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    LabelColumn,
+    LikelihoodName,
+    MaxLength,
+    PairColumn,
+    TextColumn,
+)
 
 
 def scores(
@@ -65,34 +76,24 @@ def scores(
             "--self", metavar="N", min=0, help="List the N largest self-influences too; 0, in the demo 12, unless told."
         ),
     ] = None,
-    likelihood: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli; that of the model's loss unless told."),
-    ] = None,
-    text_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the text.")] = "text",
-    pair_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of a second text.")] = None,
-    label_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of the label; causal models need none.")
-    ] = "label",
+    likelihood: LikelihoodName = None,
+    text_column: TextColumn = "text",
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = "label",
     examples: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Draw so many of the training texts; all unless told.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Texts a batch; no effect on the result.")] = 32,
-    max_length: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokens a text is cut to; what the model allows unless told.")
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Of a folder's weights: float32, float64; the file's unless told."),
-    ] = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, help="Seed of drawn texts, sampled labels and the demo.")
     ] = 0,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write scores.html, a page to show, and scores.json there.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say which training examples each prediction hangs on: the most helpful and the most harmful ones.
 

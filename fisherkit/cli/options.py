@@ -1,0 +1,29 @@
+"""Options that several commands have, so that they read alike everywhere. Owns their words, not what they do."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import typer
+
+TextColumn: TypeAlias = Annotated[str, typer.Option(metavar="NAME", help="Column of the text.")]
+PairColumn: TypeAlias = Annotated[str | None, typer.Option(metavar="NAME", help="Column of a second text.")]
+LabelColumn: TypeAlias = Annotated[
+    str, typer.Option(metavar="NAME", help="Column of the label; causal models need none.")
+]
+BatchSize: TypeAlias = Annotated[int, typer.Option(metavar="N", min=1, help="Texts a batch; no effect on the result.")]
+MaxLength: TypeAlias = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Tokens a text is cut to; what the model allows unless told.")
+]
+LikelihoodName: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli; that of the model's loss unless told."),
+]
+Device: TypeAlias = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")]
+Dtype: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of a folder's weights: float32, float64; the file's unless told.")
+]
+MaxShardSize: TypeAlias = Annotated[
+    int | None, typer.Option(metavar="BYTES", min=1, help="Write several files of at most this size.")
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
