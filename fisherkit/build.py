@@ -160,10 +160,10 @@ class Builder:
         totals: dict[Names, Squares] = {}
         for chunk in self._counted(self.problem.chunks("diagonal")):
             for slot in chunk.rows.slots:
-                known = totals.get(slot.names) or Squares(self._zeros(slot.rows.size))
-                totals[slot.names] = known.add(slot.rows)
+                known = totals.get(slot.names)
+                totals[slot.names] = Squares(slot.rows.squared_sum()) if known is None else known.add(slot.rows)
         parts: Parts = {
-            names: (DiagonalOperator(self.space.restrict(names), self.scale * total.total), "diagonal", "")
+            names: (DiagonalOperator(self.space.restrict(names), total.total.mul_(self.scale)), "diagonal", "")
             for names, total in totals.items()
         }
         joined, _ = self._join(parts)

@@ -29,6 +29,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
         "ief_product_cached": _cached_product(case, ief),
         "sf_product_cached": _cached_product(case, lambda _, w: _project(case.drawn_gradient, w)),
         "exact_product": _product(case, _softmax),
+        "exact_product_unkept": _product(case, _softmax),
         "ef_diagonal": _rows(case, "squared", lambda rows: {n: r.square().sum(0) for n, r in rows.items()}),
         "ef_gram": _rows(case, "G Gᵀ", _gram),
         "ief_solve": _rows(case, "Woodbury", lambda rows: _woodbury(case, rows)),

@@ -69,6 +69,7 @@ def _against(*peers: str) -> Callable[..., Target]:
 
 _curvlinops, _nngeometry, _by_hand = _against("curvlinops"), _against("nngeometry"), _against("torch.func")
 _layerwise, _diagonals = _against("curvlinops", "nngeometry", "BackPACK"), _against("nngeometry", "BackPACK")
+_EXACT = _targets(_curvlinops(1.7), _curvlinops(1.5), _curvlinops(1.5))
 _CACHED = _targets(_curvlinops(3.5, 0.8), _curvlinops(20, 0.12), _curvlinops(5, 0.45))
 
 OPERATIONS: dict[str, Operation] = {
@@ -79,7 +80,8 @@ OPERATIONS: dict[str, Operation] = {
     "sf_product_cached": Operation("SF product, rows at hand", _CACHED),
     "ef_product": Operation("EF build and first product", _targets(Target(2), Target(1.5), Target(1.5))),
     "ef_token_product": Operation("EF build and first product, every token an example"),
-    "exact_product": Operation("exact product", _targets(_curvlinops(1.7), _curvlinops(1.5), _curvlinops(1.5))),
+    "exact_product": Operation("exact product", _EXACT),
+    "exact_product_unkept": Operation("exact product, no rows kept", _EXACT),
     "exact_product_cached": Operation("exact product, rows at hand"),
     "exact_product_streamed": Operation("exact product, streamed again"),
     "ef_diagonal": Operation("EF diagonal", _targets(_diagonals(2), _diagonals(2), _diagonals(2))),

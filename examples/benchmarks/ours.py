@@ -24,6 +24,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
         "sf_product_cached": _cached_product(case, fk.SampledFisher),
         "ef_product": _product(case, ef),
         "exact_product": _product(case, exact),
+        "exact_product_unkept": _product(case, exact, memory_budget=STREAMED),
         "exact_product_cached": _cached_product(case, exact),
         "exact_product_streamed": _cached_product(case, exact, memory_budget=STREAMED),
         "ef_diagonal": _diagonal(case, ef),

@@ -29,7 +29,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
         else:
             found |= {"ef_product": _product(case, ef), "ef_product_cached": _cached_product(case, ef)}
             found |= {"sf_product_cached": _monte_carlo(case)}
-        found |= {"exact_product": _product(case, ggn)}
+        found |= dict.fromkeys(("exact_product", "exact_product_unkept"), _product(case, ggn))
         found |= dict.fromkeys(("exact_product_cached", "exact_product_streamed"), _cached_product(case, ggn))
     if case.layered:
         found |= {

@@ -137,7 +137,8 @@ def least_bytes(case: Case, names: Collection[str]) -> dict[str, float]:
     needed = {
         "ef_product_cached": cached, "ief_product_cached": cached, "sf_product_cached": cached,
         "exact_product_cached": exact + product, "ef_product": passes + cached, "ef_token_product": passes + cached,
-        "exact_product": passes + product, "exact_product_streamed": passes + product,
+        "exact_product": passes + product, "exact_product_unkept": passes + product,
+        "exact_product_streamed": passes + product,
         "ef_diagonal": passes + vector, "exact_diagonal": passes + vector,
         "ef_gram": passes + rows + gram, "ief_solve": passes + 2 * rows + gram + product,
         "kfac_ef": passes + factors, "kfac_exact": passes + factors, "kfac_solve": passes + 3 * factors + product,

@@ -51,7 +51,7 @@ def check_tensor(
     # A sum is cheap, unlike a mask of finite entries; it may overflow where no entry does.
     if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
-    if nonnegative and bool((tensor < 0).any()):
+    if nonnegative and tensor.numel() and float(tensor.min()) < 0:
         raise InvalidArgumentError(
             call=call,
             got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",

@@ -116,7 +116,12 @@ class FactoredRows(UnitRows):
         """Σ_r row_r²; without shared positions the squares factor too, and rows of one example are summed first."""
         if self.positions == 1:
             squares = self._to_examples(self.gradients[:, 0].square())
-            return self._join(squares.mT @ self._inputs().square(), squares.sum(0))
+            out = squares.new_empty(self.size, 1)
+            weight, offset = self._split(out)  # views of it
+            torch.mm(squares.mT, self._inputs().square(), out=weight.squeeze(2))
+            if offset is not None:
+                torch.sum(squares, 0, out=offset.squeeze(1))
+            return out.squeeze(1)
         parts = (tile.square_().sum(0) for _, tile in self._tiles(slice(0, self.outputs)))
         weight = functools.reduce(torch.Tensor.add_, parts).reshape(self.outputs, self.inputs)
         return self._join(weight, self.gradients.sum(1).square_().sum(0))

@@ -43,7 +43,7 @@ class Plan:
         units: a partition of the names.
         vectorised: whether ``torch.func`` reproduces the generic units' gradients.
         tried: by name, what is tried when it is first needed: "batched", whether several output vectors can go through
-            one vectorised backward pass.
+            one vectorised backward pass; "matrix-free", whether products need no rows.
         shared: embeddings whose tokens all examples share, as of positions.
         unused: names of parameters that the outputs of the two examples do not depend on at all.
         half: whether layers compute in half precision, whatever the dtype of parameters and outputs.
