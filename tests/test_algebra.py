@@ -12,6 +12,7 @@ from fisherkit.operators import (
     DenseOperator,
     DiagonalOperator,
     FisherOperator,
+    KroneckerOperator,
     SumOperator,
 )
 from tests.operator_cases import (
@@ -81,6 +82,27 @@ def test_add__folds_into_any_term_and_never_nests(dtype: torch.dtype) -> None:
     assert_close(got.to_dense(), A + B + C + Dm, dtype)
     nested = SumOperator([SumOperator([a, c]), b])
     assert len(nested.terms) == 3
+
+
+@pytest.mark.parametrize("shared", ["gradient", "activation"])
+def test_add__kronecker_products_that_share_a_factor_up_to_a_number_fold(dtype: torch.dtype, shared: str) -> None:
+    (a, matrix_a), (b, _) = kronecker(dtype), kronecker(dtype, seed=5)
+    assert isinstance(a, KroneckerOperator) and isinstance(b, KroneckerOperator)
+    transposed = a.layout.transposed
+    factors = (b.activation, 3 * a.gradient) if shared == "gradient" else (3 * a.activation, b.gradient)
+    c = KroneckerOperator(a.space, *factors, transposed)
+    got = 0.7 * a + c
+    assert type(got) is KroneckerOperator
+    assert_close(got.to_dense(), 0.7 * matrix_a + c.to_dense().double(), dtype)
+    v = torch.ones(a.size, dtype=dtype)
+    assert_close((got @ got.solve(v, damping=0.1) + 0.1 * got.solve(v, damping=0.1)), v.double(), dtype)
+
+
+def test_add__a_kronecker_product_that_is_zero_changes_nothing(dtype: torch.dtype) -> None:
+    a, matrix = kronecker(dtype)
+    b, _ = kronecker(dtype, seed=5)
+    for got in (a + 0.0 * b, 0.0 * b + a):
+        assert_close(got.to_dense(), matrix, dtype)
 
 
 def test_add__equal_partitions_fold_block_by_block(dtype: torch.dtype) -> None:

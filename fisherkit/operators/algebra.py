@@ -1,7 +1,7 @@
 """Sums of Fisher operators, folded into one operator where that is exact, kept as a sum where it is not.
 
-A sum of Kronecker products is not one, so that it stays a sum: its products are exact, its inverse is by conjugate
-gradients. Knows the structures only through their `_plus`.
+A sum of Kronecker products that share no factor is not one, so that it stays a sum: its products are exact, its inverse
+is by conjugate gradients. Knows the structures only through their `_plus`.
 """
 
 from __future__ import annotations

@@ -139,6 +139,20 @@ class KroneckerOperator(FisherOperator):
             gradient_spectrum=None if on_outputs is None else lambda: (scale * on_outputs()[0], on_outputs()[1]),
         )  # fmt: skip
 
+    def _plus(self, other: FisherOperator) -> FisherOperator | None:
+        # A sum of Kronecker products is one only if one factor is the same in both, up to a number.
+        if not isinstance(other, KroneckerOperator) or other._layout != self._layout:
+            return None
+        ratio = _ratio(self._gradient, other._gradient)
+        if ratio is not None:
+            activation = self._activation + ratio * other._activation
+            return KroneckerOperator(self.space, activation, self._gradient, self._layout.transposed, symmetric=True)
+        ratio = _ratio(self._activation, other._activation)
+        if ratio is not None:
+            gradient = self._gradient + ratio * other._gradient
+            return KroneckerOperator(self.space, self._activation, gradient, self._layout.transposed, symmetric=True)
+        return None
+
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._eigen._eigenvalues(k)
 
@@ -324,6 +338,16 @@ class _EigenKroneckerFactorization(Factorization):
         values = self._eigen._values.double()
         null = self._eigen._null * math.log(self.damping) if self._eigen._null else 0.0
         return (values + self.damping).log().sum() + null
+
+
+def _ratio(a: Float[Tensor, "n n"], b: Float[Tensor, "n n"]) -> float | None:
+    """The number r with b = r a up to rounding; None if there is none."""
+    trace = float(a.trace())
+    if trace <= 0:
+        return None
+    ratio = float(b.trace()) / trace
+    rounding = 8 * torch.finfo(a.dtype).eps * float(b.diagonal().max())
+    return ratio if bool(((ratio * a - b).abs() <= rounding).all()) else None
 
 
 def _columns(basis: object, rows: int) -> int:
