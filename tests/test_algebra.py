@@ -87,7 +87,8 @@ def test_add__folds_into_any_term_and_never_nests(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shared", ["gradient", "activation"])
 def test_add__kronecker_products_that_share_a_factor_up_to_a_number_fold(dtype: torch.dtype, shared: str) -> None:
     (a, matrix_a), (b, _) = kronecker(dtype), kronecker(dtype, seed=5)
-    assert isinstance(a, KroneckerOperator) and isinstance(b, KroneckerOperator)
+    assert isinstance(a, KroneckerOperator)
+    assert isinstance(b, KroneckerOperator)
     transposed = a.layout.transposed
     factors = (b.activation, 3 * a.gradient) if shared == "gradient" else (3 * a.activation, b.gradient)
     c = KroneckerOperator(a.space, *factors, transposed)

@@ -22,10 +22,14 @@ from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.layer_layout import LayerLayout
 
-MOST_NUMBERS = 1 << 28
-"""Numbers that the factored small matrices may take, 2 GB; fixed, so that a solve does not depend on free memory."""
+MOST_NUMBERS = 1 << 22
+"""Numbers that the factored small matrices may take, 32 MB; fixed, so that a solve does not depend on free memory.
 
-AT_ONCE = 1 << 24
+Every step reads them all twice, which costs more than the products themselves as soon as they leave the caches, and
+saves a third of the steps.
+"""
+
+AT_ONCE = 1 << 20
 """Numbers of small matrices that are factored at once."""
 
 FLOOR_POWER = 0.75
