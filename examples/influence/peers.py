@@ -82,7 +82,13 @@ def kronfluence(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         analyzer = analyzing.Analyzer(
-            "influence", prepared, task, cpu=train[1].device.type == "cpu", disable_tqdm=True, log_level=logging.ERROR, output_dir=folder.name
+            "influence",
+            prepared,
+            task,
+            cpu=train[1].device.type == "cpu",
+            disable_tqdm=True,
+            log_level=logging.ERROR,
+            output_dir=folder.name,
         )
         analyzer.fit_all_factors(
             "factors",
