@@ -13,7 +13,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -63,30 +63,61 @@ def measure_memory(name: str, *, device: str, tiny: bool, repeats: int = 3) -> R
 
 
 def _child(name: str, action: str, device: str, tiny: bool) -> int:
-    command = [sys.executable, "-m", "examples.benchmarks.memory", name, action, "--device", device]
-    environment = {**os.environ, **STEADY, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    arguments = [name, action, "--device", device, *(["--tiny"] if tiny else [])]
+    return int(run_module("examples.benchmarks.memory", arguments, STEADY)["peak"])
+
+
+def run_module(
+    module: str, arguments: Sequence[str], environment: Mapping[str, str], *, patience: float | None = None
+) -> Record:
+    """Run a module as a process of its own with as many threads as here; what it printed last, as JSON.
+
+    Args:
+        module: its name; takes ``--threads``.
+        arguments: of its command line.
+        environment: variables beside the present ones.
+        patience: seconds until it is ended; None for no limit.
+
+    Raises:
+        RuntimeError: it failed.
+        TimeoutExpired: it was not done in time.
+    """
+    command = [sys.executable, "-m", module, *arguments, "--threads", str(torch.get_num_threads())]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, *(["--tiny"] if tiny else []), "--threads", str(torch.get_num_threads())],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        command, cwd=ROOT, env={**os.environ, **environment, "PYTHONPATH": path}, capture_output=True, text=True,
+        check=False, timeout=patience,
     )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak"])
+    record: Record = json.loads(done.stdout.strip().splitlines()[-1])
+    return record
 
 
-def _peak(workload: Callable[[], Workload], action: Callable[[Workload], None], device: str) -> int:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        action(workload().to(device))
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated() - before)
-    before = _resident("VmRSS")
-    if CLEAR.exists() and os.access(CLEAR, os.W_OK):
-        CLEAR.write_text("5")  # the high-water mark starts anew
-    action(workload())
-    return _resident("VmHWM") - before
+class Peak:
+    """The most memory since now, above what is in use now.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        self.before = _resident("VmRSS")
+        if CLEAR.exists() and os.access(CLEAR, os.W_OK):
+            CLEAR.write_text("5")  # the high-water mark starts anew
+
+    def bytes(self) -> int:
+        """So far."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return int(torch.cuda.max_memory_allocated() - self.before)
+        return _resident("VmHWM") - self.before
 
 
 def _resident(field: str) -> int:
@@ -112,7 +143,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     ACTIONS[options.action](TINY[options.workload]().to(options.device))
     workload = (TINY if options.tiny else FULL)[options.workload]
-    print(json.dumps({"peak": _peak(workload, ACTIONS[options.action], options.device)}))
+    peak = Peak(options.device)
+    ACTIONS[options.action](workload().to(options.device))
+    print(json.dumps({"peak": peak.bytes()}))
 
 
 if __name__ == "__main__":

@@ -154,6 +154,45 @@ def steps_table(results: Record) -> Table:
     return ("one step, in steps of SGD", *(r["workload"] for r in records)), rows
 
 
+def influence_table(results: Record) -> tuple[Table, Notes]:
+    """Fit and scores of everybody in seconds, beside the peer's."""
+    notes, rows = Notes(), []
+    for r in sorted(results["influence"], key=lambda r: r["workload"]):
+        for name in [*r["seconds"], *r["errors"]]:
+            full = f"{r['workload']}, " + (name if name.startswith("kronfluence") else f"{NAME} {name}")
+            if name in r["errors"]:
+                rows.append((full, f"– {notes.mark(r['errors'][name])}", *[""] * 7))
+                continue
+            s, target = r["seconds"][name], r["targets"].get(name)
+            once = " " + notes.mark("timed once: slow") if s["rounds"] == 1 else ""
+            rows.append((
+                full, number(s["fit"]), number(s["score"]), number(s["total"]) + once, f"{s['peak'] / 1e6:,.0f} MB",
+                f"{number(r['ratios'][name])}×" if name in r["ratios"] else "",
+                "" if target is None else f"≥ {target:g}×",
+                MET[r["met"].get(name)],
+                f"{r['correlations'][name]:.3f}" if name in r["correlations"] else "",
+            ))  # fmt: skip
+    header = (
+        "", "fit, s", "scores, s", "together, s", "peak memory", "kronfluence EKFAC / ours", "target", "met",
+        "correlation with it",
+    )  # fmt: skip
+    return (header, rows), notes
+
+
+def influence_section(results: Record) -> str:
+    """The table, what it is of, and how far both sides were compared."""
+    if not results["influence"]:
+        return ABSENT
+    table, notes = influence_table(results)
+    said = []
+    for r in sorted(results["influence"], key=lambda r: r["workload"]):
+        text = f"{r['workload']}: {r['examples']:,} training examples, {r['queries']} queries"
+        if "difference" in r:
+            text += f"; from observed labels, the EKFAC scores of {r['peer']} and ours differ by {r['difference']:.0e}"
+        said.append(f"- {text}.")
+    return "\n\n".join(filter(None, [markdown(table), notes.lines(), "\n".join(said)]))
+
+
 def accuracy_table(results: Record) -> Table:
     """Relative errors against float64."""
     names = next((list(r["errors"]) for r in results["accuracy"] if "errors" in r), [])
@@ -214,6 +253,7 @@ def sections(results: Record, *, pictures: str | None = None, growth: bool = Fal
     found["choice"] = markdown(choice_table(results))
     found["accuracy"] = markdown(accuracy_table(results))
     found["steps"] = markdown(steps_table(results))
+    found["influence"] = influence_section(results)
     link = "See [growth](benchmarks-growth.md)." if growth else ABSENT
     found["growth"] = link
     return found
@@ -228,6 +268,8 @@ def text(results: Record) -> str:
     tables = [roofline_table(results, name) for name in workloads(results)]
     tables += [table(results) for table in (memory_table, choice_table, accuracy_table, steps_table)]
     parts += [plain(table) for table in tables if table[1]]
+    table, notes = influence_table(results)
+    parts += [plain(table), notes.lines()] if table[1] else []
     return "\n\n".join(filter(None, parts))
 
 

@@ -14,6 +14,7 @@ KEYS = {
     "choice": ("workload", "kind"),
     "accuracy": ("workload", "precision", "device"),
     "steps": ("workload",),
+    "influence": ("workload",),
 }
 """Sections and what identifies a record in them."""
 

@@ -21,6 +21,7 @@ from examples.benchmarks.accuracy import accuracy, tf32
 from examples.benchmarks.choice import compare
 from examples.benchmarks.contestants import Case, DisagreementError
 from examples.benchmarks.environment import environment
+from examples.benchmarks.influence import SIZES, measure_influence
 from examples.benchmarks.measure import Record, Settings, judge, measure
 from examples.benchmarks.memory import measure_memory
 from examples.benchmarks.operations import OPERATIONS, Cell, cells
@@ -32,7 +33,7 @@ from fisherkit.memory import available_memory
 
 ROOT = Path(__file__).parents[2]
 PAGE, ASSETS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "assets" / "benchmarks"
-PARTS = ("operations", "memory", "roofline", "choice", "accuracy", "steps")
+PARTS = ("operations", "memory", "roofline", "choice", "accuracy", "steps", "influence")
 CHOICES = {"W1": (fk.EmpiricalFisher, fk.ExactFisher), "W2": (fk.EmpiricalFisher,), "W3": (fk.EmpiricalFisher,)}
 """Kinds that the cost model is tried on."""
 
@@ -209,9 +210,21 @@ def _steps(name: str, workload: Workload, settings: Settings, options: argparse.
     _say(f"{name}  training steps: " + ", ".join(f"{n} {report.number(u)}" for n, u in record["units"].items()))
 
 
+def _influence(name: str, _w: Workload, settings: Settings, options: argparse.Namespace, results: Record) -> None:
+    if name not in SIZES:
+        return
+    record = measure_influence(
+        name, device=settings.device.type, tiny=options.tiny, rounds=settings.rounds, slow=settings.slow,
+        patience=settings.patience,
+    )  # fmt: skip
+    results_file.put(results, "influence", record)
+    done = {n: f"{report.number(s['total'])} s" for n, s in record["seconds"].items()}
+    _say(f"{name}  influence scores: " + ", ".join(f"{n} {s}" for n, s in {**record["errors"], **done}.items()))
+
+
 PARTS_RUN: dict[str, Callable[[str, Workload, Settings, argparse.Namespace, Record], None]] = {
     "operations": _operations, "memory": _memory, "roofline": _roofline, "choice": _choice, "accuracy": _accuracy,
-    "steps": _steps,
+    "steps": _steps, "influence": _influence,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Scores by other libraries, where they are installed. Knows their interfaces and no Fisher of this package.
 
-Each is run as its documentation says, in one batch as large as memory allows, with the same meaning of damping:
+Each is run as its documentation says, in batches as large as memory allows, with the same meaning of damping:
 multiples of the mean eigenvalue over all layers.
 """
 
@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,16 @@ UNDAMPED = ("kronfluence KFAC, its own damping", "kronfluence EKFAC, its own dam
 """Where the library chooses: 0.1 × the mean eigenvalue of each layer."""
 
 
-def kronfluence(strategy: str, model: nn.Module, train: Pair, *, own: bool) -> Scorer:
+def kronfluence(
+    strategy: str,
+    model: nn.Module,
+    train: Pair,
+    *,
+    own: bool,
+    empirical: bool = False,
+    modules: Sequence[str] | None = None,
+    batch: int | None = None,
+) -> Scorer:
     """kronfluence's KFAC or EKFAC, from one sampled label an example.
 
     Args:
@@ -58,25 +67,34 @@ def kronfluence(strategy: str, model: nn.Module, train: Pair, *, own: bool) -> S
         model: a trained one.
         train: its data.
         own: the library's own choice of damping.
+        empirical: observed labels instead of sampled ones.
+        modules: layers that are tracked; None for all that the library knows.
+        batch: training examples in a batch; None for all. Queries are one batch.
     """
     # By name: a library that need not be there has no types to check.
     analyzing = importlib.import_module("kronfluence.analyzer")
     asking = importlib.import_module("kronfluence.arguments")
     folder = tempfile.TemporaryDirectory()
-    task = _task()
+    task, batch = _task(modules), batch or len(train[1])
     # Prepared models are wrapped in place.
     prepared = analyzing.prepare_model(copy.deepcopy(model).eval(), task)
     logging.getLogger("kronfluence").setLevel(logging.ERROR)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         analyzer = analyzing.Analyzer(
-            "influence", prepared, task, cpu=True, disable_tqdm=True, log_level=logging.ERROR, output_dir=folder.name
+            "influence",
+            prepared,
+            task,
+            cpu=train[1].device.type == "cpu",
+            disable_tqdm=True,
+            log_level=logging.ERROR,
+            output_dir=folder.name,
         )
         analyzer.fit_all_factors(
             "factors",
             dataset=TensorDataset(*train),
-            per_device_batch_size=len(train[1]),
-            factor_args=asking.FactorArguments(strategy=strategy),
+            per_device_batch_size=batch,
+            factor_args=asking.FactorArguments(strategy=strategy, use_empirical_fisher=empirical),
             overwrite_output_dir=True,
         )
 
@@ -90,7 +108,7 @@ def kronfluence(strategy: str, model: nn.Module, train: Pair, *, own: bool) -> S
             query_dataset=TensorDataset(*queries),
             train_dataset=TensorDataset(*train),
             per_device_query_batch_size=len(queries[1]),
-            per_device_train_batch_size=len(train[1]),
+            per_device_train_batch_size=batch,
             score_args=asking.ScoreArguments(damping_factor=factor),
             overwrite_output_dir=True,
         )
@@ -113,7 +131,7 @@ def _mean_eigenvalue(analyzer: Any, strategy: str) -> float:
     return float(torch.cat([v.flatten() for v in values]).mean())
 
 
-def _task() -> Any:
+def _task(modules: Sequence[str] | None) -> Any:
     base: Any = importlib.import_module("kronfluence.task").Task
 
     class Classification(base):  # type: ignore[misc]
@@ -127,5 +145,8 @@ def _task() -> Any:
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
             return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+        def get_influence_tracked_modules(self) -> list[str] | None:
+            return None if modules is None else list(modules)
 
     return Classification()

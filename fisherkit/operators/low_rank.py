@@ -26,9 +26,19 @@ from fisherkit.operators.preconditioner import preconditioner_of_rows
 from fisherkit.operators.row_forms import RowForm
 from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows, RowSource
+from fisherkit.rows.thinned import thinned
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62
+
+CORRECTED, PRECISE = 1e-4, 1e-2
+"""Rounding in a solution from which on it is corrected, and from which on its Gram is multiplied in float64."""
+
+MANY, PILOT = 512, 16
+"""Rows from which on it is worth asking a few, how many at least, which Gram is needed."""
+
+DEFINITE = 1e-9
+"""Damping over trace from which on F + λI in float64 has a Cholesky factor, whatever rounding does."""
 
 
 class LowRankOperator(FisherOperator):
@@ -163,6 +173,9 @@ class _GramFactorization(Factorization):
     The difference cancels down to λ / (λ + trace) of v, so rounding in the rows' dtype may show in the range of Jᵀ.
     Since J x = w for the exact x, the residual v − (F + λI) x is scale · Jᵀ (w − J x): where it matters, one step of
     iterative refinement takes it away, together with the error of a Gram matrix that was multiplied in float32.
+
+    Inner products of rows have no such step, and take a Gram multiplied in float64 where solves do with float32. Which
+    of the two is asked for is not known before: where the factor is bound to exist, each is made at its first use.
     """
 
     method = "woodbury"
@@ -173,32 +186,54 @@ class _GramFactorization(Factorization):
         self._rows = rows if operator.dtype in (torch.float32, torch.float64) else rows.double()
         self._dtype = torch.float32 if operator.dtype == torch.float32 else torch.float64
         self._scale = operator.scale
+        self._later = self._dtype == torch.float32 and rows.count >= MANY and self._surely_corrected()
+        if not self._later:
+            _ = self._solver
+
+    def _surely_corrected(self) -> bool:
+        """Whether solves need the correction, and F + λI has a Cholesky factor, as a few rows and the trace tell."""
+        some = thinned(self._rows, self._rows.count // PILOT)
+        sums = self._rows.cross_gram(some, precise=False).abs().sum(0)
+        ones = torch.ones(self._rows.space.size, dtype=self._rows.dtype, device=self._rows.device)
+        largest, trace = torch.stack([sums.max(), self._rows.weighted_squares(ones).double().sum()]).tolist()
+        # No row sum of the whole exceeds the largest; 0.99 because these few are rounded in another order.
+        corrected = self._rounding(0.99 * self._scale * largest) >= CORRECTED
+        return corrected and self.damping >= DEFINITE * self._scale * trace
+
+    def _rounding(self, largest: float) -> float:
+        """What rounding leaves of a solution, relative to v, without correction; from the largest eigenvalue."""
+        return torch.finfo(self._dtype).eps * (1 + largest / self.damping)
+
+    @cached_property
+    def _solver(self) -> tuple[Float[Tensor, "R R"], bool]:
+        """The factor for solves, and whether they are corrected."""
         gram = self._rows.gram(precise=False).mul_(self._scale)
-        # The largest row sum bounds the largest eigenvalue. What rounding leaves, relative to v, without correction:
-        largest = float(gram.abs().sum(1).max()) if len(gram) else 0.0
-        rounding = torch.finfo(self._dtype).eps * (1 + largest / damping)
-        self._corrected = rounding >= 1e-4
-        self._precise = rounding >= 1e-2
-        if self._precise:
-            gram = self._rows.gram(precise=True).mul_(self._scale)
-        gram.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if int(failed) != 0:
+        # The largest row sum bounds the largest eigenvalue.
+        rounding = self._rounding(float(gram.abs().sum(1).max()) if len(gram) else 0.0)
+        if rounding >= PRECISE and self._dtype == torch.float32:
+            return self._precise_factor, True
+        factor, failed = _damped_cholesky(gram, self.damping)
+        # What float32 made indefinite, float64 may not.
+        return self._precise_factor if failed and self._later else self._definite(factor, failed), rounding >= CORRECTED
+
+    @cached_property
+    def _precise_factor(self) -> Float[Tensor, "R R"]:
+        """Of the Gram multiplied in float64."""
+        return self._definite(*_damped_cholesky(self._rows.gram(precise=True).mul_(self._scale), self.damping))
+
+    def _definite(self, factor: Float[Tensor, "R R"], failed: bool) -> Float[Tensor, "R R"]:
+        if failed:
             why = "the rows are linearly dependent and the damping is below rounding"
-            raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
-        self._factor = factor
+            raise SingularMatrixError(**singular("LowRankOperator.factorize", self.damping, why))
+        return factor
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        v = columns.to(self._dtype)
-        w = self._small_solve(self._rows.matmul(v))
+        v, (factor, corrected) = columns.to(self._dtype), self._solver
+        w = _cholesky_solve(factor, self._rows.matmul(v))
         x = self._pull_back(w).neg_().add_(v).div_(self.damping)
-        if self._corrected:
-            x -= self._pull_back(self._small_solve(self._rows.matmul(x) - w))
+        if corrected:
+            x -= self._pull_back(_cholesky_solve(factor, self._rows.matmul(x) - w))
         return x.to(columns.dtype)
-
-    def _small_solve(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
-        """(scale · JJᵀ + λI)⁻¹ w, in float64."""
-        return _cholesky_solve(self._factor, w)
 
     def _pull_back(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         return self._rows.rmatmul((self._scale * w).to(self._dtype))
@@ -206,15 +241,10 @@ class _GramFactorization(Factorization):
     @cached_property
     def _gram_form(self) -> GramForm:
         """Inner products of rows have no later correction: where rounding would show, they are made in float64."""
-        if not self._corrected:
-            return GramForm(self._rows, self._scale, self.damping, self._small_solve, precise=False)
-        factor = self._factor
-        if not self._precise:
-            gram = self._rows.gram(precise=True).mul_(self._scale)
-            gram.diagonal().add_(self.damping)
-            factor = torch.linalg.cholesky(gram)
-        solve = partial(_cholesky_solve, factor)
-        return GramForm(self._rows, self._scale, self.damping, solve, precise=True)
+        precise = self._later or self._solver[1]
+        # Rows in float64 have one Gram alone.
+        factor = self._precise_factor if precise and self._dtype == torch.float32 else self._solver[0]
+        return GramForm(self._rows, self._scale, self.damping, partial(_cholesky_solve, factor), precise=precise)
 
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
         form = self._gram_form
@@ -227,8 +257,16 @@ class _GramFactorization(Factorization):
         return self._gram_form.squares(rows) if self._rows.same_units(rows) else super()._row_squares(rows)
 
     def _logdet(self) -> Float[Tensor, ""]:
-        null = self.operator.size - self._factor.shape[0]
-        return 2 * self._factor.diagonal().log().sum() + null * torch.log(self._factor.new_tensor(self.damping))
+        factor = self._solver[0]
+        null = self.operator.size - factor.shape[0]
+        return 2 * factor.diagonal().log().sum() + null * torch.log(factor.new_tensor(self.damping))
+
+
+def _damped_cholesky(gram: Float[Tensor, "R R"], damping: float) -> tuple[Float[Tensor, "R R"], bool]:
+    """Cholesky factor of gram + λI, made in gram's memory, and whether there is none."""
+    gram.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return factor, bool(failed)
 
 
 def _cholesky_solve(factor: Float[Tensor, "R R"], w: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
