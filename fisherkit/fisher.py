@@ -57,7 +57,8 @@ class FisherApproximation(OutputRule, FisherOperator):
         kfac_positions: "expand" or "reduce", how Kronecker factors treat shared positions.
         max_rows: keep so many rows, those of largest norm; None for all. Only for ``structure="full"``. The result is
             below F in the Loewner order and its rows are in the data's order; of rows of equal norm the earlier one
-            is kept, so that neither batches nor chunk_size matter, up to rounding. `dropped_share` says what is missing.
+            is kept, so that neither batches nor chunk_size matter, up to rounding. `dropped_share` says what is
+            missing. Kept rows are never streamed: twice as many must fit in memory_budget.
 
     Attributes:
         examples: N.
