@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -37,6 +38,7 @@ from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.largest import LargestRows
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.streamed import StreamedRows
 
@@ -54,6 +56,7 @@ class Built:
         rows: R.
         coverage: what was done with each parameter.
         dropped: for each example or token, the trace that the kind left out of the output Fisher; None if nothing.
+        dropped_share: of the trace of F, what went with the rows that were left out; None if none were to be.
     """
 
     operator: FisherOperator
@@ -61,6 +64,7 @@ class Built:
     rows: int
     coverage: Coverage
     dropped: Float[Tensor, "n"] | None
+    dropped_share: float | None
 
 
 class Builder:
@@ -71,16 +75,26 @@ class Builder:
         normalization: "mean" or "sum".
         memory_budget: bytes; None for half of what is available.
         reduce: Kronecker factors from sums over shared positions ("reduce") instead of each position ("expand").
+        max_rows: of the full structure, how many rows to keep, those of largest norm; None for all.
     """
 
-    def __init__(self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool) -> None:
-        self.problem, self.normalization, self.reduce = problem, normalization, reduce
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        normalization: str,
+        memory_budget: int | None,
+        reduce: bool,
+        max_rows: int | None = None,
+    ) -> None:
+        self.problem, self.normalization, self.reduce, self.max_rows = problem, normalization, reduce, max_rows
         self.space = problem.plan.space
         first = problem.plan.example_parameter
         self.dtype, self.device = first.dtype, first.device
         self.budget = available_memory(first.device) // 2 if memory_budget is None else memory_budget
         self.examples = self.rows = 0
         self.dropped: list[Tensor] = []
+        self.dropped_share: float | None = None
 
     def build(self, structure: str) -> Built:
         """The operator of a structure.
@@ -90,7 +104,7 @@ class Builder:
             DataError: no example counts.
         """
         make: dict[str, Callable[[], tuple[FisherOperator, Parts]]] = {
-            "full": self._full,
+            "full": self._full if self.max_rows is None else partial(self._largest, self.max_rows),
             "block": self._block,
             "diagonal": self._diagonal,
             "kfac": lambda: self._join(self._kfac()),
@@ -103,7 +117,7 @@ class Builder:
         operator, parts = make[structure]()
         coverage = Coverage(tuple(self._entry(names, *part) for names, part in parts.items()))
         dropped = torch.cat(self.dropped) if self.dropped else None
-        return Built(operator, self.examples, self.rows, coverage, dropped)
+        return Built(operator, self.examples, self.rows, coverage, dropped, self.dropped_share)
 
     # -- structures ----------------------------------------------------------------------------------------------------
 
@@ -115,16 +129,40 @@ class Builder:
                 break
         units = {unit.names: unit.reason for unit in self.problem.plan.units}
         if needed <= self.budget:
-            rows = Rows.taken_from([chunk.rows for chunk in self._counted(self.problem.batches("full"))])
-            whole = self._low_rank(rows)
-            kinds = {slot.names: f"full, {slot.rows.kind} rows" for slot in rows.slots}
-            return whole, {n: (self._low_rank(rows.part(n)), kinds[n], units[n]) for n in units}
+            return self._kept(Rows.taken_from([chunk.rows for chunk in self._counted(self.problem.batches("full"))]))
         for counted, rows_here, dropped in self.problem.counts("count"):
             self._count(counted, rows_here, dropped)
         self._require_examples()
         whole = self._low_rank(StreamedRows(self.problem, self.rows))
         reason = f"rows would take {readable(needed)}, the budget is {readable(self.budget)}"
         return whole, dict.fromkeys(units, (whole, "full, streamed rows", reason))
+
+    def _largest(self, most: int) -> tuple[FisherOperator, Parts]:
+        """The rows of largest norm; where not all fit, of micro-batches that fit beside those that are held."""
+        for lean in (False, True):
+            self.problem.choose(lean=lean)
+            whole = self.problem.row_bytes(self.space.names) * self.problem.source.count()
+            example = self.problem.row_bytes(self.space.names)
+            # Each may be the only one of its example, which then keeps its activations for it.
+            held = 2 * most * self.problem.row_bytes(self.space.names, vectors=1)
+            if min(whole, held + example) <= self.budget:
+                break
+        self._require(min(whole, held + example), "full", f"max_rows below {most:,}, or None, which streams all rows")
+        if whole > self.budget:
+            self.problem.most_examples = (self.budget - held) // example
+        largest = LargestRows(most)
+        for chunk in self._counted(self.problem.batches("full")):
+            largest.add(chunk.rows)
+        rows, self.dropped_share = largest.result()
+        self.rows = rows.count
+        note = f"{rows.count:,} of {largest.seen:,} rows, {100 * self.dropped_share:.3g}% of the trace left out"
+        return self._kept(rows, note if rows.count < largest.seen else "")
+
+    def _kept(self, rows: Rows, note: str = "") -> tuple[FisherOperator, Parts]:
+        """The operator of rows in memory, and its parts."""
+        kinds = {slot.names: f"full, {slot.rows.kind} rows" for slot in rows.slots}
+        reasons = {unit.names: "; ".join(filter(None, (unit.reason, note))) for unit in self.problem.plan.units}
+        return self._low_rank(rows), {n: (self._low_rank(rows.part(n)), kinds[n], reasons[n]) for n in reasons}
 
     def _block(self) -> tuple[FisherOperator, Parts]:
         """Each module's block by its rows or its dense matrix, whichever is smaller; one pass for all."""

@@ -55,12 +55,18 @@ class FisherApproximation(OutputRule, FisherOperator):
         shift_labels: labels belong to the outputs one position before them (causal language models). None: as the model
             says of itself, for Hugging Face's ForCausalLM and their ``loss_type``; else no.
         kfac_positions: "expand" or "reduce", how Kronecker factors treat shared positions.
+        max_rows: keep so many rows, those of largest norm; None for all. Only for ``structure="full"``. The result is
+            below F in the Loewner order and its rows are in the data's order; of rows of equal norm the earlier one
+            is kept, so that neither batches nor chunk_size matter, up to rounding. `dropped_share` says what is
+            missing. Kept rows are never streamed: twice as many must fit in memory_budget.
 
     Attributes:
         examples: N.
-        rows: R, number of rows.
+        rows: R, number of rows; with max_rows, of those that were kept.
         dropped_trace: for each example (or token) counted, the trace of the output Fisher that a truncated kind left
             out; None for other kinds. ‖F_exact − F‖₂ is at most the mean over examples of dropped_trace · ‖J_n‖₂².
+        dropped_share: share of F's trace that went with the rows that max_rows left out, also in ``metadata``; None
+            without max_rows.
 
     Raises:
         FisherkitError: in one of its forms, each saying what was got, what was expected and what to try.
@@ -84,6 +90,7 @@ class FisherApproximation(OutputRule, FisherOperator):
         progress: bool = False,
         shift_labels: bool | None = None,
         kfac_positions: str = "expand",
+        max_rows: int | None = None,
     ) -> None:
         call = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -92,8 +99,13 @@ class FisherApproximation(OutputRule, FisherOperator):
         _one_of(call, "example", example, ("sequence", "token"))
         _one_of(call, "normalization", normalization, ("mean", "sum"))
         _one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
-        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
+        if max_rows is not None and structure != "full":
+            raise InvalidArgumentError(
+                call=call, got=f"max_rows={max_rows} with structure={structure!r}", expected='structure="full"',
+                why="no other structure keeps the rows of the whole matrix", try_="max_rows=None",
+            )  # fmt: skip
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
@@ -110,11 +122,12 @@ class FisherApproximation(OutputRule, FisherOperator):
             is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
         )  # fmt: skip
         builder = Builder(
-            problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce"
-        )
+            problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
+            max_rows=max_rows,
+        )  # fmt: skip
         self._built: Built = builder.build(structure)
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
-        self.dropped_trace = self._built.dropped
+        self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
         own = dict(model.named_parameters())
         covered = {name: own[name] for name in space.names}
         self.metadata = {
@@ -127,6 +140,8 @@ class FisherApproximation(OutputRule, FisherOperator):
             "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
             **self.kind_options(),
         }  # fmt: skip
+        if max_rows is not None:
+            self.metadata |= {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}
 
     # -- the operator: forwarded to the one that was built -------------------------------------------------------------
 

@@ -132,15 +132,16 @@ def assert_same(told: list[dict[str, Any]], values: Tensor, index: Tensor, sign:
 @pytest.mark.parametrize("measurement", ["loss", "margin"])
 @pytest.mark.parametrize(
     ("options", "damping"),
-    [(("--kind", "exact", "--structure", "full"), fk.RelativeDamping(1.0)), (("--damping", "0.1"), None)],
-    ids=["full", "ekfac"],
+    [(("--kind", "exact", "--structure", "full"), 1.0), (("--damping", "0.3"), 0.3), ((), 0.1)],
+    ids=["full", "ekfac", "ekfac_default"],
 )
 @pytest.mark.usefixtures("folder")
-def test_scores__are_those_of_influence_scores(measurement: str, options: tuple[str, ...], damping: Any) -> None:
+def test_scores__are_those_of_influence_scores(measurement: str, options: tuple[str, ...], damping: float) -> None:
     told = found("scored_module:make", *options, "--measurement", measurement, "--top", "4", "--self", "3")
     model, train, queries = parts()
-    fisher = fk.ExactFisher(model, train) if damping else fk.TruncatedFisher(model, train, rank=2, structure="ekfac")
-    influence = fk.influence.InfluenceScores(fisher, model, damping=damping or fk.RelativeDamping(0.1))
+    full = "full" in options
+    fisher = fk.ExactFisher(model, train) if full else fk.TruncatedFisher(model, train, rank=2, structure="ekfac")
+    influence = fk.influence.InfluenceScores(fisher, model, damping=fk.RelativeDamping(damping))
     top = influence.top(queries, train, 4, measurement=measurement)
     assert [query["index"] for query in told["queries"]] == list(range(6))
     for i, query in enumerate(told["queries"]):
@@ -149,6 +150,7 @@ def test_scores__are_those_of_influence_scores(measurement: str, options: tuple[
     own = influence.self_influence(train).sort(descending=True)
     assert_same(told["self_influence"], own.values[:3], own.indices[:3], 1)
     assert told["computed"]["damping"] == pytest.approx(influence.damping)
+    assert told["computed"]["relative_damping"] == damping
     assert (told["computed"]["examples"], told["computed"]["train"], told["computed"]["queries"]) == (24, 24, 6)
 
 
@@ -342,6 +344,7 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:make", "--measurement", "logit"), ("--measurement 'logit'", "'loss', 'margin'")),
         (("scored_module:make", "--normalize", "norm"), ("'relatif'",)),
         (("scored_module:make", "--damping", "-1"), ("damping",)),
+        (("scored_module:make", "--absolute-damping"), ("without --damping",)),
         (("scored_module:make", "--params", "head.*"), ("matches no parameter",)),
         (("scored_module:make", "--fisher", "f", "--kind", "ef"), ("--kind beside --fisher",)),
         (("scored_module:make", "--fisher", "missing.safetensors"), ("missing.safetensors",)),

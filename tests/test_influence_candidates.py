@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
-from examples.influence.candidates import Candidate, fit, largest, rows_of
+from examples.influence.candidates import Candidate, fit
 
 N, DAMPING = 12, 0.5
 
@@ -72,13 +72,12 @@ def test_by_layer__damps_each_layer_by_its_own_mean(dense: Dense, blocks: bool) 
 
 
 def test_keep__keeps_the_largest_rows(dense: Dense) -> None:
-    rows = rows_of(fk.ExactFisher, dense.model, dense.train)
-    kept = rows.dense()[rows.dense().square().sum(1).topk(N).indices]
-    matrix = kept.mT @ kept / N
-    torch.testing.assert_close(largest(rows, N).dense().square().sum(), kept.square().sum())
+    found = fk.ExactFisher(dense.model, dense.train).gram()
+    kept = fk.ExactFisher(dense.model, dense.train, max_rows=N)
+    assert float(kept.trace()) == pytest.approx(float(found.diagonal().topk(N).values.sum()))
+    matrix = kept.to_dense()
     damping = DAMPING * matrix.trace() / len(matrix)
     close(Candidate(fk.ExactFisher, keep=1), dense, matrix + damping * torch.eye(len(matrix), dtype=torch.float64))
-    assert largest(rows, rows.count) is rows
 
 
 def test_floor__adds_ekfac(dense: Dense) -> None:

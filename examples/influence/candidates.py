@@ -61,14 +61,6 @@ def rows_of(kind: type[fk.FisherApproximation], model: nn.Module, data: Pair, **
     return found
 
 
-def largest(rows: Rows, count: int) -> Rows:
-    """The rows of largest norm in their order."""
-    if count >= rows.count:
-        return rows
-    squares = rows.weighted_squares(torch.ones(rows.space.size, dtype=rows.dtype))
-    return rows.reordered(squares.topk(count).indices.sort().values)
-
-
 def woodbury(qn: Tensor, jq: Tensor, jn: Tensor, jj: Tensor, examples: int) -> Tensor:
     """qᵀ(F + B)⁻¹n / N of inner products under B⁻¹, float64."""
     inner = jj.clone()
@@ -85,12 +77,11 @@ def fit(candidate: Candidate, model: nn.Module, train: Pair) -> Callable[[Pair, 
         train: its data.
     """
     examples = len(train[1])
-    rows = rows_of(candidate.kind, model, train, **candidate.options)
+    most = None if candidate.keep is None else int(candidate.keep * examples)
+    rows = rows_of(candidate.kind, model, train, max_rows=most, **candidate.options)
     own = rows_of(fk.EmpiricalFisher, model, train)
-    whole = rows
-    if candidate.keep is not None:
-        rows = largest(rows, int(candidate.keep * examples))
     if candidate.kronecker:
+        whole = rows_of(candidate.kind, model, train, **candidate.options)
         factors = [_factors(slot.rows, mine.rows) for slot, mine in zip(whole.slots, own.slots, strict=True)]
         return partial(_whitened, candidate.kronecker, model, rows, own, factors)
     if candidate.floor:

@@ -24,7 +24,7 @@ from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
 from fisherkit.influence.top import RunningTop, TopScores
 from fisherkit.likelihoods import Likelihood
-from fisherkit.operators import Damping, FisherOperator, RelativeDamping
+from fisherkit.operators import Damping, FisherOperator, usual_damping
 from fisherkit.operators.row_forms import RowForm, SolvedForm
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
@@ -41,12 +41,18 @@ class InfluenceScores:
         fisher: any kind in any structure, of this model at these parameters.
         model: the model; read, never changed. In eval mode if it has dropout or batch norm.
         likelihood: of the loss; None for the one the Fisher was built with.
-        damping: λ in parameter space, or `fisherkit.RelativeDamping`; by default once the mean eigenvalue.
+        damping: λ in parameter space, or `fisherkit.RelativeDamping`; None for what suits the structure by
+            `fisherkit.operators.usual_damping`: 1 × the mean eigenvalue for full and block, 0.1 × for kfac and ekfac,
+            0.01 × for diagonal.
         examples: N, where the Fisher does not say it (sums of Fishers, operators of one's own).
         chunk_size: as for `fisherkit.FisherApproximation`.
         memory_budget: bytes for rows and solutions beside the scores themselves; None for half of what is available.
         progress: show progress bars.
         shift_labels: as for `fisherkit.FisherApproximation`.
+
+    Attributes:
+        examples: N.
+        damping: λ itself.
 
     Raises:
         InvalidTypeError: not a Fisher operator or not a module; a dtype that is not the model's.
@@ -64,7 +70,7 @@ class InfluenceScores:
         model: nn.Module,
         *,
         likelihood: str | Likelihood | None = None,
-        damping: Damping = RelativeDamping(1.0),  # noqa: B008  (frozen)
+        damping: Damping | None = None,
         examples: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
@@ -78,7 +84,7 @@ class InfluenceScores:
         self.examples = self._model_rows.examples(examples)
         # Under "sum" F has no 1/N: the inverse brings it.
         self._scale = 1.0 if fisher.metadata.get("normalization") == "sum" else 1.0 / self.examples
-        self._inverse = fisher.factorize(damping)
+        self._inverse = fisher.factorize(usual_damping(fisher) if damping is None else damping)
         self.damping = self._inverse.damping
 
     def prepare(

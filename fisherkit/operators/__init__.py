@@ -33,6 +33,7 @@ from fisherkit.operators.normalization import normalize
 from fisherkit.operators.partition import split
 from fisherkit.operators.persistence import load
 from fisherkit.operators.quadratic import Quadratic
+from fisherkit.operators.usual import usual_damping
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -54,4 +55,5 @@ __all__ = [
     "normalize",
     "open_file",
     "split",
+    "usual_damping",
 ]

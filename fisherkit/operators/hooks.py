@@ -106,7 +106,9 @@ class OperatorHooks(ABC):
     @property
     def _title(self) -> str:
         known = [self.metadata[key] for key in ("kind", "structure") if key in self.metadata]
-        return self.metadata.get("terms") or " ".join(known) or self._name
+        share = float(self.metadata.get("dropped_share", 0))
+        note = f" without {100 * share:.3g}% of its trace" if share else ""
+        return self.metadata.get("terms") or " ".join(known) + note or self._name
 
     def _inverse(
         self, damping: Damping, operation: str, tolerance: float | None, max_steps: int | None

@@ -85,6 +85,10 @@ class UnitRows(ABC):
         device = next(iter(self.tensors().values())).device
         return self.reordered(torch.arange(*span.indices(self.count), device=device))
 
+    def compact(self: R) -> R:
+        """The same rows without what `reordered` left over of others."""
+        return self
+
     def weighted_squares(self, weights: Float[Tensor, "d"]) -> Float[Tensor, "R"]:
         """Σ_i w_i row_i² of every row; written out a few at a time unless a representation has something better."""
         parts = [self.some(span).dense().square() @ weights for span in spans(self.count, 2 * self.size)]
@@ -111,6 +115,11 @@ class UnitRows(ABC):
     @abstractmethod
     def from_tensors(cls: type[R], tensors: dict[str, Tensor], options: dict[str, int]) -> R:
         """The inverse of `tensors` and `options`."""
+
+    @property
+    def floating(self) -> Tensor:
+        """One of the tensors that has the rows' dtype and device."""
+        return next(t for t in self.tensors().values() if t.is_floating_point())
 
     @property
     def nbytes(self) -> int:

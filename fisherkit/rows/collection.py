@@ -174,19 +174,19 @@ class Rows(RowSource):
         """Some or all of the rows in another order; ``regular`` as in `UnitRows.reordered`."""
         return Rows(self.space, [UnitSlot(slot.names, slot.rows.reordered(order, regular)) for slot in self.slots])
 
+    def compact(self) -> Rows:
+        """The same without what `reordered` left over of rows that are gone."""
+        return Rows(self.space, [UnitSlot(slot.names, slot.rows.compact()) for slot in self.slots])
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the rows."""
-        return self._floating.dtype
+        return self.slots[0].rows.floating.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the rows."""
-        return self._floating.device
-
-    @property
-    def _floating(self) -> Tensor:
-        return next(t for t in self.slots[0].rows.tensors().values() if t.is_floating_point())
+        return self.slots[0].rows.floating.device
 
     def some(self, span: slice) -> Rows:
         """Neighbouring rows in their order."""

@@ -271,6 +271,19 @@ class FactoredRows(UnitRows):
         """The rows in another order; the activations stay where they are."""
         return self._with(self.gradients[order], None if regular else self._owner()[order])
 
+    def compact(self) -> FactoredRows:
+        """Without the activations of examples that have no row."""
+        if self.example is None:
+            return self
+        kept, example = torch.unique(self.example, return_inverse=True)
+        a = self.activations
+        few = a[kept] if isinstance(a, Tensor) else a.examples(kept)
+        each, rest = divmod(self.count, max(1, len(kept)))
+        regular = rest == 0 and torch.equal(self.example, kept.repeat_interleave(each))
+        return FactoredRows(
+            few, self.gradients, None if regular else example, bias=self.bias, transposed=self.transposed
+        )
+
     def double(self) -> FactoredRows:
         """The rows in float64."""
         return FactoredRows(
@@ -304,6 +317,11 @@ class FactoredRows(UnitRows):
         """The two factors and, unless rows are ordered by example, the index."""
         index = {} if self.example is None else {"example": self.example}
         return {"activations": self.activations[:], "gradients": self.gradients, **index}
+
+    @property
+    def floating(self) -> Tensor:
+        """The output gradients; patches need not be made to be asked."""
+        return self.gradients
 
     @property
     def nbytes(self) -> int:

@@ -73,6 +73,10 @@ class Patches:
         result[:, i:] = 1.0
         return result.mT
 
+    def examples(self, index: Int[Tensor, "n"]) -> Patches:
+        """Some examples' patches, still to be made."""
+        return replace(self, x=self.x[index])
+
     def double(self) -> Patches:
         """In float64."""
         return replace(self, x=self.x.double())

@@ -45,6 +45,7 @@ class Problem:
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
         progress: show a progress bar.
         vectors_per_example: M, found by `measure`.
+        most_examples: in a micro-batch, where memory allows only so many; set by the builder.
     """
 
     plan: Plan
@@ -56,6 +57,7 @@ class Problem:
     chunk_size: int | None
     progress: bool
     vectors_per_example: int = 1
+    most_examples: int | None = None
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -150,11 +152,16 @@ class Problem:
         for unit in self.plan.ruled:
             unit.choose(self.vectors_per_example, lean)
 
-    def row_bytes(self, names: Collection[str]) -> int:
-        """Bytes of one example's rows over the units of some parameters, as they are kept."""
+    def row_bytes(self, names: Collection[str], *, vectors: int | None = None) -> int:
+        """Bytes of one example's rows over the units of some parameters, as they are kept.
+
+        Args:
+            names: the parameters.
+            vectors: how many rows the example has; None for M.
+        """
         item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
-        return item * sum(unit.numbers_per_example(self.vectors_per_example) for unit in units)
+        return item * sum(unit.numbers_per_example(vectors or self.vectors_per_example) for unit in units)
 
     @property
     def _flat(self) -> bool:
@@ -170,6 +177,7 @@ class Problem:
             step = (
                 max(1, _graph(device) // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
             )
+            step = step if self.most_examples is None else min(step, self.most_examples)
             step = -(-batch.size // -(-batch.size // step))  # pieces of about the same size
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)

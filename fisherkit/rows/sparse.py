@@ -83,6 +83,11 @@ class SparseRows(UnitRows):
         """Σ_r row_r²."""
         return sum_by(self.token, self.values.square(), self.vocabulary).reshape(-1)
 
+    def weighted_squares(self, weights: Float[Tensor, "d"]) -> Float[Tensor, "R"]:
+        """Σ_i w_i row_i² over the tokens that occur."""
+        table = weights.reshape(self.vocabulary, -1)
+        return sum_by(self.row, (self.values.square() * table[self.token]).sum(1), self.count)
+
     def dense(self) -> Float[Tensor, "R d"]:
         """The rows, zeros included."""
         rows = self.values.new_zeros(self.count, self.vocabulary, self.values.shape[1])

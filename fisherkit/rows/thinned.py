@@ -11,8 +11,7 @@ from dataclasses import replace
 import torch
 
 from fisherkit.data import Batch, Source
-from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.collection import Rows
 from fisherkit.rows.streamed import StreamedRows
 
 
@@ -50,19 +49,4 @@ def thinned(rows: Rows | StreamedRows, stride: int) -> Rows:
     if isinstance(rows, StreamedRows):
         problem = replace(rows.problem, source=ThinnedSource(rows.problem.source, stride), progress=False)
         return Rows.cat([chunk.rows for chunk in problem.batches("sample")])
-    taken = rows.reordered(torch.arange(0, rows.count, stride, device=_device(rows)))
-    return Rows(rows.space, [_compact(slot) for slot in taken.slots])
-
-
-def _compact(slot: UnitSlot) -> UnitSlot:
-    """Without the activations of examples that have no row."""
-    rows = slot.rows
-    if not isinstance(rows, FactoredRows) or rows.example is None:
-        return slot
-    kept, example = torch.unique(rows.example, return_inverse=True)
-    fewer = FactoredRows(rows.activations[kept], rows.gradients, example, bias=rows.bias, transposed=rows.transposed)
-    return UnitSlot(slot.names, fewer)
-
-
-def _device(rows: Rows) -> torch.device:
-    return next(iter(rows.slots[0].rows.tensors().values())).device
+    return rows.reordered(torch.arange(0, rows.count, stride, device=rows.device)).compact()

@@ -56,8 +56,13 @@ def scores(
     ] = None,
     save_fisher: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the Fisher that is built.")] = None,
     damping: Annotated[
-        float, typer.Option(metavar="λ", help="A multiple of the mean eigenvalue; see --absolute-damping.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            metavar="λ",
+            help="A multiple of the mean eigenvalue, or λ itself with --absolute-damping; 1 unless told for full and "
+            "block, 0.1 for kfac and ekfac, 0.01 for diagonal.",
+        ),
+    ] = None,
     absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False,
     measurement: Annotated[str, typer.Option(metavar="NAME", help="What is asked of a query: loss or margin.")] = (
         "loss"

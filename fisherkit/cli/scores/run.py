@@ -29,7 +29,7 @@ from fisherkit.errors import InvalidArgumentError
 from fisherkit.evaluation.kind_specs import SGD, KindSpec
 from fisherkit.fisher import STRUCTURES
 from fisherkit.influence import InfluenceScores
-from fisherkit.operators import FisherOperator, RelativeDamping, load
+from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
 
 CALL = "fisherkit scores"
 KIND, STRUCTURE = "truncated:2", "ekfac"
@@ -50,7 +50,7 @@ class ScoresSettings:
         params: patterns of its parameters' names; none for all that require grad.
         save_fisher: where to write it.
         likelihood: by name; None for the Fisher file's, or that of the model's own loss.
-        damping: a multiple of the mean eigenvalue, or λ itself.
+        damping: a multiple of the mean eigenvalue, or λ itself; None for the structure's `usual_damping`.
         absolute_damping: whether it is λ itself.
         measurement: "loss" or "margin".
         normalize: None or "relatif".
@@ -71,7 +71,7 @@ class ScoresSettings:
     params: tuple[str, ...]
     save_fisher: Path | None
     likelihood: str | None
-    damping: float
+    damping: float | None
     absolute_damping: bool
     measurement: str
     normalize: str | None
@@ -124,6 +124,10 @@ def _check(settings: ScoresSettings) -> KindSpec:
                 call=CALL, got=f"{', '.join(beside)} beside --fisher", expected="--fisher alone",
                 why="they are of a Fisher that is built",
             )  # fmt: skip
+    if settings.absolute_damping and settings.damping is None:
+        raise InvalidArgumentError(
+            call=CALL, got="--absolute-damping without --damping", expected="λ itself", try_="--damping 1e-3"
+        )
     if settings.save_fisher is not None:
         io.check_folder(settings.save_fisher, f"{CALL} --save-fisher")
     return kind
@@ -160,10 +164,10 @@ def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Resul
     known = fisher.metadata.get("likelihood") if settings.fisher is not None else None
     likelihood = settings.likelihood or known or subject.likelihood
     start = time.perf_counter()
+    damping = _damping(settings, fisher)
     influence = InfluenceScores(
-        fisher, subject.model, likelihood=likelihood, progress=sys.stderr.isatty(),
-        damping=settings.damping if settings.absolute_damping else RelativeDamping(settings.damping),
-    )  # fmt: skip
+        fisher, subject.model, likelihood=likelihood, progress=sys.stderr.isatty(), damping=damping
+    )
     describer = Describer(subject.model, likelihood, subject.classes, subject.show, subject.place, CALL)
     train, queries = Source(subject.train).count(), Source(subject.queries).count()
     order = _order(settings, subject, describer, queries)
@@ -173,7 +177,8 @@ def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Resul
         model=subject.name, kind=_recorded_kind(fisher) if settings.fisher is not None else kind.text,
         structure=fisher.metadata.get("structure", type(fisher).__name__),
         likelihood=likelihood, measurement=settings.measurement, normalize=settings.normalize,
-        relative_damping=None if settings.absolute_damping else settings.damping, damping=float(influence.damping),
+        relative_damping=damping.scale if isinstance(damping, RelativeDamping) else None,
+        damping=float(influence.damping),
         examples=influence.examples, parameters=fisher.size, train=train, queries=queries,
         fisher_seconds=fisher_seconds, score_seconds=seconds,
         fisher_file=None if settings.fisher is None else str(settings.fisher),
@@ -181,6 +186,12 @@ def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Resul
     )  # fmt: skip
     notes = _notes(computed, fisher, subject, shown=len(order))
     return Result(computed, tuple(scored[i] for i in order), own, notes)
+
+
+def _damping(settings: ScoresSettings, fisher: FisherOperator) -> Damping:
+    if settings.damping is None:
+        return usual_damping(fisher)
+    return settings.damping if settings.absolute_damping else RelativeDamping(settings.damping)
 
 
 def _order(settings: ScoresSettings, subject: Subject, describer: Describer, count: int) -> list[int]:
