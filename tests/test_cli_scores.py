@@ -336,7 +336,7 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:odd_show",), ("show('train',", "a text, a picture as an array")),
         (("scored_module:odd_picture",), ("a picture of shape [2, 3, 4, 5]",)),
         (("scored_module:no_targets",), ("targets",)),
-        (("scored_module:make", "--kind", "sgd"), ("a kind of Fisher",)),
+        (("scored_module:make", "--kind", "sgd"), ("one of ['ef', 'ief'",)),
         (("scored_module:make", "--kind", "best"), ("There is no kind 'best'",)),
         (("scored_module:make", "--structure", "dense"), ("--structure 'dense'", "'ekfac'")),
         (("scored_module:make", "--measurement", "logit"), ("--measurement 'logit'", "'loss', 'margin'")),

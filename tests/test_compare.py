@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit import build
 from fisherkit.evaluation import QualityRow, QualityTable, compare, comparison
-from fisherkit.evaluation.kind_specs import KindSpec
 from fisherkit.evaluation.stacked import stack
+from fisherkit.kind_specs import KindSpec
 from tests import snapshot
 from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.reference import updates as reference
@@ -227,7 +227,7 @@ def test_compare__does_without_the_exact_fishers_rows_where_they_do_not_fit(monk
     expected = compare(model, batch, **options)
     # Half of it is the budget: enough for a few rows an example, not for seven.
     monkeypatch.setattr(build, "available_memory", lambda _: 20_000)
-    rows = stack(model, batch, [KindSpec.parse("truncated:1", draws=1, call="")], exact=True, seed=0)
+    rows = stack(model, batch, [KindSpec.parse("truncated:1", call="")], exact=True, seed=0)
     assert set(rows.index) == {"gradient", "truncated:1"}
     found = compare(model, batch, **options)
     for a, b in zip(expected.rows, found.rows, strict=True):

@@ -24,8 +24,8 @@ from fisherkit.cli.text import number, table
 from fisherkit.cli.texts import Columns, read_texts
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.evaluation.kind_specs import SGD, KindSpec
 from fisherkit.fisher import FisherApproximation
+from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit estimate"
 
@@ -79,9 +79,7 @@ class EstimateSettings:
 
 def run(settings: EstimateSettings) -> None:
     """Load, build, save, report; what can be wrong with the options is found out before the model is loaded."""
-    kind = KindSpec.parse(settings.kind, draws=1, call=CALL)
-    if kind.name == SGD:
-        raise InvalidArgumentError(call=CALL, got="--kind sgd", expected="a kind of Fisher matrix")
+    kind = KindSpec.parse(settings.kind, call=CALL)
     io.check_folder(settings.out, f"{CALL} --out")
     model, data, likelihood = _model_and_data(settings)
     start = time.perf_counter()

@@ -51,7 +51,8 @@ class NaturalGradient(torch.optim.Optimizer):
     Args:
         model: the model; call this very object.
         lr: learning rate.
-        kind: "ef", "ief", "sf", "exact", "truncated", or an object of `fisherkit.OutputRule`.
+        kind: "ef", "ief", "sf", "exact" or "truncated", its setting after a colon as in `fk.evaluation.compare`
+            ("truncated:2") or among ``options``; or an object of `fisherkit.OutputRule`.
         damping: λ beside F, or `fisherkit.RelativeDamping`.
         gram_damping: λ beside the Gram matrix of unreduced gradients.
         weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
@@ -119,7 +120,7 @@ class NaturalGradient(torch.optim.Optimizer):
         check_trust_region(trust_region, CALL)
         groups, selection = _groups(model, params)
         self._curvature = Curvature(
-            model, params=selection, kind=rule, options={}, likelihood=likelihood, structure=structure,
+            model, params=selection, rule=rule, likelihood=likelihood, structure=structure,
             gram=gram_damping is not None, reduction=reduction, ema=ema, update_every=update_every,
             refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank, call=CALL,
         )  # fmt: skip

@@ -90,7 +90,7 @@ class Preconditioner:
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
         self.trust_region, self._lr = trust_region, lr
         self._curvature = Curvature(
-            model, params=(lambda _name, _parameter: True) if params is None else params, kind=rule, options={},
+            model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
             ema=ema if ema is not None else 0.0 if structure in ("full", "block") else 0.95,
             update_every=update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank,

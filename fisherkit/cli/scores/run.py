@@ -26,9 +26,9 @@ from fisherkit.cli.scores.sources import Subject, TextOptions, of_demo, of_folde
 from fisherkit.cli.scores.table import as_text
 from fisherkit.data import Source
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.evaluation.kind_specs import SGD, KindSpec
 from fisherkit.fisher import STRUCTURES
 from fisherkit.influence import InfluenceScores
+from fisherkit.kind_specs import KindSpec
 from fisherkit.operators import FisherOperator, RelativeDamping, load
 
 CALL = "fisherkit scores"
@@ -101,9 +101,7 @@ def run(settings: ScoresSettings) -> None:
 
 def _check(settings: ScoresSettings) -> KindSpec:
     """Refuse options that are none or do not go together."""
-    kind = KindSpec.parse(settings.kind or KIND, draws=1, call=CALL)
-    if kind.name == SGD:
-        raise InvalidArgumentError(call=CALL, got="--kind sgd", expected="a kind of Fisher matrix")
+    kind = KindSpec.parse(settings.kind or KIND, call=CALL)
     allowed: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
         ("--structure", settings.structure, (None, *STRUCTURES)),
         ("--measurement", settings.measurement, ("loss", "margin")),
