@@ -105,7 +105,7 @@ def merge(
         InvalidArgumentError, InvalidTypeError: an argument, models that do not fit together or to their Fishers; a
             refusal lists the names and the flag that allows them.
         SingularMatrixError: no damping where a block needs some.
-        NonFiniteError: NaN or infinity in a model.
+        NonFiniteError: NaN or infinity in a model or a Fisher.
         FileFormatError: a missing or damaged file.
 
     Cost: two readings of every Fisher and model; a block of d parameters takes O(d) for diagonals, R²d for R rows, d³/3
