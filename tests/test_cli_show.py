@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import fisherkit as fk
 from fisherkit.cli import app, summary
+from fisherkit.operators import unwrap
 from tests.operator_cases import CASES, block_diagonal, diagonal, kronecker, total
 from tests.small_data import X, Y, mlp
 
@@ -38,7 +39,7 @@ def test_json__has_the_matrixs_numbers(structure: str, size: int | None, path: P
     found = json.loads(result.stdout)
     matrix = fisher.to_dense()
     assert found["metadata"] == fisher.metadata
-    assert (found["size"], found["dtype"], found["operator"]) == (matrix.shape[0], "float64", fisher._state().kind)
+    assert (found["size"], found["dtype"], found["operator"]) == (matrix.shape[0], "float64", unwrap(fisher).kind)
     assert found["trace"] == pytest.approx(float(matrix.trace()))
     assert [layer["name"] for layer in found["layers"]] == ["0", "2"]
     start = 0
