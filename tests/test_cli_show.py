@@ -117,7 +117,9 @@ def test_out__writes_json_and_picture(path: Path) -> None:
     assert "wrote " in result.stdout
     assert sorted(file.name for file in folder.iterdir()) == ["show.json", "show.png"]
     assert (folder / "show.png").read_bytes().startswith(b"\x89PNG")
-    plain = run(path, "--json", "--out", folder)
+    refused = run(path, "--out", folder)
+    assert (refused.exit_code, "--overwrite" in refused.stderr, "show.json" in refused.stderr) == (1, True, True)
+    plain = run(path, "--json", "--out", folder, "--overwrite")
     assert json.loads(plain.stdout) == json.loads((folder / "show.json").read_text("utf-8"))
 
 
