@@ -164,17 +164,10 @@ class NaturalGradient(torch.optim.Optimizer):
         check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
         space, direction = self._curvature.direction(gradients, damping)
-        update = direction.update
         if first["normalize_update"]:
-            update = update / update.norm().clamp_min(torch.finfo(update.dtype).tiny)
-        if first["trust_region"] is not None:
-            lr = max(group["lr"] for group in self.param_groups)
-            length = direction.curvature() if not first["normalize_update"] else (
-                direction.curvature() / direction.update.double().square().sum()
-            )  # fmt: skip
-            shrink = (first["trust_region"] / (lr**2 * length)).sqrt().clamp_max(1)
-            update = update * shrink.to(update.dtype)
-        self._apply(own, grouped, space, update)
+            direction = direction.normalized()
+        longest = max(group["lr"] for group in self.param_groups)
+        self._apply(own, grouped, space, direction.within(first["trust_region"], longest))
         return loss
 
     def _apply(

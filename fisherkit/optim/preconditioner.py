@@ -114,11 +114,7 @@ class Preconditioner:
             curvature.capture.forget()
             return
         space, direction = curvature.direction(gradients, self.damping)
-        update = direction.update
-        if self.trust_region is not None:
-            lr = self._lr() if callable(self._lr) else self._lr
-            shrink = (self.trust_region / (lr**2 * direction.curvature())).sqrt().clamp_max(1)
-            update = update * shrink.to(update.dtype)
+        update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad
             if gradient is not None:
