@@ -84,6 +84,7 @@ class NaturalGradient(torch.optim.Optimizer):
         UserWarning: once, naming batch norms in train mode: for the rows, the batch's statistics are constants, which
             takes one more forward and backward pass a step. Once, if the loss reaches layers in other ways than through
             the outputs (auxiliary losses on features): rows are those of the outputs, at one more backward pass.
+            Once, of a step without gradients after a forward pass, which changes nothing: a forgotten ``backward()``.
 
     Cost: beside your own passes, N²D for the Gram matrix (full and block), or the products of `fisherkit.operators`.
     """
@@ -154,6 +155,7 @@ class NaturalGradient(torch.optim.Optimizer):
         grouped = {id(p): group for group in self.param_groups for p in group["params"]}
         gradients = {n: p.grad for n, p in own.items() if id(p) in grouped and p.grad is not None}
         if not gradients:
+            self._curvature.capture.say_if_forgotten()
             return loss
         first = self.param_groups[0]
         if not all_finite(gradients.values()):

@@ -109,6 +109,7 @@ class Preconditioner:
         own = dict(curvature.capture.model.named_parameters())
         gradients = {n: p.grad for n, p in own.items() if n in curvature.capture.space.slices and p.grad is not None}
         if not gradients:
+            curvature.capture.say_if_forgotten()
             return
         if not all_finite(gradients.values()):
             curvature.capture.forget()
