@@ -21,6 +21,7 @@ from fisherkit.kind_specs import KindSpec
 from tests import snapshot
 from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.reference import updates as reference
+from tests.test_evaluation import line
 
 F64 = torch.float64
 DAMPINGS = (1e-6, 1e-3, 1e-1)
@@ -128,15 +129,6 @@ def test_compare__has_one_row_for_the_gradient_and_one_for_each_combination() ->
     ]
     assert [r.rows for r in others[:8:2]] == [12, 12, 12, 24]
     assert (table.examples, table.dropped) == (12, 0)
-
-
-def line(slope: float, intercept: float) -> tuple[nn.Module, Batch]:
-    """Figure 1 of the paper: f = θ₀ + θ₁x on (0, 0) and (1, 0)."""
-    model = nn.Linear(1, 1).to(F64)
-    with torch.no_grad():
-        model.weight.fill_(slope)
-        model.bias.fill_(intercept)
-    return model, (torch.tensor([[0.0], [1.0]], dtype=F64), torch.zeros(2, 1, dtype=F64))
 
 
 @pytest.mark.parametrize(
