@@ -53,7 +53,7 @@ docs: $(DEV_STAMP) ## build the site into site/; a broken link or reference is a
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: $(DEMO_STAMP) ## train a small network, compare every kind of Fisher, write demo/
-	$(BIN)/python -m fisherkit demo --out demo
+	$(BIN)/python -m fisherkit demo --out demo --overwrite
 
 bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (20 minutes or more)
 	$(BIN)/python -m examples.benchmarks --out benchmarks $(BENCH_ARGS)

@@ -33,6 +33,7 @@ from fisherkit.operators import (
     EigenKroneckerOperator,
     FisherOperator,
     KroneckerOperator,
+    state_of,
 )
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.rows.chunks import Chunk
@@ -324,7 +325,7 @@ class Builder:
         units = self.problem.plan.units
         rules = {self.problem.plan.rule_name(unit) for unit in units if unit.names[0] in names}
         streamed = isinstance(operator, LowRankOperator) and not isinstance(operator.row_source, Rows)
-        memory = 0 if streamed else sum(t.numel() * t.element_size() for t in operator._state().all_tensors())
+        memory = 0 if streamed else state_of(operator).nbytes
         return CoverageEntry(names, ", ".join(sorted(rules)), structure, memory, reason)
 
 

@@ -47,11 +47,12 @@ class Outputs:
         target = None if self.target is None else flat(self.target)
         return Outputs(flat(self.z), target, flat(self.mask), flat(self.keys), self.likelihood)
 
-    def gradient(self) -> Float[Tensor, "n P C"]:
-        """∂ℓ/∂z at the observed target; zero at positions that do not count.
+    @property
+    def observed(self) -> Tensor:
+        """The targets.
 
         Raises:
-            DataError: there are no targets.
+            DataError: there are none.
         """
         if self.target is None:
             raise DataError(
@@ -61,7 +62,15 @@ class Outputs:
                 why="this kind uses the observed labels",
                 try_="fk.ExactFisher or fk.SampledFisher for unlabelled data",
             )
-        return self.masked(self.likelihood.gradient(self.z, self.target))
+        return self.target
+
+    def gradient(self) -> Float[Tensor, "n P C"]:
+        """∂ℓ/∂z at the observed target; zero at positions that do not count.
+
+        Raises:
+            DataError: there are no targets.
+        """
+        return self.masked(self.likelihood.gradient(self.z, self.observed))
 
     def masked(self, v: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
         """Zero at positions that do not count, whatever was there (NaN of padding included)."""

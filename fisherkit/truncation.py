@@ -98,9 +98,8 @@ def _pivoted(outputs: Outputs, stop: Stop) -> Steps:
     """The same for any likelihood and for positions joined in one example, by products with H alone."""
     likelihood, z = outputs.likelihood, outputs.z.double()
     wide = Outputs(z, outputs.target, outputs.mask, outputs.keys, likelihood)
-    assert outputs.target is not None  # noqa: S101  (the builder refuses unlabelled data for this kind)
     u = wide.gradient()
-    form = torch.where(outputs.mask, likelihood.hessian_inverse_form(z, outputs.target).double(), 0.0).sum(1)
+    form = torch.where(outputs.mask, likelihood.hessian_inverse_form(z, outputs.observed).double(), 0.0).sum(1)
     first = torch.where(form > 0, form.rsqrt(), torch.zeros_like(form))
     diagonal = wide.masked(likelihood.hessian_diagonal(z))
     # What is below rounding of where an entry started is nothing; pivoting on it would make vectors of noise.

@@ -189,7 +189,12 @@ class TruncatedVectors(OutputRule):
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """Gradient first, then pivots."""
-        return truncated_vectors(outputs, Stop(self.rank, 0.0 if self.tolerance is None else self.tolerance))
+        return truncated_vectors(outputs, self.stop)
+
+    @property
+    def stop(self) -> Stop:
+        """When no vector is added any more."""
+        return Stop(self.rank, self.tolerance or 0.0)
 
     @property
     def along_gradient(self) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherkit import FisherApproximation
-from fisherkit.operators import BlockDiagonalOperator, EigenKroneckerOperator
+from fisherkit.operators import BlockDiagonalOperator, EigenKroneckerOperator, unwrap
 from tests.conformance_cases import KINDS, drawn, problem, reference_rows
 from tests.reference import fisher as reference
 from tests.reference.capture import Captured, capture, kronecker_layers
@@ -176,6 +176,6 @@ def kronecker_block(layer: Captured, method: str, sharing: Sharing, rows: Rows, 
 
 def block_of(fisher: FisherApproximation, unit: Unit) -> object:
     """The operator of one unit."""
-    whole = fisher._unwrap()
+    whole = unwrap(fisher)
     assert isinstance(whole, BlockDiagonalOperator)
     return next(block for block in whole.blocks if block.space.names == unit)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import fisherkit as fk
 from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError, NotConvergedWarning
+from fisherkit.operators import unwrap
 from fisherkit.solvers import SolveInfo, conjugate_gradient
 from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.small_data import DATASET, X, Y, cut, mlp, normal
@@ -418,7 +419,7 @@ def test_block__whose_blocks_are_solved_iteratively_has_a_file_for_each(tmp_path
     model = nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 3)).double()
     # Rows fit, their Gram matrices do not.
     rows = fk.EmpiricalFisher(model, (X, Y), structure="block", memory_budget=1 << 20)
-    for block in rows._unwrap().blocks:  # type: ignore[attr-defined]
+    for block in unwrap(rows).blocks:  # type: ignore[attr-defined]
         block.memory_budget = 1
     v = normal(rows.size, seed=5)
     expected = rows.solve(v, 0.1)

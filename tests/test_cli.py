@@ -100,6 +100,13 @@ def test_demo__says_when_it_cannot_write(tmp_path: Path) -> None:
     assert isinstance(result.exception, SystemExit)
 
 
+def test_demo__replaces_nothing_unless_told(tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text("mine")
+    result = run("demo", "--out", str(tmp_path))
+    assert (result.exit_code, "--overwrite" in result.stderr) == (1, True)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("figures.json", "mine")]
+
+
 def test_module__is_the_same_program() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "fisherkit", "--version"], capture_output=True, text=True, timeout=120, check=False

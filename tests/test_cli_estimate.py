@@ -161,7 +161,15 @@ def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_estimate__a_functions_model_and_data(function: str, tmp_path: Path) -> None:
-    result = run(function, "--kind", "truncated:1", "--out", tmp_path / "f", "--structure", "full")
+    for there in ("f", "f.safetensors.index.json"):
+        (tmp_path / there).write_text("mine")
+        refused = run(function, "--out", tmp_path / "f")
+        assert refused.exit_code == 1
+        assert f"{tmp_path / there} to write, which is there" in refused.stderr
+        assert (tmp_path / there).read_text() == "mine"
+        (tmp_path / there).unlink()
+    (tmp_path / "f").write_text("mine")
+    result = run(function, "--kind", "truncated:1", "--out", tmp_path / "f", "--structure", "full", "--overwrite")
     assert result.exit_code == 0, result.output
     assert "Wrote" in result.stdout
     sys.path.insert(0, str(tmp_path))
@@ -177,7 +185,7 @@ def test_estimate__a_functions_model_and_data(function: str, tmp_path: Path) -> 
         (("{classifier}", "--out", "f"), ("--data FILE",)),
         (("{classifier}", "--data", "missing.jsonl", "--out", "f"), ("no file at missing.jsonl",)),
         (("{classifier}", "--data", "{data}", "--out", "no/f"), ("a folder that does not exist",)),
-        (("{classifier}", "--data", "{data}", "--kind", "sgd", "--out", "f"), ("a kind of Fisher",)),
+        (("{classifier}", "--data", "{data}", "--kind", "sgd", "--out", "f"), ("one of ['ef', 'ief'",)),
         (("{classifier}", "--data", "{data}", "--kind", "best", "--out", "f"), ("There is no kind 'best'",)),
         (("{classifier}", "--data", "{data}", "--params", "head.*", "--out", "f"), ("matches no parameter",)),
         (("{classifier}", "--data", "{data}", "--text-column", "body", "--out", "f"), ("['body']", "--text-column")),

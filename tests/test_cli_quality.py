@@ -67,6 +67,8 @@ def test_quality__prints_a_table_and_writes_files(folder: Path) -> None:
     for text in ("γ/γ_SGD", "truncated:1  full", "ief          kfac", "0.0001"):
         assert text in result.stdout
     assert f"Wrote {Path('found/quality.csv')}" in result.stdout
+    refused = run("users_module:make", "--out", "found").stderr
+    assert "found/quality.png to write, which are there; expected another name. Try: --overwrite" in refused
     assert sorted(os.listdir("found")) == ["quality.csv", "quality.json", "quality.png"]
     with (folder / "found/quality.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

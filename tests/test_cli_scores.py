@@ -199,6 +199,7 @@ def test_scores__of_other_likelihoods(name: str, likelihood: str) -> None:
 @pytest.mark.usefixtures("folder")
 def test_scores__a_fisher_file_is_used_again(folder: Path) -> None:
     first = found("scored_module:make", "--save-fisher", "f.safetensors", "--kind", "ief", "--structure", "kfac")
+    assert "--overwrite" in run("scored_module:make", "--save-fisher", "f.safetensors").stderr
     again = found("scored_module:make", "--fisher", "f.safetensors")
     assert (again["computed"]["kind"], again["computed"]["structure"]) == ("ief", "kfac")
     assert again["computed"]["fisher_file"] == "f.safetensors"
@@ -338,7 +339,7 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:odd_show",), ("show('train',", "a text, a picture as an array")),
         (("scored_module:odd_picture",), ("a picture of shape [2, 3, 4, 5]",)),
         (("scored_module:no_targets",), ("targets",)),
-        (("scored_module:make", "--kind", "sgd"), ("a kind of Fisher",)),
+        (("scored_module:make", "--kind", "sgd"), ("one of ['ef', 'ief'",)),
         (("scored_module:make", "--kind", "best"), ("There is no kind 'best'",)),
         (("scored_module:make", "--structure", "dense"), ("--structure 'dense'", "'ekfac'")),
         (("scored_module:make", "--measurement", "logit"), ("--measurement 'logit'", "'loss', 'margin'")),
@@ -381,7 +382,9 @@ def test_scores__a_page_that_cannot_be_written_leaves_the_old_one(
         raise OSError("no space left")
 
     monkeypatch.setattr("os.fsync", fail)
-    result = run("scored_module:make", "--out", "found")
+    refused = run("scored_module:make", "--out", "found")
+    assert (refused.exit_code, "found/scores.html to write, which is there" in refused.stderr) == (1, True)
+    result = run("scored_module:make", "--out", "found", "--overwrite")
     assert result.exit_code == 1
     assert "no space left" in result.stderr
     assert [(p.name, p.read_text()) for p in (folder / "found").iterdir()] == [("scores.html", "old")]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import fisherkit as fk
 from fisherkit.cli import app, summary
+from fisherkit.operators import unwrap
 from tests.operator_cases import CASES, block_diagonal, diagonal, kronecker, total
 from tests.small_data import X, Y, mlp
 
@@ -38,7 +39,7 @@ def test_json__has_the_matrixs_numbers(structure: str, size: int | None, path: P
     found = json.loads(result.stdout)
     matrix = fisher.to_dense()
     assert found["metadata"] == fisher.metadata
-    assert (found["size"], found["dtype"], found["operator"]) == (matrix.shape[0], "float64", fisher._state().kind)
+    assert (found["size"], found["dtype"], found["operator"]) == (matrix.shape[0], "float64", unwrap(fisher).kind)
     assert found["trace"] == pytest.approx(float(matrix.trace()))
     assert [layer["name"] for layer in found["layers"]] == ["0", "2"]
     start = 0
@@ -116,7 +117,9 @@ def test_out__writes_json_and_picture(path: Path) -> None:
     assert "wrote " in result.stdout
     assert sorted(file.name for file in folder.iterdir()) == ["show.json", "show.png"]
     assert (folder / "show.png").read_bytes().startswith(b"\x89PNG")
-    plain = run(path, "--json", "--out", folder)
+    refused = run(path, "--out", folder)
+    assert (refused.exit_code, "--overwrite" in refused.stderr, "show.json" in refused.stderr) == (1, True, True)
+    plain = run(path, "--json", "--out", folder, "--overwrite")
     assert json.loads(plain.stdout) == json.loads((folder / "show.json").read_text("utf-8"))
 
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit import build
 from fisherkit.evaluation import QualityRow, QualityTable, compare, comparison
-from fisherkit.evaluation.kind_specs import KindSpec
 from fisherkit.evaluation.stacked import stack
+from fisherkit.kind_specs import KindSpec
 from tests import snapshot
 from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.reference import updates as reference
+from tests.test_evaluation import line
 
 F64 = torch.float64
 DAMPINGS = (1e-6, 1e-3, 1e-1)
@@ -130,15 +131,6 @@ def test_compare__has_one_row_for_the_gradient_and_one_for_each_combination() ->
     assert (table.examples, table.dropped) == (12, 0)
 
 
-def line(slope: float, intercept: float) -> tuple[nn.Module, Batch]:
-    """Figure 1 of the paper: f = θ₀ + θ₁x on (0, 0) and (1, 0)."""
-    model = nn.Linear(1, 1).to(F64)
-    with torch.no_grad():
-        model.weight.fill_(slope)
-        model.bias.fill_(intercept)
-    return model, (torch.tensor([[0.0], [1.0]], dtype=F64), torch.zeros(2, 1, dtype=F64))
-
-
 @pytest.mark.parametrize(
     ("theta", "natural", "empirical"), [((1.0, -0.9), 0.746, 3.77), ((0.5, 1.0), 0.981, 1.63)], ids=str
 )
@@ -227,7 +219,7 @@ def test_compare__does_without_the_exact_fishers_rows_where_they_do_not_fit(monk
     expected = compare(model, batch, **options)
     # Half of it is the budget: enough for a few rows an example, not for seven.
     monkeypatch.setattr(build, "available_memory", lambda _: 20_000)
-    rows = stack(model, batch, [KindSpec.parse("truncated:1", draws=1, call="")], exact=True, seed=0)
+    rows = stack(model, batch, [KindSpec.parse("truncated:1", call="")], exact=True, seed=0)
     assert set(rows.index) == {"gradient", "truncated:1"}
     found = compare(model, batch, **options)
     for a, b in zip(expected.rows, found.rows, strict=True):

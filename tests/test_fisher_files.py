@@ -22,6 +22,7 @@ from fisherkit.operators import (
     load,
     open_file,
     split,
+    state_of,
 )
 from fisherkit.space import ParameterSpace
 from tests.operator_cases import (
@@ -319,7 +320,7 @@ def test_open__refuses_what_is_no_path(function: Callable[[Any], Any]) -> None:
 
 
 def test_open_file__refuses_blocks_that_do_not_cover_the_space(tmp_path: Path) -> None:
-    state = io.State("block_diagonal", LAYER.names, children=(diagonal(F64, LAYER.restrict(["l.bias"]))[0]._state(),))
+    state = io.State("block_diagonal", LAYER.names, children=(state_of(diagonal(F64, LAYER.restrict(["l.bias"]))[0]),))
     io.write(tmp_path / "f", state, LAYER, {})
     with pytest.raises(FileFormatError, match=r"blocks over \['l.bias'\]; expected each of"):
         open_file(tmp_path / "f")

@@ -14,7 +14,7 @@ from examples.influence.methods import cosine, dot, methods
 from examples.influence.run import main
 from examples.influence.settings import SETTINGS, tiny
 from examples.influence.summary import aims, curves
-from examples.paper.results import markers
+from examples.shared.results import markers
 
 
 def test_main__writes_files_and_goes_on(

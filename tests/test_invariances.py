@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit import EmpiricalFisher, FisherApproximation, MemoryBudgetError, NoClosedFormError
+from fisherkit.operators import unwrap
 from fisherkit.operators.low_rank import UNBOUNDED, LowRankOperator
 from fisherkit.rows.streamed import StreamedRows
 from fisherkit.testing import check_fisher
@@ -295,7 +296,7 @@ def test_streamed_rows__conform(kind: str) -> None:
     fisher = build(
         "token_mlp_by_token", kind, "full", data=batches(problem("token_mlp_by_token"), 2, 1), memory_budget=1
     )
-    operator = fisher._unwrap()
+    operator = unwrap(fisher)
     assert isinstance(operator, LowRankOperator)
     assert isinstance(operator.row_source, StreamedRows)
     # With memory for square matrices but none for rows, everything but a file has a closed form.

@@ -19,7 +19,7 @@ from examples.merging.methods import DEFAULT, GRID, PLAIN, REGMEAN, SHORT, Setti
 from examples.merging.small_summary import Family, Spread, families, summarize
 from examples.merging.suites import DOMAINS, SUBSETS, SUITES, Suite, suite
 from examples.merging.training import Recipe, trained
-from examples.paper import results
+from examples.shared import results
 from fisherkit.cli import app
 
 

@@ -309,5 +309,10 @@ def test_merge__refuses_models_and_fishers_that_do_not_belong_together() -> None
     with pytest.raises(fk.InvalidArgumentError, match=r"another order than the first"):
         merging.merge([a, b], [f, joined])
     zero = 0.0 * copy.copy(f)
-    with pytest.raises(fk.InvalidArgumentError, match=r"Fisher 2 with trace 0"):
+    with pytest.raises(fk.InvalidArgumentError, match=r"Fisher 2 that is 0 \(trace 0\)"):
         merging.merge([a, b], [f, zero])
+    huge = fk.operators.DiagonalOperator(f.space, torch.full((8,), 1e308, dtype=torch.float64))
+    with pytest.raises(fk.NonFiniteError, match=r"Fisher 2 with trace inf"):
+        merging.merge([a, b], [f, huge])
+    with pytest.raises(fk.InvalidArgumentError, match=r"one of \['block', 'output', 'trace', 'norm', None\]"):
+        merging.merge([a, b], [f, f], normalize="mean")

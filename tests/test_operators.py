@@ -17,6 +17,7 @@ from fisherkit.operators import (
     KroneckerOperator,
     RelativeDamping,
     SumOperator,
+    state_of,
 )
 from tests.operator_cases import (
     CASES,
@@ -246,14 +247,14 @@ def test_solve__blocks_that_iterate_report_themselves() -> None:
 
 def test_operators__never_change_their_tensors(pair: Pair) -> None:
     operator, _ = pair
-    before, v = operator._state(), normal(operator.size, seed=1, dtype=operator.dtype)
+    before, v = state_of(operator), normal(operator.size, seed=1, dtype=operator.dtype)
     copies = [tensor.clone() for tensor in tensors_of(before)]
     operator.solve(v, 0.1)
     operator.factorize(0.1).sample()
     operator.diagonal().zero_()  # what an operation returns is the caller's to change
     operator.to_dense().zero_()
     (operator + 2.0 * operator).matvec(v)
-    after = tensors_of(operator._state())
+    after = tensors_of(state_of(operator))
     assert all(torch.equal(a, b) for a, b in zip(after, copies, strict=True))
 
 

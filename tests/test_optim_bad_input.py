@@ -60,6 +60,14 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[E
     "trust region": (lambda: natural(mlp(), trust_region=0.0), InvalidArgumentError, ValueError, ("trust_region=0.0",)),
     "kind": (lambda: natural(mlp(), kind="kfac"), InvalidArgumentError, ValueError, ("kind='kfac'", "'ief'")),
     "kind type": (lambda: natural(mlp(), kind=fk.ExactFisher), InvalidTypeError, TypeError, ("as kind", "OutputRule")),
+    "kind setting": (
+        lambda: natural(mlp(), kind="truncated:0"), InvalidArgumentError, ValueError,
+        ("kind='truncated:0'", "'truncated:RANK'", "rank=0"),
+    ),
+    "kind twice": (
+        lambda: natural(mlp(), kind="truncated:2", rank=3), InvalidArgumentError, ValueError,
+        ("kind='truncated:2' and rank=", "one of them"),
+    ),
     "options": (
         lambda: natural(mlp(), kind="ef", draws=2), InvalidArgumentError, ValueError, ("an argument draws=",),
     ),

@@ -267,6 +267,19 @@ def test_trust_region__bounds_the_step_in_the_kinds_own_fisher(setting: dict[str
     close(near, plain / 3)
 
 
+def test_trust_region__of_a_step_without_examples_leaves_the_parameters() -> None:
+    """All labels are ignored: a direction of length 0 is not divided by it."""
+    model = nn.Linear(3, 4).double()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    optimizer = fk.optim.NaturalGradient(
+        model, lr=1.0, gram_damping=1.0, reduction="sum", normalize_update=True, trust_region=1.0
+    )
+    y = torch.full((5,), -100)
+    nn.functional.cross_entropy(model(torch.ones(5, 3).double()), y, reduction="sum").backward()
+    optimizer.step()
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
+
+
 def test_groups__have_their_own_rate_decay_and_momentum() -> None:
     of = problem("mlp")
     model = of.model

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fisherkit as fk
 from tests.bad_input import X, Y, mlp
 from tests.optim_loops import natural
 
@@ -97,3 +98,44 @@ def test_step__of_an_example_that_is_certain_right_or_wrong_is_finite(options: d
     F.cross_entropy(model(torch.tensor([[1.0, 0.0]])), torch.tensor([label])).backward()
     optimizer.step()
     assert bool(model.weight.isfinite().all())
+
+
+def no_ops(act: Callable[[nn.Module, Any], None], kind: str) -> list[str]:
+    """What three steps without gradients say."""
+    model = mlp()
+    optimizer = natural(model) if kind == "natural" else fk.optim.Preconditioner(model, damping=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            act(model, optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    return [str(one.message) for one in said]
+
+
+@pytest.mark.parametrize("kind", ["natural", "preconditioner"])
+def test_backward__that_was_forgotten_is_said_once(kind: str) -> None:
+    def forgotten(model: nn.Module, optimizer: Any) -> None:
+        F.cross_entropy(model(X), Y)
+        optimizer.step()
+
+    said = no_ops(forgotten, kind)
+    assert len(said) == 1
+    assert "without a gradient" in said[0]
+    assert "loss.backward() before step()" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["natural", "preconditioner"])
+def test_backward__that_nobody_forgot_is_not_missed(kind: str) -> None:
+    def frozen(model: nn.Module, optimizer: Any) -> None:
+        model.requires_grad_(requires_grad=False)
+        model(X)
+        optimizer.step()
+
+    def evaluated(model: nn.Module, optimizer: Any) -> None:
+        with torch.no_grad():
+            model(X)
+        optimizer.step()
+
+    for act in (frozen, evaluated, lambda _, optimizer: optimizer.step()):
+        assert no_ops(act, kind) == []

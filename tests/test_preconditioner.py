@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.data import Source
+from fisherkit.operators import unwrap
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.preconditioner import FEWEST, MOST, SampledInverse, preconditioner_of_rows, sample_stride
 from fisherkit.rows.thinned import ThinnedSource, thinned
@@ -38,7 +39,7 @@ def cut(size: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def low_rank(fisher: Any) -> LowRankOperator:
-    operator = fisher._unwrap()
+    operator = unwrap(fisher)
     assert isinstance(operator, LowRankOperator)
     return operator
 

@@ -18,6 +18,7 @@ from fisherkit.operators import (
     Quadratic,
     SumOperator,
     normalize,
+    state_of,
 )
 from fisherkit.operators.quadratic import atoms, join
 from fisherkit.rows.collection import Rows, UnitSlot
@@ -180,6 +181,6 @@ def test_map__replaces_every_tensor() -> None:
             q = join(q, Quadratic.of(maker(F64, seed=3)[0], normal(D, seed=2)))  # type: ignore[assignment, call-arg]
         seen: list[int] = []
         copy = q.map(lambda tensor, seen=seen: seen.append(tensor.data_ptr()) or tensor.clone())  # type: ignore[misc]
-        assert len(seen) == len(q.operator._state().all_tensors()) + len(q.tensors())
+        assert len(seen) == len(state_of(q.operator).all_tensors()) + len(q.tensors())
         theta = normal(D, seed=9)
         assert torch.equal(copy.evaluate(theta)[1], q.evaluate(theta)[1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit import likelihoods
 from fisherkit.optim import NaturalGradient, Preconditioner, RowDamped
-from fisherkit.optim.curvature import rule_of
+from fisherkit.optim.arguments import rule_of
 from fisherkit.outputs import OutputRule, Outputs
 
 KINDS: list[tuple[str, dict[str, Any]]] = [

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from fisherkit.operators import unwrap
 from fisherkit.rows import rules
 from tests.reference.fisher import full, rows
 from tests.reference.models import FAMILIES
@@ -224,6 +225,6 @@ def test_positions__that_all_examples_share_have_rows_of_their_own(how: str, bat
 
 @pytest.mark.parametrize("name", ["embedding", "mlp", "conv2d", "token_attention"])
 def test_rows__in_any_order_and_number_are_those_rows(name: str) -> None:
-    rows = build(name)._unwrap().row_source
+    rows = unwrap(build(name)).row_source
     order = torch.randperm(rows.count, generator=torch.Generator().manual_seed(0))[: rows.count // 2 + 1]
     torch.testing.assert_close(rows.reordered(order).dense(), rows.dense()[order], rtol=0, atol=0)

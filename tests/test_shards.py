@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.io import shards
-from fisherkit.operators import FisherOperator, load, open_file
+from fisherkit.operators import FisherOperator, load, open_file, state_of
 from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker
 
 F64 = torch.float64
@@ -44,7 +44,7 @@ def listing(path: Path) -> list[str]:
 
 
 def numbers(operator: FisherOperator) -> list[Tensor]:
-    return operator._state().all_tensors()
+    return state_of(operator).all_tensors()
 
 
 def same(a: FisherOperator, b: FisherOperator) -> bool:

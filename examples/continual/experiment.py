@@ -15,7 +15,7 @@ import torch
 from examples.benchmarks.environment import environment
 from examples.continual.benches import BENCHES, Bench
 from examples.continual.cells import Plan, measure
-from examples.paper.quality_results import write_json
+from examples.shared.results import write_json
 
 Results = dict[str, Any]
 

@@ -15,7 +15,7 @@ from examples.continual.cells import RAW, TRACE, Plan
 from examples.continual.methods import METHODS
 from examples.continual.pictures import draw
 from examples.continual.summary import curves
-from examples.paper import results
+from examples.shared import results
 
 DOCS = Path(__file__).parents[2] / "docs"
 ASSETS = DOCS / "assets" / "continual"

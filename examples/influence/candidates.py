@@ -54,7 +54,7 @@ class Candidate:
 
 def rows_of(kind: type[fk.FisherApproximation], model: nn.Module, data: Pair, **options: Any) -> Rows:
     """The rows of a full Fisher."""
-    operator = kind(model, data, structure="full", **options)._unwrap()
+    operator = fk.operators.unwrap(kind(model, data, structure="full", **options))
     found = operator.row_source if isinstance(operator, fk.operators.LowRankOperator) else None
     if not isinstance(found, Rows):
         raise TypeError("the rows should fit in memory")

@@ -18,7 +18,7 @@ from examples.influence.methods import methods
 from examples.influence.outcomes import SCORED, accuracy
 from examples.influence.scoring import Scored, scored
 from examples.influence.settings import SETTINGS, Setting
-from examples.paper import results
+from examples.shared import results
 from fisherkit.influence.evaluation import Retraining, linear_datamodeling_score, noise_ceiling
 from fisherkit.influence.evaluation.correlated import RankCorrelation
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from examples.influence.summary import ROBUST, TIMES, WITHIN, Aim, Curve, aims, curves
-from examples.paper.results import markdown
+from examples.shared.results import markdown
 
 
 def report(results: Mapping[str, Mapping[str, Any]], pictures: str) -> str:

@@ -17,7 +17,7 @@ from examples.influence.peers import missing
 from examples.influence.pictures import draw
 from examples.influence.scoring import dampings_of, score
 from examples.influence.settings import SETTINGS, tiny
-from examples.paper import results
+from examples.shared import results
 
 DOCS = Path(__file__).parents[2] / "docs"
 ASSETS = DOCS / "assets" / "influence"

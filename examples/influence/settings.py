@@ -62,7 +62,7 @@ def softmax() -> Setting:
 
 def mnist1d() -> Setting:
     """Three convolutions and a linear layer on MNIST-1D, trained by AdamW."""
-    from examples.paper.tasks import mnist1d as task
+    from examples.shared.tasks import mnist1d as task
 
     found = task()
     pairs = []

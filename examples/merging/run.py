@@ -15,9 +15,8 @@ from typing import Protocol, cast
 
 import torch
 
-from examples.paper import results
-from examples.paper.quality_results import write_json
-from examples.paper.results import Figures
+from examples.shared import results
+from examples.shared.results import Figures, write_json
 
 DOCS = Path(__file__).parents[2] / "docs"
 ASSETS = DOCS / "assets" / "merging"

@@ -23,7 +23,7 @@ from examples.merging.small_pictures import draw
 from examples.merging.small_summary import summarize
 from examples.merging.suites import SUITES, Suite, suite
 from examples.merging.training import Recipe, Trained, trained
-from examples.paper.quality_results import write_json
+from examples.shared.results import write_json
 
 Results = dict[str, Any]
 """settings, environment, and by seed the training's record and what each method's settings gave."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from examples.merging.methods import DAMPING, DEFAULT, GRID, KINDS, PLAIN, RATIO, REGMEAN, STRUCTURES, Setting
 from examples.merging.small_summary import NAMES, Family, Spread, families
-from examples.paper.results import markdown
+from examples.shared.results import markdown
 
 SAME = Setting("block", REGMEAN, DAMPING)
 """RegMean with the default's normalisation and damping."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.paper import tasks
+from examples.shared import tasks
 from fisherkit.randomness import untouched_rng
 
 Change = Callable[[Tensor, torch.Generator], Tensor]

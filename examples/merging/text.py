@@ -25,7 +25,7 @@ from examples.merging.evaluate import evaluate
 from examples.merging.finetune import TRAINED, finetune, make_start
 from examples.merging.text_methods import FEW, METHODS, Method
 from examples.merging.text_tasks import TASKS
-from examples.paper.quality_results import write_json
+from examples.shared.results import write_json
 
 Results = dict[str, Any]
 """settings, environment, and by seed what was trained and what each method gave."""

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from examples.merging.small_summary import Spread
-from examples.paper.results import markdown
+from examples.shared.results import markdown
 
 
 def report(found: Mapping[str, Any]) -> str:

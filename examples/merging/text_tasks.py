@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from examples.paper import docstrings
+from examples.shared import docstrings
 
 Pairs = Sequence[tuple[str, str]]
 """(text, label)."""

@@ -23,8 +23,8 @@ from examples.paper import optimisation_report
 from examples.paper.optimisation_methods import METHODS, Settings
 from examples.paper.optimisation_pictures import draw
 from examples.paper.optimisation_training import train
-from examples.paper.quality_results import write_json
-from examples.paper.tasks import TASKS, Task
+from examples.shared.results import write_json
+from examples.shared.tasks import TASKS, Task
 
 Results = dict[str, Any]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import fisherkit as fk
 from examples.paper.optimisation_methods import Method, Settings, start
-from examples.paper.tasks import Task, logits
 from examples.paper.training import measure
+from examples.shared.tasks import Task, logits
 
 FAILURES = (fk.NonFiniteError, fk.SingularMatrixError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # documented, not in __all__
 """How an optimizer, or torch's linear algebra, says that it cannot go on."""

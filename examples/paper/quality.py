@@ -23,10 +23,11 @@ from examples.benchmarks.environment import environment
 from examples.paper import quality_report
 from examples.paper.quality_cost import costs
 from examples.paper.quality_pictures import draw
-from examples.paper.quality_results import Results, read, resume, write, write_json
+from examples.paper.quality_results import Results, read, resume, write
 from examples.paper.quality_summary import Summary, summarize
-from examples.paper.tasks import TASKS, Batch, Task, docstring_text, logits
 from examples.paper.training import Checkpoint, baseline
+from examples.shared.results import write_json
+from examples.shared.tasks import TASKS, Batch, Task, docstring_text, logits
 from fisherkit.evaluation import compare
 
 FULL = (

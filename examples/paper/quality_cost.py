@@ -10,7 +10,7 @@ from functools import partial
 from torch import nn
 
 import fisherkit as fk
-from examples.paper.tasks import Batch
+from examples.shared.tasks import Batch
 from fisherkit.evaluation import loss_gradient
 
 ROUNDS, DAMPING = 3, 1e-3

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from examples.paper.training import Checkpoint
+from examples.shared.results import write_json
 
 
 @dataclass
@@ -74,11 +74,3 @@ def read(path: Path) -> Results:
 def write(path: Path, results: Results) -> None:
     """To a file; a reader finds the old one or the whole new one."""
     write_json(path, asdict(results))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """A JSON file, put in place at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(part, path)

@@ -15,8 +15,8 @@ from typing import Protocol, cast
 
 import torch
 
-from examples.paper import results
-from examples.paper.results import Figures
+from examples.shared import results
+from examples.shared.results import Figures
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from examples.paper.pictures_theorem import draw_theorem
-from examples.paper.results import Figures, markdown
 from examples.paper.task import DAMPING, Task
+from examples.shared.results import Figures, markdown
 from fisherkit.cli.digits.training import Digits
 from fisherkit.cli.text import number
 from fisherkit.randomness import untouched_rng

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from examples.paper.pictures import draw_toy
-from examples.paper.results import Figures, markdown
 from examples.paper.task import METHODS, Task
+from examples.shared.results import Figures, markdown
 from fisherkit.evaluation import approximation_quality
 
 SHOWN = ("SGD", "EF", "iEF", "NGD")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from examples.paper.tasks import Split, Task, logits, trained_parameters
+from examples.shared.tasks import Split, Task, logits, trained_parameters
 
 
 @dataclass(frozen=True)

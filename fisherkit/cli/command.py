@@ -1,16 +1,17 @@
-"""What every command shares: how it is registered, and how an error looks to someone at a terminal."""
+"""What every command shares: how it is registered, what it replaces, and how an error looks at a terminal."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
 
-from fisherkit.errors import FisherkitError
+from fisherkit.errors import FisherkitError, InvalidArgumentError
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,35 @@ def readable_errors() -> Iterator[None]:
     except (FisherkitError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> None:
+    """Find out before the work is done whether it would replace something that nobody said may go.
+
+    Args:
+        paths: what will be written.
+        call: the command, for errors.
+        overwrite: whether it may go.
+
+    Raises:
+        InvalidArgumentError: one of them is there, and it may not.
+    """
+    there = [] if overwrite else [str(path) for path in paths if path.exists()]
+    if there:
+        raise InvalidArgumentError(
+            call=call, got=f"{', '.join(there)} to write, which {'is' if len(there) == 1 else 'are'} there",
+            expected="another name", try_="--overwrite replaces it",
+        )  # fmt: skip
+
+
+def make_folder(folder: Path, names: Iterable[str], call: str, *, overwrite: bool) -> None:
+    """The folder that files will be written to, made if missing, so that a wrong path fails before the work.
+
+    Raises:
+        InvalidArgumentError: one of the files is there, and it may not be replaced.
+    """
+    refuse_existing([folder / name for name in names], call, overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def require(extra: str, modules: dict[str, str]) -> None:

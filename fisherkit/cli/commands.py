@@ -15,6 +15,7 @@ import typer
 from fisherkit._version import __version__
 from fisherkit.cli.command import readable_errors, require
 from fisherkit.cli.file_commands import AUDIT, ESTIMATE, MERGE
+from fisherkit.cli.options import Overwrite
 from fisherkit.cli.scores.command import SCORES
 from fisherkit.cli.show import SHOW
 
@@ -84,6 +85,7 @@ def demo(
     batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches of 160 that γ is averaged over.")] = 6,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Builds that a time is the median of.")] = 5,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads; the network is too small for two.")] = 1,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a small network on handwritten digits and compare every kind of Fisher on it.
 
@@ -93,7 +95,7 @@ def demo(
         require("demo", {"matplotlib": "matplotlib", "sklearn": "scikit-learn"})
         from fisherkit.cli.digits import Settings, run
 
-        run(Settings(out, seed, epochs, examples, batches, repeats, threads))
+        run(Settings(out, seed, epochs, examples, batches, repeats, threads, overwrite))
 
 
 @app.command(epilog=_QUALITY_EXAMPLES, short_help="How good each kind's update is on a model of yours.")
@@ -124,6 +126,7 @@ def quality(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare every kind's preconditioned update with the natural gradient, by γ of Wu and others (NeurIPS 2024).
 
@@ -139,7 +142,7 @@ def quality(
         run(
             QualitySettings(
                 spec, out, batches, _names(kinds), _names(structures), numbers, likelihood, example, drop_duplicates,
-                seed,
+                seed, overwrite,
             )
         )  # fmt: skip
 

@@ -18,14 +18,16 @@ import typer
 from torch import nn
 
 from fisherkit import io
+from fisherkit.cli.command import refuse_existing
 from fisherkit.cli.factories import load_factory
 from fisherkit.cli.hugging_face import Folder, TextBatches
 from fisherkit.cli.text import number, table
 from fisherkit.cli.texts import Columns, read_texts
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.evaluation.kind_specs import SGD, KindSpec
 from fisherkit.fisher import FisherApproximation
+from fisherkit.io.reader import index_of
+from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit estimate"
 
@@ -53,6 +55,7 @@ class EstimateSettings:
         dtype: of a folder's weights.
         seed: of drawn texts and sampled labels.
         max_shard_size: bytes a file; None for one file.
+        overwrite: replace a file that is there.
         as_json: print one JSON object.
     """
 
@@ -74,15 +77,14 @@ class EstimateSettings:
     dtype: str | None
     seed: int
     max_shard_size: int | None
+    overwrite: bool
     as_json: bool
 
 
 def run(settings: EstimateSettings) -> None:
     """Load, build, save, report; what can be wrong with the options is found out before the model is loaded."""
-    kind = KindSpec.parse(settings.kind, draws=1, call=CALL)
-    if kind.name == SGD:
-        raise InvalidArgumentError(call=CALL, got="--kind sgd", expected="a kind of Fisher matrix")
-    io.check_folder(settings.out, f"{CALL} --out")
+    kind = KindSpec.parse(settings.kind, call=CALL)
+    check_fisher_file(settings.out, f"{CALL} --out", overwrite=settings.overwrite)
     model, data, likelihood = _model_and_data(settings)
     start = time.perf_counter()
     fisher = kind.build(
@@ -120,6 +122,16 @@ def _model_and_data(settings: EstimateSettings) -> tuple[nn.Module, Data, str]:
         )
     model, data = load_factory(settings.model, CALL)
     return model.to(settings.device), data, "categorical"
+
+
+def check_fisher_file(path: Path, call: str, *, overwrite: bool) -> None:
+    """Find out before the work is done whether a Fisher file can be written.
+
+    Raises:
+        InvalidArgumentError: its folder does not exist, or it is there, whole or in shards, and may not be replaced.
+    """
+    io.check_folder(path, call)
+    refuse_existing((path, index_of(path)), call, overwrite=overwrite)
 
 
 def selection(model: nn.Module, patterns: tuple[str, ...], call: str) -> list[str] | None:

@@ -20,6 +20,7 @@ from fisherkit.cli.options import (
     LikelihoodName,
     MaxLength,
     MaxShardSize,
+    Overwrite,
     PairColumn,
     TextColumn,
 )
@@ -62,6 +63,7 @@ def estimate(
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of drawn texts and sampled labels.")] = 0,
     max_shard_size: MaxShardSize = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the Fisher of a model and write it to a file that needs no model.
@@ -78,7 +80,7 @@ def estimate(
             EstimateSettings(
                 model, out, data, Columns(text_column, pair_column, label_column), examples, batch_size, max_length,
                 kind, structure, likelihood, example, normalization, tuple(params or ()), kfac_positions, device, dtype,
-                seed, max_shard_size, as_json,
+                seed, max_shard_size, overwrite, as_json,
             )
         )  # fmt: skip
 
@@ -153,7 +155,7 @@ def merge(
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Of the result, such as bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Where blocks are solved.")] = None,
     max_shard_size: MaxShardSize = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge models by their Fishers: Σ (θ − θ_t)ᵀF_t(θ − θ_t), damped towards their average, made least.

@@ -19,6 +19,7 @@ import torch
 import typer
 
 from fisherkit import merging
+from fisherkit.cli.command import refuse_existing
 from fisherkit.errors import FileFormatError, InvalidArgumentError
 from fisherkit.operators import RelativeDamping
 
@@ -112,8 +113,8 @@ def _check(settings: MergeSettings) -> None:
         raise refuse(f"--out {settings.out}, a folder that is not empty", "another name", "--overwrite replaces it")
     if settings.out.is_dir() and all(model.is_dir() for model in settings.models):
         _refuse_strangers(settings.out, settings.models[0])
-    if settings.out.is_file() and not settings.overwrite:
-        raise refuse(f"--out {settings.out}, a file that is there", "another name", "--overwrite replaces it")
+    if settings.out.is_file():
+        refuse_existing((settings.out,), f"{CALL} --out", overwrite=settings.overwrite)
 
 
 def _refuse_strangers(folder: Path, first: Path) -> None:

@@ -26,4 +26,5 @@ Dtype: TypeAlias = Annotated[
 MaxShardSize: TypeAlias = Annotated[
     int | None, typer.Option(metavar="BYTES", min=1, help="Write several files of at most this size.")
 ]
+Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -18,6 +18,7 @@ import typer
 from torch import nn
 
 from fisherkit._version import __version__
+from fisherkit.cli.command import make_folder
 from fisherkit.cli.factories import load_factory
 from fisherkit.cli.text import number, progress, table
 from fisherkit.data import Source
@@ -27,6 +28,7 @@ from fisherkit.evaluation.table import average
 from fisherkit.io import replace_text
 
 CALL = "fisherkit quality SPEC"
+FILES = "quality.csv", "quality.json", "quality.png"
 EPOCHS, BATCH = 10, 160
 """Of the demo's network, where no SPEC is given; 160 is the paper's batch."""
 
@@ -46,6 +48,7 @@ class QualitySettings:
         example: "sequence" or "token".
         drop_duplicates: a cosine, or None.
         seed: of sampled labels, and of the demo's network.
+        overwrite: replace files that are there.
     """
 
     spec: str | None
@@ -58,12 +61,13 @@ class QualitySettings:
     example: str
     drop_duplicates: float | None
     seed: int
+    overwrite: bool
 
 
 def run(settings: QualitySettings) -> None:
-    """Compare, print, write; the folder is made first, so that a wrong path fails before the work."""
+    """Compare, print, write."""
     if settings.out is not None:
-        settings.out.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.out, FILES, CALL, overwrite=settings.overwrite)
     model, batches = _digits(settings) if settings.spec is None else _users(settings.spec, settings.batches)
     tables = [
         compare(
@@ -101,7 +105,7 @@ def report(tables: Sequence[QualityTable]) -> str:
 
 
 def _write(settings: QualitySettings, tables: Sequence[QualityTable], folder: Path) -> list[Path]:
-    paths = [folder / name for name in ("quality.csv", "quality.json", "quality.png")]
+    paths = [folder / name for name in FILES]
     lines = ["batch," + ",".join(asdict(tables[0].rows[0]))]
     for i, found in enumerate(tables):
         lines += [",".join("" if v is None else str(v) for v in (i, *asdict(row).values())) for row in found.rows]

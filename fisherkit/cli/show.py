@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from fisherkit.cli.command import Command, readable_errors, require
-from fisherkit.cli.options import AsJson
+from fisherkit.cli.command import Command, make_folder, readable_errors, require
+from fisherkit.cli.options import AsJson, Overwrite
 from fisherkit.cli.summary import Summary, summarize
 from fisherkit.cli.text import table
 from fisherkit.io import replace_text
@@ -28,6 +28,7 @@ def show(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write show.json and show.png there; made if missing.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show a Fisher file: what was recorded, each layer's trace, and the largest eigenvalues.
 
@@ -36,7 +37,7 @@ def show(
     with readable_errors():
         if out is not None:
             require("demo", {"matplotlib": "matplotlib"})
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out, ("show.json", "show.png"), "fisherkit show", overwrite=overwrite)
         found = summarize(file)
         text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False)
         typer.echo(text if as_json else as_text(found))

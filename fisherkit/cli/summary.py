@@ -148,7 +148,7 @@ def _decomposed(block: FisherOperator) -> int:
     if isinstance(block, LowRankOperator):
         return min(block.row_source.count, block.size)
     if isinstance(block, KroneckerOperator):
-        return max(tensor.shape[0] for tensor in block._state().tensors.values())
+        return max(len(block.activation), len(block.gradient))
     return 0
 
 

@@ -19,7 +19,7 @@ from fisherkit.continual import policies
 from fisherkit.continual.penalty import Term, penalty_of
 from fisherkit.continual.state import pack, unpack
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NoClosedFormError
-from fisherkit.operators import FisherOperator, Quadratic, normalize
+from fisherkit.operators import FisherOperator, Quadratic, normalize, state_of
 from fisherkit.operators.normalization import check_normalize
 from fisherkit.operators.quadratic import atoms, join
 from fisherkit.space import Selection
@@ -122,7 +122,7 @@ class EWC(nn.Module):
         policies.check_weights(fisher, self.model)
         policies.check_uncovered(self.model, fisher, uncovered, free)
         try:
-            fisher._state()
+            state_of(fisher)
         except NoClosedFormError as error:  # rows that are streamed from the data would follow the model
             raise error.at(policies.CALL) from error
         terms = [replace(term, weight=self.decay * term.weight) for term in self._terms]
@@ -165,12 +165,9 @@ class EWC(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes that the terms take."""
-        tensors = [
-            tensor
-            for term in self._terms
-            for tensor in (*term.quadratic.operator._state().all_tensors(), *term.quadratic.tensors().values())
-        ]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        quadratics = [term.quadratic for term in self._terms]
+        beside = sum(tensor.nbytes for q in quadratics for tensor in q.tensors().values())
+        return beside + sum(state_of(q.operator).nbytes for q in quadratics)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows between the brackets."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.continual.penalty import Term
-from fisherkit.operators import Quadratic
+from fisherkit.operators import Quadratic, state_of
 from fisherkit.operators.persistence import restore
 from fisherkit.space import ParameterSpace
 
@@ -25,7 +25,7 @@ def pack(term: Term) -> dict[str, Any]:
         "weight": term.weight,
         "shapes": {name: list(shape) for name, shape in term.shapes.items()},
         "quadratic": quadratic.tensors(),
-        "operator": _plain(quadratic.operator._state()),
+        "operator": _plain(state_of(quadratic.operator)),
     }
 
 

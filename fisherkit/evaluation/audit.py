@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudgetError
-from fisherkit.operators import DiagonalOperator, FisherOperator, split
+from fisherkit.operators import DiagonalOperator, FisherOperator, split, unwrap
 
 LARGEST_BLOCK = 4096
 """Parameters of a block that is still written out to be compared: 134 MB in float64."""
@@ -206,7 +206,7 @@ def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOpera
 
 
 def _is_diagonal(operator: FisherOperator) -> bool:
-    return isinstance(operator._unwrap(), DiagonalOperator)
+    return isinstance(unwrap(operator), DiagonalOperator)
 
 
 def _names(operator: FisherOperator) -> str:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.evaluation.comparison import CALL, Comparison
-from fisherkit.evaluation.kind_specs import SGD, KindSpec
+from fisherkit.evaluation.comparison import CALL, SGD, Comparison
 from fisherkit.evaluation.table import QualityTable
 from fisherkit.fisher import STRUCTURES
+from fisherkit.kind_specs import KindSpec
 from fisherkit.likelihoods import Likelihood
 from fisherkit.space import Selection
 
@@ -87,7 +88,12 @@ def compare(
         raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
     _check_draws(draws, seed)
     _check_cosine(drop_duplicates)
-    specs = [KindSpec.parse(text, draws=draws, call=CALL) for text in _listed("kinds", kinds)]
+    # "sf" without a setting has as many draws as the argument says.
+    specs = [
+        replace(KindSpec.parse(f"sf:{draws}" if text == "sf" else text, call=CALL, also=(SGD,)), text=text)
+        for text in _listed("kinds", kinds)
+        if text != SGD
+    ]
     dampings = _positive(gram_dampings)
     for structure in _listed("structures", structures):
         if structure not in STRUCTURES:
@@ -101,13 +107,8 @@ def compare(
     options = {"likelihood": likelihood, "params": params, "example": example, "shift_labels": shift_labels}
     comparison = Comparison(model, Batch.of(batch, "batch"), specs, seed, options, updates=len(specs) * len(dampings))
     comparison.drop_duplicates(drop_duplicates)
-    found = [
-        update
-        for structure in structures
-        for spec in specs
-        if (update := comparison.update(spec, structure, dampings)) is not None
-    ]
-    return comparison.judge(found, start, sgd=any(spec.name == SGD for spec in specs))
+    found = [comparison.update(spec, structure, dampings) for structure in structures for spec in specs]
+    return comparison.judge(found, start, sgd=SGD in kinds)
 
 
 def _listed(name: str, values: Sequence[str]) -> Sequence[str]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from fisherkit import likelihoods
 from fisherkit.data import Batch, model_device
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.evaluation.kind_specs import SGD, KindSpec
 from fisherkit.evaluation.quality import approximation_quality
 from fisherkit.evaluation.stacked import EXACT, GRADIENT, stack
 from fisherkit.evaluation.table import QualityRow, QualityTable
 from fisherkit.evaluation.updates import any_gradient, by_block, in_span
+from fisherkit.kind_specs import KindSpec
 from fisherkit.kinds import ExactFisher
 from fisherkit.operators import FisherOperator
 from fisherkit.randomness import untouched_rng
@@ -31,6 +31,8 @@ from fisherkit.rows.record import refuse_train_mode
 from fisherkit.space import ParameterSpace
 
 CALL = "compare"
+SGD = "sgd"
+"""The gradient itself, which no Fisher preconditions."""
 FEW_OUTPUTS = 32
 """Up to this many outputs an example the exact Fisher's rows are made; beyond, if updates are fewer, its products are
 by forward- and reverse-mode passes, whose cost does not depend on the outputs."""
@@ -94,16 +96,14 @@ class Comparison:
         if self.options["example"] == "sequence":
             self.data = self.batch.take(self.stack.places[self.kept].to("cpu")).raw
 
-    def update(self, spec: KindSpec, structure: str, dampings: tuple[float, ...]) -> Update | None:
-        """A kind's updates in a structure; None for "sgd", which `judge` adds once.
+    def update(self, spec: KindSpec, structure: str, dampings: tuple[float, ...]) -> Update:
+        """A kind's updates in a structure.
 
         Args:
             spec: the kind.
             structure: of its Fisher.
             dampings: λ.
         """
-        if spec.name == SGD:
-            return None
         start = time.perf_counter()
         if structure in {"full", "block"} and (spec.name != EXACT or EXACT in self.stack.index):
             columns, rows = self._from_rows(spec, structure, dampings)
@@ -142,12 +142,13 @@ class Comparison:
     ) -> tuple[Float[Tensor, "D K"], int]:
         """The paper's formulas."""
         kept = None if spec.name == EXACT else self.kept
-        group = GRADIENT if spec.name in {"ef", "ief"} else spec.text
+        power = spec.rule.gradient_power
+        group = spec.text if power is None else GRADIENT
         rows, owner = self.stack.take(group, kept)
         gram: Tensor | None = None
         c: Tensor | None = None
-        if group == GRADIENT:
-            c = self.stack.norms[owner] ** (2 * spec.power)
+        if power is not None:
+            c = self.stack.norms[owner] ** (2 * power)
             gram = self.gram if kept is None else self.gram[kept][:, kept]
         elif spec.name != "sf" and self.stack.first is not None:
             # The first vector of each unit carries the whole gradient.

@@ -87,8 +87,6 @@ def _batch_gradient(
     model: nn.Module, batch: Batch, likelihood: Likelihood, parameters: list[nn.Parameter], shift: bool, call: str
 ) -> tuple[Float[Tensor, " D"], Tensor]:
     """Σ_n ∂ℓ_n/∂θ of one batch in float64, and which positions count."""
-    if batch.targets is None:
-        raise DataError(call=call, got="no targets", expected="targets", why="the loss is that of the observed labels")
     if shift:
         batch = batch.shifted(likelihood.ignore_index)
     # Only the model's own code runs in here: outside, flags and random generators are the caller's.
@@ -105,7 +103,10 @@ def _batch_gradient(
         check_finite(known, call)
         known = known if known.dtype in {torch.float32, torch.float64} else known.float()
         z, target, mask = likelihood.prepare(known, batch.targets, call)
-        assert target is not None  # noqa: S101  (prepare returns targets when it is given some)
+        if target is None:
+            raise DataError(
+                call=call, got="no targets", expected="targets", why="the loss is that of the observed labels"
+            )
         v = torch.where(mask.unsqueeze(-1), likelihood.gradient(z, target), torch.zeros_like(z))
         found = torch.autograd.grad(raw, parameters, v.reshape(raw.shape).to(raw.dtype), allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]

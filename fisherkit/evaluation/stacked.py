@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from fisherkit.data import Data
 from fisherkit.errors import MemoryBudgetError
-from fisherkit.evaluation.kind_specs import KindSpec
 from fisherkit.fisher import FisherApproximation
+from fisherkit.kind_specs import KindSpec
+from fisherkit.operators import unwrap
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.outputs import Outputs, OutputVectors
 from fisherkit.rows.collection import Rows
 from fisherkit.truncation import Stop, truncated_vectors
-from fisherkit.vectors import SampledVectors
+from fisherkit.vectors import SampledVectors, TruncatedVectors
 
 Group = str
 """A kind's text, or `GRADIENT` or `EXACT`."""
@@ -87,7 +88,7 @@ def stack(model: nn.Module, data: Data, specs: Sequence[KindSpec], *, exact: boo
     Args:
         model: the model.
         data: one batch.
-        specs: the kinds; "sgd" needs no rows.
+        specs: the kinds.
         exact: whether to make the exact Fisher's rows too, if they fit in memory.
         seed: of sampled labels.
         options: keywords of `fisherkit.FisherApproximation`.
@@ -96,7 +97,7 @@ def stack(model: nn.Module, data: Data, specs: Sequence[KindSpec], *, exact: boo
         MemoryBudgetError: the other kinds' rows do not fit.
     """
     fisher = _StackedVectors(model, data, specs=specs, exact=exact, seed=seed, normalization="sum", **options)
-    built = fisher._unwrap()
+    built = unwrap(fisher)
     if isinstance(built, LowRankOperator) and isinstance(built.row_source, Rows):
         return fisher.collect(built.row_source)
     if exact:
@@ -117,12 +118,10 @@ class _StackedVectors(FisherApproximation):
     def __init__(
         self, model: nn.Module, data: Data, *, specs: Sequence[KindSpec], exact: bool, seed: int, **options: Any
     ) -> None:
-        self.sampled = {spec.text: int(spec.options["draws"]) for spec in specs if spec.name == "sf"}
-        self.stops = {
-            spec.text: Stop(spec.options.get("rank"), spec.options.get("tolerance", 0.0))
-            for spec in specs
-            if spec.name == "truncated"
-        } | ({EXACT: Stop(None, 0.0)} if exact else {})
+        rules = {spec.text: spec.rule for spec in specs}
+        self.sampled = {text: rule.draws for text, rule in rules.items() if isinstance(rule, SampledVectors)}
+        self.stops = {text: rule.stop for text, rule in rules.items() if isinstance(rule, TruncatedVectors)}
+        self.stops |= {EXACT: Stop(None, 0.0)} if exact else {}
         self.seed = seed
         self.noted: dict[int, _Noted] = {}
         super().__init__(model, data, **options)

@@ -34,6 +34,11 @@ class State:
         """Its tensors and those of its children."""
         return [*self.tensors.values(), *(tensor for child in self.children for tensor in child.all_tensors())]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.all_tensors())
+
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """The same with every tensor, those of its children too, replaced by what the function makes of it."""
         tensors = {name: function(tensor) for name, tensor in self.tensors.items()}

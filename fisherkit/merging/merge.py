@@ -1,13 +1,13 @@
 """`merge`: one model that stays close to several, as their Fishers measure closeness.
 
 Owns the arguments and the order of the work: open, plan, measure, then solve block by block and put everything in its
-place.
+place. `regmean` goes the same way.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +105,68 @@ def merge(
         InvalidArgumentError, InvalidTypeError: an argument, models that do not fit together or to their Fishers; a
             refusal lists the names and the flag that allows them.
         SingularMatrixError: no damping where a block needs some.
-        NonFiniteError: NaN or infinity in a model.
+        NonFiniteError: NaN or infinity in a model or a Fisher.
         FileFormatError: a missing or damaged file.
 
     Cost: two readings of every Fisher and model; a block of d parameters takes O(d) for diagonals, R²d for R rows, d³/3
         for small sums, and T (O + I) d a step of conjugate gradients for Kronecker products of T layers O × I.
     """
-    call = "merge"
-    policies = Policies(uncovered, buffers, integers, mismatched, dtype)
+    return merge_by(
+        models, fishers, weights, Policies(uncovered, buffers, integers, mismatched, dtype),
+        Solver(method, tolerance, max_steps), Target(out, max_shard_size, overwrite), center=center,
+        normalize=normalize, damping=damping, output_damping=output_damping, device=device, return_info=return_info,
+        progress=progress, call="merge",
+    )  # fmt: skip
+
+
+def merge_by(
+    models: Sequence[Model],
+    fishers: Sequence[Fisher],
+    weights: Sequence[float] | str | None,
+    policies: Policies,
+    solver: Solver,
+    target: Target,
+    *,
+    damping: Damping,
+    device: torch.device | str | None,
+    return_info: bool,
+    progress: bool,
+    call: str,
+    center: str | Model = "average",
+    normalize: str | None = None,
+    output_damping: float = 0.0,
+    seen_as: Callable[[FisherSource], FisherSource] = lambda source: source,
+) -> Any:
+    """What `merge` and `regmean` share: all of `merge`, of Fishers that may be seen as other matrices.
+
+    Args:
+        models: as there, like all that is not listed here.
+        fishers: as there.
+        weights: as there.
+        policies: what becomes of names that are not merged.
+        solver: of a block.
+        target: where the result goes.
+        damping: as there.
+        device: as there.
+        return_info: as there.
+        progress: as there.
+        call: the public call, for errors.
+        center: as there.
+        normalize: as there.
+        output_damping: as there.
+        seen_as: what a Fisher is merged as.
+
+    Raises:
+        FisherkitError: as there.
+    """
     policies.check(call)
-    solver = Solver(method, tolerance, max_steps)
     solver.check(call)
     checkpoints = open_models(models, call)
-    sources = open_fishers(fishers, len(checkpoints), call)
+    opened = open_fishers(fishers, len(checkpoints), call)
+    sources = [seen_as(source) for source in opened]
     resolved = resolve_weights(weights, sources, normalize, call)
     pull = open_center(center, call)
-    unverified = unverified_models(checkpoints, sources, call)
+    unverified = unverified_models(checkpoints, opened, call)
     plan = make_plan(checkpoints, covered_by_all(sources), pull, policies, call)
     blocks = blocks_of_plan(plan, checkpoints, sources, pull, call)
     scales = measure(sources, blocks, resolved, normalize, damping)
@@ -128,7 +174,6 @@ def merge(
         checkpoints, sources, resolved, pull, scales, lambda f: mix_with_average(f, output_damping), solver,
         None if device is None else torch.device(device), progress,
     )  # fmt: skip
-    target = Target(out, max_shard_size, overwrite)
     result = assemble(plan, problem.solutions(), checkpoints, resolved, pull, target, call)
     info = MergeInfo(
         call, resolved, normalize, scales.damping, output_damping, tuple(problem.infos),
@@ -215,7 +260,7 @@ def unverified_models(models: Sequence[Checkpoint], sources: Sequence[FisherSour
                 f"{call}: Fisher {number} was measured at other parameters than those of model {number}. "
                 f"Expected: the Fisher of this very model. Try: measure it again, or another order of fishers.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     return tuple(unverified)
 

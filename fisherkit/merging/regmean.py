@@ -16,17 +16,13 @@ from typing import Any
 import torch
 
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.merging.assembly import Target, assemble, open_models
-from fisherkit.merging.blockwise import BlockwiseMerge
+from fisherkit.merging.assembly import Target
 from fisherkit.merging.checkpoints import Model
-from fisherkit.merging.info import MergeInfo
-from fisherkit.merging.merge import blocks_of_plan, open_fishers, resolve_weights, unverified_models
-from fisherkit.merging.policies import Policies, make_plan
-from fisherkit.merging.scales import measure
+from fisherkit.merging.merge import merge_by
+from fisherkit.merging.policies import Policies
 from fisherkit.merging.sources import Fisher, FisherSource, Names
 from fisherkit.merging.systems import Solver
 from fisherkit.operators import Damping, FisherOperator, KroneckerOperator, RelativeDamping
-from fisherkit.space import ParameterSpace
 
 DEFAULT_DAMPING = RelativeDamping(1e-6)
 
@@ -79,7 +75,7 @@ def regmean(
         As `merge`.
 
     Raises:
-        InvalidArgumentError: as in `merge`; or no Fisher has Kronecker products.
+        InvalidArgumentError: as in `merge`; or a Fisher has no Kronecker products.
         InvalidTypeError, NonFiniteError, FileFormatError: as in `merge`.
 
     Cost: as `merge` with Kronecker products, of which these converge in a step or two.
@@ -87,35 +83,11 @@ def regmean(
     call = "regmean"
     if not 0 <= shrink <= 1:
         raise InvalidArgumentError(call=call, got=f"shrink={shrink}", expected="a number from 0 to 1")
-    policies = Policies("average", buffers, integers, mismatched, dtype)
-    policies.check(call)
-    solver = Solver("auto", tolerance, max_steps)
-    solver.check(call)
-    checkpoints = open_models(models, call)
-    opened = open_fishers(fishers, len(checkpoints), call)
-    sources: list[FisherSource] = [ActivationSource(source, shrink) for source in opened]
-    resolved = resolve_weights(weights, sources, None, call)
-    unverified = unverified_models(checkpoints, opened, call)
-    shared = [n for n in sources[0].space.names if all(n in source.space.slices for source in sources)]
-    if not shared:
-        raise InvalidArgumentError(
-            call=call, got="Fishers without a Kronecker product that all of them have", expected="activation factors",
-            why="RegMean merges linear layers by the second moments of their inputs", try_='structure="kfac"',
-        )  # fmt: skip
-    plan = make_plan(checkpoints, shared, None, policies, call)
-    blocks = blocks_of_plan(plan, checkpoints, sources, None, call)
-    scales = measure(sources, blocks, resolved, None, damping)
-    problem = BlockwiseMerge(
-        checkpoints, sources, resolved, None, scales, lambda f: f, solver,
-        None if device is None else torch.device(device), progress,
+    return merge_by(
+        models, fishers, weights, Policies("average", buffers, integers, mismatched, dtype),
+        Solver("auto", tolerance, max_steps), Target(out, max_shard_size, overwrite), damping=damping, device=device,
+        return_info=return_info, progress=progress, call=call, seen_as=lambda source: ActivationSource(source, shrink),
     )  # fmt: skip
-    target = Target(out, max_shard_size, overwrite)
-    result = assemble(plan, problem.solutions(), checkpoints, resolved, None, target, call)
-    info = MergeInfo(
-        call, resolved, None, scales.damping, 0.0, tuple(problem.infos),
-        {name: str(entry) for name, entry in plan.items()}, unverified,
-    )  # fmt: skip
-    return (result, info) if return_info else result
 
 
 class ActivationSource(FisherSource):
@@ -124,14 +96,21 @@ class ActivationSource(FisherSource):
     Args:
         source: the Fisher.
         shrink: the share of A's entries off the diagonal that is kept.
+
+    Raises:
+        InvalidArgumentError: it has no Kronecker product.
     """
 
     def __init__(self, source: FisherSource, shrink: float) -> None:
         self._source, self._shrink = source, shrink
         blocks = tuple(names for names in source.blocks if isinstance(source.read(names), KroneckerOperator))
         names = tuple(name for block in blocks for name in block)
-        space = source.space.restrict(names) if names else ParameterSpace((), ())
-        super().__init__(space, source.metadata, blocks, source.device)
+        if not names:
+            raise InvalidArgumentError(
+                call="regmean", got="a Fisher without a Kronecker product", expected="activation factors",
+                why="RegMean merges linear layers by the second moments of their inputs", try_='structure="kfac"',
+            )  # fmt: skip
+        super().__init__(source.space.restrict(names), source.metadata, blocks, source.device)
 
     def read(self, names: Names) -> FisherOperator:
         """I ⊗ A over one layer."""

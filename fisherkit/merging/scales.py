@@ -13,16 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherkit.errors import InvalidArgumentError
 from fisherkit.merging.sources import FisherSource, Names
 from fisherkit.operators import Damping, FisherOperator, KroneckerOperator, RelativeDamping
 from fisherkit.operators.damping import check_damping
-from fisherkit.operators.normalization import frobenius_norm
+from fisherkit.operators.normalization import check_normalize, factor_of_size, frobenius_norm
 
-NORMALIZATIONS: tuple[str | None, ...] = ("trace", "norm", "block", "output", None)
-"""None: as they are. "trace": the whole Fisher's mean eigenvalue becomes 1; "norm": its root mean square eigenvalue
-does; "block": the mean eigenvalue of every block; "output": the mean eigenvalue of the gradient factor of a Kronecker
-product, of the block itself where it is no such product."""
+BY_BLOCK = ("block", "output")
+"""Beside those of whole Fishers. "block": the mean eigenvalue of every block becomes 1; "output": that of the gradient
+factor of a Kronecker product, of the block itself where it is no such product."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +49,17 @@ def measure(
         sources: the Fishers.
         blocks: the joined partition.
         weights: w_t.
-        normalize: one of `NORMALIZATIONS`.
+        normalize: of `BY_BLOCK`, or as in `fisherkit.operators.normalize`.
         damping: λ, or a multiple of the mean eigenvalue of Σ c_t F_t over all blocks.
 
     Raises:
         InvalidArgumentError: an unknown normalization, or a Fisher that is 0 and cannot be normalized.
+        NonFiniteError: a Fisher with an infinite or NaN trace or norm.
         InvalidTypeError: damping is no number.
 
     Cost: reads every block of every Fisher once, unless nothing is normalized and the damping is absolute.
     """
-    if normalize not in NORMALIZATIONS:
-        raise InvalidArgumentError(
-            call="merge", got=f"normalize={normalize!r}", expected=f"one of {list(NORMALIZATIONS)}"
-        )
+    check_normalize(normalize, "merge", BY_BLOCK)
     if not isinstance(damping, RelativeDamping):
         damping = check_damping(damping, "merge")
         if normalize is None:
@@ -115,18 +111,12 @@ def _factors(blocks: Sequence[_Measured], normalize: str | None, number: int) ->
     """What one Fisher's blocks are multiplied by."""
     if normalize is None:
         return [1.0] * len(blocks)
-    whole = sum(block.scale if normalize == "norm" else block.trace for block in blocks)
-    if not 0 < whole < math.inf:
-        what = "norm" if normalize == "norm" else "trace"
-        raise InvalidArgumentError(
-            call="merge",
-            got=f"Fisher {number} with {what} {whole:g}",
-            expected=f"a positive {what} to normalize by",
-            why="no multiple of it has mean eigenvalue 1; empirical Fishers are 0 where the loss is exactly 0",
-            try_="normalize=None, or another kind",
-        )
-    if normalize in ("block", "output"):
+    if normalize == "norm":
+        whole, how = math.sqrt(sum(block.scale for block in blocks)), "norm"
+    else:
+        whole, how = sum(block.trace for block in blocks), "trace"
+    factor = factor_of_size(whole, sum(block.size for block in blocks), how, "merge", f"Fisher {number}")
+    if normalize in BY_BLOCK:
         # A block that is 0, alone among others, says nothing at any scale.
         return [1 / block.scale if block.scale > 0 else 1.0 for block in blocks]
-    mean = whole / sum(block.size for block in blocks)
-    return [1 / (math.sqrt(mean) if normalize == "norm" else mean)] * len(blocks)
+    return [factor] * len(blocks)

@@ -16,12 +16,14 @@ All supply `_matmat`, `_diagonal`, `_factorize`, `_draw`, `_scaled`, `_state` an
 `_eigenvalues` and `_to_dense` have defaults (no folding, sum of the diagonal, no closed form, products with I)
 and are overridden where the structure has something better; `_gram` only where a structure has rows.
 
-`split` takes an operator apart into its independent blocks; `open_file` reads them one by one from a file.
+`split` takes an operator apart into its independent blocks; `open_file` reads them one by one from a file. `unwrap` and
+`state_of` show what is inside an operator.
 """
 
 from fisherkit.operators.algebra import SumOperator, add
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator
+from fisherkit.operators.contents import state_of, unwrap
 from fisherkit.operators.damping import Damping, RelativeDamping
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator
@@ -55,5 +57,7 @@ __all__ = [
     "normalize",
     "open_file",
     "split",
+    "state_of",
+    "unwrap",
     "usual_damping",
 ]

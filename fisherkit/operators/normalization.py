@@ -1,6 +1,7 @@
 """One scale for Fishers of different kinds, examples and stages of training.
 
-Owns what `normalize=` means wherever the package has it: a factor for the whole matrix.
+Owns what `normalize=` means wherever the package has it: a factor for the whole matrix. Merging adds normalizations by
+block to these.
 """
 
 from __future__ import annotations
@@ -20,14 +21,20 @@ from fisherkit.operators.low_rank import LowRankOperator
 NORMALIZATIONS = ("trace", "norm", None)
 
 
-def check_normalize(how: object, call: str) -> None:
+def check_normalize(how: object, call: str, also: tuple[str, ...] = ()) -> None:
     """One of "trace", "norm" and None.
+
+    Args:
+        how: what was asked for.
+        call: the public call, for errors.
+        also: what the caller knows beside these.
 
     Raises:
         InvalidArgumentError: anything else.
     """
-    if how not in NORMALIZATIONS:
-        raise InvalidArgumentError(call=call, got=f"normalize={how!r}", expected=f"one of {list(NORMALIZATIONS)}")
+    allowed = (*also, *NORMALIZATIONS)
+    if how not in allowed:
+        raise InvalidArgumentError(call=call, got=f"normalize={how!r}", expected=f"one of {list(allowed)}")
 
 
 def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOperator:
@@ -71,17 +78,34 @@ def normalization_factor(operator: FisherOperator, how: str | None, call: str) -
     if how is None:
         return 1.0
     size = float(operator.trace() if how == "trace" else frobenius_norm(operator))
+    return factor_of_size(size, operator.size, how, call)
+
+
+def factor_of_size(size: float, dimension: int, how: str, call: str, name: str = "a Fisher") -> float:
+    """The number that gives a Fisher of known size its standard one.
+
+    Args:
+        size: its trace or Frobenius norm.
+        dimension: D.
+        how: "trace" or "norm".
+        call: the public call, for errors.
+        name: of the Fisher, for errors.
+
+    Raises:
+        InvalidArgumentError: the size is 0.
+        NonFiniteError: it is infinite or NaN.
+    """
     if not math.isfinite(size):
-        raise NonFiniteError(call=call, got=f"a Fisher with {how} {size}", expected="finite numbers")
+        raise NonFiniteError(call=call, got=f"{name} with {how} {size}", expected="finite numbers")
     if size <= 0:
         raise InvalidArgumentError(
             call=call,
-            got=f"a Fisher that is 0 ({how} {size:g})",
+            got=f"{name} that is 0 ({how} {size:g})",
             expected=f"one with a positive {how}",
             why="no multiple of it has mean eigenvalue 1; empirical Fishers are 0 where the loss is exactly 0",
             try_="normalize=None, or another kind",
         )
-    return (operator.size if how == "trace" else math.sqrt(operator.size)) / size
+    return (dimension if how == "trace" else math.sqrt(dimension)) / size
 
 
 def frobenius_norm(operator: FisherOperator) -> Float[Tensor, ""]:

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.kind_specs import SPELLINGS, KindSpec
 from fisherkit.operators import RelativeDamping
 from fisherkit.outputs import OutputRule
 from fisherkit.vectors import RULES
 
 
 def rule_of(kind: str | OutputRule, options: Mapping[str, Any], call: str) -> OutputRule:
-    """The rule of a kind, by name or itself.
+    """The rule of a kind, by its string or itself.
 
     Raises:
-        InvalidArgumentError: an unknown name, or options that the kind does not have.
-        InvalidTypeError: neither a name nor a rule.
+        InvalidArgumentError: an unknown kind, or options that the kind does not have.
+        InvalidTypeError: neither a string nor a rule.
     """
     if isinstance(kind, OutputRule):
         if options:
@@ -30,33 +32,22 @@ def rule_of(kind: str | OutputRule, options: Mapping[str, Any], call: str) -> Ou
         return kind
     if not isinstance(kind, str):
         raise InvalidTypeError(
-            call=call, got=f"a {type(kind).__name__} as kind", expected=f"one of {list(RULES)}, or an OutputRule"
+            call=call, got=f"a {type(kind).__name__} as kind", expected=f"one of {list(SPELLINGS)}, or an OutputRule"
         )
-    if kind not in RULES:
-        name, _, setting = kind.lower().partition(":")
-        own = " or ".join(f"{option}=" for option in _OPTIONS.get(name, ()))
-        advice = f"kind={name!r} with {own}" if setting and own else f"kind={name!r}"
-        raise InvalidArgumentError(
-            call=call, got=f"kind={kind!r}", expected=f"one of {list(RULES)}", try_=advice if name in RULES else ""
-        )
-    unknown = sorted(set(options) - set(_OPTIONS[kind]))
+    spec = KindSpec.parse(kind, call=call)
+    possible = list(signature(RULES[spec.name]).parameters)
+    unknown = [name for name in options if name not in possible]
     if unknown:
         named = " and ".join(f"{name}=" for name in unknown)
-        own = " and ".join(f"{name}=" for name in _OPTIONS[kind]) or "none"
+        own = " and ".join(f"{name}=" for name in possible) or "none"
         raise InvalidArgumentError(
             call=call, got=f"an argument {named} that it does not have", expected=f"its own; for kind={kind!r}, {own}",
             try_=f"help(fk.optim.{call})",
         )  # fmt: skip
-    return RULES[kind](**options)
-
-
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "ef": (),
-    "ief": ("power",),
-    "sf": ("draws", "seed"),
-    "exact": (),
-    "truncated": ("rank", "tolerance"),
-}
+    twice = [name for name in options if name in spec.options]
+    if twice:
+        raise InvalidArgumentError(call=call, got=f"kind={kind!r} and {twice[0]}=", expected="one of them")
+    return RULES[spec.name](**spec.options, **options)
 
 
 def check_model(model: object, call: str) -> None:

@@ -104,6 +104,14 @@ class Capture:
         self._open.clear()
         return finished
 
+    def say_if_forgotten(self) -> None:
+        """Warn once of a step without gradients after a forward pass that could have brought some."""
+        if self._open:
+            self.warn(
+                "step() without a gradient, after a forward pass of the model: nothing was changed. "
+                "Try: loss.backward() before step()."
+            )
+
     def forget(self) -> None:
         """Drop what has been captured, as when the gradients are set to zero."""
         self._watch.tidy()

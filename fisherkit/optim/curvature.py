@@ -19,7 +19,6 @@ from fisherkit.errors import InvalidArgumentError, ModelError, SingularMatrixErr
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
 from fisherkit.optim import surprises
-from fisherkit.optim.arguments import rule_of
 from fisherkit.optim.averages import Averages, Inverse
 from fisherkit.optim.capture import Capture
 from fisherkit.optim.passes import Captured
@@ -40,8 +39,7 @@ class Curvature:
     Args:
         model: the model.
         params: which parameters.
-        kind: "ef", "ief", "sf", "exact" or "truncated", or an `fisherkit.OutputRule`.
-        options: of the kind: ``power``, ``draws``, ``seed``, ``rank``, ``tolerance``.
+        rule: of the kind.
         likelihood: p(y | z).
         structure: "full", "block", "diagonal", "kfac" or "ekfac".
         gram: whether the damping is the paper's, in the space of examples.
@@ -62,8 +60,7 @@ class Curvature:
         model: nn.Module,
         *,
         params: Selection,
-        kind: str | OutputRule,
-        options: Mapping[str, Any],
+        rule: OutputRule,
         likelihood: str | Likelihood,
         structure: str,
         gram: bool,
@@ -99,10 +96,10 @@ class Curvature:
             )
         self.call, self.structure, self.gram, self.reduction = call, structure, gram, reduction
         self.update_every = update_every
-        self.rule = rule_of(kind, options, call)
-        self._power = self.rule.gradient_power if gram and structure in OF_A_BATCH else None
+        self.rule = rule
+        self._power = rule.gradient_power if gram and structure in OF_A_BATCH else None
         self.capture = Capture(
-            model, params, EmpiricalVectors() if self._power is not None else self.rule,
+            model, params, EmpiricalVectors() if self._power is not None else rule,
             likelihoods.resolve(likelihood), reduction, written_out=structure in OF_A_BATCH, call=call,
         )  # fmt: skip
         self.averages = Averages(

@@ -51,7 +51,8 @@ class NaturalGradient(torch.optim.Optimizer):
     Args:
         model: the model; call this very object.
         lr: learning rate.
-        kind: "ef", "ief", "sf", "exact", "truncated", or an object of `fisherkit.OutputRule`.
+        kind: "ef", "ief", "sf", "exact" or "truncated", its setting after a colon as in `fk.evaluation.compare`
+            ("truncated:2") or among ``options``; or an object of `fisherkit.OutputRule`.
         damping: λ beside F, or `fisherkit.RelativeDamping`.
         gram_damping: λ beside the Gram matrix of unreduced gradients.
         weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
@@ -83,6 +84,7 @@ class NaturalGradient(torch.optim.Optimizer):
         UserWarning: once, naming batch norms in train mode: for the rows, the batch's statistics are constants, which
             takes one more forward and backward pass a step. Once, if the loss reaches layers in other ways than through
             the outputs (auxiliary losses on features): rows are those of the outputs, at one more backward pass.
+            Once, of a step without gradients after a forward pass, which changes nothing: a forgotten ``backward()``.
 
     Cost: beside your own passes, N²D for the Gram matrix (full and block), or the products of `fisherkit.operators`.
     """
@@ -119,7 +121,7 @@ class NaturalGradient(torch.optim.Optimizer):
         check_trust_region(trust_region, CALL)
         groups, selection = _groups(model, params)
         self._curvature = Curvature(
-            model, params=selection, kind=rule, options={}, likelihood=likelihood, structure=structure,
+            model, params=selection, rule=rule, likelihood=likelihood, structure=structure,
             gram=gram_damping is not None, reduction=reduction, ema=ema, update_every=update_every,
             refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank, call=CALL,
         )  # fmt: skip
@@ -153,6 +155,7 @@ class NaturalGradient(torch.optim.Optimizer):
         grouped = {id(p): group for group in self.param_groups for p in group["params"]}
         gradients = {n: p.grad for n, p in own.items() if id(p) in grouped and p.grad is not None}
         if not gradients:
+            self._curvature.capture.say_if_forgotten()
             return loss
         first = self.param_groups[0]
         if not all_finite(gradients.values()):
@@ -163,17 +166,10 @@ class NaturalGradient(torch.optim.Optimizer):
         check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
         space, direction = self._curvature.direction(gradients, damping)
-        update = direction.update
         if first["normalize_update"]:
-            update = update / update.norm().clamp_min(torch.finfo(update.dtype).tiny)
-        if first["trust_region"] is not None:
-            lr = max(group["lr"] for group in self.param_groups)
-            length = direction.curvature() if not first["normalize_update"] else (
-                direction.curvature() / direction.update.double().square().sum()
-            )  # fmt: skip
-            shrink = (first["trust_region"] / (lr**2 * length)).sqrt().clamp_max(1)
-            update = update * shrink.to(update.dtype)
-        self._apply(own, grouped, space, update)
+            direction = direction.normalized()
+        longest = max(group["lr"] for group in self.param_groups)
+        self._apply(own, grouped, space, direction.within(first["trust_region"], longest))
         return loss
 
     def _apply(

@@ -90,7 +90,7 @@ class Preconditioner:
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
         self.trust_region, self._lr = trust_region, lr
         self._curvature = Curvature(
-            model, params=(lambda _name, _parameter: True) if params is None else params, kind=rule, options={},
+            model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
             ema=ema if ema is not None else 0.0 if structure in ("full", "block") else 0.95,
             update_every=update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank,
@@ -109,16 +109,13 @@ class Preconditioner:
         own = dict(curvature.capture.model.named_parameters())
         gradients = {n: p.grad for n, p in own.items() if n in curvature.capture.space.slices and p.grad is not None}
         if not gradients:
+            curvature.capture.say_if_forgotten()
             return
         if not all_finite(gradients.values()):
             curvature.capture.forget()
             return
         space, direction = curvature.direction(gradients, self.damping)
-        update = direction.update
-        if self.trust_region is not None:
-            lr = self._lr() if callable(self._lr) else self._lr
-            shrink = (self.trust_region / (lr**2 * direction.curvature())).sqrt().clamp_max(1)
-            update = update * shrink.to(update.dtype)
+        update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad
             if gradient is not None:

@@ -20,7 +20,7 @@ from fisherkit.vectors import ImprovedVectors
 class RowDamped(OutputRule):
     """F + ε F_iEF: to each example's output Fisher, ε ûûᵀ is added, û its loss gradient divided by its norm.
 
-        kind = fk.optim.RowDamped("truncated", 0.1, rank=2)
+        kind = fk.optim.RowDamped("truncated:2", 0.1)
         optimizer = fk.optim.NaturalGradient(model, lr=1.0, kind=kind, damping=1e-2, trust_region=0.3)
 
     A softmax's Hessian goes to zero with p(1 − p) at both ends: an example that is surely right can be moved at no
@@ -30,7 +30,7 @@ class RowDamped(OutputRule):
     ε ûûᵀ is added position by position.
 
     Args:
-        kind: "ef", "ief", "sf", "exact", "truncated", or an `fisherkit.OutputRule`.
+        kind: as for `NaturalGradient`.
         row_damping: ε.
         options: of the kind: ``rank`` and so on.
 

@@ -31,6 +31,23 @@ class Direction:
     update: Float[Tensor, "D"]
     curvature: Callable[[], Float[Tensor, ""]]
 
+    def normalized(self) -> Direction:
+        """Δ / ‖Δ‖; zero stays zero."""
+        norm = self.update.norm().clamp_min(torch.finfo(self.update.dtype).tiny)
+        return Direction(self.update / norm, lambda: self.curvature() / norm.double() / norm.double())
+
+    def within(self, trust_region: float | None, lr: float) -> Float[Tensor, "D"]:
+        """Δ, shortened so that (lr · Δ)ᵀF(lr · Δ) is at most δ.
+
+        Args:
+            trust_region: δ; None for any length.
+            lr: the learning rate.
+        """
+        if trust_region is None:
+            return self.update
+        shrink = (trust_region / (lr**2 * self.curvature())).sqrt().clamp_max(1)
+        return self.update * shrink.to(self.update.dtype)
+
 
 def gram_direction(
     rows: Rows, blocks: Sequence[Sequence[str]], targets: Float[Tensor, "R"], damping: float, examples: int

@@ -18,8 +18,9 @@ import torch
 import typer
 
 from fisherkit._version import __version__
+from fisherkit.cli.command import make_folder
 from fisherkit.cli.digits.kinds import DAMPING
-from fisherkit.cli.digits.pictures import draw
+from fisherkit.cli.digits.pictures import PICTURES, draw
 from fisherkit.cli.digits.report import projection_report, quality_report, structures_report, training_table
 from fisherkit.cli.digits.structures import compare_structures
 from fisherkit.cli.digits.training import Digits, train
@@ -40,6 +41,7 @@ class Settings:
         batches: that γ over training is averaged over.
         repeats: builds that a time is the median of.
         threads: of PyTorch while the demo runs.
+        overwrite: replace files that are there.
     """
 
     out: Path
@@ -49,11 +51,12 @@ class Settings:
     batches: int
     repeats: int
     threads: int
+    overwrite: bool
 
 
 def run(settings: Settings) -> None:
-    """Do everything; the folder is made first, so that a wrong path fails before the work."""
-    settings.out.mkdir(parents=True, exist_ok=True)
+    """Do everything."""
+    make_folder(settings.out, (*PICTURES, FIGURES), "fisherkit demo", overwrite=settings.overwrite)
     start = time.perf_counter()
     with _threads(settings.threads):
         generator = torch.Generator().manual_seed(settings.seed)

@@ -56,6 +56,8 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
 }
 
+PICTURES = "summary.png", "quality.png", "projection.png", "spectra.png"
+
 
 def draw(
     quality: list[Quality], projection: Projection, checkpoint: Checkpoint, structures: Structures, folder: Path
@@ -73,15 +75,14 @@ def draw(
         The files.
     """
     with mpl.rc_context(_STYLE):
-        pictures = {
-            "summary.png": _summary(quality, projection, checkpoint),
-            "quality.png": _quality(quality),
-            "projection.png": _projection(projection, checkpoint),
-            "spectra.png": _spectra(structures),
-        }
-        for name, figure in pictures.items():
-            figure.savefig(folder / name)
-    return [folder / name for name in pictures]
+        figures = (
+            _summary(quality, projection, checkpoint), _quality(quality), _projection(projection, checkpoint),
+            _spectra(structures),
+        )  # fmt: skip
+        paths = [folder / name for name in PICTURES]
+        for path, figure in zip(paths, figures, strict=True):
+            figure.savefig(path)
+    return paths
 
 
 def _summary(quality: list[Quality], projection: Projection, checkpoint: Checkpoint) -> Figure:

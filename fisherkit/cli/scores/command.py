@@ -16,6 +16,7 @@ from fisherkit.cli.options import (
     LabelColumn,
     LikelihoodName,
     MaxLength,
+    Overwrite,
     PairColumn,
     TextColumn,
 )
@@ -98,6 +99,7 @@ def scores(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write scores.html, a page to show, and scores.json there.")
     ] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which training examples each prediction hangs on: the most helpful and the most harmful ones.
@@ -120,7 +122,7 @@ def scores(
             ScoresSettings(
                 model, TextOptions(train, queries, columns, examples, batch_size, max_length, dtype), fisher, kind,
                 structure, tuple(params or ()), save_fisher, likelihood, damping, absolute_damping, measurement,
-                normalize, top, worst, own, device, seed, out, as_json,
+                normalize, top, worst, own, device, seed, out, overwrite, as_json,
             )
         )  # fmt: skip
 

@@ -72,16 +72,15 @@ class Describer:
     @torch.no_grad()
     def _seen(self, batch: Batch) -> Iterator[tuple[str | None, str | None, float | None, float]]:
         """Label, prediction, its probability and the loss, of each example."""
-        device = next(self.model.parameters()).device
         likelihood = resolve(self.likelihood)
-        z = batch.to(device).call(self.model).double()
+        batch = batch.to(next(self.model.parameters()).device)
+        raw = batch.call(self.model).double()
         shifted = batch.shifted(likelihood.ignore_index) if is_causal(self.model) else batch
-        if shifted.targets is None:
+        z, target, mask = likelihood.prepare(raw, shifted.targets, self.call)
+        if target is None:
             raise DataError(
                 call=self.call, got="data without targets", expected="targets", why="scores are those of a loss"
             )
-        z, target, mask = likelihood.prepare(z, shifted.targets.to(device), self.call)
-        assert target is not None  # noqa: S101  (there are targets)
         readers = {"categorical": self._classes, "gaussian": self._values, "bernoulli": self._switches}
         return zip(*readers[likelihood.name](z, target, mask), strict=True)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit._version import __version__
-from fisherkit.cli.estimate import selection
+from fisherkit.cli.command import make_folder
+from fisherkit.cli.estimate import check_fisher_file, selection
 from fisherkit.cli.scores.describe import Describer, subset
 from fisherkit.cli.scores.page import page
 from fisherkit.cli.scores.result import Computed, Query, Result, Scored
@@ -26,12 +27,13 @@ from fisherkit.cli.scores.sources import Subject, TextOptions, of_demo, of_folde
 from fisherkit.cli.scores.table import as_text
 from fisherkit.data import Source
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.evaluation.kind_specs import SGD, KindSpec
 from fisherkit.fisher import STRUCTURES
 from fisherkit.influence import InfluenceScores
+from fisherkit.kind_specs import KindSpec
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
 
 CALL = "fisherkit scores"
+FILES = "scores.html", "scores.json"
 KIND, STRUCTURE = "truncated:2", "ekfac"
 DEMO_QUERIES, DEMO_SELF = 8, 12
 """The demo's --worst and --self where they are not given."""
@@ -60,6 +62,7 @@ class ScoresSettings:
         device: where the model runs.
         seed: of drawn texts, sampled labels and the demo.
         out: folder of the files; None to write none.
+        overwrite: replace files that are there.
         as_json: print one JSON object.
     """
 
@@ -81,6 +84,7 @@ class ScoresSettings:
     device: str
     seed: int
     out: Path | None
+    overwrite: bool
     as_json: bool
 
 
@@ -88,12 +92,12 @@ def run(settings: ScoresSettings) -> None:
     """Compute, print, write; what can be wrong with the options is found out before the model is loaded."""
     kind = _check(settings)
     if settings.out is not None:
-        settings.out.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.out, FILES, CALL, overwrite=settings.overwrite)
     found = _result(settings, kind, _subject(settings))
     text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
     typer.echo(text if settings.as_json else as_text(found))
     if settings.out is not None:
-        paths = settings.out / "scores.html", settings.out / "scores.json"
+        paths = [settings.out / name for name in FILES]
         io.replace_text(paths[0], page(found))
         io.replace_text(paths[1], text + "\n")
         typer.echo(f"\nWrote {paths[0]} and {paths[1]}.", err=settings.as_json)
@@ -101,9 +105,7 @@ def run(settings: ScoresSettings) -> None:
 
 def _check(settings: ScoresSettings) -> KindSpec:
     """Refuse options that are none or do not go together."""
-    kind = KindSpec.parse(settings.kind or KIND, draws=1, call=CALL)
-    if kind.name == SGD:
-        raise InvalidArgumentError(call=CALL, got="--kind sgd", expected="a kind of Fisher matrix")
+    kind = KindSpec.parse(settings.kind or KIND, call=CALL)
     allowed: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
         ("--structure", settings.structure, (None, *STRUCTURES)),
         ("--measurement", settings.measurement, ("loss", "margin")),
@@ -129,7 +131,7 @@ def _check(settings: ScoresSettings) -> KindSpec:
             call=CALL, got="--absolute-damping without --damping", expected="λ itself", try_="--damping 1e-3"
         )
     if settings.save_fisher is not None:
-        io.check_folder(settings.save_fisher, f"{CALL} --save-fisher")
+        check_fisher_file(settings.save_fisher, f"{CALL} --save-fisher", overwrite=settings.overwrite)
     return kind
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,14 @@ def write(path: Path, figures: Figures) -> None:
 def read(path: Path) -> Figures:
     """What `write` wrote."""
     return json.loads(path.read_text("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file, put in place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(part, path)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

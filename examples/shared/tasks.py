@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.paper import docstrings
+from examples.shared import docstrings
 from fisherkit.randomness import untouched_rng
 
 Inputs = Tensor | dict[str, Tensor]

@@ -1,0 +1,1 @@
+"""What several experiments need: figures as they are written, and classification tasks that run anywhere."""

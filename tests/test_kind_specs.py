@@ -1,0 +1,46 @@
+"""One spelling of kinds with their settings, for optimizers, tables and commands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fisherkit as fk
+from fisherkit.kind_specs import SPELLINGS, KindSpec
+from fisherkit.optim.arguments import rule_of
+
+CASES = {
+    "ef": ("ef", {}),
+    "ief": ("ief", {}),
+    "ief:0.5": ("ief", {"power": 0.5}),
+    "sf": ("sf", {}),
+    "sf:4": ("sf", {"draws": 4}),
+    "truncated": ("truncated", {}),
+    "truncated:3": ("truncated", {"rank": 3}),
+    "truncated:0.01": ("truncated", {"tolerance": 0.01}),
+    "exact": ("exact", {}),
+}
+
+
+@pytest.mark.parametrize(("text", "written"), CASES.items())
+def test_parse__says_what_the_optimizers_keywords_say(text: str, written: tuple[str, dict[str, Any]]) -> None:
+    assert [text.partition(":")[0] for text in SPELLINGS] == [name for name, _ in CASES.values()]
+    name, options = written
+    by_text, by_keyword = rule_of(text, {}, "test"), rule_of(name, options, "test")
+    assert type(by_text) is type(by_keyword)
+    assert by_text.kind_options() == by_keyword.kind_options()
+    model, data = nn.Linear(3, 4), (torch.ones(2, 3), torch.tensor([0, 1]))
+    metadata = KindSpec.parse(text, call="test").build(model, data, seed=0).metadata
+    assert {**metadata, "kind": name, **by_keyword.kind_options()} == metadata
+
+
+def test_step__takes_a_setting_and_a_seed() -> None:
+    assert rule_of("sf:4", {"seed": 3}, "test").kind_options() == {"draws": "4", "seed": "3"}
+    model = nn.Linear(3, 4)
+    for kind in ("truncated:2", "sf:2"):
+        fk.optim.NaturalGradient(model, lr=0.1, kind=kind, damping=1e-2).close()
+        fk.optim.Preconditioner(model, kind=kind, damping=1e-2).close()
+    assert fk.optim.RowDamped("truncated:1", 0.1).kind_options() == {"rank": "1", "row_damping": "0.1"}
