@@ -32,7 +32,8 @@ from examples.benchmarks.measure import Record
 from examples.benchmarks.memory import Peak, run_module
 from examples.benchmarks.timing import Clock
 from examples.benchmarks.workloads import FULL, TINY, Workload
-from examples.influence.peers import Pair, kronfluence, missing
+from examples.influence.peers import kronfluence, missing
+from examples.influence.settings import Pair
 
 DAMPING = 1.0
 """Multiples of the mean eigenvalue, for everybody."""
@@ -124,8 +125,8 @@ def data(workload: Workload, count: int, seed: int) -> Pair:
 
 def correlation(found: Tensor, expected: Tensor) -> float:
     """Of scores over the training examples, averaged over queries."""
-    both = [s.double() - s.double().mean(1, keepdim=True) for s in (found, expected)]
-    return float(torch.nn.functional.cosine_similarity(*both, dim=1).mean())
+    x, y = (scores.double() - scores.double().mean(1, keepdim=True) for scores in (found, expected))
+    return float(torch.nn.functional.cosine_similarity(x, y, dim=1).mean())
 
 
 def is_peer(name: str) -> bool:
