@@ -132,6 +132,8 @@ def test_merge__models_whose_classes_differ_are_refused(tasks: Path, tokenizer: 
         (("--fisher", "{tasks}/a.fisher"), "a Fisher for each model"),
         (("--method", "average", "--fisher", "{tasks}/a.fisher"), "no Fishers"),
         (("--method", "task-arithmetic", "--scale", "1"), "--base and --scale"),
+        (("--method", "average", "--damping", "1", "--tolerance", "0.1"), "average with --tolerance, --damping"),
+        (("--method", "regmean", "--uncovered", "average"), "regmean with --uncovered"),
         (("--method", "average", "--weights", "one,two"), "numbers such as 1,2"),
         (("--method", "average", "--dtype", "float99"), "bfloat16"),
         (("--method", "average", "--out", "{full}"), "not empty"),

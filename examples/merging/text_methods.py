@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from examples.merging.methods import DAMPING, RATIO
 
-DEFAULT = ("--normalize", "block", "--output-damping", f"{RATIO:g}", "--damping", f"{DAMPING:g}")
+CLOSE = ("--tolerance", "1e-6")
+"""Enough for weights in float32."""
+
+DEFAULT = ("--normalize", "block", "--output-damping", f"{RATIO:g}", "--damping", f"{DAMPING:g}", *CLOSE)
 """The setting that is proposed for everything, spelled out."""
 
 
@@ -38,7 +41,7 @@ class Method:
 
 
 def _methods() -> dict[str, Method]:
-    plain = ("--normalize", "none", "--output-damping", "0", "--damping", "0.01")
+    plain = ("--normalize", "none", "--output-damping", "0", "--damping", "0.01", *CLOSE)
     found = {"average": Method(("--method", "average"))}
     for scale in (0.5, 1.0):
         options = ("--method", "task-arithmetic", "--scale", f"{scale:g}")

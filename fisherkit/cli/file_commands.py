@@ -154,6 +154,9 @@ def merge(
     ] = False,
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Of the result, such as bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Where blocks are solved.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(metavar="ε", help="Largest relative residual of a block's solution.")
+    ] = None,
     max_shard_size: MaxShardSize = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -169,7 +172,7 @@ def merge(
         keywords = options(
             damping=damping, absolute_damping=absolute_damping, normalize=normalize, weights=weights, dtype=dtype,
             output_damping=output_damping, center=center, shrink=shrink, uncovered=uncovered, buffers=buffers,
-            integers=integers, mismatched=mismatched, device=device, max_shard_size=max_shard_size,
+            integers=integers, mismatched=mismatched, device=device, tolerance=tolerance, max_shard_size=max_shard_size,
         )  # fmt: skip
         run(
             MergeSettings(

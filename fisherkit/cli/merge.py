@@ -6,11 +6,12 @@ Owns what lies beside the weights (config, tokenizer) and the folder's appearanc
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ from fisherkit.operators import RelativeDamping
 CALL = "fisherkit merge"
 
 SOLVERS = ("auto", "direct", "cg")
-METHODS = (*SOLVERS, "average", "task-arithmetic", "regmean")
+OTHERS: Mapping[str, Callable[..., Any]] = {
+    "average": merging.average, "task-arithmetic": merging.task_arithmetic, "regmean": merging.regmean,
+}  # fmt: skip
+METHODS = (*SOLVERS, *OTHERS)
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 """What is not copied from the first model's folder: weights and the state of a training run."""
@@ -94,6 +98,10 @@ def _check(settings: MergeSettings) -> None:
 
     if settings.method not in METHODS:
         raise refuse(f"--method {settings.method}", f"one of {list(METHODS)}")
+    taken = inspect.signature(OTHERS.get(settings.method, merging.merge)).parameters
+    strange = [f"--{name.replace('_', '-')}" for name in settings.options if name not in taken]
+    if strange:
+        raise refuse(f"--method {settings.method} with {', '.join(strange)}", "options that it has", "leave them out")
     without = settings.method in {"average", "task-arithmetic"}
     if without and settings.fishers:
         raise refuse(f"--method {settings.method} with --fisher", "no Fishers, which it does not use")
