@@ -101,11 +101,7 @@ class FisherApproximation(OutputRule, FisherOperator):
         _one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
-        if max_rows is not None and structure != "full":
-            raise InvalidArgumentError(
-                call=call, got=f"max_rows={max_rows} with structure={structure!r}", expected='structure="full"',
-                why="no other structure keeps the rows of the whole matrix", try_="max_rows=None",
-            )  # fmt: skip
+        _only_full(call, structure, max_rows)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
@@ -139,9 +135,8 @@ class FisherApproximation(OutputRule, FisherOperator):
             "covered_hash": f"{dtype}:{tensors_hash(covered)}".removeprefix("torch."),
             "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
             **self.kind_options(),
+            **({} if max_rows is None else {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}),
         }  # fmt: skip
-        if max_rows is not None:
-            self.metadata |= {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}
 
     # -- the operator: forwarded to the one that was built -------------------------------------------------------------
 
@@ -182,6 +177,14 @@ class FisherApproximation(OutputRule, FisherOperator):
 def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+
+
+def _only_full(call: str, structure: str, max_rows: int | None) -> None:
+    if max_rows is not None and structure != "full":
+        raise InvalidArgumentError(
+            call=call, got=f"max_rows={max_rows} with structure={structure!r}", expected='structure="full"',
+            why="no other structure keeps the rows of the whole matrix", try_="max_rows=None",
+        )  # fmt: skip
 
 
 def check_positive(call: str, name: str, value: int | None) -> None:
