@@ -86,7 +86,7 @@ def softmax() -> Softmax:
 
 
 @every_family
-@pytest.mark.parametrize("kind", ["ef", "ief", "truncated2"])
+@pytest.mark.parametrize("kind", ["ief", "truncated2"])
 def test_max_rows__are_the_reference_s_largest_in_its_order(family: str, kind: str) -> None:
     reference = reference_rows(family, kind).matrix
     count = separate(reference)
@@ -122,22 +122,20 @@ def test_exact__is_that_of_its_largest_rows(softmax: Softmax, normalization: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", ["mlp", "conv2d", "token_mlp"])
 def test_more_rows__come_closer_from_below(family: str, kind: str) -> None:
     """F_r ≼ F_s ≼ F for r < s in the Loewner order, and tr F_r = (1 − dropped_share) tr F."""
     whole = build(family, kind, "full")
     exact = whole.to_dense()
     below, room = torch.zeros_like(exact), 1e-12 * float(exact.trace())
-    for count in {1, whole.rows // 3 + 1, whole.rows // 2 + 1, whole.rows - 1, whole.rows} - {0}:
+    for count in sorted({1, whole.rows // 2 + 1, whole.rows}):
         fisher = build(family, kind, "full", max_rows=count)
         assert fisher.rows == count
-        assert fisher.dropped_share is not None
-        assert float(torch.linalg.eigvalsh(exact - fisher.to_dense()).min()) >= -room
+        now = fisher.to_dense()
+        for difference in (exact - now, now - below):
+            assert float(torch.linalg.eigvalsh(difference).min()) >= -room
         share = 1 - float(fisher.trace() / whole.trace())
         assert fisher.dropped_share == pytest.approx(share, rel=1e-9, abs=1e-12)
-    for count in range(1, whole.rows + 1, max(1, whole.rows // 4)):
-        now = build(family, kind, "full", max_rows=count).to_dense()
-        assert float(torch.linalg.eigvalsh(now - below).min()) >= -room
         below = now
 
 
@@ -157,14 +155,14 @@ def test_batch_split__keeps_the_same_rows(family: str) -> None:
     count = separate(reference)
     whole = rows_of(build(family, "truncated2", "full", max_rows=count)).dense()
     for data in (batches(problem(family), 1, 2), batches(problem(family), 1, 1, 1)):
-        for options in ({}, {"chunk_size": 1}, {"chunk_size": 5}):
-            fisher = build(family, "truncated2", "full", data=data, max_rows=count, **options)
+        for chunk_size in (None, 1, 5):
+            fisher = build(family, "truncated2", "full", data=data, max_rows=count, chunk_size=chunk_size)
             assert relative_error(rows_of(fisher).dense(), whole) < CONFORMANCE[F64]
 
 
-@pytest.mark.parametrize("size", [1, 5, 7, 24])
+@pytest.mark.parametrize("size", [1, 5, 24])
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])
-@pytest.mark.parametrize("count", [1, 7, 30, 47])
+@pytest.mark.parametrize("count", [1, 7, 30])
 def test_batch_split_and_chunks__keep_the_same_exact_rows(
     softmax: Softmax, size: int, chunk_size: int | None, count: int
 ) -> None:
