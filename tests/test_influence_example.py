@@ -64,7 +64,8 @@ def test_settings__train_and_are_scored(name: str) -> None:
 
     def gradient(inputs: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         loss = F.cross_entropy(model(inputs.unsqueeze(0)), label.unsqueeze(0))
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
 
     q, n = gradient(a[1], b[1]), gradient(x[2], y[2])
     found = dot(model, setting.train)(setting.queries, None)[1, 2]

@@ -32,7 +32,8 @@ from examples.benchmarks.measure import Record
 from examples.benchmarks.memory import Peak, run_module
 from examples.benchmarks.timing import Clock
 from examples.benchmarks.workloads import FULL, TINY, Workload
-from examples.influence.peers import kronfluence, missing
+from examples.influence.kronfluence_peer import kronfluence
+from examples.influence.peers import missing
 from examples.influence.settings import Pair
 
 DAMPING = 1.0
@@ -160,10 +161,10 @@ def measure_influence(
     sizes = SMALL if tiny else SIZES[name]
     record: Record = {"workload": name, "examples": sizes.examples, "queries": sizes.queries, "damping": DAMPING}
     try:
-        if not missing():
+        if "kronfluence" not in missing():
             record["peer"] = f"kronfluence {importlib.metadata.version('kronfluence')}"
             record["difference"] = _check(name, partial(run, patience=None), folder)
-        unable = INSTALL if missing() else ""
+        unable = INSTALL if "kronfluence" in missing() else ""
     except DisagreementError:
         raise
     except RuntimeError as error:

@@ -9,7 +9,7 @@ qᵀ(F + B)⁻¹n = qᵀB⁻¹n − qᵀB⁻¹Jᵀ (N·I + J B⁻¹ Jᵀ)⁻¹ J
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
+from examples.influence.scorer import Method, Scorer, needed
 from examples.influence.settings import Pair
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows, UnitSlot
@@ -68,7 +69,7 @@ def woodbury(qn: Tensor, jq: Tensor, jn: Tensor, jj: Tensor, examples: int) -> T
     return (qn - torch.cholesky_solve(jq, torch.linalg.cholesky(inner)).mT @ jn) / examples
 
 
-def fit(candidate: Candidate, model: nn.Module, train: Pair) -> Callable[[Pair, float | None], Tensor]:
+def fit(candidate: Candidate, model: nn.Module, train: Pair) -> Scorer:
     """A scorer.
 
     Args:
@@ -107,7 +108,7 @@ def _layered(
     means = [gram.diagonal().sum() / examples / size for gram, size in zip(own_grams, sizes, strict=True)]
     if not candidate.by_layer:
         means = [torch.stack([m * s for m, s in zip(means, sizes, strict=True)]).sum() / sum(sizes)] * len(sizes)
-    weights = [1 / (_number(damping) * mean) for mean in means]
+    weights = [1 / (needed(damping) * mean) for mean in means]
     scaled = [
         [weight * gram for weight, gram in zip(weights, grams, strict=True)]
         for grams in (_grams(asked, own), _grams(rows, asked), train_grams, own_grams)
@@ -125,7 +126,7 @@ def _floored(
     """B = ε EKFAC + λI."""
     examples, share = len(train[1]), candidate.floor
     below = candidate.kind(model, train, structure="ekfac", **candidate.options)
-    inverse = (share * below).factorize(_number(damping) * float(below.trace()) / below.size)
+    inverse = (share * below).factorize(needed(damping) * float(below.trace()) / below.size)
     asked = rows_of(fk.EmpiricalFisher, model, queries)
     j, q = rows.dense().double() * (1 - share) ** 0.5, asked.dense().double()
     n = own.dense()
@@ -154,7 +155,7 @@ def _whitened(
     """B a Kronecker product in every layer, λ in multiples of the mean eigenvalue of F."""
     asked = rows_of(fk.EmpiricalFisher, model, queries)
     trace = float(torch.stack([a.trace() * g.trace() for a, g in factors]).sum())
-    root = (_number(damping) * trace / rows.space.size) ** 0.5
+    root = (needed(damping) * trace / rows.space.size) ** 0.5
     turned: tuple[list[UnitSlot], ...] = ([], [], [])
     for place, (a, g) in enumerate(factors):
         ratio = float(((a.trace() / len(a)) / (g.trace() / len(g))) ** 0.5)
@@ -180,15 +181,9 @@ def _grams(left: Rows, right: Rows) -> Grams:
     return [gram for _, gram in left.cross_gram_by_unit(right)]
 
 
-def _number(damping: float | None) -> float:
-    if damping is None:
-        raise ValueError("a Fisher needs a damping")
-    return damping
-
-
 _TWO: Mapping[str, Any] = {"rank": 2}
 
-CANDIDATES: Mapping[str, Callable[[nn.Module, Pair], Callable[[Pair, float | None], Tensor]]] = {
+CANDIDATES: Mapping[str, Method] = {
     name: partial(fit, candidate)
     for name, candidate in {
         "full, exact, 2N rows": Candidate(fk.ExactFisher, keep=2),

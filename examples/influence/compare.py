@@ -69,7 +69,8 @@ def compare(setting: Setting, models: Sequence[nn.Module], runs: Retraining, out
         {
             "title": setting.title, "environment": environment(torch.device("cpu")), "tiny": tiny,
             "subsets": len(runs.masks), "seeds": outputs.shape[1], "models": SCORED, "train": len(setting.train[1]),
-            "queries": len(setting.queries[1]), "parameters": sum(p.numel() for p in models[0].parameters()),
+            "queries": len(setting.queries[1]),
+            "parameters": sum(p.numel() for p in models[0].parameters() if p.requires_grad),
             "accuracy": accuracy(setting, list(models)), "ceiling": [ceiling.mean, *ceiling.interval], "rows": rows,
         },
     )  # fmt: skip

@@ -6,7 +6,7 @@ A method fits what it needs of a model and its training data once, and then scor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,21 +18,17 @@ from torch.func import functional_call, grad, vmap
 import fisherkit as fk
 from examples.influence.candidates import CANDIDATES
 from examples.influence.peers import peers
+from examples.influence.scorer import Method, Scorer, needed
 from examples.influence.settings import Pair
-
-Scorer = Callable[[Pair, float | None], Tensor]
-"""Queries and a damping to scores."""
-Method = Callable[[nn.Module, Pair], Scorer]
-"""A model and its training data to a scorer."""
 
 
 def gradients(model: nn.Module, data: Pair) -> Tensor:
-    """∇ℓ of every example, ``[B, D]``."""
+    """∇ℓ of every example with respect to what is trained, ``[B, D]``."""
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, parameters, (x.unsqueeze(0),)), y.unsqueeze(0))
 
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     found = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=256)(parameters, *data)
     return torch.cat([g.flatten(1) for g in found.values()], 1)
 
@@ -59,10 +55,9 @@ def by_fisher(
         fisher = fk.operators.DenseOperator(fisher.space, fisher.to_dense())
 
     def scores(queries: Pair, damping: float | None) -> Tensor:
-        if damping is None:
-            raise ValueError("a Fisher needs a damping")
+        relative = fk.RelativeDamping(needed(damping))
         influence = fk.influence.InfluenceScores(
-            fisher, model, likelihood="categorical", examples=len(train[1]), damping=fk.RelativeDamping(damping)
+            fisher, model, likelihood="categorical", examples=len(train[1]), damping=relative
         )
         return influence.scores(queries, train)
 

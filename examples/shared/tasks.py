@@ -222,12 +222,13 @@ class TextClassifier(nn.Module):
         return self.head((hidden * weight).sum(1) / weight.sum(1))
 
 
-def docstring_text(seed: int = 0, path: Path | None = None) -> Task:
+def docstring_text(seed: int = 0, path: Path | None = None, *, tokens: int = TOKENS) -> Task:
     """A MiniLM with LoRA (rank 8 on queries and values) that tells scipy's subpackages from docstrings, by AdamW.
 
     Args:
         seed: of the split.
         path: a user's own examples instead, one ``text<TAB>label`` a line.
+        tokens: the longest text.
     """
     from transformers import AutoTokenizer
 
@@ -235,7 +236,7 @@ def docstring_text(seed: int = 0, path: Path | None = None) -> Task:
     names = sorted({label for _, label in pairs})
     tokenizer = AutoTokenizer.from_pretrained(_weights(), local_files_only=True)
     encoded = tokenizer(
-        [text for text, _ in pairs], padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+        [text for text, _ in pairs], padding=True, truncation=True, max_length=tokens, return_tensors="pt"
     )
     labels = torch.tensor([names.index(label) for _, label in pairs])
     kept = _distinct(encoded["input_ids"], labels)
@@ -262,11 +263,21 @@ def _weights() -> str:
     return str(get_model_path())
 
 
-def _adapted(classes: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+def minilm(**options: Any) -> Any:
+    """The pretrained encoder.
+
+    Args:
+        options: of its configuration.
+    """
     from transformers import AutoModel
 
-    encoder: Any = AutoModel.from_pretrained(_weights(), local_files_only=True)
+    return AutoModel.from_pretrained(_weights(), local_files_only=True, **options)
+
+
+def _adapted(classes: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    encoder = minilm()
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["query", "value"])
     return TextClassifier(get_peft_model(encoder, config), encoder.config.hidden_size, classes)
 
