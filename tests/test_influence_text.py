@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from examples.paper.tasks import docstring_text, minilm
 
 from examples.influence import text
 from examples.influence.settings import Pair
+from examples.shared.tasks import docstring_text, minilm
 
 
 @pytest.fixture(scope="module")

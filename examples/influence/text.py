@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.paper.tasks import Split, docstring_text, minilm
+from examples.shared.tasks import Split, docstring_text, minilm
 
 LAYERS = (4, 5)
 """Those with LoRA, the last two of six."""
