@@ -57,7 +57,7 @@ class Sizes:
     peer_batch: int
 
 
-SIZES = {"W1": Sizes(5_000, 200, 500, 128), "W3": Sizes(5_000, 200, 50, 50)}
+SIZES = {"W1": Sizes(5_000, 200, 5_000, 128), "W3": Sizes(5_000, 200, 50, 50)}
 CHECKED = {"W1": Sizes(150, 20, 150, 75), "W3": Sizes(40, 10, 40, 20)}
 SMALL = Sizes(12, 5, 6, 6)
 """Of what is timed, of what is compared first, and where both are tiny."""
