@@ -21,7 +21,7 @@ def check(family: str, kind: str, structure: str, dtype: torch.dtype = torch.flo
     of = problem(family, dtype)
     with annotations_checked(False):
         fisher = build(family, kind, structure, dtype)
-        influence = fk.influence.InfluenceScores(fisher, of.model)
+        influence = fk.influence.InfluenceScores(fisher, of.model, damping=fk.RelativeDamping(1.0))
         queries, train = data(of, slice(1, 4)), data(of)
         found: Any = influence.scores(queries, train)
         own = influence.self_influence(train)

@@ -14,6 +14,7 @@ from fisherkit.operators import (
     DenseOperator,
     DiagonalOperator,
     FisherOperator,
+    KroneckerOperator,
     LowRankOperator,
     Quadratic,
     SumOperator,
@@ -23,7 +24,7 @@ from fisherkit.operators import (
 from fisherkit.operators.quadratic import atoms, join
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.stored import StoredRows
-from tests.operator_cases import CASES, DTYPES, LAYER, TOLERANCE, Pair, dense, diagonal, normal
+from tests.operator_cases import CASES, DTYPES, LAYER, TOLERANCE, Pair, dense, diagonal, kronecker, normal
 
 F64 = torch.float64
 D = LAYER.size
@@ -117,8 +118,24 @@ def test_join__rows_become_a_matrix_once_that_is_smaller_and_then_take_rows() ->
 @pytest.mark.parametrize(("a", "b"), [("kronecker", "kronecker"), ("kronecker", "diagonal"), ("low_rank", "diagonal")])
 def test_join__leaves_apart_what_does_not_fold(a: str, b: str) -> None:
     makers = CASES | {"low_rank": low_rank}
-    parts = [Quadratic.of(makers[name](F64)[0], normal(D, seed=1)) for name in (a, b)]
+    parts = [Quadratic.of(makers[name](F64, seed=9 * n)[0], normal(D, seed=1)) for n, name in enumerate((a, b))]
     assert join(*parts) is None
+
+
+def test_join__kronecker_products_that_share_a_factor() -> None:
+    first, second = kronecker(F64)[0], kronecker(F64, seed=9)[0]
+    assert isinstance(first, KroneckerOperator)
+    assert isinstance(second, KroneckerOperator)
+    shared = KroneckerOperator(first.space, second.activation, 2 * first.gradient, first.layout.transposed)
+    centres = [normal(D, seed=seed) for seed in (1, 2)]
+    joined = join(Quadratic.of(first, centres[0]), Quadratic.of(shared, centres[1]))
+    assert joined is not None
+    theta = normal(D, seed=3)
+    value, half = joined.evaluate(theta)
+    parts = [(operator.to_dense(), c) for operator, c in zip((first, shared), centres, strict=True)]
+    expected, gradient = value_and_gradient(parts, theta)
+    assert float(abs(value - expected)) < 1e-10 * float(expected)
+    assert float((half - gradient).norm()) < 1e-10 * float(gradient.norm())
 
 
 def test_join__leaves_apart_other_parameters() -> None:
