@@ -55,7 +55,7 @@ docs: $(DEV_STAMP) ## build the site into site/; a broken link or reference is a
 demo: $(DEMO_STAMP) ## train a small network, compare every kind of Fisher, write demo/
 	$(BIN)/python -m fisherkit demo --out demo --overwrite
 
-bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (20 minutes or more)
+bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (long)
 	$(BIN)/python -m examples.benchmarks --out benchmarks $(BENCH_ARGS)
 
 paper: $(PAPER_STAMP) ## reproduce the iEF paper's findings, write paper/ (hours; goes on where it stopped)
