@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,11 @@ def test_merge__models_whose_classes_differ_are_refused(tasks: Path, tokenizer: 
         (("--method", "task-arithmetic", "--scale", "1"), "--base and --scale"),
         (("--method", "average", "--damping", "1", "--tolerance", "0.1"), "average with --tolerance, --damping"),
         (("--method", "regmean", "--uncovered", "average"), "regmean with --uncovered"),
-        (("--method", "average", "--weights", "one,two"), "numbers such as 1,2"),
+        (("--method", "average", "--base", "{tasks}/a"), "--base and --scale"),
         (("--method", "average", "--dtype", "float99"), "bfloat16"),
         (("--method", "average", "--out", "{full}"), "not empty"),
         (("--method", "average", "--out", "{full}/no/m"), "does not exist"),
+        (("--method", "average", "--out", "{full}/m.safetensors"), "folders and --out"),
         (("--fisher", "{tasks}/a.fisher", "--fisher", "{tasks}/none"), "do not exist"),
     ],
 )
@@ -182,6 +184,94 @@ def test_merge__overwriting_a_folder_that_holds_anything_else_is_refused(tasks: 
     assert "['chapters', 'notes.txt']" in result.stderr
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "chapters").is_dir()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def sources(tasks: Path, tmp_path: Path) -> Path:
+    """Copies of the tasks' models and Fishers, a's Fisher within a's folder, as a tool of one's own might put it."""
+    for name in "ab":
+        shutil.copytree(tasks / name, tmp_path / name)
+        shutil.copy(tasks / f"{name}.fisher", tmp_path / f"{name}.fisher")
+    shutil.copy(tasks / "a.fisher", tmp_path / "a" / "fisher.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("a/fisher.safetensors", "b.fisher", "--out", "a"),
+        ("a.fisher", "b.fisher", "--out", "b/../b"),
+        ("a.fisher", "b.fisher", "--out", "link"),
+        ("a.fisher", "b.fisher", "--out", "new", "--center", "new"),
+        ("new/fisher.safetensors", "b.fisher", "--out", "new"),
+        (None, None, "--method", "average", "--out", "b"),
+        (None, None, "--method", "task-arithmetic", "--base", "new", "--scale", "1", "--out", "new"),
+    ],
+    ids=lambda arguments: " ".join(str(part) for part in arguments),
+)
+def test_merge__overwriting_what_it_reads_is_refused(
+    sources: Path, arguments: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sources)
+    shutil.copytree("a", "new")
+    Path("link").symlink_to("b")
+    before = contents(sources)
+    first, second, *others = arguments
+    given: list[str] = []
+    for model, fisher in (("a", first), ("b", second)):
+        given += ["--model", model] + (["--fisher", fisher] if fisher else [])
+    result = merged(*given, *(part for part in others if part), "--overwrite")
+    assert result.exit_code == 1
+    assert "which is read" in result.stderr
+    assert contents(sources) == before
+
+
+def test_merge__overwriting_a_fisher_file_is_refused(sources: Path) -> None:
+    before = contents(sources)
+    given: list[str | Path] = []
+    for name in "ab":
+        given += ["--model", sources / name / "model.safetensors", "--fisher", sources / f"{name}.fisher"]
+    given[3] = (sources / "a.fisher").rename(sources / "f.safetensors")
+    before["f.safetensors"] = before.pop("a.fisher")
+    result = merged(*given, "--out", sources / "f.safetensors", "--overwrite")
+    assert (result.exit_code, "which is read" in result.stderr) == (1, True)
+    assert contents(sources) == before
+
+
+def test_merge__overwriting_a_folder_with_other_tensors_is_refused(sources: Path) -> None:
+    """Also where the first model has a file of this name: it is not copied."""
+    (sources / "b" / "fisher.safetensors").write_bytes(b"mine")
+    (sources / "c").mkdir()
+    for name in ("fisher.safetensors", "optimizer.pt"):
+        (sources / "c" / name).write_bytes(b"mine")
+    result = merged(*both(sources, fishers=False), "--method", "average", "--out", sources / "c", "--overwrite")
+    assert (result.exit_code, "['fisher.safetensors', 'optimizer.pt']" in result.stderr) == (1, True)
+
+
+def test_merge__overwrites_shards(tasks: Path, tmp_path: Path) -> None:
+    arguments = (*both(tasks, fishers=False), "--method", "average", "--out", tmp_path / "m")
+    assert merged(*arguments, "--max-shard-size", "600").exit_code == 0
+    assert merged(*arguments, "--overwrite").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "m").glob("*.safetensors*")) == ["model.safetensors"]
+
+
+def test_merge__folders_into_a_file_are_refused(tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "m.safetensors"):
+        result = merged(*both(tasks), "--out", tmp_path / name, "--overwrite")
+        assert result.exit_code == 1
+        assert f"folders and --out {tmp_path / name}, a file; expected the name of a folder" in result.stderr
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_merge__wrong_numbers_are_wrong_usage(tasks: Path, tmp_path: Path) -> None:
+    result = merged(*both(tasks, fishers=False), "--method", "average", "--weights", "1,two", "--out", tmp_path / "m")
+    assert result.exit_code == 2
+    assert 'is not "examples" or a list of numbers' in " ".join(result.output.split())
 
 
 def test_merge__into_the_current_folder(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,11 @@ import platform
 from typing import Any
 
 import torch
+import typer
 
 from fisherkit._version import __version__
+from fisherkit.cli.command import Command, readable_errors
+from fisherkit.cli.options import AsJson
 from fisherkit.cli.text import table
 from fisherkit.fisher import STRUCTURES
 from fisherkit.kinds import KINDS
@@ -24,6 +27,19 @@ STRUCTURE_MEANINGS = {
     "ekfac": "kfac's eigenvectors with eigenvalues measured along them",
 }
 EXTRAS = {"demo": ("matplotlib", "scikit-learn"), "hf": ("transformers",)}
+
+
+def info(as_json: AsJson = False) -> None:
+    """Show versions, devices, memory, and which kinds and structures there are."""
+    with readable_errors():
+        typer.echo(to_json(collect()) if as_json else as_text(collect()))
+
+
+INFO = Command(
+    info,
+    "Versions, devices, memory, kinds and structures.",
+    ("fisherkit info", "fisherkit info --json > info.json"),
+)
 
 
 def collect() -> dict[str, Any]:

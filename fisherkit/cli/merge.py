@@ -11,8 +11,9 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,19 @@ import torch
 import typer
 
 from fisherkit import merging
-from fisherkit.cli.command import refuse_existing
-from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.cli.merge_target import CALL, beside_weights, check_target, read_json
+from fisherkit.cli.text import numbers
+from fisherkit.errors import InvalidArgumentError
+from fisherkit.merging.systems import METHODS as SOLVERS
 from fisherkit.operators import RelativeDamping
 
-CALL = "fisherkit merge"
-
-SOLVERS = ("auto", "direct", "cg")
-OTHERS: Mapping[str, Callable[..., Any]] = {
-    "average": merging.average, "task-arithmetic": merging.task_arithmetic, "regmean": merging.regmean,
-}  # fmt: skip
-METHODS = (*SOLVERS, *OTHERS)
-
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
-"""What is not copied from the first model's folder: weights and the state of a training run."""
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    **dict.fromkeys(SOLVERS, merging.merge),
+    "average": merging.average,
+    "task-arithmetic": merging.task_arithmetic,
+    "regmean": merging.regmean,
+}
+"""Every --method and what it calls; those of `fisherkit.merging.merge` are ways to solve."""
 
 NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 """Entries of config.json that say nothing about what the weights mean."""
@@ -47,7 +47,7 @@ class MergeSettings:
         models: folders, or safetensors files.
         fishers: Fisher files, in the models' order; none for average and task-arithmetic.
         out: the folder, or the file, to write.
-        method: of `METHODS`.
+        method: of `FUNCTIONS`.
         base: what task-arithmetic's models were fine-tuned from.
         scale: of task-arithmetic.
         config_from_first: take the first model's config and tokenizer where they differ.
@@ -82,7 +82,8 @@ def run(settings: MergeSettings) -> None:
         whole = Path(part) / out.name
         whole.mkdir()
         _, info = _function(settings)(out=whole)
-        _copy_beside(settings.models[0], whole)
+        for path in beside_weights(settings.models[0]):
+            shutil.copy2(path, whole / path.name)
         (whole / "merge.json").write_text(info.to_json() + "\n", encoding="utf-8")
         if out.is_dir():
             out.rename(Path(part) / "replaced")
@@ -96,69 +97,42 @@ def _check(settings: MergeSettings) -> None:
     def refuse(got: str, expected: str, try_: str = "") -> InvalidArgumentError:
         return InvalidArgumentError(call=CALL, got=got, expected=expected, try_=try_)
 
-    if settings.method not in METHODS:
-        raise refuse(f"--method {settings.method}", f"one of {list(METHODS)}")
-    taken = inspect.signature(OTHERS.get(settings.method, merging.merge)).parameters
+    if settings.method not in FUNCTIONS:
+        raise refuse(f"--method {settings.method}", f"one of {list(FUNCTIONS)}")
+    taken = _keywords(settings)
     strange = [f"--{name.replace('_', '-')}" for name in settings.options if name not in taken]
     if strange:
         raise refuse(f"--method {settings.method} with {', '.join(strange)}", "options that it has", "leave them out")
-    without = settings.method in {"average", "task-arithmetic"}
-    if without and settings.fishers:
+    if "fishers" not in taken and settings.fishers:
         raise refuse(f"--method {settings.method} with --fisher", "no Fishers, which it does not use")
-    if not without and len(settings.fishers) != len(settings.models):
+    if "fishers" in taken and len(settings.fishers) != len(settings.models):
         raise refuse(
             f"{len(settings.models)} models and {len(settings.fishers)} Fishers", "a Fisher for each model",
             "--model A --fisher FA --model B --fisher FB, or --method average",
         )  # fmt: skip
-    if (settings.method == "task-arithmetic") != (settings.base is not None and settings.scale is not None):
+    if {settings.base is not None, settings.scale is not None} != {"base" in taken}:
         raise refuse(f"--method {settings.method}", "--base and --scale with task-arithmetic, and with it alone")
     missing = [str(path) for path in (*settings.models, *settings.fishers) if not path.exists()]
     if missing:
         raise refuse(f"paths that do not exist: {missing}", "models and Fisher files", "check the paths")
-    if not settings.out.absolute().parent.is_dir():
-        raise refuse(f"--out in a folder that does not exist: {settings.out.parent}", "an existing folder")
-    if settings.out.is_dir() and any(settings.out.iterdir()) and not settings.overwrite:
-        raise refuse(f"--out {settings.out}, a folder that is not empty", "another name", "--overwrite replaces it")
-    if settings.out.is_dir() and all(model.is_dir() for model in settings.models):
-        _refuse_strangers(settings.out, settings.models[0])
-    if settings.out.is_file():
-        refuse_existing((settings.out,), f"{CALL} --out", overwrite=settings.overwrite)
+    center = settings.options.get("center", "average")
+    others = [*settings.fishers, *([settings.base] if settings.base else []), *([Path(center)] * (center != "average"))]
+    check_target(settings.out, settings.models, others, overwrite=settings.overwrite)
 
 
-def _refuse_strangers(folder: Path, first: Path) -> None:
-    """A folder is replaced whole, so it may hold nothing but a model: weights, and files that the first model has too.
-
-    Raises:
-        InvalidArgumentError: there is something else in it.
-    """
-    known = {"merge.json", *(path.name for path in first.iterdir())}
-    strangers = sorted(
-        path.name for path in folder.iterdir()
-        if path.is_dir() or not (path.name in known or any(path.match(pattern) for pattern in WEIGHT_FILES))
-    )  # fmt: skip
-    if strangers:
-        raise InvalidArgumentError(
-            call=CALL, got=f"--overwrite of {folder}, which holds {strangers[:8]}",
-            expected="a folder of a model alone",
-            why="it is replaced whole, and they would be lost", try_="another --out",
-        )  # fmt: skip
+def _keywords(settings: MergeSettings) -> Collection[str]:
+    return inspect.signature(FUNCTIONS[settings.method]).parameters
 
 
 def _function(settings: MergeSettings) -> Callable[..., Any]:
     """The function of `fisherkit.merging` with everything but where its result goes."""
-    models, options = settings.models, settings.options | {"return_info": True}
-
-    def call(**target: Any) -> Any:
-        if settings.method == "average":
-            return merging.average(models, **options, **target)
-        if settings.base is not None and settings.scale is not None:
-            return merging.task_arithmetic(models, settings.base, settings.scale, **options, **target)
-        own = options | {"progress": sys.stderr.isatty()}
-        if settings.method == "regmean":
-            return merging.regmean(models, settings.fishers, **own, **target)
-        return merging.merge(models, settings.fishers, method=settings.method, **own, **target)
-
-    return call
+    offered = {
+        "fishers": settings.fishers, "base": settings.base, "scale": settings.scale, "method": settings.method,
+        "progress": sys.stderr.isatty(),
+    }  # fmt: skip
+    taken = _keywords(settings)
+    given = {name: value for name, value in offered.items() if name in taken}
+    return partial(FUNCTIONS[settings.method], settings.models, **given, **settings.options, return_info=True)
 
 
 def options(
@@ -176,7 +150,8 @@ def options(
         others: passed on.
 
     Raises:
-        InvalidArgumentError: weights or a dtype that cannot be read.
+        typer.BadParameter: weights that cannot be read.
+        InvalidArgumentError: a dtype that cannot be read.
     """
     found = {name: value for name, value in others.items() if value is not None}
     if damping is not None:
@@ -184,22 +159,14 @@ def options(
     if normalize is not None:
         found["normalize"] = None if normalize == "none" else normalize
     if weights is not None:
-        found["weights"] = weights if weights == "examples" else _numbers(weights)
+        expected = '"examples" or a list of numbers such as 1,2'
+        found["weights"] = weights if weights == "examples" else numbers(weights, "--weights", expected)
     if dtype is not None:
         chosen = getattr(torch, dtype, None)
         if not isinstance(chosen, torch.dtype):
             raise InvalidArgumentError(call=CALL, got=f"--dtype {dtype}", expected="such as float32 or bfloat16")
         found["dtype"] = chosen
     return found
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError as error:
-        raise InvalidArgumentError(
-            call=CALL, got=f"--weights {text}", expected='"examples", or numbers such as 1,2'
-        ) from error
 
 
 def _compare(paths: Sequence[Path], settings: MergeSettings, what: str, read: Callable[[Path], dict[str, Any]]) -> None:
@@ -225,40 +192,23 @@ def _compare(paths: Sequence[Path], settings: MergeSettings, what: str, read: Ca
 
 def _config(path: Path) -> dict[str, Any]:
     """What config.json says about the weights' meaning; nothing if there is none."""
-    return {name: value for name, value in _json(path).items() if name not in NOT_COMPARED}
+    return {name: value for name, value in read_json(path).items() if name not in NOT_COMPARED}
 
 
 def _vocabulary(path: Path) -> dict[str, Any]:
     """A fast tokenizer's tokens; nothing if there is none."""
-    vocabulary = _json(path).get("model", {}).get("vocab", {})
+    vocabulary = read_json(path).get("model", {}).get("vocab", {})
     return vocabulary if isinstance(vocabulary, dict) else {str(i): entry for i, entry in enumerate(vocabulary)}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileFormatError(call=CALL, got=f"{path}, which is not JSON ({error})", expected="a model's") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _copy_beside(source: Path, target: Path) -> None:
-    """Config, tokenizer and whatever else is no weight, from the first model."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHT_FILES):
-            shutil.copy2(path, target / path.name)
 
 
 def _tell(path: Path, info: merging.MergeInfo, settings: MergeSettings) -> None:
     if settings.as_json:
         typer.echo(json.dumps({"out": str(path), "residual": info.residual} | json.loads(info.to_json())))
     else:
-        numbers = ", ".join(str(number) for number in info.unverified)
+        unverified = ", ".join(map(str, info.unverified))
         note = (
-            f"\nNot checked: that each Fisher was measured at its model's weights (models {numbers})."
-            if numbers
+            f"\nNot checked: that each Fisher was measured at its model's weights (models {unverified})."
+            if unverified
             else ""
         )
         typer.echo(f"{info}{note}\n\nWrote {path}.")

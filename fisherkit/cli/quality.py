@@ -1,6 +1,6 @@
 """``fisherkit quality``: γ of every kind on a user's own model, or on the demo's network.
 
-Owns what is printed and which files are written; the numbers are `fisherkit.evaluation`'s.
+Owns the options, what is printed and which files are written; the numbers are `fisherkit.evaluation`'s.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import nn
 
 from fisherkit._version import __version__
-from fisherkit.cli.command import make_folder
+from fisherkit.cli.command import Command, make_folder, readable_errors, require
 from fisherkit.cli.factories import load_factory
-from fisherkit.cli.text import number, progress, table
+from fisherkit.cli.options import Overwrite
+from fisherkit.cli.text import number, numbers, progress, table, words
 from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.plots import plot_damping
@@ -62,6 +63,62 @@ class QualitySettings:
     drop_duplicates: float | None
     seed: int
     overwrite: bool
+
+
+def quality(
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SPEC]", help='"package.module:function" that returns (model, data); none: the demo\'s.'
+        ),
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(metavar="LIST", help="sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.")
+    ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact",
+    structures: Annotated[str, typer.Option(metavar="LIST", help="Of full, block, diagonal, kfac, ekfac.")] = "full",
+    dampings: Annotated[
+        str, typer.Option(metavar="LIST", help="Gram dampings λ > 0, beside sums over examples.")
+    ] = "1e-7,1e-5,1e-3,1e-1",
+    likelihood: Annotated[
+        str, typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli.")
+    ] = "categorical",
+    example: Annotated[str, typer.Option(metavar="NAME", help="sequence or token.")] = "sequence",
+    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are averaged over.")] = 1,
+    drop_duplicates: Annotated[
+        float | None,
+        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates; none unless asked for."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of sampled labels.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare every kind's preconditioned update with the natural gradient, by γ of Wu and others (NeurIPS 2024).
+
+    The model is any module in eval mode, the data one batch or a list or DataLoader of batches. Prints a table.
+    """
+    with readable_errors():
+        if out is not None or spec is None:
+            needed = {"matplotlib": "matplotlib"} if out is not None else {}
+            require("demo", needed | ({"sklearn": "scikit-learn"} if spec is None else {}))
+        run(
+            QualitySettings(
+                spec, out, batches, words(kinds), words(structures), numbers(dampings, "--dampings"), likelihood,
+                example, drop_duplicates, seed, overwrite,
+            )
+        )  # fmt: skip
+
+
+QUALITY = Command(
+    quality,
+    "How good each kind's update is on a model of yours.",
+    (
+        "fisherkit quality                                      (on the demo's network)",
+        "fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality",
+        "fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10",
+    ),
+)
 
 
 def run(settings: QualitySettings) -> None:

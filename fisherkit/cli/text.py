@@ -1,4 +1,4 @@
-"""Plain text for the terminal: tables, numbers, progress."""
+"""Plain text for the terminal and from it: tables, numbers, progress, lists between commas."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+import typer
 from tqdm.auto import tqdm
 
 Item = TypeVar("Item")
@@ -41,3 +42,25 @@ def number(value: float, digits: int = 3) -> str:
 def progress(items: Sequence[Item]) -> Iterable[Item]:
     """The items, with a bar on the error stream where that is a terminal."""
     return tqdm(items, leave=False, disable=None)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def numbers(text: str, option: str, expected: str = "a list of numbers such as 1e-7,1e-3") -> tuple[float, ...]:
+    """The numbers between commas.
+
+    Args:
+        text: an option's value.
+        option: its name, for errors.
+        expected: what it might be.
+
+    Raises:
+        typer.BadParameter: a word that is no number.
+    """
+    try:
+        return tuple(float(word) for word in words(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not {expected}", param_hint=option) from error
