@@ -35,6 +35,7 @@ from fisherkit.operators import (
     KroneckerOperator,
     state_of,
 )
+from fisherkit.operators.kronecker import Spectrum, scaled_spectrum
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
@@ -329,11 +330,6 @@ class Builder:
         return CoverageEntry(names, ", ".join(sorted(rules)), structure, memory, reason)
 
 
-def _scaled_spectrum(moment: SecondMoment, scale: float) -> Callable[[], tuple[Tensor, Tensor]] | None:
+def _scaled_spectrum(moment: SecondMoment, scale: float) -> Spectrum | None:
     """How to decompose the scaled moment without its matrix; None if the matrix is all there is."""
-
-    def spectrum() -> tuple[Tensor, Tensor]:
-        values, vectors = moment.spectrum("kfac")
-        return scale * values, vectors
-
-    return spectrum if moment.matrix is None else None
+    return scaled_spectrum(partial(moment.spectrum, "kfac"), scale) if moment.matrix is None else None

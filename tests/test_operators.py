@@ -229,6 +229,29 @@ def test_eigen__rounding_below_zero_counts_as_zero() -> None:
     assert bool(torch.isfinite(operator.factorize(1e-6).sample(torch.Generator().manual_seed(0))).all())
 
 
+def test_multiples__of_multiples_decompose_each_factor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, factors = [0, 0], [positive(5, 1, torch.float64), positive(3, 2, torch.float64)]
+
+    def known(i: int) -> tuple[Tensor, Tensor]:
+        calls[i] += 1
+        values, vectors = torch.linalg.eigh(factors[i])
+        return values, vectors
+
+    operator: FisherOperator = KroneckerOperator(
+        LAYER, *factors, activation_spectrum=lambda: known(0), gradient_spectrum=lambda: known(1)
+    )
+
+    def checked(*_: object) -> None:
+        raise AssertionError("the factors were checked when the first operator was made")
+
+    monkeypatch.setattr("fisherkit.operators.kronecker.check_symmetric", checked)
+    for _ in range(6):
+        operator = 0.5 * operator
+    expected = torch.linalg.eigvalsh(0.5**6 * torch.kron(factors[1], factors[0]))
+    torch.testing.assert_close(operator.eigenvalues().sort().values, expected)
+    assert calls == [1, 1]
+
+
 def test_solve__blocks_that_iterate_report_themselves() -> None:
     spaces = [MIXED.restrict(["x.weight", "x.bias"]), MIXED.restrict(["y.weight", "z", "w.weight", "w.bias"])]
     pairs = [kronecker(torch.float64, spaces[0], seed, inputs=2) for seed in (0, 4)]

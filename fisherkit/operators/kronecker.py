@@ -33,6 +33,21 @@ Spectrum: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
 """Eigenvalues [r] and eigenvectors [n, r] of a factor, when called."""
 
 
+def scaled_spectrum(known: Spectrum, scale: float) -> Spectrum:
+    """The spectrum of a multiple of a factor, from the factor's, which is decomposed once each time it is called.
+
+    Args:
+        known: of the factor.
+        scale: 0 or more.
+    """
+
+    def scaled() -> tuple[Tensor, Tensor]:
+        values, vectors = known()
+        return scale * values, vectors
+
+    return scaled
+
+
 class KroneckerOperator(FisherOperator):
     """F = G ⊗ A over one layer's weight, or weight and then bias.
 
@@ -134,9 +149,9 @@ class KroneckerOperator(FisherOperator):
     def _scaled(self, scale: float) -> KroneckerOperator:
         on_inputs, on_outputs = self._spectra
         return KroneckerOperator(
-            self.space, self._activation, scale * self._gradient, self._layout.transposed,
+            self.space, self._activation, scale * self._gradient, self._layout.transposed, symmetric=True,
             activation_spectrum=on_inputs,
-            gradient_spectrum=None if on_outputs is None else lambda: (scale * on_outputs()[0], on_outputs()[1]),
+            gradient_spectrum=None if on_outputs is None else scaled_spectrum(on_outputs, scale),
         )  # fmt: skip
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
