@@ -134,6 +134,31 @@ def test_fit__with_two_optimizers_by_hand_gives_each_its_own_part(tmp_path: Path
     torch.testing.assert_close(flat(ewc.model), flat(expected.model), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("terms", [False, True], ids=["before the first consolidation", "all its terms frozen"])
+def test_fit__with_a_penalty_that_has_no_gradient_only_logs_it(terms: bool, tmp_path: Path) -> None:
+    ewc = EWC(mlp().float(), 3.0)
+    if terms:
+        fisher = fk.EmpiricalFisher(ewc.model, task(0, torch.float32), structure="kfac", params=["0.weight", "0.bias"])
+        ewc.consolidate(fisher, uncovered="free")
+    move(ewc.model, 1)
+    ewc.model[0].requires_grad_(False)  # type: ignore[operator]
+    plain = copy.deepcopy(ewc.model)
+    fit(Classifier(plain), None, tmp_path)
+    trainer = fit(Classifier(ewc.model), ewc, tmp_path)
+    assert torch.equal(flat(ewc.model), flat(plain))
+    assert float(trainer.callback_metrics["ewc_penalty"]) == pytest.approx(ewc.penalty().item())
+
+
+def test_fit__with_an_optimizer_whose_parameters_are_frozen(tmp_path: Path) -> None:
+    ewc = consolidated()
+    ewc.model[0].requires_grad_(False)  # type: ignore[operator]
+    before = flat(ewc.model)
+    fit(Classifier(ewc.model, by_hand=True), ewc, tmp_path)
+    kept = sum(p.numel() for p in ewc.model[0].parameters())  # type: ignore[union-attr]
+    assert torch.equal(flat(ewc.model)[:kept], before[:kept])
+    assert not torch.equal(flat(ewc.model), before)
+
+
 def test_checkpoint__has_the_terms(tmp_path: Path) -> None:
     ewc = consolidated()
     trainer = fit(Classifier(ewc.model), ewc, tmp_path)

@@ -49,10 +49,11 @@ class EWCCallback(Callback):  # type: ignore[misc]  # Any where Lightning is not
         own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         with torch.enable_grad():
             penalty = self.ewc.penalty()
-        gradients = torch.autograd.grad(penalty, own, allow_unused=True)
-        for parameter, gradient in zip(own, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        if own and penalty.requires_grad:  # not where nothing is consolidated yet, or all of it is frozen
+            gradients = torch.autograd.grad(penalty, own, allow_unused=True)
+            for parameter, gradient in zip(own, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         pl_module.log("ewc_penalty", penalty.detach())
 
     def state_dict(self) -> dict[str, Any]:
