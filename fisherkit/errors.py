@@ -2,14 +2,27 @@
 
 Each says the same five things in one sentence or two: which call failed, what it got, what it expected, why, and what
 to try. Each is also a builtin exception, so that code which does not know fisherkit can still catch it. This module
-owns the wording's shape and nothing else; it imports nothing from the package.
+owns the wording's shape and how long lists are cut, and nothing else; it imports nothing from the package.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 E = TypeVar("E", bound="FisherkitError")
+
+
+def listed(texts: Iterable[str], most: int = 8, separator: str = ", ") -> str:
+    """The first few of a list, and how many more there are.
+
+    Args:
+        texts: in the order of the list.
+        most: how many are shown.
+        separator: between them.
+    """
+    found = list(texts)
+    return separator.join(found[:most]) + (f" and {len(found) - most:,} more" if len(found) > most else "")
 
 
 class FisherkitError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from examples.merging import out_of_core
-from fisherkit.merging import assembly, blockwise, checkpoints
+from fisherkit.merging import assembly, blockwise, checkpoints, sources
 from fisherkit.operators import DiagonalOperator
 from tests.test_merging_policies import Tied
 
@@ -129,6 +130,34 @@ def test_merge__reads_every_block_of_a_model_beside_the_same_of_the_others(paths
     merging.merge(paths[:2], paths[2:])
     firsts = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert len(firsts) == LAYERS
+
+
+def test_merge__reads_every_model_three_times_and_every_fisher_twice(tmp_path, monkeypatch) -> None:
+    given, data = [], (torch.randn(8, 4), torch.randint(3, (8,)))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        save_file(model.state_dict(), tmp_path / f"m{seed}.safetensors")
+        fk.EmpiricalFisher(model, data, structure="kfac").save(tmp_path / f"f{seed}.safetensors")
+        given.append((tmp_path / f"m{seed}.safetensors", tmp_path / f"f{seed}.safetensors"))
+    read = Counter()
+
+    def counted(cls: type, method: str) -> None:
+        original = getattr(cls, method)
+
+        def counting(self: Any, names: Any) -> Any:
+            read[method, id(self), names] += 1
+            return original(self, names)
+
+        monkeypatch.setattr(cls, method, counting)
+
+    counted(checkpoints.FileCheckpoint, "_read")
+    counted(sources.FileSource, "read")
+    for merge, readings in ((merging.merge, 2), (merging.regmean, 3)):
+        read.clear()
+        merge(*zip(*given, strict=True))
+        assert {count for (method, *_), count in read.items() if method == "_read"} == {3}
+        assert {count for (method, *_), count in read.items() if method == "read"} == {readings}
 
 
 def test_merge__to_files_keeps_one_block_alive(paths, tmp_path, monkeypatch) -> None:

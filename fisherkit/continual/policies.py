@@ -6,12 +6,12 @@ Owns the checks and their messages. Knows nothing of penalties.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError, listed
 from fisherkit.model_state import measured_at
 from fisherkit.operators import FisherOperator
 from fisherkit.space import ParameterSpace, Selection
@@ -61,8 +61,9 @@ def check_fisher(fisher: object, parameters: Mapping[str, nn.Parameter]) -> None
     unknown = [name for name in space.names if name not in parameters]
     if unknown:
         raise UnknownParameterError(
-            call=CALL, got=f"a Fisher over {listed(unknown)}, which the model does not have",
-            expected=f"some of {listed(parameters)}", why="it may be of another model, or of a wrapped or compiled one",
+            call=CALL, got=f"a Fisher over {listed(map(repr, unknown))}, which the model does not have",
+            expected=f"some of {listed(map(repr, parameters))}",
+            why="it may be of another model, or of a wrapped or compiled one",
             try_="EWC of the very module that the Fisher was built from",
         )  # fmt: skip
     changed = [
@@ -119,8 +120,8 @@ def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, fr
     space, allowed = fisher.space, set(_chosen(model, free))
     if held := [name for name in space.names if name in allowed]:
         raise InvalidArgumentError(
-            call=CALL, got=f"free={listed(held)}, which the Fisher covers", expected="names that it does not cover",
-            try_="leaving them out of the Fisher with params=",
+            call=CALL, got=f"free=[{listed(map(repr, held))}], which the Fisher covers",
+            expected="names that it does not cover", try_="leaving them out of the Fisher with params=",
         )  # fmt: skip
     if uncovered == "free":
         return
@@ -128,7 +129,7 @@ def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, fr
     loose = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in covered]
     if loose:
         raise InvalidArgumentError(
-            call=CALL, got=f"a Fisher that leaves out {listed(loose)}, which the model trains",
+            call=CALL, got=f"a Fisher that leaves out {listed(map(repr, loose))}, which the model trains",
             expected="all trainable parameters", why="nothing would keep them near their values",
             try_='free=[names] or free=lambda name, parameter: ... for other tasks\' heads, uncovered="free" for all',
         )  # fmt: skip
@@ -137,7 +138,8 @@ def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, fr
     unused = [name for name, used in zip(space.names, some, strict=True) if not used]
     if 0 < len(unused) < len(some):  # a Fisher that is 0 altogether is a matter of normalization
         raise InvalidArgumentError(
-            call=CALL, got=f"a Fisher that is 0 on {listed(unused)}", expected="one that says something of each",
+            call=CALL, got=f"a Fisher that is 0 on {listed(map(repr, unused))}",
+            expected="one that says something of each",
             why="the data never reach them: nothing would keep them near their values, and they would count in D",
             try_='params= without them and free=[names], or uncovered="free"',
         )  # fmt: skip
@@ -169,13 +171,6 @@ def check_shapes(
             why="entries would be compared with others' values",
             try_='grown="leading" if it has grown and its old entries come first' if larger else "a new EWC",
         )  # fmt: skip
-
-
-def listed(names: Iterable[str], most: int = 8) -> str:
-    """Names for a message, the first few and how many more."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{names[:most]}{more}"
 
 
 def _chosen(model: nn.Module, selection: Selection) -> list[str]:

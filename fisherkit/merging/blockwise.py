@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fisherkit.errors import NotConvergedWarning, SingularMatrixError
+from fisherkit.errors import NotConvergedWarning, SingularMatrixError, listed
 from fisherkit.merging.assembly import read_double, weighted_average
 from fisherkit.merging.checkpoints import Checkpoint
 from fisherkit.merging.info import BlockInfo
@@ -108,14 +108,13 @@ class BlockwiseMerge:
         missed = [info for info in self.infos if not info.converged]
         if not missed:
             return
-        listed = "; ".join(
-            f"{', '.join(info.names[:2])} (residual {info.residual:.1e} after {info.steps} steps)"
-            for info in sorted(missed, key=lambda info: -info.residual)[:MOST_LISTED]
+        worst = (
+            f"{listed(info.names, 2)} (residual {info.residual:.1e} after {info.steps} steps)"
+            for info in sorted(missed, key=lambda info: -info.residual)
         )
-        more = f" and {len(missed) - MOST_LISTED} more" if len(missed) > MOST_LISTED else ""
         warnings.warn(
-            f"merge: {len(missed)} of {len(self.infos)} blocks missed tolerance={self.solver.tolerance:g}: {listed}"
-            f"{more}. Try: a larger damping, more max_steps, or a larger tolerance.",
+            f"merge: {len(missed)} of {len(self.infos)} blocks missed tolerance={self.solver.tolerance:g}: "
+            f"{listed(worst, MOST_LISTED, '; ')}. Try: a larger damping, more max_steps, or a larger tolerance.",
             NotConvergedWarning,
             stacklevel=2,
         )

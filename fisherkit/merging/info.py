@@ -6,7 +6,9 @@ Owns the report; computes nothing.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+
+from fisherkit.errors import listed
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,6 @@ class MergeInfo:
         """The largest relative residual of any block."""
         return max((block.residual for block in self.blocks), default=0.0)
 
-    def with_blocks(self, blocks: tuple[BlockInfo, ...]) -> MergeInfo:
-        """The same report with its blocks filled in."""
-        return replace(self, blocks=blocks)
-
     def counts(self) -> dict[str, int]:
         """How many names became what."""
         found: dict[str, int] = {}
@@ -91,7 +89,7 @@ class MergeInfo:
             lines.append(f"{'size':>12}  {'method':<20}{'steps':>6}  {'residual':>9}  parameters")
         for block in self.blocks:
             mark = "" if block.converged else "  NOT CONVERGED"
-            names = ", ".join(block.names[:2]) + (f" and {len(block.names) - 2} more" if len(block.names) > 2 else "")
+            names = listed(block.names, 2)
             lines.append(
                 f"{block.size:>12,}  {block.method:<20}{block.steps:>6}  {block.residual:>9.1e}  {names}{mark}"
             )

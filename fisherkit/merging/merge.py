@@ -108,7 +108,8 @@ def merge(
         NonFiniteError: NaN or infinity in a model or a Fisher.
         FileFormatError: a missing or damaged file.
 
-    Cost: two readings of every Fisher and model; a block of d parameters takes O(d) for diagonals, R²d for R rows, d³/3
+    Cost: two readings of every Fisher, and three of every model: to know it as its Fisher's, for the average, and to
+        merge it; a block of d parameters takes O(d) for diagonals, R²d for R rows, d³/3
         for small sums, and T (O + I) d a step of conjugate gradients for Kronecker products of T layers O × I.
     """
     return merge_by(

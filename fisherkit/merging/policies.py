@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.merging.checkpoints import Checkpoint
 
 KEEPING = ("refuse", "average", "first", "center")
 INTEGERS = ("refuse", "first")
 MISMATCHED = ("refuse", "skip", "first")
+
+MOST_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,9 @@ class _Planner:
         if odd and self.policies.dtype is None:
             found = sorted({str(model.dtypes[odd[0]]) for model in self.models})
             raise InvalidTypeError(
-                call=self.call, got=f"models of {' and '.join(found)}: {_listed(odd)}", expected="one dtype",
-                why="nothing is cast silently", try_="dtype=torch.float32, the dtype of the result",
+                call=self.call, got=f"models of {' and '.join(found)}: {listed(odd, MOST_LISTED)}",
+                expected="one dtype", why="nothing is cast silently",
+                try_="dtype=torch.float32, the dtype of the result",
             )  # fmt: skip
 
     def _action(self, name: str) -> str:
@@ -204,12 +207,12 @@ class _Planner:
     def _in_center(self, name: str) -> bool:
         return self.center is not None and self.center.shapes.get(name) == self.models[0].shapes[name]
 
-    def _refuse(self, listed: Sequence[str], policy: str, kind: str, flag: str, what: str) -> None:
-        if not listed or policy != "refuse":
+    def _refuse(self, found: Sequence[str], policy: str, kind: str, flag: str, what: str) -> None:
+        if not found or policy != "refuse":
             return
         raise InvalidArgumentError(
             call=f"{self.call}({kind}=...)" if kind == "center" else f'{self.call}({kind}="refuse")',
-            got=f"{what}: {_listed(listed)}",
+            got=f"{what}: {listed(found, MOST_LISTED)}",
             expected="none",
             why="nothing is chosen, averaged or dropped silently",
             try_=flag,
@@ -220,7 +223,3 @@ class _Planner:
         dtype = model.dtypes[name]
         cast = self.policies.dtype is not None and dtype.is_floating_point
         return model.shapes[name], self.policies.dtype if cast and self.policies.dtype else dtype
-
-
-def _listed(names: Sequence[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -78,7 +78,8 @@ def regmean(
         InvalidArgumentError: as in `merge`; or a Fisher has no Kronecker products.
         InvalidTypeError, NonFiniteError, FileFormatError: as in `merge`.
 
-    Cost: as `merge` with Kronecker products, of which these converge in a step or two.
+    Cost: as `merge` with Kronecker products, of which these converge in a step or two, and one more reading of every
+        Fisher, to know which blocks are such products.
     """
     call = "regmean"
     if not 0 <= shrink <= 1:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import torch
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.operators import FisherOperator, open_file, split
 from fisherkit.operators.partition import finest_partition, folded
 from fisherkit.space import ParameterSpace
@@ -113,8 +113,8 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str]) -> list
             if inside and len(inside) < len(block):
                 raise InvalidArgumentError(
                     call=f"merge, Fisher {number}",
-                    got=f"a block over {_some(block)}, of which {_some([n for n in block if n not in order])} cannot "
-                    "be merged",
+                    got=f"a block over {listed(map(repr, block))}, of which "
+                    f"{listed(repr(n) for n in block if n not in order)} cannot be merged",
                     expected="blocks whose parameters all models and Fishers have, in the same shapes",
                     why="parameters of one block interact, and a part of them cannot be solved for alone",
                     try_="Fishers built with the same params=, without the parameters that differ",
@@ -127,12 +127,8 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str]) -> list
             if (own := source.space.restrict(block).names) != block:
                 raise InvalidArgumentError(
                     call=f"merge, Fisher {number}",
-                    got=f"the parameters {_some(own)} in another order than the first Fisher's",
+                    got=f"the parameters {listed(map(repr, own))} in another order than the first Fisher's",
                     expected="one order of parameters",
                     try_="Fishers built from models of one class",
                 )
     return blocks
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

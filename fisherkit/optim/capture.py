@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fisherkit.data import Batch, model_device, outputs_of
-from fisherkit.errors import ModelError
+from fisherkit.errors import ModelError, listed
 from fisherkit.likelihoods import Likelihood
 from fisherkit.optim import surprises
 from fisherkit.optim.outputs import Seen, seen_outputs
@@ -162,8 +162,8 @@ class Capture:
         one = Pass(plan, keep, z, with_own_inputs(recorder.uses, batch.leaves()[0]), coupled, rng)
         if coupled:
             self.warn(
-                f"{_listed(coupled)} in train mode: the batch's statistics are taken as constants for the Fisher's "
-                "rows, which costs one more forward and backward pass a step. The gradient is unchanged."
+                f"{listed(map(repr, coupled), 3)} in train mode: the batch's statistics are taken as constants for "
+                "the Fisher's rows, which costs one more forward and backward pass a step. The gradient is unchanged."
             )
         self._open = [*self._open, one][-OPEN:]
         watch, owner = self._watch, weakref.ref(self)
@@ -371,7 +371,3 @@ def _masks(batch: Batch) -> dict[str, Any]:
     """The padding mask, all that is needed of a batch once it went through the model."""
     mask = batch.kwargs.get("attention_mask")
     return {} if mask is None else {"attention_mask": mask}
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
