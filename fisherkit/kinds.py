@@ -1,7 +1,7 @@
 """The kinds: a Fisher for each of the five rules in output space.
 
 The rules themselves are in `fisherkit.vectors`; models, layers, structures and solvers never see the difference. A new
-kind is one more class here or in a user's own code.
+kind is one more rule there and class here, or one class of a user's own.
 """
 
 from __future__ import annotations

@@ -33,8 +33,7 @@ def average_over_outputs(operator: FisherOperator) -> FisherOperator:
 
     A module's weight [O, ...] and its bias [O] have the outputs along their first axis (along the last for a Kronecker
     product known to be transposed). A parameter on its own with one axis has one input: its average is the mean times
-    I.
-    Parameters of different modules do not interact in the average.
+    I. Parameters of different modules do not interact in the average.
 
     Args:
         operator: any structure.
@@ -45,7 +44,8 @@ def average_over_outputs(operator: FisherOperator) -> FisherOperator:
     Raises:
         NoClosedFormError: rows that are streamed from the data.
 
-    Cost: at most one copy of the operator; rows are written out, one module at a time.
+    Cost: no more memory than the operator's own for diagonals, dense matrices and Kronecker products; rows are written
+        out, one module at a time; any other structure is written out as a matrix, D² numbers.
     """
     return _average(operator._unwrap())
 
