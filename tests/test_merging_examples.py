@@ -161,7 +161,7 @@ def test_run__goes_on_where_it_was_cut(out: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_report__compares_with_regmean(out: Path) -> None:
-    body = small.report(small.figures(out), ".")
+    body = small.report(small.figures(out))
     for said in ("RegMean, as its paper has it", "| kfac, EF |", "trained on all tasks at once", "merging-ratio.png"):
         assert said in body, said
     for picture in ("merging-ratio.png", "merging-damping.png"):

@@ -97,14 +97,13 @@ def figures(out: Path) -> dict[str, Any]:
     return {"suites": found}
 
 
-def report(found: dict[str, Any], pictures: str = "assets/merging") -> str:
+def report(found: dict[str, Any]) -> str:
     """The figures in Markdown.
 
     Args:
         found: what `run` returned.
-        pictures: the folder of the pictures, relative to the page.
     """
-    return small_report.report(found["suites"], pictures)
+    return small_report.report(found["suites"])
 
 
 def _resume(path: Path, name: str, plan: Plan) -> Results:

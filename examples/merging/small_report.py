@@ -19,17 +19,16 @@ PROPOSED = "ief"
 Suites = Mapping[str, Mapping[str, Any]]
 
 
-def report(summaries: Suites, pictures: str) -> str:
+def report(summaries: Suites) -> str:
     """Everything, for a page.
 
     Args:
         summaries: by suite.
-        pictures: the folder of the pictures, relative to the page.
     """
     parts = [_what(summaries), _defaults(summaries), claims(summaries)]
     parts += [
-        f"![held-out accuracy over ρ]({pictures}/merging-ratio.png)",
-        f"![held-out accuracy over damping]({pictures}/merging-damping.png)",
+        "![held-out accuracy over ρ](assets/merging/merging-ratio.png)",
+        "![held-out accuracy over damping](assets/merging/merging-damping.png)",
         _plain(summaries), _choices(summaries), _grid(summaries), _normalizations(summaries), _residuals(summaries),
     ]  # fmt: skip
     return "\n\n".join(filter(None, parts))

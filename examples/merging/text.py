@@ -93,12 +93,11 @@ def figures(out: Path) -> dict[str, Any]:
     return {**results["settings"], "environment": results["environment"], "trained": trained, "methods": methods}
 
 
-def report(found: dict[str, Any], pictures: str = "assets/merging") -> str:
+def report(found: dict[str, Any]) -> str:
     """The figures in Markdown.
 
     Args:
         found: what `run` returned.
-        pictures: not used: this part draws none.
     """
     return text_report.report(found)
 
