@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.influence import InfluenceScores
+from fisherkit.influence.blocks import OncePerExample, RowBlock
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
 from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
@@ -154,6 +155,43 @@ def test_relatif__divides_by_the_square_root_of_an_example_s_own(structure: str)
     own = scores.self_influence((X, Y)) * 7
     found = scores.scores(QUERIES, (X, Y), normalize="relatif")
     same(found, scores.scores(QUERIES, (X, Y)) / own.sqrt())
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_relatif__computes_an_example_s_own_once_for_all_blocks_of_queries(
+    prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = influence()
+    expected = whole.scores((X, Y), (X, Y), normalize="relatif")
+    scores, _ = influence(memory_budget=10_000)
+    train = scores.prepare(cut(2, 4, 1)) if prepared else cut(2, 4, 1)
+    squares, made = scores._squares, []
+    monkeypatch.setattr(scores, "_squares", lambda block: made.append(block.size) or squares(block))
+    blocks = list(scores._query_blocks((X, Y), scores._training(train, token=False), "loss"))
+    assert len(blocks) > 1
+    same(scores.scores((X, Y), train, normalize="relatif"), expected)
+    assert sum(made) == 7
+    made.clear()
+    found = scores.top((X, Y), train, 7, normalize="relatif")
+    same(found.helpful, expected.sort(1, descending=True).values)
+    assert sum(made) == 7
+
+
+def test_once_per_example__later_passes_may_cut_the_data_otherwise() -> None:
+    scores, _ = influence()
+    own, made = scores._squares(next(iter(scores.prepare((X, Y))))), []
+
+    def squares(block: RowBlock) -> Tensor:
+        made.append(block.size)
+        return scores._squares(block)
+
+    once = OncePerExample(squares)
+    for sizes in ((2, 4, 1), (3, 3, 1), (7,)):
+        start = 0
+        for block in scores.prepare(cut(*sizes)):
+            same(once.of(block, start), own[start : start + block.size])
+            start += block.size
+    assert made == [2, 4, 1]
 
 
 @pytest.mark.parametrize("normalize", [None, "relatif"])

@@ -7,11 +7,11 @@ memory. Knows no Fisher matrix and no score.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from fisherkit.data import Batch, Source
@@ -118,6 +118,31 @@ class KeptBlocks(RowBlocks):
     def count(self) -> int:
         """Known."""
         return sum(block.size for block in self.blocks)
+
+
+class OncePerExample:
+    """A number for each example: made block by block in the first pass over the data, known in every later one.
+
+    Args:
+        function: a block's numbers.
+    """
+
+    def __init__(self, function: Callable[[RowBlock], Float[Tensor, "B"]]) -> None:
+        self._function = function
+        self._known: Tensor | None = None
+
+    def of(self, block: RowBlock, start: int) -> Float[Tensor, "B"]:
+        """A block's numbers.
+
+        Args:
+            block: of the data; later passes may cut them otherwise.
+            start: its first example's place.
+        """
+        known = 0 if self._known is None else len(self._known)
+        if self._known is None or start >= known:
+            made = self._function(block)
+            self._known = made if self._known is None else torch.cat([self._known, made])
+        return self._known[start : start + block.size]
 
 
 class LimitedSource(Source):

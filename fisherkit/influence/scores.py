@@ -18,7 +18,7 @@ from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.influence.approximations import ApproximateScores, Approximation
 from fisherkit.influence.assembly import check_options, grouped, side_by_side, stacked
-from fisherkit.influence.blocks import KeptBlocks, RowBlock, RowBlocks, in_groups
+from fisherkit.influence.blocks import KeptBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
 from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
@@ -173,10 +173,11 @@ class InfluenceScores:
         """
         check_options(by, groups, normalize)
         train = self._training(train, token=by == "token")
+        weights = self._weights(normalize)
         whole: dict[str, list[Tensor]] = {}
         for block, form, others in self._query_blocks(queries, train, measurement):
             found: dict[str, list[Tensor]] = {}
-            for _, pieces in self._pieces(block, form, others, by, normalize):
+            for pieces in self._pieces(block, form, others, by, weights):
                 for name, piece in pieces.items():
                     found.setdefault(name, []).append(piece)
             for name, parts in found.items():
@@ -216,9 +217,10 @@ class InfluenceScores:
         check_options(None, None, normalize)
         tops: list[tuple[Tensor, ...]] = []
         train = self._training(train, token=False)
+        weights = self._weights(normalize)
         for block, form, others in self._query_blocks(queries, train, measurement):
             helpful, harmful = RunningTop(k, largest=True), RunningTop(k, largest=False)
-            for _, pieces in self._pieces(block, form, others, None, normalize):
+            for pieces in self._pieces(block, form, others, None, weights):
                 helpful.add(pieces[""])
                 harmful.add(pieces[""])
             if helpful.seen < k:
@@ -345,16 +347,23 @@ class InfluenceScores:
         for block in in_groups(live, most):
             yield block, form, train
 
+    def _weights(self, normalize: str | None) -> OncePerExample | None:
+        """What each training example's scores are multiplied by for ℓ-RelatIF; None for nothing."""
+
+        def reciprocal_norms(block: RowBlock) -> Float[Tensor, "B"]:
+            norms = self._squares(block).sqrt()
+            return torch.where(norms > 0, norms.reciprocal(), 0)
+
+        return None if normalize is None else OncePerExample(reciprocal_norms)
+
     def _pieces(
-        self, block: RowBlock, form: RowForm, train: RowBlocks, by: str | None, normalize: str | None
-    ) -> Iterator[tuple[RowBlock, dict[str, Tensor]]]:
+        self, block: RowBlock, form: RowForm, train: RowBlocks, by: str | None, weights: OncePerExample | None
+    ) -> Iterator[dict[str, Tensor]]:
         """Scores of a block of queries against each training block, ``[Q, B]`` or ``[Q, B, P]``."""
-        solution = form.solve(block.rows)
+        solution, start = form.solve(block.rows), 0
         for other in train:
-            scale: float | Tensor = self._scale
-            if normalize is not None:
-                norms = self._squares(other).sqrt()
-                scale = self._scale * torch.where(norms > 0, norms.reciprocal(), 0)
+            scale = self._scale if weights is None else self._scale * weights.of(other, start)
+            start += other.size
             found: dict[str, Tensor] = {}
             if by == "module":
                 for names, part in solution.parts(other.rows):
@@ -362,7 +371,7 @@ class InfluenceScores:
                     found[name] = found[name] + part if name in found else part
             else:
                 found[""] = solution.products(other.rows)
-            yield other, {name: self._placed(part, block, other, by, scale) for name, part in found.items()}
+            yield {name: self._placed(part, block, other, by, scale) for name, part in found.items()}
 
     def _placed(
         self, part: Float[Tensor, "R S"], queries: RowBlock, train: RowBlock, by: str | None, scale: float | Tensor
