@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
 from fisherkit.influence import InfluenceScores
@@ -204,6 +205,22 @@ def test_top__is_the_sorted_score_matrix_s(normalize: str | None) -> None:
     assert torch.equal(top.helpful_index, order.flip(1)[:, :4])
     same(top.harmful, whole.sort(1).values[:, :4])
     assert torch.equal(top.harmful_index, order[:, :4])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_groups__may_be_of_any_integers(dtype: torch.dtype) -> None:
+    scores, _ = influence()
+    groups = torch.tensor([2, 0, 1, 2, 2, 0, 1])
+    whole = scores.scores(QUERIES, (X, Y))
+    expected = torch.stack([whole[:, groups == g].sum(1) for g in range(3)], 1)
+    same(scores.scores(QUERIES, (X, Y), groups=groups.to(dtype)), expected)
+
+
+def test_groups__of_a_loader_that_drops_examples_are_of_those_that_are_left() -> None:
+    scores, _ = influence()
+    loader = DataLoader(TensorDataset(X, Y), batch_size=3, drop_last=True)
+    found = scores.scores(QUERIES, loader, groups=torch.zeros(6, dtype=torch.long))
+    same(found[:, 0], scores.scores(QUERIES, (X[:6], Y[:6])).sum(1))
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------

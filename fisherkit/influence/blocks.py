@@ -71,6 +71,10 @@ class RowBlocks(ABC):
     def count(self) -> int:
         """How many examples there are, as far as the data tell without a pass."""
 
+    def counted(self) -> int:
+        """How many there are for sure."""
+        return self.count()
+
 
 class LiveBlocks(RowBlocks):
     """Blocks made from the data in every pass.
@@ -93,6 +97,10 @@ class LiveBlocks(RowBlocks):
     def count(self) -> int:
         """The data's own."""
         return self.problem.source.count()
+
+    def counted(self) -> int:
+        """By a pass over the data, without the model: a loader may drop or merge examples of its data set."""
+        return sum(batch.size for batch in self.problem.source)
 
     def row_bytes(self) -> int:
         """What one example's rows take."""

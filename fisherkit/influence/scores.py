@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.influence.approximations import ApproximateScores, Approximation
-from fisherkit.influence.assembly import check_options, grouped, side_by_side, stacked
+from fisherkit.influence.assembly import check_group_count, check_options, grouped, side_by_side, stacked
 from fisherkit.influence.blocks import KeptBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
 from fisherkit.influence.measurements import Measurement
@@ -100,11 +100,18 @@ class InfluenceScores:
 
         Raises:
             DataError, ModelError: as for a Fisher of these data.
-            InvalidArgumentError: the folder holds rows of another model or other data, or cannot be made.
+            InvalidArgumentError: an unknown ``by``; the folder holds rows of another model or other data, or cannot be
+                made.
             FileFormatError: the folder's manifest or one of its blocks is damaged.
 
         Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form.
         """
+        if by not in (None, "token"):
+            raise InvalidArgumentError(
+                call="prepare", got=f"by={by!r}", expected="one of [None, 'token']",
+                why="rows are of whole examples or of their tokens",
+                try_="prepare(train), which is for by=\"module\" too",
+            )  # fmt: skip
         blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token", lean=True)
         if folder is not None:
             return write_blocks(folder, blocks, self._model_rows.settings(token=blocks.token))
@@ -173,6 +180,8 @@ class InfluenceScores:
         """
         check_options(by, groups, normalize)
         train = self._training(train, token=by == "token")
+        if groups is not None and groups.shape != (train.count(),):
+            check_group_count(groups, train.counted())  # before anything is computed
         weights = self._weights(normalize)
         whole: dict[str, list[Tensor]] = {}
         for block, form, others in self._query_blocks(queries, train, measurement):
