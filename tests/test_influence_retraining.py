@@ -236,7 +236,7 @@ class Branching(nn.Module):
     ("change", "error", "message"),
     [
         ({"masks": MASKS[:, :9]}, fk.errors.InvalidArgumentError, "[S, 13]"),
-        ({"masks": MASKS.long()}, fk.errors.InvalidTypeError, "boolean"),
+        ({"masks": MASKS.long()}, fk.errors.InvalidTypeError, "random_subsets(N, S)"),
         ({"masks": MASKS & False}, fk.errors.InvalidArgumentError, "without examples"),
         ({"recipe": {"epochs": 3}}, fk.errors.InvalidTypeError, "TrainingRecipe"),
         ({"seeds": ()}, fk.errors.InvalidArgumentError, "seeds"),
@@ -326,6 +326,12 @@ def test_retrain__leaves_the_model_that_a_function_returns_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not torch.equal(trained[0][0].weight, model[0].weight)
+
+
+def test_train_models__refuses_masks_that_are_no_boolean_tensors() -> None:
+    for mask, got in (([True] * N, "a mask of type list"), (MASKS[0].long(), "a mask of torch.int64")):
+        with pytest.raises(fk.errors.InvalidTypeError, match=got):
+            train_models(mlp, TRAIN, SGD, mask=mask)  # type: ignore[arg-type]
 
 
 def test_train_models__refuses() -> None:

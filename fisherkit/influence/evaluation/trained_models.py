@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fisherkit.influence.evaluation.arguments import check_masks
+from fisherkit.influence.evaluation.arguments import check_mask
 from fisherkit.influence.evaluation.losses import Likelihood, loss_of
 from fisherkit.influence.evaluation.recipe import TrainingRecipe
 from fisherkit.influence.evaluation.retraining import batch_of, check_training, chunk_of
@@ -54,8 +54,7 @@ def train_models(
     call = "train_models"
     data = batch_of(train, f"{call}, train")
     check_training(recipe, seeds, None, memory_budget, call)
-    kept = torch.ones(1, data.size, dtype=torch.bool) if mask is None else mask.unsqueeze(0)
-    check_masks(kept, call, data.size)
+    kept = torch.ones(1, data.size, dtype=torch.bool) if mask is None else check_mask(mask, call, data.size)
     loss = loss_of(likelihood, call)
     models = StackedModels(build, seeds, call)
     data = data.to(models.device)
