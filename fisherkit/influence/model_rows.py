@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
 
 from fisherkit import likelihoods
-from fisherkit.data import Data, Source, is_causal, model_device
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.data import Data, Source, is_causal, model_device, refuse_shuffling
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
 from fisherkit.fisher import check_positive
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
 from fisherkit.influence.measurements import Measurement, query_rule
@@ -134,11 +133,7 @@ class ModelRows:
                 expected="the same values", why="∇ℓ and F must be taken at one point",
                 try_="a Fisher and an InfluenceScores of the model as it is",
             )  # fmt: skip
-        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
-            raise DataError(
-                call=CALL, got="a DataLoader that shuffles", expected="one in a fixed order",
-                why="an example is known by its place", try_="DataLoader(data, batch_size=..., shuffle=False)",
-            )  # fmt: skip
+        refuse_shuffling(data, CALL)
         return Source(data)
 
     def settings(self, *, token: bool) -> dict[str, Any]:
