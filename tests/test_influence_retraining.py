@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,6 +208,35 @@ def test_retrain__sums_margins_over_positions_that_count() -> None:
         for measurement in ("margin", {"margin": odds})
     ]
     torch.testing.assert_close(runs[0].outputs["margin"], runs[1].outputs["margin"])
+
+
+def test_retrain__takes_likelihoods_as_objects(tmp_path: Path) -> None:
+    likelihood = fk.likelihoods.Categorical()
+    options: dict[str, Any] = {"seeds": (0,), "measurements": ("loss", "margin"), "path": tmp_path / "runs"}
+    by_name = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, **options)
+    by_object = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, likelihood=likelihood, **options)  # the same run's file
+    for name in ("loss", "margin"):
+        assert torch.equal(by_object.outputs[name], by_name.outputs[name])
+    ignoring = fk.likelihoods.Categorical(ignore_index=2)
+    runs = [
+        retrain(
+            lambda seed: Tied().double(), *halves(TOKENS, y), MASKS, SGD, seeds=(0,), likelihood=own,
+            measurements=("loss", "margin"),
+        )
+        for y, own in ((TOKENS, ignoring), (torch.where(TOKENS == 2, -100, TOKENS), likelihood))
+    ]  # fmt: skip
+    for name in ("loss", "margin"):
+        torch.testing.assert_close(runs[0].outputs[name], runs[1].outputs[name])
+    with pytest.raises(fk.errors.InvalidArgumentError, match="another"):
+        retrain(mlp, TRAIN, QUERIES, MASKS, SGD, likelihood=ignoring, **options)
+
+
+def test_retrain__refuses_a_likelihood_that_does_not_say_its_loss() -> None:
+    class Own(fk.likelihoods.Gaussian):
+        name = "own"
+
+    with pytest.raises(fk.errors.InvalidArgumentError, match="a Own as likelihood"):
+        retrain(mlp, *halves(X, random(N + Q, 3)), MASKS, SGD, likelihood=Own())
 
 
 def test_retrain__sees_a_subset_and_nothing_else() -> None:
