@@ -78,11 +78,15 @@ class ModelRows:
         """N, as given or as the Fisher says.
 
         Raises:
-            InvalidArgumentError: neither says it.
+            InvalidArgumentError: neither says it, or what is given is no integer from 1 on.
         """
+        if given is not None:
+            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+                raise InvalidArgumentError(call=CALL, got=f"examples={given!r}", expected="an integer, 1 or more")
+            return given
         # A sum keeps what its terms have in common, which would be each term's N and not the sum's.
         known = None if "terms" in self.metadata else self.metadata.get("examples")
-        if given is None and known is None:
+        if known is None:
             raise InvalidArgumentError(
                 call=CALL,
                 got="a Fisher that does not say on how many examples it was measured",
@@ -90,9 +94,7 @@ class ModelRows:
                 why="sums, multiples and operators of one's own have no N",
                 try_="examples=len(train)",
             )
-        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-            raise InvalidArgumentError(call=CALL, got=f"examples={given!r}", expected="an integer, 1 or more")
-        return int(known) if given is None and known is not None else int(given or 0)
+        return int(known)
 
     def module(self, names: tuple[str, ...]) -> str:
         """The module that a unit's parameters belong to; of a unit across modules, all of them."""

@@ -228,7 +228,8 @@ class InfluenceScores:
         train = self._training(train, token=False)
         weights = self._weights(normalize)
         for block, form, others in self._query_blocks(queries, train, measurement):
-            helpful, harmful = RunningTop(k, largest=True), RunningTop(k, largest=False)
+            none = torch.empty(block.size, 0, dtype=self._model_rows.dtype, device=self._model_rows.device)
+            helpful, harmful = (RunningTop(k, none, largest=largest) for largest in (True, False))
             for pieces in self._pieces(block, form, others, None, weights):
                 helpful.add(pieces[""])
                 harmful.add(pieces[""])
