@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fisherkit import likelihoods
+from fisherkit.arguments import check_count, check_positive
 from fisherkit.data import Data, Source, is_causal, model_device, refuse_shuffling
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
-from fisherkit.fisher import check_positive
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
 from fisherkit.influence.measurements import Measurement, query_rule
 from fisherkit.likelihoods import Likelihood
@@ -81,8 +81,7 @@ class ModelRows:
             InvalidArgumentError: neither says it, or what is given is no integer from 1 on.
         """
         if given is not None:
-            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-                raise InvalidArgumentError(call=CALL, got=f"examples={given!r}", expected="an integer, 1 or more")
+            check_count(CALL, "examples", given)
             return given
         # A sum keeps what its terms have in common, which would be each term's N and not the sum's.
         known = None if "terms" in self.metadata else self.metadata.get("examples")

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fisherkit.arguments import check_count
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.influence.approximations import ApproximateScores, Approximation
@@ -221,8 +222,7 @@ class InfluenceScores:
             DataError, ModelError: as in `scores`.
         """
         call = f"top(k={k})"
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise InvalidArgumentError(call=call, got=f"k={k!r}", expected="an integer, 1 or more")
+        check_count(call, "k", k)
         check_options(None, None, normalize)
         tops: list[tuple[Tensor, ...]] = []
         train = self._training(train, token=False)
@@ -273,8 +273,7 @@ class InfluenceScores:
                 got=f"a {type(approximation).__name__} as approximation",
                 expected="fk.influence.LowRankQueries(rank) or fk.influence.RandomProjection(size)",
             )
-        if isinstance(checked, bool) or not isinstance(checked, int) or checked < 1:
-            raise InvalidArgumentError(call=call, got=f"checked={checked!r}", expected="an integer, 1 or more")
+        check_count(call, "checked", checked)
         blocks = self._training(train, token=False, lean=True)
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
         form = SolvedForm(self._inverse._solve, self._model_rows.space.size)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from fisherkit.arguments import check_count, is_integer
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, MemoryBudgetError, NonFiniteError
 from fisherkit.influence.evaluation.arguments import check_masks
@@ -111,7 +112,8 @@ def retrain(
         "subsets": fingerprint([masks]),
         "models": fingerprint([*models.initial.values(), *models.shared.values(), *models.frozen.values()]),
     }
-    data, targets, asked, wanted = (part.to(models.device) for part in (data, targets, asked, wanted))
+    data, asked = data.to(models.device), asked.to(models.device)
+    targets, wanted = targets.to(models.device), wanted.to(models.device)
     file = RunsFile(path, settings, masks, measured, (len(masks), len(seeds), asked.size), save_every, call)
     at_once = chunk_of(models, data, recipe, chunk_size, memory_budget, call)
     orders = torch.stack([epoch_orders(seed, recipe.epochs, data.size) for seed in seeds])
@@ -215,12 +217,11 @@ def check_training(
     """
     if not isinstance(recipe, TrainingRecipe):
         raise InvalidTypeError(call=call, got=f"a {type(recipe).__name__} as recipe", expected="a TrainingRecipe")
-    whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
+    whole = all(is_integer(seed) and seed >= 0 for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
         raise InvalidArgumentError(call=call, got=f"seeds={list(seeds)}", expected="distinct integers, 0 or more")
     for name, value in {"chunk_size": chunk_size, "memory_budget": memory_budget}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected="an integer, 1 or more, or None")
+        check_count(call, name, value, optional=True)
 
 
 def _check_finite(values: dict[str, Tensor], subset: Tensor, seeds: Sequence[int], call: str) -> None:
