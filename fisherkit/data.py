@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError
 from fisherkit.randomness import rng_state, untouched_rng
@@ -324,6 +324,27 @@ def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
     owners = [loader, loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
     found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
     return list(found.values())
+
+
+def refuse_shuffling(data: Data, call: str, role: str = "") -> None:
+    """Refuse a loader that shuffles, where results are in the order of the data.
+
+    Args:
+        data: as users pass it.
+        call: for errors.
+        role: what the data are for, where the call has several.
+
+    Raises:
+        DataError: it shuffles.
+    """
+    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+        raise DataError(
+            call=call,
+            got=f"a DataLoader that shuffles{role and f' as {role}'}",
+            expected="one in a fixed order",
+            why="an example is known by its place",
+            try_="DataLoader(data, batch_size=..., shuffle=False)",
+        )
 
 
 def check_finite(z: Tensor, call: str) -> None:

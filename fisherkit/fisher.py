@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
+from fisherkit.arguments import check_positive
 from fisherkit.build import Builder, Built
 from fisherkit.data import Data, Source, is_causal, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
@@ -185,18 +186,3 @@ def _only_full(call: str, structure: str, max_rows: int | None) -> None:
             call=call, got=f"max_rows={max_rows} with structure={structure!r}", expected='structure="full"',
             why="no other structure keeps the rows of the whole matrix", try_="max_rows=None",
         )  # fmt: skip
-
-
-def check_positive(call: str, name: str, value: int | None) -> None:
-    """An argument that is None or an integer from 1 on.
-
-    Raises:
-        InvalidTypeError: no integer.
-        InvalidArgumentError: below 1.
-    """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="an integer or None")
-    if value < 1:
-        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected="1 or more, or None")

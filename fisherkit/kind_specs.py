@@ -5,7 +5,7 @@ Owns the spelling and nothing of what a setting means: the kind's rule checks it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from fisherkit.fisher import FisherApproximation
 from fisherkit.kinds import KINDS
 from fisherkit.outputs import OutputRule
 from fisherkit.vectors import RULES
+
+_SETTINGS = {"ief": ("power",), "sf": ("draws",), "truncated": ("rank", "tolerance")}
+"""What a kind's setting can be, by the names that its class and the metadata of a Fisher have for it."""
 
 SPELLINGS = ("ef", "ief", "ief:POWER", "sf", "sf:DRAWS", "truncated", "truncated:RANK", "truncated:TOLERANCE", "exact")
 
@@ -65,6 +68,20 @@ class KindSpec:
         """The Fisher of this kind with the keywords of `fisherkit.FisherApproximation`."""
         own = self.options | ({"seed": seed} if self.name == "sf" else {})
         return KINDS[self.name](model, data, **own, **options)
+
+
+def spelled(metadata: Mapping[str, str]) -> str:
+    """A Fisher's kind with its setting, as `KindSpec.parse` reads it back; iEF of power 1 by its name alone.
+
+    Args:
+        metadata: of the Fisher; "unknown" if it names no kind.
+    """
+    name = metadata.get("kind", "unknown")
+    for key in _SETTINGS.get(name, ()):
+        if key in metadata and not (key == "power" and float(metadata[key]) == 1):
+            # A tolerance without a point would be read as a rank.
+            return f"{name}:{float(metadata[key]) if key == 'tolerance' else metadata[key]}"
+    return name
 
 
 def _options(name: str, setting: str) -> dict[str, Any]:

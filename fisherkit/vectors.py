@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import check_positive, is_integer
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors
 from fisherkit.randomness import keyed_uniform
@@ -102,7 +103,7 @@ class SampledVectors(OutputRule):
     def __init__(self, draws: int = 1, seed: int = 0) -> None:
         call = "SampledFisher"
         for name, value in (("draws", draws), ("seed", seed)):
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_integer(value):
                 raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="an integer")
         if draws < 1:
             raise InvalidArgumentError(call=call, got=f"draws={draws}", expected="1 or more")
@@ -176,10 +177,7 @@ class TruncatedVectors(OutputRule):
         call = "TruncatedFisher"
         if rank is not None and tolerance is not None:
             raise InvalidArgumentError(call=call, got=f"rank={rank} and tolerance={tolerance}", expected="one of them")
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
-            raise InvalidTypeError(call=call, got=f"rank of type {type(rank).__name__}", expected="an integer")
-        if rank is not None and rank < 1:
-            raise InvalidArgumentError(call=call, got=f"rank={rank}", expected="1 or more")
+        check_positive(call, "rank", rank)
         if tolerance is not None and (isinstance(tolerance, bool) or not isinstance(tolerance, (int, float))):
             raise InvalidTypeError(call=call, got=f"tolerance of type {type(tolerance).__name__}", expected="a number")
         if tolerance is not None and not 0 <= tolerance < 1:

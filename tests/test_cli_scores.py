@@ -55,6 +55,10 @@ def shuffled():
     model, train, queries = parts()
     return model, DataLoader(TensorDataset(*train[0]), batch_size=4, shuffle=True), queries
 
+def training():
+    model, train, queries = parts()
+    return nn.Sequential(model, nn.BatchNorm1d(3).double()), train, queries
+
 def odd_show():
     return *parts(), lambda split, index: 3
 
@@ -198,10 +202,10 @@ def test_scores__of_other_likelihoods(name: str, likelihood: str) -> None:
 
 @pytest.mark.usefixtures("folder")
 def test_scores__a_fisher_file_is_used_again(folder: Path) -> None:
-    first = found("scored_module:make", "--save-fisher", "f.safetensors", "--kind", "ief", "--structure", "kfac")
+    first = found("scored_module:make", "--save-fisher", "f.safetensors", "--kind", "ief:0.5", "--structure", "kfac")
     assert "--overwrite" in run("scored_module:make", "--save-fisher", "f.safetensors").stderr
     again = found("scored_module:make", "--fisher", "f.safetensors")
-    assert (again["computed"]["kind"], again["computed"]["structure"]) == ("ief", "kfac")
+    assert (again["computed"]["kind"], again["computed"]["structure"]) == ("ief:0.5", "kfac")
     assert again["computed"]["fisher_file"] == "f.safetensors"
     for a, b in zip(first["queries"], again["queries"], strict=True):
         assert [e["index"] for e in a["helpful"]] == [e["index"] for e in b["helpful"]]
@@ -336,6 +340,10 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:make", "--train", "{data}"), ("--train with a function", "its own data")),
         (("scored_module:pair",), ("a tuple of 2", "(model, train, queries, show)")),
         (("scored_module:shuffled",), ("shuffles as train", "shuffle=False")),
+        (
+            ("scored_module:training", "--fisher", "f", "--worst", "2"),
+            ("BatchNorm1d '1' in train mode", "model.eval()"),
+        ),
         (("scored_module:odd_show",), ("show('train',", "a text, a picture as an array")),
         (("scored_module:odd_picture",), ("a picture of shape [2, 3, 4, 5]",)),
         (("scored_module:no_targets",), ("targets",)),

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
 from fisherkit.influence import InfluenceScores
+from fisherkit.influence.blocks import OncePerExample, RowBlock
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
 from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
@@ -156,6 +158,43 @@ def test_relatif__divides_by_the_square_root_of_an_example_s_own(structure: str)
     same(found, scores.scores(QUERIES, (X, Y)) / own.sqrt())
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_relatif__computes_an_example_s_own_once_for_all_blocks_of_queries(
+    prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = influence()
+    expected = whole.scores((X, Y), (X, Y), normalize="relatif")
+    scores, _ = influence(memory_budget=10_000)
+    train = scores.prepare(cut(2, 4, 1)) if prepared else cut(2, 4, 1)
+    squares, made = scores._squares, []
+    monkeypatch.setattr(scores, "_squares", lambda block: made.append(block.size) or squares(block))
+    blocks = list(scores._query_blocks((X, Y), scores._training(train, token=False), "loss"))
+    assert len(blocks) > 1
+    same(scores.scores((X, Y), train, normalize="relatif"), expected)
+    assert sum(made) == 7
+    made.clear()
+    found = scores.top((X, Y), train, 7, normalize="relatif")
+    same(found.helpful, expected.sort(1, descending=True).values)
+    assert sum(made) == 7
+
+
+def test_once_per_example__later_passes_may_cut_the_data_otherwise() -> None:
+    scores, _ = influence()
+    own, made = scores._squares(next(iter(scores.prepare((X, Y))))), []
+
+    def squares(block: RowBlock) -> Tensor:
+        made.append(block.size)
+        return scores._squares(block)
+
+    once = OncePerExample(squares)
+    for sizes in ((2, 4, 1), (3, 3, 1), (7,)):
+        start = 0
+        for block in scores.prepare(cut(*sizes)):
+            same(once.of(block, start), own[start : start + block.size])
+            start += block.size
+    assert made == [2, 4, 1]
+
+
 @pytest.mark.parametrize("normalize", [None, "relatif"])
 def test_top__is_the_sorted_score_matrix_s(normalize: str | None) -> None:
     scores, _ = influence("ekfac")
@@ -166,6 +205,22 @@ def test_top__is_the_sorted_score_matrix_s(normalize: str | None) -> None:
     assert torch.equal(top.helpful_index, order.flip(1)[:, :4])
     same(top.harmful, whole.sort(1).values[:, :4])
     assert torch.equal(top.harmful_index, order[:, :4])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_groups__may_be_of_any_integers(dtype: torch.dtype) -> None:
+    scores, _ = influence()
+    groups = torch.tensor([2, 0, 1, 2, 2, 0, 1])
+    whole = scores.scores(QUERIES, (X, Y))
+    expected = torch.stack([whole[:, groups == g].sum(1) for g in range(3)], 1)
+    same(scores.scores(QUERIES, (X, Y), groups=groups.to(dtype)), expected)
+
+
+def test_groups__of_a_loader_that_drops_examples_are_of_those_that_are_left() -> None:
+    scores, _ = influence()
+    loader = DataLoader(TensorDataset(X, Y), batch_size=3, drop_last=True)
+    found = scores.scores(QUERIES, loader, groups=torch.zeros(6, dtype=torch.long))
+    same(found[:, 0], scores.scores(QUERIES, (X[:6], Y[:6])).sum(1))
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,10 @@ def without_grad(z: Tensor, _: Tensor | None) -> Tensor:
     return torch.zeros(len(z))
 
 
+def dropping() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*DATA), batch_size=3, drop_last=True)
+
+
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "fisher": (lambda: InfluenceScores(torch.eye(3), mlp()), fk.InvalidTypeError, "a Tensor as fisher"),  # type: ignore[arg-type]
     "model": (lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), 3), fk.InvalidTypeError, "an? int as model"),  # type: ignore[arg-type]
@@ -100,6 +104,16 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "groups short": (
         lambda: made().scores(DATA, DATA, groups=torch.zeros(6, dtype=torch.long)), fk.InvalidArgumentError, "6. for 7"
     ),
+    "groups long": (
+        lambda: made().scores(DATA, dropping(), groups=torch.zeros(7, dtype=torch.long)),
+        fk.InvalidArgumentError,
+        "7. for 6",
+    ),
+    "prepare by": (
+        lambda: made().prepare(DATA, by="tokens"),  # type: ignore[arg-type]
+        fk.InvalidArgumentError,
+        r"by='tokens'; expected one of \[None, 'token'",
+    ),
     "groups float": (lambda: made().scores(DATA, DATA, groups=torch.zeros(7)), fk.InvalidTypeError, "torch.float32"),
     "groups negative": (
         lambda: made().scores(DATA, DATA, groups=torch.full((7,), -1)), fk.InvalidArgumentError, "group -1"
@@ -120,6 +134,20 @@ def test_bad_input__is_refused_with_a_reason(case: str) -> None:
     call, error, message = CASES[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_groups_of_a_wrong_number__are_refused_before_anything_is_computed() -> None:
+    influence, calls = made(), 0
+
+    def measurement(z: Tensor, _: Tensor | None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return z[:, 0]
+
+    for train in (DATA, influence.prepare(DATA)):
+        with pytest.raises(fk.InvalidArgumentError, match=r"\[6\] for 7"):
+            influence.scores(DATA, train, groups=torch.zeros(6, dtype=torch.long), measurement=measurement)
+    assert calls == 0
 
 
 def test_train_mode__is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,6 +210,35 @@ def test_retrain__sums_margins_over_positions_that_count() -> None:
     torch.testing.assert_close(runs[0].outputs["margin"], runs[1].outputs["margin"])
 
 
+def test_retrain__takes_likelihoods_as_objects(tmp_path: Path) -> None:
+    likelihood = fk.likelihoods.Categorical()
+    options: dict[str, Any] = {"seeds": (0,), "measurements": ("loss", "margin"), "path": tmp_path / "runs"}
+    by_name = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, **options)
+    by_object = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, likelihood=likelihood, **options)  # the same run's file
+    for name in ("loss", "margin"):
+        assert torch.equal(by_object.outputs[name], by_name.outputs[name])
+    ignoring = fk.likelihoods.Categorical(ignore_index=2)
+    runs = [
+        retrain(
+            lambda seed: Tied().double(), *halves(TOKENS, y), MASKS, SGD, seeds=(0,), likelihood=own,
+            measurements=("loss", "margin"),
+        )
+        for y, own in ((TOKENS, ignoring), (torch.where(TOKENS == 2, -100, TOKENS), likelihood))
+    ]  # fmt: skip
+    for name in ("loss", "margin"):
+        torch.testing.assert_close(runs[0].outputs[name], runs[1].outputs[name])
+    with pytest.raises(fk.errors.InvalidArgumentError, match="another"):
+        retrain(mlp, TRAIN, QUERIES, MASKS, SGD, likelihood=ignoring, **options)
+
+
+def test_retrain__refuses_a_likelihood_that_does_not_say_its_loss() -> None:
+    class Own(fk.likelihoods.Gaussian):
+        name = "own"
+
+    with pytest.raises(fk.errors.InvalidArgumentError, match="a Own as likelihood"):
+        retrain(mlp, *halves(X, random(N + Q, 3)), MASKS, SGD, likelihood=Own())
+
+
 def test_retrain__sees_a_subset_and_nothing_else() -> None:
     """Other values outside the subset change nothing."""
     x = torch.where(MASKS[0].unsqueeze(1), TRAIN[0], 1e3)
@@ -236,7 +266,7 @@ class Branching(nn.Module):
     ("change", "error", "message"),
     [
         ({"masks": MASKS[:, :9]}, fk.errors.InvalidArgumentError, "[S, 13]"),
-        ({"masks": MASKS.long()}, fk.errors.InvalidTypeError, "boolean"),
+        ({"masks": MASKS.long()}, fk.errors.InvalidTypeError, "random_subsets(N, S)"),
         ({"masks": MASKS & False}, fk.errors.InvalidArgumentError, "without examples"),
         ({"recipe": {"epochs": 3}}, fk.errors.InvalidTypeError, "TrainingRecipe"),
         ({"seeds": ()}, fk.errors.InvalidArgumentError, "seeds"),
@@ -326,6 +356,12 @@ def test_retrain__leaves_the_model_that_a_function_returns_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not torch.equal(trained[0][0].weight, model[0].weight)
+
+
+def test_train_models__refuses_masks_that_are_no_boolean_tensors() -> None:
+    for mask, got in (([True] * N, "a mask of type list"), (MASKS[0].long(), "a mask of torch.int64")):
+        with pytest.raises(fk.errors.InvalidTypeError, match=got):
+            train_models(mlp, TRAIN, SGD, mask=mask)  # type: ignore[arg-type]
 
 
 def test_train_models__refuses() -> None:

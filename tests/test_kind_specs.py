@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fisherkit as fk
-from fisherkit.kind_specs import SPELLINGS, KindSpec
+from fisherkit.kind_specs import SPELLINGS, KindSpec, spelled
 from fisherkit.optim.arguments import rule_of
 
 CASES = {
@@ -35,6 +35,26 @@ def test_parse__says_what_the_optimizers_keywords_say(text: str, written: tuple[
     model, data = nn.Linear(3, 4), (torch.ones(2, 3), torch.tensor([0, 1]))
     metadata = KindSpec.parse(text, call="test").build(model, data, seed=0).metadata
     assert {**metadata, "kind": name, **by_keyword.kind_options()} == metadata
+
+
+@pytest.mark.parametrize("text", [*CASES, "ief:0", "truncated:0", "truncated:1e-5"])
+def test_spelled__is_read_back_as_the_same_kind(text: str) -> None:
+    model, data = nn.Linear(3, 4), (torch.ones(2, 3), torch.tensor([0, 1]))
+    if text == "truncated:0":
+        metadata = fk.TruncatedFisher(model, data, tolerance=0).metadata
+    else:
+        metadata = KindSpec.parse(text, call="test").build(model, data, seed=0).metadata
+    again = KindSpec.parse(spelled(metadata), call="test")
+    assert again.build(model, data, seed=0).metadata | {"tolerance": ""} == metadata | {"tolerance": ""}
+    assert ("tolerance" in metadata) == ("tolerance" in again.options)
+
+
+def test_spelled__names_what_it_knows() -> None:
+    assert spelled({}) == "unknown"
+    assert spelled({"kind": "ief", "power": "0.5"}) == "ief:0.5"
+    assert spelled({"kind": "ief", "power": "1.0"}) == "ief"
+    assert spelled({"kind": "sf", "draws": "4", "seed": "3"}) == "sf:4"
+    assert spelled({"kind": "likely", "rank": "3"}) == "likely"
 
 
 def test_step__takes_a_setting_and_a_seed() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkit.arguments import is_integer
 from fisherkit.cli.texts import Text
 from fisherkit.errors import DataError, InvalidArgumentError
 
@@ -213,7 +214,7 @@ class TextBatches:
         if isinstance(label, str) and label in names:
             return int(names[label])
         number = int(label) if isinstance(label, str) and label.strip().isdecimal() else label
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
+        if not is_integer(number) or not 0 <= number < count:
             known = list(names)[:12]
             raise DataError(
                 call=self.call, got=f"label {label!r} in {text.place}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fisherkit.arguments import is_integer
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators import FisherOperator
 from fisherkit.operators.normalization import check_normalize, normalization_factor
@@ -114,7 +115,7 @@ def _multiple(convention: Convention, batch_size: int | None, examples: int | No
 
 
 def _count(name: str, value: int | None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_integer(value) or value < 1:
         raise InvalidArgumentError(
             call=CALL, got=f"{name}={value!r}", expected="a positive integer",
             why="the other library's Fisher depends on it",

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import check_count
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudgetError
 from fisherkit.operators import DiagonalOperator, FisherOperator, split, unwrap
 
@@ -101,8 +102,7 @@ def audit(
     call = "audit"
     if not isinstance(exact, FisherOperator):
         raise InvalidTypeError(call=call, got=f"a {type(exact).__name__} as exact", expected="a FisherOperator")
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise InvalidArgumentError(call=call, got=f"batch_size={batch_size!r}", expected="an integer, 1 or more")
+    check_count(call, "batch_size", batch_size, optional=True)
     operator = other if isinstance(other, FisherOperator) else _diagonal(other, exact, call)
     if operator.space != exact.space:
         raise InvalidArgumentError(

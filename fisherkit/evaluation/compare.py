@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fisherkit.arguments import is_integer
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.evaluation.comparison import CALL, SGD, Comparison
@@ -165,7 +166,7 @@ def _check_cosine(value: float | None) -> None:
 
 def _check_draws(value: int, seed: int) -> None:
     for name, number in (("draws", value), ("seed", seed)):
-        if isinstance(number, bool) or not isinstance(number, int):
+        if not is_integer(number):
             raise InvalidTypeError(call=CALL, got=f"{name} of type {type(number).__name__}", expected="an integer")
     if value < 1:
         raise InvalidArgumentError(call=CALL, got=f"draws={value}", expected="1 or more")

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import is_integer
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.rows.base import UnitRows, spans
@@ -60,7 +61,7 @@ class Approximation(ABC):
     def __init__(self, size: int, seed: int) -> None:
         call = type(self).__name__
         for name, value in (("its size", size), ("seed", seed)):
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_integer(value):
                 raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="an integer")
         if size < 1:
             raise InvalidArgumentError(call=call, got=f"a size of {size}", expected="1 or more")

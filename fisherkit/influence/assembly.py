@@ -26,8 +26,8 @@ def check_options(by: Any, groups: Any, normalize: Any) -> None:
         raise InvalidTypeError(call=call, got=f"a {type(groups).__name__} as groups", expected="a tensor of integers")
     if groups is not None and (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool):
         raise InvalidTypeError(call=call, got=f"groups of {groups.dtype}", expected="a tensor of integers")
-    if groups is not None and groups.numel() and int(groups.min()) < 0:
-        raise InvalidArgumentError(call=call, got=f"group {int(groups.min())}", expected="0 or more")
+    if groups is not None and groups.numel() and int(groups.long().min()) < 0:
+        raise InvalidArgumentError(call=call, got=f"group {int(groups.long().min())}", expected="0 or more")
     for name, value, allowed in (("by", by, (None, "module", "token")), ("normalize", normalize, (None, "relatif"))):
         if value not in allowed:
             raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
@@ -69,18 +69,27 @@ def stacked(parts: list[Tensor]) -> Tensor:
     return whole
 
 
+def check_group_count(groups: Tensor, examples: int) -> None:
+    """Refuse other than one group for each example.
+
+    Raises:
+        InvalidArgumentError: not one group for each.
+    """
+    if groups.shape != (examples,):
+        raise InvalidArgumentError(
+            call="scores(groups)",
+            got=f"groups of shape {list(groups.shape)} for {examples} training examples",
+            expected="one number for each",
+        )
+
+
 def grouped(scores: Float[Tensor, "Q N"], groups: Tensor) -> Float[Tensor, "Q G"]:
     """Sums over groups of training examples.
 
     Raises:
         InvalidArgumentError: not one group for each example.
     """
-    if groups.shape != scores.shape[1:]:
-        raise InvalidArgumentError(
-            call="scores(groups)",
-            got=f"groups of shape {list(groups.shape)} for {scores.shape[1]} training examples",
-            expected="one number for each",
-        )
-    groups = groups.to(scores.device)
+    check_group_count(groups, scores.shape[1])
+    groups = groups.to(scores.device, torch.long)
     total = scores.new_zeros(scores.shape[0], int(groups.max()) + 1)
     return total.index_add_(1, groups, scores)

@@ -7,11 +7,11 @@ memory. Knows no Fisher matrix and no score.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from fisherkit.data import Batch, Source
@@ -71,6 +71,10 @@ class RowBlocks(ABC):
     def count(self) -> int:
         """How many examples there are, as far as the data tell without a pass."""
 
+    def counted(self) -> int:
+        """How many there are for sure."""
+        return self.count()
+
 
 class LiveBlocks(RowBlocks):
     """Blocks made from the data in every pass.
@@ -93,6 +97,10 @@ class LiveBlocks(RowBlocks):
     def count(self) -> int:
         """The data's own."""
         return self.problem.source.count()
+
+    def counted(self) -> int:
+        """By a pass over the data, without the model: a loader may drop or merge examples of its data set."""
+        return sum(batch.size for batch in self.problem.source)
 
     def row_bytes(self) -> int:
         """What one example's rows take."""
@@ -118,6 +126,31 @@ class KeptBlocks(RowBlocks):
     def count(self) -> int:
         """Known."""
         return sum(block.size for block in self.blocks)
+
+
+class OncePerExample:
+    """A number for each example: made block by block in the first pass over the data, known in every later one.
+
+    Args:
+        function: a block's numbers.
+    """
+
+    def __init__(self, function: Callable[[RowBlock], Float[Tensor, "B"]]) -> None:
+        self._function = function
+        self._known: Tensor | None = None
+
+    def of(self, block: RowBlock, start: int) -> Float[Tensor, "B"]:
+        """A block's numbers.
+
+        Args:
+            block: of the data; later passes may cut them otherwise.
+            start: its first example's place.
+        """
+        known = 0 if self._known is None else len(self._known)
+        if self._known is None or start >= known:
+            made = self._function(block)
+            self._known = made if self._known is None else torch.cat([self._known, made])
+        return self._known[start : start + block.size]
 
 
 class LimitedSource(Source):

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
 
 from fisherkit import likelihoods
-from fisherkit.data import Data, Source, is_causal, model_device
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
-from fisherkit.fisher import check_positive
+from fisherkit.arguments import check_count, check_positive
+from fisherkit.data import Data, Source, is_causal, model_device, refuse_shuffling
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
 from fisherkit.influence.measurements import Measurement, query_rule
 from fisherkit.likelihoods import Likelihood
@@ -79,11 +78,14 @@ class ModelRows:
         """N, as given or as the Fisher says.
 
         Raises:
-            InvalidArgumentError: neither says it.
+            InvalidArgumentError: neither says it, or what is given is no integer from 1 on.
         """
+        if given is not None:
+            check_count(CALL, "examples", given)
+            return given
         # A sum keeps what its terms have in common, which would be each term's N and not the sum's.
         known = None if "terms" in self.metadata else self.metadata.get("examples")
-        if given is None and known is None:
+        if known is None:
             raise InvalidArgumentError(
                 call=CALL,
                 got="a Fisher that does not say on how many examples it was measured",
@@ -91,9 +93,7 @@ class ModelRows:
                 why="sums, multiples and operators of one's own have no N",
                 try_="examples=len(train)",
             )
-        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-            raise InvalidArgumentError(call=CALL, got=f"examples={given!r}", expected="an integer, 1 or more")
-        return int(known) if given is None and known is not None else int(given or 0)
+        return int(known)
 
     def module(self, names: tuple[str, ...]) -> str:
         """The module that a unit's parameters belong to; of a unit across modules, all of them."""
@@ -134,11 +134,7 @@ class ModelRows:
                 expected="the same values", why="∇ℓ and F must be taken at one point",
                 try_="a Fisher and an InfluenceScores of the model as it is",
             )  # fmt: skip
-        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
-            raise DataError(
-                call=CALL, got="a DataLoader that shuffles", expected="one in a fixed order",
-                why="an example is known by its place", try_="DataLoader(data, batch_size=..., shuffle=False)",
-            )  # fmt: skip
+        refuse_shuffling(data, CALL)
         return Source(data)
 
     def settings(self, *, token: bool) -> dict[str, Any]:

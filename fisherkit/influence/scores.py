@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fisherkit.arguments import check_count
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.influence.approximations import ApproximateScores, Approximation
-from fisherkit.influence.assembly import check_options, grouped, side_by_side, stacked
-from fisherkit.influence.blocks import KeptBlocks, RowBlock, RowBlocks, in_groups
+from fisherkit.influence.assembly import check_group_count, check_options, grouped, side_by_side, stacked
+from fisherkit.influence.blocks import KeptBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
 from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
@@ -100,11 +101,18 @@ class InfluenceScores:
 
         Raises:
             DataError, ModelError: as for a Fisher of these data.
-            InvalidArgumentError: the folder holds rows of another model or other data, or cannot be made.
+            InvalidArgumentError: an unknown ``by``; the folder holds rows of another model or other data, or cannot be
+                made.
             FileFormatError: the folder's manifest or one of its blocks is damaged.
 
         Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form.
         """
+        if by not in (None, "token"):
+            raise InvalidArgumentError(
+                call="prepare", got=f"by={by!r}", expected="one of [None, 'token']",
+                why="rows are of whole examples or of their tokens",
+                try_="prepare(train), which is for by=\"module\" too",
+            )  # fmt: skip
         blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token", lean=True)
         if folder is not None:
             return write_blocks(folder, blocks, self._model_rows.settings(token=blocks.token))
@@ -173,10 +181,13 @@ class InfluenceScores:
         """
         check_options(by, groups, normalize)
         train = self._training(train, token=by == "token")
+        if groups is not None and groups.shape != (train.count(),):
+            check_group_count(groups, train.counted())  # before anything is computed
+        weights = self._weights(normalize)
         whole: dict[str, list[Tensor]] = {}
         for block, form, others in self._query_blocks(queries, train, measurement):
             found: dict[str, list[Tensor]] = {}
-            for _, pieces in self._pieces(block, form, others, by, normalize):
+            for pieces in self._pieces(block, form, others, by, weights):
                 for name, piece in pieces.items():
                     found.setdefault(name, []).append(piece)
             for name, parts in found.items():
@@ -211,14 +222,15 @@ class InfluenceScores:
             DataError, ModelError: as in `scores`.
         """
         call = f"top(k={k})"
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise InvalidArgumentError(call=call, got=f"k={k!r}", expected="an integer, 1 or more")
+        check_count(call, "k", k)
         check_options(None, None, normalize)
         tops: list[tuple[Tensor, ...]] = []
         train = self._training(train, token=False)
+        weights = self._weights(normalize)
         for block, form, others in self._query_blocks(queries, train, measurement):
-            helpful, harmful = RunningTop(k, largest=True), RunningTop(k, largest=False)
-            for _, pieces in self._pieces(block, form, others, None, normalize):
+            none = torch.empty(block.size, 0, dtype=self._model_rows.dtype, device=self._model_rows.device)
+            helpful, harmful = (RunningTop(k, none, largest=largest) for largest in (True, False))
+            for pieces in self._pieces(block, form, others, None, weights):
                 helpful.add(pieces[""])
                 harmful.add(pieces[""])
             if helpful.seen < k:
@@ -261,8 +273,7 @@ class InfluenceScores:
                 got=f"a {type(approximation).__name__} as approximation",
                 expected="fk.influence.LowRankQueries(rank) or fk.influence.RandomProjection(size)",
             )
-        if isinstance(checked, bool) or not isinstance(checked, int) or checked < 1:
-            raise InvalidArgumentError(call=call, got=f"checked={checked!r}", expected="an integer, 1 or more")
+        check_count(call, "checked", checked)
         blocks = self._training(train, token=False, lean=True)
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
         form = SolvedForm(self._inverse._solve, self._model_rows.space.size)
@@ -345,16 +356,23 @@ class InfluenceScores:
         for block in in_groups(live, most):
             yield block, form, train
 
+    def _weights(self, normalize: str | None) -> OncePerExample | None:
+        """What each training example's scores are multiplied by for ℓ-RelatIF; None for nothing."""
+
+        def reciprocal_norms(block: RowBlock) -> Float[Tensor, "B"]:
+            norms = self._squares(block).sqrt()
+            return torch.where(norms > 0, norms.reciprocal(), 0)
+
+        return None if normalize is None else OncePerExample(reciprocal_norms)
+
     def _pieces(
-        self, block: RowBlock, form: RowForm, train: RowBlocks, by: str | None, normalize: str | None
-    ) -> Iterator[tuple[RowBlock, dict[str, Tensor]]]:
+        self, block: RowBlock, form: RowForm, train: RowBlocks, by: str | None, weights: OncePerExample | None
+    ) -> Iterator[dict[str, Tensor]]:
         """Scores of a block of queries against each training block, ``[Q, B]`` or ``[Q, B, P]``."""
-        solution = form.solve(block.rows)
+        solution, start = form.solve(block.rows), 0
         for other in train:
-            scale: float | Tensor = self._scale
-            if normalize is not None:
-                norms = self._squares(other).sqrt()
-                scale = self._scale * torch.where(norms > 0, norms.reciprocal(), 0)
+            scale = self._scale if weights is None else self._scale * weights.of(other, start)
+            start += other.size
             found: dict[str, Tensor] = {}
             if by == "module":
                 for names, part in solution.parts(other.rows):
@@ -362,7 +380,7 @@ class InfluenceScores:
                     found[name] = found[name] + part if name in found else part
             else:
                 found[""] = solution.products(other.rows)
-            yield other, {name: self._placed(part, block, other, by, scale) for name, part in found.items()}
+            yield {name: self._placed(part, block, other, by, scale) for name, part in found.items()}
 
     def _placed(
         self, part: Float[Tensor, "R S"], queries: RowBlock, train: RowBlock, by: str | None, scale: float | Tensor

@@ -34,25 +34,24 @@ class RunningTop:
 
     Args:
         k: how many.
+        none: no scores, of the dtype and on the device of those to come.
         largest: else the smallest.
     """
 
-    def __init__(self, k: int, *, largest: bool) -> None:
+    def __init__(self, k: int, none: Float[Tensor, "Q 0"], *, largest: bool) -> None:
         self.k, self.largest = k, largest
         self.seen = 0
-        self._found: tuple[Tensor, Tensor] | None = None
+        self._values, self._index = none, none.long()
 
     def add(self, scores: Float[Tensor, "Q B"]) -> None:
         """The next training examples' scores."""
         index = torch.arange(self.seen, self.seen + scores.shape[1], device=scores.device).expand_as(scores)
         self.seen += scores.shape[1]
-        if self._found is not None:
-            # Earlier ones come first, so that a tie goes to the earlier example wherever blocks end.
-            scores, index = torch.cat([self._found[0], scores], 1), torch.cat([self._found[1], index], 1)
+        # Earlier ones come first, so that a tie goes to the earlier example wherever blocks end.
+        scores, index = torch.cat([self._values, scores], 1), torch.cat([self._index, index], 1)
         values, order = torch.sort(scores, dim=1, descending=self.largest, stable=True)
-        self._found = values[:, : self.k], index.gather(1, order[:, : self.k])
+        self._values, self._index = values[:, : self.k], index.gather(1, order[:, : self.k])
 
     def result(self) -> tuple[Float[Tensor, "Q k"], Int[Tensor, "Q k"]]:
         """Values and places."""
-        assert self._found is not None  # noqa: S101  (data without a batch are refused before)
-        return self._found
+        return self._values, self._index

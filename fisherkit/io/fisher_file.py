@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fisherkit.arguments import is_integer
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
 from fisherkit.io.atomic import as_path, check_folder, unreadable
 from fisherkit.io.reader import FORMAT, INDEX_SUFFIX, Archive, Reader
@@ -143,7 +144,7 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State
 def _check_size(size: int | None, call: str) -> None:
     if size is None:
         return
-    if isinstance(size, bool) or not isinstance(size, int):
+    if not is_integer(size):
         raise InvalidTypeError(
             call=call,
             got=f"max_shard_size of type {type(size).__name__}",

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import check_count
 from fisherkit.errors import InvalidArgumentError, NotConvergedWarning, SingularMatrixError
 from fisherkit.operators import (
     DenseOperator,
@@ -60,8 +61,7 @@ class Solver:
             raise InvalidArgumentError(call=call, got=f"method={self.method!r}", expected=f"one of {list(METHODS)}")
         if not 0 < self.tolerance < 1:
             raise InvalidArgumentError(call=call, got=f"tolerance={self.tolerance}", expected="0 < tolerance < 1")
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise InvalidArgumentError(call=call, got=f"max_steps={self.max_steps!r}", expected="an integer, 1 or more")
+        check_count(call, "max_steps", self.max_steps)
 
     def solve(
         self, terms: Iterable[tuple[FisherOperator, Float[Tensor, "d"]]], damping: float

@@ -21,6 +21,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from fisherkit.arguments import is_integer
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.io.atomic import part_of, replace_text
 from fisherkit.merging.checkpoints import DTYPES
@@ -172,7 +173,7 @@ def targets(out: Path) -> tuple[Path, Path]:
 
 
 def _check(out: Path, single: Path, index: Path, size: int | None, overwrite: bool, call: str) -> None:
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+    if size is not None and not is_integer(size):
         raise InvalidTypeError(call=call, got=f"max_shard_size={size!r}", expected="bytes as an integer, or None")
     if size is not None and size < 1:
         raise InvalidArgumentError(call=call, got=f"max_shard_size={size}", expected="1 or more")

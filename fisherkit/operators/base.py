@@ -17,6 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherkit import io
+from fisherkit.arguments import is_integer
 from fisherkit.coverage import Coverage
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.damping import Damping
@@ -110,7 +111,7 @@ class FisherOperator(OperatorHooks):
             NoClosedFormError: sums whose parts do not share eigenvectors.
         """
         count = self.size if k is None else k
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= self.size:
+        if not is_integer(count) or not 1 <= count <= self.size:
             raise InvalidArgumentError(
                 call=f"{self._name}.eigenvalues(k={k})",
                 got=f"k = {k}",
@@ -276,7 +277,7 @@ class FisherOperator(OperatorHooks):
     @final
     def __radd__(self, other: int) -> FisherOperator:
         """0 + F, so that ``sum(fishers)`` works."""
-        if other != 0 or isinstance(other, bool) or not isinstance(other, int):
+        if other != 0 or not is_integer(other):
             raise InvalidTypeError(call=f"other + {self._name}", got=repr(other), expected="a FisherOperator")
         return self
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
+from fisherkit.arguments import check_count
 from fisherkit.errors import InvalidArgumentError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
@@ -79,11 +80,9 @@ class Curvature:
         ):
             if value not in allowed:
                 raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
-        counts = {"update_every": update_every, "refresh_every": refresh_every}
-        counts |= {} if max_rank is None else {"max_rank": max_rank}
-        for name, number in counts.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise InvalidArgumentError(call=call, got=f"{name}={number!r}", expected="an integer, 1 or more")
+        check_count(call, "update_every", update_every)
+        check_count(call, "refresh_every", refresh_every)
+        check_count(call, "max_rank", max_rank, optional=True)
         if not isinstance(ema, (int, float)) or not 0 <= ema < 1:
             raise InvalidArgumentError(call=call, got=f"ema={ema!r}", expected="a number from 0 to below 1")
         if structure in OF_A_BATCH and (ema > 0 or update_every > 1):

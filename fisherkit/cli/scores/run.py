@@ -29,7 +29,7 @@ from fisherkit.data import Source
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.fisher import STRUCTURES
 from fisherkit.influence import InfluenceScores
-from fisherkit.kind_specs import KindSpec
+from fisherkit.kind_specs import KindSpec, spelled
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
 
 CALL = "fisherkit scores"
@@ -176,7 +176,7 @@ def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Resul
     scored, own = _scored(settings, subject, describer, influence, sorted(order), train)
     seconds = time.perf_counter() - start
     computed = Computed(
-        model=subject.name, kind=_recorded_kind(fisher) if settings.fisher is not None else kind.text,
+        model=subject.name, kind=spelled(fisher.metadata) if settings.fisher is not None else kind.text,
         structure=fisher.metadata.get("structure", type(fisher).__name__),
         likelihood=likelihood, measurement=settings.measurement, normalize=settings.normalize,
         relative_damping=damping.scale if isinstance(damping, RelativeDamping) else None,
@@ -238,12 +238,6 @@ def _scored(
 
 def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
     return list(zip(values.tolist(), places.tolist(), strict=True))
-
-
-def _recorded_kind(fisher: FisherOperator) -> str:
-    """The kind of a Fisher from a file, with its setting."""
-    setting = [fisher.metadata[name] for name in ("rank", "tolerance", "draws") if name in fisher.metadata]
-    return ":".join([fisher.metadata.get("kind", "unknown"), *setting[:1]])
 
 
 def _notes(computed: Computed, fisher: FisherOperator, subject: Subject, *, shown: int) -> tuple[str, ...]:

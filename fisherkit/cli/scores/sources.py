@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
 
 from fisherkit.cli.factories import call_factory
 from fisherkit.cli.scores.describe import Show
 from fisherkit.cli.texts import Columns, Text, read_texts
-from fisherkit.data import Data
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
+from fisherkit.data import Data, refuse_shuffling
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.rows.record import refuse_train_mode
 
 EPOCHS, MISLABELLED = 40, 0.03
 """Of the demo's network, and the share of its training examples that are given a wrong label."""
@@ -133,6 +133,7 @@ def of_function(spec: str, options: TextOptions, *, device: str, call: str) -> S
     Raises:
         InvalidArgumentError: neither a folder nor a function, or files beside a function.
         InvalidTypeError: the function returned something else.
+        ModelError: dropout or batch norm in train mode.
         DataError: a loader that shuffles.
     """
     if ":" not in spec:
@@ -151,12 +152,9 @@ def of_function(spec: str, options: TextOptions, *, device: str, call: str) -> S
             try_='show = lambda split, index: ..., a text or a picture for split "train" or "queries"',
         )  # fmt: skip
     model, train, queries, show = (*made, None)[:4]
+    refuse_train_mode(model)  # a first look at its losses would move running statistics
     for name, data in (("train", train), ("queries", queries)):
-        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
-            raise DataError(
-                call=call, got=f"a DataLoader that shuffles as {name}", expected="one in a fixed order",
-                why="an example is known by its place", try_="DataLoader(data, batch_size=..., shuffle=False)",
-            )  # fmt: skip
+        refuse_shuffling(data, call, name)
     return Subject(spec, model.to(device), train, queries, "categorical", {}, show, {})
 
 

@@ -57,7 +57,7 @@ def check_masks(masks: object, call: str, examples: int | None = None) -> Bool[T
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
         got = f"masks of {masks.dtype}" if isinstance(masks, Tensor) else f"masks of type {type(masks).__name__}"
         raise InvalidTypeError(
-            call=call, got=got, expected="a boolean [S, N] tensor, a row for each subset", try_="half_subsets(N, S)"
+            call=call, got=got, expected="a boolean [S, N] tensor, a row for each subset", try_="random_subsets(N, S)"
         )
     if masks.ndim != 2 or 0 in masks.shape or (examples is not None and masks.shape[1] != examples):
         raise InvalidArgumentError(
@@ -67,6 +67,23 @@ def check_masks(masks: object, call: str, examples: int | None = None) -> Bool[T
     if not bool(masks.any(1).all()):
         raise InvalidArgumentError(call=call, got="a subset without examples", expected="at least one in each")
     return masks
+
+
+def check_mask(mask: object, call: str, examples: int) -> Bool[Tensor, "1 N"]:
+    """Which examples are in the one subset there is.
+
+    Raises:
+        InvalidTypeError: not a boolean tensor.
+        InvalidArgumentError: wrong shape, or no example.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = f"a mask of {mask.dtype}" if isinstance(mask, Tensor) else f"a mask of type {type(mask).__name__}"
+        raise InvalidTypeError(call=call, got=got, expected="a boolean tensor [N]", try_="torch.tensor(mask).bool()")
+    if mask.shape != (examples,):
+        raise InvalidArgumentError(
+            call=call, got=f"a mask of shape {list(mask.shape)}", expected=f"[{examples}], an entry for each example"
+        )
+    return check_masks(mask.unsqueeze(0), call)
 
 
 def check_outputs(outputs: object, call: str, subsets: int, queries: int) -> Float[Tensor, "S Q"]:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import check_count
 from fisherkit.errors import InvalidArgumentError
 
 Interval = tuple[float, float]
@@ -22,8 +23,7 @@ def check_bootstrap(resamples: int, confidence: float, call: str) -> None:
     Raises:
         InvalidArgumentError: fewer than one resample, or a confidence outside (0, 1).
     """
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise InvalidArgumentError(call=call, got=f"resamples={resamples!r}", expected="an integer, 1 or more")
+    check_count(call, "resamples", resamples)
     if not 0 < confidence < 1:
         raise InvalidArgumentError(
             call=call, got=f"confidence={confidence!r}", expected="a number between 0 and 1", try_="confidence=0.95"

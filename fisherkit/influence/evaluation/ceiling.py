@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import check_count
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.influence.evaluation.arguments import check_floats
 from fisherkit.influence.evaluation.bootstrap import Interval, check_bootstrap, multiplicities, percentile_interval
@@ -74,8 +75,7 @@ def noise_ceiling(
     call = "noise_ceiling"
     tensor = check_floats(outputs, call, "outputs", "a tensor [S, seeds, Q]")
     check_bootstrap(resamples, confidence, call)
-    if not isinstance(splits, int) or splits < 1:
-        raise InvalidArgumentError(call=call, got=f"splits={splits!r}", expected="an integer, 1 or more")
+    check_count(call, "splits", splits)
     if tensor.ndim != 3 or tensor.shape[0] < 3 or tensor.shape[1] < 2 or tensor.shape[2] < 1:
         raise InvalidArgumentError(
             call=call, got=f"outputs of shape {list(tensor.shape)}", expected="[S, seeds, Q], two seeds or more",

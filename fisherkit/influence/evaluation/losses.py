@@ -1,6 +1,6 @@
 """What is trained on and what is measured: a number for each example, from outputs and targets.
 
-Owns ℓ for each named likelihood, the margin, and the sign that makes larger better. Knows no model; outputs may come
+Owns ℓ of the package's likelihoods, the margin, and the sign that makes larger better. Knows no model; outputs may come
 from many models at once, flattened into the batch axis.
 """
 
@@ -15,31 +15,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
+from fisherkit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, resolve
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """Outputs ``[B, …]`` and targets ``[B, …]`` to ``[B]``."""
 
-Likelihood = str | PerExample
+Loss = str | Likelihood | PerExample
+"""What models are trained on: a likelihood, or a loss of the user's."""
+
 Measurements = str | Sequence[str] | Mapping[str, PerExample]
 
 
-def _categorical(z: Tensor, y: Tensor) -> Float[Tensor, " B"]:
-    """−log softmax(z)_y, summed over an example's positions; a label of −100 does not count."""
+def _categorical(z: Tensor, y: Tensor, likelihood: Likelihood) -> Float[Tensor, " B"]:
+    """−log softmax(z)_y, summed over an example's positions that are not ignored."""
     if y.is_floating_point() or z.ndim != y.ndim + 1:
         raise DataError(
             call="retrain", got=f"outputs of {z.ndim} axes and targets of {y.ndim} axes and {y.dtype}",
             expected="outputs [B, C] with class indices [B], or [B, T, C] with [B, T]", why="likelihood='categorical'",
         )  # fmt: skip
-    losses = F.cross_entropy(z.movedim(-1, 1), y, reduction="none")
+    losses = F.cross_entropy(z.movedim(-1, 1), y, reduction="none", ignore_index=likelihood.ignore_index)
     return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
 
-def _gaussian(z: Tensor, y: Tensor) -> Float[Tensor, " B"]:
+def _gaussian(z: Tensor, y: Tensor, _: Likelihood) -> Float[Tensor, " B"]:
     """½‖z − y‖²."""
     return 0.5 * (z - _shaped(y, z)).square().flatten(1).sum(1)
 
 
-def _bernoulli(z: Tensor, y: Tensor) -> Float[Tensor, " B"]:
+def _bernoulli(z: Tensor, y: Tensor, _: Likelihood) -> Float[Tensor, " B"]:
     """Σ_c binary cross-entropy with logits."""
     losses = F.binary_cross_entropy_with_logits(z, _shaped(y, z), reduction="none")
     return losses.reshape(len(z), -1).sum(1)
@@ -54,48 +57,66 @@ def _shaped(y: Tensor, z: Tensor) -> Tensor:
     return y.reshape(z.shape).to(z.dtype)
 
 
-_LOSSES: dict[str, PerExample] = {"categorical": _categorical, "gaussian": _gaussian, "bernoulli": _bernoulli}
-
-
-def loss_of(likelihood: Likelihood, call: str) -> PerExample:
-    """ℓ by the likelihood's name, or the user's own.
-
-    Raises:
-        InvalidArgumentError: an unknown name.
-        InvalidTypeError: neither a name nor a function.
-    """
-    if isinstance(likelihood, str):
-        if likelihood not in _LOSSES:
-            raise InvalidArgumentError(call=call, got=f"likelihood={likelihood!r}", expected=f"one of {list(_LOSSES)}")
-        return _LOSSES[likelihood]
-    if not callable(likelihood):
-        raise InvalidTypeError(
-            call=call, got=f"a {type(likelihood).__name__} as likelihood",
-            expected=f"one of {list(_LOSSES)}, or a function of outputs and targets that returns a loss an example",
-        )  # fmt: skip
-    return likelihood
-
-
-def _categorical_margin(z: Tensor, y: Tensor) -> Float[Tensor, " B"]:
+def _categorical_margin(z: Tensor, y: Tensor, likelihood: Likelihood) -> Float[Tensor, " B"]:
     """z_y − logsumexp of the other classes, which does not cancel; summed over positions as the loss is."""
     if y.is_floating_point() or z.ndim != y.ndim + 1:
-        return _categorical(z, y)  # which says what is wrong
-    counts = y != -100
+        return _categorical(z, y, likelihood)  # which says what is wrong
+    counts = y != likelihood.ignore_index
     label = torch.where(counts, y, 0).unsqueeze(-1)
     others = torch.logsumexp(z.scatter(-1, label, float("-inf")), -1)
     margins = torch.where(counts, z.gather(-1, label).squeeze(-1) - others, 0.0)
     return margins.reshape(len(z), -1).sum(1)
 
 
-def _bernoulli_margin(z: Tensor, y: Tensor) -> Float[Tensor, " B"]:
+def _bernoulli_margin(z: Tensor, y: Tensor, _: Likelihood) -> Float[Tensor, " B"]:
     """±z with the label's sign, summed over outputs."""
     return (z * (2 * _shaped(y, z) - 1)).reshape(len(z), -1).sum(1)
 
 
-_MARGINS: dict[str, PerExample] = {"categorical": _categorical_margin, "bernoulli": _bernoulli_margin}
+_Rules = Mapping[type[Likelihood], Callable[[Tensor, Tensor, Likelihood], Tensor]]
+_LOSSES: _Rules = {Categorical: _categorical, Gaussian: _gaussian, Bernoulli: _bernoulli}
+_MARGINS: _Rules = {Categorical: _categorical_margin, Bernoulli: _bernoulli_margin}
 
 
-def measurements_of(measurements: Measurements, likelihood: Likelihood, call: str) -> dict[str, PerExample]:
+def _of(rules: _Rules, likelihood: Likelihood) -> PerExample | None:
+    rule = rules.get(type(likelihood))
+    if rule is None:
+        return None
+
+    @functools.wraps(rule)
+    def per_example(z: Tensor, y: Tensor) -> Tensor:
+        return rule(z, y, likelihood)
+
+    return per_example
+
+
+def loss_of(likelihood: Loss, call: str) -> PerExample:
+    """ℓ of a likelihood, or the user's own.
+
+    Raises:
+        InvalidArgumentError: an unknown name, or a likelihood of one's own, which does not say its loss.
+        InvalidTypeError: neither a likelihood nor a function.
+    """
+    if not isinstance(likelihood, (str, Likelihood)):
+        if not callable(likelihood):
+            raise InvalidTypeError(
+                call=call, got=f"a {type(likelihood).__name__} as likelihood",
+                expected="a likelihood's name, an object of fk.likelihoods, or a function of outputs and targets that "
+                "returns a loss an example",
+            )  # fmt: skip
+        return likelihood
+    resolved = resolve(likelihood)
+    found = _of(_LOSSES, resolved)
+    if found is None:
+        raise InvalidArgumentError(
+            call=call, got=f"a {type(resolved).__name__} as likelihood",
+            expected=f"one of {[kind.__name__ for kind in _LOSSES]}", why="others say gradients, not the loss itself",
+            try_="its loss as a function of outputs and targets",
+        )  # fmt: skip
+    return found
+
+
+def measurements_of(measurements: Measurements, likelihood: Loss, call: str) -> dict[str, PerExample]:
     """What is recorded of every trained model, by name; larger = better.
 
     Raises:
@@ -103,8 +124,8 @@ def measurements_of(measurements: Measurements, likelihood: Likelihood, call: st
         InvalidTypeError: not names or functions.
     """
     known: dict[str, PerExample] = {"loss": _negative(loss_of(likelihood, call))}
-    if isinstance(likelihood, str) and likelihood in _MARGINS:
-        known["margin"] = _MARGINS[likelihood]
+    if isinstance(likelihood, (str, Likelihood)) and (margin := _of(_MARGINS, resolve(likelihood))) is not None:
+        known["margin"] = margin
     if isinstance(measurements, Mapping):
         if not all(callable(function) for function in measurements.values()):
             raise InvalidTypeError(

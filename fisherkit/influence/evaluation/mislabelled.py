@@ -18,7 +18,7 @@ from fisherkit.data import Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.influence.evaluation.arguments import check_floats
 from fisherkit.influence.evaluation.bootstrap import Interval, check_bootstrap, multiplicities, percentile_interval
-from fisherkit.influence.evaluation.losses import Likelihood, loss_of
+from fisherkit.influence.evaluation.losses import Loss, loss_of
 from fisherkit.influence.evaluation.ranks import Ranking
 
 
@@ -153,7 +153,7 @@ def _areas(
 
 
 def plain_rankings(
-    model: nn.Module, data: Data, *, likelihood: Likelihood = "categorical", chunk_size: int = 64
+    model: nn.Module, data: Data, *, likelihood: Loss = "categorical", chunk_size: int = 64
 ) -> dict[str, Float[Tensor, " N"]]:
     """The two rankings that need no Fisher: each training example's loss, and the norm of its gradient.
 

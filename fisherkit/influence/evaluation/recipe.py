@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherkit.arguments import is_integer
 from fisherkit.errors import InvalidArgumentError
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -88,4 +89,4 @@ def _number(value: object) -> bool:
 
 
 def _whole(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int) and value >= 1
+    return is_integer(value) and value >= 1

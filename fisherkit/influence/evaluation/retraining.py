@@ -16,15 +16,20 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from fisherkit.arguments import check_count, is_integer
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, MemoryBudgetError, NonFiniteError
 from fisherkit.influence.evaluation.arguments import check_masks
-from fisherkit.influence.evaluation.losses import Likelihood, Measurements, PerExample, loss_of, measurements_of
+from fisherkit.influence.evaluation.losses import Loss, Measurements, PerExample, loss_of, measurements_of
 from fisherkit.influence.evaluation.recipe import TrainingRecipe
 from fisherkit.influence.evaluation.runs_file import Retraining, RunsFile, fingerprint
 from fisherkit.influence.evaluation.stacked_models import Build, Stack, StackedModels
 from fisherkit.influence.evaluation.training import epoch_orders, example_losses, train_stack
+from fisherkit.likelihoods import Likelihood, resolve
 from fisherkit.memory import available_memory, readable
+
+Labelled = tuple[Batch, Tensor]
+"""Examples and their targets, of which a batch by itself may have none."""
 
 _AT_ONCE = 128
 """More models than this no longer make one cheaper, and leave the caches of a processor."""
@@ -40,7 +45,7 @@ def retrain(
     recipe: TrainingRecipe,
     *,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    likelihood: Likelihood = "categorical",
+    likelihood: Loss = "categorical",
     measurements: Measurements = ("loss",),
     path: str | Path | None = None,
     save_every: float = 30.0,
@@ -62,8 +67,8 @@ def retrain(
         masks: which training examples each subset has.
         recipe: how to train.
         seeds: R distinct integers.
-        likelihood: what is trained on: "categorical", "gaussian", "bernoulli" (as everywhere in the package), or a
-            function of outputs and targets that returns a loss for each example.
+        likelihood: what is trained on: "categorical", "gaussian", "bernoulli" or an object of these classes (as
+            everywhere in the package), or a function of outputs and targets that returns a loss for each example.
         measurements: what is recorded, larger = better: "loss" is −ℓ, "margin" is log(p_y / (1 − p_y)) of the labels
             (Park et al. 2023, §3.3), summed over an example's positions or outputs; or a dict of functions of outputs
             and targets. A function returns a number for each example and is read like a loss: its negative is
@@ -90,7 +95,8 @@ def retrain(
     Cost: S · R trainings. Memory: that of one chunk of models.
     """
     call = "retrain"
-    data, asked = batch_of(train, f"{call}, train"), batch_of(queries, f"{call}, queries")
+    data, targets = batch_of(train, f"{call}, train")
+    asked, wanted = batch_of(queries, f"{call}, queries")
     check_masks(masks, call, data.size)
     check_training(recipe, seeds, chunk_size, memory_budget, call)
     loss = loss_of(likelihood, call)
@@ -100,13 +106,14 @@ def retrain(
     settings = {
         "recipe": asdict(recipe),
         "seeds": list(seeds),
-        "likelihood": likelihood if isinstance(likelihood, str) else f"function {_name(likelihood)}",
+        "likelihood": _recorded(likelihood),
         "measurements": {name: _name(function) for name, function in measured.items()},
-        "data": fingerprint([*data.leaves()[0], *_targets(data), *asked.leaves()[0], *_targets(asked)]),
+        "data": fingerprint([*data.leaves()[0], targets, *asked.leaves()[0], wanted]),
         "subsets": fingerprint([masks]),
         "models": fingerprint([*models.initial.values(), *models.shared.values(), *models.frozen.values()]),
     }
     data, asked = data.to(models.device), asked.to(models.device)
+    targets, wanted = targets.to(models.device), wanted.to(models.device)
     file = RunsFile(path, settings, masks, measured, (len(masks), len(seeds), asked.size), save_every, call)
     at_once = chunk_of(models, data, recipe, chunk_size, memory_budget, call)
     orders = torch.stack([epoch_orders(seed, recipe.epochs, data.size) for seed in seeds])
@@ -116,8 +123,10 @@ def retrain(
     )  # fmt: skip
     with file, bar:
         for subset, seed in _chunks(masks, file.done, recipe, at_once):
-            stack = train_stack(models, seed, data, masks[subset], orders, recipe, loss, bar.update)
-            outputs, own = _measure(models, stack, data, asked, masks[subset], recipe, loss, measured)
+            stack = train_stack(models, seed, data, targets, masks[subset], orders, recipe, loss, bar.update)
+            outputs, own = _measure(
+                models, stack, (data, targets), (asked, wanted), masks[subset], recipe, loss, measured
+            )
             _check_finite({**outputs, "training loss": own}, subset, [seeds[int(i)] for i in seed], call)
             file.put(subset, seed, outputs, own)
     return file.result()
@@ -139,8 +148,8 @@ def _chunks(
 def _measure(
     models: StackedModels,
     stack: Stack,
-    data: Batch,
-    queries: Batch,
+    data: Labelled,
+    queries: Labelled,
     masks: Bool[Tensor, "M N"],
     recipe: TrainingRecipe,
     loss: PerExample,
@@ -149,14 +158,14 @@ def _measure(
     """Every measurement on the queries, ``[M, Q]``, and the mean loss on each model's own subset, ``[M]``."""
     width = max(recipe.batch_size or 0, _EVALUATED)
 
-    def on(batch: Batch, functions: dict[str, PerExample]) -> dict[str, Tensor]:
+    def on(labelled: Labelled, functions: dict[str, PerExample]) -> dict[str, Tensor]:
+        batch, targets = labelled
         parts: dict[str, list[Tensor]] = {name: [] for name in functions}
         for start in range(0, batch.size, width):
-            part = batch.take(slice(start, start + width))
-            z = models.outputs(stack, part, shared=True)
-            targets = _targets(part)[0].expand(len(z), *_targets(part)[0].shape)
+            part = slice(start, start + width)
+            z, y = models.outputs(stack, batch.take(part), shared=True), targets[part]
             for name, function in functions.items():
-                parts[name].append(example_losses(z, targets, function))
+                parts[name].append(example_losses(z, y.expand(len(z), *y.shape), function))
         return {name: torch.cat(part, 1) for name, part in parts.items()}
 
     own = masks.to(models.device)
@@ -185,7 +194,7 @@ def chunk_of(
     return min(_AT_ONCE, budget // each)
 
 
-def batch_of(raw: Any, call: str) -> Batch:
+def batch_of(raw: Any, call: str) -> Labelled:
     """Inputs and targets as users pass them.
 
     Raises:
@@ -194,11 +203,7 @@ def batch_of(raw: Any, call: str) -> Batch:
     batch = Batch.of(raw, call)
     if batch.targets is None:
         raise DataError(call=call, got="no targets", expected="a pair (inputs, targets)")
-    return batch
-
-
-def _targets(batch: Batch) -> list[Tensor]:
-    return [] if batch.targets is None else [batch.targets]
+    return batch, batch.targets
 
 
 def check_training(
@@ -212,12 +217,11 @@ def check_training(
     """
     if not isinstance(recipe, TrainingRecipe):
         raise InvalidTypeError(call=call, got=f"a {type(recipe).__name__} as recipe", expected="a TrainingRecipe")
-    whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
+    whole = all(is_integer(seed) and seed >= 0 for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
         raise InvalidArgumentError(call=call, got=f"seeds={list(seeds)}", expected="distinct integers, 0 or more")
     for name, value in {"chunk_size": chunk_size, "memory_budget": memory_budget}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected="an integer, 1 or more, or None")
+        check_count(call, name, value, optional=True)
 
 
 def _check_finite(values: dict[str, Tensor], subset: Tensor, seeds: Sequence[int], call: str) -> None:
@@ -230,6 +234,15 @@ def _check_finite(values: dict[str, Tensor], subset: Tensor, seeds: Sequence[int
                 expected="finite numbers", why="training diverged, or the measurement is not finite",
                 try_="a smaller learning rate",
             )  # fmt: skip
+
+
+def _recorded(likelihood: Loss) -> str:
+    """As the file of a run has it."""
+    if not isinstance(likelihood, (str, Likelihood)):
+        return f"function {_name(likelihood)}"
+    known = resolve(likelihood)
+    usual = known.ignore_index == Likelihood.ignore_index
+    return known.name if usual else f"{known.name}, ignore_index={known.ignore_index}"
 
 
 def _name(function: object) -> str:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherkit.arguments import is_integer
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.influence.evaluation.arguments import check_examples, check_scores
 
@@ -71,7 +72,7 @@ def removal_masks(scores: Float[Tensor, "Q N"], counts: Sequence[int]) -> Bool[T
     call = "removal_masks"
     checked = check_scores(scores, call)
     queries, examples = checked.shape
-    if not counts or not all(isinstance(k, int) and 1 <= k < examples for k in counts):
+    if not counts or not all(is_integer(k) and 1 <= k < examples for k in counts):
         raise InvalidArgumentError(
             call=call, got=f"counts={list(counts)}", expected=f"integers from 1 to {examples - 1}"
         )

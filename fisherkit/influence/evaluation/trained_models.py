@@ -13,8 +13,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fisherkit.influence.evaluation.arguments import check_masks
-from fisherkit.influence.evaluation.losses import Likelihood, loss_of
+from fisherkit.influence.evaluation.arguments import check_mask
+from fisherkit.influence.evaluation.losses import Loss, loss_of
 from fisherkit.influence.evaluation.recipe import TrainingRecipe
 from fisherkit.influence.evaluation.retraining import batch_of, check_training, chunk_of
 from fisherkit.influence.evaluation.stacked_models import Build, StackedModels
@@ -28,7 +28,7 @@ def train_models(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     mask: Bool[Tensor, " N"] | None = None,
-    likelihood: Likelihood = "categorical",
+    likelihood: Loss = "categorical",
     memory_budget: int | None = None,
     progress: bool = False,
 ) -> list[nn.Module]:
@@ -52,19 +52,18 @@ def train_models(
         MemoryBudgetError: not even one model fits.
     """
     call = "train_models"
-    data = batch_of(train, f"{call}, train")
+    data, targets = batch_of(train, f"{call}, train")
     check_training(recipe, seeds, None, memory_budget, call)
-    kept = torch.ones(1, data.size, dtype=torch.bool) if mask is None else mask.unsqueeze(0)
-    check_masks(kept, call, data.size)
+    kept = torch.ones(1, data.size, dtype=torch.bool) if mask is None else check_mask(mask, call, data.size)
     loss = loss_of(likelihood, call)
     models = StackedModels(build, seeds, call)
-    data = data.to(models.device)
+    data, targets = data.to(models.device), targets.to(models.device)
     at_once = chunk_of(models, data, recipe, None, memory_budget, call)
     orders = torch.stack([epoch_orders(seed, recipe.epochs, data.size) for seed in seeds])
     found = []
     with tqdm(total=len(seeds) * recipe.epochs, desc=call, unit="epoch", disable=not progress) as bar:
         for which in torch.arange(len(seeds)).split(at_once):
             masks = kept.cpu().expand(len(which), -1)
-            stack = train_stack(models, which, data, masks, orders, recipe, loss, bar.update)
+            stack = train_stack(models, which, data, targets, masks, orders, recipe, loss, bar.update)
             found += [models.module(build, seeds[int(i)], stack, place, call) for place, i in enumerate(which)]
     return found

@@ -37,6 +37,7 @@ def train_stack(
     models: StackedModels,
     which: Int[Tensor, " M"],
     data: Batch,
+    targets: Tensor,
     masks: Bool[Tensor, "M N"],
     orders: Int[Tensor, "R E N"],
     recipe: TrainingRecipe,
@@ -49,6 +50,7 @@ def train_stack(
         models: where they start.
         which: each model's place among the seeds.
         data: all training examples.
+        targets: theirs.
         masks: each model's subset.
         orders: of the examples, of each seed in each epoch.
         recipe: how.
@@ -72,8 +74,8 @@ def train_stack(
         index = places.view(len(sizes), steps, width).to(models.device)
         for step in range(steps):
             optimizer.zero_grad()
-            batch = data.take(index[:, step])
-            losses = example_losses(models.outputs(stack, batch, shared=False), batch.targets, loss)
+            chosen = index[:, step]
+            losses = example_losses(models.outputs(stack, data.take(chosen), shared=False), targets[chosen], loss)
             # The sum's gradient with respect to a model's parameters is that of its own mean.
             (weights[:, step] * losses).sum().backward()
             optimizer.step()
@@ -82,8 +84,6 @@ def train_stack(
     return stack
 
 
-def example_losses(z: Tensor, targets: Tensor | None, loss: PerExample) -> Tensor:
+def example_losses(z: Tensor, targets: Tensor, loss: PerExample) -> Tensor:
     """A function of outputs ``[M, B, …]`` and targets ``[M, B, …]``, ``[M, B]``."""
-    if targets is None:
-        raise ValueError("targets are checked before anything is trained")
     return loss(z.flatten(0, 1), targets.flatten(0, 1)).view(z.shape[:2])

@@ -1,0 +1,48 @@
+"""Checks of integers that many calls take: counts, sizes, seeds.
+
+Owns their words, so that the same mistake reads the same everywhere. Imports nothing from the package but its errors.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_positive(call: str, name: str, value: object) -> None:
+    """An argument that is None or an integer from 1 on.
+
+    Raises:
+        InvalidTypeError: no integer.
+        InvalidArgumentError: below 1.
+    """
+    if value is None:
+        return
+    if not is_integer(value):
+        raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="an integer or None")
+    if value < 1:
+        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected="1 or more, or None")
+
+
+def check_count(call: str, name: str, value: object, *, optional: bool = False) -> None:
+    """An argument that counts something, where the call names one error for whatever is wrong with it.
+
+    Args:
+        call: for the error.
+        name: of the argument.
+        value: what was passed.
+        optional: whether it may be None.
+
+    Raises:
+        InvalidArgumentError: no integer, or below 1.
+    """
+    if not (optional and value is None) and not (is_integer(value) and value >= 1):
+        raise InvalidArgumentError(
+            call=call, got=f"{name}={value!r}", expected="an integer, 1 or more" + (", or None" if optional else "")
+        )
