@@ -111,7 +111,9 @@ def test_solves__take_one_gram_more_only_where_float32_would_not_do(monkeypatch:
     f, _, _ = fisher()
     v = torch.ones(f.size)
     assert made(monkeypatch, lambda: f.solve(v, damping=DAMPINGS["corrected"])) == [False]
-    assert made(monkeypatch, lambda: f.solve(v, damping=DAMPINGS["precise"])) == [False, True]
+    assert made(monkeypatch, lambda: f.solve(v, damping=DAMPINGS["precise"])) == [True]
+    with eagerly(monkeypatch):  # too few rows to ask some of them first
+        assert made(monkeypatch, lambda: f.solve(v, damping=DAMPINGS["precise"])) == [False, True]
     double, _, _ = fisher(torch.float64)
     assert made(monkeypatch, lambda: double.solve(v.double(), damping=fk.RelativeDamping(1e-13))) == [False]
 

@@ -210,3 +210,12 @@ def test_gram__of_rows_ordered_by_example_has_the_bytes_of_listed_ones(m: int, k
         torch.testing.assert_close(mine.double().gram(theirs.double()), expected)
         assert torch.equal(mine.gram(theirs), left_listed.gram(right_listed))
     assert torch.equal(left.gram(left), left_listed.gram(left_listed))
+
+
+def test_a_block_diagonal__solves_one_block_at_a_time_and_keeps_all_solutions() -> None:
+    model, x, y = wide()
+    inverse = fk.EmpiricalFisher(model, (x, y), structure="kfac").factorize(1e-2)
+    probe = fk.EmpiricalFisher(model, (x, y))._built.operator.row_source  # type: ignore[attr-defined]
+    form = inverse._row_form(probe, queries=1, others=1_000_000)
+    first, last = 64 * 65, 10 * 65
+    assert (form.kept, form.passing) == (first + last, 3 * first)

@@ -37,7 +37,7 @@ class EigenForm(RowForm):
         outside: float,
         solve: Callable[[Tensor], Tensor],
     ) -> None:
-        super().__init__(3 * weights.numel())
+        super().__init__(weights.numel(), 2 * weights.numel())
         self.on_inputs, self.on_outputs, self.outside = on_inputs, on_outputs, outside
         self._weights, self._solve = (weights - outside).flatten(), solve
 

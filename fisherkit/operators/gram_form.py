@@ -33,7 +33,7 @@ class GramForm(RowForm):
         self, rows: Rows, scale: float, damping: float, solve: Callable[[Tensor], Tensor], *, precise: bool
     ) -> None:
         # Columns of the solution and of the Gram are float64.
-        super().__init__(4 * rows.count + sum(_numbers(slot.rows) for slot in rows.slots))
+        super().__init__(2 * rows.count + sum(_numbers(slot.rows) for slot in rows.slots), 2 * rows.count)
         self.rows, self.scale, self.damping, self.precise = rows, scale, damping, precise
         self._solve = solve
 
@@ -59,8 +59,8 @@ class GramForm(RowForm):
 
     def solved_operations(self, queries: int, others: int) -> float:
         """Those of solving for the queries as columns and meeting the others with them."""
-        product = sum(_product_cost(slot.rows) for slot in self.rows.slots)
-        return queries * (product * (2 * self.rows.count + others) + self.rows.count**2)
+        product = sum(_product_cost(slot.rows, queries) for slot in self.rows.slots)
+        return product * (2 * self.rows.count + others) + queries * self.rows.count**2
 
     def _alike(self, rows: Rows) -> Rows:
         """In J's dtype, which is a wider one than the model's for half precision."""
@@ -100,8 +100,8 @@ def _entry_cost(rows: UnitRows) -> int:
     return min(rows.size, _numbers(rows))
 
 
-def _product_cost(rows: UnitRows) -> int:
-    """Multiplications of one row with one column."""
-    if isinstance(rows, FactoredRows):
-        return rows.positions * rows.size
-    return min(rows.size, _numbers(rows))
+def _product_cost(rows: UnitRows, columns: int) -> int:
+    """Multiplications of one row with so many columns."""
+    if not isinstance(rows, FactoredRows):
+        return columns * min(rows.size, _numbers(rows))
+    return rows.size * (rows.positions + columns if rows.writes_out(columns) else rows.positions * columns)

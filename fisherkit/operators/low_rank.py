@@ -186,19 +186,20 @@ class _GramFactorization(Factorization):
         self._rows = rows if operator.dtype in (torch.float32, torch.float64) else rows.double()
         self._dtype = torch.float32 if operator.dtype == torch.float32 else torch.float64
         self._scale = operator.scale
-        self._later = self._dtype == torch.float32 and rows.count >= MANY and self._surely_corrected()
+        self._least = self._least_rounding() if self._dtype == torch.float32 and rows.count >= MANY else 0.0
+        self._later = self._least >= CORRECTED
         if not self._later:
             _ = self._solver
 
-    def _surely_corrected(self) -> bool:
-        """Whether solves need the correction, and F + λI has a Cholesky factor, as a few rows and the trace tell."""
+    def _least_rounding(self) -> float:
+        """What rounding leaves at least, as a few rows and the trace tell; 0 if F + λI may have no Cholesky factor."""
         some = thinned(self._rows, self._rows.count // PILOT)
         sums = self._rows.cross_gram(some, precise=False).abs().sum(0)
         ones = torch.ones(self._rows.space.size, dtype=self._rows.dtype, device=self._rows.device)
         largest, trace = torch.stack([sums.max(), self._rows.weighted_squares(ones).double().sum()]).tolist()
         # No row sum of the whole exceeds the largest; 0.99 because these few are rounded in another order.
-        corrected = self._rounding(0.99 * self._scale * largest) >= CORRECTED
-        return corrected and self.damping >= DEFINITE * self._scale * trace
+        definite = self.damping >= DEFINITE * self._scale * trace
+        return self._rounding(0.99 * self._scale * largest) if definite else 0.0
 
     def _rounding(self, largest: float) -> float:
         """What rounding leaves of a solution, relative to v, without correction; from the largest eigenvalue."""
@@ -207,6 +208,8 @@ class _GramFactorization(Factorization):
     @cached_property
     def _solver(self) -> tuple[Float[Tensor, "R R"], bool]:
         """The factor for solves, and whether they are corrected."""
+        if self._least >= PRECISE:
+            return self._precise_factor, True
         gram = self._rows.gram(precise=False).mul_(self._scale)
         # The largest row sum bounds the largest eigenvalue.
         rounding = self._rounding(float(gram.abs().sum(1).max()) if len(gram) else 0.0)

@@ -40,11 +40,17 @@ class RowForm(ABC):
     """The form r, q ↦ rᵀ(F + λI)⁻¹q.
 
     Args:
-        numbers_per_query: how many numbers a solution and its making hold for one query.
+        kept: how many numbers a solution holds for one query.
+        passing: how many more its making holds.
     """
 
-    def __init__(self, numbers_per_query: int) -> None:
-        self.numbers_per_query = numbers_per_query
+    def __init__(self, kept: int, passing: int) -> None:
+        self.kept, self.passing = kept, passing
+
+    @property
+    def numbers_per_query(self) -> int:
+        """At most, at one time."""
+        return self.kept + self.passing
 
     @abstractmethod
     def solve(self, queries: Rows) -> RowSolution:
@@ -60,7 +66,7 @@ class SolvedForm(RowForm):
     """
 
     def __init__(self, solve: Callable[[Tensor], Tensor], size: int) -> None:
-        super().__init__(4 * size)  # the row, the solution, and a solver's two temporaries
+        super().__init__(size, 3 * size)  # beside the solution the row, and a solver's two temporaries
         self._solve = solve
 
     def solve(self, queries: Rows) -> Solved:
@@ -91,7 +97,7 @@ class BlockForm(RowForm):
     """
 
     def __init__(self, forms: Sequence[tuple[ParameterSpace, RowForm]]) -> None:
-        super().__init__(sum(form.numbers_per_query for _, form in forms))
+        super().__init__(sum(form.kept for _, form in forms), max(form.passing for _, form in forms))
         self._forms = forms
 
     def solve(self, queries: Rows) -> RowSolution:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import UnitRows, inner_products, spans, sum_by
+from fisherkit.rows.base import TILE, UnitRows, inner_products, spans, sum_by
 from fisherkit.rows.patches import Patches
 
 Activations: TypeAlias = Tensor | Patches
@@ -23,6 +23,9 @@ Activations: TypeAlias = Tensor | Patches
 
 CACHED = 1 << 21
 """Entries of a temporary that should stay in the processor's cache: 8 MiB in float32."""
+
+LONGEST = 1 << 13
+"""Terms of a dot product in the rows' own dtype."""
 
 
 class FactoredRows(UnitRows):
@@ -59,9 +62,15 @@ class FactoredRows(UnitRows):
         return self.activations.shape[1]
 
     def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
-        """J U: push each input column through the layer, then meet the output gradients."""
+        """J U: push each input column through the layer, then meet the output gradients; or rows written out."""
         weight, offset = self._split(u)
         n, t, i = self.activations.shape
+        if self.writes_out(u.shape[1]):
+            result = u.new_zeros(self.count, u.shape[1])
+            # Shorter sums, added up, keep the digits that one of I·O terms would lose.
+            for outputs in self._output_spans(longest=LONGEST):
+                result += self._tile(outputs) @ weight[outputs].flatten(0, 1)  # addmm_ would make it one sum again
+            return result if offset is None else result.addmm_(self.gradients.sum(1), offset)
         found = []
         for span in spans(u.shape[1], self.count * t * self.outputs):
             columns = weight[..., span].permute(1, 0, 2).reshape(i, -1)
@@ -76,6 +85,13 @@ class FactoredRows(UnitRows):
         """Jᵀ W: weigh the output gradients, sum those of one example, then one matmul with the activations."""
         n, t, i = self.activations.shape
         out = w.new_empty(self.size, w.shape[1]) if out is None else out
+        if self.writes_out(w.shape[1]):
+            weight, offset = self._split(out)  # views of it
+            for outputs in self._output_spans():
+                weight[outputs] = (self._tile(outputs).mT @ w).reshape(-1, i, w.shape[1])
+            if offset is not None:
+                torch.mm(self.gradients.sum(1).mT, w, out=offset)
+            return out
         if w.shape[1] == 1 and isinstance(self.activations, Tensor) and not self.transposed:
             weighed, size = self._weigh(w).reshape(n * t, self.outputs), self.outputs * i
             torch.mm(weighed.mT, self.activations.reshape(n * t, i), out=out[:size].view(self.outputs, i))
@@ -104,7 +120,7 @@ class FactoredRows(UnitRows):
                 return right
             return right.mul_(other._to_rows(self._to_rows(left).mT).mT)
         result = self.gradients.new_zeros(self.count, other.count, dtype=torch.float64)
-        for span in spans(self.outputs, (self.count + other.count) * (self.inputs + 1)):
+        for span in self._output_spans(other.count):
             mine = self._tile(span)
             result += inner_products(mine, mine if other is self else other._tile(span), precise)
         if self.bias:
@@ -176,6 +192,15 @@ class FactoredRows(UnitRows):
             a = a @ on_inputs[: self.inputs]
             yield FactoredRows(a if offset is None else a.add_(offset), g[span], bias=False)
 
+    def writes_out(self, columns: int) -> bool:
+        """Whether products with so many columns are faster by rows written out, some outputs at a time.
+
+        From the factors they take T·I·O multiplications an example for every column; of M rows written out, M·I·O, and
+        T·M·I·O once. Twice as many are allowed to the factors, which touch less memory.
+        """
+        t, each = self.positions, self.count / max(1, self.activations.shape[0])
+        return 2 * each * (t + columns) <= t * columns
+
     @property
     def each(self) -> int:
         """How many rows every example has; 0 if they are listed one by one."""
@@ -215,6 +240,10 @@ class FactoredRows(UnitRows):
             # All rows of an example in one product, which reads the activations once.
             left = self.gradients[span, :, outputs].unflatten(0, (len(a), each)).transpose(2, 3).flatten(1, 2)
             yield span, (left @ a).reshape(each * len(a), width * self.inputs)
+
+    def _output_spans(self, others: int = 0, longest: int = TILE) -> Iterator[slice]:
+        """Outputs whose rows, and so many others', written out make one temporary, none longer than that."""
+        return spans(self.outputs, max(self.count + others, TILE // longest) * (self.inputs + 1))
 
     def _tile(self, outputs: slice) -> Float[Tensor, "R e"]:
         """The same of all rows."""

@@ -1,0 +1,81 @@
+"""Products of factored rows with many columns, which write rows out, against J by its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fisherkit.rows import factored
+from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.patches import Patches
+
+N, T, I, O = 5, 9, 4, 6
+MANY, FEW = 40, 1
+
+
+def by_definition(a: Tensor, g: Tensor, example: Tensor, *, bias: bool, transposed: bool) -> Tensor:
+    """Σ_t g_rt a_ntᵀ of every row, flat."""
+    rows = []
+    for r, n in enumerate(example.tolist()):
+        weight = sum(torch.outer(g[r, t], a[n, t]) for t in range(a.shape[1]))
+        assert isinstance(weight, Tensor)
+        flat = (weight.T if transposed else weight).flatten()
+        rows.append(torch.cat([flat, g[r].sum(0)]) if bias else flat)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("layout", ["one", "three", "listed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products__with_many_columns_are_those_of_the_definition(
+    layout: str, bias: bool, transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factored, "LONGEST", 3 * I)  # some outputs at a time
+    torch.manual_seed(0)
+    each = 3 if layout == "three" else 1
+    a, g = torch.randn(N, T, I, dtype=torch.float64), torch.randn(N * each, T, O, dtype=torch.float64)
+    example = torch.tensor([3, 0, 0, 4, 1]) if layout == "listed" else torch.arange(N).repeat_interleave(each)
+    j = by_definition(a, g, example, bias=bias, transposed=transposed)
+    listed = example if layout == "listed" else None
+    rows = FactoredRows(a.to(dtype), g.to(dtype), listed, bias=bias, transposed=transposed)
+    assert rows.writes_out(MANY)
+    assert not rows.writes_out(FEW)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    for columns in (MANY, FEW):
+        u = torch.randn(j.shape[1], columns, dtype=torch.float64)
+        w = torch.randn(j.shape[0], columns, dtype=torch.float64)
+        found = rows.matmul(u.to(dtype)).double()
+        assert float((found - j @ u).norm() / (j @ u).norm()) < tolerance
+        for out in (None, torch.empty(j.shape[1], columns, dtype=dtype)):
+            found = rows.rmatmul(w.to(dtype), out).double()
+            assert float((found - j.T @ w).norm() / (j.T @ w).norm()) < tolerance
+
+
+def test_products__of_patches_with_many_columns() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(N, 3, 7, 7, dtype=torch.float64)
+    patches = Patches(x, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    g = torch.randn(N, 49, O, dtype=torch.float64)
+    a = torch.nn.functional.unfold(x, 3, padding=1).mT
+    j = by_definition(a, g, torch.arange(N), bias=True, transposed=False)
+    rows = FactoredRows(patches, g, bias=True)
+    assert rows.writes_out(MANY)
+    u, w = torch.randn(j.shape[1], MANY, dtype=torch.float64), torch.randn(N, MANY, dtype=torch.float64)
+    torch.testing.assert_close(rows.matmul(u), j @ u, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(rows.rmatmul(w), j.T @ w, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("columns", [4, 100])
+def test_matmul__keeps_its_digits_over_long_rows(columns: int) -> None:
+    torch.manual_seed(0)
+    rows = FactoredRows(torch.randn(6, 32, 256), torch.randn(6, 32, 512), bias=False)
+    u = torch.randn(rows.size, columns)
+    assert rows.writes_out(columns)
+    expected = rows.double().dense() @ u.double()
+    assert float((rows.matmul(u) - expected).norm() / expected.norm()) < 3e-6
+
+
+def test_products__of_rows_without_shared_positions_are_never_written_out() -> None:
+    assert not FactoredRows(torch.randn(4, 1, 3), torch.randn(4, 1, 2), bias=True).writes_out(1 << 20)
