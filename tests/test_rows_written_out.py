@@ -10,7 +10,7 @@ from fisherkit.rows import factored
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.patches import Patches
 
-N, T, I, O = 5, 9, 4, 6
+N, T, INPUTS, OUTPUTS = 5, 9, 4, 6
 MANY, FEW = 40, 1
 
 
@@ -32,10 +32,10 @@ def by_definition(a: Tensor, g: Tensor, example: Tensor, *, bias: bool, transpos
 def test_products__with_many_columns_are_those_of_the_definition(
     layout: str, bias: bool, transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factored, "LONGEST", 3 * I)  # some outputs at a time
+    monkeypatch.setattr(factored, "LONGEST", 3 * INPUTS)  # some outputs at a time
     torch.manual_seed(0)
     each = 3 if layout == "three" else 1
-    a, g = torch.randn(N, T, I, dtype=torch.float64), torch.randn(N * each, T, O, dtype=torch.float64)
+    a, g = torch.randn(N, T, INPUTS, dtype=torch.float64), torch.randn(N * each, T, OUTPUTS, dtype=torch.float64)
     example = torch.tensor([3, 0, 0, 4, 1]) if layout == "listed" else torch.arange(N).repeat_interleave(each)
     j = by_definition(a, g, example, bias=bias, transposed=transposed)
     listed = example if layout == "listed" else None
@@ -57,7 +57,7 @@ def test_products__of_patches_with_many_columns() -> None:
     torch.manual_seed(0)
     x = torch.randn(N, 3, 7, 7, dtype=torch.float64)
     patches = Patches(x, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
-    g = torch.randn(N, 49, O, dtype=torch.float64)
+    g = torch.randn(N, 49, OUTPUTS, dtype=torch.float64)
     a = torch.nn.functional.unfold(x, 3, padding=1).mT
     j = by_definition(a, g, torch.arange(N), bias=True, transposed=False)
     rows = FactoredRows(patches, g, bias=True)
