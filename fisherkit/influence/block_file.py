@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from fisherkit import io
 from fisherkit.data import Batch
 from fisherkit.errors import FileFormatError
 from fisherkit.influence.blocks import RowBlock
+from fisherkit.model_state import tensors_hash
 from fisherkit.rows import restore_rows
 from fisherkit.space import ParameterSpace
 
@@ -37,7 +37,7 @@ class StoredBlock:
         path: the file.
         checksum: of header and tensors.
         header: what the block says of itself: digest and number of its examples, and its units.
-        tensors: on the CPU.
+        tensors: on the device that they are for.
     """
 
     path: Path
@@ -45,13 +45,13 @@ class StoredBlock:
     header: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def rows(self, space: ParameterSpace, device: torch.device) -> RowBlock:
-        """The block on a device.
+    def rows(self, space: ParameterSpace) -> RowBlock:
+        """The block.
 
         Raises:
             FileFormatError: it is none of this package's.
         """
-        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        tensors = self.tensors
         try:
             states = [
                 io.State(
@@ -86,14 +86,14 @@ def write_block(path: Path, block: RowBlock, batch: Batch) -> str:
     return checksum
 
 
-def read_block(path: Path) -> StoredBlock:
-    """Read a block and compare its checksum.
+def read_block(path: Path, device: torch.device) -> StoredBlock:
+    """Read a block and compare its checksum, which is the same on every device.
 
     Raises:
         FileFormatError: it is missing, cut, or not what was written.
     """
     try:
-        metadata, tensors = io.read_tensors(path, "cpu", CALL, "prepare")
+        metadata, tensors = io.read_tensors(path, device, CALL, "prepare")
     except FileFormatError as error:
         raise FileFormatError(**damaged(path, error.got)) from error
     checksum, _, header = metadata.get(KEY, "").partition(" ")
@@ -118,18 +118,10 @@ def data_digest(batch: Batch) -> str:
     tensors, _ = batch.leaves()
     for tensor in [*tensors, *([] if batch.targets is None else [batch.targets])]:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of header and tensors: against accidents, not against forgery."""
-    found = zlib.crc32(header.encode())
-    for name, tensor in sorted(tensors.items()):
-        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
-        found = zlib.crc32(_bytes(tensor), found)
-    return f"{found:08x}"
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    """SHA-256 of the header and `tensors_hash`, which reads every value twice: against accidents, not forgery."""
+    return hashlib.sha256(f"{tensors_hash(tensors)} {header}".encode()).hexdigest()

@@ -46,10 +46,10 @@ class FolderBlocks(RowBlocks):
     def __iter__(self) -> Iterator[RowBlock]:
         """One pass over the files."""
         for entry in self.manifest["blocks"]:
-            stored = read_block(self.folder / entry["file"])
+            stored = read_block(self.folder / entry["file"], self.device)
             if stored.checksum != entry["checksum"]:
                 raise FileFormatError(**damaged(stored.path, "it is not the block of the manifest"))
-            yield stored.rows(self.space, self.device)
+            yield stored.rows(self.space)
 
     def count(self) -> int:
         """Known."""
@@ -75,6 +75,7 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
     path = _folder(folder)
     manifest = _begun(path, settings, live.limit)
     problem, limit = live.problem, int(manifest["limit"])
+    space, device = problem.plan.space, problem.plan.example_parameter.device
     source = LimitedSource(problem.source, limit)
     entries: list[dict[str, Any]] = []
     spoilt: list[int] = []
@@ -88,7 +89,7 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
             entries.append(made(number, batch))
             continue
         try:
-            stored = read_block(path / _name(number))
+            stored = read_block(path / _name(number), device)
         except FileFormatError:
             # Made again once all others are known to be of these data: what is refused is left as it was.
             spoilt.append(number)
@@ -101,7 +102,7 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
             entries[number] = made(number, batch)
     manifest["blocks"] = entries
     io.replace_text(path / MANIFEST, json.dumps(manifest, indent=1))
-    return FolderBlocks(path, problem.plan.space, problem.plan.example_parameter.device, manifest)
+    return FolderBlocks(path, space, device, manifest)
 
 
 class _OneBatch(Source):
