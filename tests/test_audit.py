@@ -172,7 +172,7 @@ def test_audit__bad_input_is_an_error_that_says_so(model: nn.Module, data: tuple
     zero = DiagonalOperator(exact.space, torch.zeros(size).double())
     with pytest.raises(fk.InvalidArgumentError, match="an exact Fisher that is zero"):
         audit(exact, zero)
-    with pytest.raises(fk.InvalidArgumentError, match="^audit: got a Fisher that is zero"):
+    with pytest.raises(fk.InvalidArgumentError, match=r"^audit: got a Fisher that is zero"):
         audit(zero, exact)
 
 
@@ -190,7 +190,7 @@ def test_audit__a_dict_that_does_not_fit_is_named_with_what_to_do(
             audit(other, exact)
     with pytest.raises(fk.InvalidArgumentError, match=r"^audit: got '0.weight' of shape \[4, 5\]; expected \[5, 4\]"):
         audit(own | {"0.weight": own["0.weight"].T}, exact)
-    with pytest.raises(fk.InvalidTypeError, match="^audit: got a float for '0.bias'"):
+    with pytest.raises(fk.InvalidTypeError, match=r"^audit: got a float for '0.bias'"):
         audit(own | {"0.bias": 1.0}, exact)  # type: ignore[dict-item]
 
 

@@ -143,6 +143,6 @@ def _normalization(normalize: str | None, fisher: FisherOperator | None, kinds: 
         raise InvalidArgumentError(
             call=CALL, got=f"a Fisher of kind {kind!r}", expected=f"one of kind {' or '.join(map(repr, kinds))}",
             why="its trace gives the strength, and kinds differ in it by orders of magnitude",
-            try_='fk.EmpiricalFisher(model, data, structure="diagonal") for the strength, whatever EWC then consolidates',
+            try_='fk.EmpiricalFisher(model, data, structure="diagonal"); EWC may then consolidate any kind',
         )  # fmt: skip
     return normalization_factor(fisher, normalize, CALL)

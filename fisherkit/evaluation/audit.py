@@ -106,8 +106,8 @@ def audit(
     Raises:
         InvalidTypeError: neither an operator, a tensor nor a dict.
         UnknownParameterError: a dict without some of the exact Fisher's parameters, or with others.
-        InvalidArgumentError: another parameter space, negative or not finite entries, a Fisher that is zero, or a matrix
-            to be compared where there is only a diagonal.
+        InvalidArgumentError: another parameter space, negative or not finite entries, a Fisher that is zero, or a
+            matrix to be compared where there is only a diagonal.
         MemoryBudgetError: a block with more than 4,096 parameters would have to be written out.
     """
     call = "audit"
@@ -236,8 +236,8 @@ def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: st
     if missing or extra:
         lacking = [f"without {_some(missing)}"] * bool(missing) + [f"with {_some(extra)} beside"] * bool(extra)
         raise UnknownParameterError(
-            call=call, got=f"a dict {' and '.join(lacking)}", expected=f"the {len(space.names)} names of the exact Fisher",
-            try_=_advice(missing, extra),
+            call=call, got=f"a dict {' and '.join(lacking)}",
+            expected=f"the {len(space.names)} names of the exact Fisher", try_=_advice(missing, extra),
         )  # fmt: skip
     for name, shape in zip(space.names, space.shapes, strict=True):
         if isinstance(diagonal[name], Tensor) and tuple(diagonal[name].shape) != shape:

@@ -58,6 +58,6 @@ def _of_batches(N: int, B: int | None) -> list[tuple[str, float, str]]:
         found += [
             (f"N/B² = {N:,}/{B}²", N / B**2, f"{mean}, summed"),
             (f"N = {N:,}", float(N), f"{summed}, summed"),
-            (f"N/B = {N:,}/{B}", N / B, "squared gradients of examples, averaged in each batch and summed over batches"),
+            (f"N/B = {N:,}/{B}", N / B, "squared gradients of examples, averaged in batches and summed over them"),
         ]
     return found
