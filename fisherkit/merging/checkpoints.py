@@ -199,7 +199,7 @@ class FileCheckpoint(Checkpoint):
 
     def _opened(self, file: Path) -> Any:
         try:
-            opened = safe_open(file, framework="pt", device="cpu")
+            opened: Any = safe_open(file, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             if _pickled(file):
                 raise self._refused(
