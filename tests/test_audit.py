@@ -100,6 +100,46 @@ def test_audit__a_multiple_is_a_cosine_of_one_and_its_factor(model: nn.Module, d
         assert found.explanations[0].startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("reduction", "averaged", "text"),
+    [
+        ("mean", "batches", "1/B = 1/12: squared gradients of batches (of mean losses), averaged"),
+        ("mean", "examples", "1/B² = 1/12²"),
+        ("mean", "nothing", "N/B² = 480/12²"),
+        ("sum", "batches", "B = 12: squared gradients of batches (of summed losses), averaged"),
+        ("sum", "examples", "1: squared gradients of batches (of summed losses), summed and divided"),
+        ("sum", "nothing", "N = 480: squared gradients of batches (of summed losses), summed"),
+    ],
+)
+def test_audit__explains_every_common_loop_over_batches(
+    model: nn.Module, data: tuple[Tensor, Tensor], reduction: str, averaged: str, text: str
+) -> None:
+    exact = fk.EmpiricalFisher(model, data, structure="diagonal")
+    size = BATCH if reduction == "sum" else 1
+    divisor = {"batches": N // BATCH, "examples": N, "nothing": 1}[averaged]
+    factor = size**2 * (N // BATCH) / divisor
+    found = audit({n: factor * t for n, t in squared(gradients(model, *data, BATCH)).items()}, exact, batch_size=BATCH)
+    assert any(explanation.startswith(text) for explanation in found.explanations)
+
+
+def test_audit__coincidences_are_all_named_as_candidates(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    exact = fk.EmpiricalFisher(model, (data[0][:256], data[1][:256]), structure="diagonal")
+    found = audit(16 * exact, exact, batch_size=16)
+    assert [text.partition(":")[0] for text in found.explanations] == ["B = 16", "N/B = 256/16"]
+    assert str(found).endswith("several candidates: the scale alone does not tell which")
+
+
+def test_audit__another_direction_is_not_explained_by_a_scale(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    exact = fk.EmpiricalFisher(model, data, structure="diagonal")
+    diagonal = exact.diagonal()
+    other = diagonal.flip(0)
+    found = audit(other * (diagonal.square().sum() / (other * diagonal).sum()), exact)
+    assert found.total.cosine < 0.9
+    assert found.total.scale == pytest.approx(1)
+    assert found.explanations == ()
+    assert "the direction differs" in str(found)
+
+
 def test_audit__leaves_what_it_reads_as_it_was(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     exact, diagonal = fk.ExactFisher(model, data), torch.rand(exact_size(model)).double()
     before, state = diagonal.clone(), torch.get_rng_state()
@@ -123,16 +163,35 @@ def test_audit__bad_input_is_an_error_that_says_so(model: nn.Module, data: tuple
         audit(torch.ones(size + 1).double(), exact)
     with pytest.raises(fk.InvalidArgumentError, match="negative"):
         audit(-torch.ones(size).double(), exact)
-    with pytest.raises(fk.UnknownParameterError, match="missing names"):
-        audit({"0.weight": torch.ones(5, 4).double()}, exact)
     with pytest.raises(fk.InvalidArgumentError, match="the same names"):
         audit(fk.ExactFisher(model, data, params=["0.weight"]), exact)
     with pytest.raises(fk.InvalidArgumentError, match="compare='rows'"):
         audit(exact, exact, compare="rows")
     with pytest.raises(fk.InvalidArgumentError, match="batch_size=0"):
         audit(exact, exact, batch_size=0)
-    with pytest.raises(fk.InvalidArgumentError, match="that is zero"):
-        audit(exact, DiagonalOperator(exact.space, torch.zeros(size).double()))
+    zero = DiagonalOperator(exact.space, torch.zeros(size).double())
+    with pytest.raises(fk.InvalidArgumentError, match="an exact Fisher that is zero"):
+        audit(exact, zero)
+    with pytest.raises(fk.InvalidArgumentError, match=r"^audit: got a Fisher that is zero"):
+        audit(zero, exact)
+
+
+def test_audit__a_dict_that_does_not_fit_is_named_with_what_to_do(
+    model: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    exact = fk.EmpiricalFisher(model, data, structure="diagonal")
+    own = exact.space.unflatten(exact.diagonal())
+    for other, words in (
+        ({"0.weight": own["0.weight"]}, r"^audit: got a dict without '0.bias', .*params=list\(other\)"),
+        (own | {"more": torch.ones(1)}, r"^audit: got a dict with 'more' beside;.*names alone"),
+        ({f"module.{name}": t for name, t in own.items()}, r"^audit: .*\{name.removeprefix\('module\.'\): tensor for"),
+    ):
+        with pytest.raises(fk.UnknownParameterError, match=words):
+            audit(other, exact)
+    with pytest.raises(fk.InvalidArgumentError, match=r"^audit: got '0.weight' of shape \[4, 5\]; expected \[5, 4\]"):
+        audit(own | {"0.weight": own["0.weight"].T}, exact)
+    with pytest.raises(fk.InvalidTypeError, match=r"^audit: got a float for '0.bias'"):
+        audit(own | {"0.bias": 1.0}, exact)  # type: ignore[dict-item]
 
 
 def test_audit__a_block_too_large_to_write_out_is_refused_with_advice() -> None:

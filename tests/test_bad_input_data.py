@@ -51,6 +51,16 @@ DATA: dict[str, Case] = {
     "dataset": Case(
         lambda: ef(data=TensorDataset(X, Y)), TYPE, TypeError, ("data: got a TensorDataset", "DataLoader of batches")
     ),
+    "another dtype": Case(
+        lambda: ef(mlp().double(), data=(X.float(), Y)),
+        fk.DataError,
+        ValueError,
+        (
+            "data, batch 0: got inputs of torch.float32; expected torch.float64, the parameters' dtype",
+            "same dtype",
+            "Try: x.to(torch.float64)",
+        ),
+    ),
     "inputs alone": Case(
         lambda: ef(data=X), TYPE, TypeError, ("data, batch 0: got a batch of type Tensor", A_PAIR, "Try: [(x, y)]")
     ),

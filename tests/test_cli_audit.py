@@ -53,6 +53,17 @@ def test_audit__two_fisher_files_as_json_are_the_functions(exact: fk.FisherOpera
     assert [part["name"] for part in told["parts"]] == [part.name for part in expected.parts]
 
 
+def test_audit__a_part_that_is_zero_is_null_in_json(exact: fk.FisherOperator, tmp_path: Path) -> None:
+    part = exact.space.unflatten(exact.diagonal())
+    save_file(part | {"0.bias": torch.zeros(5)}, tmp_path / "part.safetensors")
+    result = run(tmp_path / "part.safetensors", tmp_path / "exact.safetensors", "--json")
+    assert result.exit_code == 0, result.output
+    assert "NaN" not in result.stdout
+    cosines = {part["name"]: part["cosine"] for part in json.loads(result.stdout)["parts"]}
+    assert cosines["0.bias"] is None
+    assert cosines["0.weight"] == pytest.approx(1)
+
+
 @pytest.mark.usefixtures("exact")
 def test_audit__refuses_what_is_no_fisher(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no tensors")
@@ -60,7 +71,7 @@ def test_audit__refuses_what_is_no_fisher(tmp_path: Path) -> None:
     for name, words in (
         ("missing", "no such file"),
         ("text", "cannot be read"),
-        ("other.safetensors", "missing names"),
+        ("other.safetensors", "a dict without '0.weight'"),
     ):
         result = run(tmp_path / name, tmp_path / "exact.safetensors")
         assert result.exit_code == 1

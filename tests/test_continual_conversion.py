@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.continual import EWC, convert_strength
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.operators import DiagonalOperator
 from tests.bad_input import Case, check, ids
 from tests.small_data import mlp
 from tests.test_continual import flat, move, task
@@ -131,6 +132,16 @@ def test_convert_strength__of_batches_counts_each_way_of_averaging() -> None:
     )
 
 
+def test_convert_strength__takes_a_fisher_of_unknown_kind_and_the_exact_one_where_the_other_library_has_it() -> None:
+    exact = fk.ExactFisher(mlp(), (X, Y), structure="diagonal")
+    mean = float(exact.trace()) / exact.size
+    assert convert_strength(1.0, "vandeven", fisher=exact) == pytest.approx(mean, rel=1e-12)
+    with pytest.raises(InvalidArgumentError, match="kind 'exact'"):
+        convert_strength(1.0, fisher=exact)
+    unknown = DiagonalOperator(exact.space, exact.diagonal())
+    assert convert_strength(1.0, fisher=unknown) == pytest.approx(mean, rel=1e-12)
+
+
 def converting(*arguments: Any, **facts: Any) -> Callable[[], object]:
     return lambda: convert_strength(*arguments, **facts)
 
@@ -156,6 +167,12 @@ TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Excep
         InvalidArgumentError,
         ValueError,
         ('normalization="sum"',),
+    ),
+    "another kind": (
+        lambda: convert_strength(1.0, fisher=fk.ImprovedEmpiricalFisher(mlp(), (X, Y), structure="diagonal")),
+        InvalidArgumentError,
+        ValueError,
+        ("kind 'ief'", "'ef'", "fk.EmpiricalFisher"),
     ),
     "normalize": (converting(1.0, normalize="max"), InvalidArgumentError, ValueError, ("normalize='max'",)),
 }

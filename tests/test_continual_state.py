@@ -56,6 +56,16 @@ def test_load_state_dict__takes_nothing_of_the_constructor() -> None:
     assert fresh.decay == 1.0
 
 
+@pytest.mark.parametrize("what", ["model", "nothing", "list"])
+def test_load_state_dict__of_something_else_is_refused_with_advice(what: str) -> None:
+    model, ewc, _ = of("diagonal")
+    before = float(ewc.penalty().detach())
+    state: Any = {"model": model.state_dict(), "nothing": {}, "list": [1]}[what]
+    with pytest.raises(fk.InvalidArgumentError, match=r"EWC\.load_state_dict: got .*EWC\.state_dict\(\).*Try: saving"):
+        ewc.load_state_dict(state)
+    assert float(ewc.penalty().detach()) == before
+
+
 def test_load_state_dict__shares_no_memory_with_the_state() -> None:
     model, ewc, _ = of("diagonal")
     fresh = EWC(model, 0.3)

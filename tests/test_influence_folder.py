@@ -78,6 +78,12 @@ def test_rows_of_something_else__are_refused_and_left(tmp_path: Path) -> None:
     before = contents(tmp_path / "rows")
     with pytest.raises(fk.InvalidArgumentError, match="other data from example 3 on"):
         influence().prepare([(X[:3], Y[:3]), (X[3:], Y[3:].flip(0))], folder=tmp_path / "rows")
+    for batches, words in (
+        (cut(4, 3), "3 examples from example 0 on and not 4"),
+        (cut(3, 2, 2), "4 examples from example 3 on and not 2"),
+    ):
+        with pytest.raises(fk.InvalidArgumentError, match=rf"rows of other batches \({words}\).*Try: the same batches"):
+            influence().prepare(batches, folder=tmp_path / "rows")
     with pytest.raises(fk.InvalidArgumentError, match="another token"):
         influence().prepare(cut(3, 4), folder=tmp_path / "rows", by="token")
     model = mlp()
@@ -102,24 +108,66 @@ def test_folders_that_cannot_be_used__are_refused(tmp_path: Path) -> None:
         scores.prepare((X, Y), folder=3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": "x", "version": 1, "settings": {}, "limit": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"format": "x", "version": 2, "settings": {}, "limit": 1}',
+        '{"format": "fisherkit-rows", "version": 1, "settings": {}, "limit": 1}',
+    ],
+)
 def test_a_damaged_manifest__is_refused(text: str, tmp_path: Path) -> None:
     scores = influence()
     scores.prepare((X, Y), folder=tmp_path / "rows")
     (tmp_path / "rows" / "manifest.json").write_text(text)
-    with pytest.raises(fk.FileFormatError, match="manifest"):
+    with pytest.raises(fk.FileFormatError, match=r"manifest.*Try: another folder, or delete this one"):
         scores.prepare((X, Y), folder=tmp_path / "rows")
 
 
-def test_a_damaged_block__is_refused(tmp_path: Path) -> None:
-    scores = influence()
-    prepared = scores.prepare((X, Y), folder=tmp_path / "rows")
+def test_any_flipped_bit__is_an_error_and_prepare_makes_the_block_again(tmp_path: Path) -> None:
+    scores, folder = influence(), tmp_path / "rows"
+    prepared = scores.prepare(cut(3, 4), folder=folder)
+    before, block = contents(folder), folder / "rows-000001.safetensors"
+    whole = before[block.name]
+    for place in (*range(0, len(whole), 97), len(whole) - 1):
+        block.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(fk.FileFormatError, match=r"rows-000001.*Try: prepare\(train, folder="):
+            list(prepared)
+    scores.prepare(cut(3, 4), folder=folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_cut_or_missing_block__is_an_error_and_made_again(length: int, tmp_path: Path) -> None:
+    scores, folder = influence(), tmp_path / "rows"
+    prepared = scores.prepare(cut(3, 4), folder=folder)
+    before, block = contents(folder), folder / "rows-000000.safetensors"
+    block.write_bytes(before[block.name][:length]) if length else block.unlink()
+    with pytest.raises(fk.FileFormatError, match="missing or damaged"):
+        scores.scores(QUERIES, prepared)
+    scores.prepare(cut(3, 4), folder=folder)
+    assert contents(folder) == before
+
+
+def test_a_damaged_block__is_left_where_the_others_are_of_other_data(tmp_path: Path) -> None:
+    influence().prepare(cut(3, 4), folder=tmp_path / "rows")
     block = tmp_path / "rows" / "rows-000000.safetensors"
     block.write_bytes(block.read_bytes()[:100])
-    with pytest.raises(fk.FileFormatError):
-        scores.scores(QUERIES, prepared)
-    with pytest.raises(fk.FileFormatError, match="delete the file"):
-        scores.prepare((X, Y), folder=tmp_path / "rows")
+    before = contents(tmp_path / "rows")
+    with pytest.raises(fk.InvalidArgumentError, match="other data from example 3 on"):
+        influence().prepare([(X[:3], Y[:3]), (X[3:], Y[3:].flip(0))], folder=tmp_path / "rows")
+    assert contents(tmp_path / "rows") == before
+
+
+def test_swapped_blocks__are_an_error(tmp_path: Path) -> None:
+    prepared = influence().prepare([(X[:3], Y[:3]), (X[3:6], Y[3:6])], folder=tmp_path / "rows")
+    first, second = (tmp_path / "rows" / f"rows-00000{number}.safetensors" for number in (0, 1))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    with pytest.raises(fk.FileFormatError, match="not the block of the manifest"):
+        list(prepared)
 
 
 def test_the_manifest__says_what_there_is(tmp_path: Path) -> None:

@@ -210,6 +210,21 @@ def test_merge__of_linear_regressions_is_the_joint_least_squares_solution(struct
         assert torch.allclose(result["bias"], joint[4], atol=1e-11)
 
 
+def test_merge__sums_over_examples_at_weight_one_are_means_weighted_by_examples_but_for_the_center() -> None:
+    pairs, counts = mc.STRUCTURES["kronecker"](), [30.0, 10.0]
+    models, means = mc.states(oc.LAYER, 2), mc.operators(pairs)
+    sums = [n * f for n, f in zip(counts, means, strict=True)]
+    plain = functools.partial(merge, models, normalize=None, damping=0.5)
+    by_examples = plain(means, counts)
+    center = fk.merging.average(models, weights=counts)
+    check(plain(sums, [1.0, 1.0], center=center), mc.flat(by_examples, oc.LAYER), oc.LAYER, 1e-12)
+    off_center = mc.flat(plain(sums, [1.0, 1.0]), oc.LAYER) - mc.flat(by_examples, oc.LAYER)
+    assert float(off_center.norm()) > 1e-3
+    # 1/T is another merge: the same as twice the damping at weight one.
+    halves = plain(sums)
+    check(plain(sums, [1.0, 1.0], damping=1.0), mc.flat(halves, oc.LAYER), oc.LAYER, 1e-12)
+
+
 def test_merge__scales_of_fishers_do_not_matter_once_normalized() -> None:
     pairs = mc.STRUCTURES["kronecker"]()
     models, (a, b) = mc.states(oc.LAYER, 2), mc.operators(pairs)

@@ -220,6 +220,19 @@ def test_merge__refuses_files_that_are_missing_or_damaged(paths, tmp_path) -> No
     refused("cannot be read")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_merge__says_what_a_file_is_that_is_no_model(zipped, paths, tmp_path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+    for path, text, advice in (
+        (tmp_path / "m.pt", "m.pt, which torch.save wrote", "safetensors.torch.save_file"),
+        (paths[2], f"{paths[2].name}, which is a Fisher file", "this file in fishers="),
+    ):
+        with pytest.raises(fk.FileFormatError) as caught:
+            merging.merge([path, paths[1]], paths[2:])
+        assert text in caught.value.got
+        assert advice in caught.value.try_
+
+
 def test_merge__refuses_to_write_where_a_model_is(paths, tmp_path) -> None:
     settings: dict[str, Any] = {"models": paths[:2], "fishers": paths[2:]}
     with pytest.raises(fk.InvalidArgumentError, match=r"which is the place of model 1"):

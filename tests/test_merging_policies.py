@@ -45,6 +45,20 @@ def test_merge__refuses_uncovered_parameters_with_list_and_flag() -> None:
         merge(state(0), state(1), "w")
 
 
+@pytest.mark.parametrize("policy", ["refuse", "average"])
+def test_merge__fishers_of_other_names_are_said_first_whatever_the_policy(policy) -> None:
+    a, b = state(0), state(1)
+    fishers = [fisher(a, "w", "b"), fisher(b, "w", "b")]
+    wrapped = [{f"module.{name}": tensor for name, tensor in model.items()} for model in (a, b)]
+    with pytest.raises(
+        fk.InvalidArgumentError, match=r"that no model has: 'b', 'w';.*name\.removeprefix\('module\.'\)"
+    ):
+        merging.merge(wrapped, fishers, uncovered=policy)
+    strange = [fisher({"v": a["w"]}, "v") for _ in range(2)]
+    with pytest.raises(fk.InvalidArgumentError, match=r"that no model has: 'v';.*Try: the Fishers measured again"):
+        merging.merge([a, b], strange, uncovered=policy)
+
+
 @pytest.mark.parametrize("policy", ["average", "first", "center"])
 def test_merge__uncovered_parameters_follow_the_policy(policy) -> None:
     a, b, center = state(0), state(1), state(2)

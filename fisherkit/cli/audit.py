@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import typer
 from torch import Tensor
@@ -29,7 +31,7 @@ def run(other: Path, exact: Path, *, compare: str | None, batch_size: int | None
     """
     found = audit(_read(other), load(exact), compare=compare, batch_size=batch_size)
     told = asdict(found) | {"strength_ratio": found.strength_ratio}
-    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else as_text(found))
+    typer.echo(json.dumps(_plain(told), ensure_ascii=False, allow_nan=False) if as_json else as_text(found))
 
 
 def as_text(found: Audit) -> str:
@@ -40,6 +42,15 @@ def as_text(found: Audit) -> str:
         for part in (*found.parts, found.total)
     ]
     return f"{table(header, rows)}\n\n{found}"
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for what JSON has no number: the likeness of a part that is zero."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(path: Path) -> FisherOperator | dict[str, Tensor]:

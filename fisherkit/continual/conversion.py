@@ -24,11 +24,13 @@ class Convention:
         half: k = ½ and not 1.
         average: what the sum of squared gradients is divided by: "examples", "batches", or "sum" for nothing.
         squared: the gradient of each "example", or of the mean loss of each "batch".
+        kinds: of our Fishers, those that it squares the gradients of.
     """
 
     half: bool = True
     average: str = "examples"
     squared: str = "example"
+    kinds: tuple[str, ...] = ("ef",)
 
 
 # Read in November 2026, at each project's main branch.
@@ -38,7 +40,8 @@ CONVENTIONS: dict[str, Convention] = {
     "facil": Convention(half=True, average="batches", squared="batch"),  # approach ewc
     "kuc2477": Convention(),  # pytorch-ewc
     "mammoth": Convention(half=False),  # ewc_on, but for a weight of each example
-    "vandeven": Convention(),  # continual-learning, with its fisher_batch of 1
+    # continual-learning, with its fisher_batch of 1; its default takes all labels, weighted by their probabilities.
+    "vandeven": Convention(kinds=("ef", "exact")),
 }
 
 
@@ -69,13 +72,14 @@ def convert_strength(
         batch_size: B, of the batches over which its Fisher is computed; needed where batches matter.
         examples: N; needed for "sum".
         normalize: of the `EWC` that is to get the strength.
-        fisher: the Fisher of the task, normalization="mean", not yet normalised; needed unless ``normalize`` is None.
+        fisher: the empirical Fisher of the task ("vandeven": or the exact one), normalization="mean", not yet
+            normalised; needed unless ``normalize`` is None.
 
     Returns:
         strength · 2k · α / c, with k its ½ or 1, α its Fisher's multiple of F, c what normalising multiplies F by.
 
     Raises:
-        InvalidArgumentError: an unknown source or fact, or one that is needed and missing.
+        InvalidArgumentError: an unknown source or fact, one that is needed and missing, or a Fisher of another kind.
         InvalidTypeError: not a number, or not a FisherOperator.
     """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
@@ -94,7 +98,7 @@ def convert_strength(
         known.squared if squared is None else squared,
     )
     multiple = _multiple(convention, batch_size, examples)
-    return strength * (1 if convention.half else 2) * multiple / _normalization(normalize, fisher)
+    return strength * (1 if convention.half else 2) * multiple / _normalization(normalize, fisher, known.kinds)
 
 
 def _multiple(convention: Convention, batch_size: int | None, examples: int | None) -> float:
@@ -123,7 +127,7 @@ def _count(name: str, value: int | None) -> int:
     return value
 
 
-def _normalization(normalize: str | None, fisher: FisherOperator | None) -> float:
+def _normalization(normalize: str | None, fisher: FisherOperator | None, kinds: tuple[str, ...]) -> float:
     check_normalize(normalize, CALL)
     if normalize is None:
         return 1.0
@@ -135,4 +139,11 @@ def _normalization(normalize: str | None, fisher: FisherOperator | None) -> floa
         )  # fmt: skip
     if isinstance(fisher, FisherOperator) and fisher.metadata.get("normalization") == "sum":
         raise InvalidArgumentError(call=CALL, got='a Fisher with normalization="sum"', expected='normalization="mean"')
+    kind = fisher.metadata.get("kind", "ef") if isinstance(fisher, FisherOperator) else "ef"
+    if kind not in kinds:
+        raise InvalidArgumentError(
+            call=CALL, got=f"a Fisher of kind {kind!r}", expected=f"one of kind {' or '.join(map(repr, kinds))}",
+            why="its trace gives the strength, and kinds differ in it by orders of magnitude",
+            try_='fk.EmpiricalFisher(model, data, structure="diagonal"); EWC may then consolidate any kind',
+        )  # fmt: skip
     return normalization_factor(fisher, normalize, CALL)

@@ -75,8 +75,7 @@ class EWC(nn.Module):
         drop_below: float = 0.0,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise InvalidTypeError(call="EWC", got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        policies.check_model(model)
         check_normalize(normalize, "EWC")
         policies.choice(grown, "grown", ("refuse", "leading"))
         self.model = model
@@ -189,6 +188,23 @@ class EWC(nn.Module):
             "consolidations": self.consolidations,
             "terms": [pack(term) for term in self._terms],
         }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in every module; see `set_extra_state`.
+
+        Raises:
+            InvalidArgumentError: a state of something else, the model's for instance; likewise what `set_extra_state`
+                refuses.
+            ModelError: as there.
+        """
+        if strict and not (isinstance(state_dict, Mapping) and "_extra_state" in state_dict):
+            names = f" with {list(state_dict)[:4]}" if isinstance(state_dict, Mapping) else ""
+            raise InvalidArgumentError(
+                call="EWC.load_state_dict", got=f"a {type(state_dict).__name__}{names}",
+                expected="one of EWC.state_dict()", why="the model's parameters are no part of it, only the terms are",
+                try_="saving ewc.state_dict() beside model.state_dict(), each loaded into its own",
+            )  # fmt: skip
+        return super().load_state_dict(state_dict, strict, assign)
 
     def set_extra_state(self, state: Any) -> None:
         """What ``load_state_dict()`` does; neither data nor Fishers are needed.

@@ -44,6 +44,24 @@ def choice(value: object, name: str, allowed: tuple[str, ...], call: str = "EWC"
         raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
 
 
+def check_model(model: object) -> None:
+    """A module, and not a wrapper, which has other names for the same parameters.
+
+    Raises:
+        InvalidTypeError: it is none, or compiled, or wrapped for data parallelism.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(call="EWC", got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inner = "_orig_mod" if "_orig_mod" in model._modules else "module" if parallel else None
+    if inner is not None:
+        raise InvalidTypeError(
+            call="EWC", got=f"a wrapped or compiled model ({type(model).__name__})", expected="the module itself",
+            why="parameters go by the names that they have in the Fishers",
+            try_=f"EWC(model.{inner}), the very module that the Fishers are built from",
+        )  # fmt: skip
+
+
 def check_fisher(fisher: object, parameters: Mapping[str, nn.Parameter]) -> None:
     """A Fisher whose parameters the model has, in these shapes, on this device and in a dtype that loses nothing.
 
@@ -121,7 +139,9 @@ def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, fr
     if held := [name for name in space.names if name in allowed]:
         raise InvalidArgumentError(
             call=CALL, got=f"free=[{listed(map(repr, held))}], which the Fisher covers",
-            expected="names that it does not cover", try_="leaving them out of the Fisher with params=",
+            expected="names that it does not cover",
+            try_='a predicate with "and name not in fisher.space.names", or uncovered="free" in place of free=; to let '
+            "these change leave them out of the Fisher with params=",
         )  # fmt: skip
     if uncovered == "free":
         return

@@ -16,14 +16,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arguments import check_count
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudgetError
+from fisherkit.errors import (
+    FisherkitError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    MemoryBudgetError,
+    UnknownParameterError,
+)
+from fisherkit.evaluation.explanations import ALIGNED, explanations
 from fisherkit.operators import DiagonalOperator, FisherOperator, split, unwrap
 
 LARGEST_BLOCK = 4096
 """Parameters of a block that is still written out to be compared: 134 MB in float64."""
-
-CLOSE = 0.3
-"""A factor explains a scale if it is within this part of it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class Audit:
         compared: "diagonal" or "matrix".
         total: over all parameters.
         parts: a parameter (diagonals) or a block (matrices) each.
-        explanations: factors near the scale that common code brings about.
+        explanations: factors near the scale that common code brings about, the nearest first. They are candidates: a
+            scale alone cannot tell apart those that are near one another. None where the cosine is below 0.9, since
+            then no factor makes one of the other.
     """
 
     compared: str
@@ -70,7 +76,12 @@ class Audit:
             f"{self.compared}: cosine {t.cosine:.4f}, scale {t.scale:.4g}, trace ratio {t.trace_ratio:.4g}",
             f"a strength for the exact Fisher must be multiplied by {self.strength_ratio:.4g} with this one",
         ]
-        return "\n".join([*lines, *(f"near {text}" for text in self.explanations)])
+        lines += [f"near {text}" for text in self.explanations]
+        if len(self.explanations) > 1:
+            lines.append("several candidates: the scale alone does not tell which")
+        if t.cosine < ALIGNED:
+            lines.append(f"the direction differs (cosine below {ALIGNED}): no factor explains the scale")
+        return "\n".join(lines)
 
 
 def audit(
@@ -95,8 +106,9 @@ def audit(
 
     Raises:
         InvalidTypeError: neither an operator, a tensor nor a dict.
-        InvalidArgumentError: another parameter space, negative or not finite entries, a zero exact Fisher, or a matrix
-            to be compared where there is only a diagonal.
+        UnknownParameterError: a dict without some of the exact Fisher's parameters, or with others.
+        InvalidArgumentError: another parameter space, negative or not finite entries, a Fisher that is zero, or a
+            matrix to be compared where there is only a diagonal.
         MemoryBudgetError: a block with more than 4,096 parameters would have to be written out.
     """
     call = "audit"
@@ -116,10 +128,17 @@ def audit(
         raise InvalidArgumentError(call=call, got=f"compare={compare!r}", expected='"diagonal", "matrix" or None')
     products = _of_diagonals(operator, exact) if chosen == "diagonal" else _of_matrices(operator, exact, call)
     total = _Products("all", *(sum(values) for values in zip(*(p.values for p in products), strict=True)))
-    if total.exact == 0:
-        raise InvalidArgumentError(call=call, got="an exact Fisher that is zero", expected="one that is not")
+    for norm, which in ((total.exact, "an exact Fisher"), (total.other, "a Fisher")):
+        if norm == 0:
+            raise InvalidArgumentError(
+                call=call, got=f"{which} that is zero", expected="one that is not",
+                why="zero has no direction and is no multiple of anything",
+                try_="looking whether gradients were zeroed before they were squared, or the loss is exactly 0",
+            )  # fmt: skip
     found = total.likeness()
-    return Audit(chosen, found, tuple(p.likeness() for p in products), _explain(found.scale, exact, batch_size))
+    examples = int(exact.metadata.get("examples", 0))
+    why = explanations(found.cosine, found.scale, examples, batch_size)
+    return Audit(chosen, found, tuple(p.likeness() for p in products), why)
 
 
 @dataclass(frozen=True)
@@ -195,14 +214,55 @@ def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOpera
 
     Raises:
         InvalidTypeError: neither a tensor nor a dict.
+        UnknownParameterError, InvalidArgumentError: a dict of other names or shapes, or what is no diagonal.
     """
-    if isinstance(diagonal, Mapping):
-        diagonal = exact.space.flatten(diagonal)
-    if not isinstance(diagonal, Tensor):
+    if not isinstance(diagonal, (Mapping, Tensor)):
         raise InvalidTypeError(
             call=call, got=f"a {type(diagonal).__name__}", expected="a FisherOperator, a diagonal [D] or a dict"
         )
-    return DiagonalOperator(exact.space, diagonal.detach())
+    if isinstance(diagonal, Mapping):
+        _check_names(diagonal, exact, call)
+    try:
+        flat = diagonal if isinstance(diagonal, Tensor) else exact.space.flatten(diagonal)
+        return DiagonalOperator(exact.space, flat.detach())
+    except FisherkitError as error:
+        raise error.at(call) from error
+
+
+def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: str) -> None:
+    space = exact.space
+    missing = [name for name in space.names if name not in diagonal]
+    extra = [str(name) for name in diagonal if name not in space.slices]
+    if missing or extra:
+        lacking = [f"without {_some(missing)}"] * bool(missing) + [f"with {_some(extra)} beside"] * bool(extra)
+        raise UnknownParameterError(
+            call=call, got=f"a dict {' and '.join(lacking)}",
+            expected=f"the {len(space.names)} names of the exact Fisher", try_=_advice(missing, extra),
+        )  # fmt: skip
+    for name, shape in zip(space.names, space.shapes, strict=True):
+        if isinstance(diagonal[name], Tensor) and tuple(diagonal[name].shape) != shape:
+            raise InvalidArgumentError(
+                call=call, got=f"{name!r} of shape {list(diagonal[name].shape)}",
+                expected=f"{list(shape)}, as the parameter", why="a diagonal has one number for each of its entries",
+                try_="the exact Fisher of the very model that it was computed from",
+            )  # fmt: skip
+
+
+def _advice(missing: list[str], extra: list[str]) -> str:
+    if missing and (prefix := _prefix(missing[0], extra)):
+        return f"{{name.removeprefix({prefix!r}): tensor for name, tensor in other.items()}}"
+    if extra:
+        return "a dict of the exact Fisher's names alone, or the exact Fisher built with params=list(other)"
+    return "the exact Fisher of that part, built with params=list(other)"
+
+
+def _prefix(name: str, others: list[str]) -> str:
+    """What stands before a name where a wrapper has renamed it; "" if nothing does."""
+    return next((other.removesuffix(name) for other in others if other.endswith(f".{name}")), "")
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _is_diagonal(operator: FisherOperator) -> bool:
@@ -212,22 +272,3 @@ def _is_diagonal(operator: FisherOperator) -> bool:
 def _names(operator: FisherOperator) -> str:
     names = operator.space.names
     return f"[{names[0]} … {names[-1]}]"
-
-
-def _explain(scale: float, exact: FisherOperator, batch_size: int | None) -> tuple[str, ...]:
-    """Factors that common code brings about and that are near the scale."""
-    factors = {"1: the same normalization": 1.0, "½: half the Fisher": 0.5, "2: twice the Fisher": 2.0}
-    examples = int(exact.metadata.get("examples", 0))
-    if examples > 1:
-        factors |= {
-            f"N = {examples:,}: a sum over examples": float(examples),
-            f"1/N = 1/{examples:,}: divided by N once too often": 1 / examples,
-        }
-    if batch_size is not None and batch_size > 1:
-        factors[f"1/B = 1/{batch_size}: squared gradients of batches, averaged over batches"] = 1 / batch_size
-        if examples > batch_size:
-            factors[f"N/B² = {examples:,}/{batch_size}²: squared gradients of batches, summed"] = (
-                examples / batch_size**2
-            )
-            factors[f"N/B = {examples:,}/{batch_size}: a sum over batches"] = examples / batch_size
-    return tuple(text for text, factor in factors.items() if abs(scale - factor) <= CLOSE * factor)

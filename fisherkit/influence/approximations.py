@@ -120,7 +120,8 @@ class RandomProjection(Approximation):
 
     Training examples are then ``size²`` numbers a layer. Unbiased; the error falls as 1 / size, in relation to
     ‖x_q‖ ‖∇ℓ_n‖, and so is large for scores that are small against that (Johnson and Lindenstrauss; per layer as in
-    Choe et al., arXiv 2405.13954).
+    Choe et al., arXiv 2405.13954). Layers of no more than ``size`` inputs (the bias is one) or outputs, and rows that
+    are not kept as factors, are left whole: their error is 0.
 
     Args:
         size: random directions of each side.

@@ -1,35 +1,32 @@
 """Training rows in a folder: one safetensors file a block and a manifest, written so that a killed run goes on.
 
 A block's file appears under its name only when it is whole, so those that are there need not be made again; the
-manifest says which model, data and cutting they belong to. The same model and data give the same bytes, whether the run
-was interrupted or not. Owns the files; knows no score. Pickle is never used.
+manifest says which model, data and cutting they belong to. The same model, data and batches give the same bytes,
+whether the run was interrupted or not. Owns the folder and its manifest; a block's file is `block_file`'s. Knows no
+score.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from fisherkit import io
 from fisherkit.data import Batch, Source
 from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.influence.block_file import CALL, damaged, data_digest, read_block, write_block
 from fisherkit.influence.blocks import LimitedSource, LiveBlocks, RowBlock, RowBlocks, joined
-from fisherkit.rows import restore_rows
 from fisherkit.space import ParameterSpace
 
 FORMAT = "fisherkit-rows"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-CALL = "prepare(folder)"
 
 
 class FolderBlocks(RowBlocks):
@@ -49,7 +46,10 @@ class FolderBlocks(RowBlocks):
     def __iter__(self) -> Iterator[RowBlock]:
         """One pass over the files."""
         for entry in self.manifest["blocks"]:
-            yield _read(self.folder / entry["file"], self.space, self.device)
+            stored = read_block(self.folder / entry["file"], self.device)
+            if stored.checksum != entry["checksum"]:
+                raise FileFormatError(**damaged(stored.path, "it is not the block of the manifest"))
+            yield stored.rows(self.space)
 
     def count(self) -> int:
         """Known."""
@@ -65,28 +65,44 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
         settings: what the rows depend on beside the data; JSON.
 
     Raises:
-        InvalidArgumentError: no folder can be there, or it holds rows of another model, other data or other settings.
-        FileFormatError: the manifest or a block is damaged.
+        InvalidArgumentError: no folder can be there, or it holds rows of another model, other data, other batches or
+            other settings.
+        FileFormatError: the manifest is damaged. Damaged blocks are made again.
 
-    Cost: a forward and a backward pass over what is missing; one block in memory at a time.
+    Cost: one reading of what is there; a forward and a backward pass over what is missing; one block in memory at a
+        time.
     """
     path = _folder(folder)
     manifest = _begun(path, settings, live.limit)
     problem, limit = live.problem, int(manifest["limit"])
+    space, device = problem.plan.space, problem.plan.example_parameter.device
     source = LimitedSource(problem.source, limit)
     entries: list[dict[str, Any]] = []
+    spoilt: list[int] = []
+
+    def made(number: int, batch: Batch) -> dict[str, Any]:
+        one = LiveBlocks(replace(problem, source=_OneBatch(batch), progress=False), limit)
+        return _entry(number, batch, write_block(path / _name(number), joined(list(one)), batch))
+
     for number, batch in enumerate(tqdm(source, desc="rows", disable=not problem.progress, leave=False)):
-        name, digest = f"rows-{number:06d}.safetensors", _digest(batch)
-        if not (path / name).exists():
-            one = LiveBlocks(replace(problem, source=_OneBatch(batch), progress=False), limit)
-            _write(path / name, joined(list(one)), digest)
-        elif _header(path / name)["data"] != digest:
-            at = sum(entry["examples"] for entry in entries)
-            raise InvalidArgumentError(**_other(path, f"rows of other data from example {at} on"))
-        entries.append({"file": name, "examples": batch.size})
+        if not (path / _name(number)).exists():
+            entries.append(made(number, batch))
+            continue
+        try:
+            stored = read_block(path / _name(number), device)
+        except FileFormatError:
+            # Made again once all others are known to be of these data: what is refused is left as it was.
+            spoilt.append(number)
+            entries.append({"examples": batch.size})
+            continue
+        _refuse_other(path, stored.header, batch, start=sum(entry["examples"] for entry in entries))
+        entries.append(_entry(number, batch, stored.checksum))
+    for number, batch in enumerate(source if spoilt else ()):
+        if number in spoilt:
+            entries[number] = made(number, batch)
     manifest["blocks"] = entries
     io.replace_text(path / MANIFEST, json.dumps(manifest, indent=1))
-    return FolderBlocks(path, problem.plan.space, problem.plan.example_parameter.device, manifest)
+    return FolderBlocks(path, space, device, manifest)
 
 
 class _OneBatch(Source):
@@ -125,13 +141,15 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
         int(manifest["limit"])
     except (LookupError, ValueError, TypeError) as error:
         raise FileFormatError(
-            call=CALL, got=f"a manifest that cannot be read ({error})", expected="that of prepared rows"
-        ) from error
-    if manifest.get("format") != FORMAT or version > VERSION:
+            call=CALL, got=f"a manifest that cannot be read ({error}) in {path}", expected="that of prepared rows",
+            try_="another folder, or delete this one: its rows are then made again",
+        ) from error  # fmt: skip
+    if manifest.get("format") != FORMAT or version != VERSION:
         raise FileFormatError(
             call=CALL,
-            got=f"a manifest of format {manifest.get('format')!r}, version {version}",
-            expected=f"{FORMAT!r}, at most {VERSION}",
+            got=f"a manifest of format {manifest.get('format')!r}, version {version} in {path}",
+            expected=f"{FORMAT!r}, version {VERSION}",
+            try_="another folder, or delete this one: its rows are then made again",
         )
     changed = sorted(key for key in settings.keys() | known.keys() if settings.get(key) != known.get(key))
     if changed:
@@ -139,65 +157,31 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
     return manifest
 
 
+def _refuse_other(path: Path, header: Mapping[str, Any], batch: Batch, start: int) -> None:
+    """Raise unless a block is of these examples.
+
+    Raises:
+        InvalidArgumentError: it is of more or fewer, or of others.
+    """
+    if header["examples"] != batch.size:
+        sizes = f"{header['examples']:,} examples from example {start:,} on and not {batch.size:,}"
+        raise InvalidArgumentError(**_other(path, f"rows of other batches ({sizes})"))
+    if header["data"] != data_digest(batch):
+        raise InvalidArgumentError(**_other(path, f"rows of other data from example {start:,} on"))
+
+
 def _other(path: Path, got: str) -> dict[str, str]:
     return {
         "call": CALL,
         "got": f"{got} in {path}, which has been left as it is",
-        "expected": "no rows yet, or those of the same model and data",
-        "try_": "another folder, or delete this one",
+        "expected": "no rows yet, or those of the same model and data, in the same batches",
+        "try_": "the same batches, another folder, or delete this one",
     }
 
 
-def _write(path: Path, block: RowBlock, digest: str) -> None:
-    tensors: dict[str, Tensor] = {"owner": block.owner, "mask": block.mask}
-    units = []
-    for number, slot in enumerate(block.rows.slots):
-        own = slot.rows.tensors()
-        units.append({"kind": slot.rows.kind, "names": slot.names, "options": slot.rows.options(), "tensors": [*own]})
-        tensors.update({f"{number}.{name}": tensor for name, tensor in own.items()})
-    whole = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    # One key: the order of several would change from run to run.
-    io.replace_file(path, whole, {FORMAT: json.dumps({"data": digest, "units": units})})
+def _name(number: int) -> str:
+    return f"rows-{number:06d}.safetensors"
 
 
-def _read(path: Path, space: ParameterSpace, device: torch.device) -> RowBlock:
-    header, tensors = io.read_tensors(path, device, CALL, "prepare")
-    try:
-        units = json.loads(header[FORMAT])["units"]
-        states = [
-            io.State(
-                unit["kind"],
-                tuple(unit["names"]),
-                {name: tensors[f"{number}.{name}"] for name in unit["tensors"]},
-                unit["options"],
-            )
-            for number, unit in enumerate(units)
-        ]
-        return RowBlock(restore_rows(space, states), tensors["owner"], tensors["mask"])
-    except (LookupError, ValueError, TypeError) as error:
-        raise FileFormatError(
-            call=CALL, got=f"{path.name}, which cannot be read ({error})", expected="a block of prepared rows"
-        ) from error
-
-
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(json.loads((file.metadata() or {})[FORMAT]))
-    except (SafetensorError, OSError, LookupError, ValueError) as error:
-        raise FileFormatError(
-            call=CALL,
-            got=f"{path.name}, which cannot be read ({error})",
-            expected="a block of prepared rows",
-            try_="delete the file; it will be made again",
-        ) from error
-
-
-def _digest(batch: Batch) -> str:
-    """SHA-256 of a batch's tensors."""
-    digest = hashlib.sha256()
-    tensors, _ = batch.leaves()
-    for tensor in [*tensors, *([] if batch.targets is None else [batch.targets])]:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _entry(number: int, batch: Batch, checksum: str) -> dict[str, Any]:
+    return {"file": _name(number), "examples": batch.size, "checksum": checksum}

@@ -95,17 +95,18 @@ class InfluenceScores:
 
         Args:
             train: one batch or a re-iterable of batches, with targets.
-            folder: keep them there, a file a block, instead of in memory. A call that was interrupted goes on from what
-                it left, to the same bytes.
+            folder: keep them there, a file a block, instead of in memory. A call that was interrupted, given the same
+                batches, goes on from what it left, to the same bytes; damaged blocks are made again.
             by: "token" for calls with ``by="token"``.
 
         Raises:
             DataError, ModelError: as for a Fisher of these data.
             InvalidArgumentError: an unknown ``by``; the folder holds rows of another model or other data, or cannot be
                 made.
-            FileFormatError: the folder's manifest or one of its blocks is damaged.
+            FileFormatError: the folder's manifest is damaged.
 
-        Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form.
+        Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form; a
+        reading of the blocks that are there.
         """
         if by not in (None, "token"):
             raise InvalidArgumentError(

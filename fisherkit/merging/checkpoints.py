@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidTypeError, UnknownParameterError
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
@@ -198,21 +199,30 @@ class FileCheckpoint(Checkpoint):
 
     def _opened(self, file: Path) -> Any:
         try:
-            return safe_open(file, framework="pt", device="cpu")
+            opened: Any = safe_open(file, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
+            if _pickled(file):
+                raise self._refused(
+                    f"{file.name}, which torch.save wrote",
+                    "the loaded state dict in place of the path, or a file of it: safetensors.torch.save_file("
+                    f'torch.load("{file.name}", weights_only=True), "model.safetensors")',
+                ) from error
             raise self._refused(f"{file.name}, which cannot be read ({error})") from error
+        if str((opened.metadata() or {}).get("format")).startswith(io.FORMAT):
+            raise self._refused(f"{file.name}, which is a Fisher file", "the model there, and this file in fishers=")
+        return opened
 
     def _dtype(self, name: str, tensor: str) -> torch.dtype:
         if name not in DTYPES:
             raise self._refused(f"{tensor!r} of dtype {name}")
         return DTYPES[name]
 
-    def _refused(self, got: str) -> FileFormatError:
+    def _refused(self, got: str, try_: str = "check the path, or write the checkpoint again") -> FileFormatError:
         return FileFormatError(
             call=f"merge, {self._label} ({str(self.path)!r})",
             got=got,
             expected="complete safetensors files: one, an index with its shards, or a folder with model.safetensors",
-            try_="check the path, or write the checkpoint again",
+            try_=try_,
         )
 
 
@@ -240,6 +250,15 @@ def open_checkpoint(model: Model, label: str) -> Checkpoint:
         got=f"a {type(model).__name__}",
         expected="a module, a state dict, or the path of safetensors files",
     )
+
+
+def _pickled(file: Path) -> bool:
+    """Whether a file begins as those of torch.save do, now zip archives, once pickles."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        head = opened.read(4)
+    return head == b"PK\x03\x04" or head[:1] == b"\x80"
 
 
 def _by_name(names: Mapping[str, Any]) -> frozenset[str]:

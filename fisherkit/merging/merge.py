@@ -226,7 +226,8 @@ def resolve_weights(
         raise InvalidArgumentError(
             call=f'{call}(weights="examples", normalize=None)',
             got='Fishers with normalization="sum"', expected='normalization="mean"',
-            why="sums over examples have their number in them already", try_="weights=None",
+            why="sums over examples have their number in them already",
+            try_=f"weights={[1.0] * len(sources)}, which is the same but for the center",
         )  # fmt: skip
     return check_weights([float(count or 0) for count in counts], len(sources), call)
 

@@ -113,6 +113,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         names = list(dict.fromkeys(name for model in self.models for name in model.names))
+        self._check_covered(names)
         tied = {name: owner for name in names if (owner := self._owner(name))}
         mismatched = [name for name in names if name not in tied and self._mismatch(name)]
         self._refuse(
@@ -137,6 +138,20 @@ class _Planner:
                 plan[name] = Entry(*self._form(name), action="first" if kept else "skipped")
         lost = [name for name, owner in tied.items() if plan[owner].action == "skipped"]
         return {**plan, **{name: replace(plan[name], action="skipped", owner="") for name in lost}}
+
+    def _check_covered(self, names: Sequence[str]) -> None:
+        """Before anything is said of policies, which would not help: the Fishers are of these models."""
+        strangers = sorted(self.covered - set(names))
+        if strangers:
+            prefix = next((n.removesuffix(strangers[0]) for n in names if n.endswith(f".{strangers[0]}")), "")
+            raise InvalidArgumentError(
+                call=self.call,
+                got=f"Fishers over parameters that no model has: {listed(map(repr, strangers), MOST_LISTED)}",
+                expected="Fishers of these models, by the models' own names",
+                why="wrappers put a prefix before every name" if prefix else "",
+                try_=f"merging {{name.removeprefix({prefix!r}): tensor for name, tensor in model.state_dict().items()}}"
+                if prefix else "the Fishers measured again, on these models",
+            )  # fmt: skip
 
     def _owner(self, name: str) -> str | None:
         """The name whose tensor this one shares in every model that has both; None if it stands for itself."""
