@@ -23,6 +23,9 @@ BLOCK = 1024
 HALVED = 256
 """Symmetric products of at least so many vectors are computed by halves."""
 
+NARROW = 16
+"""Products with fewer columns are computed transposed."""
+
 
 R = TypeVar("R", bound="UnitRows")
 
@@ -132,6 +135,13 @@ def spans(total: int, cost: int) -> Iterator[slice]:
     step = max(1, TILE // max(1, cost))
     for start in range(0, max(total, 1), step):
         yield slice(start, min(start + step, total))
+
+
+def product(x: Float[Tensor, "R d"], u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
+    """X U; of few columns transposed, which on a processor is faster and sums long rows in more parts."""
+    if u.shape[1] == 1 or u.shape[1] >= NARROW or u.device.type != "cpu":
+        return x @ u
+    return (u.mT.contiguous() @ x.mT).mT
 
 
 def inner_products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -> Float[Tensor, "R S"]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import TILE, UnitRows, inner_products, spans, sum_by
+from fisherkit.rows.base import TILE, UnitRows, inner_products, product, spans, sum_by
 from fisherkit.rows.patches import Patches
 
 Activations: TypeAlias = Tensor | Patches
@@ -69,7 +69,8 @@ class FactoredRows(UnitRows):
             result = u.new_zeros(self.count, u.shape[1])
             # Shorter sums, added up, keep the digits that one of I·O terms would lose.
             for outputs in self._output_spans(longest=LONGEST):
-                result += self._tile(outputs) @ weight[outputs].flatten(0, 1)  # addmm_ would make it one sum again
+                # addmm_ would make it one sum again.
+                result += product(self._tile(outputs), weight[outputs].flatten(0, 1))
             return result if offset is None else result.addmm_(self.gradients.sum(1), offset)
         found = []
         for span in spans(u.shape[1], self.count * t * self.outputs):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import UnitRows, inner_products
+from fisherkit.rows.base import UnitRows, inner_products, product
 
 
 class StoredRows(UnitRows):
@@ -26,7 +26,7 @@ class StoredRows(UnitRows):
 
     def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
         """J U."""
-        return self.values @ u
+        return product(self.values, u)
 
     def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
         """Jᵀ W."""
