@@ -71,7 +71,7 @@ def test_products__of_patches_with_many_columns() -> None:
 @pytest.mark.parametrize("columns", [4, 8, 100])
 def test_matmul__keeps_its_digits_over_long_rows(columns: int) -> None:
     torch.manual_seed(0)
-    rows = FactoredRows(torch.randn(6, 32, 256), torch.randn(6, 32, 512), bias=False)
+    rows = FactoredRows(torch.randn(20, 32, 256), torch.randn(20, 32, 512), bias=False)
     u = torch.randn(rows.size, columns)
     assert rows.writes_out(columns)
     expected = rows.double().dense() @ u.double()
