@@ -25,7 +25,7 @@ CACHED = 1 << 21
 """Entries of a temporary that should stay in the processor's cache: 8 MiB in float32."""
 
 LONGEST = 1 << 13
-"""Terms of a dot product in the rows' own dtype."""
+"""Most terms, about, of a dot product in the rows' own dtype where rows are written out."""
 
 
 class FactoredRows(UnitRows):
