@@ -7,9 +7,11 @@ compressions. Knows neither data nor Fishers.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,6 +46,11 @@ class UnitQueries(ABC):
     @abstractmethod
     def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
         """With other rows."""
+
+    @staticmethod
+    @abstractmethod
+    def cat(parts: Sequence[Any]) -> UnitQueries:
+        """The queries of all parts, which are of this class and of one compression."""
 
 
 class Approximation(ABC):
@@ -151,8 +158,19 @@ class CompressedQueries:
 
     def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
         """With other rows."""
-        parts = [unit.products(slot.rows) for unit, slot in zip(self.units, rows.slots, strict=True)]
-        return torch.stack(parts).sum(0)
+        products = (unit.products(slot.rows) for unit, slot in zip(self.units, rows.slots, strict=True))
+        return functools.reduce(torch.Tensor.add_, products)
+
+    @staticmethod
+    def taken_from(parts: list[CompressedQueries]) -> CompressedQueries:
+        """The queries of all parts; the list is emptied, so that of one unit at a time queries exist twice."""
+        groups = [list(group) for group in zip(*(part.units for part in parts), strict=True)]
+        parts.clear()
+        units = []
+        for _ in range(len(groups)):
+            own = groups.pop(0)
+            units.append(type(own[0]).cat(own))
+        return CompressedQueries(units)
 
 
 class _ExactUnit(UnitQueries):
@@ -161,6 +179,10 @@ class _ExactUnit(UnitQueries):
 
     def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
         return rows.matmul(self._columns)
+
+    @staticmethod
+    def cat(parts: Sequence[_ExactUnit]) -> _ExactUnit:
+        return _ExactUnit(torch.cat([part._columns for part in parts], 1))
 
 
 class _LowRankUnit(UnitQueries):
@@ -181,6 +203,11 @@ class _LowRankUnit(UnitQueries):
             parts.append(torch.cat(met))
         return torch.cat(parts, 1)
 
+    @staticmethod
+    def cat(parts: Sequence[_LowRankUnit]) -> _LowRankUnit:
+        on_outputs, on_inputs = [part._on_outputs for part in parts], [part._on_inputs for part in parts]
+        return _LowRankUnit(torch.cat(on_outputs), torch.cat(on_inputs))
+
 
 class _ProjectedUnit(UnitQueries):
     def __init__(
@@ -191,6 +218,11 @@ class _ProjectedUnit(UnitQueries):
     def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
         turned = _factored(rows).rotated(self._on_inputs, self._on_outputs)
         return torch.cat([part.dense() @ self._queries for part in turned])
+
+    @staticmethod
+    def cat(parts: Sequence[_ProjectedUnit]) -> _ProjectedUnit:
+        queries = torch.cat([part._queries for part in parts], 1)
+        return _ProjectedUnit(parts[0]._on_inputs, parts[0]._on_outputs, queries)
 
 
 def _factored(rows: UnitRows) -> FactoredRows:
