@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.data import Source
 from fisherkit.influence import InfluenceScores
-from fisherkit.operators.eigen_form import EigenForm
+from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
 from fisherkit.operators.gram_form import GramForm
 from fisherkit.operators.row_forms import BlockForm, SolvedForm
+from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.problem import Problem
@@ -101,13 +102,16 @@ def scores_of(dtype: torch.dtype, rounded: torch.dtype, damping: float) -> Tenso
     return InfluenceScores(fisher, model, damping=fk.RelativeDamping(damping)).scores((x[:3] + 1, Y[:3]), (x, Y))
 
 
+@pytest.mark.parametrize("turned", [True, False], ids=["turned", "turned back"])
 @pytest.mark.parametrize("method", ["kfac", "ekfac"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_turned_rows__give_what_solved_columns_do(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turned_rows__give_what_solved_columns_do(
+    family: str, method: str, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inverse: Any = build(family, "ef", method).factorize(fk.RelativeDamping(0.3))
     lean, fast = loss_rows(family, lean=True), loss_rows(family, lean=False)
     expected = fast.dense() @ inverse._solve(fast.dense().mT)
-    monkeypatch.setattr(EigenForm, "worthwhile", lambda *_: True)
+    monkeypatch.setattr(EigenForm, "worthwhile", lambda *_: turned)
     for probe in (lean, fast):
         form = inverse._row_form(probe, 1, 1)
         for queries, rows in itertools.product((lean, fast, written_out(lean)), repeat=2):
@@ -125,6 +129,9 @@ def test_turned_rows__are_exact_where_bases_leave_something_out() -> None:
     form = inverse._row_form(rows, 1_000_000, 1)
     assert [type(part) for _, part in form._forms] == [EigenForm] * 2
     same(form.solve(rows).products(rows), expected)
+    back = inverse._row_form(rows, 1, 1_000_000)
+    assert [type(part) for _, part in back._forms] == [TurnedBackForm] * 2
+    same(back.solve(rows).products(rows), expected)
     same(inverse._row_squares(rows), expected.diagonal())
 
 
@@ -210,6 +217,26 @@ def test_gram__of_rows_ordered_by_example_has_the_bytes_of_listed_ones(m: int, k
         torch.testing.assert_close(mine.double().gram(theirs.double()), expected)
         assert torch.equal(mine.gram(theirs), left_listed.gram(right_listed))
     assert torch.equal(left.gram(left), left_listed.gram(left_listed))
+
+
+def test_written_out_rows__meet_factors_as_they_meet_each_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, g = torch.randn(90, 5, 300, generator=generator), torch.randn(90, 5, 40, generator=generator)
+    factors = FactoredRows(1 + 0.01 * a, 1 + 0.01 * g, bias=True)
+    rows = StoredRows(factors.dense())
+    space = fk.ParameterSpace.of(nn.Linear(300, 40))
+    mine, theirs = (Rows(space, [UnitSlot(space.names, unit)]) for unit in (rows, factors))
+    # Sums of 12,000 terms of one sign: in one float32 sum their error would be larger than between written out rows.
+    assert torch.equal(mine.cross_gram(theirs, precise=False), rows.gram(StoredRows(factors.dense()), precise=False))
+    assert torch.equal(theirs.written_out().cross_gram(mine, precise=True), rows.gram(rows, precise=True))
+
+
+@pytest.mark.parametrize("columns", [10, 64, 257])
+def test_aligned_product__is_the_product(columns: int) -> None:
+    x, u = torch.randn(3, 50, 20, dtype=torch.float64), torch.randn(20, columns, dtype=torch.float64)
+    found = aligned_product(x, u)
+    assert found.shape == (3, 50, columns)
+    torch.testing.assert_close(found, torch.einsum("abc,cd->abd", x, u))
 
 
 def test_a_block_diagonal__solves_one_block_at_a_time_and_keeps_all_solutions() -> None:

@@ -99,18 +99,15 @@ class ModelRows:
         """The module that a unit's parameters belong to; of a unit across modules, all of them."""
         return ", ".join(dict.fromkeys(self._modules[name] for name in names))
 
-    def live(self, data: Data, rule: OutputRule, *, token: bool = False, lean: bool = False) -> LiveBlocks:
+    def live(self, data: Data, rule: OutputRule, *, token: bool = False) -> LiveBlocks:
         """Rows made in every pass.
 
         Args:
             data: one batch or a re-iterable of batches.
             rule: their output vectors.
             token: whether each position has a row of its own.
-            lean: keep rows with as few numbers as can be, not for speed.
         """
-        problem = self._problem(self._source(data), rule, token)
-        problem.choose(lean=lean)
-        return LiveBlocks(problem, self._limit(problem))
+        return self._blocks(self._source(data), rule, token)
 
     def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
         """Rows of a measurement."""
@@ -118,8 +115,7 @@ class ModelRows:
         first = source.first()
         plan = plan_for(self.model, self.space, first.to(self.device))
         rule = query_rule(measurement, plan.probed.ndim, labelled=first.targets is not None)
-        problem = self._problem(source, rule, token=False)
-        return LiveBlocks(problem, self._limit(problem))
+        return self._blocks(source, rule, token=False)
 
     def _source(self, data: Data) -> Source:
         """The data, once the model is known to be what it was and the order to be fixed.
@@ -157,12 +153,8 @@ class ModelRows:
         """The same made once, if memory has room for all rows beside the rest."""
         if not isinstance(blocks, LiveBlocks):
             return blocks
-        for lean in (False, True):
-            blocks.problem.choose(lean=lean)
-            if blocks.row_bytes() * blocks.count() <= self.budget // 4:
-                return KeptBlocks(list(blocks), blocks.token)
-        blocks.problem.choose(lean=False)
-        return blocks
+        fit = blocks.row_bytes() * blocks.count() <= self.budget // 4
+        return KeptBlocks(list(blocks), blocks.token) if fit else blocks
 
     def sample(self, blocks: RowBlocks, stride: int) -> Rows:
         """Rows of every so-many-th example."""
@@ -172,8 +164,10 @@ class ModelRows:
             return Rows.cat([block.rows for block in blocks])
         return Rows.cat([thinned(block.rows, stride) for block in blocks])
 
-    def probe(self, blocks: LiveBlocks) -> Rows:
-        """Two rows of the form that a problem's rows have."""
+    def probe(self, blocks: RowBlocks) -> Rows:
+        """Some rows of the form that all have."""
+        if not isinstance(blocks, LiveBlocks):
+            return next(iter(blocks)).rows
         _, rows = blocks.problem.probe_rows()
         probed = blocks.problem.plan.probed
         return rows(torch.zeros(1, 2, *probed.shape[1:], dtype=probed.dtype, device=probed.device))
@@ -182,18 +176,17 @@ class ModelRows:
         """How many queries with so many numbers each fit a quarter of the budget; at least one."""
         return max(1, self.budget // 4 // (numbers * torch.finfo(self.dtype).bits // 8))
 
-    def _problem(self, source: Source, rule: OutputRule, token: bool) -> Problem:
+    def _blocks(self, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
         plan = plan_for(self.model, self.space, source.first().to(self.device))
         problem = Problem(
             plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress
         )  # fmt: skip
         problem.measure()
+        # Products may write a block's rows out. Kept, they have as few numbers as can be.
         problem.choose(lean=False)
-        return problem
-
-    def _limit(self, problem: Problem) -> int:
-        """Examples in a block, by the bytes of their rows."""
-        return max(1, min(MOST, self.budget // 8 // max(1, problem.row_bytes(self.space.names))))
+        most = self.budget // 8 // max(1, problem.row_bytes(self.space.names))
+        problem.choose(lean=True)
+        return LiveBlocks(problem, max(1, min(MOST, most)))
 
 
 def _likelihood(likelihood: str | Likelihood | None, fisher: FisherOperator) -> Likelihood:

@@ -114,7 +114,7 @@ class InfluenceScores:
                 why="rows are of whole examples or of their tokens",
                 try_="prepare(train), which is for by=\"module\" too",
             )  # fmt: skip
-        blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token", lean=True)
+        blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token")
         if folder is not None:
             return write_blocks(folder, blocks, self._model_rows.settings(token=blocks.token))
         return KeptBlocks(list(blocks), blocks.token)
@@ -275,7 +275,7 @@ class InfluenceScores:
                 expected="fk.influence.LowRankQueries(rank) or fk.influence.RandomProjection(size)",
             )
         check_count(call, "checked", checked)
-        blocks = self._training(train, token=False, lean=True)
+        blocks = self._training(train, token=False)
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
         form = SolvedForm(self._inverse._solve, self._model_rows.space.size)
         live = self._model_rows.queries(queries, measurement)
@@ -332,9 +332,9 @@ class InfluenceScores:
 
     # -- shared --------------------------------------------------------------------------------------------------------
 
-    def _training(self, train: Data | RowBlocks, *, token: bool, lean: bool = False) -> RowBlocks:
+    def _training(self, train: Data | RowBlocks, *, token: bool) -> RowBlocks:
         if not isinstance(train, RowBlocks):
-            return self._model_rows.live(train, EmpiricalVectors(), token=token, lean=lean)
+            return self._model_rows.live(train, EmpiricalVectors(), token=token)
         if train.token != token:
             raise InvalidArgumentError(
                 call="scores(train)",
@@ -350,14 +350,14 @@ class InfluenceScores:
         """The queries in blocks that memory has room for, the form that suits them, and the other side."""
         live = self._model_rows.queries(queries, measurement)
         count, others = live.count(), train.count()
-        form = self._inverse._row_form(self._model_rows.probe(live), count, others)
+        form = self._inverse._row_form(self._model_rows.probe(train), count, others)
         most = self._model_rows.room(form.numbers_per_query)
         if count > most:
             # Each block of queries meets all others: what counts is a block's own number.
-            form = self._inverse._row_form(self._model_rows.probe(live), most, others)
+            train = self._model_rows.kept(train)
+            form = self._inverse._row_form(self._model_rows.probe(train), most, others)
             most = self._model_rows.room(form.numbers_per_query)
             live = self._model_rows.limited(live, most)
-            train = self._model_rows.kept(train)
         for block in in_groups(live, most):
             yield block, form, train
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.operators.row_forms import Part, RowForm, RowSolution
+from fisherkit.operators.row_forms import Part, RowForm, RowSolution, Solved, SolvedForm
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
 
@@ -43,13 +43,13 @@ class EigenForm(RowForm):
 
     @staticmethod
     def worthwhile(probe: Rows, queries: int, others: int) -> bool:
-        """Whether turning the others' rows takes fewer multiplications than turning the queries' solutions."""
+        """Whether turning the others' rows takes fewer multiplications than turning the queries' solutions back."""
         rows = probe.slots[0].rows
         if len(probe.slots) > 1 or not isinstance(rows, FactoredRows):
             return False
         width, outputs = rows.inputs + rows.bias, rows.outputs
         turned = others * rows.positions * (width**2 + outputs**2)
-        return turned <= 2 * queries * width * outputs * (width + outputs)
+        return turned <= queries * width * outputs * (width + outputs)
 
     def turned(self, rows: FactoredRows) -> Iterator[FactoredRows]:
         """The rows in the eigenbasis."""
@@ -69,6 +69,28 @@ class EigenForm(RowForm):
     def weighed(self, queries: FactoredRows) -> Float[Tensor, "d Q"]:
         """diag(w) (U_G ⊗ U_A)ᵀ Q, in the eigenbasis."""
         return torch.cat([part.dense() for part in self.turned(queries)]).mul_(self._weights).mT
+
+
+class TurnedBackForm(SolvedForm):
+    """Solutions written out, for the others to meet as they are: queries turned by their factors, and turned back.
+
+    Args:
+        form: turns and weighs.
+        back: U_G ⊗ U_A on ``[s r, Q]``.
+        size: D.
+    """
+
+    def __init__(self, form: EigenForm, back: Callable[[Tensor], Tensor], size: int) -> None:
+        super().__init__(form._solve, size)
+        self._form, self._back = form, back
+
+    def solve(self, queries: Rows) -> Solved:
+        """One solve for all."""
+        rows = queries.slots[0].rows
+        if len(queries.slots) > 1 or not isinstance(rows, FactoredRows):
+            return super().solve(queries)
+        columns = self._back(self._form.weighed(rows))
+        return Solved(columns.add_(rows.dense().mT, alpha=self._form.outside) if self._form.outside else columns)
 
 
 class _EigenSolution(RowSolution):

@@ -59,7 +59,7 @@ class Factorization(ABC):
         """rᵀ(F + λI)⁻¹q in the form that is cheapest for so many queries and other rows.
 
         Args:
-            probe: a few rows of the form that both will have.
+            probe: a few rows of the form that r will have.
             queries: how many q there will be.
             others: how many r.
         """

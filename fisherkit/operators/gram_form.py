@@ -72,18 +72,19 @@ class GramForm(RowForm):
 
 class _GramSolution(RowSolution):
     def __init__(self, form: GramForm, queries: Rows) -> None:
-        self._form, self._queries = form, queries
+        # They meet every block of the others.
+        self._form, self._queries = form, queries.written_out()
         self._w = form.scale * form._solve(form.rows.cross_gram(queries, form.precise))
 
     def parts(self, rows: Rows) -> Iterator[Part]:
-        form, rows = self._form, self._form._alike(rows)
+        form, rows = self._form, self._form._alike(rows).written_out()
         with_queries = rows.cross_gram_by_unit(self._queries, form.precise)
         with_rows = rows.cross_gram_by_unit(form.rows, form.precise)
         for (names, direct), (_, through) in zip(with_queries, with_rows, strict=True):
             yield names, direct.sub_(through @ self._w).div_(form.damping)
 
     def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
-        form, rows = self._form, self._form._alike(rows)
+        form, rows = self._form, self._form._alike(rows).written_out()
         through = rows.cross_gram(form.rows, form.precise) @ self._w
         return rows.cross_gram(self._queries, form.precise).sub_(through).div_(form.damping)
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.eigen_form import EigenForm
+from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, singular, spectrum
 from fisherkit.operators.row_forms import RowForm
+from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.space import ParameterSpace
@@ -252,11 +253,11 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _rotate_scale_rotate(self, columns: Float[Tensor, "D K"], scales: Float[Tensor, "O J"]) -> Float[Tensor, "D K"]:
         """(U_G ⊗ U_A) diag(scales) (U_G ⊗ U_A)ᵀ V."""
-        inner = self.gradient_basis.mT @ self._layout.to_grid(columns) @ self.activation_basis
+        inner = aligned_product(self.gradient_basis.mT @ self._layout.to_grid(columns), self.activation_basis)
         return self._rotate_back(scales * inner)
 
     def _rotate_back(self, grid: Float[Tensor, "K O J"]) -> Float[Tensor, "D K"]:
-        return self._layout.to_flat(self.gradient_basis @ grid @ self.activation_basis.mT)
+        return self._layout.to_flat(aligned_product(self.gradient_basis @ grid, self.activation_basis.mT))
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         return self._rotate_scale_rotate(columns, self._values.to(self.dtype))
@@ -341,7 +342,10 @@ class _EigenKroneckerFactorization(Factorization):
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
         if EigenForm.worthwhile(probe, queries, others):
             return self._eigen_form
-        return super()._row_form(probe, queries, others)
+        return TurnedBackForm(self._eigen_form, self._turned_back, self.operator.size)
+
+    def _turned_back(self, columns: Float[Tensor, "e Q"]) -> Float[Tensor, "D Q"]:
+        return self._eigen._rotate_back(columns.mT.unflatten(1, self._eigen.eigenvalue_grid.shape))
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         slot, *others = rows.slots

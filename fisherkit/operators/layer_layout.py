@@ -75,6 +75,11 @@ class LayerLayout:
 
     def to_flat(self, grid: Shaped[Tensor, "K O J"]) -> Shaped[Tensor, "D K"]:
         """The inverse of `to_grid`."""
+        count, weights = len(grid), self.outputs * self.inputs
+        rows = grid.new_empty(count, self.outputs * self.width)
+        first, second = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
         weight = grid[..., : self.inputs]
-        rows = (weight.mT if self.transposed else weight).reshape(len(grid), -1)
-        return (torch.cat([rows, grid[..., -1]], dim=-1) if self.bias else rows).mT
+        rows[:, :weights].unflatten(1, (first, second)).copy_(weight.mT if self.transposed else weight)
+        if self.bias:
+            rows[:, weights:] = grid[..., -1]
+        return rows.mT

@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.stored import StoredRows
 from fisherkit.space import ParameterSpace
 
 
@@ -155,6 +157,14 @@ class Rows(RowSource):
         """The rows themselves."""
         return self._whole(slot.rows.dense().mT for slot in self.slots).mT
 
+    def written_out(self) -> Rows:
+        """The same with the rows of units that share positions written out, for many products with them."""
+        slots = []
+        for slot in self.slots:
+            shared = isinstance(slot.rows, FactoredRows) and slot.rows.positions > 1
+            slots.append(UnitSlot(slot.names, StoredRows(slot.rows.dense()) if shared else slot.rows))
+        return Rows(self.space, slots)
+
     def normal_matrix(self) -> Float[Tensor, "D D"]:
         """JᵀJ."""
         rows = self.dense().double()
@@ -239,9 +249,9 @@ def _unit_gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor,
     """J J'ᵀ of one unit, in float64; rows of another representation are written out a few at a time."""
     if type(mine) is type(theirs):
         return mine.gram(theirs, precise)
+    some_at_a_time = (theirs.some(span) for span in spans(theirs.count, 2 * theirs.size))
+    if isinstance(mine, StoredRows):
+        return torch.cat([mine.gram(StoredRows(some.dense()), precise) for some in some_at_a_time], 1)
     mine = mine.double() if precise else mine
-    parts = []
-    for span in spans(theirs.count, 2 * theirs.size):
-        some = theirs.some(span)
-        parts.append(mine.matmul((some.double() if precise else some).dense().mT).double())
-    return torch.cat(parts, 1)
+    columns = ((some.double() if precise else some).dense().mT for some in some_at_a_time)
+    return torch.cat([mine.matmul(own).double() for own in columns], 1)

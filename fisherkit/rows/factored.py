@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import TILE, UnitRows, inner_products, product, spans, sum_by
+from fisherkit.rows.base import TILE, UnitRows, aligned_product, inner_products, product, spans, sum_by
 from fisherkit.rows.patches import Patches
 
 Activations: TypeAlias = Tensor | Patches
@@ -23,6 +23,9 @@ Activations: TypeAlias = Tensor | Patches
 
 CACHED = 1 << 21
 """Entries of a temporary that should stay in the processor's cache: 8 MiB in float32."""
+
+WRITTEN = 1 << 23
+"""Entries of rows that are written out at a time for a product: 32 MiB in float32, memory that is used again."""
 
 LONGEST = 1 << 13
 """Most terms, about, of a dot product in the rows' own dtype where rows are written out."""
@@ -67,10 +70,11 @@ class FactoredRows(UnitRows):
         n, t, i = self.activations.shape
         if self.writes_out(u.shape[1]):
             result = u.new_zeros(self.count, u.shape[1])
-            # Shorter sums, added up, keep the digits that one of I·O terms would lose.
-            for outputs in self._output_spans(longest=LONGEST):
-                # addmm_ would make it one sum again.
-                result += product(self._tile(outputs), weight[outputs].flatten(0, 1))
+            for outputs in self._output_spans(longest=max(LONGEST, WRITTEN // max(1, self.count))):
+                tile, columns = self._tile(outputs), weight[outputs].flatten(0, 1)
+                # Shorter sums, added up, keep the digits that one of I·O terms would lose; addmm_ would make it one.
+                for some, met in zip(tile.split(LONGEST, 1), columns.split(LONGEST), strict=True):
+                    result += product(some, met)
             return result if offset is None else result.addmm_(self.gradients.sum(1), offset)
         found = []
         for span in spans(u.shape[1], self.count * t * self.outputs):
@@ -139,8 +143,8 @@ class FactoredRows(UnitRows):
             if offset is not None:
                 torch.sum(squares, 0, out=offset.squeeze(1))
             return out.squeeze(1)
-        parts = (tile.square_().sum(0) for _, tile in self._tiles(slice(0, self.outputs)))
-        weight = functools.reduce(torch.Tensor.add_, parts).reshape(self.outputs, self.inputs)
+        parts = (tile.square_().sum(0) for tile in self._cached_tiles())
+        weight = functools.reduce(torch.Tensor.add_, parts)
         return self._join(weight, self.gradients.sum(1).square_().sum(0))
 
     def weighted_squares(self, weights: Float[Tensor, "d"]) -> Float[Tensor, "R"]:
@@ -157,10 +161,7 @@ class FactoredRows(UnitRows):
         """The rows in flat order."""
         size = self.outputs * self.inputs
         rows = self.gradients.new_empty(self.count, self.size)
-        for span, tile in self._tiles(slice(0, self.outputs)):
-            if self.transposed:
-                tile = tile.reshape(-1, self.outputs, self.inputs).mT.flatten(1)
-            rows[span, :size] = tile
+        self._write(rows[:, :size], slice(0, self.outputs), transposed=self.transposed)
         if self.bias:
             torch.sum(self.gradients, 1, out=rows[:, size:])
         return rows
@@ -183,14 +184,14 @@ class FactoredRows(UnitRows):
 
     def rotated(self, on_inputs: Float[Tensor, "I1 r"], on_outputs: Float[Tensor, "O s"]) -> Iterator[FactoredRows]:
         """The rows in other bases of inputs and outputs, the bias being one of the inputs."""
-        g = self.gradients @ on_outputs
+        g = aligned_product(self.gradients, on_outputs)
         offset = on_inputs[-1] if self.bias else None
         if isinstance(self.activations, Tensor):
-            a = self.activations @ on_inputs[: self.inputs]
+            a = aligned_product(self.activations, on_inputs[: self.inputs])
             yield FactoredRows(a if offset is None else a.add_(offset), g, self.example, bias=False)
             return
         for span, a in self._owners(self.activations.shape[1] * self.inputs):
-            a = a @ on_inputs[: self.inputs]
+            a = aligned_product(a, on_inputs[: self.inputs])
             yield FactoredRows(a if offset is None else a.add_(offset), g[span], bias=False)
 
     def writes_out(self, columns: int) -> bool:
@@ -233,23 +234,36 @@ class FactoredRows(UnitRows):
             else:
                 yield span, self.activations[self.example[span]]
 
-    def _tiles(self, outputs: slice) -> Iterator[tuple[slice, Float[Tensor, "r e"]]]:
-        """Spans of rows with their weight rows of some outputs, written out, ``[r, outputs · I]``."""
-        width = len(range(*outputs.indices(self.outputs)))
+    def _cached_tiles(self) -> Iterator[Float[Tensor, "r O I"]]:
+        """The weight's rows written out, as many at a time as the processor's cache holds."""
         each = max(1, self.each)
-        for span, a in self._owners(max(each * width, self.positions) * self.inputs):
+        for span, a in self._owners(max(each * self.outputs, self.positions) * self.inputs):
             # All rows of an example in one product, which reads the activations once.
-            left = self.gradients[span, :, outputs].unflatten(0, (len(a), each)).transpose(2, 3).flatten(1, 2)
-            yield span, (left @ a).reshape(each * len(a), width * self.inputs)
+            left = self.gradients[span].unflatten(0, (len(a), each)).transpose(2, 3).flatten(1, 2)
+            yield (left @ a).reshape(-1, self.outputs, self.inputs)
 
     def _output_spans(self, others: int = 0, longest: int = TILE) -> Iterator[slice]:
         """Outputs whose rows, and so many others', written out make one temporary, none longer than that."""
         return spans(self.outputs, max(self.count + others, TILE // longest) * (self.inputs + 1))
 
     def _tile(self, outputs: slice) -> Float[Tensor, "R e"]:
-        """The same of all rows."""
-        parts = [tile for _, tile in self._tiles(outputs)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """The weight rows of some outputs, written out, ``[R, outputs · I]``."""
+        width = len(range(*outputs.indices(self.outputs)))
+        rows = self.gradients.new_empty(self.count, width * self.inputs)
+        self._write(rows, outputs)
+        return rows
+
+    def _write(self, rows: Float[Tensor, "R e"], outputs: slice, transposed: bool = False) -> None:
+        """The same, to where it shall be."""
+        each = max(1, self.each)
+        for span, a in self._owners(self.positions * self.inputs):
+            g = self.gradients[span, :, outputs]
+            for vector in range(each):  # every example's first row, its second, ...
+                own, place = g[vector::each], rows[span][vector::each]
+                if transposed:
+                    torch.bmm(a.mT, own, out=place.unflatten(1, (self.inputs, -1)))
+                else:
+                    torch.bmm(own.mT, a, out=place.unflatten(1, (-1, self.inputs)))
 
     def _meet(self, x: Float[Tensor, "N S K"]) -> Float[Tensor, "R K"]:
         """Σ_s g_rs x_ns of every row with its example's."""
