@@ -20,8 +20,9 @@ from torch import Tensor
 from fisherkit.arguments import is_integer
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.layer_layout import LayerLayout
+from fisherkit.operators.row_forms import Bases, ColumnSolution
 from fisherkit.rows.base import UnitRows, spans
-from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
 
 
@@ -74,30 +75,35 @@ class Approximation(ABC):
             raise InvalidArgumentError(call=call, got=f"a size of {size}", expected="1 or more")
         self.size, self.seed = size, seed
 
-    def compress(self, columns: Float[Tensor, "D Q"], probe: Rows) -> CompressedQueries:
+    def compress(self, solution: ColumnSolution, probe: Rows) -> CompressedQueries:
         """The queries by unit.
 
         Args:
-            columns: X.
+            solution: X.
             probe: rows of the form that those to be met will have.
         """
         units = []
         for number, slot in enumerate(probe.slots):
-            own = torch.cat([columns[probe.space.slices[name]] for name in slot.names])
-            units.append(self._unit(own, slot, probe, number))
+            columns, bases = solution.unit(probe.space, slot.names)
+            units.append(self._unit(columns, bases, slot.rows, number))
         return CompressedQueries(units)
 
-    def _unit(self, own: Float[Tensor, "d Q"], slot: UnitSlot, probe: Rows, number: int) -> UnitQueries:
-        rows = slot.rows
-        if not isinstance(rows, FactoredRows) or self.size >= min(rows.outputs, rows.inputs + rows.bias):
-            return _ExactUnit(own)
+    def _unit(self, columns: Float[Tensor, "d Q"], bases: Bases | None, rows: UnitRows, number: int) -> UnitQueries:
+        if not isinstance(rows, FactoredRows):
+            return _ExactUnit(columns)
         layout = LayerLayout(rows.outputs, rows.inputs, rows.bias, rows.transposed)
-        generator = torch.Generator().manual_seed(self.seed + number)
-        return self._layer(layout.to_grid(own), generator)
+        whole = self.size >= min(layout.outputs, layout.width)
+        if bases is None:
+            grid = layout.to_grid(columns)
+        else:
+            grid = columns.mT.unflatten(1, (bases[0].shape[1], bases[1].shape[1]))
+        if whole:
+            return _ExactUnit(columns if bases is None else layout.to_flat(bases[0] @ grid @ bases[1].mT))
+        return self._layer(grid, bases, torch.Generator().manual_seed(self.seed + number))
 
     @abstractmethod
-    def _layer(self, grid: Float[Tensor, "Q O J"], generator: torch.Generator) -> UnitQueries:
-        """A layer's queries as matrices from inputs, the bias's among them, to outputs."""
+    def _layer(self, grid: Float[Tensor, "Q s r"], bases: Bases | None, generator: torch.Generator) -> UnitQueries:
+        """A layer's queries as matrices from inputs, the bias's among them, to outputs; or these in other bases."""
 
 
 class LowRankQueries(Approximation):
@@ -115,11 +121,14 @@ class LowRankQueries(Approximation):
     def __init__(self, rank: int = 32, seed: int = 0) -> None:
         super().__init__(rank, seed)
 
-    def _layer(self, grid: Float[Tensor, "Q O J"], generator: torch.Generator) -> UnitQueries:
+    def _layer(self, grid: Float[Tensor, "Q s r"], bases: Bases | None, generator: torch.Generator) -> UnitQueries:
         start = torch.randn(grid.shape[2], self.size, generator=generator, dtype=torch.float64).to(grid)
         basis = torch.linalg.qr(grid @ start).Q
         basis = torch.linalg.qr(grid @ torch.linalg.qr(grid.mT @ basis).Q).Q
-        return _LowRankUnit(basis, grid.mT @ basis)
+        sides = basis, grid.mT @ basis
+        if bases is not None:
+            sides = bases[0] @ sides[0], bases[1] @ sides[1]
+        return _LowRankUnit(*sides)
 
 
 class RandomProjection(Approximation):
@@ -138,12 +147,16 @@ class RandomProjection(Approximation):
     def __init__(self, size: int = 32, seed: int = 0) -> None:
         super().__init__(size, seed)
 
-    def _layer(self, grid: Float[Tensor, "Q O J"], generator: torch.Generator) -> UnitQueries:
+    def _layer(self, grid: Float[Tensor, "Q s r"], bases: Bases | None, generator: torch.Generator) -> UnitQueries:
+        widths = grid.shape[1:] if bases is None else (len(bases[0]), len(bases[1]))
         on_outputs, on_inputs = (
             (torch.randn(width, self.size, generator=generator, dtype=torch.float64) / self.size**0.5).to(grid)
-            for width in grid.shape[1:]
+            for width in widths
         )
-        return _ProjectedUnit(on_inputs, on_outputs, (on_outputs.mT @ grid @ on_inputs).flatten(1).mT)
+        left, right = on_outputs.mT, on_inputs
+        if bases is not None:
+            left, right = left @ bases[0], bases[1].mT @ right
+        return _ProjectedUnit(on_inputs, on_outputs, (left @ grid @ right).flatten(1).mT)
 
 
 class CompressedQueries:

@@ -26,7 +26,7 @@ from fisherkit.influence.model_rows import ModelRows
 from fisherkit.influence.top import RunningTop, TopScores
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
-from fisherkit.operators.row_forms import RowForm, SolvedForm
+from fisherkit.operators.row_forms import RowForm
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
 
@@ -277,13 +277,13 @@ class InfluenceScores:
         check_count(call, "checked", checked)
         blocks = self._training(train, token=False)
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
-        form = SolvedForm(self._inverse._solve, self._model_rows.space.size)
+        form = self._inverse._column_form(sample)
         live = self._model_rows.queries(queries, measurement)
         most = self._model_rows.room(form.numbers_per_query)
         kept, errors, owners, queried = [], [], [], 0
         for block in in_groups(self._model_rows.limited(live, min(most, live.limit)), most):
             solved = form.solve(block.rows)
-            compressed = approximation.compress(solved.columns, sample)
+            compressed = approximation.compress(solved, sample)
             exact = solved.products(sample).double()
             error = (compressed.products(sample) - exact).norm(dim=0) / exact.norm(dim=0)
             errors.append(block.by_example(error.nan_to_num(0.0)).to(self._model_rows.dtype))

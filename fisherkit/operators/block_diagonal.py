@@ -20,7 +20,7 @@ from fisherkit.operators.algebra import fold
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.persistence import restore
-from fisherkit.operators.row_forms import BlockForm, RowForm, aligned
+from fisherkit.operators.row_forms import BlockForm, ColumnForm, RowForm, aligned
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace
@@ -119,6 +119,7 @@ class _BlockFactorization(Factorization):
     ) -> None:
         super().__init__(operator, damping)
         self._whole = operator
+        self._spaces = [block.space for block in operator.blocks]
         self._inverses = [_factorize_block(block, damping, tolerance, max_steps) for block in operator.blocks]
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -126,21 +127,21 @@ class _BlockFactorization(Factorization):
         return self._whole._scatter([f._solve(part) for f, part in zip(self._inverses, parts, strict=True)])
 
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
-        spaces = [block.space for block in self._whole.blocks]
-        if not aligned(spaces, probe):
+        if not aligned(self._spaces, probe):
             return super()._row_form(probe, queries, others)
-        return BlockForm(
-            [
-                (space, inverse._row_form(probe.restrict(space), queries, others))
-                for space, inverse in zip(spaces, self._inverses, strict=True)
-            ]
-        )
+        inverses = zip(self._spaces, self._inverses, strict=True)
+        return BlockForm([(space, own._row_form(probe.restrict(space), queries, others)) for space, own in inverses])
+
+    def _column_form(self, probe: Rows) -> ColumnForm:
+        if not aligned(self._spaces, probe):
+            return super()._column_form(probe)
+        inverses = zip(self._spaces, self._inverses, strict=True)
+        return BlockForm([(space, own._column_form(probe.restrict(space))) for space, own in inverses])
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
-        spaces = [block.space for block in self._whole.blocks]
-        if not aligned(spaces, rows):
+        if not aligned(self._spaces, rows):
             return super()._row_squares(rows)
-        parts = [f._row_squares(rows.restrict(space)) for space, f in zip(spaces, self._inverses, strict=True)]
+        parts = [f._row_squares(rows.restrict(space)) for space, f in zip(self._spaces, self._inverses, strict=True)]
         return torch.stack([part.double() for part in parts]).sum(0)
 
     def _solve_with_info(

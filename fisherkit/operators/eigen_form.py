@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.operators.row_forms import Part, RowForm, RowSolution, Solved, SolvedForm
+from fisherkit.operators.row_forms import Bases, ColumnForm, ColumnSolution, Part, Solved, SolvedForm
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
+from fisherkit.space import ParameterSpace
 
 
-class EigenForm(RowForm):
+class EigenForm(ColumnForm):
     """(U_G ⊗ U_A) diag(w) (U_G ⊗ U_A)ᵀ, and 1/λ on what the bases do not span.
 
     Args:
@@ -55,7 +56,7 @@ class EigenForm(RowForm):
         """The rows in the eigenbasis."""
         return rows.rotated(self.on_inputs, self.on_outputs)
 
-    def solve(self, queries: Rows) -> RowSolution:
+    def solve(self, queries: Rows) -> ColumnSolution:
         """Queries turned, written out and weighed."""
         return _EigenSolution(self, queries)
 
@@ -93,7 +94,7 @@ class TurnedBackForm(SolvedForm):
         return Solved(columns.add_(rows.dense().mT, alpha=self._form.outside) if self._form.outside else columns)
 
 
-class _EigenSolution(RowSolution):
+class _EigenSolution(ColumnSolution):
     def __init__(self, form: EigenForm, queries: Rows) -> None:
         rows = queries.slots[0].rows
         self._form, self._queries = form, queries
@@ -113,3 +114,8 @@ class _EigenSolution(RowSolution):
         if form.outside and isinstance(mine, FactoredRows):
             within += form.outside * slot.rows.gram(mine, precise=False).to(within.dtype)
         yield slot.names, within
+
+    def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
+        if self._weighed is None or self._form.outside:
+            return self._solved, None
+        return self._weighed, (self._form.on_outputs, self._form.on_inputs)

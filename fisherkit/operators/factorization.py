@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisherkit.conjugate import MatMat
 from fisherkit.errors import SingularMatrixError
-from fisherkit.operators.row_forms import RowForm, SolvedForm, solved_squares
+from fisherkit.operators.row_forms import ColumnForm, RowForm, SolvedForm, solved_squares
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient
 from fisherkit.space import Vector
@@ -62,6 +62,14 @@ class Factorization(ABC):
             probe: a few rows of the form that r will have.
             queries: how many q there will be.
             others: how many r.
+        """
+        return SolvedForm(self._solve, self.operator.size)
+
+    def _column_form(self, probe: Rows) -> ColumnForm:
+        """The same with solutions that can be had by units.
+
+        Args:
+            probe: a few rows of the form that r will have.
         """
         return SolvedForm(self._solve, self.operator.size)
 

@@ -24,7 +24,7 @@ from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, singular, spectrum
-from fisherkit.operators.row_forms import RowForm
+from fisherkit.operators.row_forms import ColumnForm, RowForm
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
@@ -342,6 +342,15 @@ class _EigenKroneckerFactorization(Factorization):
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
         if EigenForm.worthwhile(probe, queries, others):
             return self._eigen_form
+        return self._turned_back_form
+
+    def _column_form(self, probe: Rows) -> ColumnForm:
+        # Where the bases leave something out, a solution is not turned columns alone.
+        turned = len(probe.slots) == 1 and isinstance(probe.slots[0].rows, FactoredRows) and not self._eigen._null
+        return self._eigen_form if turned else self._turned_back_form
+
+    @property
+    def _turned_back_form(self) -> TurnedBackForm:
         return TurnedBackForm(self._eigen_form, self._turned_back, self.operator.size)
 
     def _turned_back(self, columns: Float[Tensor, "e Q"]) -> Float[Tensor, "D Q"]:

@@ -23,6 +23,9 @@ from fisherkit.space import ParameterSpace
 Part: TypeAlias = tuple[tuple[str, ...], Tensor]
 """Names of a unit's parameters, and its summand ``[R, Q]``."""
 
+Bases: TypeAlias = tuple[Tensor, Tensor]
+"""U_G ``[O, s]`` and U_A ``[I, r]``, or ``[I+1, r]`` with a bias."""
+
 
 class RowSolution(ABC):
     """(F + λI)⁻¹ applied to the queries' rows, as meeting other rows needs it."""
@@ -34,6 +37,19 @@ class RowSolution(ABC):
     def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
         """rᵀ(F + λI)⁻¹q."""
         return functools.reduce(torch.add, (part for _, part in self.parts(rows)))
+
+
+class ColumnSolution(RowSolution):
+    """One that can be had by units."""
+
+    @abstractmethod
+    def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
+        """A unit's part X of (F + λI)⁻¹Q; with bases, W of X = (U_G ⊗ U_A) W.
+
+        Args:
+            space: of the solution.
+            names: of the unit's parameters.
+        """
 
 
 class RowForm(ABC):
@@ -57,7 +73,15 @@ class RowForm(ABC):
         """The queries' side."""
 
 
-class SolvedForm(RowForm):
+class ColumnForm(RowForm):
+    """One whose solutions can be had by units."""
+
+    @abstractmethod
+    def solve(self, queries: Rows) -> ColumnSolution:
+        """The queries' side."""
+
+
+class SolvedForm(ColumnForm):
     """Solve for the queries written out, ``[D, Q]``, then products with the other rows as they are kept.
 
     Args:
@@ -74,7 +98,7 @@ class SolvedForm(RowForm):
         return Solved(self._solve(queries.dense().mT))
 
 
-class Solved(RowSolution):
+class Solved(ColumnSolution):
     """Columns X = (F + λI)⁻¹Q.
 
     Args:
@@ -88,9 +112,13 @@ class Solved(RowSolution):
         """J X by unit."""
         yield from rows.matmul_by_unit(self.columns)
 
+    def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], None]:
+        """As they are."""
+        return torch.cat([self.columns[space.slices[name]] for name in names]), None
 
-class BlockForm(RowForm):
-    """The sum of the blocks' forms.
+
+class BlockForm(ColumnForm):
+    """The sum of the blocks' forms; its solutions can be had by units if those of all forms can.
 
     Args:
         forms: a form for each part of the parameters.
@@ -100,12 +128,12 @@ class BlockForm(RowForm):
         super().__init__(sum(form.kept for _, form in forms), max(form.passing for _, form in forms))
         self._forms = forms
 
-    def solve(self, queries: Rows) -> RowSolution:
+    def solve(self, queries: Rows) -> ColumnSolution:
         """Each block by itself."""
         return _BlockSolution([(space, form.solve(queries.restrict(space))) for space, form in self._forms])
 
 
-class _BlockSolution(RowSolution):
+class _BlockSolution(ColumnSolution):
     def __init__(self, solutions: Sequence[tuple[ParameterSpace, RowSolution]]) -> None:
         self._solutions = solutions
 
@@ -116,6 +144,11 @@ class _BlockSolution(RowSolution):
     def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
         found = (solution.products(rows.restrict(space)) for space, solution in self._solutions)
         return functools.reduce(torch.add, found)
+
+    def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
+        own, solution = next((own, solution) for own, solution in self._solutions if names[0] in own.names)
+        assert isinstance(solution, ColumnSolution)  # noqa: S101  (the class says when it is)
+        return solution.unit(own, names)
 
 
 def solved_squares(solve: Callable[[Tensor], Tensor], rows: Rows) -> Float[Tensor, "R"]:
