@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.influence import InfluenceScores, LowRankQueries, RandomProjection
+from fisherkit.operators.kronecker import EigenKroneckerOperator
+from fisherkit.operators.row_forms import SolvedForm
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
 from tests.small_data import F64, X, Y, mlp, same
@@ -65,6 +67,39 @@ def test_projections__are_unbiased_and_better_with_size() -> None:
     assert mean < 0.3 * one
     small, large = (scores.approximate_scores(queries, train, RandomProjection(p)).error.mean() for p in (4, 32))
     assert small > 3 * large
+
+
+@pytest.mark.parametrize("approximation", [LowRankQueries(4), RandomProjection(4)])
+def test_kronecker_solutions__are_compressed_in_the_eigenbasis(
+    approximation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, queries, train = larger("kfac")
+    found = scores.approximate_scores(queries, train, approximation)
+    inverse: Any = scores._inverse
+    with monkeypatch.context() as patch:
+        # The same from solutions that are written out.
+        patch.setattr(type(inverse), "_column_form", lambda self, _: SolvedForm(self._solve, self.operator.size))
+        expected = scores.approximate_scores(queries, train, approximation)
+    if isinstance(approximation, RandomProjection):
+        same(found.scores, expected.scores)
+    else:  # their range finders start elsewhere
+        exact = scores.scores(queries, train)
+        assert max(float((both.scores - exact).norm() / exact.norm()) for both in (found, expected)) < 1e-2
+    with monkeypatch.context() as patch:
+        patch.setattr(EigenKroneckerOperator, "_rotate_scale_rotate", None)
+        scores.approximate_scores(queries, train, approximation)
+
+
+def test_queries_without_a_label_that_counts__score_0() -> None:
+    of = problem("token_mlp")
+    scores = InfluenceScores(build("token_mlp", "ef", "kfac"), of.model)
+    x, y = data(of)
+    y = y.clone()
+    y[1] = -100
+    found = scores.approximate_scores((x, y), data(of), LowRankQueries(64))
+    assert torch.equal(found.scores[1], torch.zeros(len(y), dtype=F64))
+    assert float(found.error[1]) == 0
+    same(found.scores, scores.scores((x, y), data(of)))
 
 
 def test_a_seed__decides_everything(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ compressions. Knows neither data nor Fishers.
 
 from __future__ import annotations
 
+import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.arguments import is_integer
@@ -42,16 +42,24 @@ class ApproximateScores:
 
 
 class UnitQueries(ABC):
-    """Solved queries of one unit."""
+    """Solved queries of one unit.
+
+    Args:
+        parts: what is kept of them, along axis 0.
+    """
+
+    def __init__(self, *parts: Float[Tensor, "Q ..."]) -> None:
+        self.parts = parts
+
+    def over(self, parts: Iterable[Float[Tensor, "Q ..."]]) -> UnitQueries:
+        """The same compression of other queries."""
+        other = copy.copy(self)
+        other.parts = tuple(parts)
+        return other
 
     @abstractmethod
     def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
         """With other rows."""
-
-    @staticmethod
-    @abstractmethod
-    def cat(parts: Sequence[Any]) -> UnitQueries:
-        """The queries of all parts, which are of this class and of one compression."""
 
 
 class Approximation(ABC):
@@ -156,7 +164,7 @@ class RandomProjection(Approximation):
         left, right = on_outputs.mT, on_inputs
         if bases is not None:
             left, right = left @ bases[0], bases[1].mT @ right
-        return _ProjectedUnit(on_inputs, on_outputs, (left @ grid @ right).flatten(1).mT)
+        return _ProjectedUnit(on_inputs, on_outputs, (left @ grid @ right).flatten(1))
 
 
 class CompressedQueries:
@@ -174,68 +182,53 @@ class CompressedQueries:
         products = (unit.products(slot.rows) for unit, slot in zip(self.units, rows.slots, strict=True))
         return functools.reduce(torch.Tensor.add_, products)
 
-    @staticmethod
-    def taken_from(parts: list[CompressedQueries]) -> CompressedQueries:
-        """The queries of all parts; the list is emptied, so that of one unit at a time queries exist twice."""
-        groups = [list(group) for group in zip(*(part.units for part in parts), strict=True)]
-        parts.clear()
-        units = []
-        for _ in range(len(groups)):
-            own = groups.pop(0)
-            units.append(type(own[0]).cat(own))
-        return CompressedQueries(units)
+    def room(self, queries: int) -> CompressedQueries:
+        """So many of this form, all 0; memory that is taken at once does not fall to pieces."""
+        return CompressedQueries(
+            [unit.over(part.new_zeros(queries, *part.shape[1:]) for part in unit.parts) for unit in self.units]
+        )
+
+    def put(self, places: Int[Tensor, "q"], others: CompressedQueries) -> None:
+        """Others in the place of some of these."""
+        for mine, theirs in zip(self.units, others.units, strict=True):
+            for whole, part in zip(mine.parts, theirs.parts, strict=True):
+                whole[places] = part
 
 
 class _ExactUnit(UnitQueries):
     def __init__(self, columns: Float[Tensor, "d Q"]) -> None:
-        self._columns = columns.clone()
+        super().__init__(columns.mT)
 
     def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
-        return rows.matmul(self._columns)
-
-    @staticmethod
-    def cat(parts: Sequence[_ExactUnit]) -> _ExactUnit:
-        return _ExactUnit(torch.cat([part._columns for part in parts], 1))
+        return rows.matmul(self.parts[0].mT)
 
 
 class _LowRankUnit(UnitQueries):
-    def __init__(self, on_outputs: Float[Tensor, "Q O k"], on_inputs: Float[Tensor, "Q J k"]) -> None:
-        self._on_outputs, self._on_inputs = on_outputs, on_inputs
+    """On outputs ``[Q, O, k]``, and on inputs ``[Q, J, k]``."""
 
     def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
-        rows, parts = _factored(rows), []
-        queries, _, rank = self._on_inputs.shape
+        rows, found = _factored(rows), []
+        queries, _, rank = self.parts[0].shape
         for span in spans(queries, 8 * rows.count * rows.positions * rank):
-            on_inputs, on_outputs = (
-                side[span].movedim(0, 1).flatten(1) for side in (self._on_inputs, self._on_outputs)
-            )
+            on_outputs, on_inputs = (side[span].movedim(0, 1).flatten(1) for side in self.parts)
             met = []
             for turned in rows.rotated(on_inputs, on_outputs):
                 a = turned.activations[:] if turned.example is None else turned.activations[turned.example]
                 met.append((turned.gradients * a).sum(1).unflatten(1, (-1, rank)).sum(2))
-            parts.append(torch.cat(met))
-        return torch.cat(parts, 1)
-
-    @staticmethod
-    def cat(parts: Sequence[_LowRankUnit]) -> _LowRankUnit:
-        on_outputs, on_inputs = [part._on_outputs for part in parts], [part._on_inputs for part in parts]
-        return _LowRankUnit(torch.cat(on_outputs), torch.cat(on_inputs))
+            found.append(torch.cat(met))
+        return torch.cat(found, 1)
 
 
 class _ProjectedUnit(UnitQueries):
     def __init__(
-        self, on_inputs: Float[Tensor, "J p"], on_outputs: Float[Tensor, "O p"], queries: Float[Tensor, "d Q"]
+        self, on_inputs: Float[Tensor, "J p"], on_outputs: Float[Tensor, "O p"], queries: Float[Tensor, "Q d"]
     ) -> None:
-        self._on_inputs, self._on_outputs, self._queries = on_inputs, on_outputs, queries
+        super().__init__(queries)
+        self._on_inputs, self._on_outputs = on_inputs, on_outputs
 
     def products(self, rows: UnitRows) -> Float[Tensor, "R Q"]:
         turned = _factored(rows).rotated(self._on_inputs, self._on_outputs)
-        return torch.cat([part.dense() @ self._queries for part in turned])
-
-    @staticmethod
-    def cat(parts: Sequence[_ProjectedUnit]) -> _ProjectedUnit:
-        queries = torch.cat([part._queries for part in parts], 1)
-        return _ProjectedUnit(parts[0]._on_inputs, parts[0]._on_outputs, queries)
+        return torch.cat([part.dense() @ self.parts[0].mT for part in turned])
 
 
 def _factored(rows: UnitRows) -> FactoredRows:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fisherkit.arguments import check_count
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.influence.approximations import ApproximateScores, Approximation, CompressedQueries
+from fisherkit.influence.approximations import ApproximateScores, Approximation
 from fisherkit.influence.assembly import check_group_count, check_options, grouped, side_by_side, stacked
 from fisherkit.influence.blocks import KeptBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
@@ -280,22 +280,21 @@ class InfluenceScores:
         form = self._inverse._column_form(sample)
         live = self._model_rows.queries(queries, measurement)
         most = self._model_rows.room(form.numbers_per_query)
-        kept, errors, owners, queried = [], [], [], 0
+        whole, errors, queried = None, [], 0
         for block in in_groups(self._model_rows.limited(live, min(most, live.limit)), most):
             solved = form.solve(block.rows)
             compressed = approximation.compress(solved, sample)
             exact = solved.products(sample).double()
             error = (compressed.products(sample) - exact).norm(dim=0) / exact.norm(dim=0)
             errors.append(block.by_example(error.nan_to_num(0.0)).to(self._model_rows.dtype))
-            kept.append(compressed)
-            owners.append(block.owner + queried)
+            whole = compressed.room(live.counted()) if whole is None else whole
+            whole.put(queried + block.owner, compressed)
             queried += block.size
-        whole, owner = CompressedQueries.taken_from(kept), torch.cat(owners)
-        pieces = []
-        for other in blocks:
-            found = other.by_example(whole.products(other.rows)).mT * self._scale
-            # Queries without a label that counts score 0.
-            pieces.append(found.new_zeros(queried, other.size).index_add_(0, owner, found).to(self._model_rows.dtype))
+        assert whole is not None  # noqa: S101  (data without a batch are an error before)
+        pieces = [
+            (other.by_example(whole.products(other.rows)).mT * self._scale).to(self._model_rows.dtype)
+            for other in blocks
+        ]
         return ApproximateScores(torch.cat(pieces, 1), torch.cat(errors), sample.count)
 
     def self_influence(self, train: Data | RowBlocks) -> Float[Tensor, "N"]:
