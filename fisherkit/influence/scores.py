@@ -291,11 +291,12 @@ class InfluenceScores:
             whole.put(queried + block.owner, compressed)
             queried += block.size
         assert whole is not None  # noqa: S101  (data without a batch are an error before)
-        pieces = [
-            (other.by_example(whole.products(other.rows)).mT * self._scale).to(self._model_rows.dtype)
-            for other in blocks
-        ]
-        return ApproximateScores(torch.cat(pieces, 1), torch.cat(errors), sample.count)
+        dtype, device, start = self._model_rows.dtype, self._model_rows.device, 0
+        scores = torch.empty(queried, blocks.counted(), dtype=dtype, device=device)
+        for other in blocks:
+            found = other.by_example(whole.products(other.rows)).mT
+            scores[:, start : start + other.size], start = self._scale * found, start + other.size
+        return ApproximateScores(scores, torch.cat(errors), sample.count)
 
     def self_influence(self, train: Data | RowBlocks) -> Float[Tensor, "N"]:
         """(1/N) ∇ℓ_nᵀ(F + λI)⁻¹∇ℓ_n of each example: how much its own loss rises without it.

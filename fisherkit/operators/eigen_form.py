@@ -69,7 +69,8 @@ class EigenForm(ColumnForm):
 
     def weighed(self, queries: FactoredRows) -> Float[Tensor, "d Q"]:
         """diag(w) (U_G ⊗ U_A)ᵀ Q, in the eigenbasis."""
-        return torch.cat([part.dense() for part in self.turned(queries)]).mul_(self._weights).mT
+        parts = [part.dense() for part in self.turned(queries)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(self._weights).mT
 
 
 class TurnedBackForm(SolvedForm):
