@@ -131,7 +131,7 @@ class Builder:
                 break
         units = {unit.names: unit.reason for unit in self.problem.plan.units}
         if needed <= self.budget:
-            return self._kept(Rows.taken_from([chunk.rows for chunk in self._counted(self.problem.batches("full"))]))
+            return self._kept(Rows.gathered(chunk.rows for chunk in self._counted(self.problem.batches("full"))))
         for counted, rows_here, dropped in self.problem.counts("count"):
             self._count(counted, rows_here, dropped)
         self._require_examples()

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,17 +49,15 @@ class Sizes:
         queries: Q.
         batch: training examples in a batch of ours.
         peer_batch: in one of the peer's, as its memory has room.
-        rows: bytes that the full structure may keep of rows; None for its default.
     """
 
     examples: int
     queries: int
     batch: int
     peer_batch: int
-    rows: int | None = None
 
 
-SIZES = {"W1": Sizes(5_000, 200, 5_000, 128), "W3": Sizes(5_000, 200, 50, 50, rows=16_000_000_000)}
+SIZES = {"W1": Sizes(5_000, 200, 5_000, 128), "W3": Sizes(5_000, 200, 50, 50)}
 CHECKED = {"W1": Sizes(150, 20, 150, 75), "W3": Sizes(40, 10, 40, 20)}
 SMALL = Sizes(12, 5, 6, 6)
 """Of what is timed, of what is compared first, and where both are tiny."""
@@ -68,11 +67,12 @@ Contestant = Callable[[Workload, Pair, Sizes], Scorer]
 """A fit: model, training data and sizes to a function of the queries."""
 
 
-def ours(kind: type[fk.FisherApproximation], structure: str, workload: Workload, train: Pair, sizes: Sizes) -> Scorer:
+def ours(
+    kind: type[fk.FisherApproximation], structure: str, workload: Workload, train: Pair, sizes: Sizes, **options: Any
+) -> Scorer:
     """What a user of fisherkit writes."""
     batches = [(train[0][i : i + sizes.batch], train[1][i : i + sizes.batch]) for i in _starts(train, sizes.batch)]
-    budget = sizes.rows if structure == "full" else None
-    fisher = kind(workload.model, batches, structure=structure, params=workload.layered, memory_budget=budget)
+    fisher = kind(workload.model, batches, structure=structure, params=workload.layered, **options)
     influence = fk.influence.InfluenceScores(fisher, workload.model, damping=fk.RelativeDamping(DAMPING))
     return lambda queries: influence.scores(queries, batches)
 

@@ -21,6 +21,9 @@ from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.stored import StoredRows
 from fisherkit.space import ParameterSpace
 
+GROUP = 1 << 30
+"""Bytes of rows that are put together first where more are gathered."""
+
 
 class RowSource(ABC):
     """R rows over D parameters, wherever they are.
@@ -233,6 +236,23 @@ class Rows(RowSource):
             slots.append(UnitSlot(own, type(rows[0]).cat(rows)))
             del rows
         return Rows(space, slots)
+
+    @staticmethod
+    def gathered(parts: Iterable[Rows]) -> Rows:
+        """The same of parts as they come.
+
+        By way of groups whose tensors are large enough to be given back to the system: what many small ones leave
+        behind would stay the process's own, as much again as the rows.
+        """
+        groups: list[Rows] = []
+        pending: list[Rows] = []
+        for part in parts:
+            pending.append(part)
+            if sum(rows.nbytes for rows in pending) >= GROUP:
+                groups.append(Rows.taken_from(pending))
+        groups += pending
+        pending.clear()
+        return Rows.taken_from(groups)
 
     @property
     def nbytes(self) -> int:

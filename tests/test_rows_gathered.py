@@ -1,0 +1,56 @@
+"""Rows of many batches put together: the same rows, and of each unit's parts none is held longer than needed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import fisherkit as fk
+from fisherkit.rows import collection
+from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.stored import StoredRows
+from tests.conformance_cases import problem
+from tests.influence_cases import data
+from tests.small_data import mlp
+
+
+@pytest.mark.parametrize("size", [1, 700, 1 << 30])
+@pytest.mark.parametrize("family", ["mlp", "token_attention", "embedding", "conv2d"])
+def test_rows__gathered_by_groups_are_those_of_the_batches(
+    family: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x, y) = problem(family).model, data(problem(family))
+    batches = [(x[i : i + 2], y[i : i + 2]) for i in range(0, len(y), 2)]
+    alone = [fk.EmpiricalFisher(model, batch)._built.operator.row_source.dense() for batch in batches]  # type: ignore[attr-defined]
+    monkeypatch.setattr(collection, "GROUP", size)
+    fisher = fk.EmpiricalFisher(model, batches)
+    torch.testing.assert_close(fisher._built.operator.row_source.dense(), torch.cat(alone))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [1, 100, 1 << 30])
+def test_parts__are_let_go_unit_by_unit(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collection, "GROUP", size)
+    space = fk.ParameterSpace.of(mlp())
+    space = space.restrict(space.names[:2])
+    first: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def parts() -> Iterator[Rows]:
+        for _ in range(6):
+            units = [StoredRows(torch.ones(2, int(torch.Size(shape).numel()))) for shape in space.shapes]
+            first.append(weakref.ref(units[0].values))
+            yield Rows(space, [UnitSlot((name,), unit) for name, unit in zip(space.names, units, strict=True)])
+
+    def cat(parts: Sequence[StoredRows]) -> StoredRows:
+        held.append(sum(reference() is not None for reference in first))
+        return StoredRows(torch.cat([part.values for part in parts]))
+
+    monkeypatch.setattr(StoredRows, "cat", cat)
+    rows = Rows.gathered(parts())
+    assert torch.equal(rows.dense(), torch.ones(12, space.size))
+    # Of the second unit, the last call: all that is left of the first is what holds the part that came last.
+    assert held[-1] <= 1
