@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.influence import InfluenceScores, LowRankQueries, RandomProjection
+from fisherkit.influence.blocks import KeptBlocks, RowBlock
 from fisherkit.operators.kronecker import EigenKroneckerOperator
 from fisherkit.operators.row_forms import SolvedForm
 from tests.conformance_cases import build, problem
@@ -100,6 +102,31 @@ def test_queries_without_a_label_that_counts__score_0() -> None:
     assert torch.equal(found.scores[1], torch.zeros(len(y), dtype=F64))
     assert float(found.error[1]) == 0
     same(found.scores, scores.scores((x, y), data(of)))
+
+
+@pytest.mark.parametrize("budget", [1, 30_000, 150_000])
+@pytest.mark.parametrize("structure", ["full", "kfac"])
+def test_queries_that_do_not_fit__are_taken_in_groups(
+    structure: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, (x, y), train = larger(structure)
+    batches = [(x[:7], y[:7]), (x[7:], y[7:])]
+    expected = scores.approximate_scores((x, y), train, LowRankQueries(4))
+    model = scores._model_rows.model
+    small = InfluenceScores(fk.EmpiricalFisher(model, train, structure=structure), model, memory_budget=budget)
+    rows, passes = small.prepare(train), []
+
+    def counted(self: KeptBlocks) -> Iterator[RowBlock]:
+        passes.append(0)
+        return iter(self.blocks)
+
+    monkeypatch.setattr(KeptBlocks, "__iter__", counted)
+    found = small.approximate_scores(batches, rows, LowRankQueries(4))
+    same(found.scores, expected.scores)
+    same(found.error, expected.error)
+    query = 8 * 4 * (48 + 41 + 44 + 49 + 5 + 45)  # bytes: both sides of three layers at rank 4
+    assert found.checked == expected.checked == 75
+    assert len(passes) == 1 + -(-20 // max(1, budget // 2 // query))  # one for the sample
 
 
 def test_a_seed__decides_everything(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fisherkit.arguments import is_integer
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.influence.blocks import RowBlock
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.operators.row_forms import Bases, ColumnSolution
 from fisherkit.rows.base import UnitRows, spans
@@ -188,11 +189,70 @@ class CompressedQueries:
             [unit.over(part.new_zeros(queries, *part.shape[1:]) for part in unit.parts) for unit in self.units]
         )
 
+    @property
+    def bytes_per_query(self) -> int:
+        """What one query takes."""
+        parts = [part for unit in self.units for part in unit.parts]
+        return sum(part.element_size() * part[:1].numel() for part in parts)
+
     def put(self, places: Int[Tensor, "q"], others: CompressedQueries) -> None:
         """Others in the place of some of these."""
         for mine, theirs in zip(self.units, others.units, strict=True):
             for whole, part in zip(mine.parts, theirs.parts, strict=True):
                 whole[places] = part
+
+    def first(self, queries: int) -> CompressedQueries:
+        """So many of them."""
+        return CompressedQueries([unit.over(part[:queries] for part in unit.parts) for unit in self.units])
+
+
+@dataclass(frozen=True)
+class CompressedGroup:
+    """Some neighbouring queries.
+
+    Args:
+        queries: one an example; 0 where no label counts.
+        error: of each, as `ApproximateScores` has it.
+    """
+
+    queries: CompressedQueries
+    error: Float[Tensor, "Q"]
+
+
+def compressed_groups(
+    solutions: Iterable[tuple[RowBlock, ColumnSolution]],
+    count: int,
+    approximation: Approximation,
+    sample: Rows,
+    most_bytes: int,
+) -> Iterator[CompressedGroup]:
+    """All queries, compressed, in groups of at most so many bytes.
+
+    Args:
+        solutions: blocks of queries, solved.
+        count: of all queries.
+        approximation: compresses them.
+        sample: rows on which the error is measured.
+        most_bytes: of a group; one block of queries there is at least.
+    """
+    whole: CompressedQueries | None = None
+    errors: list[Tensor] = []
+    size = held = 0
+    for block, solution in solutions:
+        compressed = approximation.compress(solution, sample)
+        exact = solution.products(sample).double()
+        error = (compressed.products(sample) - exact).norm(dim=0) / exact.norm(dim=0)
+        if whole is not None and held + block.size > size:
+            yield CompressedGroup(whole.first(held), torch.cat(errors))
+            whole, errors, held = None, [], 0
+        if whole is None:
+            size = max(block.size, min(count, most_bytes // max(1, compressed.bytes_per_query)))
+            whole = compressed.room(size)
+        whole.put(held + block.owner, compressed)
+        errors.append(block.by_example(error.nan_to_num(0.0)))
+        held, count = held + block.size, count - block.size
+    assert whole is not None  # noqa: S101  (data without a batch are an error before)
+    yield CompressedGroup(whole.first(held), torch.cat(errors))
 
 
 class _ExactUnit(UnitQueries):

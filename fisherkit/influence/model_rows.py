@@ -162,7 +162,14 @@ class ModelRows:
             source = ThinnedSource(blocks.problem.source, stride)
             blocks = LiveBlocks(replace(blocks.problem, source=source), blocks.limit)
             return Rows.cat([block.rows for block in blocks])
-        return Rows.cat([thinned(block.rows, stride) for block in blocks])
+        taken: list[Rows] = []
+        seen = 0
+        for block in blocks:
+            first = -seen % stride
+            if not taken or first < block.rows.count:
+                taken.append(thinned(block.rows, stride, first))
+            seen += block.rows.count
+        return Rows.cat(taken)
 
     def probe(self, blocks: RowBlocks) -> Rows:
         """Some rows of the form that all have."""

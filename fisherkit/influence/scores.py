@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fisherkit.arguments import check_count
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.influence.approximations import ApproximateScores, Approximation
+from fisherkit.influence.approximations import ApproximateScores, Approximation, compressed_groups
 from fisherkit.influence.assembly import check_group_count, check_options, grouped, side_by_side, stacked
 from fisherkit.influence.blocks import KeptBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
@@ -264,8 +264,8 @@ class InfluenceScores:
             InvalidArgumentError: checked is below 1.
             DataError, ModelError: as in `scores`.
 
-        Cost: one solve for each query, the compressed queries in memory, and one pass over the training examples
-        whatever the number of queries; another one over those that are checked.
+        Cost: one solve for each query, and a pass over the training examples for as many compressed queries as half
+        the memory budget holds; another one over those that are checked.
         """
         call = "approximate_scores"
         if not isinstance(approximation, Approximation):
@@ -278,24 +278,20 @@ class InfluenceScores:
         blocks = self._training(train, token=False)
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
         form = self._inverse._column_form(sample)
-        live = self._model_rows.queries(queries, measurement)
-        most = self._model_rows.room(form.numbers_per_query)
-        whole, errors, queried = None, [], 0
-        for block in in_groups(self._model_rows.limited(live, min(most, live.limit)), most):
-            solved = form.solve(block.rows)
-            compressed = approximation.compress(solved, sample)
-            exact = solved.products(sample).double()
-            error = (compressed.products(sample) - exact).norm(dim=0) / exact.norm(dim=0)
-            errors.append(block.by_example(error.nan_to_num(0.0)).to(self._model_rows.dtype))
-            whole = compressed.room(live.counted()) if whole is None else whole
-            whole.put(queried + block.owner, compressed)
-            queried += block.size
-        assert whole is not None  # noqa: S101  (data without a batch are an error before)
-        dtype, device, start = self._model_rows.dtype, self._model_rows.device, 0
-        scores = torch.empty(queried, blocks.counted(), dtype=dtype, device=device)
-        for other in blocks:
-            found = other.by_example(whole.products(other.rows)).mT
-            scores[:, start : start + other.size], start = self._scale * found, start + other.size
+        live, most = self._model_rows.queries(queries, measurement), self._model_rows.room(form.numbers_per_query)
+        live = self._model_rows.limited(live, min(most, live.limit))
+        dtype, device, count = self._model_rows.dtype, self._model_rows.device, live.counted()
+        scores = torch.empty(count, blocks.counted(), dtype=dtype, device=device)
+        errors, first = [], 0
+        solutions = ((block, form.solve(block.rows)) for block in in_groups(live, most))
+        for group in compressed_groups(solutions, count, approximation, sample, self._model_rows.budget // 2):
+            own, start = slice(first, first + len(group.error)), 0
+            for other in blocks:
+                found = other.by_example(group.queries.products(other.rows)).mT
+                scores[own, start : start + other.size], start = self._scale * found, start + other.size
+            errors.append(group.error.to(dtype))
+            first = own.stop
+            del group  # its memory is the next one's
         return ApproximateScores(scores, torch.cat(errors), sample.count)
 
     def self_influence(self, train: Data | RowBlocks) -> Float[Tensor, "N"]:

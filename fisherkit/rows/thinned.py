@@ -37,16 +37,17 @@ class ThinnedSource(Source):
             seen += batch.size
 
 
-def thinned(rows: Rows | StreamedRows, stride: int) -> Rows:
+def thinned(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
     """Rows of every k-th example; for stored ones every k-th row.
 
     Args:
         rows: all of them.
         stride: k.
+        first: of stored rows, the one to begin with.
 
     Cost: streamed, reading the data once, and the rows of the examples that are taken.
     """
     if isinstance(rows, StreamedRows):
         problem = replace(rows.problem, source=ThinnedSource(rows.problem.source, stride), progress=False)
         return Rows.cat([chunk.rows for chunk in problem.batches("sample")])
-    return rows.reordered(torch.arange(0, rows.count, stride, device=rows.device)).compact()
+    return rows.reordered(torch.arange(first, rows.count, stride, device=rows.device)).compact()
