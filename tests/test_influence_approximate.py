@@ -92,16 +92,22 @@ def test_kronecker_solutions__are_compressed_in_the_eigenbasis(
         scores.approximate_scores(queries, train, approximation)
 
 
-def test_queries_without_a_label_that_counts__score_0() -> None:
-    of = problem("token_mlp")
-    scores = InfluenceScores(build("token_mlp", "ef", "kfac"), of.model)
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("family", ["mlp", "conv2d", "hf_conv1d"])
+def test_queries_without_a_label_that_counts__score_0(family: str, structure: str, budget: int | None) -> None:
+    of = problem(family)
+    scores = InfluenceScores(build(family, "ef", structure), of.model, memory_budget=budget)
     x, y = data(of)
-    y = y.clone()
-    y[1] = -100
-    found = scores.approximate_scores((x, y), data(of), LowRankQueries(64))
-    assert torch.equal(found.scores[1], torch.zeros(len(y), dtype=F64))
-    assert float(found.error[1]) == 0
-    same(found.scores, scores.scores((x, y), data(of)))
+    ignored = torch.full_like(y, -100)
+    ignored[1] = y[1]
+    expected = scores.scores((x, ignored), (x, y))
+    assert torch.equal(expected[[0, 2]], torch.zeros(2, len(y), dtype=F64))
+    assert float(expected[1].abs().max()) > 0
+    found = scores.approximate_scores((x, ignored), (x, y), LowRankQueries(64))
+    same(found.scores, expected)
+    assert torch.equal(found.error[[0, 2]], torch.zeros(2, dtype=F64))
+    assert torch.equal(scores.scores((x[:1], ignored[:1]), (x, y)), torch.zeros(1, len(y), dtype=F64))
 
 
 @pytest.mark.parametrize("budget", [1, 30_000, 150_000])
@@ -110,6 +116,8 @@ def test_queries_that_do_not_fit__are_taken_in_groups(
     structure: str, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores, (x, y), train = larger(structure)
+    y = y.clone()
+    y[0] = -100  # one without a row, and so without a number to tell what a query takes
     batches = [(x[:7], y[:7]), (x[7:], y[7:])]
     expected = scores.approximate_scores((x, y), train, LowRankQueries(4))
     model = scores._model_rows.model

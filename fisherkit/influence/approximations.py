@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,16 +103,13 @@ class Approximation(ABC):
             return _ExactUnit(columns)
         layout = LayerLayout(rows.outputs, rows.inputs, rows.bias, rows.transposed)
         whole = self.size >= min(layout.outputs, layout.width)
-        if bases is None:
-            grid = layout.to_grid(columns)
-        else:
-            grid = columns.mT.unflatten(1, (bases[0].shape[1], bases[1].shape[1]))
+        grid = layout.to_grid(columns) if bases is None else columns.mT.unflatten(1, (layout.outputs, layout.width))
         if whole:
             return _ExactUnit(columns if bases is None else layout.to_flat(bases[0] @ grid @ bases[1].mT))
         return self._layer(grid, bases, torch.Generator().manual_seed(self.seed + number))
 
     @abstractmethod
-    def _layer(self, grid: Float[Tensor, "Q s r"], bases: Bases | None, generator: torch.Generator) -> UnitQueries:
+    def _layer(self, grid: Float[Tensor, "Q O J"], bases: Bases | None, generator: torch.Generator) -> UnitQueries:
         """A layer's queries as matrices from inputs, the bias's among them, to outputs; or these in other bases."""
 
 
@@ -130,7 +128,7 @@ class LowRankQueries(Approximation):
     def __init__(self, rank: int = 32, seed: int = 0) -> None:
         super().__init__(rank, seed)
 
-    def _layer(self, grid: Float[Tensor, "Q s r"], bases: Bases | None, generator: torch.Generator) -> UnitQueries:
+    def _layer(self, grid: Float[Tensor, "Q O J"], bases: Bases | None, generator: torch.Generator) -> UnitQueries:
         start = torch.randn(grid.shape[2], self.size, generator=generator, dtype=torch.float64).to(grid)
         basis = torch.linalg.qr(grid @ start).Q
         basis = torch.linalg.qr(grid @ torch.linalg.qr(grid.mT @ basis).Q).Q
@@ -156,11 +154,10 @@ class RandomProjection(Approximation):
     def __init__(self, size: int = 32, seed: int = 0) -> None:
         super().__init__(size, seed)
 
-    def _layer(self, grid: Float[Tensor, "Q s r"], bases: Bases | None, generator: torch.Generator) -> UnitQueries:
-        widths = grid.shape[1:] if bases is None else (len(bases[0]), len(bases[1]))
+    def _layer(self, grid: Float[Tensor, "Q O J"], bases: Bases | None, generator: torch.Generator) -> UnitQueries:
         on_outputs, on_inputs = (
             (torch.randn(width, self.size, generator=generator, dtype=torch.float64) / self.size**0.5).to(grid)
-            for width in widths
+            for width in grid.shape[1:]
         )
         left, right = on_outputs.mT, on_inputs
         if bases is not None:
@@ -193,7 +190,7 @@ class CompressedQueries:
     def bytes_per_query(self) -> int:
         """What one query takes."""
         parts = [part for unit in self.units for part in unit.parts]
-        return sum(part.element_size() * part[:1].numel() for part in parts)
+        return sum(part.element_size() * math.prod(part.shape[1:]) for part in parts)
 
     def put(self, places: Int[Tensor, "q"], others: CompressedQueries) -> None:
         """Others in the place of some of these."""
@@ -242,6 +239,7 @@ def compressed_groups(
         compressed = approximation.compress(solution, sample)
         exact = solution.products(sample).double()
         error = (compressed.products(sample) - exact).norm(dim=0) / exact.norm(dim=0)
+        del solution, exact  # not to be held while a group meets the training rows
         if whole is not None and held + block.size > size:
             yield CompressedGroup(whole.first(held), torch.cat(errors))
             whole, errors, held = None, [], 0

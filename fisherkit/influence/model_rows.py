@@ -157,7 +157,7 @@ class ModelRows:
         return KeptBlocks(list(blocks), blocks.token) if fit else blocks
 
     def sample(self, blocks: RowBlocks, stride: int) -> Rows:
-        """Rows of every so-many-th example."""
+        """Rows of every so-many-th example; each has one, if it counts."""
         if isinstance(blocks, LiveBlocks):
             source = ThinnedSource(blocks.problem.source, stride)
             blocks = LiveBlocks(replace(blocks.problem, source=source), blocks.limit)

@@ -117,6 +117,7 @@ class _EigenSolution(ColumnSolution):
         yield slot.names, within
 
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
-        if self._weighed is None or self._form.outside:
+        """Turned; only of bases that leave nothing out."""
+        if self._weighed is None:
             return self._solved, None
         return self._weighed, (self._form.on_outputs, self._form.on_inputs)

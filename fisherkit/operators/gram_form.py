@@ -33,7 +33,7 @@ class GramForm(RowForm):
         self, rows: Rows, scale: float, damping: float, solve: Callable[[Tensor], Tensor], *, precise: bool
     ) -> None:
         # Columns of the solution and of the Gram are float64.
-        super().__init__(2 * rows.count + sum(_numbers(slot.rows) for slot in rows.slots), 2 * rows.count)
+        super().__init__(2 * rows.count + sum(_written_out(slot.rows) for slot in rows.slots), 2 * rows.count)
         self.rows, self.scale, self.damping, self.precise = rows, scale, damping, precise
         self._solve = solve
 
@@ -92,6 +92,11 @@ class _GramSolution(RowSolution):
 def _numbers(rows: UnitRows) -> int:
     """What one row takes."""
     return sum(tensor.numel() for tensor in rows.tensors().values()) // max(1, rows.count)
+
+
+def _written_out(rows: UnitRows) -> int:
+    """The same where rows that share positions are written out."""
+    return rows.size if isinstance(rows, FactoredRows) and rows.positions > 1 else _numbers(rows)
 
 
 def _entry_cost(rows: UnitRows) -> int:

@@ -24,7 +24,7 @@ Part: TypeAlias = tuple[tuple[str, ...], Tensor]
 """Names of a unit's parameters, and its summand ``[R, Q]``."""
 
 Bases: TypeAlias = tuple[Tensor, Tensor]
-"""U_G ``[O, s]`` and U_A ``[I, r]``, or ``[I+1, r]`` with a bias."""
+"""U_G ``[O, O]`` and U_A ``[I, I]``, or ``[I+1, I+1]`` with a bias, orthogonal."""
 
 
 class RowSolution(ABC):

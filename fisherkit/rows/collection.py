@@ -246,10 +246,13 @@ class Rows(RowSource):
         """
         groups: list[Rows] = []
         pending: list[Rows] = []
+        size = 0
         for part in parts:
             pending.append(part)
-            if sum(rows.nbytes for rows in pending) >= GROUP:
+            size += part.nbytes
+            if size >= GROUP:
                 groups.append(Rows.taken_from(pending))
+                size = 0
         groups += pending
         pending.clear()
         return Rows.taken_from(groups)

@@ -143,7 +143,7 @@ class FactoredRows(UnitRows):
             if offset is not None:
                 torch.sum(squares, 0, out=offset.squeeze(1))
             return out.squeeze(1)
-        parts = (tile.square_().sum(0) for tile in self._cached_tiles())
+        parts = (tile.square_().sum(0) for _, tile in self._tiles(slice(0, self.outputs)))
         weight = functools.reduce(torch.Tensor.add_, parts)
         return self._join(weight, self.gradients.sum(1).square_().sum(0))
 
@@ -234,13 +234,13 @@ class FactoredRows(UnitRows):
             else:
                 yield span, self.activations[self.example[span]]
 
-    def _cached_tiles(self) -> Iterator[Float[Tensor, "r O I"]]:
-        """The weight's rows written out, as many at a time as the processor's cache holds."""
-        each = max(1, self.each)
-        for span, a in self._owners(max(each * self.outputs, self.positions) * self.inputs):
+    def _tiles(self, outputs: slice) -> Iterator[tuple[slice, Float[Tensor, "r o I"]]]:
+        """Spans of rows with their weight rows of some outputs, written out, as many as the processor's cache holds."""
+        width, each = len(range(*outputs.indices(self.outputs))), max(1, self.each)
+        for span, a in self._owners(max(each * width, self.positions) * self.inputs):
             # All rows of an example in one product, which reads the activations once.
-            left = self.gradients[span].unflatten(0, (len(a), each)).transpose(2, 3).flatten(1, 2)
-            yield (left @ a).reshape(-1, self.outputs, self.inputs)
+            left = self.gradients[span, :, outputs].unflatten(0, (len(a), each)).transpose(2, 3).flatten(1, 2)
+            yield span, (left @ a).reshape(-1, width, self.inputs)
 
     def _output_spans(self, others: int = 0, longest: int = TILE) -> Iterator[slice]:
         """Outputs whose rows, and so many others', written out make one temporary, none longer than that."""
@@ -255,15 +255,17 @@ class FactoredRows(UnitRows):
 
     def _write(self, rows: Float[Tensor, "R e"], outputs: slice, transposed: bool = False) -> None:
         """The same, to where it shall be."""
-        each = max(1, self.each)
+        shape = (self.inputs, -1) if transposed else (-1, self.inputs)
+        if self.each > 1:
+            for span, tile in self._tiles(outputs):
+                rows[span].unflatten(1, shape).copy_(tile.mT if transposed else tile)
+            return
         for span, a in self._owners(self.positions * self.inputs):
-            g = self.gradients[span, :, outputs]
-            for vector in range(each):  # every example's first row, its second, ...
-                own, place = g[vector::each], rows[span][vector::each]
-                if transposed:
-                    torch.bmm(a.mT, own, out=place.unflatten(1, (self.inputs, -1)))
-                else:
-                    torch.bmm(own.mT, a, out=place.unflatten(1, (-1, self.inputs)))
+            g, place = self.gradients[span, :, outputs], rows[span].unflatten(1, shape)
+            if transposed:
+                torch.bmm(a.mT, g, out=place)
+            else:
+                torch.bmm(g.mT, a, out=place)
 
     def _meet(self, x: Float[Tensor, "N S K"]) -> Float[Tensor, "R K"]:
         """Σ_s g_rs x_ns of every row with its example's."""
@@ -301,7 +303,7 @@ class FactoredRows(UnitRows):
         return (weight.transpose(0, 1) if self.transposed else weight), (u[size:] if self.bias else None)
 
     def _join(self, weight: Float[Tensor, "O I ..."], offset: Float[Tensor, "_ ..."]) -> Float[Tensor, "d ..."]:
-        flat = (weight.transpose(0, 1) if self.transposed else weight).reshape(-1, *weight.shape[2:])
+        flat = (weight.transpose(0, 1) if self.transposed else weight).flatten(0, 1)
         return torch.cat([flat, offset]) if self.bias else flat
 
     def _with(self, gradients: Tensor, example: Tensor | None) -> FactoredRows:
