@@ -233,7 +233,7 @@ def compressed_groups(
         most_bytes: of a group; one block of queries there is at least.
     """
     whole: CompressedQueries | None = None
-    errors: list[Tensor] = []
+    errors = torch.empty(0)
     size = held = 0
     for block, solution in solutions:
         compressed = approximation.compress(solution, sample)
@@ -241,16 +241,16 @@ def compressed_groups(
         error = (compressed.products(sample) - exact).norm(dim=0) / exact.norm(dim=0)
         del solution, exact  # not to be held while a group meets the training rows
         if whole is not None and held + block.size > size:
-            yield CompressedGroup(whole.first(held), torch.cat(errors))
-            whole, errors, held = None, [], 0
+            yield CompressedGroup(whole.first(held), errors[:held])
+            whole, held = None, 0
         if whole is None:
             size = max(block.size, min(count, most_bytes // max(1, compressed.bytes_per_query)))
-            whole = compressed.room(size)
+            whole, errors = compressed.room(size), error.new_zeros(size)
         whole.put(held + block.owner, compressed)
-        errors.append(block.by_example(error.nan_to_num(0.0)))
+        errors[held + block.owner] = error.nan_to_num(0.0)
         held, count = held + block.size, count - block.size
     assert whole is not None  # noqa: S101  (data without a batch are an error before)
-    yield CompressedGroup(whole.first(held), torch.cat(errors))
+    yield CompressedGroup(whole.first(held), errors[:held])
 
 
 class _ExactUnit(UnitQueries):
