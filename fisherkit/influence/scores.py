@@ -282,17 +282,16 @@ class InfluenceScores:
         live = self._model_rows.limited(live, min(most, live.limit))
         dtype, device, count = self._model_rows.dtype, self._model_rows.device, live.counted()
         scores = torch.empty(count, blocks.counted(), dtype=dtype, device=device)
-        errors, first = [], 0
+        errors, first = torch.empty(count, dtype=dtype, device=device), 0
         solutions = ((block, form.solve(block.rows)) for block in in_groups(live, most))
         for group in compressed_groups(solutions, count, approximation, sample, self._model_rows.budget // 2):
             own, start = slice(first, first + len(group.error)), 0
             for other in blocks:
                 found = other.by_example(group.queries.products(other.rows)).mT
                 scores[own, start : start + other.size], start = self._scale * found, start + other.size
-            errors.append(group.error.to(dtype))
-            first = own.stop
+            errors[own], first = group.error, own.stop
             del group  # its memory is the next one's
-        return ApproximateScores(scores, torch.cat(errors), sample.count)
+        return ApproximateScores(scores, errors, sample.count)
 
     def self_influence(self, train: Data | RowBlocks) -> Float[Tensor, "N"]:
         """(1/N) ∇ℓ_nᵀ(F + λI)⁻¹∇ℓ_n of each example: how much its own loss rises without it.

@@ -20,7 +20,7 @@ from fisherkit.operators.algebra import fold
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.persistence import restore
-from fisherkit.operators.row_forms import BlockForm, ColumnForm, RowForm, aligned
+from fisherkit.operators.row_forms import BlockColumnForm, BlockForm, ColumnForm, RowForm, aligned
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace
@@ -136,7 +136,7 @@ class _BlockFactorization(Factorization):
         if not aligned(self._spaces, probe):
             return super()._column_form(probe)
         inverses = zip(self._spaces, self._inverses, strict=True)
-        return BlockForm([(space, own._column_form(probe.restrict(space))) for space, own in inverses])
+        return BlockColumnForm([(space, own._column_form(probe.restrict(space))) for space, own in inverses])
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         if not aligned(self._spaces, rows):

@@ -117,8 +117,8 @@ class Solved(ColumnSolution):
         return torch.cat([self.columns[space.slices[name]] for name in names]), None
 
 
-class BlockForm(ColumnForm):
-    """The sum of the blocks' forms; its solutions can be had by units if those of all forms can.
+class BlockForm(RowForm):
+    """The sum of the blocks' forms.
 
     Args:
         forms: a form for each part of the parameters.
@@ -128,12 +128,28 @@ class BlockForm(ColumnForm):
         super().__init__(sum(form.kept for _, form in forms), max(form.passing for _, form in forms))
         self._forms = forms
 
-    def solve(self, queries: Rows) -> ColumnSolution:
+    def solve(self, queries: Rows) -> RowSolution:
         """Each block by itself."""
         return _BlockSolution([(space, form.solve(queries.restrict(space))) for space, form in self._forms])
 
 
-class _BlockSolution(ColumnSolution):
+class BlockColumnForm(ColumnForm, BlockForm):
+    """The same of forms whose solutions can be had by units.
+
+    Args:
+        forms: a form for each part of the parameters.
+    """
+
+    def __init__(self, forms: Sequence[tuple[ParameterSpace, ColumnForm]]) -> None:
+        BlockForm.__init__(self, forms)
+        self._by_unit = forms
+
+    def solve(self, queries: Rows) -> ColumnSolution:
+        """Each block by itself."""
+        return _BlockColumnSolution([(space, form.solve(queries.restrict(space))) for space, form in self._by_unit])
+
+
+class _BlockSolution(RowSolution):
     def __init__(self, solutions: Sequence[tuple[ParameterSpace, RowSolution]]) -> None:
         self._solutions = solutions
 
@@ -145,9 +161,14 @@ class _BlockSolution(ColumnSolution):
         found = (solution.products(rows.restrict(space)) for space, solution in self._solutions)
         return functools.reduce(torch.add, found)
 
+
+class _BlockColumnSolution(_BlockSolution, ColumnSolution):
+    def __init__(self, solutions: Sequence[tuple[ParameterSpace, ColumnSolution]]) -> None:
+        super().__init__(solutions)
+        self._by_unit = solutions
+
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
-        own, solution = next((own, solution) for own, solution in self._solutions if names[0] in own.names)
-        assert isinstance(solution, ColumnSolution)  # noqa: S101  (the class says when it is)
+        own, solution = next((own, solution) for own, solution in self._by_unit if names[0] in own.names)
         return solution.unit(own, names)
 
 

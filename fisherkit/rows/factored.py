@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.rows.base import TILE, UnitRows, aligned_product, inner_products, product, spans, sum_by
-from fisherkit.rows.patches import Patches
-
-Activations: TypeAlias = Tensor | Patches
-"""``[N, T, I]``, in memory or made when asked for."""
+from fisherkit.rows.patches import Activations, padded, stacked
 
 CACHED = 1 << 21
 """Entries of a temporary that should stay in the processor's cache: 8 MiB in float32."""
@@ -352,8 +348,8 @@ class FactoredRows(UnitRows):
             example.append(part._owner() + offset)
         regular = first.each > 0 and all(part.each == first.each for part in parts) and len(activations) == len(parts)
         return cls(
-            _stacked(activations, positions),
-            torch.cat([_padded(part.gradients, positions) for part in parts]),
+            stacked(activations, positions),
+            torch.cat([padded(part.gradients, positions) for part in parts]),
             None if regular else torch.cat(example),
             bias=first.bias,
             transposed=first.transposed,
@@ -389,17 +385,3 @@ class FactoredRows(UnitRows):
             bias=bool(options["bias"]),
             transposed=bool(options["transposed"]),
         )
-
-
-def _stacked(parts: Sequence[Activations], positions: int) -> Activations:
-    if len(parts) == 1:
-        return parts[0]
-    patches = [part for part in parts if isinstance(part, Patches)]
-    if len(patches) == len(parts) and all(patches[0].stacks_with(part) for part in patches):
-        return Patches.cat(patches)
-    return torch.cat([_padded(part[:], positions) for part in parts])
-
-
-def _padded(x: Float[Tensor, "n T c"], positions: int) -> Float[Tensor, "n P c"]:
-    # Zero gradients at the positions that a shorter batch does not have leave every sum as it was.
-    return torch.nn.functional.pad(x, (0, 0, 0, positions - x.shape[1])) if x.shape[1] < positions else x

@@ -18,7 +18,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.factored import Activations
+from fisherkit.rows.patches import Activations
 from fisherkit.rows.plan import TOLERANCE, Plan, forward
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection

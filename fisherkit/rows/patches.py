@@ -1,4 +1,4 @@
-"""A convolution's input as the inputs of a linear layer, made when asked for.
+"""A convolution's input as the inputs of a linear layer, made when asked for, and activations in either form.
 
 Patches hold every pixel as many times as the kernel has entries. Only a few examples' patches exist at a time, small
 enough to stay in the processor's cache; what is kept is the input itself.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -90,3 +91,23 @@ class Patches:
     def cat(parts: Sequence[Patches]) -> Patches:
         """All examples of the parts, which are alike but for their number."""
         return replace(parts[0], x=torch.cat([part.x for part in parts]))
+
+
+Activations: TypeAlias = Tensor | Patches
+"""``[N, T, I]``, in memory or made when asked for."""
+
+
+def stacked(parts: Sequence[Activations], positions: int) -> Activations:
+    """One after the other, all with so many positions."""
+    if len(parts) == 1:
+        return parts[0]
+    patches = [part for part in parts if isinstance(part, Patches)]
+    if len(patches) == len(parts) and all(patches[0].stacks_with(part) for part in patches):
+        return Patches.cat(patches)
+    return torch.cat([padded(part[:], positions) for part in parts])
+
+
+def padded(x: Float[Tensor, "n T c"], positions: int) -> Float[Tensor, "n P c"]:
+    """With so many positions."""
+    # Zero gradients at the positions that a shorter batch does not have leave every sum as it was.
+    return torch.nn.functional.pad(x, (0, 0, 0, positions - x.shape[1])) if x.shape[1] < positions else x

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fisherkit.rows.base import UnitRows
-from fisherkit.rows.factored import Activations, FactoredRows
+from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.layouts import BATCH_FIRST, LAYOUTS, all_batch_first, batch_first
-from fisherkit.rows.patches import Patches
+from fisherkit.rows.patches import Activations, Patches
 from fisherkit.rows.sparse import SparseRows
 from fisherkit.rows.stored import StoredRows
 

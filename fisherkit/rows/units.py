@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.rows.base import UnitRows
-from fisherkit.rows.factored import Activations, FactoredRows
+from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.layouts import fits
+from fisherkit.rows.patches import Activations
 from fisherkit.rows.rules import Rule, Use
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.sparse import SparseRows
