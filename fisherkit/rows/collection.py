@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit.rows.base import UnitRows, spans
@@ -63,10 +63,17 @@ class RowSource(ABC):
 
 @dataclass(frozen=True)
 class UnitSlot:
-    """One unit's rows and the parameters they are over."""
+    """One unit's rows and the parameters they are over.
+
+    Args:
+        names: the parameters.
+        rows: the rows.
+        exists: fresh from a batch, which positions ``[B, T]`` of each example there are; None for all.
+    """
 
     names: tuple[str, ...]
     rows: UnitRows
+    exists: Bool[Tensor, "B T"] | None = None
 
 
 class Rows(RowSource):
@@ -233,6 +240,8 @@ class Rows(RowSource):
         slots = []
         for own in names:
             rows = groups.pop(0)
+            if len({type(part) for part in rows}) > 1:  # one batch's were made the slow way
+                rows = [StoredRows(part.dense()) for part in rows]
             slots.append(UnitSlot(own, type(rows[0]).cat(rows)))
             del rows
         return Rows(space, slots)

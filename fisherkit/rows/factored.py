@@ -326,6 +326,11 @@ class FactoredRows(UnitRows):
             few, self.gradients, None if regular else example, bias=self.bias, transposed=self.transposed
         )
 
+    def zeros(self, count: int, examples: int, example: Int[Tensor, "R"] | None, like: Tensor) -> FactoredRows:
+        """So many rows of zeros of the unit, in ``like``'s dtype and on its device; ``example`` as in the class."""
+        a, g = like.new_zeros(examples, 1, self.inputs), like.new_zeros(count, 1, self.outputs)
+        return FactoredRows(a, g, example, bias=self.bias, transposed=self.transposed)
+
     def double(self) -> FactoredRows:
         """The rows in float64."""
         return FactoredRows(

@@ -31,6 +31,18 @@ from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
 
 
+class BetterPlanError(Exception):
+    """A batch has shown what the plan did not know; whoever can start again does so with the new plan.
+
+    Args:
+        plan: the new one.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("a better plan")
+        self.plan = plan
+
+
 @dataclass
 class Problem:
     """Everything that defines the rows.
@@ -46,6 +58,7 @@ class Problem:
         progress: show a progress bar.
         vectors_per_example: M, found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
+        revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow exact way.
     """
 
     plan: Plan
@@ -58,6 +71,7 @@ class Problem:
     progress: bool
     vectors_per_example: int = 1
     most_examples: int | None = None
+    revisable: bool = False
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -189,6 +203,8 @@ class Problem:
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
             linearized = Linearized.at(self.plan, batch)
+            if self.revisable and linearized.noticed:
+                raise BetterPlanError(linearized.revised())
         slots = self._slots(batch, linearized.z, start, call)
         step = max(1, TILE // linearized.numbers_per_vector)
         if self.chunk_size is not None:
@@ -196,7 +212,11 @@ class Problem:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._quiet():
-                return linearized.rows(v.reshape(v.shape[0], *linearized.z.shape), selection)
+                shaped = v.reshape(v.shape[0], *linearized.z.shape)
+                found = linearized.rows(shaped, selection, alone=slots.number == 1)
+                if self.revisable and linearized.lost:
+                    raise BetterPlanError(linearized.revised())
+                return found
 
         yield from slots.chunks(batch, step, rows)
 

@@ -73,18 +73,26 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     key, known = _key(model, space, batch), _KNOWN.setdefault(model, {})
     if key not in known:
         plan = make_plan(model, space, batch)
-        if len(known) >= MOST:
-            known.clear()
-        known[key] = Findings(
-            tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), frozenset(plan.unused),
-            plan.numbers_per_example, plan.tried,
-        )  # fmt: skip
+        plan.key = key
+        remember(plan)
         return plan
     plan = _again(known[key], model, space)
+    plan.key = key
     if _confirmed(plan, batch.take(two_of(batch))):
         return plan
     del known[key]
     return plan_for(model, space, batch)
+
+
+def remember(plan: Plan) -> None:
+    """Keep what a plan found in place of what was known before."""
+    known = _KNOWN.setdefault(plan.model, {})
+    if plan.key not in known and len(known) >= MOST:
+        known.clear()
+    known[plan.key] = Findings(
+        tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), frozenset(plan.unused),
+        plan.numbers_per_example, plan.tried,
+    )  # fmt: skip
 
 
 def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
@@ -108,10 +116,12 @@ def _confirmed(plan: Plan, probe: Batch) -> bool:
             return False
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         inputs: list[Any] = [*edges, *parameters]
-        found = torch.autograd.grad(z, inputs, v, allow_unused=True)
+        found = torch.autograd.grad(z, inputs, v, retain_graph=True, allow_unused=True)
         known = [None if g is None else g.unsqueeze(0) for g in found[: len(edges)]]
         selection = RowSelection(1, probe.size, z.device)
         rows = linearized.rows(v.unsqueeze(0), selection, Known(known, v.new_ones(probe.size)))
+        if linearized.lost:
+            return False
     total = plan.space.unflatten(rows.rmatmul(parameters[0].new_ones(rows.count, 1))[:, 0])
     pairs = [
         (own, torch.zeros_like(own) if g is None else g)
