@@ -32,15 +32,21 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 ROUNDED = re.compile("bloom|deepseek|gemma|gpt-oss|llama|llava|mamba|mistral|mixtral|modernbert|olmo|phi3|qwen|rwkv|t5")
 """Models that compute norms, rotary positions or attention's softmax in float32, whatever their dtype."""
 
+SLOW = {"falcon mamba", "recurrent gemma", "rwkv"}
 CRASHES = {"switch": "its forward casts a layer in place, which torch.func answers with a segmentation fault"}
 
 
 def parametrized(failing: dict[str, str] | None = None) -> pytest.MarkDecorator:
     """Over all architectures; of those that fail today, why."""
-    marks: dict[str, Any] = {name: pytest.mark.xfail(reason=why) for name, why in (failing or {}).items()}
-    marks |= {name: pytest.mark.xfail(reason=why, run=False) for name, why in CRASHES.items()}
+    marks: dict[str, list[pytest.MarkDecorator]] = {name: [] for name in ARCHITECTURES}
+    for name, why in (failing or {}).items():
+        marks[name].append(pytest.mark.xfail(reason=why))
+    for name, why in CRASHES.items():
+        marks[name].append(pytest.mark.xfail(reason=why, run=False))
+    for name in SLOW:
+        marks[name].append(pytest.mark.slow)
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=marks.get(name, ())) for name in ARCHITECTURES], scope="module"
+        "name", [pytest.param(name, marks=own) for name, own in marks.items()], scope="module"
     )
 
 
@@ -195,18 +201,14 @@ def test_coverage__every_parameter_has_a_rule(name: str) -> None:
 # -- checkpointed activations ------------------------------------------------------------------------------------------
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
-    """In train mode, where checkpoints are active, and deterministic."""
+def checkpointed(name: str, *, reentrant: bool) -> Any:
+    """In train mode, where checkpoints are active, but without dropout."""
+    model: Any = ARCHITECTURES[name].model().train()
     for module in model.modules():
         for attribute in ("p", "dropout"):
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)
-    return model.train()
-
-
-def checkpointed(name: str, *, reentrant: bool) -> nn.Module:
-    model = without_dropout(ARCHITECTURES[name].model())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})  # type: ignore[operator]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return model
 
 
@@ -231,7 +233,7 @@ SILENT = pytest.mark.xfail(reason="silently zero over a frozen base")
 def test_checkpointing__that_is_reentrant_is_exact_or_refused(name: str, inputs_require_grad: bool) -> None:
     found, model = case(name), checkpointed(name, reentrant=True)
     if inputs_require_grad:
-        model.enable_input_require_grads()  # type: ignore[operator]
+        model.enable_input_require_grads()
     data = ARCHITECTURES[name].batch()
     try:
         diagonal = fk.EmpiricalFisher(model, data, structure="diagonal").diagonal()

@@ -8,11 +8,11 @@ of Fisher matrices.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import peft
 import torch
 import transformers
 from torch import Tensor, nn
@@ -295,59 +295,12 @@ ARCHITECTURES |= {
     ),
 }  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Collated:
-    """An encoder-decoder with batches as a collator makes them: the decoder's inputs are left to the model's labels.
-
-    Attributes:
-        make: Makes the model.
-        inputs: As in `Architecture`.
-    """
-
-    make: Callable[[], Any]
-    inputs: Callable[[int], Inputs]
-
-    def model(self) -> nn.Module:
-        """As in `Architecture`."""
-        return Architecture("encoder-decoder", self.make, self.inputs).model()
-
-    def batch(self, length: int) -> Inputs:
-        """Examples with labels of that length; the last are ignored in every other example."""
-        inputs = self.inputs(EXAMPLES)
-        draw = torch.Generator().manual_seed(7)
-        labels = torch.randint(2, VOCABULARY, (EXAMPLES, length), generator=draw)
-        labels[1::2, length - 1 :] = IGNORE
-        return {**inputs, "labels": labels}
-
-
-def _image_captioner() -> Any:
-    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        transformers.ViTConfig(**VISION), transformers.GPT2Config(**GPT2, add_cross_attention=True)
-    )
-    config.decoder_start_token_id, config.pad_token_id = 1, 0
-    return transformers.VisionEncoderDecoderModel(config)
-
-
-def _padded(number: int) -> Inputs:
-    return tokens(number, "right")
-
+# -- vision ------------------------------------------------------------------------------------------------------------
 
 VISION: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8,
     "patch_size": 4,
 }  # fmt: skip
-COLLATED = {
-    "t5": Collated(ARCHITECTURES["t5"].make, _padded),
-    "bart": Collated(ARCHITECTURES["bart"].make, _padded),
-    "mbart": Collated(
-        _of("MBartForConditionalGeneration", "MBartConfig", **SEQ2SEQ, max_position_embeddings=16), _padded
-    ),
-    "whisper": Collated(ARCHITECTURES["whisper"].make, sound_features),
-    "image captioner": Collated(_image_captioner, images),
-}
-
-# -- vision ------------------------------------------------------------------------------------------------------------
 
 
 def _vision(kind: str, *, size: int = 8, **own: Any) -> Architecture:
@@ -470,8 +423,7 @@ ARCHITECTURES |= {
     "rwkv": _decoder(
         "RwkvForCausalLM", family="state space", padding="none", vocab_size=VOCABULARY, hidden_size=16,
         num_hidden_layers=2, context_length=8, attention_hidden_size=16, intermediate_size=24, bos_token_id=1,
-        eos_token_id=1,
-        use_cache=False, rescale_every=0,
+        eos_token_id=1, use_cache=False, rescale_every=0,
     ),
     "recurrent gemma": _decoder(
         "RecurrentGemmaForCausalLM", family="state space", padding="none", **{**SHARED_KEYS, "num_hidden_layers": 2},
@@ -493,22 +445,69 @@ def _tuned(kind: str, config: dict[str, Any], base: str) -> Architecture:
     """An architecture under adapters of PEFT."""
 
     def make() -> Any:
-        import peft
-
         return peft.get_peft_model(ARCHITECTURES[base].make(), getattr(peft, kind)(**config))
 
     return replace(ARCHITECTURES[base], family="peft", make=make)
 
 
-if importlib.util.find_spec("peft"):
-    ARCHITECTURES |= {
-        "gpt2, LoRA": _tuned("LoraConfig", {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"),
-        "llama, LoRA": _tuned("LoraConfig", {"r": 2, "target_modules": ["q_proj", "v_proj"]}, "llama"),
-        "llama, DoRA": _tuned("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "use_dora": True}, "llama"),
-        "llama, IA3": _tuned(
-            "IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, "llama"
-        ),
-        "vit, LoRA": _tuned(
-            "LoraConfig", {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}, "vit"
-        ),
-    }
+ARCHITECTURES |= {
+    "gpt2, LoRA": _tuned("LoraConfig", {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"),
+    "llama, LoRA": _tuned("LoraConfig", {"r": 2, "target_modules": ["q_proj", "v_proj"]}, "llama"),
+    "llama, DoRA": _tuned("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "use_dora": True}, "llama"),
+    "llama, IA3": _tuned(
+        "IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, "llama"
+    ),
+    "vit, LoRA": _tuned(
+        "LoraConfig", {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}, "vit"
+    ),
+}
+
+# -- with labels alone, as a collator leaves them ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collated:
+    """An encoder-decoder with batches as a collator makes them: the decoder's inputs are left to the model's labels.
+
+    Attributes:
+        make: Makes the model.
+        inputs: As in `Architecture`.
+    """
+
+    make: Callable[[], Any]
+    inputs: Callable[[int], Inputs]
+
+    def model(self) -> nn.Module:
+        """As in `Architecture`."""
+        return Architecture("encoder-decoder", self.make, self.inputs).model()
+
+    def batch(self, length: int) -> Inputs:
+        """Examples with labels of that length; the last are ignored in every other example."""
+        inputs = self.inputs(EXAMPLES)
+        draw = torch.Generator().manual_seed(7)
+        labels = torch.randint(2, VOCABULARY, (EXAMPLES, length), generator=draw)
+        labels[1::2, length - 1 :] = IGNORE
+        return {**inputs, "labels": labels}
+
+
+def _image_captioner() -> Any:
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**VISION), transformers.GPT2Config(**GPT2, add_cross_attention=True)
+    )
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return transformers.VisionEncoderDecoderModel(config)
+
+
+def _padded(number: int) -> Inputs:
+    return tokens(number, "right")
+
+
+COLLATED = {
+    "t5": Collated(ARCHITECTURES["t5"].make, _padded),
+    "bart": Collated(ARCHITECTURES["bart"].make, _padded),
+    "mbart": Collated(
+        _of("MBartForConditionalGeneration", "MBartConfig", **SEQ2SEQ, max_position_embeddings=16), _padded
+    ),
+    "whisper": Collated(ARCHITECTURES["whisper"].make, sound_features),
+    "image captioner": Collated(_image_captioner, images),
+}
