@@ -492,9 +492,9 @@ def _dims(value: Any, ndim: int) -> tuple[int, ...] | None:
 
 _ELEMENTWISE = """
     abs neg negative positive exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sin cos tan tanh sinh
-    cosh asin acos atan atan2 arctan sigmoid erf erfc erfinv floor ceil round trunc frac sign sgn clamp clamp_min clamp_max
-    clip minimum maximum fmax fmin add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod
-    pow float_power where masked_fill lerp addcmul addcdiv nan_to_num logaddexp logit xlogy hypot copysign
+    cosh asin acos atan atan2 arctan sigmoid erf erfc erfinv floor ceil round trunc frac sign sgn clamp clamp_min
+    clamp_max clip minimum maximum fmax fmin add sub subtract rsub mul multiply div divide true_divide floor_divide remainder
+    fmod pow float_power where masked_fill lerp addcmul addcdiv nan_to_num logaddexp logit xlogy hypot copysign
     relu relu6 gelu silu mish elu selu celu leaky_relu softplus hardswish hardsigmoid hardtanh logsigmoid log_sigmoid
     softsign tanhshrink softshrink hardshrink threshold prelu rrelu dropout alpha_dropout feature_alpha_dropout
     dropout1d dropout2d dropout3d feature_dropout

@@ -58,7 +58,7 @@ class Problem:
         progress: show a progress bar.
         vectors_per_example: M, found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
-        revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow exact way.
+        revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
     """
 
     plan: Plan

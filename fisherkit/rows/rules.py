@@ -2,9 +2,9 @@
 
 One rule a function of ``torch.nn.functional``. It names the arguments, brings the input and the output gradient to
 entries of ``t`` positions each (``a [E, t, i]`` and ``g [E, t, o]``), and makes a unit's rows from them once the
-entries lie by example (``a [B, T, i]``, ``g [B, T, o]``); whose an entry is, is not a rule's business. Convolutions are linear
-layers on their patches; norms are elementwise products with the normalized input; an embedding's input is its token
-ids. Every rule is checked against autograd on the user's own model before it is used (`rows.plan`), so a rule may
+entries lie by example (``a [B, T, i]``, ``g [B, T, o]``); whose an entry is, is not a rule's business. Convolutions are
+linear layers on their patches; norms are elementwise products with the normalized input; an embedding's input is its
+token ids. Every rule is checked against autograd on the user's own model before it is used (`rows.plan`), so a rule may
 assume the usual meaning of its arguments.
 """
 
