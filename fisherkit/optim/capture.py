@@ -174,7 +174,7 @@ class Capture:
         if plan.generic and (recorder.random or averaging):
             raise self._unfit(plan, averaging)
         keep = batch if plan.generic or coupled or not watched.regular else Batch((), _masks(batch), None, batch.size)
-        own = [use for use in watched.uses if use.weight in plan.space.slices or use.bias in plan.space.slices]
+        own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         watched = replace(watched, uses=with_own_inputs(own, batch.leaves()[0]))
         one = Pass(plan, keep, watched, coupled, rng)
         if coupled:
@@ -413,7 +413,7 @@ class Capture:
 
 def _used(watched: Watched) -> set[str]:
     """The parameters that functions of a pass were given."""
-    return {name for use in watched.uses for name in (use.weight, use.bias) if name} | watched.elsewhere
+    return {name for use in watched.uses for name in use.names} | watched.elsewhere
 
 
 def _masks(batch: Batch) -> dict[str, Any]:
