@@ -17,9 +17,6 @@ GENERIC = {
     "gru_sequence_first": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
     "lstm": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
     "rnn": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
-    "tied_head_functional": {"emb.weight"},
-    "tied_head_parameter": {"emb.weight", "head.bias"},
-    "tied_linears": {"0.weight", "0.bias", "2.bias"},
 }
 
 

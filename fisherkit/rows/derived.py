@@ -60,7 +60,7 @@ class Derived:
             vectors = rows[span].to(self.tensor.dtype).reshape(-1, *self.tensor.shape)
             for name, gradient in zip(self.names, self._gradients(leaves, vectors), strict=True):
                 if gradient is not None:
-                    found[name][span] = gradient.flatten(1).to(rows.dtype)
+                    found[name][span] = gradient.reshape(len(vectors), -1).to(rows.dtype)
         return found
 
     def _gradients(self, leaves: list[Tensor], vectors: Float[Tensor, "R ..."]) -> list[Tensor | None]:
@@ -107,12 +107,25 @@ class Derivations:
         """The arguments that are."""
         return [(t, made) for t in tensors((args, kwargs)) if (made := self.of(t)) is not None]
 
-    def add(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Note the outputs of a function of such tensors and constants."""
+    def add(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any,
+        *, written: bool = False,
+    ) -> None:  # fmt: skip
+        """Note the outputs of a function of such tensors and constants.
+
+        Args:
+            function: the function.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            output: what it returned.
+            written: whether it wrote to the first of them and returned that.
+        """
         own = self.operands(args, kwargs)
         names = tuple(dict.fromkeys(name for _, made in own for name in made.names))
         recipe = mapped((args, dict(kwargs)), lambda t: self.of(t) or (t.detach() if t.requires_grad else t))
-        call = functools.cache(lambda: list(tensors(_called(function, recipe))))
+        call = functools.cache(lambda: list(tensors(_called(function, recipe, clone=written))))
+        if written:
+            del self._known[id(output)]
         for place, tensor in enumerate(tensors(output)):
             if tensor.requires_grad and self.of(tensor) is None:
                 lies = _lies(function, args, own, tensor) if isinstance(output, Tensor) else None
@@ -137,9 +150,9 @@ def _one(call: Callable[[], list[Tensor]], place: int) -> Tensor:
     return call()[place]
 
 
-def _called(function: Callable[..., Any], recipe: Any) -> Any:
+def _called(function: Callable[..., Any], recipe: Any, *, clone: bool) -> Any:
     args, kwargs = _evaluated(recipe)
-    return function(*args, **kwargs)
+    return function(args[0].clone(), *args[1:], **kwargs) if clone else function(*args, **kwargs)
 
 
 def _evaluated(tree: Any) -> Any:

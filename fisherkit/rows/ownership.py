@@ -95,7 +95,7 @@ class Owned:
         """By example; zeros where an example has fewer entries than another."""
         k, _, t, c = x.shape
         whole = torch.cat([x, x.new_zeros(k, 1, t, c)], 1)[:, self.table]
-        return whole.reshape(k, self.batch, -1, c)
+        return whole.reshape(k, self.batch, self.table.shape[1] * t, c)
 
     def exists(self, positions: int, each: int) -> Bool[Tensor, "B T"]:
         """Which of so many positions of each example there are, where every entry has ``each`` of them."""

@@ -336,13 +336,13 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             chosen = own[0].names
             units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen)))
             placed.update(chosen)
-        elif fine and None in forms:
+        elif fine:
             rules = list(dict.fromkeys(use.rule for use in own))
             chosen = tuple(sorted(members, key=plan.space.names.index))
             units.append(DerivedUnit(chosen, rules, _numbers(plan, chosen)))
             placed.update(chosen)
         else:
-            reason = "shared between different uses" if own else "no layer rule saw it"
+            reason = "no rule knows some of its uses" if own else "no layer rule saw it"
             unseen = not own and name not in watched.elsewhere
             units.append(Unit((name,), reason, _numbers(plan, (name,)), unseen=unseen))
     return units

@@ -22,7 +22,16 @@ from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_ex
 from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, mapped
 from fisherkit.rows.ownership import coarser
 from fisherkit.rows.rules import (
-    ADDED, BATCH_NORM, COPIED, ElementwiseRule, EmbeddingRule, LinearRule, MatmulRule, Rule, Use, broadcast_over,
+    ADDED,
+    BATCH_NORM,
+    COPIED,
+    ElementwiseRule,
+    EmbeddingRule,
+    LinearRule,
+    MatmulRule,
+    Rule,
+    Use,
+    broadcast_over,
     rule_for,
 )  # fmt: skip
 
@@ -129,18 +138,24 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """A function that was given chosen parameters, or what is made of them alone."""
         rule, arguments = self._rule(func, args, kwargs)
-        seen = len(self.uses)
+        seen, versions = len(self.uses), [tensor._version for tensor, _ in own]
         data = [t for t in tensors((args, kwargs)) if self._of_examples(t, func, own)]
         alone = not data if rule is None else self._shared(rule, arguments)
+        if _in_place(func, kwargs) and isinstance(rule, ElementwiseRule) and rule.product:
+            arguments["input"] = arguments["input"].detach().clone()
         if rule is None and data:
             args, kwargs = self._copied(func, args, kwargs, own, data)
         output = func(*args, **kwargs)
         self._tracker.see(func, args, kwargs, output)
-        written = _written(func, args, kwargs, output)
+        written = _in_place(func, kwargs) or _random(func, args, kwargs)
+        changed = [tensor for (tensor, _), version in zip(own, versions, strict=True) if tensor._version != version]
+        if changed:
+            # Once more what it was, if it is all that the function wrote to and returned.
+            written = not alone or output is not changed[0] or output is not args[0] or _random(func, args, kwargs)
         if not written and not any(made.requires_grad for made in tensors(output)):
             del self.uses[seen:]  # copies that are only compared
         elif alone and not written:
-            self._derive(func, args, kwargs, output, own)
+            self._derive(func, args, kwargs, output, own, written=bool(changed))
         elif rule is not None and isinstance(output, Tensor) and output.numel():
             if isinstance(rule, ElementwiseRule) and self._tracker.status(output) is Mark.FREE:
                 self._tracker.mark(output, Axis(0, 1, max(1, output.shape[0] // self.batch)))
@@ -185,7 +200,7 @@ class Recorder(TorchFunctionMode):
     def _shared(self, rule: Rule, arguments: Mapping[str, Any]) -> bool:
         """Whether all examples share the input of a layer, so that its output is made of parameters alone."""
         x = arguments.get(rule.input_name)
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or isinstance(rule, ElementwiseRule):
             return False
         if self._derivations.of(x) is not None:
             return x.ndim < 2 or x.shape[0] != self.batch
@@ -205,11 +220,14 @@ class Recorder(TorchFunctionMode):
         first = size > 1 and size % self.batch == 0
         return first and all(other.ndim < tensor.ndim or other.shape[0] == 1 for other, _ in own)
 
-    def _note(self, rule: Rule, arguments: Mapping[str, Any], output: Tensor) -> None:
-        """A use under a rule."""
+    def _note(
+        self, rule: Rule, arguments: Mapping[str, Any], output: Tensor, weight: Derived | None = None,
+        shape: tuple[int, ...] | None = None, axis: Axis | None = None,
+    ) -> None:  # fmt: skip
+        """A use under a rule, of a weight that is found among the arguments, and an output that may be seen folded."""
         made = self._derivations.of
-        weight, bias = made(arguments.get(rule.weight_name)), made(arguments.get(rule.bias_name))
-        if weight is not None and weight.lookup is not None and rule in (COPIED, ADDED):
+        weight, bias = weight or made(arguments.get(rule.weight_name)), made(arguments.get(rule.bias_name))
+        if weight is not None and weight.lookup is not None and rule in (COPIED, ADDED) and shape is None:
             # Rows of a table, the same for all examples: as if they were looked up for each.
             rule, call = weight.lookup
             arguments = {**call, rule.input_name: call[rule.input_name].expand(output.shape[:-1])}
@@ -218,22 +236,31 @@ class Recorder(TorchFunctionMode):
         turned = weight is not None and weight.lies == TURNED and isinstance(rule, LinearRule)
         self.uses.append(
             Use(
-                rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output), output.shape,
-                status if isinstance(status, Axis) else None, turned,
+                rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
+                shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned,
             )
         )  # fmt: skip
 
     def _derive(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: Operands
-    ) -> None:
-        """Note outputs that are made of parameters alone; what is repeated along the batch is a copy for each example."""
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: Operands,
+        *, written: bool,
+    ) -> None:  # fmt: skip
+        """Note outputs that are made of parameters alone; what is repeated along the batch is a copy for each one."""
         tensor, made = own[0]
+        if len(own) == 1 and func.__name__ in ("repeat", "tile") and 1 < output.ndim == tensor.ndim:
+            # All of it one time after the other, as heads before they are folded into the batch.
+            each = tensor.shape[0]
+            if output.shape == (each * self.batch, *tensor.shape[1:]):
+                self._tracker.mark(output, Axis(0, 1, each))
+                arguments = {"input": tensor.new_empty(0), "weight": tensor.unsqueeze(0)}
+                self._note(COPIED, arguments, output, made, (self.batch, *tensor.shape), Axis(0))
+                return
         if len(own) == 1 and is_expansion(func) and output.ndim > 1 and output.shape[0] == self.batch:
             size = (*[1] * (output.ndim - tensor.ndim), *tensor.shape)
-            if size[0] == 1 and (size[1:] == output.shape[1:] or func.__name__ not in ("repeat", "tile")):
+            if (size[0] == 1 and func.__name__ not in ("repeat", "tile")) or (1, *output.shape[1:]) == size:
                 self._copy(tensor, output, Axis(0))
                 return
-        self._derivations.add(func, args, kwargs, output)
+        self._derivations.add(func, args, kwargs, output, written=written)
         for one in tensors(output):
             self._tracker.mark(one, Mark.FREE)
         rule = rule_for(func, args, kwargs)
@@ -289,11 +316,6 @@ def _in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     marked = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
     return marked or name.startswith("__i") or func is Tensor.__setitem__ or kwargs.get("out") is not None
-
-
-def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> bool:
-    """Whether a function writes to what it was given, or draws random numbers."""
-    return _in_place(func, kwargs) or _random(func, args, kwargs)
 
 
 def _random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -401,7 +401,8 @@ ADDED, COPIED = ElementwiseRule("add", product=False), ElementwiseRule("broadcas
 RULES.update(
     (function, rule)
     for name, rule in {
-        "add": ADDED, **{name: ElementwiseRule(name, product="mul" in name) for name in ("sub", "mul")},
+        "add": ADDED,
+        **{name: ElementwiseRule(name, product="mul" in name) for name in ("sub", "mul")},
         **{f"{name}_": ElementwiseRule(f"{name}_", product="mul" in name) for name in ("add", "sub", "mul")},
     }.items()
     for function in (getattr(torch.Tensor, name), getattr(torch, name, None))

@@ -204,10 +204,10 @@ class DerivedUnit(RuledUnit):
             )  # fmt: skip
             if one is None:
                 return None
-            chosen = [source for source in use.sources if source is not None]
-            sizes = [use.arguments[name].numel() for name, source in
-                     zip((use.rule.weight_name, use.rule.bias_name), use.sources, strict=True) if source is not None]  # fmt: skip
-            for source, part in zip(chosen, one.rows.dense().split(sizes, 1), strict=True):
+            places = zip(use.sources, (use.rule.weight_name, use.rule.bias_name), strict=True)
+            chosen = [(source, use.arguments[name].numel()) for source, name in places if source is not None]
+            parts = one.rows.dense().split([size for _, size in chosen], 1)
+            for (source, _), part in zip(chosen, parts, strict=True):
                 totals[source] = totals[source] + part if source in totals else part
         found: dict[str, Tensor] = {}
         for source, total in totals.items():
