@@ -185,7 +185,7 @@ def two_of(batch: Batch) -> Int[Tensor, "2"]:
 def _units(
     plan: Plan, watched: Watched, v: Float[Tensor, "1 B ..."], reference: _Reference
 ) -> tuple[list[Unit], set[str]]:
-    """Units that autograd confirms, and the parameters that functions used whose entries belong to several examples."""
+    """Units that autograd confirms, and the other parameters of layers whose entries do not belong to one example."""
     gradients = watched.backward(v)
     how = watched.arrangements_by(v[0], [None if g is None else g[0] for g in gradients])
     units = [
@@ -193,7 +193,10 @@ def _units(
         for unit in propose(plan, watched, plan.space.names)
         for one in _verified(plan, unit, watched, gradients, how, v, reference)
     ]
-    return units, {name for use, one in zip(watched.uses, how, strict=True) if one is None for name in use.names}
+    confirmed = {name for unit in units if isinstance(unit, RuledUnit) for name in unit.names}
+    # What is written to in place, as by an activation, has no gradient to look at.
+    lost = [use for use, one, g in zip(watched.uses, how, gradients, strict=True) if one is None or g is None]
+    return units, {name for use in lost for name in use.names} - confirmed
 
 
 def _numbers_without_rule(units: Sequence[Unit]) -> int:
