@@ -73,7 +73,7 @@ class Derived:
             return list(backward(vectors, True))
         except RuntimeError:  # an operation without a batching rule
             each = [backward(v, False) for v in vectors]
-            return [None if one[0] is None else torch.stack(one) for one in zip(*each, strict=True)]  # type: ignore[arg-type]
+            return [None if one[0] is None else torch.stack(one) for one in zip(*each, strict=True)]
 
 
 class Derivations:

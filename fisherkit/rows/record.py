@@ -207,7 +207,7 @@ class Recorder(TorchFunctionMode):
         if x.requires_grad or self._tracker.status(x) is not Mark.FREE:
             return False
         own = [self._derivations.of(arguments.get(name)) for name in (rule.weight_name, rule.bias_name)]
-        return any(made is not None and self.shared.intersection(made.names) for made in own)
+        return any(made is not None and not set(self.shared).isdisjoint(made.names) for made in own)
 
     def _of_examples(self, tensor: Tensor, func: Callable[..., Any], own: Sequence[tuple[Tensor, Any]]) -> bool:
         """Whether an operand has entries that belong to examples."""

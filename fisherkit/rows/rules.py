@@ -158,8 +158,9 @@ class MatmulRule(LinearRule):
         """By name; nothing where the weight is not a matrix, or the input a vector."""
         named = super().bind(args, {("other" if name == "mat2" else name): value for name, value in kwargs.items()})
         x, weight = named.get(self.input_name), named.get(self.weight_name)
-        both = isinstance(x, Tensor) and isinstance(weight, Tensor)
-        return named if both and min(x.ndim, weight.ndim) > 1 and 2 in (x.ndim, weight.ndim) else {}
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+            return {}
+        return named if min(x.ndim, weight.ndim) > 1 and 2 in (x.ndim, weight.ndim) else {}
 
     def exchanged(self, arguments: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]] | None:
         """The parameter on the left."""
