@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
 from fisherkit.arguments import check_positive
+from fisherkit.arithmetic import at_least_single, without_autocast
 from fisherkit.build import Builder, Built
 from fisherkit.data import Batch, Data, Source, is_causal, model_device
 from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, InvalidTypeError
@@ -76,6 +77,7 @@ class FisherApproximation(OutputRule, FisherOperator):
     Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice.
     """
 
+    @without_autocast()
     def __init__(
         self,
         model: nn.Module,
@@ -112,7 +114,7 @@ class FisherApproximation(OutputRule, FisherOperator):
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
         device, dtype = model_device(model, space.names)
-        super().__init__(space, dtype=dtype, device=device)
+        super().__init__(space, dtype=at_least_single(dtype), device=device)
         source = Source(data)
         plan = _plan(model, space, source.first().to(device), dtype)
         problem = Problem(

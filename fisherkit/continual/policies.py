@@ -115,7 +115,8 @@ def check_weights(fisher: FisherOperator, model: nn.Module) -> None:
         ModelError: it was measured at others.
     """
     # A model of another dtype, which a Fisher of a wider copy may serve, cannot be compared.
-    comparable = all(parameter.dtype == fisher.dtype for parameter in model.parameters())
+    dtype = fisher.metadata.get("covered_hash", str(fisher.dtype).removeprefix("torch.")).partition(":")[0]
+    comparable = all(str(parameter.dtype) == f"torch.{dtype}" for parameter in model.parameters())
     if comparable and measured_at(model, fisher.metadata) is False:
         raise ModelError(
             call=CALL, got="a Fisher that was measured at other parameters or buffers than the model has now",

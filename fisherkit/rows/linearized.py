@@ -14,10 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.half import scales
 from fisherkit.rows.patches import Activations
 from fisherkit.rows.plan import TOLERANCE, Plan, forward
 from fisherkit.rows.rules import Use, in_dtype
@@ -50,9 +52,7 @@ class Linearized:
 
     def __init__(self, plan: Plan, batch: Batch, z: Tensor, uses: Sequence[Use]) -> None:
         self.plan, self.batch, self.z = plan, batch, z
-        self._uses = [
-            (unit, [in_dtype(use, plan.example_parameter.dtype) for use in unit.uses(uses)]) for unit in plan.ruled
-        ]
+        self._uses = [(unit, [in_dtype(use, plan.dtype) for use in unit.uses(uses)]) for unit in plan.ruled]
         self._activations: dict[tuple[str, ...], Activations] = {}
         for unit, own in self._uses:
             if not own or any(unit.strange(use) for use in own):
@@ -90,20 +90,35 @@ class Linearized:
             selection: which of them are rows.
             known: what a backward pass has brought already.
         """
-        v, dtype = v.to(self.z.dtype), self.plan.example_parameter.dtype
-        gradients = iter(self._backward(v) if known is None else known.gradients)
+        dtype = self.plan.dtype
+        arrived, generic, scale = self._pulled(v, known)
+        gradients = iter([g if g is None else g.to(dtype) for g in arrived])
+        factor = scale if known is None else known.scale.unsqueeze(0)
         found: dict[tuple[str, ...], UnitRows] = {}
         for unit, own in self._uses:
             if unit.names not in self._activations:
                 self._activations[unit.names] = unit.activations(own, self.batch.size)
             g = unit.gradients(own, [next(gradients) for _ in own], v).to(dtype)
-            g = g if known is None else g * known.scale.to(dtype)[:, None, None]
+            g = g if factor is None else g * factor.to(dtype)[:, :, None, None]
             found[unit.names] = unit.rows(own[0], self._activations[unit.names], selection.take(g), selection)
-        if self.plan.generic:
-            flat = selection.take(self.plan.generic_rows(self.batch, v).to(dtype))
+        if generic is not None:
+            flat = selection.take(generic.to(dtype) if scale is None else generic.to(dtype) * scale.unsqueeze(2))
             parts = flat.split([unit.numbers for unit in self.plan.generic], 1)
             found.update({u.names: StoredRows(part) for u, part in zip(self.plan.generic, parts, strict=True)})
         return Rows(self.plan.space, [UnitSlot(unit.names, found[unit.names]) for unit in self.plan.units])
+
+    def _pulled(
+        self, v: Float[Tensor, "k B ..."], known: Known | None
+    ) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"] | None, Float[Tensor, "k B"] | None]:
+        """Gradients at the uses' outputs and rows without a rule, both to be multiplied by the third if it is there."""
+        for scale in scales(v) if self.plan.half or self.z.dtype in HALF else (None,):
+            own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
+            arrived = self._backward(own) if known is None else known.gradients
+            generic = self.plan.generic_rows(self.batch, own) if self.plan.generic else None
+            made = [*(arrived if known is None else ()), generic]
+            if scale is None or all_finite(*(g for g in made if g is not None)):
+                break  # else something overflowed in half precision that a smaller multiple may leave finite
+        return arrived, generic, scale
 
     @property
     def batched(self) -> bool:
