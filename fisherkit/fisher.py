@@ -16,7 +16,7 @@ from fisherkit.arguments import check_positive
 from fisherkit.arithmetic import at_least_single, without_autocast
 from fisherkit.build import Builder, Built
 from fisherkit.data import Batch, Data, Source, is_causal, model_device
-from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, InvalidTypeError
+from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, InvalidTypeError, ModelError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import parameters_hash, tensors_hash
 from fisherkit.operators import Factorization, FisherOperator
@@ -183,6 +183,7 @@ def _plan(model: nn.Module, space: ParameterSpace, batch: Batch, dtype: torch.dt
 
     Raises:
         DataError: the model fails over the dtype of its inputs.
+        ModelError: it fails over other dtypes.
         RuntimeError: it fails over anything else.
     """
     try:
@@ -191,12 +192,18 @@ def _plan(model: nn.Module, space: ParameterSpace, batch: Batch, dtype: torch.dt
         leaves, _ = batch.leaves()
         others = sorted({str(leaf.dtype) for leaf in leaves if leaf.is_floating_point() and leaf.dtype != dtype})
         # Models may well cast their inputs: only what torch itself says of types is put into our words.
-        if isinstance(error, FisherkitError) or not others or "type" not in str(error):
+        if isinstance(error, FisherkitError) or "type" not in str(error):
             raise
-        raise DataError(
-            call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
-            why=f"the model's forward pass fails: {str(error).splitlines()[0]}",
-            try_=f"x.to({dtype}), or the model in the inputs' dtype",
+        why = f"the model's forward pass fails: {str(error).splitlines()[0]}"
+        inside = "torch.autocast inside forward, since a caller's is off here"
+        if others:
+            raise DataError(
+                call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
+                why=why, try_=f"x.to({dtype}), the model in the inputs' dtype, or {inside}",
+            ) from error  # fmt: skip
+        raise ModelError(
+            call="the model's forward pass", got="tensors of dtypes that do not go together",
+            expected=f"a forward pass of {dtype} parameters", why=why, try_=inside,
         ) from error  # fmt: skip
 
 
