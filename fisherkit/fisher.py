@@ -34,6 +34,8 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
     before, also after an exception. It must be deterministic: call ``model.eval()`` if it has dropout or batch norm.
+    The Fisher is in the parameters' dtype, in float32 of models in half precision; a caller's autocast is off around
+    its passes and products, one inside the model's forward stays.
 
     Args:
         model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or to an object with
@@ -72,7 +74,8 @@ class FisherApproximation(OutputRule, FisherOperator):
             without max_rows.
 
     Raises:
-        FisherkitError: in one of its forms, each saying what was got, what was expected and what to try.
+        FisherkitError: in one of its forms, each saying what was got, what was expected and what to try. A
+            `NonFiniteError` names the batch and the module of NaN or infinity, also where outputs are finite.
 
     Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice.
     """

@@ -1,4 +1,4 @@
-"""Calls inside a caller's ``torch.autocast``: the package's own arithmetic, and its own passes, are as outside of it."""
+"""Calls inside a caller's ``torch.autocast``: the package's own arithmetic and its own passes are as outside of it."""
 
 from __future__ import annotations
 

@@ -101,13 +101,13 @@ def test_build__names_batch_and_module(family: str, structure: str) -> None:
         fk.EmpiricalFisher(model, data, structure=structure)
     assert caught.value.call == "data, batch 2"
     assert named in caught.value.got
-    assert caught.value.expected and caught.value.why and caught.value.try_
+    assert all((caught.value.expected, caught.value.why, caught.value.try_))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_build__of_every_kind_refuses(kind: str, structure: str) -> None:
-    model, data, named = case("saturating")
+    model, data, _ = case("saturating")
     with pytest.raises(fk.NonFiniteError, match="data, batch 2"):
         KINDS[kind](model, data, structure=structure, chunk_size=2)
     with pytest.raises(fk.NonFiniteError, match=r"data, batch 0.*'0\.weight'"):
@@ -147,10 +147,9 @@ def test_influence__names_batch_and_module_on_both_sides(structure: str, tmp_pat
         lambda: scores.prepare(data, folder=tmp_path / "rows"),
         lambda: scores.approximate_scores(data[:1], data, fk.influence.LowRankQueries(2)),
     ]
-    for number, call in enumerate(calls):
+    for call in calls:
         with pytest.raises(fk.NonFiniteError, match=r"data, batch 2.*0\.weight"):
             call()
-            raise AssertionError(number)
 
 
 def test_influence__counts_the_batches_that_the_data_have(tmp_path: Path) -> None:

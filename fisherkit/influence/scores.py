@@ -179,6 +179,7 @@ class InfluenceScores:
             InvalidArgumentError: an option that is none of the allowed ones, or two that do not go together.
             InvalidTypeError: groups that are not integers.
             DataError: no example, no targets, or targets that do not fit.
+            NonFiniteError: NaN or infinity in the rows of a batch, which is named, or in scores.
             ModelError: as for a Fisher.
 
         Cost: the rows of both sides, one solve for each query, N·Q products of rows; or, where it takes fewer

@@ -58,10 +58,11 @@ class FisherOperator(OperatorHooks):
         """F v.
 
         Args:
-            v: ``[D]``, ``[D, K]`` (columns last) or a dict name -> tensor.
+            v: ``[D]``, ``[D, K]`` (columns last) or a dict name -> tensor, in the operator's dtype; of an operator in
+                float32 also in half precision.
 
         Returns:
-            The product in v's form, dtype and device.
+            The product in v's form, in the operator's dtype and on its device.
 
         Raises:
             InvalidTypeError, InvalidArgumentError, NonFiniteError: v is not a finite vector of this space.
@@ -191,7 +192,7 @@ class FisherOperator(OperatorHooks):
         """(F + λI)⁻¹ v, with the null space's v/λ included.
 
         Args:
-            v: ``[D]``, ``[D, K]`` or a dict.
+            v: as in `matvec`.
             damping: λ in parameter space, or `RelativeDamping`.
             return_info: also return how it went: method, steps, relative residual per column, converged.
             tolerance: as in `factorize`.
@@ -202,7 +203,7 @@ class FisherOperator(OperatorHooks):
             progress: show an iterative solver's steps and residual.
 
         Returns:
-            The solution in v's form; with ``return_info`` a pair (solution, `SolveInfo`).
+            The solution in v's form and the operator's dtype; with ``return_info`` a pair (solution, `SolveInfo`).
 
         Raises:
             InvalidArgumentError: the checkpoint is the file of another solve (another v, damping or Fisher); it is left

@@ -98,12 +98,12 @@ class Factorization(ABC):
         """(F + λI)⁻¹ v.
 
         Args:
-            v: ``[D]``, ``[D, K]`` or a dict.
+            v: as in `FisherOperator.matvec`.
             return_info: also return method, steps, relative residual per column and whether it converged; costs one
                 product with F for direct methods.
 
         Returns:
-            The solution in v's form, dtype and device, or a pair with its `SolveInfo`.
+            The solution in v's form and the operator's dtype, or a pair with its `SolveInfo`.
         """
         columns, restore = self.operator._columns(v, "factorize().matvec")
         if not return_info:
