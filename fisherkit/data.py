@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError
 from fisherkit.randomness import rng_state, untouched_rng
 
@@ -286,6 +287,10 @@ class Source:
             for generator, state in zip(self._generators, before, strict=True):
                 generator.set_state(state)
 
+    def numbered(self) -> Iterator[tuple[int, Batch]]:
+        """One pass over the batches, each with its place among those that the user's data yields, for errors."""
+        return enumerate(self)
+
     def first(self) -> Batch:
         """The first batch.
 
@@ -353,7 +358,7 @@ def check_finite(z: Tensor, call: str) -> None:
     Raises:
         NonFiniteError: naming the batch.
     """
-    if not bool(torch.isfinite(z).all()):
+    if not all_finite(z):
         raise NonFiniteError(
             call=call,
             got="model outputs with NaN or infinite entries",

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
 from fisherkit.arguments import check_positive
+from fisherkit.arithmetic import at_least_single, without_autocast
 from fisherkit.build import Builder, Built
 from fisherkit.data import Batch, Data, Source, is_causal, model_device
-from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, InvalidTypeError
+from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, InvalidTypeError, ModelError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import parameters_hash, tensors_hash
 from fisherkit.operators import Factorization, FisherOperator
@@ -33,6 +34,8 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
     before, also after an exception. It must be deterministic: call ``model.eval()`` if it has dropout or batch norm.
+    The Fisher is in the parameters' dtype, in float32 of models in half precision; a caller's autocast is off around
+    its passes and products, one inside the model's forward stays.
 
     Args:
         model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or to an object with
@@ -71,11 +74,13 @@ class FisherApproximation(OutputRule, FisherOperator):
             without max_rows.
 
     Raises:
-        FisherkitError: in one of its forms, each saying what was got, what was expected and what to try.
+        FisherkitError: in one of its forms, each saying what was got, what was expected and what to try. A
+            `NonFiniteError` names the batch and the module of NaN or infinity, also where outputs are finite.
 
     Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice.
     """
 
+    @without_autocast()
     def __init__(
         self,
         model: nn.Module,
@@ -112,7 +117,7 @@ class FisherApproximation(OutputRule, FisherOperator):
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
         device, dtype = model_device(model, space.names)
-        super().__init__(space, dtype=dtype, device=device)
+        super().__init__(space, dtype=at_least_single(dtype), device=device)
         source = Source(data)
         plan = _plan(model, space, source.first().to(device), dtype)
         problem = Problem(
@@ -181,6 +186,7 @@ def _plan(model: nn.Module, space: ParameterSpace, batch: Batch, dtype: torch.dt
 
     Raises:
         DataError: the model fails over the dtype of its inputs.
+        ModelError: it fails over other dtypes.
         RuntimeError: it fails over anything else.
     """
     try:
@@ -189,12 +195,18 @@ def _plan(model: nn.Module, space: ParameterSpace, batch: Batch, dtype: torch.dt
         leaves, _ = batch.leaves()
         others = sorted({str(leaf.dtype) for leaf in leaves if leaf.is_floating_point() and leaf.dtype != dtype})
         # Models may well cast their inputs: only what torch itself says of types is put into our words.
-        if isinstance(error, FisherkitError) or not others or "type" not in str(error):
+        if isinstance(error, FisherkitError) or "type" not in str(error):
             raise
-        raise DataError(
-            call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
-            why=f"the model's forward pass fails: {str(error).splitlines()[0]}",
-            try_=f"x.to({dtype}), or the model in the inputs' dtype",
+        why = f"the model's forward pass fails: {str(error).splitlines()[0]}"
+        inside = "torch.autocast inside forward, since a caller's is off here"
+        if others:
+            raise DataError(
+                call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
+                why=why, try_=f"x.to({dtype}), the model in the inputs' dtype, or {inside}",
+            ) from error  # fmt: skip
+        raise ModelError(
+            call="the model's forward pass", got="tensors of dtypes that do not go together",
+            expected=f"a forward pass of {dtype} parameters", why=why, try_=inside,
         ) from error  # fmt: skip
 
 

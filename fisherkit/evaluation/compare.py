@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisherkit.arguments import is_integer
+from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.evaluation.comparison import CALL, SGD, Comparison
@@ -24,6 +25,7 @@ from fisherkit.likelihoods import Likelihood
 from fisherkit.space import Selection
 
 
+@without_autocast()
 def compare(
     model: nn.Module,
     batch: Any,

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
+from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, Data, Source, check_finite, is_causal, model_device
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable
@@ -21,6 +22,7 @@ from fisherkit.space import ParameterSpace, Selection
 CALL = "loss_gradient"
 
 
+@without_autocast()
 def loss_gradient(
     model: nn.Module,
     data: Data,
@@ -52,6 +54,7 @@ def loss_gradient(
         InvalidTypeError: an argument of the wrong type.
         InvalidArgumentError: an argument that is none of the allowed ones.
         DataError: no example, no targets, or targets that do not fit.
+        NonFiniteError: NaN or infinity in a batch's outputs or gradient.
         ModelError: dropout or batch statistics in train mode, or outputs that do not depend on the parameters.
 
     Cost: one forward and one backward pass over the data.
@@ -75,7 +78,16 @@ def loss_gradient(
     examples = 0
     for number, raw in enumerate(Source(data)):
         batch = raw.to(device)
-        gradient, mask = _batch_gradient(model, batch, resolved, parameters, shift, f"data, batch {number}")
+        call = f"data, batch {number}"
+        gradient, mask = _batch_gradient(model, batch, resolved, parameters, shift, call)
+        if not all_finite(gradient):
+            parts = space.unflatten(gradient)
+            bad = listed(repr(name) for name, part in parts.items() if not all_finite(part))
+            raise NonFiniteError(
+                call=call, got=f"gradients with NaN or infinite entries of {bad}", expected="finite gradients",
+                why="outputs that are finite may hide infinite activations",
+                try_="torch.isfinite of this batch's inputs",
+            )  # fmt: skip
         total += gradient
         examples += int((mask if example == "token" else mask.any(1)).sum())
     if examples == 0:

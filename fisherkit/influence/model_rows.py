@@ -13,6 +13,7 @@ from torch import nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_count, check_positive
+from fisherkit.arithmetic import at_least_single
 from fisherkit.data import Data, Source, is_causal, model_device, refuse_shuffling
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
@@ -233,8 +234,9 @@ def _check_space(fisher: FisherOperator, model: nn.Module) -> None:
             try_="the model that the Fisher was built with",
         )
     device, dtype = model_device(model, fisher.space.names)
-    if dtype != fisher.dtype:
-        raise InvalidTypeError(call=CALL, got=f"a Fisher of {fisher.dtype}", expected=f"{dtype}, the model's")
+    if at_least_single(dtype) != fisher.dtype:
+        expected = f"{at_least_single(dtype)}, that of Fishers of this model"
+        raise InvalidTypeError(call=CALL, got=f"a Fisher of {fisher.dtype}", expected=expected)
     if device != fisher.device:
         raise InvalidArgumentError(
             call=CALL,

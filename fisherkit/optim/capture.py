@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError, listed
 from fisherkit.likelihoods import Likelihood
@@ -155,6 +156,7 @@ class Capture:
         if begun is None or output is None:
             return
         recorder, plan, batch, rng = begun
+        plan.half = plan.half or recorder.half
         z = outputs_of(output)
         if not z.requires_grad:
             return
@@ -215,7 +217,7 @@ class Capture:
             try:
                 for module in training:
                     module.training = False
-                with self._watch.quiet(), torch.autocast(device.type, enabled=False):
+                with self._watch.quiet(), without_autocast():
                     plan = self._verified(names, batch)
             finally:
                 for module in training:
@@ -265,6 +267,7 @@ class Capture:
 
     # -- the backward pass ---------------------------------------------------------------------------------------------
 
+    @without_autocast()
     def _reached(self, one: Pass | None, gradient: Tensor | None) -> None:
         """The user's backward pass is at the model's outputs."""
         if self.closed or gradient is None or self._watch.silent or not self._accumulating():
@@ -321,6 +324,7 @@ class Capture:
         own = self.model.named_parameters()
         return {n: (id(p.grad), p.grad._version) for n, p in own if p.grad is not None and n in self.space.slices}
 
+    @without_autocast()
     def _finish(self, one: Pass) -> None:
         """The user's backward pass is over."""
         if one not in self._open:

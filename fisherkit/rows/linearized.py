@@ -16,11 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.generic import looped_rows
+from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.patches import Activations
 from fisherkit.rows.plan import TOLERANCE, Plan, forward, propose
@@ -59,7 +61,7 @@ class Linearized:
     """
 
     def __init__(self, plan: Plan, batch: Batch, watched: Watched) -> None:
-        dtype = plan.example_parameter.dtype
+        dtype = plan.dtype
         self.plan, self.batch = plan, batch
         self.watched = replace(watched, uses=[in_dtype(use, dtype) for use in watched.uses])
         self.lost: set[str] = {
@@ -110,17 +112,16 @@ class Linearized:
             known: what a backward pass has brought already.
             alone: whether these are all vectors that there will be of this batch.
         """
-        v, dtype = v.to(self.z.dtype), self.plan.example_parameter.dtype
-        several = len(v) > 1 and self.batched
-        gradients = self.watched.backward(v, batched=several) if known is None else known.gradients
-        how = self._arrangements(v, gradients, known, alone=alone)
-        scale = None if known is None else known.scale
+        dtype = self.plan.dtype
+        own, gradients, generic, scale = self._pulled(v, known)
+        how = self._arrangements(own, gradients, known, alone=alone)
+        factor = scale if known is None else known.scale.unsqueeze(0)
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
             made = None
             if not self.lost.intersection(unit.names):
                 made = unit.made(
-                    self.watched.uses, gradients, how, v.to(dtype), selection, self._activations, scale
+                    self.watched.uses, gradients, how, own.to(dtype), selection, self._activations, factor
                 )  # fmt: skip
             if made is None:
                 self.lost.update(unit.names)
@@ -128,12 +129,10 @@ class Linearized:
                 found[unit.names] = made
         rest = [unit for unit in self.plan.units if unit.names not in found]
         slow = [unit for unit in rest if isinstance(unit, RuledUnit)]
-        for units, values in (
-            (self.plan.generic, self._generic(v)),
-            (slow, self._slow(v, slow)),
-        ):
+        for units, values in ((self.plan.generic, generic), (slow, self._slow(own, slow))):
             if units:
-                parts = selection.take(values.to(dtype)).split([unit.numbers for unit in units], 1)
+                whole = values.to(dtype) if scale is None else values.to(dtype) * scale.unsqueeze(2)
+                parts = selection.take(whole).split([unit.numbers for unit in units], 1)
                 found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
         return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
 
@@ -162,13 +161,13 @@ class Linearized:
         self, unit: Unit, gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None], v: Tensor
     ) -> Unit:
         if isinstance(unit, RuledUnit):
-            dtype, uses = self.plan.example_parameter.dtype, self.watched.uses
+            dtype, uses = self.plan.dtype, self.watched.uses
             selection = RowSelection(1, self.batch.size, v.device)
             made = unit.made(uses, gradients, how, v.to(dtype).unsqueeze(0), selection)
             own = torch.autograd.grad(
                 self.z, [self.plan.parameters[name] for name in unit.names], v, retain_graph=True
             )  # fmt: skip
-            expected = torch.cat([g.flatten() for g in own])
+            expected = torch.cat([g.flatten() for g in own]).to(dtype)
             if made is not None and made.rows.size == len(expected):
                 total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
                 if bool((total - expected).norm() <= TOLERANCE.get(dtype, 5e-2) * expected.norm()):
@@ -231,6 +230,20 @@ class Linearized:
             try_="model.eval(); batches of one example; remove what joins the examples of a batch from forward, as a "
             "capacity that experts share",
         )
+
+    def _pulled(
+        self, v: Float[Tensor, "k B ..."], known: Known | None
+    ) -> tuple[Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"], Float[Tensor, "k B"] | None]:
+        """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
+        for scale in scales(v) if self.plan.half or self.z.dtype in HALF else (None,):
+            own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
+            several = len(v) > 1 and known is None and self.batched
+            arrived = self.watched.backward(own, batched=several) if known is None else known.gradients
+            generic = self._generic(own)
+            made = [*(arrived if known is None else ()), generic]
+            if scale is None or all_finite(*(g for g in made if g is not None)):
+                break  # else something overflowed in half precision that a smaller multiple may leave finite
+        return own, arrived, generic, scale
 
     @property
     def batched(self) -> bool:

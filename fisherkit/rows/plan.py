@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
-from fisherkit.errors import ModelError, NonFiniteError
+from fisherkit.errors import ModelError, NonFiniteError, listed
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable
@@ -89,6 +90,11 @@ class Plan:
     def example_parameter(self) -> Tensor:
         """Any of the parameters, for dtype and device."""
         return self.parameters[self.space.names[0]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows: the parameters', or float32 where theirs is a half."""
+        return at_least_single(self.example_parameter.dtype)
 
     @property
     def ruled(self) -> list[RuledUnit]:
@@ -205,21 +211,23 @@ class _Reference:
     """Autograd's own per-example gradients on the probe."""
 
     def __init__(self, plan: Plan, z: Tensor, v: Tensor) -> None:
-        self.rows = [gradients(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0])]
+        found = (gradients(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0]))
+        self.rows = [[g.to(plan.dtype) for g in row] for row in found]
         self.names = {name: i for i, name in enumerate(plan.parameters)}
         self.norms = torch.stack([torch.stack([g.norm() for g in row]) for row in self.rows])
         # A norm is cheap, unlike a mask of finite entries; a large one may overflow where no entry does.
         if not bool(torch.isfinite(self.norms).all()) and not all(
             bool(torch.isfinite(g).all()) for row in self.rows for g in row
         ):
+            bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
                 call="data, batch 0",
-                got="gradients with NaN or infinite entries",
+                got=f"gradients with NaN or infinite entries of {listed(map(repr, bad))}",
                 expected="finite gradients",
                 try_="look for √, log or division at 0 in the model",
             )
         self.scale = self.norms.norm()
-        self.tolerance = _tolerance(self.norms.dtype, plan)
+        self.tolerance = _tolerance(plan.example_parameter.dtype, plan)
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale.
@@ -346,7 +354,7 @@ def _verified(
     """The unit if autograd confirms its rows, or its parameters as generic units."""
     if not isinstance(unit, RuledUnit):
         return [unit]
-    dtype = plan.example_parameter.dtype
+    dtype = plan.dtype
     uses = [in_dtype(use, dtype) for use in watched.uses]
     made = unit.made(uses, gradients, how, v.to(dtype), RowSelection(1, v.shape[1], v.device))
     if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):

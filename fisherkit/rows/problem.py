@@ -173,7 +173,7 @@ class Problem:
             names: the parameters.
             vectors: how many rows the example has; None for M.
         """
-        item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
+        item = torch.finfo(self.plan.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
         return item * sum(unit.numbers_per_example(vectors or self.vectors_per_example) for unit in units)
 
@@ -185,9 +185,10 @@ class Problem:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
         self.plan.refuse_changed()
         device = self.plan.example_parameter.device
-        bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
+        numbered, total = self.source.numbered(), self.source.steps()
+        bar = tqdm(numbered, desc=description, total=total, disable=not self.progress, leave=False)
         start = 0
-        for number, batch in enumerate(bar):
+        for number, batch in bar:
             step = (
                 max(1, _graph(device) // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
             )
@@ -216,7 +217,7 @@ class Problem:
                 found = linearized.rows(shaped, selection, alone=slots.number == 1)
                 if self.revisable and linearized.lost:
                     raise BetterPlanError(linearized.revised())
-                return found
+                return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)
 

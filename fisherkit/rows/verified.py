@@ -122,9 +122,9 @@ def _confirmed(plan: Plan, probe: Batch) -> bool:
         rows = linearized.rows(v.unsqueeze(0), selection, Known(known, v.new_ones(probe.size)))
         if linearized.lost:
             return False
-    total = plan.space.unflatten(rows.rmatmul(parameters[0].new_ones(rows.count, 1))[:, 0])
+    total = plan.space.unflatten(rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=z.device))[:, 0])
     pairs = [
-        (own, torch.zeros_like(own) if g is None else g)
+        (own, torch.zeros_like(own) if g is None else g.to(own.dtype))
         for own, g in zip(total.values(), found[len(edges) :], strict=True)
     ]
     norms, errors = (torch.stack(x) for x in ([g.norm() for _, g in pairs], [(own - g).norm() for own, g in pairs]))
