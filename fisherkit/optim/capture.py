@@ -178,7 +178,8 @@ class Capture:
     def _plan(self, names: tuple[str, ...], batch: Batch) -> Plan:
         """The plan for the parameters that require a gradient now, verified once, in eval mode."""
         key = names, fingerprint(self.model)
-        if key not in self._plans:
+        # What was verified on an example alone says nothing of two.
+        if key not in self._plans or (self._plans[key].alone and batch.size > 1):
             training = [module for module in self.model.modules() if module.training]
             device, _ = model_device(self.model, names)
             batch = batch.to(device)
