@@ -18,6 +18,7 @@ from torch import nn
 from fisherkit.data import SHARED, Batch, Source, model_device
 from fisherkit.errors import DataError, FisherkitError
 from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
+from fisherkit.randomness import untouched_rng
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
@@ -96,6 +97,13 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())
 
 
+def _works(model: nn.Module, batch: Batch) -> bool:
+    with torch.no_grad(), untouched_rng([next(model.parameters()).device]), contextlib.suppress(Exception):
+        batch.call(model)
+        return True
+    return False
+
+
 def _in_words(error: Exception, model: nn.Module, first: Batch, dtype: torch.dtype) -> DataError | None:
     """What a model's error means; None if it says enough itself."""
     if isinstance(error, FisherkitError):
@@ -105,6 +113,12 @@ def _in_words(error: Exception, model: nn.Module, first: Batch, dtype: torch.dty
         return DataError(
             call="data, batch 0", got="neither labels nor decoder inputs for an encoder-decoder",
             expected=f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
+        )  # fmt: skip
+    if first.size > 1 and _works(model, first.take(slice(0, 1)).to(next(model.parameters()).device)):
+        return DataError(
+            call="data, batch 0", got=f"a batch of {first.size} examples for a model that works with the first alone",
+            expected="a model of batches, or one example a batch", why=reason,
+            try_="batches of one example each, DataLoader(..., batch_size=1)",
         )  # fmt: skip
     others = sorted({str(leaf.dtype) for leaf in first.inputs if leaf.is_floating_point() and leaf.dtype != dtype})
     # Models may well cast their inputs: only what torch itself says of types is put into our words.
