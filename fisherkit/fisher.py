@@ -15,15 +15,15 @@ from fisherkit._version import __version__
 from fisherkit.arguments import check_positive
 from fisherkit.arithmetic import at_least_single, without_autocast
 from fisherkit.build import Builder, Built
-from fisherkit.data import Batch, Data, Source, is_causal, model_device
-from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, InvalidTypeError, ModelError
+from fisherkit.data import Data, Source, model_device
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import parameters_hash, tensors_hash
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.outputs import OutputRule
-from fisherkit.rows.plan import Plan
+from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
-from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace, Selection
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
@@ -118,8 +118,8 @@ class FisherApproximation(OutputRule, FisherOperator):
         space = ParameterSpace.of(model, params)
         device, dtype = model_device(model, space.names)
         super().__init__(space, dtype=at_least_single(dtype), device=device)
-        source = Source(data)
-        plan = _plan(model, space, source.first().to(device), dtype)
+        source = Source(data, model)
+        plan = plan_of(model, space, source)
         problem = Problem(
             plan, source, resolved, self, example == "token",
             is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
@@ -179,35 +179,6 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._unwrap()._to_dense()
-
-
-def _plan(model: nn.Module, space: ParameterSpace, batch: Batch, dtype: torch.dtype) -> Plan:
-    """How rows are made; the first time that the model meets the data.
-
-    Raises:
-        DataError: the model fails over the dtype of its inputs.
-        ModelError: it fails over other dtypes.
-        RuntimeError: it fails over anything else.
-    """
-    try:
-        return plan_for(model, space, batch)
-    except RuntimeError as error:
-        leaves, _ = batch.leaves()
-        others = sorted({str(leaf.dtype) for leaf in leaves if leaf.is_floating_point() and leaf.dtype != dtype})
-        # Models may well cast their inputs: only what torch itself says of types is put into our words.
-        if isinstance(error, FisherkitError) or "type" not in str(error):
-            raise
-        why = f"the model's forward pass fails: {str(error).splitlines()[0]}"
-        inside = "torch.autocast inside forward, since a caller's is off here"
-        if others:
-            raise DataError(
-                call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
-                why=why, try_=f"x.to({dtype}), the model in the inputs' dtype, or {inside}",
-            ) from error  # fmt: skip
-        raise ModelError(
-            call="the model's forward pass", got="tensors of dtypes that do not go together",
-            expected=f"a forward pass of {dtype} parameters", why=why, try_=inside,
-        ) from error  # fmt: skip
 
 
 def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from fisherkit.evaluation.table import QualityTable
 from fisherkit.fisher import STRUCTURES
 from fisherkit.kind_specs import KindSpec
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_inputs import ModelInputs
 from fisherkit.space import Selection
 
 
@@ -108,7 +109,8 @@ def compare(
         )  # fmt: skip
     start = time.perf_counter()
     options = {"likelihood": likelihood, "params": params, "example": example, "shift_labels": shift_labels}
-    comparison = Comparison(model, Batch.of(batch, "batch"), specs, seed, options, updates=len(specs) * len(dampings))
+    own = Batch.of(batch, "batch", model_inputs=ModelInputs.of(model))
+    comparison = Comparison(model, own, specs, seed, options, updates=len(specs) * len(dampings))
     comparison.drop_duplicates(drop_duplicates)
     found = [comparison.update(spec, structure, dampings) for structure in structures for spec in specs]
     return comparison.judge(found, start, sgd=SGD in kinds)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit.arithmetic import all_finite, without_autocast
-from fisherkit.data import Batch, Data, Source, check_finite, is_causal, model_device
+from fisherkit.data import Batch, Data, Source, check_finite, model_device
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_inputs import is_causal
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.record import refuse_train_mode
@@ -76,7 +77,7 @@ def loss_gradient(
     parameters = [own[name] for name in space.names]
     total = torch.zeros(space.size, dtype=torch.float64, device=device)
     examples = 0
-    for number, raw in enumerate(Source(data)):
+    for number, raw in enumerate(Source(data, model).once()):
         batch = raw.to(device)
         call = f"data, batch {number}"
         gradient, mask = _batch_gradient(model, batch, resolved, parameters, shift, call)
@@ -99,8 +100,6 @@ def _batch_gradient(
     model: nn.Module, batch: Batch, likelihood: Likelihood, parameters: list[nn.Parameter], shift: bool, call: str
 ) -> tuple[Float[Tensor, " D"], Tensor]:
     """Σ_n ∂ℓ_n/∂θ of one batch in float64, and which positions count."""
-    if shift:
-        batch = batch.shifted(likelihood.ignore_index)
     # Only the model's own code runs in here: outside, flags and random generators are the caller's.
     with untouched_rng([parameters[0].device]), differentiable(parameters):
         raw = batch.call(model)
@@ -111,6 +110,7 @@ def _batch_gradient(
                 expected="a forward pass that autograd can follow",
                 try_="a forward without torch.no_grad, detach or NumPy",
             )
+        batch = batch.aligned(model, raw, shift=shift, ignore_index=likelihood.ignore_index)
         known = raw.detach()
         check_finite(known, call)
         known = known if known.dtype in {torch.float32, torch.float64} else known.float()

@@ -162,7 +162,7 @@ class LimitedSource(Source):
     """
 
     def __init__(self, source: Source, limit: int) -> None:
-        super().__init__(source.batches)
+        super().__init__(source.batches, source.model)
         self.source, self.limit = source, limit
 
     def __iter__(self) -> Iterator[Batch]:

@@ -210,7 +210,8 @@ class Capture:
             anew: verify again, for what the pass has shown.
         """
         key = names, fingerprint(self.model)
-        if key not in self._plans or anew:
+        # What was verified on an example alone says nothing of two.
+        if anew or key not in self._plans or (self._plans[key].alone and batch.size > 1):
             training = [module for module in self.model.modules() if module.training]
             device, _ = model_device(self.model, names)
             batch = batch.to(device)

@@ -53,6 +53,7 @@ class Plan:
         probed: the outputs of the two examples that the plan was verified on.
         numbers_per_example: entries of all layer outputs for one example.
         key: what the findings are kept under (`rows.verified`); None before.
+        alone: whether the model takes one example at a time, so that it was verified on one.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
@@ -69,6 +70,7 @@ class Plan:
         self.probed = torch.empty(0)
         self.numbers_per_example = 1
         self.key: Hashable = None
+        self.alone = False
 
     def refuse_changed(self) -> None:
         """Refuse a model whose parameters were written to since the plan was made: its rows would be another Fisher's.
@@ -129,19 +131,21 @@ class Plan:
         return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v)
 
 
-def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: bool = False) -> Plan:
     """Probe the model on two examples and verify every rule.
 
     Args:
         model: the model, in a deterministic mode.
         space: the chosen parameters.
         batch: a first batch on the model's device; its first two examples are used (one is used twice).
+        alone: the batch has one example, and the model takes one at a time: it is used once.
 
     Raises:
         ModelError: dropout or batch statistics in train mode, or examples of a batch that influence each other.
     """
     refuse_train_mode(model)
     plan = Plan(model, space)
+    plan.alone = alone
     parameters = list(plan.parameters.values())
     device = plan.example_parameter.device
     if device.type == "meta":
@@ -152,7 +156,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             try_="model.to_empty(device=...) and load its weights",
         )
     with untouched_rng([device]), differentiable(parameters):
-        probe = batch.take(two_of(batch))
+        probe = batch.take(two_of(batch, alone))
         before = torch.get_rng_state()
         watched = forward(plan, probe)
         z = watched.z
@@ -176,13 +180,13 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         plan.vectorised = _vectorised_agrees(plan, probe, v, reference)
         plan.probed = z.detach()
         layers = sum(torch.Size(use.output_shape).numel() for use in watched.uses)
-        plan.numbers_per_example = (z.numel() + layers) // 2 + sum(unit.numbers for unit in plan.generic)
+        plan.numbers_per_example = (z.numel() + layers) // probe.size + sum(unit.numbers for unit in plan.generic)
     return plan
 
 
-def two_of(batch: Batch) -> Int[Tensor, "2"]:
-    """The first two examples of a batch; one counts twice."""
-    return torch.tensor([0, min(1, batch.size - 1)])
+def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:
+    """The first two examples of a batch; one counts twice, unless the model takes one alone."""
+    return torch.tensor([0] if alone else [0, min(1, batch.size - 1)])
 
 
 def _with_batch(plan: Plan, probe: Batch, watched: Watched) -> Watched:
@@ -255,13 +259,14 @@ def _tolerance(dtype: torch.dtype, plan: Plan) -> float:
 
 
 def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> None:
-    scale = tolerance * (z[0].norm() + z[1].norm())
+    scale = tolerance * (z[0].norm() + z[-1].norm())
     # Some of the batch forwards and backwards, and each of the two beside itself: company and order must not matter.
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)
     with torch.no_grad():
         whole, backwards = some.call(model), some.take(order).call(model)
-        twice = [batch.take(torch.tensor([n, n], device=z.device)).call(model) for n in (0, min(1, batch.size - 1))]
+        pairs = [(n, n) for n in (0, min(1, batch.size - 1))] if len(z) > 1 else [(0,)]  # one alone: once more
+        twice = [batch.take(torch.tensor(pair, device=z.device)).call(model) for pair in pairs]
     fine = (
         all(one.shape == z.shape and bool((one[0] - z[n]).norm() <= scale) for n, one in enumerate(twice))
         and whole.shape == backwards.shape

@@ -103,9 +103,9 @@ class Problem:
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
     def _two(self) -> Batch:
-        """The two examples that the plan was verified on."""
+        """The two examples that the plan was verified on, or the one."""
         first = self.source.first()
-        return first.take(two_of(first)).to(self.plan.example_parameter.device)
+        return first.take(two_of(first, self.plan.alone)).to(self.plan.example_parameter.device)
 
     def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
         """Two examples, and their rows for any output vectors."""
@@ -142,8 +142,7 @@ class Problem:
                 why="this kind uses the observed labels",
                 try_="fk.ExactFisher or fk.SampledFisher for unlabelled data",
             )
-        if self.shift_labels:
-            batch = batch.shifted(self.likelihood.ignore_index)
+        batch = batch.aligned(self.plan.model, raw, shift=self.shift_labels, ignore_index=self.likelihood.ignore_index)
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
         wanted = self.kind.needs_targets or self.likelihood.labels_mask
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)

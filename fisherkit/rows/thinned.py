@@ -24,7 +24,7 @@ class ThinnedSource(Source):
     """
 
     def __init__(self, source: Source, stride: int) -> None:
-        super().__init__(source.batches)
+        super().__init__(source.batches, source.model)
         self.source, self.stride = source, stride
 
     def __iter__(self) -> Iterator[Batch]:

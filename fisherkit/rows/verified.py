@@ -9,6 +9,7 @@ be the sum of the two examples' rows. Only findings are kept here, no tensor and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Findings:
         unused: see there.
         numbers_per_example: see there.
         tried: what else is tried once.
+        alone: as in `Plan`.
     """
 
     units: tuple[Unit, ...]
@@ -53,6 +55,7 @@ class Findings:
     unused: frozenset[str]
     numbers_per_example: int
     tried: dict[str, bool]
+    alone: bool
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
@@ -71,14 +74,16 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     """
     refuse_train_mode(model)
     key, known = _key(model, space, batch), _KNOWN.setdefault(model, {})
+    if key in known and known[key].alone and batch.size > 1:
+        del known[key]  # of one example nothing was learnt about two
     if key not in known:
-        plan = make_plan(model, space, batch)
+        plan = _made(model, space, batch)
         plan.key = key
         remember(plan)
         return plan
     plan = _again(known[key], model, space)
     plan.key = key
-    if _confirmed(plan, batch.take(two_of(batch))):
+    if _confirmed(plan, batch.take(two_of(batch, plan.alone))):
         return plan
     del known[key]
     return plan_for(model, space, batch)
@@ -91,8 +96,19 @@ def remember(plan: Plan) -> None:
         known.clear()
     known[plan.key] = Findings(
         tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), frozenset(plan.unused),
-        plan.numbers_per_example, plan.tried,
+        plan.numbers_per_example, plan.tried, plan.alone,
     )  # fmt: skip
+
+
+def _made(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+    """A new plan; on one example alone if there is but one and the model fails for it twice."""
+    try:
+        return make_plan(model, space, batch)
+    except Exception:  # models raise what they like
+        if batch.size == 1:
+            with contextlib.suppress(Exception):
+                return make_plan(model, space, batch, alone=True)
+        raise
 
 
 def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
@@ -100,6 +116,7 @@ def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
     plan.units = [copy.copy(unit) for unit in found.units]
     plan.vectorised, plan.shared, plan.tried = found.vectorised, set(found.shared), found.tried
     plan.unused, plan.numbers_per_example = set(found.unused), found.numbers_per_example
+    plan.alone = found.alone
     return plan
 
 
