@@ -63,6 +63,7 @@ class FisherApproximation(OutputRule, FisherOperator):
             missing. Kept rows are never streamed: twice as many must fit in memory_budget.
 
     Attributes:
+        likelihood: of the loss.
         examples: N.
         rows: R, number of rows; with max_rows, of those that were kept.
         dropped_trace: for each example (or token) counted, the trace of the output Fisher that a truncated kind left
@@ -81,7 +82,7 @@ class FisherApproximation(OutputRule, FisherOperator):
         model: nn.Module,
         data: Data,
         *,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | nn.Module = "categorical",
         structure: str = "full",
         params: Selection = None,
         example: str = "sequence",
@@ -124,13 +125,14 @@ class FisherApproximation(OutputRule, FisherOperator):
             max_rows=max_rows,
         )  # fmt: skip
         self._built: Built = builder.build(structure)
+        self.likelihood = resolved
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
         self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
         own = dict(model.named_parameters())
         covered = {name: own[name] for name in space.names}
         self.metadata = {
             "kind": self.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
-            "likelihood": resolved.name, "label_source": self.label_source, "example": example,
+            "likelihood": resolved.recorded, "label_source": self.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
             "parameters_hash": parameters_hash(model),

@@ -31,7 +31,7 @@ def compare(
     kinds: Sequence[str] = ("sgd", "ef", "ief", "sf", "exact"),
     structures: Sequence[str] = ("full",),
     gram_dampings: Sequence[float] = (1e-7, 1e-5, 1e-3, 1e-1),
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | nn.Module = "categorical",
     params: Selection = None,
     example: str = "sequence",
     shift_labels: bool | None = None,

@@ -15,6 +15,7 @@ from fisherkit import likelihoods
 from fisherkit.arguments import check_count, check_positive
 from fisherkit.data import Data, Source, is_causal, model_device, refuse_shuffling
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.fisher import FisherApproximation
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
 from fisherkit.influence.measurements import Measurement, query_rule
 from fisherkit.likelihoods import Likelihood
@@ -49,7 +50,7 @@ class ModelRows:
         fisher: FisherOperator,
         model: nn.Module,
         *,
-        likelihood: str | Likelihood | None,
+        likelihood: str | Likelihood | nn.Module | None,
         chunk_size: int | None,
         memory_budget: int | None,
         progress: bool,
@@ -140,7 +141,7 @@ class ModelRows:
             "parameters_hash": parameters_hash(self.model),
             "space": shapes,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "likelihood": self.likelihood.name,
+            "likelihood": self.likelihood.recorded,
             "shift_labels": self.shift_labels,
             "token": token,
         }
@@ -196,9 +197,11 @@ class ModelRows:
         return LiveBlocks(problem, max(1, min(MOST, most)))
 
 
-def _likelihood(likelihood: str | Likelihood | None, fisher: FisherOperator) -> Likelihood:
+def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherOperator) -> Likelihood:
     if likelihood is not None:
         return likelihoods.resolve(likelihood)
+    if isinstance(fisher, FisherApproximation):
+        return fisher.likelihood
     known = fisher.metadata.get("likelihood")
     try:
         return likelihoods.resolve("" if known is None else known)

@@ -330,7 +330,7 @@ class Capture:
             known = Known(gradients, seen.scale_of(v[0]))
             # The engine switches gradients off in callbacks; rows of parameters without a rule need them.
             with self._watch.quiet(), torch.enable_grad():
-                return linearized.rows(v.reshape(1, *one.z.shape), selection, known)
+                return linearized.rows(self.likelihood.as_outputs(v, one.z.shape), selection, known)
 
         return list(slots.chunks(one.batch, 1, rows))
 
@@ -341,7 +341,7 @@ class Capture:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._watch.quiet(), torch.enable_grad():
-                return linearized.rows(v.reshape(v.shape[0], *linearized.z.shape), selection)
+                return linearized.rows(self.likelihood.as_outputs(v, linearized.z.shape), selection)
 
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))
 

@@ -62,7 +62,7 @@ class Curvature:
         *,
         params: Selection,
         rule: OutputRule,
-        likelihood: str | Likelihood,
+        likelihood: str | Likelihood | nn.Module,
         structure: str,
         gram: bool,
         reduction: str,

@@ -99,7 +99,7 @@ class NaturalGradient(torch.optim.Optimizer):
         gram_damping: float | None = None,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | nn.Module = "categorical",
         reduction: str = "mean",
         normalize_update: bool = False,
         trust_region: float | None = None,

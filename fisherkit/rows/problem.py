@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError
-from fisherkit.likelihoods import Likelihood
+from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
@@ -108,13 +108,14 @@ class Problem:
     def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
         """Σ_m v (vᵀ w) for K directions in output space."""
         outputs = self._outputs(batch, raw, start, call)
-        directions = w.to(outputs.z.dtype).reshape(w.shape[0], *outputs.z.shape)
+        flat = w.to(outputs.z.dtype).reshape(-1, *raw.shape[1:])
+        directions = self.likelihood.positions(flat, call).reshape(w.shape[0], *outputs.z.shape)
         if self._flat:
             flat = directions.reshape(w.shape[0], -1, 1, outputs.z.shape[2])
             found = self.kind.output_product(outputs.positionwise(), flat)
         else:
             found = self.kind.output_product(outputs, directions)
-        return outputs.masked(found.reshape(directions.shape)).reshape(w.shape)
+        return self.likelihood.as_outputs(outputs.masked(found.reshape(directions.shape)), raw.shape)
 
     def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str) -> Outputs:
         """The model's outputs as ``[B, P, C]``, with checked targets."""
@@ -131,7 +132,8 @@ class Problem:
         if self.shift_labels:
             batch = batch.shifted(self.likelihood.ignore_index)
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
-        wanted = self.kind.needs_targets or self.likelihood.labels_mask
+        self.likelihood.check_reading(raw, batch.targets, batch.leaves()[0], call)
+        wanted = self.kind.needs_targets or self.likelihood.labels_mask or self.likelihood.hessian_of_targets
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
         # 2²⁴ positions an example keep (example, position) apart in one integer.
         example = torch.arange(start, start + z.shape[0], device=z.device)
@@ -196,7 +198,7 @@ class Problem:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._quiet():
-                return linearized.rows(v.reshape(v.shape[0], *linearized.z.shape), selection)
+                return linearized.rows(self.likelihood.as_outputs(v, linearized.z.shape), selection)
 
         yield from slots.chunks(batch, step, rows)
 
