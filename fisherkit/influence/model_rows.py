@@ -182,7 +182,7 @@ class ModelRows:
 
     def room(self, numbers: int) -> int:
         """How many queries with so many numbers each fit a quarter of the budget; at least one."""
-        return max(1, self.budget // 4 // (numbers * torch.finfo(self.dtype).bits // 8))
+        return max(1, self.budget // 4 // max(1, numbers * torch.finfo(self.dtype).bits // 8))
 
     def _blocks(self, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
         plan = plan_for(self.model, self.space, source.first().to(self.device))
