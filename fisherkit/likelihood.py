@@ -50,6 +50,8 @@ class Likelihood(ABC):
     """Whether targets say which positions count, and so matter to kinds that do not use them otherwise."""
     hessian_of_targets = False
     """Whether ∂²ℓ/∂z² depends on the target, by `hessian_scale`: the exact kind then needs targets."""
+    link = ""
+    """What makes probabilities of outputs, "softmax" or "sigmoid", where outputs are logits."""
     unlikely = ""
     """Why ℓ is no −log p(y | z) that labels can be drawn from; empty where it is."""
     strict = False

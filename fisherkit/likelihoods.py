@@ -231,6 +231,7 @@ class Bernoulli(_Separate):
     """
 
     name = "bernoulli"
+    link = "sigmoid"
     gradient_scale_free = True
     pos_weight: Tensor | float | None = None
     weight: Tensor | float | None = None
@@ -320,6 +321,7 @@ class Categorical(Likelihood):
     """
 
     name = "categorical"
+    link = "softmax"
     gradient_scale_free = True
     labels_mask = True
     weight: Tensor | None = None
@@ -611,6 +613,7 @@ class _LogProbabilities(Categorical):
     """``nn.NLLLoss``: the categorical loss of outputs that are log-probabilities, whose own softmax they are."""
 
     name = "nll"
+    link = ""
 
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
         """As for logits, and outputs must be normalised: of others the loss is linear, and has no curvature."""

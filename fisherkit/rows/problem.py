@@ -20,6 +20,7 @@ from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError
 from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import OutputRule, Outputs
+from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
@@ -46,6 +47,7 @@ class Problem:
         progress: show a progress bar.
         vectors_per_example: M, found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
+        looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
     """
 
     plan: Plan
@@ -58,6 +60,7 @@ class Problem:
     progress: bool
     vectors_per_example: int = 1
     most_examples: int | None = None
+    looked: bool = True
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -135,6 +138,9 @@ class Problem:
         self.likelihood.check_reading(raw, batch.targets, batch.leaves()[0], call)
         wanted = self.kind.needs_targets or self.likelihood.labels_mask or self.likelihood.hessian_of_targets
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
+        if not self.looked:
+            self.looked = True
+            warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
         # 2²⁴ positions an example keep (example, position) apart in one integer.
         example = torch.arange(start, start + z.shape[0], device=z.device)
         keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
@@ -148,6 +154,7 @@ class Problem:
             with self._quiet():
                 _ = Linearized.at(self.plan, two).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
+        self.looked = False
 
     def choose(self, *, lean: bool) -> None:
         """Choose how each unit's rows are kept: with the fewest numbers if memory is short, else for speed."""
