@@ -22,6 +22,7 @@ from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
+from fisherkit.rows.together import needing_each_other
 from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace, Selection
 
@@ -186,7 +187,8 @@ def _plan(model: nn.Module, space: ParameterSpace, batch: Batch, dtype: torch.dt
         RuntimeError: it fails over anything else.
     """
     try:
-        return plan_for(model, space, batch)
+        with needing_each_other(model, batch):
+            return plan_for(model, space, batch)
     except RuntimeError as error:
         leaves, _ = batch.leaves()
         others = sorted({str(leaf.dtype) for leaf in leaves if leaf.is_floating_point() and leaf.dtype != dtype})

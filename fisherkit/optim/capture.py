@@ -39,6 +39,7 @@ from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.together import needing_each_other
 from fisherkit.rows.verified import fingerprint, plan_for
 from fisherkit.space import ParameterSpace, Selection
 
@@ -185,7 +186,10 @@ class Capture:
             try:
                 for module in training:
                     module.training = False
-                with self._watch.quiet(), torch.autocast(device.type, enabled=False):
+                with (
+                    self._watch.quiet(), torch.autocast(device.type, enabled=False),
+                    needing_each_other(self.model, batch),
+                ):  # fmt: skip
                     plan = plan_for(self.model, ParameterSpace.of(self.model, names), batch)
                     used = [name for name in names if name not in plan.unused]
                     if len(used) < len(names):
