@@ -18,7 +18,7 @@ from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihood import Likelihood, Prepared
 from fisherkit.positions import label_advice, refuse_images, shape_text
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "GaussianNLL", "Likelihood", "Poisson", "Prepared", "resolve"]
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "GaussianNLL", "Likelihood", "LogProbabilities", "Poisson", "Prepared", "is_known_loss", "resolve"]
 
 Numbers = float | Sequence[float] | Tensor
 """One number, or one for each output."""
@@ -609,7 +609,7 @@ class Categorical(Likelihood):
         return torch.where(target == self.ignore_index, torch.zeros_like(target), target)
 
 
-class _LogProbabilities(Categorical):
+class LogProbabilities(Categorical):
     """``nn.NLLLoss``: the categorical loss of outputs that are log-probabilities, whose own softmax they are."""
 
     name = "nll"
@@ -703,7 +703,7 @@ def _cross_entropy(module: Any) -> Likelihood:
 
 
 def _nll(module: Any) -> Likelihood:
-    found = _LogProbabilities(module.ignore_index, 1, module.weight)
+    found = LogProbabilities(module.ignore_index, 1, module.weight)
     found._chosen = "by torch"
     return found
 
@@ -740,6 +740,11 @@ _ADVICE: dict[type[nn.Module], str] = {
     nn.L1Loss: "a class of fk.likelihoods of your own, which says what its Fisher is: |z − y| has no curvature",
 }
 _OWN = "a subclass of fk.likelihoods.Likelihood with its gradient, hessian_factor and sample"
+
+
+def is_known_loss(loss: object) -> bool:
+    """Whether it is a loss module of torch's that `resolve` reads."""
+    return type(loss) in _MODULES
 
 
 def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:

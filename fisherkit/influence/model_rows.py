@@ -115,7 +115,7 @@ class ModelRows:
         source = self._source(data)
         first = source.first()
         plan = plan_for(self.model, self.space, first.to(self.device))
-        rule = query_rule(measurement, plan.probed.ndim, labelled=first.targets is not None)
+        rule = query_rule(measurement, plan.probed.shape, labelled=first.targets is not None)
         return self._blocks(source, rule, token=False)
 
     def _source(self, data: Data) -> Source:
