@@ -200,9 +200,9 @@ class ModelRows:
 def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherOperator) -> Likelihood:
     if likelihood is not None:
         return likelihoods.resolve(likelihood)
-    if isinstance(fisher, FisherApproximation):
-        return fisher.likelihood
     known = fisher.metadata.get("likelihood")
+    if isinstance(fisher, FisherApproximation) and known == fisher.likelihood.recorded:
+        return fisher.likelihood
     try:
         return likelihoods.resolve("" if known is None else known)
     except InvalidArgumentError as error:
@@ -210,7 +210,7 @@ def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherO
             call=CALL,
             got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
             expected="likelihood=, the one of the loss",
-            why="the Fisher does not say which it is" if known is None else "a likelihood of one's own has only a name",
+            why="the Fisher does not say which it is" if known is None else "files name a likelihood and do not hold it",
         ) from error
 
 
