@@ -36,13 +36,14 @@ class FisherApproximation(OutputRule, FisherOperator):
     before, also after an exception. It must be deterministic: call ``model.eval()`` if it has dropout or batch norm.
 
     Args:
-        model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or to an object with
-            ``.logits``. Examples lie along axis 0 and do not influence each other; both are checked.
+        model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or as the likelihood reads
+            them, or to an object with ``.logits``. Examples lie along axis 0 and do not influence each other; both are checked.
         data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A
             batch is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword
             arguments, or a mapping with "labels". Batches are moved to the model's device. Targets may be None for
             kinds that do not use them.
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+        likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
+            "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         structure: "full", "block", "diagonal", "kfac" or "ekfac".
         params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
         example: "sequence": one example a batch element, its positions' losses summed; "token": one an unmasked

@@ -7,7 +7,7 @@ gradient. Knows no particular loss, no parameters and no torch module; `fisherki
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -175,7 +175,7 @@ class Likelihood(ABC):
         if z.ndim == 1:
             return z.reshape(-1, 1, 1)
         if z.ndim > 3 and self.strict:
-            raise refuse_images(z, call)
+            refuse_images(z, call)
         moved = z.movedim(self.class_axis, -1)
         return moved.reshape(z.shape[0], -1, moved.shape[-1])
 
@@ -285,11 +285,15 @@ def _place(cls: type[Likelihood], name: str) -> int:
 _CONFIRMED: WeakSet[Likelihood] = WeakSet()
 _TRIED = 4
 """Positions on which a class of a user's own is compared with itself."""
+_QUANTILES = (0.01, 0.2, 0.5, 0.8, 0.99)
+"""Of targets at which a gradient is differentiated where none are observed."""
 _SMALL = 256
 """Outputs up to which its factor is written out for that."""
 
 
-def confirm(likelihood: Likelihood, z: Float[Tensor, "n P C"], target: Tensor | None, mask: Bool[Tensor, "n P"]) -> None:
+def confirm(
+    likelihood: Likelihood, z: Float[Tensor, "n P C"], target: Tensor | None, mask: Bool[Tensor, "n P"]
+) -> None:
     """Refuse a class of a user's own whose methods contradict each other; looked at once for each object.
 
     A Hessian that was inherited beside a gradient that was not must be that gradient's derivative, by autograd; closed
@@ -318,29 +322,35 @@ def confirm(likelihood: Likelihood, z: Float[Tensor, "n P C"], target: Tensor | 
         }
         for name, (found, wanted) in forms.items():
             if not _alike(found, wanted):
-                raise _contradiction(likelihood, name, "hessian_factor")
+                _contradict(likelihood, name, "hessian_factor")
     if _place(cls, "gradient") < _place(cls, "hessian_factor"):
-        if own is None:
-            uniform = torch.full((*some.shape[:-1], likelihood.channels(some.shape[-1])), 0.5).to(some)
-            own = likelihood.sample(some, uniform)
-        with torch.enable_grad():
-            leaf = some.clone().requires_grad_()
-            u = likelihood.gradient(leaf, own)
-            derivative = torch.autograd.grad(u, leaf, w, allow_unused=True)[0] if u.requires_grad else None
-        scale = likelihood.hessian_scale(some, own)
-        if scale is not None:
-            product = scale.sqrt() * likelihood.hessian_matmul(some, scale.sqrt() * w)
-        if not _alike(torch.zeros_like(some) if derivative is None else derivative, product):
-            raise _contradiction(likelihood, "hessian_factor", "gradient")
+        shape = (*some.shape[:-1], likelihood.channels(some.shape[-1]))
+        drawn = [likelihood.sample(some, torch.full(shape, u).to(some)) for u in _QUANTILES] if own is None else [own]
+        for targets in drawn:
+            _confirm_derivative(likelihood, some, targets, w)
     _CONFIRMED.add(likelihood)
+
+
+def _confirm_derivative(likelihood: Likelihood, z: Tensor, target: Tensor, w: Tensor) -> None:
+    """Compare the Hessian's product with automatic differentiation of the gradient."""
+    with torch.enable_grad():
+        leaf = z.clone().requires_grad_()
+        u = likelihood.gradient(leaf, target)
+        derivative = torch.autograd.grad(u, leaf, w, allow_unused=True)[0] if u.requires_grad else None
+    scale = likelihood.hessian_scale(z, target)
+    root = torch.ones_like(z) if scale is None else scale.sqrt()
+    if not _alike(
+        torch.zeros_like(z) if derivative is None else derivative, root * likelihood.hessian_matmul(z, root * w)
+    ):
+        _contradict(likelihood, "hessian_factor", "gradient")
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= 1e-6 * torch.maximum(a.norm(), b.norm()))
 
 
-def _contradiction(likelihood: Likelihood, found: str, other: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
+def _contradict(likelihood: Likelihood, found: str, other: str) -> NoReturn:
+    raise InvalidArgumentError(
         call="likelihood",
         got=f"a {type(likelihood).__name__} whose {found} does not belong to its {other}",
         expected="methods of one loss" if other == "hessian_factor" else f"{found} with S Sᵀ the derivative of {other}",

@@ -18,7 +18,18 @@ from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihood import Likelihood, Prepared
 from fisherkit.positions import label_advice, refuse_images, shape_text
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "GaussianNLL", "Likelihood", "LogProbabilities", "Poisson", "Prepared", "is_known_loss", "resolve"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "GaussianNLL",
+    "Likelihood",
+    "LogProbabilities",
+    "Poisson",
+    "Prepared",
+    "is_known_loss",
+    "resolve",
+]
 
 Numbers = float | Sequence[float] | Tensor
 """One number, or one for each output."""
@@ -168,11 +179,12 @@ class GaussianNLL(Gaussian):
                 try_="torch.stack([y, variance.expand_as(y)], -1); fk.likelihoods.Gaussian(variance=...) for one that "
                 "all examples share; a likelihood of your own for one that the model predicts",
             )
-        out, y, mask = super().prepare(z, target[..., 0], call)
+        out, _, mask = super().prepare(z, None, call)
+        y = self.positions(target[..., 0], call).to(out.dtype)
+        self.check_values(y, call)
         variance = self.positions(target[..., 1], call).to(out.dtype)
         if not bool((torch.isfinite(variance) & (variance >= 0)).all()):
             raise DataError(call=call, got="variances below 0, NaN or infinite", expected="finite ones, 0 or more")
-        assert y is not None  # given targets come back as targets
         return out, torch.cat([y, variance], -1), mask
 
     def settings(self) -> dict[str, str]:
@@ -238,7 +250,8 @@ class Bernoulli(_Separate):
 
     def __init__(self, pos_weight: Numbers | None = None, weight: Numbers | None = None) -> None:
         found = [
-            None if w is None else _numbers("Bernoulli", name, w) for name, w in (("pos_weight", pos_weight), ("weight", weight))
+            None if w is None else _numbers("Bernoulli", name, w)
+            for name, w in (("pos_weight", pos_weight), ("weight", weight))
         ]
         axes = {w.ndim for w in found if isinstance(w, Tensor) and w.ndim > 1}
         if axes:  # (C, 1, 1), as torch has weights of outputs (B, C, H, W)
@@ -488,7 +501,7 @@ class Categorical(Likelihood):
     def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
         """The classes last, from wherever they are."""
         if z.ndim > 3 and not self._chosen:
-            raise refuse_images(z, call)
+            refuse_images(z, call)
         return super().positions(z, call)
 
     def check_reading(self, z: Tensor, target: Tensor | None, inputs: list[Tensor], call: str) -> None:

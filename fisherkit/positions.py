@@ -5,6 +5,8 @@ Owns shapes alone; knows no likelihood.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor
 
 from fisherkit.errors import DataError
@@ -25,9 +27,13 @@ def shape_text(x: Tensor) -> str:
     return f"({', '.join(['B', *map(str, x.shape[1:])])})"
 
 
-def refuse_images(z: Tensor, call: str) -> DataError:
-    """What to say of outputs with more axes than positions and outputs."""
-    return DataError(
+def refuse_images(z: Tensor, call: str) -> NoReturn:
+    """Refuse outputs with more axes than positions and outputs.
+
+    Raises:
+        DataError: always.
+    """
+    raise DataError(
         call=call,
         got=f"outputs of shape {shape_text(z)}",
         expected="(B, C) or (B, T, C)",

@@ -48,7 +48,9 @@ def truncated_vectors(outputs: Outputs, stop: Stop) -> OutputVectors:
     """
     known = outputs.likelihood
     labels = outputs.target is None or not outputs.target.is_floating_point()
-    one_softmax = outputs.z.shape[1] == 1 and isinstance(known, Categorical) and known.built_in and known.hard and labels
+    one_softmax = (
+        outputs.z.shape[1] == 1 and isinstance(known, Categorical) and known.built_in and known.hard and labels
+    )
     vectors, left, total = (_softmax if one_softmax else _pivoted)(outputs, stop)
     v = torch.stack(vectors, 1)
     keep = v.flatten(2).ne(0).any(-1)

@@ -130,7 +130,9 @@ class SampledVectors(OutputRule):
         else:
             labels = likelihood.sample_given(repeated, uniform, outputs.target.unsqueeze(1))
         mask = outputs.mask[:, None, :, None]
-        v = torch.where(mask, likelihood.drawn_gradient(repeated, labels), torch.zeros((), dtype=z.dtype, device=z.device))
+        v = torch.where(
+            mask, likelihood.drawn_gradient(repeated, labels), torch.zeros((), dtype=z.dtype, device=z.device)
+        )
         weight = _repeats(labels.masked_fill(~(mask if labels.ndim == 4 else mask.squeeze(-1)), 0))
         return OutputVectors(v * (weight / self.draws).sqrt().to(z.dtype)[:, :, None, None], weight > 0)
 

@@ -7,6 +7,7 @@ are torch's. It shares no code with the package.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,13 +36,6 @@ def some_ignored(y: Tensor, ignore: int) -> Tensor:
     y = y.clone()
     y.view(len(y), -1)[1:3, 0] = ignore
     return y
-
-
-class Last(nn.Module):
-    """Classes from axis 1 to the end."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z.movedim(1, -1)
 
 
 @dataclass(frozen=True)
@@ -227,15 +221,20 @@ def truncated(u: Tensor, h: Tensor, rank: int) -> Tensor:
     return found
 
 
-def expected(case: Case, metric: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """(1/N) Σ Jᵀ M J."""
+@functools.cache
+def by_example(name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """J, u and H of each example that counts."""
+    case = CASES[name]
     model = case.model()
-    used = [n for n in range(N) if counted(case, n)]
-    total: Any = 0
-    for n in used:
-        z, jacobian = flat_jacobian(case, model, n)
-        total = total + jacobian.T @ metric(*derivatives(case, z, n)) @ jacobian
-    return total / len(used)
+    found = [(n, *flat_jacobian(case, model, n)) for n in range(N) if counted(case, n)]
+    return [(jacobian, *derivatives(case, z, n)) for n, z, jacobian in found]
+
+
+def expected(name: str, metric: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """(1/N) Σ Jᵀ M J."""
+    found = by_example(name)
+    total: Any = sum(jacobian.T @ metric(u, h) @ jacobian for jacobian, u, h in found)
+    return total / len(found)
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -245,9 +244,7 @@ def error(a: Tensor, b: Tensor) -> float:
 KINDS: dict[str, tuple[type[fk.FisherApproximation], dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
     "ef": (fk.EmpiricalFisher, {}, lambda u, h: torch.outer(u, u)),
     "ief": (fk.ImprovedEmpiricalFisher, {}, lambda u, h: torch.outer(u, u) / (u @ u)),
-    "ief:0.5": (fk.ImprovedEmpiricalFisher, {"power": 0.5}, lambda u, h: torch.outer(u, u) / u.norm()),
     "exact": (fk.ExactFisher, {}, lambda u, h: h),
-    "truncated:1": (fk.TruncatedFisher, {"rank": 1}, lambda u, h: truncated(u, h, 1)),
     "truncated:2": (fk.TruncatedFisher, {"rank": 2}, lambda u, h: truncated(u, h, 2)),
 }
 
@@ -256,17 +253,15 @@ KINDS: dict[str, tuple[type[fk.FisherApproximation], dict[str, Any], Callable[[T
 @pytest.mark.parametrize("name", CASES)
 def test_kind__is_that_of_the_module_with_its_loss_summed_over_one_example(name: str, kind: str) -> None:
     case, (make, options, metric) = CASES[name], KINDS[kind]
-    model, right = case.model(), expected(case, metric)
+    model, right = case.model(), expected(name, metric)
     data = [(case.x[:4], case.y[:4]), (case.x[4:], case.y[4:])]
-    likelihoods: list[Any] = [case.loss(reduction) for reduction in ("mean", "sum", "none")]
-    for likelihood in [*likelihoods, *([] if case.named is None else [case.named])]:
-        fisher = make(model, data, likelihood=likelihood, **options)
-        assert error(fisher.to_dense(), right) < 1e-10
-    diagonal = make(model, data, likelihood=likelihoods[0], structure="diagonal", **options)
+    assert error(make(model, data, likelihood=case.loss("mean"), **options).to_dense(), right) < 1e-10
+    diagonal = make(model, data, likelihood=case.named or case.loss("sum"), structure="diagonal", **options)
     assert error(diagonal.diagonal(), right.diagonal()) < 1e-10
-    streamed = make(model, data, likelihood=likelihoods[0], memory_budget=1, **options)
-    v = normal(len(right), 2, seed=9)
-    assert error(streamed @ v, right @ v) < 1e-10
+    if kind in ("ief", "exact"):
+        streamed = make(model, data, likelihood=case.loss("none"), memory_budget=1, **options)
+        v = normal(len(right), 2, seed=9)
+        assert error(streamed @ v, right @ v) < 1e-10
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -275,17 +270,23 @@ def test_truncated__is_a_chain_below_the_exact_matrix_that_ends_there(name: str)
     model, data, loss = case.model(), (case.x, case.y), case.loss("mean")
     outputs = model(case.x[:1]).numel()
     exact = fk.ExactFisher(model, data, likelihood=loss).to_dense()
-    ranks = [1, 2, 3, outputs]
+    ranks = [1, 3, outputs]
     chain = [fk.TruncatedFisher(model, data, likelihood=loss, rank=rank).to_dense() for rank in ranks]
     for lower, upper in pairwise([*chain, exact]):
         assert float(torch.linalg.eigvalsh(upper - lower).min()) > -1e-10 * float(exact.norm())
     assert error(chain[-1], exact) < 1e-10
     close = fk.TruncatedFisher(model, data, likelihood=loss, tolerance=0.3)
+    lacking = [float(h.trace()) for _, _, h in by_example(name)]
     assert close.dropped_trace is not None
+    assert bool((close.dropped_trace <= 0.3 * torch.tensor(lacking, dtype=F64) + 1e-12).all())
     assert float(torch.linalg.eigvalsh(exact - close.to_dense()).min()) > -1e-10 * float(exact.norm())
 
 
-SAMPLED = [name for name in CASES if "weight" not in name and name not in ("bce one logit", "bce images", "nll", "ce (B, C, L)")]
+SAMPLED = [
+    name
+    for name in CASES
+    if "weight" not in name and name not in ("bce one logit", "bce images", "nll", "ce (B, C, L)")
+]
 
 
 @pytest.mark.parametrize("name", SAMPLED)
@@ -293,10 +294,10 @@ def test_sampled__tends_to_the_exact_matrix(name: str) -> None:
     case = CASES[name]
     options: dict[str, Any] = {"likelihood": case.loss("mean")}
     exact = fk.ExactFisher(case.model(), (case.x, case.y), **options).to_dense()
-    sampled = fk.SampledFisher(case.model(), (case.x, case.y), draws=3000, **options)
-    assert error(sampled.to_dense(), exact) < 0.06
+    sampled = fk.SampledFisher(case.model(), (case.x, case.y), draws=2000, **options)
+    assert error(sampled.to_dense(), exact) < 0.08
     # Squared vectors of draws: a scale that is off shows in the trace.
-    assert float(sampled.trace() / exact.trace()) == pytest.approx(1, abs=0.04)
+    assert float(sampled.trace() / exact.trace()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "weight" in name or name == "nll"])
@@ -324,11 +325,6 @@ def test_structure__of_a_weighted_loss_agrees_with_weights_by_hand(name: str, st
 def test_loss_gradient__is_that_of_the_summed_loss(name: str) -> None:
     case = CASES[name]
     model = case.model()
-    total: Any = 0
-    for n in range(N):
-        z, jacobian = flat_jacobian(case, model, n)
-        total = total + derivatives(case, z, n)[0] @ jacobian
-    found = fk.evaluation.loss_gradient(
-        model, (case.x, case.y), likelihood=case.loss("mean"), normalization="sum"
-    )
+    total: Any = sum(u @ jacobian for jacobian, u, _ in by_example(name))
+    found = fk.evaluation.loss_gradient(model, (case.x, case.y), likelihood=case.loss("mean"), normalization="sum")
     assert error(found, total) < 1e-10

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
-
 from tests.operator_cases import unchecked_annotations  # noqa: F401  (a fixture)
 
 F64 = torch.float64
@@ -111,7 +110,10 @@ def test_changed_factor__is_behind_products_diagonals_and_columns() -> None:
     plain, own = Bernoulli(), Doubled()
     assert error(own.hessian_matmul(z, w), 4 * plain.hessian_matmul(z, w)) < 1e-12
     assert error(own.hessian_diagonal(z), 4 * plain.hessian_diagonal(z)) < 1e-12
-    assert error(own.hessian_columns(z, torch.tensor([0, 1, 2])), 2 * plain.hessian_columns(z, torch.tensor([0, 1, 2]))) < 1e-12
+    assert (
+        error(own.hessian_columns(z, torch.tensor([0, 1, 2])), 2 * plain.hessian_columns(z, torch.tensor([0, 1, 2])))
+        < 1e-12
+    )
     assert not own.columnwise
     assert plain.columnwise
 
@@ -124,7 +126,9 @@ def test_closed_form__that_is_not_the_factors_is_refused(method: str) -> None:
 
     model, x, _ = data()
     own = type("Tripled", (Poisson,), {method: tripled})()
-    with pytest.raises(fk.InvalidArgumentError, match=f"a Tripled whose {method} does not belong to its hessian_factor"):
+    with pytest.raises(
+        fk.InvalidArgumentError, match=f"a Tripled whose {method} does not belong to its hessian_factor"
+    ):
         fk.ExactFisher(model, (x, None), likelihood=own)
 
 
@@ -221,6 +225,7 @@ def test_other_modules__are_refused_with_advice(loss: nn.Module) -> None:
     model, x, y = data()
     with pytest.raises(fk.InvalidTypeError, match="Try: a "):
         fk.EmpiricalFisher(model, (x, y), likelihood=loss)
+
 
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_functions_and_classes__are_refused_with_advice() -> None:

@@ -60,7 +60,8 @@ def compare(
             "sf:4" (draws), "truncated:3" (rank; 2 if none), "truncated:0.01" (tolerance: written with a point).
         structures: of "full", "block", "diagonal", "kfac" and "ekfac".
         gram_dampings: λ > 0, each for every kind and structure but "sgd".
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+        likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
+            "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         params: which parameters.
         example: "sequence" or "token".
         shift_labels: labels belong to the outputs one position before them; None: as the model says of itself.

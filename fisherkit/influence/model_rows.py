@@ -210,7 +210,9 @@ def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherO
             call=CALL,
             got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
             expected="likelihood=, the one of the loss",
-            why="the Fisher does not say which it is" if known is None else "files name a likelihood and do not hold it",
+            why="the Fisher does not say which it is"
+            if known is None
+            else "files name a likelihood and do not hold it",
         ) from error
 
 

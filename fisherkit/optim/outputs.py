@@ -117,7 +117,8 @@ def _refuse_other_loss(
         raise ModelError(
             call=f"{call}, backward pass",
             got="a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
-            expected=f"the loss of the {outputs.likelihood.recorded} likelihood with hard targets, times a factor an example",
+            expected=f"the loss of the {outputs.likelihood.recorded} likelihood with hard targets, times a factor for "
+            "each example",
             why="the Fisher is that of the likelihood",
             try_="a loss without label smoothing or terms in the outputs, of the outputs that the model returns; or "
             "likelihood= to match it: the loss module that you train with, nn.CrossEntropyLoss(...), nn.NLLLoss() or "

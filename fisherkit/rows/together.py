@@ -6,6 +6,7 @@ neighbours. Looked at only where a model fails.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import DataError, FisherkitError
 from fisherkit.randomness import untouched_rng
 
-GRAPHS = "a graph as one element of the batch, inputs (1, nodes, ...) and labels (1, nodes), with example=\"token\""
+GRAPHS = 'a graph as one element of the batch, inputs (1, nodes, ...) and labels (1, nodes), with example="token"'
 
 
 @contextmanager
@@ -32,10 +33,8 @@ def needing_each_other(model: nn.Module, batch: Batch) -> Iterator[None]:
     """
     try:
         yield
-    except FisherkitError:
-        raise
     except Exception as error:
-        if batch.size < 3 or not _works(model, batch):
+        if isinstance(error, FisherkitError) or batch.size < 3 or not _works(model, batch):
             raise
         raise DataError(
             call="data, batch 0",
@@ -47,8 +46,7 @@ def needing_each_other(model: nn.Module, batch: Batch) -> Iterator[None]:
 
 
 def _works(model: nn.Module, batch: Batch) -> bool:
-    with untouched_rng([next(model.parameters()).device]), torch.no_grad():
-        try:
-            return batch.call(model).shape[:1] == (batch.size,)
-        except Exception:  # models raise what they like
-            return False
+    devices = [next(model.parameters()).device]
+    with untouched_rng(devices), torch.no_grad(), contextlib.suppress(Exception):  # models raise what they like
+        return batch.call(model).shape[:1] == (batch.size,)
+    return False

@@ -153,7 +153,8 @@ def _fisher(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> tuple
     start = time.perf_counter()
     fisher = kind.build(
         subject.model, subject.train, seed=settings.seed,
-        likelihood=load_likelihood(settings.likelihood or subject.likelihood, CALL), structure=settings.structure or STRUCTURE, params=selection(subject.model, settings.params, CALL),
+        likelihood=load_likelihood(settings.likelihood or subject.likelihood, CALL),
+        structure=settings.structure or STRUCTURE, params=selection(subject.model, settings.params, CALL),
         progress=sys.stderr.isatty(),
     )  # fmt: skip
     seconds = time.perf_counter() - start

@@ -119,8 +119,8 @@ def _bernoulli_margin(z: Tensor, y: Tensor, _: Bernoulli) -> Float[Tensor, " B"]
 
 _Rules = Mapping[type[Likelihood], Callable[[Tensor, Tensor, Any], Tensor]]
 _LOSSES: _Rules = {
-    Categorical: _categorical, Gaussian: _gaussian, Bernoulli: _bernoulli, Poisson: _poisson, GaussianNLL: _gaussian_nll,
-    LogProbabilities: _categorical,  # whose softmax they are
+    Categorical: _categorical, Gaussian: _gaussian, Bernoulli: _bernoulli, Poisson: _poisson,
+    GaussianNLL: _gaussian_nll, LogProbabilities: _categorical,  # whose softmax they are
 }  # fmt: skip
 _MARGINS: _Rules = {
     Categorical: _categorical_margin, Bernoulli: _bernoulli_margin, LogProbabilities: _categorical_margin,

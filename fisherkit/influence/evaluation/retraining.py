@@ -20,7 +20,14 @@ from fisherkit.arguments import check_count, is_integer
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, MemoryBudgetError, NonFiniteError
 from fisherkit.influence.evaluation.arguments import check_masks
-from fisherkit.influence.evaluation.losses import Loss, Measurements, PerExample, loss_of, measurements_of, resolved_loss
+from fisherkit.influence.evaluation.losses import (
+    Loss,
+    Measurements,
+    PerExample,
+    loss_of,
+    measurements_of,
+    resolved_loss,
+)
 from fisherkit.influence.evaluation.recipe import TrainingRecipe
 from fisherkit.influence.evaluation.runs_file import Retraining, RunsFile, fingerprint
 from fisherkit.influence.evaluation.stacked_models import Build, Stack, StackedModels
