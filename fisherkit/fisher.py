@@ -37,7 +37,8 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     Args:
         model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or as the likelihood reads
-            them, or to an object with ``.logits``. Examples lie along axis 0 and do not influence each other; both are checked.
+            them, or to an object with ``.logits``. Examples lie along axis 0 and do not influence each other; both are
+            checked.
         data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A
             batch is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword
             arguments, or a mapping with "labels". Batches are moved to the model's device. Targets may be None for

@@ -527,6 +527,9 @@ class Categorical(Likelihood):
         """Outputs ``(B, C)`` with labels ``(B)``, or ``(B, T, C)`` with labels ``(B, T)``; see `class_axis`.
 
         Targets of floating point and of the outputs' shape are class probabilities.
+
+        Raises:
+            DataError: shapes or values that do not fit.
         """
         if z.ndim == 1:
             raise DataError(

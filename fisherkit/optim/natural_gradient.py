@@ -59,8 +59,8 @@ class NaturalGradient(torch.optim.Optimizer):
         momentum: μ of m ← μ m + Δ, which takes Δ's place.
         likelihood: the loss module that you train with, or a name or object as for `fisherkit.FisherApproximation`.
             Your loss must be its loss, times anything that is the same for all positions of an example. With "gaussian"
-            and "poisson" its factor cannot be seen: for "gaussian" the loss must be ``((z - y) ** 2).sum(1).mean() / 2``,
-            or the sum for ``reduction="sum"``; with a module it must be that module's.
+            and "poisson" its factor cannot be seen: for "gaussian" the loss must be
+            ``((z - y) ** 2).sum(1).mean() / 2``, or the sum for ``reduction="sum"``; with a module, that module's.
         reduction: of your loss over examples, "mean" or "sum".
         normalize_update: Δ / ‖Δ‖ takes Δ's place.
         trust_region: δ: Δ is shortened so that (lr · Δ)ᵀ F (lr · Δ) <= δ, in the kind's own F, where it would be more.
