@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NoReturn
-from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,6 +57,7 @@ class Likelihood(ABC):
     """Whether outputs and targets of unusual form are taken for mistakes, as where the likelihood is a bare word."""
     reduction: str | None = None
     """Of the torch module that the likelihood was read off, "mean" over all outputs or "sum"; None if there is none."""
+    _confirmed = False
     built_in: ClassVar[bool] = False
     """Whether the class is the package's own, whose closed forms are tested against its loss."""
 
@@ -282,7 +282,6 @@ def _place(cls: type[Likelihood], name: str) -> int:
     return next((i for i, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
 
 
-_CONFIRMED: WeakSet[Likelihood] = WeakSet()
 _TRIED = 4
 """Positions on which a class of a user's own is compared with itself."""
 _QUANTILES = (0.01, 0.2, 0.5, 0.8, 0.99)
@@ -303,7 +302,7 @@ def confirm(
     Raises:
         InvalidArgumentError: they do.
     """
-    if likelihood.built_in or likelihood in _CONFIRMED or not bool(mask.any()):
+    if likelihood.built_in or likelihood._confirmed or not bool(mask.any()):
         return
     some = z[mask][:_TRIED].double()
     own = None if target is None else target[mask][:_TRIED]
@@ -328,7 +327,7 @@ def confirm(
         drawn = [likelihood.sample(some, torch.full(shape, u).to(some)) for u in _QUANTILES] if own is None else [own]
         for targets in drawn:
             _confirm_derivative(likelihood, some, targets, w)
-    _CONFIRMED.add(likelihood)
+    object.__setattr__(likelihood, "_confirmed", True)  # a frozen dataclass may be a likelihood, too
 
 
 def _confirm_derivative(likelihood: Likelihood, z: Tensor, target: Tensor, w: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -177,6 +178,22 @@ def test_inverse_form__of_a_gradient_outside_the_hessians_range_is_infinite() ->
         found = fk.TruncatedFisher(model, (x, x[:, :4]), likelihood=Shifted(), rank=rank).to_dense()
         assert float(torch.linalg.eigvalsh(exact - found).min()) > -1e-12
     assert error(found, exact) < 1e-10
+
+
+def test_frozen_dataclass__may_be_a_likelihood() -> None:
+    @dataclass(frozen=True)
+    class Scaled(Gaussian):  # type: ignore[misc]  # the base is no frozen dataclass
+        scale: float = 2.0
+
+        def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+            return self.scale * (z - target)
+
+        def hessian_factor(self, z: Tensor) -> Tensor:
+            return self.scale**0.5 * torch.eye(z.shape[-1], dtype=z.dtype).expand(*z.shape, -1)
+
+    model, x, _ = data()
+    found, right = (fk.ExactFisher(model, (x, None), likelihood=own) for own in (Scaled(), Gaussian(variance=0.5)))
+    assert error(found.to_dense(), right.to_dense()) < 1e-12
 
 
 def test_name__of_a_subclass_is_never_the_built_in_ones() -> None:
