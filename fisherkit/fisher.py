@@ -38,13 +38,15 @@ class FisherApproximation(OutputRule, FisherOperator):
     its passes and products, one inside the model's forward stays.
 
     Args:
-        model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or to an object with
-            ``.logits``. Examples lie along axis 0 and do not influence each other; both are checked.
+        model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or as the likelihood reads
+            them, or to an object with ``.logits``. Examples lie along axis 0 and do not influence each other; both are
+            checked.
         data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A
             batch is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword
             arguments, or a mapping with "labels". Batches are moved to the model's device. Targets may be None for
             kinds that do not use them.
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+        likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
+            "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         structure: "full", "block", "diagonal", "kfac" or "ekfac".
         params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
         example: "sequence": one example a batch element, its positions' losses summed; "token": one an unmasked
@@ -66,6 +68,7 @@ class FisherApproximation(OutputRule, FisherOperator):
             missing. Kept rows are never streamed: twice as many must fit in memory_budget.
 
     Attributes:
+        likelihood: of the loss.
         examples: N.
         rows: R, number of rows; with max_rows, of those that were kept.
         dropped_trace: for each example (or token) counted, the trace of the output Fisher that a truncated kind left
@@ -86,7 +89,7 @@ class FisherApproximation(OutputRule, FisherOperator):
         model: nn.Module,
         data: Data,
         *,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | nn.Module = "categorical",
         structure: str = "full",
         params: Selection = None,
         example: str = "sequence",
@@ -129,13 +132,14 @@ class FisherApproximation(OutputRule, FisherOperator):
             max_rows=max_rows,
         )  # fmt: skip
         self._built: Built = builder.build(structure)
+        self.likelihood = resolved
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
         self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
         own = dict(model.named_parameters())
         covered = {name: own[name] for name in space.names}
         self.metadata = {
             "kind": self.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
-            "likelihood": resolved.name, "label_source": self.label_source, "example": example,
+            "likelihood": resolved.recorded, "label_source": self.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
             "parameters_hash": parameters_hash(model),

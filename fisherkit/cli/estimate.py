@@ -19,7 +19,7 @@ from torch import nn
 
 from fisherkit import io
 from fisherkit.cli.command import refuse_existing
-from fisherkit.cli.factories import load_factory
+from fisherkit.cli.factories import load_factory, load_likelihood
 from fisherkit.cli.hugging_face import Folder, TextBatches
 from fisherkit.cli.text import number, table
 from fisherkit.cli.texts import Columns, read_texts
@@ -88,7 +88,8 @@ def run(settings: EstimateSettings) -> None:
     model, data, likelihood = _model_and_data(settings)
     start = time.perf_counter()
     fisher = kind.build(
-        model, data, seed=settings.seed, likelihood=settings.likelihood or likelihood, structure=settings.structure,
+        model, data, seed=settings.seed, likelihood=load_likelihood(settings.likelihood or likelihood, CALL),
+        structure=settings.structure,
         params=selection(model, settings.params, CALL), example=settings.example, normalization=settings.normalization,
         kfac_positions=settings.kfac_positions, progress=sys.stderr.isatty(),
     )  # fmt: skip

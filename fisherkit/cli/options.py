@@ -17,7 +17,11 @@ MaxLength: TypeAlias = Annotated[
 ]
 LikelihoodName: TypeAlias = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli; that of the model's loss unless told."),
+    typer.Option(
+        metavar="NAME",
+        help="categorical, gaussian, bernoulli, poisson, or a package.module:function that returns a loss module; that "
+        "of the model's loss unless told.",
+    ),
 ]
 Device: TypeAlias = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")]
 Dtype: TypeAlias = Annotated[

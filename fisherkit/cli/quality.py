@@ -19,7 +19,7 @@ from torch import nn
 
 from fisherkit._version import __version__
 from fisherkit.cli.command import Command, make_folder, readable_errors, require
-from fisherkit.cli.factories import load_factory
+from fisherkit.cli.factories import load_factory, load_likelihood
 from fisherkit.cli.options import Overwrite
 from fisherkit.cli.text import number, numbers, progress, table, words
 from fisherkit.data import Source
@@ -80,7 +80,7 @@ def quality(
         str, typer.Option(metavar="LIST", help="Gram dampings λ > 0, beside sums over examples.")
     ] = "1e-7,1e-5,1e-3,1e-1",
     likelihood: Annotated[
-        str, typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli.")
+        str, typer.Option(metavar="NAME", help="categorical, gaussian, bernoulli, poisson, or a module:function.")
     ] = "categorical",
     example: Annotated[str, typer.Option(metavar="NAME", help="sequence or token.")] = "sequence",
     batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are averaged over.")] = 1,
@@ -126,10 +126,11 @@ def run(settings: QualitySettings) -> None:
     if settings.out is not None:
         make_folder(settings.out, FILES, CALL, overwrite=settings.overwrite)
     model, batches = _digits(settings) if settings.spec is None else _users(settings.spec, settings.batches)
+    likelihood = load_likelihood(settings.likelihood, CALL)
     tables = [
         compare(
             model, batch, kinds=settings.kinds, structures=settings.structures, gram_dampings=settings.dampings,
-            likelihood=settings.likelihood, example=settings.example, drop_duplicates=settings.drop_duplicates,
+            likelihood=likelihood, example=settings.example, drop_duplicates=settings.drop_duplicates,
             seed=settings.seed + i,
         )
         for i, batch in enumerate(progress(batches))

@@ -34,7 +34,7 @@ def compare(
     kinds: Sequence[str] = ("sgd", "ef", "ief", "sf", "exact"),
     structures: Sequence[str] = ("full",),
     gram_dampings: Sequence[float] = (1e-7, 1e-5, 1e-3, 1e-1),
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | nn.Module = "categorical",
     params: Selection = None,
     example: str = "sequence",
     shift_labels: bool | None = None,
@@ -63,7 +63,8 @@ def compare(
             "sf:4" (draws), "truncated:3" (rank; 2 if none), "truncated:0.01" (tolerance: written with a point).
         structures: of "full", "block", "diagonal", "kfac" and "ekfac".
         gram_dampings: λ > 0, each for every kind and structure but "sgd".
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+        likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
+            "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         params: which parameters.
         example: "sequence" or "token".
         shift_labels: labels belong to the outputs one position before them; None: as the model says of itself.

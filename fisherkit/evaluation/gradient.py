@@ -28,7 +28,7 @@ def loss_gradient(
     model: nn.Module,
     data: Data,
     *,
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | nn.Module = "categorical",
     params: Selection = None,
     example: str = "sequence",
     normalization: str = "mean",
@@ -42,7 +42,8 @@ def loss_gradient(
     Args:
         model: as for `fisherkit.FisherApproximation`, like all that follow.
         data: one batch or a re-iterable of batches, with targets.
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+        likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
+            "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         params: which parameters.
         example: "sequence" or "token": what N counts.
         normalization: "mean" for 1/N, "sum" for no factor.
@@ -114,12 +115,15 @@ def _batch_gradient(
         known = raw.detach()
         check_finite(known, call)
         known = known if known.dtype in {torch.float32, torch.float64} else known.float()
+        likelihood.check_reading(known, batch.targets, batch.leaves()[0], call)
         z, target, mask = likelihood.prepare(known, batch.targets, call)
         if target is None:
             raise DataError(
                 call=call, got="no targets", expected="targets", why="the loss is that of the observed labels"
             )
         v = torch.where(mask.unsqueeze(-1), likelihood.gradient(z, target), torch.zeros_like(z))
-        found = torch.autograd.grad(raw, parameters, v.reshape(raw.shape).to(raw.dtype), allow_unused=True)
+        found = torch.autograd.grad(
+            raw, parameters, likelihood.as_outputs(v, raw.shape).to(raw.dtype), allow_unused=True
+        )
     flat = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
     return torch.cat([g.detach().reshape(-1).double() for g in flat]), mask

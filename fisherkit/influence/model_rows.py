@@ -16,6 +16,7 @@ from fisherkit.arguments import check_count, check_positive
 from fisherkit.arithmetic import at_least_single
 from fisherkit.data import Data, Source, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.fisher import FisherApproximation
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
 from fisherkit.influence.measurements import Measurement, query_rule
 from fisherkit.likelihoods import Likelihood
@@ -51,7 +52,7 @@ class ModelRows:
         fisher: FisherOperator,
         model: nn.Module,
         *,
-        likelihood: str | Likelihood | None,
+        likelihood: str | Likelihood | nn.Module | None,
         chunk_size: int | None,
         memory_budget: int | None,
         progress: bool,
@@ -115,7 +116,7 @@ class ModelRows:
         """Rows of a measurement."""
         source = self._source(data)
         plan = plan_of(self.model, self.space, source)
-        rule = query_rule(measurement, plan.probed.ndim, labelled=source.first().targets is not None)
+        rule = query_rule(measurement, plan.probed.shape, labelled=source.first().targets is not None)
         return self._blocks(source, rule, token=False)
 
     def _source(self, data: Data) -> Source:
@@ -142,7 +143,7 @@ class ModelRows:
             "parameters_hash": parameters_hash(self.model),
             "space": shapes,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "likelihood": self.likelihood.name,
+            "likelihood": self.likelihood.recorded,
             "shift_labels": self.shift_labels,
             "token": token,
         }
@@ -183,7 +184,7 @@ class ModelRows:
 
     def room(self, numbers: int) -> int:
         """How many queries with so many numbers each fit a quarter of the budget; at least one."""
-        return max(1, self.budget // 4 // (numbers * torch.finfo(self.dtype).bits // 8))
+        return max(1, self.budget // 4 // max(1, numbers * torch.finfo(self.dtype).bits // 8))
 
     def _blocks(self, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
         plan = plan_of(self.model, self.space, source)
@@ -198,10 +199,12 @@ class ModelRows:
         return LiveBlocks(problem, max(1, min(MOST, most)))
 
 
-def _likelihood(likelihood: str | Likelihood | None, fisher: FisherOperator) -> Likelihood:
+def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherOperator) -> Likelihood:
     if likelihood is not None:
         return likelihoods.resolve(likelihood)
     known = fisher.metadata.get("likelihood")
+    if isinstance(fisher, FisherApproximation) and known == fisher.likelihood.recorded:
+        return fisher.likelihood
     try:
         return likelihoods.resolve("" if known is None else known)
     except InvalidArgumentError as error:
@@ -209,7 +212,9 @@ def _likelihood(likelihood: str | Likelihood | None, fisher: FisherOperator) -> 
             call=CALL,
             got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
             expected="likelihood=, the one of the loss",
-            why="the Fisher does not say which it is" if known is None else "a likelihood of one's own has only a name",
+            why="the Fisher does not say which it is"
+            if known is None
+            else "files name a likelihood and do not hold it",
         ) from error
 
 

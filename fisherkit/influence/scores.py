@@ -72,7 +72,7 @@ class InfluenceScores:
         fisher: FisherOperator,
         model: nn.Module,
         *,
-        likelihood: str | Likelihood | None = None,
+        likelihood: str | Likelihood | nn.Module | None = None,
         damping: Damping | None = None,
         examples: int | None = None,
         chunk_size: int | None = None,

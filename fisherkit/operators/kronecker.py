@@ -318,12 +318,13 @@ class _EigenKroneckerFactorization(Factorization):
         super().__init__(operator, damping)
         self._eigen = eigen
         values = eigen._values.double()
-        # Eigenvalues are squares of projections that carry the bases' rounding: below its square they are nothing.
-        noise = values.numel() * torch.finfo(eigen.dtype).eps ** 2 * values.max()
-        values = torch.where(values > noise, values, 0) if damping == 0.0 else values
         call = f"{operator._name}.factorize"
         if damping == 0.0 and eigen._null:
             raise SingularMatrixError(**singular(call, damping, f"{eigen._null:,} of its eigenvalues are 0"))
+        if damping == 0.0:
+            # Eigenvalues are squares of projections that carry the bases' rounding: below its square they are nothing.
+            noise = values.numel() * torch.finfo(eigen.dtype).eps ** 2 * values.max()
+            values = torch.where(values > noise, values, 0)
         self._reciprocal = damped_reciprocal(values, damping, eigen.dtype, call)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -333,6 +334,11 @@ class _EigenKroneckerFactorization(Factorization):
         # What the bases do not span is divided by λ.
         return columns / self.damping + eigen._rotate_scale_rotate(columns, self._reciprocal - 1 / self.damping)
 
+    @property
+    def _empty(self) -> bool:
+        """Whether there is no eigenvalue above zero, as of a Fisher without rows: there is nothing to turn into."""
+        return self._eigen._values.numel() == 0
+
     @cached_property
     def _eigen_form(self) -> EigenForm:
         eigen = self._eigen
@@ -340,11 +346,15 @@ class _EigenKroneckerFactorization(Factorization):
         return EigenForm(eigen.activation_basis, eigen.gradient_basis, self._reciprocal, outside, self._solve)
 
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
+        if self._empty:
+            return super()._row_form(probe, queries, others)
         if EigenForm.worthwhile(probe, queries, others):
             return self._eigen_form
         return self._turned_back_form
 
     def _column_form(self, probe: Rows) -> ColumnForm:
+        if self._empty:
+            return super()._column_form(probe)
         # Where the bases leave something out, a solution is not turned columns alone.
         turned = len(probe.slots) == 1 and isinstance(probe.slots[0].rows, FactoredRows) and not self._eigen._null
         return self._eigen_form if turned else self._turned_back_form
@@ -358,7 +368,7 @@ class _EigenKroneckerFactorization(Factorization):
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         slot, *others = rows.slots
-        if others or not isinstance(slot.rows, FactoredRows):
+        if others or self._empty or not isinstance(slot.rows, FactoredRows):
             return super()._row_squares(rows)
         return self._eigen_form.squares(slot.rows)
 

@@ -41,6 +41,7 @@ from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.together import needing_each_other
 from fisherkit.rows.verified import fingerprint, plan_for
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace, Selection
@@ -218,7 +219,7 @@ class Capture:
             try:
                 for module in training:
                     module.training = False
-                with self._watch.quiet(), without_autocast():
+                with self._watch.quiet(), without_autocast(), needing_each_other(self.model, batch):
                     plan = self._verified(names, batch)
             finally:
                 for module in training:
@@ -378,7 +379,7 @@ class Capture:
             known = Known(gradients, seen.scale_of(v[0]), one.multiplied)
             # The engine switches gradients off in callbacks; rows of parameters without a rule need them.
             with self._watch.quiet(), torch.enable_grad():
-                return linearized.rows(v.reshape(1, *one.z.shape), selection, known)
+                return linearized.rows(self.likelihood.as_outputs(v, one.z.shape), selection, known)
 
         return list(slots.chunks(one.batch, 1, rows))
 
@@ -389,7 +390,7 @@ class Capture:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._watch.quiet(), torch.enable_grad():
-                shaped = v.reshape(v.shape[0], *linearized.z.shape)
+                shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 return linearized.rows(shaped, selection, alone=slots.number == 1)
 
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))

@@ -23,6 +23,7 @@ from fisherkit.operators import Damping
 from fisherkit.optim import surprises
 from fisherkit.optim.averages import Averages, Inverse
 from fisherkit.optim.capture import Capture
+from fisherkit.optim.outputs import check_reduction
 from fisherkit.optim.passes import Captured
 from fisherkit.optim.sample_space import Direction, damped_direction, form, gram_direction
 from fisherkit.outputs import OutputRule
@@ -63,7 +64,7 @@ class Curvature:
         *,
         params: Selection,
         rule: OutputRule,
-        likelihood: str | Likelihood,
+        likelihood: str | Likelihood | nn.Module,
         structure: str,
         gram: bool,
         reduction: str,
@@ -81,6 +82,8 @@ class Curvature:
         ):
             if value not in allowed:
                 raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+        resolved = likelihoods.resolve(likelihood)
+        check_reduction(resolved, reduction, call)
         check_count(call, "update_every", update_every)
         check_count(call, "refresh_every", refresh_every)
         check_count(call, "max_rank", max_rank, optional=True)
@@ -100,7 +103,7 @@ class Curvature:
         self._power = rule.gradient_power if gram and structure in OF_A_BATCH else None
         self.capture = Capture(
             model, params, EmpiricalVectors() if self._power is not None else rule,
-            likelihoods.resolve(likelihood), reduction, written_out=structure in OF_A_BATCH, call=call,
+            resolved, reduction, written_out=structure in OF_A_BATCH, call=call,
         )  # fmt: skip
         self.averages = Averages(
             structure, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce", max_rank=max_rank

@@ -57,9 +57,10 @@ class NaturalGradient(torch.optim.Optimizer):
         gram_damping: λ beside the Gram matrix of unreduced gradients.
         weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
         momentum: μ of m ← μ m + Δ, which takes Δ's place.
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`. Your loss must be
-            its −log p, times anything that is the same for all positions of an example. With "gaussian" its factor
-            cannot be seen: the loss must be ``((z - y) ** 2).sum(1).mean() / 2``, or the sum for ``reduction="sum"``.
+        likelihood: the loss module that you train with, or a name or object as for `fisherkit.FisherApproximation`.
+            Your loss must be its loss, times anything that is the same for all positions of an example. With "gaussian"
+            and "poisson" its factor cannot be seen: for "gaussian" the loss must be
+            ``((z - y) ** 2).sum(1).mean() / 2``, or the sum for ``reduction="sum"``; with a module, that module's.
         reduction: of your loss over examples, "mean" or "sum".
         normalize_update: Δ / ‖Δ‖ takes Δ's place.
         trust_region: δ: Δ is shortened so that (lr · Δ)ᵀ F (lr · Δ) <= δ, in the kind's own F, where it would be more.
@@ -99,7 +100,7 @@ class NaturalGradient(torch.optim.Optimizer):
         gram_damping: float | None = None,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | nn.Module = "categorical",
         reduction: str = "mean",
         normalize_update: bool = False,
         trust_region: float | None = None,

@@ -71,7 +71,7 @@ class Preconditioner:
         structure: str = "kfac",
         damping: Damping | None = None,
         gram_damping: float | None = None,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | nn.Module = "categorical",
         reduction: str = "mean",
         params: Selection = None,
         ema: float | None = None,

@@ -20,6 +20,7 @@ from fisherkit.errors import DataError, FisherkitError, ModelError
 from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.plan import Plan
+from fisherkit.rows.together import needing_each_other
 from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
 
@@ -42,7 +43,9 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
     device, dtype = model_device(model, space.names)
     first = source.first()
     try:
-        return plan_for(model, space, first.to(device))
+        own = first.to(device)
+        with needing_each_other(model, own):
+            return plan_for(model, space, own)
     except Exception as error:
         other = _another(source, first)
         found = _shared(model, space, first, other)

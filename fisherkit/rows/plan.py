@@ -279,7 +279,8 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
         got="an output for the first example that changes with the rest of its batch",
         expected="examples that do not influence each other, and a deterministic forward pass",
         why="per-example gradients do not exist otherwise",
-        try_="model.eval(); remove batch statistics, contrastive terms or noise from forward",
+        try_="model.eval(); remove batch statistics, contrastive terms or noise from forward; nodes of a graph are "
+        'positions of one example: inputs (1, nodes, ...), example="token"',
     )
 
 

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError
-from fisherkit.likelihoods import Likelihood
+from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import OutputRule, Outputs
+from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
@@ -59,6 +60,7 @@ class Problem:
         vectors_per_example: M, found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
+        looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
     """
 
     plan: Plan
@@ -72,6 +74,7 @@ class Problem:
     vectors_per_example: int = 1
     most_examples: int | None = None
     revisable: bool = False
+    looked: bool = True
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -122,13 +125,14 @@ class Problem:
     def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
         """Σ_m v (vᵀ w) for K directions in output space."""
         outputs = self._outputs(batch, raw, start, call)
-        directions = w.to(outputs.z.dtype).reshape(w.shape[0], *outputs.z.shape)
+        flat = w.to(outputs.z.dtype).reshape(-1, *raw.shape[1:])
+        directions = self.likelihood.positions(flat, call).reshape(w.shape[0], *outputs.z.shape)
         if self._flat:
             flat = directions.reshape(w.shape[0], -1, 1, outputs.z.shape[2])
             found = self.kind.output_product(outputs.positionwise(), flat)
         else:
             found = self.kind.output_product(outputs, directions)
-        return outputs.masked(found.reshape(directions.shape)).reshape(w.shape)
+        return self.likelihood.as_outputs(outputs.masked(found.reshape(directions.shape)), raw.shape)
 
     def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str) -> Outputs:
         """The model's outputs as ``[B, P, C]``, with checked targets."""
@@ -144,8 +148,12 @@ class Problem:
             )
         batch = batch.aligned(self.plan.model, raw, shift=self.shift_labels, ignore_index=self.likelihood.ignore_index)
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
-        wanted = self.kind.needs_targets or self.likelihood.labels_mask
+        self.likelihood.check_reading(raw, batch.targets, batch.leaves()[0], call)
+        wanted = self.kind.needs_targets or self.likelihood.labels_mask or self.likelihood.hessian_of_targets
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
+        if not self.looked:
+            self.looked = True
+            warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
         # 2²⁴ positions an example keep (example, position) apart in one integer.
         example = torch.arange(start, start + z.shape[0], device=z.device)
         keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
@@ -159,6 +167,7 @@ class Problem:
             with self._quiet():
                 _ = Linearized.at(self.plan, two).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
+        self.looked = False
 
     def choose(self, *, lean: bool) -> None:
         """Choose how each unit's rows are kept: with the fewest numbers if memory is short, else for speed."""
@@ -212,7 +221,7 @@ class Problem:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._quiet():
-                shaped = v.reshape(v.shape[0], *linearized.z.shape)
+                shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 found = linearized.rows(shaped, selection, alone=slots.number == 1)
                 if self.revisable and linearized.lost:
                     raise BetterPlanError(linearized.revised())

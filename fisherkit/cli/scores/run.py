@@ -20,6 +20,7 @@ from fisherkit import io
 from fisherkit._version import __version__
 from fisherkit.cli.command import make_folder
 from fisherkit.cli.estimate import check_fisher_file, selection
+from fisherkit.cli.factories import load_likelihood
 from fisherkit.cli.scores.describe import Describer, subset
 from fisherkit.cli.scores.page import page
 from fisherkit.cli.scores.result import Computed, Query, Result, Scored
@@ -151,7 +152,8 @@ def _fisher(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> tuple
         return load(settings.fisher, device=device), None
     start = time.perf_counter()
     fisher = kind.build(
-        subject.model, subject.train, seed=settings.seed, likelihood=settings.likelihood or subject.likelihood,
+        subject.model, subject.train, seed=settings.seed,
+        likelihood=load_likelihood(settings.likelihood or subject.likelihood, CALL),
         structure=settings.structure or STRUCTURE, params=selection(subject.model, settings.params, CALL),
         progress=sys.stderr.isatty(),
     )  # fmt: skip
@@ -164,7 +166,7 @@ def _fisher(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> tuple
 def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Result:
     fisher, fisher_seconds = _fisher(settings, kind, subject)
     known = fisher.metadata.get("likelihood") if settings.fisher is not None else None
-    likelihood = settings.likelihood or known or subject.likelihood
+    likelihood = load_likelihood(settings.likelihood or known or subject.likelihood, CALL)
     start = time.perf_counter()
     damping = _damping(settings, fisher)
     influence = InfluenceScores(
@@ -178,7 +180,7 @@ def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Resul
     computed = Computed(
         model=subject.name, kind=spelled(fisher.metadata) if settings.fisher is not None else kind.text,
         structure=fisher.metadata.get("structure", type(fisher).__name__),
-        likelihood=likelihood, measurement=settings.measurement, normalize=settings.normalize,
+        likelihood=likelihood.recorded, measurement=settings.measurement, normalize=settings.normalize,
         relative_damping=damping.scale if isinstance(damping, RelativeDamping) else None,
         damping=float(influence.damping),
         examples=influence.examples, parameters=fisher.size, train=train, queries=queries,
