@@ -125,6 +125,22 @@ def test_operations__are_the_same_inside(structure: str, dtype: torch.dtype) -> 
             raise AssertionError(name) from error
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_small_damping__keeps_its_digits_inside(structure: str) -> None:
+    torch.manual_seed(0)
+    own = nn.Sequential(
+        nn.Embedding(20, 8), nn.Flatten(), nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4)
+    )  # fmt: skip
+    own_data = torch.randint(20, (64, 3)), torch.randint(4, (64,))
+    fisher = fk.EmpiricalFisher(own, own_data, structure=structure)
+    v = torch.randn(fisher.size)
+    outside = fisher.diagonal(), fisher @ v, fisher.solve(v, 1e-5), fisher.logdet(1e-5)
+    with region():
+        again = fk.EmpiricalFisher(own, own_data, structure=structure)
+        inside = again.diagonal(), again @ v, again.solve(v, 1e-5), again.logdet(1e-5)
+    same(inside, outside)
+
+
 def test_gram__and_streamed_products_are_the_same_inside() -> None:
     own, own_data = model(), data()
     for make in (fk.EmpiricalFisher, fk.ExactFisher):

@@ -187,6 +187,26 @@ def test_float16__a_gradient_that_overflows_is_tried_with_a_smaller_one() -> Non
     assert error(fk.EmpiricalFisher(model, (x, y), structure="diagonal").diagonal(), expected) < 0.05
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kfac__of_fewer_examples_than_inputs_solves(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(32, 4).to(dtype), torch.randn(8, 32).to(dtype), torch.randint(4, (8,))
+    found = fk.EmpiricalFisher(model, (x, y), structure="kfac").solve(torch.ones(132, dtype=dtype), damping=1e-2)
+    wide = fk.EmpiricalFisher(copy.deepcopy(model).double(), (x.double(), y), structure="kfac")
+    assert error(found, wide.solve(torch.ones(132, dtype=torch.float64), damping=1e-2)) < HALF[dtype]
+
+
+def test_float16__a_diagonal_of_1e_8_is_that_of_float32() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 40))
+    model[2].weight.data.mul_(1e-3)
+    x, y = torch.randn(12, 16), torch.randint(40, (12,))
+    single = fk.EmpiricalFisher(model, (x, y), structure="diagonal").diagonal()[:272]
+    found = fk.EmpiricalFisher(model.half(), (x.half(), y), structure="diagonal").diagonal()[:272]
+    assert not bool((found == 0).any())
+    assert error(found, single.double()) < HALF[torch.float16]
+
+
 def test_scales__are_powers_of_two_of_each_example() -> None:
     v = torch.tensor([[[3.0, -1.0], [0.0, 0.0], [1e-9, 0.0]]])
     for target, scale in zip(half.TARGETS, half.scales(v), strict=True):
