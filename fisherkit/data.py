@@ -529,6 +529,8 @@ class Source:
 
 def _is_batch(data: Data) -> bool:
     """Whether the data are one batch."""
+    if is_dataclass(data):
+        return not isinstance(data, Iterable)
     if _labelled(data) is not None:
         return True
     if not isinstance(data, (tuple, list)) or len(data) < 2:

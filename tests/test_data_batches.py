@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,6 +85,16 @@ class LabelsFirst(NamedTuple):
 
 
 @dataclass
+class Stored:
+    """No batch, but batches, in a dataclass."""
+
+    batches: list[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+@dataclass
 class Record:
     mask: Tensor
     labels: Tensor
@@ -107,6 +117,7 @@ FORMS: dict[str, Callable[[], Any]] = {
     "named tuples, labels first": lambda: parts(lambda x, m, y: LabelsFirst(y, (x, m))),
     "dataclass": lambda: Record(MASK, Y, X),
     "dataclasses": lambda: parts(lambda x, m, y: Record(m, y, x)),
+    "batches in a dataclass": lambda: Stored(parts(lambda x, m, y: Record(m, y, x))),
     "label": lambda: {"features": X, "mask": MASK, "label": Y},
     "label_ids": lambda: parts(lambda x, m, y: {"features": x, "mask": m, "label_ids": y}),
     "labels as an array": lambda: {"features": X, "mask": MASK, "labels": Y.numpy()},

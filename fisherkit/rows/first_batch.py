@@ -114,7 +114,8 @@ def _in_words(error: Exception, model: nn.Module, first: Batch, dtype: torch.dty
             call="data, batch 0", got="neither labels nor decoder inputs for an encoder-decoder",
             expected=f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
         )  # fmt: skip
-    if first.size > 1 and _works(model, first.take(slice(0, 1)).to(next(model.parameters()).device)):
+    usual = type(error).__module__ == "builtins"  # a user's own errors are meant for the user
+    if usual and first.size > 1 and _works(model, first.take(slice(0, 1)).to(next(model.parameters()).device)):
         return DataError(
             call="data, batch 0", got=f"a batch of {first.size} examples for a model that works with the first alone",
             expected="a model of batches, or one example a batch", why=reason,
