@@ -402,11 +402,12 @@ class Source:
         """
         return self._compared(self.once())
 
-    def once(self, state: RngState | None = None) -> Iterator[Batch]:
+    def once(self, state: RngState | None = None, *, settled: bool = True) -> Iterator[Batch]:
         """A pass that is compared with no other.
 
         Args:
             state: where the global generators start; None for where they were when the source was made.
+            settled: whether `first` tells of all batches which inputs all examples share; else each for itself.
         """
         state, own_states = self._rng_state if state is None else state, self._own_states
         iterator: Iterator[Any] | None = None
@@ -419,10 +420,7 @@ class Source:
                     return
                 state = rng_state()
                 own_states = [generator.get_state() for generator in self._generators]
-            batch = Batch.of(raw, f"data, batch {number}", self._axes, self._model_inputs)
-            if self._axes is None and batch.size > 1:  # of one example, nothing tells what all examples share
-                self._axes = batch.axes
-            yield batch
+            yield Batch.of(raw, f"data, batch {number}", self._axes if settled else None, self._model_inputs)
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         number = 0
@@ -500,9 +498,11 @@ class Source:
                     self._first = batch
                 if batch.size > 1:
                     break
-        if self._first is not None:
-            return self._first
-        raise DataError(call="data", got="no batch", expected="at least one example")
+        if self._first is None:
+            raise DataError(call="data", got="no batch", expected="at least one example")
+        if self._axes is None and self._first.size > 1:  # of one example, nothing tells what all examples share
+            self._axes = self._first.axes
+        return self._first
 
     def shared(self, batch: Batch) -> None:
         """Read the inputs as this batch does: its axes say which of them all examples share.

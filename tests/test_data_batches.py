@@ -352,6 +352,25 @@ def test_shared__a_single_batch_is_told_what_to_do() -> None:
         fk.EmpiricalFisher(Scaled(), {"x": X[:3], "scale": scale, "labels": Y[:3]})
 
 
+def test_shared__an_optimizer_says_what_to_do() -> None:
+    model, scale = Scaled(), torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    optimizer = fk.optim.NaturalGradient(model, lr=1.0, kind="ef", damping=0.5)
+    with pytest.raises(fk.DataError, match=r"input 'inputs\[1\]' with 3 rows in a batch of 3.*a buffer of the"):
+        model(X[:3], scale)
+    optimizer.close()
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 7), (3, 3, 3, 3), (1, 3, 2, 6), (2, 3, 7)])
+def test_shared__batches_of_several_lengths_tell(sizes: tuple[int, ...]) -> None:
+    model, scale = Scaled(), torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    data = [((x, scale), y) for x, y in zip(X.split(sizes), Y.split(sizes), strict=True)]
+    expected = brute(model, lambda n: model(X[n : n + 1], scale))
+    same(fk.EmpiricalFisher(model, data).to_dense(), expected)
+    whole = fk.evaluation.loss_gradient(model, data)
+    rows = [fk.evaluation.loss_gradient(model, ((X[n : n + 1], scale), Y[n : n + 1])) for n in range(N)]
+    same(whole, torch.stack(rows).mean(0))
+
+
 def test_shared__two_outputs_for_two_examples() -> None:
     """Whole and cut are one; only the order tells."""
     model, scale, y = Scaled(2), torch.tensor([1.0, 3.0], dtype=F64), torch.arange(N) % 2

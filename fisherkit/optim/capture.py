@@ -35,6 +35,7 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.first_batch import plan_of_call
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
@@ -187,7 +188,7 @@ class Capture:
                 for module in training:
                     module.training = False
                 with self._watch.quiet(), torch.autocast(device.type, enabled=False):
-                    plan = plan_for(self.model, ParameterSpace.of(self.model, names), batch)
+                    plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
                     used = [name for name in names if name not in plan.unused]
                     if len(used) < len(names):
                         # As in torch, a parameter that the loss does not depend on is left alone.
