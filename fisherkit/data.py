@@ -542,7 +542,7 @@ def _is_batch(data: Data) -> bool:
 def _changed(number: int) -> DataError:
     return DataError(
         call=f"data, batch {number}",
-        got="other examples, or others' order, than in the pass before",
+        got="data that change between passes: other examples than before, or in another order",
         expected="the same in every pass",
         why="this is computed in several passes over the data, whose results belong together",
         try_="list(data), which keeps what was drawn; a data set without random augmentation, shuffle=False; or a "

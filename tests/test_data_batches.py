@@ -369,6 +369,8 @@ def test_shared__batches_of_several_lengths_tell(sizes: tuple[int, ...]) -> None
     whole = fk.evaluation.loss_gradient(model, data)
     rows = [fk.evaluation.loss_gradient(model, ((X[n : n + 1], scale), Y[n : n + 1])) for n in range(N)]
     same(whole, torch.stack(rows).mean(0))
+    norms = fk.influence.evaluation.plain_rankings(model, data)["gradient norm"]
+    same(norms, torch.stack(rows).norm(dim=1))
 
 
 def test_shared__two_outputs_for_two_examples() -> None:
