@@ -43,8 +43,10 @@ class FisherApproximation(OutputRule, FisherOperator):
             checked.
         data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A
             batch is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword
-            arguments, or a mapping with "labels". Batches are moved to the model's device. Targets may be None for
-            kinds that do not use them.
+            arguments, or a mapping (dataclass, named tuple) with "labels"; of a longer tuple the last is the targets,
+            if the model needs all others. Batches are moved to the model's device. Targets may be None for kinds that
+            do not use them. Where several passes are made, all must read the same examples in the same order; a
+            checksum of each batch is compared.
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         structure: "full", "block", "diagonal", "kfac" or "ekfac".
