@@ -20,7 +20,7 @@ from fisherkit import io
 from fisherkit.arguments import is_integer
 from fisherkit.coverage import Coverage
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.operators.damping import Damping
+from fisherkit.operators.damping import REQUIRED, Damping
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.hooks import OperatorHooks
 from fisherkit.solvers import SolveInfo
@@ -110,14 +110,52 @@ class FisherOperator(OperatorHooks):
             InvalidArgumentError: k is not between 1 and D.
             NoClosedFormError: sums whose parts do not share eigenvectors.
         """
-        count = self.size if k is None else k
-        if not is_integer(count) or not 1 <= count <= self.size:
+        return self._eigenvalues(self._checked_count(self.size if k is None else k, "eigenvalues"))
+
+    @final
+    def eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        """Orthonormal eigenvectors of the k largest eigenvalues in columns, in the operator's dtype.
+
+        Column i belongs to ``eigenvalues(k)[i]``. Signs are arbitrary, as is the basis where eigenvalues repeat; the
+        same call gives the same columns.
+
+        Args:
+            k: how many, 1 to D.
+
+        Raises:
+            InvalidArgumentError: k is not between 1 and D.
+            NoClosedFormError: as `eigenvalues`.
+        """
+        return self._eigenvectors(self._checked_count(k, "eigenvectors"))
+
+    @final
+    def effective_dimension(self, damping: Damping = REQUIRED) -> Float[Tensor, ""]:
+        """tr(F (F + λI)⁻¹) = Σ w / (w + λ) over the eigenvalues w, float64: how many parameters the data determine.
+
+        Between 0 and D. MacKay, "Bayesian interpolation", 1992, where it is the effective number of parameters.
+
+        Args:
+            damping: λ, or `RelativeDamping`; required. At 0 it is D, or an error where F is singular.
+
+        Raises:
+            NoClosedFormError: the structure has no eigenvalues in closed form.
+            SingularMatrixError: λ = 0 and F is singular.
+        """
+        resolved = self._resolve(damping, "effective_dimension")
+        value = self._effective_dimension(resolved)
+        if resolved > 0:
+            return value
+        self._inverse(resolved, "effective_dimension", None, None)  # raises where F is singular
+        return torch.full_like(value, self.size)
+
+    def _checked_count(self, k: int, operation: str) -> int:
+        if not is_integer(k) or not 1 <= k <= self.size:
             raise InvalidArgumentError(
-                call=f"{self._name}.eigenvalues(k={k})",
+                call=f"{self._name}.{operation}(k={k})",
                 got=f"k = {k}",
                 expected=f"an integer from 1 to D = {self.size:,}",
             )
-        return self._eigenvalues(count)
+        return k
 
     @final
     def to_dense(self) -> Float[Tensor, "D D"]:
@@ -126,18 +164,19 @@ class FisherOperator(OperatorHooks):
 
     @final
     def factorize(
-        self, damping: Damping = 1e-3, *, tolerance: float | None = None, max_steps: int | None = None
+        self, damping: Damping = REQUIRED, *, tolerance: float | None = None, max_steps: int | None = None
     ) -> Factorization:
-        """A reusable inverse of F + λI with ``.matvec(v)``, ``.logdet()`` and ``.sample(generator)``.
+        """A reusable inverse of F + λI with ``.matvec(v)``, ``.logdet()`` and ``.sample(generator, n)``.
 
         Args:
-            damping: λ, or `RelativeDamping`.
+            damping: λ, or `RelativeDamping`; required.
             tolerance: relative residual at which an iterative solver stops, 1e-10 in float64 and 1e-5 below by default;
                 direct factorizations ignore it.
             max_steps: of an iterative solver.
 
         Raises:
-            InvalidTypeError, InvalidArgumentError: damping is not a number that is 0 or more.
+            InvalidTypeError: no damping, or not a number.
+            InvalidArgumentError: damping is negative, NaN or infinite.
             SingularMatrixError: F + λI is singular.
         """
         return self._inverse(damping, "factorize", tolerance, max_steps)
@@ -146,7 +185,7 @@ class FisherOperator(OperatorHooks):
     def solve(
         self,
         v: Vector,
-        damping: Damping = ...,
+        damping: Damping,
         *,
         return_info: Literal[False] = ...,
         tolerance: float | None = ...,
@@ -158,7 +197,7 @@ class FisherOperator(OperatorHooks):
     def solve(
         self,
         v: Vector,
-        damping: Damping = ...,
+        damping: Damping,
         *,
         return_info: Literal[True],
         tolerance: float | None = ...,
@@ -170,7 +209,7 @@ class FisherOperator(OperatorHooks):
     def solve(
         self,
         v: Vector,
-        damping: Damping = 1e-3,
+        damping: Damping = REQUIRED,
         *,
         return_info: bool = False,
         tolerance: float | None = None,
@@ -182,7 +221,8 @@ class FisherOperator(OperatorHooks):
 
         Args:
             v: ``[D]``, ``[D, K]`` or a dict.
-            damping: λ in parameter space, or `RelativeDamping`.
+            damping: λ in parameter space, or `RelativeDamping`; required, as no number suits every F's scale. A
+                thousandth of the mean eigenvalue, ``fk.RelativeDamping(1e-3)``, is a common choice; 0.0 for F itself.
             return_info: also return how it went: method, steps, relative residual per column, converged.
             tolerance: as in `factorize`.
             max_steps: as in `factorize`.
@@ -195,6 +235,8 @@ class FisherOperator(OperatorHooks):
             The solution in v's form; with ``return_info`` a pair (solution, `SolveInfo`).
 
         Raises:
+            InvalidTypeError: no damping, or not a number.
+            SingularMatrixError: F + λI is singular.
             InvalidArgumentError: the checkpoint is the file of another solve (another v, damping or Fisher); it is left
                 as it is.
             FileFormatError: the checkpoint is damaged, or a file of another kind.
@@ -210,10 +252,14 @@ class FisherOperator(OperatorHooks):
         return (restore(solution), info) if return_info else restore(solution)
 
     @final
-    def logdet(self, damping: Damping = 1e-3) -> Float[Tensor, ""]:
+    def logdet(self, damping: Damping = REQUIRED) -> Float[Tensor, ""]:
         """log det(F + λI), float64; -inf is an error, not a value.
 
+        Args:
+            damping: λ, or `RelativeDamping`; required. 0.0 for log det F, where F is not singular.
+
         Raises:
+            InvalidTypeError: no damping, or not a number.
             NoClosedFormError: the structure is only solved iteratively.
             SingularMatrixError: F + λI is singular.
         """
