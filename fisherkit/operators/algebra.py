@@ -101,6 +101,9 @@ class SumOperator(FisherOperator):
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return _total(term._to_dense() for term in self.terms)
 
+    def _made_of(self) -> str:
+        return f"{len(self.terms):,} terms"
+
     def _state(self) -> io.State:
         return io.State(self.kind, self.space.names, children=tuple(term._state() for term in self.terms))
 

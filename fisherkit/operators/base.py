@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, final, overload
+from typing import TYPE_CHECKING, Any, Literal, final, overload
 
 import torch
 from jaxtyping import Float
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherkit import io
@@ -25,6 +24,9 @@ from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.hooks import OperatorHooks
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import Vector
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 
 class FisherOperator(OperatorHooks):
@@ -268,6 +270,7 @@ class FisherOperator(OperatorHooks):
     @final
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` that takes and gives NumPy arrays on the CPU."""
+        from scipy.sparse.linalg import LinearOperator  # takes longer to import than everything else here together
 
         def product(array: Any) -> Any:
             columns = torch.as_tensor(array, dtype=self.dtype, device=self.device).reshape(self.size, -1)
@@ -357,4 +360,19 @@ class FisherOperator(OperatorHooks):
         return Coverage.from_json(self.metadata["coverage"])
 
     def __repr__(self) -> str:
-        return f"<{self._name}: {self._title}, D = {self.size:,}, {self.dtype}, {self.device}>"
+        """What it is, its sizes, and at which parameters it was measured, on one line."""
+        known = self.metadata
+        parts = [] if self._title == self._name else [self._title]
+        parts.append(f"D = {self.size:,}")
+        parts += [
+            f"{sign} = {_grouped(known[key])}" for sign, key in (("N", "examples"), ("R", "rows")) if key in known
+        ]
+        parts += [text for text in (self._made_of(), known.get("normalization", "")) if text]
+        if "parameters_hash" in known:
+            parts.append(f"measured at {known.get('model', 'parameters')} {known['parameters_hash'][:8]}")
+        return f"<{self._name}: {', '.join([*parts, str(self.dtype), str(self.device)])}>"
+
+
+def _grouped(count: str) -> str:
+    """A number of the metadata, which may be anything in a file that others wrote."""
+    return f"{int(count):,}" if str(count).isdecimal() else str(count)

@@ -126,6 +126,9 @@ class BlockDiagonalOperator(FisherOperator):
             result[place.unsqueeze(-1), place] = block._to_dense()
         return result
 
+    def _made_of(self) -> str:
+        return f"{len(self.blocks):,} block{'s' * (len(self.blocks) != 1)}"
+
     def _state(self) -> io.State:
         return io.State(self.kind, self.space.names, children=tuple(block._state() for block in self.blocks))
 

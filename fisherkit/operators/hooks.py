@@ -118,6 +118,10 @@ class OperatorHooks(ABC):
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._matmat(torch.eye(self.space.size, dtype=self.dtype, device=self.device))
 
+    def _made_of(self) -> str:
+        """What an operator holds, for its repr; empty where the class says it all."""
+        return ""
+
     @abstractmethod
     def _unwrap(self) -> FisherOperator:
         """The operator that does the algebra; a wrapper returns what it holds."""

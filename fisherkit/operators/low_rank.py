@@ -161,6 +161,9 @@ class LowRankOperator(FisherOperator):
             memory_budget=min(self.memory_budget, other.memory_budget),
         )
 
+    def _made_of(self) -> str:
+        return "" if "rows" in self.metadata else f"R = {self.row_source.count:,}"
+
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):
             raise self._no_closed_form(
