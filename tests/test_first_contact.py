@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fisherkit as fk
@@ -72,6 +73,22 @@ def test_save__replaces_an_older_file_as_torch_save_does(model: nn.Module, tmp_p
     first.save(path)
     second.save(path)
     assert torch.equal(fk.load(path).diagonal(), second.diagonal())
+
+
+@pytest.mark.parametrize("size", [None, 64])
+def test_save__refuses_to_replace_what_is_no_fisher_file(size: int | None, model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    weights = path.read_bytes()
+    fisher = fk.EmpiricalFisher(model, DATA, structure="kfac")
+    with pytest.raises(fk.InvalidArgumentError, match=r"something else than a Fisher file.*another name"):
+        fisher.save(path, max_shard_size=size)
+    assert path.read_bytes() == weights
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()  # as tempfile leaves it
+    fisher.save(empty, max_shard_size=size)
+    assert torch.equal(fk.load(empty).diagonal(), fisher.diagonal())
 
 
 # -- the import --------------------------------------------------------------------------------------------------------
