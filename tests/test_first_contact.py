@@ -76,19 +76,27 @@ def test_save__replaces_an_older_file_as_torch_save_does(model: nn.Module, tmp_p
 
 
 @pytest.mark.parametrize("size", [None, 64])
-def test_save__refuses_to_replace_what_is_no_fisher_file(size: int | None, model: nn.Module, tmp_path: Path) -> None:
+def test_save__refuses_to_replace_a_model_s_weights(size: int | None, model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(model.state_dict(), path)
     weights = path.read_bytes()
     fisher = fk.EmpiricalFisher(model, DATA, structure="kfac")
-    with pytest.raises(fk.InvalidArgumentError, match=r"something else than a Fisher file.*another name"):
+    with pytest.raises(
+        fk.InvalidArgumentError, match=r"something else than a Fisher file|safetensors file of another kind"
+    ):
         fisher.save(path, max_shard_size=size)
     assert path.read_bytes() == weights
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
-    empty = tmp_path / "empty.safetensors"
-    empty.touch()  # as tempfile leaves it
-    fisher.save(empty, max_shard_size=size)
-    assert torch.equal(fk.load(empty).diagonal(), fisher.diagonal())
+
+
+def test_save__takes_the_place_of_an_empty_file_and_of_a_damaged_one(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    path.touch()  # as tempfile leaves it
+    fisher = fk.EmpiricalFisher(model, DATA, structure="kfac")
+    fisher.save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    fisher.save(path)
+    assert torch.equal(fk.load(path).diagonal(), fisher.diagonal())
 
 
 # -- the import --------------------------------------------------------------------------------------------------------

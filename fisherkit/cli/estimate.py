@@ -27,7 +27,7 @@ from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.io.reader import index_of
-from fisherkit.io.shards import check_replaceable
+from fisherkit.io.shards import refuse_weights
 from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit estimate"
@@ -133,7 +133,7 @@ def check_fisher_file(path: Path, call: str, *, overwrite: bool) -> None:
     """
     io.check_folder(path, call)
     refuse_existing((path, index_of(path)), call, overwrite=overwrite)
-    check_replaceable(path, call)
+    refuse_weights(path, call)
 
 
 def selection(model: nn.Module, patterns: tuple[str, ...], call: str) -> list[str] | None:

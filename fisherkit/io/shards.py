@@ -150,22 +150,35 @@ def _check(path: Path, count: int, call: str) -> None:
             call=call, got=f"a need of {count:,} shards", expected=f"at most {MOST_SHARDS:,}",
             try_="a larger max_shard_size",
         )  # fmt: skip
-    check_replaceable(path, call)
-    check_replaceable(index_of(path), call)
+    for there in (path, index_of(path)):
+        if there.exists() and not _is_ours(there):
+            raise InvalidArgumentError(
+                call=call, got=f"a path where {there.name} is something else than a Fisher file",
+                expected="a free path, or that of an older Fisher file",
+                why="a sharded file has to replace it, and a model's index may have this name", try_="another name",
+            )  # fmt: skip
 
 
-def check_replaceable(path: Path, call: str) -> None:
-    """Refuse to replace what is no Fisher file: a model's weights or their index may have the name. Empty files may go.
+def refuse_weights(path: Path, call: str) -> None:
+    """Refuse to replace a safetensors file that is no Fisher file: a model's weights have such names.
 
     Raises:
-        InvalidArgumentError: something else is at the path.
+        InvalidArgumentError: there is one at the path.
     """
-    if path.exists() and path.stat().st_size and not _is_ours(path):
+    if path.is_file() and not _is_ours(path) and _is_safetensors(path):
         raise InvalidArgumentError(
-            call=call, got=f"a path where {path.name} is something else than a Fisher file",
-            expected="a free path, or that of an older Fisher file", why="a model's file would be lost",
+            call=call, got=f"a path where {path.name} is a safetensors file of another kind",
+            expected="a free path, or that of an older Fisher file", why="a model's weights would be lost",
             try_="another name",
         )  # fmt: skip
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def _is_ours(path: Path) -> bool:

@@ -283,9 +283,9 @@ class FisherOperator(OperatorHooks):
     def save(self, path: str | Path, max_shard_size: int | None = None) -> None:
         """Write the operator to a safetensors file that `fisherkit.load` reads without the model.
 
-        An older Fisher file is replaced without a question, as ``torch.save`` does: scripts save to one path again and
-        again. Anything else at the path, such as a model's weights, is refused. The old file or the new one is whole at
-        every moment, also if saving is interrupted.
+        What is at the path is replaced without a question, as ``torch.save`` does: scripts save to one path again and
+        again. Only a model's weights, a safetensors file that is no Fisher file, are not. The old file or the new one
+        is whole at every moment, also if saving is interrupted.
 
         Args:
             path: where; an older Fisher file is replaced, shards included.
@@ -293,8 +293,8 @@ class FisherOperator(OperatorHooks):
                 so on, beside an index ``name.safetensors.index.json``; larger tensors are cut. None for one file.
 
         Raises:
-            InvalidArgumentError: the folder does not exist, the size is not positive, or something that is not a Fisher
-                file is at the path.
+            InvalidArgumentError: the folder does not exist, the size is not positive, a model's weights are at the
+                path, or shards would have to replace something that is not a Fisher file.
             InvalidTypeError: not a path, or a size that is not an integer.
             NoClosedFormError: the rows are streamed from the data and lie nowhere.
         """
