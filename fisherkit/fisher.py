@@ -168,6 +168,9 @@ class FisherApproximation(OutputRule, FisherOperator):
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
         return self._unwrap()._draw(generator)
 
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        return self._unwrap()._draws(generator, count)
+
     def _scaled(self, scale: float) -> FisherOperator:
         return self._unwrap()._scaled(scale)
 
@@ -182,6 +185,12 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._unwrap()._eigenvalues(k)
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        return self._unwrap()._eigenvectors(k)
+
+    def _effective_dimension(self, damping: float) -> Float[Tensor, ""]:
+        return self._unwrap()._effective_dimension(damping)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._unwrap()._to_dense()
