@@ -1,7 +1,7 @@
 """One file under its name: the old one or the whole new one, never a part.
 
-Owns temporary names, replacement, and the checks of a path and of checksums. Knows safetensors and text, and no format of
-its own.
+Owns temporary names, replacement, the checks of a path, and reading whole files, compared with their checksums. Knows
+safetensors and text, and no format of its own.
 """
 
 from __future__ import annotations
