@@ -123,8 +123,7 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
                 try_="a newer fisherkit",
             )  # fmt: skip
         checksums = unsealed(archive.sealed, archive.files)
-        shapes = parse(archive.header["space"])
-        space = ParameterSpace(tuple(shapes), tuple(tuple(s) for s in shapes.values()))
+        space = _space(parse(archive.header["space"]))
         root = Node.from_json(parse(archive.header["operator"]))
         metadata = dict(parse(archive.header["metadata"])) | (NO_CHECKSUMS if checksums is None else {})
         absent = [key for key in root.all_keys() if key not in archive.files]
@@ -153,6 +152,13 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State
     header = read_header(path, f"load({str(path)!r})")
     with header.reader(device) as reader:
         return reader.state(header.root), header.space, header.metadata
+
+
+def _space(shapes: dict[str, list[int]]) -> ParameterSpace:
+    sides = [side for shape in shapes.values() for side in shape]
+    if not all(is_integer(side) and side >= 0 for side in sides):
+        raise ValueError(f"parameters of shapes {list(shapes.values())[:4]}")
+    return ParameterSpace(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()))
 
 
 def _check_size(size: int | None, call: str) -> None:

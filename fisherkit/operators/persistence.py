@@ -76,13 +76,22 @@ def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
             expected=f"one of {sorted(registry)}",
             try_="import the module that defines it first, or a newer fisherkit",
         )
-    if state.names != space.names:
+    check_names(state, space)
+    return registry[state.kind]._from_state(space, state)
+
+
+def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
+    """Refuse what is described as acting on other parameters.
+
+    Raises:
+        FileFormatError: it is.
+    """
+    if described.names != space.names:
         raise FileFormatError(
             call="load",
-            got=f"a {state.kind} operator over {list(state.names)}",
+            got=f"a {described.kind} operator over {list(described.names)}",
             expected=f"one over {list(space.names)}",
         )
-    return registry[state.kind]._from_state(space, state)
 
 
 def _registry() -> dict[str, type[FisherOperator]]:

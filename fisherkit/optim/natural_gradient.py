@@ -257,11 +257,17 @@ class NaturalGradient(torch.optim.Optimizer):
         if STATE_CHECKSUM in state_dict:
             check_hash(state_dict["state"], state_dict[STATE_CHECKSUM], STATE_CHECKSUM, f"{CALL}.load_state_dict")
         self._curvature.check_state(state_dict["curvature"])
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        for group in groups:
-            if isinstance(group.get("damping"), Mapping):
-                group["damping"] = RelativeDamping(group["damping"]["relative"])
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        try:
+            groups = [dict(group) for group in state_dict["param_groups"]]
+            for group in groups:
+                if isinstance(group.get("damping"), Mapping):
+                    group["damping"] = RelativeDamping(group["damping"]["relative"])
+            super().load_state_dict({**state_dict, "param_groups": groups})
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InvalidArgumentError(
+                call=f"{CALL}.load_state_dict", got=f"a state that torch.optim.Optimizer refuses ({error})",
+                expected=f"one that {CALL}.state_dict() made of the same parameters in the same groups",
+            ) from error  # fmt: skip
         self._curvature.load_state_dict(state_dict["curvature"])
 
     def __getstate__(self) -> dict[str, Any]:
