@@ -27,6 +27,7 @@ from fisherkit.continual import EWC
 from fisherkit.errors import FileFormatError, FisherkitError
 from fisherkit.influence import InfluenceScores
 from fisherkit.influence.evaluation.runs_file import Retraining, RunsFile
+from fisherkit.model_state import state_hash
 from fisherkit.operators import DiagonalOperator, FisherOperator, load, open_file, state_of
 from fisherkit.space import ParameterSpace
 from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker, normal
@@ -516,6 +517,59 @@ def test_states__of_torch_without_checksums_still_load(name: str, tmp_path: Path
         state["param_groups"][0]["lr"] = 0.05  # what schedules and people change is not compared
     torch.save(state, path)
     assert PICKLED[name].read(tmp_path) == written
+
+
+FORMS = {
+    "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 3), "no columns": torch.zeros(3, 0),
+    "half": normal(5, 3, seed=1).half(), "bfloat16": normal(5, 3, seed=1).bfloat16(), "bool": torch.ones(7).bool(),
+    "integers": torch.arange(24).reshape(2, 3, 4), "turned": normal(5, 3, seed=1).T,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", [8, 1 << 20])
+def test_read_tensors__compares_tensors_of_every_form(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fisherkit.io.checksums.PIECE", piece)
+    path = tmp_path / "f"
+    io.replace_checked_file(path, FORMS, {"format": "fisherkit-test"})
+    _, found = io.read_tensors(path, "cpu", "read", "a test")
+    assert plain(found) == plain(FORMS)
+    content = path.read_bytes()
+    end = header_end(content)
+    for place in range(end, len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(FileFormatError, match="tensor '.*': its values are not those"):
+            io.read_tensors(path, "cpu", "read", "a test")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("size", [None, 40])
+def test_load__to_an_accelerator_compares_too(size: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    operator = DiagonalOperator(LAYER, (normal(15, seed=0).square() + 0.05).cuda())
+    operator.save(path, max_shard_size=size)
+    assert torch.equal(load(path, device="cuda").diagonal(), operator.diagonal())
+    assert open_file(path, device="cuda").read("l.bias").device.type == "cuda"
+    file = safetensors_of(tmp_path)[-1]
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    for read in (lambda: load(path, device="cuda"), lambda: open_file(path, device="cuda").read("l.bias")):
+        with pytest.raises(FileFormatError, match="tensor 'diagonal"):
+            read()
+
+
+def test_state_hash__tells_states_and_not_their_containers() -> None:
+    def hashed(**changes: Any) -> str:
+        return state_hash({"a": 1.5, "b": [torch.ones(3), {"c": None, 4: "x"}], **changes})
+
+    assert hashed() == state_hash({"b": (torch.ones(3), {4: "x", "c": None}), "a": 1.5})
+    others: list[dict[str, Any]] = [
+        {"a": 1.5000000000000002}, {"a": True}, {"d": 0}, {"b": [torch.ones(3).double(), {"c": None, 4: "x"}]},
+        {"b": [torch.ones(3, 1), {"c": None, 4: "x"}]}, {"b": [torch.tensor([1, 1, 1 + 1e-7]), {"c": None, 4: "x"}]},
+        {"b": [torch.ones(3), {"c": None, "4": "x"}]}, {"b": [{"c": None, 4: "x"}, torch.ones(3)]},
+    ]  # fmt: skip
+    assert len({hashed(**other) for other in others} | {hashed()}) == 1 + len(others)
 
 
 def test_load__accepts_what_the_page_on_the_format_says_of_checksums(tmp_path: Path) -> None:

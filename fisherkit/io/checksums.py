@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -170,8 +171,17 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _pieces(raw: memoryview) -> Iterable[str]:
-    return (f"{zlib.crc32(raw[i : i + PIECE]):0{_DIGITS}x}" for i in range(0, len(raw), PIECE))
+def _pieces(raw: memoryview) -> list[str]:
+    starts = range(0, len(raw), PIECE)
+
+    def of(start: int) -> str:
+        return f"{zlib.crc32(raw[start : start + PIECE]):0{_DIGITS}x}"
+
+    threads = min(torch.get_num_threads(), len(starts))
+    if threads < 2:
+        return [of(start) for start in starts]
+    with ThreadPoolExecutor(threads) as pool:  # zlib lets go of the interpreter's lock
+        return list(pool.map(of, starts))
