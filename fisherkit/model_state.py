@@ -9,11 +9,15 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherkit.errors import InvalidTypeError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+
+CHECKSUM = "checksum"
+"""The key of a state's own hash."""
 
 _COLUMNS = 1024
 
@@ -62,6 +66,75 @@ def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | 
         for _, group in itertools.groupby(pieces, key=lambda piece: piece.device):
             digest.update(torch.cat(list(group)).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def state_hash(state: Any) -> str:
+    """The same of nested containers with tensors in them, such as a state dict: SHA-256 of all that they hold.
+
+    Args:
+        state: mappings and sequences of tensors, numbers, strings and None. The order of a mapping does not count, nor
+            whether a sequence is a list or a tuple.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[f"{len(tensors):09}"] = value
+            return ["tensor", len(tensors)]
+        if isinstance(value, Mapping):
+            return {"mapping": [[repr(key), plain(value[key])] for key in sorted(value, key=repr)]}
+        if isinstance(value, (list, tuple)):
+            return {"sequence": [plain(item) for item in value]}
+        return value
+
+    text = json.dumps(plain(state), default=repr)
+    return hashlib.sha256(f"{tensors_hash(tensors)} {text}".encode()).hexdigest()
+
+
+def with_checksum(state: dict[str, Any]) -> dict[str, Any]:
+    """A state for a file whose format compares nothing, with its `state_hash` under `CHECKSUM`.
+
+    Args:
+        state: as `state_hash` takes it.
+    """
+    return state | {CHECKSUM: state_hash(state)}
+
+
+def check_checksum(state: Any, call: str) -> None:
+    """Compare a state with its checksum; one that has none, as before they were introduced, is let pass.
+
+    Args:
+        state: what `with_checksum` gave, or anything.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidArgumentError: it has been changed since.
+    """
+    if isinstance(state, Mapping) and CHECKSUM in state:
+        own = {key: value for key, value in state.items() if key != CHECKSUM}
+        check_hash(own, state[CHECKSUM], CHECKSUM, call)
+
+
+def check_hash(state: Any, known: Any, key: str, call: str) -> None:
+    """Compare a state with a hash of it.
+
+    Args:
+        state: as `state_hash` takes it.
+        known: its hash.
+        key: where that was found, for errors.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidArgumentError: it has been changed since.
+    """
+    if state_hash(state) != known:
+        held = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise InvalidArgumentError(
+            call=call, got=f"a state of {held} that is not what state_dict() gave, by its checksum",
+            expected="one that nothing has changed since",
+            why="the file is damaged, or the state's tensors were changed in place",
+            try_=f"another copy of the file; if the change is meant, take {key!r} out of the state",
+        )  # fmt: skip
 
 
 def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:

@@ -62,13 +62,14 @@ SHOW = Command(
 
 def as_text(found: Summary) -> str:
     """The summary, for people."""
-    recorded = {key: value for key, value in found.metadata.items() if key != "coverage"}
+    recorded = {key: value for key, value in found.metadata.items() if key not in ("coverage", "checksums")}
     files = "1 file" if found.files == 1 else f"{found.files} files"
     lines = {
         "file": f"{found.file} ({readable(found.bytes)} in {files})",
         "operator": f"{found.operator}, {found.blocks:,} independent block{'s' if found.blocks > 1 else ''}",
         "D": f"{found.size:,} parameters, {found.dtype}",
         "trace": f"{found.trace:.4g}, mean eigenvalue {found.trace / found.size:.3g}",
+        "checksums": "those of all values compared" if found.checksums else "none, so that damage may go unnoticed",
         **recorded,
     }
     width = max(len(key) for key in lines)

@@ -20,6 +20,7 @@ from fisherkit.continual import policies
 from fisherkit.continual.penalty import Term, penalty_of
 from fisherkit.continual.state import pack, unpack
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NoClosedFormError
+from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import FisherOperator, Quadratic, normalize, state_of
 from fisherkit.operators.normalization import check_normalize
 from fisherkit.operators.quadratic import atoms, join
@@ -184,12 +185,13 @@ class EWC(nn.Module):
 
         Strength, decay and policies are the constructor's, as in every module.
         """
-        return {
+        state = {
             "version": 1,
             "normalize": self.normalize,
             "consolidations": self.consolidations,
             "terms": [pack(term) for term in self._terms],
         }
+        return with_checksum(state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in every module; see `set_extra_state`.
@@ -212,11 +214,13 @@ class EWC(nn.Module):
         """What ``load_state_dict()`` does; neither data nor Fishers are needed.
 
         Raises:
-            InvalidArgumentError: not such a state, of a later version, or of an EWC with another ``normalize``.
+            InvalidArgumentError: not such a state, damaged since, of a later version, or of an EWC with another
+                ``normalize``. States from before there were checksums are not compared.
             ModelError: the model does not have the parameters that were consolidated.
         """
         call = "EWC.load_state_dict"
         device = next(self.model.parameters()).device
+        check_checksum(state, call)
         try:
             version, how, consolidations = state["version"], state["normalize"], int(state["consolidations"])
             terms = tuple(unpack(term, device) for term in state["terms"]) if version == 1 else ()

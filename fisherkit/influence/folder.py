@@ -102,7 +102,7 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
         if number in spoilt:
             entries[number] = made(number, place, batch)
     manifest["blocks"] = entries
-    io.replace_text(path / MANIFEST, json.dumps(manifest, indent=1))
+    _write(path / MANIFEST, manifest)
     return FolderBlocks(path, space, device, manifest)
 
 
@@ -137,13 +137,16 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
                 call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
             )
         begun = {"format": FORMAT, "version": VERSION, "limit": limit, "settings": settings, "blocks": []}
-        io.replace_text(file, json.dumps(begun, indent=1))
+        _write(file, begun)
         return begun
     try:
-        manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+        manifest: dict[str, Any] = dict(io.parse(file.read_text(encoding="utf-8")))
+        # Those from before there were checksums have none.
+        if io.CHECKSUM in manifest and manifest[io.CHECKSUM] != io.seal(manifest):
+            raise ValueError("it is not what was written, by its checksum")
         known, version = dict(manifest["settings"]), int(manifest["version"])
         int(manifest["limit"])
-    except (LookupError, ValueError, TypeError) as error:
+    except (OSError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise FileFormatError(
             call=CALL, got=f"a manifest that cannot be read ({error}) in {path}", expected="that of prepared rows",
             try_="another folder, or delete this one: its rows are then made again",
@@ -159,6 +162,10 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
     if changed:
         raise InvalidArgumentError(**_other(path, f"rows with another {', '.join(changed)}"))
     return manifest
+
+
+def _write(file: Path, manifest: dict[str, Any]) -> None:
+    io.replace_text(file, json.dumps({**manifest, io.CHECKSUM: io.seal(manifest)}, indent=1))
 
 
 def _refuse_other(path: Path, header: Mapping[str, Any], batch: Batch, start: int) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.io.atomic import part_of, replace_file, replace_text, write_part
-from fisherkit.io.reader import FORMAT, INDEX_SUFFIX, SHARD_FORMAT, index_of, stem_of
+from fisherkit.io.atomic import FORMAT, owned, part_of, replace_checked_file, replace_text, write_part
+from fisherkit.io.checksums import CHECKSUM, TensorChecksum, seal, sealed
+from fisherkit.io.reader import INDEX_SUFFIX, SHARD_FORMAT, index_of, stem_of
 from fisherkit.io.state import Node, Place, State
 
 MOST_SHARDS = 99_999
@@ -81,7 +81,7 @@ def fill(tensors: Tensors, largest: int) -> list[Tensors]:
 
 def write_single(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
     """One file; a sharded one of the same name is deleted afterwards."""
-    replace_file(path, _owned(tensors), header)
+    replace_checked_file(path, tensors, header)
     if _is_ours(index_of(path)):
         _delete([index_of(path)])
     _delete(_shards_of(path))
@@ -105,12 +105,17 @@ def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], cal
     total = sum(nbytes(tensor) for shard in shards for tensor in shard.values())
     finals = _names(path, len(shards), save)
     weight_map = {key: final.name for shard, final in zip(shards, finals, strict=True) for key in shard}
-    text = json.dumps({"metadata": {"total_size": total, **header, "save": save}, "weight_map": weight_map}, indent=1)
+    checksums: dict[str, TensorChecksum] = {}
     try:
         with ExitStack() as stack:
             parts = [stack.enter_context(part_of(final)) for final in finals]
             for part, shard in zip(parts, shards, strict=True):
-                write_part(part, _owned(shard), {"format": SHARD_FORMAT, "save": save})
+                own = owned(shard)
+                checksums.update({key: TensorChecksum.of(tensor) for key, tensor in own.items()})
+                write_part(part, own, {"format": SHARD_FORMAT, "save": save})
+            metadata = {"total_size": total, **sealed({**header, "save": save}, checksums)}
+            metadata[CHECKSUM] = seal({**metadata, "weight_map": weight_map})
+            text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1)
             for part, final in zip(parts, finals, strict=True):
                 os.replace(part, final)
             replace_text(index, text)
@@ -121,11 +126,6 @@ def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], cal
         raise
     _delete([path] if path.is_file() else [])
     _delete([shard for shard in _shards_of(path) if shard not in finals])
-
-
-def _owned(tensors: Tensors) -> Tensors:
-    """Copies: safetensors refuses tensors that share memory, and views that are not contiguous."""
-    return {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
 
 
 def _names(path: Path, count: int, save: str) -> list[Path]:

@@ -6,18 +6,18 @@ which only the headers are read until a tensor is asked for. Knows nothing of me
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidTypeError, MissingFileError, UnknownParameterError
+from fisherkit.io.atomic import UNREADABLE
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 """A module, its state dict, or the path of a safetensors file, of a sharded one's index, or of a folder with either."""
@@ -176,9 +176,11 @@ class FileCheckpoint(Checkpoint):
             yield path, None
             return
         try:
-            weight_map = dict(json.loads(path.read_text("utf-8"))["weight_map"])
+            weight_map = dict(io.parse(path.read_text("utf-8"))["weight_map"])
             shards: dict[str, list[str]] = {}
             for name, file in weight_map.items():
+                if not isinstance(file, str):
+                    raise TypeError(f"{file!r} is no file's name")
                 shards.setdefault(file, []).append(name)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise self._refused(f"an index that cannot be read ({error!r})") from error
@@ -194,14 +196,14 @@ class FileCheckpoint(Checkpoint):
             self._file = place, self._opened(place)
         try:
             tensor: Tensor = self._file[1].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise self._refused(f"a file that cannot be read ({error})") from error
+        except UNREADABLE as error:
+            raise self._refused(f"{place.name}, of which {name!r} cannot be read ({error})") from error
         return tensor
 
     def _opened(self, file: Path) -> Any:
         try:
             opened: Any = safe_open(file, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
+        except UNREADABLE as error:
             if _pickled(file):
                 raise self._refused(
                     f"{file.name}, which torch.save wrote",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fisherkit import io
-from fisherkit.errors import FileFormatError, FisherkitError
+from fisherkit.errors import FileFormatError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.space import ParameterSpace
 
@@ -45,7 +45,9 @@ def parts_fit(call: str) -> Iterator[None]:
     """A FileFormatError of the call for whatever a structure says of tensors that it cannot use."""
     try:
         yield
-    except (FisherkitError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except MemoryError:
+        raise  # the machine's, not the file's
+    except Exception as error:  # structures of one's own may say it by any class
         if isinstance(error, FileFormatError) and error.call == call:
             raise
         raise FileFormatError(
@@ -75,13 +77,22 @@ def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
             expected=f"one of {sorted(registry)}",
             try_="import the module that defines it first, or a newer fisherkit",
         )
-    if state.names != space.names:
+    check_names(state, space)
+    return registry[state.kind]._from_state(space, state)
+
+
+def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
+    """Refuse what is described as acting on other parameters.
+
+    Raises:
+        FileFormatError: it is.
+    """
+    if described.names != space.names:
         raise FileFormatError(
             call="load",
-            got=f"a {state.kind} operator over {list(state.names)}",
+            got=f"a {described.kind} operator over {list(described.names)}",
             expected=f"one over {list(space.names)}",
         )
-    return registry[state.kind]._from_state(space, state)
 
 
 def _registry() -> dict[str, type[FisherOperator]]:

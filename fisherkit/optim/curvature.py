@@ -6,7 +6,7 @@ learning rates nor parameter groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from fisherkit.arguments import check_count
 from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import InvalidArgumentError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping
 from fisherkit.optim import surprises
 from fisherkit.optim.averages import Averages, Inverse
@@ -267,25 +268,25 @@ class Curvature:
         return flat / max(examples, 1) if self.reduction == "sum" else flat
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, counters and running averages."""
-        return {
+        """Settings, counters and running averages, with a checksum of them."""
+        state = {
             "kind": self.rule.kind_name, "options": self.rule.kind_options(), "structure": self.structure,
             "gram": self.gram, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
             "updates": self.averages.updates, "averages": self.averages.state(),
         }  # fmt: skip
+        return with_checksum(state)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that steps cannot go on from.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping.
+            InvalidArgumentError: it is of another kind, structure or damping, or damaged.
         """
-        missing = {"kind", "options", "structure", "gram", "averages"} - set(state)
-        if missing:
-            raise InvalidArgumentError(
-                call=f"{self.call}.load_state_dict", got=f"a state without {sorted(missing)}",
-                expected=f"one that {self.call}.state_dict() made",
-            )  # fmt: skip
+        check_has(
+            state, ("kind", "options", "structure", "gram", "averages", "steps", "examples", "seen", "updates"),
+            self.call,
+        )  # fmt: skip
+        check_checksum(state, f"{self.call}.load_state_dict")
         for key, own in (
             ("kind", self.rule.kind_name), ("options", self.rule.kind_options()),
             ("structure", self.structure), ("gram", self.gram),
@@ -300,14 +301,37 @@ class Curvature:
         """The inverse of `state_dict`.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping.
+            InvalidArgumentError: it is of another kind, structure or damping, or damaged.
         """
         self.check_state(state)
-        self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
         own_parameters = dict(self.capture.model.named_parameters())
-        self.averages.load(state["averages"], state["updates"], own_parameters)
+        try:
+            self.averages.load(state["averages"], state["updates"], own_parameters)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # of a state without a checksum
+            raise InvalidArgumentError(
+                call=f"{self.call}.load_state_dict", got=f"a state whose averages cannot be read ({error!r})",
+                expected=f"one that {self.call}.state_dict() made",
+            ) from error  # fmt: skip
+        self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
         self._inverse = None
         self._expect()
+
+
+def check_has(state: Any, keys: Iterable[str], call: str) -> None:
+    """Refuse what is no state, or lacks a part of one.
+
+    Args:
+        state: what was passed.
+        keys: its parts.
+        call: the class, for errors.
+
+    Raises:
+        InvalidArgumentError: it is no mapping with these keys.
+    """
+    if isinstance(state, Mapping) and not (missing := set(keys) - set(state)):
+        return
+    got = f"a state without {sorted(missing)}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+    raise InvalidArgumentError(call=f"{call}.load_state_dict", got=got, expected=f"one that {call}.state_dict() made")
 
 
 def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:

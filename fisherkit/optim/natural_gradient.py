@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
-from fisherkit.optim.curvature import Curvature
+from fisherkit.optim.curvature import Curvature, check_has
 from fisherkit.outputs import OutputRule
 from fisherkit.space import ParameterSpace, Selection
 
 CALL = "NaturalGradient"
+STATE_CHECKSUM = "state_checksum"
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -240,8 +242,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature.capture.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, and running averages and counters under "curvature"; of tensors, numbers and strings alone."""
-        state = {**super().state_dict(), "curvature": self._curvature.state_dict()}
+        """Torch's, and running averages and counters under "curvature"; of tensors, numbers and strings alone.
+
+        There are checksums of "curvature" and of "state"; groups have none, so that a learning rate may be changed.
+        """
+        own = super().state_dict()
+        state = {**own, "curvature": self._curvature.state_dict(), STATE_CHECKSUM: state_hash(own["state"])}
         for group in state["param_groups"]:
             if isinstance(group["damping"], RelativeDamping):
                 group["damping"] = {"relative": group["damping"].scale}
@@ -251,19 +257,23 @@ class NaturalGradient(torch.optim.Optimizer):
         """The inverse of `state_dict`; steps go on bit for bit.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping, or another optimizer's.
+            InvalidArgumentError: it is of another kind, structure or damping, another optimizer's, or damaged.
         """
-        if "curvature" not in state_dict:
-            raise InvalidArgumentError(
-                call=f"{CALL}.load_state_dict", got=f"a state with {sorted(state_dict)}",
-                expected=f"one that {CALL}.state_dict() made, with 'curvature'",
-            )  # fmt: skip
+        check_has(state_dict, ("state", "param_groups", "curvature"), CALL)
+        if STATE_CHECKSUM in state_dict:
+            check_hash(state_dict["state"], state_dict[STATE_CHECKSUM], STATE_CHECKSUM, f"{CALL}.load_state_dict")
         self._curvature.check_state(state_dict["curvature"])
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        for group in groups:
-            if isinstance(group.get("damping"), Mapping):
-                group["damping"] = RelativeDamping(group["damping"]["relative"])
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        try:
+            groups = [dict(group) for group in state_dict["param_groups"]]
+            for group in groups:
+                if isinstance(group.get("damping"), Mapping):
+                    group["damping"] = RelativeDamping(group["damping"]["relative"])
+            super().load_state_dict({**state_dict, "param_groups": groups})
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InvalidArgumentError(
+                call=f"{CALL}.load_state_dict", got=f"a state that torch.optim.Optimizer refuses ({error})",
+                expected=f"one that {CALL}.state_dict() made of the same parameters in the same groups",
+            ) from error  # fmt: skip
         self._curvature.load_state_dict(state_dict["curvature"])
 
     def __getstate__(self) -> dict[str, Any]:

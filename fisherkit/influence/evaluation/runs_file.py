@@ -148,7 +148,7 @@ class RunsFile:
         """Put the file in place; an interruption meanwhile leaves the one before it."""
         if self.path is not None:
             header = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(self.settings, sort_keys=True)}
-            io.replace_file(self.path, self.tensors, header)
+            io.replace_checked_file(self.path, self.tensors, header)
         self._last, self._unsaved = time.monotonic(), False
 
     def result(self) -> Retraining:
@@ -172,7 +172,10 @@ def _read(path: Path, call: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             call=call, got="a file of another kind, which has been left as it is", expected="one written by retrain"
         )
     try:
-        version, settings = int(header["version"]), dict(json.loads(header["settings"]))
+        version, settings = int(header["version"]), dict(io.parse(header["settings"]))
+        if missing := [name for name in ("masks", "done", "train_losses") if name not in tensors]:
+            raise ValueError(f"no tensor {missing[0]!r}")
+        tuple(settings["seeds"])
     except (LookupError, ValueError, TypeError) as error:
         raise FileFormatError(
             call=call, got=f"a file that cannot be read ({error})", expected="one written by retrain",
