@@ -137,6 +137,7 @@ class KroneckerFactors:
         first: bool,
         whole: bool,
         counted: tuple[Bool[Tensor, "..."], ...],
+        exists: Bool[Tensor, "B T"] | None,
         token: bool,
         reduce: bool,
     ) -> KroneckerFactors:
@@ -148,11 +149,12 @@ class KroneckerFactors:
             whole: whether every position of every example counts.
             counted: masks ``[B, T]`` of the positions that count, for layers with as many positions; for others, every
                 position of the examples that count in the first mask.
+            exists: which positions ``[B, T]`` of each example there are; None for all.
             token: whether every position of the outputs is an example.
             reduce: average activations and sum gradients over positions before taking second moments.
         """
         # Rows lie in the span of the factors' vectors where each of their positions is one of those.
-        spanning = whole and not reduce
+        spanning = whole and exists is None and not reduce
         g = rows.gradients.sum(1, keepdim=True) if reduce else rows.gradients
         gradient = self.gradient.add(g, spanning=spanning)
         if not first:
@@ -160,11 +162,14 @@ class KroneckerFactors:
         shape = rows.activations.shape[:2]
         own = counted[0].shape == shape
         chunks = rows.chunks(constant=True)
-        if spanning and (own or not token):
+        if spanning and exists is None and (own or not token):
             activation = self.activation.add(*(a for _, a in chunks))
             return KroneckerFactors(activation, gradient, self.count + shape.numel(), self.transposed)
         everywhere = counted[0].any(1, keepdim=True)
-        mask = next((m for m in counted if m.shape == shape), everywhere).expand(shape)
+        if exists is None:
+            mask = next((m for m in counted if m.shape == shape), everywhere).expand(shape)
+        else:
+            mask, own = everywhere & exists.to(everywhere.device), False
         # A token has its own position where the layer has the outputs'; elsewhere it shares all of its sequence's.
         examples = counted[0].sum(1) if token and not own else everywhere.squeeze(1).long()
         averaged = reduce and not (token and own)
@@ -247,7 +252,7 @@ class LayerSums:
                 known = self.factors.get(names) or KroneckerFactors.zeros(rows)
                 self.factors[names] = known.add(
                     rows, first=chunk.first, whole=chunk.whole, counted=chunk.counted_positions,
-                    token=self.token, reduce=self.reduce,
+                    exists=slot.exists, token=self.token, reduce=self.reduce,
                 )  # fmt: skip
             elif rows.size <= SMALL_BLOCK:
                 dense = rows.dense()

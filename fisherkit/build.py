@@ -6,7 +6,7 @@ Reads the problem's chunks, adds them up by structure and divides by N once. It 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -41,8 +41,9 @@ from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.largest import LargestRows
-from fisherkit.rows.problem import Problem
+from fisherkit.rows.problem import BetterPlanError, Problem
 from fisherkit.rows.streamed import StreamedRows
+from fisherkit.rows.verified import remember
 
 Parts = dict[Names, tuple[FisherOperator, str, str]]
 """Operator, structure and reason of each part of the parameters."""
@@ -89,10 +90,11 @@ class Builder:
         reduce: bool,
         max_rows: int | None = None,
     ) -> None:
-        self.problem, self.normalization, self.reduce, self.max_rows = problem, normalization, reduce, max_rows
+        self.problem = replace(problem, revisable=True)
+        self.normalization, self.reduce, self.max_rows = normalization, reduce, max_rows
         self.space = problem.plan.space
         first = problem.plan.example_parameter
-        self.dtype, self.device = first.dtype, first.device
+        self.dtype, self.device = problem.plan.dtype, first.device
         self.budget = available_memory(first.device) // 2 if memory_budget is None else memory_budget
         self.examples = self.rows = 0
         self.dropped: list[Tensor] = []
@@ -105,6 +107,17 @@ class Builder:
             MemoryBudgetError: before the pass over the data, if the structure cannot fit.
             DataError: no example counts.
         """
+        try:
+            return self._built(structure)
+        except BetterPlanError as found:
+            # A later batch used parameters that the first examples do not, or used some in another way.
+            remember(found.plan)
+            self.problem = replace(self.problem, plan=found.plan)
+            self.examples = self.rows = 0
+            self.dropped = []
+        return self.build(structure)
+
+    def _built(self, structure: str) -> Built:
         make: dict[str, Callable[[], tuple[FisherOperator, Parts]]] = {
             "full": self._full if self.max_rows is None else partial(self._largest, self.max_rows),
             "block": self._block,
@@ -135,7 +148,7 @@ class Builder:
         for counted, rows_here, dropped in self.problem.counts("count"):
             self._count(counted, rows_here, dropped)
         self._require_examples()
-        whole = self._low_rank(StreamedRows(self.problem, self.rows))
+        whole = self._low_rank(StreamedRows(replace(self.problem, revisable=False), self.rows))
         reason = f"rows would take {readable(needed)}, the budget is {readable(self.budget)}"
         return whole, dict.fromkeys(units, (whole, "full, streamed rows", reason))
 

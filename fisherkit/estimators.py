@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
 
 DEFAULT_SEED = 2406
@@ -64,6 +65,7 @@ class Spectrum:
     weights: Float[Tensor, " P"]
 
 
+@without_autocast()
 def hutchinson_trace(
     operator: SupportsMatvec, *, samples: int = 100, generator: torch.Generator | None = None
 ) -> Estimate:
@@ -84,6 +86,7 @@ def hutchinson_trace(
     return _mean((v * _product(operator, v)).sum(dim=0) for v in signs)
 
 
+@without_autocast()
 def hutchinson_diagonal(
     operator: SupportsMatvec, *, samples: int = 100, generator: torch.Generator | None = None
 ) -> Estimate:
@@ -105,6 +108,7 @@ def hutchinson_diagonal(
     return _mean(v * _product(operator, v) for v in signs)
 
 
+@without_autocast()
 def lanczos_logdet(
     operator: SupportsMatvec,
     *,
@@ -152,6 +156,7 @@ def lanczos_logdet(
     return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (value, error)))
 
 
+@without_autocast()
 def lanczos_spectrum(
     operator: SupportsMatvec, *, samples: int = 10, steps: int = 50, generator: torch.Generator | None = None
 ) -> Spectrum:
@@ -176,6 +181,7 @@ def lanczos_spectrum(
     return Spectrum(*(t.to(operator.device, operator.dtype) for t in (nodes, weights / weights.sum())))
 
 
+@without_autocast()
 def lanczos_eigenvalues(
     operator: SupportsMatvec, k: int, *, steps: int | None = None, generator: torch.Generator | None = None
 ) -> Float[Tensor, " k"]:
@@ -229,7 +235,7 @@ def lanczos_eigenvalues(
             f"the largest error bound is {float(residual.max()):.3g}, at a largest eigenvalue of {scale:.3g}. "
             "Try: more steps.",
             NotConvergedWarning,
-            stacklevel=2,
+            stacklevel=3,  # the caller, behind the decorator
         )
     return values.flip(0).to(operator.device, operator.dtype)
 

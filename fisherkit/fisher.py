@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
 from fisherkit.arguments import check_positive
+from fisherkit.arithmetic import at_least_single, without_autocast
 from fisherkit.build import Builder, Built
-from fisherkit.data import Batch, Data, Source, is_causal, model_device
-from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, InvalidTypeError
+from fisherkit.data import Data, Source, model_device
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import parameters_hash, tensors_hash
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.outputs import OutputRule
-from fisherkit.rows.plan import Plan
+from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
-from fisherkit.rows.together import needing_each_other
-from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace, Selection
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
@@ -34,6 +34,8 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
     before, also after an exception. It must be deterministic: call ``model.eval()`` if it has dropout or batch norm.
+    The Fisher is in the parameters' dtype, in float32 of models in half precision; a caller's autocast is off around
+    its passes and products, one inside the model's forward stays.
 
     Args:
         model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or as the likelihood reads
@@ -75,11 +77,13 @@ class FisherApproximation(OutputRule, FisherOperator):
             without max_rows.
 
     Raises:
-        FisherkitError: in one of its forms, each saying what was got, what was expected and what to try.
+        FisherkitError: in one of its forms, each saying what was got, what was expected and what to try. A
+            `NonFiniteError` names the batch and the module of NaN or infinity, also where outputs are finite.
 
     Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice.
     """
 
+    @without_autocast()
     def __init__(
         self,
         model: nn.Module,
@@ -116,9 +120,9 @@ class FisherApproximation(OutputRule, FisherOperator):
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
         device, dtype = model_device(model, space.names)
-        super().__init__(space, dtype=dtype, device=device)
-        source = Source(data)
-        plan = _plan(model, space, source.first().to(device), dtype)
+        super().__init__(space, dtype=at_least_single(dtype), device=device)
+        source = Source(data, model)
+        plan = plan_of(model, space, source)
         problem = Problem(
             plan, source, resolved, self, example == "token",
             is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
@@ -179,29 +183,6 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._unwrap()._to_dense()
-
-
-def _plan(model: nn.Module, space: ParameterSpace, batch: Batch, dtype: torch.dtype) -> Plan:
-    """How rows are made; the first time that the model meets the data.
-
-    Raises:
-        DataError: the model fails over the dtype of its inputs.
-        RuntimeError: it fails over anything else.
-    """
-    try:
-        with needing_each_other(model, batch):
-            return plan_for(model, space, batch)
-    except RuntimeError as error:
-        leaves, _ = batch.leaves()
-        others = sorted({str(leaf.dtype) for leaf in leaves if leaf.is_floating_point() and leaf.dtype != dtype})
-        # Models may well cast their inputs: only what torch itself says of types is put into our words.
-        if isinstance(error, FisherkitError) or not others or "type" not in str(error):
-            raise
-        raise DataError(
-            call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
-            why=f"the model's forward pass fails: {str(error).splitlines()[0]}",
-            try_=f"x.to({dtype}), or the model in the inputs' dtype",
-        ) from error  # fmt: skip
 
 
 def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

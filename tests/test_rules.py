@@ -62,8 +62,8 @@ def test_wrong_rule__is_not_believed(name: str, function: object, monkeypatch: p
     good = type(rules.RULES[function])
 
     class Wrong(good):  # type: ignore[misc, valid-type]
-        def gradients(self, use, gradient, layout, batch):  # type: ignore[no-untyped-def]
-            return 1.01 * super().gradients(use, gradient, layout, batch)
+        def gradients(self, use, gradient):  # type: ignore[no-untyped-def]
+            return 1.01 * super().gradients(use, gradient)
 
     wrong = Wrong.__new__(Wrong)
     wrong.__dict__.update(rules.RULES[function].__dict__)
@@ -147,10 +147,16 @@ class Branching(nn.Module):
         return self.a(x) if bool((x.mean() < 5).item()) else self.b(x)
 
 
-def test_layer_that_a_batch_does_not_use__is_refused_by_name() -> None:
-    x, y = torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])
-    with pytest.raises(fk.ModelError, match=r"parameter 'a\.weight' not used in this batch"):
-        fk.EmpiricalFisher(Branching(), [(x, y), (x + 10, y)])
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
+def test_layer_that_a_batch_does_not_use__has_zero_rows(structure: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3).double(), torch.tensor([0, 1, 0, 1])
+    model = Branching().double()
+    fisher = fk.EmpiricalFisher(model, [(x, y), (x + 10, y)], structure=structure)
+    alone = [fk.EmpiricalFisher(model, (x + shift, y), structure=structure) for shift in (0, 10)]
+    expected = 0.5 * (alone[0].trace() + alone[1].trace())
+    torch.testing.assert_close(fisher.trace(), expected)
+    assert {entry.rule for entry in fisher.coverage().entries} == {"linear"}
 
 
 @pytest.mark.parametrize("kind", [fk.EmpiricalFisher, fk.ExactFisher])

@@ -198,4 +198,4 @@ def _digits(settings: QualitySettings) -> tuple[nn.Module, list[Any]]:
 def _users(spec: str, batches: int) -> tuple[nn.Module, list[Any]]:
     """What the user's function returns, and its first batches."""
     model, data = load_factory(spec, CALL)
-    return model, [batch.raw for batch in itertools.islice(Source(data), batches)]
+    return model, [batch.raw for batch in itertools.islice(Source(data, model).once(), batches)]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.continual import policies
 from fisherkit.continual.penalty import Term, penalty_of
 from fisherkit.continual.state import pack, unpack
@@ -101,6 +102,7 @@ class EWC(nn.Module):
     def strength(self, value: float) -> None:
         self._strength = policies.number(value, "strength")
 
+    @without_autocast()
     def consolidate(self, fisher: FisherOperator, *, uncovered: str = "refuse", free: Selection = None) -> None:
         """Keep the model's present parameters and this Fisher as what the task just learned needs.
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisherkit.arguments import is_integer
+from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.evaluation.comparison import CALL, SGD, Comparison
@@ -21,9 +22,11 @@ from fisherkit.evaluation.table import QualityTable
 from fisherkit.fisher import STRUCTURES
 from fisherkit.kind_specs import KindSpec
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_inputs import ModelInputs
 from fisherkit.space import Selection
 
 
+@without_autocast()
 def compare(
     model: nn.Module,
     batch: Any,
@@ -107,7 +110,8 @@ def compare(
         )  # fmt: skip
     start = time.perf_counter()
     options = {"likelihood": likelihood, "params": params, "example": example, "shift_labels": shift_labels}
-    comparison = Comparison(model, Batch.of(batch, "batch"), specs, seed, options, updates=len(specs) * len(dampings))
+    own = Batch.of(batch, "batch", model_inputs=ModelInputs.of(model))
+    comparison = Comparison(model, own, specs, seed, options, updates=len(specs) * len(dampings))
     comparison.drop_duplicates(drop_duplicates)
     found = [comparison.update(spec, structure, dampings) for structure in structures for spec in specs]
     return comparison.judge(found, start, sgd=SGD in kinds)

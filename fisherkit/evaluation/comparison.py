@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
+from fisherkit.arithmetic import at_least_single
 from fisherkit.data import Batch, model_device
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.evaluation.quality import approximation_quality
@@ -68,7 +69,8 @@ class Comparison:
     ) -> None:  # fmt: skip
         self.model, self.batch, self.seed, self.options = model, batch, seed, options
         space = ParameterSpace.of(model, options["params"])
-        self.device, self.dtype = model_device(model, space.names)
+        self.device, dtype = model_device(model, space.names)
+        self.dtype = at_least_single(dtype)
         few = _outputs(model, batch.to(self.device), options["likelihood"]) <= max(FEW_OUTPUTS, updates)
         self.stack = stack(model, batch.raw, specs, exact=few, seed=seed, **options)
         self.exact: FisherOperator = (

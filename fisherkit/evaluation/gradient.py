@@ -10,9 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.data import Batch, Data, Source, check_finite, is_causal, model_device
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError
+from fisherkit.arithmetic import all_finite, without_autocast
+from fisherkit.data import Batch, Data, Source, check_finite, model_device
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_inputs import is_causal
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.record import refuse_train_mode
@@ -21,6 +23,7 @@ from fisherkit.space import ParameterSpace, Selection
 CALL = "loss_gradient"
 
 
+@without_autocast()
 def loss_gradient(
     model: nn.Module,
     data: Data,
@@ -53,6 +56,7 @@ def loss_gradient(
         InvalidTypeError: an argument of the wrong type.
         InvalidArgumentError: an argument that is none of the allowed ones.
         DataError: no example, no targets, or targets that do not fit.
+        NonFiniteError: NaN or infinity in a batch's outputs or gradient.
         ModelError: dropout or batch statistics in train mode, or outputs that do not depend on the parameters.
 
     Cost: one forward and one backward pass over the data.
@@ -74,9 +78,18 @@ def loss_gradient(
     parameters = [own[name] for name in space.names]
     total = torch.zeros(space.size, dtype=torch.float64, device=device)
     examples = 0
-    for number, raw in enumerate(Source(data)):
+    for number, raw in enumerate(Source(data, model).once()):
         batch = raw.to(device)
-        gradient, mask = _batch_gradient(model, batch, resolved, parameters, shift, f"data, batch {number}")
+        call = f"data, batch {number}"
+        gradient, mask = _batch_gradient(model, batch, resolved, parameters, shift, call)
+        if not all_finite(gradient):
+            parts = space.unflatten(gradient)
+            bad = listed(repr(name) for name, part in parts.items() if not all_finite(part))
+            raise NonFiniteError(
+                call=call, got=f"gradients with NaN or infinite entries of {bad}", expected="finite gradients",
+                why="outputs that are finite may hide infinite activations",
+                try_="torch.isfinite of this batch's inputs",
+            )  # fmt: skip
         total += gradient
         examples += int((mask if example == "token" else mask.any(1)).sum())
     if examples == 0:
@@ -88,8 +101,6 @@ def _batch_gradient(
     model: nn.Module, batch: Batch, likelihood: Likelihood, parameters: list[nn.Parameter], shift: bool, call: str
 ) -> tuple[Float[Tensor, " D"], Tensor]:
     """Σ_n ∂ℓ_n/∂θ of one batch in float64, and which positions count."""
-    if shift:
-        batch = batch.shifted(likelihood.ignore_index)
     # Only the model's own code runs in here: outside, flags and random generators are the caller's.
     with untouched_rng([parameters[0].device]), differentiable(parameters):
         raw = batch.call(model)
@@ -100,6 +111,7 @@ def _batch_gradient(
                 expected="a forward pass that autograd can follow",
                 try_="a forward without torch.no_grad, detach or NumPy",
             )
+        batch = batch.aligned(model, raw, shift=shift, ignore_index=likelihood.ignore_index)
         known = raw.detach()
         check_finite(known, call)
         known = known if known.dtype in {torch.float32, torch.float64} else known.float()

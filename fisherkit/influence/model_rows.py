@@ -13,20 +13,22 @@ from torch import nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_count, check_positive
-from fisherkit.data import Data, Source, is_causal, model_device, refuse_shuffling
+from fisherkit.arithmetic import at_least_single
+from fisherkit.data import Data, Source, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
 from fisherkit.influence.measurements import Measurement, query_rule
 from fisherkit.likelihoods import Likelihood
 from fisherkit.memory import available_memory
+from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import measured_at, parameters_hash
 from fisherkit.operators import FisherOperator
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.thinned import ThinnedSource, thinned
-from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
 
 CALL = "InfluenceScores"
@@ -113,9 +115,8 @@ class ModelRows:
     def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
         """Rows of a measurement."""
         source = self._source(data)
-        first = source.first()
-        plan = plan_for(self.model, self.space, first.to(self.device))
-        rule = query_rule(measurement, plan.probed.shape, labelled=first.targets is not None)
+        plan = plan_of(self.model, self.space, source)
+        rule = query_rule(measurement, plan.probed.shape, labelled=source.first().targets is not None)
         return self._blocks(source, rule, token=False)
 
     def _source(self, data: Data) -> Source:
@@ -123,7 +124,7 @@ class ModelRows:
 
         Raises:
             ModelError: its weights have changed since.
-            DataError: a loader that shuffles.
+            DataError: a loader that shuffles, or whose order is not known.
         """
         if parameters_hash(self.model) != self._weights:
             raise ModelError(
@@ -131,8 +132,9 @@ class ModelRows:
                 expected="the same values", why="∇ℓ and F must be taken at one point",
                 try_="a Fisher and an InfluenceScores of the model as it is",
             )  # fmt: skip
-        refuse_shuffling(data, CALL)
-        return Source(data)
+        source = Source(data, self.model)
+        source.keep_order(CALL)
+        return source
 
     def settings(self, *, token: bool) -> dict[str, Any]:
         """What rows of the loss depend on beside the data, as JSON has it."""
@@ -178,14 +180,14 @@ class ModelRows:
             return next(iter(blocks)).rows
         _, rows = blocks.problem.probe_rows()
         probed = blocks.problem.plan.probed
-        return rows(torch.zeros(1, 2, *probed.shape[1:], dtype=probed.dtype, device=probed.device))
+        return rows(torch.zeros(1, *probed.shape, dtype=probed.dtype, device=probed.device))
 
     def room(self, numbers: int) -> int:
         """How many queries with so many numbers each fit a quarter of the budget; at least one."""
         return max(1, self.budget // 4 // max(1, numbers * torch.finfo(self.dtype).bits // 8))
 
     def _blocks(self, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
-        plan = plan_for(self.model, self.space, source.first().to(self.device))
+        plan = plan_of(self.model, self.space, source)
         problem = Problem(
             plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress
         )  # fmt: skip
@@ -238,8 +240,9 @@ def _check_space(fisher: FisherOperator, model: nn.Module) -> None:
             try_="the model that the Fisher was built with",
         )
     device, dtype = model_device(model, fisher.space.names)
-    if dtype != fisher.dtype:
-        raise InvalidTypeError(call=CALL, got=f"a Fisher of {fisher.dtype}", expected=f"{dtype}, the model's")
+    if at_least_single(dtype) != fisher.dtype:
+        expected = f"{at_least_single(dtype)}, that of Fishers of this model"
+        raise InvalidTypeError(call=CALL, got=f"a Fisher of {fisher.dtype}", expected=expected)
     if device != fisher.device:
         raise InvalidArgumentError(
             call=CALL,

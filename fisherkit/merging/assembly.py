@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.merging.checkpoints import Checkpoint, FileCheckpoint, Model, open_checkpoint
 from fisherkit.merging.policies import Plan
@@ -97,7 +98,7 @@ def read_double(model: Checkpoint, name: str, device: torch.device | None = None
     """
     tensor = model.read(name)
     found = tensor.to(tensor.device if device is None else device, torch.float64)
-    if not bool(torch.isfinite(found.sum())) and not bool(torch.isfinite(found).all()):
+    if not all_finite(found):
         raise NonFiniteError(
             call=f"merge, {model.label}", got=f"NaN or infinite entries in {name!r}", expected="finite numbers",
             try_="check the training run that it came from",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.merging.assembly import Target, assemble, check_weights, open_models
 from fisherkit.merging.blockwise import BlockwiseMerge
@@ -120,6 +121,7 @@ def merge(
     )  # fmt: skip
 
 
+@without_autocast()
 def merge_by(
     models: Sequence[Model],
     fishers: Sequence[Fisher],
@@ -262,7 +264,7 @@ def unverified_models(models: Sequence[Checkpoint], sources: Sequence[FisherSour
                 f"{call}: Fisher {number} was measured at other parameters than those of model {number}. "
                 f"Expected: the Fisher of this very model. Try: measure it again, or another order of fishers.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,  # the caller of merge, behind merge_by and its decorator
             )
     return tuple(unverified)
 

@@ -1,8 +1,8 @@
 """The contract of every Fisher operator: a symmetric positive semi-definite D × D matrix that is never written out.
 
-Public methods are final: they check their input once and call a private hook. A new structure supplies the hooks of
-`operators.hooks`, and inherits everything else, the checks and the conformance suite included. The list of operations
-is closed. This module knows neither models nor data.
+Public methods are final: they check their input once and call a private hook, outside of a caller's autocast. A new
+structure supplies the hooks of `operators.hooks`, and inherits everything else, the checks and the conformance suite
+included. The list of operations is closed. This module knows neither models nor data.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.arguments import is_integer
+from fisherkit.arithmetic import without_autocast
 from fisherkit.coverage import Coverage
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.damping import Damping
@@ -52,14 +53,16 @@ class FisherOperator(OperatorHooks):
         return self.size, self.size
 
     @final
+    @without_autocast()
     def matvec(self, v: Vector) -> Vector:
         """F v.
 
         Args:
-            v: ``[D]``, ``[D, K]`` (columns last) or a dict name -> tensor.
+            v: ``[D]``, ``[D, K]`` (columns last) or a dict name -> tensor, in the operator's dtype; of an operator in
+                float32 also in half precision.
 
         Returns:
-            The product in v's form, dtype and device.
+            The product in v's form, in the operator's dtype and on its device.
 
         Raises:
             InvalidTypeError, InvalidArgumentError, NonFiniteError: v is not a finite vector of this space.
@@ -73,6 +76,7 @@ class FisherOperator(OperatorHooks):
         return self.matvec(v)
 
     @final
+    @without_autocast()
     def quadratic_form(self, v: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "..."]:
         """vᵀ F v, a scalar for one vector, ``[K]`` for columns; float64."""
         flat = self.space.flatten(v) if isinstance(v, Mapping) else v
@@ -81,16 +85,19 @@ class FisherOperator(OperatorHooks):
         return values[0] if flat.ndim == 1 else values
 
     @final
+    @without_autocast()
     def diagonal(self) -> Float[Tensor, "D"]:
         """diag F, in flat order."""
         return self._diagonal()
 
     @final
+    @without_autocast()
     def trace(self) -> Float[Tensor, ""]:
         """The sum of the eigenvalues, float64."""
         return self._trace()
 
     @final
+    @without_autocast()
     def gram(self) -> Float[Tensor, "R R"]:
         """The Gram matrix of the rows, scaled so that its non-zero eigenvalues are F's; float64.
 
@@ -100,6 +107,7 @@ class FisherOperator(OperatorHooks):
         return self._gram()
 
     @final
+    @without_autocast()
     def eigenvalues(self, k: int | None = None) -> Float[Tensor, "k"]:
         """The k largest eigenvalues in descending order, float64.
 
@@ -120,11 +128,13 @@ class FisherOperator(OperatorHooks):
         return self._eigenvalues(count)
 
     @final
+    @without_autocast()
     def to_dense(self) -> Float[Tensor, "D D"]:
         """The matrix itself; O(D²) memory."""
         return self._to_dense()
 
     @final
+    @without_autocast()
     def factorize(
         self, damping: Damping = 1e-3, *, tolerance: float | None = None, max_steps: int | None = None
     ) -> Factorization:
@@ -167,6 +177,7 @@ class FisherOperator(OperatorHooks):
         progress: bool = ...,
     ) -> tuple[Vector, SolveInfo]: ...
     @final
+    @without_autocast()
     def solve(
         self,
         v: Vector,
@@ -181,7 +192,7 @@ class FisherOperator(OperatorHooks):
         """(F + λI)⁻¹ v, with the null space's v/λ included.
 
         Args:
-            v: ``[D]``, ``[D, K]`` or a dict.
+            v: as in `matvec`.
             damping: λ in parameter space, or `RelativeDamping`.
             return_info: also return how it went: method, steps, relative residual per column, converged.
             tolerance: as in `factorize`.
@@ -192,7 +203,7 @@ class FisherOperator(OperatorHooks):
             progress: show an iterative solver's steps and residual.
 
         Returns:
-            The solution in v's form; with ``return_info`` a pair (solution, `SolveInfo`).
+            The solution in v's form and the operator's dtype; with ``return_info`` a pair (solution, `SolveInfo`).
 
         Raises:
             InvalidArgumentError: the checkpoint is the file of another solve (another v, damping or Fisher); it is left
@@ -210,6 +221,7 @@ class FisherOperator(OperatorHooks):
         return (restore(solution), info) if return_info else restore(solution)
 
     @final
+    @without_autocast()
     def logdet(self, damping: Damping = 1e-3) -> Float[Tensor, ""]:
         """log det(F + λI), float64; -inf is an error, not a value.
 
@@ -223,6 +235,7 @@ class FisherOperator(OperatorHooks):
     def to_scipy(self) -> LinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` that takes and gives NumPy arrays on the CPU."""
 
+        @without_autocast()
         def product(array: Any) -> Any:
             columns = torch.as_tensor(array, dtype=self.dtype, device=self.device).reshape(self.size, -1)
             return self._matmat(columns).cpu().numpy().reshape(array.shape)
@@ -250,6 +263,7 @@ class FisherOperator(OperatorHooks):
         io.write(path, self._state(), self.space, self.metadata, max_shard_size=max_shard_size)
 
     @final
+    @without_autocast()
     def __mul__(self, scale: float) -> FisherOperator:
         """scale · F; the scale must not be negative."""
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -282,6 +296,7 @@ class FisherOperator(OperatorHooks):
         return self
 
     @final
+    @without_autocast()
     def __add__(self, other: FisherOperator) -> FisherOperator:
         """F + other, folded into one operator where that is exact, else kept as a sum."""
         from fisherkit.operators.algebra import (

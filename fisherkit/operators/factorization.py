@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.conjugate import MatMat
 from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.row_forms import ColumnForm, RowForm, SolvedForm, solved_squares
@@ -92,16 +93,17 @@ class Factorization(ABC):
     @overload
     def matvec(self, v: Vector, *, return_info: Literal[True]) -> tuple[Vector, SolveInfo]: ...
     @final
+    @without_autocast()
     def matvec(self, v: Vector, *, return_info: bool = False) -> Vector | tuple[Vector, SolveInfo]:
         """(F + λI)⁻¹ v.
 
         Args:
-            v: ``[D]``, ``[D, K]`` or a dict.
+            v: as in `FisherOperator.matvec`.
             return_info: also return method, steps, relative residual per column and whether it converged; costs one
                 product with F for direct methods.
 
         Returns:
-            The solution in v's form, dtype and device, or a pair with its `SolveInfo`.
+            The solution in v's form and the operator's dtype, or a pair with its `SolveInfo`.
         """
         columns, restore = self.operator._columns(v, "factorize().matvec")
         if not return_info:
@@ -115,6 +117,7 @@ class Factorization(ABC):
         return self.matvec(v)
 
     @final
+    @without_autocast()
     def logdet(self) -> Float[Tensor, ""]:
         """log det(F + λI), float64.
 
@@ -124,6 +127,7 @@ class Factorization(ABC):
         return self._logdet()
 
     @final
+    @without_autocast()
     def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "D"]:
         """A draw from N(0, (F + λI)⁻¹), the Laplace posterior around the parameters.
 

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError, listed
 from fisherkit.likelihoods import Likelihood
@@ -41,6 +43,7 @@ from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.together import needing_each_other
 from fisherkit.rows.verified import fingerprint, plan_for
+from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace, Selection
 
 OPEN = 8
@@ -78,6 +81,7 @@ class Capture:
         self.examples = self._passes = 0
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
+        self._used: set[str] = set()
         self._through: dict[int, bool] = {}
         self._open: list[Pass] = []
         self._begun: tuple[Recorder, Plan, Batch, RngState | None] | None = None
@@ -142,7 +146,8 @@ class Capture:
             return None
         batch = Batch.of_call(args, kwargs)
         plan = self._plan(names, batch)
-        recorder = Recorder({id(p): n for n, p in plan.parameters.items()}, batch.size, plan.shared, training=True)
+        own = {id(p): n for n, p in self.model.named_parameters() if n in names}
+        recorder = Recorder(own, batch.size, batch.leaves()[0], plan.shared, training=True)
         self._begun = recorder, plan, batch, rng_state() if self._coupled() else None
         return recorder
 
@@ -152,15 +157,29 @@ class Capture:
         if begun is None or output is None:
             return
         recorder, plan, batch, rng = begun
+        plan.half = plan.half or recorder.half
         z = outputs_of(output)
         if not z.requires_grad:
             return
+        watched = Watched.seen(recorder, z)
+        if self._new(watched, plan):
+            plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
+        if not {name for unit in plan.ruled for name in unit.names} <= _used(watched) and watched.reentrant:
+            raise ModelError(
+                call=f"{self.call}, forward pass", got="a reentrant checkpoint around some of the parameters",
+                expected="checkpoints with use_reentrant=False",
+                why="what runs inside of a reentrant one has no graph, so that its rows cannot be seen",
+                try_="torch.utils.checkpoint.checkpoint(..., use_reentrant=False); of Hugging Face's models, "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})',
+            )  # fmt: skip
         coupled = self._coupled()
         averaging = [*coupled, *self._tracking()]
         if plan.generic and (recorder.random or averaging):
             raise self._unfit(plan, averaging)
-        keep = batch if plan.generic or coupled else Batch((), _masks(batch), None, batch.size)
-        one = Pass(plan, keep, z, with_own_inputs(recorder.uses, batch.leaves()[0]), coupled, rng)
+        keep = batch if plan.generic or coupled or not watched.regular else Batch((), _masks(batch), None, batch.size)
+        own = [use for use in watched.uses if use.weight in plan.space.slices or use.bias in plan.space.slices]
+        watched = replace(watched, uses=with_own_inputs(own, batch.leaves()[0]))
+        one = Pass(plan, keep, watched, coupled, rng)
         if coupled:
             self.warn(
                 f"{listed(map(repr, coupled), 3)} in train mode: the batch's statistics are taken as constants for "
@@ -176,31 +195,52 @@ class Capture:
 
         one.listen(reached, lambda: watch.silent)
 
-    def _plan(self, names: tuple[str, ...], batch: Batch) -> Plan:
-        """The plan for the parameters that require a gradient now, verified once, in eval mode."""
+    def _new(self, watched: Watched, plan: Plan) -> bool:
+        """Whether a pass has used parameters that the plan has no rows or no rule for, as another expert."""
+        unseen = {name for unit in plan.generic if unit.unseen for name in unit.names}
+        new = {name for name in _used(watched) if name not in plan.space.slices or name in unseen} - self._used
+        self._used |= new
+        return bool(new)
+
+    def _plan(self, names: tuple[str, ...], batch: Batch, *, anew: bool = False) -> Plan:
+        """The plan for the parameters that require a gradient now, verified once, in eval mode.
+
+        Args:
+            names: the parameters.
+            batch: of the pass that begins.
+            anew: verify again, for what the pass has shown.
+        """
         key = names, fingerprint(self.model)
-        if key not in self._plans:
+        # What was verified on an example alone says nothing of two.
+        if anew or key not in self._plans or (self._plans[key].alone and batch.size > 1):
             training = [module for module in self.model.modules() if module.training]
             device, _ = model_device(self.model, names)
             batch = batch.to(device)
             try:
                 for module in training:
                     module.training = False
-                with (
-                    self._watch.quiet(), torch.autocast(device.type, enabled=False),
-                    needing_each_other(self.model, batch),
-                ):  # fmt: skip
-                    plan = plan_for(self.model, ParameterSpace.of(self.model, names), batch)
-                    used = [name for name in names if name not in plan.unused]
-                    if len(used) < len(names):
-                        # As in torch, a parameter that the loss does not depend on is left alone.
-                        plan = plan_for(self.model, ParameterSpace.of(self.model, used), batch)
+                with self._watch.quiet(), without_autocast(), needing_each_other(self.model, batch):
+                    plan = self._verified(names, batch)
             finally:
                 for module in training:
                     module.training = True
             plan.probed = torch.empty(0)
             self._plans[key] = plan
         return self._plans[key]
+
+    def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:
+        """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
+        plan = plan_for(self.model, ParameterSpace.of(self.model, names), batch)
+        if plan.unused or any(unit.unseen for unit in plan.generic):
+            with untouched_rng([plan.example_parameter.device]), differentiable(list(plan.parameters.values())):
+                linearized = Linearized.at(plan, batch)
+                self._used |= _used(linearized.watched)
+                plan = linearized.revised() if linearized.noticed else plan
+        # As in torch, a parameter that the loss does not depend on is left alone.
+        used = [name for name in names if name not in plan.unused or name in self._used]
+        if len(used) == len(names):
+            return plan
+        return self._verified(tuple(used), batch)
 
     def _coupled(self) -> list[str]:
         """Modules that use statistics of the batch."""
@@ -229,6 +269,7 @@ class Capture:
 
     # -- the backward pass ---------------------------------------------------------------------------------------------
 
+    @without_autocast()
     def _reached(self, one: Pass | None, gradient: Tensor | None) -> None:
         """The user's backward pass is at the model's outputs."""
         if self.closed or gradient is None or self._watch.silent or not self._accumulating():
@@ -244,8 +285,11 @@ class Capture:
         one.refuse_rewritten(self.call)
         self._forget_zeroed()
         one.gradient = gradient.detach()
+        if not one.coupled and self.rule.along_gradient and not one.watched.regular:
+            with self._watch.quiet():
+                one.multiplied = one.watched.multiplied(one.gradient)
         if not one.coupled and not self.rule.along_gradient:
-            one.chunks = self._own_rows(one, Linearized(one.plan, one.batch, one.z, one.uses))
+            one.chunks = self._own_rows(one, Linearized(one.plan, one.batch, one.watched))
         elif not one.coupled and (self._due() or not self._through.get(id(one.plan), False)):
             edges = [use.edge for use in one.uses]
             with self._watch.quiet():
@@ -282,6 +326,7 @@ class Capture:
         own = self.model.named_parameters()
         return {n: (id(p.grad), p.grad._version) for n, p in own if p.grad is not None and n in self.space.slices}
 
+    @without_autocast()
     def _finish(self, one: Pass) -> None:
         """The user's backward pass is over."""
         if one not in self._open:
@@ -323,7 +368,7 @@ class Capture:
 
     def _users_rows(self, one: Pass) -> list[Chunk]:
         """Rows of vectors that are multiples of the loss gradient: the user's backward pass, scaled by example."""
-        linearized = Linearized(one.plan, one.batch, one.z.detach(), one.uses)
+        linearized = Linearized(one.plan, one.batch, replace(one.watched, z=one.z.detach()))
         seen = self._see(one, one.z)
         slots = Slots.of(seen.outputs, self.rule, False)
         self._choose(one.plan, slots)
@@ -331,7 +376,7 @@ class Capture:
         gradients = [None if g is None else g.unsqueeze(0) for g in found]
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
-            known = Known(gradients, seen.scale_of(v[0]))
+            known = Known(gradients, seen.scale_of(v[0]), one.multiplied)
             # The engine switches gradients off in callbacks; rows of parameters without a rule need them.
             with self._watch.quiet(), torch.enable_grad():
                 return linearized.rows(self.likelihood.as_outputs(v, one.z.shape), selection, known)
@@ -345,7 +390,8 @@ class Capture:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._watch.quiet(), torch.enable_grad():
-                return linearized.rows(self.likelihood.as_outputs(v, linearized.z.shape), selection)
+                shaped = self.likelihood.as_outputs(v, linearized.z.shape)
+                return linearized.rows(shaped, selection, alone=slots.number == 1)
 
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))
 
@@ -361,14 +407,19 @@ class Capture:
         plan = one.plan
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         recorder = Recorder(
-            {id(p): n for n, p in plan.parameters.items()},
-            one.batch.size, plan.shared, training=True, constant_statistics=True,
+            {id(p): n for n, p in plan.parameters.items()}, one.batch.size, one.batch.leaves()[0], plan.shared,
+            training=True, constant_statistics=True,
         )  # fmt: skip
         devices = [plan.example_parameter.device]
         with self._watch.quiet(), untouched_rng(devices, one.rng), differentiable(list(plan.parameters.values())):
             with recorder:
                 z = one.batch.call(lambda *args, **kwargs: functional_call(self.model, buffers, args, kwargs))
-            return self._own_rows(one, Linearized(plan, one.batch, z, recorder.uses))
+            return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
+
+
+def _used(watched: Watched) -> set[str]:
+    """The parameters that functions of a pass were given."""
+    return {name for use in watched.uses for name in (use.weight, use.bias) if name} | watched.elsewhere
 
 
 def _masks(batch: Batch) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_count
+from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import InvalidArgumentError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
@@ -122,6 +123,7 @@ class Curvature:
 
         Raises:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
+            NonFiniteError: NaN or infinite numbers in a pass; averages stay as they were.
             SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
                 block structures.
         """
@@ -137,6 +139,9 @@ class Curvature:
             nothing = self._mean({}, space, 1)
             return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
         if due:
+            for number, one in enumerate(captured):
+                for chunk in one.chunks:
+                    chunk.rows.finite(f"{self.call}.step, forward pass {number}")
             self.examples, self._inverse = examples, None
             self._look_for_surprises(captured, gradients, space)
         if self.structure in OF_A_BATCH:
@@ -258,6 +263,7 @@ class Curvature:
         """The mean gradient, whatever the reduction of the loss."""
         own = dict(self.capture.model.named_parameters())
         flat = space.flatten({n: gradients.get(n, torch.zeros_like(own[n])).detach() for n in space.names})
+        flat = flat.to(at_least_single(flat.dtype))
         return flat / max(examples, 1) if self.reduction == "sum" else flat
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError
+from fisherkit.arithmetic import all_finite, without_autocast
+from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
 from fisherkit.optim.curvature import Curvature
-from fisherkit.optim.sample_space import all_finite
 from fisherkit.outputs import OutputRule
 from fisherkit.space import ParameterSpace, Selection
 
@@ -159,18 +159,21 @@ class NaturalGradient(torch.optim.Optimizer):
             self._curvature.capture.say_if_forgotten()
             return loss
         first = self.param_groups[0]
-        if not all_finite(gradients.values()):
+        if not all_finite(*gradients.values()):
+            bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
             raise NonFiniteError(
-                call=f"{CALL}.step", got="gradients with NaN or infinite entries", expected="finite gradients",
+                call=f"{CALL}.step", got=f"gradients with NaN or infinite entries of {bad}",
+                expected="finite gradients",
                 try_="skipping the step, as torch.amp.GradScaler does, or a smaller lr",
             )  # fmt: skip
         check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
-        space, direction = self._curvature.direction(gradients, damping)
-        if first["normalize_update"]:
-            direction = direction.normalized()
-        longest = max(group["lr"] for group in self.param_groups)
-        self._apply(own, grouped, space, direction.within(first["trust_region"], longest))
+        with without_autocast():  # the closure above is the user's own
+            space, direction = self._curvature.direction(gradients, damping)
+            if first["normalize_update"]:
+                direction = direction.normalized()
+            longest = max(group["lr"] for group in self.param_groups)
+            self._apply(own, grouped, space, direction.within(first["trust_region"], longest))
         return loss
 
     def _apply(
@@ -187,7 +190,9 @@ class NaturalGradient(torch.optim.Optimizer):
             if group["momentum"]:
                 state = self.state[p]
                 known = state.get("momentum_buffer")
-                state["momentum_buffer"] = delta.clone() if known is None else known.mul_(group["momentum"]).add_(delta)
+                # In the parameter's dtype, in which torch loads it.
+                delta = delta.to(p.dtype, copy=True)
+                state["momentum_buffer"] = delta if known is None else known.mul_(group["momentum"]).add_(delta)
                 delta = state["momentum_buffer"]
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])

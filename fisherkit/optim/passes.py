@@ -21,6 +21,7 @@ from fisherkit.randomness import RngState
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.rules import Use
+from fisherkit.rows.watched import Watched
 
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of the same gradient computed twice; 1e-2 for half precision."""
@@ -55,14 +56,14 @@ class Pass:
     Args:
         plan: how rows are made.
         batch: the arguments of the call; without examples if nothing asks for them again.
-        z: the outputs, with their graph.
-        uses: of the parameters on the way.
+        watched: the pass, with its graph.
         coupled: modules that couple the examples of a batch.
         rng: where the random generators were before the pass; None if it is not run again.
 
     Attributes:
         gradient: of the user's loss at the outputs.
         found: the gradients at uses' outputs, by the edge's ``id``.
+        multiplied: what they are where each example's vector is times numbers of its own; none where not needed.
         expected: what they should be if all of the loss goes through the outputs; None where that is not checked.
         chunks: rows that a backward pass of our own has brought.
         seen: what the gradient says of the targets.
@@ -70,12 +71,12 @@ class Pass:
 
     plan: Plan
     batch: Batch
-    z: Tensor
-    uses: list[Use]
+    watched: Watched
     coupled: list[str]
     rng: RngState | None
     gradient: Tensor | None = None
     found: dict[int, Tensor] = field(default_factory=dict)
+    multiplied: Sequence[Sequence[Tensor | None]] = ()
     expected: Sequence[Tensor | None] | None = None
     chunks: list[Chunk] | None = None
     seen: Seen | None = None
@@ -83,6 +84,16 @@ class Pass:
     def __post_init__(self) -> None:
         """Note what would show that the outputs are written to."""
         self._version = self.z._version
+
+    @property
+    def z(self) -> Tensor:
+        """The outputs."""
+        return self.watched.z
+
+    @property
+    def uses(self) -> Sequence[Use]:
+        """Of the parameters on the way."""
+        return self.watched.uses
 
     def listen(self, reached: Callable[[Pass | None, Tensor | None], None], silent: Callable[[], bool]) -> None:
         """Put hooks on the graph. They know the pass weakly, because it holds the graph.
@@ -148,7 +159,7 @@ class _Receiver:
             one.found[self.edge] = gradient.detach()
 
 
-def with_own_inputs(uses: list[Use], arguments: Sequence[Tensor]) -> list[Use]:
+def with_own_inputs(uses: Sequence[Use], arguments: Sequence[Tensor]) -> list[Use]:
     """The uses with copies of inputs that lie in the caller's memory, which may be refilled before the step."""
     theirs = {tensor.untyped_storage().data_ptr() for tensor in arguments}
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
 from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
 from fisherkit.optim.curvature import Curvature
-from fisherkit.optim.sample_space import all_finite
 from fisherkit.outputs import OutputRule
 from fisherkit.space import Selection
 
@@ -98,11 +98,13 @@ class Preconditioner:
         )  # fmt: skip
 
     @torch.no_grad()
+    @without_autocast()
     def step(self) -> None:
         """Put (F + λI)⁻¹ ∇L in the place of ``.grad``; see the class.
 
         Raises:
             ModelError: an update is due, and no forward and backward pass of the model was seen.
+            NonFiniteError: NaN or infinite numbers in a pass whose gradients are finite; averages stay as they were.
             SingularMatrixError: the damping is too small.
         """
         curvature = self._curvature
@@ -111,7 +113,7 @@ class Preconditioner:
         if not gradients:
             curvature.capture.say_if_forgotten()
             return
-        if not all_finite(gradients.values()):
+        if not all_finite(*gradients.values()):
             curvature.capture.forget()
             return
         space, direction = curvature.direction(gradients, self.damping)

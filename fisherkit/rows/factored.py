@@ -326,6 +326,11 @@ class FactoredRows(UnitRows):
             few, self.gradients, None if regular else example, bias=self.bias, transposed=self.transposed
         )
 
+    def zeros(self, count: int, examples: int, example: Int[Tensor, "R"] | None, like: Tensor) -> FactoredRows:
+        """So many rows of zeros of the unit, in ``like``'s dtype and on its device; ``example`` as in the class."""
+        a, g = like.new_zeros(examples, 1, self.inputs), like.new_zeros(count, 1, self.outputs)
+        return FactoredRows(a, g, example, bias=self.bias, transposed=self.transposed)
+
     def double(self) -> FactoredRows:
         """The rows in float64."""
         return FactoredRows(
@@ -366,10 +371,14 @@ class FactoredRows(UnitRows):
         return self.gradients
 
     @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The two factors; of patches, the input."""
+        return self.activations if isinstance(self.activations, Tensor) else self.activations.x, self.gradients
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory; of patches, those of the input."""
-        a = self.activations if isinstance(self.activations, Tensor) else self.activations.x
-        return sum(t.numel() * t.element_size() for t in (a, self.gradients))
+        return sum(t.numel() * t.element_size() for t in self.numbers)
 
     def options(self) -> dict[str, int]:
         """Bias and orientation."""

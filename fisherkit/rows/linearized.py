@@ -1,28 +1,36 @@
 """One batch linearised: a forward pass whose graph answers, for any output vectors, with the rows of every unit.
 
 Only gradients with respect to the layers' outputs are asked for; weight gradients of rule-covered units are never
-formed.
+formed. Whose each position is, is looked at in every batch; what the rules cannot say of this one goes the slow exact
+way, and `noticed` says so to whoever can start again with a better plan.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
-from fisherkit.rows.base import UnitRows
+from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.generic import looped_rows
+from fisherkit.rows.half import scales
+from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.patches import Activations
-from fisherkit.rows.plan import TOLERANCE, Plan, forward
-from fisherkit.rows.rules import Use, in_dtype
+from fisherkit.rows.plan import TOLERANCE, Plan, forward, propose
+from fisherkit.rows.rules import in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
+from fisherkit.rows.units import RuledUnit, Unit
+from fisherkit.rows.watched import Watched
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,12 @@ class Known:
     Args:
         gradients: ``[k, *output]`` at each of the `Linearized.edges`; None where nothing depends on an output.
         scale: by example, what turns them into those of the wanted vectors.
+        multiplied: of the same pass, as `Watched.multiplied` makes them; None to make them from the graph.
     """
 
     gradients: Sequence[Tensor | None]
     scale: Float[Tensor, "B"]
+    multiplied: Sequence[Sequence[Tensor | None]] | None = None
 
 
 class Linearized:
@@ -44,66 +54,196 @@ class Linearized:
     Args:
         plan: how rows are made.
         batch: the examples.
-        z: the model's outputs for them.
-        uses: of the chosen parameters on the way.
+        watched: the forward pass.
+
+    Attributes:
+        lost: parameters of units whose rule does not hold in this batch.
     """
 
-    def __init__(self, plan: Plan, batch: Batch, z: Tensor, uses: Sequence[Use]) -> None:
-        self.plan, self.batch, self.z = plan, batch, z
-        self._uses = [
-            (unit, [in_dtype(use, plan.example_parameter.dtype) for use in unit.uses(uses)]) for unit in plan.ruled
-        ]
+    def __init__(self, plan: Plan, batch: Batch, watched: Watched) -> None:
+        dtype = plan.dtype
+        self.plan, self.batch = plan, batch
+        self.watched = replace(watched, uses=[in_dtype(use, dtype) for use in watched.uses])
+        self.lost: set[str] = {
+            name
+            for unit in plan.ruled
+            if any(unit.strange(self.watched.uses[i]) for i in unit.of(self.watched.uses))
+            or watched.elsewhere.intersection(unit.names)
+            for name in unit.names
+        }
         self._activations: dict[tuple[str, ...], Activations] = {}
-        for unit, own in self._uses:
-            if not own or any(unit.strange(use) for use in own):
-                raise ModelError(
-                    call="the model's forward pass",
-                    got=f"parameter {unit.names[0]!r} {'used in a new way' if own else 'not used'} in this batch",
-                    expected="the same layers for every batch",
-                    why="rules are verified on the data's first examples",
-                    try_="leave the parameter out with params=, make forward independent of the data, or checkpoint "
-                    "activations with use_reentrant=False",
-                )
+        self._how: Sequence[Arrangement | None] | None = None
 
     @classmethod
     def at(cls, plan: Plan, batch: Batch) -> Linearized:
         """By a forward pass."""
-        z, uses, _ = forward(plan, batch)
-        return cls(plan, batch, z, uses)
+        return cls(plan, batch, forward(plan, batch))
+
+    @property
+    def z(self) -> Tensor:
+        """The outputs, ``[B, ...]``."""
+        return self.watched.z
 
     @property
     def edges(self) -> list[GradientEdge]:
         """Where gradients are asked for: the outputs of all uses."""
-        return [use.edge for _, own in self._uses for use in own]
+        return [use.edge for use in self.watched.uses]
+
+    @property
+    def noticed(self) -> set[str]:
+        """Parameters without a rule that this batch uses under one, which the plan's two examples had not used."""
+        unseen = {name for unit in self.plan.generic if unit.unseen for name in unit.names}
+        return {name for use in self.watched.uses for name in (use.weight, use.bias) if name in unseen}
 
     @property
     def numbers_per_vector(self) -> int:
         """Entries of all layer-output gradients for one output vector, what a backward pass must hold."""
-        layers = sum(torch.Size(use.output_shape).numel() for _, own in self._uses for use in own)
+        layers = sum(torch.Size(use.output_shape).numel() for use in self.watched.uses)
         return self.z.numel() + layers + sum(unit.numbers for unit in self.plan.generic) * self.batch.size
 
-    def rows(self, v: Float[Tensor, "k B ..."], selection: RowSelection, known: Known | None = None) -> Rows:
+    def rows(
+        self, v: Float[Tensor, "k B ..."], selection: RowSelection, known: Known | None = None, *, alone: bool = False
+    ) -> Rows:
         """The rows Jᵀ v.
 
         Args:
             v: k vectors for each example, ``[k, *outputs]``.
             selection: which of them are rows.
             known: what a backward pass has brought already.
+            alone: whether these are all vectors that there will be of this batch.
         """
-        v, dtype = v.to(self.z.dtype), self.plan.example_parameter.dtype
-        gradients = iter(self._backward(v) if known is None else known.gradients)
-        found: dict[tuple[str, ...], UnitRows] = {}
-        for unit, own in self._uses:
-            if unit.names not in self._activations:
-                self._activations[unit.names] = unit.activations(own, self.batch.size)
-            g = unit.gradients(own, [next(gradients) for _ in own], v).to(dtype)
-            g = g if known is None else g * known.scale.to(dtype)[:, None, None]
-            found[unit.names] = unit.rows(own[0], self._activations[unit.names], selection.take(g), selection)
-        if self.plan.generic:
-            flat = selection.take(self.plan.generic_rows(self.batch, v).to(dtype))
-            parts = flat.split([unit.numbers for unit in self.plan.generic], 1)
-            found.update({u.names: StoredRows(part) for u, part in zip(self.plan.generic, parts, strict=True)})
-        return Rows(self.plan.space, [UnitSlot(unit.names, found[unit.names]) for unit in self.plan.units])
+        dtype = self.plan.dtype
+        own, gradients, generic, scale = self._pulled(v, known)
+        how = self._arrangements(own, gradients, known, alone=alone)
+        factor = scale if known is None else known.scale.unsqueeze(0)
+        found: dict[tuple[str, ...], UnitSlot] = {}
+        for unit in self.plan.ruled:
+            made = None
+            if not self.lost.intersection(unit.names):
+                made = unit.made(
+                    self.watched.uses, gradients, how, own.to(dtype), selection, self._activations, factor
+                )  # fmt: skip
+            if made is None:
+                self.lost.update(unit.names)
+            else:
+                found[unit.names] = made
+        rest = [unit for unit in self.plan.units if unit.names not in found]
+        slow = [unit for unit in rest if isinstance(unit, RuledUnit)]
+        for units, values in ((self.plan.generic, generic), (slow, self._slow(own, slow))):
+            if units:
+                whole = values.to(dtype) if scale is None else values.to(dtype) * scale.unsqueeze(2)
+                parts = selection.take(whole).split([unit.numbers for unit in units], 1)
+                found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
+        return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
+
+    def revised(self) -> Plan:
+        """A plan that knows what this batch has shown.
+
+        Units whose rule does not hold here lose it; parameters that are used for the first time get a rule, if the sum
+        of their rows is what autograd finds.
+        """
+        plan, noticed = copy.copy(self.plan), self.noticed
+        plan.units = [unit for unit in self.plan.units if not {*self.lost, *noticed}.intersection(unit.names)]
+        names = [name for name in plan.space.names if name in self.lost]
+        why = "in some batch its positions belong to several examples, or it is used in another way"
+        plan.units += [Unit((name,), why, plan.parameters[name].numel()) for name in names]
+        plan.vectorised = plan.vectorised and not names
+        if noticed:
+            v = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
+            gradients = self.watched.backward(v.unsqueeze(0))
+            how = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
+            for unit in propose(plan, self.watched, [name for name in plan.space.names if name in noticed]):
+                plan.units.append(self._adopted(unit, gradients, how, v))
+        plan.units.sort(key=lambda unit: plan.space.names.index(unit.names[0]))
+        return plan
+
+    def _adopted(
+        self, unit: Unit, gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None], v: Tensor
+    ) -> Unit:
+        if isinstance(unit, RuledUnit):
+            dtype, uses = self.plan.dtype, self.watched.uses
+            selection = RowSelection(1, self.batch.size, v.device)
+            made = unit.made(uses, gradients, how, v.to(dtype).unsqueeze(0), selection)
+            own = torch.autograd.grad(
+                self.z, [self.plan.parameters[name] for name in unit.names], v, retain_graph=True
+            )  # fmt: skip
+            expected = torch.cat([g.flatten() for g in own]).to(dtype)
+            if made is not None and made.rows.size == len(expected):
+                total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
+                if bool((total - expected).norm() <= TOLERANCE.get(dtype, 5e-2) * expected.norm()):
+                    unit.measure(uses, how, made.rows)
+                    return unit
+        return Unit(unit.names, f"autograd does not confirm a rule for {unit.names[0]}", unit.numbers)
+
+    def _arrangements(
+        self, v: Float[Tensor, "k B ..."], gradients: Sequence[Tensor | None], known: Known | None, *, alone: bool
+    ) -> Sequence[Arrangement | None]:
+        """How the entries of each use lie, found once a pass, from vectors that reach what any of its vectors reach."""
+        if self._how is None:
+            first = [None if g is None else g[0] for g in gradients]
+            if known is not None and known.multiplied is not None:
+                self._how = self.watched.arrangements(first, known.multiplied)
+            elif alone and len(v) == 1:
+                self._how = self.watched.arrangements_by(v[0], first)
+            else:
+                generator = torch.Generator().manual_seed(0)
+                self._how = self.watched.arrangements_by(torch.randn(self.z.shape, generator=generator).to(self.z))
+        return self._how
+
+    def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
+        """Rows of the parameters without a rule; zeros if no output depends on any of them."""
+        names = [name for unit in self.plan.generic for name in unit.names]
+        numbers = sum(unit.numbers for unit in self.plan.generic)
+        if not names or not self._reached(names):
+            return v.new_zeros(*v.shape[:2], numbers)
+        return self.plan.generic_rows(self.batch, v)
+
+    def _reached(self, names: Sequence[str]) -> bool:
+        """Whether the outputs depend on some parameters, as far as their graph says."""
+        if not self.z.requires_grad:
+            return True  # the graph is gone
+        parameters = [self.plan.parameters[name] for name in names]
+        found = torch.autograd.grad(self.z, parameters, torch.zeros_like(self.z), retain_graph=True, allow_unused=True)
+        return any(g is not None for g in found)
+
+    def _slow(self, v: Float[Tensor, "k B ..."], units: Sequence[Unit]) -> Float[Tensor, "k B d"]:
+        """Rows of units whose rule does not hold in this batch, example by example."""
+        if not units:
+            return v.new_zeros(*v.shape[:2], 0)
+        own = {name: self.plan.parameters[name] for unit in units for name in unit.names}
+        self._refuse_company(list(own))
+        return looped_rows(self.plan.model, own, self.batch, v)
+
+    def _refuse_company(self, names: list[str]) -> None:
+        """Raise unless each example alone has the outputs that it has in this batch."""
+        tolerance = TOLERANCE.get(self.z.dtype, 5e-2) if not self.watched.half else 5e-2
+        with torch.no_grad(), untouched_rng([self.z.device]):
+            alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model) for n in range(self.batch.size)]
+        pairs = [(one[0], z) for one, z in zip(alone, self.z.detach(), strict=True)]
+        if all(a.shape == z.shape and bool((a - z).norm() <= tolerance * z.norm().clamp_min(1)) for a, z in pairs):
+            return
+        raise ModelError(
+            call="the model's forward pass",
+            got=f"outputs that change with the rest of the batch, through {names[:2]}",
+            expected="examples that do not influence each other",
+            why="per-example gradients do not exist otherwise",
+            try_="model.eval(); batches of one example; remove what joins the examples of a batch from forward, as a "
+            "capacity that experts share",
+        )
+
+    def _pulled(
+        self, v: Float[Tensor, "k B ..."], known: Known | None
+    ) -> tuple[Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"], Float[Tensor, "k B"] | None]:
+        """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
+        for scale in scales(v) if self.plan.half or self.z.dtype in HALF else (None,):
+            own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
+            several = len(v) > 1 and known is None and self.batched
+            arrived = self.watched.backward(own, batched=several) if known is None else known.gradients
+            generic = self._generic(own)
+            made = [*(arrived if known is None else ()), generic]
+            if scale is None or all_finite(*(g for g in made if g is not None)):
+                break  # else something overflowed in half precision that a smaller multiple may leave finite
+        return own, arrived, generic, scale
 
     @property
     def batched(self) -> bool:
@@ -130,17 +270,3 @@ class Linearized:
             and (a is None or b is None or bool((a[1] - b).norm() <= tolerance * (b.norm() + 1e-30)))
             for a, b in zip(both, last, strict=True)
         )
-
-    def _backward(self, v: Float[Tensor, "k B ..."]) -> list[Tensor | None]:
-        """Gradients of Σ_n v_n · z_n in every use's output, for each of the k vectors."""
-        edges = self.edges
-        if not edges:
-            return []
-        if v.shape[0] > 1 and self.batched:
-            return list(
-                torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
-            )
-        passes = [torch.autograd.grad(self.z, edges, one, retain_graph=True, allow_unused=True) for one in v]
-        if len(passes) == 1:
-            return [None if one is None else one.unsqueeze(0) for one in passes[0]]
-        return [None if found[0] is None else torch.stack(found) for found in zip(*passes, strict=True)]

@@ -21,11 +21,12 @@ class Patches:
     """The windows of a padded input, ``[N, T, I]``: T output positions, I = channels × kernel, channels first.
 
     Args:
-        x: ``[N, channels, *sizes]``.
+        x: ``[N · group, channels, *sizes]``.
         kernel: its sizes.
         stride: for each axis.
         dilation: for each axis.
         padding: zeros before and after each axis; negative to crop.
+        group: neighbouring inputs that are one example, as views of an image are; their windows follow one another.
     """
 
     x: Float[Tensor, "N c ..."]
@@ -33,10 +34,11 @@ class Patches:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
+    group: int = 1
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """How many windows there are along each axis."""
+        """How many windows an input has along each axis."""
         axes = zip(self.x.shape[2:], self.padding, self.kernel, self.stride, self.dilation, strict=True)
         return tuple((size + sum(pads) - d * (k - 1) - 1) // s + 1 for size, pads, k, s, d in axes)
 
@@ -44,7 +46,7 @@ class Patches:
     def shape(self) -> torch.Size:
         """``[N, T, I]``."""
         windows, entries = torch.Size(self.positions).numel(), torch.Size(self.kernel).numel()
-        return torch.Size((self.x.shape[0], windows, self.x.shape[1] * entries))
+        return torch.Size((len(self.x) // self.group, self.group * windows, self.x.shape[1] * entries))
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +62,7 @@ class Patches:
 
         Windows lie along the last axis of memory, where runs of pixels are copied whole.
         """
-        x = self.x[index]
+        x = self.x[index] if self.group == 1 else self.x.unflatten(0, (-1, self.group))[index].flatten(0, 1)
         if any(pair != (0, 0) for pair in self.padding):
             x = F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
         inner = x.stride()[2:]
@@ -68,15 +70,19 @@ class Patches:
         windows = [step * s for step, s in zip(inner, self.dilation, strict=True)]
         moves = [step * s for step, s in zip(inner, self.stride, strict=True)]
         every = x.as_strided(size, (*x.stride()[:2], *windows, *moves), x.storage_offset())
-        _, t, i = self.shape
+        t, i = torch.Size(self.positions).numel(), self.shape[2]
         result = x.new_empty(x.shape[0], i + constant, t)
         result[:, :i].unflatten(2, self.positions).unflatten(1, size[1 : 2 + len(inner)]).copy_(every)
         result[:, i:] = 1.0
-        return result.mT
+        return result.mT if self.group == 1 else result.mT.reshape(-1, self.group * t, i + constant)
+
+    def grouped(self, group: int) -> Patches:
+        """So many neighbours as one example."""
+        return replace(self, group=self.group * group)
 
     def examples(self, index: Int[Tensor, "n"]) -> Patches:
         """Some examples' patches, still to be made."""
-        return replace(self, x=self.x[index])
+        return replace(self, x=self.x.unflatten(0, (-1, self.group))[index].flatten(0, 1))
 
     def double(self) -> Patches:
         """In float64."""
@@ -84,7 +90,7 @@ class Patches:
 
     def stacks_with(self, other: Patches) -> bool:
         """Whether `cat` can put the two on top of each other."""
-        mine, theirs = ((p.x.shape[1:], p.kernel, p.stride, p.dilation, p.padding) for p in (self, other))
+        mine, theirs = ((p.x.shape[1:], p.kernel, p.stride, p.dilation, p.padding, p.group) for p in (self, other))
         return mine == theirs
 
     @staticmethod

@@ -9,22 +9,25 @@ weight or a hidden functional use can make a run slower, never wrong.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
-from fisherkit.errors import ModelError, NonFiniteError
+from fisherkit.errors import ModelError, NonFiniteError, listed
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.generic import gradients, looped_rows, vectorised_rows
-from fisherkit.rows.record import Recorder, refuse_train_mode
-from fisherkit.rows.rules import Rule, Use, in_dtype
+from fisherkit.rows.ownership import Arrangement
+from fisherkit.rows.record import refuse_train_mode
+from fisherkit.rows.rules import Rule, in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import RuledUnit, Unit
+from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -49,6 +52,8 @@ class Plan:
         half: whether layers compute in half precision, whatever the dtype of parameters and outputs.
         probed: the outputs of the two examples that the plan was verified on.
         numbers_per_example: entries of all layer outputs for one example.
+        key: what the findings are kept under (`rows.verified`); None before.
+        alone: whether the model takes one example at a time, so that it was verified on one.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
@@ -64,6 +69,8 @@ class Plan:
         self.half = False
         self.probed = torch.empty(0)
         self.numbers_per_example = 1
+        self.key: Hashable = None
+        self.alone = False
 
     def refuse_changed(self) -> None:
         """Refuse a model whose parameters were written to since the plan was made: its rows would be another Fisher's.
@@ -85,6 +92,11 @@ class Plan:
     def example_parameter(self) -> Tensor:
         """Any of the parameters, for dtype and device."""
         return self.parameters[self.space.names[0]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows: the parameters', or float32 where theirs is a half."""
+        return at_least_single(self.example_parameter.dtype)
 
     @property
     def ruled(self) -> list[RuledUnit]:
@@ -119,19 +131,21 @@ class Plan:
         return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v)
 
 
-def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: bool = False) -> Plan:
     """Probe the model on two examples and verify every rule.
 
     Args:
         model: the model, in a deterministic mode.
         space: the chosen parameters.
         batch: a first batch on the model's device; its first two examples are used (one is used twice).
+        alone: the batch has one example, and the model takes one at a time: it is used once.
 
     Raises:
         ModelError: dropout or batch statistics in train mode, or examples of a batch that influence each other.
     """
     refuse_train_mode(model)
     plan = Plan(model, space)
+    plan.alone = alone
     parameters = list(plan.parameters.values())
     device = plan.example_parameter.device
     if device.type == "meta":
@@ -142,86 +156,82 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             try_="model.to_empty(device=...) and load its weights",
         )
     with untouched_rng([device]), differentiable(parameters):
-        probe = batch.take(two_of(batch))
+        probe = batch.take(two_of(batch, alone))
         before = torch.get_rng_state()
-        z, uses, unbatched = forward(plan, probe)
+        watched = forward(plan, probe)
+        z = watched.z
         random = not torch.equal(before, torch.get_rng_state())
         _check_outputs(z)
         _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
             _refuse_chance(model, probe, z)
-        if unbatched:
-            z, uses = _with_batch(plan, probe, unbatched, z, uses)
+        if watched.unbatched:
+            watched = _with_batch(plan, probe, watched)
+            z = watched.z
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
         reached = torch.autograd.grad(z, parameters, v[0], retain_graph=True, allow_unused=True)
         plan.unused = {name for name, g in zip(plan.parameters, reached, strict=True) if g is None}
-        edges = [use.edge for use in uses]
-        found = torch.autograd.grad(z, edges, v[0], retain_graph=True, allow_unused=True) if edges else ()
-        gradients = {id(use.edge): g if g is None else g.unsqueeze(0) for use, g in zip(uses, found, strict=True)}
-        for unit in _propose(plan, uses):
-            plan.units.extend(_verified(plan, unit, uses, gradients, v, reference))
+        gradients = watched.backward(v)
+        how = watched.arrangements_by(v[0], [None if g is None else g[0] for g in gradients])
+        for unit in propose(plan, watched, space.names):
+            plan.units.extend(_verified(plan, unit, watched, gradients, how, v, reference))
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
         plan.vectorised = _vectorised_agrees(plan, probe, v, reference)
         plan.probed = z.detach()
-        layers = sum(torch.Size(use.output_shape).numel() for use in uses)
-        plan.numbers_per_example = (z.numel() + layers) // 2 + sum(unit.numbers for unit in plan.generic)
+        layers = sum(torch.Size(use.output_shape).numel() for use in watched.uses)
+        plan.numbers_per_example = (z.numel() + layers) // probe.size + sum(unit.numbers for unit in plan.generic)
     return plan
 
 
-def two_of(batch: Batch) -> Int[Tensor, "2"]:
-    """The first two examples of a batch; one counts twice."""
-    return torch.tensor([0, min(1, batch.size - 1)])
+def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:
+    """The first two examples of a batch; one counts twice, unless the model takes one alone."""
+    return torch.tensor([0] if alone else [0, min(1, batch.size - 1)])
 
 
-def _with_batch(plan: Plan, probe: Batch, unbatched: set[str], z: Tensor, uses: list[Use]) -> tuple[Tensor, list[Use]]:
+def _with_batch(plan: Plan, probe: Batch, watched: Watched) -> Watched:
     """The forward pass with tokens repeated for each example, if the model's outputs stay what they are."""
-    plan.shared = unbatched
+    plan.shared, z = set(watched.unbatched), watched.z
     try:
-        again, own, _ = forward(plan, probe)
+        again = forward(plan, probe)
     except (RuntimeError, ValueError, TypeError, IndexError):  # a shape that the model does not expect
-        again, own = torch.empty(0), []
-    if again.shape == z.shape and bool((again - z).norm() <= TOLERANCE.get(z.dtype, 5e-2) * z.norm()):
-        return again, own
+        again = None
+    tolerance = TOLERANCE.get(z.dtype, 5e-2) * z.norm()
+    if again is not None and again.z.shape == z.shape and bool((again.z - z).norm() <= tolerance):
+        return again
     plan.shared = set()
-    return z, uses
+    return watched
 
 
-def forward(plan: Plan, batch: Batch) -> tuple[Tensor, list[Use], set[str]]:
-    """Outputs of a batch, the uses of the chosen parameters on the way, and embeddings of tokens without batch axis."""
-    recorder = Recorder({id(p): name for name, p in plan.parameters.items()}, batch.size, plan.shared)
-    with recorder:
-        z = batch.call(plan.model)
-    plan.half = plan.half or recorder.half
-    if z.ndim == 0 or z.shape[0] != batch.size:
-        raise ModelError(
-            call="the model's forward pass",
-            got=f"outputs of shape {list(z.shape)} for {batch.size} examples",
-            expected=f"[{batch.size}, ...]",
-            why="examples lie along axis 0 of inputs and outputs",
-        )
-    return z, recorder.uses, recorder.unbatched
+def forward(plan: Plan, batch: Batch) -> Watched:
+    """A forward pass of a batch, watched."""
+    names = {id(p): name for name, p in plan.parameters.items()}
+    watched = Watched.of(plan.model, names, batch, plan.shared)
+    plan.half = plan.half or watched.half
+    return watched
 
 
 class _Reference:
     """Autograd's own per-example gradients on the probe."""
 
     def __init__(self, plan: Plan, z: Tensor, v: Tensor) -> None:
-        self.rows = [gradients(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0])]
+        found = (gradients(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0]))
+        self.rows = [[g.to(plan.dtype) for g in row] for row in found]
         self.names = {name: i for i, name in enumerate(plan.parameters)}
         self.norms = torch.stack([torch.stack([g.norm() for g in row]) for row in self.rows])
         # A norm is cheap, unlike a mask of finite entries; a large one may overflow where no entry does.
         if not bool(torch.isfinite(self.norms).all()) and not all(
             bool(torch.isfinite(g).all()) for row in self.rows for g in row
         ):
+            bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
                 call="data, batch 0",
-                got="gradients with NaN or infinite entries",
+                got=f"gradients with NaN or infinite entries of {listed(map(repr, bad))}",
                 expected="finite gradients",
                 try_="look for √, log or division at 0 in the model",
             )
         self.scale = self.norms.norm()
-        self.tolerance = _tolerance(self.norms.dtype, plan)
+        self.tolerance = _tolerance(plan.example_parameter.dtype, plan)
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale.
@@ -249,13 +259,14 @@ def _tolerance(dtype: torch.dtype, plan: Plan) -> float:
 
 
 def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> None:
-    scale = tolerance * (z[0].norm() + z[1].norm())
+    scale = tolerance * (z[0].norm() + z[-1].norm())
     # Some of the batch forwards and backwards, and each of the two beside itself: company and order must not matter.
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)
     with torch.no_grad():
         whole, backwards = some.call(model), some.take(order).call(model)
-        twice = [batch.take(torch.tensor([n, n], device=z.device)).call(model) for n in (0, min(1, batch.size - 1))]
+        pairs = [(n, n) for n in (0, min(1, batch.size - 1))] if len(z) > 1 else [(0,)]  # one alone: once more
+        twice = [batch.take(torch.tensor(pair, device=z.device)).call(model) for pair in pairs]
     fine = (
         all(one.shape == z.shape and bool((one[0] - z[n]).norm() <= scale) for n, one in enumerate(twice))
         and whole.shape == backwards.shape
@@ -302,27 +313,34 @@ def _refuse_chance(model: nn.Module, probe: Batch, z: Tensor) -> None:
             )
 
 
-def _propose(plan: Plan, uses: Sequence[Use]) -> list[Unit]:
-    """Units by what was seen: a weight and a bias that only ever occur together, under one rule."""
+def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
+    """Units by what was seen: a weight and a bias that only ever occur together, under one rule and nowhere else.
+
+    Args:
+        plan: the model's.
+        watched: a forward pass.
+        names: the parameters to be covered.
+    """
     seen: dict[str | None, set[tuple[Rule, str | None, str | None]]] = {name: set() for name in plan.space.names}
-    for use in uses:
+    for use in watched.uses:
         for name in {use.weight, use.bias} - {None}:
             seen[name].add((use.rule, use.weight, use.bias))
     units: list[Unit] = []
     placed: set[str] = set()
-    for name in plan.space.names:
+    for name in names:
         if name in placed:
             continue
         partners = {partner for _, weight, bias in seen[name] for partner in (weight, bias)} - {None}
         together = set().union(*(seen[partner] for partner in partners))
-        if len(together) == 1:
+        if len(together) == 1 and not partners & watched.elsewhere:
             rule, weight, bias = together.pop()
             members = tuple(n for n in (weight, bias) if n is not None)
             units.append(RuledUnit(members, rule, _numbers(plan, members)))
             placed.update(members)
         else:
             reason = "no layer rule saw it" if not together else "shared between different uses"
-            units.append(Unit((name,), reason, _numbers(plan, (name,))))
+            unseen = not together and name not in watched.elsewhere
+            units.append(Unit((name,), reason, _numbers(plan, (name,)), unseen=unseen))
     return units
 
 
@@ -333,26 +351,21 @@ def _numbers(plan: Plan, names: Sequence[str]) -> int:
 def _verified(
     plan: Plan,
     unit: Unit,
-    uses: Sequence[Use],
-    found: Mapping[int, Tensor | None],
+    watched: Watched,
+    gradients: Sequence[Tensor | None],
+    how: Sequence[Arrangement | None],
     v: Float[Tensor, "1 B ..."],
     reference: _Reference,
 ) -> list[Unit]:
-    """The unit with the layout that autograd confirms, or its parameters as generic units."""
+    """The unit if autograd confirms its rows, or its parameters as generic units."""
     if not isinstance(unit, RuledUnit):
         return [unit]
-    dtype = plan.example_parameter.dtype
-    own, batch = [in_dtype(use, dtype) for use in unit.uses(uses)], v.shape[1]
-    gradients = [g if g is None else g.to(dtype) for g in (found[id(use.edge)] for use in own)]
-    for layout in unit.rule.layouts:
-        if not unit.fits(own, layout, batch):
-            continue
-        unit.layout = layout
-        g = unit.gradients(own, gradients, v.to(dtype))[0]
-        rows = unit.rows(own[0], unit.activations(own, batch), g, RowSelection(1, batch, v.device))
-        if rows.count == batch and reference.agrees(unit.names, rows.size, functools.partial(_row, rows)):
-            unit.measure(rows, g.shape[1])
-            return [unit]
+    dtype = plan.dtype
+    uses = [in_dtype(use, dtype) for use in watched.uses]
+    made = unit.made(uses, gradients, how, v.to(dtype), RowSelection(1, v.shape[1], v.device))
+    if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
+        unit.measure(uses, how, made.rows)
+        return [unit]
     reason = f"autograd does not confirm the {unit.rule.name} rule here"
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 

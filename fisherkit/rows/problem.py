@@ -32,6 +32,18 @@ from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
 
 
+class BetterPlanError(Exception):
+    """A batch has shown what the plan did not know; whoever can start again does so with the new plan.
+
+    Args:
+        plan: the new one.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("a better plan")
+        self.plan = plan
+
+
 @dataclass
 class Problem:
     """Everything that defines the rows.
@@ -47,6 +59,7 @@ class Problem:
         progress: show a progress bar.
         vectors_per_example: M, found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
+        revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
     """
 
@@ -60,6 +73,7 @@ class Problem:
     progress: bool
     vectors_per_example: int = 1
     most_examples: int | None = None
+    revisable: bool = False
     looked: bool = True
 
     def chunks(self, description: str) -> Iterator[Chunk]:
@@ -92,9 +106,9 @@ class Problem:
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
     def _two(self) -> Batch:
-        """The two examples that the plan was verified on."""
+        """The two examples that the plan was verified on, or the one."""
         first = self.source.first()
-        return first.take(two_of(first)).to(self.plan.example_parameter.device)
+        return first.take(two_of(first, self.plan.alone)).to(self.plan.example_parameter.device)
 
     def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
         """Two examples, and their rows for any output vectors."""
@@ -132,8 +146,7 @@ class Problem:
                 why="this kind uses the observed labels",
                 try_="fk.ExactFisher or fk.SampledFisher for unlabelled data",
             )
-        if self.shift_labels:
-            batch = batch.shifted(self.likelihood.ignore_index)
+        batch = batch.aligned(self.plan.model, raw, shift=self.shift_labels, ignore_index=self.likelihood.ignore_index)
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
         self.likelihood.check_reading(raw, batch.targets, batch.leaves()[0], call)
         wanted = self.kind.needs_targets or self.likelihood.labels_mask or self.likelihood.hessian_of_targets
@@ -168,7 +181,7 @@ class Problem:
             names: the parameters.
             vectors: how many rows the example has; None for M.
         """
-        item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
+        item = torch.finfo(self.plan.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
         return item * sum(unit.numbers_per_example(vectors or self.vectors_per_example) for unit in units)
 
@@ -180,9 +193,10 @@ class Problem:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
         self.plan.refuse_changed()
         device = self.plan.example_parameter.device
-        bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
+        numbered, total = self.source.numbered(), self.source.steps()
+        bar = tqdm(numbered, desc=description, total=total, disable=not self.progress, leave=False)
         start = 0
-        for number, batch in enumerate(bar):
+        for number, batch in bar:
             step = (
                 max(1, _graph(device) // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
             )
@@ -198,6 +212,8 @@ class Problem:
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
             linearized = Linearized.at(self.plan, batch)
+            if self.revisable and linearized.noticed:
+                raise BetterPlanError(linearized.revised())
         slots = self._slots(batch, linearized.z, start, call)
         step = max(1, TILE // linearized.numbers_per_vector)
         if self.chunk_size is not None:
@@ -205,7 +221,11 @@ class Problem:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._quiet():
-                return linearized.rows(self.likelihood.as_outputs(v, linearized.z.shape), selection)
+                shaped = self.likelihood.as_outputs(v, linearized.z.shape)
+                found = linearized.rows(shaped, selection, alone=slots.number == 1)
+                if self.revisable and linearized.lost:
+                    raise BetterPlanError(linearized.revised())
+                return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)
 

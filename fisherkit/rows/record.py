@@ -7,7 +7,7 @@ model changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fisherkit.errors import ModelError
-from fisherkit.rows.rules import BATCH_NORM, Use, rule_for
+from fisherkit.rows.batch_axis import Axis, Tracker, tensors
+from fisherkit.rows.rules import BATCH_NORM, EMBEDDING, Use, rule_for
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
 
@@ -38,6 +39,7 @@ class Recorder(TorchFunctionMode):
     Args:
         names: ``id`` of each chosen parameter to its name.
         batch: number of examples.
+        inputs: the tensors of the call that have the batch axis first.
         shared: embeddings whose tokens all examples share, so that they come without a batch axis; they are looked up
             for each example, because only then is there a gradient for each.
         training: a training step's own forward pass, in which dropout may be active.
@@ -46,6 +48,7 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         uses: what was seen.
+        elsewhere: names of parameters that functions without a rule have used, with a gradient.
         unbatched: embeddings that were looked up without a batch axis.
         random: whether dropout was active.
         half: whether layers computed in half precision, as under autocast, which may be inside the model.
@@ -56,6 +59,7 @@ class Recorder(TorchFunctionMode):
         self,
         names: Mapping[int, str],
         batch: int,
+        inputs: Iterable[Tensor] = (),
         shared: Collection[str] = (),
         *,
         training: bool = False,
@@ -65,9 +69,17 @@ class Recorder(TorchFunctionMode):
         self.names, self.batch, self.shared = names, batch, shared
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
+        self.elsewhere: set[str] = set()
         self.unbatched: set[str] = set()
         self.random = self.half = False
         self.muted = 0
+        self._tracker = Tracker(batch)
+        for tensor in inputs:
+            self._tracker.mark(tensor, Axis(0))
+
+    def proves(self, z: Tensor) -> bool:
+        """Whether the pass itself shows whose the entries of uses with an axis are."""
+        return self._tracker.proves(z)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -89,15 +101,31 @@ class Recorder(TorchFunctionMode):
         if func is F.batch_norm and self.constant_statistics:
             args, kwargs = _with_constants(args, kwargs)
         output = func(*args, **kwargs)
+        self._tracker.see(func, args, kwargs, output)
+        own = {name for tensor in tensors((args, kwargs)) if (name := self._name(tensor))}
+        if own:
+            self._note(func, args, kwargs, output, own)
+        return output
+
+    def _note(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: set[str]
+    ) -> None:
+        """A function that was given chosen parameters."""
         rule = rule_for(func, args, kwargs)
         if rule is not None and isinstance(output, Tensor) and output.requires_grad:
             arguments = rule.bind(args, kwargs)
             weight, bias = self._name(arguments.get(rule.weight_name)), self._name(arguments.get(rule.bias_name))
-            if weight or bias:
+            if (weight or bias) and output.numel():
                 self.half = self.half or output.dtype in (torch.bfloat16, torch.float16)
-                edge = get_gradient_edge(output)
-                self.uses.append(Use(rule, weight, bias, arguments, edge, tuple(output.shape)))
-        return output
+                if rule is EMBEDDING and weight in self.shared:
+                    self._tracker.mark(output, Axis(0))
+                status = self._tracker.status(output)
+                axis = status if isinstance(status, Axis) else None
+                self.uses.append(Use(rule, weight, bias, arguments, get_gradient_edge(output), output.shape, axis))
+                own = own - {weight, bias}
+        # What is given back as it is, as by a cast to the dtype that it has, is not used yet.
+        if any(made.requires_grad and self._name(made) is None for made in tensors(output)):
+            self.elsewhere |= own
 
     def _with_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """The arguments of an embedding, its tokens repeated for each example where all share them."""

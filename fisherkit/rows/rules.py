@@ -1,9 +1,10 @@
 """Layer rules: what a function that uses a parameter saw, and how that becomes rows.
 
 One rule a function of ``torch.nn.functional``. It names the arguments, brings the input and the output gradient to
-shared positions (``a [B, T, i]`` and ``g [B, T, o]``), and makes a unit's rows from them. Convolutions are linear
-layers on their patches; norms are elementwise products with the normalized input; an embedding's input is its token
-ids. Every rule is checked against autograd on the user's own model before it is used (`rows.plan`), so a rule may
+entries of ``t`` positions each (``a [E, t, i]`` and ``g [E, t, o]``), and makes a unit's rows from them once the
+entries lie by example (``a [B, T, i]``, ``g [B, T, o]``); whose an entry is, is not a rule's business. Convolutions are
+linear layers on their patches; norms are elementwise products with the normalized input; an embedding's input is its
+token ids. Every rule is checked against autograd on the user's own model before it is used (`rows.plan`), so a rule may
 assume the usual meaning of its arguments.
 """
 
@@ -21,8 +22,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fisherkit.rows.base import UnitRows
+from fisherkit.rows.batch_axis import Axis
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.layouts import BATCH_FIRST, LAYOUTS, all_batch_first, batch_first
 from fisherkit.rows.patches import Activations, Patches
 from fisherkit.rows.sparse import SparseRows
 from fisherkit.rows.stored import StoredRows
@@ -39,6 +40,7 @@ class Use:
         arguments: the call's arguments by name.
         edge: where the output's gradient can be asked for, whatever is done to the output later in place.
         output_shape: shape of the output.
+        axis: where the batch lies in the output, as far as the forward pass tells.
     """
 
     rule: Rule
@@ -47,15 +49,21 @@ class Use:
     arguments: Mapping[str, Any]
     edge: GradientEdge
     output_shape: tuple[int, ...]
+    axis: Axis | None = None
 
 
 def in_dtype(use: Use, dtype: torch.dtype) -> Use:
-    """The use with its input in the parameters' dtype, which autocast may have changed."""
-    name = use.rule.input_name
-    x = use.arguments[name]
+    """The use in the rows' dtype: its input, which autocast may have changed, and what is computed with it."""
+    x = use.arguments[use.rule.input_name]
     if not x.is_floating_point() or x.dtype == dtype:
         return use
-    return replace(use, arguments={**use.arguments, name: x.detach().to(dtype)})
+    parameters = use.rule.weight_name, use.rule.bias_name  # only their shapes are asked for
+    others = {n: v.detach().to(dtype) for n, v in use.arguments.items() if n not in parameters and _is_floating(v)}
+    return replace(use, arguments={**use.arguments, **others})
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class Rule(ABC):
@@ -66,7 +74,6 @@ class Rule(ABC):
         signature: its argument names in order.
     """
 
-    layouts: tuple[str, ...] = (BATCH_FIRST,)
     input_name = "input"
     weight_name = "weight"
     bias_name = "bias"
@@ -78,27 +85,26 @@ class Rule(ABC):
         """The call's arguments by name."""
         return {**dict(zip(self.signature, args, strict=False)), **kwargs}
 
-    def input_features(self, use: Use) -> int:
-        """Number of trailing feature axes of the input."""
+    def features(self, use: Use) -> int:
+        """Number of trailing axes of the output that are features; what is in front of them counts entries."""
         return 1
 
-    def output_features(self, use: Use) -> int:
-        """Number of trailing feature axes of the output."""
-        return self.input_features(use)
+    def lead(self, use: Use) -> torch.Size:
+        """The output's axes that count its entries, each of which belongs to one example."""
+        return torch.Size(use.output_shape[: len(use.output_shape) - self.features(use)])
 
-    def activations(self, use: Use, layout: str, batch: int) -> Activations:
-        """The input's side of the gradient, ``[B, T, i]``."""
-        return batch_first(use.arguments[self.input_name].detach(), self.input_features(use), layout, batch)
+    def activations(self, use: Use) -> Activations:
+        """The input's side of the gradient, ``[E, t, i]``: entries, each of t positions."""
+        x: Tensor = use.arguments[self.input_name].detach()
+        return x.reshape(self.lead(use).numel(), 1, -1)
 
-    def gradients(
-        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
-    ) -> Float[Tensor, "k B T o"]:
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """The output gradient's side, for k output vectors."""
-        return all_batch_first(gradient, self.output_features(use), layout, batch)
+        return gradient.reshape(len(gradient), self.lead(use).numel(), 1, -1)
 
     @abstractmethod
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
-        """The rows of the chosen weight and bias, in this order, from both sides."""
+        """The rows of the chosen weight and bias, in this order, from both sides by example and position."""
 
 
 def _per_row(a: Activations, g: Float[Tensor, "R ..."], example: Int[Tensor, "R"] | None) -> Tensor:
@@ -113,7 +119,6 @@ def _per_row(a: Activations, g: Float[Tensor, "R ..."], example: Int[Tensor, "R"
 class LinearRule(Rule):
     """Output = input Wᵀ + b at every position."""
 
-    layouts: tuple[str, ...] = LAYOUTS
     transposed = False
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
@@ -133,9 +138,11 @@ class AddmmRule(LinearRule):
 class ConvolutionRule(LinearRule):
     """A linear layer on patches; padding modes other than zeros have padded the input before the call."""
 
-    layouts: tuple[str, ...] = (BATCH_FIRST,)
+    def features(self, use: Use) -> int:
+        """All but the first axis."""
+        return len(use.output_shape) - 1
 
-    def activations(self, use: Use, layout: str, batch: int) -> Patches:
+    def activations(self, use: Use) -> Patches:
         """Patches, channels first as in the weight."""
         x = use.arguments["input"].detach()
         dims = x.ndim - 2
@@ -148,9 +155,7 @@ class ConvolutionRule(LinearRule):
         both = _tuple(0 if padding == "valid" else padding, dims)
         return Patches(x, kernel, stride, dilation, tuple((p, p) for p in both))
 
-    def gradients(
-        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
-    ) -> Float[Tensor, "k B T o"]:
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """Channels last."""
         return gradient.flatten(3).transpose(2, 3)
 
@@ -170,14 +175,16 @@ class GroupedConvolutionRule(ConvolutionRule):
 class TransposedConvolutionRule(Rule):
     """A convolution seen from the output's side: its weight gradient is input times patches of the output gradient."""
 
-    def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
+    def features(self, use: Use) -> int:
+        """All but the first axis."""
+        return len(use.output_shape) - 1
+
+    def activations(self, use: Use) -> Float[Tensor, "E t i"]:
         """The input, channels last."""
         x: Tensor = use.arguments["input"].detach()
         return x.flatten(2).transpose(1, 2)
 
-    def gradients(
-        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
-    ) -> Float[Tensor, "k B T o"]:
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """Patches of the gradient; behind them the bias's gradient, put at the first position and zero elsewhere."""
         dims = gradient.ndim - 3
         kernel, size = use.arguments["weight"].shape[2:], use.arguments["input"].shape[2:]
@@ -207,16 +214,6 @@ class TransposedConvolutionRule(Rule):
 class EmbeddingRule(Rule):
     """A table looked up by token ids."""
 
-    layouts = LAYOUTS
-
-    def input_features(self, use: Use) -> int:
-        """Ids have none."""
-        return 0
-
-    def output_features(self, use: Use) -> int:
-        """The embedding's."""
-        return 1
-
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Sparse; the padding token's vector is a constant."""
         ids = _per_row(a, g, example).squeeze(-1)
@@ -240,28 +237,22 @@ class NormalizationRule(Rule):
     def __init__(self, name: str, signature: str, function: Callable[..., Tensor], *, channels_second: bool) -> None:
         super().__init__(name, signature)
         self.function, self.channels_second = function, channels_second
-        self.layouts = (BATCH_FIRST,) if channels_second else LAYOUTS
 
-    def input_features(self, use: Use) -> int:
-        """The normalized axes; channels that come second are moved last by hand."""
-        return 1 if self.channels_second else len(use.arguments["normalized_shape"])
+    def features(self, use: Use) -> int:
+        """The normalized axes; all but the first where channels come second."""
+        return len(use.output_shape) - 1 if self.channels_second else len(use.arguments["normalized_shape"])
 
-    def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
+    def activations(self, use: Use) -> Float[Tensor, "E t i"]:
         """The normalized input."""
         plain = {**use.arguments, "weight": None, "bias": None, "input": use.arguments["input"].detach()}
         x = self.function(*(plain[name] for name in self.signature if name in plain))
-        return self._positions(use, x.unsqueeze(0), layout, batch).squeeze(0)
+        return self.gradients(use, x.unsqueeze(0)).squeeze(0)
 
-    def gradients(
-        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
-    ) -> Float[Tensor, "k B T o"]:
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """As the input."""
-        return self._positions(use, gradient, layout, batch)
-
-    def _positions(self, use: Use, x: Float[Tensor, "k ..."], layout: str, batch: int) -> Float[Tensor, "k B T i"]:
         if self.channels_second:
-            return x.reshape(*x.shape[:3], -1).transpose(2, 3)
-        return all_batch_first(x, self.input_features(use), layout, batch)
+            return gradient.reshape(*gradient.shape[:3], -1).transpose(2, 3)
+        return super().gradients(use, gradient)
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Stored: there are as many parameters as features."""
@@ -293,20 +284,18 @@ class ElementwiseRule(Rule):
             named["input"], named["weight"] = named.get("weight"), named["input"]
         return named if isinstance(named["input"], Tensor) else {}
 
-    def input_features(self, use: Use) -> int:
-        """None: whatever is behind the batch axis is a position."""
-        return 0
+    def features(self, use: Use) -> int:
+        """All but the first axis: the parameter may be spread over any of them."""
+        return len(use.output_shape) - 1
 
-    def activations(self, use: Use, layout: str, batch: int) -> Float[Tensor, "B T i"]:
-        """The other operand at every entry of the output; nothing for sums."""
-        x = use.arguments["input"]
+    def activations(self, use: Use) -> Float[Tensor, "E t i"]:
+        """The other operand at every place of the output; nothing for sums."""
+        x, entries = use.arguments["input"].detach(), use.output_shape[0]
         if not self.product:
-            return x.detach().new_empty(batch, 1, 0)
-        return x.detach().expand(use.output_shape).reshape(batch, -1, self._own(use)[0])
+            return x.new_empty(entries, 1, 0)
+        return x.expand(use.output_shape).reshape(entries, -1, self._own(use)[0])
 
-    def gradients(
-        self, use: Use, gradient: Float[Tensor, "k ..."], layout: str, batch: int
-    ) -> Float[Tensor, "k B T o"]:
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """Positions are what the parameter is broadcast over in front of its own axes."""
         return gradient.reshape(*gradient.shape[:2], -1, self._own(use)[0])
 
@@ -332,6 +321,7 @@ _LAYER_NORM = "input normalized_shape weight bias eps"
 BATCH_NORM = NormalizationRule(
     "batch_norm", "input running_mean running_var weight bias training momentum eps", F.batch_norm, channels_second=True
 )
+EMBEDDING = EmbeddingRule("embedding", "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse")
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: LinearRule("linear", "input weight bias"),
     torch.addmm: AddmmRule("addmm", "input mat1 mat2"),
@@ -341,7 +331,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.conv_transpose1d: TransposedConvolutionRule("conv_transpose1d", _CONV_TRANSPOSE),
     F.conv_transpose2d: TransposedConvolutionRule("conv_transpose2d", _CONV_TRANSPOSE),
     F.conv_transpose3d: TransposedConvolutionRule("conv_transpose3d", _CONV_TRANSPOSE),
-    F.embedding: EmbeddingRule("embedding", "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"),
+    F.embedding: EMBEDDING,
     F.layer_norm: NormalizationRule("layer_norm", _LAYER_NORM, F.layer_norm, channels_second=False),
     F.rms_norm: NormalizationRule("rms_norm", "input normalized_shape weight eps", F.rms_norm, channels_second=False),
     F.group_norm: NormalizationRule(

@@ -49,6 +49,11 @@ class SparseRows(UnitRows):
         values = sum_by(place, gradients.reshape(-1, gradients.shape[-1]), unique.shape[0])
         return SparseRows(unique // vocabulary, unique % vocabulary, values, count=count, vocabulary=vocabulary)
 
+    def zeros(self, count: int, like: Tensor) -> SparseRows:
+        """So many rows of zeros of the same table, in ``like``'s dtype and on its device."""
+        none = torch.zeros(0, dtype=torch.long, device=like.device)
+        return SparseRows(none, none, like.new_zeros(0, self.values.shape[1]), count=count, vocabulary=self.vocabulary)
+
     def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
         """J U."""
         table = u.reshape(self.vocabulary, -1, u.shape[1])

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.rows.base import UnitRows
+from fisherkit.rows.collection import UnitSlot
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.layouts import fits
-from fisherkit.rows.patches import Activations
+from fisherkit.rows.ownership import Arrangement, Regular
+from fisherkit.rows.patches import Activations, Patches
 from fisherkit.rows.rules import Rule, Use
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.sparse import SparseRows
@@ -29,10 +30,11 @@ class Unit:
         names: its name; more than one only in ruled units.
         reason: why it is handled as it is, for `coverage`.
         numbers: how many numbers a row takes when it is written out.
+        unseen: whether no function was seen to use it.
     """
 
-    def __init__(self, names: tuple[str, ...], reason: str, numbers: int) -> None:
-        self.names, self.reason, self.numbers = names, reason, numbers
+    def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, unseen: bool = False) -> None:
+        self.names, self.reason, self.numbers, self.unseen = names, reason, numbers, unseen
 
     def numbers_per_example(self, vectors: int) -> int:
         """Numbers that the rows of one example take as they are kept, for so many output vectors an example."""
@@ -48,7 +50,7 @@ class RuledUnit(Unit):
         numbers: as in `Unit`.
 
     Attributes:
-        layout: where the rule finds the batch.
+        place: where the batch lies in its uses, in words.
         shape: positions, inputs and outputs ``(T, I, O)`` of a unit that can be kept factored; None for others.
         stored: write the rows out instead of keeping the two factors.
     """
@@ -56,57 +58,87 @@ class RuledUnit(Unit):
     def __init__(self, names: tuple[str, ...], rule: Rule, numbers: int) -> None:
         super().__init__(names, "", numbers)
         self.rule = rule
-        self.layout = rule.layouts[0]
+        self.place = ""
         self.shape: tuple[int, int, int] | None = None
         self.stored = False
+        self._none: UnitRows = StoredRows(torch.zeros(0, numbers))
 
-    def uses(self, uses: Sequence[Use]) -> list[Use]:
-        """Those of a forward pass that belong to this unit."""
-        return [use for use in uses if use.weight in self.names or use.bias in self.names]
+    def of(self, uses: Sequence[Use]) -> list[int]:
+        """The places of those uses of a forward pass that belong to this unit."""
+        return [i for i, use in enumerate(uses) if use.weight in self.names or use.bias in self.names]
 
-    def fits(self, uses: Sequence[Use], layout: str, batch: int) -> bool:
-        """Whether inputs and outputs of all uses can have the layout."""
-        rule = self.rule
-        return all(
-            fits(tuple(use.arguments[rule.input_name].shape), rule.input_features(use), layout, batch)
-            and fits(use.output_shape, rule.output_features(use), layout, batch)
-            for use in uses
-        )
-
-    def activations(self, uses: Sequence[Use], batch: int) -> Activations:
-        """The inputs' side, ``[B, T, i]``; several uses of one weight are positions of one use."""
-        parts = [self.rule.activations(use, self.layout, batch) for use in uses]
-        return parts[0] if len(parts) == 1 else torch.cat([part[:] for part in parts], 1)
-
-    def gradients(
-        self, uses: Sequence[Use], found: Sequence[Tensor | None], like: Float[Tensor, "k B ..."]
-    ) -> Float[Tensor, "k B T o"]:
-        """The output gradients' side.
+    def made(
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        v: Float[Tensor, "k B ..."], selection: RowSelection,
+        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+    ) -> UnitSlot | None:  # fmt: skip
+        """The unit's rows in a batch; None where an entry of a use belongs to several examples.
 
         Args:
-            uses: the unit's uses.
-            found: gradients ``[k, *output]`` in their outputs; None where nothing depends on an output.
-            like: the output vectors, for number, dtype and device.
+            uses: of the forward pass, with inputs in the parameters' dtype.
+            gradients: at each of them, ``[k, *output]``; None where nothing depends on an output.
+            how: how the entries of each lie; None where one belongs to several examples.
+            v: the output vectors, in the parameters' dtype.
+            selection: which of them are rows.
+            cache: activations of the units, for other vectors of the same pass that lie in the same way.
+            scale: by vector and example, what turns the gradients into those of v; by example alone for all vectors.
         """
-        parts = []
-        for use, gradient in zip(uses, found, strict=True):
+        own = self.of(uses)
+        if not own:
+            none = torch.zeros(selection.batch, 1, dtype=torch.bool, device=v.device)
+            return UnitSlot(self.names, self._zeros(selection, v), none)
+        places = [one for i in own if (one := how[i]) is not None]
+        if len(places) < len(own):
+            return None
+        found, exist = [], []
+        for i, one in zip(own, places, strict=True):
+            gradient = gradients[i]
             # Positions that nothing depends on stay, with zeros, so that both sides have the same.
-            whole = like.new_zeros(like.shape[0], *use.output_shape) if gradient is None else gradient
-            parts.append(self.rule.gradients(use, whole, self.layout, like.shape[1]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+            whole = v.new_zeros(len(v), *uses[i].output_shape) if gradient is None else gradient.to(v.dtype)
+            entries = self.rule.gradients(uses[i], whole)
+            found.append(one.arranged(entries))
+            exist.append(one.exists(found[-1].shape[2], entries.shape[2]).to(v.device))
+        g = found[0] if len(found) == 1 else torch.cat(found, 2)
+        g = g if scale is None else g * scale.to(g.dtype)[:, :, None, None]
+        a = None if cache is None else cache.get(self.names)
+        if a is None:
+            parts = [_by_example(self.rule.activations(uses[i]), one) for i, one in zip(own, places, strict=True)]
+            # Several uses of one weight are positions of one use.
+            a = parts[0] if len(parts) == 1 else torch.cat([part[:] for part in parts], 1)
+            if cache is not None:
+                cache[self.names] = a
+        rows = self.rule.rows(uses[own[0]], a, selection.take(g), selection.example)
+        if self.stored and isinstance(rows, FactoredRows):
+            rows = StoredRows(rows.dense())
+        regular = all(isinstance(one, Regular) for one in places)
+        return UnitSlot(self.names, rows, None if regular else torch.cat(exist, 1))
 
-    def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], selection: RowSelection) -> UnitRows:
-        """Rows from both sides, as the unit keeps them."""
-        rows = self.rule.rows(use, a, g, selection.example)
-        return StoredRows(rows.dense()) if self.stored and isinstance(rows, FactoredRows) else rows
+    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
+        """Learn the sizes from rows of a first pass.
 
-    def measure(self, rows: UnitRows, positions: int) -> None:
-        """Learn the sizes from rows of the probe."""
-        self.reason = self.layout
+        Args:
+            uses: of the pass.
+            how: how their entries lie.
+            rows: the unit's, one for each example.
+        """
+        own = self.of(uses)
+        place = how[own[0]]
+        self.place = self.reason = "" if place is None else place.described(self.rule.lead(uses[own[0]]))
+        self._none = rows.reordered(torch.arange(0)).compact()
         if isinstance(rows, FactoredRows):
             self.shape = rows.positions, rows.inputs + rows.bias, rows.outputs
         elif isinstance(rows, SparseRows):
+            positions = sum(self.rule.lead(uses[i]).numel() for i in own) // rows.count
             self.numbers = positions * (rows.values.shape[1] + 2)
+
+    def _zeros(self, selection: RowSelection, like: Tensor) -> UnitRows:
+        """Rows of a batch that does not use the unit, in the form of others."""
+        count, form = len(selection.owner), self._none
+        if isinstance(form, SparseRows):
+            return form.zeros(count, like)
+        if isinstance(form, FactoredRows) and not self.stored:
+            return form.zeros(count, selection.batch, selection.example, like)
+        return StoredRows(like.new_zeros(count, form.size))
 
     def choose(self, vectors: int, lean: bool) -> None:
         """The cost model: keep the two factors, or write their product out.
@@ -127,7 +159,7 @@ class RuledUnit(Unit):
         self.stored = smaller or faster
         sign = ">" if smaller else "<="
         why = f"T(I + M·O) = {pair:,} {sign} M·I·O = {product:,}"
-        self.reason = f"{self.layout}; {f'T = {t:,} >= M = {vectors:,}' if faster else why}"
+        self.reason = f"{self.place}; {f'T = {t:,} >= M = {vectors:,}' if faster else why}"
 
     def numbers_per_example(self, vectors: int) -> int:
         """As in `Unit`; the activations are shared by an example's rows."""
@@ -140,3 +172,10 @@ class RuledUnit(Unit):
         """Whether a use is not of the form that was verified."""
         names = tuple(name for name in (use.weight, use.bias) if name is not None)
         return use.rule is not self.rule or names != self.names
+
+
+def _by_example(x: Activations, how: Arrangement) -> Activations:
+    """Entries ``[E, t, i]`` as ``[B, T, i]``; patches are made only where they are not neighbours."""
+    if isinstance(x, Patches) and isinstance(how, Regular) and how.batch * how.inner == x.shape[0]:
+        return x if how.inner == 1 else x.grouped(how.inner)
+    return how.arranged(x[:].unsqueeze(0)).squeeze(0)

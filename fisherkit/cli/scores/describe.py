@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from fisherkit.cli.scores.pictures import data_uri, is_image
 from fisherkit.cli.scores.result import Example
 from fisherkit.cli.text import number
-from fisherkit.data import Batch, Data, Source, is_causal
+from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidTypeError
 from fisherkit.influence.evaluation.losses import loss_of
 from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood, resolve
+from fisherkit.model_inputs import is_causal
 
 Show = Callable[[str, int], Any]
 """``show(split, index)``: an example of "train" or "queries" as a text, a picture, a pair of both, or None."""
@@ -57,7 +58,7 @@ class Describer:
             InvalidTypeError: `show` returned something that cannot be shown.
         """
         places, found = set(wanted), {}
-        for start, batch in _numbered(data):
+        for start, batch in _numbered(data, self.model):
             inside = sorted(place for place in places if start <= place < start + batch.size)
             if inside:
                 some = batch.take(torch.tensor(inside) - start)
@@ -67,7 +68,7 @@ class Describer:
 
     def losses(self, data: Data) -> list[float]:
         """Of each example."""
-        return [seen[-1] for _, batch in _numbered(data) for seen in self._seen(batch)]
+        return [seen[-1] for _, batch in _numbered(data, self.model) for seen in self._seen(batch)]
 
     @torch.no_grad()
     def _seen(self, batch: Batch) -> Iterator[tuple[str | None, str | None, float | None, float]]:
@@ -75,13 +76,13 @@ class Describer:
         likelihood = resolve(self.likelihood)
         batch = batch.to(next(self.model.parameters()).device)
         raw = batch.call(self.model).double()
-        shifted = batch.shifted(likelihood.ignore_index) if is_causal(self.model) else batch
-        z, target, mask = likelihood.prepare(raw, shifted.targets, self.call)
-        if target is None or shifted.targets is None:
+        batch = batch.aligned(self.model, raw, shift=is_causal(self.model), ignore_index=likelihood.ignore_index)
+        z, target, mask = likelihood.prepare(raw, batch.targets, self.call)
+        if target is None or batch.targets is None:
             raise DataError(
                 call=self.call, got="data without targets", expected="targets", why="scores are those of a loss"
             )
-        losses = loss_of(likelihood, self.call)(raw, shifted.targets).tolist()
+        losses = loss_of(likelihood, self.call)(raw, batch.targets).tolist()
         if isinstance(likelihood, Categorical):
             words = self._classes(z, target, mask)
         else:
@@ -141,20 +142,20 @@ class Describer:
         return text, None if picture is None else data_uri(picture, call)
 
 
-def subset(data: Data, wanted: Collection[int]) -> list[tuple[Any, Tensor | None]]:
+def subset(data: Data, wanted: Collection[int], model: nn.Module) -> list[tuple[Any, Tensor | None]]:
     """Some of the examples, as batches, in the data's order."""
     places = set(wanted)
     found = []
-    for start, batch in _numbered(data):
+    for start, batch in _numbered(data, model):
         inside = sorted(place for place in places if start <= place < start + batch.size)
         if inside:
             found.append(batch.take(torch.tensor(inside) - start).raw)
     return found
 
 
-def _numbered(data: Data) -> Iterator[tuple[int, Batch]]:
+def _numbered(data: Data, model: nn.Module) -> Iterator[tuple[int, Batch]]:
     """Batches with the place of their first example."""
     start = 0
-    for batch in Source(data):
+    for batch in Source(data, model).once():
         yield start, batch
         start += batch.size

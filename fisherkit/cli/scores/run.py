@@ -173,7 +173,7 @@ def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Resul
         fisher, subject.model, likelihood=likelihood, progress=sys.stderr.isatty(), damping=damping
     )
     describer = Describer(subject.model, likelihood, subject.classes, subject.show, subject.place, CALL)
-    train, queries = Source(subject.train).count(), Source(subject.queries).count()
+    train, queries = (Source(data, subject.model).count() for data in (subject.train, subject.queries))
     order = _order(settings, subject, describer, queries)
     scored, own = _scored(settings, subject, describer, influence, sorted(order), train)
     seconds = time.perf_counter() - start
@@ -217,8 +217,8 @@ def _scored(
 ) -> tuple[dict[int, Query], tuple[Scored, ...]]:
     """The queries by their place in the data, and the largest self-influences."""
     top = influence.top(
-        subset(subject.queries, kept), subject.train, min(settings.top, count), measurement=settings.measurement,
-        normalize=settings.normalize,
+        subset(subject.queries, kept, subject.model), subject.train, min(settings.top, count),
+        measurement=settings.measurement, normalize=settings.normalize,
     )  # fmt: skip
     own: list[tuple[float, int]] = []
     most = (DEMO_SELF if settings.model is None else 0) if settings.own is None else settings.own

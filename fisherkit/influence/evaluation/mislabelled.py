@@ -168,7 +168,7 @@ def plain_rankings(
 
     Raises:
         InvalidArgumentError: an unknown likelihood.
-        DataError: data without targets.
+        DataError: data without targets, or whose order is not known to be fixed.
 
     Cost: one forward and backward pass an example, vectorised.
     """
@@ -177,7 +177,9 @@ def plain_rankings(
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     device = next(iter(model.parameters())).device
     losses, norms = [], []
-    for whole in Source(data):
+    source = Source(data, model)
+    source.keep_order(call)
+    for whole in source:
         for start in range(0, whole.size, chunk_size):
             batch = whole.take(slice(start, start + chunk_size)).to(device)
             leaves, rebuild = batch.leaves()

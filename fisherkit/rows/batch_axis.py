@@ -1,0 +1,560 @@
+"""Which axis of a tensor is the batch's, followed through a forward pass: a proof without a number computed.
+
+An entry of a layer's output belongs to example n if no other example's outputs depend on it. Where every function on
+the way keeps the batch's axis apart (elementwise ones, linear maps of other axes, reshapes, attention within an example
+…), the axis itself says whose each entry is. This file knows for each function of PyTorch what becomes of that axis.
+A function that it does not know, or that may mix examples (indexing by content, products over the batch), ends the
+proof and nothing else: `rows.ownership` then asks automatic differentiation.
+
+Only what is differentiated matters: indices, masks and constants never carry a gradient from one example to another, so
+a tensor without one is free, whatever it was computed from.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Axis(NamedTuple):
+    """Where the batch lies in a tensor: its axis ``dim`` has ``outer × batch × inner`` entries, in this order."""
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+
+class Mark(Enum):
+    """What a tensor without a batch axis is."""
+
+    FREE = "free"
+    """It depends on no layer output that belongs to an example."""
+    UNKNOWN = "unknown"
+    """It may mix examples."""
+
+
+Status = Axis | Mark
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function call as the rules of this file see it.
+
+    Args:
+        batch: number of examples.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        operands: the tensors among them with what is known of each.
+        output: the (first) tensor that it returned.
+        function: the function.
+    """
+
+    batch: int
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    operands: tuple[tuple[Tensor, Status], ...]
+    output: Tensor
+    function: Callable[..., Any]
+
+    @property
+    def tagged(self) -> list[tuple[Tensor, Axis]]:
+        """The operands that have a batch axis; of indices and masks beside what is differentiated nothing depends."""
+        found = [(tensor, status) for tensor, status in self.operands if isinstance(status, Axis)]
+        return [pair for pair in found if pair[0].requires_grad] or found
+
+    def only(self, place: int = 0) -> tuple[Tensor, Axis] | None:
+        """The operand at a place, if it is the only one with a batch axis."""
+        tagged = self.tagged
+        return tagged[0] if len(tagged) == 1 and len(self.args) > place and tagged[0][0] is self.args[place] else None
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument by its place or name, as PyTorch or NumPy spells it."""
+        if name == "dim" and "axis" in self.kwargs:
+            return self.kwargs["axis"]
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    def status(self, tensor: Any) -> Status:
+        """What is known of an operand."""
+        return next((status for known, status in self.operands if known is tensor), Mark.FREE)
+
+    def size(self, axis: Axis) -> int:
+        """Entries along a batch axis."""
+        return axis.outer * self.batch * axis.inner
+
+
+Becomes = Callable[[Call], Axis | None]
+"""What becomes of the batch axis: that of the output, None where this is not known."""
+
+
+class Tracker:
+    """Follows the batch axis through the functions of one forward pass.
+
+    Args:
+        batch: number of examples.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.lost = False
+        self._known: dict[int, tuple[weakref.ref[Tensor], Status]] = {}
+
+    def mark(self, tensor: Tensor, status: Status) -> None:
+        """Note what is known of a tensor."""
+        self._known[id(tensor)] = weakref.ref(tensor), status
+
+    def status(self, tensor: Tensor) -> Status:
+        """What is known of a tensor."""
+        reference, status = self._known.get(id(tensor), (None, Mark.FREE))
+        if reference is not None and reference() is tensor:
+            return status
+        # What no function was seen to make may mix whatever it likes, if a gradient goes through it.
+        return Mark.FREE if tensor.grad_fn is None else Mark.UNKNOWN
+
+    def proves(self, z: Tensor) -> bool:
+        """Whether outputs ``[B, ...]`` keep examples apart, so that all batch axes on the way say whose entries are."""
+        return self.batch == 1 or (not self.lost and self.status(z) == Axis(0))
+
+    def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Note what a function call does to the batch axis."""
+        if self.batch == 1:
+            return
+        if function is torch.Tensor.__setitem__ or "out" in kwargs:
+            self.lost = self.lost or any(t.requires_grad for t in tensors((args, kwargs)))
+            return
+        outputs = [output] if isinstance(output, Tensor) else list(tensors(output))
+        if not outputs:
+            return
+        operands = tuple((tensor, self.status(tensor)) for tensor in tensors((args, kwargs)))
+        for made in outputs:
+            status = self._becomes(function, args, kwargs, operands, made)
+            if any(made is tensor for tensor, _ in operands):
+                # Written in place: other views of the same memory do not learn of it.
+                changed = status is Mark.UNKNOWN or status != self.status(made)
+                self.lost = self.lost or (made.requires_grad and changed)
+            elif status is not Mark.FREE or made.grad_fn is not None:
+                self.mark(made, status)
+
+    def _becomes(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        operands: tuple[tuple[Tensor, Status], ...],
+        output: Tensor,
+    ) -> Status:
+        statuses = {status for _, status in operands}
+        if statuses <= {Mark.FREE}:
+            return Mark.FREE
+        rule = None if Mark.UNKNOWN in statuses else BECOMES.get(function)
+        found = None if rule is None else rule(Call(self.batch, args, kwargs, operands, output, function))
+        if found is not None:
+            return found
+        return Mark.UNKNOWN if output.requires_grad else Mark.FREE
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors among arguments or results, lists and dictionaries of them included."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for entry in tree:
+            yield from tensors(entry)
+    elif isinstance(tree, Mapping):
+        for entry in tree.values():
+            yield from tensors(entry)
+
+
+# -- what becomes of the axis ------------------------------------------------------------------------------------------
+
+
+def _elementwise(call: Call) -> Axis | None:
+    """Operands are broadcast from the right; all batch axes must meet."""
+    places = {(axis.dim - tensor.ndim, axis.outer, axis.inner) for tensor, axis in call.tagged}
+    if len(places) != 1:
+        return None
+    place, outer, inner = places.pop()
+    dim = call.output.ndim + place
+    fits = dim >= 0 and call.output.shape[dim] == outer * call.batch * inner
+    return Axis(dim, outer, inner) if fits else None
+
+
+def _first(*ndims: int) -> Becomes:
+    """Axis 0 stays what it is, of tensors with so many axes: convolutions, pooling, norms by channel."""
+
+    def becomes(call: Call) -> Axis | None:
+        found = call.only()
+        if found is None:
+            return None
+        x, axis = found
+        kept = axis.dim == 0 and x.ndim == call.output.ndim and call.output.shape[0] == x.shape[0]
+        return axis if kept and x.ndim in ndims else None
+
+    return becomes
+
+
+def _batch_norm(call: Call) -> Axis | None:
+    """Axis by axis, if the statistics are constants."""
+    found = call.only()
+    training = call.argument(5, "training", False)
+    return None if found is None or training or found[1].dim == 1 else found[1]
+
+
+def _last(features: int) -> Becomes:
+    """All but the last axes are kept: linear layers and norms."""
+
+    def becomes(call: Call) -> Axis | None:
+        found = call.only()
+        own = call.argument(1, "normalized_shape") if features == 0 else None
+        behind = features if own is None else len(own)
+        return found[1] if found is not None and found[1].dim < found[0].ndim - behind else None
+
+    return becomes
+
+
+def _addmm(call: Call) -> Axis | None:
+    """Input + mat1 mat2, as Hugging Face's Conv1D."""
+    found = call.only(1)
+    return found[1] if found is not None and found[1].dim == 0 else None
+
+
+def _embedding(call: Call) -> Axis | None:
+    """Tokens' axes come first."""
+    found = call.only()
+    return None if found is None else found[1]
+
+
+def _along(place: int, name: str, default: Any) -> Becomes:
+    """A function along other axes that keeps the number of axes."""
+
+    def becomes(call: Call) -> Axis | None:
+        found = call.only()
+        if found is None:
+            return None
+        x, axis = found
+        dims = _dims(call.argument(place, name, default), x.ndim)
+        kept = dims is not None and axis.dim not in dims and call.output.ndim == x.ndim
+        return axis if kept and call.output.shape[axis.dim] == call.size(axis) else None
+
+    return becomes
+
+
+def _reduced(place: int) -> Becomes:
+    """Sums, means and extremes over other axes, which are said at a place."""
+
+    def becomes(call: Call) -> Axis | None:
+        if any(isinstance(call.argument(1, name), Tensor) for name in ("other", "dim")):
+            return _elementwise(call)  # the larger of two
+        found = call.only()
+        dims = None if found is None else _dims(call.argument(place, "dim"), found[0].ndim)
+        if found is None or dims is None or found[1].dim in dims:
+            return None
+        x, axis = found
+        if call.output.ndim == x.ndim:
+            return axis
+        if call.output.ndim != x.ndim - len(set(dims)):
+            return None
+        return axis._replace(dim=axis.dim - sum(d < axis.dim for d in set(dims)))
+
+    return becomes
+
+
+def _reshaped(call: Call) -> Axis | None:
+    """Axes are split and merged; the batch stays where it is in memory's order."""
+    found = call.only()
+    if found is None or found[0].numel() != call.output.numel() or found[0].dtype != call.output.dtype:
+        return None
+    x, axis = found
+    stride, below = axis.inner * x.shape[axis.dim + 1 :].numel(), 1
+    for dim in reversed(range(call.output.ndim)):
+        size = call.output.shape[dim]
+        if below <= stride and stride * call.batch <= below * size:
+            inner = stride // below
+            fits = stride % below == 0 and size % (inner * call.batch) == 0
+            return Axis(dim, size // (inner * call.batch), inner) if fits else None
+        below *= size
+    return None
+
+
+def _permuted(call: Call) -> Axis | None:
+    """Axes in another order, tried on a tensor without values whose axes all have different sizes."""
+    found = call.only()
+    if found is None:
+        return None
+    x, axis = found
+    tried = call.function(torch.empty(tuple(range(1, x.ndim + 1)), device="meta"), *call.args[1:], **call.kwargs)
+    return axis._replace(dim=tuple(tried.shape).index(axis.dim + 1))
+
+
+def _expanded(call: Call) -> Axis | None:
+    """New axes in front, and axes of one entry repeated."""
+    found = call.only()
+    if found is None:
+        return None
+    dim = call.output.ndim + found[1].dim - found[0].ndim
+    return found[1]._replace(dim=dim) if call.output.shape[dim] == call.size(found[1]) else None
+
+
+def _flipped(call: Call) -> Axis | None:
+    """Other axes backwards, which may be said one by one."""
+    found = call.only()
+    said = call.args[1:] if len(call.args) > 2 else call.argument(1, "dims")
+    dims = None if found is None else _dims(said, found[0].ndim)
+    return found[1] if found is not None and dims is not None and found[1].dim not in dims else None
+
+
+def _repeated(call: Call) -> Axis | None:
+    """Each entry some times in a row; along the batch's axis the copies are one more inner axis."""
+    found, times = call.only(), call.argument(1, "repeats")
+    dim = None if found is None else _dims(call.argument(2, "dim"), found[0].ndim)
+    if found is None or not isinstance(times, int) or dim is None:
+        return None
+    axis = found[1]
+    return axis._replace(inner=axis.inner * times) if axis.dim in dim else axis
+
+
+def _padded(call: Call) -> Axis | None:
+    """The last axes get longer."""
+    found = call.only()
+    amounts = call.argument(1, "pad")
+    return found[1] if found is not None and found[1].dim < found[0].ndim - len(amounts) // 2 else None
+
+
+def _joined(call: Call) -> Axis | None:
+    """Tensors one after the other along another axis."""
+    axes = {axis for _, axis in call.tagged}
+    dims = _dims(call.argument(1, "dim", 0), call.output.ndim)
+    if len(axes) != 1 or dims is None:
+        return None
+    axis = axes.pop()
+    return None if axis.dim in dims else axis
+
+
+def _stacked(call: Call) -> Axis | None:
+    """Tensors along a new axis."""
+    axes = {axis for _, axis in call.tagged}
+    dims = _dims(call.argument(1, "dim", 0), call.output.ndim)
+    if len(axes) != 1 or dims is None:
+        return None
+    axis = axes.pop()
+    return axis._replace(dim=axis.dim + (dims[0] <= axis.dim))
+
+
+def _removed(call: Call) -> Axis | None:
+    """One entry of another axis, which goes."""
+    found = call.only()
+    dims = None if found is None else _dims(call.argument(1, "dim", 0), found[0].ndim)
+    if found is None or dims is None or found[1].dim in dims:
+        return None
+    return found[1]._replace(dim=found[1].dim - (dims[0] < found[1].dim))
+
+
+def _indexed(call: Call) -> Axis | None:
+    """Plain indexing: numbers, slices and new axes; one tensor of indices along another axis; one place an example."""
+    found = call.only()
+    if found is None:
+        return None
+    x, axis = found
+    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    taken = [entry for entry in index if entry is not None and entry is not Ellipsis]
+    if not all(type(entry) in (int, slice) or isinstance(entry, Tensor) for entry in taken):
+        return None
+    indices = [entry for entry in taken if isinstance(entry, Tensor)]
+    if any(entry.dtype in (torch.bool, torch.uint8) for entry in indices) or len(indices) > 2:
+        return None
+    place = next((i for i, entry in enumerate(index) if entry is Ellipsis), None)
+    if place is not None:
+        index = (*index[:place], *[slice(None)] * (x.ndim - len(taken)), *index[place + 1 :])
+    if len(indices) == 2:
+        return _one_place_each(call, axis, index)
+    source = target = 0
+    for entry in (*index, *[slice(None)] * x.ndim):
+        if entry is None:
+            target += 1
+            continue
+        if source == axis.dim:
+            whole = isinstance(entry, slice) and len(range(*entry.indices(x.shape[source]))) == x.shape[source]
+            return axis._replace(dim=target) if whole and entry.step in (None, 1) else None
+        source += 1
+        target += entry.ndim if isinstance(entry, Tensor) else int(isinstance(entry, slice))
+    return None
+
+
+def _one_place_each(call: Call, axis: Axis, index: tuple[Any, ...]) -> Axis | None:
+    """``x[arange(B), places]``: of each example the entry at a place of its own."""
+    first, second = index[0], index[1] if len(index) > 1 else None
+    if axis != Axis(0) or not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return None
+    if first.shape != (call.batch,) or second.shape != (call.batch,) or not all(_all_of(e) for e in index[2:]):
+        return None
+    own = torch.arange(call.batch, device=first.device, dtype=first.dtype)
+    return axis if torch.equal(first, own) else None
+
+
+def _all_of(entry: Any) -> bool:
+    return isinstance(entry, slice) and entry == slice(None)
+
+
+def _product(call: Call) -> Axis | None:
+    """Matrix products: the batch is no axis that is summed over, and meets itself if both have it."""
+    a, b = (
+        call.argument(place, name) for place, name in ((0, "input"), (1, "other" if len(call.args) > 1 else "mat2"))
+    )
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None
+    one, two = call.status(a), call.status(b)
+    places = []
+    if isinstance(one, Axis):
+        place = one.dim - a.ndim
+        if place == -1 or (isinstance(two, Axis) and place == -2):
+            return None
+        places.append((place + (b.ndim == 1), one.outer, one.inner))
+    if isinstance(two, Axis):
+        place = two.dim - b.ndim
+        if place == (-2 if b.ndim > 1 else -1) or (isinstance(one, Axis) and place == -1):
+            return None
+        places.append((place + (a.ndim == 1 and place < -1), two.outer, two.inner))
+    if len(set(places)) != 1:
+        return None
+    place, outer, inner = places[0]
+    dim = call.output.ndim + place
+    fits = dim >= 0 and call.output.shape[dim] == outer * call.batch * inner
+    return Axis(dim, outer, inner) if fits else None
+
+
+def _added_product(call: Call) -> Axis | None:
+    """Input + a batched product."""
+    addend, *pair = call.args[:3]
+    if call.status(addend) is not Mark.FREE or len(pair) != 2:
+        return None
+    return _product(Call(call.batch, tuple(pair), {}, call.operands, call.output, call.function))
+
+
+def _einsum(call: Call) -> Axis | None:
+    """The batch's letter is the same in all operands, and in the result."""
+    equation, operands = call.args[0], call.args[1:]
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        return None
+    left, right = equation.replace(" ", "").split("->")
+    found = {
+        (term[status.dim], status.outer, status.inner)
+        for term, tensor in zip(left.split(","), operands, strict=True)
+        if isinstance(status := call.status(tensor), Axis)
+    }
+    if len(found) != 1:
+        return None
+    letter, outer, inner = found.pop()
+    once = right.count(letter) == 1 and all(term.count(letter) <= 1 for term in left.split(","))
+    return Axis(right.index(letter), outer, inner) if once else None
+
+
+def _attention(call: Call) -> Axis | None:
+    """Attention within each entry of the leading axes; a mask that is learned has them too, or is the same for all."""
+    places = {(axis.dim - tensor.ndim, axis.outer, axis.inner) for tensor, axis in call.tagged}
+    if len(places) != 1:
+        return None
+    place, outer, inner = places.pop()
+    return Axis(call.output.ndim + place, outer, inner) if place <= -3 else None
+
+
+def _recurrent(call: Call) -> Axis | None:
+    """Sequences first or second; of packed ones nothing is known."""
+    if len(call.args) != 9 or not isinstance(call.args[3], bool) or call.args[0].ndim != 3:
+        return None
+    axis = Axis(0 if call.args[8] else 1)
+    if call.status(call.args[0]) not in (axis, Mark.FREE):
+        return None
+    states = [call.args[1]] if isinstance(call.args[1], Tensor) else call.args[1]
+    if any(call.status(state) not in (Axis(1), Mark.FREE) for state in states):
+        return None
+    layers, sizes = call.args[4] * (2 if call.args[7] else 1), call.args[0].shape[:2]
+    if layers in sizes:  # the outputs and the last states look alike
+        return None
+    return axis if call.output.shape[:2] == sizes else Axis(1) if call.output.shape[0] == layers else None
+
+
+def _dims(value: Any, ndim: int) -> tuple[int, ...] | None:
+    """Axes as numbers from 0 on; None where they are not said."""
+    if value is None or isinstance(value, (bool, str, Tensor)):
+        return None
+    try:
+        return tuple(int(d) % ndim for d in (value if isinstance(value, Sequence) else (value,)))
+    except (TypeError, ZeroDivisionError):
+        return None
+
+
+_ELEMENTWISE = """
+    abs neg negative positive exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sin cos tan tanh sinh
+    cosh asin acos atan atan2 arctan sigmoid erf erfc erfinv floor ceil round trunc frac sign sgn clamp clamp_min
+    clamp_max clip minimum maximum fmax fmin add sub subtract rsub mul multiply div divide true_divide floor_divide
+    remainder fmod pow float_power where masked_fill lerp addcmul addcdiv nan_to_num logaddexp logit xlogy hypot
+    copysign relu relu6 gelu silu mish elu selu celu leaky_relu softplus hardswish hardsigmoid hardtanh logsigmoid
+    log_sigmoid softsign tanhshrink softshrink hardshrink threshold prelu rrelu dropout alpha_dropout
+    feature_alpha_dropout dropout1d dropout2d dropout3d feature_dropout logical_and logical_or logical_not
+    logical_xor bitwise_and bitwise_or bitwise_not eq ne lt le gt ge isnan isinf isfinite and or xor invert truediv
+    floordiv mod clone detach contiguous to float double half bfloat16 int long bool type type_as alias
+    requires_grad_ cuda cpu
+"""
+_MORE: tuple[tuple[str, Becomes], ...] = (
+    ("conv1d conv_transpose1d", _first(3)),
+    ("conv2d conv_transpose2d pixel_shuffle pixel_unshuffle", _first(4)),
+    ("conv3d conv_transpose3d", _first(5)),
+    ("max_pool1d avg_pool1d lp_pool1d adaptive_avg_pool1d adaptive_max_pool1d", _first(3)),
+    ("max_pool2d avg_pool2d lp_pool2d adaptive_avg_pool2d adaptive_max_pool2d", _first(4)),
+    ("max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d", _first(5)),
+    ("group_norm instance_norm local_response_norm interpolate channel_shuffle", _first(2, 3, 4, 5)),
+    ("batch_norm", _batch_norm),
+    ("linear", _last(1)),
+    ("layer_norm rms_norm", _last(0)),
+    ("addmm", _addmm),
+    ("embedding", _embedding),
+    ("glu sort argsort", _along(1, "dim", -1)),
+    ("softmax log_softmax softmin cumsum cumprod logcumsumexp narrow index_select gather", _along(1, "dim", None)),
+    ("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split", _along(2, "dim", 0)),
+    ("normalize", _along(2, "dim", 1)),
+    ("topk", _along(2, "dim", -1)),
+    ("take_along_dim", _along(2, "dim", None)),
+    ("roll", _along(2, "dims", None)),
+    ("flip", _flipped),
+    ("sum mean prod amax amin max min var std logsumexp argmax argmin any all median", _reduced(1)),
+    ("norm", _reduced(2)),
+    ("view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel", _reshaped),
+    ("transpose permute movedim moveaxis swapaxes swapdims t", _permuted),
+    ("expand expand_as broadcast_to repeat tile", _expanded),
+    ("repeat_interleave", _repeated),
+    ("pad", _padded),
+    ("cat concat concatenate", _joined),
+    ("stack", _stacked),
+    ("select unbind", _removed),
+    ("__getitem__", _indexed),
+    ("matmul bmm mm mv __matmul__", _product),
+    ("baddbmm", _added_product),
+    ("einsum", _einsum),
+    ("scaled_dot_product_attention", _attention),
+    ("lstm gru rnn_tanh rnn_relu", _recurrent),
+)
+
+
+def _functions(names: str, *forms: str) -> Iterator[Callable[..., Any]]:
+    """All that PyTorch has under some names, as function modes see it."""
+    for name in names.split():
+        for owner in (torch, torch.Tensor, F, torch.special, torch._VF):
+            for form in ("{}", *forms):
+                found = getattr(owner, form.format(name), None)
+                if callable(found) and not isinstance(found, type):
+                    yield found
+
+
+BECOMES: dict[Callable[..., Any], Becomes] = {
+    **dict.fromkeys(_functions(_ELEMENTWISE, "{}_", "__{}__", "__r{}__", "__i{}__"), _elementwise),
+    **{function: rule for names, rule in _MORE for function in _functions(names)},
+    **{getattr(torch.Tensor, name).__get__: _permuted for name in ("T", "mT")},
+}
+"""What becomes of the batch axis in each function of PyTorch that keeps it apart."""

@@ -1,0 +1,167 @@
+"""A forward pass that was watched: its outputs, the uses of chosen parameters on the way, and whose their entries are.
+
+The pass itself shows whose they are where all functions on the way keep the batch's axis apart (`rows.batch_axis`);
+that costs no arithmetic. Elsewhere one more backward pass shows it (`rows.ownership`), which output vectors that go
+through the graph together share. Knows rules by their entries alone, and no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fisherkit.data import Batch
+from fisherkit.errors import ModelError
+from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, owners
+from fisherkit.rows.record import Recorder
+from fisherkit.rows.rules import Use
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """A forward pass.
+
+    Args:
+        batch: number of examples.
+        z: the outputs, ``[B, ...]``.
+        uses: of chosen parameters under a rule.
+        elsewhere: chosen parameters that functions without a rule used.
+        unbatched: embeddings that were looked up without a batch axis.
+        half: whether layers computed in half precision.
+        proven: whether the pass shows whose the entries of uses with an axis are.
+    """
+
+    batch: int
+    z: Tensor
+    uses: Sequence[Use]
+    elsewhere: frozenset[str] = frozenset()
+    unbatched: frozenset[str] = frozenset()
+    half: bool = False
+    proven: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Mapping[int, str], batch: Batch, shared: Collection[str]) -> Watched:
+        """By a forward pass.
+
+        Args:
+            model: the model.
+            names: ``id`` of each chosen parameter to its name.
+            batch: the examples.
+            shared: embeddings whose tokens all examples share.
+
+        Raises:
+            ModelError: the outputs do not have the examples along axis 0.
+        """
+        recorder = Recorder(names, batch.size, batch.leaves()[0], shared)
+        with recorder:
+            z = batch.call(model)
+        if z.ndim == 0 or z.shape[0] != batch.size:
+            raise ModelError(
+                call="the model's forward pass",
+                got=f"outputs of shape {list(z.shape)} for {batch.size} examples",
+                expected=f"[{batch.size}, ...]",
+                why="examples lie along axis 0 of inputs and outputs",
+            )
+        return cls.seen(recorder, z)
+
+    @classmethod
+    def seen(cls, recorder: Recorder, z: Tensor) -> Watched:
+        """What a recorder saw until the outputs."""
+        return cls(
+            recorder.batch, z, recorder.uses, frozenset(recorder.elsewhere), frozenset(recorder.unbatched),
+            recorder.half, recorder.proves(z),
+        )  # fmt: skip
+
+    @property
+    def regular(self) -> bool:
+        """Whether the pass itself shows whose all entries are."""
+        return all(self._regular(use) is not None for use in self.uses)
+
+    @property
+    def reentrant(self) -> bool:
+        """Whether a part of the pass is inside of a reentrant checkpoint, where there is no graph."""
+        pending, seen = [self.z.grad_fn], set()
+        while pending:
+            node = pending.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                if node.name() == "CheckpointFunctionBackward":
+                    return True
+                pending += [after for after, _ in node.next_functions]
+        return False
+
+    def backward(self, v: Float[Tensor, "k B ..."], *, batched: bool = False) -> Sequence[Tensor | None]:
+        """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output.
+
+        Args:
+            v: k output vectors an example.
+            batched: whether several may go through one vectorised pass.
+        """
+        if len(v) > 1 and batched:
+            return self._gradients(v, batched=True)
+        passes = [self._gradients(one) for one in v]
+        if len(passes) == 1:
+            return [None if one is None else one.unsqueeze(0) for one in passes[0]]
+        return [None if found[0] is None else torch.stack(found) for found in zip(*passes, strict=True)]
+
+    def multiplied(self, v: Float[Tensor, "B ..."]) -> list[Sequence[Tensor | None]]:
+        """Gradients at the uses for output vectors times each row of the examples' numbers; needs the graph."""
+        shape = (-1, *[1] * (v.ndim - 1))
+        return [self._gradients(v * row.reshape(shape)) for row in codes(self.batch, v)]
+
+    def arrangements(
+        self, gradients: Sequence[Tensor | None], multiplied: Sequence[Sequence[Tensor | None]]
+    ) -> list[Arrangement | None]:
+        """How the entries of each use lie; None where one belongs to several examples.
+
+        Args:
+            gradients: at the uses, for one output vector an example.
+            multiplied: for the same as `multiplied` makes them; none where the pass itself shows whose all entries are.
+        """
+        return [
+            self._regular(use) or self._asked(use, gradient, [one[i] for one in multiplied])
+            for i, (use, gradient) in enumerate(zip(self.uses, gradients, strict=True))
+        ]
+
+    def arrangements_by(
+        self, v: Float[Tensor, "B ..."], gradients: Sequence[Tensor | None] | None = None
+    ) -> list[Arrangement | None]:
+        """The same by backward passes where they are needed: two, or one where the gradients are known.
+
+        Args:
+            v: one output vector an example, on which everything of interest depends.
+            gradients: at the uses for v.
+        """
+        if self.regular:
+            return self.arrangements([None] * len(self.uses), [])
+        return self.arrangements(self._gradients(v) if gradients is None else gradients, self.multiplied(v))
+
+    def _gradients(self, v: Tensor, batched: bool = False) -> Sequence[Tensor | None]:
+        edges = [use.edge for use in self.uses]
+        if not edges:
+            return []
+        return torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+
+    def _regular(self, use: Use) -> Regular | None:
+        """By the pass itself."""
+        lead = use.rule.lead(use)
+        if self.batch == 1:
+            return Regular(1, lead.numel())
+        if not self.proven or use.axis is None or use.axis.dim >= len(lead):
+            return None
+        return Regular(self.batch, use.axis.inner * lead[use.axis.dim + 1 :].numel())
+
+    def _asked(self, use: Use, gradient: Tensor | None, multiplied: Sequence[Tensor | None]) -> Arrangement | None:
+        """By what the examples' numbers did to the gradient."""
+        lead = use.rule.lead(use)
+        entries = lead.numel()
+        like = self.z if gradient is None else gradient
+        if gradient is None or any(one is None for one in multiplied) or entries == 0:
+            return arrangement(torch.full((entries,), -1, device=like.device), lead, self.batch)
+        rest = [one.reshape(entries, -1) for one in multiplied if one is not None]
+        owner = owners(gradient.reshape(entries, -1), rest, codes(self.batch, self.z).to(gradient.device))
+        return None if owner is None else arrangement(owner, lead, self.batch)
