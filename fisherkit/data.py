@@ -403,11 +403,12 @@ class Source:
         """
         return self._compared(self.once())
 
-    def once(self, state: RngState | None = None) -> Iterator[Batch]:
+    def once(self, state: RngState | None = None, *, settled: bool = True) -> Iterator[Batch]:
         """A pass that is compared with no other.
 
         Args:
             state: where the global generators start; None for where they were when the source was made.
+            settled: whether `first` tells of all batches which inputs all examples share; else each for itself.
         """
         state, own_states = self._rng_state if state is None else state, self._own_states
         iterator: Iterator[Any] | None = None
@@ -420,10 +421,7 @@ class Source:
                     return
                 state = rng_state()
                 own_states = [generator.get_state() for generator in self._generators]
-            batch = Batch.of(raw, f"data, batch {number}", self._axes, self._model_inputs)
-            if self._axes is None and batch.size > 1:  # of one example, nothing tells what all examples share
-                self._axes = batch.axes
-            yield batch
+            yield Batch.of(raw, f"data, batch {number}", self._axes if settled else None, self._model_inputs)
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         number = 0
@@ -505,9 +503,11 @@ class Source:
                     self._first = batch
                 if batch.size > 1:
                     break
-        if self._first is not None:
-            return self._first
-        raise DataError(call="data", got="no batch", expected="at least one example")
+        if self._first is None:
+            raise DataError(call="data", got="no batch", expected="at least one example")
+        if self._axes is None and self._first.size > 1:  # of one example, nothing tells what all examples share
+            self._axes = self._first.axes
+        return self._first
 
     def shared(self, batch: Batch) -> None:
         """Read the inputs as this batch does: its axes say which of them all examples share.
@@ -534,6 +534,8 @@ class Source:
 
 def _is_batch(data: Data) -> bool:
     """Whether the data are one batch."""
+    if is_dataclass(data):
+        return not isinstance(data, Iterable)
     if _labelled(data) is not None:
         return True
     if not isinstance(data, (tuple, list)) or len(data) < 2:
@@ -545,7 +547,7 @@ def _is_batch(data: Data) -> bool:
 def _changed(number: int) -> DataError:
     return DataError(
         call=f"data, batch {number}",
-        got="other examples, or others' order, than in the pass before",
+        got="data that change between passes: other examples than before, or in another order",
         expected="the same in every pass",
         why="this is computed in several passes over the data, whose results belong together",
         try_="list(data), which keeps what was drawn; a data set without random augmentation, shuffle=False; or a "

@@ -43,8 +43,10 @@ class FisherApproximation(OutputRule, FisherOperator):
             checked.
         data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A
             batch is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword
-            arguments, or a mapping with "labels". Batches are moved to the model's device. Targets may be None for
-            kinds that do not use them.
+            arguments, or a mapping (dataclass, named tuple) with "labels"; of a longer tuple the last is the targets,
+            if the model needs all others. Batches are moved to the model's device. Targets may be None for kinds that
+            do not use them. Where several passes are made, all must read the same examples in the same order; a
+            checksum of each batch is compared.
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         structure: "full", "block", "diagonal", "kfac" or "ekfac".
@@ -166,6 +168,9 @@ class FisherApproximation(OutputRule, FisherOperator):
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
         return self._unwrap()._draw(generator)
 
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        return self._unwrap()._draws(generator, count)
+
     def _scaled(self, scale: float) -> FisherOperator:
         return self._unwrap()._scaled(scale)
 
@@ -180,6 +185,12 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._unwrap()._eigenvalues(k)
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        return self._unwrap()._eigenvectors(k)
+
+    def _effective_dimension(self, damping: float) -> Float[Tensor, ""]:
+        return self._unwrap()._effective_dimension(damping)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._unwrap()._to_dense()

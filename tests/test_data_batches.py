@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,6 +85,16 @@ class LabelsFirst(NamedTuple):
 
 
 @dataclass
+class Stored:
+    """No batch, but batches, in a dataclass."""
+
+    batches: list[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+@dataclass
 class Record:
     mask: Tensor
     labels: Tensor
@@ -107,6 +117,7 @@ FORMS: dict[str, Callable[[], Any]] = {
     "named tuples, labels first": lambda: parts(lambda x, m, y: LabelsFirst(y, (x, m))),
     "dataclass": lambda: Record(MASK, Y, X),
     "dataclasses": lambda: parts(lambda x, m, y: Record(m, y, x)),
+    "batches in a dataclass": lambda: Stored(parts(lambda x, m, y: Record(m, y, x))),
     "label": lambda: {"features": X, "mask": MASK, "label": Y},
     "label_ids": lambda: parts(lambda x, m, y: {"features": x, "mask": m, "label_ids": y}),
     "labels as an array": lambda: {"features": X, "mask": MASK, "labels": Y.numpy()},
@@ -339,6 +350,27 @@ def test_shared__a_single_batch_is_told_what_to_do() -> None:
         fk.EmpiricalFisher(Scaled(), [((X[:3], scale), Y[:3])])
     with pytest.raises(fk.DataError, match=r"input 'scale' with 3 rows in a batch of 3 examples"):
         fk.EmpiricalFisher(Scaled(), {"x": X[:3], "scale": scale, "labels": Y[:3]})
+
+
+def test_shared__an_optimizer_says_what_to_do() -> None:
+    model, scale = Scaled(), torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    optimizer = fk.optim.NaturalGradient(model, lr=1.0, kind="ef", damping=0.5)
+    with pytest.raises(fk.DataError, match=r"input 'inputs\[1\]' with 3 rows in a batch of 3.*a buffer of the"):
+        model(X[:3], scale)
+    optimizer.close()
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 7), (3, 3, 3, 3), (1, 3, 2, 6), (2, 3, 7)])
+def test_shared__batches_of_several_lengths_tell(sizes: tuple[int, ...]) -> None:
+    model, scale = Scaled(), torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    data = [((x, scale), y) for x, y in zip(X.split(sizes), Y.split(sizes), strict=True)]
+    expected = brute(model, lambda n: model(X[n : n + 1], scale))
+    same(fk.EmpiricalFisher(model, data).to_dense(), expected)
+    whole = fk.evaluation.loss_gradient(model, data)
+    rows = [fk.evaluation.loss_gradient(model, ((X[n : n + 1], scale), Y[n : n + 1])) for n in range(N)]
+    same(whole, torch.stack(rows).mean(0))
+    norms = fk.influence.evaluation.plain_rankings(model, data)["gradient norm"]
+    same(norms, torch.stack(rows).norm(dim=1))
 
 
 def test_shared__two_outputs_for_two_examples() -> None:

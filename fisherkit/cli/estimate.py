@@ -27,6 +27,7 @@ from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.io.reader import index_of
+from fisherkit.io.shards import refuse_weights
 from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit estimate"
@@ -129,10 +130,11 @@ def check_fisher_file(path: Path, call: str, *, overwrite: bool) -> None:
     """Find out before the work is done whether a Fisher file can be written.
 
     Raises:
-        InvalidArgumentError: its folder does not exist, or it is there, whole or in shards, and may not be replaced.
+        InvalidArgumentError: its folder does not exist, or something is there that may not be replaced.
     """
     io.check_folder(path, call)
     refuse_existing((path, index_of(path)), call, overwrite=overwrite)
+    refuse_weights(path, call)
 
 
 def selection(model: nn.Module, patterns: tuple[str, ...], call: str) -> list[str] | None:

@@ -16,7 +16,7 @@ from fisherkit.arguments import is_integer
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
 from fisherkit.io.atomic import as_path, check_folder, unreadable
 from fisherkit.io.reader import FORMAT, INDEX_SUFFIX, Archive, Reader
-from fisherkit.io.shards import fill, nbytes, pack, write_sharded, write_single
+from fisherkit.io.shards import fill, nbytes, pack, refuse_weights, write_sharded, write_single
 from fisherkit.io.state import Node, State
 from fisherkit.space import ParameterSpace
 
@@ -46,7 +46,7 @@ def write(
     Raises:
         InvalidTypeError: not a path, or a size that is not an integer.
         InvalidArgumentError: the folder does not exist, the name is an index's, the size is not positive or too small,
-            or shards would have to replace something that is not a Fisher file.
+            a model's weights are at the path, or shards would have to replace something that is not a Fisher file.
     """
     call = f"save({str(path)!r})"
     path = as_path(path, "save(path)")
@@ -70,6 +70,7 @@ def write(
     if max_shard_size is not None and sharded:
         write_sharded(path, fill(tensors, max_shard_size), header, call)
     else:
+        refuse_weights(path, call)
         write_single(path, tensors, header)
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fisherkit.errors import FileFormatError
+from fisherkit.errors import FileFormatError, MissingFileError
 from fisherkit.io.atomic import unreadable
 from fisherkit.io.state import Node, Place, State
 
@@ -69,7 +69,8 @@ class Archive:
             call: the public call, for errors.
 
         Raises:
-            FileFormatError: no such file, damaged, or not a Fisher file.
+            MissingFileError: no such file.
+            FileFormatError: damaged, or not a Fisher file.
         """
         if path.name.endswith(INDEX_SUFFIX) and path.is_file():
             return cls._of_index(path, call)
@@ -77,7 +78,7 @@ class Archive:
             return cls._of_file(path, call)
         if index_of(path).is_file():
             return cls._of_index(index_of(path), call)
-        raise FileFormatError(
+        raise MissingFileError(
             call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
         )
 
@@ -163,7 +164,8 @@ class Reader:
         """A whole tensor.
 
         Raises:
-            FileFormatError: a file is missing, damaged, of another save, or lacks the tensor; which one is said.
+            MissingFileError: a file is not there; which one is said.
+            FileFormatError: a file is damaged, of another save, or lacks the tensor.
         """
         if not place.rows:
             return self._read(place.keys[0], None)
@@ -208,7 +210,7 @@ class Reader:
             return self._open[path]
         archive = self._archive
         if not path.is_file():
-            raise FileFormatError(
+            raise MissingFileError(
                 call=archive.call, got=f"no file {path.name}", expected=f"every file that {archive.path.name} names",
                 why="it was not copied along, or the Fisher file was replaced after it was opened",
                 try_="copy all of them, or open it again",

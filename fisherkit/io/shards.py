@@ -159,6 +159,28 @@ def _check(path: Path, count: int, call: str) -> None:
             )  # fmt: skip
 
 
+def refuse_weights(path: Path, call: str) -> None:
+    """Refuse to replace a safetensors file that is no Fisher file: a model's weights have such names.
+
+    Raises:
+        InvalidArgumentError: there is one at the path.
+    """
+    if path.is_file() and not _is_ours(path) and _is_safetensors(path):
+        raise InvalidArgumentError(
+            call=call, got=f"a path where {path.name} is a safetensors file of another kind",
+            expected="a free path, or that of an older Fisher file", why="a model's weights would be lost",
+            try_="another name",
+        )  # fmt: skip
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
 def _is_ours(path: Path) -> bool:
     return _header(path).get("format") == FORMAT
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fisherkit import io
-from fisherkit.errors import FileFormatError, InvalidTypeError, UnknownParameterError
+from fisherkit.errors import FileFormatError, InvalidTypeError, MissingFileError, UnknownParameterError
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 """A module, its state dict, or the path of a safetensors file, of a sharded one's index, or of a folder with either."""
@@ -135,7 +135,8 @@ class FileCheckpoint(Checkpoint):
         label: what messages call it.
 
     Raises:
-        FileFormatError: there is no such file, one is damaged, or the index names what is not there.
+        MissingFileError: there is no such file, or the index names one that is not there.
+        FileFormatError: one is damaged, or lacks a tensor.
     """
 
     def __init__(self, path: Path, label: str) -> None:
@@ -167,10 +168,10 @@ class FileCheckpoint(Checkpoint):
         if path.is_dir():
             found = [path / name for name in FOLDER_NAMES if (path / name).is_file()]
             if not found:
-                raise self._refused(f"a folder without {' or '.join(FOLDER_NAMES)}")
+                raise self._refused(f"a folder without {' or '.join(FOLDER_NAMES)}", error=MissingFileError)
             path = found[0]
         if not path.is_file():
-            raise self._refused("no such file or folder")
+            raise self._refused("no such file or folder", error=MissingFileError)
         if path.suffix != ".json":
             yield path, None
             return
@@ -183,7 +184,7 @@ class FileCheckpoint(Checkpoint):
             raise self._refused(f"an index that cannot be read ({error!r})") from error
         for file, names in shards.items():
             if not (path.parent / file).is_file():
-                raise self._refused(f"an index that names {file}, which is not there")
+                raise self._refused(f"an index that names {file}, which is not there", error=MissingFileError)
             yield path.parent / file, names
 
     def _read(self, name: str) -> Tensor:
@@ -217,8 +218,13 @@ class FileCheckpoint(Checkpoint):
             raise self._refused(f"{tensor!r} of dtype {name}")
         return DTYPES[name]
 
-    def _refused(self, got: str, try_: str = "check the path, or write the checkpoint again") -> FileFormatError:
-        return FileFormatError(
+    def _refused(
+        self,
+        got: str,
+        try_: str = "check the path, or write the checkpoint again",
+        error: type[FileFormatError] = FileFormatError,
+    ) -> FileFormatError:
+        return error(
             call=f"merge, {self._label} ({str(self.path)!r})",
             got=got,
             expected="complete safetensors files: one, an index with its shards, or a folder with model.safetensors",

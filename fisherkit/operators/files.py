@@ -29,7 +29,8 @@ def open_file(path: str | Path, *, device: torch.device | str = "cpu") -> Fisher
 
     Raises:
         InvalidTypeError: not a path.
-        FileFormatError: no such file, damaged, not a Fisher file, or of a version from the future.
+        MissingFileError: no such file.
+        FileFormatError: damaged, not a Fisher file, or of a version from the future.
     """
     path = io.as_path(path, "open_file(path)")
     call = f"open_file({str(path)!r})"

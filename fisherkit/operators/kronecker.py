@@ -23,7 +23,7 @@ from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, singular, spectrum
+from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, orthonormal, singular, spectrum
 from fisherkit.operators.row_forms import ColumnForm, RowForm
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
@@ -145,7 +145,10 @@ class KroneckerOperator(FisherOperator):
         return _EigenKroneckerFactorization(self, self._eigen, damping)
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._eigen._draw(generator)
+        return self._draws(generator, 1)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        return self._eigen._draws(generator, count)
 
     def _scaled(self, scale: float) -> KroneckerOperator:
         on_inputs, on_outputs = self._spectra
@@ -171,6 +174,13 @@ class KroneckerOperator(FisherOperator):
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._eigen._eigenvalues(k)
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        return self._eigen._eigenvectors(k)
+
+    @property
+    def _rank_bound(self) -> int:
+        return self._eigen._rank_bound
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         layout = self._layout
@@ -273,7 +283,10 @@ class EigenKroneckerOperator(FisherOperator):
         return _EigenKroneckerFactorization(self, self, damping)
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        noise = torch.randn(1, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
+        return self._draws(generator, 1)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        noise = torch.randn(count, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
         return self._rotate_back(self._values.sqrt().to(self.dtype) * noise)
 
     def _scaled(self, scale: float) -> EigenKroneckerOperator:
@@ -285,6 +298,17 @@ class EigenKroneckerOperator(FisherOperator):
         values = self._values.double().flatten()
         known = values.topk(min(k, len(values))).values
         return torch.nn.functional.pad(known, (0, k - len(known)))
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        places = self._values.double().flatten().topk(min(k, self._values.numel())).indices
+        on_outputs = self.gradient_basis.mT[places // self._values.shape[1]]
+        on_inputs = self.activation_basis.mT[places % self._values.shape[1]]
+        columns = self._layout.to_flat(on_outputs.unsqueeze(2) * on_inputs.unsqueeze(1))
+        return columns if len(places) == k else orthonormal(columns.double(), k).to(self.dtype)
+
+    @property
+    def _rank_bound(self) -> int:
+        return self._values.numel()
 
     @property
     def _null(self) -> int:

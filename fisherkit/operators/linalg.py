@@ -101,6 +101,21 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n"
     return torch.where(values > noise, values, 0), vectors
 
 
+def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
+    """Nearly orthogonal columns made orthonormal, each against those before it, and filled up to k; float64.
+
+    Args:
+        columns: float64, none of them 0; m at most k.
+        k: at most n. What is added is the same in every call.
+    """
+    missing = k - columns.shape[1]
+    # From the CPU, so that all devices see the same numbers.
+    added = torch.randn(len(columns), missing, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = columns / columns.norm(dim=0)
+    basis, triangle = torch.linalg.qr(torch.cat([given, added.to(columns.device)], dim=1))
+    return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+
+
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:
     """1 / (values + damping), computed in float64 and returned in the operator's dtype.
 

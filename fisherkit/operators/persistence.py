@@ -30,7 +30,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FisherOpera
         An operator of the saved structure and dtype; what was recorded at saving is in ``.metadata``.
 
     Raises:
-        FileFormatError: no such file, damaged, not a Fisher file, of a version from the future, or of an unknown kind.
+        MissingFileError: no such file; it is a FileNotFoundError too.
+        FileFormatError: damaged, not a Fisher file, of a version from the future, or of an unknown kind.
     """
     state, space, metadata = io.read(path, device=device)
     with parts_fit(f"load({str(path)!r})"):

@@ -37,12 +37,12 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.first_batch import plan_of_call
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.together import needing_each_other
-from fisherkit.rows.verified import fingerprint, plan_for
+from fisherkit.rows.verified import fingerprint
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace, Selection
 
@@ -219,7 +219,7 @@ class Capture:
             try:
                 for module in training:
                     module.training = False
-                with self._watch.quiet(), without_autocast(), needing_each_other(self.model, batch):
+                with self._watch.quiet(), without_autocast():
                     plan = self._verified(names, batch)
             finally:
                 for module in training:
@@ -230,7 +230,7 @@ class Capture:
 
     def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
-        plan = plan_for(self.model, ParameterSpace.of(self.model, names), batch)
+        plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
         if plan.unused or any(unit.unseen for unit in plan.generic):
             with untouched_rng([plan.example_parameter.device]), differentiable(list(plan.parameters.values())):
                 linearized = Linearized.at(plan, batch)

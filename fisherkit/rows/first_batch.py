@@ -40,7 +40,7 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
 
     Cost: as `plan_for`.
     """
-    device, dtype = model_device(model, space.names)
+    device, _ = model_device(model, space.names)
     first = source.first()
     try:
         own = first.to(device)
@@ -48,25 +48,27 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
             return plan_for(model, space, own)
     except Exception as error:
         other = _another(source, first)
-        found = _shared(model, space, first, other)
-        if found is None:
-            words = _in_words(error, model, first, dtype)
-            if words is None:
-                raise
-            raise words from error
-        name, reading, plan = found
-        if other is None:
-            raise DataError(
-                call="data, batch 0",
-                got=f"input {name!r} with {first.size} rows in a batch of {first.size} examples, for which the model "
-                "fails with one row an example and works with all of them",
-                expected="batches that tell which is meant",
-                why="without a second batch, nothing tells an input that all examples share from examples that meet in "
-                "the model (batch statistics, contrastive terms)",
-                try_=f"{SHARED}; or two batches",
-            ) from error
-        source.shared(reading)
-        return plan
+        found = None if other is None else _shared(model, space, first, other)
+        if found is not None:
+            _, reading, plan = found
+            source.shared(reading)
+            return plan
+        _tell(error, model, space, first, single=other is None)
+        raise
+
+
+def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+    """The same for a single batch, on the model's device.
+
+    Raises:
+        DataError: as in `plan_of`.
+    """
+    try:
+        with needing_each_other(model, batch):
+            return plan_for(model, space, batch)
+    except Exception as error:
+        _tell(error, model, space, batch, single=True)
+        raise
 
 
 def _shared(
@@ -81,7 +83,7 @@ def _shared(
 
 def _another(source: Source, first: Batch) -> Batch | None:
     """The batch after the first one."""
-    own = (batch for batch in source.once() if batch.size > 1 and len(batch.axes) == len(first.axes))
+    own = (batch for batch in source.once(settled=False) if batch.size > 1 and len(batch.axes) == len(first.axes))
     return next(itertools.islice(own, 1, None), None) if sum(first.axes.values()) > 1 else None
 
 
@@ -108,33 +110,51 @@ def _works(model: nn.Module, batch: Batch) -> bool:
     return False
 
 
-def _in_words(error: Exception, model: nn.Module, first: Batch, dtype: torch.dtype) -> DataError | ModelError | None:
-    """What a model's error means; None if it says enough itself."""
+def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batch, *, single: bool) -> None:
+    """Raise what a model's error means, if it does not say enough itself.
+
+    Raises:
+        DataError: in our words.
+        ModelError: likewise.
+    """
+    alike = single and _shared(model, space, first, None)
+    if alike:
+        raise DataError(
+            call="data, batch 0",
+            got=f"input {alike[0]!r} with {first.size} rows in a batch of {first.size} examples, for which the model "
+            "fails with one row an example and works with all of them",
+            expected="batches that tell which is meant",
+            why="without a second batch, nothing tells an input that all examples share from examples that meet in the "
+            "model (batch statistics, contrastive terms)",
+            try_=f"{SHARED}; or two batches",
+        ) from error
     if isinstance(error, FisherkitError):
-        return None
+        return
     reason = f"the model's forward pass fails: {(str(error) or type(error).__name__).splitlines()[0]}"
     if first.targets is None and is_encoder_decoder(model) and not first.kwargs.keys() & {"labels", *DECODER_INPUTS}:
-        return DataError(
+        raise DataError(
             call="data, batch 0", got="neither labels nor decoder inputs for an encoder-decoder",
             expected=f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
-        )  # fmt: skip
-    if first.size > 1 and _works(model, first.take(slice(0, 1)).to(next(model.parameters()).device)):
-        return DataError(
+        ) from error  # fmt: skip
+    device, dtype = model_device(model, space.names)
+    usual = type(error).__module__ == "builtins"  # a user's own errors are meant for the user
+    if usual and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
+        raise DataError(
             call="data, batch 0", got=f"a batch of {first.size} examples for a model that works with the first alone",
             expected="a model of batches, or one example a batch", why=reason,
             try_="batches of one example each, DataLoader(..., batch_size=1)",
-        )  # fmt: skip
+        ) from error  # fmt: skip
     # Models may well cast their inputs: only what torch itself says of types is put into our words.
     if not isinstance(error, RuntimeError) or "type" not in str(error):
-        return None
+        return
     others = sorted({str(leaf.dtype) for leaf in first.inputs if leaf.is_floating_point() and leaf.dtype != dtype})
     inside = "torch.autocast inside forward, since a caller's is off here"
     if others:
-        return DataError(
+        raise DataError(
             call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
             why=reason, try_=f"x.to({dtype}), the model in the inputs' dtype, or {inside}",
-        )  # fmt: skip
-    return ModelError(
+        ) from error  # fmt: skip
+    raise ModelError(
         call="the model's forward pass", got="tensors of dtypes that do not go together",
         expected=f"a forward pass of {dtype} parameters", why=reason, try_=inside,
-    )  # fmt: skip
+    ) from error  # fmt: skip

@@ -20,6 +20,8 @@ from fisherkit.influence.evaluation.arguments import check_floats
 from fisherkit.influence.evaluation.bootstrap import Interval, check_bootstrap, multiplicities, percentile_interval
 from fisherkit.influence.evaluation.losses import Loss, loss_of
 from fisherkit.influence.evaluation.ranks import Ranking
+from fisherkit.rows.first_batch import plan_of
+from fisherkit.space import ParameterSpace
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def plain_rankings(
     Raises:
         InvalidArgumentError: an unknown likelihood.
         DataError: data without targets, or whose order is not known to be fixed.
+        ModelError: as for a Fisher.
 
     Cost: one forward and backward pass an example, vectorised.
     """
@@ -179,6 +182,7 @@ def plain_rankings(
     losses, norms = [], []
     source = Source(data, model)
     source.keep_order(call)
+    plan_of(model, ParameterSpace.of(model, None), source)  # finds out which inputs all examples share
     for whole in source:
         for start in range(0, whole.size, chunk_size):
             batch = whole.take(slice(start, start + chunk_size)).to(device)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.errors import FileFormatError, InvalidArgumentError, MissingFileError
 
 FORMAT = "fisherkit-retraining"
 VERSION = 1
@@ -52,12 +52,13 @@ class Retraining:
 
         Raises:
             InvalidTypeError: path is not a path.
-            FileFormatError: no such file, damaged, of another kind or version, or unfinished.
+            MissingFileError: no such file.
+            FileFormatError: damaged, of another kind or version, or unfinished.
         """
         call = f"Retraining.load({str(path)!r})"
         path = io.as_path(path, "Retraining.load")
         if not path.is_file():
-            raise FileFormatError(call=call, got="no such file", expected="one written by retrain")
+            raise MissingFileError(call=call, got="no such file", expected="one written by retrain")
         settings, tensors = _read(path, call)
         done = tensors["done"]
         if not bool(done.all()):
