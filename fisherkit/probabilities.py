@@ -39,9 +39,9 @@ def warn_of_probabilities(model: nn.Module, z: Float[Tensor, "k C"], link: str, 
     within = bool(((z >= 0) & (z <= 1)).all()) and bool((z > 0).any())
     whole = z.shape[-1] > 1 and within and bool(((z.sum(-1) - 1).abs() < 1e-3).all())
     if link == "softmax":
-        found = whole or (within and isinstance(last, _TO_PROBABILITIES))
+        found = (whole and len(z) > 1) or (within and isinstance(last, _TO_PROBABILITIES))
     else:
-        found = within and (whole or z.numel() >= ENOUGH or isinstance(last, _TO_PROBABILITIES))
+        found = within and ((whole and len(z) > 1) or z.numel() >= ENOUGH or isinstance(last, _TO_PROBABILITIES))
         found = found or (z.shape[-1] > 1 and bool((torch.logsumexp(z, -1).abs() < 1e-3).all()))
     if not found:
         return
