@@ -6,6 +6,8 @@ Owns the conventions a user chooses and hands the work on: the kind is the subcl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.wrappers import unwrapped, wrapped_in
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
@@ -36,7 +39,8 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     Args:
         model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or to an object with
-            ``.logits``. Examples lie along axis 0 and do not influence each other; both are checked.
+            ``.logits``. Examples lie along axis 0 and do not influence each other; both are checked. Of a compiled
+            model, or one wrapped for data parallelism, it is the model inside that is measured, by its own names.
         data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A
             batch is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword
             arguments, or a mapping with "labels". Batches are moved to the model's device. Targets may be None for
@@ -109,6 +113,7 @@ class FisherApproximation(OutputRule, FisherOperator):
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
             )
         self.seed_from(generator)
+        model, params = _within(model, params)
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
         device, dtype = model_device(model, space.names)
@@ -196,6 +201,14 @@ def _plan(model: nn.Module, space: ParameterSpace, batch: Batch, dtype: torch.dt
             why=f"the model's forward pass fails: {str(error).splitlines()[0]}",
             try_=f"x.to({dtype}), or the model in the inputs' dtype",
         ) from error  # fmt: skip
+
+
+def _within(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
+    """The model inside its wrappers, and the selection by its own names."""
+    prefix = wrapped_in(model)
+    if prefix and isinstance(params, Iterable) and not isinstance(params, str):
+        params = [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
+    return unwrapped(model), params
 
 
 def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit.errors import InvalidTypeError
+from fisherkit.wrappers import COMPILED, PARALLEL, unwrapped
 
 _COLUMNS = 1024
 
@@ -23,7 +24,8 @@ def parameters_hash(model: nn.Module) -> str:
 
     Fisher files record it at build as ``parameters_hash``, so that ``fk.parameters_hash(model)`` tells whether a model
     is the one that was measured. Buffers count, also those that a checkpoint leaves out; gradients, train/eval flags
-    and ``requires_grad`` do not. The same on every device. A long tensor enters by exact sums of its 64-bit words,
+    and ``requires_grad`` do not. The same on every device, and for a model that is compiled or wrapped for data
+    parallelism as for the model inside. A long tensor enters by exact sums of its 64-bit words,
     along rows and along columns of 1,024, and not byte by byte: training steps, casts, permutations and swaps show, but
     nothing here resists someone who seeks two models with one hash. The page on the file format has the definition.
 
@@ -42,7 +44,13 @@ def parameters_hash(model: nn.Module) -> str:
         raise InvalidTypeError(
             call="parameters_hash(model)", got=f"a {type(model).__name__}", expected="a torch.nn.Module"
         )
-    return tensors_hash(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
+    return _hash(unwrapped(model))
+
+
+def _hash(model: nn.Module, prefix: str = "") -> str:
+    """The hash under the names that the model has within a wrapper."""
+    named = itertools.chain(model.named_parameters(prefix.rstrip(".")), model.named_buffers(prefix.rstrip(".")))
+    return tensors_hash(dict(named))
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
@@ -71,8 +79,11 @@ def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
         model: any module; not changed.
         metadata: of the Fisher.
     """
-    known = metadata.get("parameters_hash")
-    return None if known is None else known == parameters_hash(model)
+    known, inner = metadata.get("parameters_hash"), unwrapped(model)
+    if known is None:
+        return None
+    # Older files of wrapped models have the hash under the wrapper's names.
+    return any(known == _hash(inner, prefix) for prefix in ("", PARALLEL, f"{COMPILED}."))
 
 
 def _digestible(tensor: Tensor) -> Iterator[Tensor]:

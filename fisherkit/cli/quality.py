@@ -86,11 +86,14 @@ def quality(
     batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are averaged over.")] = 1,
     drop_duplicates: Annotated[
         float | None,
-        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates; none unless asked for."),
+        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates.", show_default="all are kept"),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of sampled labels.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.", show_default="none"
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -114,7 +117,7 @@ QUALITY = Command(
     quality,
     "How good each kind's update is on a model of yours.",
     (
-        "fisherkit quality                                      (on the demo's network)",
+        "fisherkit quality                           (on the demo's network)",
         "fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality",
         "fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10",
     ),

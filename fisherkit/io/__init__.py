@@ -6,7 +6,16 @@ Nothing here knows what an operator means; ``operators.persistence`` turns a `St
 never used.
 """
 
-from fisherkit.io.atomic import as_path, check_folder, part_of, read_tensors, replace_file, replace_text
+from fisherkit.io.atomic import (
+    as_path,
+    check_folder,
+    leftovers,
+    part_folder,
+    part_of,
+    read_tensors,
+    replace_file,
+    replace_text,
+)
 from fisherkit.io.fisher_file import SHARDED_VERSION, VERSION, FisherHeader, read, read_header, write
 from fisherkit.io.reader import FORMAT, Reader
 from fisherkit.io.state import Node, Place, State
@@ -22,6 +31,8 @@ __all__ = [
     "State",
     "as_path",
     "check_folder",
+    "leftovers",
+    "part_folder",
     "part_of",
     "read",
     "read_header",

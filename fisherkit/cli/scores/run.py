@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit._version import __version__
+from fisherkit.cli.checks import LIKELIHOODS, as_dtype, check_choice, check_device
 from fisherkit.cli.command import make_folder
 from fisherkit.cli.estimate import check_fisher_file, selection
 from fisherkit.cli.scores.describe import Describer, subset
@@ -106,15 +106,12 @@ def run(settings: ScoresSettings) -> None:
 def _check(settings: ScoresSettings) -> KindSpec:
     """Refuse options that are none or do not go together."""
     kind = KindSpec.parse(settings.kind or KIND, call=CALL)
-    allowed: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
-        ("--structure", settings.structure, (None, *STRUCTURES)),
-        ("--measurement", settings.measurement, ("loss", "margin")),
-        ("--normalize", settings.normalize, (None, "relatif")),
-    )
-    for name, value, values in allowed:
-        if value not in values:
-            words = ", ".join(repr(v) for v in values if v is not None)
-            raise InvalidArgumentError(call=CALL, got=f"{name} {value!r}", expected=f"one of {words}")
+    check_choice(CALL, "--structure", settings.structure, STRUCTURES)
+    check_choice(CALL, "--measurement", settings.measurement, ("loss", "margin"))
+    check_choice(CALL, "--normalize", settings.normalize, ("relatif",))
+    check_choice(CALL, "--likelihood", settings.likelihood, LIKELIHOODS)
+    check_device(CALL, settings.device)
+    as_dtype(CALL, settings.texts.dtype)
     if settings.fisher is not None:
         given = {
             "--kind": settings.kind, "--structure": settings.structure, "--params": settings.params or None,
@@ -153,7 +150,7 @@ def _fisher(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> tuple
     fisher = kind.build(
         subject.model, subject.train, seed=settings.seed, likelihood=settings.likelihood or subject.likelihood,
         structure=settings.structure or STRUCTURE, params=selection(subject.model, settings.params, CALL),
-        progress=sys.stderr.isatty(),
+        progress=True,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if settings.save_fisher is not None:
@@ -167,9 +164,7 @@ def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Resul
     likelihood = settings.likelihood or known or subject.likelihood
     start = time.perf_counter()
     damping = _damping(settings, fisher)
-    influence = InfluenceScores(
-        fisher, subject.model, likelihood=likelihood, progress=sys.stderr.isatty(), damping=damping
-    )
+    influence = InfluenceScores(fisher, subject.model, likelihood=likelihood, progress=True, damping=damping)
     describer = Describer(subject.model, likelihood, subject.classes, subject.show, subject.place, CALL)
     train, queries = Source(subject.train).count(), Source(subject.queries).count()
     order = _order(settings, subject, describer, queries)
