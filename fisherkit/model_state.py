@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit.errors import InvalidTypeError
-from fisherkit.wrappers import COMPILED, PARALLEL, unwrapped
+from fisherkit.wrappers import COMPILED, PARALLEL, plain, unwrapped
 
 _COLUMNS = 1024
 
@@ -44,13 +44,11 @@ def parameters_hash(model: nn.Module) -> str:
         raise InvalidTypeError(
             call="parameters_hash(model)", got=f"a {type(model).__name__}", expected="a torch.nn.Module"
         )
-    return _hash(unwrapped(model))
+    return tensors_hash({plain(name): tensor for name, tensor in _tensors(unwrapped(model)).items()})
 
 
-def _hash(model: nn.Module, prefix: str = "") -> str:
-    """The hash under the names that the model has within a wrapper."""
-    named = itertools.chain(model.named_parameters(prefix.rstrip(".")), model.named_buffers(prefix.rstrip(".")))
-    return tensors_hash(dict(named))
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
@@ -79,11 +77,17 @@ def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
         model: any module; not changed.
         metadata: of the Fisher.
     """
-    known, inner = metadata.get("parameters_hash"), unwrapped(model)
+    known = metadata.get("parameters_hash")
     if known is None:
         return None
-    # Older files of wrapped models have the hash under the wrapper's names.
-    return any(known == _hash(inner, prefix) for prefix in ("", PARALLEL, f"{COMPILED}."))
+    if known == parameters_hash(model):
+        return True
+    # Older files of wrapped models have the hash under the wrappers' names.
+    tensors = _tensors(unwrapped(model))
+    prefixes = ("", PARALLEL, f"{COMPILED}.")
+    return any(
+        known == tensors_hash({prefix + name: tensor for name, tensor in tensors.items()}) for prefix in prefixes
+    )
 
 
 def _digestible(tensor: Tensor) -> Iterator[Tensor]:

@@ -43,18 +43,19 @@ def check_device(call: str, device: str | None) -> None:
     """
     if device is None:
         return
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     try:
-        if torch.device(device).type == "meta":
-            raise RuntimeError("tensors there have no values")
-        torch.empty(1, device=device)
+        if torch.device(device).type != "meta":
+            torch.empty(1, device=device)
+            return
+        why = "tensors there have no values"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         unknown = "device type at start of device string" in str(error)
-        raise InvalidArgumentError(
-            call=call, got=f"--device {device!r}",
-            expected=f"a device of this machine: {', '.join(['cpu', *gpus])}", why="there is no such kind of device" if unknown else str(error).splitlines()[0],
-            try_="fisherkit info, which lists them",
-        ) from error  # fmt: skip
+        why = "there is no such kind of device" if unknown else str(error).splitlines()[0]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    raise InvalidArgumentError(
+        call=call, got=f"--device {device!r}", expected=f"a device of this machine: {', '.join(['cpu', *gpus])}",
+        why=why, try_="fisherkit info, which lists them",
+    )  # fmt: skip
 
 
 def as_dtype(call: str, dtype: str | None) -> torch.dtype | None:

@@ -195,9 +195,10 @@ def _tell_leftovers(paths: Iterable[Path]) -> None:
     if found:
         ages = [time.time() - part.stat().st_mtime for part in found]
         size = sum(file.stat().st_size for part in found for file in (part, *part.rglob("*")) if file.is_file())
+        names = listed((shlex.quote(str(part)) for part in found), 4, " ")
         typer.echo(
-            f"note: left over from a run that was killed, or of one that is still at work ({readable(size)}, last "
-            f"changed {_age(min(ages))} ago):\n  rm -r {listed((shlex.quote(str(p)) for p in found), 4, ' ')}", err=True,
+            "note: left over from a run that was killed, unless another one is at work "
+            f"({readable(size)}, last changed {_age(min(ages))} ago):\n  rm -r {names}", err=True,
         )  # fmt: skip
 
 

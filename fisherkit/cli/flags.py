@@ -23,7 +23,7 @@ _PHRASES = (
     (r"fk\.load\(path, device=\"([^\"]*)\"\)", r"--device \1"),
     (r"written by fisher\.save\b", "that fisherkit estimate wrote"),
     (r",? or a larger memory_budget=?(, which keeps the rows)?", ""),
-    (r"(the setting is .*), or None$", r"\1"),
+    (r"the setting is (\w+)=(.*?)(, or None)?$", r"the \1 is \2"),
     (r"\bmemory_budget = ", "the memory that may be used, "),
     (r"another out=, or overwrite=True", "another --out, or --overwrite"),
     (r"(one of .*)\bNone\b", r"\1'none'"),
@@ -81,7 +81,7 @@ def _option(flag: str, value: str | None) -> str:
     """An option with its value, as it is typed."""
     if value is None or value in ("True", "..."):
         return flag
-    value = value.removeprefix("torch.")
+    value = "none" if value == "None" else value.removeprefix("torch.")
     if value[0] in "\"'":
         value = shlex.quote(value[1:-1])
     elif value[0] == "[":

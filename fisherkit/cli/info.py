@@ -26,7 +26,12 @@ STRUCTURE_MEANINGS = {
     "kfac": "a Kronecker product a layer: activations' factor ⊗ output gradients' factor",
     "ekfac": "kfac's eigenvectors with eigenvalues measured along them",
 }
-EXTRAS = {"demo": ("matplotlib", "scikit-learn"), "hf": ("transformers",)}
+EXTRAS = {
+    "demo": ("matplotlib", "scikit-learn"),
+    "hf": ("transformers",),
+    "lightning": ("lightning",),
+    "avalanche": ("avalanche-lib",),
+}
 
 
 def info(as_json: AsJson = False) -> None:

@@ -86,11 +86,11 @@ def as_text(found: Summary) -> str:
         spectrum = f"Eigenvalues: {found.no_eigenvalues}."
     else:
         largest = ", ".join(f"{value:.3g}" for value in found.eigenvalues[:SHOWN])
-        spectrum = f"Largest eigenvalues: {largest}"
+        spectrum = fill(f"Largest eigenvalues: {largest}", WIDTH)
     return "\n\n".join(
         [
             pairs(lines.items()),
             table(("layer", "block", "parameters", "trace", "share", "mean eigenvalue"), rows, left=2),
-            fill(spectrum, WIDTH),
+            spectrum,
         ]
     )
