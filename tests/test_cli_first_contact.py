@@ -248,6 +248,30 @@ def test_flags__the_command_takes_the_place_of_the_call(call: str, typed: str) -
     assert error_in_flags(error, "fisherkit estimate", FLAGS) == f"{typed}: got x."
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("quality m:f --kinds foo", "got --kinds foo;"),
+        ("quality m:f --structures KFAC", "Try: --structures with the structure kfac"),
+        ("quality m:f --likelihood x", "--likelihood 'x'"),
+        ("quality m:f --example x", "--example 'x'"),
+        ("audit a b --compare foo", "--compare 'foo'"),
+        ("scores a --damping -1", "--damping -1.0: got damping -1.0"),
+        ("scores a --structure EKFAC", "Try: --structure ekfac"),
+        ("scores a --device foo", "--device 'foo'"),
+        ("scores a --dtype x", "--dtype x"),
+    ],
+)
+def test_commands__refuse_options_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments.split())
+    assert result.exit_code == 1, result.output
+    assert words in result.stderr
+    assert not PYTHON.search(result.stderr), result.stderr
+
+
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.optim.swa_utils import AveragedModel
 
 import fisherkit as fk
@@ -42,7 +43,7 @@ def compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
 
-def compiled_within(model: nn.Module) -> nn.Module:
+def compiled_within(model: Any) -> nn.Module:
     model.body = compiled(model.body)
     return model
 
@@ -67,9 +68,11 @@ def _eager() -> Any:
         yield
 
 
-def exact_merge(models: list[nn.Module], damping: float) -> dict[str, Tensor]:
+def exact_merge(models: Sequence[nn.Module], damping: float) -> dict[str, Tensor]:
     """(Σ F_t + λI)⁻¹ (Σ F_t θ_t + λ θ̄) with F_t written out, one autograd call an example and output."""
-    left, right, thetas = 0, 0, []
+    thetas: list[Tensor] = []
+    size = sum(p.numel() for p in models[0].parameters())
+    left, right = torch.zeros(size, size, dtype=F64), torch.zeros(size, dtype=F64)
     for model in models:
         parameters = list(model.parameters())
         theta = torch.cat([p.detach().flatten() for p in parameters])
@@ -96,7 +99,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-10)
 
 
-PLAIN = {"normalize": None, "output_damping": 0, "damping": 0.1}
+PLAIN: dict[str, Any] = {"normalize": None, "output_damping": 0, "damping": 0.1}
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -171,7 +174,7 @@ def test_merge__of_older_files_measured_on_wrapped_models(tmp_path: Path, struct
         ewc = EWC(copy.deepcopy(model), strength=2.0)
         ewc.consolidate(fisher)
         with torch.no_grad():
-            ewc.model.head.weight += 0.1
+            dict(ewc.model.named_parameters())["head.weight"].add_(0.1)
         penalties.append(ewc.penalty())
     torch.testing.assert_close(*penalties)
 
@@ -241,7 +244,7 @@ def test_hash__is_that_of_the_model_inside(wrap: str) -> None:
 
 
 def test_wrapped_in__knows_distributed_data_parallel() -> None:
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
     try:
         model = Net(0)
         wrapped = compiled(nn.parallel.DistributedDataParallel(model))

@@ -81,7 +81,8 @@ class Command:
             if options:
                 said = [word for word in options[0].param_decls or () if word.startswith("--")]
                 found[KEYWORDS.get(name, name)] = said[0] if said else f"--{name.replace('_', '-')}"
-        return found
+        lists = {name: flag for name, flag in found.items() if name in ("kinds", "structures")}
+        return {name.removesuffix("s"): flag for name, flag in lists.items()} | found
 
 
 @dataclass

@@ -23,6 +23,7 @@ _PHRASES = (
     (r"fk\.load\(path, device=\"([^\"]*)\"\)", r"--device \1"),
     (r"written by fisher\.save\b", "that fisherkit estimate wrote"),
     (r",? or a larger memory_budget=?(, which keeps the rows)?", ""),
+    (r"(a cosine between 0 and 1), or None", r"\1"),
     (r"the setting is (\w+)=(.*?)(, or None)?$", r"the \1 is \2"),
     (r"\bmemory_budget = ", "the memory that may be used, "),
     (r"another out=, or overwrite=True", "another --out, or --overwrite"),
@@ -31,7 +32,18 @@ _PHRASES = (
 """What no rule turns into options; patterns and what stands in their place."""
 
 _CALLS = frozenset(
-    {"merge", "average", "task_arithmetic", "regmean", "likelihood", "params", "RelativeDamping", *_KINDS}
+    {
+        "audit",
+        "compare",
+        "merge",
+        "average",
+        "task_arithmetic",
+        "regmean",
+        "likelihood",
+        "params",
+        "RelativeDamping",
+        *_KINDS,
+    }
 )
 """Of the package, whose place the command takes."""
 
@@ -47,7 +59,7 @@ def error_in_flags(error: FisherkitError, command: str, flags: Mapping[str, str]
     name, bracket, keywords = error.call.removeprefix("fk.").partition("(")
     where, comma, rest = error.call.partition(",")
     call = error.call
-    if where in _CALLS and not bracket:
+    if (where in _CALLS or where.startswith("_")) and not bracket:
         call = f"{command}{comma}{rest}"
     elif name in _CALLS and keywords.partition("=")[0] in flags:
         call = f"{command} {in_flags(keywords.removesuffix(')'), flags).replace(',', '')}"

@@ -18,6 +18,7 @@ import typer
 from torch import nn
 
 from fisherkit._version import __version__
+from fisherkit.cli.checks import LIKELIHOODS, check_choice
 from fisherkit.cli.command import Command, make_folder, readable_errors, require
 from fisherkit.cli.factories import load_factory
 from fisherkit.cli.options import Overwrite
@@ -26,7 +27,9 @@ from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.plots import plot_damping
 from fisherkit.evaluation.table import average
+from fisherkit.fisher import STRUCTURES
 from fisherkit.io import replace_text
+from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit quality SPEC"
 FILES = "quality.csv", "quality.json", "quality.png"
@@ -126,6 +129,13 @@ QUALITY = Command(
 
 def run(settings: QualitySettings) -> None:
     """Compare, print, write."""
+    for kind in settings.kinds:
+        if kind != "sgd":
+            KindSpec.parse(kind, call=CALL, also=("sgd",))
+    for structure in settings.structures:
+        check_choice(CALL, "--structures with the structure", structure, STRUCTURES)
+    check_choice(CALL, "--likelihood", settings.likelihood, LIKELIHOODS)
+    check_choice(CALL, "--example", settings.example, ("sequence", "token"))
     if settings.out is not None:
         make_folder(settings.out, FILES, CALL, overwrite=settings.overwrite)
     model, batches = _digits(settings) if settings.spec is None else _users(settings.spec, settings.batches)

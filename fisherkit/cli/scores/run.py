@@ -127,6 +127,8 @@ def _check(settings: ScoresSettings) -> KindSpec:
         raise InvalidArgumentError(
             call=CALL, got="--absolute-damping without --damping", expected="λ itself", try_="--damping 1e-3"
         )
+    if settings.damping is not None:
+        RelativeDamping(settings.damping)  # refuses what no λ can be
     if settings.save_fisher is not None:
         check_fisher_file(settings.save_fisher, f"{CALL} --save-fisher", overwrite=settings.overwrite)
     return kind

@@ -14,8 +14,8 @@ WIDEST = 60
 
 def as_text(found: Result) -> str:
     """All of it, a table a query."""
-    about = [*computed_line(found.computed).splitlines(), unit(found.computed), *found.notes]
-    parts = [fill(text, WIDTH) for text in about]
+    parts = ["\n".join(fill(line, WIDTH) for line in computed_line(found.computed).splitlines())]
+    parts += [fill(text, WIDTH) for text in (unit(found.computed), *found.notes)]
     parts += [_query(query, found.computed.measurement) for query in found.queries]
     if found.self_influence:
         title = "Training examples whose own loss hangs most on themselves. Wrong labels are often among them; so are\n"
