@@ -98,6 +98,10 @@ class MissingFileError(FileFormatError, FileNotFoundError):
     """A file that is to be read is not there."""
 
 
+class MissingPackageError(FisherkitError, ImportError):
+    """A package that only a part of fisherkit needs cannot be imported; the message has the command to install it."""
+
+
 class NotConvergedError(FisherkitError, RuntimeError):
     """An iterative solver stopped before its tolerance and the caller asked for an error."""
 

@@ -6,6 +6,8 @@ Owns the conventions a user chooses and hands the work on: the kind is the subcl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from fisherkit.outputs import OutputRule
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.wrappers import unwrapped, wrapped_in
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
@@ -40,7 +43,8 @@ class FisherApproximation(OutputRule, FisherOperator):
     Args:
         model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or as the likelihood reads
             them, or to an object with ``.logits``. Examples lie along axis 0 and do not influence each other; both are
-            checked.
+            checked. Of a compiled model, or one wrapped for data parallelism, it is the model inside that is measured,
+            by its own names.
         data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A
             batch is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword
             arguments, or a mapping (dataclass, named tuple) with "labels"; of a longer tuple the last is the targets,
@@ -119,6 +123,7 @@ class FisherApproximation(OutputRule, FisherOperator):
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
             )
         self.seed_from(generator)
+        model, params = _within(model, params)
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
         device, dtype = model_device(model, space.names)
@@ -194,6 +199,14 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._unwrap()._to_dense()
+
+
+def _within(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
+    """The model inside its wrappers, and the selection by its own names."""
+    prefix = wrapped_in(model)
+    if prefix and isinstance(params, Iterable) and not isinstance(params, str):
+        params = [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
+    return unwrapped(model), params
 
 
 def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.wrappers import COMPILED, PARALLEL, plain, unwrapped
 
 CHECKSUM = "checksum"
 """The key of a state's own hash."""
@@ -27,7 +28,8 @@ def parameters_hash(model: nn.Module) -> str:
 
     Fisher files record it at build as ``parameters_hash``, so that ``fk.parameters_hash(model)`` tells whether a model
     is the one that was measured. Buffers count, also those that a checkpoint leaves out; gradients, train/eval flags
-    and ``requires_grad`` do not. The same on every device. A long tensor enters by exact sums of its 64-bit words,
+    and ``requires_grad`` do not. The same on every device, and for a model that is compiled or wrapped for data
+    parallelism as for the model inside. A long tensor enters by exact sums of its 64-bit words,
     along rows and along columns of 1,024, and not byte by byte: training steps, casts, permutations and swaps show, but
     nothing here resists someone who seeks two models with one hash. The page on the file format has the definition.
 
@@ -46,7 +48,11 @@ def parameters_hash(model: nn.Module) -> str:
         raise InvalidTypeError(
             call="parameters_hash(model)", got=f"a {type(model).__name__}", expected="a torch.nn.Module"
         )
-    return tensors_hash(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
+    return tensors_hash({plain(name): tensor for name, tensor in _tensors(unwrapped(model)).items()})
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
@@ -145,7 +151,16 @@ def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
         metadata: of the Fisher.
     """
     known = metadata.get("parameters_hash")
-    return None if known is None else known == parameters_hash(model)
+    if known is None:
+        return None
+    if known == parameters_hash(model):
+        return True
+    # Older files of wrapped models have the hash under the wrappers' names.
+    tensors = _tensors(unwrapped(model))
+    prefixes = ("", PARALLEL, f"{COMPILED}.")
+    return any(
+        known == tensors_hash({prefix + name: tensor for name, tensor in tensors.items()}) for prefix in prefixes
+    )
 
 
 def _digestible(tensor: Tensor) -> Iterator[Tensor]:

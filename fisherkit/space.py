@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, UnknownParameterError
+from fisherkit.wrappers import matching
 
 Vector = TypeVar("Vector", Tensor, Mapping[str, Tensor])
 """A vector over parameters: ``[D]``, ``[D, K]`` with columns last, or a dict name -> tensor; results have its form."""
@@ -142,12 +143,15 @@ class ParameterSpace:
         """Dict of named tensors to one flat tensor.
 
         Args:
-            tensors: name to a tensor of the parameter's shape, or of that shape with one more, last, axis K.
+            tensors: name to a tensor of the parameter's shape, or of that shape with one more, last, axis K; the names
+                of a compiled or wrapped model will do.
 
         Raises:
             UnknownParameterError: names missing or unknown.
             InvalidArgumentError: a wrong shape, or axes K that differ.
         """
+        short = matching(tensors, self.names)
+        tensors = {short[name]: tensor for name, tensor in tensors.items()}
         missing, extra = set(self.names) - set(tensors), set(tensors) - set(self.names)
         if missing or extra:
             raise UnknownParameterError(

@@ -18,6 +18,7 @@ import typer
 from torch import nn
 
 from fisherkit._version import __version__
+from fisherkit.cli.checks import check_choice, check_likelihood
 from fisherkit.cli.command import Command, make_folder, readable_errors, require
 from fisherkit.cli.factories import load_factory, load_likelihood
 from fisherkit.cli.options import Overwrite
@@ -26,7 +27,9 @@ from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.plots import plot_damping
 from fisherkit.evaluation.table import average
+from fisherkit.fisher import STRUCTURES
 from fisherkit.io import replace_text
+from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit quality SPEC"
 FILES = "quality.csv", "quality.json", "quality.png"
@@ -86,11 +89,14 @@ def quality(
     batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are averaged over.")] = 1,
     drop_duplicates: Annotated[
         float | None,
-        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates; none unless asked for."),
+        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates.", show_default="all are kept"),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of sampled labels.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.", show_default="none"
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -114,7 +120,7 @@ QUALITY = Command(
     quality,
     "How good each kind's update is on a model of yours.",
     (
-        "fisherkit quality                                      (on the demo's network)",
+        "fisherkit quality                           (on the demo's network)",
         "fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality",
         "fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10",
     ),
@@ -123,6 +129,13 @@ QUALITY = Command(
 
 def run(settings: QualitySettings) -> None:
     """Compare, print, write."""
+    for kind in settings.kinds:
+        if kind != "sgd":
+            KindSpec.parse(kind, call=CALL, also=("sgd",))
+    for structure in settings.structures:
+        check_choice(CALL, "--structures with the structure", structure, STRUCTURES)
+    check_likelihood(CALL, settings.likelihood)
+    check_choice(CALL, "--example", settings.example, ("sequence", "token"))
     if settings.out is not None:
         make_folder(settings.out, FILES, CALL, overwrite=settings.overwrite)
     model, batches = _digits(settings) if settings.spec is None else _users(settings.spec, settings.batches)

@@ -23,8 +23,10 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NoClosedFor
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import FisherOperator, Quadratic, normalize, state_of
 from fisherkit.operators.normalization import check_normalize
+from fisherkit.operators.persistence import renamed
 from fisherkit.operators.quadratic import atoms, join
 from fisherkit.space import Selection
+from fisherkit.wrappers import matching
 
 
 class EWC(nn.Module):
@@ -47,7 +49,7 @@ class EWC(nn.Module):
     copy of an EWC alone is bound to the same model; within a deep copy of what holds both, to the copied model.
 
     Args:
-        model: the model that is trained; not wrapped (DDP, compile), since names must be those of the Fishers.
+        model: the model that is trained; not wrapped (DDP, compile), since it goes by its own names, as Fishers do.
         strength: factor of the penalty; may be set later.
         decay: factor on older terms at each consolidation, from 0 to 1.
         normalize: "trace" divides each Fisher by its mean eigenvalue, "norm" by its root mean square eigenvalue, so
@@ -120,6 +122,8 @@ class EWC(nn.Module):
         Cost: one pass over the operator; for dense matrices that are joined a Cholesky factorization.
         """
         parameters = dict(self.model.named_parameters())
+        if isinstance(fisher, FisherOperator):
+            fisher = renamed(fisher, matching(fisher.space.names, parameters))
         policies.check_fisher(fisher, parameters)
         policies.check_weights(fisher, self.model)
         policies.check_uncovered(self.model, fisher, uncovered, free)

@@ -24,12 +24,14 @@ from fisherkit.memory import available_memory
 from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import measured_at, parameters_hash
 from fisherkit.operators import FisherOperator
+from fisherkit.operators.persistence import renamed
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.thinned import ThinnedSource, thinned
 from fisherkit.space import ParameterSpace
+from fisherkit.wrappers import matching, unwrapped
 
 CALL = "InfluenceScores"
 
@@ -66,8 +68,10 @@ class ModelRows:
             raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
             check_positive(CALL, name, value)
+        model = unwrapped(model)
+        fisher = renamed(fisher, matching(fisher.space.names, dict(model.named_parameters())))
         _check_space(fisher, model)
-        self.model, self.space = model, fisher.space
+        self.fisher, self.model, self.space = fisher, model, fisher.space
         self._weights = parameters_hash(model)
         self.dtype, self.device = fisher.dtype, fisher.device
         self.metadata = fisher.metadata

@@ -84,6 +84,7 @@ class InfluenceScores:
             fisher, model, likelihood=likelihood, chunk_size=chunk_size, memory_budget=memory_budget,
             progress=progress, shift_labels=shift_labels,
         )  # fmt: skip
+        fisher = self._model_rows.fisher  # by the model's own names
         self.examples = self._model_rows.examples(examples)
         # Under "sum" F has no 1/N: the inverse brings it.
         self._scale = 1.0 if fisher.metadata.get("normalization") == "sum" else 1.0 / self.examples

@@ -6,7 +6,11 @@ safetensors and text, and no format of its own.
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
+import struct
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +54,7 @@ def check_folder(path: str | Path, call: str) -> None:
             call=call,
             got=f"a folder that does not exist: {path.parent}",
             expected="an existing folder",
-            try_="Path(path).parent.mkdir(parents=True)",
+            try_=f"Path({str(path.parent)!r}).mkdir(parents=True)",
         )
     if path.is_dir():
         raise InvalidArgumentError(call=call, got="a folder", expected="a file's name", try_="a file in that folder")
@@ -68,12 +72,45 @@ def part_of(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def part_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside a path, gone at the end with whatever is still in it."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.mkdir()
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Temporary files and folders of this path that are there: another process is at work, or one was killed."""
+    stem = re.escape(path.name.removesuffix(".safetensors"))
+    shard = r"(-[0-9a-f]{8}|-\d+)?(-\d{5}-of-\d{5})?"
+    pattern = re.compile(rf"\.?{stem}{shard}(\.safetensors)?(\.index\.json)?\.[0-9a-f]{{8}}\.part")
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return sorted(found for found in beside if pattern.fullmatch(found.name))
+
+
 def write_part(part: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     """Write a safetensors file and have it on the disk; contiguous tensors that share no memory."""
     mode = part.stat().st_mode
     save_file(tensors, part, metadata=header)
     part.chmod(mode)  # some versions of safetensors leave a file that only its owner can read
+    _sort_metadata(part)
     flush(part)
+
+
+def _sort_metadata(part: Path) -> None:
+    """The same tensors and header as the same bytes: safetensors writes a header's entries in a random order."""
+    with part.open("rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # else another writer spells some sign shorter, and its order stays
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def flush(part: Path) -> None:

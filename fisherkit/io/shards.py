@@ -7,10 +7,10 @@ then the index, then what it replaced is deleted. So the old file or the new one
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +23,7 @@ from fisherkit.io.atomic import FORMAT, owned, part_of, replace_checked_file, re
 from fisherkit.io.checksums import CHECKSUM, TensorChecksum, seal, sealed
 from fisherkit.io.reader import INDEX_SUFFIX, SHARD_FORMAT, index_of, stem_of
 from fisherkit.io.state import Node, Place, State
+from fisherkit.model_state import tensors_hash
 
 MOST_SHARDS = 99_999
 
@@ -101,7 +102,9 @@ def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], cal
     """
     index = index_of(path)
     _check(path, len(shards), call)
-    save = uuid.uuid4().hex
+    # Of what is saved, so that the same is saved as the same bytes.
+    hashes = [tensors_hash(shard) for shard in shards]
+    save = hashlib.sha256(json.dumps([header, hashes], sort_keys=True).encode()).hexdigest()[:32]
     total = sum(nbytes(tensor) for shard in shards for tensor in shard.values())
     finals = _names(path, len(shards), save)
     weight_map = {key: final.name for shard, final in zip(shards, finals, strict=True) for key in shard}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidTypeError, MissingFileError, UnknownParameterError
 from fisherkit.io.atomic import UNREADABLE
+from fisherkit.wrappers import plain, unwrapped
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 """A module, its state dict, or the path of a safetensors file, of a sharded one's index, or of a folder with either."""
@@ -55,6 +56,11 @@ class Checkpoint(ABC):
         aliases: dict[str, str],
     ) -> None:
         self.label, self.shapes, self.dtypes, self.buffers, self.aliases = label, shapes, dtypes, buffers, aliases
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that belong to it; none of what is in memory."""
+        return []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -246,17 +252,55 @@ def open_checkpoint(model: Model, label: str) -> Checkpoint:
         FileFormatError: a path without complete safetensors files.
     """
     if isinstance(model, nn.Module):
+        model = unwrapped(model)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tensors = model.state_dict()
-        return MemoryCheckpoint(tensors, label, frozenset(set(tensors) - parameters))
+        return _plain(MemoryCheckpoint(tensors, label, frozenset(set(tensors) - parameters)))
     if isinstance(model, Mapping):
-        return MemoryCheckpoint(model, label)
+        return _plain(MemoryCheckpoint(model, label))
     if isinstance(model, (str, Path)):
-        return FileCheckpoint(Path(model), label)
+        return _plain(FileCheckpoint(Path(model), label))
     raise InvalidTypeError(
         call=f"merge, {label}",
         got=f"a {type(model).__name__}",
         expected="a module, a state dict, or the path of safetensors files",
+    )
+
+
+class PlainCheckpoint(Checkpoint):
+    """Another one by the names that its tensors have where nothing is compiled.
+
+    Args:
+        source: with names that torch.compile made.
+    """
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source, self._names = source, {plain(name): name for name in source.names}
+        super().__init__(
+            source.label,
+            {new: source.shapes[old] for new, old in self._names.items()},
+            {new: source.dtypes[old] for new, old in self._names.items()},
+            frozenset(map(plain, source.buffers)),
+            {plain(name): plain(owner) for name, owner in source.aliases.items()},
+        )
+
+    @property
+    def files(self) -> list[Path]:
+        """As the source's."""
+        return self._source.files
+
+    def device(self, name: str) -> torch.device:
+        """Where the tensor is once read."""
+        return self._source.device(self._names[name])
+
+    def _read(self, name: str) -> Tensor:
+        return self._source._read(self._names[name])
+
+
+def _plain(checkpoint: Checkpoint) -> Checkpoint:
+    short = [plain(name) for name in checkpoint.names]
+    return (
+        checkpoint if tuple(short) == checkpoint.names or len(set(short)) < len(short) else PlainCheckpoint(checkpoint)
     )
 
 

@@ -6,8 +6,9 @@ Owns the way from a `State`'s kind to the class that reads it: every imported su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from fisherkit import io
 from fisherkit.errors import FileFormatError
 from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.contents import state_of
 from fisherkit.space import ParameterSpace
 
 
@@ -93,6 +95,28 @@ def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
             got=f"a {described.kind} operator over {list(described.names)}",
             expected=f"one over {list(space.names)}",
         )
+
+
+def renamed(operator: FisherOperator, names: Mapping[str, str]) -> FisherOperator:
+    """The same operator over parameters of other names; tensors are shared.
+
+    Args:
+        operator: any whose state can be had.
+        names: each of its names to the new one.
+    """
+    if all(old == new for old, new in names.items()):
+        return operator
+    space = operator.space
+    new = restore(
+        ParameterSpace(tuple(names[n] for n in space.names), space.shapes), _renamed(state_of(operator), names)
+    )
+    new.metadata = dict(operator.metadata)
+    return new
+
+
+def _renamed(state: io.State, names: Mapping[str, str]) -> io.State:
+    children = tuple(_renamed(child, names) for child in state.children)
+    return replace(state, names=tuple(names[name] for name in state.names), children=children)
 
 
 def _registry() -> dict[str, type[FisherOperator]]:

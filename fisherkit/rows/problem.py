@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError
 from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
+from fisherkit.progress import bar, beside
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
@@ -193,10 +193,9 @@ class Problem:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
         self.plan.refuse_changed()
         device = self.plan.example_parameter.device
-        numbered, total = self.source.numbered(), self.source.steps()
-        bar = tqdm(numbered, desc=description, total=total, disable=not self.progress, leave=False)
+        shown = bar(self.source.steps(), description, "it", shown=self.progress)
         start = 0
-        for number, batch in bar:
+        for number, batch in beside(shown, self.source.numbered()):
             step = (
                 max(1, _graph(device) // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
             )
@@ -206,6 +205,7 @@ class Problem:
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
                 yield micro, start, f"data, batch {number}"
                 start += micro.size
+                shown.update(micro.size / batch.size)
         if start == 0:
             raise DataError(call="data", got="no batch", expected="at least one example")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit._version import __version__
+from fisherkit.cli.checks import as_dtype, check_choice, check_device, check_likelihood
 from fisherkit.cli.command import make_folder
 from fisherkit.cli.estimate import check_fisher_file, selection
 from fisherkit.cli.factories import load_likelihood
@@ -107,15 +107,12 @@ def run(settings: ScoresSettings) -> None:
 def _check(settings: ScoresSettings) -> KindSpec:
     """Refuse options that are none or do not go together."""
     kind = KindSpec.parse(settings.kind or KIND, call=CALL)
-    allowed: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
-        ("--structure", settings.structure, (None, *STRUCTURES)),
-        ("--measurement", settings.measurement, ("loss", "margin")),
-        ("--normalize", settings.normalize, (None, "relatif")),
-    )
-    for name, value, values in allowed:
-        if value not in values:
-            words = ", ".join(repr(v) for v in values if v is not None)
-            raise InvalidArgumentError(call=CALL, got=f"{name} {value!r}", expected=f"one of {words}")
+    check_choice(CALL, "--structure", settings.structure, STRUCTURES)
+    check_choice(CALL, "--measurement", settings.measurement, ("loss", "margin"))
+    check_choice(CALL, "--normalize", settings.normalize, ("relatif",))
+    check_likelihood(CALL, settings.likelihood)
+    check_device(CALL, settings.device)
+    as_dtype(CALL, settings.texts.dtype)
     if settings.fisher is not None:
         given = {
             "--kind": settings.kind, "--structure": settings.structure, "--params": settings.params or None,
@@ -131,6 +128,8 @@ def _check(settings: ScoresSettings) -> KindSpec:
         raise InvalidArgumentError(
             call=CALL, got="--absolute-damping without --damping", expected="λ itself", try_="--damping 1e-3"
         )
+    if settings.damping is not None:
+        RelativeDamping(settings.damping)  # refuses what no λ can be
     if settings.save_fisher is not None:
         check_fisher_file(settings.save_fisher, f"{CALL} --save-fisher", overwrite=settings.overwrite)
     return kind
@@ -155,7 +154,7 @@ def _fisher(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> tuple
         subject.model, subject.train, seed=settings.seed,
         likelihood=load_likelihood(settings.likelihood or subject.likelihood, CALL),
         structure=settings.structure or STRUCTURE, params=selection(subject.model, settings.params, CALL),
-        progress=sys.stderr.isatty(),
+        progress=True,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if settings.save_fisher is not None:
@@ -169,9 +168,7 @@ def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Resul
     likelihood = load_likelihood(settings.likelihood or known or subject.likelihood, CALL)
     start = time.perf_counter()
     damping = _damping(settings, fisher)
-    influence = InfluenceScores(
-        fisher, subject.model, likelihood=likelihood, progress=sys.stderr.isatty(), damping=damping
-    )
+    influence = InfluenceScores(fisher, subject.model, likelihood=likelihood, progress=True, damping=damping)
     describer = Describer(subject.model, likelihood, subject.classes, subject.show, subject.place, CALL)
     train, queries = (Source(data, subject.model).count() for data in (subject.train, subject.queries))
     order = _order(settings, subject, describer, queries)
