@@ -33,6 +33,13 @@ class Dense(nn.Module):
         return self.a @ self.layer(x)  # type: ignore[operator]
 
 
+class One(Dense):
+    """The same, of a batch that is one graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[0])[None]
+
+
 class Edges(nn.Module):
     """Sums over edges, given beside the nodes."""
 
@@ -80,14 +87,15 @@ def test_nodes__that_only_influence_each_other_are_refused_with_advice() -> None
         fk.EmpiricalFisher(Mean(5, 3).double(), (x, y))
 
 
+@pytest.mark.parametrize("form", [Dense, One])
 @pytest.mark.parametrize("kind", [fk.EmpiricalFisher, fk.ImprovedEmpiricalFisher, fk.ExactFisher], ids=str)
-def test_graph__as_one_element_of_the_batch_has_a_row_a_node(kind: Any) -> None:
+def test_graph__as_one_element_of_the_batch_has_a_row_a_node(kind: Any, form: type[Dense]) -> None:
     """By one autograd call for each node; nodes without a label do not count."""
     x, _, y = data()
     y = y.clone()
     y[:4] = -100
     model = Dense()
-    fisher = kind(model, (x[None], y[None]), example="token")
+    fisher = kind(form(), (x[None], y[None]), example="token")
     total: Any = 0
     for node in range(4, NODES):
         z = model(x)[node]
