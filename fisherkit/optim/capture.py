@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -329,7 +328,7 @@ class Capture:
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             known = Known(gradients, seen.scale_of(v[0]))
             # The engine switches gradients off in callbacks; rows of parameters without a rule need them.
-            with self._watch.quiet(), torch.enable_grad():
+            with self._watch.quiet(), differentiable(self.model, ()):
                 return linearized.rows(v.reshape(1, *one.z.shape), selection, known)
 
         return list(slots.chunks(one.batch, 1, rows))
@@ -340,7 +339,7 @@ class Capture:
         self._choose(one.plan, slots)
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
-            with self._watch.quiet(), torch.enable_grad():
+            with self._watch.quiet(), differentiable(self.model, ()):
                 return linearized.rows(v.reshape(v.shape[0], *linearized.z.shape), selection)
 
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))
@@ -355,15 +354,14 @@ class Capture:
     def _again(self, one: Pass) -> list[Chunk]:
         """Rows by one more forward pass, with the same random numbers, in which statistics are constants."""
         plan = one.plan
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         recorder = Recorder(
             {id(p): n for n, p in plan.parameters.items()},
             one.batch.size, plan.shared, training=True, constant_statistics=True,
         )  # fmt: skip
-        devices = [plan.example_parameter.device]
-        with self._watch.quiet(), untouched_rng(devices, one.rng), differentiable(list(plan.parameters.values())):
+        devices, parameters = [plan.example_parameter.device], list(plan.parameters.values())
+        with self._watch.quiet(), untouched_rng(devices, one.rng), differentiable(self.model, parameters):
             with recorder:
-                z = one.batch.call(lambda *args, **kwargs: functional_call(self.model, buffers, args, kwargs))
+                z = one.batch.call(self.model)
             return self._own_rows(one, Linearized(plan, one.batch, z, recorder.uses))
 
 

@@ -18,6 +18,8 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.differentiable import pulled_back
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.patches import Activations
 from fisherkit.rows.plan import TOLERANCE, Plan, forward
 from fisherkit.rows.rules import Use, in_dtype
@@ -91,7 +93,12 @@ class Linearized:
             known: what a backward pass has brought already.
         """
         v, dtype = v.to(self.z.dtype), self.plan.example_parameter.dtype
-        gradients = iter(self._backward(v) if known is None else known.gradients)
+        alone = self.plan.looped and self.batch.size == 1 and known is None
+        if alone:
+            found_at, flat = self._alone(v)
+            gradients = iter(found_at)
+        else:
+            gradients = iter(self._backward(v) if known is None else known.gradients)
         found: dict[tuple[str, ...], UnitRows] = {}
         for unit, own in self._uses:
             if unit.names not in self._activations:
@@ -100,8 +107,8 @@ class Linearized:
             g = g if known is None else g * known.scale.to(dtype)[:, None, None]
             found[unit.names] = unit.rows(own[0], self._activations[unit.names], selection.take(g), selection)
         if self.plan.generic:
-            flat = selection.take(self.plan.generic_rows(self.batch, v).to(dtype))
-            parts = flat.split([unit.numbers for unit in self.plan.generic], 1)
+            own = flat if alone else self.plan.generic_rows(self.batch, v, self.z)
+            parts = selection.take(own.to(dtype)).split([unit.numbers for unit in self.plan.generic], 1)
             found.update({u.names: StoredRows(part) for u, part in zip(self.plan.generic, parts, strict=True)})
         return Rows(self.plan.space, [UnitSlot(unit.names, found[unit.names]) for unit in self.plan.units])
 
@@ -140,7 +147,19 @@ class Linearized:
             return list(
                 torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
             )
-        passes = [torch.autograd.grad(self.z, edges, one, retain_graph=True, allow_unused=True) for one in v]
+        passes = [pulled_back(self.z, edges, one) for one in v]
         if len(passes) == 1:
             return [None if one is None else one.unsqueeze(0) for one in passes[0]]
         return [None if found[0] is None else torch.stack(found) for found in zip(*passes, strict=True)]
+
+    def _alone(self, v: Float[Tensor, "k 1 ..."]) -> tuple[list[Tensor | None], Float[Tensor, "k 1 d"]]:
+        """The same of one example, and the generic units' rows: one graph has both."""
+        edges, generic = self.edges, [self.plan.parameters[name] for unit in self.plan.generic for name in unit.names]
+        passes = [pulled_back(self.z, [*edges, *generic], one) for one in v]
+        rows = [
+            torch.cat([dense_gradient(p, g).flatten() for p, g in zip(generic, found[len(edges) :], strict=True)])
+            for found in passes
+        ]
+        at_edges = list(zip(*passes, strict=True))[: len(edges)]
+        stacked = [None if found[0] is None else torch.stack(found) for found in at_edges]
+        return stacked, torch.stack(rows).unsqueeze(1)

@@ -30,6 +30,9 @@ from fisherkit.rows.matrix_free import Metric
 from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
 
+SMALLEST = 1 << 20
+"""Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
+
 
 @dataclass
 class Problem:
@@ -46,6 +49,7 @@ class Problem:
         progress: show a progress bar.
         vectors_per_example: M, found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
+        budget: bytes, of which a quarter is for passes; None for as much as is fast.
     """
 
     plan: Plan
@@ -58,6 +62,7 @@ class Problem:
     progress: bool
     vectors_per_example: int = 1
     most_examples: int | None = None
+    budget: int | None = None
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -175,9 +180,12 @@ class Problem:
         start = 0
         for number, batch in enumerate(bar):
             step = (
-                max(1, _graph(device) // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
+                max(1, self._room(_graph(device)) // self.plan.numbers_per_example)
+                if self.chunk_size is None
+                else self.chunk_size
             )
             step = step if self.most_examples is None else min(step, self.most_examples)
+            step = 1 if self.plan.looped else step
             step = -(-batch.size // -(-batch.size // step))  # pieces of about the same size
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
@@ -190,7 +198,7 @@ class Problem:
         with self._quiet():
             linearized = Linearized.at(self.plan, batch)
         slots = self._slots(batch, linearized.z, start, call)
-        step = max(1, TILE // linearized.numbers_per_vector)
+        step = max(1, self._room(TILE) // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
 
@@ -200,6 +208,13 @@ class Problem:
 
         yield from slots.chunks(batch, step, rows)
 
+    def _room(self, most: int) -> int:
+        """Entries that a pass may hold."""
+        if self.budget is None:
+            return most
+        item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
+        return min(most, max(SMALLEST, self.budget // (4 * item)))
+
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
 
@@ -207,7 +222,7 @@ class Problem:
     def _quiet(self) -> Iterator[None]:
         """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""
         parameters = list(self.plan.parameters.values())
-        with untouched_rng([parameters[0].device]), differentiable(parameters):
+        with untouched_rng([parameters[0].device]), differentiable(self.plan.model, parameters):
             yield
 
 
