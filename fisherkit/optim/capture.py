@@ -34,6 +34,7 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
@@ -76,6 +77,7 @@ class Capture:
         self.examples = self._passes = 0
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
+        self._seen: set[int] = set()
         self._through: dict[int, bool] = {}
         self._open: list[Pass] = []
         self._begun: tuple[Recorder, Plan, Batch, RngState | None] | None = None
@@ -153,6 +155,10 @@ class Capture:
         z = outputs_of(output)
         if not z.requires_grad:
             return
+        if id(plan) not in self._seen:
+            self._seen.add(id(plan))
+            hidden = [unit.names[0] for unit in plan.ruled if not unit.uses(recorder.uses)]
+            refuse_reentrant(z, [use.edge.node for use in recorder.uses], hidden, f"{self.call}, forward pass")
         coupled = self._coupled()
         averaging = [*coupled, *self._tracking()]
         if plan.generic and (recorder.random or averaging):
@@ -269,7 +275,7 @@ class Capture:
         now = {name: self.model.get_parameter(name).grad for name in self._gradients}
         # Set to None since, and perhaps filled by another backward pass; or set to zero where they were.
         replaced = any(g is None or id(g) != self._gradients[name][0] for name, g in now.items())
-        if replaced or not any(g is not None and bool(g.any()) for g in now.values()):
+        if replaced or not any(g is not None and bool(g.to_dense().any()) for g in now.values()):
             self.finished.clear()
 
     def _versions(self) -> dict[str, tuple[int, int]]:

@@ -6,11 +6,12 @@ shows none of their parameters: they would count as unused, and their rows as ze
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError, listed
@@ -53,12 +54,46 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
 
 def has_custom_function(z: Tensor) -> bool:
     """Whether an autograd function written in Python is among what outputs were computed with."""
-    pending, seen = [z.grad_fn], {z.grad_fn}
+    return any(isinstance(node, BackwardCFunction) for node in _nodes(z.grad_fn))
+
+
+def refuse_reentrant(z: Tensor, nodes: Collection[Node], hidden: Sequence[str], call: str) -> None:
+    """Refuse checkpoints with use_reentrant=True that hide uses, or that a gradient on its way to one must pass.
+
+    Args:
+        z: outputs, with their graph.
+        nodes: of the uses' outputs.
+        hidden: parameters whose uses were not seen.
+        call: for errors.
+
+    Raises:
+        ModelError: there is one.
+
+    Cost: a look at the graph.
+    """
+    wanted = set(nodes)
+    checkpoints = [node for node in _nodes(z.grad_fn) if "CheckpointFunction" in node.name()]
+    if not checkpoints or not (hidden or any(node in wanted for one in checkpoints for node in _nodes(one))):
+        return
+    what = f"around {listed(map(repr, hidden), 3)}" if hidden else "between the outputs and chosen parameters"
+    raise ModelError(
+        call=call,
+        got=f"a checkpoint with use_reentrant=True {what}",
+        expected="use_reentrant=False",
+        why="its graph shows no layer, and brings gradients only to .backward()",
+        try_="checkpoint(..., use_reentrant=False), or with transformers "
+        'gradient_checkpointing_kwargs={"use_reentrant": False}',
+    )
+
+
+def _nodes(start: Node | None) -> Iterator[Node]:
+    """All nodes of a graph, each once."""
+    pending: list[Node] = [] if start is None else [start]
+    seen = set(pending)
     while pending:
         node = pending.pop()
-        if isinstance(node, BackwardCFunction):
-            return True
-        new = {following for following, _ in node.next_functions} - seen - {None} if node is not None else set()
-        seen |= new
-        pending += new
-    return False
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)

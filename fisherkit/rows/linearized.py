@@ -107,8 +107,8 @@ class Linearized:
             g = g if known is None else g * known.scale.to(dtype)[:, None, None]
             found[unit.names] = unit.rows(own[0], self._activations[unit.names], selection.take(g), selection)
         if self.plan.generic:
-            own = flat if alone else self.plan.generic_rows(self.batch, v, self.z)
-            parts = selection.take(own.to(dtype)).split([unit.numbers for unit in self.plan.generic], 1)
+            flat = flat if alone else self.plan.generic_rows(self.batch, v, self.z)
+            parts = selection.take(flat.to(dtype)).split([unit.numbers for unit in self.plan.generic], 1)
             found.update({u.names: StoredRows(part) for u, part in zip(self.plan.generic, parts, strict=True)})
         return Rows(self.plan.space, [UnitSlot(unit.names, found[unit.names]) for unit in self.plan.units])
 
