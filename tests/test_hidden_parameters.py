@@ -301,7 +301,7 @@ class Spare(nn.Module):
         self.c = nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.c(self.scale * self.a(x).tanh())
+        z: Tensor = self.c(self.scale.exp() * self.a(x).tanh())
         return z
 
 

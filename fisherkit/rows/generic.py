@@ -21,7 +21,7 @@ from fisherkit.rows.base import TILE, spans
 from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.whole import functional_call, kept_whole
 
-QUICK = 2e-3
+QUICK = 4e-3
 """Seconds of an example's loop below which calls and not arithmetic are what it takes: vectorising always pays."""
 
 SEVERAL = 8

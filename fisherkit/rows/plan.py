@@ -171,8 +171,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             z, uses = _with_batch(plan, probe, unbatched, z, uses)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
-        reached = pulled_back(z, parameters, v[0])
-        plan.unused = {name for name, g in zip(plan.parameters, reached, strict=True) if g is None}
+        plan.unused = unreached(z, reference.zeros(plan.parameters))
         edges = [use.edge for use in uses]
         found = pulled_back(z, edges, v[0]) if edges else ()
         gradients = {id(use.edge): g if g is None else g.unsqueeze(0) for use, g in zip(uses, found, strict=True)}
@@ -245,6 +244,11 @@ class _Reference:
             )
         self.scale = self.norms.norm()
         self.tolerance = _tolerance(self.norms.dtype, plan)
+
+    def zeros(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that neither example has a gradient in."""
+        norms = self.norms.sum(0).tolist()
+        return {name: p for (name, p), norm in zip(parameters.items(), norms, strict=True) if norm == 0}
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale.

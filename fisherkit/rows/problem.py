@@ -27,6 +27,7 @@ from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
+from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
 
@@ -185,7 +186,7 @@ class Problem:
                 else self.chunk_size
             )
             step = step if self.most_examples is None else min(step, self.most_examples)
-            step = 1 if self.plan.looped else step
+            step = min(step, MOST) if self.plan.looped else step
             step = -(-batch.size // -(-batch.size // step))  # pieces of about the same size
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
@@ -196,7 +197,7 @@ class Problem:
 
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
-            linearized = Linearized.at(self.plan, batch)
+            linearized = OneByOne(self.plan, batch) if self.plan.looped else Linearized.at(self.plan, batch)
         slots = self._slots(batch, linearized.z, start, call)
         step = max(1, self._room(TILE) // linearized.numbers_per_vector)
         if self.chunk_size is not None:
