@@ -186,7 +186,8 @@ class ModelRows:
     def _blocks(self, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
         plan = plan_for(self.model, self.space, source.first().to(self.device))
         problem = Problem(
-            plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress
+            plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress,
+            budget=self.budget,
         )  # fmt: skip
         problem.measure()
         # Products may write a block's rows out. Kept, they have as few numbers as can be.
