@@ -390,3 +390,17 @@ def test_unused__in_the_first_examples_and_used_later() -> None:
         model, (torch.cat([d[0] for d in data]), torch.cat([d[1] for d in data])), fisher.space.names
     )
     torch.testing.assert_close(fisher.to_dense(), expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer__refuses_layers_whose_checkpoint_cuts_the_graph(name: str) -> None:
+    """Without an input that requires grad, torch gives the layers inside no gradient at all."""
+    model, (x, y) = seeded(Checkpointed), batch()
+    model.a.requires_grad_(False)
+    optimizer = fk.optim.NaturalGradient(model, lr=0.1, **OPTIMIZERS[name])
+    with (
+        pytest.warns(UserWarning, match="None of the inputs"),
+        pytest.raises(fk.ModelError, match="use_reentrant=False"),
+    ):
+        F.cross_entropy(model(x), y).backward()
+    optimizer.close()
