@@ -96,6 +96,7 @@ class Builder:
         first = problem.plan.example_parameter
         self.dtype, self.device = problem.plan.dtype, first.device
         self.budget = available_memory(first.device) // 2 if memory_budget is None else memory_budget
+        problem.budget = self.budget
         self.examples = self.rows = 0
         self.dropped: list[Tensor] = []
         self.dropped_share: float | None = None

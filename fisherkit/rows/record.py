@@ -93,6 +93,7 @@ class Recorder(TorchFunctionMode):
             if not self.training:
                 raise _refused_chance(func)
         _refuse_max_norm(func, args, kwargs)
+        _refuse_offsets(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
@@ -173,6 +174,17 @@ def _refuse_max_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
             expected="max_norm=None",
             why="it changes the table during the forward pass",
             try_="renormalize the table once, before",
+        )
+
+
+def _refuse_offsets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if func is F.embedding_bag and kwargs.get("offsets", args[2] if len(args) > 2 else None) is not None:
+        raise ModelError(
+            call="the model's forward pass",
+            got="an embedding bag with offsets",
+            expected="tokens [B, T], without offsets",
+            why="examples lie along axis 0, and here all their tokens lie in one row",
+            try_="torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=i) and padding_idx=i",
         )
 
 
