@@ -94,7 +94,7 @@ class _Kept:
         self.before = self.attributes.copy()
         self.containers: list[tuple[Any, Any]] = []
         self.places: list[tuple[Any, str, Tensor]] = []
-        self.copies: list[tuple[Any, str, Tensor, int]] = []
+        self.copies: list[tuple[Any, str, Tensor, int | None]] = []
         pending: list[Any] = []
         for name, value in self.before.items():
             kind = type(value)
@@ -124,11 +124,13 @@ class _Kept:
                     with torch.no_grad():
                         copies[id(tensor)] = tensor.clone()
                 own = held[name] = copies[id(tensor)]
-                self.copies.append((held, name, own, own._version))
+                self.copies.append((held, name, own, _version(own)))
 
     def put_back(self) -> None:
         """As it was where tensors were written; a module's own counts of its calls are its own business."""
-        written = any(held.get(name) is not own or own._version != version for held, name, own, version in self.copies)
+        copied = {(id(held), name) for held, name, _, _ in self.copies}
+        written = any(held.get(name) is not own or _version(own) != known for held, name, own, known in self.copies)
+        written = written or any(h.get(n) is not t for h, n, t in self.places if (id(h), n) not in copied)
         for held, name, tensor in self.places:
             if written or held.get(name) is not tensor:
                 held[name] = tensor
@@ -139,6 +141,11 @@ class _Kept:
                 if _differ(container, content):
                     container.clear()
                     getattr(container, "extend" if isinstance(container, (list, deque)) else "update")(content)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """What in-place changes count up; an inference tensor has none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _values(container: Any) -> Any:
