@@ -401,3 +401,24 @@ def test_loop__is_what_recurrent_kernels_get() -> None:
         n: e.rule for e in fk.EmpiricalFisher(build("Recurrent"), batches()).coverage().entries for n in e.parameters
     }
     assert rules["rnn.weight_hh_l0"] == "loop"
+
+
+def test_counts__of_a_module_without_tensors_of_its_own_go_on() -> None:
+    """As those of whoever watches how often a model is called."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.calls, self.sizes = build("Caching"), 0, []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.sizes.append(len(x))
+            z: Tensor = self.body(x)
+            return z
+
+    model = Counting()
+    with untouched(model.body, []):
+        fk.EmpiricalFisher(model, batches(), structure="diagonal")
+    assert model.calls == len(model.sizes) > 2
+    assert model.body.calls == 1

@@ -36,14 +36,16 @@ def kept_whole(model: nn.Module) -> Iterator[None]:
 
     Cost: a copy of all buffers, and a look at every attribute of every module.
     """
-    before, places = _contents(list(model.modules()))
+    seen: set[int] = set()
+    kept = [_Kept(module, seen) for module in model.modules()]
+    copies: dict[int, Tensor] = {}
     try:
-        if places:
-            _put_copies(places)
+        for one in kept:
+            one.put_copies(copies)
         yield
     finally:
-        for container, content in before:
-            _put_back(container, content)
+        for one in kept:
+            one.put_back()
 
 
 def functional_call(
@@ -84,47 +86,91 @@ def functional_call(
             held[name] = tensor  # type: ignore[assignment]
 
 
-def _contents(modules: list[nn.Module]) -> tuple[list[tuple[Any, Any]], list[tuple[Any, str, Tensor]]]:
-    """Every module's attributes and the containers among them, each with a shallow copy; and where tensors are."""
-    found: list[tuple[Any, Any]] = []
-    places: list[tuple[Any, str, Tensor]] = []
-    seen: set[int] = set()
-    pending: list[Any] = []
-    for module in modules:
-        attributes = module.__dict__
-        found.append((attributes, attributes.copy()))
-        for name, value in attributes.items():
+class _Kept:
+    """One module's attributes and the containers among them, each with a shallow copy; and where its tensors are."""
+
+    def __init__(self, module: nn.Module, seen: set[int]) -> None:
+        self.attributes = module.__dict__
+        self.before = self.attributes.copy()
+        self.containers: list[tuple[Any, Any]] = []
+        self.places: list[tuple[Any, str, Tensor]] = []
+        self.copies: list[tuple[Any, str, Tensor, int | None]] = []
+        pending: list[Any] = []
+        for name, value in self.before.items():
             kind = type(value)
             if kind in _PLAIN:
                 continue
             if kind in _CONTAINERS:
                 if name == "_buffers":
-                    places += [(value, key, t) for key, t in value.items() if t is not None]
+                    self.places += [(value, key, t) for key, t in value.items() if t is not None]
                 if "_hooks" not in name:
                     pending.append(value)
             elif isinstance(value, Tensor):
-                places.append((attributes, name, value))
-    while pending:
-        container = pending.pop()
-        if id(container) in seen or len(container) > _LONGEST:
-            continue
-        seen.add(id(container))
-        found.append((container, container.copy()))
-        if container:
-            inner = container.values() if isinstance(container, dict) else container
-            pending += [value for value in inner if type(value) in _CONTAINERS]
-    return found, places
+                self.places.append((self.attributes, name, value))
+        while pending:
+            container = pending.pop()
+            if id(container) in seen or len(container) > _LONGEST:
+                continue
+            seen.add(id(container))
+            self.containers.append((container, container.copy()))
+            if container:
+                pending += [value for value in _values(container) if type(value) in _CONTAINERS]
 
-
-def _put_copies(places: list[tuple[Any, str, Tensor]]) -> None:
-    """Copies in the place of buffers and of plain tensors that passes may write to."""
-    copies: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for held, name, tensor in places:
+    def put_copies(self, copies: dict[int, Tensor]) -> None:
+        """Copies in the place of buffers and of plain tensors that passes may write to."""
+        for held, name, tensor in self.places:
             if _writable(tensor):
                 if id(tensor) not in copies:
-                    copies[id(tensor)] = tensor.clone()
-                held[name] = copies[id(tensor)]
+                    with torch.no_grad():
+                        copies[id(tensor)] = tensor.clone()
+                own = held[name] = copies[id(tensor)]
+                self.copies.append((held, name, own, _version(own)))
+
+    def put_back(self) -> None:
+        """As it was where tensors were written; a module's own counts of its calls are its own business."""
+        copied = {(id(held), name) for held, name, _, _ in self.copies}
+        written = any(held.get(name) is not own or _version(own) != known for held, name, own, known in self.copies)
+        written = written or any(h.get(n) is not t for h, n, t in self.places if (id(h), n) not in copied)
+        for held, name, tensor in self.places:
+            if written or held.get(name) is not tensor:
+                held[name] = tensor
+        changed = [pair for pair in self.containers if _differ(*pair)]
+        pairs = [(self.attributes, self.before), *changed]
+        if written or any(_tensors_differ(container, content) for container, content in pairs):
+            for container, content in pairs:
+                if _differ(container, content):
+                    container.clear()
+                    getattr(container, "extend" if isinstance(container, (list, deque)) else "update")(content)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """What in-place changes count up; an inference tensor has none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _values(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _differ(container: Any, content: Any) -> bool:
+    """Whether a container has other things in it, or in another order, than its copy."""
+    if isinstance(container, set):
+        return bool(container != content)
+    if len(container) != len(content) or not all(map(is_, _values(container), _values(content))):
+        return True
+    return isinstance(container, dict) and not all(map(eq, container, content))
+
+
+def _tensors_differ(container: Any, content: Any) -> bool:
+    """Whether something that holds tensors came or went."""
+    now, before = ({id(value): value for value in _values(one)} for one in (container, content))
+    return any(_holds_tensor(one[key]) for one in (now, before) for key in now.keys() ^ before.keys() if key in one)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (Tensor, nn.Module)):
+        return True
+    return type(value) in _CONTAINERS | {tuple} and any(map(_holds_tensor, _values(value)))
 
 
 def _writable(tensor: Tensor) -> bool:
@@ -134,18 +180,3 @@ def _writable(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() and tensor.numel() > _SMALL:
         return False
     return 0 not in tensor.stride() or tensor.numel() <= 1  # torch refuses to write to what is expanded
-
-
-def _put_back(container: Any, content: Any) -> None:
-    if isinstance(container, dict):
-        same = len(container) == len(content) and all(map(is_, container.values(), content.values()))
-        if not same or not all(map(eq, container, content)):
-            container.clear()
-            container.update(content)
-    elif isinstance(container, set):
-        if container != content:
-            container.clear()
-            container.update(content)
-    elif len(container) != len(content) or not all(map(is_, container, content)):
-        container.clear()
-        container.extend(content)
