@@ -166,9 +166,11 @@ class Capture:
         if self._new(watched, plan):
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
         hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
-        if hidden or id(plan) not in self._seen:
+        cut = [name for name in hidden if name in recorder.without_graph]
+        if cut or id(plan) not in self._seen:
             self._seen.add(id(plan))
-            refuse_reentrant(z, [use.edge.node for use in watched.uses], hidden, f"{self.call}, forward pass")
+            nodes = [use.edge.node for use in watched.uses]
+            refuse_reentrant(z, nodes, cut or hidden, f"{self.call}, forward pass", cut=bool(cut))
         coupled = self._coupled()
         averaging = [*coupled, *self._tracking()]
         if plan.generic and (recorder.random or averaging):
@@ -229,7 +231,10 @@ class Capture:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
         plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
         if plan.unused or any(unit.unseen for unit in plan.generic):
-            with untouched_rng([plan.example_parameter.device]), differentiable(self.model, list(plan.parameters.values())):
+            with (
+                untouched_rng([plan.example_parameter.device]),
+                differentiable(self.model, list(plan.parameters.values())),
+            ):
                 linearized = Linearized.at(plan, batch)
                 self._used |= _used(linearized.watched)
                 plan = linearized.revised() if linearized.noticed else plan

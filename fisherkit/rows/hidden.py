@@ -57,7 +57,9 @@ def has_custom_function(z: Tensor) -> bool:
     return any(isinstance(node, BackwardCFunction) for node in _nodes(z.grad_fn))
 
 
-def refuse_reentrant(z: Tensor, nodes: Collection[Node], hidden: Sequence[str], call: str) -> None:
+def refuse_reentrant(
+    z: Tensor, nodes: Collection[Node], hidden: Sequence[str], call: str, *, cut: bool = False
+) -> None:
     """Refuse checkpoints with use_reentrant=True that hide uses, or that a gradient on its way to one must pass.
 
     Args:
@@ -65,6 +67,7 @@ def refuse_reentrant(z: Tensor, nodes: Collection[Node], hidden: Sequence[str], 
         nodes: of the uses' outputs.
         hidden: parameters whose uses were not seen.
         call: for errors.
+        cut: whether the parameters that were not seen were used without a graph, of which nothing is left to look at.
 
     Raises:
         ModelError: there is one.
@@ -73,7 +76,9 @@ def refuse_reentrant(z: Tensor, nodes: Collection[Node], hidden: Sequence[str], 
     """
     wanted = set(nodes)
     checkpoints = [node for node in _nodes(z.grad_fn) if "CheckpointFunction" in node.name()]
-    if not checkpoints or not (hidden or any(node in wanted for one in checkpoints for node in _nodes(one))):
+    if not cut and (
+        not checkpoints or not (hidden or any(node in wanted for one in checkpoints for node in _nodes(one)))
+    ):
         return
     what = f"around {listed(map(repr, hidden), 3)}" if hidden else "between the outputs and chosen parameters"
     raise ModelError(

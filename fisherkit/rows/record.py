@@ -49,6 +49,7 @@ class Recorder(TorchFunctionMode):
     Attributes:
         uses: what was seen.
         elsewhere: names of parameters that functions without a rule have used, with a gradient.
+        without_graph: names of parameters that were used where no gradients are.
         unbatched: embeddings that were looked up without a batch axis.
         random: whether dropout was active.
         half: whether layers computed in half precision, as under autocast, which may be inside the model.
@@ -70,6 +71,7 @@ class Recorder(TorchFunctionMode):
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
         self.elsewhere: set[str] = set()
+        self.without_graph: set[str] = set()
         self.unbatched: set[str] = set()
         self.random = self.half = False
         self.muted = 0
@@ -127,6 +129,8 @@ class Recorder(TorchFunctionMode):
         # What is given back as it is, as by a cast to the dtype that it has, is not used yet.
         if any(made.requires_grad and self._name(made) is None for made in tensors(output)):
             self.elsewhere |= own
+        elif not torch.is_grad_enabled():
+            self.without_graph |= own
 
     def _with_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """The arguments of an embedding, its tokens repeated for each example where all share them."""
