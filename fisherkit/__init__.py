@@ -9,7 +9,13 @@ Kinds differ only in output space, structures only in how the same rows are kept
 conventions, `fisherkit.operators` the operations.
 """
 
-from fisherkit import continual, errors, estimators, evaluation, influence, likelihoods, merging, optim, testing
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from fisherkit import errors, likelihoods
 from fisherkit._version import __version__
 from fisherkit.errors import (
     DataError,
@@ -18,6 +24,8 @@ from fisherkit.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     MemoryBudgetError,
+    MissingFileError,
+    MissingPackageError,
     ModelError,
     NoClosedFormError,
     NonFiniteError,
@@ -40,6 +48,9 @@ from fisherkit.operators import FisherOperator, RelativeDamping, load
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.space import ParameterSpace
 
+if TYPE_CHECKING:
+    from fisherkit import continual, estimators, evaluation, influence, merging, optim, testing
+
 __all__ = [
     "KINDS",
     "DataError",
@@ -53,6 +64,8 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidTypeError",
     "MemoryBudgetError",
+    "MissingFileError",
+    "MissingPackageError",
     "ModelError",
     "NoClosedFormError",
     "NonFiniteError",
@@ -80,3 +93,18 @@ __all__ = [
     "parameters_hash",
     "testing",
 ]
+
+_WHEN_ASKED = frozenset({"continual", "estimators", "evaluation", "influence", "merging", "optim", "testing"})
+"""What a Fisher itself does not need is imported at its first use: most of the package, and of the import's time."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A part of the package that is imported when it is asked for."""
+    if name in _WHEN_ASKED:
+        return importlib.import_module(f"fisherkit.{name}")
+    raise AttributeError(f"module 'fisherkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """All names, whether they have been imported or not."""
+    return sorted({*globals(), *__all__})

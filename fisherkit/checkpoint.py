@@ -113,9 +113,7 @@ class Checkpoint:
             "numbers": json.dumps(numbers),
         }
         everything = tensors | {_MARK + name: mark for name, mark in self.marks.items()}
-        # safetensors refuses tensors that share memory, and views that are not contiguous.
-        own = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in everything.items()}
-        io.replace_file(self.path, own, header)
+        io.replace_checked_file(self.path, everything, header)
         self._last = time.monotonic()
 
     def damaged(self, error: Exception) -> FileFormatError:
@@ -138,7 +136,7 @@ class Checkpoint:
             )
         try:
             version = int(header["version"])
-            self._header = {key: dict(json.loads(header[key])) for key in ("settings", "numbers")}
+            self._header = {key: dict(io.parse(header[key])) for key in ("settings", "numbers")}
         except (LookupError, ValueError, TypeError) as error:
             raise self.damaged(error) from error
         if version > VERSION:

@@ -1,47 +1,73 @@
 """Batches: what users pass as data, made uniform, and nothing about Fisher matrices.
 
 A batch is a pair (inputs, targets) or a mapping with "labels"; data is one batch or anything that can be iterated again
-and again. A `Batch` can be cut by example and moved, and knows how to call a model.
+and again. A `Batch` can be cut by example and moved, and knows how to call a model. A `Source` reads the data again and
+again and compares every pass with the first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError
-from fisherkit.randomness import rng_state, untouched_rng
+from fisherkit.loaders import disorder, generators, in_order, loaded
+from fisherkit.model_inputs import DECODER_INPUTS, ModelInputs, virtual_tokens
+from fisherkit.model_state import tensors_hash
+from fisherkit.nested import as_tensor, fields_of, is_dataclass, map_ends, map_tensors, named_leaves
+from fisherkit.randomness import RngState, rng_state, untouched_rng
 
 Data = Any
 """One batch, or a re-iterable of batches; documented at `FisherApproximation`."""
 
-
-def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: _map(value, function) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return tuple(_map(value, function) for value in tree)
-    return tree
+LABELS = ("labels", "label", "label_ids")
+"""Names of the targets in a mapping, as Hugging Face's collators know them; the first that is there counts."""
 
 
-def _leaves(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _leaves(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _leaves(value)
+def _named_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(named_leaves(args, "inputs"), named_leaves(kwargs, ""))
+
+
+def _numbers(value: Any) -> bool:
+    """Whether it is a list of numbers, or of such lists."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(_numbers(v) for v in value)
+    return isinstance(value, (bool, int, float, np.number, np.bool_))
+
+
+def _are_targets(value: Any) -> bool:
+    """Whether it is targets as they stand beside inputs, which no batch is."""
+    listed_numbers = isinstance(value, (list, tuple)) and _numbers(value)
+    return value is None or isinstance(value, (Tensor, np.ndarray)) or listed_numbers
+
+
+def _labelled(raw: Any) -> dict[Any, Any] | None:
+    """A batch whose fields have names, as a mapping; None of any other."""
+    if isinstance(raw, Mapping) or is_dataclass(raw):
+        return fields_of(raw)
+    names = getattr(raw, "_fields", ())
+    if isinstance(raw, tuple) and len(names) > 2 and any(name in names for name in LABELS):
+        return fields_of(raw)
+    return None
+
+
+SHARED = (
+    "what all examples share as a buffer of the model, or by a small nn.Module around the model that holds it; "
+    "tensor.expand(B, *tensor.shape) if the model takes one for each example"
+)
+"""Advice on inputs that all examples share."""
 
 
 @dataclass(frozen=True)
@@ -63,49 +89,49 @@ class Batch:
     axes: dict[int, bool] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, raw: Any, call: str, axes: dict[int, bool] | None = None) -> Batch:
+    def of(
+        cls, raw: Any, call: str, axes: dict[int, bool] | None = None, model_inputs: ModelInputs | None = None
+    ) -> Batch:
         """From what the user's data yields.
+
+        Args:
+            raw: the user's.
+            call: for errors.
+            axes: which tensors have the batch axis, where other batches have told.
+            model_inputs: how the model is called; None if no model is at hand.
 
         Raises:
             InvalidTypeError: neither a pair nor a mapping.
             DataError: no tensors, no labels, no examples, or sizes that differ.
         """
-        if isinstance(raw, Mapping):
-            if "labels" not in raw:
-                raise DataError(
-                    call=call,
-                    got=f"a mapping with keys {sorted(map(str, raw))}",
-                    expected='one with "labels"',
-                    try_='a pair (inputs, targets), or rename the key to "labels"',
-                )
-            inputs: Any = {key: value for key, value in raw.items() if key != "labels"}
-            targets = raw["labels"]
-        elif isinstance(raw, (tuple, list)) and len(raw) == 2:
-            inputs, targets = raw
-        else:
-            raise InvalidTypeError(
-                call=call,
-                got=f"a batch of type {type(raw).__name__}",
-                expected='a pair (inputs, targets) or a mapping with "labels"',
-                try_="[(x, y)] for a list of batches, (x, y) for one; torch.as_tensor for arrays",
-            )
-        if targets is not None and not isinstance(targets, Tensor):
-            raise InvalidTypeError(
-                call=call,
-                got=f"targets of type {type(targets).__name__}",
-                expected="a tensor",
-                try_="torch.as_tensor(targets)",
-            )
+        model_inputs = ModelInputs() if model_inputs is None else model_inputs
+        inputs, targets = _inputs_and_targets(raw, call, model_inputs)
+        targets = _checked_targets(targets, call)
+        inputs = map_ends(inputs, as_tensor)
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
-        if isinstance(inputs, (tuple, list)):
+        if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
             args = tuple(inputs)
-        sizes = [leaf.shape[0] for leaf in _leaves((args, kwargs)) if leaf.ndim > 0]
+        if kwargs:
+            kwargs = model_inputs.taken(kwargs, call)
+        if any(isinstance(arg, PackedSequence) for arg in (*args, *kwargs.values())):
+            raise InvalidTypeError(
+                call=call,
+                got="a PackedSequence as input",
+                expected="a padded tensor, and the lengths beside it",
+                why="a packed sequence holds its examples' positions between each other",
+                try_="pack_padded_sequence in the model's forward",
+            )
+        given = kwargs.keys() & {"labels", *DECODER_INPUTS}
+        if model_inputs.encoder_decoder and _makes_decoder_inputs(targets) and not given:
+            kwargs["labels"] = targets
+        names = dict(enumerate(_named_inputs(args, kwargs)))
+        sizes = [leaf.shape[0] for _, leaf in names.values() if leaf.ndim > 0]
         if not sizes:
             raise DataError(call=call, got="inputs without a tensor", expected="tensors with the examples along axis 0")
         size = targets.shape[0] if targets is not None and targets.ndim > 0 and targets.shape[0] in sizes else sizes[0]
-        if axes is not None and axes:
-            own = [leaf.shape[0] for i, leaf in enumerate(_leaves((args, kwargs))) if axes.get(i)]
-            size = own[0] if own else size
+        if axes:
+            own = [leaf.shape[0] for i, (_, leaf) in names.items() if axes.get(i) and leaf.ndim > 0]
+            size = own[0] if own and size not in own else size
         if size == 0:
             raise DataError(call=call, got="a batch with no example", expected="at least one")
         if targets is not None and (targets.ndim == 0 or targets.shape[0] != size):
@@ -115,8 +141,17 @@ class Batch:
                 expected=f"{size} targets",
                 why="both have the examples along axis 0",
             )
-        if not axes:
-            axes = {i: leaf.ndim > 0 and leaf.shape[0] == size for i, leaf in enumerate(_leaves((args, kwargs)))}
+        if not axes or len(axes) != len(names):
+            axes = {i: leaf.ndim > 0 and leaf.shape[0] == size for i, (_, leaf) in names.items()}
+        odd = [(name, leaf) for i, (name, leaf) in names.items() if axes[i] and leaf.shape[:1] != (size,)]
+        if odd:
+            raise DataError(
+                call=call,
+                got=f"input {odd[0][0]!r} of shape {list(odd[0][1].shape)} in a batch of {size} examples",
+                expected=f"{size} along axis 0",
+                why="in an earlier batch it had as many as there were examples, so it was taken to have one an example",
+                try_=SHARED,
+            )
         return cls(args, kwargs, targets, size, axes)
 
     @classmethod
@@ -127,7 +162,7 @@ class Batch:
             DataError: no tensor, or no examples.
         """
         call = "the model's forward pass"
-        leaves = list(_leaves((args, kwargs)))
+        leaves = [leaf for _, leaf in _named_inputs(args, kwargs)]
         sizes = [leaf.shape[0] for leaf in leaves if leaf.ndim > 0]
         if not sizes or sizes[0] == 0:
             raise DataError(call=call, got="no example", expected="tensors with the examples along axis 0")
@@ -140,12 +175,27 @@ class Batch:
         def one(leaf: Tensor) -> Tensor:
             return function(leaf) if self.axes[next(number)] else leaf
 
-        return _map(self.args, one), _map(self.kwargs, one)
+        return map_tensors(self.args, one), map_tensors(self.kwargs, one)
 
     @property
     def raw(self) -> tuple[Any, Tensor | None]:
         """As a pair that a user could have passed."""
-        return (self.kwargs if self.kwargs else self.args), self.targets
+        return (self.args if self.args else self.kwargs), self.targets
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The inputs' tensors."""
+        return [leaf for _, leaf in _named_inputs(self.args, self.kwargs)]
+
+    @property
+    def names(self) -> list[str]:
+        """What the inputs' tensors are called, in their order."""
+        return [name for name, _ in _named_inputs(self.args, self.kwargs)]
+
+    def digest(self) -> str:
+        """A hash of all tensors, in which their order and that of the examples count."""
+        leaves = [*self.inputs, *([] if self.targets is None else [self.targets])]
+        return tensors_hash({f"{place:06d}": leaf for place, leaf in enumerate(leaves)})
 
     def take(self, index: Tensor | slice) -> Batch:
         """Some of the examples; tensors without the batch's leading size are passed as they are."""
@@ -160,7 +210,7 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         targets = None if self.targets is None else move(self.targets)
-        return Batch(_map(self.args, move), _map(self.kwargs, move), targets, self.size, self.axes)
+        return Batch(map_tensors(self.args, move), map_tensors(self.kwargs, move), targets, self.size, self.axes)
 
     def shifted(self, ignore_index: int) -> Batch:
         """Labels moved one position to the left, as a causal language model's loss pairs them with its outputs."""
@@ -177,9 +227,25 @@ class Batch:
         last = torch.full_like(self.targets[:, :1], ignore_index)
         return Batch(self.args, self.kwargs, torch.cat([self.targets[:, 1:], last], 1), self.size, self.axes)
 
+    def aligned(self, model: nn.Module, z: Tensor, *, shift: bool, ignore_index: int) -> Batch:
+        """Labels beside the outputs that they belong to.
+
+        Args:
+            model: the model; positions that its prompt learning put in front have no labels.
+            z: its outputs.
+            shift: whether labels belong to the outputs one position before them.
+            ignore_index: the label of positions that have none.
+        """
+        batch, extra = self, virtual_tokens(model)
+        positions = self.targets is not None and self.targets.ndim == 2 and z.ndim == 3
+        if self.targets is not None and positions and extra and z.shape[1] == self.targets.shape[1] + extra:
+            front = self.targets.new_full((self.size, extra), ignore_index)
+            batch = dataclasses.replace(self, targets=torch.cat([front, self.targets], 1))
+        return batch.shifted(ignore_index) if shift else batch
+
     def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
         """The tensors that have the batch axis, and the function that puts others in their place."""
-        batched = [leaf for i, leaf in enumerate(_leaves((self.args, self.kwargs))) if self.axes[i]]
+        batched = [leaf for i, leaf in enumerate(self.inputs) if self.axes[i]]
 
         def rebuild(replacements: list[Tensor]) -> Batch:
             pending = iter(replacements)
@@ -200,7 +266,7 @@ class Batch:
             # not change when the caller refills them.
             return leaf.clone()
 
-        return outputs_of(model(*_map(self.args, fresh), **_map(self.kwargs, fresh)))
+        return outputs_of(model(*map_tensors(self.args, fresh), **map_tensors(self.kwargs, fresh)))
 
 
 def outputs_of(output: Any) -> Tensor:
@@ -222,18 +288,85 @@ def outputs_of(output: Any) -> Tensor:
     )
 
 
+def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple[Any, Any]:
+    """What a user's batch says is for the model, and its targets.
+
+    Raises:
+        InvalidTypeError: it is no batch, or nothing tells which of its parts are targets.
+        DataError: a mapping without labels.
+    """
+    fields = _labelled(raw)
+    if fields is not None:
+        own = (model_inputs.names or frozenset()) - {"labels"}  # a field that the model takes by that name is an input
+        name = next((name for name in LABELS if name in fields and name not in own), None)
+        if name is None:
+            raise DataError(
+                call=call,
+                got=f"a mapping with keys {sorted(map(str, fields))}",
+                expected='one with "labels"',
+                try_='a pair (inputs, targets), or rename the key to "labels"',
+            )
+        return {key: value for key, value in fields.items() if key != name}, fields[name]
+    if isinstance(raw, (tuple, list)) and len(raw) == 2:
+        names = getattr(raw, "_fields", ())
+        return (raw[1], raw[0]) if names and names[0] in LABELS else (raw[0], raw[1])
+    if isinstance(raw, (tuple, list)) and len(raw) > 2:
+        required = model_inputs.required
+        if required is not None and len(required) == len(raw) - 1:
+            return tuple(raw[:-1]), raw[-1]
+        takes = "" if required is None else f", and the model's forward pass needs {len(required)} input(s)"
+        raise InvalidTypeError(
+            call=call,
+            got=f"a batch of type {type(raw).__name__} with {len(raw)} parts",
+            expected='a pair (inputs, targets) or a mapping with "labels"',
+            why=f"nothing tells which of them are inputs and targets{takes}",
+            try_="((a, b), y) for inputs a and b by place, ({name: a, ...}, y) by name",
+        )
+    raise InvalidTypeError(
+        call=call,
+        got=f"a batch of type {type(raw).__name__}",
+        expected='a pair (inputs, targets) or a mapping with "labels"',
+        try_="[(x, y)] for a list of batches, (x, y) for one; torch.as_tensor for arrays",
+    )
+
+
+def _checked_targets(targets: Any, call: str) -> Tensor | None:
+    """Targets as a tensor.
+
+    Raises:
+        InvalidTypeError: they are no numbers.
+    """
+    if isinstance(targets, (list, tuple)) and _numbers(targets):
+        with contextlib.suppress(TypeError, ValueError):  # lists of several lengths
+            targets = torch.as_tensor(np.asarray(targets))
+    targets = as_tensor(targets)
+    if targets is not None and not isinstance(targets, Tensor):
+        raise InvalidTypeError(
+            call=call, got=f"targets of type {type(targets).__name__}",
+            expected="a tensor, an array or lists of numbers", try_="torch.as_tensor(targets)",
+        )  # fmt: skip
+    return targets
+
+
+def _makes_decoder_inputs(targets: Tensor | None) -> bool:
+    """Whether a decoder's inputs can be made from the targets: token ids at positions, and not classes."""
+    return targets is not None and targets.ndim >= 2 and not targets.is_floating_point()
+
+
 class Source:
     """Data that can be read again and again in the same order without touching the global random generators.
 
+    The first pass records a hash of each batch (`Batch.digest`), and later ones are compared with it.
+
     Args:
         data: one batch or a re-iterable of batches.
+        model: the model that the data are for; None if none is called.
+
+    Cost: a hash reads every number of a batch twice, where it lies, and makes a few sums of it.
     """
 
-    def __init__(self, data: Data) -> None:
-        is_pair = (
-            isinstance(data, (tuple, list)) and len(data) == 2 and (data[1] is None or isinstance(data[1], Tensor))
-        )
-        is_batch = is_pair or isinstance(data, Mapping)
+    def __init__(self, data: Data, model: nn.Module | None = None) -> None:
+        is_batch = _is_batch(data)
         if not is_batch and not isinstance(data, Iterable):
             raise InvalidTypeError(
                 call="data",
@@ -251,15 +384,33 @@ class Source:
             )
         self._first: Batch | None = None
         self.batches: Iterable[Any] = [data] if is_batch else data
+        self.model = model
+        self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
         # A shuffling loader draws its order from the global generator: every pass starts from the same state.
         self._rng_state = rng_state()
-        self._generators = _generators(data) if isinstance(data, DataLoader) else []
+        self._generators = generators(data) if isinstance(data, DataLoader) else []
         self._own_states = [generator.get_state() for generator in self._generators]
         self._axes: dict[int, bool] | None = None
+        self._digests: list[str] = []
+        self._whole = False
+        self._count: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over the batches; the random generators are the caller's own whenever a batch is handed over."""
-        state, own_states = self._rng_state, self._own_states
+        """One pass over the batches; the random generators are the caller's own whenever a batch is handed over.
+
+        Raises:
+            DataError: other batches than in the first pass.
+        """
+        return self._compared(self.once())
+
+    def once(self, state: RngState | None = None, *, settled: bool = True) -> Iterator[Batch]:
+        """A pass that is compared with no other.
+
+        Args:
+            state: where the global generators start; None for where they were when the source was made.
+            settled: whether `first` tells of all batches which inputs all examples share; else each for itself.
+        """
+        state, own_states = self._rng_state if state is None else state, self._own_states
         iterator: Iterator[Any] | None = None
         for number in itertools.count():
             with torch.inference_mode(False), untouched_rng([], state), self._own(own_states):
@@ -270,11 +421,60 @@ class Source:
                     return
                 state = rng_state()
                 own_states = [generator.get_state() for generator in self._generators]
-            batch = Batch.of(raw, f"data, batch {number}", self._axes)
-            self._axes = batch.axes
-            yield batch
+            yield Batch.of(raw, f"data, batch {number}", self._axes if settled else None, self._model_inputs)
 
-    @contextmanager
+    def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        number = 0
+        for number, batch in enumerate(batches, 1):
+            digest = batch.digest()
+            if number > len(self._digests) and not self._whole:
+                self._digests.append(digest)
+            elif number > len(self._digests) or digest != self._digests[number - 1]:
+                raise _changed(number - 1)
+            yield batch
+        if number < len(self._digests):
+            raise _changed(number)
+        self._whole = True
+
+    def refuse_shuffling(self, call: str, role: str = "") -> None:
+        """Refuse a loader whose order is not known to be fixed, where results are in the order of the data.
+
+        Args:
+            call: for errors.
+            role: what the data are for, where the call has several.
+
+        Raises:
+            DataError: a loader that shuffles, or that has a sampler whose order is not known.
+        """
+        got = disorder(self.batches)
+        if got:
+            raise DataError(
+                call=call,
+                got=f"{got}{role and f' as {role}'}",
+                expected="one in a fixed order",
+                why="an example is known by its place",
+                try_="DataLoader(data, batch_size=..., shuffle=False), or sampler=list(sampler) where places in the "
+                "sampler's order are meant",
+            )
+
+    def keep_order(self, call: str) -> None:
+        """The same, and every pass that follows must have the order of this one.
+
+        Args:
+            call: for errors.
+
+        Raises:
+            DataError: as `refuse_shuffling`; later, in the pass that differs.
+
+        Cost: none for lists and loaders; for other iterables, whose order nothing tells, reading the data once, with
+        the global random generators elsewhere than in the passes to come.
+        """
+        self.refuse_shuffling(call)
+        if not in_order(self.batches):
+            for _ in self._compared(self.once(_elsewhere())):
+                pass
+
+    @contextlib.contextmanager
     def _own(self, states: list[Tensor]) -> Iterator[None]:
         """The loader's own generators at our place in their streams, and back to the caller's afterwards."""
         before = [generator.get_state() for generator in self._generators]
@@ -286,29 +486,43 @@ class Source:
             for generator, state in zip(self._generators, before, strict=True):
                 generator.set_state(state)
 
+    def numbered(self) -> Iterator[tuple[int, Batch]]:
+        """One pass over the batches, each with its place among those that the user's data yields, for errors."""
+        return enumerate(self)
+
     def first(self) -> Batch:
-        """The first batch.
+        """The first batch with more than one example, else the first.
 
         Raises:
             DataError: there is none.
         """
         if self._first is None:
             # Two examples are needed to see whether examples interact.
-            for batch in self:
+            for batch in self.once():
                 if self._first is None or batch.size > 1:
                     self._first = batch
                 if batch.size > 1:
                     break
-        if self._first is not None:
-            return self._first
-        raise DataError(call="data", got="no batch", expected="at least one example")
+        if self._first is None:
+            raise DataError(call="data", got="no batch", expected="at least one example")
+        if self._axes is None and self._first.size > 1:  # of one example, nothing tells what all examples share
+            self._axes = self._first.axes
+        return self._first
+
+    def shared(self, batch: Batch) -> None:
+        """Read the inputs as this batch does: its axes say which of them all examples share.
+
+        Args:
+            batch: the first one.
+        """
+        self._first, self._axes = batch, batch.axes
 
     def count(self) -> int:
-        """Number of examples, read off the data's length where it has one, else by a pass over it."""
-        loader = self.batches
-        if isinstance(loader, DataLoader) and loader.batch_sampler is not None and isinstance(loader.dataset, Sized):
-            return len(loader.dataset)
-        return sum(batch.size for batch in self)
+        """Number of examples, read off the loader where it says it, else by a pass over the data."""
+        if self._count is None:
+            known = loaded(self.batches)
+            self._count = sum(batch.size for batch in self.once()) if known is None else known
+        return self._count
 
     def steps(self) -> int | None:
         """Number of batches if it is known, for progress bars."""
@@ -318,33 +532,37 @@ class Source:
             return None
 
 
-def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """The loader's own generators: its own, its sampler's, its batch sampler's."""
-    batch_sampler = loader.batch_sampler
-    owners = [loader, loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
-    found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
-    return list(found.values())
+def _is_batch(data: Data) -> bool:
+    """Whether the data are one batch."""
+    if is_dataclass(data):
+        return not isinstance(data, Iterable)
+    if _labelled(data) is not None:
+        return True
+    if not isinstance(data, (tuple, list)) or len(data) < 2:
+        return False
+    # No batch is a bare tensor.
+    return all(isinstance(part, (Tensor, np.ndarray)) for part in data) or (len(data) == 2 and _are_targets(data[1]))
 
 
-def refuse_shuffling(data: Data, call: str, role: str = "") -> None:
-    """Refuse a loader that shuffles, where results are in the order of the data.
+def _changed(number: int) -> DataError:
+    return DataError(
+        call=f"data, batch {number}",
+        got="data that change between passes: other examples than before, or in another order",
+        expected="the same in every pass",
+        why="this is computed in several passes over the data, whose results belong together",
+        try_="list(data), which keeps what was drawn; a data set without random augmentation, shuffle=False; or a "
+        "larger memory_budget, with which more is done in one pass",
+    )
 
-    Args:
-        data: as users pass it.
-        call: for errors.
-        role: what the data are for, where the call has several.
 
-    Raises:
-        DataError: it shuffles.
-    """
-    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
-        raise DataError(
-            call=call,
-            got=f"a DataLoader that shuffles{role and f' as {role}'}",
-            expected="one in a fixed order",
-            why="an example is known by its place",
-            try_="DataLoader(data, batch_size=..., shuffle=False)",
-        )
+def _elsewhere() -> RngState:
+    """A state of the global generators that has nothing to do with where they are."""
+    with untouched_rng([]):
+        seed = int(torch.randint(2**31, ()))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators too
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  users' code draws from it
+        return rng_state()
 
 
 def check_finite(z: Tensor, call: str) -> None:
@@ -353,7 +571,7 @@ def check_finite(z: Tensor, call: str) -> None:
     Raises:
         NonFiniteError: naming the batch.
     """
-    if not bool(torch.isfinite(z).all()):
+    if not all_finite(z):
         raise NonFiniteError(
             call=call,
             got="model outputs with NaN or infinite entries",
@@ -379,14 +597,3 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
             try_="params= to choose the parameters of one device and dtype, or model.to(...)",
         )
     return found.pop()
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Whether a Hugging Face model computes its loss on labels shifted by one, by what it says of itself."""
-    # torch.compile, data parallelism and PEFT's adapters wrap the model; users subclass it.
-    unwrap = getattr(model, "get_base_model", None)
-    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None) or (callable(unwrap) and unwrap())
-    if isinstance(inner, nn.Module) and is_causal(inner):
-        return True
-    named = any(cls.__name__.endswith(("ForCausalLM", "LMHeadModel")) for cls in type(model).__mro__)
-    return named or getattr(model, "loss_type", None) == "ForCausalLM"

@@ -94,6 +94,14 @@ class FileFormatError(FisherkitError, ValueError):
     """A file is not a Fisher file, is damaged, or is of a version this package cannot read."""
 
 
+class MissingFileError(FileFormatError, FileNotFoundError):
+    """A file that is to be read is not there."""
+
+
+class MissingPackageError(FisherkitError, ImportError):
+    """A package that only a part of fisherkit needs cannot be imported; the message has the command to install it."""
+
+
 class NotConvergedError(FisherkitError, RuntimeError):
     """An iterative solver stopped before its tolerance and the caller asked for an error."""
 

@@ -1,4 +1,4 @@
-"""Stochastic estimates for operators known only by their products: trace, diagonal, eigenvalues, log det.
+"""Stochastic estimates for operators known only by their products: trace, diagonal, spectrum, log det and its kin.
 
 Owns Hutchinson's estimators, the Lanczos methods and what they report. Knows nothing of Fishers: an operator is
 anything with the four names of `SupportsMatvec`. Random vectors come from the generator that is passed, or from a fresh
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
 
 DEFAULT_SEED = 2406
@@ -64,6 +65,7 @@ class Spectrum:
     weights: Float[Tensor, " P"]
 
 
+@without_autocast()
 def hutchinson_trace(
     operator: SupportsMatvec, *, samples: int = 100, generator: torch.Generator | None = None
 ) -> Estimate:
@@ -84,6 +86,7 @@ def hutchinson_trace(
     return _mean((v * _product(operator, v)).sum(dim=0) for v in signs)
 
 
+@without_autocast()
 def hutchinson_diagonal(
     operator: SupportsMatvec, *, samples: int = 100, generator: torch.Generator | None = None
 ) -> Estimate:
@@ -105,6 +108,7 @@ def hutchinson_diagonal(
     return _mean(v * _product(operator, v) for v in signs)
 
 
+@without_autocast()
 def lanczos_logdet(
     operator: SupportsMatvec,
     *,
@@ -133,25 +137,41 @@ def lanczos_logdet(
     Raises:
         InvalidArgumentError: an argument out of range, or a clearly negative eigenvalue.
     """
-    call = f"lanczos_logdet(damping={damping})"
-    if not (math.isfinite(damping) and damping > 0):
-        why = "products alone do not tell whether F is singular, and then log det F = -inf"
-        raise InvalidArgumentError(call=call, got=str(damping), expected="a finite number > 0", why=why)
-    bounds = []
-    for diagonal, coupling in _tridiagonal("lanczos_logdet", operator, samples, steps, generator):
-        for nodes, weights in (_quadrature(diagonal, coupling), _quadrature(_radau(diagonal, coupling), coupling)):
-            if bool(nodes.min() < -math.sqrt(torch.finfo(operator.dtype).eps) * nodes.abs().max()):
-                got = f"an operator with an eigenvalue of {float(nodes.min()):.3g} or less"
-                raise InvalidArgumentError(call=call, got=got, expected="a positive semi-definite one")
-            bounds.append((weights * torch.log1p(nodes.clamp(min=0) / damping)).sum(dim=1))
-    high, low = torch.cat(bounds[::2]), torch.cat(bounds[1::2])
-    middle = _mean([0.5 * (high + low)])
-    error = middle.standard_error + 0.5 * (high - low).mean().abs()
+    why = "products alone do not tell whether F is singular, and then log det F = -inf"
+    mean, error = _damped_mean("lanczos_logdet", torch.log1p, operator, damping, samples, steps, generator, why)
     # Sign vectors have vᵀv = D: the constant log λ is integrated exactly, and only F/λ is left to chance.
-    value = math.log(damping) + middle.value
-    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (value, error)))
+    return _scaled(operator, math.log(damping) + mean, error)
 
 
+def lanczos_effective_dimension(
+    operator: SupportsMatvec,
+    *,
+    damping: float,
+    samples: int = 10,
+    steps: int = 50,
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    """Estimate tr(F (F + λI)⁻¹) by stochastic Lanczos quadrature, with bounds as in `lanczos_logdet`.
+
+    Args:
+        operator: symmetric positive semi-definite F.
+        damping: λ > 0.
+        samples: number of sign vectors.
+        steps: Lanczos steps for each.
+        generator: source of the sign vectors.
+
+    Returns:
+        Scalars. Cost: that of `lanczos_logdet`.
+
+    Raises:
+        InvalidArgumentError: an argument out of range, or a clearly negative eigenvalue.
+    """
+    why = "at λ = 0 it is the rank of F, which products alone do not tell"
+    name = "lanczos_effective_dimension"
+    return _scaled(operator, *_damped_mean(name, _share, operator, damping, samples, steps, generator, why))
+
+
+@without_autocast()
 def lanczos_spectrum(
     operator: SupportsMatvec, *, samples: int = 10, steps: int = 50, generator: torch.Generator | None = None
 ) -> Spectrum:
@@ -176,6 +196,7 @@ def lanczos_spectrum(
     return Spectrum(*(t.to(operator.device, operator.dtype) for t in (nodes, weights / weights.sum())))
 
 
+@without_autocast()
 def lanczos_eigenvalues(
     operator: SupportsMatvec, k: int, *, steps: int | None = None, generator: torch.Generator | None = None
 ) -> Float[Tensor, " k"]:
@@ -229,9 +250,42 @@ def lanczos_eigenvalues(
             f"the largest error bound is {float(residual.max()):.3g}, at a largest eigenvalue of {scale:.3g}. "
             "Try: more steps.",
             NotConvergedWarning,
-            stacklevel=2,
+            stacklevel=3,  # the caller, behind the decorator
         )
     return values.flip(0).to(operator.device, operator.dtype)
+
+
+def _share(x: Tensor) -> Tensor:
+    return x / (1 + x)
+
+
+def _damped_mean(
+    name: str, function: Callable[[Tensor], Tensor], operator: SupportsMatvec, damping: float, samples: int, steps: int,
+    generator: torch.Generator | None, why: str,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
+    """Mean of f(F/λ) over its eigenvalues and the error of that; f's derivatives are positive and negative in turn.
+
+    Raises:
+        InvalidArgumentError: λ is not positive, or F has a clearly negative eigenvalue.
+    """
+    call = f"{name}(damping={damping})"
+    if not (math.isfinite(damping) and damping > 0):
+        raise InvalidArgumentError(call=call, got=str(damping), expected="a finite number > 0", why=why)
+    bounds = []
+    for diagonal, coupling in _tridiagonal(name, operator, samples, steps, generator):
+        for nodes, weights in (_quadrature(diagonal, coupling), _quadrature(_radau(diagonal, coupling), coupling)):
+            if bool(nodes.min() < -math.sqrt(torch.finfo(operator.dtype).eps) * nodes.abs().max()):
+                got = f"an operator with an eigenvalue of {float(nodes.min()):.3g} or less"
+                raise InvalidArgumentError(call=call, got=got, expected="a positive semi-definite one")
+            bounds.append((weights * function(nodes.clamp(min=0) / damping)).sum(dim=1))
+    high, low = torch.cat(bounds[::2]), torch.cat(bounds[1::2])
+    middle = _mean([0.5 * (high + low)])
+    return middle.value, middle.standard_error + 0.5 * (high - low).mean().abs()
+
+
+def _scaled(operator: SupportsMatvec, mean: Tensor, error: Tensor) -> Estimate:
+    """D times a mean over eigenvalues, as the operator's estimate."""
+    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (mean, error)))
 
 
 def _tridiagonal(

@@ -6,6 +6,8 @@ Owns the conventions a user chooses and hands the work on: the kind is the subcl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,17 +15,19 @@ from torch import Tensor, nn
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
 from fisherkit.arguments import check_positive
+from fisherkit.arithmetic import at_least_single, without_autocast
 from fisherkit.build import Builder, Built
-from fisherkit.data import Batch, Data, Source, is_causal, model_device
-from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, InvalidTypeError
+from fisherkit.data import Data, Source, model_device
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import parameters_hash, tensors_hash
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.outputs import OutputRule
-from fisherkit.rows.plan import Plan
+from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
-from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.wrappers import unwrapped, wrapped_in
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
@@ -33,15 +37,22 @@ class FisherApproximation(OutputRule, FisherOperator):
 
     The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
     before, also after an exception. It must be deterministic: call ``model.eval()`` if it has dropout or batch norm.
+    The Fisher is in the parameters' dtype, in float32 of models in half precision; a caller's autocast is off around
+    its passes and products, one inside the model's forward stays.
 
     Args:
-        model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or to an object with
-            ``.logits``. Examples lie along axis 0 and do not influence each other; both are checked.
+        model: any module that maps a batch to outputs ``(B, C)``, ``(B, T, C)`` or ``(B,)``, or as the likelihood reads
+            them, or to an object with ``.logits``. Examples lie along axis 0 and do not influence each other; both are
+            checked. Of a compiled model, or one wrapped for data parallelism, it is the model inside that is measured,
+            by its own names.
         data: one batch, or anything that can be iterated again and again and yields batches (a list, a DataLoader). A
             batch is a pair (inputs, targets), where inputs is a tensor, a tuple of positional or a mapping of keyword
-            arguments, or a mapping with "labels". Batches are moved to the model's device. Targets may be None for
-            kinds that do not use them.
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+            arguments, or a mapping (dataclass, named tuple) with "labels"; of a longer tuple the last is the targets,
+            if the model needs all others. Batches are moved to the model's device. Targets may be None for kinds that
+            do not use them. Where several passes are made, all must read the same examples in the same order; a
+            checksum of each batch is compared.
+        likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
+            "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         structure: "full", "block", "diagonal", "kfac" or "ekfac".
         params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
         example: "sequence": one example a batch element, its positions' losses summed; "token": one an unmasked
@@ -63,6 +74,7 @@ class FisherApproximation(OutputRule, FisherOperator):
             missing. Kept rows are never streamed: twice as many must fit in memory_budget.
 
     Attributes:
+        likelihood: of the loss.
         examples: N.
         rows: R, number of rows; with max_rows, of those that were kept.
         dropped_trace: for each example (or token) counted, the trace of the output Fisher that a truncated kind left
@@ -71,17 +83,19 @@ class FisherApproximation(OutputRule, FisherOperator):
             without max_rows.
 
     Raises:
-        FisherkitError: in one of its forms, each saying what was got, what was expected and what to try.
+        FisherkitError: in one of its forms, each saying what was got, what was expected and what to try. A
+            `NonFiniteError` names the batch and the module of NaN or infinity, also where outputs are finite.
 
     Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice.
     """
 
+    @without_autocast()
     def __init__(
         self,
         model: nn.Module,
         data: Data,
         *,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | nn.Module = "categorical",
         structure: str = "full",
         params: Selection = None,
         example: str = "sequence",
@@ -109,12 +123,13 @@ class FisherApproximation(OutputRule, FisherOperator):
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
             )
         self.seed_from(generator)
+        model, params = _within(model, params)
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
         device, dtype = model_device(model, space.names)
-        super().__init__(space, dtype=dtype, device=device)
-        source = Source(data)
-        plan = _plan(model, space, source.first().to(device), dtype)
+        super().__init__(space, dtype=at_least_single(dtype), device=device)
+        source = Source(data, model)
+        plan = plan_of(model, space, source)
         problem = Problem(
             plan, source, resolved, self, example == "token",
             is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
@@ -124,13 +139,14 @@ class FisherApproximation(OutputRule, FisherOperator):
             max_rows=max_rows,
         )  # fmt: skip
         self._built: Built = builder.build(structure)
+        self.likelihood = resolved
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
         self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
         own = dict(model.named_parameters())
         covered = {name: own[name] for name in space.names}
         self.metadata = {
             "kind": self.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
-            "likelihood": resolved.name, "label_source": self.label_source, "example": example,
+            "likelihood": resolved.recorded, "label_source": self.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
             "parameters_hash": parameters_hash(model),
@@ -157,6 +173,9 @@ class FisherApproximation(OutputRule, FisherOperator):
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
         return self._unwrap()._draw(generator)
 
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        return self._unwrap()._draws(generator, count)
+
     def _scaled(self, scale: float) -> FisherOperator:
         return self._unwrap()._scaled(scale)
 
@@ -172,30 +191,22 @@ class FisherApproximation(OutputRule, FisherOperator):
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._unwrap()._eigenvalues(k)
 
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        return self._unwrap()._eigenvectors(k)
+
+    def _effective_dimension(self, damping: float) -> Float[Tensor, ""]:
+        return self._unwrap()._effective_dimension(damping)
+
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._unwrap()._to_dense()
 
 
-def _plan(model: nn.Module, space: ParameterSpace, batch: Batch, dtype: torch.dtype) -> Plan:
-    """How rows are made; the first time that the model meets the data.
-
-    Raises:
-        DataError: the model fails over the dtype of its inputs.
-        RuntimeError: it fails over anything else.
-    """
-    try:
-        return plan_for(model, space, batch)
-    except RuntimeError as error:
-        leaves, _ = batch.leaves()
-        others = sorted({str(leaf.dtype) for leaf in leaves if leaf.is_floating_point() and leaf.dtype != dtype})
-        # Models may well cast their inputs: only what torch itself says of types is put into our words.
-        if isinstance(error, FisherkitError) or not others or "type" not in str(error):
-            raise
-        raise DataError(
-            call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
-            why=f"the model's forward pass fails: {str(error).splitlines()[0]}",
-            try_=f"x.to({dtype}), or the model in the inputs' dtype",
-        ) from error  # fmt: skip
+def _within(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
+    """The model inside its wrappers, and the selection by its own names."""
+    prefix = wrapped_in(model)
+    if prefix and isinstance(params, Iterable) and not isinstance(params, str):
+        params = [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
+    return unwrapped(model), params
 
 
 def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

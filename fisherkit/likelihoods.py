@@ -1,183 +1,50 @@
-"""Likelihoods p(y | z): the loss a model was trained with, seen from its outputs.
+"""The losses that people train with, each by its gradient and Hessian in the outputs, and how to name one.
 
-A likelihood owns the gradient and Hessian of ℓ = −log p in the outputs, how targets are shaped and checked, and how
-labels are drawn. It knows nothing of parameters. A new one supplies `gradient`, `hessian_factor` and `sample`; the
-other methods have defaults that follow from these and are overridden where a closed form is cheaper.
+Owns the package's likelihoods and the reading of torch's own loss modules. A loss of an example is that loss summed
+over the example's positions and outputs; the reduction of a module never enters. It knows nothing of parameters. The
+base class and what follows from what are in `fisherkit.likelihood`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
-from fisherkit.positions import as_positions, label_advice, shape_text
+from fisherkit.likelihood import Likelihood, Prepared
+from fisherkit.positions import label_advice, refuse_images, shape_text
 
-Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "GaussianNLL",
+    "Likelihood",
+    "LogProbabilities",
+    "Poisson",
+    "Prepared",
+    "is_known_loss",
+    "resolve",
+]
 
-
-class Likelihood(ABC):
-    """p(y | z) for targets of z's own shape; `Categorical` overrides the shapes for labels."""
-
-    name: str
-    ignore_index = -100
-    """Label of positions that do not count, for likelihoods of labels."""
-    gradient_scale_free = False
-    """Whether `target_from_gradient` takes any positive multiple of the gradient."""
-    labels_mask = False
-    """Whether targets say which positions count, and so matter to kinds that do not use them otherwise."""
-
-    @abstractmethod
-    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
-        """∂ℓ/∂z, elementwise over leading axes; accurate also where it is tiny."""
-
-    @abstractmethod
-    def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
-        """S with S Sᵀ = ∂²ℓ/∂z², the output Fisher of one position; M at least its rank."""
-
-    def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """M, the columns of `hessian_factor`."""
-        return self.hessian_factor(z[:1]).shape[-1]
-
-    def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
-        """One column of each position's `hessian_factor`."""
-        return self.hessian_factor(z).mT[torch.arange(len(z), device=z.device), index]
-
-    @property
-    def columnwise(self) -> bool:
-        """Whether columns can be asked for one by one at O(C) each: `hessian_columns` is as specific as the factor."""
-        order = type(self).__mro__
-        columns, factor = (
-            next(i for i, base in enumerate(order) if name in vars(base))
-            for name in ("hessian_columns", "hessian_factor")
-        )
-        return columns <= factor
-
-    @abstractmethod
-    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... channels"]) -> Tensor:
-        """Targets drawn from p(y | z), one for each leading index, by inverse distribution functions.
-
-        Args:
-            z: outputs.
-            uniform: numbers in (0, 1), `channels(C)` of them for each draw.
-        """
-
-    def channels(self, outputs: int) -> int:
-        """How many uniform numbers `sample` uses for one draw of C outputs."""
-        return outputs
-
-    def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """(∂²ℓ/∂z²) w for each position."""
-        s = self.hessian_factor(z)
-        return (s @ (s.mT @ w.unsqueeze(-1))).squeeze(-1)
-
-    def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """diag ∂²ℓ/∂z² for each position."""
-        return self.hessian_factor(z).square().sum(-1)
-
-    def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """uᵀ H⁺ u with u the gradient and H⁺ the pseudo-inverse, for each position."""
-        s, u = self.hessian_factor(z), self.gradient(z, target)
-        return (u * (torch.linalg.pinv(s @ s.mT, hermitian=True) @ u.unsqueeze(-1)).squeeze(-1)).sum(-1)
-
-    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
-        """The target whose loss has this gradient; None if the likelihood does not say."""
-        return None
-
-    def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
-        """Raw model outputs and targets as ``[B, P, C]``, targets and a mask of the positions that count.
-
-        Raises:
-            DataError: shapes or values that do not fit.
-        """
-        raw = z
-        z = as_positions(z.unsqueeze(-1) if z.ndim == 1 else z, call)
-        mask = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-        if target is None:
-            return z, None, mask
-        if target.shape[:1] != z.shape[:1] or target.numel() != z.numel():
-            raise DataError(
-                call=call,
-                got=f"targets of shape {shape_text(target)} for outputs {shape_text(raw)}",
-                expected="targets of the outputs' shape",
-                why=f"the likelihood is {self.name}",
-            )
-        target = target.reshape(z.shape).to(z.dtype)
-        self.check_values(target, call)
-        return z, target, mask
-
-    def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
-        """Refuse targets outside the likelihood's support.
-
-        Raises:
-            DataError: NaN, infinite or outside the support.
-        """
-        if not bool(torch.isfinite(target).all()):
-            raise DataError(call=call, got="targets with NaN or infinite entries", expected="finite numbers")
+Numbers = float | Sequence[float] | Tensor
+"""One number, or one for each output."""
 
 
-class Gaussian(Likelihood):
-    """ℓ = ½‖z − y‖², unit variance, so that the output Fisher is I (F = JᵀJ is the identity-output Gauss-Newton)."""
+class _Separate(Likelihood):
+    """Losses that are sums over outputs, so that H is diagonal."""
 
-    name = "gaussian"
-
-    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
-        """Z − y."""
-        return z - target
-
-    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor:
-        """Z minus the gradient."""
-        return z - gradient
+    def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """Diag H without what the target adds."""
+        raise NotImplementedError
 
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
-        """I."""
-        return torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand(*z.shape, z.shape[-1])
-
-    def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """C."""
-        return z.shape[-1]
-
-    def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
-        """Unit vectors."""
-        return torch.zeros_like(z).scatter(-1, index.unsqueeze(-1), 1.0)
-
-    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
-        """Z + a standard normal number."""
-        return z + torch.special.ndtri(uniform).to(z.dtype)
-
-    def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """W."""
-        return w
-
-    def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Ones."""
-        return torch.ones_like(z)
-
-    def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """‖z − y‖²."""
-        return (z - target).square().sum(-1)
-
-
-class Bernoulli(Likelihood):
-    """ℓ = Σ_c binary cross-entropy with logits; targets in [0, 1]."""
-
-    name = "bernoulli"
-    gradient_scale_free = True
-
-    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
-        """σ(z) − y, written so that nothing cancels when the fit is nearly perfect."""
-        return torch.sigmoid(z) * (1 - target) - torch.sigmoid(-z) * target
-
-    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor:
-        """1 where it is negative: of targets that are 0 or 1."""
-        return (gradient < 0).to(z.dtype)
-
-    def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
-        """diag √(p(1 − p))."""
-        return torch.diag_embed(self.hessian_diagonal(z).sqrt())
+        """diag √h."""
+        return torch.diag_embed(self._curvature(z).sqrt())
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
         """C."""
@@ -186,25 +53,252 @@ class Bernoulli(Likelihood):
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """Multiples of unit vectors."""
         place = index.unsqueeze(-1)
-        return torch.zeros_like(z).scatter(-1, place, self.hessian_diagonal(z.gather(-1, place)).sqrt())
+        return torch.zeros_like(z).scatter(-1, place, self._curvature(z).sqrt().gather(-1, place))
+
+    def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """h w."""
+        return self._curvature(z) * w
+
+    def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """h."""
+        return self._curvature(z)
+
+    def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """Σ u² / h: nothing from an output that is certain and right, infinite for one certain and wrong."""
+        u, h, scale = self.gradient(z, target), self._curvature(z), self.hessian_scale(z, target)
+        h = h if scale is None else h * scale
+        ratio = torch.where(u == 0, torch.zeros_like(u), u.abs() / h.sqrt())
+        return ratio.square().sum(-1)
+
+
+class Gaussian(_Separate):
+    """ℓ = ½ Σ (z − y)² / σ², so that H = I / σ²: with σ² = 1, F = JᵀJ is the identity-output Gauss-Newton.
+
+    Args:
+        variance: σ², one number or one for each output. ½ is ``nn.MSELoss``, which lacks the ½ of −log p.
+    """
+
+    name = "gaussian"
+    variance: Tensor | float = 1.0
+
+    def __init__(self, variance: Numbers = 1.0) -> None:
+        found = _numbers("Gaussian", "variance", variance, positive=True)
+        self.variance = found.flatten() if isinstance(found, Tensor) else found
+
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """(z − y) / σ²."""
+        return (z - target) / self._variance(z)
+
+    def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """1 / σ²."""
+        return torch.ones_like(z) / self._variance(z)
+
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
+        """Z − σ² times the gradient."""
+        return z - self._variance(z) * gradient
+
+    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
+        """Z + σ times a standard normal number."""
+        noise = torch.special.ndtri(uniform).to(z.dtype)
+        variance = self._variance(z)
+        return z + noise * (variance.sqrt() if isinstance(variance, Tensor) else variance**0.5)
+
+    def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
+        """As for all, and the variances must fit."""
+        found = super().positions(z, call)
+        _check_outputs(self.variance, found.shape[-1], "variance", call)
+        return found
+
+    def settings(self) -> dict[str, str]:
+        """The variance."""
+        unit = not isinstance(self.variance, Tensor) and self.variance == 1
+        return {} if unit else {"variance": _text(self.variance)}
+
+    def _variance(self, z: Tensor) -> Tensor | float:
+        return self.variance.to(z) if isinstance(self.variance, Tensor) else self.variance
+
+
+class GaussianNLL(Gaussian):
+    """ℓ = ½ Σ ((z − y)² / σ² + log σ²) with a variance for each number, which is part of the data: H = diag(1 / σ²).
+
+    What ``nn.GaussianNLLLoss`` is where the variance is known, as a measurement's is. Targets hold both, the variance
+    behind the observed number: ``torch.stack([y, variance], -1)``, of the outputs' shape and a last axis of 2. For a
+    variance that the model predicts see the docs' recipe of a mean-variance head.
+
+    Args:
+        eps: the least variance, as in torch.
+    """
+
+    name = "gaussian_nll"
+    hessian_of_targets = True
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """(z − y) / σ²."""
+        y, variance = target.chunk(2, -1)
+        return (z - y) / variance.clamp_min(self.eps)
+
+    def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """1, beside the target's own."""
+        return torch.ones_like(z)
+
+    def hessian_scale(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """1 / σ²."""
+        return 1 / target.chunk(2, -1)[1].clamp_min(self.eps)
+
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
+        """Not to be told: the variance is in no gradient."""
+        return None
+
+    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
+        """Never asked for: there is no label without its variance."""
+        raise DataError(
+            call="SampledFisher", got="no targets", expected="targets with their variances",
+            why="the labels' variance is part of the data",
+        )  # fmt: skip
+
+    def sample_given(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"], target: Tensor) -> Tensor:
+        """Z + σ times a standard normal number, with its variance."""
+        variance = target.chunk(2, -1)[1].clamp_min(self.eps)
+        drawn = z + torch.special.ndtri(uniform).to(z.dtype) * variance.sqrt()
+        return torch.cat([drawn, variance.expand_as(drawn)], -1)
+
+    def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
+        """Targets (…, 2) of observed numbers and their variances as ``[B, P, 2C]``, all numbers first."""
+        if target is None:
+            return super().prepare(z, None, call)
+        if target.shape != (*z.shape, 2):
+            raise DataError(
+                call=call,
+                got=f"targets of shape {shape_text(target)} for outputs {shape_text(z)}",
+                expected="the outputs' shape and a last axis of 2: the observed number and its variance",
+                why="the loss divides by a variance for each number, which is part of the data here",
+                try_="torch.stack([y, variance.expand_as(y)], -1); fk.likelihoods.Gaussian(variance=...) for one that "
+                "all examples share; a likelihood of your own for one that the model predicts",
+            )
+        out, _, mask = super().prepare(z, None, call)
+        y = self.positions(target[..., 0], call).to(out.dtype)
+        self.check_values(y, call)
+        variance = self.positions(target[..., 1], call).to(out.dtype)
+        if not bool((torch.isfinite(variance) & (variance >= 0)).all()):
+            raise DataError(call=call, got="variances below 0, NaN or infinite", expected="finite ones, 0 or more")
+        return out, torch.cat([y, variance], -1), mask
+
+    def settings(self) -> dict[str, str]:
+        """The least variance."""
+        return {} if self.eps == 1e-6 else {"eps": str(self.eps)}
+
+
+class Poisson(_Separate):
+    """ℓ = Σ exp(z) − y z, counts with log-rates as outputs: H = diag(exp z)."""
+
+    name = "poisson"
+
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """exp(z) − y."""
+        return z.exp() - target
+
+    def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """exp(z)."""
+        return z.exp()
+
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor:
+        """exp(z) minus the gradient."""
+        return z.exp() - gradient
+
+    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
+        """The least count k with P(Y ≤ k) ≥ the number, by bisection of the incomplete gamma function."""
+        rate, wanted = z.double().exp(), uniform.double()
+        # Eight standard deviations are beyond what a number below 1 can ask for, and thirty counts where those are few.
+        low, high = torch.full_like(rate, -1.0), (rate + 12 * rate.sqrt() + 30).ceil()
+        while bool((high - low > 1).any()):
+            middle = ((low + high) / 2).floor()
+            enough = torch.special.gammaincc(middle.clamp_min(0) + 1, rate) >= wanted
+            enough = enough & (middle >= 0)
+            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        return high.to(z.dtype)
+
+    def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
+        """Refuse counts below 0."""
+        super().check_values(target, call)
+        if bool((target < 0).any()):
+            raise DataError(
+                call=call, got=f"targets from {target.min().item():.4g} on", expected="counts, 0 or more",
+                why="the likelihood is poisson",
+            )  # fmt: skip
+
+
+class Bernoulli(_Separate):
+    """ℓ = Σ w (binary cross-entropy with logits, its positive part times pos_weight); targets in [0, 1].
+
+    H = diag(w c p(1 − p)) with c = 1 − y + pos_weight y: with weights of positives the Gauss-Newton matrix of that
+    loss, and no Fisher matrix.
+
+    Args:
+        pos_weight: of the positive part, one number or one for each output.
+        weight: of the outputs, one number or one for each.
+    """
+
+    name = "bernoulli"
+    link = "sigmoid"
+    gradient_scale_free = True
+    pos_weight: Tensor | float | None = None
+    weight: Tensor | float | None = None
+
+    def __init__(self, pos_weight: Numbers | None = None, weight: Numbers | None = None) -> None:
+        found = [
+            None if w is None else _numbers("Bernoulli", name, w)
+            for name, w in (("pos_weight", pos_weight), ("weight", weight))
+        ]
+        axes = {w.ndim for w in found if isinstance(w, Tensor) and w.ndim > 1}
+        if axes:  # (C, 1, 1), as torch has weights of outputs (B, C, H, W)
+            self.class_axis = -max(axes)
+        self.pos_weight, self.weight = (w.flatten() if isinstance(w, Tensor) else w for w in found)
+        if pos_weight is not None or weight is not None:
+            self.hessian_of_targets = pos_weight is not None
+            self.unlikely = "a weighted loss is no −log p: its exponential does not sum to one over y"
+
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """w (σ(z)(1 − y) − c y σ(−z)), written so that nothing cancels when the fit is nearly perfect."""
+        positive = torch.sigmoid(-z) * target
+        if self.pos_weight is not None:
+            positive = positive * _like(self.pos_weight, z)
+        u = torch.sigmoid(z) * (1 - target) - positive
+        return u if self.weight is None else u * _like(self.weight, z)
+
+    def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """w p(1 − p)."""
+        h = torch.sigmoid(z) * torch.sigmoid(-z)
+        return h if self.weight is None else h * _like(self.weight, z)
+
+    def hessian_scale(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."] | None:
+        """1 − y + pos_weight y."""
+        return None if self.pos_weight is None else 1 - target + _like(self.pos_weight, z) * target
+
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
+        """1 where it is negative: of targets that are 0 or 1."""
+        if _some_zero(self.weight) or _some_zero(self.pos_weight):
+            return None
+        return (gradient < 0).to(z.dtype)
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
         """1 with probability σ(z)."""
         return (uniform < torch.sigmoid(z.double())).to(z.dtype)
 
-    def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """p(1 − p) w."""
-        return self.hessian_diagonal(z) * w
-
-    def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """p(1 − p)."""
-        return torch.sigmoid(z) * torch.sigmoid(-z)
-
-    def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """Σ u² / (p(1 − p)): nothing from an output that is certain and right, infinite for one certain and wrong."""
-        u, h = self.gradient(z, target), self.hessian_diagonal(z)
-        ratio = torch.where(u == 0, torch.zeros_like(u), u.abs() / h.sqrt())
-        return ratio.square().sum(-1)
+    def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
+        """As for all, and the weights must fit."""
+        if self.class_axis != -1 and z.ndim <= -self.class_axis:
+            raise DataError(
+                call=call, got=f"outputs of shape {shape_text(z)} for weights of {-self.class_axis} axes",
+                expected="weights that all examples share, one for each output",
+            )  # fmt: skip
+        found = super().positions(z, call)
+        for name in ("pos_weight", "weight"):
+            _check_outputs(getattr(self, name), found.shape[-1], name, call)
+        return found
 
     def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
         """Refuse targets outside [0, 1]."""
@@ -217,31 +311,87 @@ class Bernoulli(Likelihood):
                 why="the likelihood is bernoulli",
             )
 
+    def settings(self) -> dict[str, str]:
+        """The weights."""
+        own = {"pos_weight": self.pos_weight, "weight": self.weight}
+        return {name: _text(value) for name, value in own.items() if value is not None}
+
 
 class Categorical(Likelihood):
-    """ℓ = −log softmax(z)_y, summed over an example's positions that are not ignored.
+    """ℓ = −Σ_c w_c q_c log softmax(z)_c over an example's positions that are not ignored; q is e_y for a label y.
+
+    With t = w ∘ ((1 − ε) q + ε / C) and s = Σ t, the gradient is s p − t and H = s (diag p − p pᵀ). Without weights s
+    is 1 and H the Fisher of the softmax, smoothed or not, whatever the label; with weights it is the Gauss-Newton
+    matrix of the weighted loss, which depends on the label, and no Fisher matrix.
 
     Args:
         ignore_index: the label that marks a position as not counting.
+        class_axis: which axis of the outputs holds the classes: -1, or 1 as in torch's own losses, for outputs
+            (B, C, L) with labels (B, L) and (B, C, H, W) with labels (B, H, W). None for -1, and an error that asks
+            where labels fit outputs (B, A, A') both ways, or are missing, and the inputs' positions are not on axis 1.
+        weight: of the classes, ``[C]``.
+        label_smoothing: ε.
     """
 
     name = "categorical"
+    link = "softmax"
     gradient_scale_free = True
     labels_mask = True
+    weight: Tensor | None = None
+    label_smoothing = 0.0
+    _chosen: str = ""
 
-    def __init__(self, ignore_index: int = -100) -> None:
-        self.ignore_index = ignore_index
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        class_axis: int | None = None,
+        weight: Sequence[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if class_axis not in (None, -1, 1):
+            raise InvalidArgumentError(call="Categorical", got=f"class_axis={class_axis}", expected="-1 or 1")
+        if not 0 <= label_smoothing <= 1:
+            raise InvalidArgumentError(
+                call="Categorical", got=f"label_smoothing={label_smoothing}", expected="a number from 0 to 1"
+            )
+        self.ignore_index, self.label_smoothing = ignore_index, float(label_smoothing)
+        if class_axis is not None:
+            self.class_axis, self._chosen = class_axis, "by the user"
+        if weight is not None:
+            found = _numbers("Categorical", "weight", weight)
+            if not isinstance(found, Tensor) or found.ndim != 1:
+                raise InvalidArgumentError(call="Categorical", got="weight of no axis or several", expected="[C]")
+            self.weight, self.hessian_of_targets = found, True
+            self.unlikely = "a weighted loss is no −log p: its exponential does not sum to one over the labels"
+
+    @property
+    def hard(self) -> bool:
+        """Whether a label alone is behind each position's loss: no smoothing."""
+        return self.label_smoothing == 0
+
+    # -- derivatives ---------------------------------------------------------------------------------------------------
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
-        """P − e_y, with p_y − 1 computed as minus the others' mass, which does not cancel as p_y → 1."""
-        label = self._valid(target).unsqueeze(-1)
-        p = torch.softmax(z, -1).scatter(-1, label, 0.0)
-        return p.scatter(-1, label, -p.sum(-1, keepdim=True))
+        """S p − t; with p_y − 1 computed as minus the others' mass, which does not cancel as p_y → 1."""
+        if self.hard and not target.is_floating_point():
+            label = self._valid(target).unsqueeze(-1)
+            p = torch.softmax(z, -1).scatter(-1, label, 0.0)
+            u = p.scatter(-1, label, -p.sum(-1, keepdim=True))
+            return u if self.weight is None else u * self.weight.to(z)[label]
+        t = self._weighted(z, target)
+        p = torch.softmax(z, -1)
+        # p (s − t) − t (1 − p) is s p − t, and neither difference cancels at a target that is sure.
+        return p * (t.sum(-1, keepdim=True) - t) - t * _complement(p)
 
-    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor:
-        """The class whose entry, p_y − 1, is the least; the likeliest if rounding left several at 0."""
-        least = gradient == gradient.amin(-1, keepdim=True)
-        return z.masked_fill(~least, float("-inf")).argmax(-1)
+    def hessian_scale(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."] | None:
+        """S."""
+        if target.is_floating_point():
+            return self._weighted(z, target).sum(-1, keepdim=True)
+        if self.weight is None:
+            return None
+        weight = self.weight.to(z)
+        of_labels = weight[self._valid(target)].unsqueeze(-1)
+        return (1 - self.label_smoothing) * of_labels + self.label_smoothing * weight.mean()
 
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
         """The exact Cholesky factor of diag(p) − p pᵀ, C − 1 columns (Tanabe and Sagae, 1992).
@@ -252,7 +402,7 @@ class Categorical(Likelihood):
         c = z.shape[-1]
         index = torch.arange(c - 1, device=z.device).expand(*z.shape[:-1], c - 1)
         rows = z.unsqueeze(-2).expand(*z.shape[:-1], c - 1, c)
-        return self.hessian_columns(rows.reshape(-1, c), index.reshape(-1)).reshape(rows.shape).mT
+        return _softmax_columns(rows.reshape(-1, c), index.reshape(-1)).reshape(rows.shape).mT
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
         """C − 1."""
@@ -260,23 +410,7 @@ class Categorical(Likelihood):
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """As in `hessian_factor`, O(C) each."""
-        place = index.unsqueeze(-1)
-        log_p = torch.log_softmax(z, -1)
-        classes = torch.arange(z.shape[-1], device=z.device)
-        later = log_p.masked_fill(classes <= place, float("-inf"))
-        chosen, log_rest = log_p.gather(-1, place), torch.logsumexp(later, -1, keepdim=True)
-        scale = (0.5 * (chosen + log_rest - torch.logaddexp(chosen, log_rest))).exp()
-        return scale * (-(later - log_rest).exp()).scatter(-1, place, 1.0)
-
-    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... 1"]) -> Tensor:
-        """The class whose interval of the cumulative distribution holds the number."""
-        cumulative = torch.softmax(z.double(), -1).cumsum(-1)
-        cumulative = cumulative / cumulative[..., -1:]
-        return (cumulative < uniform).sum(-1).clamp_max(z.shape[-1] - 1)
-
-    def channels(self, outputs: int) -> int:
-        """One."""
-        return 1
+        return _softmax_columns(z, index)
 
     def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """p ∘ w − p (pᵀ w).
@@ -289,20 +423,114 @@ class Categorical(Likelihood):
         return p * (relative - (p * relative).sum(-1, keepdim=True))
 
     def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """p(1 − p), with 1 − p of the likeliest class as the others' mass."""
-        p, likeliest = torch.softmax(z, -1), z.argmax(-1, keepdim=True)
-        others = p.scatter(-1, likeliest, 0.0).sum(-1, keepdim=True)
-        return p * (1 - p).scatter(-1, likeliest, others)
+        """p(1 − p)."""
+        p = torch.softmax(z, -1)
+        return p * _complement(p)
 
     def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """(1 − p_y) / p_y."""
-        label = self._valid(target).unsqueeze(-1)
+        """w_y (1 − p_y) / p_y for labels; Σ u² / (s p) for other targets."""
         log_p = torch.log_softmax(z, -1)
-        others = torch.logsumexp(log_p.scatter(-1, label, float("-inf")), -1)
-        return (others - log_p.gather(-1, label).squeeze(-1)).exp()
+        if self.hard and not target.is_floating_point():
+            label = self._valid(target).unsqueeze(-1)
+            others = torch.logsumexp(log_p.scatter(-1, label, float("-inf")), -1)
+            form = (others - log_p.gather(-1, label).squeeze(-1)).exp()
+            return form if self.weight is None else form * self.weight.to(z)[label.squeeze(-1)]
+        u, s = Categorical.gradient(self, z, target), self._weighted(z, target).sum(-1)
+        terms = torch.where(u == 0, torch.zeros_like(u), (2 * u.abs().log() - log_p).exp())
+        return torch.where(s > 0, terms.sum(-1) / s, torch.zeros_like(s))
+
+    # -- labels --------------------------------------------------------------------------------------------------------
+
+    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... k"]) -> Tensor:
+        """The class whose interval of the cumulative distribution holds the number.
+
+        Of the model, whatever the observed targets were softened or smoothed with: then E[v vᵀ] is H, as for labels.
+        """
+        cumulative = torch.softmax(z.double(), -1).cumsum(-1)
+        cumulative = cumulative / cumulative[..., -1:]
+        return (cumulative < uniform[..., :1]).sum(-1).clamp_max(z.shape[-1] - 1)
+
+    def channels(self, outputs: int) -> int:
+        """One."""
+        return 1
+
+    def drawn_gradient(self, z: Float[Tensor, "... C"], label: Tensor) -> Float[Tensor, "... C"]:
+        """P − e_y, without smoothing: drawn labels are the model's."""
+        return Categorical.gradient(_PLAIN, z, label)
+
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
+        """The class whose entry, p_y − 1, is the least; the likeliest if rounding left several at 0.
+
+        With smoothing the class whose gradient, known up to the one factor, has the largest cosine with this one.
+
+        Raises:
+            DataError: two classes' gradients are the same but for a factor.
+        """
+        if _some_zero(self.weight):
+            return None
+        if self.hard:
+            least = gradient == gradient.amin(-1, keepdim=True)
+            return z.masked_fill(~least, float("-inf")).argmax(-1)
+        # u(y) = s_y p − (ε / C) w − (1 − ε) w_y e_y for each y; its products need O(C) together.
+        z, found, e, c = z.double(), gradient.double(), self.label_smoothing, z.shape[-1]
+        if c == 2 or e == 1:
+            return None
+        p = torch.softmax(z, -1)
+        w = z.new_ones(c) if self.weight is None else self.weight.to(z)
+        s, own = (1 - e) * w + e * w.mean(), (1 - e) * w
+        base = e / c * w
+        dots = s * (found * p).sum(-1, keepdim=True) - (found * base).sum(-1, keepdim=True) - own * found
+        squares = (
+            s.square() * p.square().sum(-1, keepdim=True) + base.square().sum() + own.square()
+            - 2 * s * (p * base).sum(-1, keepdim=True) - 2 * s * own * p + 2 * own * base
+        )  # fmt: skip
+        cosines = dots / (squares.clamp_min(1e-300).sqrt() * found.norm(dim=-1, keepdim=True).clamp_min(1e-300))
+        best = cosines.topk(2, -1)
+        present = (found != 0).any(-1)
+        close = 1e-9 if gradient.dtype == torch.float64 else 1e-5
+        if bool((present & (best.values[..., 1] > 1 - close)).any()):
+            raise DataError(
+                call="target_from_gradient", got="a gradient that two labels could have", expected="one",
+                why="under label smoothing the loss gradients of two classes can differ by a factor alone",
+                try_="a loss without label smoothing in the steps of the optimizer",
+            )  # fmt: skip
+        return best.indices[..., 0]
+
+    # -- shapes --------------------------------------------------------------------------------------------------------
+
+    def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
+        """The classes last, from wherever they are."""
+        if z.ndim > 3 and not self._chosen:
+            refuse_images(z, call)
+        return super().positions(z, call)
+
+    def check_reading(self, z: Tensor, target: Tensor | None, inputs: list[Tensor], call: str) -> None:
+        """Where labels leave it open whether (B, A, A') has its classes last, only the inputs' positions can tell."""
+        if z.ndim != 3 or self._chosen == "by the user":
+            return
+        labelled = target is not None and not target.is_floating_point()
+        if labelled and (self._chosen or z.shape[1] != z.shape[2]):
+            return
+        first = any(x.ndim > 1 and x.shape[1] == z.shape[1] for x in inputs)
+        last = any(x.ndim > 2 and x.shape[-1] == z.shape[-1] for x in inputs)
+        if not (last or not first if self._chosen else first and not last):
+            beside = "no labels" if target is None else f"targets {shape_text(target)}"
+            raise DataError(
+                call=call,
+                got=f"outputs of shape {shape_text(z)} and {beside}",
+                expected="outputs that say where the classes are",
+                why="the classes may be the last axis or, as in torch's own losses, axis 1",
+                try_="fk.likelihoods.Categorical(class_axis=-1) if they are the last axis, or class_axis=1",
+            )
 
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
-        """Outputs ``(B, C)`` with labels ``(B)``, or ``(B, T, C)`` with labels ``(B, T)``."""
+        """Outputs ``(B, C)`` with labels ``(B)``, or ``(B, T, C)`` with labels ``(B, T)``; see `class_axis`.
+
+        Targets of floating point and of the outputs' shape are class probabilities.
+
+        Raises:
+            DataError: shapes or values that do not fit.
+        """
         if z.ndim == 1:
             raise DataError(
                 call=call,
@@ -312,74 +540,267 @@ class Categorical(Likelihood):
                 try_='likelihood="bernoulli" for one logit',
             )
         raw = z
-        z = as_positions(z, call)
-        if z.shape[-1] < 2:
+        z = self.positions(raw, call)
+        c = z.shape[-1]
+        if c < 2:
             raise DataError(
                 call=call,
                 got="one output a position",
                 expected="at least two classes",
                 try_='likelihood="bernoulli" for one logit',
             )
+        if self.weight is not None and len(self.weight) != c:
+            raise DataError(
+                call=call, got=f"{c} classes and {len(self.weight)} weights", expected="a weight for each class",
+                why=f"the outputs are {shape_text(raw)} and the classes their axis {self.class_axis}",
+                try_="fk.likelihoods.Categorical(class_axis=-1 or 1, weight=...)",
+            )  # fmt: skip
         if target is None:
             return z, None, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        if target.is_floating_point() and target.shape == raw.shape and not self.strict:
+            return z, self._probabilities(target, call).to(z.dtype), torch.ones_like(z[..., 0], dtype=torch.bool)
         if target.is_floating_point() or target.dtype == torch.bool:
             raise DataError(
                 call=call,
                 got=f"labels of {target.dtype}",
                 expected="integers",
                 why="a categorical likelihood takes class indices",
-                try_="labels.long(), or probs.argmax(-1)",
-            )
-        if target.shape != raw.shape[:-1]:
+                try_="labels.long(), or probs.argmax(-1)" + (
+                    "; likelihood=nn.CrossEntropyLoss() takes class probabilities, too"
+                    if target.shape == raw.shape else ""
+                ),
+            )  # fmt: skip
+        wanted = torch.Size(n for i, n in enumerate(raw.shape) if i != self.class_axis % raw.ndim)
+        if target.shape != wanted:
+            last = self.class_axis % raw.ndim == raw.ndim - 1
+            other = target.shape == raw.shape[:-1]
             raise DataError(
                 call=call,
                 got=f"labels of shape {shape_text(target)} for outputs {shape_text(raw)}",
-                expected=f"{shape_text(raw[..., 0])}",
-                why="the last axis of the outputs holds the classes",
-                try_=label_advice(raw, target),
+                expected=f"({', '.join(['B', *map(str, wanted[1:])])})",
+                why=f"the {'last axis' if last else 'axis 1'} of the outputs holds the classes",
+                try_="fk.likelihoods.Categorical(class_axis=-1), for classes on the last axis"
+                if other
+                else label_advice(raw, target),
             )
         target = target.reshape(z.shape[:2]).long()
         mask = target != self.ignore_index
-        if bool((mask & ((target < 0) | (target >= z.shape[-1]))).any()):
+        if bool((mask & ((target < 0) | (target >= c))).any()):
             raise DataError(
                 call=call,
                 got=f"labels from {int(target[mask].min())} to {int(target[mask].max())}",
-                expected=f"0 to {z.shape[-1] - 1}, or ignore_index = {self.ignore_index}",
+                expected=f"0 to {c - 1}, or ignore_index = {self.ignore_index}",
                 try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'",
             )
         return z, target, mask
+
+    def settings(self) -> dict[str, str]:
+        """What is not the default."""
+        found = {} if self.ignore_index == -100 else {"ignore_index": str(self.ignore_index)}
+        found |= {} if self.class_axis == -1 else {"class_axis": str(self.class_axis)}
+        found |= {} if self.weight is None else {"weight": _text(self.weight)}
+        return found | ({} if self.hard else {"label_smoothing": str(self.label_smoothing)})
+
+    def _probabilities(self, target: Tensor, call: str) -> Float[Tensor, "B P C"]:
+        q = self.positions(target, call)
+        # NaN fails both comparisons.
+        if not bool(((q >= 0) & (q <= 1)).all()) or not bool(((q.sum(-1) - 1).abs() < 1e-2).all()):
+            raise DataError(
+                call=call, got="class probabilities outside [0, 1] or of another sum than 1", expected="distributions",
+                why=f"targets of {target.dtype} and of the outputs' shape are class probabilities",
+                try_="targets.softmax(...) if they are logits",
+            )  # fmt: skip
+        return q
+
+    def _weighted(self, z: Tensor, target: Tensor) -> Float[Tensor, "... C"]:
+        """t = w ∘ ((1 − ε) q + ε / C)."""
+        if target.is_floating_point():
+            q = target.to(z.dtype)
+        else:
+            q = torch.zeros_like(z).scatter(-1, self._valid(target).unsqueeze(-1), 1.0)
+        t = (1 - self.label_smoothing) * q + self.label_smoothing / z.shape[-1]
+        return t if self.weight is None else t * self.weight.to(z)
 
     def _valid(self, target: Tensor) -> Tensor:
         return torch.where(target == self.ignore_index, torch.zeros_like(target), target)
 
 
-_NAMED: dict[str, type[Categorical] | type[Gaussian] | type[Bernoulli]] = {
+class LogProbabilities(Categorical):
+    """``nn.NLLLoss``: the categorical loss of outputs that are log-probabilities, whose own softmax they are."""
+
+    name = "nll"
+    link = ""
+
+    def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
+        """As for logits, and outputs must be normalised: of others the loss is linear, and has no curvature."""
+        found = super().prepare(z, target, call)
+        if bool((torch.logsumexp(found[0], -1)[found[2]].abs() > 1e-2).any()):
+            raise DataError(
+                call=call, got="outputs that are no log-probabilities", expected="a model that ends in log_softmax",
+                why="the likelihood is nn.NLLLoss", try_="nn.CrossEntropyLoss() for logits",
+            )  # fmt: skip
+        return found
+
+    def gradient_at(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """−w e_y at log-probabilities is w (p − e_y) in front of the log-softmax, whose Jacobian takes p with it."""
+        return gradient - z.exp() * gradient.sum(-1, keepdim=True)
+
+
+_PLAIN = Categorical()
+
+
+def _complement(p: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+    """1 − p, with that of the likeliest class as the others' mass."""
+    likeliest = p.argmax(-1, keepdim=True)
+    others = p.scatter(-1, likeliest, 0.0).sum(-1, keepdim=True)
+    return (1 - p).scatter(-1, likeliest, others)
+
+
+def _softmax_columns(z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
+    place = index.unsqueeze(-1)
+    log_p = torch.log_softmax(z, -1)
+    classes = torch.arange(z.shape[-1], device=z.device)
+    later = log_p.masked_fill(classes <= place, float("-inf"))
+    chosen, log_rest = log_p.gather(-1, place), torch.logsumexp(later, -1, keepdim=True)
+    scale = (0.5 * (chosen + log_rest - torch.logaddexp(chosen, log_rest))).exp()
+    return scale * (-(later - log_rest).exp()).scatter(-1, place, 1.0)
+
+
+# -- numbers that users give -------------------------------------------------------------------------------------------
+
+
+def _numbers(call: str, name: str, value: Numbers, *, positive: bool = False) -> Tensor | float:
+    """A number, or a tensor that nobody else writes to, without leading axes of size 1."""
+    found = value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    while found.ndim > 1 and found.shape[0] == 1:
+        found = found[0]
+    good = not found.is_complex() and bool((torch.isfinite(found) & (found > 0 if positive else found >= 0)).all())
+    if not good or found.shape[1:].numel() > 1:
+        raise InvalidArgumentError(
+            call=call, got=f"{name} of shape {list(found.shape)} with values {_text(found)}",
+            expected=f"finite numbers {'above 0' if positive else 'from 0 on'}, one or one for each output",
+            why="all examples share them",
+        )  # fmt: skip
+    return float(found) if found.ndim == 0 else found
+
+
+def _check_outputs(value: Tensor | float | None, outputs: int, name: str, call: str) -> None:
+    if isinstance(value, Tensor) and value.numel() not in (1, outputs):
+        raise DataError(
+            call=call, got=f"{outputs} outputs and {name} of {value.numel()}", expected="one, or one for each output",
+        )  # fmt: skip
+
+
+def _like(value: Tensor | float, z: Tensor) -> Tensor | float:
+    return value.to(z) if isinstance(value, Tensor) else value
+
+
+def _some_zero(value: Tensor | float | None) -> bool:
+    """Whether some gradients say nothing of their targets."""
+    return value is not None and bool((torch.as_tensor(value) == 0).any())
+
+
+def _text(value: Tensor | float) -> str:
+    """Enough to tell two settings apart, and short."""
+    if not isinstance(value, Tensor):
+        return f"{value:.6g}"
+    numbers = value.flatten().tolist()
+    shown = " ".join(f"{number:.6g}" for number in numbers[:32])
+    return f"[{shown}]" if len(numbers) <= 32 else f"[{shown} ...; sum of {len(numbers)}: {sum(numbers):.9g}]"
+
+
+# -- names and torch's own modules -------------------------------------------------------------------------------------
+
+
+def _cross_entropy(module: Any) -> Likelihood:
+    found = Categorical(module.ignore_index, 1, module.weight, module.label_smoothing)
+    found._chosen = "by torch"
+    return found
+
+
+def _nll(module: Any) -> Likelihood:
+    found = LogProbabilities(module.ignore_index, 1, module.weight)
+    found._chosen = "by torch"
+    return found
+
+
+def _poisson(module: Any) -> Likelihood:
+    if not module.log_input:
+        raise InvalidArgumentError(
+            call="likelihood", got="nn.PoissonNLLLoss(log_input=False)", expected="log_input=True",
+            why="with rates as outputs the loss is no exponential family's in its natural parameter",
+            try_="a model that returns log-rates, or a class of fk.likelihoods of your own",
+        )  # fmt: skip
+    return Poisson()
+
+
+_NAMED: dict[str, type[Categorical] | type[Gaussian] | type[Bernoulli] | type[Poisson]] = {
     "categorical": Categorical,
     "gaussian": Gaussian,
     "bernoulli": Bernoulli,
+    "poisson": Poisson,
 }
 
+_MODULES: dict[type[nn.Module], Callable[[Any], Likelihood]] = {
+    nn.CrossEntropyLoss: _cross_entropy,
+    nn.NLLLoss: _nll,
+    nn.BCEWithLogitsLoss: lambda module: Bernoulli(module.pos_weight, module.weight),
+    nn.MSELoss: lambda module: Gaussian(variance=0.5),
+    nn.GaussianNLLLoss: lambda module: GaussianNLL(module.eps),
+    nn.PoissonNLLLoss: _poisson,
+}
+"""Torch's losses, by exactly these classes: a subclass may be another loss."""
 
-def resolve(likelihood: str | Likelihood) -> Likelihood:
-    """A likelihood by name, or the object itself.
+_ADVICE: dict[type[nn.Module], str] = {
+    nn.BCELoss: "a model without its last sigmoid, and nn.BCEWithLogitsLoss()",
+    nn.L1Loss: "a class of fk.likelihoods of your own, which says what its Fisher is: |z − y| has no curvature",
+}
+_OWN = "a subclass of fk.likelihoods.Likelihood with its gradient, hessian_factor and sample"
+
+
+def is_known_loss(loss: object) -> bool:
+    """Whether it is a loss module of torch's that `resolve` reads."""
+    return type(loss) in _MODULES
+
+
+def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
+    """A likelihood by name, the object itself, or the one that a loss module of torch's is.
 
     Raises:
-        InvalidArgumentError: an unknown name.
-        InvalidTypeError: neither a name nor a `Likelihood`.
+        InvalidArgumentError: an unknown name, or a module with settings that are no likelihood's here.
+        InvalidTypeError: none of these.
     """
     if isinstance(likelihood, Likelihood):
         return likelihood
+    if isinstance(likelihood, nn.Module):
+        make = _MODULES.get(type(likelihood))
+        if make is None:
+            raise InvalidTypeError(
+                call="likelihood",
+                got=f"a {type(likelihood).__name__} as loss",
+                expected=f"one of {[f'nn.{kind.__name__}' for kind in _MODULES]}",
+                why="the Hessian of other losses in the outputs is not known here",
+                try_=_ADVICE.get(type(likelihood), _OWN),
+            )
+        found = make(likelihood)
+        reduction = str(getattr(likelihood, "reduction", "none"))
+        found.reduction = None if reduction == "none" else reduction
+        return found
     if not isinstance(likelihood, str):
         raise InvalidTypeError(
             call="likelihood",
             got=f"a {type(likelihood).__name__}",
             expected=f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood",
+            try_="an object, as in nn.CrossEntropyLoss(), instead of its class or a function; for a loss of your own, "
+            f"{_OWN}",
         )
     if likelihood not in _NAMED:
         raise InvalidArgumentError(
             call="likelihood",
             got=repr(likelihood),
             expected=f"one of {sorted(_NAMED)}",
-            try_="an object of fk.likelihoods for anything else",
+            try_="an object of fk.likelihoods, or a loss module of torch's, for anything else",
         )
-    return _NAMED[likelihood]()
+    named = _NAMED[likelihood]()
+    named.strict = True
+    return named

@@ -9,11 +9,16 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherkit.errors import InvalidTypeError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.wrappers import COMPILED, PARALLEL, plain, unwrapped
+
+CHECKSUM = "checksum"
+"""The key of a state's own hash."""
 
 _COLUMNS = 1024
 
@@ -23,7 +28,8 @@ def parameters_hash(model: nn.Module) -> str:
 
     Fisher files record it at build as ``parameters_hash``, so that ``fk.parameters_hash(model)`` tells whether a model
     is the one that was measured. Buffers count, also those that a checkpoint leaves out; gradients, train/eval flags
-    and ``requires_grad`` do not. The same on every device. A long tensor enters by exact sums of its 64-bit words,
+    and ``requires_grad`` do not. The same on every device, and for a model that is compiled or wrapped for data
+    parallelism as for the model inside. A long tensor enters by exact sums of its 64-bit words,
     along rows and along columns of 1,024, and not byte by byte: training steps, casts, permutations and swaps show, but
     nothing here resists someone who seeks two models with one hash. The page on the file format has the definition.
 
@@ -42,7 +48,11 @@ def parameters_hash(model: nn.Module) -> str:
         raise InvalidTypeError(
             call="parameters_hash(model)", got=f"a {type(model).__name__}", expected="a torch.nn.Module"
         )
-    return tensors_hash(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
+    return tensors_hash({plain(name): tensor for name, tensor in _tensors(unwrapped(model)).items()})
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
@@ -64,6 +74,75 @@ def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | 
     return digest.hexdigest()
 
 
+def state_hash(state: Any) -> str:
+    """The same of nested containers with tensors in them, such as a state dict: SHA-256 of all that they hold.
+
+    Args:
+        state: mappings and sequences of tensors, numbers, strings and None. The order of a mapping does not count, nor
+            whether a sequence is a list or a tuple.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[f"{len(tensors):09}"] = value
+            return ["tensor", len(tensors)]
+        if isinstance(value, Mapping):
+            return {"mapping": [[repr(key), plain(value[key])] for key in sorted(value, key=repr)]}
+        if isinstance(value, (list, tuple)):
+            return {"sequence": [plain(item) for item in value]}
+        return value
+
+    text = json.dumps(plain(state), default=repr)
+    return hashlib.sha256(f"{tensors_hash(tensors)} {text}".encode()).hexdigest()
+
+
+def with_checksum(state: dict[str, Any]) -> dict[str, Any]:
+    """A state for a file whose format compares nothing, with its `state_hash` under `CHECKSUM`.
+
+    Args:
+        state: as `state_hash` takes it.
+    """
+    return state | {CHECKSUM: state_hash(state)}
+
+
+def check_checksum(state: Any, call: str) -> None:
+    """Compare a state with its checksum; one that has none, as before they were introduced, is let pass.
+
+    Args:
+        state: what `with_checksum` gave, or anything.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidArgumentError: it has been changed since.
+    """
+    if isinstance(state, Mapping) and CHECKSUM in state:
+        own = {key: value for key, value in state.items() if key != CHECKSUM}
+        check_hash(own, state[CHECKSUM], CHECKSUM, call)
+
+
+def check_hash(state: Any, known: Any, key: str, call: str) -> None:
+    """Compare a state with a hash of it.
+
+    Args:
+        state: as `state_hash` takes it.
+        known: its hash.
+        key: where that was found, for errors.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidArgumentError: it has been changed since.
+    """
+    if state_hash(state) != known:
+        held = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise InvalidArgumentError(
+            call=call, got=f"a state of {held} that is not what state_dict() gave, by its checksum",
+            expected="one that nothing has changed since",
+            why="the file is damaged, or the state's tensors were changed in place",
+            try_=f"another copy of the file; if the change is meant, take {key!r} out of the state",
+        )  # fmt: skip
+
+
 def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
     """Whether a Fisher was measured at a model's present weights; None if it does not say at which it was.
 
@@ -72,7 +151,16 @@ def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
         metadata: of the Fisher.
     """
     known = metadata.get("parameters_hash")
-    return None if known is None else known == parameters_hash(model)
+    if known is None:
+        return None
+    if known == parameters_hash(model):
+        return True
+    # Older files of wrapped models have the hash under the wrappers' names.
+    tensors = _tensors(unwrapped(model))
+    prefixes = ("", PARALLEL, f"{COMPILED}.")
+    return any(
+        known == tensors_hash({prefix + name: tensor for name, tensor in tensors.items()}) for prefix in prefixes
+    )
 
 
 def _digestible(tensor: Tensor) -> Iterator[Tensor]:

@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit.errors import DataError
+from fisherkit.likelihood import confirm
 
 if TYPE_CHECKING:
-    from fisherkit.likelihoods import Likelihood
+    from fisherkit.likelihood import Likelihood
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,67 @@ class Outputs:
             DataError: there are no targets.
         """
         return self.masked(self.likelihood.gradient(self.z, self.observed))
+
+    # H of each position, with what the loss has it depend on in the target; of positions that do not count as it comes.
+
+    def hessian_matmul(self, w: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
+        """H w."""
+        root = self.hessian_root()
+        if root is None:
+            return self.likelihood.hessian_matmul(self.z, w)
+        return root * self.likelihood.hessian_matmul(self.z, root * w)
+
+    def hessian_diagonal(self) -> Float[Tensor, "n P C"]:
+        """diag H."""
+        root, diagonal = self.hessian_root(), self.likelihood.hessian_diagonal(self.z)
+        return diagonal if root is None else root.square() * diagonal
+
+    def hessian_inverse_form(self) -> Float[Tensor, "n P"]:
+        """uᵀ H⁺ u with u the loss gradient."""
+        self.confirmed()
+        return self.likelihood.hessian_inverse_form(self.z, self.observed)
+
+    def hessian_vectors(self) -> Float[Tensor, "n M P C"] | Columns:
+        """S with S Sᵀ = H, for outputs of one position."""
+        likelihood, z, root = self.likelihood, self.z[:, 0], self.hessian_root()
+        root = None if root is None else root[:, 0]
+
+        def columns(unit: Tensor, vector: Tensor) -> Tensor:
+            found = likelihood.hessian_columns(z[unit], vector)
+            return (found if root is None else root[unit] * found).unsqueeze(1)
+
+        if likelihood.columnwise:
+            return Columns(likelihood.hessian_rank(z), columns)
+        s = likelihood.hessian_factor(z)
+        return (s if root is None else root.unsqueeze(-1) * s).transpose(1, 2).unsqueeze(2)
+
+    def hessian_root(self) -> Float[Tensor, "n P ..."] | None:
+        """√D, D the diagonal factor of H that depends on the target; None where there is none.
+
+        Raises:
+            DataError: there are no targets, and H depends on them.
+        """
+        self.confirmed()
+        if self.target is None:
+            if self.likelihood.hessian_of_targets:
+                raise DataError(
+                    call="the kind's output_vectors",
+                    got="no targets",
+                    expected="targets",
+                    why=f"the Hessian of the loss depends on them: {self.likelihood.recorded}",
+                    try_="data with targets, or a likelihood without weights",
+                )
+            return None
+        scale = self.likelihood.hessian_scale(self.z, self.target)
+        return None if scale is None else scale.sqrt()
+
+    def confirmed(self) -> None:
+        """Refuse a likelihood of the user's own that contradicts itself; looked at once.
+
+        Raises:
+            InvalidArgumentError: it does.
+        """
+        confirm(self.likelihood, self.z, self.target, self.mask)
 
     def masked(self, v: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
         """Zero at positions that do not count, whatever was there (NaN of padding included)."""

@@ -5,7 +5,8 @@ Owns shapes alone; knows no likelihood.
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from typing import NoReturn
+
 from torch import Tensor
 
 from fisherkit.errors import DataError
@@ -17,7 +18,7 @@ def label_advice(z: Tensor, target: Tensor) -> str:
         return "labels.argmax(-1) if they are one-hot"
     if target.shape == (*z.shape[:-1], 1):
         return "labels.squeeze(-1)"
-    return "logits.movedim(1, -1) in the model if classes come second"
+    return "fk.likelihoods.Categorical(class_axis=1), or logits.movedim(1, -1) in the model, if classes come second"
 
 
 def shape_text(x: Tensor) -> str:
@@ -26,18 +27,18 @@ def shape_text(x: Tensor) -> str:
     return f"({', '.join(['B', *map(str, x.shape[1:])])})"
 
 
-def as_positions(z: Tensor, call: str) -> Float[Tensor, "B P C"]:
-    """Outputs (B, C) or (B, T, C) as ``[B, P, C]``.
+def refuse_images(z: Tensor, call: str) -> NoReturn:
+    """Refuse outputs with more axes than positions and outputs.
 
     Raises:
-        DataError: another number of axes.
+        DataError: always.
     """
-    if z.ndim not in (2, 3):
-        raise DataError(
-            call=call,
-            got=f"outputs of shape {shape_text(z)}",
-            expected="(B, C) or (B, T, C)",
-            why="outputs are positions by classes, the classes last",
-            try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W)",
-        )
-    return z.unsqueeze(1) if z.ndim == 2 else z
+    raise DataError(
+        call=call,
+        got=f"outputs of shape {shape_text(z)}",
+        expected="(B, C) or (B, T, C)",
+        why="outputs are positions by classes, the classes last",
+        try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W), or a likelihood that "
+        "says how to read them: fk.likelihoods.Categorical(class_axis=1), or torch's own loss, nn.CrossEntropyLoss(), "
+        "nn.MSELoss() and others",
+    )

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.checkpoint import Checkpoint
 from fisherkit.conjugate import MatMat, Recursion, State, System, column_scale, norm, product
 from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
@@ -45,6 +46,7 @@ class SolveInfo:
     damping: float
 
 
+@without_autocast()
 def relative_residual(
     matmat: MatMat, solution: Float[Tensor, "D K"], rhs: Float[Tensor, "D K"], *, damping: float = 0.0
 ) -> Float[Tensor, " K"]:
@@ -66,6 +68,7 @@ def relative_residual(
     return norm(residual) / torch.where((size := norm(rhs / scale)) > 0, size, 1)
 
 
+@without_autocast()
 def conjugate_gradient(
     matmat: MatMat,
     rhs: Float[Tensor, "D K"],
@@ -275,5 +278,5 @@ def _warn(info: SolveInfo, tolerance: float, max_steps: int, *, exhausted: bool)
         f"{info.steps} steps; the largest relative residual is {float(info.residual.max()):.3g}: {cause}, "
         f"a damping above {info.damping:g}, or a larger tolerance.",
         NotConvergedWarning,
-        stacklevel=3,  # the caller of conjugate_gradient
+        stacklevel=4,  # the caller of conjugate_gradient, behind its decorator
     )

@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, UnknownParameterError
+from fisherkit.wrappers import matching
 
 Vector = TypeVar("Vector", Tensor, Mapping[str, Tensor])
 """A vector over parameters: ``[D]``, ``[D, K]`` with columns last, or a dict name -> tensor; results have its form."""
@@ -141,12 +143,15 @@ class ParameterSpace:
         """Dict of named tensors to one flat tensor.
 
         Args:
-            tensors: name to a tensor of the parameter's shape, or of that shape with one more, last, axis K.
+            tensors: name to a tensor of the parameter's shape, or of that shape with one more, last, axis K; the names
+                of a compiled or wrapped model will do.
 
         Raises:
             UnknownParameterError: names missing or unknown.
             InvalidArgumentError: a wrong shape, or axes K that differ.
         """
+        short = matching(tensors, self.names)
+        tensors = {short[name]: tensor for name, tensor in tensors.items()}
         missing, extra = set(self.names) - set(tensors), set(tensors) - set(self.names)
         if missing or extra:
             raise UnknownParameterError(
@@ -188,7 +193,7 @@ class ParameterSpace:
         Args:
             vector: ``[D]``, ``[D, K]`` or a dict.
             call: the public call, for error messages.
-            dtype: the dtype that the vector must have.
+            dtype: the dtype that the vector must have; one in half precision is widened to float32.
             device: the device that the vector must be on.
 
         Raises:
@@ -208,6 +213,8 @@ class ParameterSpace:
                 expected="a tensor [D] or [D, K], or a dict",
                 try_="torch.as_tensor, or fisher.space.flatten(dict)",
             )
+        if flat.dtype in HALF and dtype == torch.float32:
+            flat = flat.to(dtype)  # exact; the Fisher of a model in half precision is in float32
         if flat.dtype != dtype:
             raise InvalidTypeError(
                 call=call,
@@ -223,8 +230,7 @@ class ParameterSpace:
                 expected=f"{device}, the operator's",
                 try_=f'v.to("{device}")',
             )
-        # A sum is cheap, unlike a mask of finite entries; it may overflow where no entry does.
-        if not bool(torch.isfinite(flat.sum())) and not bool(torch.isfinite(flat).all()):
+        if not all_finite(flat):
             raise NonFiniteError(
                 call=call,
                 got="a vector with NaN or infinite entries",

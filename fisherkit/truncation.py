@@ -46,7 +46,11 @@ def truncated_vectors(outputs: Outputs, stop: Stop) -> OutputVectors:
         outputs: with targets.
         stop: rank or tolerance.
     """
-    one_softmax = outputs.z.shape[1] == 1 and type(outputs.likelihood) is Categorical
+    known = outputs.likelihood
+    labels = outputs.target is None or not outputs.target.is_floating_point()
+    one_softmax = (
+        outputs.z.shape[1] == 1 and isinstance(known, Categorical) and known.built_in and known.hard and labels
+    )
     vectors, left, total = (_softmax if one_softmax else _pivoted)(outputs, stop)
     v = torch.stack(vectors, 1)
     keep = v.flatten(2).ne(0).any(-1)
@@ -85,7 +89,12 @@ def _softmax(outputs: Outputs, stop: Stop) -> Steps:
         log_mass = log_rest
         left.append(_remainder(remaining, log_mass))
         pivot = remaining.argmax(1)  # the most likely class left has the largest q(1 − q)
-    return vectors, left, total
+    root = outputs.hessian_root()
+    if root is None:
+        return vectors, left, total
+    # A weight of the label multiplies H as a whole: pivots and their order are the same.
+    weight = root.double()[:, 0, 0].square()
+    return [root.double() * v for v in vectors], [weight * trace for trace in left], weight * total
 
 
 def _remainder(log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -96,12 +105,13 @@ def _remainder(log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]) -> Flo
 
 def _pivoted(outputs: Outputs, stop: Stop) -> Steps:
     """The same for any likelihood and for positions joined in one example, by products with H alone."""
-    likelihood, z = outputs.likelihood, outputs.z.double()
-    wide = Outputs(z, outputs.target, outputs.mask, outputs.keys, likelihood)
+    z, target = outputs.z.double(), outputs.observed
+    target = target.double() if target.is_floating_point() else target
+    wide = Outputs(z, target, outputs.mask, outputs.keys, outputs.likelihood)
     u = wide.gradient()
-    form = torch.where(outputs.mask, likelihood.hessian_inverse_form(z, outputs.observed).double(), 0.0).sum(1)
+    form = torch.where(outputs.mask, wide.hessian_inverse_form().double(), 0.0).sum(1)
     first = torch.where(form > 0, form.rsqrt(), torch.zeros_like(form))
-    diagonal = wide.masked(likelihood.hessian_diagonal(z))
+    diagonal = wide.masked(wide.hessian_diagonal())
     # What is below rounding of where an entry started is nothing; pivoting on it would make vectors of noise.
     noise = diagonal * (z.shape[1] * z.shape[2] * torch.finfo(torch.float64).eps * 16)
     total = diagonal.flatten(1).sum(1)
@@ -124,7 +134,7 @@ def _next(outputs: Outputs, vectors: list[Tensor], diagonal: Float[Tensor, "n P 
     """R e_c / √R_cc at the largest remaining diagonal entry; zero where nothing is left."""
     largest, place = diagonal.flatten(1).max(1)
     unit = torch.zeros_like(diagonal).flatten(1).scatter(1, place.unsqueeze(1), 1.0).view_as(diagonal)
-    column = outputs.masked(outputs.likelihood.hessian_matmul(outputs.z, unit))
+    column = outputs.masked(outputs.hessian_matmul(unit))
     for known in vectors:
         column = column - known * known.flatten(1).gather(1, place.unsqueeze(1)).unsqueeze(-1)
     scale = torch.where(largest > 0, largest.rsqrt(), torch.zeros_like(largest))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherkit.arguments import check_positive, is_integer
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors
+from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.randomness import keyed_uniform
 from fisherkit.truncation import Stop, truncated_vectors
 
@@ -115,14 +115,24 @@ class SampledVectors(OutputRule):
             self.seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """Gradients at drawn labels, repeats merged."""
+        """Gradients at drawn labels, repeats merged.
+
+        Raises:
+            InvalidArgumentError: the loss is no −log p to draw labels from.
+        """
         likelihood, z = outputs.likelihood, outputs.z
+        likelihood.refuse_sampling()
         channels = likelihood.channels(z.shape[2])
         uniform = keyed_uniform(self.seed, outputs.keys, draws=self.draws, channels=channels)
         repeated = z.unsqueeze(1).expand(-1, self.draws, -1, -1)
-        labels = likelihood.sample(repeated, uniform)
+        if outputs.target is None:
+            labels = likelihood.sample(repeated, uniform)
+        else:
+            labels = likelihood.sample_given(repeated, uniform, outputs.target.unsqueeze(1))
         mask = outputs.mask[:, None, :, None]
-        v = torch.where(mask, likelihood.gradient(repeated, labels), torch.zeros((), dtype=z.dtype, device=z.device))
+        v = torch.where(
+            mask, likelihood.drawn_gradient(repeated, labels), torch.zeros((), dtype=z.dtype, device=z.device)
+        )
         weight = _repeats(labels.masked_fill(~(mask if labels.ndim == 4 else mask.squeeze(-1)), 0))
         return OutputVectors(v * (weight / self.draws).sqrt().to(z.dtype)[:, :, None, None], weight > 0)
 
@@ -145,18 +155,11 @@ class ExactVectors(OutputRule):
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """Columns of a square root of the output Hessian."""
-        z, likelihood = outputs.z[:, 0], outputs.likelihood
-
-        def columns(unit: Tensor, vector: Tensor) -> Tensor:
-            return likelihood.hessian_columns(z[unit], vector).unsqueeze(1)
-
-        if likelihood.columnwise:
-            return OutputVectors(Columns(likelihood.hessian_rank(z), columns))
-        return OutputVectors(likelihood.hessian_factor(z).transpose(1, 2).unsqueeze(2))
+        return OutputVectors(outputs.hessian_vectors())
 
     def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
         """The output Hessian's own product, O(C) an output."""
-        return outputs.likelihood.hessian_matmul(outputs.z, w)
+        return outputs.hessian_matmul(w)
 
 
 class TruncatedVectors(OutputRule):

@@ -38,12 +38,12 @@ ARGUMENTS: dict[str, Case] = {
         lambda: ef(nn.Linear), TYPE, TypeError, ("EmpiricalFisher: got a type as model", "a torch.nn.Module")
     ),
     "unknown likelihood": Case(
-        lambda: ef(likelihood="poisson"),
+        lambda: ef(likelihood="weibull"),
         ARGUMENT,
         ValueError,
         (
-            "likelihood: got 'poisson'",
-            "one of ['bernoulli', 'categorical', 'gaussian']",
+            "likelihood: got 'weibull'",
+            "one of ['bernoulli', 'categorical', 'gaussian', 'poisson']",
             "Try: an object of fk.likelihoods",
         ),
     ),
@@ -54,10 +54,10 @@ ARGUMENTS: dict[str, Case] = {
         ("likelihood: got", "an instance of fk.likelihoods"),
     ),
     "loss module as likelihood": Case(
-        lambda: ef(likelihood=nn.CrossEntropyLoss()),
+        lambda: ef(likelihood=nn.HuberLoss()),
         TYPE,
         TypeError,
-        ("got a CrossEntropyLoss", "an instance of fk.likelihoods"),
+        ("got a HuberLoss as loss", "'nn.CrossEntropyLoss'", "a subclass of fk.likelihoods"),
     ),
     "no likelihood": Case(
         lambda: ef(likelihood=None), TYPE, TypeError, ("likelihood: got a NoneType", "'categorical'")

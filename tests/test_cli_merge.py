@@ -282,7 +282,7 @@ def test_merge__into_the_current_folder(tasks: Path, tmp_path: Path, monkeypatch
     assert (tmp_path / "here" / "model.safetensors").exists()
 
 
-def test_merge__warns_of_fishers_in_another_order(tasks: Path, tmp_path: Path) -> None:
+def test_merge__refuses_fishers_in_another_order(tasks: Path, tmp_path: Path) -> None:
     swapped = (
         "--model",
         tasks / "a",
@@ -293,8 +293,9 @@ def test_merge__warns_of_fishers_in_another_order(tasks: Path, tmp_path: Path) -
         "--fisher",
         tasks / "a.fisher",
     )
-    with pytest.warns(UserWarning, match="another order of fishers"):
-        merged(*swapped, "--out", tmp_path / "m")
+    result = merged(*swapped, "--out", tmp_path / "m")
+    assert (result.exit_code, "another order of fishers" in result.stderr) == (1, True)
+    assert not (tmp_path / "m").exists()
 
 
 def test_merge__says_which_models_could_not_be_compared_with_their_fishers(tasks: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_quality__without_a_spec_is_on_the_demos_network(monkeypatch: pytest.Mon
         (["users_module:make", "--kinds", ","], "got no kinds"),
         (["users_module:make", "--structures", "dense"], "structure 'dense'"),
         (["users_module:make", "--dampings", "0"], "gram damping 0.0"),
-        (["users_module:make", "--likelihood", "poisson"], "poisson"),
+        (["users_module:make", "--likelihood", "weibull"], "weibull"),
         (["users_module:make", "--drop-duplicates", "2"], "a cosine between 0 and 1"),
         (["users_module:make", "--out", "users_module.py"], "users_module.py"),
     ],

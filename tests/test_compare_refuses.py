@@ -42,7 +42,7 @@ from tests.test_compare import PerPosition, data, network
         ({"drop_duplicates": "yes"}, fk.InvalidTypeError, "drop_duplicates of type str"),
         ({"draws": 0}, fk.InvalidArgumentError, "draws=0"),
         ({"seed": 0.5}, fk.InvalidTypeError, "seed of type float"),
-        ({"likelihood": "poisson"}, fk.InvalidArgumentError, "poisson"),
+        ({"likelihood": "weibull"}, fk.InvalidArgumentError, "weibull"),
         ({"example": "word"}, fk.InvalidArgumentError, "example='word'"),
     ],
     ids=str,

@@ -184,13 +184,13 @@ TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Excep
         ("a state that cannot be read",),
     ),
     "state without operator": (
-        loading(lambda s: s["terms"][0].pop("operator")),
+        loading(lambda s: (s.pop("checksum"), s["terms"][0].pop("operator"))),
         InvalidArgumentError,
         ValueError,
         ("'operator'", "EWC.state_dict()"),
     ),
     "state of the future": (
-        loading(lambda s: s.update(version=2)),
+        loading(lambda s: (s.pop("checksum"), s.update(version=2))),
         InvalidArgumentError,
         ValueError,
         ("version 2", "a newer fisherkit"),

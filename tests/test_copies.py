@@ -309,6 +309,21 @@ def test_checkpoints__compute_again_what_was_seen(name: str) -> None:
     assert (found - truth).norm() <= 1e-7 * truth.norm()
 
 
+@pytest.mark.parametrize("name", ["one_plus", "kinks", "attention_mask", "class_token", "sinks"])
+def test_natural_gradient__with_checkpoints_in_train_mode_only(name: str) -> None:
+    m, (data, *_) = model(name), batches()
+    x, y = data
+    j, inner = rows(m, [data], exact=False), m.body
+    m.body = lambda own, x: checkpoint(inner, own, x, use_reentrant=False) if own.training else inner(own, x)
+    expected = torch.linalg.solve(j.mT @ j / len(j) + 1e-2 * torch.eye(j.shape[1], dtype=j.dtype), j.mean(0))
+    optimizer = fk.optim.NaturalGradient(m.train(), lr=1.0, kind="ef", damping=1e-2)
+    before = torch.cat([p.detach().flatten().clone() for p in m.parameters()])
+    F.cross_entropy(m(x), y).backward()
+    optimizer.step()
+    step = before - torch.cat([p.detach().flatten() for p in m.parameters()])
+    assert (step - expected).norm() <= 1e-6 * expected.norm()
+
+
 def test_half_of_a_sum__has_the_dtype_that_it_has_without_being_watched() -> None:
     """A number that is a parameter does not promote what it meets."""
 

@@ -1,10 +1,60 @@
-"""What all messages share."""
+"""What all errors share."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from pathlib import Path
 
-from fisherkit.errors import listed
+import pytest
+import torch
+from torch import nn
+
+import fisherkit as fk
+from fisherkit import errors
+from fisherkit.errors import FisherkitError, MissingFileError, listed
+from fisherkit.influence.evaluation import Retraining
+from fisherkit.operators import open_file
+
+
+def test_errors__are_a_builtin_exception_too() -> None:
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, FisherkitError) and error is not FisherkitError:
+            builtin = [base for base in error.__mro__ if base.__module__ == "builtins"]
+            assert set(builtin) - {object, BaseException, Exception}, error
+
+
+READ: dict[str, Callable[[Path], object]] = {
+    "load": fk.load,
+    "open_file": open_file,
+    "merge": lambda path: fk.merging.merge([str(path), nn.Linear(2, 1)], None),
+    "retraining": Retraining.load,
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_missing_file__is_a_file_not_found_error(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"got no such file") as caught:
+        READ[name](path)
+    error = caught.value
+    assert isinstance(error, MissingFileError)
+    assert isinstance(error, fk.FileFormatError)  # and so a ValueError, as any file that cannot be read
+    assert str(error).startswith(error.call)
+    assert str(path) in str(error)
+    assert error.at("outer").call == "outer"
+
+
+def test_missing_file__shard_that_was_not_copied(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    fk.EmpiricalFisher(nn.Linear(4, 3), _batch(), structure="kfac").save(path, max_shard_size=64)
+    shard = next(tmp_path.glob("*-00001-of-*"))
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"no file {shard.name}"):
+        fk.load(path)
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,29 @@ def test_logdet__error_bar_covers_too_few_steps() -> None:
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("damping", [1e-4, 1e-1, 10.0])
+@pytest.mark.parametrize("steps", [1, 5, 50])
+def test_effective_dimension__within_four_standard_errors(spectrum: str, damping: float, steps: int) -> None:
+    operator = symmetric(SPECTRA[spectrum])
+    values = SPECTRA[spectrum].double()
+    estimate = estimators.lanczos_effective_dimension(operator, damping=damping, samples=20, steps=steps)
+    assert_honest(estimate, (values / (values + damping)).sum())
+
+
+def test_effective_dimension__diagonal_matrix_with_all_steps_is_exact() -> None:
+    diagonal = torch.linspace(0, 3, 12, dtype=torch.float64)
+    estimate = estimators.lanczos_effective_dimension(Dense(diagonal.diag()), damping=0.1, samples=3, steps=12)
+    torch.testing.assert_close(estimate.value, (diagonal / (diagonal + 0.1)).sum())
+    assert estimate.standard_error < 1e-8
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
+def test_effective_dimension__refuses_damping_that_is_not_positive(damping: float) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"lanczos_effective_dimension\(damping=.*a finite number > 0. At λ"):
+        estimators.lanczos_effective_dimension(symmetric(SPECTRA["full"]), damping=damping)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
 def test_spectrum__is_a_density_with_the_right_moments(spectrum: str) -> None:
     operator = symmetric(SPECTRA[spectrum])
     density = estimators.lanczos_spectrum(operator, samples=100, steps=20)
@@ -221,6 +244,9 @@ def test_spectrum__of_a_rank_deficient_matrix_finds_its_null_space() -> None:
 CALLS: dict[str, Callable[..., Tensor]] = {
     "hutchinson_trace": lambda f, **k: estimators.hutchinson_trace(f, samples=4, **k).value,
     "hutchinson_diagonal": lambda f, **k: estimators.hutchinson_diagonal(f, samples=4, **k).value,
+    "lanczos_effective_dimension": lambda f, **k: (
+        estimators.lanczos_effective_dimension(f, damping=0.1, samples=4, steps=5, **k).value
+    ),
     "lanczos_eigenvalues": lambda f, **k: estimators.lanczos_eigenvalues(f, 2, **k),
     "lanczos_logdet": lambda f, **k: estimators.lanczos_logdet(f, damping=0.1, samples=4, steps=5, **k).value,
     "lanczos_spectrum": lambda f, **k: estimators.lanczos_spectrum(f, samples=4, steps=5, **k).nodes,

@@ -128,7 +128,7 @@ X, Y = torch.ones(2, 3), torch.tensor([0, 1])
     [
         (nn.Linear(3, 2), (X, Y), {"example": "word"}, fk.InvalidArgumentError, "example='word'"),
         (nn.Linear(3, 2), (X, Y), {"normalization": "max"}, fk.InvalidArgumentError, "normalization='max'"),
-        (nn.Linear(3, 2), (X, Y), {"likelihood": "poisson"}, fk.InvalidArgumentError, "'poisson'"),
+        (nn.Linear(3, 2), (X, Y), {"likelihood": "weibull"}, fk.InvalidArgumentError, "'weibull'"),
         (nn.Linear(3, 2), (X, Y), {"params": ["w"]}, fk.UnknownParameterError, "'w'"),
         (torch.relu, (X, Y), {}, fk.InvalidTypeError, "expected a torch.nn.Module"),
         (nn.Linear(3, 2), (X, None), {}, fk.DataError, "got no targets"),

@@ -264,8 +264,11 @@ def test_read__reads_a_blocks_tensors_and_no_others(recorder: Recorder, tmp_path
 
 
 @pytest.mark.parametrize("size", [None, 24])
-def test_read__reads_a_diagonals_slice_alone(size: int | None, recorder: Recorder, tmp_path: Path) -> None:
-    """15 numbers, the bias the last three; in shards of three numbers it is one of them."""
+def test_read__reads_a_diagonals_slice_alone(
+    size: int | None, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """15 numbers, the bias the last three; in shards of three numbers it is one of them, and so are checksums."""
+    monkeypatch.setattr("fisherkit.io.checksums.PIECE", 24)
     operator, _ = diagonal(F64)
     operator.save(tmp_path / "f.safetensors", max_shard_size=size)
     read = open_file(tmp_path / "f.safetensors").read(["l.bias"])

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: InfluenceScores(*with_metadata(parameters_hash="0" * 64)), fk.ModelError, "not those that the Fisher"
     ),
     "own likelihood": (
-        lambda: InfluenceScores(*with_metadata(likelihood="poisson")), fk.InvalidArgumentError, "named 'poisson'"
+        lambda: InfluenceScores(*with_metadata(likelihood="weibull")), fk.InvalidArgumentError, "named 'weibull'"
     ),
     "likelihood": (lambda: made(likelihood="softmax"), fk.InvalidArgumentError, "softmax"),
     "damping": (lambda: made(damping=-1.0), fk.InvalidArgumentError, "damping -1.0"),

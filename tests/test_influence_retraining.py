@@ -275,7 +275,7 @@ class Branching(nn.Module):
         ({"memory_budget": 10}, fk.errors.MemoryBudgetError, "at most 10 B"),
         ({"train": (X[:N], None)}, fk.errors.DataError, "no targets"),
         ({"train": X}, fk.errors.InvalidTypeError, "pair"),
-        ({"likelihood": "poisson"}, fk.errors.InvalidArgumentError, "poisson"),
+        ({"likelihood": "weibull"}, fk.errors.InvalidArgumentError, "weibull"),
         ({"likelihood": 3}, fk.errors.InvalidTypeError, "int as likelihood"),
         ({"likelihood": "gaussian"}, fk.errors.DataError, "one target for each output"),
         ({"measurements": "accuracy"}, fk.errors.InvalidArgumentError, "accuracy"),
@@ -365,6 +365,6 @@ def test_train_models__refuses_masks_that_are_no_boolean_tensors() -> None:
 
 
 def test_train_models__refuses() -> None:
-    for options in ({"seeds": ()}, {"mask": MASKS[0, :4]}, {"mask": MASKS[0] & False}, {"likelihood": "poisson"}):
+    for options in ({"seeds": ()}, {"mask": MASKS[0, :4]}, {"mask": MASKS[0] & False}, {"likelihood": "weibull"}):
         with pytest.raises(fk.errors.InvalidArgumentError):
             train_models(mlp, TRAIN, SGD, **options)  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ CALLS: dict[str, tuple[Callable[[], object], type[FisherkitError], str]] = {
     ),
     "unflatten": (lambda: LAYER.unflatten(ONES[:3]), InvalidArgumentError, "space.unflatten: got shape [3]"),
     "vector to an inverse": (
-        lambda: operator().factorize().matvec(ONES[:2]),
+        lambda: operator().factorize(0.1).matvec(ONES[:2]),
         InvalidArgumentError,
         "KroneckerOperator.factorize().matvec: got shape [2]",
     ),

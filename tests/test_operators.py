@@ -9,16 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from fisherkit.errors import NoClosedFormError, NotConvergedWarning
+import fisherkit as fk
+from fisherkit.errors import InvalidArgumentError, NoClosedFormError, NotConvergedWarning, SingularMatrixError
 from fisherkit.operators import (
     BlockDiagonalOperator,
     DenseOperator,
+    DiagonalOperator,
+    EigenKroneckerOperator,
     FisherOperator,
     KroneckerOperator,
+    LowRankOperator,
     RelativeDamping,
     SumOperator,
     state_of,
 )
+from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.stored import StoredRows
+from fisherkit.space import ParameterSpace
 from tests.operator_cases import (
     CASES,
     DTYPES,
@@ -174,11 +181,37 @@ class Numbers:
         return unit
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_sample__several_at_once_are_independent_and_have_the_inverse_as_covariance(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator, matrix = CASES[name](torch.float64)
+    inverse = operator.factorize(0.3, tolerance=1e-12)
+    numbers = Numbers()
+    monkeypatch.setattr(torch, "randn", numbers)
+    assert inverse.sample(n=2).shape == (operator.size, 2)
+    parts = []
+    for place in range(numbers.used):
+        numbers.start(place)
+        parts.append(inverse.sample(None, 2).mT.flatten())
+    root = torch.stack(parts, dim=1)
+    covariance = torch.linalg.inv(shifted(matrix, 0.3))
+    assert_close(root @ root.T, torch.block_diag(covariance, covariance), torch.float64, factor=10)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "3"])
+def test_sample__refuses_what_is_no_number_of_draws(n: object) -> None:
+    inverse = diagonal(torch.float64)[0].factorize(0.1)
+    with pytest.raises(InvalidArgumentError, match=r"factorize\(\)\.sample\(n=.*expected an integer, 1 or more"):
+        inverse.sample(n=n)  # type: ignore[arg-type]
+
+
 def test_sample__repeats_with_the_generator_s_seed(pair: Pair) -> None:
     inverse = pair[0].factorize(0.3)
-    draws = [inverse.sample(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.allclose(draws[0], draws[2])
+    for n in (None, 3):
+        draws = [inverse.sample(torch.Generator().manual_seed(seed), n) for seed in (1, 1, 2)]
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.allclose(draws[0], draws[2])
 
 
 def test_solve__tiny_damping_leaves_the_null_space_divided_by_it(dtype: torch.dtype) -> None:
@@ -207,6 +240,127 @@ def test_eigenvalues__are_the_largest_in_order(pair: Pair, dtype: torch.dtype) -
         assert operator.eigenvalues(k).dtype == torch.float64
         assert_close(operator.eigenvalues(k), expected[:k], dtype)
     assert_close(operator.eigenvalues(), expected, dtype)
+
+
+def test_eigenvectors__are_orthonormal_and_belong_to_the_eigenvalues(pair: Pair, dtype: torch.dtype) -> None:
+    operator, matrix = pair
+    if not has_eigenvalues(operator):
+        with pytest.raises(NoClosedFormError, match=r"scipy\.sparse\.linalg\.eigsh\(fisher\.to_scipy\(\), k\)"):
+            operator.eigenvectors(2)
+        return
+    values, vectors = (torch.from_numpy(found) for found in np.linalg.eigh(matrix.numpy()))
+    for k in (1, 5, operator.size):
+        found = operator.eigenvectors(k)
+        assert found.dtype == dtype
+        assert_close(found.mT @ found, torch.eye(k, dtype=torch.float64), dtype)
+        assert_close(matrix @ found.double(), found.double() * values.flip(0)[:k], dtype, factor=10)
+        # Their span is that of NumPy's, where the next eigenvalue is not nearly the same.
+        if k < operator.size and float(values[-k] - values[-k - 1]) > 0.05 * float(values[-1]):
+            mine, theirs = found.double(), vectors[:, -k:]
+            assert_close(mine @ mine.mT, theirs @ theirs.mT, dtype, factor=100)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 2.0, RelativeDamping(0.5)], ids=["small", "large", "relative"])
+def test_effective_dimension__is_the_trace_of_the_shrinkage(
+    pair: Pair, dtype: torch.dtype, damping: float | RelativeDamping
+) -> None:
+    operator, matrix = pair
+    number = damping if isinstance(damping, float) else 0.5 * float(matrix.trace()) / len(matrix)
+    if not has_eigenvalues(operator):
+        with pytest.raises(NoClosedFormError, match=r"fk\.estimators\.lanczos_effective_dimension"):
+            operator.effective_dimension(damping)
+        return
+    expected = torch.linalg.solve(shifted(matrix, number), matrix).trace()
+    found = operator.effective_dimension(damping)
+    assert found.dtype == torch.float64
+    assert_close(found, expected, dtype)
+
+
+def test_effective_dimension__without_damping_is_all_parameters(pair: Pair) -> None:
+    operator, _ = pair
+    if has_eigenvalues(operator):
+        assert float(operator.effective_dimension(0.0)) == operator.size
+
+
+def singular_operators() -> dict[str, FisherOperator]:
+    entries = torch.ones(LAYER.size, dtype=torch.float64)
+    entries[3] = 0
+    thin = positive(5, 1, torch.float64, rank=2)
+    rows = normal(4, MIXED.size, seed=2)
+    names = MIXED.restrict(["x.weight", "x.bias"])
+    basis = torch.linalg.qr(normal(5, 5, seed=3)).Q[:, :2]
+    return {
+        "diagonal": DiagonalOperator(LAYER, entries),
+        "dense": DenseOperator(LAYER, positive(LAYER.size, 1, torch.float64, rank=3)),
+        "kronecker": KroneckerOperator(LAYER, thin, positive(3, 2, torch.float64)),
+        "eigen_kronecker": EigenKroneckerOperator(
+            LAYER, basis, torch.eye(3, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+        ),
+        "block_diagonal": BlockDiagonalOperator(
+            MIXED,
+            [
+                DiagonalOperator(names, torch.zeros(names.size, dtype=torch.float64)),
+                DenseOperator(MIXED.restrict(["y.weight", "z", "w.weight", "w.bias"]), positive(14, 1, torch.float64)),
+            ],
+        ),
+        "low_rank": low_rank(rows),
+    }
+
+
+def low_rank(rows: Tensor) -> FisherOperator:
+    parts = [UnitSlot(("rows",), StoredRows(rows))]
+    space = ParameterSpace(("rows",), ((rows.shape[1],),))
+    return LowRankOperator(Rows(space, parts), 0.5, dtype=rows.dtype, device=rows.device)
+
+
+@pytest.mark.parametrize("name", singular_operators())
+def test_singular__is_an_error_without_damping_and_has_its_dimension_with_it(name: str) -> None:
+    operator = singular_operators()[name]
+    dense = operator.to_dense().numpy()
+    for refused in (operator.logdet, operator.effective_dimension, operator.factorize):
+        with pytest.raises(SingularMatrixError, match=r"\(damping=0\)"):
+            refused(0.0)
+    values = np.linalg.eigvalsh(dense).clip(0)[::-1]
+    assert float(operator.effective_dimension(0.2)) == pytest.approx(float((values / (values + 0.2)).sum()), rel=1e-10)
+    assert float(operator.logdet(0.2)) == pytest.approx(float(np.log(values + 0.2).sum()), rel=1e-10)
+    # The null space has eigenvectors too.
+    for k in (1, 4, operator.size):
+        vectors = operator.eigenvectors(k).numpy()
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(k), atol=1e-12)
+        np.testing.assert_allclose(dense @ vectors, vectors * values[:k], atol=1e-12 * values[0])
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (30, 9)], ids=["rows-fewer", "rows-more"])
+@pytest.mark.parametrize("spread", [1.0, 1e-3], ids=["alike", "spread"])
+def test_eigenvectors__of_rows_are_those_of_the_dense_matrix(shape: tuple[int, int], spread: float) -> None:
+    rows = normal(*shape, seed=1) * spread ** torch.linspace(0, 1, shape[1], dtype=torch.float64)
+    operator = low_rank(rows)
+    values, vectors = np.linalg.eigh(0.5 * (rows.T @ rows).numpy())
+    found = operator.eigenvectors(4).numpy()
+    overlaps = np.abs((found * vectors[:, ::-1][:, :4]).sum(0))
+    np.testing.assert_allclose(overlaps, 1, rtol=1e-9)
+    np.testing.assert_allclose(operator.eigenvalues(4).numpy(), values[::-1][:4], rtol=1e-9)
+
+
+def test_eigenvectors__of_no_rows_at_all() -> None:
+    vectors = low_rank(torch.zeros(3, 5, dtype=torch.float64)).eigenvectors(2)
+    assert torch.equal(vectors.mT @ vectors, torch.eye(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("operation", ["factorize", "logdet", "solve", "effective_dimension"])
+def test_damping__is_asked_for_where_it_is_missing(structure: str, operation: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    fisher = fk.EmpiricalFisher(torch.nn.Linear(4, 3), (x, y), structure=structure)
+    arguments = (torch.ones(fisher.size),) if operation == "solve" else ()
+    with pytest.raises(fk.InvalidTypeError) as caught:
+        getattr(fisher, operation)(*arguments)
+    assert isinstance(caught.value, TypeError)
+    assert caught.value.call == f"EmpiricalFisher.{operation}"
+    assert "got no damping" in str(caught.value)
+    assert "fk.RelativeDamping(1e-3)" in caught.value.try_
+    getattr(fisher, operation)(*arguments, damping=fk.RelativeDamping(1e-3))
 
 
 def test_gram__needs_rows(pair: Pair) -> None:

@@ -145,7 +145,7 @@ def test_load__of_another_optimizers_state_is_refused() -> None:
         fk.optim.Preconditioner(model, damping=1e-2),
     )
     adam = torch.optim.Adam(model.parameters()).state_dict()
-    with pytest.raises(InvalidArgumentError, match=r"NaturalGradient.load_state_dict.*with 'curvature'"):
+    with pytest.raises(InvalidArgumentError, match=r"NaturalGradient.load_state_dict.*without \['curvature'\]"):
         natural.load_state_dict(adam)
     with pytest.raises(InvalidArgumentError, match=r"Preconditioner.load_state_dict.*without"):
         preconditioner.load_state_dict(adam)

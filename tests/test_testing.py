@@ -24,6 +24,7 @@ ALWAYS = (
     *("matvec", "@", "quadratic_form", "diagonal", "trace", "to_dense", "to_scipy", "symmetry"),
     *("solve", "factorize", "sample", "scale", "sum", "save"),
 )
+MAYBE = ("gram", "eigenvalues", "eigenvectors", "effective_dimension", "logdet")
 
 
 def test_tolerances__are_those_that_the_documentation_promises() -> None:
@@ -35,10 +36,10 @@ def test_tolerances__are_those_that_the_documentation_promises() -> None:
 def test_check_fisher__accepts_every_structure(name: str, dtype: torch.dtype) -> None:
     report = check_fisher(*CASES[name](dtype))
     assert set(ALWAYS) <= set(report.errors)
-    assert set(report.errors) | set(report.refused) == {*ALWAYS, "gram", "eigenvalues", "logdet"}
+    assert set(report.errors) | set(report.refused) == {*ALWAYS, *MAYBE}
     assert report.tolerance == TOLERANCES[dtype]
     assert report.worst[1] == max(report.errors.values()) < report.tolerance
-    assert all(line in str(report) for line in ("matvec", "gram          no closed form"))
+    assert all(line in str(report) for line in ("matvec", "gram                no closed form"))
 
 
 def test_check_fisher__accepts_the_zero_matrix() -> None:
@@ -145,7 +146,7 @@ def user_operator(**hooks: Callable[..., Any]) -> Pair:
 
 def test_check_fisher__accepts_a_user_s_operator() -> None:
     report = check_fisher(*user_operator())
-    assert report.refused == ("eigenvalues", "gram")
+    assert report.refused == ("effective_dimension", "eigenvalues", "eigenvectors", "gram")
 
 
 def refuse(*_: Any) -> Any:
@@ -172,6 +173,20 @@ WRONG: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
     "dense_shape": ({"_to_dense": lambda s: s.matrix[:1]}, r"Broken.to_dense: got shape \[1, 15\]"),
     "dense_refused": ({"_to_dense": refuse}, "Broken.to_dense: got NoClosedFormError.*; expected an answer"),
     "eigenvalues": ({"_eigenvalues": lambda s, k: torch.linalg.eigvalsh(s.matrix)[:k]}, r"eigenvalues\(k=None\)"),
+    "eigenvectors": (
+        {"_eigenvectors": lambda s, k: torch.linalg.eigh(s.matrix)[1][:, :k].contiguous()},
+        r"eigenvectors\(k=1\), F times them: got a relative error",
+    ),
+    "eigenvectors_norm": (
+        {"_eigenvectors": lambda s, k: 2 * torch.linalg.eigh(s.matrix)[1].flip(1)[:, :k]},
+        r"eigenvectors\(k=1\), their inner products",
+    ),
+    "eigenvectors_shape": ({"_eigenvectors": lambda s, k: s.matrix[:k]}, r"eigenvectors\(k=1\): got \[1, 15\]"),
+    "effective_dimension": (
+        {"_effective_dimension": lambda s, damping: (s.matrix / (s.matrix + damping)).trace()},
+        r"effective_dimension\(damping=.*: got a relative error",
+    ),
+    "draws": ({"_draws": lambda s, g, n: s._draw(g).expand(-1, n)}, r"sample: got draws of \d+\.\d\d times"),
     "eigenvalues_curt": (
         {"_eigenvalues": refuse_curtly},
         "eigenvalues: got .*; expected a message that says what to use",

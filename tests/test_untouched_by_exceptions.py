@@ -226,7 +226,7 @@ def test_streamed__product_that_is_interrupted_can_be_repeated(kind: str, error:
     v = torch.ones(fisher.size, dtype=F64)
     expected = fisher @ v
     model.broken = True
-    for operation in (fisher.matvec, fisher.quadratic_form, fisher.solve):
+    for operation in (fisher.matvec, fisher.quadratic_form, lambda v: fisher.solve(v, 0.1)):
         with untouched(model, data), pytest.raises(error, match="in the model"):
             operation(v)
     model.broken = False

@@ -15,3 +15,6 @@ SEPARATE_EIGENVALUES = 1e-6
 
 ROUNDING = 1e-12
 """A sum this small relative to its terms may be zero."""
+
+HALF: dict[torch.dtype, float] = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""A Fisher of a model in half precision against float64 at the same weights: what the model's own passes round."""

@@ -12,6 +12,7 @@ import typer
 from torch import Tensor
 
 from fisherkit import io
+from fisherkit.cli.checks import check_choice
 from fisherkit.cli.text import number, table
 from fisherkit.evaluation import Audit, audit
 from fisherkit.operators import FisherOperator, load
@@ -29,6 +30,7 @@ def run(other: Path, exact: Path, *, compare: str | None, batch_size: int | None
         batch_size: of squared batch gradients.
         as_json: print one JSON object.
     """
+    check_choice(CALL, "--compare", compare, ("diagonal", "matrix"))
     found = audit(_read(other), load(exact), compare=compare, batch_size=batch_size)
     told = asdict(found) | {"strength_ratio": found.strength_ratio}
     typer.echo(json.dumps(_plain(told), ensure_ascii=False, allow_nan=False) if as_json else as_text(found))

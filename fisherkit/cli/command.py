@@ -1,17 +1,46 @@
-"""What every command shares: how it is registered, what it replaces, and how an error looks at a terminal."""
+"""What every command shares: how it is registered, what it replaces, how it stops, and how an error looks.
+
+Owns what a terminal sees of errors, warnings and signals. `flags` owns the words that these are put in.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import inspect
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, get_args
 
 import typer
+from tqdm.auto import tqdm
+from typer.models import OptionInfo
 
-from fisherkit.errors import FisherkitError, InvalidArgumentError
+from fisherkit import io
+from fisherkit.cli.flags import error_in_flags, in_flags
+from fisherkit.errors import FisherkitError, InvalidArgumentError, listed
+from fisherkit.memory import readable
+from fisherkit.progress import in_lines
+
+LINES_EVERY = 10.0
+"""Seconds between lines that say how far a command is, where the error stream is no terminal."""
+
+EXAMPLE_WIDTH = 72
+"""Of the lines of examples, within the 80 columns of a terminal."""
+
+KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self"}
+"""Of the package, where an option has another name."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +59,194 @@ class Command:
 
     def add_to(self, app: typer.Typer) -> None:
         """Register it."""
+
         # \b keeps the line breaks of the paragraph that follows it.
-        lines = "\n".join(f"  {example}" for example in self.examples)
-        app.command(epilog=f"\b\nExamples:\n{lines}\n", short_help=self.short_help)(self.function)
+        @functools.wraps(self.function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            token = _running.set(Running(f"fisherkit {self.function.__name__}", self.flags))
+            try:
+                return self.function(*args, **kwargs)
+            finally:
+                _running.reset(token)
+
+        lines = "\n".join(f"  {line}" for example in self.examples for line in _folded(example))
+        app.command(epilog=f"\b\nExamples:\n{lines}\n", short_help=self.short_help)(run)
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """The keywords of the package that its options stand for, and the options."""
+        found = {}
+        for name, parameter in inspect.signature(self.function, eval_str=True).parameters.items():
+            options = [entry for entry in get_args(parameter.annotation) if isinstance(entry, OptionInfo)]
+            if options:
+                said = [word for word in options[0].param_decls or () if word.startswith("--")]
+                found[KEYWORDS.get(name, name)] = said[0] if said else f"--{name.replace('_', '-')}"
+        lists = {name: flag for name, flag in found.items() if name in ("kinds", "structures")}
+        return {name.removesuffix("s"): flag for name, flag in lists.items()} | found
+
+
+@dataclass
+class Running:
+    """The command that is at work.
+
+    Args:
+        name: as it is called.
+        flags: keyword to option.
+        targets: what it will write, and how the place looked before.
+    """
+
+    name: str = "fisherkit"
+    flags: Mapping[str, str] = field(default_factory=dict)
+    targets: dict[Path, tuple[int, ...] | None] = field(default_factory=dict)
+
+
+_running: ContextVar[Running | None] = ContextVar("running", default=None)
+
+
+def _now() -> Running:
+    return _running.get() or Running()
+
+
+def _folded(example: str) -> list[str]:
+    """A command line in lines of a terminal's width, as a shell reads them."""
+    lines = [""]
+    for part in re.split(r" (?=--)", example):
+        if lines[-1] and len(lines[-1]) + len(part) > EXAMPLE_WIDTH:
+            lines[-1] += " \\"
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}" if lines[-1] else part
+    return lines
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that ends the command, so that everything temporary is removed as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """What fisherkit or the file system refuses is a message, not a traceback."""
+    """What fisherkit or the file system refuses is a message, not a traceback; what stops the command is told too.
+
+    Raises:
+        typer.Exit: 1 after an error, 128 and the signal's number after a signal.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_warnings_as_lines())
+        stack.enter_context(_stopping())
+        if not sys.stderr.isatty():
+            stack.enter_context(in_lines(LINES_EVERY))
+        try:
+            yield
+        except FisherkitError as error:
+            typer.echo(f"error: {error_in_flags(error, _now().name, _now().flags)}", err=True)
+            raise typer.Exit(1) from error
+        except OSError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as stop:
+            number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+            typer.echo(f"\nstopped: {_written()}", err=True)
+            raise typer.Exit(128 + number) from stop
+
+
+def say(text: str) -> None:
+    """A line on the error stream of a terminal, beside any bar; nothing elsewhere."""
+    if sys.stderr.isatty():
+        tqdm.write(text, file=sys.stderr)
+
+
+def expect(paths: Iterable[Path]) -> None:
+    """Remember how the places look that the command will write to, and name what a killed run has left beside them."""
+    targets = _now().targets
+    fresh = [path for path in paths if path not in targets]
+    targets.update({path: _stamp(path) for path in fresh})
+    _tell_leftovers(fresh)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file or folder from the one that replaces it; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _written() -> str:
+    """What has become of the command's targets so far."""
+    done = [str(path) for path, before in _now().targets.items() if _stamp(path) != before]
+    return f"{listed(done)} {'was' if len(done) == 1 else 'were'} written." if done else "nothing was written."
+
+
+def _tell_leftovers(paths: Iterable[Path]) -> None:
+    found = list(dict.fromkeys(part for path in paths for part in io.leftovers(path)))
+    for path in paths:
+        for part in list(found):
+            # A folder that was killed between taking the old one away and putting the new one in its place.
+            if (part / REPLACED).is_dir() and not path.exists() and part in io.leftovers(path):
+                typer.echo(
+                    f"note: {path} was being replaced by a run that was killed. It is there in full: "
+                    f"mv {shlex.quote(str(part / REPLACED))} {shlex.quote(str(path))}", err=True,
+                )  # fmt: skip
+                found.remove(part)
+    if found:
+        ages = [time.time() - part.stat().st_mtime for part in found]
+        size = sum(file.stat().st_size for part in found for file in (part, *part.rglob("*")) if file.is_file())
+        names = listed((shlex.quote(str(part)) for part in found), 4, " ")
+        typer.echo(
+            "note: left over from a run that was killed, unless another one is at work "
+            f"({readable(size)}, last changed {_age(min(ages))} ago):\n  rm -r {names}", err=True,
+        )  # fmt: skip
+
+
+REPLACED = "replaced"
+"""The name that a folder has while another takes its place."""
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Warnings as lines that name no source file."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        tqdm.write(f"warning: {in_flags(str(message), _now().flags)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """SIGTERM and SIGHUP as Ctrl-C, unless whoever started the command has them ignored or handled already."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()
+    mine = [number for number in wanted if main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, stop)
     try:
         yield
-    except (FisherkitError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> None:
-    """Find out before the work is done whether it would replace something that nobody said may go.
+    """Find out before the work is done whether it would replace something that nobody said may go; see `expect`.
 
     Args:
         paths: what will be written.
@@ -56,6 +256,8 @@ def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> Non
     Raises:
         InvalidArgumentError: one of them is there, and it may not.
     """
+    paths = list(paths)
+    expect(paths)
     there = [] if overwrite else [str(path) for path in paths if path.exists()]
     if there:
         raise InvalidArgumentError(

@@ -7,7 +7,6 @@ the user's.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,15 +17,17 @@ import typer
 from torch import nn
 
 from fisherkit import io
-from fisherkit.cli.command import refuse_existing
-from fisherkit.cli.factories import load_factory
+from fisherkit.cli.checks import as_dtype, check_choice, check_device, check_likelihood
+from fisherkit.cli.command import refuse_existing, say
+from fisherkit.cli.factories import load_factory, load_likelihood
 from fisherkit.cli.hugging_face import Folder, TextBatches
 from fisherkit.cli.text import number, table
 from fisherkit.cli.texts import Columns, read_texts
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.fisher import FisherApproximation
+from fisherkit.fisher import STRUCTURES, FisherApproximation
 from fisherkit.io.reader import index_of
+from fisherkit.io.shards import refuse_weights
 from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit estimate"
@@ -84,18 +85,37 @@ class EstimateSettings:
 def run(settings: EstimateSettings) -> None:
     """Load, build, save, report; what can be wrong with the options is found out before the model is loaded."""
     kind = KindSpec.parse(settings.kind, call=CALL)
+    check_choice(CALL, "--structure", settings.structure, STRUCTURES)
+    check_choice(CALL, "--example", settings.example, ("sequence", "token"))
+    check_choice(CALL, "--normalization", settings.normalization, ("mean", "sum"))
+    check_choice(CALL, "--kfac-positions", settings.kfac_positions, ("expand", "reduce"))
+    check_likelihood(CALL, settings.likelihood)
+    check_device(CALL, settings.device)
+    as_dtype(CALL, settings.dtype)
     check_fisher_file(settings.out, f"{CALL} --out", overwrite=settings.overwrite)
     model, data, likelihood = _model_and_data(settings)
+    params = selection(model, settings.params, CALL)
+    say(f"{settings.model}: {_size(model, params, data)}. Estimating {settings.kind}, {settings.structure} ...")
     start = time.perf_counter()
     fisher = kind.build(
-        model, data, seed=settings.seed, likelihood=settings.likelihood or likelihood, structure=settings.structure,
-        params=selection(model, settings.params, CALL), example=settings.example, normalization=settings.normalization,
-        kfac_positions=settings.kfac_positions, progress=sys.stderr.isatty(),
+        model, data, seed=settings.seed, likelihood=load_likelihood(settings.likelihood or likelihood, CALL),
+        structure=settings.structure, params=params, example=settings.example, normalization=settings.normalization,
+        kfac_positions=settings.kfac_positions, progress=True,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     fisher.save(settings.out, max_shard_size=settings.max_shard_size)
     found = _summary(fisher, settings, data, seconds)
     typer.echo(json.dumps(found, ensure_ascii=False) if settings.as_json else _as_text(found))
+
+
+def _size(model: nn.Module, params: list[str] | None, data: Data) -> str:
+    """How much there is to do."""
+    count = sum(
+        p.numel() for name, p in model.named_parameters() if (p.requires_grad if params is None else name in params)
+    )
+    texts = f", {len(data.texts):,} texts" if isinstance(data, TextBatches) else ""
+    batches = f" in {len(data):,} batch{'es' if len(data) > 1 else ''}" if isinstance(data, (TextBatches, list)) else ""
+    return f"{count:,} parameters{texts}{batches}"
 
 
 def _model_and_data(settings: EstimateSettings) -> tuple[nn.Module, Data, str]:
@@ -128,10 +148,11 @@ def check_fisher_file(path: Path, call: str, *, overwrite: bool) -> None:
     """Find out before the work is done whether a Fisher file can be written.
 
     Raises:
-        InvalidArgumentError: its folder does not exist, or it is there, whole or in shards, and may not be replaced.
+        InvalidArgumentError: its folder does not exist, or something is there that may not be replaced.
     """
     io.check_folder(path, call)
     refuse_existing((path, index_of(path)), call, overwrite=overwrite)
+    refuse_weights(path, call)
 
 
 def selection(model: nn.Module, patterns: tuple[str, ...], call: str) -> list[str] | None:

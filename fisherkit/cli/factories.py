@@ -12,6 +12,7 @@ from torch import nn
 
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.likelihoods import Likelihood, resolve
 
 
 def load_factory(spec: str, call: str) -> tuple[nn.Module, Data]:
@@ -36,6 +37,30 @@ def load_factory(spec: str, call: str) -> tuple[nn.Module, Data]:
         )  # fmt: skip
     model, data = made
     return model, data
+
+
+def load_likelihood(text: str, call: str) -> Likelihood:
+    """A likelihood by name, or a loss module or likelihood as the user's function returns it.
+
+    Args:
+        text: a name, or "package.module:function".
+        call: the command, for errors.
+
+    Raises:
+        InvalidArgumentError: no such name, module or function.
+        InvalidTypeError: the function returned something else than a loss.
+    """
+    own = ":" in text and "(" not in text
+    try:
+        return resolve(call_factory(text, call) if own else text)
+    except InvalidArgumentError as error:
+        if own:
+            raise
+        raise InvalidArgumentError(
+            call=f"{call} --likelihood", got=repr(text), expected=error.expected,
+            why="a name says nothing of weights and other settings" if "(" in text else "",
+            try_='"package.module:function", a function that returns a loss module such as nn.CrossEntropyLoss(...)',
+        ) from error  # fmt: skip
 
 
 def call_factory(spec: str, call: str) -> Any:

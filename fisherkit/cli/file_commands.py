@@ -37,7 +37,10 @@ def estimate(
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The Fisher file.")],
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Texts and labels for a folder: .jsonl, .csv or .tsv.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Texts and labels, .jsonl, .csv or .tsv; a folder needs it.", show_default="none"
+        ),
     ] = None,
     kind: Annotated[
         str, typer.Option(metavar="KIND", help="ef, ief[:POWER], sf[:DRAWS], truncated[:RANK or :TOLERANCE], exact.")
@@ -47,13 +50,17 @@ def estimate(
     pair_column: PairColumn = None,
     label_column: LabelColumn = "label",
     examples: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Draw so many of the texts; all unless told.")
+        int | None, typer.Option(metavar="N", min=1, help="Draw so many of the texts.", show_default="all")
     ] = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
     params: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help='Parameters by name, such as "classifier.*"; may be repeated.'),
+        typer.Option(
+            metavar="PATTERN",
+            help='Parameters by name, such as "classifier.*"; may be repeated.',
+            show_default="all that require grad",
+        ),
     ] = None,
     likelihood: LikelihoodName = None,
     example: Annotated[str, typer.Option(metavar="NAME", help="sequence or token.")] = "sequence",
@@ -94,10 +101,14 @@ def audit(
     ],
     exact: Annotated[Path, typer.Argument(metavar="EXACT", help="A Fisher file.")],
     compare: Annotated[
-        str | None, typer.Option(metavar="WHAT", help="diagonal or matrix; the matrix where both have one.")
+        str | None,
+        typer.Option(metavar="WHAT", help="diagonal or matrix.", show_default="the matrix where both have one"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="B", min=1, help="Of the batches behind OTHER, to recognise their squares.")
+        int | None,
+        typer.Option(
+            metavar="B", min=1, help="Of the batches behind OTHER, to recognise their squares.", show_default="unknown"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -117,49 +128,99 @@ def merge(
     ],
     out: Annotated[Path, typer.Option(metavar="PATH", help="The folder (or, for files, the file) to write.")],
     fisher: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A Fisher file for each model, in their order.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A Fisher file for each model, in their order.", show_default="none"),
     ] = None,
     method: Annotated[
         str, typer.Option(metavar="NAME", help="auto, direct or cg; or average, task-arithmetic, regmean.")
     ] = "auto",
     weights: Annotated[
-        str | None, typer.Option(metavar="LIST", help='Of the models, such as 1,2; or "examples".')
+        str | None,
+        typer.Option(metavar="LIST", help='Of the models, such as 1,2; or "examples".', show_default="equal"),
     ] = None,
     damping: Annotated[
-        float | None, typer.Option(metavar="λ", help="A multiple of the mean eigenvalue; see --absolute-damping.")
+        float | None,
+        typer.Option(
+            metavar="λ",
+            help="A multiple of the mean eigenvalue; see --absolute-damping.",
+            show_default="0.03; regmean: 1e-06",
+        ),
     ] = None,
     absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False,
     output_damping: Annotated[
-        float | None, typer.Option(metavar="ρ", help="How much of each Fisher's average over outputs is added.")
+        float | None,
+        typer.Option(
+            metavar="ρ", min=0, help="How much of each Fisher's average over outputs is added.", show_default="3.0"
+        ),
     ] = None,
-    normalize: Annotated[str | None, typer.Option(metavar="NAME", help="trace, norm, block, output or none.")] = None,
+    normalize: Annotated[
+        str | None, typer.Option(metavar="NAME", help="block, output, trace, norm or none.", show_default="block")
+    ] = None,
     center: Annotated[
-        str | None, typer.Option(metavar="PATH", help='Where damping pulls to: "average" or a model.')
+        str | None,
+        typer.Option(metavar="PATH", help='Where damping pulls to: "average" or a model.', show_default="average"),
     ] = None,
-    base: Annotated[Path | None, typer.Option(metavar="PATH", help="task-arithmetic: the common start.")] = None,
-    scale: Annotated[float | None, typer.Option(metavar="S", help="task-arithmetic: of the sum of changes.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="task-arithmetic needs it: the common start.", show_default="none"),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="task-arithmetic needs it: of the sum of changes.", show_default="none"),
+    ] = None,
     shrink: Annotated[
-        float | None, typer.Option(metavar="α", help="regmean: share of the off-diagonal that is kept.")
+        float | None,
+        typer.Option(
+            metavar="α", min=0, max=1, help="regmean: share of the off-diagonal that is kept.", show_default="0.9"
+        ),
     ] = None,
     uncovered: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Parameters without a Fisher: refuse, average, first or center.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Parameters without a Fisher: refuse, average, first or center.",
+            show_default="refuse; regmean: average",
+        ),
     ] = None,
-    buffers: Annotated[str | None, typer.Option(metavar="NAME", help="Float buffers, likewise.")] = None,
-    integers: Annotated[str | None, typer.Option(metavar="NAME", help="Other tensors: refuse or first.")] = None,
+    buffers: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Float buffers, likewise.", show_default="refuse")
+    ] = None,
+    integers: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Other tensors: refuse or first.", show_default="refuse")
+    ] = None,
     mismatched: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Names or shapes that differ: refuse, skip or first.")
+        str | None,
+        typer.Option(metavar="NAME", help="Names or shapes that differ: refuse, skip or first.", show_default="refuse"),
+    ] = None,
+    other_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Fishers measured at other weights than their models': refuse or warn.",
+            show_default="refuse",
+        ),
     ] = None,
     config_from_first: Annotated[
         bool, typer.Option("--config-from-first", help="Where configs or vocabularies differ, take the first.")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Of the result, such as bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="Where blocks are solved.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the result, such as bfloat16.", show_default="the models'")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where blocks are solved.", show_default="cpu")
+    ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(metavar="ε", help="Largest relative residual of a block's solution.")
+        float | None,
+        typer.Option(metavar="ε", help="Largest relative residual of a block's solution.", show_default="1e-12"),
+    ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Of conjugate gradients in each block.", show_default="2000"),
     ] = None,
     max_shard_size: MaxShardSize = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print how every block was solved.")] = False,
 ) -> None:
     """Merge models by their Fishers: Σ (θ − θ_t)ᵀF_t(θ − θ_t), damped towards their average, made least.
 
@@ -173,11 +234,12 @@ def merge(
             damping=damping, absolute_damping=absolute_damping, normalize=normalize, weights=weights, dtype=dtype,
             output_damping=output_damping, center=center, shrink=shrink, uncovered=uncovered, buffers=buffers,
             integers=integers, mismatched=mismatched, device=device, tolerance=tolerance, max_shard_size=max_shard_size,
+            other_weights=other_weights, max_steps=max_steps,
         )  # fmt: skip
         run(
             MergeSettings(
                 tuple(model), tuple(fisher or ()), out, method, base, scale, config_from_first, overwrite, as_json,
-                keywords,
+                verbose, keywords,
             )
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import typer
 from fisherkit._version import __version__
 from fisherkit.cli.command import Command, readable_errors
 from fisherkit.cli.options import AsJson
-from fisherkit.cli.text import table
+from fisherkit.cli.text import pairs, table
 from fisherkit.fisher import STRUCTURES
 from fisherkit.kinds import KINDS
 from fisherkit.memory import available_memory
@@ -26,7 +26,12 @@ STRUCTURE_MEANINGS = {
     "kfac": "a Kronecker product a layer: activations' factor ⊗ output gradients' factor",
     "ekfac": "kfac's eigenvectors with eigenvalues measured along them",
 }
-EXTRAS = {"demo": ("matplotlib", "scikit-learn"), "hf": ("transformers",)}
+EXTRAS = {
+    "demo": ("matplotlib", "scikit-learn"),
+    "hf": ("transformers",),
+    "lightning": ("lightning",),
+    "avalanche": ("avalanche-lib",),
+}
 
 
 def info(as_json: AsJson = False) -> None:
@@ -77,11 +82,10 @@ def as_text(found: dict[str, Any]) -> str:
     versions += [
         (f"[{extra}]", ", ".join(_state(*item) for item in names.items())) for extra, names in found["extras"].items()
     ]
-    width = max(len(name) for name, _ in versions)
     kinds = [(name, kind["class"], kind["meaning"]) for name, kind in found["kinds"].items()]
     return "\n\n".join(
         [
-            "\n".join(f"{name:<{width}}  {value}" for name, value in versions),
+            pairs(versions),
             table(("kind", "class", "meaning"), kinds, left=3),
             table(("structure", "meaning"), list(found["structures"].items()), left=2),
         ]

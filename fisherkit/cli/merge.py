@@ -9,22 +9,26 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import sys
-import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 
-from fisherkit import merging
+from fisherkit import io, merging
+from fisherkit.cli.checks import as_dtype, check_choice, check_device
+from fisherkit.cli.command import REPLACED, expect, say
 from fisherkit.cli.merge_target import CALL, beside_weights, check_target, read_json
-from fisherkit.cli.text import numbers
-from fisherkit.errors import InvalidArgumentError
+from fisherkit.cli.text import numbers, table
+from fisherkit.errors import InvalidArgumentError, listed
+from fisherkit.io.reader import index_of
+from fisherkit.memory import readable
+from fisherkit.merging.policies import INTEGERS, KEEPING, MISMATCHED
 from fisherkit.merging.systems import METHODS as SOLVERS
+from fisherkit.merging.writing import targets
 from fisherkit.operators import RelativeDamping
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
@@ -34,6 +38,16 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "regmean": merging.regmean,
 }
 """Every --method and what it calls; those of `fisherkit.merging.merge` are ways to solve."""
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "normalize": ("block", "output", "trace", "norm", "none"),
+    "uncovered": KEEPING,
+    "buffers": KEEPING,
+    "integers": INTEGERS,
+    "mismatched": MISMATCHED,
+    "other_weights": ("refuse", "warn"),
+}
+"""What options of these names may be; the first is the command's default, but for --normalize of regmean."""
 
 NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 """Entries of config.json that say nothing about what the weights mean."""
@@ -53,6 +67,7 @@ class MergeSettings:
         config_from_first: take the first model's config and tokenizer where they differ.
         overwrite: replace what is there.
         as_json: print one JSON object.
+        verbose: print a line for every block.
         options: keywords of the function of `fisherkit.merging`; those that were not given are left out.
     """
 
@@ -65,30 +80,43 @@ class MergeSettings:
     config_from_first: bool
     overwrite: bool
     as_json: bool
+    verbose: bool
     options: dict[str, Any] = field(default_factory=dict)
 
 
 def run(settings: MergeSettings) -> None:
     """Check, merge, copy what lies beside the weights, and put the folder in its place."""
     _check(settings)
+    start = time.perf_counter()
+    say(f"Merging {_size(settings)} ...")
     if not all(model.is_dir() for model in settings.models):
         path, info = _function(settings)(out=settings.out, overwrite=settings.overwrite)
-        _tell(path, info, settings)
+        _tell(path, info, settings, time.perf_counter() - start)
         return
     _compare([model / "config.json" for model in settings.models], settings, "config.json", _config)
     _compare([model / "tokenizer.json" for model in settings.models], settings, "the vocabulary", _vocabulary)
     out = settings.out.resolve()
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as part:
-        whole = Path(part) / out.name
+    with io.part_folder(out) as part:
+        whole = part / out.name
         whole.mkdir()
         _, info = _function(settings)(out=whole)
         for path in beside_weights(settings.models[0]):
             shutil.copy2(path, whole / path.name)
         (whole / "merge.json").write_text(info.to_json() + "\n", encoding="utf-8")
+        _put_in_place(whole, out, part / REPLACED)
+    _tell(settings.out, info, settings, time.perf_counter() - start)
+
+
+def _put_in_place(whole: Path, out: Path, replaced: Path) -> None:
+    """The new folder under its name; whatever comes between, the old one is there again."""
+    try:
         if out.is_dir():
-            out.rename(Path(part) / "replaced")
+            out.rename(replaced)
         whole.rename(out)
-    _tell(settings.out, info, settings)
+    except BaseException:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        raise
 
 
 def _check(settings: MergeSettings) -> None:
@@ -97,8 +125,10 @@ def _check(settings: MergeSettings) -> None:
     def refuse(got: str, expected: str, try_: str = "") -> InvalidArgumentError:
         return InvalidArgumentError(call=CALL, got=got, expected=expected, try_=try_)
 
-    if settings.method not in FUNCTIONS:
-        raise refuse(f"--method {settings.method}", f"one of {list(FUNCTIONS)}")
+    check_choice(CALL, "--method", settings.method, FUNCTIONS)
+    for name, allowed in CHOICES.items():
+        check_choice(CALL, f"--{name.replace('_', '-')}", settings.options.get(name, allowed[0]), allowed)
+    check_device(CALL, settings.options.get("device"))
     taken = _keywords(settings)
     strange = [f"--{name.replace('_', '-')}" for name in settings.options if name not in taken]
     if strange:
@@ -112,12 +142,14 @@ def _check(settings: MergeSettings) -> None:
         )  # fmt: skip
     if {settings.base is not None, settings.scale is not None} != {"base" in taken}:
         raise refuse(f"--method {settings.method}", "--base and --scale with task-arithmetic, and with it alone")
-    missing = [str(path) for path in (*settings.models, *settings.fishers) if not path.exists()]
+    center = settings.options.get("center", "average")
+    named = [*([settings.base] if settings.base else []), *([Path(center)] * (center != "average"))]
+    missing = [str(path) for path in (*settings.models, *named) if not path.exists()]
+    missing += [str(path) for path in settings.fishers if not path.exists() and not index_of(path).exists()]
     if missing:
         raise refuse(f"paths that do not exist: {missing}", "models and Fisher files", "check the paths")
-    center = settings.options.get("center", "average")
-    others = [*settings.fishers, *([settings.base] if settings.base else []), *([Path(center)] * (center != "average"))]
-    check_target(settings.out, settings.models, others, overwrite=settings.overwrite)
+    check_target(settings.out, settings.models, [*settings.fishers, *named], overwrite=settings.overwrite)
+    expect(targets(settings.out) if not all(model.is_dir() for model in settings.models) else [settings.out])
 
 
 def _keywords(settings: MergeSettings) -> Collection[str]:
@@ -128,11 +160,14 @@ def _function(settings: MergeSettings) -> Callable[..., Any]:
     """The function of `fisherkit.merging` with everything but where its result goes."""
     offered = {
         "fishers": settings.fishers, "base": settings.base, "scale": settings.scale, "method": settings.method,
-        "progress": sys.stderr.isatty(),
+        "progress": True,
     }  # fmt: skip
     taken = _keywords(settings)
     given = {name: value for name, value in offered.items() if name in taken}
-    return partial(FUNCTIONS[settings.method], settings.models, **given, **settings.options, return_info=True)
+    if "other_weights" in taken:
+        given["other_weights"] = CHOICES["other_weights"][0]
+    given |= settings.options
+    return partial(FUNCTIONS[settings.method], settings.models, **given, return_info=True)
 
 
 def options(
@@ -162,10 +197,7 @@ def options(
         expected = '"examples" or a list of numbers such as 1,2'
         found["weights"] = weights if weights == "examples" else numbers(weights, "--weights", expected)
     if dtype is not None:
-        chosen = getattr(torch, dtype, None)
-        if not isinstance(chosen, torch.dtype):
-            raise InvalidArgumentError(call=CALL, got=f"--dtype {dtype}", expected="such as float32 or bfloat16")
-        found["dtype"] = chosen
+        found["dtype"] = as_dtype(CALL, dtype)
     return found
 
 
@@ -201,14 +233,42 @@ def _vocabulary(path: Path) -> dict[str, Any]:
     return vocabulary if isinstance(vocabulary, dict) else {str(i): entry for i, entry in enumerate(vocabulary)}
 
 
-def _tell(path: Path, info: merging.MergeInfo, settings: MergeSettings) -> None:
+def _size(settings: MergeSettings) -> str:
+    """How much is read."""
+
+    def bytes_of(path: Path) -> int:
+        whole = path if path.exists() else index_of(path)
+        stem = whole.name.removesuffix(".index.json").removesuffix(".safetensors")
+        files = whole.glob("*.safetensors") if whole.is_dir() else {whole, *whole.parent.glob(f"{stem}-*.safetensors")}
+        return sum(file.stat().st_size for file in files)
+
+    models = f"{len(settings.models)} models ({readable(sum(map(bytes_of, settings.models)))})"
+    if not settings.fishers:
+        return models
+    return f"{models} by their Fishers ({readable(sum(map(bytes_of, settings.fishers)))})"
+
+
+def _tell(path: Path, info: merging.MergeInfo, settings: MergeSettings, seconds: float) -> None:
     if settings.as_json:
         typer.echo(json.dumps({"out": str(path), "residual": info.residual} | json.loads(info.to_json())))
-    else:
-        unverified = ", ".join(map(str, info.unverified))
-        note = (
-            f"\nNot checked: that each Fisher was measured at its model's weights (models {unverified})."
-            if unverified
-            else ""
+        return
+    if settings.verbose and info.blocks:
+        rows = [
+            (listed(block.names, 2), block.method, f"{block.size:,}", f"{block.steps}",
+             f"{block.residual:.1e}" + ("" if block.converged else " not converged"))
+            for block in info.blocks
+        ]  # fmt: skip
+        typer.echo(table(("parameters", "method", "numbers", "steps", "residual"), rows, left=2) + "\n")
+    counted = ", ".join(f"{count:,} {kind}" for kind, count in info.counts().items())
+    what = f"{len(info.weights)} models, {seconds:.1f} s: {counted}"
+    typer.echo(f"{settings.method if settings.method not in SOLVERS else 'merge'} of {what}")
+    if info.blocks:
+        missed = sum(not block.converged for block in info.blocks)
+        typer.echo(
+            f"{len(info.blocks):,} blocks solved, damping {info.damping:.3g}, residual at most {info.residual:.1e}"
+            + (f"; {missed} NOT CONVERGED, see --verbose" if missed else "")
         )
-        typer.echo(f"{info}{note}\n\nWrote {path}.")
+    if info.unverified:
+        unverified = ", ".join(map(str, info.unverified))
+        typer.echo(f"Not checked: that each Fisher was measured at its model's weights (models {unverified}).")
+    typer.echo(f"Wrote {path}.")

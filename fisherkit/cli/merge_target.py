@@ -7,6 +7,7 @@ weights. Knows nothing of merging.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,7 +38,10 @@ def check_target(out: Path, models: Sequence[Path], others: Sequence[Path], *, o
     """
     whole = all(model.is_dir() for model in models)
     if not out.absolute().parent.is_dir():
-        _refuse(f"--out in a folder that does not exist: {out.parent}", "an existing folder")
+        _refuse(
+            f"--out in a folder that does not exist: {out.parent}", "an existing folder",
+            try_=f"mkdir -p {shlex.quote(str(out.parent))}",
+        )  # fmt: skip
     if whole and (out.suffix == ".safetensors" or (out.exists() and not out.is_dir())):
         _refuse(
             f"models that are folders and --out {out}, a file", "the name of a folder",

@@ -18,15 +18,18 @@ import typer
 from torch import nn
 
 from fisherkit._version import __version__
+from fisherkit.cli.checks import check_choice, check_likelihood
 from fisherkit.cli.command import Command, make_folder, readable_errors, require
-from fisherkit.cli.factories import load_factory
+from fisherkit.cli.factories import load_factory, load_likelihood
 from fisherkit.cli.options import Overwrite
 from fisherkit.cli.text import number, numbers, progress, table, words
 from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.plots import plot_damping
 from fisherkit.evaluation.table import average
+from fisherkit.fisher import STRUCTURES
 from fisherkit.io import replace_text
+from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit quality SPEC"
 FILES = "quality.csv", "quality.json", "quality.png"
@@ -80,17 +83,20 @@ def quality(
         str, typer.Option(metavar="LIST", help="Gram dampings λ > 0, beside sums over examples.")
     ] = "1e-7,1e-5,1e-3,1e-1",
     likelihood: Annotated[
-        str, typer.Option(metavar="NAME", help="categorical, gaussian or bernoulli.")
+        str, typer.Option(metavar="NAME", help="categorical, gaussian, bernoulli, poisson, or a module:function.")
     ] = "categorical",
     example: Annotated[str, typer.Option(metavar="NAME", help="sequence or token.")] = "sequence",
     batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are averaged over.")] = 1,
     drop_duplicates: Annotated[
         float | None,
-        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates; none unless asked for."),
+        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates.", show_default="all are kept"),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of sampled labels.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.", show_default="none"
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -114,7 +120,7 @@ QUALITY = Command(
     quality,
     "How good each kind's update is on a model of yours.",
     (
-        "fisherkit quality                                      (on the demo's network)",
+        "fisherkit quality                           (on the demo's network)",
         "fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality",
         "fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10",
     ),
@@ -123,13 +129,21 @@ QUALITY = Command(
 
 def run(settings: QualitySettings) -> None:
     """Compare, print, write."""
+    for kind in settings.kinds:
+        if kind != "sgd":
+            KindSpec.parse(kind, call=CALL, also=("sgd",))
+    for structure in settings.structures:
+        check_choice(CALL, "--structures with the structure", structure, STRUCTURES)
+    check_likelihood(CALL, settings.likelihood)
+    check_choice(CALL, "--example", settings.example, ("sequence", "token"))
     if settings.out is not None:
         make_folder(settings.out, FILES, CALL, overwrite=settings.overwrite)
     model, batches = _digits(settings) if settings.spec is None else _users(settings.spec, settings.batches)
+    likelihood = load_likelihood(settings.likelihood, CALL)
     tables = [
         compare(
             model, batch, kinds=settings.kinds, structures=settings.structures, gram_dampings=settings.dampings,
-            likelihood=settings.likelihood, example=settings.example, drop_duplicates=settings.drop_duplicates,
+            likelihood=likelihood, example=settings.example, drop_duplicates=settings.drop_duplicates,
             seed=settings.seed + i,
         )
         for i, batch in enumerate(progress(batches))
@@ -197,4 +211,4 @@ def _digits(settings: QualitySettings) -> tuple[nn.Module, list[Any]]:
 def _users(spec: str, batches: int) -> tuple[nn.Module, list[Any]]:
     """What the user's function returns, and its first batches."""
     model, data = load_factory(spec, CALL)
-    return model, [batch.raw for batch in itertools.islice(Source(data), batches)]
+    return model, [batch.raw for batch in itertools.islice(Source(data, model).once(), batches)]

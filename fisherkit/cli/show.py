@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ import typer
 from fisherkit.cli.command import Command, make_folder, readable_errors, require
 from fisherkit.cli.options import AsJson, Overwrite
 from fisherkit.cli.summary import Summary, summarize
-from fisherkit.cli.text import table
+from fisherkit.cli.text import WIDTH, pairs, table
 from fisherkit.io import replace_text
 from fisherkit.memory import readable
 
@@ -26,7 +27,10 @@ def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A Fisher file, or the index of one in shards.")],
     as_json: AsJson = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write show.json and show.png there; made if missing.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write show.json and show.png there; made if missing.", show_default="none"
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -62,16 +66,16 @@ SHOW = Command(
 
 def as_text(found: Summary) -> str:
     """The summary, for people."""
-    recorded = {key: value for key, value in found.metadata.items() if key != "coverage"}
+    recorded = {key: value for key, value in found.metadata.items() if key not in ("coverage", "checksums")}
     files = "1 file" if found.files == 1 else f"{found.files} files"
     lines = {
         "file": f"{found.file} ({readable(found.bytes)} in {files})",
         "operator": f"{found.operator}, {found.blocks:,} independent block{'s' if found.blocks > 1 else ''}",
         "D": f"{found.size:,} parameters, {found.dtype}",
         "trace": f"{found.trace:.4g}, mean eigenvalue {found.trace / found.size:.3g}",
+        "checksums": "those of all values compared" if found.checksums else "none, so that damage may go unnoticed",
         **recorded,
     }
-    width = max(len(key) for key in lines)
     rows = [
         (
             layer.name, layer.kind, f"{layer.size:,}", f"{layer.trace:.3g}", f"{100 * layer.share:.1f} %",
@@ -83,10 +87,10 @@ def as_text(found: Summary) -> str:
         spectrum = f"Eigenvalues: {found.no_eigenvalues}."
     else:
         largest = ", ".join(f"{value:.3g}" for value in found.eigenvalues[:SHOWN])
-        spectrum = f"Largest eigenvalues: {largest}"
+        spectrum = fill(f"Largest eigenvalues: {largest}", WIDTH)
     return "\n\n".join(
         [
-            "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items()),
+            pairs(lines.items()),
             table(("layer", "block", "parameters", "trace", "share", "mean eigenvalue"), rows, left=2),
             spectrum,
         ]

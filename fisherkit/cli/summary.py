@@ -65,6 +65,7 @@ class Summary:
         size: D.
         dtype: of the operator.
         metadata: what was recorded.
+        checksums: whether the file has them; then all of its values are those that were written.
         trace: of the whole matrix.
         layers: in flat order.
         eigenvalues: the largest, in descending order; None if a block has no closed form that is cheap enough.
@@ -79,6 +80,7 @@ class Summary:
     size: int
     dtype: str
     metadata: dict[str, str]
+    checksums: bool
     trace: float
     layers: tuple[Layer, ...]
     eigenvalues: tuple[float, ...] | None
@@ -122,8 +124,8 @@ def summarize(path: Path) -> Summary:
     total = sum(traces.values())
     return Summary(
         file=str(path), files=len(file.files), bytes=file.nbytes, operator=file.header.root.kind,
-        blocks=len(file.blocks), size=file.space.size, dtype=dtype, metadata=file.metadata, trace=total,
-        layers=_layers(file.space, file.blocks, kinds, traces, total),
+        blocks=len(file.blocks), size=file.space.size, dtype=dtype, metadata=file.metadata,
+        checksums=file.has_checksums, trace=total, layers=_layers(file.space, file.blocks, kinds, traces, total),
         eigenvalues=None if refused else tuple(largest.tolist()), no_eigenvalues=reason,
     )  # fmt: skip
 

@@ -15,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.continual import policies
 from fisherkit.continual.penalty import Term, penalty_of
 from fisherkit.continual.state import pack, unpack
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NoClosedFormError
+from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import FisherOperator, Quadratic, normalize, state_of
 from fisherkit.operators.normalization import check_normalize
+from fisherkit.operators.persistence import renamed
 from fisherkit.operators.quadratic import atoms, join
 from fisherkit.space import Selection
+from fisherkit.wrappers import matching
 
 
 class EWC(nn.Module):
@@ -45,7 +49,7 @@ class EWC(nn.Module):
     copy of an EWC alone is bound to the same model; within a deep copy of what holds both, to the copied model.
 
     Args:
-        model: the model that is trained; not wrapped (DDP, compile), since names must be those of the Fishers.
+        model: the model that is trained; not wrapped (DDP, compile), since it goes by its own names, as Fishers do.
         strength: factor of the penalty; may be set later.
         decay: factor on older terms at each consolidation, from 0 to 1.
         normalize: "trace" divides each Fisher by its mean eigenvalue, "norm" by its root mean square eigenvalue, so
@@ -101,6 +105,7 @@ class EWC(nn.Module):
     def strength(self, value: float) -> None:
         self._strength = policies.number(value, "strength")
 
+    @without_autocast()
     def consolidate(self, fisher: FisherOperator, *, uncovered: str = "refuse", free: Selection = None) -> None:
         """Keep the model's present parameters and this Fisher as what the task just learned needs.
 
@@ -117,6 +122,8 @@ class EWC(nn.Module):
         Cost: one pass over the operator; for dense matrices that are joined a Cholesky factorization.
         """
         parameters = dict(self.model.named_parameters())
+        if isinstance(fisher, FisherOperator):
+            fisher = renamed(fisher, matching(fisher.space.names, parameters))
         policies.check_fisher(fisher, parameters)
         policies.check_weights(fisher, self.model)
         policies.check_uncovered(self.model, fisher, uncovered, free)
@@ -182,12 +189,13 @@ class EWC(nn.Module):
 
         Strength, decay and policies are the constructor's, as in every module.
         """
-        return {
+        state = {
             "version": 1,
             "normalize": self.normalize,
             "consolidations": self.consolidations,
             "terms": [pack(term) for term in self._terms],
         }
+        return with_checksum(state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in every module; see `set_extra_state`.
@@ -210,11 +218,13 @@ class EWC(nn.Module):
         """What ``load_state_dict()`` does; neither data nor Fishers are needed.
 
         Raises:
-            InvalidArgumentError: not such a state, of a later version, or of an EWC with another ``normalize``.
+            InvalidArgumentError: not such a state, damaged since, of a later version, or of an EWC with another
+                ``normalize``. States from before there were checksums are not compared.
             ModelError: the model does not have the parameters that were consolidated.
         """
         call = "EWC.load_state_dict"
         device = next(self.model.parameters()).device
+        check_checksum(state, call)
         try:
             version, how, consolidations = state["version"], state["normalize"], int(state["consolidations"])
             terms = tuple(unpack(term, device) for term in state["terms"]) if version == 1 else ()

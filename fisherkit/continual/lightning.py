@@ -10,12 +10,16 @@ from typing import Any
 import torch
 
 from fisherkit.continual.ewc import EWC
-from fisherkit.errors import InvalidTypeError
+from fisherkit.errors import InvalidTypeError, MissingPackageError
+from fisherkit.extras import missing
 
 try:
     from lightning.pytorch import Callback
 except ImportError:
-    from pytorch_lightning import Callback
+    try:
+        from pytorch_lightning import Callback
+    except ImportError as error:
+        raise MissingPackageError(**missing(__name__, "lightning", "lightning", error)) from error
 
 
 class EWCCallback(Callback):  # type: ignore[misc]  # Any where Lightning is not installed

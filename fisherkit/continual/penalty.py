@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import NoClosedFormError
 from fisherkit.operators import Quadratic
 
@@ -94,7 +95,7 @@ class _Penalty(torch.autograd.Function):
         if not terms:
             return torch.zeros((), dtype=dtype, device=device)
         # Products in half precision, as autocast would have them, are no Fisher products.
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast():
             total, gradients = evaluate(terms, dict(zip(names, values, strict=True)))
         wanted = ctx.needs_input_grad[3:]
         ctx.present = [needed and name in gradients for name, needed in zip(names, wanted, strict=True)]

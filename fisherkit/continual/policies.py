@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError, listed
+from fisherkit.arithmetic import all_finite
+from fisherkit.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    ModelError,
+    NonFiniteError,
+    UnknownParameterError,
+    listed,
+)
 from fisherkit.model_state import measured_at
 from fisherkit.operators import FisherOperator
 from fisherkit.space import ParameterSpace, Selection
@@ -115,7 +123,8 @@ def check_weights(fisher: FisherOperator, model: nn.Module) -> None:
         ModelError: it was measured at others.
     """
     # A model of another dtype, which a Fisher of a wider copy may serve, cannot be compared.
-    comparable = all(parameter.dtype == fisher.dtype for parameter in model.parameters())
+    dtype = fisher.metadata.get("covered_hash", str(fisher.dtype).removeprefix("torch.")).partition(":")[0]
+    comparable = all(str(parameter.dtype) == f"torch.{dtype}" for parameter in model.parameters())
     if comparable and measured_at(model, fisher.metadata) is False:
         raise ModelError(
             call=CALL, got="a Fisher that was measured at other parameters or buffers than the model has now",
@@ -133,6 +142,7 @@ def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, fr
         InvalidArgumentError: some are not; or ``free`` names what the Fisher covers; or another ``uncovered``.
         UnknownParameterError: ``free`` names what the model does not have.
         InvalidTypeError: ``free`` is neither names nor a predicate.
+        NonFiniteError: NaN or infinity on the Fisher's diagonal.
     """
     choice(uncovered, "uncovered", ("refuse", "free"), CALL)
     space, allowed = fisher.space, set(_chosen(model, free))
@@ -154,6 +164,11 @@ def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, fr
             try_='free=[names] or free=lambda name, parameter: ... for other tasks\' heads, uncovered="free" for all',
         )  # fmt: skip
     diagonal = fisher.diagonal()
+    if not all_finite(diagonal):
+        raise NonFiniteError(
+            call=CALL, got="a Fisher with NaN or infinite entries on its diagonal", expected="finite numbers",
+            why="the penalty would be NaN", try_="building the Fisher again, on data that are finite",
+        )  # fmt: skip
     some = torch.stack([diagonal[place].any() for place in space.slices.values()]).tolist()
     unused = [name for name, used in zip(space.names, some, strict=True) if not used]
     if 0 < len(unused) < len(some):  # a Fisher that is 0 altogether is a matter of normalization

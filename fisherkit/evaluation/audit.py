@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arguments import check_count
+from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import (
     FisherkitError,
     InvalidArgumentError,
@@ -84,6 +85,7 @@ class Audit:
         return "\n".join(lines)
 
 
+@without_autocast()
 def audit(
     other: FisherOperator | Tensor | Mapping[str, Tensor],
     exact: FisherOperator,

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisherkit.arguments import is_integer
+from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.evaluation.comparison import CALL, SGD, Comparison
@@ -21,9 +22,11 @@ from fisherkit.evaluation.table import QualityTable
 from fisherkit.fisher import STRUCTURES
 from fisherkit.kind_specs import KindSpec
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_inputs import ModelInputs
 from fisherkit.space import Selection
 
 
+@without_autocast()
 def compare(
     model: nn.Module,
     batch: Any,
@@ -31,7 +34,7 @@ def compare(
     kinds: Sequence[str] = ("sgd", "ef", "ief", "sf", "exact"),
     structures: Sequence[str] = ("full",),
     gram_dampings: Sequence[float] = (1e-7, 1e-5, 1e-3, 1e-1),
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | nn.Module = "categorical",
     params: Selection = None,
     example: str = "sequence",
     shift_labels: bool | None = None,
@@ -60,7 +63,8 @@ def compare(
             "sf:4" (draws), "truncated:3" (rank; 2 if none), "truncated:0.01" (tolerance: written with a point).
         structures: of "full", "block", "diagonal", "kfac" and "ekfac".
         gram_dampings: λ > 0, each for every kind and structure but "sgd".
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+        likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
+            "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         params: which parameters.
         example: "sequence" or "token".
         shift_labels: labels belong to the outputs one position before them; None: as the model says of itself.
@@ -106,7 +110,8 @@ def compare(
         )  # fmt: skip
     start = time.perf_counter()
     options = {"likelihood": likelihood, "params": params, "example": example, "shift_labels": shift_labels}
-    comparison = Comparison(model, Batch.of(batch, "batch"), specs, seed, options, updates=len(specs) * len(dampings))
+    own = Batch.of(batch, "batch", model_inputs=ModelInputs.of(model))
+    comparison = Comparison(model, own, specs, seed, options, updates=len(specs) * len(dampings))
     comparison.drop_duplicates(drop_duplicates)
     found = [comparison.update(spec, structure, dampings) for structure in structures for spec in specs]
     return comparison.judge(found, start, sgd=SGD in kinds)

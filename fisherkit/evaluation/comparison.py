@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
+from fisherkit.arithmetic import at_least_single
 from fisherkit.data import Batch, model_device
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.evaluation.quality import approximation_quality
@@ -28,6 +29,7 @@ from fisherkit.operators import FisherOperator
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.record import refuse_train_mode
+from fisherkit.rows.whole import kept_whole
 from fisherkit.space import ParameterSpace
 
 CALL = "compare"
@@ -68,7 +70,8 @@ class Comparison:
     ) -> None:  # fmt: skip
         self.model, self.batch, self.seed, self.options = model, batch, seed, options
         space = ParameterSpace.of(model, options["params"])
-        self.device, self.dtype = model_device(model, space.names)
+        self.device, dtype = model_device(model, space.names)
+        self.dtype = at_least_single(dtype)
         few = _outputs(model, batch.to(self.device), options["likelihood"]) <= max(FEW_OUTPUTS, updates)
         self.stack = stack(model, batch.raw, specs, exact=few, seed=seed, **options)
         self.exact: FisherOperator = (
@@ -221,6 +224,6 @@ def _outputs(model: nn.Module, batch: Batch, likelihood: Any) -> int:
     """Outputs of one example, by a forward pass of one or two."""
     refuse_train_mode(model)
     two = batch.take(slice(0, 2))
-    with untouched_rng([next(model.parameters()).device]), torch.no_grad():
+    with untouched_rng([next(model.parameters()).device]), kept_whole(model), torch.no_grad():
         raw = two.call(model)
     return likelihoods.resolve(likelihood).prepare(raw, None, "batch")[0][0].numel()

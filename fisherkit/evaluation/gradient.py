@@ -10,22 +10,27 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.data import Batch, Data, Source, check_finite, is_causal, model_device
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError
+from fisherkit.arithmetic import all_finite, without_autocast
+from fisherkit.data import Batch, Data, Source, check_finite, model_device
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_inputs import is_causal
 from fisherkit.randomness import untouched_rng
-from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.differentiable import differentiable, pulled_back
+from fisherkit.rows.generic import dense_gradient
+from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.space import ParameterSpace, Selection
 
 CALL = "loss_gradient"
 
 
+@without_autocast()
 def loss_gradient(
     model: nn.Module,
     data: Data,
     *,
-    likelihood: str | Likelihood = "categorical",
+    likelihood: str | Likelihood | nn.Module = "categorical",
     params: Selection = None,
     example: str = "sequence",
     normalization: str = "mean",
@@ -39,7 +44,8 @@ def loss_gradient(
     Args:
         model: as for `fisherkit.FisherApproximation`, like all that follow.
         data: one batch or a re-iterable of batches, with targets.
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`.
+        likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
+            "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         params: which parameters.
         example: "sequence" or "token": what N counts.
         normalization: "mean" for 1/N, "sum" for no factor.
@@ -52,6 +58,7 @@ def loss_gradient(
         InvalidTypeError: an argument of the wrong type.
         InvalidArgumentError: an argument that is none of the allowed ones.
         DataError: no example, no targets, or targets that do not fit.
+        NonFiniteError: NaN or infinity in a batch's outputs or gradient.
         ModelError: dropout or batch statistics in train mode, or outputs that do not depend on the parameters.
 
     Cost: one forward and one backward pass over the data.
@@ -70,12 +77,21 @@ def loss_gradient(
     refuse_train_mode(model)
     shift = is_causal(model) if shift_labels is None else shift_labels
     own = dict(model.named_parameters())
-    parameters = [own[name] for name in space.names]
+    parameters = {name: own[name] for name in space.names}
     total = torch.zeros(space.size, dtype=torch.float64, device=device)
     examples = 0
-    for number, raw in enumerate(Source(data)):
+    for number, raw in enumerate(Source(data, model).once()):
         batch = raw.to(device)
-        gradient, mask = _batch_gradient(model, batch, resolved, parameters, shift, f"data, batch {number}")
+        call = f"data, batch {number}"
+        gradient, mask = _batch_gradient(model, batch, resolved, parameters, shift, call)
+        if not all_finite(gradient):
+            parts = space.unflatten(gradient)
+            bad = listed(repr(name) for name, part in parts.items() if not all_finite(part))
+            raise NonFiniteError(
+                call=call, got=f"gradients with NaN or infinite entries of {bad}", expected="finite gradients",
+                why="outputs that are finite may hide infinite activations",
+                try_="torch.isfinite of this batch's inputs",
+            )  # fmt: skip
         total += gradient
         examples += int((mask if example == "token" else mask.any(1)).sum())
     if examples == 0:
@@ -84,13 +100,12 @@ def loss_gradient(
 
 
 def _batch_gradient(
-    model: nn.Module, batch: Batch, likelihood: Likelihood, parameters: list[nn.Parameter], shift: bool, call: str
+    model: nn.Module, batch: Batch, likelihood: Likelihood, chosen: dict[str, nn.Parameter], shift: bool, call: str
 ) -> tuple[Float[Tensor, " D"], Tensor]:
     """Σ_n ∂ℓ_n/∂θ of one batch in float64, and which positions count."""
-    if shift:
-        batch = batch.shifted(likelihood.ignore_index)
+    names, parameters = list(chosen), list(chosen.values())
     # Only the model's own code runs in here: outside, flags and random generators are the caller's.
-    with untouched_rng([parameters[0].device]), differentiable(parameters):
+    with untouched_rng([parameters[0].device]), differentiable(model, parameters):
         raw = batch.call(model)
         if not raw.requires_grad:
             raise ModelError(
@@ -99,15 +114,20 @@ def _batch_gradient(
                 expected="a forward pass that autograd can follow",
                 try_="a forward without torch.no_grad, detach or NumPy",
             )
+        batch = batch.aligned(model, raw, shift=shift, ignore_index=likelihood.ignore_index)
         known = raw.detach()
         check_finite(known, call)
         known = known if known.dtype in {torch.float32, torch.float64} else known.float()
+        likelihood.check_reading(known, batch.targets, batch.leaves()[0], call)
         z, target, mask = likelihood.prepare(known, batch.targets, call)
         if target is None:
             raise DataError(
                 call=call, got="no targets", expected="targets", why="the loss is that of the observed labels"
             )
         v = torch.where(mask.unsqueeze(-1), likelihood.gradient(z, target), torch.zeros_like(z))
-        found = torch.autograd.grad(raw, parameters, v.reshape(raw.shape).to(raw.dtype), allow_unused=True)
-    flat = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+        found = pulled_back(raw, parameters, likelihood.as_outputs(v, raw.shape))
+        unused = {names[i]: parameters[i] for i, g in enumerate(found) if g is None}
+        if unused:
+            refuse_hidden(model, unused, batch, raw)
+    flat = [dense_gradient(p, g) for p, g in zip(parameters, found, strict=True)]
     return torch.cat([g.detach().reshape(-1).double() for g in flat]), mask

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fisherkit.errors import InvalidArgumentError
+from fisherkit.errors import InvalidArgumentError, MissingPackageError
 from fisherkit.evaluation.table import Key, QualityTable, average
+from fisherkit.extras import missing
 from fisherkit.io import as_path, check_folder, part_of
 
 if TYPE_CHECKING:
@@ -97,7 +98,15 @@ def _line(axes: Axes, number: int, kind: str, points: Mapping[Any, tuple[float, 
 
 
 def _figure(panels: int) -> Figure:
-    from matplotlib.figure import Figure
+    """An empty one.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError(**missing(__name__, "matplotlib", "demo", error)) from error
 
     figure = Figure(figsize=(1.6 + 4.2 * panels, 4.2), layout="constrained", dpi=150)
     figure.subplots(1, panels, sharey=True, squeeze=False)

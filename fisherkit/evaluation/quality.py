@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators import Damping, FisherOperator
 
@@ -20,6 +21,7 @@ Direction = Tensor | Mapping[str, Tensor]
 """A vector over the parameters, in either form; update and gradient need not have the same."""
 
 
+@without_autocast()
 def approximation_quality(
     update: Direction, exact_fisher: FisherOperator, gradient: Direction
 ) -> Float[Tensor, ""] | Float[Tensor, " K"]:
@@ -63,6 +65,7 @@ def approximation_quality(
     return exact_fisher.quadratic_form(flat).clamp_min(0).sqrt() / inner
 
 
+@without_autocast()
 def quality_floor(exact_fisher: FisherOperator, gradient: Direction, damping: Damping = 1e-3) -> Float[Tensor, ""]:
     """1/√(∇Lᵀ(F + λI)⁻¹∇L), the least γ that any update has where F + λI takes F's place.
 
@@ -111,5 +114,5 @@ def _gradient(gradient: Direction, fisher: FisherOperator, call: str) -> Float[T
 def _flat(vector: Direction, fisher: FisherOperator, call: str) -> Float[Tensor, " D"] | Float[Tensor, "D K"]:
     """The vector as one tensor, once it is known to fit the operator."""
     flat = fisher.space.flatten(vector) if isinstance(vector, Mapping) else vector
-    fisher.space.to_columns(flat, call, dtype=fisher.dtype, device=fisher.device)
-    return flat
+    columns, _ = fisher.space.to_columns(flat, call, dtype=fisher.dtype, device=fisher.device)
+    return columns.reshape(flat.shape)

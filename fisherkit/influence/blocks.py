@@ -162,14 +162,18 @@ class LimitedSource(Source):
     """
 
     def __init__(self, source: Source, limit: int) -> None:
-        super().__init__(source.batches)
+        super().__init__(source.batches, source.model)
         self.source, self.limit = source, limit
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over all batches."""
-        for batch in self.source:
+        return (batch for _, batch in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Batch]]:
+        """The same with the number of the batch that each is cut from."""
+        for number, batch in self.source.numbered():
             for start in range(0, batch.size, self.limit):
-                yield batch.take(slice(start, min(start + self.limit, batch.size)))
+                yield number, batch.take(slice(start, min(start + self.limit, batch.size)))
 
     def steps(self) -> None:
         """Not known."""

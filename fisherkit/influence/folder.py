@@ -80,13 +80,14 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
     entries: list[dict[str, Any]] = []
     spoilt: list[int] = []
 
-    def made(number: int, batch: Batch) -> dict[str, Any]:
-        one = LiveBlocks(replace(problem, source=_OneBatch(batch), progress=False), limit)
+    def made(number: int, place: int, batch: Batch) -> dict[str, Any]:
+        one = LiveBlocks(replace(problem, source=_OneBatch(batch, place), progress=False), limit)
         return _entry(number, batch, write_block(path / _name(number), joined(list(one)), batch))
 
-    for number, batch in enumerate(tqdm(source, desc="rows", disable=not problem.progress, leave=False)):
+    bar = tqdm(source.numbered(), desc="rows", disable=not problem.progress, leave=False)
+    for number, (place, batch) in enumerate(bar):
         if not (path / _name(number)).exists():
-            entries.append(made(number, batch))
+            entries.append(made(number, place, batch))
             continue
         try:
             stored = read_block(path / _name(number), device)
@@ -97,23 +98,26 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
             continue
         _refuse_other(path, stored.header, batch, start=sum(entry["examples"] for entry in entries))
         entries.append(_entry(number, batch, stored.checksum))
-    for number, batch in enumerate(source if spoilt else ()):
+    for number, (place, batch) in enumerate(source.numbered() if spoilt else ()):
         if number in spoilt:
-            entries[number] = made(number, batch)
+            entries[number] = made(number, place, batch)
     manifest["blocks"] = entries
-    io.replace_text(path / MANIFEST, json.dumps(manifest, indent=1))
+    _write(path / MANIFEST, manifest)
     return FolderBlocks(path, space, device, manifest)
 
 
 class _OneBatch(Source):
-    """A batch as data."""
+    """A batch as data, and its number among all."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, number: int) -> None:
         super().__init__([])
-        self.batch = batch
+        self.batch, self.number = batch, number
 
     def __iter__(self) -> Iterator[Batch]:
         yield self.batch
+
+    def numbered(self) -> Iterator[tuple[int, Batch]]:
+        yield self.number, self.batch
 
 
 def _folder(folder: str | Path) -> Path:
@@ -133,13 +137,16 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
                 call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
             )
         begun = {"format": FORMAT, "version": VERSION, "limit": limit, "settings": settings, "blocks": []}
-        io.replace_text(file, json.dumps(begun, indent=1))
+        _write(file, begun)
         return begun
     try:
-        manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+        manifest: dict[str, Any] = dict(io.parse(file.read_text(encoding="utf-8")))
+        # Those from before there were checksums have none.
+        if io.CHECKSUM in manifest and manifest[io.CHECKSUM] != io.seal(manifest):
+            raise ValueError("it is not what was written, by its checksum")
         known, version = dict(manifest["settings"]), int(manifest["version"])
         int(manifest["limit"])
-    except (LookupError, ValueError, TypeError) as error:
+    except (OSError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise FileFormatError(
             call=CALL, got=f"a manifest that cannot be read ({error}) in {path}", expected="that of prepared rows",
             try_="another folder, or delete this one: its rows are then made again",
@@ -155,6 +162,10 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
     if changed:
         raise InvalidArgumentError(**_other(path, f"rows with another {', '.join(changed)}"))
     return manifest
+
+
+def _write(file: Path, manifest: dict[str, Any]) -> None:
+    io.replace_text(file, json.dumps({**manifest, io.CHECKSUM: io.seal(manifest)}, indent=1))
 
 
 def _refuse_other(path: Path, header: Mapping[str, Any], batch: Batch, start: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, NonFiniteError
-from fisherkit.likelihoods import Bernoulli, Categorical
+from fisherkit.likelihoods import Bernoulli, Categorical, GaussianNLL
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.vectors import EmpiricalVectors
 
@@ -32,11 +32,13 @@ class MarginVectors(OutputRule):
         Raises:
             DataError: a likelihood without labels.
         """
-        if outputs.target is None or not isinstance(outputs.likelihood, (Categorical, Bernoulli)):
+        known = isinstance(outputs.likelihood, (Categorical, Bernoulli)) and outputs.target is not None
+        soft = isinstance(outputs.likelihood, Categorical) and known and outputs.observed.is_floating_point()
+        if outputs.target is None or not known or soft:
             raise DataError(
                 call='measurement="margin"',
-                got=f"a {outputs.likelihood.name} likelihood",
-                expected="a categorical or bernoulli one",
+                got=f"a {outputs.likelihood.name} likelihood{' with class probabilities' if soft else ''}",
+                expected="a categorical or bernoulli one, with labels",
                 why="a margin is the log odds of the observed label",
                 try_='measurement="loss", or a function of outputs and targets',
             )
@@ -52,13 +54,13 @@ class FunctionVectors(OutputRule):
 
     Args:
         function: outputs and targets, as the model and the data have them, to ``[B]``.
-        axes: how many axes the model's outputs have.
+        shape: of the model's outputs for some examples.
     """
 
     kind_name = "function"
 
-    def __init__(self, function: Callable[[Tensor, Tensor | None], Tensor], axes: int) -> None:
-        self.function, self.axes = function, axes
+    def __init__(self, function: Callable[[Tensor, Tensor | None], Tensor], shape: torch.Size) -> None:
+        self.function, self.shape = function, shape
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """By automatic differentiation in the outputs.
@@ -68,11 +70,10 @@ class FunctionVectors(OutputRule):
             InvalidArgumentError: one of another shape than ``[B]``, or one that does not depend on the outputs.
             NonFiniteError: gradients with NaN or infinite entries.
         """
-        call, target = "measurement(outputs, targets)", outputs.target
+        call = "measurement(outputs, targets)"
         with torch.enable_grad():
             z = outputs.z.detach().requires_grad_()
-            shaped = z if self.axes == 3 else z.squeeze(1)
-            values = self.function(shaped if self.axes > 1 else shaped.squeeze(-1), self._as_given(target))
+            values = self.function(self._as_given(z, outputs), self._target(outputs))
             if not isinstance(values, Tensor):
                 raise InvalidTypeError(call=call, got=f"a {type(values).__name__}", expected="a tensor")
             if values.shape != z.shape[:1]:
@@ -88,11 +89,29 @@ class FunctionVectors(OutputRule):
             raise NonFiniteError(call=call, got="gradients with NaN or infinite entries", expected="finite ones")
         return OutputVectors(v.unsqueeze(1))
 
-    def _as_given(self, target: Tensor | None) -> Tensor | None:
+    def _as_given(self, x: Tensor, outputs: Outputs) -> Tensor:
+        """Numbers of the outputs' shape in the model's form."""
+        n, positions, c = x.shape
+        if len(self.shape) != 3:
+            return outputs.likelihood.as_outputs(x, torch.Size((n, *self.shape[1:])))
+        last = outputs.likelihood.class_axis in (-1, 2)  # the number of positions may change with the batch
+        return outputs.likelihood.as_outputs(x, torch.Size((n, positions, c) if last else (n, c, positions)))
+
+    def _target(self, outputs: Outputs) -> Tensor | None:
         """Targets without the axes that were added to them."""
-        if target is None or self.axes == 3:
+        target, axes = outputs.target, len(self.shape)
+        if target is None:
+            return None
+        if target.shape == outputs.z.shape:
+            return self._as_given(target, outputs)
+        if isinstance(outputs.likelihood, GaussianNLL):
+            return torch.stack([self._as_given(part, outputs) for part in target.chunk(2, -1)], -1)
+        if axes > 3 and target.ndim == 2:
+            axis = outputs.likelihood.class_axis % axes
+            return target.reshape(len(target), *(size for i, size in enumerate(self.shape) if i not in (0, axis)))
+        if axes >= 3:
             return target
-        return target.squeeze(1) if self.axes == 2 else target.reshape(target.shape[0])
+        return target.squeeze(1) if axes == 2 else target.reshape(target.shape[0])
 
 
 class UnlabelledFunctionVectors(FunctionVectors):
@@ -101,12 +120,12 @@ class UnlabelledFunctionVectors(FunctionVectors):
     needs_targets: ClassVar[bool] = False
 
 
-def query_rule(measurement: Measurement, axes: int, *, labelled: bool) -> OutputRule:
+def query_rule(measurement: Measurement, shape: torch.Size, *, labelled: bool) -> OutputRule:
     """The output vectors of a measurement.
 
     Args:
         measurement: "loss", "margin" or a function.
-        axes: how many axes the model's outputs have.
+        shape: of the model's outputs for some examples.
         labelled: whether the queries have targets.
 
     Raises:
@@ -136,4 +155,4 @@ def query_rule(measurement: Measurement, axes: int, *, labelled: bool) -> Output
         raise InvalidTypeError(
             call="measurement", got=f"a {type(measurement).__name__}", expected="a name or a function"
         )
-    return (FunctionVectors if labelled else UnlabelledFunctionVectors)(measurement, axes)
+    return (FunctionVectors if labelled else UnlabelledFunctionVectors)(measurement, shape)

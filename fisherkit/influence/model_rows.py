@@ -13,20 +13,25 @@ from torch import nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_count, check_positive
-from fisherkit.data import Data, Source, is_causal, model_device, refuse_shuffling
+from fisherkit.arithmetic import at_least_single
+from fisherkit.data import Data, Source, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, UnknownParameterError
+from fisherkit.fisher import FisherApproximation
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
 from fisherkit.influence.measurements import Measurement, query_rule
 from fisherkit.likelihoods import Likelihood
 from fisherkit.memory import available_memory
+from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import measured_at, parameters_hash
 from fisherkit.operators import FisherOperator
+from fisherkit.operators.persistence import renamed
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.thinned import ThinnedSource, thinned
-from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
+from fisherkit.wrappers import matching, unwrapped
 
 CALL = "InfluenceScores"
 
@@ -49,7 +54,7 @@ class ModelRows:
         fisher: FisherOperator,
         model: nn.Module,
         *,
-        likelihood: str | Likelihood | None,
+        likelihood: str | Likelihood | nn.Module | None,
         chunk_size: int | None,
         memory_budget: int | None,
         progress: bool,
@@ -63,8 +68,10 @@ class ModelRows:
             raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
             check_positive(CALL, name, value)
+        model = unwrapped(model)
+        fisher = renamed(fisher, matching(fisher.space.names, dict(model.named_parameters())))
         _check_space(fisher, model)
-        self.model, self.space = model, fisher.space
+        self.fisher, self.model, self.space = fisher, model, fisher.space
         self._weights = parameters_hash(model)
         self.dtype, self.device = fisher.dtype, fisher.device
         self.metadata = fisher.metadata
@@ -112,9 +119,8 @@ class ModelRows:
     def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
         """Rows of a measurement."""
         source = self._source(data)
-        first = source.first()
-        plan = plan_for(self.model, self.space, first.to(self.device))
-        rule = query_rule(measurement, plan.probed.ndim, labelled=first.targets is not None)
+        plan = plan_of(self.model, self.space, source)
+        rule = query_rule(measurement, plan.probed.shape, labelled=source.first().targets is not None)
         return self._blocks(source, rule, token=False)
 
     def _source(self, data: Data) -> Source:
@@ -122,7 +128,7 @@ class ModelRows:
 
         Raises:
             ModelError: its weights have changed since.
-            DataError: a loader that shuffles.
+            DataError: a loader that shuffles, or whose order is not known.
         """
         if parameters_hash(self.model) != self._weights:
             raise ModelError(
@@ -130,8 +136,9 @@ class ModelRows:
                 expected="the same values", why="∇ℓ and F must be taken at one point",
                 try_="a Fisher and an InfluenceScores of the model as it is",
             )  # fmt: skip
-        refuse_shuffling(data, CALL)
-        return Source(data)
+        source = Source(data, self.model)
+        source.keep_order(CALL)
+        return source
 
     def settings(self, *, token: bool) -> dict[str, Any]:
         """What rows of the loss depend on beside the data, as JSON has it."""
@@ -140,7 +147,7 @@ class ModelRows:
             "parameters_hash": parameters_hash(self.model),
             "space": shapes,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "likelihood": self.likelihood.name,
+            "likelihood": self.likelihood.recorded,
             "shift_labels": self.shift_labels,
             "token": token,
         }
@@ -177,16 +184,17 @@ class ModelRows:
             return next(iter(blocks)).rows
         _, rows = blocks.problem.probe_rows()
         probed = blocks.problem.plan.probed
-        return rows(torch.zeros(1, 2, *probed.shape[1:], dtype=probed.dtype, device=probed.device))
+        return rows(torch.zeros(1, *probed.shape, dtype=probed.dtype, device=probed.device))
 
     def room(self, numbers: int) -> int:
         """How many queries with so many numbers each fit a quarter of the budget; at least one."""
-        return max(1, self.budget // 4 // (numbers * torch.finfo(self.dtype).bits // 8))
+        return max(1, self.budget // 4 // max(1, numbers * torch.finfo(self.dtype).bits // 8))
 
     def _blocks(self, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
-        plan = plan_for(self.model, self.space, source.first().to(self.device))
+        plan = plan_of(self.model, self.space, source)
         problem = Problem(
-            plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress
+            plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress,
+            budget=self.budget,
         )  # fmt: skip
         problem.measure()
         # Products may write a block's rows out. Kept, they have as few numbers as can be.
@@ -196,10 +204,12 @@ class ModelRows:
         return LiveBlocks(problem, max(1, min(MOST, most)))
 
 
-def _likelihood(likelihood: str | Likelihood | None, fisher: FisherOperator) -> Likelihood:
+def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherOperator) -> Likelihood:
     if likelihood is not None:
         return likelihoods.resolve(likelihood)
     known = fisher.metadata.get("likelihood")
+    if isinstance(fisher, FisherApproximation) and known == fisher.likelihood.recorded:
+        return fisher.likelihood
     try:
         return likelihoods.resolve("" if known is None else known)
     except InvalidArgumentError as error:
@@ -207,7 +217,9 @@ def _likelihood(likelihood: str | Likelihood | None, fisher: FisherOperator) -> 
             call=CALL,
             got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
             expected="likelihood=, the one of the loss",
-            why="the Fisher does not say which it is" if known is None else "a likelihood of one's own has only a name",
+            why="the Fisher does not say which it is"
+            if known is None
+            else "files name a likelihood and do not hold it",
         ) from error
 
 
@@ -233,8 +245,9 @@ def _check_space(fisher: FisherOperator, model: nn.Module) -> None:
             try_="the model that the Fisher was built with",
         )
     device, dtype = model_device(model, fisher.space.names)
-    if dtype != fisher.dtype:
-        raise InvalidTypeError(call=CALL, got=f"a Fisher of {fisher.dtype}", expected=f"{dtype}, the model's")
+    if at_least_single(dtype) != fisher.dtype:
+        expected = f"{at_least_single(dtype)}, that of Fishers of this model"
+        raise InvalidTypeError(call=CALL, got=f"a Fisher of {fisher.dtype}", expected=expected)
     if device != fisher.device:
         raise InvalidArgumentError(
             call=CALL,

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fisherkit.arguments import check_count
+from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Data
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.influence.approximations import ApproximateScores, Approximation, compressed_groups
 from fisherkit.influence.assembly import check_group_count, check_options, grouped, side_by_side, stacked
 from fisherkit.influence.blocks import KeptBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
@@ -65,12 +66,13 @@ class InfluenceScores:
     Cost: one factorization of F + λI, kept.
     """
 
+    @without_autocast()
     def __init__(
         self,
         fisher: FisherOperator,
         model: nn.Module,
         *,
-        likelihood: str | Likelihood | None = None,
+        likelihood: str | Likelihood | nn.Module | None = None,
         damping: Damping | None = None,
         examples: int | None = None,
         chunk_size: int | None = None,
@@ -82,12 +84,14 @@ class InfluenceScores:
             fisher, model, likelihood=likelihood, chunk_size=chunk_size, memory_budget=memory_budget,
             progress=progress, shift_labels=shift_labels,
         )  # fmt: skip
+        fisher = self._model_rows.fisher  # by the model's own names
         self.examples = self._model_rows.examples(examples)
         # Under "sum" F has no 1/N: the inverse brings it.
         self._scale = 1.0 if fisher.metadata.get("normalization") == "sum" else 1.0 / self.examples
         self._inverse = fisher.factorize(usual_damping(fisher) if damping is None else damping)
         self.damping = self._inverse.damping
 
+    @without_autocast()
     def prepare(
         self, train: Data, *, folder: str | Path | None = None, by: Literal["token"] | None = None
     ) -> RowBlocks:
@@ -141,6 +145,7 @@ class InfluenceScores:
         groups: Tensor | None = ...,
         normalize: str | None = ...,
     ) -> dict[str, Tensor]: ...
+    @without_autocast()
     def scores(
         self,
         queries: Data,
@@ -175,6 +180,7 @@ class InfluenceScores:
             InvalidArgumentError: an option that is none of the allowed ones, or two that do not go together.
             InvalidTypeError: groups that are not integers.
             DataError: no example, no targets, or targets that do not fit.
+            NonFiniteError: NaN or infinity in the rows of a batch, which is named, or in scores.
             ModelError: as for a Fisher.
 
         Cost: the rows of both sides, one solve for each query, N·Q products of rows; or, where it takes fewer
@@ -194,9 +200,10 @@ class InfluenceScores:
             for name, parts in found.items():
                 total = side_by_side(parts)
                 whole.setdefault(name, []).append(total if groups is None else grouped(total, groups))
-        result = {name: stacked(parts) for name, parts in whole.items()}
+        result = {name: _finite(stacked(parts), "scores") for name, parts in whole.items()}
         return result if by == "module" else result[""]
 
+    @without_autocast()
     def top(
         self,
         queries: Data,
@@ -239,8 +246,12 @@ class InfluenceScores:
                     call=call, got=f"{helpful.seen} training examples", expected=f"at least k = {k}"
                 )
             tops.append((*helpful.result(), *harmful.result()))
-        return TopScores(*(torch.cat(parts) for parts in zip(*tops, strict=True)))
+        scores = TopScores(*(torch.cat(parts) for parts in zip(*tops, strict=True)))
+        _finite(scores.helpful, call)  # NaN comes first among the largest
+        _finite(scores.harmful, call)
+        return scores
 
+    @without_autocast()
     def approximate_scores(
         self,
         queries: Data,
@@ -291,8 +302,9 @@ class InfluenceScores:
                 scores[own, start : start + other.size], start = self._scale * found, start + other.size
             errors[own], first = group.error, own.stop
             del group  # its memory is the next one's
-        return ApproximateScores(scores, errors, sample.count)
+        return ApproximateScores(_finite(scores, call), errors, sample.count)
 
+    @without_autocast()
     def self_influence(self, train: Data | RowBlocks) -> Float[Tensor, "N"]:
         """(1/N) ∇ℓ_nᵀ(F + λI)⁻¹∇ℓ_n of each example: how much its own loss rises without it.
 
@@ -306,8 +318,9 @@ class InfluenceScores:
         for the full structure their inner products with the Fisher's rows, else one solve an example.
         """
         blocks = self._training(train, token=False)
-        return torch.cat([self._scale * self._squares(block) for block in blocks])
+        return _finite(torch.cat([self._scale * self._squares(block) for block in blocks]), "self_influence")
 
+    @without_autocast()
     def leverages(self, data: Data) -> Float[Tensor, "N"]:
         """(1/N) tr(S_nᵀJ_n(F + λI)⁻¹J_nᵀS_n), S_nS_nᵀ the loss's Hessian in z: how far an example fits itself.
 
@@ -323,7 +336,7 @@ class InfluenceScores:
         Cost: the rows of an exact Fisher, as many for each example as it has free outputs.
         """
         blocks = self._model_rows.live(data, ExactVectors(), token=False)
-        return torch.cat([self._scale * self._squares(block) for block in blocks])
+        return _finite(torch.cat([self._scale * self._squares(block) for block in blocks]), "leverages")
 
     # -- shared --------------------------------------------------------------------------------------------------------
 
@@ -393,3 +406,15 @@ class InfluenceScores:
     def _squares(self, block: RowBlock) -> Float[Tensor, "B"]:
         squares = self._inverse._row_squares(block.rows).clamp_min(0)  # rounding may leave a little less
         return block.by_example(squares).to(self._model_rows.dtype)
+
+
+def _finite(scores: Tensor, call: str) -> Tensor:
+    """The scores, if they are finite: rows of live data are, whatever a Fisher or prepared rows bring."""
+    if not all_finite(scores):
+        raise NonFiniteError(
+            call=call, got="scores with NaN or infinite entries", expected="finite ones",
+            why="rows of live data have been checked, so they come of the Fisher's inverse, of prepared rows, or of "
+            "numbers too large for their dtype",
+            try_="the Fisher's trace(), rows prepared anew, or a larger damping",
+        )  # fmt: skip
+    return scores

@@ -1,17 +1,30 @@
 """Files: safetensors with a JSON description in the header, written whole or not at all.
 
-`atomic` puts a finished file under its name, `state` describes an operator as a tree of named tensors, `shards` writes
-one file or many, `reader` finds tensors again and reads only what is asked for, `fisher_file` is the format itself.
-Nothing here knows what an operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle is
-never used.
+`atomic` puts a finished file under its name, `checksums` tells it from a damaged one, `state` describes an operator as
+a tree of named tensors, `shards` writes one file or many, `reader` finds tensors again and reads only what is asked
+for, `fisher_file` is the format itself. Nothing here knows what an operator means; ``operators.persistence`` turns a
+`State` back into an operator. Pickle is never used.
 """
 
-from fisherkit.io.atomic import as_path, check_folder, part_of, read_tensors, replace_file, replace_text
+from fisherkit.io.atomic import (
+    FORMAT,
+    as_path,
+    check_folder,
+    leftovers,
+    part_folder,
+    part_of,
+    read_tensors,
+    replace_checked_file,
+    replace_file,
+    replace_text,
+)
+from fisherkit.io.checksums import CHECKSUM, parse, seal
 from fisherkit.io.fisher_file import SHARDED_VERSION, VERSION, FisherHeader, read, read_header, write
-from fisherkit.io.reader import FORMAT, Reader
+from fisherkit.io.reader import Reader
 from fisherkit.io.state import Node, Place, State
 
 __all__ = [
+    "CHECKSUM",
     "FORMAT",
     "SHARDED_VERSION",
     "VERSION",
@@ -22,11 +35,16 @@ __all__ = [
     "State",
     "as_path",
     "check_folder",
+    "leftovers",
+    "parse",
+    "part_folder",
     "part_of",
     "read",
     "read_header",
     "read_tensors",
+    "replace_checked_file",
     "replace_file",
     "replace_text",
+    "seal",
     "write",
 ]

@@ -14,9 +14,10 @@ import torch
 
 from fisherkit.arguments import is_integer
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
-from fisherkit.io.atomic import as_path, check_folder, unreadable
-from fisherkit.io.reader import FORMAT, INDEX_SUFFIX, Archive, Reader
-from fisherkit.io.shards import fill, nbytes, pack, write_sharded, write_single
+from fisherkit.io.atomic import FORMAT, UNREADABLE, as_path, check_folder, unreadable
+from fisherkit.io.checksums import CHECKSUMS, TensorChecksum, parse, unsealed
+from fisherkit.io.reader import INDEX_SUFFIX, Archive, Reader
+from fisherkit.io.shards import fill, nbytes, pack, refuse_weights, write_sharded, write_single
 from fisherkit.io.state import Node, State
 from fisherkit.space import ParameterSpace
 
@@ -24,6 +25,8 @@ VERSION = 1
 """Of a single file."""
 SHARDED_VERSION = 2
 """Of an index, whose tensors may be cut; the highest that is read."""
+NO_CHECKSUMS = {CHECKSUMS: "none"}
+"""Recorded with what comes from a file without checksums, and not written again."""
 
 
 def write(
@@ -46,7 +49,7 @@ def write(
     Raises:
         InvalidTypeError: not a path, or a size that is not an integer.
         InvalidArgumentError: the folder does not exist, the name is an index's, the size is not positive or too small,
-            or shards would have to replace something that is not a Fisher file.
+            a model's weights are at the path, or shards would have to replace something that is not a Fisher file.
     """
     call = f"save({str(path)!r})"
     path = as_path(path, "save(path)")
@@ -65,11 +68,12 @@ def write(
         "version": str(SHARDED_VERSION if sharded else VERSION),
         "space": json.dumps({n: list(s) for n, s in zip(space.names, space.shapes, strict=True)}),
         "operator": json.dumps(node.to_json()),
-        "metadata": json.dumps(metadata),
+        "metadata": json.dumps({k: v for k, v in metadata.items() if (k, v) not in NO_CHECKSUMS.items()}),
     }
     if max_shard_size is not None and sharded:
         write_sharded(path, fill(tensors, max_shard_size), header, call)
     else:
+        refuse_weights(path, call)
         write_single(path, tensors, header)
 
 
@@ -82,12 +86,22 @@ class FisherHeader:
         metadata: what was recorded.
         root: the operator, its tensors still in the file.
         archive: where they are.
+        checksums: of the tensors; None if the file has none.
     """
 
     space: ParameterSpace
     metadata: dict[str, str]
     root: Node
     archive: Archive
+    checksums: dict[str, TensorChecksum] | None
+
+    def reader(self, device: torch.device | str) -> Reader:
+        """A reader of its tensors, which compares their checksums.
+
+        Args:
+            device: where tensors go.
+        """
+        return Reader(self.archive, self.checksums, device)
 
 
 def read_header(path: str | Path, call: str) -> FisherHeader:
@@ -104,23 +118,23 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     archive = Archive.open(as_path(path, call), call)
     try:
         version = int(archive.header["version"])
-        if version > SHARDED_VERSION:
+        if not 1 <= version <= SHARDED_VERSION:
             raise FileFormatError(
                 call=call, got=f"format version {version}", expected=f"at most {SHARDED_VERSION}",
                 try_="a newer fisherkit",
             )  # fmt: skip
-        shapes = json.loads(archive.header["space"])
-        space = ParameterSpace(tuple(shapes), tuple(tuple(s) for s in shapes.values()))
-        root = Node.from_json(json.loads(archive.header["operator"]))
-        metadata = dict(json.loads(archive.header["metadata"]))
+        checksums = unsealed(archive.sealed, archive.files)
+        space = _space(parse(archive.header["space"]))
+        root = Node.from_json(parse(archive.header["operator"]))
+        metadata = dict(parse(archive.header["metadata"])) | (NO_CHECKSUMS if checksums is None else {})
+        absent = [key for key in root.all_keys() if key not in archive.files]
     except FileFormatError:
         raise
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
+    except (*UNREADABLE, AttributeError) as error:
         raise FileFormatError(**unreadable(call, error)) from error
-    absent = [key for key in root.all_keys() if key not in archive.files]
     if absent:
         raise FileFormatError(**unreadable(call, f"{archive.path.name} has no tensor {absent[0]!r}"))
-    return FisherHeader(space, metadata, root, archive)
+    return FisherHeader(space, metadata, root, archive, checksums)
 
 
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State, ParameterSpace, dict[str, str]]:
@@ -137,8 +151,15 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State
         FileFormatError: no such file, damaged, not a Fisher file, or a version from the future.
     """
     header = read_header(path, f"load({str(path)!r})")
-    with Reader(header.archive, device) as reader:
+    with header.reader(device) as reader:
         return reader.state(header.root), header.space, header.metadata
+
+
+def _space(shapes: dict[str, list[int]]) -> ParameterSpace:
+    sides = [side for shape in shapes.values() for side in shape]
+    if not all(is_integer(side) and side >= 0 for side in sides):
+        raise ValueError(f"parameters of shapes {list(shapes.values())[:4]}")
+    return ParameterSpace(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()))
 
 
 def _check_size(size: int | None, call: str) -> None:

@@ -1,12 +1,12 @@
 """The tensors of a Fisher file, one file or several, read when they are asked for.
 
 Owns the way from a path to the header and to the file that holds a tensor, and the checks that all files are of one
-save. Knows keys and bytes, not what they describe.
+save and as they were written. Knows keys and bytes, not what they describe.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from fisherkit.errors import FileFormatError
-from fisherkit.io.atomic import unreadable
+from fisherkit.errors import FileFormatError, MissingFileError
+from fisherkit.io.atomic import FORMAT, UNREADABLE, of_tensor, unreadable
+from fisherkit.io.checksums import TensorChecksum, parse
 from fisherkit.io.state import Node, Place, State
 
-FORMAT = "fisherkit"
 SHARD_FORMAT = "fisherkit-shard"
 INDEX_SUFFIX = ".index.json"
 
@@ -48,6 +48,7 @@ class Archive:
     Args:
         path: the file or the index.
         header: the description, string keys and values.
+        sealed: what its checksum is of: all that the file or the index says.
         files: key to file.
         save: what tells this save's files from others': an entry of each shard's header, or a single file's place on
             the disk and time.
@@ -56,6 +57,7 @@ class Archive:
 
     path: Path
     header: dict[str, str]
+    sealed: dict[str, Any]
     files: dict[str, Path]
     save: str | tuple[int, ...]
     call: str
@@ -69,7 +71,8 @@ class Archive:
             call: the public call, for errors.
 
         Raises:
-            FileFormatError: no such file, damaged, or not a Fisher file.
+            MissingFileError: no such file.
+            FileFormatError: damaged, or not a Fisher file.
         """
         if path.name.endswith(INDEX_SUFFIX) and path.is_file():
             return cls._of_index(path, call)
@@ -77,7 +80,7 @@ class Archive:
             return cls._of_file(path, call)
         if index_of(path).is_file():
             return cls._of_index(index_of(path), call)
-        raise FileFormatError(
+        raise MissingFileError(
             call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
         )
 
@@ -87,7 +90,7 @@ class Archive:
             save = _stamp(path)
             with safe_open(path, framework="pt") as file:
                 header, keys = file.metadata() or {}, list(file.keys())
-        except (SafetensorError, OSError) as error:
+        except UNREADABLE as error:
             raise FileFormatError(**unreadable(call, error)) from error
         if header.get("format") == SHARD_FORMAT:
             raise FileFormatError(
@@ -103,13 +106,13 @@ class Archive:
                 expected="one written by fisher.save",
                 try_="check the path",
             )
-        return cls(path, header, dict.fromkeys(keys, path), save, call)
+        return cls(path, header, header, dict.fromkeys(keys, path), save, call)
 
     @classmethod
     def _of_index(cls, path: Path, call: str) -> Archive:
         save = ""
         try:
-            index = json.loads(path.read_text("utf-8"))
+            index = parse(path.read_text("utf-8"))
             header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
             files = {key: path.with_name(name) for key, name in index["weight_map"].items()}
             if header.get("format") == FORMAT:
@@ -121,7 +124,7 @@ class Archive:
             raise FileFormatError(
                 call=call, got="an index of something else", expected="that of a Fisher file", try_="check the path"
             )
-        return cls(path, header, files, save, call)
+        return cls(path, header, {**index["metadata"], "weight_map": index["weight_map"]}, files, save, call)
 
     @property
     def nbytes(self) -> int:
@@ -135,11 +138,14 @@ class Reader:
 
     Args:
         archive: which file holds which tensor.
+        checksums: key to that of its tensor, which is compared when the tensor is read; None if the files have none.
         device: where tensors go.
     """
 
-    def __init__(self, archive: Archive, device: torch.device | str) -> None:
-        self._archive, self._device = archive, device
+    def __init__(
+        self, archive: Archive, checksums: Mapping[str, TensorChecksum] | None, device: torch.device | str
+    ) -> None:
+        self._archive, self._checksums, self._device = archive, checksums, device
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
 
@@ -163,14 +169,15 @@ class Reader:
         """A whole tensor.
 
         Raises:
-            FileFormatError: a file is missing, damaged, of another save, or lacks the tensor; which one is said.
+            MissingFileError: a file is not there; which one is said.
+            FileFormatError: a file is damaged, of another save, or lacks the tensor.
         """
         if not place.rows:
             return self._read(place.keys[0], None)
         return torch.cat([self._read(key, (0, rows), rows) for key, rows in zip(place.keys, place.rows, strict=True)])
 
     def rows(self, place: Place, start: int, stop: int) -> Tensor:
-        """A tensor's entries from start to stop along its first axis; nothing else is read.
+        """A tensor's entries from start to stop along its first axis; nothing is read but what their checksums are of.
 
         Raises:
             FileFormatError: as `tensor`, or the tensor is not that long.
@@ -192,15 +199,29 @@ class Reader:
         if path is None:
             raise self._wrong(self._archive.path, f"no tensor {key!r}")
         file = self._file(path)
+        checksum = None if self._checksums is None else self._checksums[key]
         try:
             if span is None:
-                return file.get_tensor(key)
+                whole = file.get_tensor(key)
+                if checksum is not None:
+                    with of_tensor(key):
+                        checksum.check(whole)
+                return whole.to(self._device)
             found = file.get_slice(key)
-            length = found.get_shape()[0] if found.get_shape() else 0
+            shape = tuple(found.get_shape())
+            length = shape[0] if shape else 0
             if length < span[1] or (rows is not None and length != rows):
                 raise self._wrong(path, f"{key!r} has {length} rows, {rows or span[1]} are needed")
-            return found[span[0] : span[1]]
-        except (SafetensorError, OSError) as error:
+            if checksum is None:
+                return found[span[0] : span[1]].to(self._device)
+            first, end = checksum.rows_around(*span)
+            part = found[first:end]
+            with of_tensor(key):
+                checksum.check_rows(part, first, shape)
+            return part[span[0] - first : span[1] - first].to(self._device)
+        except FileFormatError:
+            raise
+        except UNREADABLE as error:
             raise self._wrong(path, error) from error
 
     def _file(self, path: Path) -> Any:
@@ -208,15 +229,16 @@ class Reader:
             return self._open[path]
         archive = self._archive
         if not path.is_file():
-            raise FileFormatError(
+            raise MissingFileError(
                 call=archive.call, got=f"no file {path.name}", expected=f"every file that {archive.path.name} names",
                 why="it was not copied along, or the Fisher file was replaced after it was opened",
                 try_="copy all of them, or open it again",
             )  # fmt: skip
         try:
-            file = self._stack.enter_context(safe_open(path, framework="pt", device=str(self._device)))
+            # On the CPU, whatever the device: checksums are of bytes in memory.
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
             header = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
+        except UNREADABLE as error:
             raise self._wrong(path, error) from error
         if archive.save != (_stamp(path) if path == archive.path else header.get("save")):
             raise FileFormatError(

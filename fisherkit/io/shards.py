@@ -7,22 +7,23 @@ then the index, then what it replaced is deleted. So the old file or the new one
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.io.atomic import part_of, replace_file, replace_text, write_part
-from fisherkit.io.reader import FORMAT, INDEX_SUFFIX, SHARD_FORMAT, index_of, stem_of
+from fisherkit.io.atomic import FORMAT, owned, part_of, replace_checked_file, replace_text, write_part
+from fisherkit.io.checksums import CHECKSUM, TensorChecksum, seal, sealed
+from fisherkit.io.reader import INDEX_SUFFIX, SHARD_FORMAT, index_of, stem_of
 from fisherkit.io.state import Node, Place, State
+from fisherkit.model_state import tensors_hash
 
 MOST_SHARDS = 99_999
 
@@ -81,7 +82,7 @@ def fill(tensors: Tensors, largest: int) -> list[Tensors]:
 
 def write_single(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
     """One file; a sharded one of the same name is deleted afterwards."""
-    replace_file(path, _owned(tensors), header)
+    replace_checked_file(path, tensors, header)
     if _is_ours(index_of(path)):
         _delete([index_of(path)])
     _delete(_shards_of(path))
@@ -101,16 +102,23 @@ def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], cal
     """
     index = index_of(path)
     _check(path, len(shards), call)
-    save = uuid.uuid4().hex
+    # Of what is saved, so that the same is saved as the same bytes.
+    hashes = [tensors_hash(shard) for shard in shards]
+    save = hashlib.sha256(json.dumps([header, hashes], sort_keys=True).encode()).hexdigest()[:32]
     total = sum(nbytes(tensor) for shard in shards for tensor in shard.values())
     finals = _names(path, len(shards), save)
     weight_map = {key: final.name for shard, final in zip(shards, finals, strict=True) for key in shard}
-    text = json.dumps({"metadata": {"total_size": total, **header, "save": save}, "weight_map": weight_map}, indent=1)
+    checksums: dict[str, TensorChecksum] = {}
     try:
         with ExitStack() as stack:
             parts = [stack.enter_context(part_of(final)) for final in finals]
             for part, shard in zip(parts, shards, strict=True):
-                write_part(part, _owned(shard), {"format": SHARD_FORMAT, "save": save})
+                own = owned(shard)
+                checksums.update({key: TensorChecksum.of(tensor) for key, tensor in own.items()})
+                write_part(part, own, {"format": SHARD_FORMAT, "save": save})
+            metadata = {"total_size": total, **sealed({**header, "save": save}, checksums)}
+            metadata[CHECKSUM] = seal({**metadata, "weight_map": weight_map})
+            text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1)
             for part, final in zip(parts, finals, strict=True):
                 os.replace(part, final)
             replace_text(index, text)
@@ -121,11 +129,6 @@ def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], cal
         raise
     _delete([path] if path.is_file() else [])
     _delete([shard for shard in _shards_of(path) if shard not in finals])
-
-
-def _owned(tensors: Tensors) -> Tensors:
-    """Copies: safetensors refuses tensors that share memory, and views that are not contiguous."""
-    return {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
 
 
 def _names(path: Path, count: int, save: str) -> list[Path]:
@@ -157,6 +160,28 @@ def _check(path: Path, count: int, call: str) -> None:
                 expected="a free path, or that of an older Fisher file",
                 why="a sharded file has to replace it, and a model's index may have this name", try_="another name",
             )  # fmt: skip
+
+
+def refuse_weights(path: Path, call: str) -> None:
+    """Refuse to replace a safetensors file that is no Fisher file: a model's weights have such names.
+
+    Raises:
+        InvalidArgumentError: there is one at the path.
+    """
+    if path.is_file() and not _is_ours(path) and _is_safetensors(path):
+        raise InvalidArgumentError(
+            call=call, got=f"a path where {path.name} is a safetensors file of another kind",
+            expected="a free path, or that of an older Fisher file", why="a model's weights would be lost",
+            try_="another name",
+        )  # fmt: skip
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def _is_ours(path: Path) -> bool:

@@ -112,9 +112,12 @@ class Node:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Node:
         """The inverse of `to_json`; LookupError, TypeError, ValueError or AttributeError for anything else."""
+        kind, names = tree["kind"], tree["names"]
+        if not (isinstance(kind, str) and isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"an operator of kind {kind!r} over {names!r}")
         return cls(
-            tree["kind"],
-            tuple(tree["names"]),
+            kind,
+            tuple(names),
             {role: Place.from_json(place) for role, place in tree["tensors"].items()},
             tree["options"],
             tuple(cls.from_json(child) for child in tree["children"]),

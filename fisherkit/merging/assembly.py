@@ -7,7 +7,7 @@ choice between a state dict and files. Knows no Fisher.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
-from fisherkit.merging.checkpoints import Checkpoint, FileCheckpoint, Model, open_checkpoint
+from fisherkit.merging.checkpoints import Checkpoint, Model, open_checkpoint
 from fisherkit.merging.policies import Plan
 from fisherkit.merging.writing import MemorySink, Sink, targets, written
+from fisherkit.progress import bar
 
 Merged = Iterable[tuple[str, Tensor]]
 """Names and float64 tensors that a way of merging computes."""
@@ -97,7 +99,7 @@ def read_double(model: Checkpoint, name: str, device: torch.device | None = None
     """
     tensor = model.read(name)
     found = tensor.to(tensor.device if device is None else device, torch.float64)
-    if not bool(torch.isfinite(found.sum())) and not bool(torch.isfinite(found).all()):
+    if not all_finite(found):
         raise NonFiniteError(
             call=f"merge, {model.label}", got=f"NaN or infinite entries in {name!r}", expected="finite numbers",
             try_="check the training run that it came from",
@@ -113,6 +115,9 @@ def assemble(
     center: Checkpoint | None,
     target: Target,
     call: str,
+    *,
+    progress: bool = False,
+    work: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor] | Path:
     """The result: a state dict, or the path of the files.
 
@@ -124,6 +129,8 @@ def assemble(
         center: for names that take its value.
         target: where the result goes.
         call: the public call, for errors.
+        progress: show a progress bar.
+        work: what a name's tensor costs; by default the numbers that it has.
 
     Raises:
         InvalidArgumentError: the target cannot be written to.
@@ -138,12 +145,16 @@ def assemble(
         else:
             out = _path(target.out, models, center, call)
             forms = {name: (plan[name].shape, plan[name].dtype) for name in names if name not in ties}
-            size, overwrite = target.max_shard_size, target.overwrite
-            sink = stack.enter_context(written(out, forms, ties, size, overwrite=overwrite, call=call))
-        for name, tensor in _all(plan, merged, models, weights, center):
-            entry = plan[name]
-            device = models[0].device(name) if name in models[0].shapes else tensor.device
-            sink.put(name, tensor.reshape(entry.shape).to(device, entry.dtype))
+            most, overwrite = target.max_shard_size, target.overwrite
+            sink = stack.enter_context(written(out, forms, ties, most, overwrite=overwrite, call=call))
+        costs = {name: (work or {}).get(name, math.prod(plan[name].shape)) for name in names if name not in ties}
+        size = sum(math.prod(plan[name].shape) for name in costs)
+        with bar(sum(costs.values()), f"{call}, {size:,} numbers", "", shown=progress, steps=False) as shown:
+            for name, tensor in _all(plan, merged, models, weights, center):
+                entry = plan[name]
+                device = models[0].device(name) if name in models[0].shapes else tensor.device
+                sink.put(name, tensor.reshape(entry.shape).to(device, entry.dtype))
+                shown.update(costs[name])
         for name, owner in ties.items():
             sink.tie(name, owner)
     return memory.state_dict() if target.out is None else _written(out)
@@ -170,7 +181,7 @@ def _path(out: str | Path, models: Sequence[Checkpoint], center: Checkpoint | No
     path = Path(out)
     ours = {place.resolve() for place in targets(path)}
     for model in [*models, *([center] if center is not None else [])]:
-        if isinstance(model, FileCheckpoint) and ours & {file.resolve() for file in model.files}:
+        if ours & {file.resolve() for file in model.files}:
             raise InvalidArgumentError(
                 call=call, got=f"out={str(out)!r}, which is the place of {model.label}", expected="another place",
                 why="it would be overwritten while it is read",

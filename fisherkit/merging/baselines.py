@@ -38,6 +38,7 @@ def average(
     max_shard_size: int | None = None,
     overwrite: bool = False,
     return_info: bool = False,
+    progress: bool = False,
 ) -> Any:
     """Σ_t w_t θ_t / Σ_t w_t of every parameter.
 
@@ -52,6 +53,7 @@ def average(
         max_shard_size: as there.
         overwrite: as there.
         return_info: as there.
+        progress: as there.
 
     Returns:
         A state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
@@ -70,7 +72,7 @@ def average(
         resolved = check_weights(weights, len(checkpoints), call)
     plan = make_plan(checkpoints, (), None, policies, call)
     target = Target(out, max_shard_size, overwrite)
-    result = assemble(plan, (), checkpoints, resolved, None, target, call)
+    result = assemble(plan, (), checkpoints, resolved, None, target, call, progress=progress)
     names = {name: str(entry) for name, entry in plan.items()}
     return (result, MergeInfo(call, resolved, None, 0.0, 0.0, (), names)) if return_info else result
 
@@ -88,6 +90,7 @@ def task_arithmetic(
     max_shard_size: int | None = None,
     overwrite: bool = False,
     return_info: bool = False,
+    progress: bool = False,
 ) -> Any:
     """θ_base + scale · Σ_t (θ_t − θ_base) of every parameter.
 
@@ -105,6 +108,7 @@ def task_arithmetic(
         max_shard_size: as there.
         overwrite: as there.
         return_info: as there; its damping and weights are those of no Fisher, the scale stands as weights.
+        progress: as there.
 
     Returns:
         A state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
@@ -140,7 +144,7 @@ def task_arithmetic(
 
     target = Target(out, max_shard_size, overwrite)
     equal = (1.0,) * len(checkpoints)
-    result = assemble(plan, merged(), checkpoints, equal, start, target, call)
+    result = assemble(plan, merged(), checkpoints, equal, start, target, call, progress=progress)
     names = {name: str(entry) for name, entry in plan.items()}
     return (result, MergeInfo(call, weights, None, 0.0, 0.0, (), names)) if return_info else result
 

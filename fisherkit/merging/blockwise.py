@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fisherkit.errors import NotConvergedWarning, SingularMatrixError, listed
 from fisherkit.merging.assembly import read_double, weighted_average
@@ -42,7 +41,6 @@ class BlockwiseMerge:
         transform: what becomes of each Fisher's block before it is added.
         solver: how blocks are solved.
         device: where; None for where the first Fisher lies.
-        progress: show a progress bar.
         infos: filled while `solutions` runs.
     """
 
@@ -54,7 +52,6 @@ class BlockwiseMerge:
     transform: Callable[[FisherOperator], FisherOperator]
     solver: Solver
     device: torch.device | None = None
-    progress: bool = False
     infos: list[BlockInfo] = field(default_factory=list)
 
     def solutions(self) -> Iterator[tuple[str, Tensor]]:
@@ -63,12 +60,18 @@ class BlockwiseMerge:
         Raises:
             SingularMatrixError: there is no damping and a block needs some.
         """
-        blocks = self.scales.factors
-        with tqdm(total=len(blocks), desc="merge", unit="block", disable=not self.progress) as bar:
-            for names in blocks:
-                yield from self._solve(names)
-                bar.update(1)
+        for names in self.scales.factors:
+            yield from self._solve(names)
         self._warn()
+
+    def work(self) -> dict[str, float]:
+        """About how many operations each name costs, for a bar: its part of its block's."""
+        found = {}
+        for names in self.scales.factors:
+            sizes = {name: math.prod(self.models[0].shapes[name]) for name in names}
+            whole = self.scales.work.get(names, float(sum(sizes.values())))
+            found.update({name: whole * size / max(1, sum(sizes.values())) for name, size in sizes.items()})
+        return found
 
     def _solve(self, names: Names) -> Iterator[tuple[str, Tensor]]:
         factors = self.scales.factors[names]

@@ -6,18 +6,19 @@ which only the headers are read until a tensor is asked for. Knows nothing of me
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fisherkit import io
-from fisherkit.errors import FileFormatError, InvalidTypeError, UnknownParameterError
+from fisherkit.errors import FileFormatError, InvalidTypeError, MissingFileError, UnknownParameterError
+from fisherkit.io.atomic import UNREADABLE
+from fisherkit.wrappers import plain, unwrapped
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 """A module, its state dict, or the path of a safetensors file, of a sharded one's index, or of a folder with either."""
@@ -55,6 +56,11 @@ class Checkpoint(ABC):
         aliases: dict[str, str],
     ) -> None:
         self.label, self.shapes, self.dtypes, self.buffers, self.aliases = label, shapes, dtypes, buffers, aliases
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that belong to it; none of what is in memory."""
+        return []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,7 +141,8 @@ class FileCheckpoint(Checkpoint):
         label: what messages call it.
 
     Raises:
-        FileFormatError: there is no such file, one is damaged, or the index names what is not there.
+        MissingFileError: there is no such file, or the index names one that is not there.
+        FileFormatError: one is damaged, or lacks a tensor.
     """
 
     def __init__(self, path: Path, label: str) -> None:
@@ -167,23 +174,25 @@ class FileCheckpoint(Checkpoint):
         if path.is_dir():
             found = [path / name for name in FOLDER_NAMES if (path / name).is_file()]
             if not found:
-                raise self._refused(f"a folder without {' or '.join(FOLDER_NAMES)}")
+                raise self._refused(f"a folder without {' or '.join(FOLDER_NAMES)}", error=MissingFileError)
             path = found[0]
         if not path.is_file():
-            raise self._refused("no such file or folder")
+            raise self._refused("no such file or folder", error=MissingFileError)
         if path.suffix != ".json":
             yield path, None
             return
         try:
-            weight_map = dict(json.loads(path.read_text("utf-8"))["weight_map"])
+            weight_map = dict(io.parse(path.read_text("utf-8"))["weight_map"])
             shards: dict[str, list[str]] = {}
             for name, file in weight_map.items():
+                if not isinstance(file, str):
+                    raise TypeError(f"{file!r} is no file's name")
                 shards.setdefault(file, []).append(name)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise self._refused(f"an index that cannot be read ({error!r})") from error
         for file, names in shards.items():
             if not (path.parent / file).is_file():
-                raise self._refused(f"an index that names {file}, which is not there")
+                raise self._refused(f"an index that names {file}, which is not there", error=MissingFileError)
             yield path.parent / file, names
 
     def _read(self, name: str) -> Tensor:
@@ -193,14 +202,14 @@ class FileCheckpoint(Checkpoint):
             self._file = place, self._opened(place)
         try:
             tensor: Tensor = self._file[1].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise self._refused(f"a file that cannot be read ({error})") from error
+        except UNREADABLE as error:
+            raise self._refused(f"{place.name}, of which {name!r} cannot be read ({error})") from error
         return tensor
 
     def _opened(self, file: Path) -> Any:
         try:
             opened: Any = safe_open(file, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
+        except UNREADABLE as error:
             if _pickled(file):
                 raise self._refused(
                     f"{file.name}, which torch.save wrote",
@@ -217,8 +226,13 @@ class FileCheckpoint(Checkpoint):
             raise self._refused(f"{tensor!r} of dtype {name}")
         return DTYPES[name]
 
-    def _refused(self, got: str, try_: str = "check the path, or write the checkpoint again") -> FileFormatError:
-        return FileFormatError(
+    def _refused(
+        self,
+        got: str,
+        try_: str = "check the path, or write the checkpoint again",
+        error: type[FileFormatError] = FileFormatError,
+    ) -> FileFormatError:
+        return error(
             call=f"merge, {self._label} ({str(self.path)!r})",
             got=got,
             expected="complete safetensors files: one, an index with its shards, or a folder with model.safetensors",
@@ -238,17 +252,55 @@ def open_checkpoint(model: Model, label: str) -> Checkpoint:
         FileFormatError: a path without complete safetensors files.
     """
     if isinstance(model, nn.Module):
+        model = unwrapped(model)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tensors = model.state_dict()
-        return MemoryCheckpoint(tensors, label, frozenset(set(tensors) - parameters))
+        return _plain(MemoryCheckpoint(tensors, label, frozenset(set(tensors) - parameters)))
     if isinstance(model, Mapping):
-        return MemoryCheckpoint(model, label)
+        return _plain(MemoryCheckpoint(model, label))
     if isinstance(model, (str, Path)):
-        return FileCheckpoint(Path(model), label)
+        return _plain(FileCheckpoint(Path(model), label))
     raise InvalidTypeError(
         call=f"merge, {label}",
         got=f"a {type(model).__name__}",
         expected="a module, a state dict, or the path of safetensors files",
+    )
+
+
+class PlainCheckpoint(Checkpoint):
+    """Another one by the names that its tensors have where nothing is compiled.
+
+    Args:
+        source: with names that torch.compile made.
+    """
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source, self._names = source, {plain(name): name for name in source.names}
+        super().__init__(
+            source.label,
+            {new: source.shapes[old] for new, old in self._names.items()},
+            {new: source.dtypes[old] for new, old in self._names.items()},
+            frozenset(map(plain, source.buffers)),
+            {plain(name): plain(owner) for name, owner in source.aliases.items()},
+        )
+
+    @property
+    def files(self) -> list[Path]:
+        """As the source's."""
+        return self._source.files
+
+    def device(self, name: str) -> torch.device:
+        """Where the tensor is once read."""
+        return self._source.device(self._names[name])
+
+    def _read(self, name: str) -> Tensor:
+        return self._source._read(self._names[name])
+
+
+def _plain(checkpoint: Checkpoint) -> Checkpoint:
+    short = [plain(name) for name in checkpoint.names]
+    return (
+        checkpoint if tuple(short) == checkpoint.names or len(set(short)) < len(short) else PlainCheckpoint(checkpoint)
     )
 
 

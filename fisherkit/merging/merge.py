@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.merging.assembly import Target, assemble, check_weights, open_models
 from fisherkit.merging.blockwise import BlockwiseMerge
@@ -21,7 +22,7 @@ from fisherkit.merging.checkpoints import Checkpoint, Model, open_checkpoint
 from fisherkit.merging.info import MergeInfo
 from fisherkit.merging.policies import Plan, Policies, make_plan
 from fisherkit.merging.scales import measure
-from fisherkit.merging.sources import Fisher, FisherSource, joined_blocks, open_fisher
+from fisherkit.merging.sources import Fisher, FisherSource, joined_blocks, named_as, open_fisher
 from fisherkit.merging.systems import Solver
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators import Damping, RelativeDamping
@@ -48,6 +49,7 @@ def merge(
     buffers: str = "refuse",
     integers: str = "refuse",
     mismatched: str = "refuse",
+    other_weights: str = "warn",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     tolerance: float = 1e-12,
@@ -85,6 +87,8 @@ def merge(
         buffers: likewise for float buffers, such as statistics of batch norm.
         integers: what becomes of other tensors that differ: "refuse" or "first".
         mismatched: what becomes of names that a model lacks or has in another shape: "refuse", "skip" or "first".
+        other_weights: what becomes of a Fisher that was measured at other weights than its model has: "warn", or
+            "refuse", as the command does. Fishers that do not say at which are listed in `MergeInfo.unverified`.
         dtype: of the result's floating-point tensors; None for the models', which must agree.
         device: where blocks are solved; None for where the first Fisher's lie.
         tolerance: largest relative residual of a block that counts as converged. Far above the default, directions
@@ -95,7 +99,7 @@ def merge(
         max_shard_size: bytes of tensors in one file; with more there is an index. None for a single file.
         overwrite: replace a model that is there.
         return_info: also return a `MergeInfo`: how every block was solved, what became of every name.
-        progress: show a progress bar.
+        progress: show progress bars.
 
     Returns:
         A state dict in the models' dtype, tensors on the first model's device; with ``out`` the path of the file or
@@ -113,13 +117,14 @@ def merge(
         for small sums, and T (O + I) d a step of conjugate gradients for Kronecker products of T layers O × I.
     """
     return merge_by(
-        models, fishers, weights, Policies(uncovered, buffers, integers, mismatched, dtype),
+        models, fishers, weights, Policies(uncovered, buffers, integers, mismatched, dtype, other_weights),
         Solver(method, tolerance, max_steps), Target(out, max_shard_size, overwrite), center=center,
         normalize=normalize, damping=damping, output_damping=output_damping, device=device, return_info=return_info,
         progress=progress, call="merge",
     )  # fmt: skip
 
 
+@without_autocast()
 def merge_by(
     models: Sequence[Model],
     fishers: Sequence[Fisher],
@@ -163,19 +168,24 @@ def merge_by(
     policies.check(call)
     solver.check(call)
     checkpoints = open_models(models, call)
-    opened = open_fishers(fishers, len(checkpoints), call)
+    opened = [
+        named_as(source, model.names)
+        for source, model in zip(open_fishers(fishers, len(checkpoints), call), checkpoints, strict=True)
+    ]
     sources = [seen_as(source) for source in opened]
     resolved = resolve_weights(weights, sources, normalize, call)
     pull = open_center(center, call)
-    unverified = unverified_models(checkpoints, opened, call)
+    unverified = unverified_models(checkpoints, opened, policies.other_weights, call)
     plan = make_plan(checkpoints, covered_by_all(sources), pull, policies, call)
     blocks = blocks_of_plan(plan, checkpoints, sources, pull, call)
-    scales = measure(sources, blocks, resolved, normalize, damping)
+    scales = measure(sources, blocks, resolved, normalize, damping, progress=progress)
     problem = BlockwiseMerge(
         checkpoints, sources, resolved, pull, scales, lambda f: mix_with_average(f, output_damping), solver,
-        None if device is None else torch.device(device), progress,
+        None if device is None else torch.device(device),
     )  # fmt: skip
-    result = assemble(plan, problem.solutions(), checkpoints, resolved, pull, target, call)
+    result = assemble(
+        plan, problem.solutions(), checkpoints, resolved, pull, target, call, progress=progress, work=problem.work()
+    )
     info = MergeInfo(
         call, resolved, normalize, scales.damping, output_damping, tuple(problem.infos),
         {name: str(entry) for name, entry in plan.items()}, unverified,
@@ -247,23 +257,45 @@ def open_center(center: str | Model, call: str) -> Checkpoint | None:
     return open_checkpoint(center, "center")
 
 
-def unverified_models(models: Sequence[Checkpoint], sources: Sequence[FisherSource], call: str) -> tuple[int, ...]:
-    """Models, from 1, that cannot be told to be those that were measured; one that is another is warned of.
+def unverified_models(
+    models: Sequence[Checkpoint], sources: Sequence[FisherSource], other_weights: str, call: str
+) -> tuple[int, ...]:
+    """Models, from 1, that cannot be told to be those that were measured.
+
+    Args:
+        models: the models.
+        sources: the Fisher of each.
+        other_weights: what becomes of a Fisher that was measured at another: "warn" or "refuse".
+        call: the public call, for errors.
+
+    Raises:
+        InvalidArgumentError: there is one, and it is refused.
 
     Cost: reads each model's covered parameters once, one at a time.
     """
-    unverified = []
+    unverified, others = [], []
     for number, (model, source) in enumerate(zip(models, sources, strict=True), 1):
         same = _measured_at(model, source)
         if same is None:
             unverified.append(number)
         elif not same:
-            warnings.warn(
-                f"{call}: Fisher {number} was measured at other parameters than those of model {number}. "
-                f"Expected: the Fisher of this very model. Try: measure it again, or another order of fishers.",
-                UserWarning,
-                stacklevel=4,
+            right = [other for other, found in enumerate(models, 1) if other != number and _measured_at(found, source)]
+            others.append(
+                f"Fisher {number} was measured at other parameters than those of model {number}"
+                + (f" (at those of model {right[0]})" if right else "")
             )
+    if others and other_weights == "refuse":
+        raise InvalidArgumentError(
+            call=f'{call}(other_weights="refuse")', got="Fishers of other weights: " + "; ".join(others),
+            expected="the Fisher of each very model",
+            why="a Fisher says what matters near the weights that it was measured at",
+            try_='another order of fishers, the Fisher measured again, or other_weights="warn", which merges them',
+        )  # fmt: skip
+    for text in others:
+        warnings.warn(
+            f"{call}: {text}. Expected: the Fisher of this very model. Try: measure it again, or another order of "
+            f"fishers.", UserWarning, stacklevel=4,
+        )  # fmt: skip
     return tuple(unverified)
 
 
@@ -272,8 +304,9 @@ def _measured_at(model: Checkpoint, source: FisherSource) -> bool | None:
     names, (dtype, _, known) = source.space.names, source.metadata.get("covered_hash", "").partition(":")
     if any(str(model.dtypes.get(name)).removeprefix("torch.") != dtype for name in names):
         return None
-    forms = {name: torch.empty(model.shapes[name], dtype=model.dtypes[name], device="meta") for name in names}
-    return tensors_hash(forms, model.read) == known
+    then = {source.recorded.get(name, name): name for name in names}  # the hash is of the names of its time, too
+    forms = {old: torch.empty(model.shapes[new], dtype=model.dtypes[new], device="meta") for old, new in then.items()}
+    return tensors_hash(forms, lambda old: model.read(then[old])) == known
 
 
 def covered_by_all(sources: Sequence[FisherSource]) -> list[str]:

@@ -5,6 +5,7 @@ Owns the plan and the refusals, each with its list and the flag that allows it. 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from fisherkit.merging.checkpoints import Checkpoint
 KEEPING = ("refuse", "average", "first", "center")
 INTEGERS = ("refuse", "first")
 MISMATCHED = ("refuse", "skip", "first")
+OTHER_WEIGHTS = ("warn", "refuse")
 
 MOST_LISTED = 20
 
@@ -33,6 +35,7 @@ class Policies:
         mismatched: names that some model lacks, and shapes that differ: "refuse", "skip" (left out of the result),
             "first" (the first model's, left out where it has none).
         dtype: of the result's floating-point tensors; None for the models' own, which must agree.
+        other_weights: Fishers that were measured at other weights than their models have: "warn" or "refuse".
     """
 
     uncovered: str = "refuse"
@@ -40,6 +43,7 @@ class Policies:
     integers: str = "refuse"
     mismatched: str = "refuse"
     dtype: torch.dtype | None = None
+    other_weights: str = "warn"
 
     def check(self, call: str) -> None:
         """Raise unless every policy is a known one.
@@ -48,7 +52,10 @@ class Policies:
             InvalidArgumentError: an unknown policy, or a dtype that is not floating point.
             InvalidTypeError: dtype is no torch.dtype.
         """
-        allowed = {"uncovered": KEEPING, "buffers": KEEPING, "integers": INTEGERS, "mismatched": MISMATCHED}
+        allowed = {
+            "uncovered": KEEPING, "buffers": KEEPING, "integers": INTEGERS, "mismatched": MISMATCHED,
+            "other_weights": OTHER_WEIGHTS,
+        }  # fmt: skip
         for name, values in allowed.items():
             if (got := getattr(self, name)) not in values:
                 raise InvalidArgumentError(call=call, got=f"{name}={got!r}", expected=f"one of {list(values)}")
@@ -113,6 +120,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         names = list(dict.fromkeys(name for model in self.models for name in model.names))
+        self._check_prefixes()
         self._check_covered(names)
         tied = {name: owner for name in names if (owner := self._owner(name))}
         mismatched = [name for name in names if name not in tied and self._mismatch(name)]
@@ -139,6 +147,19 @@ class _Planner:
         lost = [name for name, owner in tied.items() if plan[owner].action == "skipped"]
         return {**plan, **{name: replace(plan[name], action="skipped", owner="") for name in lost}}
 
+    def _check_prefixes(self) -> None:
+        """Likewise where the models themselves share no name, because one of them was wrapped."""
+        for one, other in itertools.permutations(self.models, 2):
+            if not other.names or any(name in other.shapes for name in one.names):
+                continue
+            prefix = next((n.removesuffix(other.names[0]) for n in one.names if n.endswith(f".{other.names[0]}")), "")
+            if prefix and all(name.startswith(prefix) for name in one.names):
+                raise InvalidArgumentError(
+                    call=self.call, got=f"{prefix!r} before every name of {one.label} and not of {other.label}",
+                    expected="models by their own names", why="wrappers put a prefix before every name",
+                    try_=_without(prefix),
+                )  # fmt: skip
+
     def _check_covered(self, names: Sequence[str]) -> None:
         """Before anything is said of policies, which would not help: the Fishers are of these models."""
         strangers = sorted(self.covered - set(names))
@@ -149,8 +170,7 @@ class _Planner:
                 got=f"Fishers over parameters that no model has: {listed(map(repr, strangers), MOST_LISTED)}",
                 expected="Fishers of these models, by the models' own names",
                 why="wrappers put a prefix before every name" if prefix else "",
-                try_=f"merging {{name.removeprefix({prefix!r}): tensor for name, tensor in model.state_dict().items()}}"
-                if prefix else "the Fishers measured again, on these models",
+                try_=_without(prefix) if prefix else "the Fishers measured again, on these models",
             )  # fmt: skip
 
     def _owner(self, name: str) -> str | None:
@@ -238,3 +258,7 @@ class _Planner:
         dtype = model.dtypes[name]
         cast = self.policies.dtype is not None and dtype.is_floating_point
         return model.shapes[name], self.policies.dtype if cast and self.policies.dtype else dtype
+
+
+def _without(prefix: str) -> str:
+    return f"merging {{name.removeprefix({prefix!r}): tensor for name, tensor in model.state_dict().items()}}"

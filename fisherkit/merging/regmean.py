@@ -37,6 +37,7 @@ def regmean(
     buffers: str = "refuse",
     integers: str = "refuse",
     mismatched: str = "refuse",
+    other_weights: str = "warn",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     tolerance: float = 1e-12,
@@ -61,6 +62,7 @@ def regmean(
         buffers: as in `merge`, and so are all others.
         integers: as there.
         mismatched: as there.
+        other_weights: as there.
         dtype: as there.
         device: as there.
         tolerance: as there.
@@ -85,7 +87,7 @@ def regmean(
     if not 0 <= shrink <= 1:
         raise InvalidArgumentError(call=call, got=f"shrink={shrink}", expected="a number from 0 to 1")
     return merge_by(
-        models, fishers, weights, Policies("average", buffers, integers, mismatched, dtype),
+        models, fishers, weights, Policies("average", buffers, integers, mismatched, dtype, other_weights),
         Solver("auto", tolerance, max_steps), Target(out, max_shard_size, overwrite), damping=damping, device=device,
         return_info=return_info, progress=progress, call=call, seen_as=lambda source: ActivationSource(source, shrink),
     )  # fmt: skip

@@ -7,16 +7,30 @@ conversion of a relative damping; reads every block once to measure it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fisherkit.merging.sources import FisherSource, Names
-from fisherkit.operators import Damping, FisherOperator, KroneckerOperator, RelativeDamping
+from fisherkit.merging.systems import DENSE_SIZE
+from fisherkit.operators import (
+    Damping,
+    DiagonalOperator,
+    EigenKroneckerOperator,
+    FisherOperator,
+    KroneckerOperator,
+    LowRankOperator,
+    RelativeDamping,
+    unwrap,
+)
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.normalization import check_normalize, factor_of_size, frobenius_norm
+from fisherkit.progress import bar
+
+USUAL_STEPS = 30
+"""Of conjugate gradients on a layer, for `_work`."""
 
 BY_BLOCK = ("block", "output")
 """Beside those of whole Fishers. "block": the mean eigenvalue of every block becomes 1; "output": that of the gradient
@@ -30,10 +44,12 @@ class Scales:
     Args:
         factors: c_t of each block, as many as there are Fishers.
         damping: λ.
+        work: about how many operations each block will cost, where they were looked at.
     """
 
     factors: dict[Names, tuple[float, ...]]
     damping: float
+    work: dict[Names, float] = field(default_factory=dict)
 
 
 def measure(
@@ -42,6 +58,8 @@ def measure(
     weights: Sequence[float],
     normalize: str | None,
     damping: Damping,
+    *,
+    progress: bool = False,
 ) -> Scales:
     """Factors of all blocks and the absolute damping.
 
@@ -51,6 +69,7 @@ def measure(
         weights: w_t.
         normalize: of `BY_BLOCK`, or as in `fisherkit.operators.normalize`.
         damping: λ, or a multiple of the mean eigenvalue of Σ c_t F_t over all blocks.
+        progress: show a progress bar.
 
     Raises:
         InvalidArgumentError: an unknown normalization, or a Fisher that is 0 and cannot be normalized.
@@ -64,7 +83,8 @@ def measure(
         damping = check_damping(damping, "merge")
         if normalize is None:
             return Scales(dict.fromkeys(blocks, tuple(weights)), damping)
-    measured = [_measured((source.read(names) for names in blocks), normalize) for source in sources]
+    with bar(len(sources) * len(blocks), "reading Fishers", "blocks", shown=progress) as shown:
+        measured = [_measured((source.read(names) for names in blocks), normalize, shown.update) for source in sources]
     factors = [
         [weight * factor for factor in _factors(own, normalize, number)]
         for number, (own, weight) in enumerate(zip(measured, weights, strict=True), 1)
@@ -76,27 +96,48 @@ def measure(
             for c, block in zip(row, own, strict=True)
         )
         damping = damping.scale * sum(traces) / sum(block.size for block in measured[0])
-    return Scales({names: tuple(row[i] for row in factors) for i, names in enumerate(blocks)}, damping)
+    return Scales(
+        {names: tuple(row[i] for row in factors) for i, names in enumerate(blocks)}, damping,
+        {names: sum(own[i].work for own in measured) for i, names in enumerate(blocks)},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """One block of one Fisher: d, its trace, and what it is normalized by."""
+    """One block of one Fisher: d, its trace, what it is normalized by, and what it costs to merge."""
 
     size: int
     trace: float
     scale: float
+    work: float
 
 
-def _measured(blocks: Iterable[FisherOperator], normalize: str | None) -> list[_Measured]:
-    sizes, found = [], []
+def _measured(
+    blocks: Iterable[FisherOperator], normalize: str | None, tell: Callable[[int], object]
+) -> list[_Measured]:
+    sizes, works, found = [], [], []
     for block in blocks:
         sizes.append(block.size)
+        works.append(_work(unwrap(block)))
         trace = block.trace()
         found.append(torch.stack([trace, _scale(block, trace, normalize)]))
+        tell(1)
     # One transfer from the device for all of them.
     pairs = torch.stack(found).tolist()
-    return [_Measured(size, trace, scale) for size, (trace, scale) in zip(sizes, pairs, strict=True)]
+    return [_Measured(size, trace, scale, work) for size, work, (trace, scale) in zip(sizes, works, pairs, strict=True)]
+
+
+def _work(block: FisherOperator) -> float:
+    """Operations of one Fisher's part in solving a block, roughly: what weighs in a bar, and decides nothing."""
+    size = block.size
+    if isinstance(block, DiagonalOperator):
+        return 20.0 * size  # a few passes over memory, each slower than an operation
+    if size > DENSE_SIZE and isinstance(block, (KroneckerOperator, EigenKroneckerOperator)):
+        outputs, width = block.layout.outputs, block.layout.width
+        return 2.0 * USUAL_STEPS * (outputs + width) * size + 20.0 * (outputs**3 + width**3)
+    if size > DENSE_SIZE and isinstance(block, LowRankOperator):
+        return 2.0 * block.row_source.count**2 * size
+    return size**3 / 3
 
 
 def _scale(block: FisherOperator, trace: Tensor, normalize: str | None) -> Tensor:

@@ -6,7 +6,7 @@ The merging problem falls apart where every Fisher does. Owns the joined partiti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +15,9 @@ import torch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.operators import FisherOperator, open_file, split
 from fisherkit.operators.partition import finest_partition, folded
+from fisherkit.operators.persistence import renamed
 from fisherkit.space import ParameterSpace
+from fisherkit.wrappers import matching
 
 Fisher: TypeAlias = FisherOperator | str | Path
 """An operator, or the path of a Fisher file."""
@@ -31,16 +33,42 @@ class FisherSource(ABC):
         metadata: what was recorded when it was built.
         blocks: names of each of the finest independent blocks.
         device: where they are once read.
+
+    Attributes:
+        recorded: names to those under which they were measured, where these differ.
     """
 
     def __init__(
         self, space: ParameterSpace, metadata: dict[str, str], blocks: tuple[Names, ...], device: torch.device
     ) -> None:
         self.space, self.metadata, self.blocks, self.device = space, metadata, blocks, device
+        self.recorded: Mapping[str, str] = {}
 
     @abstractmethod
     def read(self, names: Names) -> FisherOperator:
         """The operator over some whole blocks."""
+
+
+class RenamedSource(FisherSource):
+    """Another one by the names that its parameters have in a model.
+
+    Args:
+        source: measured on that model within a wrapper.
+        names: each of its names to the model's.
+    """
+
+    def __init__(self, source: FisherSource, names: Mapping[str, str]) -> None:
+        self._source, self._names, space = source, names, source.space
+        blocks = tuple(tuple(names[name] for name in block) for block in source.blocks)
+        renamed_space = ParameterSpace(tuple(names[name] for name in space.names), space.shapes)
+        super().__init__(renamed_space, source.metadata, blocks, source.device)
+        self.recorded = {new: source.recorded.get(old, old) for old, new in names.items()}
+
+    def read(self, names: Names) -> FisherOperator:
+        """The operator over some whole blocks."""
+        wanted = set(names)
+        operator = self._source.read(tuple(old for old, new in self._names.items() if new in wanted))
+        return renamed(operator, {name: self._names[name] for name in operator.space.names})
 
 
 class MemorySource(FisherSource):
@@ -90,6 +118,18 @@ def open_fisher(fisher: Fisher, label: str) -> FisherSource:
         expected="a FisherOperator, or the path of a Fisher file",
         try_="fk.EmpiricalFisher(model, data)",
     )
+
+
+def named_as(source: FisherSource, known: Collection[str]) -> FisherSource:
+    """The Fisher by a model's own names, if it was measured on the model within a wrapper, and else as it is.
+
+    Args:
+        source: a Fisher.
+        known: the model's names.
+    """
+    names = matching(source.space.names, known)
+    changed = any(old != new for old, new in names.items())
+    return RenamedSource(source, names) if changed and len(set(names.values())) == len(names) else source
 
 
 def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str]) -> list[Names]:

@@ -184,7 +184,7 @@ def _check(out: Path, single: Path, index: Path, size: int | None, overwrite: bo
         missing = folder if single == out else folder.parent
         raise InvalidArgumentError(
             call=call, got=f"a folder that does not exist: {missing}", expected="an existing folder",
-            try_="Path(path).mkdir(parents=True)",
+            try_=f"Path({str(missing)!r}).mkdir(parents=True)",
         )  # fmt: skip
     there = [path.name for path in (single, index) if path.exists()]
     if there and not overwrite:

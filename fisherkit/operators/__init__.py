@@ -2,7 +2,7 @@
 
 `FisherOperator` is the contract. Its public methods are final and its hooks are what a structure supplies:
 
-| structure | F | solve and log det | eigenvalues | draw from N(0, F) | folds in a sum with |
+| structure | F | solve and log det | eigenvalues and what is made of them | draw from N(0, F) | folds in a sum with |
 |---|---|---|---|---|---|
 | `DiagonalOperator` | diag(d) | 1/(d + λ) | d | √d ε | diagonal |
 | `DenseOperator` | the matrix | Cholesky | eigh | U √w ε | dense, diagonal |
@@ -13,8 +13,9 @@
 | `SumOperator` | F₁ + F₂ + ... | conjugate gradients, no log det | no closed form | the terms' | term by term |
 
 All supply `_matmat`, `_diagonal`, `_factorize`, `_draw`, `_scaled`, `_state` and `_from_state`. `_plus`, `_trace`,
-`_eigenvalues` and `_to_dense` have defaults (no folding, sum of the diagonal, no closed form, products with I)
-and are overridden where the structure has something better; `_gram` only where a structure has rows.
+`_eigenvalues`, `_eigenvectors` and `_to_dense` have defaults (no folding, sum of the diagonal, no closed form, products
+with I), as have `_draws` (one after the other) and `_effective_dimension` (from all eigenvalues), and are overridden
+where the structure has something better; `_gram` only where a structure has rows.
 
 `split` takes an operator apart into its independent blocks; `open_file` reads them one by one from a file. `unwrap` and
 `state_of` show what is inside an operator.

@@ -53,8 +53,8 @@ def fold(a: FisherOperator, b: FisherOperator) -> FisherOperator | None:
 class SumOperator(FisherOperator):
     """F = F₁ + F₂ + ... of terms that do not fold into one structure.
 
-    Products, diagonal, trace, draws and `to_dense` are the terms'; solves are by conjugate gradients; eigenvalues, log
-    determinant and Gram have no closed form.
+    Products, diagonal, trace, draws and `to_dense` are the terms'; solves are by conjugate gradients; eigenvalues,
+    eigenvectors, log determinant, effective dimension and Gram have no closed form.
 
     Args:
         terms: operators over one space; sums among them are flattened.
@@ -89,14 +89,20 @@ class SumOperator(FisherOperator):
         return IterativeFactorization(self, damping, tolerance, max_steps, make)
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        return self._draws(generator, 1)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         # Independent draws: their covariances add.
-        return _total(term._draw(generator) for term in self.terms)
+        return _total(term._draws(generator, count) for term in self.terms)
 
     def _scaled(self, scale: float) -> SumOperator:
         return SumOperator([term._scaled(scale) for term in self.terms])
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return _total(term._to_dense() for term in self.terms)
+
+    def _made_of(self) -> str:
+        return f"{len(self.terms):,} terms"
 
     def _state(self) -> io.State:
         return io.State(self.kind, self.space.names, children=tuple(term._state() for term in self.terms))

@@ -74,7 +74,10 @@ class BlockDiagonalOperator(FisherOperator):
         return _BlockFactorization(self, damping, tolerance, max_steps)
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._map(lambda block: block._draw(generator))
+        return self._draws(generator, 1)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        return self._map(lambda block: block._draws(generator, count))
 
     def _scaled(self, scale: float) -> BlockDiagonalOperator:
         return BlockDiagonalOperator(self.space, [block._scaled(scale) for block in self.blocks])
@@ -92,9 +95,29 @@ class BlockDiagonalOperator(FisherOperator):
             folded.append(total)
         return BlockDiagonalOperator(self.space, folded)
 
+    def _leading(self, k: int) -> list[Float[Tensor, "_"]]:
+        """The blocks' largest eigenvalues, among which the k largest of all lie."""
+        return [block._eigenvalues(min(k, block.size)) for block in self.blocks]
+
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
-        # The k largest of all lie among the k largest of each.
-        return torch.cat([block._eigenvalues(min(k, block.size)) for block in self.blocks]).topk(k).values
+        return torch.cat(self._leading(k)).topk(k).values
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        leading = self._leading(k)
+        # Stable, so that of equal ones within a block the first are taken, which its own eigenvectors(count) are.
+        order = torch.cat(leading).sort(descending=True, stable=True).indices[:k]
+        owner = torch.cat([torch.full_like(own, i, dtype=torch.long) for i, own in enumerate(leading)])[order]
+        parts = []
+        for i, block in enumerate(self.blocks):
+            columns = (owner == i).nonzero().squeeze(1)
+            part = torch.zeros(block.size, k, dtype=self.dtype, device=self.device)
+            if len(columns):
+                part[:, columns] = block._eigenvectors(len(columns))
+            parts.append(part)
+        return self._scatter(parts)
+
+    def _effective_dimension(self, damping: float) -> Float[Tensor, ""]:
+        return torch.stack([block._effective_dimension(damping) for block in self.blocks]).sum()
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
@@ -102,6 +125,9 @@ class BlockDiagonalOperator(FisherOperator):
         for block, place in zip(self.blocks, places, strict=True):
             result[place.unsqueeze(-1), place] = block._to_dense()
         return result
+
+    def _made_of(self) -> str:
+        return f"{len(self.blocks):,} block{'s' * (len(self.blocks) != 1)}"
 
     def _state(self) -> io.State:
         return io.State(self.kind, self.space.names, children=tuple(block._state() for block in self.blocks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Final
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 
@@ -26,13 +27,32 @@ class RelativeDamping:
 Damping = float | RelativeDamping
 
 
+class _Required:
+    """Stands where a damping was not passed."""
+
+    def __repr__(self) -> str:
+        return "<required>"
+
+
+REQUIRED: Final[Any] = _Required()
+"""Default of a damping that must be passed. Python's own error for a missing argument cannot say which one to take."""
+
+
 def check_damping(damping: float, call: str) -> float:
     """The damping as a float.
 
     Raises:
-        InvalidTypeError: not a number.
+        InvalidTypeError: not a number, or `REQUIRED`.
         InvalidArgumentError: negative, NaN or infinite.
     """
+    if damping is REQUIRED:
+        raise InvalidTypeError(
+            call=call,
+            got="no damping",
+            expected="λ of F + λI, a float or fk.RelativeDamping",
+            why="F's scale differs by orders of magnitude between models, data and kinds, and no one number suits all",
+            try_="damping=fk.RelativeDamping(1e-3), a thousandth of F's mean eigenvalue; damping=0.0 for F itself",
+        )
     if isinstance(damping, bool) or not isinstance(damping, (int, float)):
         raise InvalidTypeError(
             call=call,

@@ -74,8 +74,11 @@ class DenseOperator(FisherOperator):
         return factor if sound else None
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        return self._draws(generator, 1)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         values, vectors = self._spectrum
-        noise = torch.randn(self.size, 1, dtype=self.dtype, device=self.device, generator=generator)
+        noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return (vectors @ (values.sqrt().unsqueeze(-1) * noise.double())).to(self.dtype)
 
     def _scaled(self, scale: float) -> DenseOperator:
@@ -90,6 +93,9 @@ class DenseOperator(FisherOperator):
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._spectrum[0].flip(0)[:k]
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        return self._spectrum[1].flip(1)[:, :k].to(self.dtype)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._matrix.clone()

@@ -49,7 +49,10 @@ class DiagonalOperator(FisherOperator):
         return _DiagonalFactorization(self, damping)
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        noise = torch.randn(self.size, 1, dtype=self.dtype, device=self.device, generator=generator)
+        return self._draws(generator, 1)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return self._entries.sqrt().unsqueeze(-1) * noise
 
     def _scaled(self, scale: float) -> DiagonalOperator:
@@ -62,6 +65,11 @@ class DiagonalOperator(FisherOperator):
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._entries.double().topk(k).values
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        places = self._entries.double().topk(k).indices
+        columns = torch.zeros(self.size, k, dtype=self.dtype, device=self.device)
+        return columns.scatter_(0, places.unsqueeze(0), 1.0)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._entries.diag()

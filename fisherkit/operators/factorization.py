@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import is_integer
+from fisherkit.arithmetic import without_autocast
 from fisherkit.conjugate import MatMat
-from fisherkit.errors import SingularMatrixError
+from fisherkit.errors import InvalidArgumentError, SingularMatrixError
 from fisherkit.operators.row_forms import ColumnForm, RowForm, SolvedForm, solved_squares
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient
@@ -92,16 +94,17 @@ class Factorization(ABC):
     @overload
     def matvec(self, v: Vector, *, return_info: Literal[True]) -> tuple[Vector, SolveInfo]: ...
     @final
+    @without_autocast()
     def matvec(self, v: Vector, *, return_info: bool = False) -> Vector | tuple[Vector, SolveInfo]:
         """(F + λI)⁻¹ v.
 
         Args:
-            v: ``[D]``, ``[D, K]`` or a dict.
+            v: as in `FisherOperator.matvec`.
             return_info: also return method, steps, relative residual per column and whether it converged; costs one
                 product with F for direct methods.
 
         Returns:
-            The solution in v's form, dtype and device, or a pair with its `SolveInfo`.
+            The solution in v's form and the operator's dtype, or a pair with its `SolveInfo`.
         """
         columns, restore = self.operator._columns(v, "factorize().matvec")
         if not return_info:
@@ -115,6 +118,7 @@ class Factorization(ABC):
         return self.matvec(v)
 
     @final
+    @without_autocast()
     def logdet(self) -> Float[Tensor, ""]:
         """log det(F + λI), float64.
 
@@ -124,17 +128,36 @@ class Factorization(ABC):
         return self._logdet()
 
     @final
-    def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "D"]:
-        """A draw from N(0, (F + λI)⁻¹), the Laplace posterior around the parameters.
+    @without_autocast()
+    def sample(
+        self, generator: torch.Generator | None = None, n: int | None = None
+    ) -> Float[Tensor, "D"] | Float[Tensor, "D n"]:
+        """One draw from N(0, (F + λI)⁻¹), the Laplace posterior around the parameters, or n of them in columns.
 
         Perturb and solve: if b ~ N(0, F + λI) then (F + λI)⁻¹ b has covariance (F + λI)⁻¹, whatever the structure.
 
         Args:
             generator: source of randomness on the operator's device; None draws from torch's global one.
+            n: how many independent draws; None for one, as a vector.
+
+        Returns:
+            ``[D]``, or ``[D, n]`` (columns last), in the operator's dtype. The same seed and n give the same draws; n
+            draws of one call are not those of n calls.
+
+        Raises:
+            InvalidArgumentError: n is not a positive integer.
+
+        Cost: one solve with n columns, and n products with a root of F, for which rows that are streamed from the data
+            take one pass.
         """
-        operator = self.operator
-        noise = torch.randn(operator.size, 1, dtype=operator.dtype, device=operator.device, generator=generator)
-        return self._solve(self.damping**0.5 * noise + operator._draw(generator)).squeeze(-1)
+        operator, count = self.operator, 1 if n is None else n
+        if not is_integer(count) or count < 1:
+            raise InvalidArgumentError(
+                call=f"{operator._name}.factorize().sample(n={n})", got=f"n = {n}", expected="an integer, 1 or more"
+            )
+        noise = torch.randn(operator.size, count, dtype=operator.dtype, device=operator.device, generator=generator)
+        draws = self._solve(self.damping**0.5 * noise + operator._draws(generator, count))
+        return draws.squeeze(-1) if n is None else draws
 
 
 class IterativeFactorization(Factorization):

@@ -29,7 +29,8 @@ def open_file(path: str | Path, *, device: torch.device | str = "cpu") -> Fisher
 
     Raises:
         InvalidTypeError: not a path.
-        FileFormatError: no such file, damaged, not a Fisher file, or of a version from the future.
+        MissingFileError: no such file.
+        FileFormatError: damaged, not a Fisher file, or of a version from the future.
     """
     path = io.as_path(path, "open_file(path)")
     call = f"open_file({str(path)!r})"
@@ -68,6 +69,11 @@ class FisherFile:
         return self.header.metadata
 
     @property
+    def has_checksums(self) -> bool:
+        """Whether what is read is compared with checksums; files from before they were introduced have none."""
+        return self.header.checksums is not None
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files that hold the tensors."""
         return tuple(sorted({*self.header.archive.files.values()}))
@@ -80,7 +86,7 @@ class FisherFile:
     @cached_property
     def blocks(self) -> tuple[tuple[str, ...], ...]:
         """Names of the finest independent blocks, as `fisherkit.operators.split` gives them."""
-        return tuple(blocks_of_node(self.header.root, self.space, io.Reader(self.header.archive, self.device)))
+        return tuple(blocks_of_node(self.header.root, self.space, self.header.reader(self.device)))
 
     def read(self, names: Iterable[str]) -> FisherOperator:
         """The operator over some of the blocks; reads their tensors and nothing else.
@@ -100,7 +106,7 @@ class FisherFile:
         wanted = {names} if isinstance(names, str) else set(names)
         chosen = self._chosen(wanted)
         call = self.header.archive.call
-        with io.Reader(self.header.archive, self.device) as reader, parts_fit(call):
+        with self.header.reader(self.device) as reader, parts_fit(call):
             blocks = blocks_of_node(self.header.root, self.space, reader)
             return join(self.space.restrict(wanted), [blocks[block]() for block in chosen])
 

@@ -57,6 +57,10 @@ class OperatorHooks(ABC):
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
         """A draw from the normal distribution N(0, F)."""
 
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        """Independent draws side by side; one after the other where a structure does not draw them at once."""
+        return torch.cat([self._draw(generator) for _ in range(count)], dim=1)
+
     @abstractmethod
     def _scaled(self, scale: float) -> FisherOperator:
         """scale · F as an operator of the same structure."""
@@ -90,8 +94,33 @@ class OperatorHooks(ABC):
             "eigenvalues", "its parts do not share eigenvectors", "fk.estimators.lanczos_eigenvalues"
         )
 
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        raise self._no_closed_form(
+            "eigenvectors",
+            "its parts do not share eigenvectors",
+            "scipy.sparse.linalg.eigsh(fisher.to_scipy(), k), which needs products alone",
+        )
+
+    def _effective_dimension(self, damping: float) -> Float[Tensor, ""]:
+        """Σ w / (w + λ) over the eigenvalues w; 0 / 0 counts as 0."""
+        try:
+            values = self._eigenvalues(self._rank_bound)
+        except NoClosedFormError as error:
+            why, try_ = error.why, "fk.estimators.lanczos_effective_dimension(fisher, damping=...)"
+            raise self._no_closed_form("effective_dimension", why, try_) from error
+        return torch.where(values > 0, values / (values + damping), 0).sum()
+
+    @property
+    def _rank_bound(self) -> int:
+        """So many eigenvalues at most are not 0."""
+        return self.space.size
+
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._matmat(torch.eye(self.space.size, dtype=self.dtype, device=self.device))
+
+    def _made_of(self) -> str:
+        """What an operator holds, for its repr; empty where the class says it all."""
+        return ""
 
     @abstractmethod
     def _unwrap(self) -> FisherOperator:

@@ -23,7 +23,7 @@ from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, singular, spectrum
+from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, orthonormal, singular, spectrum
 from fisherkit.operators.row_forms import ColumnForm, RowForm
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
@@ -145,7 +145,10 @@ class KroneckerOperator(FisherOperator):
         return _EigenKroneckerFactorization(self, self._eigen, damping)
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._eigen._draw(generator)
+        return self._draws(generator, 1)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        return self._eigen._draws(generator, count)
 
     def _scaled(self, scale: float) -> KroneckerOperator:
         on_inputs, on_outputs = self._spectra
@@ -171,6 +174,13 @@ class KroneckerOperator(FisherOperator):
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._eigen._eigenvalues(k)
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        return self._eigen._eigenvectors(k)
+
+    @property
+    def _rank_bound(self) -> int:
+        return self._eigen._rank_bound
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         layout = self._layout
@@ -273,7 +283,10 @@ class EigenKroneckerOperator(FisherOperator):
         return _EigenKroneckerFactorization(self, self, damping)
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        noise = torch.randn(1, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
+        return self._draws(generator, 1)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        noise = torch.randn(count, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
         return self._rotate_back(self._values.sqrt().to(self.dtype) * noise)
 
     def _scaled(self, scale: float) -> EigenKroneckerOperator:
@@ -285,6 +298,17 @@ class EigenKroneckerOperator(FisherOperator):
         values = self._values.double().flatten()
         known = values.topk(min(k, len(values))).values
         return torch.nn.functional.pad(known, (0, k - len(known)))
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        places = self._values.double().flatten().topk(min(k, self._values.numel())).indices
+        on_outputs = self.gradient_basis.mT[places // self._values.shape[1]]
+        on_inputs = self.activation_basis.mT[places % self._values.shape[1]]
+        columns = self._layout.to_flat(on_outputs.unsqueeze(2) * on_inputs.unsqueeze(1))
+        return columns if len(places) == k else orthonormal(columns.double(), k).to(self.dtype)
+
+    @property
+    def _rank_bound(self) -> int:
+        return self._values.numel()
 
     @property
     def _null(self) -> int:
@@ -318,12 +342,13 @@ class _EigenKroneckerFactorization(Factorization):
         super().__init__(operator, damping)
         self._eigen = eigen
         values = eigen._values.double()
-        # Eigenvalues are squares of projections that carry the bases' rounding: below its square they are nothing.
-        noise = values.numel() * torch.finfo(eigen.dtype).eps ** 2 * values.max()
-        values = torch.where(values > noise, values, 0) if damping == 0.0 else values
         call = f"{operator._name}.factorize"
         if damping == 0.0 and eigen._null:
             raise SingularMatrixError(**singular(call, damping, f"{eigen._null:,} of its eigenvalues are 0"))
+        if damping == 0.0:
+            # Eigenvalues are squares of projections that carry the bases' rounding: below its square they are nothing.
+            noise = values.numel() * torch.finfo(eigen.dtype).eps ** 2 * values.max()
+            values = torch.where(values > noise, values, 0)
         self._reciprocal = damped_reciprocal(values, damping, eigen.dtype, call)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -333,6 +358,11 @@ class _EigenKroneckerFactorization(Factorization):
         # What the bases do not span is divided by λ.
         return columns / self.damping + eigen._rotate_scale_rotate(columns, self._reciprocal - 1 / self.damping)
 
+    @property
+    def _empty(self) -> bool:
+        """Whether there is no eigenvalue above zero, as of a Fisher without rows: there is nothing to turn into."""
+        return self._eigen._values.numel() == 0
+
     @cached_property
     def _eigen_form(self) -> EigenForm:
         eigen = self._eigen
@@ -340,11 +370,15 @@ class _EigenKroneckerFactorization(Factorization):
         return EigenForm(eigen.activation_basis, eigen.gradient_basis, self._reciprocal, outside, self._solve)
 
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
+        if self._empty:
+            return super()._row_form(probe, queries, others)
         if EigenForm.worthwhile(probe, queries, others):
             return self._eigen_form
         return self._turned_back_form
 
     def _column_form(self, probe: Rows) -> ColumnForm:
+        if self._empty:
+            return super()._column_form(probe)
         # Where the bases leave something out, a solution is not turned columns alone.
         turned = len(probe.slots) == 1 and isinstance(probe.slots[0].rows, FactoredRows) and not self._eigen._null
         return self._eigen_form if turned else self._turned_back_form
@@ -358,7 +392,7 @@ class _EigenKroneckerFactorization(Factorization):
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         slot, *others = rows.slots
-        if others or not isinstance(slot.rows, FactoredRows):
+        if others or self._empty or not isinstance(slot.rows, FactoredRows):
             return super()._row_squares(rows)
         return self._eigen_form.squares(slot.rows)
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, SingularMatrixError
 
 
@@ -48,8 +49,7 @@ def check_tensor(
         raise InvalidArgumentError(call=call, got=f"shape {list(tensor.shape)}", expected=str(list(shape)))
     if device is not None and tensor.device != device:
         raise InvalidArgumentError(call=call, got=f"a tensor on {tensor.device}", expected=str(device))
-    # A sum is cheap, unlike a mask of finite entries; it may overflow where no entry does.
-    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
     if nonnegative and tensor.numel() and float(tensor.min()) < 0:
         raise InvalidArgumentError(
@@ -82,8 +82,11 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n"
     """Eigenvalues in ascending order and eigenvectors in columns, float64; eigenvalues within rounding of 0 are 0.
 
     Raises:
+        NonFiniteError: NaN or infinite entries.
         InvalidArgumentError: the matrix has negative eigenvalues that rounding cannot explain.
     """
+    if not all_finite(matrix):
+        raise NonFiniteError(call=call, got="a matrix with NaN or infinite entries", expected="finite numbers")
     values, vectors = torch.linalg.eigh(matrix.double())
     largest = float(values.abs().max())
     if float(values.min()) < -(torch.finfo(matrix.dtype).eps ** 0.5) * largest:
@@ -96,6 +99,21 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n"
     # Below this even a float64 decomposition only returns noise, half of it negative.
     noise = len(values) * torch.finfo(torch.float64).eps * largest
     return torch.where(values > noise, values, 0), vectors
+
+
+def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
+    """Nearly orthogonal columns made orthonormal, each against those before it, and filled up to k; float64.
+
+    Args:
+        columns: float64, none of them 0; m at most k.
+        k: at most n. What is added is the same in every call.
+    """
+    missing = k - columns.shape[1]
+    # From the CPU, so that all devices see the same numbers.
+    added = torch.randn(len(columns), missing, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = columns / columns.norm(dim=0)
+    basis, triangle = torch.linalg.qr(torch.cat([given, added.to(columns.device)], dim=1))
+    return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
 
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:

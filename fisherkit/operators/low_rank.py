@@ -21,7 +21,7 @@ from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
 from fisherkit.operators.gram_form import GramForm
-from fisherkit.operators.linalg import singular
+from fisherkit.operators.linalg import orthonormal, singular, spectrum
 from fisherkit.operators.preconditioner import preconditioner_of_rows
 from fisherkit.operators.row_forms import RowForm
 from fisherkit.rows import restore_rows
@@ -98,19 +98,44 @@ class LowRankOperator(FisherOperator):
         return DenseOperator(self.space, (self.scale * self.row_source.normal_matrix()).to(self.dtype))
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
-        side = self._small_side()
-        if side == "none":
-            raise self._no_closed_form(
-                "eigenvalues",
-                "neither the Gram nor the dense matrix fits the memory budget",
-                "fk.estimators.lanczos_eigenvalues(fisher, k)",
-            )
-        small = self.row_source.gram() if side == "gram" else self.row_source.normal_matrix()
-        values = torch.linalg.eigvalsh(self.scale * small).clamp_min(0).flip(0)[:k]
+        small, _ = self._small_matrix("eigenvalues", "fk.estimators.lanczos_eigenvalues(fisher, k)")
+        values = torch.linalg.eigvalsh(small).clamp_min(0).flip(0)[:k]
         return torch.nn.functional.pad(values, (0, k - values.shape[0]))
 
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        try_ = "scipy.sparse.linalg.eigsh(fisher.to_scipy(), k), which needs products alone"
+        small, side = self._small_matrix("eigenvectors", try_)
+        if not bool(small.any()):
+            return torch.eye(self.size, k, dtype=self.dtype, device=self.device)
+        values, vectors = spectrum(small, "LowRankOperator.eigenvectors")
+        vectors = vectors[:, values > 0].flip(1)[:, :k]
+        if side == "gram":
+            # Jᵀ takes the Gram's eigenvectors to F's; the null space, of which it knows nothing, is filled up.
+            vectors = self.row_source.rmatmul(vectors.to(self.dtype)).double()
+        return orthonormal(vectors, k).to(self.dtype)
+
+    @property
+    def _rank_bound(self) -> int:
+        return min(self.row_source.count, self.size)
+
+    def _small_matrix(self, operation: str, try_: str) -> tuple[Float[Tensor, "n n"], str]:
+        """The Gram or F itself, whichever is smaller, in float64, and which it is.
+
+        Raises:
+            NoClosedFormError: neither fits.
+        """
+        side = self._small_side()
+        if side == "none":
+            why = "neither the Gram nor the dense matrix fits the memory budget"
+            raise self._no_closed_form(operation, why, try_)
+        small = self.row_source.gram() if side == "gram" else self.row_source.normal_matrix()
+        return self.scale * small, side
+
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        noise = torch.randn(self.row_source.count, 1, dtype=self.dtype, device=self.device, generator=generator)
+        return self._draws(generator, 1)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        noise = torch.randn(self.row_source.count, count, dtype=self.dtype, device=self.device, generator=generator)
         return self.scale**0.5 * self.row_source.rmatmul(noise)
 
     def _scaled(self, scale: float) -> LowRankOperator:
@@ -136,6 +161,9 @@ class LowRankOperator(FisherOperator):
             memory_budget=min(self.memory_budget, other.memory_budget),
         )
 
+    def _made_of(self) -> str:
+        return "" if "rows" in self.metadata else f"R = {self.row_source.count:,}"
+
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):
             raise self._no_closed_form(
@@ -151,7 +179,7 @@ class LowRankOperator(FisherOperator):
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> LowRankOperator:
-        rows = restore_rows(space, state.children)
+        rows = restore_rows(space, state.children).finite("load")
         values = state.children[0].tensors
         floating = next(tensor for tensor in values.values() if tensor.is_floating_point())
         return cls(rows, state.options["scale"], dtype=floating.dtype, device=floating.device)

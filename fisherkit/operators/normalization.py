@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator
@@ -37,6 +38,7 @@ def check_normalize(how: object, call: str, also: tuple[str, ...] = ()) -> None:
         raise InvalidArgumentError(call=call, got=f"normalize={how!r}", expected=f"one of {list(allowed)}")
 
 
+@without_autocast()
 def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOperator:
     """F times the one number that gives it a standard size.
 

@@ -18,7 +18,7 @@ from fisherkit.operators.algebra import SumOperator, add
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator
 from fisherkit.operators.diagonal import DiagonalOperator
-from fisherkit.operators.persistence import restore
+from fisherkit.operators.persistence import check_names, restore
 from fisherkit.space import ParameterSpace
 
 Blocks = dict[tuple[str, ...], Callable[[], FisherOperator]]
@@ -65,7 +65,11 @@ def blocks_of_node(node: io.Node, space: ParameterSpace, reader: io.Reader) -> B
         node: the operator.
         space: its parameters.
         reader: of the file; must be open when a block is made.
+
+    Raises:
+        FileFormatError: the description is of other parameters.
     """
+    check_names(node, space)
     if node.kind == BlockDiagonalOperator.kind and node.children:
         return _in_order(space, [blocks_of_node(c, space.restrict(c.names), reader) for c in node.children])
     if node.kind == DiagonalOperator.kind and "diagonal" in node.places:

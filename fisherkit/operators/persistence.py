@@ -6,16 +6,18 @@ Owns the way from a `State`'s kind to the class that reads it: every imported su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fisherkit import io
-from fisherkit.errors import FileFormatError, FisherkitError
+from fisherkit.errors import FileFormatError
 from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.contents import state_of
 from fisherkit.space import ParameterSpace
 
 
@@ -30,7 +32,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FisherOpera
         An operator of the saved structure and dtype; what was recorded at saving is in ``.metadata``.
 
     Raises:
-        FileFormatError: no such file, damaged, not a Fisher file, of a version from the future, or of an unknown kind.
+        MissingFileError: no such file; it is a FileNotFoundError too.
+        FileFormatError: damaged, not a Fisher file, of a version from the future, or of an unknown kind.
     """
     state, space, metadata = io.read(path, device=device)
     with parts_fit(f"load({str(path)!r})"):
@@ -44,7 +47,9 @@ def parts_fit(call: str) -> Iterator[None]:
     """A FileFormatError of the call for whatever a structure says of tensors that it cannot use."""
     try:
         yield
-    except (FisherkitError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except MemoryError:
+        raise  # the machine's, not the file's
+    except Exception as error:  # structures of one's own may say it by any class
         if isinstance(error, FileFormatError) and error.call == call:
             raise
         raise FileFormatError(
@@ -74,13 +79,44 @@ def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
             expected=f"one of {sorted(registry)}",
             try_="import the module that defines it first, or a newer fisherkit",
         )
-    if state.names != space.names:
+    check_names(state, space)
+    return registry[state.kind]._from_state(space, state)
+
+
+def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
+    """Refuse what is described as acting on other parameters.
+
+    Raises:
+        FileFormatError: it is.
+    """
+    if described.names != space.names:
         raise FileFormatError(
             call="load",
-            got=f"a {state.kind} operator over {list(state.names)}",
+            got=f"a {described.kind} operator over {list(described.names)}",
             expected=f"one over {list(space.names)}",
         )
-    return registry[state.kind]._from_state(space, state)
+
+
+def renamed(operator: FisherOperator, names: Mapping[str, str]) -> FisherOperator:
+    """The same operator over parameters of other names; tensors are shared.
+
+    Args:
+        operator: any whose state can be had.
+        names: each of its names to the new one.
+    """
+    if all(old == new for old, new in names.items()):
+        return operator
+    space = operator.space
+    new = restore(
+        ParameterSpace(tuple(names[n] for n in space.names), space.shapes), _renamed(state_of(operator), names)
+    )
+    new.metadata = dict(operator.metadata)
+    return new
+
+
+def _renamed(state: io.State, names: Mapping[str, str]) -> io.State:
+    children = tuple(_renamed(child, names) for child in state.children)
+    return replace(state, names=tuple(names[name] for name in state.names), children=children)
 
 
 def _registry() -> dict[str, type[FisherOperator]]:

@@ -157,7 +157,6 @@ class Averages:
 
     def load(self, state: Sequence[Mapping[str, Any]], updates: int, own: Mapping[str, Tensor]) -> None:
         """The inverse of `state`, on the devices of the model's own parameters."""
-        self.updates = updates
         self.units = {
             tuple(unit["names"]): {
                 key: (value.to(own[unit["names"][0]].device) if value.is_floating_point() else value).clone()
@@ -165,6 +164,7 @@ class Averages:
             }
             for unit in state
         }
+        self.updates = updates
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError, listed
 from fisherkit.likelihoods import Likelihood
@@ -36,11 +36,14 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.first_batch import plan_of_call
+from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
+from fisherkit.rows.ownership import coarser
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.verified import fingerprint, plan_for
+from fisherkit.rows.verified import fingerprint
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace, Selection
 
@@ -80,6 +83,7 @@ class Capture:
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
         self._used: set[str] = set()
+        self._seen: set[int] = set()
         self._through: dict[int, bool] = {}
         self._open: list[Pass] = []
         self._begun: tuple[Recorder, Plan, Batch, RngState | None] | None = None
@@ -155,25 +159,25 @@ class Capture:
         if begun is None or output is None:
             return
         recorder, plan, batch, rng = begun
+        plan.coarsest = coarser(plan.coarsest, recorder.coarsest)
         z = outputs_of(output)
         if not z.requires_grad:
             return
         watched = Watched.seen(recorder, z)
         if self._new(watched, plan):
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
-        if not {name for unit in plan.ruled for name in unit.names} <= _used(watched) and watched.reentrant:
-            raise ModelError(
-                call=f"{self.call}, forward pass", got="a reentrant checkpoint around some of the parameters",
-                expected="checkpoints with use_reentrant=False",
-                why="what runs inside of a reentrant one has no graph, so that its rows cannot be seen",
-                try_="torch.utils.checkpoint.checkpoint(..., use_reentrant=False); of Hugging Face's models, "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})',
-            )  # fmt: skip
+        hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
+        cut = [name for name in hidden if name in recorder.without_graph]
+        if cut or id(plan) not in self._seen:
+            self._seen.add(id(plan))
+            nodes = [use.edge.node for use in watched.uses]
+            refuse_reentrant(z, nodes, cut or hidden, f"{self.call}, forward pass", cut=bool(cut))
         coupled = self._coupled()
         averaging = [*coupled, *self._tracking()]
         if plan.generic and (recorder.random or averaging):
             raise self._unfit(plan, averaging)
-        keep = batch if plan.generic or coupled or not watched.regular else Batch((), _masks(batch), None, batch.size)
+        again = bool(plan.generic or coupled or not watched.regular or plan.lost(watched))
+        keep = batch if again else Batch((), _masks(batch), None, batch.size)
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         watched = replace(watched, uses=with_own_inputs(own, batch.leaves()[0]))
         one = Pass(plan, keep, watched, coupled, rng)
@@ -208,14 +212,15 @@ class Capture:
             anew: verify again, for what the pass has shown.
         """
         key = names, fingerprint(self.model)
-        if key not in self._plans or anew:
+        # What was verified on an example alone says nothing of two.
+        if anew or key not in self._plans or (self._plans[key].alone and batch.size > 1):
             training = [module for module in self.model.modules() if module.training]
             device, _ = model_device(self.model, names)
             batch = batch.to(device)
             try:
                 for module in training:
                     module.training = False
-                with self._watch.quiet(), torch.autocast(device.type, enabled=False):
+                with self._watch.quiet(), without_autocast():
                     plan = self._verified(names, batch)
             finally:
                 for module in training:
@@ -226,9 +231,12 @@ class Capture:
 
     def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
-        plan = plan_for(self.model, ParameterSpace.of(self.model, names), batch)
+        plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
         if plan.unused or any(unit.unseen for unit in plan.generic):
-            with untouched_rng([plan.example_parameter.device]), differentiable(list(plan.parameters.values())):
+            with (
+                untouched_rng([plan.example_parameter.device]),
+                differentiable(self.model, list(plan.parameters.values())),
+            ):
                 linearized = Linearized.at(plan, batch)
                 self._used |= _used(linearized.watched)
                 plan = linearized.revised() if linearized.noticed else plan
@@ -265,6 +273,7 @@ class Capture:
 
     # -- the backward pass ---------------------------------------------------------------------------------------------
 
+    @without_autocast()
     def _reached(self, one: Pass | None, gradient: Tensor | None) -> None:
         """The user's backward pass is at the model's outputs."""
         if self.closed or gradient is None or self._watch.silent or not self._accumulating():
@@ -313,7 +322,7 @@ class Capture:
         now = {name: self.model.get_parameter(name).grad for name in self._gradients}
         # Set to None since, and perhaps filled by another backward pass; or set to zero where they were.
         replaced = any(g is None or id(g) != self._gradients[name][0] for name, g in now.items())
-        if replaced or not any(g is not None and bool(g.any()) for g in now.values()):
+        if replaced or not any(g is not None and bool(g.to_dense().any()) for g in now.values()):
             self.finished.clear()
 
     def _versions(self) -> dict[str, tuple[int, int]]:
@@ -321,6 +330,7 @@ class Capture:
         own = self.model.named_parameters()
         return {n: (id(p.grad), p.grad._version) for n, p in own if p.grad is not None and n in self.space.slices}
 
+    @without_autocast()
     def _finish(self, one: Pass) -> None:
         """The user's backward pass is over."""
         if one not in self._open:
@@ -372,8 +382,8 @@ class Capture:
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             known = Known(gradients, seen.scale_of(v[0]), one.multiplied)
             # The engine switches gradients off in callbacks; rows of parameters without a rule need them.
-            with self._watch.quiet(), torch.enable_grad():
-                return linearized.rows(v.reshape(1, *one.z.shape), selection, known)
+            with self._watch.quiet(), differentiable(self.model, ()):
+                return linearized.rows(self.likelihood.as_outputs(v, one.z.shape), selection, known)
 
         return list(slots.chunks(one.batch, 1, rows))
 
@@ -383,8 +393,8 @@ class Capture:
         self._choose(one.plan, slots)
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
-            with self._watch.quiet(), torch.enable_grad():
-                shaped = v.reshape(v.shape[0], *linearized.z.shape)
+            with self._watch.quiet(), differentiable(self.model, ()):
+                shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 return linearized.rows(shaped, selection, alone=slots.number == 1)
 
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))
@@ -399,15 +409,14 @@ class Capture:
     def _again(self, one: Pass) -> list[Chunk]:
         """Rows by one more forward pass, with the same random numbers, in which statistics are constants."""
         plan = one.plan
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         recorder = Recorder(
             {id(p): n for n, p in plan.parameters.items()}, one.batch.size, one.batch.leaves()[0], plan.shared,
             training=True, constant_statistics=True,
         )  # fmt: skip
-        devices = [plan.example_parameter.device]
-        with self._watch.quiet(), untouched_rng(devices, one.rng), differentiable(list(plan.parameters.values())):
+        devices, parameters = [plan.example_parameter.device], list(plan.parameters.values())
+        with self._watch.quiet(), untouched_rng(devices, one.rng), differentiable(self.model, parameters):
             with recorder:
-                z = one.batch.call(lambda *args, **kwargs: functional_call(self.model, buffers, args, kwargs))
+                z = one.batch.call(self.model)
             return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
 
 

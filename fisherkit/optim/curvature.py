@@ -6,7 +6,7 @@ learning rates nor parameter groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_count
+from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import InvalidArgumentError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping
 from fisherkit.optim import surprises
 from fisherkit.optim.averages import Averages, Inverse
 from fisherkit.optim.capture import Capture
+from fisherkit.optim.outputs import check_reduction
 from fisherkit.optim.passes import Captured
 from fisherkit.optim.sample_space import Direction, damped_direction, form, gram_direction
 from fisherkit.outputs import OutputRule
@@ -62,7 +65,7 @@ class Curvature:
         *,
         params: Selection,
         rule: OutputRule,
-        likelihood: str | Likelihood,
+        likelihood: str | Likelihood | nn.Module,
         structure: str,
         gram: bool,
         reduction: str,
@@ -80,6 +83,8 @@ class Curvature:
         ):
             if value not in allowed:
                 raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+        resolved = likelihoods.resolve(likelihood)
+        check_reduction(resolved, reduction, call)
         check_count(call, "update_every", update_every)
         check_count(call, "refresh_every", refresh_every)
         check_count(call, "max_rank", max_rank, optional=True)
@@ -99,7 +104,7 @@ class Curvature:
         self._power = rule.gradient_power if gram and structure in OF_A_BATCH else None
         self.capture = Capture(
             model, params, EmpiricalVectors() if self._power is not None else rule,
-            likelihoods.resolve(likelihood), reduction, written_out=structure in OF_A_BATCH, call=call,
+            resolved, reduction, written_out=structure in OF_A_BATCH, call=call,
         )  # fmt: skip
         self.averages = Averages(
             structure, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce", max_rank=max_rank
@@ -119,6 +124,7 @@ class Curvature:
 
         Raises:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
+            NonFiniteError: NaN or infinite numbers in a pass; averages stay as they were.
             SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
                 block structures.
         """
@@ -134,6 +140,9 @@ class Curvature:
             nothing = self._mean({}, space, 1)
             return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
         if due:
+            for number, one in enumerate(captured):
+                for chunk in one.chunks:
+                    chunk.rows.finite(f"{self.call}.step, forward pass {number}")
             self.examples, self._inverse = examples, None
             self._look_for_surprises(captured, gradients, space)
         if self.structure in OF_A_BATCH:
@@ -255,28 +264,29 @@ class Curvature:
         """The mean gradient, whatever the reduction of the loss."""
         own = dict(self.capture.model.named_parameters())
         flat = space.flatten({n: gradients.get(n, torch.zeros_like(own[n])).detach() for n in space.names})
+        flat = flat.to(at_least_single(flat.dtype))
         return flat / max(examples, 1) if self.reduction == "sum" else flat
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, counters and running averages."""
-        return {
+        """Settings, counters and running averages, with a checksum of them."""
+        state = {
             "kind": self.rule.kind_name, "options": self.rule.kind_options(), "structure": self.structure,
             "gram": self.gram, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
             "updates": self.averages.updates, "averages": self.averages.state(),
         }  # fmt: skip
+        return with_checksum(state)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that steps cannot go on from.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping.
+            InvalidArgumentError: it is of another kind, structure or damping, or damaged.
         """
-        missing = {"kind", "options", "structure", "gram", "averages"} - set(state)
-        if missing:
-            raise InvalidArgumentError(
-                call=f"{self.call}.load_state_dict", got=f"a state without {sorted(missing)}",
-                expected=f"one that {self.call}.state_dict() made",
-            )  # fmt: skip
+        check_has(
+            state, ("kind", "options", "structure", "gram", "averages", "steps", "examples", "seen", "updates"),
+            self.call,
+        )  # fmt: skip
+        check_checksum(state, f"{self.call}.load_state_dict")
         for key, own in (
             ("kind", self.rule.kind_name), ("options", self.rule.kind_options()),
             ("structure", self.structure), ("gram", self.gram),
@@ -291,14 +301,37 @@ class Curvature:
         """The inverse of `state_dict`.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping.
+            InvalidArgumentError: it is of another kind, structure or damping, or damaged.
         """
         self.check_state(state)
-        self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
         own_parameters = dict(self.capture.model.named_parameters())
-        self.averages.load(state["averages"], state["updates"], own_parameters)
+        try:
+            self.averages.load(state["averages"], state["updates"], own_parameters)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # of a state without a checksum
+            raise InvalidArgumentError(
+                call=f"{self.call}.load_state_dict", got=f"a state whose averages cannot be read ({error!r})",
+                expected=f"one that {self.call}.state_dict() made",
+            ) from error  # fmt: skip
+        self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
         self._inverse = None
         self._expect()
+
+
+def check_has(state: Any, keys: Iterable[str], call: str) -> None:
+    """Refuse what is no state, or lacks a part of one.
+
+    Args:
+        state: what was passed.
+        keys: its parts.
+        call: the class, for errors.
+
+    Raises:
+        InvalidArgumentError: it is no mapping with these keys.
+    """
+    if isinstance(state, Mapping) and not (missing := set(keys) - set(state)):
+        return
+    got = f"a state without {sorted(missing)}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+    raise InvalidArgumentError(call=f"{call}.load_state_dict", got=got, expected=f"one that {call}.state_dict() made")
 
 
 def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import NonFiniteError, SingularMatrixError
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.operators.linalg import singular, spectrum
@@ -58,7 +59,7 @@ def leading_spectrum(
         NonFiniteError: NaN or infinite entries.
     """
     width = len(matrix)
-    if not bool(matrix.isfinite().all()):
+    if not all_finite(matrix):
         raise NonFiniteError(
             call="a step", got="Kronecker factors with NaN or infinite entries", expected="finite ones",
             why="activations or gradients have grown out of range", try_="a smaller lr, or a trust_region",

@@ -13,16 +13,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError
+from fisherkit.arithmetic import all_finite, without_autocast
+from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
+from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
-from fisherkit.optim.curvature import Curvature
-from fisherkit.optim.sample_space import all_finite
+from fisherkit.optim.curvature import Curvature, check_has
 from fisherkit.outputs import OutputRule
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import ParameterSpace, Selection
 
 CALL = "NaturalGradient"
+STATE_CHECKSUM = "state_checksum"
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -57,9 +60,10 @@ class NaturalGradient(torch.optim.Optimizer):
         gram_damping: λ beside the Gram matrix of unreduced gradients.
         weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
         momentum: μ of m ← μ m + Δ, which takes Δ's place.
-        likelihood: "categorical", "gaussian" or "bernoulli", or an object of `fisherkit.likelihoods`. Your loss must be
-            its −log p, times anything that is the same for all positions of an example. With "gaussian" its factor
-            cannot be seen: the loss must be ``((z - y) ** 2).sum(1).mean() / 2``, or the sum for ``reduction="sum"``.
+        likelihood: the loss module that you train with, or a name or object as for `fisherkit.FisherApproximation`.
+            Your loss must be its loss, times anything that is the same for all positions of an example. With "gaussian"
+            and "poisson" its factor cannot be seen: for "gaussian" the loss must be
+            ``((z - y) ** 2).sum(1).mean() / 2``, or the sum for ``reduction="sum"``; with a module, that module's.
         reduction: of your loss over examples, "mean" or "sum".
         normalize_update: Δ / ‖Δ‖ takes Δ's place.
         trust_region: δ: Δ is shortened so that (lr · Δ)ᵀ F (lr · Δ) <= δ, in the kind's own F, where it would be more.
@@ -99,7 +103,7 @@ class NaturalGradient(torch.optim.Optimizer):
         gram_damping: float | None = None,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | nn.Module = "categorical",
         reduction: str = "mean",
         normalize_update: bool = False,
         trust_region: float | None = None,
@@ -153,23 +157,27 @@ class NaturalGradient(torch.optim.Optimizer):
                 loss = closure()
         own = dict(self._curvature.capture.model.named_parameters())
         grouped = {id(p): group for group in self.param_groups for p in group["params"]}
-        gradients = {n: p.grad for n, p in own.items() if id(p) in grouped and p.grad is not None}
+        found = {n: p for n, p in own.items() if id(p) in grouped and p.grad is not None}
+        gradients = {n: dense_gradient(p, p.grad) for n, p in found.items()}
         if not gradients:
             self._curvature.capture.say_if_forgotten()
             return loss
         first = self.param_groups[0]
-        if not all_finite(gradients.values()):
+        if not all_finite(*gradients.values()):
+            bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
             raise NonFiniteError(
-                call=f"{CALL}.step", got="gradients with NaN or infinite entries", expected="finite gradients",
+                call=f"{CALL}.step", got=f"gradients with NaN or infinite entries of {bad}",
+                expected="finite gradients",
                 try_="skipping the step, as torch.amp.GradScaler does, or a smaller lr",
             )  # fmt: skip
         check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
-        space, direction = self._curvature.direction(gradients, damping)
-        if first["normalize_update"]:
-            direction = direction.normalized()
-        longest = max(group["lr"] for group in self.param_groups)
-        self._apply(own, grouped, space, direction.within(first["trust_region"], longest))
+        with without_autocast():  # the closure above is the user's own
+            space, direction = self._curvature.direction(gradients, damping)
+            if first["normalize_update"]:
+                direction = direction.normalized()
+            longest = max(group["lr"] for group in self.param_groups)
+            self._apply(own, grouped, space, direction.within(first["trust_region"], longest))
         return loss
 
     def _apply(
@@ -186,7 +194,9 @@ class NaturalGradient(torch.optim.Optimizer):
             if group["momentum"]:
                 state = self.state[p]
                 known = state.get("momentum_buffer")
-                state["momentum_buffer"] = delta.clone() if known is None else known.mul_(group["momentum"]).add_(delta)
+                # In the parameter's dtype, in which torch loads it.
+                delta = delta.to(p.dtype, copy=True)
+                state["momentum_buffer"] = delta if known is None else known.mul_(group["momentum"]).add_(delta)
                 delta = state["momentum_buffer"]
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -234,8 +244,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature.capture.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, and running averages and counters under "curvature"; of tensors, numbers and strings alone."""
-        state = {**super().state_dict(), "curvature": self._curvature.state_dict()}
+        """Torch's, and running averages and counters under "curvature"; of tensors, numbers and strings alone.
+
+        There are checksums of "curvature" and of "state"; groups have none, so that a learning rate may be changed.
+        """
+        own = super().state_dict()
+        state = {**own, "curvature": self._curvature.state_dict(), STATE_CHECKSUM: state_hash(own["state"])}
         for group in state["param_groups"]:
             if isinstance(group["damping"], RelativeDamping):
                 group["damping"] = {"relative": group["damping"].scale}
@@ -245,19 +259,23 @@ class NaturalGradient(torch.optim.Optimizer):
         """The inverse of `state_dict`; steps go on bit for bit.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping, or another optimizer's.
+            InvalidArgumentError: it is of another kind, structure or damping, another optimizer's, or damaged.
         """
-        if "curvature" not in state_dict:
-            raise InvalidArgumentError(
-                call=f"{CALL}.load_state_dict", got=f"a state with {sorted(state_dict)}",
-                expected=f"one that {CALL}.state_dict() made, with 'curvature'",
-            )  # fmt: skip
+        check_has(state_dict, ("state", "param_groups", "curvature"), CALL)
+        if STATE_CHECKSUM in state_dict:
+            check_hash(state_dict["state"], state_dict[STATE_CHECKSUM], STATE_CHECKSUM, f"{CALL}.load_state_dict")
         self._curvature.check_state(state_dict["curvature"])
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        for group in groups:
-            if isinstance(group.get("damping"), Mapping):
-                group["damping"] = RelativeDamping(group["damping"]["relative"])
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        try:
+            groups = [dict(group) for group in state_dict["param_groups"]]
+            for group in groups:
+                if isinstance(group.get("damping"), Mapping):
+                    group["damping"] = RelativeDamping(group["damping"]["relative"])
+            super().load_state_dict({**state_dict, "param_groups": groups})
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InvalidArgumentError(
+                call=f"{CALL}.load_state_dict", got=f"a state that torch.optim.Optimizer refuses ({error})",
+                expected=f"one that {CALL}.state_dict() made of the same parameters in the same groups",
+            ) from error  # fmt: skip
         self._curvature.load_state_dict(state_dict["curvature"])
 
     def __getstate__(self) -> dict[str, Any]:

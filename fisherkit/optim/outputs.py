@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.errors import ModelError
-from fisherkit.likelihoods import Likelihood
+from fisherkit.errors import DataError, InvalidArgumentError, ModelError
+from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import Outputs
 
 
@@ -68,7 +68,7 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     place = f"{call}, forward pass"
     precise = raw if raw.dtype in {torch.float32, torch.float64} else raw.float()
     z, _, _ = likelihood.prepare(precise, None, place)
-    found = gradient.reshape(z.shape).to(z.dtype)
+    found = likelihood.gradient_at(z, likelihood.positions(gradient, place).to(z.dtype))
     # A gradient of zero is a position that does not count where labels say so; elsewhere it is a perfect fit.
     counts = likelihood.labels_mask
     mask = (found != 0).any(-1) if counts else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
@@ -76,43 +76,53 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
     multiple = torch.ones(len(z), dtype=torch.float64, device=z.device)
     if not likelihood.gradient_scale_free and reduction == "mean":
-        multiple = multiple / len(z)
-    target = likelihood.target_from_gradient(z, found / multiple.to(z.dtype)[:, None, None])
+        # A module of torch's takes the mean over all outputs, and not over examples.
+        multiple = multiple / (z.numel() if likelihood.reduction == "mean" else len(z))
+    try:
+        target = likelihood.target_from_gradient(z, found / multiple.to(z.dtype)[:, None, None])
+    except DataError as error:
+        raise error.at(place) from error
     if target is None:
         raise ModelError(
             call=place,
-            got=f"the likelihood {likelihood.name!r}",
-            expected="one with target_from_gradient",
-            why="the targets are read off the gradient of your loss",
-            try_="a class of fisherkit.likelihoods, or that method on yours",
+            got=f"the likelihood {likelihood.recorded!r}",
+            expected="one whose targets show in the loss gradient",
+            why="the targets are read off the gradient of your loss, and weights of 0, smoothing of two classes and "
+            "variances of the data leave it open",
+            try_="weights above 0, no smoothing, a variance that is the same for all; or target_from_gradient in a "
+            "likelihood of your own",
         )
     outputs = Outputs(z, target, mask, keys, likelihood)
     u = outputs.gradient()
     if likelihood.gradient_scale_free:
         multiple = _ratio(_dot(found, u), _dot(u, u))
-        _refuse_other_loss(found, u, multiple, raw.dtype, likelihood, call)
+        _refuse_other_loss(found, outputs, u, multiple, raw.dtype, call)
     return Seen(outputs, u, multiple, likelihood.gradient_scale_free or reduction == "sum")
 
 
 def _refuse_other_loss(
-    found: Tensor, u: Tensor, multiple: Tensor, dtype: torch.dtype, likelihood: Likelihood, call: str
+    found: Tensor, outputs: Outputs, u: Tensor, multiple: Tensor, dtype: torch.dtype, call: str
 ) -> None:
     """The gradient must be a multiple of the likelihood's in each example, up to the rounding of p − 1."""
     expected = u * multiple.to(u.dtype)[:, None, None]
     rounding = 16 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     # Losses are often computed in float32, whatever the model's dtype is.
     relative = 16 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    scale = multiple.abs().to(u.dtype)
+    scale, root = multiple.abs().to(u.dtype), outputs.hessian_root()
+    if root is not None:  # a weight multiplies what rounding leaves
+        scale = scale * root.flatten(1).amax(1).square().clamp_min(1)
     allowed = relative * found.flatten(1).norm(dim=1) + rounding * scale * u.shape[1] ** 0.5
     wrong = (found - expected).flatten(1).norm(dim=1) > allowed
     if bool((wrong | (multiple < 0)).any()):
         raise ModelError(
             call=f"{call}, backward pass",
             got="a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
-            expected=f"−log p(y | z) of the {likelihood.name} likelihood with hard targets, weighted or not",
+            expected=f"the loss of the {outputs.likelihood.recorded} likelihood with hard targets, times a factor for "
+            "each example",
             why="the Fisher is that of the likelihood",
             try_="a loss without label smoothing or terms in the outputs, of the outputs that the model returns; or "
-            "likelihood= to match it",
+            "likelihood= to match it: the loss module that you train with, nn.CrossEntropyLoss(...), nn.NLLLoss() or "
+            "others, or fk.likelihoods.Categorical(class_axis=...) for classes on another axis",
         )
 
 
@@ -122,3 +132,17 @@ def _dot(a: Float[Tensor, "B P C"], b: Float[Tensor, "B P C"]) -> Float[Tensor, 
 
 def _ratio(a: Float[Tensor, "B"], b: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     return torch.where(b != 0, a / torch.where(b != 0, b, torch.ones_like(b)), torch.zeros_like(a))
+
+
+def check_reduction(likelihood: Likelihood, reduction: str, call: str) -> None:
+    """Refuse a loss module of another reduction than the optimizer is told, where the scale of gradients tells targets.
+
+    Raises:
+        InvalidArgumentError: they differ.
+    """
+    own = likelihood.reduction
+    if not likelihood.gradient_scale_free and own is not None and own != reduction:
+        raise InvalidArgumentError(
+            call=call, got=f"reduction={reduction!r} with a loss module of reduction {own!r}", expected="the same",
+            why="targets are read off the loss gradient and its scale", try_=f"reduction={own!r}",
+        )  # fmt: skip

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
 from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
 from fisherkit.optim.curvature import Curvature
-from fisherkit.optim.sample_space import all_finite
 from fisherkit.outputs import OutputRule
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import Selection
 
 CALL = "Preconditioner"
@@ -71,7 +72,7 @@ class Preconditioner:
         structure: str = "kfac",
         damping: Damping | None = None,
         gram_damping: float | None = None,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | nn.Module = "categorical",
         reduction: str = "mean",
         params: Selection = None,
         ema: float | None = None,
@@ -98,28 +99,33 @@ class Preconditioner:
         )  # fmt: skip
 
     @torch.no_grad()
+    @without_autocast()
     def step(self) -> None:
         """Put (F + λI)⁻¹ ∇L in the place of ``.grad``; see the class.
 
         Raises:
             ModelError: an update is due, and no forward and backward pass of the model was seen.
+            NonFiniteError: NaN or infinite numbers in a pass whose gradients are finite; averages stay as they were.
             SingularMatrixError: the damping is too small.
         """
         curvature = self._curvature
         own = dict(curvature.capture.model.named_parameters())
-        gradients = {n: p.grad for n, p in own.items() if n in curvature.capture.space.slices and p.grad is not None}
+        found = {n: p for n, p in own.items() if n in curvature.capture.space.slices and p.grad is not None}
+        gradients = {n: dense_gradient(p, p.grad) for n, p in found.items()}
         if not gradients:
             curvature.capture.say_if_forgotten()
             return
-        if not all_finite(gradients.values()):
+        if not all_finite(*gradients.values()):
             curvature.capture.forget()
             return
         space, direction = curvature.direction(gradients, self.damping)
         update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad
-            if gradient is not None:
+            if gradient is not None and gradient.layout == torch.strided:
                 gradient.copy_(delta)
+            elif gradient is not None:  # an update has entries where a sparse gradient has none
+                own[name].grad = delta.clone()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ gradient. Knows rows and nothing of models, kinds or steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,10 +146,3 @@ def _put(vector: Float[Tensor, "D"], rows: Rows, names: Sequence[str], part: Flo
     own = rows.space.restrict(names)
     for name in own.names:
         vector[rows.space.slices[name]] = part[own.slices[name]].to(vector.dtype)
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no entry is NaN or infinite: by norms, and by entries only where a norm overflows."""
-    found = list(tensors)
-    norms = torch.stack(torch._foreach_norm(found))
-    return bool(norms.isfinite().all()) or all(bool(t.isfinite().all()) for t in found)

@@ -127,6 +127,11 @@ class UnitRows(ABC):
         return next(t for t in self.tensors().values() if t.is_floating_point())
 
     @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """All floating-point tensors that the rows are made of, as they are kept."""
+        return tuple(t for t in self.tensors().values() if t.is_floating_point())
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the tensors take."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())

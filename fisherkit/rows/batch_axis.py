@@ -491,15 +491,14 @@ def _dims(value: Any, ndim: int) -> tuple[int, ...] | None:
 _ELEMENTWISE = """
     abs neg negative positive exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sin cos tan tanh sinh
     cosh asin acos atan atan2 arctan sigmoid erf erfc erfinv floor ceil round trunc frac sign sgn clamp clamp_min
-    clamp_max clip minimum maximum fmax fmin add sub subtract rsub mul multiply div divide true_divide floor_divide remainder
-    fmod pow float_power where masked_fill lerp addcmul addcdiv nan_to_num logaddexp logit xlogy hypot copysign
-    relu relu6 gelu silu mish elu selu celu leaky_relu softplus hardswish hardsigmoid hardtanh logsigmoid log_sigmoid
-    softsign tanhshrink softshrink hardshrink threshold prelu rrelu dropout alpha_dropout feature_alpha_dropout
-    dropout1d dropout2d dropout3d feature_dropout
-    logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not eq ne lt le gt ge isnan isinf
-    isfinite and or xor invert truediv floordiv mod
-    clone detach contiguous to float double half bfloat16 int long bool type type_as alias requires_grad_ cuda cpu
-    view_as_real
+    clamp_max clip minimum maximum fmax fmin add sub subtract rsub mul multiply div divide true_divide floor_divide
+    remainder fmod pow float_power where masked_fill lerp addcmul addcdiv nan_to_num logaddexp logit xlogy hypot
+    copysign relu relu6 gelu silu mish elu selu celu leaky_relu softplus hardswish hardsigmoid hardtanh logsigmoid
+    log_sigmoid softsign tanhshrink softshrink hardshrink threshold prelu rrelu dropout alpha_dropout
+    feature_alpha_dropout dropout1d dropout2d dropout3d feature_dropout logical_and logical_or logical_not
+    logical_xor bitwise_and bitwise_or bitwise_not eq ne lt le gt ge isnan isinf isfinite and or xor invert truediv
+    floordiv mod clone detach contiguous to float double half bfloat16 int long bool type type_as alias
+    requires_grad_ cuda cpu
 """
 _MORE: tuple[tuple[str, Becomes], ...] = (
     ("conv1d conv_transpose1d", _first(3)),

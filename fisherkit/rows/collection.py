@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
+from fisherkit.errors import NonFiniteError, listed
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.stored import StoredRows
@@ -265,6 +267,36 @@ class Rows(RowSource):
         groups += pending
         pending.clear()
         return Rows.taken_from(groups)
+
+    def finite(self, call: str) -> Rows:
+        """The rows themselves, if all of their numbers are finite.
+
+        Outputs may be finite where rows are not: a saturated unit hides an infinite activation. One NaN would make
+        every sum, product and score NaN that it enters.
+
+        Args:
+            call: for errors; where the rows come from.
+
+        Raises:
+            NonFiniteError: naming the modules and their parameters.
+
+        Cost: one reading.
+        """
+        if all_finite(*(tensor for slot in self.slots for tensor in slot.rows.numbers)):
+            return self
+        # Of a convolution's input, what no window sees does not count.
+        bad = [slot.names for slot in self.slots if not all_finite(*slot.rows.tensors().values())]
+        if bad:
+            modules = {name.rpartition(".")[0]: None for names in bad for name in names}
+            raise NonFiniteError(
+                call=call,
+                got=f"NaN or infinite activations or gradients in {listed(map(repr, modules))} "
+                f"({listed(name for names in bad for name in names)})",
+                expected="finite ones",
+                why="rows are made of them, and outputs that are finite may hide them: a tanh of infinity is 1",
+                try_="torch.isfinite of this batch's inputs, and a look for √, log or division at 0 in the model",
+            )
+        return self
 
     @property
     def nbytes(self) -> int:

@@ -371,10 +371,14 @@ class FactoredRows(UnitRows):
         return self.gradients
 
     @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The two factors; of patches, the input."""
+        return self.activations if isinstance(self.activations, Tensor) else self.activations.x, self.gradients
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory; of patches, those of the input."""
-        a = self.activations if isinstance(self.activations, Tensor) else self.activations.x
-        return sum(t.numel() * t.element_size() for t in (a, self.gradients))
+        return sum(t.numel() * t.element_size() for t in self.numbers)
 
     def options(self) -> dict[str, int]:
         """Bias and orientation."""

@@ -16,11 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.generic import looped_rows
+from fisherkit.rows.differentiable import pulled_back
+from fisherkit.rows.generic import dense_gradient, looped_rows
+from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.patches import Activations
 from fisherkit.rows.plan import Plan, forward, propose, tolerance
@@ -59,16 +62,10 @@ class Linearized:
     """
 
     def __init__(self, plan: Plan, batch: Batch, watched: Watched) -> None:
-        dtype = plan.example_parameter.dtype
+        dtype = plan.dtype
         self.plan, self.batch = plan, batch
         self.watched = replace(watched, uses=[in_dtype(use, dtype) for use in watched.uses])
-        self.lost: set[str] = {
-            name
-            for unit in plan.ruled
-            if any(unit.strange(self.watched.uses[i]) for i in unit.of(self.watched.uses))
-            or watched.elsewhere.intersection(unit.names)
-            for name in unit.names
-        }
+        self.lost = plan.lost(self.watched)
         self._activations: dict[tuple[str, ...], Activations] = {}
         self._how: Sequence[Arrangement | None] | None = None
 
@@ -110,17 +107,16 @@ class Linearized:
             known: what a backward pass has brought already.
             alone: whether these are all vectors that there will be of this batch.
         """
-        v, dtype = v.to(self.z.dtype), self.plan.example_parameter.dtype
-        several = len(v) > 1 and self.batched
-        gradients = self.watched.backward(v, batched=several) if known is None else known.gradients
-        how = self._arrangements(v, gradients, known, alone=alone)
-        scale = None if known is None else known.scale
+        dtype = self.plan.dtype
+        own, gradients, generic, scale = self._pulled(v, known)
+        how = self._arrangements(own, gradients, known, alone=alone)
+        factor = scale if known is None else known.scale.unsqueeze(0)
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
             made = None
             if not self.lost.intersection(unit.names):
                 made = unit.made(
-                    self.watched.uses, gradients, how, v.to(dtype), selection, self._activations, scale
+                    self.watched.uses, gradients, how, own.to(dtype), selection, self._activations, factor
                 )  # fmt: skip
             if made is None:
                 self.lost.update(unit.names)
@@ -128,12 +124,10 @@ class Linearized:
                 found[unit.names] = made
         rest = [unit for unit in self.plan.units if unit.names not in found]
         slow = [unit for unit in rest if isinstance(unit, RuledUnit)]
-        for units, values in (
-            (self.plan.generic, self._generic(v)),
-            (slow, self._slow(v, slow)),
-        ):
+        for units, values in ((self.plan.generic, generic), (slow, self._slow(own, slow))):
             if units:
-                parts = selection.take(values.to(dtype)).split([unit.numbers for unit in units], 1)
+                whole = values.to(dtype) if scale is None else values.to(dtype) * scale.unsqueeze(2)
+                parts = selection.take(whole).split([unit.numbers for unit in units], 1)
                 found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
         return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
 
@@ -148,7 +142,7 @@ class Linearized:
         names = [name for name in plan.space.names if name in self.lost]
         why = "in some batch its positions belong to several examples, or it is used in another way"
         plan.units += [Unit((name,), why, plan.parameters[name].numel()) for name in names]
-        plan.vectorised = plan.vectorised and not names
+        plan.vectorised, plan.unused = plan.vectorised and not names, plan.unused - noticed
         if noticed:
             v = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
             gradients = self.watched.backward(v.unsqueeze(0))
@@ -162,13 +156,13 @@ class Linearized:
         self, unit: Unit, gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None], v: Tensor
     ) -> Unit:
         if isinstance(unit, RuledUnit):
-            dtype, uses = self.plan.example_parameter.dtype, self.watched.uses
+            dtype, uses = self.plan.dtype, self.watched.uses
             selection = RowSelection(1, self.batch.size, v.device)
             made = unit.made(uses, gradients, how, v.to(dtype).unsqueeze(0), selection)
             own = torch.autograd.grad(
                 self.z, [self.plan.parameters[name] for name in unit.names], v, retain_graph=True
             )  # fmt: skip
-            expected = torch.cat([g.flatten() for g in own])
+            expected = torch.cat([g.flatten() for g in own]).to(dtype)
             if made is not None and made.rows.size == len(expected):
                 total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
                 if bool((total - expected).norm() <= self._tolerance(dtype) * expected.norm()):
@@ -190,22 +184,6 @@ class Linearized:
                 generator = torch.Generator().manual_seed(0)
                 self._how = self.watched.arrangements_by(torch.randn(self.z.shape, generator=generator).to(self.z))
         return self._how
-
-    def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
-        """Rows of the parameters without a rule; zeros if no output depends on any of them."""
-        names = [name for unit in self.plan.generic for name in unit.names]
-        numbers = sum(unit.numbers for unit in self.plan.generic)
-        if not names or not self._reached(names):
-            return v.new_zeros(*v.shape[:2], numbers)
-        return self.plan.generic_rows(self.batch, v)
-
-    def _reached(self, names: Sequence[str]) -> bool:
-        """Whether the outputs depend on some parameters, as far as their graph says."""
-        if not self.z.requires_grad:
-            return True  # the graph is gone
-        parameters = [self.plan.parameters[name] for name in names]
-        found = torch.autograd.grad(self.z, parameters, torch.zeros_like(self.z), retain_graph=True, allow_unused=True)
-        return any(g is not None for g in found)
 
     def _slow(self, v: Float[Tensor, "k B ..."], units: Sequence[Unit]) -> Float[Tensor, "k B d"]:
         """Rows of units whose rule does not hold in this batch, example by example."""
@@ -235,6 +213,23 @@ class Linearized:
     def _tolerance(self, dtype: torch.dtype) -> float:
         return tolerance(dtype, self.watched.coarsest)
 
+    def _pulled(
+        self, v: Float[Tensor, "k B ..."], known: Known | None
+    ) -> tuple[Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"], Float[Tensor, "k B"] | None]:
+        """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
+        for scale in scales(v) if self.plan.coarsest in HALF or self.z.dtype in HALF else (None,):
+            own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
+            if self.plan.looped and self.batch.size == 1 and known is None:
+                arrived, generic = self._alone(own)
+            else:
+                several = len(v) > 1 and known is None and self.batched
+                arrived = self.watched.backward(own, batched=several) if known is None else known.gradients
+                generic = self.plan.generic_rows(self.batch, own, self.z)
+            made = [*(arrived if known is None else ()), generic]
+            if scale is None or all_finite(*(g for g in made if g is not None)):
+                break  # else something overflowed in half precision that a smaller multiple may leave finite
+        return own, arrived, generic, scale
+
     @property
     def batched(self) -> bool:
         """Whether several vectors can go through one vectorised backward pass; tried once a plan."""
@@ -260,3 +255,15 @@ class Linearized:
             and (a is None or b is None or bool((a[1] - b).norm() <= allowed * (b.norm() + 1e-30)))
             for a, b in zip(both, last, strict=True)
         )
+
+    def _alone(self, v: Float[Tensor, "k 1 ..."]) -> tuple[Sequence[Tensor | None], Float[Tensor, "k 1 d"]]:
+        """The same of one example, and the generic units' rows: one graph has both."""
+        edges, generic = self.edges, [self.plan.parameters[name] for unit in self.plan.generic for name in unit.names]
+        passes = [pulled_back(self.z, [*edges, *generic], one) for one in v]
+        rows = [
+            torch.cat([dense_gradient(p, g).flatten() for p, g in zip(generic, found[len(edges) :], strict=True)])
+            for found in passes
+        ]
+        at_edges = list(zip(*passes, strict=True))[: len(edges)]
+        stacked = [None if found[0] is None else torch.stack(found) for found in at_edges]
+        return stacked, torch.stack(rows).unsqueeze(1)

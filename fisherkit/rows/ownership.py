@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-LEVELS = {torch.float64: 4096, torch.float32: 512}
+LEVELS = {torch.float64: 512, torch.float32: 512}
 """Different sizes of the numbers that tell examples apart, times 2 for the sign; 8 in half precision."""
 
-RATIO = {torch.float64: 1e-8, torch.float32: 1e-4}
-"""How far, relatively, rounding moves a gradient's multiple; 5e-2 in half precision."""
+RATIO = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""How far, relatively, rounding moves a gradient's multiple; 5e-2 in half precision. Models in float64 may well compute
+norms in float32 inside."""
 
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6}
+FLOOR = {torch.float64: 1e-9, torch.float32: 1e-6}
 """Gradients below this share of a layer's largest are made of rounding; 1e-2 in half precision."""
 
 SPREAD = 4

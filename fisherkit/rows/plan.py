@@ -15,12 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
-from fisherkit.errors import ModelError, NonFiniteError
+from fisherkit.errors import ModelError, NonFiniteError, listed
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable
-from fisherkit.rows.generic import gradients, looped_rows, vectorised_rows
+from fisherkit.rows.generic import generic_rows, gradients, kept_numbers, loop_is_cheaper, recurrent, unreached
+from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.ownership import Arrangement, coarser
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import Use, in_dtype
@@ -52,6 +54,7 @@ class Plan:
         probed: the outputs of the two examples that the plan was verified on.
         numbers_per_example: entries of all layer outputs for one example.
         key: what the findings are kept under (`rows.verified`); None before.
+        alone: whether the model takes one example at a time, so that it was verified on one.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
@@ -68,6 +71,7 @@ class Plan:
         self.probed = torch.empty(0)
         self.numbers_per_example = 1
         self.key: Hashable = None
+        self.alone = False
 
     def refuse_changed(self) -> None:
         """Refuse a model whose parameters were written to since the plan was made: its rows would be another Fisher's.
@@ -91,6 +95,11 @@ class Plan:
         return self.parameters[self.space.names[0]]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows: the parameters', or float32 where theirs is a half."""
+        return at_least_single(self.example_parameter.dtype)
+
+    @property
     def ruled(self) -> list[RuledUnit]:
         """The units that have a rule."""
         return [unit for unit in self.units if isinstance(unit, RuledUnit)]
@@ -104,38 +113,66 @@ class Plan:
         """How a unit's rows are made, for `coverage`."""
         if isinstance(unit, RuledUnit):
             return unit.rule.name
+        if unit.names[0] in self.unused:
+            return "unused"
         return "torch.func" if self.vectorised else "loop"
+
+    @property
+    def live_generic(self) -> dict[str, Tensor]:
+        """Parameters of generic units that outputs depend on, as far as the two examples tell."""
+        names = [name for unit in self.generic for name in unit.names]
+        return {name: self.parameters[name] for name in names if name not in self.unused}
+
+    @property
+    def looped(self) -> bool:
+        """Whether rows take a forward pass for each example, which then brings those of all units."""
+        return bool(self.live_generic) and not self.vectorised
 
     @property
     def modules(self) -> list[tuple[str, ...]]:
         """The space's blocks, joined where a unit spans two modules."""
         return self.space.joined_blocks(unit.names for unit in self.units)
 
+    def lost(self, watched: Watched) -> set[str]:
+        """Parameters of units whose rule does not hold in a pass, because they are used in another way there."""
+        strange = [
+            unit
+            for unit in self.ruled
+            if any(unit.strange(watched.uses[i]) for i in unit.of(watched.uses))
+            or watched.elsewhere.intersection(unit.names)
+        ]
+        return {name for unit in strange for name in unit.names}
+
     def factor_numbers(self) -> int:
         """Entries of all Kronecker factors."""
         return sum(unit.shape[1] ** 2 + unit.shape[2] ** 2 for unit in self.ruled if unit.shape is not None)
 
-    def generic_rows(self, batch: Batch, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
-        """Rows of the generic units, side by side in their order."""
+    def generic_rows(
+        self, batch: Batch, v: Float[Tensor, "k B ..."], z: Float[Tensor, "B ..."]
+    ) -> Float[Tensor, "k B d"]:
+        """Rows of the generic units, side by side in their order; z is what the model says of the batch."""
         own = {name: self.parameters[name] for unit in self.generic for name in unit.names}
-        if not self.vectorised:
-            return looped_rows(self.model, own, batch, v)
-        return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v)
+        idle = unreached(z, {name: p for name, p in own.items() if name in self.unused})
+        return generic_rows(
+            self.model, own, batch, v, idle=idle, vectorised=self.vectorised, numbers=self.numbers_per_example
+        )  # fmt: skip
 
 
-def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: bool = False) -> Plan:
     """Probe the model on two examples and verify every rule.
 
     Args:
         model: the model, in a deterministic mode.
         space: the chosen parameters.
         batch: a first batch on the model's device; its first two examples are used (one is used twice).
+        alone: the batch has one example, and the model takes one at a time: it is used once.
 
     Raises:
         ModelError: dropout or batch statistics in train mode, or examples of a batch that influence each other.
     """
     refuse_train_mode(model)
     plan = Plan(model, space)
+    plan.alone = alone
     parameters = list(plan.parameters.values())
     device = plan.example_parameter.device
     if device.type == "meta":
@@ -145,8 +182,8 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             expected="parameters with values",
             try_="model.to_empty(device=...) and load its weights",
         )
-    with untouched_rng([device]), differentiable(parameters):
-        probe = batch.take(two_of(batch))
+    with untouched_rng([device]), differentiable(model, parameters):
+        probe = batch.take(two_of(batch, alone))
         before = torch.get_rng_state()
         watched = forward(plan, probe)
         z = watched.z
@@ -157,8 +194,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
-        reached = torch.autograd.grad(z, parameters, v[0], retain_graph=True, allow_unused=True)
-        plan.unused = {name for name, g in zip(plan.parameters, reached, strict=True) if g is None}
+        plan.unused = unreached(z, reference.zeros(plan.parameters))
         plan.units, mixed = _units(plan, watched, v, reference)
         if mixed:
             # Layers of what examples share, as positions: perhaps rules hold for what is made of their outputs.
@@ -170,16 +206,23 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
             else:
                 plan.shared = set()
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
-        plan.vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, reference)
         plan.probed = z.detach()
         layers = sum(torch.Size(use.output_shape).numel() for use in watched.uses)
-        plan.numbers_per_example = (z.numel() + layers) // 2 + sum(unit.numbers for unit in plan.generic)
+        plan.numbers_per_example = (z.numel() + layers) // probe.size + sum(unit.numbers for unit in plan.generic)
+        if plan.generic:
+            plan.numbers_per_example += kept_numbers(model, probe)
+            plan.vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, z, reference)
+            plan.vectorised = plan.vectorised and not loop_is_cheaper(
+                model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example
+            )
+        if plan.unused:
+            refuse_hidden(model, {name: plan.parameters[name] for name in plan.unused}, probe, z)
     return plan
 
 
-def two_of(batch: Batch) -> Int[Tensor, "2"]:
-    """The first two examples of a batch; one counts twice."""
-    return torch.tensor([0, min(1, batch.size - 1)])
+def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:
+    """The first two examples of a batch; one counts twice, unless the model takes one alone."""
+    return torch.tensor([0] if alone else [0, min(1, batch.size - 1)])
 
 
 def _units(
@@ -215,21 +258,28 @@ class _Reference:
     """Autograd's own per-example gradients on the probe."""
 
     def __init__(self, plan: Plan, z: Tensor, v: Tensor) -> None:
-        self.rows = [gradients(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0])]
+        found = (gradients(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0]))
+        self.rows = [[g.to(plan.dtype) for g in row] for row in found]
         self.names = {name: i for i, name in enumerate(plan.parameters)}
         self.norms = torch.stack([torch.stack([g.norm() for g in row]) for row in self.rows])
         # A norm is cheap, unlike a mask of finite entries; a large one may overflow where no entry does.
         if not bool(torch.isfinite(self.norms).all()) and not all(
             bool(torch.isfinite(g).all()) for row in self.rows for g in row
         ):
+            bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
                 call="data, batch 0",
-                got="gradients with NaN or infinite entries",
+                got=f"gradients with NaN or infinite entries of {listed(map(repr, bad))}",
                 expected="finite gradients",
                 try_="look for √, log or division at 0 in the model",
             )
         self.scale = self.norms.norm()
-        self.tolerance = _tolerance(self.norms.dtype, plan)
+        self.tolerance = _tolerance(plan.example_parameter.dtype, plan)
+
+    def zeros(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that neither example has a gradient in."""
+        norms = self.norms.sum(0).tolist()
+        return {name: p for (name, p), norm in zip(parameters.items(), norms, strict=True) if norm == 0}
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale.
@@ -262,13 +312,14 @@ def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
 
 
 def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> None:
-    scale = tolerance * (z[0].norm() + z[1].norm())
+    scale = tolerance * (z[0].norm() + z[-1].norm())
     # Some of the batch forwards and backwards, and each of the two beside itself: company and order must not matter.
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)
     with torch.no_grad():
         whole, backwards = some.call(model), some.take(order).call(model)
-        twice = [batch.take(torch.tensor([n, n], device=z.device)).call(model) for n in (0, min(1, batch.size - 1))]
+        pairs = [(n, n) for n in (0, min(1, batch.size - 1))] if len(z) > 1 else [(0,)]  # one alone: once more
+        twice = [batch.take(torch.tensor(pair, device=z.device)).call(model) for pair in pairs]
     fine = (
         all(one.shape == z.shape and bool((one[0] - z[n]).norm() <= scale) for n, one in enumerate(twice))
         and whole.shape == backwards.shape
@@ -281,7 +332,8 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
         got="an output for the first example that changes with the rest of its batch",
         expected="examples that do not influence each other, and a deterministic forward pass",
         why="per-example gradients do not exist otherwise",
-        try_="model.eval(); remove batch statistics, contrastive terms or noise from forward",
+        try_="model.eval(); remove batch statistics, contrastive terms or noise from forward; nodes of a graph are "
+        'positions of one example: inputs (1, nodes, ...), example="token"',
     )
 
 
@@ -375,7 +427,7 @@ def _verified(
     """The unit if autograd confirms its rows, or its parameters as generic units."""
     if not isinstance(unit, RuledUnit):
         return [unit]
-    dtype = plan.example_parameter.dtype
+    dtype = plan.dtype
     uses = [in_dtype(use, dtype) for use in watched.uses]
     made = unit.made(uses, gradients, how, v.to(dtype), RowSelection(1, v.shape[1], v.device))
     if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
@@ -389,12 +441,14 @@ def _row(rows: UnitRows, n: int) -> Float[Tensor, "d"]:
     return rows.reordered(torch.tensor([n])).dense()[0]
 
 
-def _vectorised_agrees(plan: Plan, probe: Batch, v: Float[Tensor, "1 B ..."], reference: _Reference) -> bool:
+def _vectorised_agrees(
+    plan: Plan, probe: Batch, v: Float[Tensor, "1 B ..."], z: Float[Tensor, "B ..."], reference: _Reference
+) -> bool:
     names = [name for unit in plan.generic for name in unit.names]
-    if not names:
-        return True
+    if recurrent(plan.model) or not plan.live_generic:
+        return False
     try:
-        rows = plan.generic_rows(probe, v)[0]
+        rows = plan.generic_rows(probe, v, z)[0]
         return reference.agrees(names, rows.shape[1], rows.__getitem__)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         # torch.func refuses some kernels and any data-dependent Python; the loop over examples needs neither.

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError
-from fisherkit.likelihoods import Likelihood
+from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import OutputRule, Outputs
+from fisherkit.probabilities import warn_of_probabilities
+from fisherkit.progress import bar, beside
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
@@ -27,8 +28,12 @@ from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
+from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
+
+SMALLEST = 1 << 20
+"""Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
 
 class BetterPlanError(Exception):
@@ -59,6 +64,8 @@ class Problem:
         vectors_per_example: M, found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
+        looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
+        budget: bytes, of which a quarter is for passes; None for as much as is fast.
     """
 
     plan: Plan
@@ -72,6 +79,8 @@ class Problem:
     vectors_per_example: int = 1
     most_examples: int | None = None
     revisable: bool = False
+    looked: bool = True
+    budget: int | None = None
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -103,9 +112,9 @@ class Problem:
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
     def _two(self) -> Batch:
-        """The two examples that the plan was verified on."""
+        """The two examples that the plan was verified on, or the one."""
         first = self.source.first()
-        return first.take(two_of(first)).to(self.plan.example_parameter.device)
+        return first.take(two_of(first, self.plan.alone)).to(self.plan.example_parameter.device)
 
     def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
         """Two examples, and their rows for any output vectors."""
@@ -122,13 +131,14 @@ class Problem:
     def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
         """Σ_m v (vᵀ w) for K directions in output space."""
         outputs = self._outputs(batch, raw, start, call)
-        directions = w.to(outputs.z.dtype).reshape(w.shape[0], *outputs.z.shape)
+        flat = w.to(outputs.z.dtype).reshape(-1, *raw.shape[1:])
+        directions = self.likelihood.positions(flat, call).reshape(w.shape[0], *outputs.z.shape)
         if self._flat:
             flat = directions.reshape(w.shape[0], -1, 1, outputs.z.shape[2])
             found = self.kind.output_product(outputs.positionwise(), flat)
         else:
             found = self.kind.output_product(outputs, directions)
-        return outputs.masked(found.reshape(directions.shape)).reshape(w.shape)
+        return self.likelihood.as_outputs(outputs.masked(found.reshape(directions.shape)), raw.shape)
 
     def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str) -> Outputs:
         """The model's outputs as ``[B, P, C]``, with checked targets."""
@@ -142,11 +152,14 @@ class Problem:
                 why="this kind uses the observed labels",
                 try_="fk.ExactFisher or fk.SampledFisher for unlabelled data",
             )
-        if self.shift_labels:
-            batch = batch.shifted(self.likelihood.ignore_index)
+        batch = batch.aligned(self.plan.model, raw, shift=self.shift_labels, ignore_index=self.likelihood.ignore_index)
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
-        wanted = self.kind.needs_targets or self.likelihood.labels_mask
+        self.likelihood.check_reading(raw, batch.targets, batch.leaves()[0], call)
+        wanted = self.kind.needs_targets or self.likelihood.labels_mask or self.likelihood.hessian_of_targets
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
+        if not self.looked:
+            self.looked = True
+            warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
         # 2²⁴ positions an example keep (example, position) apart in one integer.
         example = torch.arange(start, start + z.shape[0], device=z.device)
         keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
@@ -160,6 +173,7 @@ class Problem:
             with self._quiet():
                 _ = Linearized.at(self.plan, two).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
+        self.looked = False
 
     def choose(self, *, lean: bool) -> None:
         """Choose how each unit's rows are kept: with the fewest numbers if memory is short, else for speed."""
@@ -173,7 +187,7 @@ class Problem:
             names: the parameters.
             vectors: how many rows the example has; None for M.
         """
-        item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
+        item = torch.finfo(self.plan.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
         return item * sum(unit.numbers_per_example(vectors or self.vectors_per_example) for unit in units)
 
@@ -185,40 +199,51 @@ class Problem:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
         self.plan.refuse_changed()
         device = self.plan.example_parameter.device
-        bar = tqdm(self.source, desc=description, total=self.source.steps(), disable=not self.progress, leave=False)
+        shown = bar(self.source.steps(), description, "it", shown=self.progress)
         start = 0
-        for number, batch in enumerate(bar):
+        for number, batch in beside(shown, self.source.numbered()):
             step = (
-                max(1, _graph(device) // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
+                max(1, self._room(_graph(device)) // self.plan.numbers_per_example)
+                if self.chunk_size is None
+                else self.chunk_size
             )
             step = step if self.most_examples is None else min(step, self.most_examples)
+            step = min(step, MOST) if self.plan.looped else step
             step = -(-batch.size // -(-batch.size // step))  # pieces of about the same size
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
                 yield micro, start, f"data, batch {number}"
                 start += micro.size
+                shown.update(micro.size / batch.size)
         if start == 0:
             raise DataError(call="data", got="no batch", expected="at least one example")
 
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
-            linearized = Linearized.at(self.plan, batch)
+            linearized = OneByOne(self.plan, batch) if self.plan.looped else Linearized.at(self.plan, batch)
             if self.revisable and linearized.noticed:
                 raise BetterPlanError(linearized.revised())
         slots = self._slots(batch, linearized.z, start, call)
-        step = max(1, TILE // linearized.numbers_per_vector)
+        step = max(1, self._room(TILE) // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._quiet():
-                shaped = v.reshape(v.shape[0], *linearized.z.shape)
+                shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 found = linearized.rows(shaped, selection, alone=slots.number == 1)
                 if self.revisable and linearized.lost:
                     raise BetterPlanError(linearized.revised())
-                return found
+                return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)
+
+    def _room(self, most: int) -> int:
+        """Entries that a pass may hold."""
+        if self.budget is None:
+            return most
+        item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
+        return min(most, max(SMALLEST, self.budget // (4 * item)))
 
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
@@ -227,7 +252,7 @@ class Problem:
     def _quiet(self) -> Iterator[None]:
         """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""
         parameters = list(self.plan.parameters.values())
-        with untouched_rng([parameters[0].device]), differentiable(parameters):
+        with untouched_rng([parameters[0].device]), differentiable(self.plan.model, parameters):
             yield
 
 

@@ -69,6 +69,7 @@ class Recorder(TorchFunctionMode):
     Attributes:
         uses: what was seen.
         elsewhere: names of parameters that functions without a rule have used, with a gradient.
+        without_graph: names of parameters that were used where no gradients are.
         random: whether dropout was active.
         coarsest: the floating dtype that rounds most, of all that is differentiated; autocast may be inside the model.
         casts: whether a module was cast in place, which ``torch.func`` does not survive.
@@ -90,6 +91,7 @@ class Recorder(TorchFunctionMode):
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
         self.elsewhere: set[str] = set()
+        self.without_graph: set[str] = set()
         self.random = self.casts = False
         self.coarsest = torch.float64
         self.muted = 0
@@ -117,14 +119,17 @@ class Recorder(TorchFunctionMode):
             if not self.training:
                 raise _refused_chance(func)
         _refuse_max_norm(func, args, kwargs)
+        _refuse_offsets(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
         if func is F.batch_norm and self.constant_statistics:
             args, kwargs = _with_constants(args, kwargs)
         self.casts = self.casts or func == _SET_DATA
-        own = self._derivations.operands(args, kwargs) if torch.is_grad_enabled() else []
-        if own:
+        own = self._derivations.operands(args, kwargs)
+        if own and not torch.is_grad_enabled():
+            self.without_graph.update(name for _, made in own for name in made.names)
+        if own and torch.is_grad_enabled():
             output = self._with_parameters(func, args, kwargs, own)
         else:
             output = func(*args, **kwargs)
@@ -347,6 +352,17 @@ def _refuse_max_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
             expected="max_norm=None",
             why="it changes the table during the forward pass",
             try_="renormalize the table once, before",
+        )
+
+
+def _refuse_offsets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if func is F.embedding_bag and kwargs.get("offsets", args[2] if len(args) > 2 else None) is not None:
+        raise ModelError(
+            call="the model's forward pass",
+            got="an embedding bag with offsets",
+            expected="tokens [B, T], without offsets",
+            why="examples lie along axis 0, and here all their tokens lie in one row",
+            try_="torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=i) and padding_idx=i",
         )
 
 

@@ -73,12 +73,17 @@ class Use:
 
 
 def in_dtype(use: Use, dtype: torch.dtype) -> Use:
-    """The use with its input in the parameters' dtype, which autocast may have changed."""
-    name = use.rule.input_name
-    x = use.arguments[name]
+    """The use in the rows' dtype: its input, which autocast may have changed, and what is computed with it."""
+    x = use.arguments[use.rule.input_name]
     if not x.is_floating_point() or x.dtype == dtype:
         return use
-    return replace(use, arguments={**use.arguments, name: x.detach().to(dtype)})
+    parameters = use.rule.weight_name, use.rule.bias_name  # only their shapes are asked for
+    others = {n: v.detach().to(dtype) for n, v in use.arguments.items() if n not in parameters and _is_floating(v)}
+    return replace(use, arguments={**use.arguments, **others})
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class Rule(ABC):

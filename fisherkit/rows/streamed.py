@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.rows import matrix_free
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.problem import Problem
@@ -32,7 +33,9 @@ class StreamedRows(RowSource):
     def __init__(self, problem: Problem, count: int) -> None:
         super().__init__(problem.plan.space, count)
         self.problem = problem
-        self.matrix_free = problem.vectors_per_example > FEW_VECTORS and self._verified()
+        # In half precision tangents would have no more digits than the weights; rows are made in float32.
+        half = problem.plan.example_parameter.dtype in HALF
+        self.matrix_free = problem.vectors_per_example > FEW_VECTORS and not half and self._verified()
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U in one pass."""
@@ -40,7 +43,11 @@ class StreamedRows(RowSource):
             return self._sum(lambda rows: rows.product(u), "product")
         plan, metrics = self.problem.plan, self.problem.metrics("product")
         parts = (matrix_free.product(plan, self.space, batch, u, metric) for batch, metric in metrics)
-        return functools.reduce(torch.add, parts)
+        total = functools.reduce(torch.add, parts)
+        if not all_finite(total):
+            for _ in self.problem.chunks("product"):
+                pass  # the rows themselves say which batch and module it is
+        return total
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U in one pass."""

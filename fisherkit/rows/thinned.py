@@ -24,16 +24,20 @@ class ThinnedSource(Source):
     """
 
     def __init__(self, source: Source, stride: int) -> None:
-        super().__init__(source.batches)
+        super().__init__(source.batches, source.model)
         self.source, self.stride = source, stride
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over all batches."""
+        return (batch for _, batch in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Batch]]:
+        """The same with the numbers that all of the data give them."""
         seen = 0
-        for batch in self.source:
+        for number, batch in self.source.numbered():
             first = -seen % self.stride
             if first < batch.size:
-                yield batch.take(slice(first, None, self.stride))
+                yield number, batch.take(slice(first, None, self.stride))
             seen += batch.size
 
 

@@ -71,7 +71,7 @@ class RuledUnit(Unit):
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "B"] | None = None,
+        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """The unit's rows in a batch; None where an entry of a use belongs to several examples.
 
@@ -82,7 +82,7 @@ class RuledUnit(Unit):
             v: the output vectors, in the parameters' dtype.
             selection: which of them are rows.
             cache: activations of the units, for other vectors of the same pass that lie in the same way.
-            scale: by example, what turns the gradients into those of v.
+            scale: by vector and example, what turns the gradients into those of v; by example alone for all vectors.
         """
         own = self.of(uses)
         if not own:
@@ -100,7 +100,7 @@ class RuledUnit(Unit):
             found.append(one.arranged(entries))
             exist.append(one.exists(found[-1].shape[2], entries.shape[2]).to(v.device))
         g = found[0] if len(found) == 1 else torch.cat(found, 2)
-        g = g if scale is None else g * scale.to(g.dtype)[:, None, None]
+        g = g if scale is None else g * scale.to(g.dtype)[:, :, None, None]
         a = None if cache is None else cache.get(self.names)
         if a is None:
             parts = [_by_example(self.rule.activations(uses[i]), one) for i, one in zip(own, places, strict=True)]
@@ -190,7 +190,7 @@ class DerivedUnit(RuledUnit):
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "B"] | None = None,
+        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """As in `RuledUnit`; rows are sums over all that was made."""
         own = self.of(uses)

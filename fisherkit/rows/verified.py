@@ -9,6 +9,7 @@ be the sum of the two examples' rows. Only findings are kept here, no tensor and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from torch import nn
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
-from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.differentiable import differentiable, pulled_back
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, make_plan, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
@@ -45,6 +47,7 @@ class Findings:
         unused: see there.
         numbers_per_example: see there.
         tried: what else is tried once.
+        alone: as in `Plan`.
     """
 
     units: tuple[Unit, ...]
@@ -53,6 +56,7 @@ class Findings:
     unused: frozenset[str]
     numbers_per_example: int
     tried: dict[str, bool]
+    alone: bool
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
@@ -71,14 +75,16 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     """
     refuse_train_mode(model)
     key, known = _key(model, space, batch), _KNOWN.setdefault(model, {})
+    if key in known and known[key].alone and batch.size > 1:
+        del known[key]  # of one example nothing was learnt about two
     if key not in known:
-        plan = make_plan(model, space, batch)
+        plan = _made(model, space, batch)
         plan.key = key
         remember(plan)
         return plan
     plan = _again(known[key], model, space)
     plan.key = key
-    if _confirmed(plan, batch.take(two_of(batch))):
+    if _confirmed(plan, batch.take(two_of(batch, plan.alone))):
         return plan
     del known[key]
     return plan_for(model, space, batch)
@@ -91,8 +97,19 @@ def remember(plan: Plan) -> None:
         known.clear()
     known[plan.key] = Findings(
         tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), frozenset(plan.unused),
-        plan.numbers_per_example, plan.tried,
+        plan.numbers_per_example, plan.tried, plan.alone,
     )  # fmt: skip
+
+
+def _made(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+    """A new plan; on one example alone if there is but one and the model fails for it twice."""
+    try:
+        return make_plan(model, space, batch)
+    except Exception:  # models raise what they like
+        if batch.size == 1:
+            with contextlib.suppress(Exception):
+                return make_plan(model, space, batch, alone=True)
+        raise
 
 
 def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
@@ -100,13 +117,14 @@ def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
     plan.units = [copy.copy(unit) for unit in found.units]
     plan.vectorised, plan.shared, plan.tried = found.vectorised, set(found.shared), found.tried
     plan.unused, plan.numbers_per_example = set(found.unused), found.numbers_per_example
+    plan.alone = found.alone
     return plan
 
 
 def _confirmed(plan: Plan, probe: Batch) -> bool:
     """Whether the rows of two examples add up to the gradients that autograd finds for both."""
     parameters = list(plan.parameters.values())
-    with untouched_rng([parameters[0].device]), differentiable(parameters):
+    with untouched_rng([parameters[0].device]), differentiable(plan.model, parameters):
         try:
             linearized = Linearized.at(plan, probe)
         except ModelError:  # used in another way: what is wrong, if anything, is for a new plan to say
@@ -116,16 +134,15 @@ def _confirmed(plan: Plan, probe: Batch) -> bool:
             return False
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         inputs: list[Any] = [*edges, *parameters]
-        found = torch.autograd.grad(z, inputs, v, retain_graph=True, allow_unused=True)
+        found = pulled_back(z, inputs, v)
         known = [None if g is None else g.unsqueeze(0) for g in found[: len(edges)]]
         selection = RowSelection(1, probe.size, z.device)
         rows = linearized.rows(v.unsqueeze(0), selection, Known(known, v.new_ones(probe.size)))
         if linearized.lost:
             return False
-    total = plan.space.unflatten(rows.rmatmul(parameters[0].new_ones(rows.count, 1))[:, 0])
+    total = plan.space.unflatten(rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=z.device))[:, 0])
     pairs = [
-        (own, torch.zeros_like(own) if g is None else g)
-        for own, g in zip(total.values(), found[len(edges) :], strict=True)
+        (own, dense_gradient(own, g).to(own.dtype)) for own, g in zip(total.values(), found[len(edges) :], strict=True)
     ]
     norms, errors = (torch.stack(x) for x in ([g.norm() for _, g in pairs], [(own - g).norm() for own, g in pairs]))
     allowed = tolerance(parameters[0].dtype, plan.coarsest)

@@ -20,7 +20,7 @@ from fisherkit.operators import Damping, FisherOperator, RelativeDamping
 TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest relative error that `check_fisher` accepts by default; 5e-2 for narrower dtypes."""
 
-MAY_BE_REFUSED = frozenset({"gram", "eigenvalues", "logdet", "save"})
+MAY_BE_REFUSED = frozenset({"gram", "eigenvalues", "eigenvectors", "effective_dimension", "logdet", "save"})
 """Operations that a structure may answer with `NoClosedFormError`; every other one must have an answer."""
 
 NEEDS_A_SQUARE_MATRIX = frozenset({"gram", "eigenvalues", "to_dense", "logdet"})
@@ -55,8 +55,8 @@ class ConformanceReport:
 
     def __str__(self) -> str:
         """A line for each operation."""
-        lines = [f"{operation:<14}{error:.1e}" for operation, error in self.errors.items()]
-        return "\n".join([*lines, *(f"{operation:<14}no closed form" for operation in self.refused)])
+        lines = [f"{operation:<20}{error:.1e}" for operation, error in self.errors.items()]
+        return "\n".join([*lines, *(f"{operation:<20}no closed form" for operation in self.refused)])
 
 
 class Check:

@@ -31,11 +31,11 @@ def check_fisher(
 ) -> ConformanceReport:
     """Check every operation of an operator against its matrix.
 
-    Products of all forms of vector, quadratic form, diagonal, trace, Gram, damped solves, factorizations and log
-    determinants at two dampings, samples, eigenvalues, `to_dense`, `to_scipy`, scales and sums, symmetry, and a round
-    trip through a file; dtype, device and form of each result; and that changing a result in place does not change
-    the operator. Dampings are a tenth and a hundredth of the largest eigenvalue, so that what rounding does to a
-    solve stays near what it does to a product.
+    Products of all forms of vector, quadratic form, diagonal, trace, Gram, damped solves, factorizations, log
+    determinants and effective dimensions at two dampings, samples, eigenvalues and eigenvectors, `to_dense`,
+    `to_scipy`, scales and sums, symmetry, and a round trip through a file; dtype, device and form of each result; and
+    that changing a result in place does not change the operator. Dampings are a tenth and a hundredth of the largest
+    eigenvalue, so that what rounding does to a solve stays near what it does to a product.
 
     Args:
         operator: the operator.
@@ -116,12 +116,18 @@ def _numbers(check: Check) -> None:
 
 
 def _spectra(check: Check) -> None:
-    """Eigenvalues and the Gram matrix."""
+    """Eigenvalues and eigenvectors, the effective dimension and the Gram matrix."""
     operator, values = check.operator, check.values
     for k in (None, 1, (operator.size + 1) // 2):
         found = check.attempt("eigenvalues", lambda k=k: operator.eigenvalues(k))  # type: ignore[misc]
         if found is not None:
             check.compare("eigenvalues", found, values[:k], detail=f"(k={k})", dtype=torch.float64)
+    _eigenvectors(check)
+    for damping, number in check.dampings:
+        found = check.attempt("effective_dimension", functools.partial(operator.effective_dimension, damping))
+        if found is not None:
+            expected, detail = (values / (values + number)).sum(), f"(damping={damping})"
+            check.compare("effective_dimension", found, expected, detail=detail, dtype=torch.float64)
     gram = check.attempt("gram", operator.gram)
     if gram is not None:
         check.require(
@@ -133,6 +139,26 @@ def _spectra(check: Check) -> None:
         pad = torch.nn.functional.pad
         padded = pad(values, (0, count - len(values)))
         check.compare("gram", pad(mine, (0, count - len(mine))), padded, detail="() eigenvalues", dtype=torch.float64)
+
+
+def _eigenvectors(check: Check) -> None:
+    """Orthonormal columns that the matrix multiplies by its largest eigenvalues, in the eigenvalues' order."""
+    operator, values = check.operator, check.values
+    size = float(values.norm())
+    for k in (1, (operator.size + 1) // 2, operator.size):
+        found = check.attempt("eigenvectors", functools.partial(operator.eigenvectors, k))
+        if found is None:
+            return
+        detail, shape = f"(k={k})", (operator.size, k)
+        check.require(f"eigenvectors{detail}", tuple(found.shape) == shape, f"{list(found.shape)}", f"{list(shape)}")
+        check.compare("eigenvectors", found, found.double(), detail=detail)  # dtype and device
+        columns = found.double()
+        identity = torch.eye(k, dtype=torch.float64, device=operator.device)
+        check.compare("eigenvectors", columns.mT @ columns, identity, detail=f"{detail}, their inner products",
+                      dtype=torch.float64)  # fmt: skip
+        # Where eigenvalues repeat or nearly do, the columns themselves are any basis: F V = V diag(w) tells all.
+        check.compare("eigenvectors", check.matrix @ columns, columns * values[:k], detail=f"{detail}, F times them",
+                      dtype=torch.float64, scale=size)  # fmt: skip
 
 
 def _inverses(check: Check) -> None:
@@ -168,20 +194,27 @@ def _samples(check: Check) -> None:
     inverse = check.operator.factorize(damping, tolerance=check.residual)
     first, second = check.seed(), check.seed()
 
-    def draw(seed: int, count: int) -> Tensor:
+    def one_by_one(seed: int, count: int) -> Tensor:
         generator = torch.Generator(check.operator.device).manual_seed(seed)
         return torch.stack([inverse.sample(generator) for _ in range(count)], 1)
 
-    draws = draw(first, 2 + 500 // check.operator.size)
-    check.compare("sample", draw(first, 2), draws[:, :2].double(), detail="() of the same seed")
+    def at_once(seed: int, count: int) -> Tensor:
+        return inverse.sample(torch.Generator(check.operator.device).manual_seed(seed), count)
+
+    count = 2 + 500 // check.operator.size
+    draws, joint = one_by_one(first, count), at_once(first, count)
+    for again, before in ((one_by_one(first, 2), draws[:, :2]), (at_once(first, count), joint)):
+        check.compare("sample", again, before.double(), detail="() of the same seed")
     check.require(
-        "sample", not torch.equal(draw(second, 1), draws[:, :1]), "the same draw", "another with another seed"
+        "sample", not torch.equal(one_by_one(second, 1), draws[:, :1]), "the same draw", "another with another seed"
     )
-    ratio = float((draws.double() * (check.shifted(number) @ draws.double())).sum()) / draws.numel()
-    # Six standard deviations: enough to see a missing term or factor, and no false alarm.
-    slack = 6 * math.sqrt(2 / draws.numel())
-    check.require("sample", abs(ratio - 1) < slack, f"draws of {ratio:.2f} times the expected size",
-                  f"between {1 - slack:.2f} and {1 + slack:.2f}")  # fmt: skip
+    # The sum of independent draws over √n has the covariance of one of them.
+    for some in (draws, joint, joint.sum(1, keepdim=True) / math.sqrt(count)):
+        # Six standard deviations: enough to see a missing term or factor, and no false alarm.
+        slack = 6 * math.sqrt(2 / some.numel())
+        ratio = float((some.double() * (check.shifted(number) @ some.double())).sum()) / some.numel()
+        check.require("sample", abs(ratio - 1) < slack, f"draws of {ratio:.2f} times the expected size",
+                      f"between {1 - slack:.2f} and {1 + slack:.2f}")  # fmt: skip
 
 
 def _algebra(check: Check) -> None:
@@ -235,6 +268,7 @@ def _independence(check: Check) -> None:
     before = check.columns_of(operator @ columns).clone()
     asked = (operator.diagonal, operator.trace, operator.to_dense, operator.eigenvalues, operator.gram)
     results: list[Any] = [check.attempt(ask.__name__, ask) for ask in asked]
+    results.append(check.attempt("eigenvectors", lambda: operator.eigenvectors(1)))
     for result in (*results, operator @ columns, operator.solve(columns, check.dampings[0][0])):
         if isinstance(result, Tensor):
             result.zero_()

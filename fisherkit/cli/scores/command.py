@@ -32,36 +32,46 @@ def scores(
         ),
     ] = None,
     train: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A folder's training texts and labels: .jsonl, .csv or .tsv.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A folder's training texts and labels: .jsonl, .csv or .tsv.", show_default="none"
+        ),
     ] = None,
     queries: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Texts and labels that are asked about, likewise.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Texts and labels that are asked about, likewise.", show_default="none"),
     ] = None,
     fisher: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A Fisher file of this model; built unless given.")
+        Path | None, typer.Option(metavar="FILE", help="A Fisher file of this model.", show_default="one is built")
     ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
             metavar="KIND",
-            help="Of the Fisher that is built: ef, ief[:POWER], sf[:DRAWS], truncated[:RANK or :TOLERANCE], exact; "
-            "truncated:2 unless told.",
+            help="Of the Fisher that is built: ef, ief[:POWER], sf[:DRAWS], truncated[:RANK or :TOLERANCE], exact.",
+            show_default="truncated:2",
         ),
     ] = None,
     structure: Annotated[
-        str | None, typer.Option(metavar="NAME", help="full, block, diagonal, kfac or ekfac; ekfac unless told.")
+        str | None, typer.Option(metavar="NAME", help="full, block, diagonal, kfac or ekfac.", show_default="ekfac")
     ] = None,
     params: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help='Its parameters by name, such as "classifier.*"; may be repeated.'),
+        typer.Option(
+            metavar="PATTERN",
+            help='Its parameters by name, such as "classifier.*"; may be repeated.',
+            show_default="all that require grad",
+        ),
     ] = None,
-    save_fisher: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the Fisher that is built.")] = None,
+    save_fisher: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the Fisher that is built.", show_default="none")
+    ] = None,
     damping: Annotated[
         float | None,
         typer.Option(
             metavar="λ",
-            help="A multiple of the mean eigenvalue, or λ itself with --absolute-damping; 1 unless told for full and "
-            "block, 0.1 for kfac and ekfac, 0.01 for diagonal.",
+            help="A multiple of the mean eigenvalue, or λ itself with --absolute-damping.",
+            show_default="full, block: 1; kfac, ekfac: 0.1; diagonal: 0.01",
         ),
     ] = None,
     absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False,
@@ -69,17 +79,18 @@ def scores(
         "loss"
     ),
     normalize: Annotated[
-        str | None, typer.Option(metavar="NAME", help="relatif: outliers with large gradients lead no list.")
+        str | None,
+        typer.Option(metavar="NAME", help="relatif: outliers with large gradients lead no list.", show_default="none"),
     ] = None,
     top: Annotated[int, typer.Option(metavar="K", min=1, help="Most helpful, and most harmful, a query.")] = 5,
     worst: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Only the N queries with the largest loss; all, in the demo 8."),
+        typer.Option(metavar="N", min=1, help="Only the N queries with the largest loss.", show_default="all; demo: 8"),
     ] = None,
     own: Annotated[
         int | None,
         typer.Option(
-            "--self", metavar="N", min=0, help="List the N largest self-influences too; 0, in the demo 12, unless told."
+            "--self", metavar="N", min=0, help="List the N largest self-influences too.", show_default="0; demo: 12"
         ),
     ] = None,
     likelihood: LikelihoodName = None,
@@ -87,7 +98,7 @@ def scores(
     pair_column: PairColumn = None,
     label_column: LabelColumn = "label",
     examples: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Draw so many of the training texts; all unless told.")
+        int | None, typer.Option(metavar="N", min=1, help="Draw so many of the training texts.", show_default="all")
     ] = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = None,
@@ -97,7 +108,10 @@ def scores(
         int, typer.Option(metavar="N", min=0, help="Seed of drawn texts, sampled labels and the demo.")
     ] = 0,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write scores.html, a page to show, and scores.json there.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write scores.html, a page to show, and scores.json there.", show_default="none"
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fisherkit.cli.scores.pictures import data_uri, is_image
 from fisherkit.cli.scores.result import Example
 from fisherkit.cli.text import number
-from fisherkit.data import Batch, Data, Source, is_causal
+from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidTypeError
-from fisherkit.likelihoods import resolve
+from fisherkit.influence.evaluation.losses import loss_of
+from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood, resolve
+from fisherkit.model_inputs import is_causal
 
 Show = Callable[[str, int], Any]
 """``show(split, index)``: an example of "train" or "queries" as a text, a picture, a pair of both, or None."""
@@ -30,7 +31,7 @@ class Describer:
 
     Args:
         model: in eval mode, read only.
-        likelihood: by name.
+        likelihood: by name, or itself.
         classes: names of the outputs, by number; the number itself where there is none.
         show: of the user's; None to show inputs that are images.
         place: where an example stands, in words.
@@ -38,7 +39,7 @@ class Describer:
     """
 
     model: nn.Module
-    likelihood: str
+    likelihood: str | Likelihood
     classes: Mapping[int, str]
     show: Show | None
     place: Callable[[str, int], str]
@@ -57,7 +58,7 @@ class Describer:
             InvalidTypeError: `show` returned something that cannot be shown.
         """
         places, found = set(wanted), {}
-        for start, batch in _numbered(data):
+        for start, batch in _numbered(data, self.model):
             inside = sorted(place for place in places if start <= place < start + batch.size)
             if inside:
                 some = batch.take(torch.tensor(inside) - start)
@@ -66,8 +67,8 @@ class Describer:
         return found
 
     def losses(self, data: Data) -> list[float]:
-        """Of each example, −log p(y | z)."""
-        return [seen[-1] for _, batch in _numbered(data) for seen in self._seen(batch)]
+        """Of each example."""
+        return [seen[-1] for _, batch in _numbered(data, self.model) for seen in self._seen(batch)]
 
     @torch.no_grad()
     def _seen(self, batch: Batch) -> Iterator[tuple[str | None, str | None, float | None, float]]:
@@ -75,42 +76,41 @@ class Describer:
         likelihood = resolve(self.likelihood)
         batch = batch.to(next(self.model.parameters()).device)
         raw = batch.call(self.model).double()
-        shifted = batch.shifted(likelihood.ignore_index) if is_causal(self.model) else batch
-        z, target, mask = likelihood.prepare(raw, shifted.targets, self.call)
-        if target is None:
+        batch = batch.aligned(self.model, raw, shift=is_causal(self.model), ignore_index=likelihood.ignore_index)
+        z, target, mask = likelihood.prepare(raw, batch.targets, self.call)
+        if target is None or batch.targets is None:
             raise DataError(
                 call=self.call, got="data without targets", expected="targets", why="scores are those of a loss"
             )
-        readers = {"categorical": self._classes, "gaussian": self._values, "bernoulli": self._switches}
-        return zip(*readers[likelihood.name](z, target, mask), strict=True)
+        losses = loss_of(likelihood, self.call)(raw, batch.targets).tolist()
+        if isinstance(likelihood, Categorical):
+            words = self._classes(z, target, mask)
+        else:
+            words = (self._switches if isinstance(likelihood, Bernoulli) else self._values)(z, target)
+        return zip(*words, losses, strict=True)
 
     def _classes(self, z: Tensor, target: Tensor, mask: Tensor) -> tuple[list[Any], ...]:
-        log_p = torch.log_softmax(z, -1)
-        label = target.masked_fill(~mask, 0).unsqueeze(-1)
-        losses = -(log_p.gather(-1, label).squeeze(-1) * mask).sum(1)
         if z.shape[1] > 1:
             nothing = [None] * len(z)
-            return nothing, nothing, nothing, losses.tolist()
-        best = log_p[:, 0].max(-1)
+            return nothing, nothing, nothing
+        best = torch.log_softmax(z[:, 0], -1).max(-1)
+        target = target.argmax(-1) if target.is_floating_point() else target
         counted = zip(target[:, 0].tolist(), mask[:, 0].tolist(), strict=True)
         return (
             [self._name(y) if counts else "ignored" for y, counts in counted],
             [self._name(y) for y in best.indices.tolist()],
             best.values.exp().tolist(),
-            losses.tolist(),
         )
 
-    def _values(self, z: Tensor, target: Tensor, mask: Tensor) -> tuple[list[Any], ...]:
-        losses = (0.5 * (z - target).square().sum(-1) * mask).sum(1)
+    def _values(self, z: Tensor, target: Tensor) -> tuple[list[Any], ...]:
         words = [[", ".join(number(v) for v in row) for row in t.flatten(1).tolist()] for t in (target, z)]
-        return *words, [None] * len(z), losses.tolist()
+        return *words, [None] * len(z)
 
-    def _switches(self, z: Tensor, target: Tensor, mask: Tensor) -> tuple[list[Any], ...]:
-        losses = F.binary_cross_entropy_with_logits(z, target.to(z), reduction="none").sum(-1)
+    def _switches(self, z: Tensor, target: Tensor) -> tuple[list[Any], ...]:
         on, p = (t.flatten(1).tolist() for t in (target > 0.5, z.sigmoid()))
         single = len(p[0]) == 1
         words = [[self._on(row) for row in rows] for rows in (on, [[v > 0.5 for v in row] for row in p])]
-        return *words, [max(v, 1 - v) if single else None for v, *_ in p], (losses * mask).sum(1).tolist()
+        return *words, [max(v, 1 - v) if single else None for v, *_ in p]
 
     def _on(self, row: list[bool]) -> str:
         """The outputs that are on."""
@@ -142,20 +142,20 @@ class Describer:
         return text, None if picture is None else data_uri(picture, call)
 
 
-def subset(data: Data, wanted: Collection[int]) -> list[tuple[Any, Tensor | None]]:
+def subset(data: Data, wanted: Collection[int], model: nn.Module) -> list[tuple[Any, Tensor | None]]:
     """Some of the examples, as batches, in the data's order."""
     places = set(wanted)
     found = []
-    for start, batch in _numbered(data):
+    for start, batch in _numbered(data, model):
         inside = sorted(place for place in places if start <= place < start + batch.size)
         if inside:
             found.append(batch.take(torch.tensor(inside) - start).raw)
     return found
 
 
-def _numbered(data: Data) -> Iterator[tuple[int, Batch]]:
+def _numbered(data: Data, model: nn.Module) -> Iterator[tuple[int, Batch]]:
     """Batches with the place of their first example."""
     start = 0
-    for batch in Source(data):
+    for batch in Source(data, model).once():
         yield start, batch
         start += batch.size

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,10 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit._version import __version__
+from fisherkit.cli.checks import as_dtype, check_choice, check_device, check_likelihood
 from fisherkit.cli.command import make_folder
 from fisherkit.cli.estimate import check_fisher_file, selection
+from fisherkit.cli.factories import load_likelihood
 from fisherkit.cli.scores.describe import Describer, subset
 from fisherkit.cli.scores.page import page
 from fisherkit.cli.scores.result import Computed, Query, Result, Scored
@@ -106,15 +107,12 @@ def run(settings: ScoresSettings) -> None:
 def _check(settings: ScoresSettings) -> KindSpec:
     """Refuse options that are none or do not go together."""
     kind = KindSpec.parse(settings.kind or KIND, call=CALL)
-    allowed: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
-        ("--structure", settings.structure, (None, *STRUCTURES)),
-        ("--measurement", settings.measurement, ("loss", "margin")),
-        ("--normalize", settings.normalize, (None, "relatif")),
-    )
-    for name, value, values in allowed:
-        if value not in values:
-            words = ", ".join(repr(v) for v in values if v is not None)
-            raise InvalidArgumentError(call=CALL, got=f"{name} {value!r}", expected=f"one of {words}")
+    check_choice(CALL, "--structure", settings.structure, STRUCTURES)
+    check_choice(CALL, "--measurement", settings.measurement, ("loss", "margin"))
+    check_choice(CALL, "--normalize", settings.normalize, ("relatif",))
+    check_likelihood(CALL, settings.likelihood)
+    check_device(CALL, settings.device)
+    as_dtype(CALL, settings.texts.dtype)
     if settings.fisher is not None:
         given = {
             "--kind": settings.kind, "--structure": settings.structure, "--params": settings.params or None,
@@ -130,6 +128,8 @@ def _check(settings: ScoresSettings) -> KindSpec:
         raise InvalidArgumentError(
             call=CALL, got="--absolute-damping without --damping", expected="λ itself", try_="--damping 1e-3"
         )
+    if settings.damping is not None:
+        RelativeDamping(settings.damping)  # refuses what no λ can be
     if settings.save_fisher is not None:
         check_fisher_file(settings.save_fisher, f"{CALL} --save-fisher", overwrite=settings.overwrite)
     return kind
@@ -151,9 +151,10 @@ def _fisher(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> tuple
         return load(settings.fisher, device=device), None
     start = time.perf_counter()
     fisher = kind.build(
-        subject.model, subject.train, seed=settings.seed, likelihood=settings.likelihood or subject.likelihood,
+        subject.model, subject.train, seed=settings.seed,
+        likelihood=load_likelihood(settings.likelihood or subject.likelihood, CALL),
         structure=settings.structure or STRUCTURE, params=selection(subject.model, settings.params, CALL),
-        progress=sys.stderr.isatty(),
+        progress=True,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if settings.save_fisher is not None:
@@ -164,21 +165,19 @@ def _fisher(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> tuple
 def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Result:
     fisher, fisher_seconds = _fisher(settings, kind, subject)
     known = fisher.metadata.get("likelihood") if settings.fisher is not None else None
-    likelihood = settings.likelihood or known or subject.likelihood
+    likelihood = load_likelihood(settings.likelihood or known or subject.likelihood, CALL)
     start = time.perf_counter()
     damping = _damping(settings, fisher)
-    influence = InfluenceScores(
-        fisher, subject.model, likelihood=likelihood, progress=sys.stderr.isatty(), damping=damping
-    )
+    influence = InfluenceScores(fisher, subject.model, likelihood=likelihood, progress=True, damping=damping)
     describer = Describer(subject.model, likelihood, subject.classes, subject.show, subject.place, CALL)
-    train, queries = Source(subject.train).count(), Source(subject.queries).count()
+    train, queries = (Source(data, subject.model).count() for data in (subject.train, subject.queries))
     order = _order(settings, subject, describer, queries)
     scored, own = _scored(settings, subject, describer, influence, sorted(order), train)
     seconds = time.perf_counter() - start
     computed = Computed(
         model=subject.name, kind=spelled(fisher.metadata) if settings.fisher is not None else kind.text,
         structure=fisher.metadata.get("structure", type(fisher).__name__),
-        likelihood=likelihood, measurement=settings.measurement, normalize=settings.normalize,
+        likelihood=likelihood.recorded, measurement=settings.measurement, normalize=settings.normalize,
         relative_damping=damping.scale if isinstance(damping, RelativeDamping) else None,
         damping=float(influence.damping),
         examples=influence.examples, parameters=fisher.size, train=train, queries=queries,
@@ -215,8 +214,8 @@ def _scored(
 ) -> tuple[dict[int, Query], tuple[Scored, ...]]:
     """The queries by their place in the data, and the largest self-influences."""
     top = influence.top(
-        subset(subject.queries, kept), subject.train, min(settings.top, count), measurement=settings.measurement,
-        normalize=settings.normalize,
+        subset(subject.queries, kept, subject.model), subject.train, min(settings.top, count),
+        measurement=settings.measurement, normalize=settings.normalize,
     )  # fmt: skip
     own: list[tuple[float, int]] = []
     most = (DEMO_SELF if settings.model is None else 0) if settings.own is None else settings.own

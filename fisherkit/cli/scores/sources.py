@@ -16,7 +16,7 @@ from torch import nn
 from fisherkit.cli.factories import call_factory
 from fisherkit.cli.scores.describe import Show
 from fisherkit.cli.texts import Columns, Text, read_texts
-from fisherkit.data import Data, refuse_shuffling
+from fisherkit.data import Data, Source
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.rows.record import refuse_train_mode
 
@@ -154,7 +154,7 @@ def of_function(spec: str, options: TextOptions, *, device: str, call: str) -> S
     model, train, queries, show = (*made, None)[:4]
     refuse_train_mode(model)  # a first look at its losses would move running statistics
     for name, data in (("train", train), ("queries", queries)):
-        refuse_shuffling(data, call, name)
+        Source(data, model).refuse_shuffling(call, name)
     return Subject(spec, model.to(device), train, queries, "categorical", {}, show, {})
 
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from textwrap import fill
 
 from fisherkit.cli.scores.result import Computed, Example, Query, Result, Scored, unit
-from fisherkit.cli.text import table
+from fisherkit.cli.text import WIDTH, table
 
-WIDEST, WIDTH = 60, 110
-"""Characters of a text that a row shows, and of a line of prose."""
+WIDEST = 60
+"""Characters of a text that a row shows."""
 
 
 def as_text(found: Result) -> str:
     """All of it, a table a query."""
-    parts = [computed_line(found.computed), fill(unit(found.computed), WIDTH), *found.notes]
+    parts = ["\n".join(fill(line, WIDTH) for line in computed_line(found.computed).splitlines())]
+    parts += [fill(text, WIDTH) for text in (unit(found.computed), *found.notes)]
     parts += [_query(query, found.computed.measurement) for query in found.queries]
     if found.self_influence:
         title = "Training examples whose own loss hangs most on themselves. Wrong labels are often among them; so are\n"

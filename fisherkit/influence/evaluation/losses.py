@@ -8,43 +8,73 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
-from fisherkit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, resolve
+from fisherkit.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    GaussianNLL,
+    Likelihood,
+    LogProbabilities,
+    Poisson,
+    is_known_loss,
+    resolve,
+)
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """Outputs ``[B, …]`` and targets ``[B, …]`` to ``[B]``."""
 
 Loss = str | Likelihood | PerExample
-"""What models are trained on: a likelihood, or a loss of the user's."""
+"""What models are trained on: a likelihood, a loss module of torch's, or a loss of the user's."""
 
 Measurements = str | Sequence[str] | Mapping[str, PerExample]
 
 
-def _categorical(z: Tensor, y: Tensor, likelihood: Likelihood) -> Float[Tensor, " B"]:
-    """−log softmax(z)_y, summed over an example's positions that are not ignored."""
-    if y.is_floating_point() or z.ndim != y.ndim + 1:
-        raise DataError(
-            call="retrain", got=f"outputs of {z.ndim} axes and targets of {y.ndim} axes and {y.dtype}",
-            expected="outputs [B, C] with class indices [B], or [B, T, C] with [B, T]", why="likelihood='categorical'",
-        )  # fmt: skip
-    losses = F.cross_entropy(z.movedim(-1, 1), y, reduction="none", ignore_index=likelihood.ignore_index)
+def _categorical(z: Tensor, y: Tensor, likelihood: Categorical) -> Float[Tensor, " B"]:
+    """Weighted and smoothed cross-entropy, summed over an example's positions that are not ignored."""
+    z = _classes_second(z, likelihood)
+    if z.ndim != y.ndim + 1 and z.shape != y.shape:
+        raise _misfit(z, y)
+    if y.is_floating_point() != (z.shape == y.shape) or (y.is_floating_point() and likelihood.strict):
+        raise _misfit(z, y)
+    weight = None if likelihood.weight is None else likelihood.weight.to(z)
+    losses = F.cross_entropy(
+        z, y, weight, reduction="none", ignore_index=likelihood.ignore_index, label_smoothing=likelihood.label_smoothing
+    )
     return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
 
-def _gaussian(z: Tensor, y: Tensor, _: Likelihood) -> Float[Tensor, " B"]:
-    """½‖z − y‖²."""
-    return 0.5 * (z - _shaped(y, z)).square().flatten(1).sum(1)
+def _gaussian(z: Tensor, y: Tensor, likelihood: Gaussian) -> Float[Tensor, " B"]:
+    """½‖z − y‖² / σ²."""
+    variance = likelihood.variance.to(z) if isinstance(likelihood.variance, Tensor) else likelihood.variance
+    return (0.5 * (z - _shaped(y, z)).square() / variance).reshape(len(z), -1).sum(1)
 
 
-def _bernoulli(z: Tensor, y: Tensor, _: Likelihood) -> Float[Tensor, " B"]:
+def _gaussian_nll(z: Tensor, y: Tensor, likelihood: GaussianNLL) -> Float[Tensor, " B"]:
+    """½((z − y)² / σ² + log σ²), the variance behind each number observed."""
+    if y.shape != (*z.shape, 2):
+        raise _misfit(z, y)
+    losses = F.gaussian_nll_loss(z, y[..., 0], y[..., 1], reduction="none", eps=likelihood.eps)
+    return losses.reshape(len(z), -1).sum(1)
+
+
+def _poisson(z: Tensor, y: Tensor, _: Poisson) -> Float[Tensor, " B"]:
+    """exp(z) − y z."""
+    return (z.exp() - _shaped(y, z) * z).reshape(len(z), -1).sum(1)
+
+
+def _bernoulli(z: Tensor, y: Tensor, likelihood: Bernoulli) -> Float[Tensor, " B"]:
     """Σ_c binary cross-entropy with logits."""
-    losses = F.binary_cross_entropy_with_logits(z, _shaped(y, z), reduction="none")
+    y, z = (x.movedim(likelihood.class_axis, -1) for x in (_shaped(y, z), z))
+    weights = [None if w is None else torch.as_tensor(w).to(z) for w in (likelihood.weight, likelihood.pos_weight)]
+    losses = F.binary_cross_entropy_with_logits(z, y, weights[0], pos_weight=weights[1], reduction="none")
     return losses.reshape(len(z), -1).sum(1)
 
 
@@ -57,10 +87,24 @@ def _shaped(y: Tensor, z: Tensor) -> Tensor:
     return y.reshape(z.shape).to(z.dtype)
 
 
-def _categorical_margin(z: Tensor, y: Tensor, likelihood: Likelihood) -> Float[Tensor, " B"]:
+def _classes_second(z: Tensor, likelihood: Categorical) -> Tensor:
+    """As torch's cross-entropy has them."""
+    return z if likelihood.class_axis == 1 else z.movedim(-1, 1)
+
+
+def _misfit(z: Tensor, y: Tensor) -> DataError:
+    return DataError(
+        call="retrain", got=f"outputs of {z.ndim} axes and targets of {y.ndim} axes and {y.dtype}",
+        expected="outputs [B, C] with class indices [B], or [B, T, C] with [B, T]", why="likelihood='categorical'",
+        try_="another object of fk.likelihoods, or the loss module, for others",
+    )  # fmt: skip
+
+
+def _categorical_margin(z: Tensor, y: Tensor, likelihood: Categorical) -> Float[Tensor, " B"]:
     """z_y − logsumexp of the other classes, which does not cancel; summed over positions as the loss is."""
     if y.is_floating_point() or z.ndim != y.ndim + 1:
-        return _categorical(z, y, likelihood)  # which says what is wrong
+        raise _misfit(z, y)
+    z = _classes_second(z, likelihood).movedim(1, -1)
     counts = y != likelihood.ignore_index
     label = torch.where(counts, y, 0).unsqueeze(-1)
     others = torch.logsumexp(z.scatter(-1, label, float("-inf")), -1)
@@ -68,14 +112,19 @@ def _categorical_margin(z: Tensor, y: Tensor, likelihood: Likelihood) -> Float[T
     return margins.reshape(len(z), -1).sum(1)
 
 
-def _bernoulli_margin(z: Tensor, y: Tensor, _: Likelihood) -> Float[Tensor, " B"]:
+def _bernoulli_margin(z: Tensor, y: Tensor, _: Bernoulli) -> Float[Tensor, " B"]:
     """±z with the label's sign, summed over outputs."""
     return (z * (2 * _shaped(y, z) - 1)).reshape(len(z), -1).sum(1)
 
 
-_Rules = Mapping[type[Likelihood], Callable[[Tensor, Tensor, Likelihood], Tensor]]
-_LOSSES: _Rules = {Categorical: _categorical, Gaussian: _gaussian, Bernoulli: _bernoulli}
-_MARGINS: _Rules = {Categorical: _categorical_margin, Bernoulli: _bernoulli_margin}
+_Rules = Mapping[type[Likelihood], Callable[[Tensor, Tensor, Any], Tensor]]
+_LOSSES: _Rules = {
+    Categorical: _categorical, Gaussian: _gaussian, Bernoulli: _bernoulli, Poisson: _poisson,
+    GaussianNLL: _gaussian_nll, LogProbabilities: _categorical,  # whose softmax they are
+}  # fmt: skip
+_MARGINS: _Rules = {
+    Categorical: _categorical_margin, Bernoulli: _bernoulli_margin, LogProbabilities: _categorical_margin,
+}  # fmt: skip
 
 
 def _of(rules: _Rules, likelihood: Likelihood) -> PerExample | None:
@@ -90,6 +139,19 @@ def _of(rules: _Rules, likelihood: Likelihood) -> PerExample | None:
     return per_example
 
 
+def resolved_loss(likelihood: Loss) -> Likelihood | None:
+    """The likelihood; None for a function of the user's.
+
+    Raises:
+        InvalidArgumentError: an unknown name.
+    """
+    if isinstance(likelihood, (str, Likelihood, nn.Module)) and (
+        not isinstance(likelihood, nn.Module) or is_known_loss(likelihood)
+    ):
+        return resolve(likelihood)
+    return None
+
+
 def loss_of(likelihood: Loss, call: str) -> PerExample:
     """ℓ of a likelihood, or the user's own.
 
@@ -97,7 +159,8 @@ def loss_of(likelihood: Loss, call: str) -> PerExample:
         InvalidArgumentError: an unknown name, or a likelihood of one's own, which does not say its loss.
         InvalidTypeError: neither a likelihood nor a function.
     """
-    if not isinstance(likelihood, (str, Likelihood)):
+    resolved = resolved_loss(likelihood)
+    if resolved is None:
         if not callable(likelihood):
             raise InvalidTypeError(
                 call=call, got=f"a {type(likelihood).__name__} as likelihood",
@@ -105,7 +168,6 @@ def loss_of(likelihood: Loss, call: str) -> PerExample:
                 "returns a loss an example",
             )  # fmt: skip
         return likelihood
-    resolved = resolve(likelihood)
     found = _of(_LOSSES, resolved)
     if found is None:
         raise InvalidArgumentError(
@@ -124,7 +186,9 @@ def measurements_of(measurements: Measurements, likelihood: Loss, call: str) -> 
         InvalidTypeError: not names or functions.
     """
     known: dict[str, PerExample] = {"loss": _negative(loss_of(likelihood, call))}
-    if isinstance(likelihood, (str, Likelihood)) and (margin := _of(_MARGINS, resolve(likelihood))) is not None:
+    own = resolved_loss(likelihood)
+    margin = None if own is None else _of(_MARGINS, own)
+    if margin is not None:
         known["margin"] = margin
     if isinstance(measurements, Mapping):
         if not all(callable(function) for function in measurements.values()):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from fisherkit.data import Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
@@ -20,6 +20,9 @@ from fisherkit.influence.evaluation.arguments import check_floats
 from fisherkit.influence.evaluation.bootstrap import Interval, check_bootstrap, multiplicities, percentile_interval
 from fisherkit.influence.evaluation.losses import Loss, loss_of
 from fisherkit.influence.evaluation.ranks import Ranking
+from fisherkit.rows.first_batch import plan_of
+from fisherkit.rows.whole import functional_call, kept_whole
+from fisherkit.space import ParameterSpace
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ def plain_rankings(
 
     Raises:
         InvalidArgumentError: an unknown likelihood.
-        DataError: data without targets.
+        DataError: data without targets, or whose order is not known to be fixed.
+        ModelError: as for a Fisher.
 
     Cost: one forward and backward pass an example, vectorised.
     """
@@ -177,7 +181,10 @@ def plain_rankings(
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     device = next(iter(model.parameters())).device
     losses, norms = [], []
-    for whole in Source(data):
+    source = Source(data, model)
+    source.keep_order(call)
+    plan_of(model, ParameterSpace.of(model, None), source)  # finds out which inputs all examples share
+    for whole in source:
         for start in range(0, whole.size, chunk_size):
             batch = whole.take(slice(start, start + chunk_size)).to(device)
             leaves, rebuild = batch.leaves()
@@ -191,7 +198,8 @@ def plain_rankings(
                 return value, value.detach()
 
             axes = (None, 0, *([0] * len(leaves)))
-            gradients, values = vmap(grad(one, has_aux=True), in_dims=axes)(trained, batch.targets, *leaves)
+            with kept_whole(model):
+                gradients, values = vmap(grad(one, has_aux=True), in_dims=axes)(trained, batch.targets, *leaves)
             losses.append(values.double())
             norms.append(sum(g.double().flatten(1).square().sum(1) for g in gradients.values()).sqrt())
     return {"loss": torch.cat(losses), "gradient norm": torch.cat(norms)}

@@ -20,12 +20,18 @@ from fisherkit.arguments import check_count, is_integer
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, MemoryBudgetError, NonFiniteError
 from fisherkit.influence.evaluation.arguments import check_masks
-from fisherkit.influence.evaluation.losses import Loss, Measurements, PerExample, loss_of, measurements_of
+from fisherkit.influence.evaluation.losses import (
+    Loss,
+    Measurements,
+    PerExample,
+    loss_of,
+    measurements_of,
+    resolved_loss,
+)
 from fisherkit.influence.evaluation.recipe import TrainingRecipe
 from fisherkit.influence.evaluation.runs_file import Retraining, RunsFile, fingerprint
 from fisherkit.influence.evaluation.stacked_models import Build, Stack, StackedModels
 from fisherkit.influence.evaluation.training import epoch_orders, example_losses, train_stack
-from fisherkit.likelihoods import Likelihood, resolve
 from fisherkit.memory import available_memory, readable
 
 Labelled = tuple[Batch, Tensor]
@@ -238,11 +244,8 @@ def _check_finite(values: dict[str, Tensor], subset: Tensor, seeds: Sequence[int
 
 def _recorded(likelihood: Loss) -> str:
     """As the file of a run has it."""
-    if not isinstance(likelihood, (str, Likelihood)):
-        return f"function {_name(likelihood)}"
-    known = resolve(likelihood)
-    usual = known.ignore_index == Likelihood.ignore_index
-    return known.name if usual else f"{known.name}, ignore_index={known.ignore_index}"
+    known = resolved_loss(likelihood)
+    return f"function {_name(likelihood)}" if known is None else known.recorded
 
 
 def _name(function: object) -> str:

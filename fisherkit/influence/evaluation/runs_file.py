@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.errors import FileFormatError, InvalidArgumentError, MissingFileError
 
 FORMAT = "fisherkit-retraining"
 VERSION = 1
@@ -52,12 +52,13 @@ class Retraining:
 
         Raises:
             InvalidTypeError: path is not a path.
-            FileFormatError: no such file, damaged, of another kind or version, or unfinished.
+            MissingFileError: no such file.
+            FileFormatError: damaged, of another kind or version, or unfinished.
         """
         call = f"Retraining.load({str(path)!r})"
         path = io.as_path(path, "Retraining.load")
         if not path.is_file():
-            raise FileFormatError(call=call, got="no such file", expected="one written by retrain")
+            raise MissingFileError(call=call, got="no such file", expected="one written by retrain")
         settings, tensors = _read(path, call)
         done = tensors["done"]
         if not bool(done.all()):
@@ -147,7 +148,7 @@ class RunsFile:
         """Put the file in place; an interruption meanwhile leaves the one before it."""
         if self.path is not None:
             header = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(self.settings, sort_keys=True)}
-            io.replace_file(self.path, self.tensors, header)
+            io.replace_checked_file(self.path, self.tensors, header)
         self._last, self._unsaved = time.monotonic(), False
 
     def result(self) -> Retraining:
@@ -171,7 +172,10 @@ def _read(path: Path, call: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             call=call, got="a file of another kind, which has been left as it is", expected="one written by retrain"
         )
     try:
-        version, settings = int(header["version"]), dict(json.loads(header["settings"]))
+        version, settings = int(header["version"]), dict(io.parse(header["settings"]))
+        if missing := [name for name in ("masks", "done", "train_losses") if name not in tensors]:
+            raise ValueError(f"no tensor {missing[0]!r}")
+        tuple(settings["seeds"])
     except (LookupError, ValueError, TypeError) as error:
         raise FileFormatError(
             call=call, got=f"a file that cannot be read ({error})", expected="one written by retrain",

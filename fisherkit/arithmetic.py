@@ -1,0 +1,48 @@
+"""How the package itself computes: in float32 at least, outside of autocast, with numbers that are finite.
+
+Owns what every layer needs for that: the dtype that a model's Fisher has, a context in which autocast is off, and the
+cheapest exact test for NaN and infinity. Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+"""Dtypes in which sums of squares lose their digits."""
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of rows, sums and factors of a model in this dtype: float32 for half precision, else its own."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast off on every device, as a ``with`` block or as a decorator: products in half precision are no Fisher's.
+
+    Not for generators, whose body would run after the block has ended.
+    """
+    with ExitStack() as stack:
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; exact, with one wait for the device.
+
+    By sums, which read each number once and make no mask; a sum may overflow where no entry does, so entries are looked
+    at where a sum is not finite.
+    """
+    sums = [t.detach().sum(dtype=at_least_single(t.dtype)) for t in tensors]
+    if not sums or bool(torch.isfinite(torch.stack([s.to(sums[0]) for s in sums])).all()):
+        return True
+    return all(bool(torch.isfinite(t).all()) for t in tensors)

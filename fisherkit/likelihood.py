@@ -1,0 +1,358 @@
+"""What a likelihood is: a loss seen from the model's outputs, and what follows from the little that it must say.
+
+Owns the base class, which of its methods follow from which, and the check of a class of a user's own against its own
+gradient. Knows no particular loss, no parameters and no torch module; `fisherkit.likelihoods` has the losses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fisherkit.errors import DataError, InvalidArgumentError
+from fisherkit.positions import refuse_images, shape_text
+
+Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
+
+FOLLOWS: dict[str, tuple[str, ...]] = {
+    "gradient": ("hessian_inverse_form", "target_from_gradient", "drawn_gradient"),
+    "hessian_factor": (
+        "hessian_rank", "hessian_columns", "hessian_matmul", "hessian_diagonal", "hessian_inverse_form",
+    ),
+    "hessian_scale": ("hessian_inverse_form",),
+    "sample": ("channels", "sample_given"),
+}  # fmt: skip
+"""A class that changes a method on the left has the derived forms of those on the right, unless it has its own."""
+
+
+class Likelihood(ABC):
+    """A loss ℓ(z, y) as a function of the outputs z; where it is −log p(y | z), labels can be drawn from it too.
+
+    A new one supplies `gradient`, `hessian_factor` and `sample`; the other methods have defaults that follow from these
+    and are overridden where a closed form is cheaper. A subclass of another likelihood that changes one of the three
+    never keeps a closed form that followed from what it changed.
+    """
+
+    name: str
+    """In errors, metadata and files; a class that sets none has its own name."""
+    ignore_index = -100
+    """Label of positions that do not count, for likelihoods of labels."""
+    class_axis = -1
+    """Which axis of the model's outputs holds the C outputs of a position."""
+    gradient_scale_free = False
+    """Whether `target_from_gradient` takes any positive multiple of the gradient."""
+    labels_mask = False
+    """Whether targets say which positions count, and so matter to kinds that do not use them otherwise."""
+    hessian_of_targets = False
+    """Whether ∂²ℓ/∂z² depends on the target, by `hessian_scale`: the exact kind then needs targets."""
+    link = ""
+    """What makes probabilities of outputs, "softmax" or "sigmoid", where outputs are logits."""
+    unlikely = ""
+    """Why ℓ is no −log p(y | z) that labels can be drawn from; empty where it is."""
+    strict = False
+    """Whether outputs and targets of unusual form are taken for mistakes, as where the likelihood is a bare word."""
+    reduction: str | None = None
+    """Of the torch module that the likelihood was read off, "mean" over all outputs or "sum"; None if there is none."""
+    _confirmed = False
+    built_in: ClassVar[bool] = False
+    """Whether the class is the package's own, whose closed forms are tested against its loss."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Put derived forms in the place of inherited closed ones that no longer follow."""
+        super().__init_subclass__(**options)
+        cls.built_in = cls.__module__ == "fisherkit.likelihoods"
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+        if cls.built_in:
+            return
+        for changed, followers in FOLLOWS.items():
+            for follower in followers:
+                if _place(cls, changed) < _place(cls, follower):
+                    setattr(cls, follower, vars(Likelihood)[follower])
+
+    # -- what a likelihood says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """∂ℓ/∂z, elementwise over leading axes; accurate also where it is tiny."""
+
+    @abstractmethod
+    def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
+        """S with S Sᵀ = ∂²ℓ/∂z², the output Fisher of one position; M at least its rank.
+
+        Without what `hessian_scale` says of the target.
+        """
+
+    @abstractmethod
+    def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... channels"]) -> Tensor:
+        """Targets drawn from p(y | z), one for each leading index, by inverse distribution functions.
+
+        Args:
+            z: outputs.
+            uniform: numbers in (0, 1), `channels(C)` of them for each draw.
+        """
+
+    # -- what follows from it, overridden where a closed form is cheaper -----------------------------------------------
+
+    def hessian_scale(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."] | None:
+        """D where the loss's Hessian depends on the target as D^½ S Sᵀ D^½ with D diagonal; None where it does not.
+
+        One number for each output, or one for all outputs of a position.
+        """
+        return None
+
+    def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
+        """M, the columns of `hessian_factor`."""
+        return self.hessian_factor(z[:1]).shape[-1]
+
+    def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
+        """One column of each position's `hessian_factor`."""
+        return self.hessian_factor(z).mT[torch.arange(len(z), device=z.device), index]
+
+    @property
+    def columnwise(self) -> bool:
+        """Whether columns can be asked for one by one at O(C) each: `hessian_columns` has a closed form."""
+        return type(self).hessian_columns is not Likelihood.hessian_columns
+
+    def channels(self, outputs: int) -> int:
+        """How many uniform numbers `sample` uses for one draw of C outputs."""
+        return outputs
+
+    def sample_given(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... channels"], target: Tensor) -> Tensor:
+        """As `sample`, beside an observed target, part of which may be no label but given, as a known variance is."""
+        return self.sample(z, uniform)
+
+    def drawn_gradient(self, z: Float[Tensor, "... C"], drawn: Tensor) -> Float[Tensor, "... C"]:
+        """∂ℓ/∂z at a drawn label."""
+        return self.gradient(z, drawn)
+
+    def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """S Sᵀ w for each position."""
+        s = self.hessian_factor(z)
+        return (s @ (s.mT @ w.unsqueeze(-1))).squeeze(-1)
+
+    def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """diag S Sᵀ for each position."""
+        return self.hessian_factor(z).square().sum(-1)
+
+    def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """uᵀ H⁺ u with u the gradient, H the Hessian with its scale and H⁺ the pseudo-inverse, for each position.
+
+        Infinite where u has a part outside H's range: no multiple of u uᵀ is below H then.
+        """
+        s, u = self.hessian_factor(z), self.gradient(z, target)
+        scale = self.hessian_scale(z, target)
+        s = s if scale is None else scale.sqrt().unsqueeze(-1) * s
+        h = s @ s.mT
+        found = torch.linalg.pinv(h, hermitian=True) @ u.unsqueeze(-1)
+        outside = (h @ found).squeeze(-1) - u
+        form = (u * found.squeeze(-1)).sum(-1)
+        return torch.where(outside.norm(dim=-1) > 1e-6 * u.norm(dim=-1), torch.inf, form)
+
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
+        """The target whose loss has this gradient; None if the likelihood does not say."""
+        return None
+
+    def gradient_at(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """`gradient` as it stands for that of a user's own loss at the outputs; another where the same rows have two.
+
+        Outputs of a log-softmax do: what a constant adds to all of a position's outputs goes no further down.
+        """
+        return gradient
+
+    # -- shapes and values ---------------------------------------------------------------------------------------------
+
+    def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
+        """The model's outputs, or numbers of their shape, as positions by outputs.
+
+        Raises:
+            DataError: too many axes for a likelihood that is a bare word.
+        """
+        if z.ndim == 1:
+            return z.reshape(-1, 1, 1)
+        if z.ndim > 3 and self.strict:
+            refuse_images(z, call)
+        moved = z.movedim(self.class_axis, -1)
+        return moved.reshape(z.shape[0], -1, moved.shape[-1])
+
+    def as_outputs(self, v: Float[Tensor, "*lead B P C"], shape: torch.Size) -> Float[Tensor, "..."]:
+        """The inverse of `positions`, over any leading axes.
+
+        Args:
+            v: as positions by outputs.
+            shape: of the model's outputs.
+        """
+        lead = v.shape[:-3]
+        if len(shape) < 3:
+            return v.reshape(*lead, *shape)
+        axis = self.class_axis % len(shape)
+        moved = [*shape[:axis], *shape[axis + 1 :], shape[axis]]
+        return v.reshape(*lead, *moved).movedim(-1, len(lead) + axis)
+
+    def check_reading(  # noqa: B027  (a default, not a duty)
+        self, z: Tensor, target: Tensor | None, inputs: list[Tensor], call: str
+    ) -> None:
+        """Refuse outputs that can be read in two ways.
+
+        Args:
+            z: the model's outputs.
+            target: as the data have it.
+            inputs: the model's inputs, the batch along axis 0.
+            call: for errors.
+
+        Raises:
+            DataError: they can be read in two ways.
+        """
+
+    def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
+        """Raw model outputs and targets as ``[B, P, C]``, targets and a mask of the positions that count.
+
+        Whatever else the methods above get as a target is made here. A likelihood whose targets are not of its outputs'
+        shape (a mean and a variance for each number observed) overrides this method alone: z as `positions` has it,
+        targets with leading axes ``[B, P]``, and a mask.
+
+        Raises:
+            DataError: shapes or values that do not fit.
+        """
+        raw = z
+        z = self.positions(raw, call)
+        mask = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        if target is None:
+            return z, None, mask
+        if target.shape[:1] != raw.shape[:1] or target.numel() != raw.numel():
+            raise DataError(
+                call=call,
+                got=f"targets of shape {shape_text(target)} for outputs {shape_text(raw)}",
+                expected="targets of the outputs' shape",
+                why=f"the likelihood is {self.name}",
+            )
+        target = self.positions(target.reshape(raw.shape), call).to(z.dtype)
+        self.check_values(target, call)
+        return z, target, mask
+
+    def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
+        """Refuse targets outside the likelihood's support.
+
+        Raises:
+            DataError: NaN, infinite or outside the support.
+        """
+        if not bool(torch.isfinite(target).all()):
+            raise DataError(call=call, got="targets with NaN or infinite entries", expected="finite numbers")
+
+    # -- what the package asks -----------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, str]:
+        """What differs from the default, by argument; recorded in files."""
+        return {}
+
+    @property
+    def recorded(self) -> str:
+        """The name and the settings: two likelihoods that differ are recorded as different."""
+        own = ", ".join(f"{name}={value}" for name, value in self.settings().items())
+        return f"{self.name}({own})" if own else self.name
+
+    def refuse_sampling(self) -> None:
+        """Refuse to draw labels where they would be another distribution's than the loss's.
+
+        Raises:
+            InvalidArgumentError: ℓ is no −log p, or a subclass changed the loss and not the draws.
+        """
+        why, advice = self.unlikely, "fk.ExactFisher or fk.TruncatedFisher"
+        changed = [name for name in ("gradient", "hessian_factor") if _place(type(self), name) < self._sample_place]
+        if not why and changed:
+            why = f"the class has its own {' and '.join(changed)} and inherits sample, whose labels belong to others"
+            advice = f"sample in {type(self).__name__}; sample = fk.likelihoods.….sample if the inherited one is right"
+        if why:
+            raise InvalidArgumentError(
+                call="SampledFisher", got=f"the likelihood {self.recorded}", expected="a −log p(y | z) to draw y from",
+                why=why, try_=advice,
+            )  # fmt: skip
+
+    @property
+    def _sample_place(self) -> int:
+        return _place(type(self), "sample")
+
+
+def _place(cls: type[Likelihood], name: str) -> int:
+    """How far up the classes a method is defined; 0 for the class itself."""
+    return next((i for i, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
+
+
+_TRIED = 4
+"""Positions on which a class of a user's own is compared with itself."""
+_QUANTILES = (0.01, 0.2, 0.5, 0.8, 0.99)
+"""Of targets at which a gradient is differentiated where none are observed."""
+_SMALL = 256
+"""Outputs up to which its factor is written out for that."""
+
+
+def confirm(
+    likelihood: Likelihood, z: Float[Tensor, "n P C"], target: Tensor | None, mask: Bool[Tensor, "n P"]
+) -> None:
+    """Refuse a class of a user's own whose methods contradict each other; looked at once for each object.
+
+    A Hessian that was inherited beside a gradient that was not must be that gradient's derivative, by autograd; closed
+    forms must be those of the factor. A class that supplies both itself may have another Hessian than the gradient's
+    derivative: its expectation under p(y | z) is the output Fisher.
+
+    Raises:
+        InvalidArgumentError: they do.
+    """
+    if likelihood.built_in or likelihood._confirmed or not bool(mask.any()):
+        return
+    some = z[mask][:_TRIED].double()
+    own = None if target is None else target[mask][:_TRIED]
+    own = own.double() if own is not None and own.is_floating_point() else own
+    w = torch.randn(some.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(some)
+    product = likelihood.hessian_matmul(some, w)
+    cls = type(likelihood)
+    if some.shape[-1] <= _SMALL:
+        s = likelihood.hessian_factor(some)
+        index = torch.arange(s.shape[-1], device=s.device)
+        columns = torch.stack([likelihood.hessian_columns(some, i.expand(len(some))) for i in index], -1)
+        forms = {
+            "hessian_matmul": (product, (s @ (s.mT @ w.unsqueeze(-1))).squeeze(-1)),
+            "hessian_diagonal": (likelihood.hessian_diagonal(some), s.square().sum(-1)),
+            "hessian_columns": (columns @ columns.mT, s @ s.mT),
+        }
+        for name, (found, wanted) in forms.items():
+            if not _alike(found, wanted):
+                _contradict(likelihood, name, "hessian_factor")
+    if _place(cls, "gradient") < _place(cls, "hessian_factor"):
+        shape = (*some.shape[:-1], likelihood.channels(some.shape[-1]))
+        drawn = [likelihood.sample(some, torch.full(shape, u).to(some)) for u in _QUANTILES] if own is None else [own]
+        for targets in drawn:
+            _confirm_derivative(likelihood, some, targets, w)
+    object.__setattr__(likelihood, "_confirmed", True)  # a frozen dataclass may be a likelihood, too
+
+
+def _confirm_derivative(likelihood: Likelihood, z: Tensor, target: Tensor, w: Tensor) -> None:
+    """Compare the Hessian's product with automatic differentiation of the gradient."""
+    with torch.enable_grad():
+        leaf = z.clone().requires_grad_()
+        u = likelihood.gradient(leaf, target)
+        derivative = torch.autograd.grad(u, leaf, w, allow_unused=True)[0] if u.requires_grad else None
+    scale = likelihood.hessian_scale(z, target)
+    root = torch.ones_like(z) if scale is None else scale.sqrt()
+    if not _alike(
+        torch.zeros_like(z) if derivative is None else derivative, root * likelihood.hessian_matmul(z, root * w)
+    ):
+        _contradict(likelihood, "hessian_factor", "gradient")
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= 1e-6 * torch.maximum(a.norm(), b.norm()))
+
+
+def _contradict(likelihood: Likelihood, found: str, other: str) -> NoReturn:
+    raise InvalidArgumentError(
+        call="likelihood",
+        got=f"a {type(likelihood).__name__} whose {found} does not belong to its {other}",
+        expected="methods of one loss" if other == "hessian_factor" else f"{found} with S Sᵀ the derivative of {other}",
+        why="one of them was changed and the other inherited, or written for another loss",
+        try_=f"{found} in {type(likelihood).__name__} itself",
+    )

@@ -1,0 +1,142 @@
+"""What a model says about its inputs and labels: the names it takes, wrappers, shifted labels, prompts without labels.
+
+Reads signatures, configurations and class names, as Hugging Face's own trainer does; runs nothing and changes nothing.
+Knows no data.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fisherkit.errors import DataError, listed
+
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
+def wrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and what it wraps, from outside in: compiled, data parallel and PEFT's models."""
+    seen: set[int] = set()
+    current: object = model
+    while isinstance(current, nn.Module) and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        unwrap = getattr(current, "get_base_model", None)
+        inner = getattr(current, "_orig_mod", getattr(current, "module", None))
+        current = unwrap() if inner is None and callable(unwrap) else inner
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a Hugging Face model makes its decoder's inputs from the labels, unless they are given."""
+    for inner in wrapped(model):
+        config = getattr(inner, "config", None)
+        if getattr(config, "is_encoder_decoder", False) is True:
+            return True
+        takes = _parameters(inner)
+        if config is not None and {"labels", DECODER_INPUTS[0]} <= takes.keys():
+            # Some, such as BLIP-2, can have a language model of either kind.
+            return not getattr(config, "use_decoder_only_language_model", False)
+    return False
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a Hugging Face model computes its loss on labels shifted by one, by what it says of itself."""
+    endings: tuple[str, ...] = ("ForCausalLM", "LMHeadModel")
+    if not is_encoder_decoder(model):
+        endings = (*endings, "ForConditionalGeneration")  # of images or sound and text, by a decoder alone
+    return any(
+        getattr(inner, "loss_type", None) == "ForCausalLM"
+        # Users subclass the library's models.
+        or any(cls.__name__.endswith(endings) for cls in type(inner).__mro__)
+        for inner in wrapped(model)
+    )
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many positions PEFT's prompt learning puts in front of every example; 0 for other models."""
+    for inner in wrapped(model):
+        config = getattr(inner, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            return int(getattr(config, "num_virtual_tokens", 0))
+    return 0
+
+
+@dataclass
+class ModelInputs:
+    """How a model is called.
+
+    Args:
+        names: the keywords that it takes; None for any.
+        required: the parameters without a default, in order; None if that cannot be seen.
+        encoder_decoder: whether labels go to the model as well, which makes its decoder's inputs from them.
+    """
+
+    names: frozenset[str] | None = None
+    required: tuple[str, ...] | None = None
+    encoder_decoder: bool = False
+    _said: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelInputs:
+        """Read off the model's signature, of what it wraps where it only hands on."""
+        kinds = inspect.Parameter
+        names: set[str] = set()
+        required: tuple[str, ...] | None = None
+        anything = True
+        for inner in wrapped(model):
+            found = _parameters(inner)
+            own = [p for p in found.values() if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
+            names.update(p.name for p in own if p.kind is not kinds.POSITIONAL_ONLY)
+            if found and required is None and not any(p.kind is kinds.VAR_POSITIONAL for p in found.values()):
+                required = tuple(p.name for p in own if p.default is kinds.empty)
+            if found and not any(p.kind is kinds.VAR_KEYWORD for p in found.values()):
+                anything = False
+                break
+        return cls(None if anything else frozenset(names), required, is_encoder_decoder(model))
+
+    def taken(self, inputs: Mapping[str, Any], call: str) -> dict[str, Any]:
+        """The inputs that the model takes; the others are left out, with a warning.
+
+        Args:
+            inputs: by name.
+            call: for errors.
+
+        Raises:
+            DataError: without the others, inputs that the model needs are missing.
+        """
+        known = {name: value for name, value in inputs.items() if self.names is None or name in self.names}
+        others = sorted(str(name) for name in inputs if name not in known)
+        if not others:
+            return known
+        missing = [name for name in self.required or () if name not in known]
+        if missing or not known:
+            takes = sorted(self.names or ())
+            raise DataError(
+                call=call,
+                got=f"inputs named {listed(others)}, which the model's forward pass does not take",
+                expected=f"names of its parameters: {listed(missing or takes)}",
+                try_="rename the fields, ((tensor, ...), labels) for inputs by place, or ((mapping,), labels) for a "
+                "model that takes the mapping itself",
+            )
+        if not self._said.issuperset(others):
+            self._said.update(others)
+            warnings.warn(
+                f"{call}: {listed(others)} left out, which the model's forward pass does not take; it takes "
+                f"{listed(sorted(self.names or ()))}.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return known
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Of the forward pass; none if it has no signature, as scripted models."""
+    try:
+        return inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}

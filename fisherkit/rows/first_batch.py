@@ -1,0 +1,160 @@
+"""The first batch that a model meets: how its rows are made, and which inputs all examples share.
+
+An input whose axis 0 is as long as the batch may hold one row an example or be shared by all. It is read as the former;
+where the model fails at that, as the latter, if two batches have the same. Puts into words what else goes wrong at a
+first forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fisherkit.data import SHARED, Batch, Source, model_device
+from fisherkit.errors import DataError, FisherkitError, ModelError
+from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
+from fisherkit.randomness import untouched_rng
+from fisherkit.rows.plan import Plan
+from fisherkit.rows.together import needing_each_other
+from fisherkit.rows.verified import plan_for
+from fisherkit.space import ParameterSpace
+
+
+def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
+    """How the rows of a model on these data are made.
+
+    Args:
+        model: the model, in a deterministic mode.
+        space: the chosen parameters.
+        source: the data; an input that turns out to be shared is read so from now on.
+
+    Raises:
+        DataError: the model fails over its inputs, and what is wrong with them can be told.
+        ModelError: it fails over other dtypes.
+        Exception: what the model raises otherwise.
+
+    Cost: as `plan_for`.
+    """
+    device, _ = model_device(model, space.names)
+    first = source.first()
+    try:
+        own = first.to(device)
+        with needing_each_other(model, own):
+            return plan_for(model, space, own)
+    except Exception as error:
+        other = _another(source, first)
+        found = None if other is None else _shared(model, space, first, other)
+        if found is not None:
+            _, reading, plan = found
+            source.shared(reading)
+            return plan
+        _tell(error, model, space, first, single=other is None)
+        raise
+
+
+def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+    """The same for a single batch, on the model's device.
+
+    Raises:
+        DataError: as in `plan_of`.
+    """
+    try:
+        with needing_each_other(model, batch):
+            return plan_for(model, space, batch)
+    except Exception as error:
+        _tell(error, model, space, batch, single=True)
+        raise
+
+
+def _shared(
+    model: nn.Module, space: ParameterSpace, first: Batch, other: Batch | None
+) -> tuple[str, Batch, Plan] | None:
+    """The first reading that the model works with, the name of an input that all examples then share, and the plan."""
+    for name, reading in _readings(first, other):
+        with contextlib.suppress(Exception):  # models raise what they like
+            return name, reading, plan_for(model, space, reading.to(model_device(model, space.names)[0]))
+    return None
+
+
+def _another(source: Source, first: Batch) -> Batch | None:
+    """The batch after the first one."""
+    own = (batch for batch in source.once(settled=False) if batch.size > 1 and len(batch.axes) == len(first.axes))
+    return next(itertools.islice(own, 1, None), None) if sum(first.axes.values()) > 1 else None
+
+
+def _readings(first: Batch, other: Batch | None) -> Iterator[tuple[str, Batch]]:
+    """The batch with an input, or several, shared by all examples, and its name: such as another batch has too."""
+    own, names = first.inputs, first.names
+    batched = [i for i, has in first.axes.items() if has]
+    same = [i for i in batched if other is None or _equal(own[i], other.inputs[i])]
+    choices = [(i,) for i in same] + ([tuple(same)] if len(same) > 1 and other is not None else [])
+    for chosen in choices:
+        if len(chosen) < len(batched):
+            axes = {i: has and i not in chosen for i, has in first.axes.items()}
+            yield names[chosen[0]], replace(first, axes=axes)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())
+
+
+def _works(model: nn.Module, batch: Batch) -> bool:
+    with torch.no_grad(), untouched_rng([next(model.parameters()).device]), contextlib.suppress(Exception):
+        batch.call(model)
+        return True
+    return False
+
+
+def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batch, *, single: bool) -> None:
+    """Raise what a model's error means, if it does not say enough itself.
+
+    Raises:
+        DataError: in our words.
+        ModelError: likewise.
+    """
+    alike = single and _shared(model, space, first, None)
+    if alike:
+        raise DataError(
+            call="data, batch 0",
+            got=f"input {alike[0]!r} with {first.size} rows in a batch of {first.size} examples, for which the model "
+            "fails with one row an example and works with all of them",
+            expected="batches that tell which is meant",
+            why="without a second batch, nothing tells an input that all examples share from examples that meet in the "
+            "model (batch statistics, contrastive terms)",
+            try_=f"{SHARED}; or two batches",
+        ) from error
+    if isinstance(error, FisherkitError):
+        return
+    reason = f"the model's forward pass fails: {(str(error) or type(error).__name__).splitlines()[0]}"
+    if first.targets is None and is_encoder_decoder(model) and not first.kwargs.keys() & {"labels", *DECODER_INPUTS}:
+        raise DataError(
+            call="data, batch 0", got="neither labels nor decoder inputs for an encoder-decoder",
+            expected=f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
+        ) from error  # fmt: skip
+    device, dtype = model_device(model, space.names)
+    usual = type(error).__module__ == "builtins"  # a user's own errors are meant for the user
+    if usual and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
+        raise DataError(
+            call="data, batch 0", got=f"a batch of {first.size} examples for a model that works with the first alone",
+            expected="a model of batches, or one example a batch", why=reason,
+            try_="batches of one example each, DataLoader(..., batch_size=1)",
+        ) from error  # fmt: skip
+    # Models may well cast their inputs: only what torch itself says of types is put into our words.
+    if not isinstance(error, RuntimeError) or "type" not in str(error):
+        return
+    others = sorted({str(leaf.dtype) for leaf in first.inputs if leaf.is_floating_point() and leaf.dtype != dtype})
+    inside = "torch.autocast inside forward, since a caller's is off here"
+    if others:
+        raise DataError(
+            call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
+            why=reason, try_=f"x.to({dtype}), the model in the inputs' dtype, or {inside}",
+        ) from error  # fmt: skip
+    raise ModelError(
+        call="the model's forward pass", got="tensors of dtypes that do not go together",
+        expected=f"a forward pass of {dtype} parameters", why=reason, try_=inside,
+    ) from error  # fmt: skip

@@ -1,0 +1,114 @@
+"""Influence, its measurements and retraining on the losses that people train with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.influence.evaluation.losses import loss_of
+from tests.test_losses import CASES, KINDS, N, derivatives, error, expected, flat_jacobian
+
+DAMPING = 0.1
+
+
+def gradients(name: str) -> Tensor:
+    case = CASES[name]
+    model = case.model()
+    found = [flat_jacobian(case, model, n) for n in range(N)]
+    return torch.stack([derivatives(case, z, n)[0] @ jacobian for n, (z, jacobian) in enumerate(found)])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ce weighted smoothed ignoring",
+        "ce probabilities",
+        "ce (B, C, H, W)",
+        "nll",
+        "bce images",
+        "gaussian nll",
+        "poisson",
+    ],
+)
+def test_scores__are_gradients_through_the_damped_matrix_of_the_loss(name: str) -> None:
+    case = CASES[name]
+    model, data = case.model(), (case.x, case.y)
+    fisher = fk.ExactFisher(model, data, likelihood=case.loss("mean"))
+    f, g = expected(name, KINDS["exact"][2]), gradients(name)
+    right = g @ torch.linalg.solve(f + DAMPING * torch.eye(len(f), dtype=f.dtype), g.T) / fisher.examples
+    assert error(fk.influence.InfluenceScores(fisher, model, damping=DAMPING).scores(data, data), right) < 1e-8
+
+
+def test_scores__of_a_file_ask_for_a_likelihood_with_settings(tmp_path: Path) -> None:
+    case = CASES["ce weighted"]
+    model = case.model()
+    fk.ExactFisher(model, (case.x, case.y), likelihood=case.loss("mean")).save(tmp_path / "f")
+    loaded = fk.load(tmp_path / "f")
+    with pytest.raises(fk.InvalidArgumentError, match=r"weight=\[0.5 2 1 3\]"):
+        fk.influence.InfluenceScores(loaded, model, damping=DAMPING)
+    fk.influence.InfluenceScores(loaded, model, damping=DAMPING, likelihood=case.loss("mean"))
+
+
+@pytest.mark.parametrize(
+    "name", ["ce (B, C, L)", "ce (B, C, H, W)", "ce (B, C, L) probabilities", "bce images", "mse (B,)", "gaussian nll"]
+)
+def test_measurement__of_a_users_function_gets_outputs_and_targets_as_they_are(name: str) -> None:
+    case = CASES[name]
+    model, data = case.model(), (case.x, case.y)
+    seen: list[tuple[torch.Size, torch.Size]] = []
+
+    def own(z: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        seen.append((z.shape[1:], y.shape[1:]))
+        return torch.stack([case.example_loss(z[n : n + 1], int(places[n])) for n in range(len(z))])
+
+    fisher = fk.ExactFisher(model, data, likelihood=case.loss("mean"))
+    influence = fk.influence.InfluenceScores(fisher, model, damping=DAMPING)
+    places = torch.arange(N)
+    found = influence.scores(data, data, measurement=own)
+    torch.testing.assert_close(found, influence.scores(data, data))
+    assert seen[0] == (model(case.x).shape[1:], case.y.shape[1:])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_retraining__has_the_same_loss(name: str) -> None:
+    case = CASES[name]
+    z = case.model()(case.x).detach()
+    right = torch.stack(
+        [case.example_loss(case.model()[0](case.x[n : n + 1]) if case.head else z[n : n + 1], n) for n in range(N)]
+    )  # type: ignore[index]
+    constant = 0.0
+    for likelihood in [case.loss("mean"), *([] if case.named is None else [case.named])]:
+        found = loss_of(likelihood, "test")(z, case.y)
+        if name in ("gaussian nll", "poisson", "mse", "mse images", "mse (B,)"):
+            # Up to constants of the targets: their differences are the outputs'.
+            other = torch.zeros_like(z)
+            found = found - loss_of(likelihood, "test")(other, case.y)
+            constant = torch.stack([case.example_loss(other[n : n + 1], n) for n in range(N)])  # type: ignore[assignment]
+        torch.testing.assert_close(found, right - constant)
+
+
+def test_margin__of_classes_on_axis_1_and_not_of_probabilities() -> None:
+    case = CASES["ce (B, C, L)"]
+    model, data = case.model(), (case.x, case.y)
+    fisher = fk.ExactFisher(model, data, likelihood=case.loss("mean"))
+    found = fk.influence.InfluenceScores(fisher, model, damping=DAMPING).scores(data, data, measurement="margin")
+
+    def margin(z: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        label = y.clamp_min(0).unsqueeze(1)
+        p = z.softmax(1).gather(1, label).squeeze(1)
+        return -((p / (1 - p)).log() * (y >= 0)).sum(1)
+
+    own = fk.influence.InfluenceScores(fisher, model, damping=DAMPING).scores(data, data, measurement=margin)
+    torch.testing.assert_close(found, own)
+    soft = CASES["ce probabilities"]
+    fisher = fk.ExactFisher(soft.model(), (soft.x, soft.y), likelihood=nn.CrossEntropyLoss())
+    scores: Any = fk.influence.InfluenceScores(fisher, soft.model(), damping=DAMPING)
+    with pytest.raises(fk.DataError, match="with class probabilities"):
+        scores.scores((soft.x, soft.y), (soft.x, soft.y), measurement="margin")

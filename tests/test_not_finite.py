@@ -1,0 +1,286 @@
+"""NaN and infinity that finite outputs hide: refused by batch and module, wherever rows, sums and scores are made."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fisherkit as fk
+from fisherkit.arithmetic import all_finite
+from fisherkit.operators import LowRankOperator, unwrap
+from fisherkit.rows.collection import Rows
+
+STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
+KINDS: dict[str, Callable[..., fk.FisherApproximation]] = {
+    "ef": fk.EmpiricalFisher,
+    "ief": fk.ImprovedEmpiricalFisher,
+    "sf": fk.SampledFisher,
+    "exact": fk.ExactFisher,
+    "truncated": fk.TruncatedFisher,
+}
+INF = math.inf
+
+
+class Masked(nn.Module):
+    """Positions that a mask leaves out of the mean, whatever they hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, keep = torch.tanh(self.inner(x)), torch.isfinite(x).all(2, keepdim=True)
+        return self.last(torch.where(keep, h, torch.zeros_like(h)).sum(1))
+
+
+class Rooted(nn.Module):
+    """A square root whose derivative at 0 is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 5, bias=False), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).abs().sqrt())
+
+
+class Custom(nn.Module):
+    """Arithmetic that no layer rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.last = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(x * self.slope.exp() ** 2))
+
+
+def saturating() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(8, 3))
+
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float, str]] = {
+    "saturating": (saturating, (3,), INF, "'0' (0.weight, 0.bias)"),
+    "convolution": (convolution, (1, 3, 3), INF, "'0' (0.weight, 0.bias)"),
+    "masked": (Masked, (4, 3), math.nan, "'inner' (inner.weight, inner.bias)"),
+    "rooted": (Rooted, (3,), 0.0, "'first' (first.weight)"),
+    "custom": (Custom, (3,), INF, "'' (slope)"),
+}
+
+
+def case(family: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]], str]:
+    """A model, three batches of which the last has one example that spoils its rows, and the module it names."""
+    torch.manual_seed(0)
+    make, shape, bad, named = FAMILIES[family]
+    model, x, y = make(), torch.randn(9, *shape), torch.randint(3, (9,))
+    if family == "rooted":
+        x[7] = bad
+    else:
+        x[7].view(-1)[1] = bad
+    assert bool(torch.isfinite(model(x)).all())
+    return model, [(x[i : i + 3], y[i : i + 3]) for i in (0, 3, 6)], named
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_build__names_batch_and_module(family: str, structure: str) -> None:
+    model, data, named = case(family)
+    with pytest.raises(fk.NonFiniteError) as caught:
+        fk.EmpiricalFisher(model, data, structure=structure)
+    assert caught.value.call == "data, batch 2"
+    assert named in caught.value.got
+    assert all((caught.value.expected, caught.value.why, caught.value.try_))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_build__of_every_kind_refuses(kind: str, structure: str) -> None:
+    model, data, _ = case("saturating")
+    with pytest.raises(fk.NonFiniteError, match="data, batch 2"):
+        KINDS[kind](model, data, structure=structure, chunk_size=2)
+    with pytest.raises(fk.NonFiniteError, match=r"data, batch 0.*'0\.weight'"):
+        KINDS[kind](model, (data[2][0][[1, 0, 2]], data[2][1]), structure=structure)  # in the two that are looked at
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_max_rows_and_streamed_products__refuse(kind: str) -> None:
+    model, data, _ = case("saturating")
+    with pytest.raises(fk.NonFiniteError, match="data, batch 2"):
+        KINDS[kind](model, data, max_rows=3)
+    streamed = KINDS[kind](model, data, memory_budget=1)
+    v = torch.ones(streamed.size)
+    for operation in (lambda: streamed @ v, streamed.diagonal, streamed.trace, lambda: streamed.solve(v, 0.1)):
+        with pytest.raises(fk.NonFiniteError, match=r"data, batch 2.*0\.weight"):
+            operation()
+
+
+def test_ekfac_in_two_passes__refuses_in_the_first() -> None:
+    model, data, _ = case("saturating")
+    with pytest.raises(fk.NonFiniteError, match="data, batch 2"):
+        fk.EmpiricalFisher(model, data, structure="ekfac", memory_budget=1_000)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_influence__names_batch_and_module_on_both_sides(structure: str, tmp_path: Path) -> None:
+    model, data, _ = case("saturating")
+    scores = fk.influence.InfluenceScores(fk.EmpiricalFisher(model, data[:2], structure=structure), model, damping=0.1)
+    calls: list[Callable[[], Any]] = [
+        lambda: scores.scores(data[:1], data),
+        lambda: scores.scores(data, data[:1]),
+        lambda: scores.scores(data[:1], data, by="module"),
+        lambda: scores.top(data[:1], data, k=2),
+        lambda: scores.self_influence(data),
+        lambda: scores.leverages(data),
+        lambda: scores.prepare(data),
+        lambda: scores.prepare(data, folder=tmp_path / "rows"),
+        lambda: scores.approximate_scores(data[:1], data, fk.influence.LowRankQueries(2)),
+    ]
+    for call in calls:
+        with pytest.raises(fk.NonFiniteError, match=r"data, batch 2.*0\.weight"):
+            call()
+
+
+def test_influence__counts_the_batches_that_the_data_have(tmp_path: Path) -> None:
+    model, data, _ = case("saturating")
+    # Room for one example in a block: a batch is cut into three.
+    scores = fk.influence.InfluenceScores(fk.EmpiricalFisher(model, data[:2]), model, damping=0.1, memory_budget=2_000)
+    for call in (lambda: scores.self_influence(data), lambda: scores.prepare(data, folder=tmp_path / "rows")):
+        with pytest.raises(fk.NonFiniteError, match=r"data, batch 2\b"):
+            call()
+
+
+def test_scores__that_are_not_finite_are_no_scores() -> None:
+    model, data, _ = case("saturating")
+    scores = fk.influence.InfluenceScores(fk.EmpiricalFisher(model, data[:2]), model, damping=0.1)
+    prepared = scores.prepare(data[:2])
+    next(iter(prepared)).rows.slots[0].rows.numbers[1][1] = math.nan
+    for call in (
+        lambda: scores.scores(data[:1], prepared),
+        lambda: scores.top(data[:1], prepared, k=2),
+        lambda: scores.self_influence(prepared),
+    ):
+        with pytest.raises(fk.NonFiniteError, match="scores with NaN"):
+            call()
+
+
+def test_load__refuses_rows_that_are_not_finite(tmp_path: Path) -> None:
+    model, data, _ = case("saturating")
+    for structure in STRUCTURES:
+        fisher = fk.EmpiricalFisher(model, data[:2], structure=structure)
+        for tensor in _tensors(fisher):
+            tensor.view(-1)[0] = math.nan
+        fisher.save(tmp_path / f"{structure}.safetensors")
+        with pytest.raises(fk.FileFormatError, match="NaN or infinite"):
+            fk.load(tmp_path / f"{structure}.safetensors")
+
+
+def _tensors(fisher: fk.FisherOperator) -> list[Tensor]:
+    operator = unwrap(fisher)
+    if isinstance(operator, LowRankOperator):
+        assert isinstance(operator.row_source, Rows)
+        return [t for slot in operator.row_source.slots for t in slot.rows.tensors().values() if t.is_floating_point()]
+    return [t for state in [fk.operators.state_of(operator)] for t in _leaves(state)]
+
+
+def _leaves(state: Any) -> list[Tensor]:
+    own = [t for t in state.tensors.values() if t.is_floating_point()]
+    return own + [t for child in state.children for t in _leaves(child)]
+
+
+@pytest.mark.parametrize("normalize", ["trace", None])
+def test_consolidate__refuses_a_fisher_that_is_not_finite(normalize: str | None) -> None:
+    model, data, _ = case("saturating")
+    fisher = fk.EmpiricalFisher(model, data[:2])
+    _tensors(fisher)[1].view(-1)[0] = math.nan
+    ewc = fk.continual.EWC(model, normalize=normalize)
+    with pytest.raises(fk.NonFiniteError):
+        ewc.consolidate(fisher)
+    assert ewc.consolidations == 0
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("kind", ["ief", "exact"])
+def test_natural_gradient__names_the_parameters_and_changes_nothing(kind: str, structure: str) -> None:
+    model, data, _ = case("saturating")
+    before = copy.deepcopy(model.state_dict())
+    optimizer = fk.optim.NaturalGradient(model, lr=0.1, kind=kind, structure=structure, damping=0.1)
+    F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    optimizer.zero_grad()
+    F.cross_entropy(model(data[2][0]), data[2][1]).backward()
+    with pytest.raises(fk.NonFiniteError, match=r"NaturalGradient\.step.*'0\.weight'"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+def test_optimizers__keep_averages_from_rows_that_are_not_finite(structure: str) -> None:
+    model, data, _ = case("saturating")
+    preconditioner = fk.optim.Preconditioner(model, kind="ief", structure=structure, damping=0.1, ema=0.5)
+    for x, y in (data[0], data[2], data[1]):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        if x is data[2][0]:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.grad = torch.ones_like(p)  # as of a loss that is finite by other means
+            with pytest.raises(fk.NonFiniteError, match=r"Preconditioner\.step, forward pass 0.*0\.weight"):
+                preconditioner.step()
+            continue
+        preconditioner.step()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_gradient_scaler__skips_steps_as_before() -> None:
+    model, data, _ = case("saturating")
+    before = copy.deepcopy(model.state_dict())
+    optimizer = fk.optim.NaturalGradient(model, lr=0.1, damping=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    for _ in range(2):
+        scaler.scale(100 * F.cross_entropy(model(data[0][0]), data[0][1])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if _ == 0:
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+            scaler.update(1.0)
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_evaluation__names_batch_and_parameters() -> None:
+    model, data, _ = case("saturating")
+    with pytest.raises(fk.NonFiniteError, match=r"data, batch 2.*'0\.weight'"):
+        fk.evaluation.loss_gradient(model, data)
+    with pytest.raises(fk.NonFiniteError, match=r"data, batch 0.*0\.weight"):
+        fk.evaluation.compare(model, data[2], kinds=["ef"])
+
+
+# -- what is not refused -----------------------------------------------------------------------------------------------
+
+
+def test_pixels_that_no_window_sees__do_not_count() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, stride=2), nn.Flatten(), nn.Linear(8, 3))
+    x, y = torch.randn(4, 1, 4, 4), torch.randint(3, (4,))
+    clean = fk.EmpiricalFisher(model, (x, y), structure="kfac").to_dense()
+    spoilt = x.clone()
+    spoilt[3, 0, 1, 1] = INF
+    assert torch.equal(fk.EmpiricalFisher(model, (spoilt, y), structure="kfac").to_dense(), clean)
+
+
+def test_large_numbers__whose_sum_overflows_are_finite() -> None:
+    assert all_finite(torch.full((4,), 3e38), torch.full((9,), 6e4, dtype=torch.float16))
+    assert all_finite(torch.empty(0), torch.ones(2, dtype=torch.long))
+    assert not all_finite(torch.tensor([INF, -INF]))
+    assert not all_finite(torch.ones(3), torch.tensor([math.nan], dtype=torch.float16))
