@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import UnitSlot
+from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.ownership import Arrangement, Regular
 from fisherkit.rows.patches import Activations, Patches
@@ -65,7 +66,7 @@ class RuledUnit(Unit):
 
     def of(self, uses: Sequence[Use]) -> list[int]:
         """The places of those uses of a forward pass that belong to this unit."""
-        return [i for i, use in enumerate(uses) if use.weight in self.names or use.bias in self.names]
+        return [i for i, use in enumerate(uses) if not set(use.names).isdisjoint(self.names)]
 
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
@@ -170,8 +171,58 @@ class RuledUnit(Unit):
 
     def strange(self, use: Use) -> bool:
         """Whether a use is not of the form that was verified."""
-        names = tuple(name for name in (use.weight, use.bias) if name is not None)
-        return use.rule is not self.rule or names != self.names
+        return use.rule is not self.rule or use.names != self.names or not use.plain
+
+
+class DerivedUnit(RuledUnit):
+    """Parameters of which something was made before it met data: rows of that by its function's rule, pulled back.
+
+    Args:
+        names: of the parameters that are made something of together.
+        rules: of the functions that met data.
+        numbers: as in `Unit`.
+    """
+
+    def __init__(self, names: tuple[str, ...], rules: Sequence[Rule], numbers: int) -> None:
+        super().__init__(names, rules[0], numbers)
+        self.rules = tuple(rules)
+
+    def made(
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        v: Float[Tensor, "k B ..."], selection: RowSelection,
+        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+    ) -> UnitSlot | None:  # fmt: skip
+        """As in `RuledUnit`; rows are sums over all that was made."""
+        own = self.of(uses)
+        if not own:
+            return super().made(uses, gradients, how, v, selection)
+        totals: dict[str | Derived, Tensor] = {}
+        for i in own:
+            use = uses[i]
+            one = RuledUnit(use.names, use.rule, 0).made(
+                (use,), (gradients[i],), (how[i],), v, selection, None, scale
+            )  # fmt: skip
+            if one is None:
+                return None
+            places = zip(use.sources, (use.rule.weight_name, use.rule.bias_name), strict=True)
+            chosen = [(source, use.arguments[name].numel()) for source, name in places if source is not None]
+            parts = one.rows.dense().split([size for _, size in chosen], 1)
+            for (source, _), part in zip(chosen, parts, strict=True):
+                totals[source] = totals[source] + part if source in totals else part
+        found: dict[str, Tensor] = {}
+        for source, total in totals.items():
+            for name, part in ({source: total} if isinstance(source, str) else source.pulled(total)).items():
+                found[name] = found[name] + part if name in found else part
+        return UnitSlot(self.names, StoredRows(torch.cat([found[name] for name in self.names], 1)))
+
+    def strange(self, use: Use) -> bool:
+        """Whether a use is under a rule that was not verified, or makes something with other parameters."""
+        return use.rule not in self.rules or not set(use.names) <= set(self.names)
+
+    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
+        """As in `RuledUnit`."""
+        super().measure(uses, how, rows)
+        self.reason = f"{self.place}; through a function of parameters"
 
 
 def _by_example(x: Activations, how: Arrangement) -> Activations:
