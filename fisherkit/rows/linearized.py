@@ -22,7 +22,7 @@ from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.differentiable import pulled_back
-from fisherkit.rows.generic import dense_gradient, looped_rows
+from fisherkit.rows.generic import dense_gradient, looped_rows, unreached
 from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.patches import Activations
@@ -110,6 +110,8 @@ class Linearized:
         dtype = self.plan.dtype
         own, gradients, generic, scale = self._pulled(v, known)
         how = self._arrangements(own, gradients, known, alone=alone)
+        if known is None:
+            self._lose_silent(gradients)
         factor = scale if known is None else known.scale.unsqueeze(0)
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
@@ -130,6 +132,13 @@ class Linearized:
                 parts = selection.take(whole).split([unit.numbers for unit in units], 1)
                 found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
         return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
+
+    def _lose_silent(self, gradients: Sequence[Tensor | None]) -> None:
+        """Uses without a gradient whose parameters have one: what came out of the layer was written to in place."""
+        silent = {n for use, g in zip(self.watched.uses, gradients, strict=True) if g is None for n in use.names}
+        known = {name: self.plan.parameters[name] for name in silent - self.lost}
+        reached = set(known) - unreached(self.z, known)
+        self.lost.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 
     def revised(self) -> Plan:
         """A plan that knows what this batch has shown.

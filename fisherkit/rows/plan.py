@@ -212,8 +212,9 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         if plan.generic:
             plan.numbers_per_example += kept_numbers(model, probe)
             plan.vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, z, reference)
-            plan.vectorised = plan.vectorised and not loop_is_cheaper(
-                model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example
+            plan.vectorised = plan.vectorised and not (
+                probe.size > 1
+                and loop_is_cheaper(model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example)
             )
         if plan.unused:
             refuse_hidden(model, {name: plan.parameters[name] for name in plan.unused}, probe, z)
