@@ -24,9 +24,9 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.generic import gradients, looped_rows, vectorised_rows
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.record import refuse_train_mode
-from fisherkit.rows.rules import Rule, in_dtype
+from fisherkit.rows.rules import in_dtype
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.units import RuledUnit, Unit
+from fisherkit.rows.units import Form, RuledUnit, SharedUnit, Unit, form_of
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
@@ -111,7 +111,7 @@ class Plan:
     def rule_name(self, unit: Unit) -> str:
         """How a unit's rows are made, for `coverage`."""
         if isinstance(unit, RuledUnit):
-            return unit.rule.name
+            return unit.rule_name
         return "torch.func" if self.vectorised else "loop"
 
     @property
@@ -316,29 +316,36 @@ def _refuse_chance(model: nn.Module, probe: Batch, z: Tensor) -> None:
 def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
     """Units by what was seen: a weight and a bias that only ever occur together, under one rule and nowhere else.
 
+    A parameter that is used in several ways, each of them under a rule, is a unit of its own, and so is what it is used
+    with.
+
     Args:
         plan: the model's.
         watched: a forward pass.
         names: the parameters to be covered.
     """
-    seen: dict[str | None, set[tuple[Rule, str | None, str | None]]] = {name: set() for name in plan.space.names}
+    seen: dict[str | None, dict[Form, None]] = {name: {} for name in plan.space.names}
     for use in watched.uses:
         for name in {use.weight, use.bias} - {None}:
-            seen[name].add((use.rule, use.weight, use.bias))
+            seen[name][form_of(use)] = None
     units: list[Unit] = []
     placed: set[str] = set()
     for name in names:
         if name in placed:
             continue
         partners = {partner for _, weight, bias in seen[name] for partner in (weight, bias)} - {None}
-        together = set().union(*(seen[partner] for partner in partners))
+        together = {form for partner in partners for form in seen[partner]}
         if len(together) == 1 and not partners & watched.elsewhere:
             rule, weight, bias = together.pop()
             members = tuple(n for n in (weight, bias) if n is not None)
             units.append(RuledUnit(members, rule, _numbers(plan, members)))
             placed.update(members)
+        elif together and name not in watched.elsewhere:
+            forms, numbers = list(seen[name]), _numbers(plan, (name,))
+            alone = len(forms) == 1
+            units.append(RuledUnit((name,), forms[0][0], numbers) if alone else SharedUnit(name, forms, numbers))
         else:
-            reason = "no layer rule saw it" if not together else "shared between different uses"
+            reason = "no layer rule saw it" if not together else "no rule knows some of its uses"
             unseen = not together and name not in watched.elsewhere
             units.append(Unit((name,), reason, _numbers(plan, (name,)), unseen=unseen))
     return units
@@ -366,7 +373,7 @@ def _verified(
     if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
         unit.measure(uses, how, made.rows)
         return [unit]
-    reason = f"autograd does not confirm the {unit.rule.name} rule here"
+    reason = f"autograd does not confirm the {unit.rule_name} rule here"
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 
