@@ -28,8 +28,12 @@ from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
+from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
+
+SMALLEST = 1 << 20
+"""Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
 
 class BetterPlanError(Exception):
@@ -61,6 +65,7 @@ class Problem:
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
+        budget: bytes, of which a quarter is for passes; None for as much as is fast.
     """
 
     plan: Plan
@@ -75,6 +80,7 @@ class Problem:
     most_examples: int | None = None
     revisable: bool = False
     looked: bool = True
+    budget: int | None = None
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -197,9 +203,12 @@ class Problem:
         start = 0
         for number, batch in beside(shown, self.source.numbered()):
             step = (
-                max(1, _graph(device) // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
+                max(1, self._room(_graph(device)) // self.plan.numbers_per_example)
+                if self.chunk_size is None
+                else self.chunk_size
             )
             step = step if self.most_examples is None else min(step, self.most_examples)
+            step = min(step, MOST) if self.plan.looped else step
             step = -(-batch.size // -(-batch.size // step))  # pieces of about the same size
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
@@ -211,11 +220,11 @@ class Problem:
 
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
-            linearized = Linearized.at(self.plan, batch)
+            linearized = OneByOne(self.plan, batch) if self.plan.looped else Linearized.at(self.plan, batch)
             if self.revisable and linearized.noticed:
                 raise BetterPlanError(linearized.revised())
         slots = self._slots(batch, linearized.z, start, call)
-        step = max(1, TILE // linearized.numbers_per_vector)
+        step = max(1, self._room(TILE) // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
 
@@ -229,6 +238,13 @@ class Problem:
 
         yield from slots.chunks(batch, step, rows)
 
+    def _room(self, most: int) -> int:
+        """Entries that a pass may hold."""
+        if self.budget is None:
+            return most
+        item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
+        return min(most, max(SMALLEST, self.budget // (4 * item)))
+
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
 
@@ -236,7 +252,7 @@ class Problem:
     def _quiet(self) -> Iterator[None]:
         """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""
         parameters = list(self.plan.parameters.values())
-        with untouched_rng([parameters[0].device]), differentiable(parameters):
+        with untouched_rng([parameters[0].device]), differentiable(self.plan.model, parameters):
             yield
 
 
