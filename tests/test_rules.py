@@ -20,9 +20,6 @@ GENERIC = {
     "lstm": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
     "masked_weight": {"0.weight", "2.weight"},
     "rnn": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
-    "tied_head_functional": {"emb.weight"},
-    "tied_head_parameter": {"emb.weight", "head.bias"},
-    "tied_linears": {"0.weight", "0.bias", "2.bias"},
     "weight_norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
 }
 

@@ -1,7 +1,8 @@
 """Units: parameters whose rows are made together, and how they are kept.
 
 A ruled unit is a weight with its bias (or either) under one layer rule; a shared unit is a parameter under several; any
-other parameter is a unit of its own and goes the generic way. Owns the cost model. Which rule a unit gets is the business of `rows.plan`.
+other parameter is a unit of its own and goes the generic way. Owns the cost model. Which rule a unit gets is the
+business of `rows.plan`.
 """
 
 from __future__ import annotations
