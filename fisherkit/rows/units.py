@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import UnitSlot
+from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.ownership import Arrangement, Regular
 from fisherkit.rows.patches import Activations, Patches
@@ -25,8 +26,8 @@ from fisherkit.rows.sparse import SparseRows
 from fisherkit.rows.stored import StoredRows
 from fisherkit.rows.summed import SumRows
 
-Form = tuple[Rule, str | None, str | None]
-"""A use's rule, weight and bias."""
+Form = tuple[Rule, str | Derived | None, str | Derived | None, bool]
+"""A use's rule, weight and bias, and whether it sees the weight transposed."""
 
 
 class Unit:
@@ -55,6 +56,7 @@ class RuledUnit(Unit):
         rule: the rule.
         numbers: as in `Unit`.
         form: that of the uses that count, for the parts of a shared unit; None for all.
+        turned: whether its uses see the weight transposed.
 
     Attributes:
         place: where the batch lies in its uses, in words.
@@ -62,9 +64,11 @@ class RuledUnit(Unit):
         stored: write the rows out instead of keeping the two factors.
     """
 
-    def __init__(self, names: tuple[str, ...], rule: Rule, numbers: int, form: Form | None = None) -> None:
+    def __init__(
+        self, names: tuple[str, ...], rule: Rule, numbers: int, form: Form | None = None, *, turned: bool = False
+    ) -> None:
         super().__init__(names, "", numbers)
-        self.rule, self.form = rule, form
+        self.rule, self.form, self.turned = rule, form, turned
         self.place = ""
         self.shape: tuple[int, int, int] | None = None
         self.stored = False
@@ -81,12 +85,12 @@ class RuledUnit(Unit):
 
     def _own(self, use: Use) -> tuple[str, ...]:
         """The unit's parameters in a use; the use's others have units of their own."""
-        return tuple(name for name in (use.weight, use.bias) if name in self.names)
+        return tuple(name for name in use.names if name in self.names)
 
     def _restricted(self, use: Use) -> Use:
         """A use as if only the unit's parameters were chosen."""
-        weight, bias = (name if name in self.names else None for name in (use.weight, use.bias))
-        return use if (weight, bias) == (use.weight, use.bias) else replace(use, weight=weight, bias=bias)
+        weight, bias = (None if isinstance(one, str) and one not in self.names else one for one in use.sources)
+        return use if (weight, bias) == use.sources else replace(use, weight=weight, bias=bias)
 
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
@@ -192,7 +196,7 @@ class RuledUnit(Unit):
 
     def strange(self, use: Use) -> bool:
         """Whether a use is not of the form that was verified."""
-        return use.rule is not self.rule or self._own(use) != self.names
+        return use.rule is not self.rule or self._own(use) != self.names or not use.plain or use.turned != self.turned
 
 
 class SharedUnit(RuledUnit):
@@ -256,9 +260,60 @@ class SharedUnit(RuledUnit):
         return all(part.form != form_of(use) for part in self.parts)
 
 
+class DerivedUnit(RuledUnit):
+    """Parameters of which something was made before it met data: rows of that by its function's rule, pulled back.
+
+    Args:
+        names: of the parameters that are made something of together.
+        rules: of the functions that met data.
+        numbers: as in `Unit`.
+    """
+
+    def __init__(self, names: tuple[str, ...], rules: Sequence[Rule], numbers: int) -> None:
+        super().__init__(names, rules[0], numbers)
+        self.rules = tuple(rules)
+
+    def made(
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        v: Float[Tensor, "k B ..."], selection: RowSelection,
+        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+    ) -> UnitSlot | None:  # fmt: skip
+        """As in `RuledUnit`; rows are sums over all that was made."""
+        own = self.of(uses)
+        if not own:
+            return super().made(uses, gradients, how, v, selection)
+        totals: dict[str | Derived, Tensor] = {}
+        for i in own:
+            use = uses[i]
+            one = RuledUnit(use.names, use.rule, 0).made(
+                (use,), (gradients[i],), (how[i],), v, selection, None, scale
+            )  # fmt: skip
+            if one is None:
+                return None
+            places = zip(use.sources, (use.rule.weight_name, use.rule.bias_name), strict=True)
+            chosen = [(source, use.arguments[name].numel()) for source, name in places if source is not None]
+            parts = one.rows.dense().split([size for _, size in chosen], 1)
+            for (source, _), part in zip(chosen, parts, strict=True):
+                totals[source] = totals[source] + part if source in totals else part
+        found: dict[str, Tensor] = {}
+        for source, total in totals.items():
+            for name, part in ({source: total} if isinstance(source, str) else source.pulled(total)).items():
+                found[name] = found[name] + part if name in found else part
+        return UnitSlot(self.names, StoredRows(torch.cat([found[name] for name in self.names], 1)))
+
+    def strange(self, use: Use) -> bool:
+        """Whether a use is under a rule that was not verified, or makes something with other parameters."""
+        return use.rule not in self.rules or not set(use.names) <= set(self.names)
+
+    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
+        """As in `RuledUnit`."""
+        super().measure(uses, how, rows)
+        self.reason = f"{self.place}; through a function of parameters"
+
+
 def form_of(use: Use) -> Form:
-    """A use's rule, weight and bias."""
-    return use.rule, use.weight, use.bias
+    """A use's rule, weight and bias, and whether it sees the weight transposed."""
+    return use.rule, *use.sources, use.turned
 
 
 def _by_example(x: Activations, how: Arrangement) -> Activations:
