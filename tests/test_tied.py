@@ -79,10 +79,22 @@ class TiedMatrix(nn.Module):
         return self.head(torch.tanh(down)).mean(1)
 
 
+class Transposed(Tied):
+    """The head multiplies by the table's transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (torch.tanh(self.body(self.embed(ids))).cumsum(1) @ self.embed.weight.T).mean(1)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "tied": (Tied, VOCABULARY, "embed.weight"),
     "two tables": (TwoTables, VOCABULARY, "embed.weight"),
     "two layers": (TwoLayers, 3, "first.weight"),
+    "by its transpose": (Transposed, VOCABULARY, "embed.weight"),
     "stored both ways": (TiedMatrix, 3, "embed.weight"),
 }
 

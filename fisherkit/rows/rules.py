@@ -283,7 +283,7 @@ class EmbeddingRule(Rule):
         g, padding = super().gradients(use, gradient), use.arguments.get("padding_idx")
         if padding is None:
             return g
-        ids = self.activations(use).unsqueeze(0)
+        ids = self.activations(use)[:].unsqueeze(0)
         return torch.where(ids == padding % use.arguments["weight"].shape[0], torch.zeros_like(g), g)
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
