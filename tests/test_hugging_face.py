@@ -316,6 +316,7 @@ def test_coverage__layers_and_tied_weights_have_rules() -> None:
     assert rules["transformer.h.0.attn.c_attn.weight"] == rules["transformer.h.0.mlp.c_proj.bias"] == "addmm"
     assert rules["transformer.ln_f.weight"] == "layer_norm"
     assert not {"torch.func", "loop"}.intersection(rules.values())
+    assert rules["transformer.wte.weight"] == "embedding + linear"
     model, batch = llama()
     rules = {
         name: entry.rule for entry in fk.EmpiricalFisher(model, batch).coverage().entries for name in entry.parameters

@@ -27,7 +27,7 @@ from fisherkit.rows.ownership import Arrangement, coarser
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.units import DerivedUnit, RuledUnit, Unit
+from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, Unit, form_of
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
@@ -112,7 +112,7 @@ class Plan:
     def rule_name(self, unit: Unit) -> str:
         """How a unit's rows are made, for `coverage`."""
         if isinstance(unit, RuledUnit):
-            return unit.rule.name
+            return unit.rule_name
         if unit.names[0] in self.unused:
             return "unused"
         return "torch.func" if self.vectorised else "loop"
@@ -370,6 +370,9 @@ def _refuse_chance(plan: Plan, probe: Batch, z: Tensor) -> None:
 def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
     """Units by what was seen: a weight and a bias that only ever occur together, under one rule and nowhere else.
 
+    A parameter that is used in several ways, each of them under a rule, is a unit of its own, and so is what it is used
+    with.
+
     Args:
         plan: the model's.
         watched: a forward pass.
@@ -386,13 +389,15 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             continue
         members = _together(name, seen)
         own = [use for member in members for use in seen[member]]
-        forms = {(use.rule, use.names, use.turned) if use.plain else None for use in own}
-        fine = bool(own) and not watched.elsewhere.intersection(members)
-        if fine and len(forms) == 1 and None not in forms:
+        plain = bool(own) and all(use.plain for use in own)
+        together, free = {form_of(use) for use in own}, not watched.elsewhere.intersection(members)
+        if plain and free and len(together) == 1:
             chosen = own[0].names
-            units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen)))
+            units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen), turned=own[0].turned))
             placed.update(chosen)
-        elif fine:
+        elif plain and name not in watched.elsewhere:
+            units.append(_alone(name, list(dict.fromkeys(form_of(use) for use in seen[name])), _numbers(plan, (name,))))
+        elif own and free:
             rules = list(dict.fromkeys(use.rule for use in own))
             chosen = tuple(sorted(members, key=plan.space.names.index))
             units.append(DerivedUnit(chosen, rules, _numbers(plan, chosen)))
@@ -402,6 +407,13 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             unseen = not own and name not in watched.elsewhere
             units.append(Unit((name,), reason, _numbers(plan, (name,)), unseen=unseen))
     return units
+
+
+def _alone(name: str, forms: Sequence[Form], numbers: int) -> RuledUnit:
+    """A unit of one parameter, apart from those that it is used with."""
+    if len(forms) > 1:
+        return SharedUnit(name, forms, numbers)
+    return RuledUnit((name,), forms[0][0], numbers, turned=forms[0][3])
 
 
 def _together(name: str, seen: Mapping[str, Sequence[Use]]) -> list[str]:
@@ -434,7 +446,7 @@ def _verified(
     if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
         unit.measure(uses, how, made.rows)
         return [unit]
-    reason = f"autograd does not confirm the {unit.rule.name} rule here"
+    reason = f"autograd does not confirm the {unit.rule_name} rule here"
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 

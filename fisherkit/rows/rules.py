@@ -278,14 +278,17 @@ class TransposedConvolutionRule(Rule):
 class EmbeddingRule(Rule):
     """A table looked up by token ids."""
 
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
+        """Nothing for the padding token, whose vector is a constant."""
+        g, padding = super().gradients(use, gradient), use.arguments.get("padding_idx")
+        if padding is None:
+            return g
+        ids = self.activations(use)[:].unsqueeze(0)
+        return torch.where(ids == padding % use.arguments["weight"].shape[0], torch.zeros_like(g), g)
+
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
-        """Sparse; the padding token's vector is a constant."""
-        ids = _per_row(a, g, example).squeeze(-1)
-        vocabulary = use.arguments["weight"].shape[0]
-        padding = use.arguments.get("padding_idx")
-        if padding is not None:
-            g = torch.where((ids == padding % vocabulary).unsqueeze(-1), torch.zeros_like(g), g)
-        return SparseRows.gathered(ids, g, vocabulary)
+        """Sparse."""
+        return SparseRows.gathered(_per_row(a, g, example).squeeze(-1), g, use.arguments["weight"].shape[0])
 
 
 class NormalizationRule(Rule):
