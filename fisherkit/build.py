@@ -125,6 +125,7 @@ class Builder:
             "kfac": lambda: self._join(self._kfac()),
             "ekfac": lambda: self._join(self._ekfac()),
         }
+        self.problem.summed = structure in ("diagonal", "kfac", "ekfac")
         self.problem.measure()
         for unit in self.problem.plan.ruled:
             # Only rows that are kept gain from being written out; sums are taken from the factors.

@@ -26,6 +26,7 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
 from fisherkit.rows.plan import Plan, two_of
@@ -57,7 +58,9 @@ class Problem:
         shift_labels: whether labels belong to the position before theirs.
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
         progress: show a progress bar.
+        summed: whether nothing but sums over rows is wanted: squares, or second moments of their factors.
         vectors_per_example: M, found by `measure`.
+        closed: whether those sums need no rows (`rows.last_layer`), found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
@@ -71,7 +74,9 @@ class Problem:
     shift_labels: bool
     chunk_size: int | None
     progress: bool
+    summed: bool = False
     vectors_per_example: int = 1
+    closed: bool = False
     most_examples: int | None = None
     revisable: bool = False
     looked: bool = True
@@ -163,11 +168,19 @@ class Problem:
         """Find out on two examples how many vectors the kind has."""
         two = self._two()
         self.vectors_per_example = self._slots(two, self.plan.probed, 0, "data, batch 0").number
-        if self.vectors_per_example > 1 and "batched" not in self.plan.tried:
+        self.closed = self.summed and self.kind.of_hessian and self._last_layer()
+        if self.vectors_per_example > 1 and not self.closed and "batched" not in self.plan.tried:
             with self._quiet():
                 _ = Linearized.at(self.plan, two).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
         self.looked = False
+
+    def _last_layer(self) -> bool:
+        """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
+        if "last layer" not in self.plan.tried:
+            with self._quiet():
+                self.plan.tried["last layer"] = is_last_layer(Linearized.at(self.plan, self._two()))
+        return self.plan.tried["last layer"]
 
     def choose(self, *, lean: bool) -> None:
         """Choose how each unit's rows are kept: with the fewest numbers if memory is short, else for speed."""
@@ -179,11 +192,12 @@ class Problem:
 
         Args:
             names: the parameters.
-            vectors: how many rows the example has; None for M.
+            vectors: how many rows the example has; None for M, or for one where sums need no rows.
         """
+        vectors = vectors or (1 if self.closed else self.vectors_per_example)
         item = torch.finfo(self.plan.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
-        return item * sum(unit.numbers_per_example(vectors or self.vectors_per_example) for unit in units)
+        return item * sum(unit.numbers_per_example(vectors) for unit in units)
 
     @property
     def _flat(self) -> bool:
@@ -214,7 +228,12 @@ class Problem:
             linearized = Linearized.at(self.plan, batch)
             if self.revisable and linearized.noticed:
                 raise BetterPlanError(linearized.revised())
-        slots = self._slots(batch, linearized.z, start, call)
+        outputs = self._outputs(batch, linearized.z, start, call)
+        last = last_layer_rows(linearized, outputs) if self.closed else None
+        if last is not None:
+            yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)
+            return
+        slots = Slots.of(outputs, self.kind, self.token)
         step = max(1, TILE // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
