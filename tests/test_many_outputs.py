@@ -6,6 +6,7 @@ The reference makes each position's loss Hessian in z and Jacobian by automatic 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from fisherkit.rows.problem import Problem
 
 F64 = torch.float64
 Loss = Callable[[Tensor, Tensor | None], Tensor]
@@ -355,3 +357,106 @@ def test_kfac__of_thousands_of_outputs_keeps_the_digits_of_sure_predictions() ->
     single = fk.ExactFisher(model, (x, None), structure="diagonal").diagonal()
     double = fk.ExactFisher(copy.deepcopy(model).double(), (x.double(), None), structure="diagonal").diagonal()
     torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-12)
+
+
+# -- what needs a backward pass for every output -----------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """A hundred outputs that are not its head's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.head(x)
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fk.FisherApproximation]:
+    """Fishers of a wide model on forty examples, where a backward pass takes as many seconds as it is told."""
+    torch.manual_seed(0)
+    model, data = Wide(), (torch.randn(40, 3), torch.randint(100, (40,)))
+
+    def build(kind: type[fk.FisherApproximation] = fk.ExactFisher, seconds: float = 1.0, **options: Any) -> Any:
+        monkeypatch.setattr(Problem, "pass_seconds", lambda self, batch: seconds * batch.size / 40)
+        return kind(model, data, **options)
+
+    return build
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
+def test_warning__says_before_a_long_run_what_it_takes(wide: Callable[..., Any], structure: str) -> None:
+    with pytest.warns(UserWarning, match="output vectors an example") as found:
+        wide(seconds=60.0, structure=structure)
+    assert len(found) == 1
+    text = str(found[0].message)
+    # One backward pass of all forty examples for each of 99 vectors, a minute each.
+    assert "99 output vectors an example here, which is 99 backward passes: about 99 minutes" in text
+    assert "B of memory" in text
+    assert all(word in text for word in ("TruncatedFisher(rank=2)", "SampledFisher", 'structure="kfac"', "last layer"))
+
+
+def test_warning__is_not_given_for_short_runs_few_vectors_and_sums_in_closed_form(wide: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wide(seconds=6.0, structure="diagonal")
+        wide(fk.TruncatedFisher, seconds=1e9, structure="diagonal", rank=2)
+        wide(fk.EmpiricalFisher, seconds=1e9, structure="diagonal")
+        head = Wide().head
+        fk.ExactFisher(head, (torch.randn(40, 3), None), structure="kfac")
+
+
+def test_warning__counts_both_readings_of_ekfac(wide: Callable[..., Any]) -> None:
+    needed = 4 * (100**2 + 4**2)
+    with pytest.warns(UserWarning, match="198 backward passes: about 3.3 hours"):
+        wide(seconds=60.0, structure="ekfac", memory_budget=needed)
+
+
+@pytest.mark.parametrize(("seconds", "advised"), [(1.0, False), (60.0, True)])
+def test_progress__tells_the_cost_first(
+    wide: Callable[..., Any], seconds: float, advised: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wide(seconds=seconds, structure="diagonal", progress=True)
+    text = capsys.readouterr().err
+    assert "99 backward passes" in text
+    assert ("TruncatedFisher" in text) is advised
+
+
+def test_refusal__names_the_cost_and_the_kinds_of_few_vectors(wide: Callable[..., Any]) -> None:
+    with pytest.raises(fk.MemoryBudgetError, match=r"99 backward passes: about 99 s.*TruncatedFisher\(rank=2\)"):
+        wide(structure="block", memory_budget=1000)
+    with pytest.raises(fk.MemoryBudgetError, match="99 backward passes") as found:
+        wide(structure="kfac", memory_budget=1000)
+    # Its factors are as large for every kind.
+    assert "TruncatedFisher" not in str(found.value)
+    with pytest.raises(fk.MemoryBudgetError) as found:
+        wide(fk.EmpiricalFisher, structure="kfac", memory_budget=1000)
+    assert "backward" not in str(found.value)
+
+
+def test_forecast__measures_a_pass_and_leaves_the_model_alone() -> None:
+    torch.manual_seed(0)
+    model, x = Wide(), torch.randn(8, 3)
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fisher = fk.ExactFisher(model, iter_twice(x), structure="diagonal")
+    assert fisher.examples == 8
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+class iter_twice:  # noqa: N801  (reads as what it does)
+    """Batches whose number nobody knows."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
+        yield self.x[:4], None
+        yield self.x[4:], None

@@ -7,6 +7,8 @@ else.
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
 from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
+
+LONG = 600.0
+"""Seconds from which on a run is worth a warning before it."""
 
 
 class BetterPlanError(Exception):
@@ -182,6 +187,34 @@ class Problem:
                 self.plan.tried["last layer"] = is_last_layer(Linearized.at(self.plan, self._two()))
         return self.plan.tried["last layer"]
 
+    def forecast(self) -> tuple[int, float] | None:
+        """Backward passes that reading the data once takes, and their seconds at most; None where N is not known.
+
+        Cost: a few backward passes on two examples; where those tell of a long time, of which small batches make too
+        much, one on a micro-batch.
+        """
+        examples, first, two = self.source.expected(), self.source.first(), self._two()
+        if examples is None:
+            return None
+        each = self._piece(first.size)
+        passes = max(1, examples / each) * self.vectors_per_example
+        seconds = self.pass_seconds(two) * examples / two.size * self.vectors_per_example
+        if seconds > LONG and each > two.size:
+            micro = first.take(slice(0, each)).to(self.plan.example_parameter.device)
+            seconds = min(seconds, self.pass_seconds(micro) * passes)
+        return math.ceil(passes), seconds
+
+    def pass_seconds(self, batch: Batch) -> float:
+        """Of a backward pass of one output vector an example, measured."""
+        with self._quiet():
+            linearized = Linearized.at(self.plan, batch)
+            v = torch.ones(1, *linearized.z.shape, device=linearized.z.device, dtype=linearized.z.dtype)
+            selection = RowSelection(1, batch.size, v.device)
+            linearized.rows(v, selection)  # the first one finds out whose the entries are
+            start = _now(v.device)
+            linearized.rows(v, selection)
+            return _now(v.device) - start
+
     def choose(self, *, lean: bool) -> None:
         """Choose how each unit's rows are kept: with the fewest numbers if memory is short, else for speed."""
         for unit in self.plan.ruled:
@@ -210,11 +243,7 @@ class Problem:
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
         start = 0
         for number, batch in beside(shown, self.source.numbered()):
-            step = (
-                max(1, _graph(device) // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
-            )
-            step = step if self.most_examples is None else min(step, self.most_examples)
-            step = -(-batch.size // -(-batch.size // step))  # pieces of about the same size
+            step = self._piece(batch.size)
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
                 yield micro, start, f"data, batch {number}"
@@ -222,6 +251,13 @@ class Problem:
                 shown.update(micro.size / batch.size)
         if start == 0:
             raise DataError(call="data", got="no batch", expected="at least one example")
+
+    def _piece(self, size: int) -> int:
+        """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""
+        whole = _graph(self.plan.example_parameter.device) // self.plan.numbers_per_example
+        step = max(1, whole) if self.chunk_size is None else self.chunk_size
+        step = step if self.most_examples is None else min(step, self.most_examples)
+        return -(-size // -(-size // step))
 
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
@@ -257,6 +293,13 @@ class Problem:
         parameters = list(self.plan.parameters.values())
         with untouched_rng([parameters[0].device]), differentiable(parameters):
             yield
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _graph(device: torch.device) -> int:
