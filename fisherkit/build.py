@@ -95,12 +95,12 @@ class Builder:
         reduce: bool,
         max_rows: int | None = None,
     ) -> None:
-        self.problem = replace(problem, revisable=True)
         self.normalization, self.reduce, self.max_rows = normalization, reduce, max_rows
         self.space = problem.plan.space
         first = problem.plan.example_parameter
         self.dtype, self.device = problem.plan.dtype, first.device
         self.budget = available_memory(first.device) // 2 if memory_budget is None else memory_budget
+        self.problem = replace(problem, revisable=True, budget=self.budget)
         self.examples = self.rows = 0
         self.dropped: list[Tensor] = []
         self.dropped_share: float | None = None

@@ -44,6 +44,10 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return False
 
 
+UNSHIFTED = {"XLNetLMHeadModel"}
+"""Language models whose own loss pairs every position with its own label, whatever their name says."""
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether a Hugging Face model computes its loss on labels shifted by one, by what it says of itself."""
     endings: tuple[str, ...] = ("ForCausalLM", "LMHeadModel")
@@ -52,7 +56,7 @@ def is_causal(model: nn.Module) -> bool:
     return any(
         getattr(inner, "loss_type", None) == "ForCausalLM"
         # Users subclass the library's models.
-        or any(cls.__name__.endswith(endings) for cls in type(inner).__mro__)
+        or any(cls.__name__.endswith(endings) and cls.__name__ not in UNSHIFTED for cls in type(inner).__mro__)
         for inner in wrapped(model)
     )
 

@@ -48,7 +48,19 @@ def value(tensor: Tensor | None) -> Any:
     # An inference tensor has no version.
     version = None if tensor.is_inference() else tensor._version
     raw = tensor.detach().clone().cpu().contiguous().flatten().view(torch.uint8)  # NumPy knows no bfloat16
-    return id(tensor), version, raw.numpy().tobytes(), tensor.requires_grad, hooks, value(tensor.grad)
+    grad = value(tensor.grad) if tensor.is_leaf else None
+    return id(tensor), version, raw.numpy().tobytes(), tensor.requires_grad, hooks, grad
+
+
+def attribute(thing: Any) -> Any:
+    """A plain attribute's identity, and what it holds: tensors and the contents of containers."""
+    if isinstance(thing, Tensor):
+        return value(thing)
+    if isinstance(thing, Mapping):
+        return id(thing), [(key, attribute(part)) for key, part in thing.items()]
+    if isinstance(thing, list | tuple | set):
+        return id(thing), [attribute(part) for part in thing]
+    return thing if isinstance(thing, bool | int | float | str | None) else id(thing)
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
@@ -60,7 +72,8 @@ def of_model(model: nn.Module) -> dict[str, Any]:
         state[f"buffer {name}"] = value(buffer)
     for name, module in model.named_modules(remove_duplicate=False):
         state[f"training {name}"] = module.training
-        state[f"attributes {name}"] = sorted(vars(module)), type(module), module.__dict__.get("forward")
+        own = {key: attribute(part) for key, part in vars(module).items() if "_hooks" not in key}
+        state[f"attributes {name}"] = own, list(vars(module)), type(module)
         state[f"hooks {name}"] = {kind: dict(getattr(module, kind)) for kind in HOOKS}
     return state
 

@@ -22,7 +22,9 @@ def test_merge__is_the_sum_of_both_passes() -> None:
 
     def kronecker(rows: FactoredRows) -> KroneckerFactors:
         empty = KroneckerFactors.zeros(rows)
-        return empty.add(rows, first=True, whole=True, counted=counted[rows.count], token=False, reduce=False)
+        return empty.add(
+            rows, first=True, whole=True, counted=counted[rows.count], exists=None, token=False, reduce=False
+        )  # fmt: skip
 
     squares = Squares(torch.zeros(8).double())
     merged = squares.add(first).merge(squares.add(second))

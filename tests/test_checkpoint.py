@@ -249,6 +249,7 @@ def foreign(path: Path) -> None:
 
 
 def fisher(path: Path) -> None:
+    path.unlink()
     fk.EmpiricalFisher(mlp(), (X, Y), structure="diagonal").save(path)
 
 

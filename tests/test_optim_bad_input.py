@@ -237,7 +237,7 @@ TRAINING: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Ex
     "frozen between": (different_parameters, ModelError, RuntimeError, ("different trainable parameters",)),
     "reentrant checkpointing": (
         fit(wrapped(reentrant).train(), cross_entropy), ModelError, RuntimeError,
-        ("a reentrant checkpoint", "use_reentrant=False"),
+        ("use_reentrant=True", "use_reentrant=False"),
     ),
     "nan": (
         fit(mlp(), lambda z: F.cross_entropy(z * float("nan"), Y)), NonFiniteError, ArithmeticError, ("NaN",),

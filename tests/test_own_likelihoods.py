@@ -228,7 +228,7 @@ def test_optimizer__asks_a_subclass_for_its_own_targets() -> None:
         (lambda: Bernoulli(pos_weight=torch.ones(5, 2)), "All examples share"),
         (lambda: fk.likelihoods.resolve(nn.PoissonNLLLoss(log_input=False)), "log-rates"),
     ],
-    ids=str,
+    ids=["axis", "smoothing", "negative weight", "weights by example", "variance", "nan", "pos_weight", "rates"],
 )
 def test_settings__that_are_none_are_refused(make: Any, words: str) -> None:
     with pytest.raises(fk.InvalidArgumentError, match=words):

@@ -13,7 +13,7 @@ LIKELIHOODS = ("categorical", "gaussian", "bernoulli", "poisson")
 """By name, as every command takes them."""
 
 
-def check_choice(call: str, option: str, value: str | None, allowed: Collection[str]) -> None:
+def check_choice(call: str, option: str, value: str | None, allowed: Collection[str], also: str = "") -> None:
     """One of some words, or not given.
 
     Args:
@@ -21,6 +21,7 @@ def check_choice(call: str, option: str, value: str | None, allowed: Collection[
         option: its name.
         value: as it was typed.
         allowed: what it may be.
+        also: what else it may be, in words.
 
     Raises:
         InvalidArgumentError: anything else; the message has the word that was probably meant.
@@ -30,7 +31,7 @@ def check_choice(call: str, option: str, value: str | None, allowed: Collection[
     lower = {word.lower(): word for word in allowed}
     near = get_close_matches(value.lower(), lower, 1)
     raise InvalidArgumentError(
-        call=call, got=f"{option} {value!r}", expected=f"one of {list(allowed)}",
+        call=call, got=f"{option} {value!r}", expected=f"one of {list(allowed)}{also}",
         try_=f"{option} {lower[near[0]]}" if near else "",
     )  # fmt: skip
 
@@ -42,7 +43,7 @@ def check_likelihood(call: str, value: str | None) -> None:
         InvalidArgumentError: anything else.
     """
     if value is None or ":" not in value:
-        check_choice(call, "--likelihood", value, LIKELIHOODS)
+        check_choice(call, "--likelihood", value, LIKELIHOODS, ", or package.module:function")
 
 
 def check_device(call: str, device: str | None) -> None:

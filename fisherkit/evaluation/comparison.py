@@ -29,6 +29,7 @@ from fisherkit.operators import FisherOperator
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.record import refuse_train_mode
+from fisherkit.rows.whole import kept_whole
 from fisherkit.space import ParameterSpace
 
 CALL = "compare"
@@ -223,6 +224,6 @@ def _outputs(model: nn.Module, batch: Batch, likelihood: Any) -> int:
     """Outputs of one example, by a forward pass of one or two."""
     refuse_train_mode(model)
     two = batch.take(slice(0, 2))
-    with untouched_rng([next(model.parameters()).device]), torch.no_grad():
+    with untouched_rng([next(model.parameters()).device]), kept_whole(model), torch.no_grad():
         raw = two.call(model)
     return likelihoods.resolve(likelihood).prepare(raw, None, "batch")[0][0].numel()

@@ -16,7 +16,9 @@ from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, 
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.randomness import untouched_rng
-from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.differentiable import differentiable, pulled_back
+from fisherkit.rows.generic import dense_gradient
+from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.space import ParameterSpace, Selection
 
@@ -75,7 +77,7 @@ def loss_gradient(
     refuse_train_mode(model)
     shift = is_causal(model) if shift_labels is None else shift_labels
     own = dict(model.named_parameters())
-    parameters = [own[name] for name in space.names]
+    parameters = {name: own[name] for name in space.names}
     total = torch.zeros(space.size, dtype=torch.float64, device=device)
     examples = 0
     for number, raw in enumerate(Source(data, model).once()):
@@ -98,11 +100,12 @@ def loss_gradient(
 
 
 def _batch_gradient(
-    model: nn.Module, batch: Batch, likelihood: Likelihood, parameters: list[nn.Parameter], shift: bool, call: str
+    model: nn.Module, batch: Batch, likelihood: Likelihood, chosen: dict[str, nn.Parameter], shift: bool, call: str
 ) -> tuple[Float[Tensor, " D"], Tensor]:
     """Σ_n ∂ℓ_n/∂θ of one batch in float64, and which positions count."""
+    names, parameters = list(chosen), list(chosen.values())
     # Only the model's own code runs in here: outside, flags and random generators are the caller's.
-    with untouched_rng([parameters[0].device]), differentiable(parameters):
+    with untouched_rng([parameters[0].device]), differentiable(model, parameters):
         raw = batch.call(model)
         if not raw.requires_grad:
             raise ModelError(
@@ -122,8 +125,9 @@ def _batch_gradient(
                 call=call, got="no targets", expected="targets", why="the loss is that of the observed labels"
             )
         v = torch.where(mask.unsqueeze(-1), likelihood.gradient(z, target), torch.zeros_like(z))
-        found = torch.autograd.grad(
-            raw, parameters, likelihood.as_outputs(v, raw.shape).to(raw.dtype), allow_unused=True
-        )
-    flat = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+        found = pulled_back(raw, parameters, likelihood.as_outputs(v, raw.shape))
+        unused = {names[i]: parameters[i] for i, g in enumerate(found) if g is None}
+        if unused:
+            refuse_hidden(model, unused, batch, raw)
+    flat = [dense_gradient(p, g) for p, g in zip(parameters, found, strict=True)]
     return torch.cat([g.detach().reshape(-1).double() for g in flat]), mask

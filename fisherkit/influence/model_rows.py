@@ -193,7 +193,8 @@ class ModelRows:
     def _blocks(self, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
         plan = plan_of(self.model, self.space, source)
         problem = Problem(
-            plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress
+            plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress,
+            budget=self.budget,
         )  # fmt: skip
         problem.measure()
         # Products may write a block's rows out. Kept, they have as few numbers as can be.

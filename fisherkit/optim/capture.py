@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -38,6 +37,7 @@ from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.first_batch import plan_of_call
+from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
@@ -82,6 +82,7 @@ class Capture:
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
         self._used: set[str] = set()
+        self._seen: set[int] = set()
         self._through: dict[int, bool] = {}
         self._open: list[Pass] = []
         self._begun: tuple[Recorder, Plan, Batch, RngState | None] | None = None
@@ -164,14 +165,12 @@ class Capture:
         watched = Watched.seen(recorder, z)
         if self._new(watched, plan):
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
-        if not {name for unit in plan.ruled for name in unit.names} <= _used(watched) and watched.reentrant:
-            raise ModelError(
-                call=f"{self.call}, forward pass", got="a reentrant checkpoint around some of the parameters",
-                expected="checkpoints with use_reentrant=False",
-                why="what runs inside of a reentrant one has no graph, so that its rows cannot be seen",
-                try_="torch.utils.checkpoint.checkpoint(..., use_reentrant=False); of Hugging Face's models, "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})',
-            )  # fmt: skip
+        hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
+        cut = [name for name in hidden if name in recorder.without_graph]
+        if cut or id(plan) not in self._seen:
+            self._seen.add(id(plan))
+            nodes = [use.edge.node for use in watched.uses]
+            refuse_reentrant(z, nodes, cut or hidden, f"{self.call}, forward pass", cut=bool(cut))
         coupled = self._coupled()
         averaging = [*coupled, *self._tracking()]
         if plan.generic and (recorder.random or averaging):
@@ -232,7 +231,10 @@ class Capture:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
         plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
         if plan.unused or any(unit.unseen for unit in plan.generic):
-            with untouched_rng([plan.example_parameter.device]), differentiable(list(plan.parameters.values())):
+            with (
+                untouched_rng([plan.example_parameter.device]),
+                differentiable(self.model, list(plan.parameters.values())),
+            ):
                 linearized = Linearized.at(plan, batch)
                 self._used |= _used(linearized.watched)
                 plan = linearized.revised() if linearized.noticed else plan
@@ -318,7 +320,7 @@ class Capture:
         now = {name: self.model.get_parameter(name).grad for name in self._gradients}
         # Set to None since, and perhaps filled by another backward pass; or set to zero where they were.
         replaced = any(g is None or id(g) != self._gradients[name][0] for name, g in now.items())
-        if replaced or not any(g is not None and bool(g.any()) for g in now.values()):
+        if replaced or not any(g is not None and bool(g.to_dense().any()) for g in now.values()):
             self.finished.clear()
 
     def _versions(self) -> dict[str, tuple[int, int]]:
@@ -378,7 +380,7 @@ class Capture:
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             known = Known(gradients, seen.scale_of(v[0]), one.multiplied)
             # The engine switches gradients off in callbacks; rows of parameters without a rule need them.
-            with self._watch.quiet(), torch.enable_grad():
+            with self._watch.quiet(), differentiable(self.model, ()):
                 return linearized.rows(self.likelihood.as_outputs(v, one.z.shape), selection, known)
 
         return list(slots.chunks(one.batch, 1, rows))
@@ -389,7 +391,7 @@ class Capture:
         self._choose(one.plan, slots)
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
-            with self._watch.quiet(), torch.enable_grad():
+            with self._watch.quiet(), differentiable(self.model, ()):
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 return linearized.rows(shaped, selection, alone=slots.number == 1)
 
@@ -405,15 +407,14 @@ class Capture:
     def _again(self, one: Pass) -> list[Chunk]:
         """Rows by one more forward pass, with the same random numbers, in which statistics are constants."""
         plan = one.plan
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         recorder = Recorder(
             {id(p): n for n, p in plan.parameters.items()}, one.batch.size, one.batch.leaves()[0], plan.shared,
             training=True, constant_statistics=True,
         )  # fmt: skip
-        devices = [plan.example_parameter.device]
-        with self._watch.quiet(), untouched_rng(devices, one.rng), differentiable(list(plan.parameters.values())):
+        devices, parameters = [plan.example_parameter.device], list(plan.parameters.values())
+        with self._watch.quiet(), untouched_rng(devices, one.rng), differentiable(self.model, parameters):
             with recorder:
-                z = one.batch.call(lambda *args, **kwargs: functional_call(self.model, buffers, args, kwargs))
+                z = one.batch.call(self.model)
             return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
 
 

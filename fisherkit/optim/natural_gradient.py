@@ -21,6 +21,7 @@ from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
 from fisherkit.optim.curvature import Curvature, check_has
 from fisherkit.outputs import OutputRule
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import ParameterSpace, Selection
 
 CALL = "NaturalGradient"
@@ -156,7 +157,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 loss = closure()
         own = dict(self._curvature.capture.model.named_parameters())
         grouped = {id(p): group for group in self.param_groups for p in group["params"]}
-        gradients = {n: p.grad for n, p in own.items() if id(p) in grouped and p.grad is not None}
+        found = {n: p for n, p in own.items() if id(p) in grouped and p.grad is not None}
+        gradients = {n: dense_gradient(p, p.grad) for n, p in found.items()}
         if not gradients:
             self._curvature.capture.say_if_forgotten()
             return loss

@@ -18,6 +18,7 @@ from fisherkit.operators import Damping
 from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
 from fisherkit.optim.curvature import Curvature
 from fisherkit.outputs import OutputRule
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import Selection
 
 CALL = "Preconditioner"
@@ -109,7 +110,8 @@ class Preconditioner:
         """
         curvature = self._curvature
         own = dict(curvature.capture.model.named_parameters())
-        gradients = {n: p.grad for n, p in own.items() if n in curvature.capture.space.slices and p.grad is not None}
+        found = {n: p for n, p in own.items() if n in curvature.capture.space.slices and p.grad is not None}
+        gradients = {n: dense_gradient(p, p.grad) for n, p in found.items()}
         if not gradients:
             curvature.capture.say_if_forgotten()
             return
@@ -120,8 +122,10 @@ class Preconditioner:
         update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad
-            if gradient is not None:
+            if gradient is not None and gradient.layout == torch.strided:
                 gradient.copy_(delta)
+            elif gradient is not None:  # an update has entries where a sparse gradient has none
+                own[name].grad = delta.clone()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

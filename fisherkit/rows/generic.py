@@ -1,21 +1,72 @@
 """Rows of parameters that no rule covers, by automatic differentiation of one example at a time.
 
-Two ways, both exact: ``torch.func`` vectorised over examples, and, for models that it cannot trace (recurrent kernels,
-data-dependent control flow), a loop of ordinary backward passes on the model itself. The plan finds out which one
-works.
+Two ways, both exact: ``torch.func`` vectorised over examples, and a loop of ordinary backward passes on the model
+itself. The plan finds out whether the first one works; `loop_is_cheaper` whether it pays.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import vjp, vmap
 
 from fisherkit.data import Batch
+from fisherkit.rows.base import TILE, spans
+from fisherkit.rows.differentiable import pulled_back
+from fisherkit.rows.whole import functional_call, kept_whole
+
+QUICK = 4e-3
+"""Seconds of an example's loop below which calls and not arithmetic are what it takes: vectorising always pays."""
+
+SEVERAL = 8
+"""Examples beside the plan's two that tell what a batch costs from what an example does."""
+
+
+def generic_rows(
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, v: Float[Tensor, "k B ..."],
+    *, idle: Collection[str], vectorised: bool, numbers: int,
+) -> Float[Tensor, "k B d"]:  # fmt: skip
+    """Rows in one of the two ways, some examples at a time.
+
+    Args:
+        model: the model.
+        parameters: the model's own, d entries in all.
+        batch: B examples.
+        v: k vectors for each example, in the shape of the model's outputs.
+        idle: parameters that no output of the batch depends on.
+        vectorised: by ``torch.func`` instead of the loop.
+        numbers: entries that one example takes on the way, beside its rows.
+    """
+    live = {name: p for name, p in parameters.items() if name not in idle}
+    own = sum(p.numel() for p in live.values())
+    parts = [v.new_zeros(v.shape[0], batch.size, 0)]
+    if live and vectorised:
+        detached = {name: p.detach() for name, p in live.items()}
+        found = [
+            vectorised_rows(model, detached, batch.take(span), v[:, span])
+            for span in spans(batch.size, numbers + v.shape[0] * own)
+        ]
+        parts = [found[0] if len(found) == 1 else torch.cat(found, 1)]
+    elif live:
+        parts = [looped_rows(model, live, batch, v)]
+    if len(live) == len(parameters):
+        return parts[0]
+    columns = dict(zip(live, parts[0].split([p.numel() for p in live.values()], 2), strict=True)) if live else {}
+    return torch.cat([columns.get(n, v.new_zeros(*v.shape[:2], p.numel())) for n, p in parameters.items()], 2)
+
+
+def unreached(z: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters that outputs do not depend on; none of outputs that have no graph."""
+    if not parameters or not z.requires_grad:
+        return set()
+    found = pulled_back(z, list(parameters.values()), torch.zeros_like(z))
+    return {name for name, g in zip(parameters, found, strict=True) if g is None}
 
 
 def vectorised_rows(
@@ -30,12 +81,14 @@ def vectorised_rows(
         v: k vectors for each example, in the shape of the model's outputs.
     """
     leaves, rebuild = batch.leaves()
+    # Constants here: a graph of the rest of the model would be kept for nothing.
+    rest = {name: p.detach() for name, p in model.named_parameters()}
 
     def one(example: list[Tensor], vectors: Float[Tensor, "k ..."]) -> Float[Tensor, "k d"]:
         single = rebuild([leaf.unsqueeze(0) for leaf in example])
 
         def forward(values: Mapping[str, Tensor]) -> Tensor:
-            return single.call(lambda *a, **kw: functional_call(model, dict(values), a, kw))[0]
+            return single.call(lambda *a, **kw: functional_call(model, {**rest, **values}, a, kw))[0]
 
         pull = vjp(forward, dict(parameters))[1]
         (gradients,) = vmap(pull)(vectors)
@@ -43,11 +96,11 @@ def vectorised_rows(
         # A parameter that the outputs do not depend on has one zero gradient, whatever the number of vectors.
         return torch.cat([g.expand(len(vectors), -1) for g in flat], 1)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_whole(model):
         # torch asks for reports on operations that it does not vectorise; `coverage` says what matters to the user.
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        found = vmap(one, out_dims=1)(leaves, v.transpose(0, 1))
-    # The rest of the model still requires grad, so the rows come with a graph that nobody needs.
+        # Zeros that no example has a part in are expanded along axis 0, whatever axis is asked for.
+        found = vmap(one)(leaves, v.transpose(0, 1)).transpose(0, 1)
     return found.detach()
 
 
@@ -55,17 +108,94 @@ def looped_rows(
     model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, v: Float[Tensor, "k B ..."]
 ) -> Float[Tensor, "k B d"]:
     """Rows by one forward pass an example and one backward pass a row; the parameters are the model's own."""
-    rows = []
+    own = list(parameters.values())
+    rows = v.new_empty(*v.shape[:2], sum(p.numel() for p in own), dtype=own[0].dtype)
     for n in range(batch.size):
         z = batch.take(slice(n, n + 1)).call(model)[0]
-        found = (gradients(z, list(parameters.values()), vector) for vector in v[:, n])
-        rows.append(torch.stack([torch.cat([g.flatten() for g in parts]) for parts in found]))
-    return torch.stack(rows, 1)
+        for k, vector in enumerate(v[:, n]):
+            torch.cat([g.flatten() for g in gradients(z, own, vector)], out=rows[k, n])
+    return rows
 
 
 def gradients(z: Tensor, parameters: list[Tensor], vector: Tensor) -> list[Tensor]:
     """Jᵀ v of one example by parameter; zero for those that the outputs do not depend on."""
     if not z.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
-    found = torch.autograd.grad(z, parameters, vector.to(z.dtype), retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    found = pulled_back(z, parameters, vector)
+    return [dense_gradient(p, g) for p, g in zip(parameters, found, strict=True)]
+
+
+def dense_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+    """A gradient as autograd found it, with its zeros: sparse embeddings leave them out, and unused parameters all."""
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def kept_numbers(model: nn.Module, batch: Batch) -> int:
+    """Entries that the graph of one forward pass keeps beside the parameters, for one example."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = max(kept.get(place, 0), tensor.numel())
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        z = batch.call(model)
+    del z
+    return sum(kept.values()) // batch.size
+
+
+def recurrent(model: nn.Module) -> bool:
+    """Whether a model has layers whose kernels ``torch.func`` takes apart into steps, each with tensors of its own."""
+    return any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+
+def loop_is_cheaper(
+    model: nn.Module, parameters: Mapping[str, Tensor], two: Batch, v: Float[Tensor, "1 2 ..."], size: int, numbers: int
+) -> bool:
+    """Whether the loop takes less time than ``torch.func`` on a batch, measured on some examples.
+
+    Args:
+        model: the model.
+        parameters: the model's own.
+        two: two examples.
+        v: vectors of theirs.
+        size: examples of the batch.
+        numbers: entries that one example takes.
+    """
+    device, detached = v.device, {name: p.detach() for name, p in parameters.items()}
+    first = two.take(slice(0, 1))
+
+    def vectorised(batch: Batch, vectors: Tensor) -> float:
+        # The other units need a pass of their own, which the loop's brings too.
+        return _seconds(lambda: (batch.call(model), vectorised_rows(model, detached, batch, vectors)), device)
+
+    # The shorter of two, because a first call may wait for much.
+    loop = min(_seconds(lambda: looped_rows(model, parameters, first, v[:, :1]), device) for _ in range(2))
+    if loop < QUICK:
+        return False
+    pair = vectorised(two, v)
+    each, fixed = pair / 2, 0.0
+    several = min(SEVERAL, size, TILE // max(1, numbers))
+    if several > 2 and each > loop and pair < several * loop:
+        # Two examples do not pay for the fixed part of a vectorised pass; more may.
+        index = torch.arange(several, device=device) % 2
+        more = vectorised(two.take(index), v[:, index])
+        each = max(more - pair, 0.0) / (several - 2)
+        fixed = max(pair - 2 * each, 0.0)
+    return fixed + each * size > loop * size
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    function()
+    return now() - start

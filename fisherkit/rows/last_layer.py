@@ -58,7 +58,7 @@ class LastLayerRows(FactoredRows):
         """Σ_r row_r²: as of one row a position, whose output gradients are the roots of the Hessian's diagonal."""
         diagonal = self.z.masked(self.z.hessian_diagonal())
         one = FactoredRows(
-            self.activations.flatten(0, 1).unsqueeze(1), self._roots(diagonal), bias=self.bias,
+            self.floating.flatten(0, 1).unsqueeze(1), self._roots(diagonal), bias=self.bias,
             transposed=self.transposed,
         )  # fmt: skip
         return one.squared_sum()
@@ -69,7 +69,7 @@ class LastLayerRows(FactoredRows):
         for span in spans(len(directions), self.z.z.numel()):
             w = directions[span][:, None, None].expand(-1, *self.z.z.shape)
             found.append((w * self.z.masked(self.z.hessian_matmul(w))).sum(3))
-        a = self.activations @ on_inputs[: self.inputs]
+        a = self.floating @ on_inputs[: self.inputs]
         a = a + on_inputs[-1] if self.bias else a
         yield FactoredRows(a.flatten(0, 1).unsqueeze(1), self._roots(torch.cat(found).movedim(0, 2)), bias=False)
 
@@ -85,11 +85,11 @@ class LastLayerRows(FactoredRows):
     @property
     def numbers(self) -> tuple[Tensor, ...]:
         """The layer's inputs; the outputs have been looked at."""
-        return (self.activations[:],)
+        return (self.floating,)
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's inputs."""
-        return {"activations": self.activations[:]}
+        return {"activations": self.floating}
 
 
 def last_layer_rows(linearized: Linearized, outputs: Outputs) -> Rows | None:

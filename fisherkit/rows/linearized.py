@@ -21,7 +21,8 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.generic import looped_rows
+from fisherkit.rows.differentiable import pulled_back
+from fisherkit.rows.generic import dense_gradient, looped_rows
 from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.patches import Activations
@@ -147,7 +148,7 @@ class Linearized:
         names = [name for name in plan.space.names if name in self.lost]
         why = "in some batch its positions belong to several examples, or it is used in another way"
         plan.units += [Unit((name,), why, plan.parameters[name].numel()) for name in names]
-        plan.vectorised = plan.vectorised and not names
+        plan.vectorised, plan.unused = plan.vectorised and not names, plan.unused - noticed
         if noticed:
             v = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
             gradients = self.watched.backward(v.unsqueeze(0))
@@ -190,22 +191,6 @@ class Linearized:
                 self._how = self.watched.arrangements_by(torch.randn(self.z.shape, generator=generator).to(self.z))
         return self._how
 
-    def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
-        """Rows of the parameters without a rule; zeros if no output depends on any of them."""
-        names = [name for unit in self.plan.generic for name in unit.names]
-        numbers = sum(unit.numbers for unit in self.plan.generic)
-        if not names or not self._reached(names):
-            return v.new_zeros(*v.shape[:2], numbers)
-        return self.plan.generic_rows(self.batch, v)
-
-    def _reached(self, names: Sequence[str]) -> bool:
-        """Whether the outputs depend on some parameters, as far as their graph says."""
-        if not self.z.requires_grad:
-            return True  # the graph is gone
-        parameters = [self.plan.parameters[name] for name in names]
-        found = torch.autograd.grad(self.z, parameters, torch.zeros_like(self.z), retain_graph=True, allow_unused=True)
-        return any(g is not None for g in found)
-
     def _slow(self, v: Float[Tensor, "k B ..."], units: Sequence[Unit]) -> Float[Tensor, "k B d"]:
         """Rows of units whose rule does not hold in this batch, example by example."""
         if not units:
@@ -237,9 +222,12 @@ class Linearized:
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
         for scale in scales(v) if self.plan.half or self.z.dtype in HALF else (None,):
             own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
-            several = len(v) > 1 and known is None and self.batched
-            arrived = self.watched.backward(own, batched=several) if known is None else known.gradients
-            generic = self._generic(own)
+            if self.plan.looped and self.batch.size == 1 and known is None:
+                arrived, generic = self._alone(own)
+            else:
+                several = len(v) > 1 and known is None and self.batched
+                arrived = self.watched.backward(own, batched=several) if known is None else known.gradients
+                generic = self.plan.generic_rows(self.batch, own, self.z)
             made = [*(arrived if known is None else ()), generic]
             if scale is None or all_finite(*(g for g in made if g is not None)):
                 break  # else something overflowed in half precision that a smaller multiple may leave finite
@@ -270,3 +258,15 @@ class Linearized:
             and (a is None or b is None or bool((a[1] - b).norm() <= tolerance * (b.norm() + 1e-30)))
             for a, b in zip(both, last, strict=True)
         )
+
+    def _alone(self, v: Float[Tensor, "k 1 ..."]) -> tuple[Sequence[Tensor | None], Float[Tensor, "k 1 d"]]:
+        """The same of one example, and the generic units' rows: one graph has both."""
+        edges, generic = self.edges, [self.plan.parameters[name] for unit in self.plan.generic for name in unit.names]
+        passes = [pulled_back(self.z, [*edges, *generic], one) for one in v]
+        rows = [
+            torch.cat([dense_gradient(p, g).flatten() for p, g in zip(generic, found[len(edges) :], strict=True)])
+            for found in passes
+        ]
+        at_edges = list(zip(*passes, strict=True))[: len(edges)]
+        stacked = [None if found[0] is None else torch.stack(found) for found in at_edges]
+        return stacked, torch.stack(rows).unsqueeze(1)

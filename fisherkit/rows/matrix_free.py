@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherkit.data import Batch
@@ -21,6 +21,7 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.plan import TOLERANCE, Plan
+from fisherkit.rows.whole import functional_call
 from fisherkit.space import ParameterSpace
 
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
@@ -41,7 +42,7 @@ def product(
     """
     one = u.shape[1] == 1
     # The fused attention kernels have no forward-mode derivative.
-    with untouched_rng([u.device]), differentiable(()), sdpa_kernel(SDPBackend.MATH):
+    with untouched_rng([u.device]), differentiable(plan.model, ()), sdpa_kernel(SDPBackend.MATH):
         return (_one_column if one else _columns)(plan, space, batch, u, metric)
 
 
@@ -115,6 +116,6 @@ def _forward(
     parameters = {name: plan.parameters[name].detach() for name in space.names}
 
     def forward(values: Mapping[str, Tensor]) -> Tensor:
-        return batch.call(lambda *args, **kwargs: functional_call(plan.model, dict(values), args, kwargs))
+        return batch.call(lambda *args, **kwargs: functional_call(plan.model, values, args, kwargs))
 
     return forward, parameters

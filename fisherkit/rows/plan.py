@@ -9,7 +9,7 @@ weight or a hidden functional use can make a run slower, never wrong.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,8 @@ from fisherkit.errors import ModelError, NonFiniteError, listed
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable
-from fisherkit.rows.generic import gradients, looped_rows, vectorised_rows
+from fisherkit.rows.generic import generic_rows, gradients, kept_numbers, loop_is_cheaper, recurrent, unreached
+from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import Rule, in_dtype
@@ -112,7 +113,20 @@ class Plan:
         """How a unit's rows are made, for `coverage`."""
         if isinstance(unit, RuledUnit):
             return unit.rule.name
+        if unit.names[0] in self.unused:
+            return "unused"
         return "torch.func" if self.vectorised else "loop"
+
+    @property
+    def live_generic(self) -> dict[str, Tensor]:
+        """Parameters of generic units that outputs depend on, as far as the two examples tell."""
+        names = [name for unit in self.generic for name in unit.names]
+        return {name: self.parameters[name] for name in names if name not in self.unused}
+
+    @property
+    def looped(self) -> bool:
+        """Whether rows take a forward pass for each example, which then brings those of all units."""
+        return bool(self.live_generic) and not self.vectorised
 
     @property
     def modules(self) -> list[tuple[str, ...]]:
@@ -123,12 +137,15 @@ class Plan:
         """Entries of all Kronecker factors."""
         return sum(unit.shape[1] ** 2 + unit.shape[2] ** 2 for unit in self.ruled if unit.shape is not None)
 
-    def generic_rows(self, batch: Batch, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
-        """Rows of the generic units, side by side in their order."""
+    def generic_rows(
+        self, batch: Batch, v: Float[Tensor, "k B ..."], z: Float[Tensor, "B ..."]
+    ) -> Float[Tensor, "k B d"]:
+        """Rows of the generic units, side by side in their order; z is what the model says of the batch."""
         own = {name: self.parameters[name] for unit in self.generic for name in unit.names}
-        if not self.vectorised:
-            return looped_rows(self.model, own, batch, v)
-        return vectorised_rows(self.model, {name: p.detach() for name, p in own.items()}, batch, v)
+        idle = unreached(z, {name: p for name, p in own.items() if name in self.unused})
+        return generic_rows(
+            self.model, own, batch, v, idle=idle, vectorised=self.vectorised, numbers=self.numbers_per_example
+        )  # fmt: skip
 
 
 def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: bool = False) -> Plan:
@@ -155,7 +172,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             expected="parameters with values",
             try_="model.to_empty(device=...) and load its weights",
         )
-    with untouched_rng([device]), differentiable(parameters):
+    with untouched_rng([device]), differentiable(model, parameters):
         probe = batch.take(two_of(batch, alone))
         before = torch.get_rng_state()
         watched = forward(plan, probe)
@@ -170,17 +187,22 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             z = watched.z
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
-        reached = torch.autograd.grad(z, parameters, v[0], retain_graph=True, allow_unused=True)
-        plan.unused = {name for name, g in zip(plan.parameters, reached, strict=True) if g is None}
+        plan.unused = unreached(z, reference.zeros(plan.parameters))
         gradients = watched.backward(v)
         how = watched.arrangements_by(v[0], [None if g is None else g[0] for g in gradients])
         for unit in propose(plan, watched, space.names):
             plan.units.extend(_verified(plan, unit, watched, gradients, how, v, reference))
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
-        plan.vectorised = _vectorised_agrees(plan, probe, v, reference)
         plan.probed = z.detach()
         layers = sum(torch.Size(use.output_shape).numel() for use in watched.uses)
         plan.numbers_per_example = (z.numel() + layers) // probe.size + sum(unit.numbers for unit in plan.generic)
+        if plan.generic:
+            plan.numbers_per_example += kept_numbers(model, probe)
+            plan.vectorised = _vectorised_agrees(plan, probe, v, z, reference) and not loop_is_cheaper(
+                model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example
+            )
+        if plan.unused:
+            refuse_hidden(model, {name: plan.parameters[name] for name in plan.unused}, probe, z)
     return plan
 
 
@@ -232,6 +254,11 @@ class _Reference:
             )
         self.scale = self.norms.norm()
         self.tolerance = _tolerance(plan.example_parameter.dtype, plan)
+
+    def zeros(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that neither example has a gradient in."""
+        norms = self.norms.sum(0).tolist()
+        return {name: p for (name, p), norm in zip(parameters.items(), norms, strict=True) if norm == 0}
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale.
@@ -374,12 +401,14 @@ def _row(rows: UnitRows, n: int) -> Float[Tensor, "d"]:
     return rows.reordered(torch.tensor([n])).dense()[0]
 
 
-def _vectorised_agrees(plan: Plan, probe: Batch, v: Float[Tensor, "1 B ..."], reference: _Reference) -> bool:
+def _vectorised_agrees(
+    plan: Plan, probe: Batch, v: Float[Tensor, "1 B ..."], z: Float[Tensor, "B ..."], reference: _Reference
+) -> bool:
     names = [name for unit in plan.generic for name in unit.names]
-    if not names:
-        return True
+    if recurrent(plan.model) or not plan.live_generic:
+        return False
     try:
-        rows = plan.generic_rows(probe, v)[0]
+        rows = plan.generic_rows(probe, v, z)[0]
         return reference.agrees(names, rows.shape[1], rows.__getitem__)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         # torch.func refuses some kernels and any data-dependent Python; the loop over examples needs neither.

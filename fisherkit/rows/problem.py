@@ -31,11 +31,14 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
+from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
 
 LONG = 600.0
 """Seconds from which on a run is worth a warning before it."""
+SMALLEST = 1 << 20
+"""Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
 
 class BetterPlanError(Exception):
@@ -69,6 +72,7 @@ class Problem:
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
+        budget: bytes, of which a quarter is for passes; None for as much as is fast.
     """
 
     plan: Plan
@@ -85,6 +89,7 @@ class Problem:
     most_examples: int | None = None
     revisable: bool = False
     looked: bool = True
+    budget: int | None = None
 
     def chunks(self, description: str) -> Iterator[Chunk]:
         """One pass over the data."""
@@ -173,7 +178,7 @@ class Problem:
         """Find out on two examples how many vectors the kind has."""
         two = self._two()
         self.vectors_per_example = self._slots(two, self.plan.probed, 0, "data, batch 0").number
-        self.closed = self.summed and self.kind.of_hessian and self._last_layer()
+        self.closed = self.summed and self.kind.of_hessian and not self.plan.looped and self._last_layer()
         if self.vectors_per_example > 1 and not self.closed and "batched" not in self.plan.tried:
             with self._quiet():
                 _ = Linearized.at(self.plan, two).batched  # cheaper on two examples than on a batch
@@ -207,7 +212,7 @@ class Problem:
     def pass_seconds(self, batch: Batch) -> float:
         """Of a backward pass of one output vector an example, measured."""
         with self._quiet():
-            linearized = Linearized.at(self.plan, batch)
+            linearized = self._linearized(batch)
             v = torch.ones(1, *linearized.z.shape, device=linearized.z.device, dtype=linearized.z.dtype)
             selection = RowSelection(1, batch.size, v.device)
             linearized.rows(v, selection)  # the first one finds out whose the entries are
@@ -254,23 +259,28 @@ class Problem:
 
     def _piece(self, size: int) -> int:
         """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""
-        whole = _graph(self.plan.example_parameter.device) // self.plan.numbers_per_example
-        step = max(1, whole) if self.chunk_size is None else self.chunk_size
+        room = self._room(_graph(self.plan.example_parameter.device))
+        step = max(1, room // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
         step = step if self.most_examples is None else min(step, self.most_examples)
+        step = min(step, MOST) if self.plan.looped else step
         return -(-size // -(-size // step))
+
+    def _linearized(self, batch: Batch) -> Linearized | OneByOne:
+        """The model at a batch, as a whole or example by example."""
+        return OneByOne(self.plan, batch) if self.plan.looped else Linearized.at(self.plan, batch)
 
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
-            linearized = Linearized.at(self.plan, batch)
+            linearized = self._linearized(batch)
             if self.revisable and linearized.noticed:
                 raise BetterPlanError(linearized.revised())
         outputs = self._outputs(batch, linearized.z, start, call)
-        last = last_layer_rows(linearized, outputs) if self.closed else None
+        last = last_layer_rows(linearized, outputs) if self.closed and isinstance(linearized, Linearized) else None
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)
             return
         slots = Slots.of(outputs, self.kind, self.token)
-        step = max(1, TILE // linearized.numbers_per_vector)
+        step = max(1, self._room(TILE) // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
 
@@ -284,6 +294,13 @@ class Problem:
 
         yield from slots.chunks(batch, step, rows)
 
+    def _room(self, most: int) -> int:
+        """Entries that a pass may hold."""
+        if self.budget is None:
+            return most
+        item = torch.finfo(self.plan.example_parameter.dtype).bits // 8
+        return min(most, max(SMALLEST, self.budget // (4 * item)))
+
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
 
@@ -291,7 +308,7 @@ class Problem:
     def _quiet(self) -> Iterator[None]:
         """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""
         parameters = list(self.plan.parameters.values())
-        with untouched_rng([parameters[0].device]), differentiable(parameters):
+        with untouched_rng([parameters[0].device]), differentiable(self.plan.model, parameters):
             yield
 
 

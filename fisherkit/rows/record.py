@@ -49,6 +49,7 @@ class Recorder(TorchFunctionMode):
     Attributes:
         uses: what was seen.
         elsewhere: names of parameters that functions without a rule have used, with a gradient.
+        without_graph: names of parameters that were used where no gradients are.
         unbatched: embeddings that were looked up without a batch axis.
         random: whether dropout was active.
         half: whether layers computed in half precision, as under autocast, which may be inside the model.
@@ -70,6 +71,7 @@ class Recorder(TorchFunctionMode):
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
         self.elsewhere: set[str] = set()
+        self.without_graph: set[str] = set()
         self.unbatched: set[str] = set()
         self.random = self.half = False
         self.muted = 0
@@ -93,6 +95,7 @@ class Recorder(TorchFunctionMode):
             if not self.training:
                 raise _refused_chance(func)
         _refuse_max_norm(func, args, kwargs)
+        _refuse_offsets(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
@@ -126,6 +129,8 @@ class Recorder(TorchFunctionMode):
         # What is given back as it is, as by a cast to the dtype that it has, is not used yet.
         if any(made.requires_grad and self._name(made) is None for made in tensors(output)):
             self.elsewhere |= own
+        elif not torch.is_grad_enabled():
+            self.without_graph |= own
 
     def _with_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """The arguments of an embedding, its tokens repeated for each example where all share them."""
@@ -173,6 +178,17 @@ def _refuse_max_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
             expected="max_norm=None",
             why="it changes the table during the forward pass",
             try_="renormalize the table once, before",
+        )
+
+
+def _refuse_offsets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if func is F.embedding_bag and kwargs.get("offsets", args[2] if len(args) > 2 else None) is not None:
+        raise ModelError(
+            call="the model's forward pass",
+            got="an embedding bag with offsets",
+            expected="tokens [B, T], without offsets",
+            why="examples lie along axis 0, and here all their tokens lie in one row",
+            try_="torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=i) and padding_idx=i",
         )
 
 

@@ -22,7 +22,8 @@ from torch import nn
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
-from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.differentiable import differentiable, pulled_back
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import TOLERANCE, Plan, make_plan, two_of
 from fisherkit.rows.record import refuse_train_mode
@@ -123,7 +124,7 @@ def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
 def _confirmed(plan: Plan, probe: Batch) -> bool:
     """Whether the rows of two examples add up to the gradients that autograd finds for both."""
     parameters = list(plan.parameters.values())
-    with untouched_rng([parameters[0].device]), differentiable(parameters):
+    with untouched_rng([parameters[0].device]), differentiable(plan.model, parameters):
         try:
             linearized = Linearized.at(plan, probe)
         except ModelError:  # used in another way: what is wrong, if anything, is for a new plan to say
@@ -133,7 +134,7 @@ def _confirmed(plan: Plan, probe: Batch) -> bool:
             return False
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         inputs: list[Any] = [*edges, *parameters]
-        found = torch.autograd.grad(z, inputs, v, retain_graph=True, allow_unused=True)
+        found = pulled_back(z, inputs, v)
         known = [None if g is None else g.unsqueeze(0) for g in found[: len(edges)]]
         selection = RowSelection(1, probe.size, z.device)
         rows = linearized.rows(v.unsqueeze(0), selection, Known(known, v.new_ones(probe.size)))
@@ -141,8 +142,7 @@ def _confirmed(plan: Plan, probe: Batch) -> bool:
             return False
     total = plan.space.unflatten(rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=z.device))[:, 0])
     pairs = [
-        (own, torch.zeros_like(own) if g is None else g.to(own.dtype))
-        for own, g in zip(total.values(), found[len(edges) :], strict=True)
+        (own, dense_gradient(own, g).to(own.dtype)) for own, g in zip(total.values(), found[len(edges) :], strict=True)
     ]
     norms, errors = (torch.stack(x) for x in ([g.norm() for _, g in pairs], [(own - g).norm() for own, g in pairs]))
     tolerance = TOLERANCE.get(parameters[0].dtype, 5e-2)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
+from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, owners
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
@@ -81,19 +82,6 @@ class Watched:
         """Whether the pass itself shows whose all entries are."""
         return all(self._regular(use) is not None for use in self.uses)
 
-    @property
-    def reentrant(self) -> bool:
-        """Whether a part of the pass is inside of a reentrant checkpoint, where there is no graph."""
-        pending, seen = [self.z.grad_fn], set()
-        while pending:
-            node = pending.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                if node.name() == "CheckpointFunctionBackward":
-                    return True
-                pending += [after for after, _ in node.next_functions]
-        return False
-
     def backward(self, v: Float[Tensor, "k B ..."], *, batched: bool = False) -> Sequence[Tensor | None]:
         """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output.
 
@@ -144,7 +132,9 @@ class Watched:
         edges = [use.edge for use in self.uses]
         if not edges:
             return []
-        return torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+        if batched:
+            return torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        return pulled_back(self.z, edges, v)
 
     def _regular(self, use: Use) -> Regular | None:
         """By the pass itself."""

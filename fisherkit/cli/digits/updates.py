@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
 
 from fisherkit.cli.digits.kinds import DAMPING, KINDS, Batch
 from fisherkit.cli.digits.training import Checkpoint, Digits
 from fisherkit.cli.text import progress
 from fisherkit.evaluation import approximation_quality, loss_gradient
 from fisherkit.kinds import EmpiricalFisher, ExactFisher
+from fisherkit.rows.whole import functional_call
 from fisherkit.space import ParameterSpace
 
 BATCH = 160
@@ -108,5 +109,5 @@ def _output_change(model: nn.Module, inputs: Tensor, update: Float[Tensor, "D"])
     """J Δ, the change of the outputs along the update."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     direction = ParameterSpace.of(model).unflatten(update)
-    change: Tensor = jvp(lambda p: functional_call(model, p, (inputs,)), (parameters,), (direction,))[1]
+    change: Tensor = jvp(lambda p: functional_call(model, p, (inputs,), {}), (parameters,), (direction,))[1]
     return change

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from fisherkit.data import Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
@@ -21,6 +21,7 @@ from fisherkit.influence.evaluation.bootstrap import Interval, check_bootstrap, 
 from fisherkit.influence.evaluation.losses import Loss, loss_of
 from fisherkit.influence.evaluation.ranks import Ranking
 from fisherkit.rows.first_batch import plan_of
+from fisherkit.rows.whole import functional_call, kept_whole
 from fisherkit.space import ParameterSpace
 
 
@@ -197,7 +198,8 @@ def plain_rankings(
                 return value, value.detach()
 
             axes = (None, 0, *([0] * len(leaves)))
-            gradients, values = vmap(grad(one, has_aux=True), in_dims=axes)(trained, batch.targets, *leaves)
+            with kept_whole(model):
+                gradients, values = vmap(grad(one, has_aux=True), in_dims=axes)(trained, batch.targets, *leaves)
             losses.append(values.double())
             norms.append(sum(g.double().flatten(1).square().sum(1) for g in gradients.values()).sqrt())
     return {"loss": torch.cat(losses), "gradient norm": torch.cat(norms)}

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError
 from fisherkit.randomness import untouched_rng
+from fisherkit.rows.whole import functional_call, kept_whole
 
 Build = Callable[[int], nn.Module]
 Named = dict[str, Tensor]
@@ -99,12 +100,13 @@ class StackedModels:
 
         def one(trained: Named, frozen: Named, *own: Tensor) -> Tensor:
             def model(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(self.template, (trained, frozen, self.shared), args, kwargs)
+                return functional_call(self.template, {**trained, **frozen, **self.shared}, args, kwargs)
 
             return rebuild(list(own)).call(model)
 
         axes = (0, 0 if stack.frozen else None, *([None if shared else 0] * len(leaves)))
-        return vmap(one, in_dims=axes)(stack.trained, stack.frozen, *leaves)
+        with kept_whole(self.template):
+            return vmap(one, in_dims=axes)(stack.trained, stack.frozen, *leaves)
 
     @staticmethod
     def module(build: Build, seed: int, stack: Stack, place: int, call: str) -> nn.Module:

@@ -1,0 +1,104 @@
+"""Parameters that act on the outputs behind autograd's back.
+
+A custom ``autograd.Function`` that calls layers inside, as checkpoints and reversible blocks of other libraries do,
+shows none of their parameters: they would count as unused, and their rows as zeros. Owns telling the two apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from fisherkit.data import Batch
+from fisherkit.errors import ModelError, listed
+from fisherkit.rows.whole import functional_call, kept_whole
+
+
+def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, z: Tensor) -> None:
+    """Refuse parameters without a gradient that a custom function's outputs change with.
+
+    Args:
+        model: the model.
+        unused: the parameters that no path of the graph leads to.
+        batch: examples.
+        z: their outputs, with their graph.
+
+    Raises:
+        ModelError: naming the parameters.
+
+    Cost: a look at the graph, and one forward pass if it has a custom function.
+    """
+    if not has_custom_function(z):
+        return
+    generator = torch.Generator().manual_seed(0)
+    moved = {
+        name: p.detach() + (0.1 + p.detach().abs()) * torch.randn(p.shape, generator=generator).to(p)
+        for name, p in unused.items()
+    }
+    with torch.no_grad(), kept_whole(model):
+        again = batch.call(lambda *args, **kwargs: functional_call(model, moved, args, kwargs))
+    if again.shape == z.shape and bool((again - z).norm() <= 1e-6 * z.norm()):
+        return
+    raise ModelError(
+        call="the Fisher of this model",
+        got=f"outputs that depend on parameters which autograd does not see: {listed(map(repr, unused), 4)}",
+        expected="a graph that leads to every parameter that the outputs depend on",
+        why="a custom autograd function hides the layers that it calls, as reentrant checkpoints do",
+        try_="checkpoints with use_reentrant=False, or params= without these parameters",
+    )
+
+
+def has_custom_function(z: Tensor) -> bool:
+    """Whether an autograd function written in Python is among what outputs were computed with."""
+    return any(isinstance(node, BackwardCFunction) for node in _nodes(z.grad_fn))
+
+
+def refuse_reentrant(
+    z: Tensor, nodes: Collection[Node], hidden: Sequence[str], call: str, *, cut: bool = False
+) -> None:
+    """Refuse checkpoints with use_reentrant=True that hide uses, or that a gradient on its way to one must pass.
+
+    Args:
+        z: outputs, with their graph.
+        nodes: of the uses' outputs.
+        hidden: parameters whose uses were not seen.
+        call: for errors.
+        cut: whether the parameters that were not seen were used without a graph, of which nothing is left to look at.
+
+    Raises:
+        ModelError: there is one.
+
+    Cost: a look at the graph.
+    """
+    wanted = set(nodes)
+    checkpoints = [node for node in _nodes(z.grad_fn) if "CheckpointFunction" in node.name()]
+    if not cut and (
+        not checkpoints or not (hidden or any(node in wanted for one in checkpoints for node in _nodes(one)))
+    ):
+        return
+    what = f"around {listed(map(repr, hidden), 3)}" if hidden else "between the outputs and chosen parameters"
+    raise ModelError(
+        call=call,
+        got=f"a checkpoint with use_reentrant=True {what}",
+        expected="use_reentrant=False",
+        why="its graph shows no layer, and brings gradients only to .backward()",
+        try_="checkpoint(..., use_reentrant=False), or with transformers "
+        'gradient_checkpointing_kwargs={"use_reentrant": False}',
+    )
+
+
+def _nodes(start: Node | None) -> Iterator[Node]:
+    """All nodes of a graph, each once."""
+    pending: list[Node] = [] if start is None else [start]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
