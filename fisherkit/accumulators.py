@@ -18,6 +18,7 @@ from fisherkit.operators.linalg import spectrum
 from fisherkit.rows.base import UnitRows, second_moment
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.last_layer import LastLayerRows
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,12 @@ class KroneckerFactors:
         """
         # Rows lie in the span of the factors' vectors where each of their positions is one of those.
         spanning = whole and exists is None and not reduce
-        g = rows.gradients.sum(1, keepdim=True) if reduce else rows.gradients
-        gradient = self.gradient.add(g, spanning=spanning)
+        if isinstance(rows, LastLayerRows):
+            # A row of a position is zero at all others, so that "reduce" has the same sum.
+            gradient = self.gradient.merge(SecondMoment(rows.outputs, (), rows.gradient_moment()))
+        else:
+            g = rows.gradients.sum(1, keepdim=True) if reduce else rows.gradients
+            gradient = self.gradient.add(g, spanning=spanning)
         if not first:
             return KroneckerFactors(self.activation, gradient, self.count, self.transposed)
         shape = rows.activations.shape[:2]

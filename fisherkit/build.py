@@ -5,6 +5,7 @@ Reads the problem's chunks, adds them up by structure and divides by N once. It 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,13 +38,17 @@ from fisherkit.operators import (
 )
 from fisherkit.operators.kronecker import Spectrum, scaled_spectrum
 from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.largest import LargestRows
-from fisherkit.rows.problem import BetterPlanError, Problem
+from fisherkit.rows.problem import LONG, BetterPlanError, Problem
 from fisherkit.rows.streamed import StreamedRows
 from fisherkit.rows.verified import remember
+
+MANY = 64
+"""Output vectors an example from which on a run's cost is told before it."""
 
 Parts = dict[Names, tuple[FisherOperator, str, str]]
 """Operator, structure and reason of each part of the parameters."""
@@ -99,6 +104,8 @@ class Builder:
         self.examples = self.rows = 0
         self.dropped: list[Tensor] = []
         self.dropped_share: float | None = None
+        self.needed = 0
+        self.foretold = False
 
     def build(self, structure: str) -> Built:
         """The operator of a structure.
@@ -125,6 +132,7 @@ class Builder:
             "kfac": lambda: self._join(self._kfac()),
             "ekfac": lambda: self._join(self._ekfac()),
         }
+        self.problem.summed = structure in ("diagonal", "kfac", "ekfac")
         self.problem.measure()
         for unit in self.problem.plan.ruled:
             # Only rows that are kept gain from being written out; sums are taken from the factors.
@@ -142,6 +150,7 @@ class Builder:
             needed = self.problem.row_bytes(self.space.names) * self.problem.source.count()
             if needed <= self.budget:
                 break
+        self.needed = needed
         units = {unit.names: unit.reason for unit in self.problem.plan.units}
         if needed <= self.budget:
             return self._kept(Rows.gathered(chunk.rows for chunk in self._counted(self.problem.batches("full"))))
@@ -266,7 +275,8 @@ class Builder:
         """One pass: the factors of units that have them, the parts of all others; the former's rows go to ``kept``."""
         self._require(self._kfac_bytes(), structure, 'structure="diagonal", or params= without the widest layers')
         sums = LayerSums(self.problem.token, self.reduce)
-        for chunk in self._counted(self.problem.chunks(structure)):
+        readings = 2 if structure == "ekfac" and kept is None else 1
+        for chunk in self._counted(self.problem.chunks(structure), readings):
             sums.add(chunk)
             if kept is not None:
                 for slot in chunk.rows.slots:
@@ -288,8 +298,9 @@ class Builder:
         """1/N or 1."""
         return 1.0 if self.normalization == "sum" else 1.0 / self.examples
 
-    def _counted(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """Count examples, rows and dropped traces on the way."""
+    def _counted(self, chunks: Iterable[Chunk], readings: int = 1) -> Iterator[Chunk]:
+        """Count examples, rows and dropped traces on the way; foretell first what so many readings will cost."""
+        self._foretell(readings)
         for chunk in chunks:
             self._count(chunk.counted, chunk.rows.count, chunk.dropped)
             yield chunk
@@ -300,6 +311,39 @@ class Builder:
         self.rows += rows
         if dropped is not None:
             self.dropped.append(dropped)
+
+    def _foretell(self, readings: int) -> None:
+        """Say what a run of many output vectors will take: on the error stream, or in a warning where it is long."""
+        if self.foretold or not self._many:
+            return
+        self.foretold = True
+        found = self.problem.forecast()
+        if found is None:
+            return
+        seconds = found[1] * readings
+        text = f"{self._cost(found, readings)}; {readable(self.needed)} of memory for the result"
+        if self.problem.progress:
+            say(f"{text}. Instead: {self._instead()}." if seconds > LONG else f"{text}.")
+        elif seconds > LONG:
+            warnings.warn(f"{text}. Try: {self._instead()}.", UserWarning, stacklevel=2)
+
+    @property
+    def _many(self) -> bool:
+        """Whether there are so many backward passes that it is worth knowing what they take."""
+        return self.problem.vectors_per_example > MANY and not self.problem.closed
+
+    def _cost(self, found: tuple[int, float], readings: int = 1) -> str:
+        passes, seconds = readings * found[0], readings * found[1]
+        return (
+            f"the {self.problem.kind.kind_name} kind has {self.problem.vectors_per_example:,} output vectors an "
+            f"example here, which is {passes:,} backward passes: about {duration(seconds)}, by one that was measured"
+        )
+
+    def _instead(self) -> str:
+        """What takes a few backward passes, or none."""
+        few = "fk.TruncatedFisher(rank=2) or fk.SampledFisher(draws=1), two vectors an example and one"
+        head = ', or params= of the last layer alone, whose structure="kfac" or "diagonal" needs no backward pass'
+        return few + (head if self.problem.kind.of_hessian else "")
 
     def _require_examples(self) -> None:
         if self.examples == 0:
@@ -328,10 +372,16 @@ class Builder:
         return item * self.problem.plan.factor_numbers()
 
     def _require(self, needed: int, structure: str, try_: str) -> None:
+        self.needed = needed
         if needed > self.budget:
+            why, found = "nothing has been computed yet", self.problem.forecast() if self._many else None
+            if found is not None:
+                why += f"; {self._cost(found)}"
+            if self._many and structure in ("full", "block"):  # the others' results are as large for any kind
+                try_ += f", or {self._instead()}"
             raise MemoryBudgetError(
                 call=f'structure="{structure}"', got=f"a need of {readable(needed)}",
-                expected=f"at most memory_budget = {readable(self.budget)}", why="nothing has been computed yet",
+                expected=f"at most memory_budget = {readable(self.budget)}", why=why,
                 try_=f"{try_}, or a larger memory_budget",
             )  # fmt: skip
 

@@ -524,6 +524,12 @@ class Source:
             self._count = sum(batch.size for batch in self.once()) if known is None else known
         return self._count
 
+    def expected(self) -> int | None:
+        """Number of examples as far as it is known without reading the data, of batches as long as the first."""
+        known = loaded(self.batches) if self._count is None else self._count
+        steps = self.steps()
+        return steps * self.first().size if known is None and steps is not None else known
+
     def steps(self) -> int | None:
         """Number of batches if it is known, for progress bars."""
         try:

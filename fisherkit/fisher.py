@@ -86,7 +86,9 @@ class FisherApproximation(OutputRule, FisherOperator):
         FisherkitError: in one of its forms, each saying what was got, what was expected and what to try. A
             `NonFiniteError` names the batch and the module of NaN or infinity, also where outputs are finite.
 
-    Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice.
+    Cost: one forward and M backward passes over the data without weight gradients; ekfac reads the data twice. No
+    backward pass for the diagonal, kfac or ekfac of the exact kind's last layer alone. More than 64 vectors an example
+    are told before the run, with ``progress`` or, if they would take over ten minutes, in a UserWarning.
     """
 
     @without_autocast()

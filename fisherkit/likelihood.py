@@ -21,7 +21,7 @@ Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "gradient": ("hessian_inverse_form", "target_from_gradient", "drawn_gradient"),
     "hessian_factor": (
-        "hessian_rank", "hessian_columns", "hessian_matmul", "hessian_diagonal", "hessian_inverse_form",
+        "hessian_rank", "hessian_columns", "hessian_matmul", "hessian_diagonal", "hessian_sum", "hessian_inverse_form",
     ),
     "hessian_scale": ("hessian_inverse_form",),
     "sample": ("channels", "sample_given"),
@@ -138,6 +138,22 @@ class Likelihood(ABC):
     def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """diag S Sᵀ for each position."""
         return self.hessian_factor(z).square().sum(-1)
+
+    def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
+        """Σ_n D_n^½ S Sᵀ D_n^½ over positions, by products with unit vectors a few at a time.
+
+        Args:
+            z: outputs of the positions.
+            root: the diagonals of D^½, as `hessian_scale` says; None for ones.
+        """
+        n, c = z.shape
+        unit = torch.eye(c, dtype=z.dtype, device=z.device)
+        found = []
+        for some in unit.split(max(1, _TEMPORARY // max(1, n * c))):
+            w = some.unsqueeze(1).expand(-1, n, -1)
+            h = self.hessian_matmul(z, w) if root is None else root * self.hessian_matmul(z, root * w)
+            found.append(h.sum(1))
+        return torch.cat(found)
 
     def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """uᵀ H⁺ u with u the gradient, H the Hessian with its scale and H⁺ the pseudo-inverse, for each position.
@@ -282,6 +298,8 @@ def _place(cls: type[Likelihood], name: str) -> int:
     return next((i for i, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
 
 
+_TEMPORARY = 1 << 23
+"""Entries of the largest temporary of a sum of Hessians that has no closed form."""
 _TRIED = 4
 """Positions on which a class of a user's own is compared with itself."""
 _QUANTILES = (0.01, 0.2, 0.5, 0.8, 0.99)
@@ -318,6 +336,7 @@ def confirm(
             "hessian_matmul": (product, (s @ (s.mT @ w.unsqueeze(-1))).squeeze(-1)),
             "hessian_diagonal": (likelihood.hessian_diagonal(some), s.square().sum(-1)),
             "hessian_columns": (columns @ columns.mT, s @ s.mT),
+            "hessian_sum": (likelihood.hessian_sum(some), (s @ s.mT).sum(0)),
         }
         for name, (found, wanted) in forms.items():
             if not _alike(found, wanted):

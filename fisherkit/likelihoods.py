@@ -63,6 +63,11 @@ class _Separate(Likelihood):
         """h."""
         return self._curvature(z)
 
+    def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
+        """diag Σ h."""
+        h = self._curvature(z)
+        return torch.diag((h if root is None else h * root.square()).sum(0))
+
     def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """Σ u² / h: nothing from an output that is certain and right, infinite for one certain and wrong."""
         u, h, scale = self.gradient(z, target), self._curvature(z), self.hessian_scale(z, target)
@@ -426,6 +431,15 @@ class Categorical(Likelihood):
         """p(1 − p)."""
         p = torch.softmax(z, -1)
         return p * _complement(p)
+
+    def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
+        """diag Σ p − Σ p pᵀ, one matmul; the diagonal as p(1 − p), which does not cancel."""
+        p, diagonal = torch.softmax(z, -1), self.hessian_diagonal(z)
+        if root is not None:
+            p, diagonal = root * p, root.square() * diagonal
+        total = -(p.mT @ p)
+        total.diagonal().copy_(diagonal.sum(0))
+        return total
 
     def hessian_inverse_form(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """w_y (1 − p_y) / p_y for labels; Σ u² / (s p) for other targets."""

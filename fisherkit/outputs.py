@@ -87,6 +87,11 @@ class Outputs:
         root, diagonal = self.hessian_root(), self.likelihood.hessian_diagonal(self.z)
         return diagonal if root is None else root.square() * diagonal
 
+    def hessian_sum(self) -> Float[Tensor, "C C"]:
+        """Σ H over the positions that count."""
+        root = self.hessian_root()
+        return self.likelihood.hessian_sum(self.z[self.mask], None if root is None else root[self.mask])
+
     def hessian_inverse_form(self) -> Float[Tensor, "n P"]:
         """uᵀ H⁺ u with u the loss gradient."""
         self.confirmed()
@@ -209,6 +214,11 @@ class OutputRule(ABC):
     def label_source(self) -> str:
         """Which labels the vectors are made of: "observed", "sampled" from the model, or "none"; recorded in files."""
         return "observed" if self.needs_targets else "none"
+
+    @property
+    def of_hessian(self) -> bool:
+        """Whether Σ_m v vᵀ is the Hessian of the loss in each position's outputs, whose sums need no vectors."""
+        return False
 
     @property
     def along_gradient(self) -> bool:

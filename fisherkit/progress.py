@@ -45,6 +45,19 @@ def bar(total: float | None, description: str, unit: str, *, shown: bool, steps:
     return tqdm(total=total, desc=description, unit=unit, disable=not shown, leave=False, **options)
 
 
+def say(text: str) -> None:
+    """A line on the error stream, above whatever bar there is."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Seconds with the unit that fits."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
 def beside(shown: Any, items: Iterable[Item]) -> Iterator[Item]:
     """The items, with a bar that goes when they end, however they end; telling it of them is the caller's."""
     with shown:

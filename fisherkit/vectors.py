@@ -157,6 +157,11 @@ class ExactVectors(OutputRule):
         """Columns of a square root of the output Hessian."""
         return OutputVectors(outputs.hessian_vectors())
 
+    @property
+    def of_hessian(self) -> bool:
+        """Yes, unless a subclass has other vectors."""
+        return type(self).output_vectors is ExactVectors.output_vectors
+
     def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
         """The output Hessian's own product, O(C) an output."""
         return outputs.hessian_matmul(w)

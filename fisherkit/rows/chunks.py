@@ -44,6 +44,29 @@ class Chunk:
     counted_positions: tuple[Bool[Tensor, "..."], ...]
     dropped: Float[Tensor, "n"] | None
 
+    @classmethod
+    def whole_batch(cls, rows: Rows, mask: Bool[Tensor, "B P"], batch: Batch, *, token: bool) -> Chunk:
+        """All rows of a micro-batch at once, for sums that do not ask whose each is.
+
+        Args:
+            rows: the rows.
+            mask: which positions of the outputs count.
+            batch: the micro-batch.
+            token: whether every position is an example.
+        """
+        counted, positions = torch.stack([(mask if token else mask.any(1)).sum(), mask.sum()]).tolist()
+        counting, nobody = _counting(mask, batch), torch.empty(0, dtype=torch.long, device=mask.device)
+        whole = positions == mask.numel() and len(counting) == 1
+        return cls(rows, nobody, False, True, counted, whole, counting, None)
+
+
+def _counting(mask: Bool[Tensor, "B P"], batch: Batch) -> tuple[Bool[Tensor, "..."], ...]:
+    """Which positions of the outputs count, then which of the inputs are data, if an attention mask says so."""
+    attention = batch.kwargs.get("attention_mask")
+    if isinstance(attention, Tensor) and attention.ndim == 2:
+        return mask, attention.bool() & mask.any(1, keepdim=True)
+    return (mask,)
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -122,10 +145,7 @@ class Slots:
             step: how many vectors an example go through one backward pass.
             make_rows: rows of some vectors.
         """
-        attention = batch.kwargs.get("attention_mask")
-        positions: tuple[Tensor, ...] = (self.mask,)
-        if isinstance(attention, Tensor) and attention.ndim == 2:
-            positions = self.mask, attention.bool() & self.mask.any(1, keepdim=True)
+        positions = _counting(self.mask, batch)
         for first in range(0, self.number, step):
             index = torch.arange(first, min(first + step, self.number), device=self.mask.device)
             v, keep = self.vectors(index), self.keep(index)

@@ -7,6 +7,8 @@ else.
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,12 +28,15 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
 from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, two_of
 from fisherkit.rows.selection import RowSelection
 
+LONG = 600.0
+"""Seconds from which on a run is worth a warning before it."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
@@ -61,7 +66,9 @@ class Problem:
         shift_labels: whether labels belong to the position before theirs.
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
         progress: show a progress bar.
+        summed: whether nothing but sums over rows is wanted: squares, or second moments of their factors.
         vectors_per_example: M, found by `measure`.
+        closed: whether those sums need no rows (`rows.last_layer`), found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
@@ -76,7 +83,9 @@ class Problem:
     shift_labels: bool
     chunk_size: int | None
     progress: bool
+    summed: bool = False
     vectors_per_example: int = 1
+    closed: bool = False
     most_examples: int | None = None
     revisable: bool = False
     looked: bool = True
@@ -169,11 +178,47 @@ class Problem:
         """Find out on two examples how many vectors the kind has."""
         two = self._two()
         self.vectors_per_example = self._slots(two, self.plan.probed, 0, "data, batch 0").number
-        if self.vectors_per_example > 1 and "batched" not in self.plan.tried:
+        self.closed = self.summed and self.kind.of_hessian and not self.plan.looped and self._last_layer()
+        if self.vectors_per_example > 1 and not self.closed and "batched" not in self.plan.tried:
             with self._quiet():
                 _ = Linearized.at(self.plan, two).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
         self.looked = False
+
+    def _last_layer(self) -> bool:
+        """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
+        if "last layer" not in self.plan.tried:
+            with self._quiet():
+                self.plan.tried["last layer"] = is_last_layer(Linearized.at(self.plan, self._two()))
+        return self.plan.tried["last layer"]
+
+    def forecast(self) -> tuple[int, float] | None:
+        """Backward passes that reading the data once takes, and their seconds at most; None where N is not known.
+
+        Cost: a few backward passes on two examples; where those tell of a long time, of which small batches make too
+        much, one on a micro-batch.
+        """
+        examples, first, two = self.source.expected(), self.source.first(), self._two()
+        if examples is None:
+            return None
+        each = self._piece(first.size)
+        passes = max(1, examples / each) * self.vectors_per_example
+        seconds = self.pass_seconds(two) * examples / two.size * self.vectors_per_example
+        if seconds > LONG and each > two.size:
+            micro = first.take(slice(0, each)).to(self.plan.example_parameter.device)
+            seconds = min(seconds, self.pass_seconds(micro) * passes)
+        return math.ceil(passes), seconds
+
+    def pass_seconds(self, batch: Batch) -> float:
+        """Of a backward pass of one output vector an example, measured."""
+        with self._quiet():
+            linearized = self._linearized(batch)
+            v = torch.ones(1, *linearized.z.shape, device=linearized.z.device, dtype=linearized.z.dtype)
+            selection = RowSelection(1, batch.size, v.device)
+            linearized.rows(v, selection)  # the first one finds out whose the entries are
+            start = _now(v.device)
+            linearized.rows(v, selection)
+            return _now(v.device) - start
 
     def choose(self, *, lean: bool) -> None:
         """Choose how each unit's rows are kept: with the fewest numbers if memory is short, else for speed."""
@@ -185,11 +230,12 @@ class Problem:
 
         Args:
             names: the parameters.
-            vectors: how many rows the example has; None for M.
+            vectors: how many rows the example has; None for M, or for one where sums need no rows.
         """
+        vectors = vectors or (1 if self.closed else self.vectors_per_example)
         item = torch.finfo(self.plan.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
-        return item * sum(unit.numbers_per_example(vectors or self.vectors_per_example) for unit in units)
+        return item * sum(unit.numbers_per_example(vectors) for unit in units)
 
     @property
     def _flat(self) -> bool:
@@ -202,14 +248,7 @@ class Problem:
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
         start = 0
         for number, batch in beside(shown, self.source.numbered()):
-            step = (
-                max(1, self._room(_graph(device)) // self.plan.numbers_per_example)
-                if self.chunk_size is None
-                else self.chunk_size
-            )
-            step = step if self.most_examples is None else min(step, self.most_examples)
-            step = min(step, MOST) if self.plan.looped else step
-            step = -(-batch.size // -(-batch.size // step))  # pieces of about the same size
+            step = self._piece(batch.size)
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
                 yield micro, start, f"data, batch {number}"
@@ -218,12 +257,29 @@ class Problem:
         if start == 0:
             raise DataError(call="data", got="no batch", expected="at least one example")
 
+    def _piece(self, size: int) -> int:
+        """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""
+        room = self._room(_graph(self.plan.example_parameter.device))
+        step = max(1, room // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
+        step = step if self.most_examples is None else min(step, self.most_examples)
+        step = min(step, MOST) if self.plan.looped else step
+        return -(-size // -(-size // step))
+
+    def _linearized(self, batch: Batch) -> Linearized | OneByOne:
+        """The model at a batch, as a whole or example by example."""
+        return OneByOne(self.plan, batch) if self.plan.looped else Linearized.at(self.plan, batch)
+
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
-            linearized = OneByOne(self.plan, batch) if self.plan.looped else Linearized.at(self.plan, batch)
+            linearized = self._linearized(batch)
             if self.revisable and linearized.noticed:
                 raise BetterPlanError(linearized.revised())
-        slots = self._slots(batch, linearized.z, start, call)
+        outputs = self._outputs(batch, linearized.z, start, call)
+        last = last_layer_rows(linearized, outputs) if self.closed and isinstance(linearized, Linearized) else None
+        if last is not None:
+            yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)
+            return
+        slots = Slots.of(outputs, self.kind, self.token)
         step = max(1, self._room(TILE) // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
@@ -254,6 +310,13 @@ class Problem:
         parameters = list(self.plan.parameters.values())
         with untouched_rng([parameters[0].device]), differentiable(self.plan.model, parameters):
             yield
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _graph(device: torch.device) -> int:

@@ -1,0 +1,145 @@
+"""The exact kind's rows in the last layer: sums over them from the outputs alone, without a backward pass.
+
+Where the model's outputs z are a linear layer's own, the output gradient of a row is the output vector v itself, and
+Σ_m v vᵀ is the loss Hessian H of a position. So the sums that structures are made of need H and the layer's inputs a:
+
+    diagonal of the weight  Σ_t diag(H_t) ⊗ a_t²       second moment of output gradients  Σ_t H_t
+
+over the positions t that count, each of which has rows of its own. Owns the proof that the outputs are the layer's, and
+these sums. Knows the loss by its Hessian's products and sums, and no structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from fisherkit.outputs import Outputs
+from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.linearized import Linearized
+from fisherkit.rows.rules import AddmmRule, LinearRule, Use
+
+_RESHAPES = {
+    "AliasBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2",
+    "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
+}  # fmt: skip
+"""Nodes that give every number on in its place."""
+
+
+class LastLayerRows(FactoredRows):
+    """Rows of a batch that are never made: what is asked of single ones fails for want of gradients.
+
+    Args:
+        activations: the layer's inputs, ``[B, P, I]``.
+        z: the outputs ``[B, P, O]``, which are the layer's.
+        bias: whether the unit has a bias behind the weight.
+        transposed: whether the weight is stored ``[I, O]``.
+    """
+
+    kind = "summed"
+
+    def __init__(self, activations: Float[Tensor, "B P I"], z: Outputs, *, bias: bool, transposed: bool) -> None:
+        self.inputs, self.outputs = activations.shape[2], z.z.shape[2]
+        count = int(z.mask.sum()) * z.likelihood.hessian_rank(z.z[:, 0])
+        UnitRows.__init__(self, count, self.outputs * (self.inputs + bias))
+        self.activations, self.z, self.bias, self.transposed = activations, z, bias, transposed
+
+    def gradient_moment(self) -> Float[Tensor, "O O"]:
+        """Σ g gᵀ over rows and positions: the sum of the Hessians."""
+        return self.z.hessian_sum().to(self.floating.dtype)
+
+    def squared_sum(self) -> Float[Tensor, "d"]:
+        """Σ_r row_r²: as of one row a position, whose output gradients are the roots of the Hessian's diagonal."""
+        diagonal = self.z.masked(self.z.hessian_diagonal())
+        one = FactoredRows(
+            self.floating.flatten(0, 1).unsqueeze(1), self._roots(diagonal), bias=self.bias,
+            transposed=self.transposed,
+        )  # fmt: skip
+        return one.squared_sum()
+
+    def rotated(self, on_inputs: Float[Tensor, "I1 r"], on_outputs: Float[Tensor, "O s"]) -> Iterator[FactoredRows]:
+        """Rows with the same sum of squares in other bases: the roots of uᵀ H u for each output's direction u."""
+        directions, found = on_outputs.mT.to(self.z.z.dtype), []
+        for span in spans(len(directions), self.z.z.numel()):
+            w = directions[span][:, None, None].expand(-1, *self.z.z.shape)
+            found.append((w * self.z.masked(self.z.hessian_matmul(w))).sum(3))
+        a = self.floating @ on_inputs[: self.inputs]
+        a = a + on_inputs[-1] if self.bias else a
+        yield FactoredRows(a.flatten(0, 1).unsqueeze(1), self._roots(torch.cat(found).movedim(0, 2)), bias=False)
+
+    def _roots(self, squares: Float[Tensor, "B P o"]) -> Float[Tensor, "E 1 o"]:
+        # Below 0 is rounding.
+        return squares.clamp_min(0).sqrt().to(self.floating.dtype).flatten(0, 1).unsqueeze(1)
+
+    @property
+    def floating(self) -> Tensor:
+        """The layer's inputs."""
+        return self.activations[:]
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The layer's inputs; the outputs have been looked at."""
+        return (self.floating,)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The layer's inputs."""
+        return {"activations": self.floating}
+
+
+def last_layer_rows(linearized: Linearized, outputs: Outputs) -> Rows | None:
+    """The rows, if all chosen parameters are in a linear layer whose outputs are the model's; None if not.
+
+    Args:
+        linearized: the model at a batch.
+        outputs: its outputs as the likelihood has them.
+    """
+    use = _only_use(linearized)
+    if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
+        return None
+    a = use.rule.activations(use)[:].reshape(*outputs.z.shape[:2], -1)
+    rows = LastLayerRows(a, outputs, bias=use.bias is not None, transposed=isinstance(use.rule, AddmmRule))
+    return Rows(linearized.plan.space, [UnitSlot(linearized.plan.units[0].names, rows)])
+
+
+def is_last_layer(linearized: Linearized) -> bool:
+    """Whether all chosen parameters are in a linear layer whose outputs are the model's.
+
+    Cost: a backward pass. A gradient that arrives unchanged says what the graph cannot: that no hook changes it.
+    """
+    if _only_use(linearized) is None:
+        return False
+    z = linearized.z
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    found = linearized.watched.backward(v.unsqueeze(0))[0]
+    return found is not None and torch.equal(found.flatten(), v.flatten())
+
+
+def _only_use(linearized: Linearized) -> Use | None:
+    """The layer's use: the only one of chosen parameters in this batch, with a rule that holds, and z its output."""
+    plan, uses = linearized.plan, linearized.watched.uses
+    if len(plan.units) != 1 or len(plan.ruled) != 1 or len(uses) != 1 or linearized.lost:
+        return None
+    use = uses[0]
+    linear = type(use.rule) in (LinearRule, AddmmRule) and use.weight is not None
+    return use if linear and _reshaped(linearized.z, use.edge) else None
+
+
+def _reshaped(z: Tensor, edge: GradientEdge) -> bool:
+    """Whether nothing but a reshape lies between a layer's output and z."""
+    node = z.grad_fn
+    while node is not None and node is not edge.node and node.name() in _RESHAPES:
+        node = node.next_functions[0][0]
+    return node is edge.node
+
+
+def _in_order(z: Tensor, outputs: Outputs) -> bool:
+    """Whether the likelihood's positions and classes lie as the outputs do, classes last."""
+    index = torch.arange(z.numel(), dtype=torch.float64, device=z.device)
+    found = outputs.likelihood.positions(index.reshape(z.shape), "the model's outputs")
+    return torch.equal(found.flatten(), index)
