@@ -8,6 +8,7 @@ model changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -239,12 +240,15 @@ class Recorder(TorchFunctionMode):
             weight = made(arguments[rule.weight_name])
         status = self._tracker.status(output)
         turned = weight is not None and weight.lies == TURNED and isinstance(rule, LinearRule)
-        self.uses.append(
-            Use(
-                rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
-                shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned,
-            )
+        use = Use(
+            rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
+            shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned,
         )  # fmt: skip
+        if None not in use.sources and len({isinstance(one, Derived) for one in use.sources}) == 2:
+            # A parameter beside one that is made of others keeps the rows that it has by itself.
+            self.uses += [replace(use, bias=None), replace(use, weight=None)]
+        else:
+            self.uses.append(use)
 
     def _derive(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: Operands,
