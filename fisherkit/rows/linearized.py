@@ -135,8 +135,10 @@ class Linearized:
 
     def _lose_silent(self, gradients: Sequence[Tensor | None]) -> None:
         """Uses without a gradient whose parameters have one: what came out of the layer was written to in place."""
-        silent = {n for use, g in zip(self.watched.uses, gradients, strict=True) if g is None for n in use.names}
-        known = {name: self.plan.parameters[name] for name in silent - self.lost}
+        pairs = list(zip(self.watched.uses, gradients, strict=True))
+        heard = {name for use, g in pairs if g is not None for name in use.names}
+        silent = {name for use, g in pairs if g is None for name in use.names}
+        known = {name: self.plan.parameters[name] for name in silent - heard - self.lost}
         reached = set(known) - unreached(self.z, known)
         self.lost.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 
