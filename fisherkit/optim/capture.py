@@ -22,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fisherkit.arithmetic import without_autocast
+from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError, listed
 from fisherkit.likelihoods import Likelihood
@@ -292,6 +292,9 @@ class Capture:
         if not one.coupled and self.rule.along_gradient and not one.watched.regular:
             with self._watch.quiet():
                 one.multiplied = one.watched.multiplied(one.gradient)
+            if not all_finite(one.gradient, *(g for found in one.multiplied for g in found if g is not None)):
+                self._open.remove(one)  # nothing tells whose positions are; the step is refused, or a scaler's to skip
+                return
         if not one.coupled and not self.rule.along_gradient:
             one.chunks = self._own_rows(one, Linearized(one.plan, one.batch, one.watched))
         elif not one.coupled and (self._due() or not self._through.get(id(one.plan), False)):

@@ -256,7 +256,8 @@ class Curvature:
                 call=f"{self.call}.step",
                 got="forward passes with different trainable parameters in one step",
                 expected="the same for all",
-                try_="freezing and unfreezing right after step()",
+                try_="freezing and unfreezing right after step(); where a layer, such as an expert, was used for the "
+                "first time, zero_grad() and this step once more",
             )
         return spaces.pop()
 

@@ -103,17 +103,21 @@ class Tracker:
     def __init__(self, batch: int) -> None:
         self.batch = batch
         self.lost = False
-        self._known: dict[int, tuple[weakref.ref[Tensor], Status]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Status]] = {}
 
     def mark(self, tensor: Tensor, status: Status) -> None:
         """Note what is known of a tensor."""
-        self._known[id(tensor)] = weakref.ref(tensor), status
+        self._known[id(tensor)] = weakref.ref(tensor), _version(tensor), status
 
     def status(self, tensor: Tensor) -> Status:
         """What is known of a tensor."""
-        reference, status = self._known.get(id(tensor), (None, Mark.FREE))
+        reference, version, status = self._known.get(id(tensor), (None, 0, Mark.FREE))
         if reference is not None and reference() is tensor:
-            return status
+            if version == _version(tensor) or not tensor.requires_grad:
+                return status
+            # Written to by what was not seen; other views of the same memory do not learn of it.
+            self.lost = True
+            return Mark.UNKNOWN
         # What no function was seen to make may mix whatever it likes, if a gradient goes through it.
         return Mark.FREE if tensor.grad_fn is None else Mark.UNKNOWN
 
@@ -136,6 +140,7 @@ class Tracker:
                 # Written in place: other views of the same memory do not learn of it.
                 changed = status is Mark.UNKNOWN or status != self.status(made)
                 self.lost = self.lost or (made.requires_grad and changed)
+                self.mark(made, status)
             elif status is not Mark.FREE or made.grad_fn is not None:
                 self.mark(made, status)
 
@@ -151,10 +156,18 @@ class Tracker:
         if statuses <= {Mark.FREE}:
             return Mark.FREE
         rule = None if Mark.UNKNOWN in statuses else BECOMES.get(function)
-        found = None if rule is None else rule(Call(self.batch, args, kwargs, operands, output, function))
+        try:
+            found = None if rule is None else rule(Call(self.batch, args, kwargs, operands, output, function))
+        except (TypeError, ValueError, IndexError, AttributeError):  # arguments in a form that the rule does not know
+            found = None
         if found is not None:
             return found
         return Mark.UNKNOWN if output.requires_grad else Mark.FREE
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to, as far as it is counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
@@ -255,7 +268,7 @@ def _reduced(place: int) -> Becomes:
             return None
         x, axis = found
         if call.output.ndim == x.ndim:
-            return axis
+            return axis if call.output.shape[axis.dim] == call.size(axis) else None
         if call.output.ndim != x.ndim - len(set(dims)):
             return None
         return axis._replace(dim=axis.dim - sum(d < axis.dim for d in set(dims)))
@@ -479,8 +492,8 @@ def _recurrent(call: Call) -> Axis | None:
 
 
 def _dims(value: Any, ndim: int) -> tuple[int, ...] | None:
-    """Axes as numbers from 0 on; None where they are not said."""
-    if value is None or isinstance(value, (bool, str, Tensor)):
+    """Axes as numbers from 0 on; None where they are not said, which is all of them."""
+    if value is None or isinstance(value, (bool, str, Tensor)) or (isinstance(value, Sequence) and not value):
         return None
     try:
         return tuple(int(d) % ndim for d in (value if isinstance(value, Sequence) else (value,)))

@@ -311,7 +311,8 @@ class FactoredRows(UnitRows):
 
     def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> FactoredRows:
         """The rows in another order; the activations stay where they are."""
-        return self._with(self.gradients[order], None if regular else self._owner()[order])
+        # Without an index, activations lie as the rows do; those of several parts, part after part, do not any more.
+        return self._with(self.gradients[order], None if regular and self.example is not None else self._owner()[order])
 
     def compact(self) -> FactoredRows:
         """Without the activations of examples that have no row."""

@@ -201,6 +201,14 @@ class Linearized:
         if not units:
             return v.new_zeros(*v.shape[:2], 0)
         own = {name: self.plan.parameters[name] for unit in units for name in unit.names}
+        if self.watched.random:
+            raise ModelError(
+                call="the model's forward pass in train mode",
+                got=f"active dropout beside parameters whose rule does not hold in this batch: {list(own)[:4]}",
+                expected="either one of the two",
+                why="their rows come from a pass of their own, which would draw anew",
+                try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
+            )
         self._refuse_company(list(own))
         return looped_rows(self.plan.model, own, self.batch, v)
 

@@ -400,7 +400,7 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
         elif own and free:
             rules = list(dict.fromkeys(use.rule for use in own))
             chosen = tuple(sorted(members, key=plan.space.names.index))
-            units.append(DerivedUnit(chosen, rules, _numbers(plan, chosen)))
+            units.append(DerivedUnit({one: plan.parameters[one].numel() for one in chosen}, rules))
             placed.update(chosen)
         else:
             reason = "no rule knows some of its uses" if own else "no layer rule saw it"

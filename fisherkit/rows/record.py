@@ -162,7 +162,9 @@ class Recorder(TorchFunctionMode):
             del self.uses[seen:]  # copies that are only compared
         elif alone and not written:
             self._derive(func, args, kwargs, output, own, written=bool(changed))
-        elif rule is not None and isinstance(output, Tensor) and output.numel():
+        elif isinstance(output, Tensor) and not output.numel():
+            pass  # no position was given to it, as to an expert that nothing is routed to
+        elif rule is not None and isinstance(output, Tensor):
             if isinstance(rule, ElementwiseRule) and self._tracker.status(output) is Mark.FREE:
                 self._tracker.mark(output, Axis(0, 1, max(1, output.shape[0] // self.batch)))
             self._note(rule, arguments, output)

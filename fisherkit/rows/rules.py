@@ -432,6 +432,10 @@ GROUPED = {function: GroupedConvolutionRule(rule.name, _CONV) for function, rule
 def rule_for(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rule | None:
     """The rule of a function call, if there is one."""
     rule = RULES.get(function)
+    if isinstance(rule, (ConvolutionRule, TransposedConvolutionRule)):
+        named = rule.bind(args, kwargs)
+        if named["input"].ndim != named["weight"].ndim:  # one example without a batch axis
+            return None
     if function is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.int64:
         return INDEXED if args[0].ndim == 2 else None
     if function in GROUPED and rule is not None and rule.bind(args, kwargs).get("groups", 1) != 1:

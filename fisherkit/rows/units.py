@@ -7,7 +7,7 @@ business of `rows.plan`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -264,14 +264,13 @@ class DerivedUnit(RuledUnit):
     """Parameters of which something was made before it met data: rows of that by its function's rule, pulled back.
 
     Args:
-        names: of the parameters that are made something of together.
+        sizes: of the parameters that are made something of together, by name.
         rules: of the functions that met data.
-        numbers: as in `Unit`.
     """
 
-    def __init__(self, names: tuple[str, ...], rules: Sequence[Rule], numbers: int) -> None:
-        super().__init__(names, rules[0], numbers)
-        self.rules = tuple(rules)
+    def __init__(self, sizes: Mapping[str, int], rules: Sequence[Rule]) -> None:
+        super().__init__(tuple(sizes), rules[0], sum(sizes.values()))
+        self.sizes, self.rules = dict(sizes), tuple(rules)
 
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
@@ -299,7 +298,9 @@ class DerivedUnit(RuledUnit):
         for source, total in totals.items():
             for name, part in ({source: total} if isinstance(source, str) else source.pulled(total)).items():
                 found[name] = found[name] + part if name in found else part
-        return UnitSlot(self.names, StoredRows(torch.cat([found[name] for name in self.names], 1)))
+        like = next(iter(found.values()))
+        every = [found.get(name, like.new_zeros(len(like), size)) for name, size in self.sizes.items()]
+        return UnitSlot(self.names, StoredRows(torch.cat(every, 1)))
 
     def strange(self, use: Use) -> bool:
         """Whether a use is under a rule that was not verified, or makes something with other parameters."""

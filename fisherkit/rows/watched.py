@@ -33,6 +33,7 @@ class Watched:
         elsewhere: chosen parameters that functions without a rule used.
         coarsest: the floating dtype that rounds most, of all that is differentiated.
         proven: whether the pass shows whose the entries of uses with an axis are.
+        random: whether dropout was active.
         casts: whether a module was cast in place.
     """
 
@@ -42,6 +43,7 @@ class Watched:
     elsewhere: frozenset[str] = frozenset()
     coarsest: torch.dtype = torch.float64
     proven: bool = False
+    random: bool = False
     casts: bool = False
 
     @classmethod
@@ -74,7 +76,10 @@ class Watched:
         """What a recorder saw until the outputs."""
         proven = recorder.proves(z)
         elsewhere = frozenset(recorder.elsewhere)
-        return cls(recorder.batch, z, recorder.uses, elsewhere, recorder.coarsest, proven, recorder.casts)
+        return cls(
+            recorder.batch, z, recorder.uses, elsewhere, recorder.coarsest, proven, random=recorder.random,
+            casts=recorder.casts,
+        )  # fmt: skip
 
     @property
     def regular(self) -> bool:
