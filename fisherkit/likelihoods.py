@@ -567,7 +567,7 @@ class Categorical(Likelihood):
             raise DataError(
                 call=call, got=f"{c} classes and {len(self.weight)} weights", expected="a weight for each class",
                 why=f"the outputs are {shape_text(raw)} and the classes their axis {self.class_axis}",
-                try_="fk.likelihoods.Categorical(class_axis=-1 or 1, weight=...)",
+                try_="fk.likelihoods.Categorical(class_axis=-1 or 1, weight=...)" if raw.ndim > 2 else f"{c} weights",
             )  # fmt: skip
         if target is None:
             return z, None, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)

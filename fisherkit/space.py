@@ -16,9 +16,16 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fisherkit.arithmetic import HALF, all_finite
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, UnknownParameterError
+from fisherkit.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    ModelError,
+    NonFiniteError,
+    UnknownParameterError,
+)
 from fisherkit.wrappers import matching
 
 Vector = TypeVar("Vector", Tensor, Mapping[str, Tensor])
@@ -50,6 +57,7 @@ class ParameterSpace:
             UnknownParameterError: a name that the model does not have.
             InvalidArgumentError: nothing was chosen, or a chosen parameter is not a floating-point tensor.
             InvalidTypeError: neither names nor a predicate.
+            ModelError: parameters that have no values yet.
         """
         available = dict(model.named_parameters())
         if params is None:
@@ -82,7 +90,18 @@ class ParameterSpace:
                 got="no parameter" + (" that requires grad" if params is None else ""),
                 expected="at least one",
                 why=f"the model has {len(available)} parameters and none was chosen",
-                try_="pass params=lambda name, parameter: True, or call requires_grad_(True) on what you want",
+                try_="params=lambda name, parameter: True, or requires_grad_(True) on what you want"
+                if available
+                else "",
+            )
+        lazy = [name for name in chosen if is_lazy(available[name])]
+        if lazy:
+            raise ModelError(
+                call="params",
+                got=f"parameters that have no values yet: {lazy[:4]}",
+                expected="a model that has been called",
+                why="lazy modules make their parameters in their first forward pass",
+                try_="model(x) once, under torch.no_grad(), before",
             )
         odd = [name for name in chosen if not available[name].is_floating_point()]
         if odd:

@@ -5,6 +5,7 @@ Owns which wrappers there are and what they put before names. A model goes by th
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable
 
@@ -32,7 +33,7 @@ def wrapped_in(model: nn.Module) -> str:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers around it: the same parameters, by their own names."""
-    return model.get_submodule(wrapped_in(model).rstrip("."))
+    return functools.reduce(getattr, wrapped_in(model).split(".")[:-1], model)
 
 
 def plain(name: str) -> str:

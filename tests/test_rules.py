@@ -14,16 +14,9 @@ from tests.reference.outputs import EF
 
 # Family -> every parameter that may go the generic way; all others must be covered by the rule of their function.
 GENERIC = {
-    "attention_cross": {"attn.in_proj_weight", "attn.in_proj_bias"},
-    "attention_cross_widths": {"attn.in_proj_bias"},
     "gru_sequence_first": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
     "lstm": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
-    "masked_weight": {"0.weight", "2.weight"},
     "rnn": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
-    "tied_head_functional": {"emb.weight"},
-    "tied_head_parameter": {"emb.weight", "head.bias"},
-    "tied_linears": {"0.weight", "0.bias", "2.bias"},
-    "weight_norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
 }
 
 
@@ -207,7 +200,7 @@ class Positions(nn.Module):
             h = h + self.position(place)
         elif self.how == "axis of one":
             h = self.position(place.unsqueeze(0)) + h
-        else:  # a model that counts on the missing axis
+        else:
             h = h + self.position(place.unsqueeze(0)).repeat(len(x), 1, 1)
         return self.head(torch.tanh(self.scale * h).mean(1))
 
@@ -226,7 +219,7 @@ def test_positions__that_all_examples_share_have_rows_of_their_own(how: str, bat
     gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, own)]) for loss in losses]
     expected = sum(torch.outer(g, g) for g in gradients) / batch
     assert (fisher.to_dense() - expected).norm() <= 1e-12 * expected.norm()
-    assert generic_names(fisher) == ({"position.weight"} if how == "repeated" else set())
+    assert generic_names(fisher) == set()
 
 
 @pytest.mark.parametrize("name", ["embedding", "mlp", "conv2d", "token_attention"])

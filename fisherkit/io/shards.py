@@ -199,7 +199,7 @@ def _header(path: Path) -> dict[str, str]:
             return dict(json.loads(path.read_text("utf-8"))["metadata"])
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError):
+    except (SafetensorError, RuntimeError, OSError, LookupError, TypeError, ValueError):
         return {}
 
 

@@ -39,6 +39,7 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.first_batch import plan_of_call
 from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
+from fisherkit.rows.ownership import coarser
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
@@ -158,7 +159,7 @@ class Capture:
         if begun is None or output is None:
             return
         recorder, plan, batch, rng = begun
-        plan.half = plan.half or recorder.half
+        plan.coarsest = coarser(plan.coarsest, recorder.coarsest)
         z = outputs_of(output)
         if not z.requires_grad:
             return
@@ -175,8 +176,9 @@ class Capture:
         averaging = [*coupled, *self._tracking()]
         if plan.generic and (recorder.random or averaging):
             raise self._unfit(plan, averaging)
-        keep = batch if plan.generic or coupled or not watched.regular else Batch((), _masks(batch), None, batch.size)
-        own = [use for use in watched.uses if use.weight in plan.space.slices or use.bias in plan.space.slices]
+        again = bool(plan.generic or coupled or not watched.regular or plan.lost(watched))
+        keep = batch if again else Batch((), _masks(batch), None, batch.size)
+        own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         watched = replace(watched, uses=with_own_inputs(own, batch.leaves()[0]))
         one = Pass(plan, keep, watched, coupled, rng)
         if coupled:
@@ -420,7 +422,7 @@ class Capture:
 
 def _used(watched: Watched) -> set[str]:
     """The parameters that functions of a pass were given."""
-    return {name for use in watched.uses for name in (use.weight, use.bias) if name} | watched.elsewhere
+    return {name for use in watched.uses for name in use.names} | watched.elsewhere
 
 
 def _masks(batch: Batch) -> dict[str, Any]:

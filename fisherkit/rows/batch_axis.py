@@ -123,8 +123,6 @@ class Tracker:
 
     def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note what a function call does to the batch axis."""
-        if self.batch == 1:
-            return
         if function is torch.Tensor.__setitem__ or "out" in kwargs:
             self.lost = self.lost or any(t.requires_grad for t in tensors((args, kwargs)))
             return
@@ -558,3 +556,18 @@ BECOMES: dict[Callable[..., Any], Becomes] = {
     **{getattr(torch.Tensor, name).__get__: _permuted for name in ("T", "mT")},
 }
 """What becomes of the batch axis in each function of PyTorch that keeps it apart."""
+
+
+def is_elementwise(function: Callable[..., Any]) -> bool:
+    """Whether a function broadcasts its operands against each other, all of them from the right."""
+    return BECOMES.get(function) is _elementwise and getattr(function, "__name__", "") not in ("prelu", "masked_fill")
+
+
+def is_permutation(function: Callable[..., Any]) -> bool:
+    """Whether a function puts axes in another order."""
+    return BECOMES.get(function) is _permuted
+
+
+def is_expansion(function: Callable[..., Any]) -> bool:
+    """Whether a function repeats a tensor along axes."""
+    return BECOMES.get(function) is _expanded

@@ -305,7 +305,7 @@ class Rows(RowSource):
 
 
 def _form(slot: UnitSlot) -> tuple[object, ...]:
-    options = {key: value for key, value in slot.rows.options().items() if key != "count"}
+    options = {key: value for key, value in slot.rows.options().items() if key.split(".")[-1] != "count"}
     return slot.names, slot.rows.kind, tuple(options.items())
 
 

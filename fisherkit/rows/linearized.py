@@ -22,11 +22,11 @@ from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.differentiable import pulled_back
-from fisherkit.rows.generic import dense_gradient, looped_rows
+from fisherkit.rows.generic import dense_gradient, looped_rows, unreached
 from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.patches import Activations
-from fisherkit.rows.plan import TOLERANCE, Plan, forward, propose
+from fisherkit.rows.plan import Plan, forward, propose, tolerance
 from fisherkit.rows.rules import in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
@@ -65,13 +65,7 @@ class Linearized:
         dtype = plan.dtype
         self.plan, self.batch = plan, batch
         self.watched = replace(watched, uses=[in_dtype(use, dtype) for use in watched.uses])
-        self.lost: set[str] = {
-            name
-            for unit in plan.ruled
-            if any(unit.strange(self.watched.uses[i]) for i in unit.of(self.watched.uses))
-            or watched.elsewhere.intersection(unit.names)
-            for name in unit.names
-        }
+        self.lost = plan.lost(self.watched)
         self._activations: dict[tuple[str, ...], Activations] = {}
         self._how: Sequence[Arrangement | None] | None = None
 
@@ -94,7 +88,7 @@ class Linearized:
     def noticed(self) -> set[str]:
         """Parameters without a rule that this batch uses under one, which the plan's two examples had not used."""
         unseen = {name for unit in self.plan.generic if unit.unseen for name in unit.names}
-        return {name for use in self.watched.uses for name in (use.weight, use.bias) if name in unseen}
+        return {name for use in self.watched.uses for name in use.names if name in unseen}
 
     @property
     def numbers_per_vector(self) -> int:
@@ -116,6 +110,8 @@ class Linearized:
         dtype = self.plan.dtype
         own, gradients, generic, scale = self._pulled(v, known)
         how = self._arrangements(own, gradients, known, alone=alone)
+        if known is None:
+            self._lose_silent(gradients)
         factor = scale if known is None else known.scale.unsqueeze(0)
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
@@ -136,6 +132,15 @@ class Linearized:
                 parts = selection.take(whole).split([unit.numbers for unit in units], 1)
                 found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
         return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
+
+    def _lose_silent(self, gradients: Sequence[Tensor | None]) -> None:
+        """Uses without a gradient whose parameters have one: what came out of the layer was written to in place."""
+        pairs = list(zip(self.watched.uses, gradients, strict=True))
+        heard = {name for use, g in pairs if g is not None for name in use.names}
+        silent = {name for use, g in pairs if g is None for name in use.names}
+        known = {name: self.plan.parameters[name] for name in silent - heard - self.lost}
+        reached = set(known) - unreached(self.z, known)
+        self.lost.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 
     def revised(self) -> Plan:
         """A plan that knows what this batch has shown.
@@ -171,7 +176,7 @@ class Linearized:
             expected = torch.cat([g.flatten() for g in own]).to(dtype)
             if made is not None and made.rows.size == len(expected):
                 total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
-                if bool((total - expected).norm() <= TOLERANCE.get(dtype, 5e-2) * expected.norm()):
+                if bool((total - expected).norm() <= self._tolerance(dtype) * expected.norm()):
                     unit.measure(uses, how, made.rows)
                     return unit
         return Unit(unit.names, f"autograd does not confirm a rule for {unit.names[0]}", unit.numbers)
@@ -201,11 +206,11 @@ class Linearized:
 
     def _refuse_company(self, names: list[str]) -> None:
         """Raise unless each example alone has the outputs that it has in this batch."""
-        tolerance = TOLERANCE.get(self.z.dtype, 5e-2) if not self.watched.half else 5e-2
+        allowed = self._tolerance(self.z.dtype)
         with torch.no_grad(), untouched_rng([self.z.device]):
             alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model) for n in range(self.batch.size)]
         pairs = [(one[0], z) for one, z in zip(alone, self.z.detach(), strict=True)]
-        if all(a.shape == z.shape and bool((a - z).norm() <= tolerance * z.norm().clamp_min(1)) for a, z in pairs):
+        if all(a.shape == z.shape and bool((a - z).norm() <= allowed * z.norm().clamp_min(1)) for a, z in pairs):
             return
         raise ModelError(
             call="the model's forward pass",
@@ -216,11 +221,14 @@ class Linearized:
             "capacity that experts share",
         )
 
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        return tolerance(dtype, self.watched.coarsest)
+
     def _pulled(
         self, v: Float[Tensor, "k B ..."], known: Known | None
     ) -> tuple[Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"], Float[Tensor, "k B"] | None]:
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
-        for scale in scales(v) if self.plan.half or self.z.dtype in HALF else (None,):
+        for scale in scales(v) if self.plan.coarsest in HALF or self.z.dtype in HALF else (None,):
             own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
             if self.plan.looped and self.batch.size == 1 and known is None:
                 arrived, generic = self._alone(own)
@@ -252,10 +260,10 @@ class Linearized:
         except RuntimeError:  # an operation without a batching rule
             return False
         last = torch.autograd.grad(self.z, edges, v[1], retain_graph=True, allow_unused=True)
-        tolerance = TOLERANCE.get(self.z.dtype, 5e-2)
+        allowed = self._tolerance(self.z.dtype)
         return all(
             (a is None) == (b is None)
-            and (a is None or b is None or bool((a[1] - b).norm() <= tolerance * (b.norm() + 1e-30)))
+            and (a is None or b is None or bool((a[1] - b).norm() <= allowed * (b.norm() + 1e-30)))
             for a, b in zip(both, last, strict=True)
         )
 

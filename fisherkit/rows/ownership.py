@@ -96,7 +96,7 @@ class Owned:
         """By example; zeros where an example has fewer entries than another."""
         k, _, t, c = x.shape
         whole = torch.cat([x, x.new_zeros(k, 1, t, c)], 1)[:, self.table]
-        return whole.reshape(k, self.batch, -1, c)
+        return whole.reshape(k, self.batch, self.table.shape[1] * t, c)
 
     def exists(self, positions: int, each: int) -> Bool[Tensor, "B T"]:
         """Which of so many positions of each example there are, where every entry has ``each`` of them."""
@@ -131,17 +131,25 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """The floating dtype that rounds more."""
+    return max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def owners(
-    gradient: Float[Tensor, "E c"], multiplied: Sequence[Float[Tensor, "E c"]], numbers: Float[Tensor, "q B"]
-) -> Int[Tensor, "E"] | None:
+    gradient: Float[Tensor, "E c"], multiplied: Sequence[Float[Tensor, "E c"]], numbers: Float[Tensor, "q B"],
+    coarsest: torch.dtype = torch.float64,
+) -> Int[Tensor, "E"] | None:  # fmt: skip
     """The example that each entry belongs to, -1 for entries without a gradient; None if one belongs to several.
 
     Args:
         gradient: of some output vectors.
         multiplied: of the same times each row of numbers.
         numbers: as `codes` makes them, one for each example and pass.
+        coarsest: dtype that the gradients went through, if it rounds more than their own.
     """
-    tolerance, floor = RATIO.get(gradient.dtype, 5e-2), FLOOR.get(gradient.dtype, 1e-2)
+    dtype = coarser(gradient.dtype, coarsest)
+    tolerance, floor = RATIO.get(dtype, 5e-2), FLOOR.get(dtype, 1e-2)
     g, others = gradient.double(), [m.double() for m in multiplied]
     squares, numbers = g.square().sum(1), numbers.double()
     nothing = (squares == 0) & torch.stack([m.square().sum(1) == 0 for m in others]).all(0)

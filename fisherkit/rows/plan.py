@@ -23,11 +23,11 @@ from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.generic import generic_rows, gradients, kept_numbers, loop_is_cheaper, recurrent, unreached
 from fisherkit.rows.hidden import refuse_hidden
-from fisherkit.rows.ownership import Arrangement
+from fisherkit.rows.ownership import Arrangement, coarser
 from fisherkit.rows.record import refuse_train_mode
-from fisherkit.rows.rules import Rule, in_dtype
+from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.units import RuledUnit, Unit
+from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, Unit, form_of
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
@@ -48,9 +48,9 @@ class Plan:
         vectorised: whether ``torch.func`` reproduces the generic units' gradients.
         tried: by name, what is tried when it is first needed: "batched", whether several output vectors can go through
             one vectorised backward pass; "matrix-free", whether products need no rows.
-        shared: embeddings whose tokens all examples share, as of positions.
+        shared: parameters of layers whose inputs all examples share, as of positions.
         unused: names of parameters that the outputs of the two examples do not depend on at all.
-        half: whether layers compute in half precision, whatever the dtype of parameters and outputs.
+        coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
         probed: the outputs of the two examples that the plan was verified on.
         numbers_per_example: entries of all layer outputs for one example.
         key: what the findings are kept under (`rows.verified`); None before.
@@ -67,7 +67,7 @@ class Plan:
         self.tried: dict[str, bool] = {}
         self.shared: set[str] = set()
         self.unused: set[str] = set()
-        self.half = False
+        self.coarsest = torch.float64
         self.probed = torch.empty(0)
         self.numbers_per_example = 1
         self.key: Hashable = None
@@ -112,7 +112,7 @@ class Plan:
     def rule_name(self, unit: Unit) -> str:
         """How a unit's rows are made, for `coverage`."""
         if isinstance(unit, RuledUnit):
-            return unit.rule.name
+            return unit.rule_name
         if unit.names[0] in self.unused:
             return "unused"
         return "torch.func" if self.vectorised else "loop"
@@ -132,6 +132,16 @@ class Plan:
     def modules(self) -> list[tuple[str, ...]]:
         """The space's blocks, joined where a unit spans two modules."""
         return self.space.joined_blocks(unit.names for unit in self.units)
+
+    def lost(self, watched: Watched) -> set[str]:
+        """Parameters of units whose rule does not hold in a pass, because they are used in another way there."""
+        strange = [
+            unit
+            for unit in self.ruled
+            if any(unit.strange(watched.uses[i]) for i in unit.of(watched.uses))
+            or watched.elsewhere.intersection(unit.names)
+        ]
+        return {name for unit in strange for name in unit.names}
 
     def factor_numbers(self) -> int:
         """Entries of all Kronecker factors."""
@@ -181,25 +191,30 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         _check_outputs(z)
         _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
-            _refuse_chance(model, probe, z)
-        if watched.unbatched:
-            watched = _with_batch(plan, probe, watched)
-            z = watched.z
+            _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, z, v[0])
         plan.unused = unreached(z, reference.zeros(plan.parameters))
-        gradients = watched.backward(v)
-        how = watched.arrangements_by(v[0], [None if g is None else g[0] for g in gradients])
-        for unit in propose(plan, watched, space.names):
-            plan.units.extend(_verified(plan, unit, watched, gradients, how, v, reference))
+        plan.units, mixed = _units(plan, watched, v, reference)
+        if mixed:
+            # Layers of what examples share, as positions: perhaps rules hold for what is made of their outputs.
+            plan.shared = mixed
+            again = forward(plan, probe)
+            units, _ = _units(plan, again, v, reference)
+            if _numbers_without_rule(units) < _numbers_without_rule(plan.units):
+                plan.units, watched = units, again
+            else:
+                plan.shared = set()
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
         plan.probed = z.detach()
         layers = sum(torch.Size(use.output_shape).numel() for use in watched.uses)
         plan.numbers_per_example = (z.numel() + layers) // probe.size + sum(unit.numbers for unit in plan.generic)
         if plan.generic:
             plan.numbers_per_example += kept_numbers(model, probe)
-            plan.vectorised = _vectorised_agrees(plan, probe, v, z, reference) and not loop_is_cheaper(
-                model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example
+            plan.vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, z, reference)
+            plan.vectorised = plan.vectorised and not (
+                probe.size > 1
+                and loop_is_cheaper(model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example)
             )
         if plan.unused:
             refuse_hidden(model, {name: plan.parameters[name] for name in plan.unused}, probe, z)
@@ -211,25 +226,32 @@ def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:
     return torch.tensor([0] if alone else [0, min(1, batch.size - 1)])
 
 
-def _with_batch(plan: Plan, probe: Batch, watched: Watched) -> Watched:
-    """The forward pass with tokens repeated for each example, if the model's outputs stay what they are."""
-    plan.shared, z = set(watched.unbatched), watched.z
-    try:
-        again = forward(plan, probe)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # a shape that the model does not expect
-        again = None
-    tolerance = TOLERANCE.get(z.dtype, 5e-2) * z.norm()
-    if again is not None and again.z.shape == z.shape and bool((again.z - z).norm() <= tolerance):
-        return again
-    plan.shared = set()
-    return watched
+def _units(
+    plan: Plan, watched: Watched, v: Float[Tensor, "1 B ..."], reference: _Reference
+) -> tuple[list[Unit], set[str]]:
+    """Units that autograd confirms, and the other parameters of layers whose entries do not belong to one example."""
+    gradients = watched.backward(v)
+    how = watched.arrangements_by(v[0], [None if g is None else g[0] for g in gradients])
+    units = [
+        one
+        for unit in propose(plan, watched, plan.space.names)
+        for one in _verified(plan, unit, watched, gradients, how, v, reference)
+    ]
+    confirmed = {name for unit in units if isinstance(unit, RuledUnit) for name in unit.names}
+    # What is written to in place, as by an activation, has no gradient to look at.
+    lost = [use for use, one, g in zip(watched.uses, how, gradients, strict=True) if one is None or g is None]
+    return units, {name for use in lost for name in use.names} - confirmed
+
+
+def _numbers_without_rule(units: Sequence[Unit]) -> int:
+    return sum(unit.numbers for unit in units if not isinstance(unit, RuledUnit))
 
 
 def forward(plan: Plan, batch: Batch) -> Watched:
     """A forward pass of a batch, watched."""
     names = {id(p): name for name, p in plan.parameters.items()}
     watched = Watched.of(plan.model, names, batch, plan.shared)
-    plan.half = plan.half or watched.half
+    plan.coarsest = coarser(plan.coarsest, watched.coarsest)
     return watched
 
 
@@ -282,7 +304,12 @@ class _Reference:
 
 
 def _tolerance(dtype: torch.dtype, plan: Plan) -> float:
-    return 5e-2 if plan.half else TOLERANCE.get(dtype, 5e-2)
+    return tolerance(dtype, plan.coarsest)
+
+
+def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
+    """What rounding explains where numbers of a dtype went through a coarser one."""
+    return TOLERANCE.get(coarser(dtype, coarsest), 5e-2)
 
 
 def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> None:
@@ -326,11 +353,11 @@ def _check_outputs(z: Tensor) -> None:
         )
 
 
-def _refuse_chance(model: nn.Module, probe: Batch, z: Tensor) -> None:
+def _refuse_chance(plan: Plan, probe: Batch, z: Tensor) -> None:
     """More passes for a model that draws random numbers: stochastic depth changes few examples at a time."""
     for _ in range(32):
-        again = probe.call(model)
-        if again.shape != z.shape or bool((again - z).norm() > TOLERANCE.get(z.dtype, 5e-2) * z.norm()):
+        again = probe.call(plan.model)
+        if again.shape != z.shape or bool((again - z).norm() > _tolerance(z.dtype, plan) * z.norm()):
             raise ModelError(
                 call="the Fisher of this model",
                 got="outputs that change from pass to pass",
@@ -343,32 +370,58 @@ def _refuse_chance(model: nn.Module, probe: Batch, z: Tensor) -> None:
 def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
     """Units by what was seen: a weight and a bias that only ever occur together, under one rule and nowhere else.
 
+    A parameter that is used in several ways, each of them under a rule, is a unit of its own, and so is what it is used
+    with.
+
     Args:
         plan: the model's.
         watched: a forward pass.
         names: the parameters to be covered.
     """
-    seen: dict[str | None, set[tuple[Rule, str | None, str | None]]] = {name: set() for name in plan.space.names}
+    seen: dict[str, list[Use]] = {name: [] for name in plan.space.names}
     for use in watched.uses:
-        for name in {use.weight, use.bias} - {None}:
-            seen[name].add((use.rule, use.weight, use.bias))
+        for name in use.names:
+            seen[name].append(use)
     units: list[Unit] = []
     placed: set[str] = set()
     for name in names:
         if name in placed:
             continue
-        partners = {partner for _, weight, bias in seen[name] for partner in (weight, bias)} - {None}
-        together = set().union(*(seen[partner] for partner in partners))
-        if len(together) == 1 and not partners & watched.elsewhere:
-            rule, weight, bias = together.pop()
-            members = tuple(n for n in (weight, bias) if n is not None)
-            units.append(RuledUnit(members, rule, _numbers(plan, members)))
-            placed.update(members)
+        members = _together(name, seen)
+        own = [use for member in members for use in seen[member]]
+        plain = bool(own) and all(use.plain for use in own)
+        together, free = {form_of(use) for use in own}, not watched.elsewhere.intersection(members)
+        if plain and free and len(together) == 1:
+            chosen = own[0].names
+            units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen), turned=own[0].turned))
+            placed.update(chosen)
+        elif plain and name not in watched.elsewhere:
+            units.append(_alone(name, list(dict.fromkeys(form_of(use) for use in seen[name])), _numbers(plan, (name,))))
+        elif own and free:
+            rules = list(dict.fromkeys(use.rule for use in own))
+            chosen = tuple(sorted(members, key=plan.space.names.index))
+            units.append(DerivedUnit(chosen, rules, _numbers(plan, chosen)))
+            placed.update(chosen)
         else:
-            reason = "no layer rule saw it" if not together else "shared between different uses"
-            unseen = not together and name not in watched.elsewhere
+            reason = "no rule knows some of its uses" if own else "no layer rule saw it"
+            unseen = not own and name not in watched.elsewhere
             units.append(Unit((name,), reason, _numbers(plan, (name,)), unseen=unseen))
     return units
+
+
+def _alone(name: str, forms: Sequence[Form], numbers: int) -> RuledUnit:
+    """A unit of one parameter, apart from those that it is used with."""
+    if len(forms) > 1:
+        return SharedUnit(name, forms, numbers)
+    return RuledUnit((name,), forms[0][0], numbers, turned=forms[0][3])
+
+
+def _together(name: str, seen: Mapping[str, Sequence[Use]]) -> list[str]:
+    """The parameters that are used together with one, or with one of those, it first."""
+    found = [name]
+    for member in found:
+        found += [other for other in dict.fromkeys(n for use in seen[member] for n in use.names) if other not in found]
+    return found
 
 
 def _numbers(plan: Plan, names: Sequence[str]) -> int:
@@ -393,7 +446,7 @@ def _verified(
     if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
         unit.measure(uses, how, made.rows)
         return [unit]
-    reason = f"autograd does not confirm the {unit.rule.name} rule here"
+    reason = f"autograd does not confirm the {unit.rule_name} rule here"
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 

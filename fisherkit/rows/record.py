@@ -7,7 +7,8 @@ model changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -18,8 +19,25 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fisherkit.errors import ModelError
-from fisherkit.rows.batch_axis import Axis, Tracker, tensors
-from fisherkit.rows.rules import BATCH_NORM, EMBEDDING, Use, rule_for
+from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
+from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, mapped
+from fisherkit.rows.ownership import coarser
+from fisherkit.rows.rules import (
+    ADDED,
+    BATCH_NORM,
+    COPIED,
+    ElementwiseRule,
+    EmbeddingRule,
+    LinearRule,
+    MatmulRule,
+    Rule,
+    Use,
+    broadcast_over,
+    rule_for,
+)  # fmt: skip
+
+Operands = Sequence[tuple[Tensor, Derived]]
+"""Tensors made of chosen parameters among a function's arguments."""
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
 
@@ -33,6 +51,9 @@ _ATTENTION = FunctionType(
 _ATTENTION.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
 class Recorder(TorchFunctionMode):
     """Notes the uses of parameters while it is active.
 
@@ -40,8 +61,8 @@ class Recorder(TorchFunctionMode):
         names: ``id`` of each chosen parameter to its name.
         batch: number of examples.
         inputs: the tensors of the call that have the batch axis first.
-        shared: embeddings whose tokens all examples share, so that they come without a batch axis; they are looked up
-            for each example, because only then is there a gradient for each.
+        shared: parameters of layers whose inputs all examples share, as of positions: their outputs are functions of
+            the parameters alone.
         training: a training step's own forward pass, in which dropout may be active.
         constant_statistics: batch norm in train mode uses its batch's statistics as if they were constants, and leaves
             its running ones alone.
@@ -50,9 +71,9 @@ class Recorder(TorchFunctionMode):
         uses: what was seen.
         elsewhere: names of parameters that functions without a rule have used, with a gradient.
         without_graph: names of parameters that were used where no gradients are.
-        unbatched: embeddings that were looked up without a batch axis.
         random: whether dropout was active.
-        half: whether layers computed in half precision, as under autocast, which may be inside the model.
+        coarsest: the floating dtype that rounds most, of all that is differentiated; autocast may be inside the model.
+        casts: whether a module was cast in place, which ``torch.func`` does not survive.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
     """
 
@@ -72,15 +93,19 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.elsewhere: set[str] = set()
         self.without_graph: set[str] = set()
-        self.unbatched: set[str] = set()
-        self.random = self.half = False
+        self.random = self.casts = False
+        self.coarsest = torch.float64
         self.muted = 0
         self._tracker = Tracker(batch)
+        self._derivations = Derivations(names)
         for tensor in inputs:
             self._tracker.mark(tensor, Axis(0))
 
     def proves(self, z: Tensor) -> bool:
         """Whether the pass itself shows whose the entries of uses with an axis are."""
+        made = self._derivations.of(z)
+        if made is not None:  # outputs that are functions of parameters alone met no example
+            self.elsewhere.update(made.names)
         return self._tracker.proves(z)
 
     def __torch_function__(
@@ -99,54 +124,207 @@ class Recorder(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _ATTENTION(*args, **kwargs)
-        if func is F.embedding:
-            args = self._with_batch(args, kwargs)
         if func is F.batch_norm and self.constant_statistics:
             args, kwargs = _with_constants(args, kwargs)
-        output = func(*args, **kwargs)
-        self._tracker.see(func, args, kwargs, output)
-        own = {name for tensor in tensors((args, kwargs)) if (name := self._name(tensor))}
-        if own:
-            self._note(func, args, kwargs, output, own)
+        self.casts = self.casts or func == _SET_DATA
+        own = self._derivations.operands(args, kwargs)
+        if own and not torch.is_grad_enabled():
+            self.without_graph.update(name for _, made in own for name in made.names)
+        if own and torch.is_grad_enabled():
+            output = self._with_parameters(func, args, kwargs, own)
+        else:
+            output = func(*args, **kwargs)
+            self._tracker.see(func, args, kwargs, output)
+        if isinstance(output, Tensor) and output.requires_grad and output.dtype != self.coarsest:
+            self.coarsest = coarser(self.coarsest, output.dtype)
         return output
 
-    def _note(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: set[str]
-    ) -> None:
-        """A function that was given chosen parameters."""
+    def _with_parameters(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands
+    ) -> Any:
+        """A function that was given chosen parameters, or what is made of them alone."""
+        rule, arguments = self._rule(func, args, kwargs)
+        seen, versions = len(self.uses), [tensor._version for tensor, _ in own]
+        data = [t for t in tensors((args, kwargs)) if self._of_examples(t, func, own)]
+        alone = not data if rule is None else self._shared(rule, arguments)
+        if _in_place(func, kwargs) and isinstance(rule, ElementwiseRule) and rule.product:
+            arguments["input"] = arguments["input"].detach().clone()
+        if rule is None and data:
+            args, kwargs = self._copied(func, args, kwargs, own, data)
+        output = func(*args, **kwargs)
+        self._tracker.see(func, args, kwargs, output)
+        written = _in_place(func, kwargs) or _random(func, args, kwargs)
+        changed = [tensor for (tensor, _), version in zip(own, versions, strict=True) if tensor._version != version]
+        if changed:
+            # Once more what it was, if it is all that the function wrote to and returned.
+            written = not alone or output is not changed[0] or output is not args[0] or _random(func, args, kwargs)
+        if not written and not any(made.requires_grad for made in tensors(output)):
+            del self.uses[seen:]  # copies that are only compared
+        elif alone and not written:
+            self._derive(func, args, kwargs, output, own, written=bool(changed))
+        elif rule is not None and isinstance(output, Tensor) and output.numel():
+            if isinstance(rule, ElementwiseRule) and self._tracker.status(output) is Mark.FREE:
+                self._tracker.mark(output, Axis(0, 1, max(1, output.shape[0] // self.batch)))
+            self._note(rule, arguments, output)
+            parts = [arguments.get(name) for name in (rule.weight_name, rule.bias_name)]
+            self._leave([pair for pair in own if not any(pair[0] is part for part in parts)])
+        elif written or any(self._derivations.of(made) is None for made in tensors(output)):
+            # What is given back as it is, as by a cast to the dtype that it has, is not used yet.
+            self._leave(self._derivations.operands(args, kwargs))
+        return output
+
+    def _leave(self, operands: Operands) -> None:
+        """Parameters are used in a way that there is no rule for."""
+        self.elsewhere.update(name for _, made in operands for name in made.names)
+
+    def _rule(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Rule | None, dict[str, Any]]:
+        """The rule by which a function uses parameters, with its arguments by name; None if there is none."""
         rule = rule_for(func, args, kwargs)
-        if rule is not None and isinstance(output, Tensor) and output.requires_grad:
-            arguments = rule.bind(args, kwargs)
-            weight, bias = self._name(arguments.get(rule.weight_name)), self._name(arguments.get(rule.bias_name))
-            if (weight or bias) and output.numel():
-                self.half = self.half or output.dtype in (torch.bfloat16, torch.float16)
-                if rule is EMBEDDING and weight in self.shared:
-                    self._tracker.mark(output, Axis(0))
-                status = self._tracker.status(output)
-                axis = status if isinstance(status, Axis) else None
-                self.uses.append(Use(rule, weight, bias, arguments, get_gradient_edge(output), output.shape, axis))
-                own = own - {weight, bias}
-        # What is given back as it is, as by a cast to the dtype that it has, is not used yet.
-        if any(made.requires_grad and self._name(made) is None for made in tensors(output)):
-            self.elsewhere |= own
-        elif not torch.is_grad_enabled():
-            self.without_graph |= own
+        arguments = {} if rule is None else rule.bind(args, kwargs)
+        if rule is None or not arguments:
+            return None, {}
+        made = self._derivations.of
+        if made(arguments.get(rule.weight_name)) is None and made(arguments.get(rule.bias_name)) is None:
+            rule, arguments = rule.exchanged(arguments) or (None, {})
+            return (rule, arguments) if rule is None or self._fits(rule, arguments, func) else (None, {})
+        return (rule, arguments) if self._fits(rule, arguments, func) else (None, {})
 
-    def _with_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The arguments of an embedding, its tokens repeated for each example where all share them."""
-        name = self._name(args[1] if len(args) > 1 else kwargs.get("weight"))
-        tokens = args[0] if args else None
-        if name is None or not isinstance(tokens, Tensor):
-            return args
-        lead = tokens if tokens.ndim > 1 and tokens.shape[0] == 1 else tokens.unsqueeze(0)
-        if name in self.shared:
-            return (lead.expand(self.batch, *lead.shape[1:]), *args[1:])
-        if tokens.ndim > 0 and tokens.shape[0] != self.batch:
-            self.unbatched.add(name)
-        return args
+    def _fits(self, rule: Rule, arguments: Mapping[str, Any], func: Callable[..., Any]) -> bool:
+        """Whether a parameter is broadcast over examples by a function that would broadcast it over anything."""
+        x, w = arguments.get(rule.input_name), arguments.get(rule.weight_name)
+        if isinstance(rule, MatmulRule):
+            return self._derivations.of(x) is None and isinstance(w, Tensor) and w.ndim == 2
+        if not isinstance(rule, ElementwiseRule) or not isinstance(x, Tensor) or not isinstance(w, Tensor):
+            return True
+        shape, status = torch.broadcast_shapes(x.shape, w.shape), self._tracker.status(x)
+        at = status.dim + len(shape) - x.ndim if isinstance(status, Axis) and self.batch > 1 else 0
+        over = w.ndim < len(shape) or w.shape[0] == 1 if w.ndim else bool(shape)
+        return over and at < max(1, broadcast_over(w.shape, shape)) and self._of_examples(x, func, [(w, None)])
 
-    def _name(self, tensor: Any) -> str | None:
-        return self.names.get(id(tensor)) if isinstance(tensor, Tensor) else None
+    def _shared(self, rule: Rule, arguments: Mapping[str, Any]) -> bool:
+        """Whether all examples share the input of a layer, so that its output is made of parameters alone."""
+        x = arguments.get(rule.input_name)
+        if not isinstance(x, Tensor) or isinstance(rule, ElementwiseRule):
+            return False
+        if self._derivations.of(x) is not None:
+            return x.ndim < 2 or x.shape[0] != self.batch
+        if x.requires_grad or self._tracker.status(x) is not Mark.FREE:
+            return False
+        own = [self._derivations.of(arguments.get(name)) for name in (rule.weight_name, rule.bias_name)]
+        return any(made is not None and not set(self.shared).isdisjoint(made.names) for made in own)
+
+    def _of_examples(self, tensor: Tensor, func: Callable[..., Any], own: Sequence[tuple[Tensor, Any]]) -> bool:
+        """Whether an operand has entries that belong to examples."""
+        if self._derivations.of(tensor) is not None:
+            return False
+        if self._tracker.status(tensor) is not Mark.FREE or tensor.grad_fn is not None:
+            return True
+        # A mask, say, of a function that is not known to keep the batch's axis: what meets it has its axes too.
+        size = tensor.shape[0] if tensor.ndim > 1 and is_elementwise(func) else 1
+        first = size > 1 and size % self.batch == 0
+        return first and all(other.ndim < tensor.ndim or other.shape[0] == 1 for other, _ in own)
+
+    def _note(
+        self, rule: Rule, arguments: Mapping[str, Any], output: Tensor, weight: Derived | None = None,
+        shape: tuple[int, ...] | None = None, axis: Axis | None = None,
+    ) -> None:  # fmt: skip
+        """A use under a rule, of a weight that is found among the arguments, and an output that may be seen folded."""
+        made = self._derivations.of
+        weight, bias = weight or made(arguments.get(rule.weight_name)), made(arguments.get(rule.bias_name))
+        if weight is not None and weight.lookup is not None and rule in (COPIED, ADDED) and shape is None:
+            # Rows of a table, the same for all examples: as if they were looked up for each.
+            rule, call = weight.lookup
+            arguments = {**call, rule.input_name: call[rule.input_name].expand(output.shape[:-1])}
+            weight = made(arguments[rule.weight_name])
+        status = self._tracker.status(output)
+        turned = weight is not None and weight.lies == TURNED and isinstance(rule, LinearRule)
+        use = Use(
+            rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
+            shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned,
+        )  # fmt: skip
+        if None not in use.sources and len({isinstance(one, Derived) for one in use.sources}) == 2:
+            # A parameter beside one that is made of others keeps the rows that it has by itself.
+            self.uses += [replace(use, bias=None), replace(use, weight=None)]
+        else:
+            self.uses.append(use)
+
+    def _derive(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: Operands,
+        *, written: bool,
+    ) -> None:  # fmt: skip
+        """Note outputs that are made of parameters alone; what is repeated along the batch is a copy for each one."""
+        tensor, made = own[0]
+        if len(own) == 1 and func.__name__ in ("repeat", "tile") and 1 < output.ndim == tensor.ndim:
+            # All of it one time after the other, as heads before they are folded into the batch.
+            each = tensor.shape[0]
+            if output.shape == (each * self.batch, *tensor.shape[1:]):
+                self._tracker.mark(output, Axis(0, 1, each))
+                arguments = {"input": tensor.new_empty(0), "weight": tensor.unsqueeze(0)}
+                self._note(COPIED, arguments, output, made, (self.batch, *tensor.shape), Axis(0))
+                return
+        if len(own) == 1 and is_expansion(func) and output.ndim > 1 and output.shape[0] == self.batch:
+            size = (*[1] * (output.ndim - tensor.ndim), *tensor.shape)
+            if (size[0] == 1 and func.__name__ not in ("repeat", "tile")) or (1, *output.shape[1:]) == size:
+                self._copy(tensor, output, Axis(0))
+                return
+        self._derivations.add(func, args, kwargs, output, written=written)
+        for one in tensors(output):
+            self._tracker.mark(one, Mark.FREE)
+        rule = rule_for(func, args, kwargs)
+        looked_up = self._derivations.of(output)
+        if isinstance(rule, EmbeddingRule) and looked_up is not None and made.lies == SAME:
+            looked_up.lookup = rule, rule.bind(args, kwargs)
+
+    def _copy(self, tensor: Tensor, copy: Tensor, axis: Axis | None) -> None:
+        """What is made of parameters was repeated for each example."""
+        if axis is not None:
+            self._tracker.mark(copy, axis)
+        self._note(COPIED, {"input": tensor.new_empty(0), "weight": tensor}, copy)
+
+    def _copied(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands,
+        data: Sequence[Tensor],
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:  # fmt: skip
+        """The arguments, with a copy for each example of what the function broadcasts over examples."""
+        known = func is F.scaled_dot_product_attention or is_elementwise(func)
+        target = args[0] if args and _in_place(func, kwargs) else None
+        # A checkpoint computes again without us, and then saves tensors of other shapes.
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if not known or hooked or any(tensor is target for tensor, _ in own):
+            return args, kwargs
+        most = max(tensor.ndim for tensor in tensors((args, kwargs)))
+        tracked = {
+            status._replace(dim=most - tensor.ndim + status.dim)
+            for tensor in data
+            if isinstance(status := self._tracker.status(tensor), Axis) and self.batch > 1
+        }
+        axis = tracked.pop() if len(tracked) == 1 else None
+        at = 0 if axis is None else axis.dim
+        sizes = {t.shape[at - most] for t in data if t.ndim >= most - at}
+        size = max(sizes, default=1)
+        copies: dict[int, Tensor] = {}
+        for tensor, _ in own:
+            shape = (*[1] * (most - tensor.ndim), *tensor.shape)
+            promoted = tensor.ndim == 0 and any(tensor.dtype != one.dtype for one in data)
+            if not promoted and all(n == 1 for n in shape[: at + 1]):
+                copy = tensor.reshape(shape).expand(*shape[:at], size, *shape[at + 1 :])
+                self._copy(tensor, copy, Axis(0) if axis is None else axis)
+                copies[id(tensor)] = copy
+        args, kwargs = mapped((args, dict(kwargs)), lambda tensor: copies.get(id(tensor), tensor))
+        return args, kwargs
+
+
+def _named(made: Derived | None, *, turned: bool = False) -> str | Derived | None:
+    """The parameter's name, where rows over what is made of it are rows over the parameter."""
+    return made.names[0] if made is not None and (turned or made.lies == SAME) else made
+
+
+def _in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    marked = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    return marked or name.startswith("__i") or func is Tensor.__setitem__ or kwargs.get("out") is not None
 
 
 def _random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

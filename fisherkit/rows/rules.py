@@ -11,7 +11,7 @@ assume the usual meaning of its arguments.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge
 
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.batch_axis import Axis
+from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.patches import Activations, Patches
 from fisherkit.rows.sparse import SparseRows
@@ -35,21 +36,40 @@ class Use:
 
     Args:
         rule: the function's rule.
-        weight: name of the chosen weight, None if the weight was not chosen.
-        bias: name of the chosen bias.
+        weight: name of the chosen weight, or the weight itself if it is made of chosen parameters; None if it was not
+            chosen.
+        bias: the same of the bias.
         arguments: the call's arguments by name.
         edge: where the output's gradient can be asked for, whatever is done to the output later in place.
         output_shape: shape of the output.
         axis: where the batch lies in the output, as far as the forward pass tells.
+        turned: whether the function saw the named weight transposed.
     """
 
     rule: Rule
-    weight: str | None
-    bias: str | None
+    weight: str | Derived | None
+    bias: str | Derived | None
     arguments: Mapping[str, Any]
     edge: GradientEdge
     output_shape: tuple[int, ...]
     axis: Axis | None = None
+    turned: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The chosen parameters that take part."""
+        parts = [() if one is None else (one,) if isinstance(one, str) else one.names for one in self.sources]
+        return tuple(dict.fromkeys(name for part in parts for name in part))
+
+    @property
+    def sources(self) -> tuple[str | Derived | None, str | Derived | None]:
+        """Weight and bias."""
+        return self.weight, self.bias
+
+    @property
+    def plain(self) -> bool:
+        """Whether weight and bias are parameters themselves, as far as they were chosen."""
+        return not any(isinstance(one, Derived) for one in self.sources)
 
 
 def in_dtype(use: Use, dtype: torch.dtype) -> Use:
@@ -84,6 +104,10 @@ class Rule(ABC):
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
         return {**dict(zip(self.signature, args, strict=False)), **kwargs}
+
+    def exchanged(self, arguments: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]] | None:
+        """The rule and its arguments if the input is the parameter and the weight is not; None if there is none."""
+        return None
 
     def features(self, use: Use) -> int:
         """Number of trailing axes of the output that are features; what is in front of them counts entries."""
@@ -125,7 +149,47 @@ class LinearRule(Rule):
         """Factored, or the summed gradients where only the bias is chosen."""
         if use.weight is None:
             return StoredRows(g.sum(1))
-        return FactoredRows(a, g, example, bias=use.bias is not None, transposed=self.transposed)
+        transposed = self.transposed != use.turned
+        return FactoredRows(a, g, example, bias=use.bias is not None, transposed=transposed)
+
+
+class MatmulRule(LinearRule):
+    """Output = input W, without a bias."""
+
+    transposed = True
+    weight_name, bias_name = "other", "none"
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """By name; nothing where the weight is not a matrix, or the input a vector."""
+        named = super().bind(args, {("other" if name == "mat2" else name): value for name, value in kwargs.items()})
+        x, weight = named.get(self.input_name), named.get(self.weight_name)
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+            return {}
+        return named if min(x.ndim, weight.ndim) > 1 and 2 in (x.ndim, weight.ndim) else {}
+
+    def exchanged(self, arguments: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]] | None:
+        """The parameter on the left."""
+        return LEFT_MATMUL, dict(arguments)
+
+
+class LeftMatmulRule(MatmulRule):
+    """Output = W input: a linear layer on the columns."""
+
+    transposed = False
+    input_name, weight_name = "other", "input"
+
+    def features(self, use: Use) -> int:
+        """Rows and columns."""
+        return 2
+
+    def activations(self, use: Use) -> Float[Tensor, "E t i"]:
+        """Columns are positions."""
+        x: Tensor = use.arguments["other"].detach()
+        return x.reshape(-1, *x.shape[-2:]).mT
+
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
+        """As the input."""
+        return gradient.reshape(len(gradient), -1, *gradient.shape[-2:]).mT
 
 
 class AddmmRule(LinearRule):
@@ -214,14 +278,17 @@ class TransposedConvolutionRule(Rule):
 class EmbeddingRule(Rule):
     """A table looked up by token ids."""
 
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
+        """Nothing for the padding token, whose vector is a constant."""
+        g, padding = super().gradients(use, gradient), use.arguments.get("padding_idx")
+        if padding is None:
+            return g
+        ids = self.activations(use)[:].unsqueeze(0)
+        return torch.where(ids == padding % use.arguments["weight"].shape[0], torch.zeros_like(g), g)
+
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
-        """Sparse; the padding token's vector is a constant."""
-        ids = _per_row(a, g, example).squeeze(-1)
-        vocabulary = use.arguments["weight"].shape[0]
-        padding = use.arguments.get("padding_idx")
-        if padding is not None:
-            g = torch.where((ids == padding % vocabulary).unsqueeze(-1), torch.zeros_like(g), g)
-        return SparseRows.gathered(ids, g, vocabulary)
+        """Sparse."""
+        return SparseRows.gathered(_per_row(a, g, example).squeeze(-1), g, use.arguments["weight"].shape[0])
 
 
 class NormalizationRule(Rule):
@@ -278,40 +345,40 @@ class ElementwiseRule(Rule):
         self.product = product
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Either operand may be the parameter."""
+        """By name; nothing where an operand is a number, or is multiplied by one."""
         named = super().bind(args, {("weight" if name == "other" else name): value for name, value in kwargs.items()})
-        if isinstance(named.get("input"), torch.nn.Parameter):
-            named["input"], named["weight"] = named.get("weight"), named["input"]
-        return named if isinstance(named["input"], Tensor) else {}
+        fits = set(named) == {"input", "weight"} and all(isinstance(value, Tensor) for value in named.values())
+        return named if fits else {}
+
+    def exchanged(self, arguments: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]] | None:
+        """Either operand of a sum or product may be the parameter, if it is not written to."""
+        both = {"input": arguments["weight"], "weight": arguments["input"]}
+        return (self, both) if self.name in ("add", "mul") else None
 
     def features(self, use: Use) -> int:
-        """All but the first axis: the parameter may be spread over any of them."""
-        return len(use.output_shape) - 1
+        """All but the leading axes that the parameter is broadcast over; at least one of them is in front."""
+        return len(use.output_shape) - max(1, broadcast_over(use.arguments["weight"].shape, use.output_shape))
 
     def activations(self, use: Use) -> Float[Tensor, "E t i"]:
         """The other operand at every place of the output; nothing for sums."""
-        x, entries = use.arguments["input"].detach(), use.output_shape[0]
+        x, entries = use.arguments["input"].detach(), self.lead(use).numel()
         if not self.product:
             return x.new_empty(entries, 1, 0)
-        return x.expand(use.output_shape).reshape(entries, -1, self._own(use)[0])
-
-    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
-        """Positions are what the parameter is broadcast over in front of its own axes."""
-        return gradient.reshape(*gradient.shape[:2], -1, self._own(use)[0])
+        return x.expand(use.output_shape).reshape(entries, 1, -1)
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Stored: there are no more parameters than entries."""
         whole = (g * _per_row(a, g, example) if self.product else g).sum(1)
-        _, entries, size = self._own(use)
-        values = whole.unflatten(1, entries).sum_to_size(len(g), *size).flatten(1) if entries else whole
+        behind, size = use.output_shape[len(self.lead(use)) :], use.arguments["weight"].shape
+        own = (*[1] * (len(behind) - len(size)), *size[max(0, len(size) - len(behind)) :])
+        values = whole.unflatten(1, behind).sum_to_size(len(g), *own).flatten(1) if behind else whole
         return StoredRows(-values if self.name in ("sub", "sub_") else values)
 
-    def _own(self, use: Use) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Entries of an example's output along the parameter's axes, in all and by axis, and the parameter's sizes."""
-        size, behind = tuple(use.arguments["weight"].shape), use.output_shape[1:]
-        size = size[len(size) - len(behind) :] if len(size) > len(behind) else size
-        entries = behind[len(behind) - len(size) :]
-        return torch.Size(entries).numel(), entries, size
+
+def broadcast_over(size: Sequence[int], output: Sequence[int]) -> int:
+    """Leading axes of an output along which an operand has one entry; one at least is left."""
+    whole = [1] * (len(output) - len(size)) + list(size)
+    return min(next((i for i, n in enumerate(whole) if n != 1), len(whole)), len(output) - 1)
 
 
 _CONV = "input weight bias stride padding dilation groups"
@@ -339,12 +406,25 @@ RULES: dict[Callable[..., Any], Rule] = {
     ),
     F.batch_norm: BATCH_NORM,
 }
+ADDED, COPIED = ElementwiseRule("add", product=False), ElementwiseRule("broadcast", product=False)
 RULES.update(
-    (function, ElementwiseRule(name, product=name.startswith("mul")))
-    for name in ("add", "add_", "sub", "sub_", "mul", "mul_")
+    (function, rule)
+    for name, rule in {
+        "add": ADDED,
+        **{name: ElementwiseRule(name, product="mul" in name) for name in ("sub", "mul")},
+        **{f"{name}_": ElementwiseRule(f"{name}_", product="mul" in name) for name in ("add", "sub", "mul")},
+    }.items()
     for function in (getattr(torch.Tensor, name), getattr(torch, name, None))
     if function is not None
 )
+MATMUL, LEFT_MATMUL = MatmulRule("matmul", "input other"), LeftMatmulRule("matmul", "input other")
+RULES.update(
+    (function, MATMUL)
+    for owner in (torch, torch.Tensor)
+    for name in ("matmul", "__matmul__", "mm")
+    if (function := getattr(owner, name, None)) is not None
+)
+INDEXED = EmbeddingRule("indexing", "weight input")
 GROUPED = {function: GroupedConvolutionRule(rule.name, _CONV) for function, rule in RULES.items()
            if isinstance(rule, ConvolutionRule)}  # fmt: skip
 
@@ -352,6 +432,8 @@ GROUPED = {function: GroupedConvolutionRule(rule.name, _CONV) for function, rule
 def rule_for(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rule | None:
     """The rule of a function call, if there is one."""
     rule = RULES.get(function)
+    if function is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.int64:
+        return INDEXED if args[0].ndim == 2 else None
     if function in GROUPED and rule is not None and rule.bind(args, kwargs).get("groups", 1) != 1:
         return GROUPED[function]
     return rule

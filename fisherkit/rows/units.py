@@ -1,12 +1,14 @@
 """Units: parameters whose rows are made together, and how they are kept.
 
-A ruled unit is a weight with its bias (or either) under one layer rule; any other parameter is a unit of its own and
-goes the generic way. Owns the cost model. Which rule a unit gets is the business of `rows.plan`.
+A ruled unit is a weight with its bias (or either) under one layer rule; a shared unit is a parameter under several; any
+other parameter is a unit of its own and goes the generic way. Owns the cost model. Which rule a unit gets is the
+business of `rows.plan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import UnitSlot
+from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.ownership import Arrangement, Regular
 from fisherkit.rows.patches import Activations, Patches
@@ -21,6 +24,10 @@ from fisherkit.rows.rules import Rule, Use
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.sparse import SparseRows
 from fisherkit.rows.stored import StoredRows
+from fisherkit.rows.summed import SumRows
+
+Form = tuple[Rule, str | Derived | None, str | Derived | None, bool]
+"""A use's rule, weight and bias, and whether it sees the weight transposed."""
 
 
 class Unit:
@@ -48,6 +55,8 @@ class RuledUnit(Unit):
         names: of the weight and the bias that were chosen.
         rule: the rule.
         numbers: as in `Unit`.
+        form: that of the uses that count, for the parts of a shared unit; None for all.
+        turned: whether its uses see the weight transposed.
 
     Attributes:
         place: where the batch lies in its uses, in words.
@@ -55,9 +64,11 @@ class RuledUnit(Unit):
         stored: write the rows out instead of keeping the two factors.
     """
 
-    def __init__(self, names: tuple[str, ...], rule: Rule, numbers: int) -> None:
+    def __init__(
+        self, names: tuple[str, ...], rule: Rule, numbers: int, form: Form | None = None, *, turned: bool = False
+    ) -> None:
         super().__init__(names, "", numbers)
-        self.rule = rule
+        self.rule, self.form, self.turned = rule, form, turned
         self.place = ""
         self.shape: tuple[int, int, int] | None = None
         self.stored = False
@@ -65,7 +76,21 @@ class RuledUnit(Unit):
 
     def of(self, uses: Sequence[Use]) -> list[int]:
         """The places of those uses of a forward pass that belong to this unit."""
-        return [i for i, use in enumerate(uses) if use.weight in self.names or use.bias in self.names]
+        return [i for i, use in enumerate(uses) if self._own(use) and self.form in (None, form_of(use))]
+
+    @property
+    def rule_name(self) -> str:
+        """Of its rule, for `coverage`."""
+        return self.rule.name
+
+    def _own(self, use: Use) -> tuple[str, ...]:
+        """The unit's parameters in a use; the use's others have units of their own."""
+        return tuple(name for name in use.names if name in self.names)
+
+    def _restricted(self, use: Use) -> Use:
+        """A use as if only the unit's parameters were chosen."""
+        weight, bias = (None if isinstance(one, str) and one not in self.names else one for one in use.sources)
+        return use if (weight, bias) == use.sources else replace(use, weight=weight, bias=bias)
 
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
@@ -100,14 +125,15 @@ class RuledUnit(Unit):
             exist.append(one.exists(found[-1].shape[2], entries.shape[2]).to(v.device))
         g = found[0] if len(found) == 1 else torch.cat(found, 2)
         g = g if scale is None else g * scale.to(g.dtype)[:, :, None, None]
-        a = None if cache is None else cache.get(self.names)
+        key = self.names if self.form is None else (*self.names, repr(self.form[1:]), self.rule.name)
+        a = None if cache is None else cache.get(key)
         if a is None:
             parts = [_by_example(self.rule.activations(uses[i]), one) for i, one in zip(own, places, strict=True)]
             # Several uses of one weight are positions of one use.
             a = parts[0] if len(parts) == 1 else torch.cat([part[:] for part in parts], 1)
             if cache is not None:
-                cache[self.names] = a
-        rows = self.rule.rows(uses[own[0]], a, selection.take(g), selection.example)
+                cache[key] = a
+        rows = self.rule.rows(self._restricted(uses[own[0]]), a, selection.take(g), selection.example)
         if self.stored and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
         regular = all(isinstance(one, Regular) for one in places)
@@ -170,8 +196,124 @@ class RuledUnit(Unit):
 
     def strange(self, use: Use) -> bool:
         """Whether a use is not of the form that was verified."""
-        names = tuple(name for name in (use.weight, use.bias) if name is not None)
-        return use.rule is not self.rule or names != self.names
+        return use.rule is not self.rule or self._own(use) != self.names or not use.plain or use.turned != self.turned
+
+
+class SharedUnit(RuledUnit):
+    """One parameter under several rules, or beside several others: its row is the sum of what each brings.
+
+    Args:
+        name: the parameter.
+        forms: of its uses.
+        numbers: as in `Unit`.
+    """
+
+    def __init__(self, name: str, forms: Sequence[Form], numbers: int) -> None:
+        super().__init__((name,), forms[0][0], numbers)
+        self.parts = [RuledUnit((name,), form[0], numbers, form) for form in forms]
+
+    @property
+    def rule_name(self) -> str:
+        """Of all its rules."""
+        return " + ".join(dict.fromkeys(part.rule.name for part in self.parts))
+
+    def made(
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        v: Float[Tensor, "k B ..."], selection: RowSelection,
+        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+    ) -> UnitSlot | None:  # fmt: skip
+        """As in `RuledUnit`; a part that the batch does not use has rows of zeros."""
+        found = [part.made(uses, gradients, how, v, selection, cache, scale) for part in self.parts]
+        made = [slot.rows for slot in found if slot is not None]
+        if len(made) < len(found):
+            return None
+        rows = SumRows.of(made)
+        return UnitSlot(self.names, StoredRows(rows.dense()) if self.stored else rows)
+
+    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
+        """As in `RuledUnit`."""
+        selection = RowSelection(1, rows.count, rows.floating.device)
+        for part in self.parts:
+            like = rows.floating.new_zeros(1, rows.count)
+            slot = part.made(uses, [None] * len(uses), how, like, selection)
+            if slot is not None:
+                part.measure(uses, how, slot.rows)
+        self.place = self.reason = f"the sum of {len(self.parts)} uses' rows; {self.parts[0].place}"
+
+    def choose(self, vectors: int, lean: bool) -> None:
+        """Keep the parts, or write the sum out if that takes fewer numbers.
+
+        Args:
+            vectors: M.
+            lean: as in `RuledUnit`; what is faster to keep is not asked, since a table can be large.
+        """
+        apart, product = sum(part.numbers_per_example(vectors) for part in self.parts), vectors * self.numbers
+        self.stored = apart > product
+        self.reason = f"{self.place}; {apart:,} {'>' if self.stored else '<='} M·D = {product:,}"
+
+    def numbers_per_example(self, vectors: int) -> int:
+        """As in `Unit`."""
+        return vectors * self.numbers if self.stored else sum(part.numbers_per_example(vectors) for part in self.parts)
+
+    def strange(self, use: Use) -> bool:
+        """Whether a use is of no form that was verified."""
+        return all(part.form != form_of(use) for part in self.parts)
+
+
+class DerivedUnit(RuledUnit):
+    """Parameters of which something was made before it met data: rows of that by its function's rule, pulled back.
+
+    Args:
+        names: of the parameters that are made something of together.
+        rules: of the functions that met data.
+        numbers: as in `Unit`.
+    """
+
+    def __init__(self, names: tuple[str, ...], rules: Sequence[Rule], numbers: int) -> None:
+        super().__init__(names, rules[0], numbers)
+        self.rules = tuple(rules)
+
+    def made(
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        v: Float[Tensor, "k B ..."], selection: RowSelection,
+        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+    ) -> UnitSlot | None:  # fmt: skip
+        """As in `RuledUnit`; rows are sums over all that was made."""
+        own = self.of(uses)
+        if not own:
+            return super().made(uses, gradients, how, v, selection)
+        totals: dict[str | Derived, Tensor] = {}
+        for i in own:
+            use = uses[i]
+            one = RuledUnit(use.names, use.rule, 0).made(
+                (use,), (gradients[i],), (how[i],), v, selection, None, scale
+            )  # fmt: skip
+            if one is None:
+                return None
+            places = zip(use.sources, (use.rule.weight_name, use.rule.bias_name), strict=True)
+            chosen = [(source, use.arguments[name].numel()) for source, name in places if source is not None]
+            parts = one.rows.dense().split([size for _, size in chosen], 1)
+            for (source, _), part in zip(chosen, parts, strict=True):
+                totals[source] = totals[source] + part if source in totals else part
+        found: dict[str, Tensor] = {}
+        for source, total in totals.items():
+            for name, part in ({source: total} if isinstance(source, str) else source.pulled(total)).items():
+                found[name] = found[name] + part if name in found else part
+        return UnitSlot(self.names, StoredRows(torch.cat([found[name] for name in self.names], 1)))
+
+    def strange(self, use: Use) -> bool:
+        """Whether a use is under a rule that was not verified, or makes something with other parameters."""
+        return use.rule not in self.rules or not set(use.names) <= set(self.names)
+
+    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
+        """As in `RuledUnit`."""
+        super().measure(uses, how, rows)
+        self.reason = f"{self.place}; through a function of parameters"
+
+
+def form_of(use: Use) -> Form:
+    """A use's rule, weight and bias, and whether it sees the weight transposed."""
+    return use.rule, *use.sources, use.turned
 
 
 def _by_example(x: Activations, how: Arrangement) -> Activations:

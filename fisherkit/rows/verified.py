@@ -25,7 +25,7 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import TOLERANCE, Plan, make_plan, two_of
+from fisherkit.rows.plan import Plan, make_plan, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import RULES
 from fisherkit.rows.selection import RowSelection
@@ -145,9 +145,9 @@ def _confirmed(plan: Plan, probe: Batch) -> bool:
         (own, dense_gradient(own, g).to(own.dtype)) for own, g in zip(total.values(), found[len(edges) :], strict=True)
     ]
     norms, errors = (torch.stack(x) for x in ([g.norm() for _, g in pairs], [(own - g).norm() for own, g in pairs]))
-    tolerance = TOLERANCE.get(parameters[0].dtype, 5e-2)
+    allowed = tolerance(parameters[0].dtype, plan.coarsest)
     plan.probed = z.detach()
-    return bool((errors <= tolerance * torch.maximum(norms, 1e-2 * norms.norm())).all())
+    return bool((errors <= allowed * torch.maximum(norms, 1e-2 * norms.norm())).all())
 
 
 def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:

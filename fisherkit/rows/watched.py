@@ -31,18 +31,18 @@ class Watched:
         z: the outputs, ``[B, ...]``.
         uses: of chosen parameters under a rule.
         elsewhere: chosen parameters that functions without a rule used.
-        unbatched: embeddings that were looked up without a batch axis.
-        half: whether layers computed in half precision.
+        coarsest: the floating dtype that rounds most, of all that is differentiated.
         proven: whether the pass shows whose the entries of uses with an axis are.
+        casts: whether a module was cast in place.
     """
 
     batch: int
     z: Tensor
     uses: Sequence[Use]
     elsewhere: frozenset[str] = frozenset()
-    unbatched: frozenset[str] = frozenset()
-    half: bool = False
+    coarsest: torch.dtype = torch.float64
     proven: bool = False
+    casts: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, names: Mapping[int, str], batch: Batch, shared: Collection[str]) -> Watched:
@@ -52,7 +52,7 @@ class Watched:
             model: the model.
             names: ``id`` of each chosen parameter to its name.
             batch: the examples.
-            shared: embeddings whose tokens all examples share.
+            shared: parameters of layers whose inputs all examples share.
 
         Raises:
             ModelError: the outputs do not have the examples along axis 0.
@@ -72,10 +72,9 @@ class Watched:
     @classmethod
     def seen(cls, recorder: Recorder, z: Tensor) -> Watched:
         """What a recorder saw until the outputs."""
-        return cls(
-            recorder.batch, z, recorder.uses, frozenset(recorder.elsewhere), frozenset(recorder.unbatched),
-            recorder.half, recorder.proves(z),
-        )  # fmt: skip
+        proven = recorder.proves(z)
+        elsewhere = frozenset(recorder.elsewhere)
+        return cls(recorder.batch, z, recorder.uses, elsewhere, recorder.coarsest, proven, recorder.casts)
 
     @property
     def regular(self) -> bool:
@@ -153,5 +152,6 @@ class Watched:
         if gradient is None or any(one is None for one in multiplied) or entries == 0:
             return arrangement(torch.full((entries,), -1, device=like.device), lead, self.batch)
         rest = [one.reshape(entries, -1) for one in multiplied if one is not None]
-        owner = owners(gradient.reshape(entries, -1), rest, codes(self.batch, self.z).to(gradient.device))
+        numbers = codes(self.batch, self.z).to(gradient.device)
+        owner = owners(gradient.reshape(entries, -1), rest, numbers, self.coarsest)
         return None if owner is None else arrangement(owner, lead, self.batch)

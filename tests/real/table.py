@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import fisherkit as fk
-from tests.real.test_real import CRASHES, case, logits
+from tests.real.test_real import case, logits
 from tests.real.zoo import ARCHITECTURES, Architecture, Inputs
 
 EXAMPLES = 32
@@ -79,8 +79,6 @@ def builds(name: str) -> list[Cost]:
 def row(name: str) -> str:
     """One architecture's line."""
     family = ARCHITECTURES[name].family
-    if name in CRASHES:
-        return f"| {name} | {family} | process dies: {CRASHES[name]} |"
     try:
         found = case(name)
     except fk.FisherkitError as error:

@@ -1,0 +1,200 @@
+"""Tensors that are made of chosen parameters and constants alone, as ``1 + w``, ``-exp(w)``, ``W.T`` or a bias table.
+
+The rows of such a tensor come from wherever it meets data, by the rule of that function; the parameters' rows are their
+pull-back through the tensor's own graph. That graph is a second one, on leaves of our own: it outlives the model's, and
+no hook or checkpoint of the model's pass sees it. Knows no rule and no data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.rows.base import spans
+from fisherkit.rows.batch_axis import is_permutation, tensors
+
+SAME, TURNED = "same", "turned"
+
+
+class Derived:
+    """A tensor made of chosen parameters.
+
+    Args:
+        names: the parameters.
+        leaves: what stands for them.
+        make: makes the tensor of the leaves.
+        lies: `SAME` if it has its only parameter's entries in their order, `TURNED` if it is that matrix transposed.
+
+    Attributes:
+        lookup: of rows of a table, the rule and the arguments of the function that looked them up.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], leaves: Mapping[str, Tensor], make: Callable[[], Tensor], lies: str | None = None
+    ) -> None:
+        self.names, self.lies = names, lies
+        self._leaves, self._make = leaves, make
+        self.lookup: tuple[Any, Mapping[str, Any]] | None = None
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The tensor with the graph of our own."""
+        # Hooks of a checkpoint must not see what the model itself does not compute.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            return self._make()
+
+    def pulled(self, rows: Float[Tensor, "R d"]) -> dict[str, Float[Tensor, "R n"]]:
+        """Rows over the tensor as rows over each of its parameters."""
+        if self.lies == SAME:
+            return {self.names[0]: rows}
+        leaves = [self._leaves[name] for name in self.names]
+        found = {name: rows.new_zeros(len(rows), leaf.numel()) for name, leaf in zip(self.names, leaves, strict=True)}
+        # A vectorised pass holds some tensors of the derived one's size a row.
+        for span in spans(len(rows), 4 * self.tensor.numel()) if len(rows) else ():
+            vectors = rows[span].to(self.tensor.dtype).reshape(-1, *self.tensor.shape)
+            for name, gradient in zip(self.names, self._gradients(leaves, vectors), strict=True):
+                if gradient is not None:
+                    found[name][span] = gradient.reshape(len(vectors), -1).to(rows.dtype)
+        return found
+
+    def _gradients(self, leaves: list[Tensor], vectors: Float[Tensor, "R ..."]) -> list[Tensor | None]:
+        def backward(v: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(
+                self.tensor, leaves, v, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+
+        try:
+            return list(backward(vectors, True))
+        except RuntimeError:  # an operation without a batching rule
+            each = [backward(v, False) for v in vectors]
+            return [None if one[0] is None else torch.stack(one) for one in zip(*each, strict=True)]
+
+
+class Derivations:
+    """Which tensors of one forward pass are made of chosen parameters.
+
+    Args:
+        names: ``id`` of each chosen parameter to its name.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self._names = names
+        self._leaves: dict[str, Tensor] = {}
+        self._known: dict[int, tuple[Tensor, Derived]] = {}
+
+    def of(self, tensor: Any) -> Derived | None:
+        """What a tensor is made of, if of chosen parameters alone."""
+        if not isinstance(tensor, Tensor):
+            return None
+        known = self._known.get(id(tensor))
+        if known is not None and known[0] is tensor:
+            return known[1]
+        name = self._names.get(id(tensor))
+        if name is None:
+            return None
+        leaf = self._leaves.setdefault(name, tensor.detach().requires_grad_())
+        made = Derived((name,), self._leaves, lambda: leaf, SAME)
+        self._known[id(tensor)] = tensor, made
+        return made
+
+    def operands(self, args: Any, kwargs: Any) -> list[tuple[Tensor, Derived]]:
+        """The arguments that are."""
+        return [(t, made) for t in tensors((args, kwargs)) if (made := self.of(t)) is not None]
+
+    def add(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any,
+        *, written: bool = False,
+    ) -> None:  # fmt: skip
+        """Note the outputs of a function of such tensors and constants.
+
+        Args:
+            function: the function.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            output: what it returned.
+            written: whether it wrote to the first of them and returned that.
+        """
+        own = self.operands(args, kwargs)
+        names = tuple(dict.fromkeys(name for _, made in own for name in made.names))
+        recipe = mapped((args, dict(kwargs)), lambda t: self.of(t) or (t.detach() if t.requires_grad else t))
+        call = functools.cache(lambda: list(tensors(_called(function, recipe, clone=written))))
+        if written:
+            del self._known[id(output)]
+        for place, tensor in enumerate(tensors(output)):
+            if tensor.requires_grad and self.of(tensor) is None:
+                lies = _lies(function, args, own, tensor) if isinstance(output, Tensor) else None
+                made = Derived(names, self._leaves, functools.partial(_one, call, place), lies)
+                if lies is None:
+                    _ = made.tensor  # now, before anything that it is made of may change in place
+                self._known[id(tensor)] = tensor, made
+
+
+def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Arguments with their tensors changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, (tuple, list)) and next(tensors(tree), None) is not None:
+        return type(tree)(mapped(entry, change) for entry in tree)
+    if isinstance(tree, Mapping):
+        return {name: mapped(entry, change) for name, entry in tree.items()}
+    return tree
+
+
+def _one(call: Callable[[], list[Tensor]], place: int) -> Tensor:
+    return call()[place]
+
+
+def _called(function: Callable[..., Any], recipe: Any, *, clone: bool) -> Any:
+    args, kwargs = _evaluated(recipe)
+    return function(args[0].clone(), *args[1:], **kwargs) if clone else function(*args, **kwargs)
+
+
+def _evaluated(tree: Any) -> Any:
+    if isinstance(tree, Derived):
+        return tree.tensor
+    if isinstance(tree, (tuple, list)) and any(isinstance(leaf, (Derived, Tensor)) for leaf in _leaves(tree)):
+        return type(tree)(_evaluated(entry) for entry in tree)
+    if isinstance(tree, Mapping):
+        return {name: _evaluated(entry) for name, entry in tree.items()}
+    return tree
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, (tuple, list)):
+        for entry in tree:
+            yield from _leaves(entry)
+    elif isinstance(tree, Mapping):
+        yield from _leaves(tuple(tree.values()))
+    else:
+        yield tree
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+_UNMOVED = {
+    "to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "view", "reshape", "flatten",
+    "squeeze", "unsqueeze", "cuda", "cpu",
+}  # fmt: skip
+
+
+def _lies(
+    function: Callable[..., Any], args: tuple[Any, ...], own: list[tuple[Tensor, Derived]], output: Tensor
+) -> str | None:
+    """How the entries of a view or a cast of one parameter lie."""
+    if len(own) != 1 or not args or own[0][0] is not args[0] or not own[0][1].lies:
+        return None
+    (tensor, made), = own  # fmt: skip
+    if getattr(function, "__name__", "") in _UNMOVED and output.numel() == tensor.numel():
+        return made.lies if made.lies == SAME or output.shape == tensor.shape else None
+    if is_permutation(function) and tensor.ndim == output.ndim == 2:
+        turned = function(torch.empty(2, 3, device="meta"), *args[1:]).shape == (3, 2)
+        return (TURNED if made.lies == SAME else SAME) if turned else made.lies
+    return None
