@@ -72,7 +72,7 @@ def gaussian_loss(z: Tensor, y: Tensor | None) -> Tensor:
 
 
 def positions(
-    model: nn.Module, x: Tensor, target: Tensor | None, loss: Loss, names: list[str]
+    model: Any, x: Tensor, target: Tensor | None, loss: Loss, names: list[str]
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Each position that counts: its example, its Hessian in z, its Jacobian, and the head's input with a 1 behind."""
     own = [dict(model.named_parameters())[name] for name in names]
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Any, Loss, Tensor | None]] = {
 }  # fmt: skip
 
 
-def made(after: str = "") -> tuple[nn.Module, Tensor]:
+def made(after: str = "") -> tuple[Tagger, Tensor]:
     torch.manual_seed(0)
     return Tagger(after), torch.randn(5, 3, 3, dtype=F64)
 
