@@ -53,7 +53,9 @@ class Setup:
         return list(zip(self.inputs.split(self.sizes), self.targets.split(self.sizes), strict=True))
 
     def fisher(self, kind: str, structure: str = "full", data: Any = None, **options: Any) -> fk.FisherApproximation:
-        conventions = {"likelihood": self.likelihood, "example": self.example, "chunk_size": self.chunk_size}
+        # As many positions as outputs and inputs could be read both ways.
+        last = fk.likelihoods.Categorical(class_axis=-1) if self.likelihood == "categorical" else self.likelihood
+        conventions = {"likelihood": last, "example": self.example, "chunk_size": self.chunk_size}
         data = self.batches() if data is None else data
         return KINDS[kind](self.model, data, structure=structure, **{**conventions, **options})
 
