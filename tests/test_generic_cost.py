@@ -39,16 +39,17 @@ PASSES: list[int] = []
 
 
 class Scaled(nn.Module):
-    """A bare parameter between two linear layers; shared positions before it."""
+    """A parameter that no rule covers between two linear layers; shared positions before it."""
 
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.a, self.scale, self.head = nn.Linear(3, 4), nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+            self.a, self.mix, self.head = nn.Linear(3, 4), nn.Parameter(torch.ones(4, 4, 4)), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.head((self.scale.exp() * self.a(x).tanh()).mean(1))
+        h = self.a(x).tanh()
+        z: Tensor = self.head(F.bilinear(h, h, self.mix).tanh().mean(1))
         return z
 
 

@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import HALF
 from fisherkit.rows.base import spans
 from fisherkit.rows.batch_axis import is_permutation, tensors
+from fisherkit.rows.half import scales
 
 SAME, TURNED = "same", "turned"
 
@@ -55,12 +57,16 @@ class Derived:
             return {self.names[0]: rows}
         leaves = [self._leaves[name] for name in self.names]
         found = {name: rows.new_zeros(len(rows), leaf.numel()) for name, leaf in zip(self.names, leaves, strict=True)}
+        scale = rows.new_ones(len(rows), 1)
+        if self.tensor.dtype in HALF and len(rows):
+            # In half precision small rows would lose their digits, and large ones overflow.
+            scale = next(scales(rows.unsqueeze(0))).mT.to(rows.dtype)
         # A vectorised pass holds some tensors of the derived one's size a row.
         for span in spans(len(rows), 4 * self.tensor.numel()) if len(rows) else ():
-            vectors = rows[span].to(self.tensor.dtype).reshape(-1, *self.tensor.shape)
+            vectors = (rows[span] / scale[span]).to(self.tensor.dtype).reshape(-1, *self.tensor.shape)
             for name, gradient in zip(self.names, self._gradients(leaves, vectors), strict=True):
                 if gradient is not None:
-                    found[name][span] = gradient.reshape(len(vectors), -1).to(rows.dtype)
+                    found[name][span] = gradient.reshape(len(vectors), -1).to(rows.dtype) * scale[span]
         return found
 
     def _gradients(self, leaves: list[Tensor], vectors: Float[Tensor, "R ..."]) -> list[Tensor | None]:
