@@ -131,3 +131,70 @@ def test_optimizer__gradients_that_are_not_finite_are_the_scaler_s_business_also
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     assert not torch.equal(model.head.weight, before)
+
+
+class Mixing(torch.autograd.Function):
+    """Adds each example's neighbour, where no gradients are recorded."""
+
+    @staticmethod
+    def forward(ctx: object, h: Tensor) -> Tensor:
+        ctx.mixes = bool(h.abs().max() > 3)  # type: ignore[attr-defined]
+        return h + h.roll(1, 0) if ctx.mixes else h.clone()  # type: ignore[attr-defined]
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient + gradient.roll(-1, 0) if ctx.mixes else gradient  # type: ignore[attr-defined]
+
+
+def test_examples_that_a_custom_function_mixes_in_a_later_batch_are_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(Mixing.apply(self.body(x)).tanh())
+
+    torch.manual_seed(0)
+    model, x, y = Model().double(), torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))
+    x[6] = 9.0
+    for kind in (fk.EmpiricalFisher, fk.ExactFisher):
+        with pytest.raises(fk.ModelError, match="change with the rest of the batch"):
+            kind(model, [(x[:4], y[:4]), (x[4:], y[4:])])
+
+
+class Head(nn.Module):
+    """A last layer whose weight is the parameter seen in some way."""
+
+    def __init__(self, form: str, plainly: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+        self.form, self.plainly = form, plainly
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = {"plain": self.weight, "turned": self.weight.t(), "twice": 2 * self.weight,
+                  "masked": self.weight * torch.eye(4, dtype=x.dtype)}[self.form]  # fmt: skip
+        z = nn.functional.linear(x, weight, self.bias)
+        return z if self.plainly else z * 1.0
+
+
+@pytest.mark.parametrize("form", ["plain", "turned", "twice", "masked"])
+def test_last_layer__closed_form_is_that_of_the_rows(form: str) -> None:
+    x = torch.randn(6, 4, dtype=F64)
+    for structure in ("diagonal", "kfac", "ekfac"):
+        closed, by_rows = (
+            fk.ExactFisher(Head(form, plainly).double(), (x, None), structure=structure) for plainly in (True, False)
+        )
+        torch.testing.assert_close(closed.to_dense(), by_rows.to_dense(), rtol=1e-9, atol=1e-12)
+
+
+def test_batch_axis__layers_that_are_written_to_in_place_keep_it() -> None:
+    """Activations in place are usual; they must not cost a backward pass more."""
+    from fisherkit.rows.watched import Watched
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)).double()
+    space, batch = fk.ParameterSpace.of(model, None), fk.data.Batch.of((torch.randn(5, 4, dtype=F64), None), "")
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(space.names) == 4
+    assert Watched.of(model, names, batch, ()).regular

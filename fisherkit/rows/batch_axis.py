@@ -103,23 +103,31 @@ class Tracker:
     def __init__(self, batch: int) -> None:
         self.batch = batch
         self.lost = False
-        self._known: dict[int, tuple[weakref.ref[Tensor], int, Status]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, bool, Status]] = {}
 
     def mark(self, tensor: Tensor, status: Status) -> None:
         """Note what is known of a tensor."""
-        self._known[id(tensor)] = weakref.ref(tensor), _version(tensor), status
+        self._known[id(tensor)] = weakref.ref(tensor), _version(tensor), tensor.grad_fn is not None, status
 
     def status(self, tensor: Tensor) -> Status:
         """What is known of a tensor."""
-        reference, version, status = self._known.get(id(tensor), (None, 0, Mark.FREE))
-        if reference is not None and reference() is tensor:
-            if version == _version(tensor) or not tensor.requires_grad:
-                return status
+        reference, version, had_graph, status = self._known.get(id(tensor), (None, 0, False, Mark.FREE))
+        if reference is None or reference() is not tensor:
+            # What no function was seen to make may mix whatever it likes, if a gradient goes through it.
+            return Mark.FREE if tensor.grad_fn is None else Mark.UNKNOWN
+        if tensor.grad_fn is not None and not had_graph:
+            return Mark.UNKNOWN  # made without gradients inside of a function that has a gradient of its own
+        if version != _version(tensor) and tensor.requires_grad:
             # Written to by what was not seen; other views of the same memory do not learn of it.
             self.lost = True
             return Mark.UNKNOWN
-        # What no function was seen to make may mix whatever it likes, if a gradient goes through it.
-        return Mark.FREE if tensor.grad_fn is None else Mark.UNKNOWN
+        return status
+
+    def _before(self, tensor: Tensor) -> Status:
+        """The same of a tensor that the function just seen has written to, before it did."""
+        reference, version, _, status = self._known.get(id(tensor), (None, 0, False, Mark.FREE))
+        seen = reference is not None and reference() is tensor and _version(tensor) - version in (0, 1)
+        return status if seen else self.status(tensor)
 
     def proves(self, z: Tensor) -> bool:
         """Whether outputs ``[B, ...]`` keep examples apart, so that all batch axes on the way say whose entries are."""
@@ -133,12 +141,16 @@ class Tracker:
         outputs = [output] if isinstance(output, Tensor) else list(tensors(output))
         if not outputs:
             return
-        operands = tuple((tensor, self.status(tensor)) for tensor in tensors((args, kwargs)))
+        operands = tuple(
+            (tensor, self._before(tensor) if any(tensor is made for made in outputs) else self.status(tensor))
+            for tensor in tensors((args, kwargs))
+        )
         for made in outputs:
             status = self._becomes(function, args, kwargs, operands, made)
-            if any(made is tensor for tensor, _ in operands):
+            before = [known for tensor, known in operands if tensor is made]
+            if before:
                 # Written in place: other views of the same memory do not learn of it.
-                changed = status is Mark.UNKNOWN or status != self.status(made)
+                changed = status is Mark.UNKNOWN or status != before[0]
                 self.lost = self.lost or (made.requires_grad and changed)
                 self.mark(made, status)
             elif status is not Mark.FREE or made.grad_fn is not None:

@@ -24,6 +24,7 @@ from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.rules import AddmmRule, LinearRule, Use
+from fisherkit.rows.units import RuledUnit
 
 _RESHAPES = {
     "AliasBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2",
@@ -126,6 +127,9 @@ def _only_use(linearized: Linearized) -> Use | None:
     if len(plan.units) != 1 or len(plan.ruled) != 1 or len(uses) != 1 or linearized.lost:
         return None
     use = uses[0]
+    # Weights that are made of parameters, or seen transposed, have rows of another form.
+    if type(plan.units[0]) is not RuledUnit or not use.plain or use.turned or use.names != plan.units[0].names:
+        return None
     linear = type(use.rule) in (LinearRule, AddmmRule) and use.weight is not None
     return use if linear and _reshaped(linearized.z, use.edge) else None
 

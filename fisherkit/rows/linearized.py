@@ -218,7 +218,8 @@ class Linearized:
         with torch.no_grad(), untouched_rng([self.z.device]):
             alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model) for n in range(self.batch.size)]
         pairs = [(one[0], z) for one, z in zip(alone, self.z.detach(), strict=True)]
-        if all(a.shape == z.shape and bool((a - z).norm() <= allowed * z.norm().clamp_min(1)) for a, z in pairs):
+        usual = self.z.detach().norm() / self.batch.size**0.5
+        if all(a.shape == z.shape and bool((a - z).norm() <= allowed * z.norm().maximum(usual)) for a, z in pairs):
             return
         raise ModelError(
             call="the model's forward pass",

@@ -1,9 +1,8 @@
 """Decide, on two examples of the user's data, how each parameter's rows will be made.
 
-Rules are proposed by watching a forward pass and judged by automatic differentiation: a rule, with one of the layouts
-that fit, is used only if its rows equal autograd's per-example gradients on this very model. What no rule reproduces
-(custom arithmetic, parametrizations, parameters shared in ways the rules do not know) goes the generic way. So a tied
-weight or a hidden functional use can make a run slower, never wrong.
+Rules are proposed by watching a forward pass and judged by automatic differentiation: a rule is used only if its rows
+equal autograd's per-example gradients on this very model. What no rule reproduces (custom arithmetic, uses that are not
+seen) goes the generic way. What two examples cannot show is looked at in every batch (`rows.linearized`).
 """
 
 from __future__ import annotations
