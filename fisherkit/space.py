@@ -90,7 +90,7 @@ class ParameterSpace:
                 got="no parameter" + (" that requires grad" if params is None else ""),
                 expected="at least one",
                 why=f"the model has {len(available)} parameters and none was chosen",
-                try_="params=lambda name, parameter: True, or requires_grad_(True) on what you want"
+                try_="pass params=lambda name, parameter: True, or call requires_grad_(True) on what you want"
                 if available
                 else "",
             )
