@@ -27,9 +27,8 @@ from fisherkit.outputs import OutputRule
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.structures import structure_named
 from fisherkit.wrappers import unwrapped, wrapped_in
-
-STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
 
 class FisherApproximation(OutputRule, FisherOperator):
@@ -113,7 +112,7 @@ class FisherApproximation(OutputRule, FisherOperator):
         call = type(self).__name__
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-        _one_of(call, "structure", structure, STRUCTURES)
+        chosen = structure_named(structure, call)
         _one_of(call, "example", example, ("sequence", "token"))
         _one_of(call, "normalization", normalization, ("mean", "sum"))
         _one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
@@ -140,7 +139,7 @@ class FisherApproximation(OutputRule, FisherOperator):
             problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
             max_rows=max_rows,
         )  # fmt: skip
-        self._built: Built = builder.build(structure)
+        self._built: Built = builder.build(chosen)
         self.likelihood = resolved
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
         self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share

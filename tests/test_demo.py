@@ -12,10 +12,9 @@ from typer.testing import CliRunner
 
 from fisherkit.cli import app
 from fisherkit.cli.digits.kinds import KINDS
-from fisherkit.cli.digits.structures import Spectrum
+from fisherkit.cli.digits.structures import STRUCTURES, Spectrum
 from fisherkit.cli.digits.training import Checkpoint, Digits, train
 from fisherkit.cli.digits.updates import project, quality_over_training
-from fisherkit.fisher import STRUCTURES
 
 PICTURES = ("summary.png", "quality.png", "projection.png", "spectra.png")
 TINY = ("--epochs", "2", "--examples", "12", "--batches", "1", "--repeats", "1", "--seed", "3")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fisherkit.optim.layer_inverse import LayerInverse, Spectrum, leading_spectrum
 from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.optim.layer_inverse import LayerInverse, Spectrum, leading_spectrum
 
 WIDTH, OUTPUTS, DAMPING = 8, 5, 0.1
 

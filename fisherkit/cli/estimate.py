@@ -25,10 +25,11 @@ from fisherkit.cli.text import number, table
 from fisherkit.cli.texts import Columns, read_texts
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.fisher import STRUCTURES, FisherApproximation
+from fisherkit.fisher import FisherApproximation
 from fisherkit.io.reader import index_of
 from fisherkit.io.shards import refuse_weights
 from fisherkit.kind_specs import KindSpec
+from fisherkit.structures import structures
 
 CALL = "fisherkit estimate"
 
@@ -85,7 +86,7 @@ class EstimateSettings:
 def run(settings: EstimateSettings) -> None:
     """Load, build, save, report; what can be wrong with the options is found out before the model is loaded."""
     kind = KindSpec.parse(settings.kind, call=CALL)
-    check_choice(CALL, "--structure", settings.structure, STRUCTURES)
+    check_choice(CALL, "--structure", settings.structure, structures())
     check_choice(CALL, "--example", settings.example, ("sequence", "token"))
     check_choice(CALL, "--normalization", settings.normalization, ("mean", "sum"))
     check_choice(CALL, "--kfac-positions", settings.kfac_positions, ("expand", "reduce"))

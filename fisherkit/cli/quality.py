@@ -27,9 +27,9 @@ from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.plots import plot_damping
 from fisherkit.evaluation.table import average
-from fisherkit.fisher import STRUCTURES
 from fisherkit.io import replace_text
 from fisherkit.kind_specs import KindSpec
+from fisherkit.structures import structures as known_structures
 
 CALL = "fisherkit quality SPEC"
 FILES = "quality.csv", "quality.json", "quality.png"
@@ -133,7 +133,7 @@ def run(settings: QualitySettings) -> None:
         if kind != "sgd":
             KindSpec.parse(kind, call=CALL, also=("sgd",))
     for structure in settings.structures:
-        check_choice(CALL, "--structures with the structure", structure, STRUCTURES)
+        check_choice(CALL, "--structures with the structure", structure, known_structures())
     check_likelihood(CALL, settings.likelihood)
     check_choice(CALL, "--example", settings.example, ("sequence", "token"))
     if settings.out is not None:

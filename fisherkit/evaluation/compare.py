@@ -19,11 +19,11 @@ from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.evaluation.comparison import CALL, SGD, Comparison
 from fisherkit.evaluation.table import QualityTable
-from fisherkit.fisher import STRUCTURES
 from fisherkit.kind_specs import KindSpec
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import ModelInputs
 from fisherkit.space import Selection
+from fisherkit.structures import structure_named
 
 
 @without_autocast()
@@ -101,8 +101,7 @@ def compare(
     ]
     dampings = _positive(gram_dampings)
     for structure in _listed("structures", structures):
-        if structure not in STRUCTURES:
-            raise InvalidArgumentError(call=CALL, got=f"structure {structure!r}", expected=f"one of {list(STRUCTURES)}")
+        structure_named(structure, CALL)
     if isinstance(batch, list) and batch and not isinstance(batch[0], Tensor):
         raise InvalidTypeError(
             call=CALL, got=f"a list of {len(batch)} batches", expected="one batch, (inputs, targets) or a mapping",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from fisherkit.cli.digits.kinds import DAMPING, KINDS
-from fisherkit.cli.digits.structures import Structures
+from fisherkit.cli.digits.structures import STRUCTURES, Structures
 from fisherkit.cli.digits.training import Checkpoint
 from fisherkit.cli.digits.updates import BATCH, Projection, Quality
 from fisherkit.cli.text import number, table
-from fisherkit.fisher import STRUCTURES
 
 
 def training_table(checkpoints: list[Checkpoint]) -> str:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fisherkit.cli.digits.kinds import DAMPING, KINDS, Batch
 from fisherkit.cli.text import progress
 from fisherkit.evaluation import approximation_quality, loss_gradient
-from fisherkit.fisher import STRUCTURES
 from fisherkit.kinds import ExactFisher
+
+STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from fisherkit.cli.scores.sources import Subject, TextOptions, of_demo, of_folde
 from fisherkit.cli.scores.table import as_text
 from fisherkit.data import Source
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.fisher import STRUCTURES
 from fisherkit.influence import InfluenceScores
 from fisherkit.kind_specs import KindSpec, spelled
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
+from fisherkit.structures import structures
 
 CALL = "fisherkit scores"
 FILES = "scores.html", "scores.json"
@@ -107,7 +107,7 @@ def run(settings: ScoresSettings) -> None:
 def _check(settings: ScoresSettings) -> KindSpec:
     """Refuse options that are none or do not go together."""
     kind = KindSpec.parse(settings.kind or KIND, call=CALL)
-    check_choice(CALL, "--structure", settings.structure, STRUCTURES)
+    check_choice(CALL, "--structure", settings.structure, structures())
     check_choice(CALL, "--measurement", settings.measurement, ("loss", "margin"))
     check_choice(CALL, "--normalize", settings.normalize, ("relatif",))
     check_likelihood(CALL, settings.likelihood)
