@@ -83,7 +83,7 @@ def damped(inverse: Factorization, gradient: Float[Tensor, "D"]) -> Direction:
         inverse: of F + λI.
         gradient: g.
     """
-    update = inverse.matvec(gradient)
+    update = inverse._solve(gradient.unsqueeze(1)).squeeze(1)  # the step has looked at every gradient
 
     def curvature() -> Float[Tensor, ""]:
         precise = update.double()

@@ -285,7 +285,7 @@ def by_spectra(
     """The Kronecker product of two spectra, with measured eigenvalues where both bases span if there are such."""
     if activation.complete and gradient.complete:
         grid = torch.outer(gradient.values, activation.values) if values is None else values
-        return EigenKroneckerOperator(space, activation.basis, gradient.basis, grid, transposed)
+        return EigenKroneckerOperator(space, activation.basis, gradient.basis, grid, transposed, decomposed=True)
     return TruncatedKroneckerOperator(space, activation, gradient, values, transposed)
 
 
