@@ -128,7 +128,8 @@ class Builder:
 
     def _summed(self, structure: Structure) -> Sums:
         """The sums of all passes over the rows, which are read again where they do not fit in memory."""
-        description, empty, kept = structure.name, structure.empty(self.problem), []
+        description, empty = structure.name, structure.empty(self.problem)
+        kept: list[Chunk] = []
         if structure.keeps_rows:
             return empty.added(self._counted(self.problem.batches(description)))
         rows = self.problem.row_bytes(self.problem.plan.space.names) if structure.passes > 1 else 0

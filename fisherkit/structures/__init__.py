@@ -16,10 +16,12 @@ from fisherkit.structures.block import Block
 from fisherkit.structures.diagonal import Diagonal
 from fisherkit.structures.full import Full, RowStructure
 from fisherkit.structures.kronecker import EKFAC, KFAC
+from fisherkit.structures.nkp import NKP
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "NKP",
     "Block",
     "Diagonal",
     "Full",

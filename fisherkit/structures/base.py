@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ UNBOUNDED = 1 << 62
 """A memory budget that nothing exceeds."""
 
 Names = tuple[str, ...]
+
+S = TypeVar("S", bound="Sums")
+T = TypeVar("T", bound="Structure")
+U = TypeVar("U", bound="UnitSums")
 
 
 class Part(NamedTuple):
@@ -57,15 +61,15 @@ class Sums(ABC):
     dropped_share: float | None = None
 
     @abstractmethod
-    def added(self, chunks: Iterable[Chunk]) -> Self:
+    def added(self: S, chunks: Iterable[Chunk]) -> S:
         """With more rows."""
 
     @abstractmethod
-    def scaled(self, weight: float) -> Self:
+    def scaled(self: S, weight: float) -> S:
         """Of ``weight`` times the Fisher."""
 
     @abstractmethod
-    def merge(self, other: Self) -> Self:
+    def merge(self: S, other: S) -> S:
         """Of the sum of both Fishers: with what another pass, step or process added up."""
 
 
@@ -110,7 +114,7 @@ class Structure(ABC):
     memory_budget: int = UNBOUNDED
 
     @classmethod
-    def of(cls, plan: Plan, **settings: Any) -> Self:
+    def of(cls: type[T], plan: Plan, **settings: Any) -> T:
         """The structure for a plan's parameters."""
         return cls(plan.space, plan.dtype, plan.example_parameter.device, tuple(plan.modules), **settings)
 
@@ -153,6 +157,11 @@ class Structure(ABC):
         """
 
     @property
+    def groups(self) -> tuple[Names, ...]:
+        """The parameters of each block of rows."""
+        return (self.space.names,)
+
+    @property
     def streams(self) -> bool:
         """Whether rows that do not fit are made anew for every product."""
         return False
@@ -185,15 +194,15 @@ class UnitSums(ABC):
         """With the unit's rows of a chunk."""
         return self.merge(structure.record(slot.rows))
 
-    def scaled(self, weight: float) -> Self:
+    def scaled(self: U, weight: float) -> U:
         """Of ``weight`` times the Fisher."""
         return replace(self, **{f.name: weight * getattr(self, f.name) for f in fields(self)})
 
-    def merge(self, other: Self) -> Self:
+    def merge(self: U, other: U) -> U:
         """Of the sum of both Fishers."""
         return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
-    def averaged(self, known: Self | None, ema: float, weight: float) -> UnitSums:
+    def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
         """ema · ``known`` + (1 − ema) · weight · self; where nothing is known, weight · self.
 
         Args:
@@ -201,9 +210,12 @@ class UnitSums(ABC):
             ema: its weight.
             weight: of the new sums, 1/N.
         """
-        return self.scaled(weight) if known is None else known.scaled(ema).merge(self.scaled((1 - ema) * weight))
+        if known is None:
+            return self.scaled(weight)
+        average: UnitSums = known.scaled(ema).merge(self.scaled((1 - ema) * weight))
+        return average
 
-    def decomposed(self, known: Self | None, due: bool, rank: int | None) -> UnitSums:
+    def decomposed(self, known: Any, due: bool, rank: int | None) -> UnitSums:
         """With the eigenpairs that `operator` needs, for records that keep them from step to step.
 
         Args:
@@ -218,12 +230,9 @@ class UnitSums(ABC):
         return {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], before: UnitSums | None) -> Self:
+    def from_tensors(cls: type[U], tensors: Mapping[str, Tensor], before: UnitSums | None) -> U:
         """The inverse of `tensors`; ``before`` is the unit's record of an earlier pass."""
         return cls(**tensors)
-
-
-U = TypeVar("U", bound=UnitSums)
 
 
 @dataclass(frozen=True)
@@ -305,7 +314,7 @@ class LayerStructure(Structure):
         units = sums.whole.items()
         return BlockDiagonalOperator(self.space, [u.operator(self.space.restrict(n), scale) for n, u in units])
 
-    def parts(self, sums: LayerSums, operator: BlockDiagonalOperator) -> Parts:
+    def parts(self, sums: LayerSums, operator: Any) -> Parts:
         """The blocks."""
         units = zip(sums.whole.items(), operator.blocks, strict=True)
         return {names: Part(block, unit.label, unit.reason) for (names, unit), block in units}
@@ -345,10 +354,7 @@ def record_class(label: str) -> type[UnitSums]:
     return {cls.label: cls for cls in _subclasses(UnitSums) if "label" in vars(cls)}[label]
 
 
-C = TypeVar("C")
-
-
-def _subclasses(cls: type[C]) -> Iterator[type[C]]:
+def _subclasses(cls: Any) -> Iterator[Any]:
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)

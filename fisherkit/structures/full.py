@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.largest import LargestRows
 from fisherkit.rows.problem import Problem
-from fisherkit.structures.base import Names, Part, Parts, Structure, Sums
+from fisherkit.structures.base import Part, Parts, Structure, Sums
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,6 @@ class RowStructure(Structure):
 
     keeps_rows = True
 
-    @property
-    @abstractmethod
-    def groups(self) -> tuple[Names, ...]:
-        """The parameters of each block."""
-
     def by_rows(self, rows: RowSource, scale: float) -> LowRankOperator:
         """The operator of rows, wherever they are."""
         return LowRankOperator(rows, scale, dtype=self.dtype, device=self.device, memory_budget=self.memory_budget)
@@ -87,11 +81,6 @@ class Full(RowStructure):
     def streams(self) -> bool:
         """All rows can be had again and again; the largest are known once."""
         return self.max_rows is None
-
-    @property
-    def groups(self) -> tuple[Names, ...]:
-        """One block."""
-        return (self.space.names,)
 
     def bytes(self, problem: Problem) -> int:
         """All rows; of those of largest norm, twice as many as are kept and those of one example."""

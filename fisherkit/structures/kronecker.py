@@ -7,8 +7,10 @@ Grosse, arXiv 1503.05671); eigenvalues measured in that basis by a second pass (
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -84,6 +86,11 @@ class SecondMoment:
         """Σ x xᵀ."""
         return second_moment(self._stacked()) if self.matrix is None else self.matrix
 
+    def at(self, scale: float) -> tuple[Float[Tensor, "w w"], Callable[[], tuple[Tensor, Tensor]] | None]:
+        """``scale`` times the sum, and how to decompose it by its vectors where these are few."""
+        few = self.matrix is None
+        return scale * self.dense(), scaled_spectrum(partial(self.spectrum, "kfac"), scale) if few else None
+
     def leading(self, rank: int | None, known: Spectrum | None, due: bool, scale: float) -> Spectrum:
         """The leading eigenpairs of ``scale`` times the sum.
 
@@ -141,8 +148,8 @@ class KroneckerFactors(UnitSums):
     @classmethod
     def zeros(cls, rows: FactoredRows, *, thin: bool = True) -> KroneckerFactors:
         """Of the right sizes."""
-        sides = (SecondMoment(width, thin=thin) for width in (rows.inputs + rows.bias, rows.outputs))
-        return cls(*sides, 0.0, rows.transposed)
+        activation, gradient = (SecondMoment(width, thin=thin) for width in (rows.inputs + rows.bias, rows.outputs))
+        return cls(activation, gradient, 0.0, rows.transposed)
 
     def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> KroneckerFactors:
         """With the unit's rows of a chunk; what a batch made the slow way has no factors to add."""
@@ -225,14 +232,14 @@ class KroneckerFactors(UnitSums):
             count=self.count + other.count,
         )  # fmt: skip
 
-    def averaged(self, known: KroneckerFactors | None, ema: float, weight: float) -> KroneckerFactors:
+    def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
         """As of every record; a count that is not known becomes that of the new sums."""
         if known is not None and known.count == 0 < self.count:
             per_example = self.count * weight
             known = replace(known, activation=known.activation.scaled(per_example), count=per_example)
-        return super().averaged(known, ema, weight)  # type: ignore[return-value]  # of the same class
+        return super().averaged(known, ema, weight)
 
-    def decomposed(self, known: KroneckerFactors | None, due: bool, rank: int | None) -> KroneckerFactors:
+    def decomposed(self, known: Any, due: bool, rank: int | None) -> KroneckerFactors:
         """With the factors' eigenpairs: all of few vectors, or the leading ones of a matrix."""
         on_inputs, on_outputs = (None, None) if known is None or known.spectra is None else known.spectra
         return replace(self, spectra=(
@@ -243,16 +250,8 @@ class KroneckerFactors(UnitSums):
     def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
         """G ⊗ A; of spectra that are kept, the product of what they say."""
         if self.spectra is not None:
-            a, g = self.spectra
-            return by_spectra(space, a, g.scaled(scale), None, self.transposed)
-        scales = 1 / (self.count or 1), scale
-        a, g = (m.dense() * by for by, m in zip(scales, (self.activation, self.gradient), strict=True))
-        # Without their matrices, the factors are decomposed by their vectors.
-        spectra = (
-            scaled_spectrum(functools.partial(m.spectrum, "kfac"), by) if m.matrix is None else None
-            for by, m in zip(scales, (self.activation, self.gradient), strict=True)
-        )
-        on_inputs, on_outputs = spectra
+            return by_spectra(space, self.spectra[0], self.spectra[1].scaled(scale), None, self.transposed)
+        (a, on_inputs), (g, on_outputs) = self.activation.at(1 / (self.count or 1)), self.gradient.at(scale)
         return KroneckerOperator(
             space, a, g, self.transposed, symmetric=True, activation_spectrum=on_inputs, gradient_spectrum=on_outputs
         )  # fmt: skip
