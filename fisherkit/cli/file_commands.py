@@ -12,6 +12,7 @@ import typer
 
 from fisherkit.cli.command import Command, readable_errors, require
 from fisherkit.cli.options import (
+    STRUCTURES,
     AsJson,
     BatchSize,
     Device,
@@ -45,7 +46,7 @@ def estimate(
     kind: Annotated[
         str, typer.Option(metavar="KIND", help="ef, ief[:POWER], sf[:DRAWS], truncated[:RANK or :TOLERANCE], exact.")
     ] = "truncated:2",
-    structure: Annotated[str, typer.Option(metavar="NAME", help="full, block, diagonal, kfac or ekfac.")] = "diagonal",
+    structure: Annotated[str, typer.Option(metavar="NAME", help=f"{STRUCTURES}.")] = "diagonal",
     text_column: TextColumn = "text",
     pair_column: PairColumn = None,
     label_column: LabelColumn = "label",

@@ -6,6 +6,12 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from fisherkit.structures import structures
+
+*_MOST, _LAST = structures()
+STRUCTURES = f"{', '.join(_MOST)} or {_LAST}"
+"""By name, for help texts."""
+
 TextColumn: TypeAlias = Annotated[str, typer.Option(metavar="NAME", help="Column of the text.")]
 PairColumn: TypeAlias = Annotated[
     str | None, typer.Option(metavar="NAME", help="Column of a second text.", show_default="none")

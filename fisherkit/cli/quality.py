@@ -21,7 +21,7 @@ from fisherkit._version import __version__
 from fisherkit.cli.checks import check_choice, check_likelihood
 from fisherkit.cli.command import Command, make_folder, readable_errors, require
 from fisherkit.cli.factories import load_factory, load_likelihood
-from fisherkit.cli.options import Overwrite
+from fisherkit.cli.options import STRUCTURES, Overwrite
 from fisherkit.cli.text import number, numbers, progress, table, words
 from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
@@ -78,7 +78,7 @@ def quality(
     kinds: Annotated[
         str, typer.Option(metavar="LIST", help="sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.")
     ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact",
-    structures: Annotated[str, typer.Option(metavar="LIST", help="Of full, block, diagonal, kfac, ekfac.")] = "full",
+    structures: Annotated[str, typer.Option(metavar="LIST", help=f"Of {STRUCTURES}.")] = "full",
     dampings: Annotated[
         str, typer.Option(metavar="LIST", help="Gram dampings λ > 0, beside sums over examples.")
     ] = "1e-7,1e-5,1e-3,1e-1",

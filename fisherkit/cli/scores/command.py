@@ -9,6 +9,7 @@ import typer
 
 from fisherkit.cli.command import Command, readable_errors, require
 from fisherkit.cli.options import (
+    STRUCTURES,
     AsJson,
     BatchSize,
     Device,
@@ -52,9 +53,7 @@ def scores(
             show_default="truncated:2",
         ),
     ] = None,
-    structure: Annotated[
-        str | None, typer.Option(metavar="NAME", help="full, block, diagonal, kfac or ekfac.", show_default="ekfac")
-    ] = None,
+    structure: Annotated[str | None, typer.Option(metavar="NAME", help=f"{STRUCTURES}.", show_default="ekfac")] = None,
     params: Annotated[
         list[str] | None,
         typer.Option(
