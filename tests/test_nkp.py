@@ -151,3 +151,39 @@ def test_file__comes_back(tmp_path: Path) -> None:
     fisher = fk.ExactFisher(model, data, structure="nkp")
     fisher.save(tmp_path / "f.safetensors")
     torch.testing.assert_close(fk.load(tmp_path / "f.safetensors").to_dense(), fisher.to_dense())
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_applications__take_it() -> None:
+    (first, data), (second, _) = task("biased"), task("biased")
+    with torch.no_grad():
+        for p in second.parameters():
+            p.add_(0.1 * torch.ones_like(p).cumsum(0))
+    fishers = [fk.ExactFisher(model, data, structure="nkp") for model in (first, second)]
+    matrices = [fisher.to_dense() for fisher in fishers]
+    eye = torch.eye(len(matrices[0])).double()
+
+    penalty = fk.continual.EWC(first, strength=2.0, normalize=None)
+    penalty.consolidate(fishers[0])
+    change = flat(second) - flat(first)
+    with torch.no_grad():
+        for p, q in zip(first.parameters(), second.parameters(), strict=True):
+            p.copy_(q)
+    torch.testing.assert_close(penalty.penalty().detach(), change @ matrices[0] @ change)
+
+    first, _ = task("biased")
+    merged = fk.merging.merge([first, second], fishers, damping=1e-3, normalize=None)
+    weighed = [(m + 1e-3 * eye) @ flat(model) for m, model in zip(matrices, (first, second), strict=True)]
+    expected = torch.linalg.solve(sum(matrices) + 2e-3 * eye, sum(weighed))
+    found = torch.cat([merged[name].flatten() for name in fishers[0].space.names])
+    assert float((found - expected).norm()) < 0.02 * float(expected.norm())
+
+    x, y = data[0]
+    losses = F.cross_entropy(second(x), y, reduction="none")
+    rows = [torch.autograd.grad(loss, list(second.parameters()), retain_graph=True) for loss in losses]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    scores = fk.influence.InfluenceScores(fishers[1], second, damping=0.1).scores((x[:2], y[:2]), (x, y))
+    torch.testing.assert_close(scores, J[:2] @ torch.linalg.solve(matrices[1] + 0.1 * eye, J.T), rtol=1e-7, atol=1e-9)

@@ -33,6 +33,9 @@ T = TypeVar("T", bound="Structure")
 U = TypeVar("U", bound="UnitSums")
 
 
+_BY_NAME: dict[str, type[Structure]] = {}
+
+
 class Part(NamedTuple):
     """What became of some parameters: their own operator, and for `coverage` its structure and the reason.
 
@@ -112,6 +115,12 @@ class Structure(ABC):
     max_rank: int | None = None
     averaged: bool = False
     memory_budget: int = UNBOUNDED
+
+    def __init_subclass__(cls) -> None:
+        """Register a class that has a name of its own, in the order of definition."""
+        super().__init_subclass__()
+        if vars(cls).get("name"):
+            _BY_NAME[cls.name] = cls
 
     @classmethod
     def of(cls: type[T], plan: Plan, **settings: Any) -> T:
@@ -325,7 +334,7 @@ class LayerStructure(Structure):
 
 def structures() -> dict[str, type[Structure]]:
     """All structures by name, the package's own first and then those that were defined elsewhere."""
-    return {cls.name: cls for cls in _subclasses(Structure) if cls.name}
+    return dict(_BY_NAME)
 
 
 def structure_named(name: object, call: str, argument: str = "structure") -> type[Structure]:
