@@ -318,7 +318,7 @@ def test_structure__is_what_applications_take() -> None:
     losses = nn.functional.cross_entropy(of.model(of.inputs), of.targets, reduction="none")
     rows = [torch.autograd.grad(loss, list(of.model.parameters()), retain_graph=True) for loss in losses]
     J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-    assert error(found, J[:2] @ (J / (other.diagonal() + 0.1)).T) < 1e-10
+    assert error(found, J[:2] @ (J / (other.diagonal() + 0.1)).T / other.examples) < 1e-10
 
 
 # -- an operator -------------------------------------------------------------------------------------------------------
