@@ -520,11 +520,8 @@ def test_module__without_its_extra_says_what_to_install(
     [
         (("estimate", "{folder}", "--out", "f"), "transformers", "hf"),
         (("scores", "{folder}"), "transformers", "hf"),
-        (("scores",), "sklearn", "demo"),
-        (("quality",), "sklearn", "demo"),
         (("quality", "m:f", "--out", "q"), "matplotlib", "demo"),
         (("show", "f", "--out", "q"), "matplotlib", "demo"),
-        (("demo",), "matplotlib", "demo"),
     ],
     ids=lambda value: str(value),
 )

@@ -1,4 +1,4 @@
-"""``fisherkit quality`` on a model of one's own and on the demo's, its files, and what it says when it cannot."""
+"""``fisherkit quality`` on a model of one's own, its files, and what it says when it cannot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fisherkit.cli import app
-from fisherkit.cli import quality as command
 from fisherkit.evaluation import QualityTable
 
 MODULE = """
@@ -89,15 +88,6 @@ def test_quality__takes_one_batch_and_writes_nothing_unasked(folder: Path) -> No
     assert "mean of 1 batch, 12 examples" in result.stdout
     assert "near-duplicates left out" in result.stdout
     assert {p for p in set(folder.rglob("*")) - before if "__pycache__" not in p.parts} == set()
-
-
-def test_quality__without_a_spec_is_on_the_demos_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "EPOCHS", 1)
-    monkeypatch.setattr(command, "BATCH", 20)
-    result = run("--kinds", "sgd,ief", "--dampings", "1e-3")
-    assert result.exit_code == 0, result.output
-    assert "digits for 1 epochs" in result.stdout
-    assert "20 examples" in result.stdout
 
 
 @pytest.mark.usefixtures("folder")

@@ -18,7 +18,6 @@ from typer.testing import CliRunner, Result
 
 import fisherkit as fk
 from fisherkit.cli import app
-from fisherkit.cli.scores import sources
 from fisherkit.cli.scores.pictures import data_uri
 from tests.text_models import LABELS, SIZES, TEXTS, jsonl, make_classifier, make_tokenizer, saved
 
@@ -249,20 +248,6 @@ def test_scores__images_are_shown_without_being_asked(folder: Path) -> None:
     pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     _, _, queries = parts()
     assert data_uri(queries[0][0][0], "test") in pictures
-
-
-def test_scores__without_a_model_are_of_the_demos_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "EPOCHS", 2)
-    result = run("--out", tmp_path / "found", "--top", "2")
-    assert result.exit_code == 0, result.output
-    assert "43 of the 1,437 training examples were given a wrong label on purpose." in result.stdout
-    told = json.loads((tmp_path / "found/scores.json").read_text(encoding="utf-8"))
-    assert (len(told["queries"]), len(told["self_influence"])) == (8, 12)
-    page = Page((tmp_path / "found/scores.html").read_text(encoding="utf-8"))
-    assert [tag for tag, _ in page.tags].count("img") == 8 + 8 + 12 + sum(
-        len(query[side]) for query in told["queries"] for side in ("helpful", "harmful")
-    )
-    assert run("--train", "texts.jsonl").exit_code == 1
 
 
 @pytest.fixture(scope="module")

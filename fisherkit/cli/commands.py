@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from fisherkit._version import __version__
-from fisherkit.cli.digits.command import DEMO
 from fisherkit.cli.file_commands import AUDIT, ESTIMATE, MERGE
 from fisherkit.cli.info import INFO
 from fisherkit.cli.quality import QUALITY
@@ -29,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-COMMANDS = (INFO, DEMO, QUALITY, ESTIMATE, SHOW, MERGE, AUDIT, SCORES)
+COMMANDS = (INFO, QUALITY, ESTIMATE, SHOW, MERGE, AUDIT, SCORES)
 
 
 @app.callback(invoke_without_command=True)

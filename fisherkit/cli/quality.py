@@ -1,4 +1,4 @@
-"""``fisherkit quality``: γ of every kind on a user's own model, or on the demo's network.
+"""``fisherkit quality``: γ of every kind on a user's own model.
 
 Owns the options, what is printed and which files are written; the numbers are `fisherkit.evaluation`'s.
 """
@@ -33,8 +33,6 @@ from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit quality SPEC"
 FILES = "quality.csv", "quality.json", "quality.png"
-EPOCHS, BATCH = 10, 160
-"""Of the demo's network, where no SPEC is given; 160 is the paper's batch."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class QualitySettings:
     """The command's options.
 
     Args:
-        spec: "package.module:function", or None for the demo's network.
+        spec: "package.module:function".
         out: folder of the files; None to write none.
         batches: how many are compared and averaged.
         kinds: as in `compare`, like all that follow.
@@ -51,11 +49,11 @@ class QualitySettings:
         likelihood: by name.
         example: "sequence" or "token".
         drop_duplicates: a cosine, or None.
-        seed: of sampled labels, and of the demo's network.
+        seed: of sampled labels.
         overwrite: replace files that are there.
     """
 
-    spec: str | None
+    spec: str
     out: Path | None
     batches: int
     kinds: tuple[str, ...]
@@ -69,12 +67,7 @@ class QualitySettings:
 
 
 def quality(
-    spec: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[SPEC]", help='"package.module:function" that returns (model, data); none: the demo\'s.'
-        ),
-    ] = None,
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help='"package.module:function" that returns (model, data).')],
     kinds: Annotated[
         str, typer.Option(metavar="LIST", help="sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.")
     ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact",
@@ -105,9 +98,8 @@ def quality(
     The model is any module in eval mode, the data one batch or a list or DataLoader of batches. Prints a table.
     """
     with readable_errors():
-        if out is not None or spec is None:
-            needed = {"matplotlib": "matplotlib"} if out is not None else {}
-            require("demo", needed | ({"sklearn": "scikit-learn"} if spec is None else {}))
+        if out is not None:
+            require("demo", {"matplotlib": "matplotlib"})
         run(
             QualitySettings(
                 spec, out, batches, words(kinds), words(structures), numbers(dampings, "--dampings"), likelihood,
@@ -120,7 +112,7 @@ QUALITY = Command(
     quality,
     "How good each kind's update is on a model of yours.",
     (
-        "fisherkit quality                           (on the demo's network)",
+        "fisherkit quality mymodule:make",
         "fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality",
         "fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10",
     ),
@@ -138,7 +130,7 @@ def run(settings: QualitySettings) -> None:
     check_choice(CALL, "--example", settings.example, ("sequence", "token"))
     if settings.out is not None:
         make_folder(settings.out, FILES, CALL, overwrite=settings.overwrite)
-    model, batches = _digits(settings) if settings.spec is None else _users(settings.spec, settings.batches)
+    model, batches = _users(settings.spec, settings.batches)
     likelihood = load_likelihood(settings.likelihood, CALL)
     tables = [
         compare(
@@ -194,18 +186,6 @@ def _write(settings: QualitySettings, tables: Sequence[QualityTable], folder: Pa
         plot_damping(tables, paths[2])
         return paths
     return paths[:2]
-
-
-def _digits(settings: QualitySettings) -> tuple[nn.Module, list[Any]]:
-    """The demo's network and random batches of its data, in float64."""
-    from fisherkit.cli.digits.training import Digits, train
-
-    generator = torch.Generator().manual_seed(settings.seed)
-    digits = Digits.load(generator)
-    typer.echo(f"No SPEC: training the demo's 64-64-32-10 network on scikit-learn's digits for {EPOCHS} epochs ...")
-    model = train(digits, epochs=EPOCHS, seed=settings.seed, generator=generator)[-1].network(torch.float64)
-    drawn = (digits.batch(BATCH, generator) for _ in range(settings.batches))
-    return model, [(x.double(), y) for x, y in drawn]
 
 
 def _users(spec: str, batches: int) -> tuple[nn.Module, list[Any]]:

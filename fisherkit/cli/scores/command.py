@@ -24,13 +24,13 @@ from fisherkit.cli.options import (
 
 def scores(
     model: Annotated[
-        str | None,
+        str,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help='A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
-            "train, queries, show); none: the demo's digits.",
+            "train, queries, show).",
         ),
-    ] = None,
+    ],
     train: Annotated[
         Path | None,
         typer.Option(
@@ -85,14 +85,9 @@ def scores(
     top: Annotated[int, typer.Option(metavar="K", min=1, help="Most helpful, and most harmful, a query.")] = 5,
     worst: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Only the N queries with the largest loss.", show_default="all; demo: 8"),
+        typer.Option(metavar="N", min=1, help="Only the N queries with the largest loss.", show_default="all"),
     ] = None,
-    own: Annotated[
-        int | None,
-        typer.Option(
-            "--self", metavar="N", min=0, help="List the N largest self-influences too.", show_default="0; demo: 12"
-        ),
-    ] = None,
+    own: Annotated[int, typer.Option("--self", metavar="N", min=0, help="List the N largest self-influences too.")] = 0,
     likelihood: LikelihoodName = None,
     text_column: TextColumn = "text",
     pair_column: PairColumn = None,
@@ -104,9 +99,7 @@ def scores(
     max_length: MaxLength = None,
     device: Device = "cpu",
     dtype: Dtype = None,
-    seed: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Seed of drawn texts, sampled labels and the demo.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of drawn texts and sampled labels.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -123,9 +116,7 @@ def scores(
     a pair of both, or None. Inputs of shape [1 or 3, H, W] are pictures without it.
     """
     with readable_errors():
-        if model is None:
-            require("demo", {"sklearn": "scikit-learn"})
-        elif Path(model).is_dir():
+        if Path(model).is_dir():
             require("hf", {"transformers": "transformers"})
         from fisherkit.cli.scores.run import ScoresSettings, run
         from fisherkit.cli.scores.sources import TextOptions
@@ -145,7 +136,6 @@ SCORES = Command(
     scores,
     "Which training examples predictions hang on, as a table or a page.",
     (
-        "fisherkit scores --out scores                         (the demo's digits)",
         "fisherkit scores my-model --train train.jsonl --queries test.jsonl --out scores",
         "fisherkit scores my-model --train train.csv --queries test.csv --fisher f.safetensors --worst 20 --json",
         "fisherkit scores mymodule:make --kind exact --structure full --top 10 --self 20 --out scores",

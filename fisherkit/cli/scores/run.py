@@ -24,7 +24,7 @@ from fisherkit.cli.factories import load_likelihood
 from fisherkit.cli.scores.describe import Describer, subset
 from fisherkit.cli.scores.page import page
 from fisherkit.cli.scores.result import Computed, Query, Result, Scored
-from fisherkit.cli.scores.sources import Subject, TextOptions, of_demo, of_folder, of_function
+from fisherkit.cli.scores.sources import Subject, TextOptions, of_folder, of_function
 from fisherkit.cli.scores.table import as_text
 from fisherkit.data import Source
 from fisherkit.errors import InvalidArgumentError
@@ -36,8 +36,6 @@ from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, 
 CALL = "fisherkit scores"
 FILES = "scores.html", "scores.json"
 KIND, STRUCTURE = "truncated:2", "ekfac"
-DEMO_QUERIES, DEMO_SELF = 8, 12
-"""The demo's --worst and --self where they are not given."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class ScoresSettings:
     """The command's options.
 
     Args:
-        model: a Hugging Face folder, "package.module:function", or None for the demo.
+        model: a Hugging Face folder, or "package.module:function".
         texts: for a folder.
         fisher: a file; None to build one.
         kind: of the one that is built, as `KindSpec` spells it; None for `KIND`.
@@ -61,13 +59,13 @@ class ScoresSettings:
         worst: only so many queries, those of the largest loss; None for all.
         own: how many training examples of the largest self-influence.
         device: where the model runs.
-        seed: of drawn texts, sampled labels and the demo.
+        seed: of drawn texts and sampled labels.
         out: folder of the files; None to write none.
         overwrite: replace files that are there.
         as_json: print one JSON object.
     """
 
-    model: str | None
+    model: str
     texts: TextOptions
     fisher: Path | None
     kind: str | None
@@ -81,7 +79,7 @@ class ScoresSettings:
     normalize: str | None
     top: int
     worst: int | None
-    own: int | None
+    own: int
     device: str
     seed: int
     out: Path | None
@@ -136,8 +134,6 @@ def _check(settings: ScoresSettings) -> KindSpec:
 
 
 def _subject(settings: ScoresSettings) -> Subject:
-    if settings.model is None:
-        return of_demo(settings.texts, seed=settings.seed, call=CALL)
     folder = Path(settings.model)
     if folder.is_dir():
         return of_folder(folder, settings.texts, device=settings.device, seed=settings.seed, call=CALL)
@@ -185,7 +181,7 @@ def _result(settings: ScoresSettings, kind: KindSpec, subject: Subject) -> Resul
         fisher_file=None if settings.fisher is None else str(settings.fisher),
         versions={"fisherkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )  # fmt: skip
-    notes = _notes(computed, fisher, subject, shown=len(order))
+    notes = _notes(computed, fisher, shown=len(order))
     return Result(computed, tuple(scored[i] for i in order), own, notes)
 
 
@@ -197,11 +193,10 @@ def _damping(settings: ScoresSettings, fisher: FisherOperator) -> Damping:
 
 def _order(settings: ScoresSettings, subject: Subject, describer: Describer, count: int) -> list[int]:
     """The queries that are shown: all, or the ones with the largest loss first."""
-    worst = DEMO_QUERIES if settings.worst is None and settings.model is None else settings.worst
-    if worst is None:
+    if settings.worst is None:
         return list(range(count))
     losses = describer.losses(subject.queries)
-    return sorted(range(count), key=lambda i: -losses[i])[:worst]
+    return sorted(range(count), key=lambda i: -losses[i])[: settings.worst]
 
 
 def _scored(
@@ -218,10 +213,9 @@ def _scored(
         measurement=settings.measurement, normalize=settings.normalize,
     )  # fmt: skip
     own: list[tuple[float, int]] = []
-    most = (DEMO_SELF if settings.model is None else 0) if settings.own is None else settings.own
-    if most:
+    if settings.own:
         found = influence.self_influence(subject.train).sort(descending=True, stable=True)
-        own = _pairs(found.values[:most], found.indices[:most])
+        own = _pairs(found.values[: settings.own], found.indices[: settings.own])
     helpful = [[p for p in _pairs(*row) if p[0] > 0] for row in zip(top.helpful, top.helpful_index, strict=True)]
     harmful = [[p for p in _pairs(*row) if p[0] < 0] for row in zip(top.harmful, top.harmful_index, strict=True)]
     wanted = {index for pairs in (*helpful, *harmful, own) for _, index in pairs}
@@ -239,8 +233,8 @@ def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
     return list(zip(values.tolist(), places.tolist(), strict=True))
 
 
-def _notes(computed: Computed, fisher: FisherOperator, subject: Subject, *, shown: int) -> tuple[str, ...]:
-    notes = list(subject.about)
+def _notes(computed: Computed, fisher: FisherOperator, *, shown: int) -> tuple[str, ...]:
+    notes: list[str] = []
     if shown < computed.queries:
         notes.append(f"Of {computed.queries:,} queries the {shown:,} with the largest loss are shown.")
     if computed.examples != computed.train:

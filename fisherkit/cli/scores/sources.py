@@ -1,4 +1,4 @@
-"""The model, the training data and the queries: of a Hugging Face folder, of a user's function, or of the demo.
+"""The model, the training data and the queries: of a Hugging Face folder, or of a user's function.
 
 Owns what each needs and what it brings to be shown. Knows no Fisher and no score.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from fisherkit.cli.factories import call_factory
@@ -19,9 +17,6 @@ from fisherkit.cli.texts import Columns, Text, read_texts
 from fisherkit.data import Data, Source
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.rows.record import refuse_train_mode
-
-EPOCHS, MISLABELLED = 40, 0.03
-"""Of the demo's network, and the share of its training examples that are given a wrong label."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,6 @@ class Subject:
         classes: names of the outputs, by number.
         show: an example as text or picture; None to show inputs that are images.
         places: for "train" and "queries", where each example stands; "train 3" where there is no entry.
-        about: what a reader should know of the data.
     """
 
     name: str
@@ -71,7 +65,6 @@ class Subject:
     classes: Mapping[int, str]
     show: Show | None
     places: Mapping[str, list[str]]
-    about: tuple[str, ...] = ()
 
     def place(self, split: str, index: int) -> str:
         """Where an example stands, in words."""
@@ -156,39 +149,6 @@ def of_function(spec: str, options: TextOptions, *, device: str, call: str) -> S
     for name, data in (("train", train), ("queries", queries)):
         Source(data, model).refuse_shuffling(call, name)
     return Subject(spec, model.to(device), train, queries, "categorical", {}, show, {})
-
-
-def of_demo(options: TextOptions, *, seed: int, call: str) -> Subject:
-    """The demo's network on digits of which some are given a wrong label; the held-out digits are the queries.
-
-    Args:
-        options: of texts, which the demo has none of.
-        seed: of everything random.
-        call: the command, for errors.
-
-    Raises:
-        InvalidArgumentError: files without a model.
-    """
-    from fisherkit.cli.digits.training import Digits, train
-    from fisherkit.influence.evaluation import flip_labels
-
-    _refuse_files(options, "no model", "they are the texts of a Hugging Face folder", call)
-    generator = torch.Generator().manual_seed(seed)
-    digits = Digits.load(generator)
-    targets, wrong = flip_labels(digits.targets, MISLABELLED, classes=10, seed=seed)
-    network = train(replace(digits, targets=targets), epochs=EPOCHS, seed=seed, generator=generator)[-1].network
-    inputs = {"train": digits.inputs, "queries": digits.test_inputs}
-
-    def show(split: str, index: int) -> Any:
-        text = f"wrong label on purpose, in truth {int(digits.targets[index])}"
-        return inputs[split][index].reshape(8, 8), text if split == "train" and wrong[index] else None
-
-    return Subject(
-        "the demo's network on scikit-learn's digits", network(torch.float64),
-        (digits.inputs.double(), targets), (digits.test_inputs.double(), digits.test_targets),
-        "categorical", {}, show, {},
-        (f"{int(wrong.sum())} of the {len(targets):,} training examples were given a wrong label on purpose.",),
-    )  # fmt: skip
 
 
 def _refuse_files(options: TextOptions, beside: str, why: str, call: str) -> None:

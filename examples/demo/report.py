@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fisherkit.cli.digits.kinds import DAMPING, KINDS
-from fisherkit.cli.digits.structures import Structures
-from fisherkit.cli.digits.training import Checkpoint
-from fisherkit.cli.digits.updates import BATCH, Projection, Quality
+from examples.demo.digits import BATCH, Checkpoint
+from examples.demo.measure import DAMPING, KINDS, Projection, Quality, Structures
 from fisherkit.cli.text import number, table
 from fisherkit.fisher import STRUCTURES
 

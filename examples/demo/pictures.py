@@ -11,10 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from fisherkit.cli.digits.kinds import KINDS
-from fisherkit.cli.digits.structures import Structures
-from fisherkit.cli.digits.training import Checkpoint
-from fisherkit.cli.digits.updates import Projection, Quality
+from examples.demo.digits import Checkpoint
+from examples.demo.measure import KINDS, Projection, Quality, Structures
 
 # The colours of Okabe and Ito, "Color universal design" (2008), can be told apart with any colour vision; the markers
 # say the same again.
