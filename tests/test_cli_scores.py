@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import fisherkit as fk
 from fisherkit.cli import app
-from fisherkit.cli.scores.pictures import data_uri
+from fisherkit.cli.scores_page import data_uri
 from tests.text_models import LABELS, SIZES, TEXTS, jsonl, make_classifier, make_tokenizer, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
@@ -317,6 +317,23 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--kind", "sgd", "'sgd' is not one of ef, ief,"),
+        ("--kind", "best", "there is no kind 'best'"),
+        ("--structure", "dense", "full, block, diagonal, kfac, ekfac"),
+        ("--measurement", "logit", "loss, margin"),
+        ("--normalize", "norm", "relatif"),
+        ("--damping", "-1", "damping"),
+    ],
+)
+def test_scores__what_no_option_can_be_is_wrong_usage(option: str, value: str, words: str) -> None:
+    result = run("scored_module:make", option, value)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("nowhere",), ("no such folder", "package.module:function")),
@@ -332,12 +349,6 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:odd_show",), ("show('train',", "a text, a picture as an array")),
         (("scored_module:odd_picture",), ("a picture of shape [2, 3, 4, 5]",)),
         (("scored_module:no_targets",), ("targets",)),
-        (("scored_module:make", "--kind", "sgd"), ("one of ['ef', 'ief'",)),
-        (("scored_module:make", "--kind", "best"), ("There is no kind 'best'",)),
-        (("scored_module:make", "--structure", "dense"), ("--structure 'dense'", "'ekfac'")),
-        (("scored_module:make", "--measurement", "logit"), ("--measurement 'logit'", "'loss', 'margin'")),
-        (("scored_module:make", "--normalize", "norm"), ("'relatif'",)),
-        (("scored_module:make", "--damping", "-1"), ("damping",)),
         (("scored_module:make", "--absolute-damping"), ("without --damping",)),
         (("scored_module:make", "--params", "head.*"), ("matches no parameter",)),
         (("scored_module:make", "--fisher", "f", "--kind", "ef"), ("--kind beside --fisher",)),
