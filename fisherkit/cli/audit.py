@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.cli.command import Command
-from fisherkit.cli.options import AsJson, one_of
+from fisherkit.cli.options import AsJson, one_of, option
 from fisherkit.cli.text import number, table
 from fisherkit.evaluation import audit
 from fisherkit.operators import FisherOperator, load
@@ -35,18 +35,12 @@ class Audit:
     exact: Annotated[Path, typer.Argument(metavar="EXACT", help="A Fisher file.")]
     compare: Annotated[
         str | None,
-        typer.Option(
-            metavar="WHAT", help="diagonal or matrix.", parser=one_of("diagonal", "matrix"),
-            show_default="the matrix where both have one",
-        ),
-    ] = None  # fmt: skip
+        option("WHAT", "diagonal or matrix.", "the matrix where both have one", parser=one_of("diagonal", "matrix")),
+    ] = None
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            metavar="B", min=1, help="Size of the batches behind OTHER, to recognise their squares.",
-            show_default="unknown",
-        ),
-    ] = None  # fmt: skip
+        option("B", "Size of the batches behind OTHER, to recognise their squares.", "unknown", min=1),
+    ] = None
     as_json: AsJson = False
 
     def run(self) -> None:

@@ -113,13 +113,7 @@ class Command:
 
 @dataclass
 class Running:
-    """The command that is at work.
-
-    Args:
-        name: as it is called.
-        flags: keyword to option.
-        targets: what it will write, and how the place looked before.
-    """
+    """The command that is at work: its name, keyword to option, and how the places looked that it will write to."""
 
     name: str = "fisherkit"
     flags: Mapping[str, str] = field(default_factory=dict)
@@ -155,11 +149,7 @@ class _Stopped(KeyboardInterrupt):
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """What fisherkit or the file system refuses is a message, not a traceback; what stops the command is told too.
-
-    Raises:
-        typer.Exit: 1 after an error, 128 and the signal's number after a signal.
-    """
+    """What fisherkit or the file system refuses is a message, not a traceback; what stops the command is told too."""
     with ExitStack() as stack:
         stack.enter_context(_warnings_as_lines())
         stack.enter_context(_stopping())
@@ -167,11 +157,9 @@ def readable_errors() -> Iterator[None]:
             stack.enter_context(in_lines(LINES_EVERY))
         try:
             yield
-        except FisherkitError as error:
-            typer.echo(f"error: {error_in_flags(error, _now().name, _now().flags)}", err=True)
-            raise typer.Exit(1) from error
-        except OSError as error:
-            typer.echo(f"error: {error}", err=True)
+        except (FisherkitError, OSError) as error:
+            text = error_in_flags(error, _now().name, _now().flags) if isinstance(error, FisherkitError) else error
+            typer.echo(f"error: {text}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
             number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
@@ -284,11 +272,7 @@ def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> Non
 
 
 def make_folder(folder: Path, names: Iterable[str], call: str, *, overwrite: bool) -> None:
-    """The folder that files will be written to, made if missing, so that a wrong path fails before the work.
-
-    Raises:
-        InvalidArgumentError: one of the files is there, and it may not be replaced.
-    """
+    """The folder that files will be written to, made if missing, so that a wrong path fails before the work."""
     refuse_existing([folder / name for name in names], call, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
 

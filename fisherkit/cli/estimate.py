@@ -22,6 +22,7 @@ from fisherkit.cli.options import (
     Overwrite,
     kind_check,
     one_of,
+    option,
     structure_check,
 )
 from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_likelihood
@@ -51,26 +52,21 @@ class Estimate(ModelOptions):
             '"package.module:function" that returns (model, data).',
         ),
     ]
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The Fisher file to write.")]
+    out: Annotated[Path, option("FILE", "The Fisher file to write.")]
     data: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Texts and labels, .jsonl, .csv or .tsv; a folder needs it.", show_default="none"
-        ),
+        option("FILE", "Texts and labels, .jsonl, .csv or .tsv; a folder needs it.", "none"),
     ] = None
-    kind: Annotated[str, typer.Option(metavar="KIND", help=KIND, parser=kind_check)] = "truncated:2"
-    structure: Annotated[str, typer.Option(metavar="NAME", help=STRUCTURE, parser=structure_check)] = "diagonal"
+    kind: Annotated[str, option("KIND", KIND, parser=kind_check)] = "truncated:2"
+    structure: Annotated[str, option("NAME", STRUCTURE, parser=structure_check)] = "diagonal"
     example: Example = "sequence"
-    normalization: Annotated[
-        str, typer.Option(metavar="NAME", help="Mean or sum over examples.", parser=one_of("mean", "sum"))
-    ] = "mean"
+    normalization: Annotated[str, option("NAME", "Mean or sum over examples.", parser=one_of("mean", "sum"))] = "mean"
     kfac_positions: Annotated[
         str,
-        typer.Option(
-            metavar="NAME", help="What kfac and ekfac do with shared positions: expand or reduce.",
-            parser=one_of("expand", "reduce"),
+        option(
+            "NAME", "What kfac and ekfac do with shared positions: expand or reduce.", parser=one_of("expand", "reduce")
         ),
-    ] = "expand"  # fmt: skip
+    ] = "expand"
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
     as_json: AsJson = False

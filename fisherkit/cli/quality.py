@@ -27,6 +27,7 @@ from fisherkit.cli.options import (
     likelihood_check,
     number_check,
     numbers,
+    option,
     structure_check,
     words,
 )
@@ -52,31 +53,28 @@ class Quality:
     spec: Annotated[str, typer.Argument(metavar="SPEC", help='"package.module:function" that returns (model, data).')]
     kinds: Annotated[
         str,
-        typer.Option(
-            metavar="LIST", help="sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.",
+        option(
+            "LIST",
+            "sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.",
             parser=each(partial(kind_check, also=("sgd",))),
         ),
-    ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact"  # fmt: skip
-    structures: Annotated[str, typer.Option(metavar="LIST", help=f"Of {STRUCTURE}", parser=each(structure_check))] = (
-        "full"
-    )
+    ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
+    structures: Annotated[str, option("LIST", f"Of {STRUCTURE}", parser=each(structure_check))] = "full"
     dampings: Annotated[
         str,
-        typer.Option(metavar="LIST", help="Gram dampings λ > 0, beside sums over examples.", parser=each(number_check)),
+        option("LIST", "Gram dampings λ > 0, beside sums over examples.", parser=each(number_check)),
     ] = "1e-7,1e-5,1e-3,1e-1"
-    likelihood: Annotated[str, typer.Option(metavar="NAME", help=LIKELIHOOD, parser=likelihood_check)] = "categorical"
+    likelihood: Annotated[str, option("NAME", LIKELIHOOD, parser=likelihood_check)] = "categorical"
     example: Example = "sequence"
-    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are averaged over.")] = 1
+    batches: Annotated[int, option("N", "Batches that are averaged over.", min=1)] = 1
     drop_duplicates: Annotated[
         float | None,
-        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates.", show_default="all are kept"),
+        option("COSINE", "Leave near-duplicates out of the updates.", "all are kept"),
     ] = None
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of sampled labels.")] = 0
+    seed: Annotated[int, option("N", "Seed of sampled labels.", min=0)] = 0
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.", show_default="none"
-        ),
+        option("FOLDER", "Write quality.csv, quality.json and quality.png there.", "none"),
     ] = None
     overwrite: Overwrite = False
 

@@ -132,26 +132,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Computed:
-    """What was computed, and of what.
-
-    Args:
-        model: as it was named.
-        kind: of the Fisher, with its setting.
-        structure: of the Fisher.
-        likelihood: of the loss.
-        measurement: "loss" or "margin".
-        normalize: None or "relatif".
-        relative_damping: λ as a multiple of the mean eigenvalue; None if λ was given itself.
-        damping: λ.
-        examples: N, on which the Fisher was measured.
-        parameters: D.
-        train: training examples that were scored.
-        queries: queries there are; as many or fewer are shown.
-        fisher_seconds: that the Fisher took; None if it came from a file.
-        score_seconds: that the scores took.
-        fisher_file: where the Fisher came from.
-        versions: of fisherkit, torch and Python.
-    """
+    """What was computed, and of what: the JSON has these names."""
 
     model: str
     kind: str
@@ -159,13 +140,13 @@ class Computed:
     likelihood: str
     measurement: str
     normalize: str | None
-    relative_damping: float | None
+    relative_damping: float | None  # a multiple of the mean eigenvalue; None if λ was given itself
     damping: float
-    examples: int
+    examples: int  # N, on which the Fisher was measured
     parameters: int
     train: int
-    queries: int
-    fisher_seconds: float | None
+    queries: int  # that there are; as many or fewer are shown
+    fisher_seconds: float | None  # None if the Fisher came from a file
     score_seconds: float
     fisher_file: str | None
     versions: dict[str, str]
@@ -266,7 +247,7 @@ def _contents(found: Result) -> str:
     for query in found.queries:
         e = query.example
         words = e.place if e.label is None else f"{e.place}: {_short(e.label, 24)} → {_short(e.prediction or '', 24)}"
-        links.append(f'<a href="#{_anchor(e)}">{_picture(e)}{escape(words)}</a>')
+        links.append(f'<a href="#query-{e.index}">{_picture(e)}{escape(words)}</a>')
     return '<nav aria-label="Queries">\n' + "\n".join(links) + "\n</nav>"
 
 
@@ -281,7 +262,7 @@ def _query(query: Query, computed: Computed) -> str:
     ]
     e = query.example
     return (
-        f'<section id="{_anchor(e)}">\n<div class="query">{_picture(e)}<div>\n<h2>{escape(_capital(e.place))}</h2>\n'
+        f'<section id="query-{e.index}">\n<div class="query">{_picture(e)}<div>\n<h2>{escape(_capital(e.place))}</h2>\n'
         f"{_text(e)}<p>{_described(e)}</p>\n</div></div>\n"
         '<div class="columns">\n' + "\n".join(columns) + "\n</div>\n</section>"
     )
@@ -330,10 +311,6 @@ def _picture(example: Example) -> str:
     return f'<img src="{escape(example.picture)}" alt="{escape(_capital(example.place))}">'
 
 
-def _anchor(example: Example) -> str:
-    return f"query-{example.index}"
-
-
 def _short(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
@@ -353,11 +330,9 @@ def is_image(shape: torch.Size) -> bool:
 def data_uri(image: Any, call: str) -> str:
     """A picture that stands in the page itself.
 
-    Args:
-        image: a tensor, or what numpy makes an array of: ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]`` with C = 1, 3 or 4.
-            Bytes are 0 to 255, booleans black and white. Other numbers are 0 to 1; where some lie outside, the least
-            becomes black and the largest white.
-        call: for errors.
+    It is a tensor, or what numpy makes an array of: ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]`` with C = 1, 3 or 4.
+    Bytes are 0 to 255, booleans black and white. Other numbers are 0 to 1; where some lie outside, the least becomes
+    black and the largest white.
 
     Raises:
         InvalidArgumentError: no such shape.

@@ -17,7 +17,7 @@ import typer
 from torch import Tensor
 
 from fisherkit.cli.command import Command, make_folder, require
-from fisherkit.cli.options import AsJson, Overwrite
+from fisherkit.cli.options import AsJson, Overwrite, option
 from fisherkit.cli.text import WIDTH, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
 from fisherkit.io import part_of, replace_text
@@ -52,9 +52,7 @@ class Show:
     as_json: AsJson = False
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Write show.json and show.png there; made if missing.", show_default="none"
-        ),
+        option("FOLDER", "Write show.json and show.png there; made if missing.", "none"),
     ] = None
     overwrite: Overwrite = False
 
@@ -85,17 +83,7 @@ SHOW = Command(
 
 @dataclass(frozen=True)
 class Layer:
-    """One module's own parameters.
-
-    Args:
-        name: of the module; of the parameters where they are the model's own.
-        parameters: their names.
-        kind: of the block or blocks that they lie in; "joint" where a block goes beyond the layer.
-        size: number of entries.
-        trace: the sum of their diagonal entries.
-        share: of the whole trace; 0 if that is 0.
-        mean_eigenvalue: trace / size.
-    """
+    """One module's own parameters; ``kind`` says which blocks they lie in, "joint" where one goes beyond the layer."""
 
     name: str
     parameters: tuple[str, ...]
@@ -108,23 +96,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a Fisher file holds.
-
-    Args:
-        file: its path.
-        files: how many there are, an index not counted.
-        bytes: on disk.
-        operator: the kind of the operator, as files name it.
-        blocks: how many independent ones.
-        size: D.
-        dtype: of the operator.
-        metadata: what was recorded.
-        checksums: whether the file has them; then all of its values are those that were written.
-        trace: of the whole matrix.
-        layers: in flat order.
-        eigenvalues: the largest, in descending order; None if a block has no closed form that is cheap enough.
-        no_eigenvalues: why there are none; empty if there are.
-    """
+    """What a Fisher file holds; ``eigenvalues`` are the largest, None where ``no_eigenvalues`` says why."""
 
     file: str
     files: int

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from torch import Tensor, nn
 
 from fisherkit.arguments import is_integer
 from fisherkit.cli.command import require
-from fisherkit.cli.options import DEVICE, LIKELIHOOD, device_check, dtype_check, likelihood_check
+from fisherkit.cli.options import DEVICE, LIKELIHOOD, device_check, dtype_check, likelihood_check, option
 from fisherkit.errors import DataError, InvalidArgumentError, listed
 from fisherkit.likelihoods import Likelihood, resolve
 
@@ -50,47 +49,32 @@ LIKELIHOODS = {
 class ModelOptions:
     """What commands have in common that run a model on data."""
 
-    text_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the text.")] = "text"
-    pair_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of a second text.", show_default="none")
-    ] = None
-    label_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the label; causal models need none.")] = (
-        "label"
-    )
+    text_column: Annotated[str, option("NAME", "Column of the text.")] = "text"
+    pair_column: Annotated[str | None, option("NAME", "Column of a second text.", "none")] = None
+    label_column: Annotated[str, option("NAME", "Column of the label; causal models need none.")] = "label"
     examples: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Draw so many of the (training) texts.", show_default="all"),
+        option("N", "Draw so many of the (training) texts.", "all", min=1),
     ] = None
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Texts in a batch; no effect on the result.")] = 32
+    batch_size: Annotated[int, option("N", "Texts in a batch; no effect on the result.", min=1)] = 32
     max_length: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Tokens that a text is cut to.", show_default="the most that the model allows"
-        ),
+        option("N", "Tokens that a text is cut to.", "the most that the model allows", min=1),
     ] = None
     params: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help='Parameters by name, such as "classifier.*"; may be repeated.',
-            show_default="all that require grad",
-        ),
-    ] = None  # fmt: skip
+        option("PATTERN", 'Parameters by name, such as "classifier.*"; may be repeated.', "all that require grad"),
+    ] = None
     likelihood: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help=LIKELIHOOD, parser=likelihood_check,
-            show_default="a folder's own loss; else categorical",
-        ),
-    ] = None  # fmt: skip
-    device: Annotated[str, typer.Option(metavar="NAME", help=DEVICE, parser=device_check)] = "cpu"
+        option("NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check),
+    ] = None
+    device: Annotated[str, option("NAME", DEVICE, parser=device_check)] = "cpu"
     dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Of a folder's weights: float32, float64, ...", parser=dtype_check,
-            show_default="the file's",
-        ),
-    ] = None  # fmt: skip
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of drawn texts and sampled labels.")] = 0
+        option("NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check),
+    ] = None
+    seed: Annotated[int, option("N", "Seed of drawn texts and sampled labels.", min=0)] = 0
 
     def open_folder(self, path: Path, files: Mapping[str, Path | None], call: str) -> dict[str, TextBatches]:
         """The batches of each file of texts, by the option that names it; of the first only some may be drawn.
@@ -100,22 +84,22 @@ class ModelOptions:
             DataError: a line or a label that cannot be used.
         """
         require("hf", {"transformers": "transformers"})
-        missing = [f"{option} FILE" for option, file in files.items() if file is None]
+        missing = [f"{flag} FILE" for flag, file in files.items() if file is None]
         if missing:
             raise InvalidArgumentError(
                 call=call, got=f"{path} without texts", expected=" and ".join(missing),
                 try_="a .jsonl with text and label",
             )  # fmt: skip
-        folder, texts = Folder.open(path, call), {}
+        folder = Folder.open(path, call)
+        texts: dict[str, list[Text]] = {}
         names = [self.text_column, self.pair_column, None if folder.causal else self.label_column]
-        for i, (option, file) in enumerate(files.items()):
-            texts[option] = read_texts(
-                Path(file or ""), names, f"{call} {option}", self.examples if i == 0 else None, self.seed
-            )
+        for flag, file in files.items():
+            drawn = None if texts else self.examples
+            texts[flag] = read_texts(Path(file or ""), names, f"{call} {flag}", drawn, self.seed)
         model = folder.load(self.device, self.dtype)
         return {
-            option: TextBatches(folder, model, found, self.batch_size, self.max_length, f"{call} {option}")
-            for option, found in texts.items()
+            flag: TextBatches(folder, model, found, self.batch_size, self.max_length, f"{call} {flag}")
+            for flag, found in texts.items()
         }
 
     def refuse_files(self, spec: str, files: Mapping[str, Path | None], call: str) -> None:
@@ -124,7 +108,7 @@ class ModelOptions:
         Raises:
             InvalidArgumentError: as above.
         """
-        given = [option for option, file in files.items() if file is not None]
+        given = [flag for flag, file in files.items() if file is not None]
         if ":" not in spec:
             raise InvalidArgumentError(
                 call=call, got=repr(spec), expected='a Hugging Face folder, or "package.module:function"',
