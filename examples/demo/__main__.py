@@ -13,7 +13,8 @@ import torch
 from examples.demo.digits import BATCH, Digits, train
 from examples.demo.measure import DAMPING, compare_structures, project, quality_over_training
 from examples.demo.pictures import draw
-from examples.demo.report import projection_report, quality_report, structures_report, training_table
+from examples.demo.report import projection_report, quality_report, structures_report, training_table, uses_report
+from examples.demo.uses import measure_uses
 from examples.shared import results
 
 
@@ -29,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(options.seed)
     digits = Digits.load(generator)
-    print("Training a 64-64-32-10 network on scikit-learn's digits ...")
+    print("Using a Fisher: learning a second task, merging two models, training, looking for examples ...")
+    uses = measure_uses(digits, epochs=max(1, options.epochs // 4), seed=options.seed)
+    print(uses_report(uses))
+
+    print("\nTraining a 64-64-32-10 network on scikit-learn's digits ...")
     checkpoints = train(digits, epochs=options.epochs, seed=options.seed, generator=generator)
     print(training_table(checkpoints))
 
@@ -46,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shown = checkpoints[len(checkpoints) // 2]
     projection = project(shown, digits.batch(BATCH, generator))
     print(projection_report(projection, shown))
-    written = draw(quality, projection, shown, structures, options.out)
+    written = draw(uses, digits, quality, projection, shown, structures, options.out)
     path, seconds = options.out / "figures.json", time.perf_counter() - start
     figures = {
         "environment": results.environment(),
         "settings": {**vars(options), "out": str(options.out), "relative_damping": DAMPING.scale, "batch": BATCH},
         "seconds": seconds,
+        "uses": asdict(uses),
         "training": [{"epoch": c.epoch, "loss": c.loss, "accuracy": c.accuracy} for c in checkpoints],
         "structures": {"epoch": checkpoints[-1].epoch, **asdict(structures)},
         "quality_over_training": [asdict(q) for q in quality],

@@ -55,6 +55,11 @@ class Digits:
         targets = torch.as_tensor(digits.target, dtype=torch.long)[order].split(TRAINING_EXAMPLES)
         return cls(inputs[0], targets[0], inputs[1], targets[1])
 
+    @property
+    def training(self) -> Batch:
+        """All training examples."""
+        return self.inputs, self.targets
+
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         """Random training examples without repetition."""
         chosen = torch.randperm(len(self.targets), generator=generator)[:size]
@@ -79,7 +84,7 @@ class Checkpoint:
 
     def network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A network of its own at this checkpoint."""
-        model = _network(0)
+        model = network(0)
         model.load_state_dict(self.state)
         return model.to(dtype).eval()
 
@@ -93,7 +98,7 @@ def train(digits: Digits, *, epochs: int, seed: int, generator: torch.Generator)
         seed: of the initialization.
         generator: of the order of the examples.
     """
-    model = _network(seed)
+    model = network(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     checkpoints = [_checkpoint(model, digits, 0)]
     for epoch in progress(range(1, epochs + 1)):
@@ -131,7 +136,8 @@ def scores(epochs: int = 40) -> tuple[nn.Module, Batch, Batch, Callable[[str, in
     return checkpoints[-1].network(torch.float64), training, queries, show
 
 
-def _network(seed: int) -> nn.Module:
+def network(seed: int) -> nn.Module:
+    """The network, untrained."""
     with untouched_rng([]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
