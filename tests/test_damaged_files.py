@@ -26,7 +26,7 @@ from fisherkit.checkpoint import Checkpoint
 from fisherkit.continual import EWC
 from fisherkit.errors import FileFormatError, FisherkitError
 from fisherkit.influence import InfluenceScores
-from fisherkit.influence.evaluation.runs_file import Retraining, RunsFile
+from fisherkit.influence.evaluation.retraining import Retraining, RunsFile
 from fisherkit.model_state import state_hash
 from fisherkit.operators import DiagonalOperator, FisherOperator, load, open_file, state_of
 from fisherkit.space import ParameterSpace

@@ -19,7 +19,7 @@ from examples.influence.methods import UNDAMPED, methods
 from examples.influence.settings import Setting
 from fisherkit import io
 from fisherkit.influence.evaluation import average_scores
-from fisherkit.influence.evaluation.runs_file import fingerprint
+from fisherkit.influence.evaluation.retraining import fingerprint
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""A model at the parameters of a Fisher: makes the rows of any data's loss or measurement, within a memory budget.
-
-Owns what must agree between Fisher and model, and how large blocks are. Knows no score.
-"""
+"""A model at the parameters of a Fisher: makes the rows of any data's loss or measurement, within a memory budget."""
 
 from __future__ import annotations
 
@@ -39,17 +36,7 @@ CALL = "InfluenceScores"
 
 
 class ModelRows:
-    """Rows of a model over a Fisher's parameters.
-
-    Args:
-        fisher: whose parameters; checked against the model.
-        model: the model.
-        likelihood: of the loss; None for the Fisher's.
-        chunk_size: most rows in one backward pass.
-        memory_budget: bytes; None for half of what is available.
-        progress: show progress bars.
-        shift_labels: as for `fisherkit.FisherApproximation`.
-    """
+    """Rows of a model over a Fisher's parameters, with the options of `InfluenceScores`; checked to fit each other."""
 
     def __init__(
         self,
@@ -85,11 +72,7 @@ class ModelRows:
         self._modules = {name: module for module, names in self.space.blocks.items() for name in names}
 
     def examples(self, given: int | None) -> int:
-        """N, as given or as the Fisher says.
-
-        Raises:
-            InvalidArgumentError: neither says it, or what is given is no integer from 1 on.
-        """
+        """N, as given or as the Fisher says."""
         if given is not None:
             check_count(CALL, "examples", given)
             return given
@@ -110,13 +93,7 @@ class ModelRows:
         return ", ".join(dict.fromkeys(self._modules[name] for name in names))
 
     def live(self, data: Data, rule: OutputRule, *, token: bool = False) -> LiveBlocks:
-        """Rows made in every pass.
-
-        Args:
-            data: one batch or a re-iterable of batches.
-            rule: their output vectors.
-            token: whether each position has a row of its own.
-        """
+        """Rows of a kind's output vectors, made in every pass; by token, each position has a row of its own."""
         source = self._source(data)
         return self._blocks(self._plan(source), source, rule, token)
 
@@ -165,10 +142,6 @@ class ModelRows:
             "shift_labels": self.shift_labels,
             "token": token,
         }
-
-    def limited(self, blocks: LiveBlocks, most: int) -> LiveBlocks:
-        """The same in blocks of at most so many examples."""
-        return LiveBlocks(blocks.problem, most)
 
     def kept(self, blocks: RowBlocks) -> RowBlocks:
         """The same made once, if memory has room for all rows beside the rest."""

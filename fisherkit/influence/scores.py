@@ -1,7 +1,7 @@
 """Influence scores: what the removal of a training example does to a query, to first order.
 
-Owns the formula's factors (1/N, sign, what is summed over what) and the loops over queries and training examples. Asks
-a Fisher's damped inverse for its form between rows (`operators.row_forms`) and never how it is kept.
+The formula's factors (1/N, sign, what is summed over what) and the loops over queries and training examples. A Fisher's
+damped inverse is asked for its form between rows (`operators.row_forms`) and never how it is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries, compressed_groups
-from fisherkit.influence.blocks import KeptBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
+from fisherkit.influence.blocks import KeptBlocks, LiveBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
 from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
@@ -63,10 +63,11 @@ class InfluenceScores:
             `fisherkit.operators.usual_damping`: 1 × the mean eigenvalue for full and block, 0.1 × for kfac and ekfac,
             0.01 × for diagonal.
         examples: N, where the Fisher does not say it (sums of Fishers, operators of one's own).
-        chunk_size: as for `fisherkit.FisherApproximation`.
+        chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
         memory_budget: bytes for rows and solutions beside the scores themselves; None for half of what is available.
         progress: show progress bars.
-        shift_labels: as for `fisherkit.FisherApproximation`.
+        shift_labels: labels belong to the outputs one position before them (causal language models). None: as the model
+            says of itself.
 
     Attributes:
         examples: N.
@@ -234,11 +235,11 @@ class InfluenceScores:
         """The k most helpful and the k most harmful training examples of each query, without the score matrix.
 
         Args:
-            queries: as in `scores`, like all that follow but k.
-            train: see there.
+            queries: one batch or a re-iterable of batches.
+            train: the same in a fixed order, or what `prepare` made.
             k: how many of each.
-            measurement: see there.
-            normalize: see there.
+            measurement: "loss", "margin" or a function ``(outputs, targets) -> [B]``, as in `scores`.
+            normalize: "relatif" so that examples with large gradients do not lead every list.
 
         Returns:
             Scores and places in the training data; of equal scores the earlier example comes first.
@@ -283,10 +284,10 @@ class InfluenceScores:
         """Scores by an approximation, with its error measured on some of the training examples.
 
         Args:
-            queries: as in `scores`.
-            train: see there.
+            queries: one batch or a re-iterable of batches.
+            train: the same in a fixed order, or what `prepare` made.
             approximation: a `LowRankQueries`.
-            measurement: see there.
+            measurement: "loss", "margin" or a function ``(outputs, targets) -> [B]``, as in `scores`.
             checked: on how many training examples, at least about, exact scores are computed beside them.
 
         Raises:
@@ -310,7 +311,7 @@ class InfluenceScores:
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
         form = self._inverse._column_form(sample)
         live, most = self._model_rows.queries(queries, measurement), self._model_rows.room(form.numbers_per_query)
-        live = self._model_rows.limited(live, min(most, live.limit))
+        live = LiveBlocks(live.problem, min(most, live.limit))
         dtype, device, count = self._model_rows.dtype, self._model_rows.device, live.counted()
         scores = torch.empty(count, blocks.counted(), dtype=dtype, device=device)
         errors, first = torch.empty(count, dtype=dtype, device=device), 0
@@ -329,7 +330,7 @@ class InfluenceScores:
         """(1/N) ∇ℓ_nᵀ(F + λI)⁻¹∇ℓ_n of each example: how much its own loss rises without it.
 
         Args:
-            train: as in `scores`.
+            train: one batch or a re-iterable of batches in a fixed order, or what `prepare` made.
 
         Raises:
             DataError, ModelError: as in `scores`.
@@ -387,7 +388,7 @@ class InfluenceScores:
             train = self._model_rows.kept(train)
             form = self._inverse._row_form(self._model_rows.probe(train), most, others)
             most = self._model_rows.room(form.numbers_per_query)
-            live = self._model_rows.limited(live, most)
+            live = LiveBlocks(live.problem, most)
         for block in in_groups(live, most):
             yield block, form, train
 
