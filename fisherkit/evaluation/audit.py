@@ -23,6 +23,7 @@ from fisherkit.errors import (
     InvalidTypeError,
     MemoryBudgetError,
     UnknownParameterError,
+    listed,
 )
 from fisherkit.operators import DiagonalOperator, FisherOperator, split, unwrap
 
@@ -219,12 +220,7 @@ def _dense(operator: FisherOperator, names: set[str]) -> Float[Tensor, "d d"]:
 
 
 def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOperator:
-    """A diagonal alone as an operator.
-
-    Raises:
-        InvalidTypeError: neither a tensor nor a dict.
-        UnknownParameterError, InvalidArgumentError: a dict of other names or shapes, or what is no diagonal.
-    """
+    """A diagonal alone as an operator."""
     if not isinstance(diagonal, (Mapping, Tensor)):
         raise InvalidTypeError(
             call=call, got=f"a {type(diagonal).__name__}", expected="a FisherOperator, a diagonal [D] or a dict"
@@ -239,14 +235,22 @@ def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOpera
 
 
 def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: str) -> None:
+    """Refuse other names or shapes in the words of two matrices that should be of one model."""
     space = exact.space
     missing = [name for name in space.names if name not in diagonal]
     extra = [str(name) for name in diagonal if name not in space.slices]
     if missing or extra:
         lacking = [f"without {_some(missing)}"] * bool(missing) + [f"with {_some(extra)} beside"] * bool(extra)
+        # What stands before a name where a wrapper has renamed it.
+        prefixes = [n.removesuffix(missing[0]) for n in extra if missing and n.endswith(f".{missing[0]}")]
+        advice = f"the exact Fisher {'of that part, ' * (not extra)}built with params=list(other)"
+        if prefixes:
+            advice = f"{{name.removeprefix({prefixes[0]!r}): tensor for name, tensor in other.items()}}"
+        elif extra:
+            advice = f"a dict of the exact Fisher's names alone, or {advice}"
         raise UnknownParameterError(
             call=call, got=f"a dict {' and '.join(lacking)}",
-            expected=f"the {len(space.names)} names of the exact Fisher", try_=_advice(missing, extra),
+            expected=f"the {len(space.names)} names of the exact Fisher", try_=advice,
         )  # fmt: skip
     for name, shape in zip(space.names, space.shapes, strict=True):
         if isinstance(diagonal[name], Tensor) and tuple(diagonal[name].shape) != shape:
@@ -257,21 +261,8 @@ def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: st
             )  # fmt: skip
 
 
-def _advice(missing: list[str], extra: list[str]) -> str:
-    if missing and (prefix := _prefix(missing[0], extra)):
-        return f"{{name.removeprefix({prefix!r}): tensor for name, tensor in other.items()}}"
-    if extra:
-        return "a dict of the exact Fisher's names alone, or the exact Fisher built with params=list(other)"
-    return "the exact Fisher of that part, built with params=list(other)"
-
-
-def _prefix(name: str, others: list[str]) -> str:
-    """What stands before a name where a wrapper has renamed it; "" if nothing does."""
-    return next((other.removesuffix(name) for other in others if other.endswith(f".{name}")), "")
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: list[str]) -> str:
+    return listed(map(repr, names), 4)
 
 
 def _is_diagonal(operator: FisherOperator) -> bool:

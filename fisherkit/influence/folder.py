@@ -7,7 +7,6 @@ whether the run was interrupted or not. Files are written, read and compared wit
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -117,7 +116,7 @@ def _write(path: Path, block: RowBlock, batch: Batch) -> str:
         own = slot.rows.tensors()
         units.append({"kind": slot.rows.kind, "names": slot.names, "options": slot.rows.options(), "tensors": [*own]})
         tensors.update({f"{number}.{name}": tensor for name, tensor in own.items()})
-    header = {"format": FORMAT, "data": _digest(batch), "examples": str(batch.size), "units": json.dumps(units)}
+    header = {"format": FORMAT, "data": batch.digest(), "examples": str(batch.size), "units": json.dumps(units)}
     return io.replace_checked_file(path, tensors, header)
 
 
@@ -153,16 +152,6 @@ def _damaged(path: Path, reason: str) -> FileFormatError:
     )  # fmt: skip
 
 
-def _digest(batch: Batch) -> str:
-    """SHA-256 of a batch's tensors."""
-    digest = hashlib.sha256()
-    tensors, _ = batch.leaves()
-    for tensor in [*tensors, *([] if batch.targets is None else [batch.targets])]:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # -- the folder and its manifest ---------------------------------------------------------------------------------------
 
 
@@ -177,7 +166,7 @@ def _there(path: Path, source: LimitedSource, device: torch.device) -> dict[int,
         if header and int(header["examples"]) != batch.size:
             sizes = f"{header['examples']} examples from example {start:,} on and not {batch.size:,}"
             raise _other(path, f"rows of other batches ({sizes})")
-        if header and header["data"] != _digest(batch):
+        if header and header["data"] != batch.digest():
             raise _other(path, f"rows of other data from example {start:,} on")
         if header:
             found[number] = _entry(number, batch, header[io.CHECKSUM])

@@ -6,7 +6,6 @@ go on. Knows neither scores nor what the subsets mean. Pickle is never used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,6 +49,7 @@ from fisherkit.influence.evaluation.training import (
     example_losses,
     train_stack,
 )
+from fisherkit.model_state import tensors_hash
 
 FORMAT = "fisherkit-retraining"
 VERSION = 1
@@ -199,9 +199,9 @@ def retrain(
         "seeds": list(seeds),
         "likelihood": _recorded(likelihood),
         "measurements": {name: _name(function) for name, function in measured.items()},
-        "data": fingerprint([*data.leaves()[0], targets, *asked.leaves()[0], wanted]),
-        "subsets": fingerprint([masks]),
-        "models": fingerprint([*models.initial.values(), *models.shared.values(), *models.frozen.values()]),
+        "data": _hash([*data.leaves()[0], targets, *asked.leaves()[0], wanted]),
+        "subsets": _hash([masks]),
+        "models": _hash([*models.initial.values(), *models.shared.values(), *models.frozen.values()]),
     }
     data, asked = data.to(models.device), asked.to(models.device)
     targets, wanted = targets.to(models.device), wanted.to(models.device)
@@ -387,15 +387,6 @@ class RunsFile:
         return _result(self.settings, self.tensors)
 
 
-def fingerprint(tensors: Sequence[Tensor]) -> str:
-    """A hash of tensors' types, shapes and values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read(path: Path, call: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header, tensors = io.read_tensors(path, "cpu", call, "retrain")
     if header.get("format") != FORMAT:
@@ -460,6 +451,10 @@ def _recorded(likelihood: Loss) -> str:
     """As the file of a run has it."""
     known = resolved_loss(likelihood)
     return f"function {_name(likelihood)}" if known is None else known.recorded
+
+
+def _hash(tensors: Sequence[Tensor]) -> str:
+    return tensors_hash({f"{place:06d}": tensor for place, tensor in enumerate(tensors)})
 
 
 def _name(function: object) -> str:
