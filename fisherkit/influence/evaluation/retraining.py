@@ -6,20 +6,21 @@ go on. Knows neither scores nor what the subsets mean. Pickle is never used.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fisherkit import io
-from fisherkit.arguments import check_count, is_integer
+from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import all_finite
 from fisherkit.data import Batch
 from fisherkit.errors import (
@@ -39,21 +40,14 @@ from fisherkit.influence.evaluation.losses import (
     measurements_of,
     resolved_loss,
 )
-from fisherkit.influence.evaluation.training import (
-    EVALUATED,
-    Build,
-    Stack,
-    StackedModels,
-    TrainingRecipe,
-    epoch_orders,
-    example_losses,
-    train_stack,
-)
+from fisherkit.influence.evaluation.training import Build, TrainingRecipe, built, train_model
 from fisherkit.model_state import tensors_hash
 
 FORMAT = "fisherkit-retraining"
 VERSION = 1
 _OUTPUTS = "outputs."
+_EVALUATED = 256
+"""Examples that are measured at once."""
 
 Labelled = tuple[Batch, Tensor]
 """Examples and their targets, of which a batch by itself may have none."""
@@ -140,19 +134,17 @@ def retrain(
     measurements: Measurements = ("loss",),
     path: str | Path | None = None,
     save_every: float = 30.0,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
     progress: bool = False,
 ) -> Retraining:
     """Train a model on every subset from every seed, and measure each on the queries.
 
-    Models train in lockstep, their parameters stacked (`torch.func.vmap`), each as it would alone up to rounding: from
-    ``build(seed)``, on its own subset's examples in the order of `epoch_orders`, on the mean loss of each batch. The
-    order depends on the seed alone, so that two subsets' models differ by nothing else.
+    A model starts from ``build(seed)`` and is trained on the mean loss of each batch of its own subset. The order of
+    the examples, and dropout, depend on the seed alone, so that two subsets' models differ by nothing else. Outputs are
+    measured in eval mode.
 
     Args:
-        build: a seed to a model. It is called with torch's generators seeded by that seed; they are put back
-            afterwards. Parameters that do not require grad, and buffers, are constants.
+        build: a seed to a model, which is copied. It is called with torch's generators seeded by that seed; they are
+            put back afterwards. Parameters that do not require grad stay as they are.
         train: inputs and targets of all N training examples, in memory; inputs may be a dict of the model's keywords.
         queries: inputs and targets to measure on.
         masks: which training examples each subset has.
@@ -166,9 +158,7 @@ def retrain(
             recorded.
         path: a file that results are added to as they come in. If it exists and was written with the same arguments,
             the run goes on from it; functions are told apart by their names only.
-        save_every: seconds between writes of the file, at least; 0 writes after every chunk of models.
-        chunk_size: models trained at once; None chooses by the memory budget, and 128 at most.
-        memory_budget: bytes; None is a quarter of what is free.
+        save_every: seconds between writes of the file, at least; 0 writes after every model.
         progress: show a progress bar.
 
     Returns:
@@ -178,22 +168,20 @@ def retrain(
         InvalidTypeError: arguments of a wrong type.
         InvalidArgumentError: masks, seeds, names or sizes that do not fit; a path whose file belongs to another run.
         DataError: batches without targets, or targets that do not fit the outputs.
-        ModelError: a model with dropout or batch norm in train mode, or one that vmap cannot take.
-        MemoryBudgetError: not even one model fits.
         NonFiniteError: a model diverged; the message names its subset and seed.
         FileFormatError: the file is damaged or of another kind.
 
-    Cost: S · R trainings. Memory: that of one chunk of models.
+    Cost: S · R trainings, one after the other.
     """
     call = "retrain"
     data, targets = _batch_of(train, f"{call}, train")
     asked, wanted = _batch_of(queries, f"{call}, queries")
     check_masks(masks, call, data.size)
-    _check_training(recipe, seeds, chunk_size, memory_budget, call)
+    _check_training(recipe, seeds, call)
     loss = loss_of(likelihood, call)
     measured = measurements_of(measurements, likelihood, call)
-    models = StackedModels(build, seeds, call)
     masks = masks.cpu()
+    untrained = [built(build, seed, call) for seed in seeds]
     settings = {
         "recipe": asdict(recipe),
         "seeds": list(seeds),
@@ -201,67 +189,45 @@ def retrain(
         "measurements": {name: _name(function) for name, function in measured.items()},
         "data": _hash([*data.leaves()[0], targets, *asked.leaves()[0], wanted]),
         "subsets": _hash([masks]),
-        "models": _hash([*models.initial.values(), *models.shared.values(), *models.frozen.values()]),
+        "models": _hash([tensor for model in untrained for tensor in model.state_dict().values()]),
     }
-    data, asked = data.to(models.device), asked.to(models.device)
-    targets, wanted = targets.to(models.device), wanted.to(models.device)
+    device = next(untrained[0].parameters()).device
+    data, asked, targets, wanted = data.to(device), asked.to(device), targets.to(device), wanted.to(device)
     file = RunsFile(path, settings, masks, measured, (len(masks), len(seeds), asked.size), save_every, call)
-    at_once = models.at_once(data, recipe, chunk_size, memory_budget)
-    orders = torch.stack([epoch_orders(seed, recipe.epochs, data.size) for seed in seeds])
     bar = tqdm(
         total=file.done.numel() * recipe.epochs, initial=int(file.done.sum()) * recipe.epochs, desc=call,
         unit="epoch", disable=not progress,
     )  # fmt: skip
     with file, bar:
-        for subset, seed in _chunks(masks, file.done, recipe, at_once):
-            stack = train_stack(models, seed, data, targets, masks[subset], orders, recipe, loss, bar.update)
-            outputs, own = _measure(
-                models, stack, (data, targets), (asked, wanted), masks[subset], recipe, loss, measured
-            )
-            _check_finite({**outputs, "training loss": own}, subset, [seeds[int(i)] for i in seed], call)
-            file.put(subset, seed, outputs, own)
+        for subset, place in (~file.done).nonzero().tolist():
+            model, mask = copy.deepcopy(untrained[place]), masks[subset]
+            train_model(model, seeds[place], data, targets, mask, recipe, loss, bar.update)
+            outputs = _measured(model, asked, wanted, measured)
+            own = _measured(model, data, targets, {"training loss": loss})["training loss"][mask.to(device)].mean()
+            for name, values in {**outputs, "training loss": own}.items():
+                if not all_finite(values):
+                    raise NonFiniteError(
+                        call=call, got=f"NaN or infinity as {name} of subset {subset} from seed {seeds[place]}",
+                        expected="finite numbers", why="training diverged, or the measurement is not finite",
+                        try_="a smaller learning rate",
+                    )  # fmt: skip
+            file.put(subset, place, outputs, own)
     return file.result()
 
 
-def _chunks(
-    masks: Bool[Tensor, "S N"], done: Bool[Tensor, "S R"], recipe: TrainingRecipe, at_once: int
-) -> Iterator[tuple[Int[Tensor, " M"], Int[Tensor, " M"]]]:
-    """Subsets and seeds to be trained together: not done, and of equally many steps an epoch; seed by seed."""
-    subset, seed = (~done).mT.nonzero().flip(1).unbind(1)
-    steps = torch.tensor([recipe.steps(int(size)) for size in masks.sum(1)])[subset]
-    for count in steps.unique():
-        chosen = (steps == count).nonzero()[:, 0]
-        for part in chosen.split(at_once):
-            yield subset[part], seed[part]
-
-
 @torch.no_grad()
-def _measure(
-    models: StackedModels,
-    stack: Stack,
-    data: Labelled,
-    queries: Labelled,
-    masks: Bool[Tensor, "M N"],
-    recipe: TrainingRecipe,
-    loss: PerExample,
-    measured: dict[str, PerExample],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Every measurement on the queries, ``[M, Q]``, and the mean loss on each model's own subset, ``[M]``."""
-    width = max(recipe.batch_size or 0, EVALUATED)
-
-    def on(labelled: Labelled, functions: dict[str, PerExample]) -> dict[str, Tensor]:
-        batch, targets = labelled
-        parts: dict[str, list[Tensor]] = {name: [] for name in functions}
-        for start in range(0, batch.size, width):
-            part = slice(start, start + width)
-            z, y = models.outputs(stack, batch.take(part), shared=True), targets[part]
-            for name, function in functions.items():
-                parts[name].append(example_losses(z, y.expand(len(z), *y.shape), function))
-        return {name: torch.cat(part, 1) for name, part in parts.items()}
-
-    own = masks.to(models.device)
-    losses = on(data, {"loss": loss})["loss"]
-    return on(queries, measured), (losses * own).sum(1) / own.sum(1)
+def _measured(
+    model: nn.Module, batch: Batch, targets: Tensor, functions: Mapping[str, PerExample]
+) -> dict[str, Float[Tensor, " B"]]:
+    """Every function of a trained model's outputs, in eval mode."""
+    model.eval()
+    parts: dict[str, list[Tensor]] = {name: [] for name in functions}
+    for start in range(0, batch.size, _EVALUATED):
+        part = slice(start, start + _EVALUATED)
+        z = batch.take(part).call(model)
+        for name, function in functions.items():
+            parts[name].append(function(z, targets[part]))
+    return {name: torch.cat(found) for name, found in parts.items()}
 
 
 def train_models(
@@ -272,44 +238,37 @@ def train_models(
     seeds: Sequence[int] = (0, 1, 2),
     mask: Bool[Tensor, " N"] | None = None,
     likelihood: Loss = "categorical",
-    memory_budget: int | None = None,
     progress: bool = False,
 ) -> list[nn.Module]:
     """One trained model for each seed, as `retrain` trains them.
 
     Args:
-        build: a seed to a model, as in `retrain`.
+        build: a seed to an untrained model.
         train: inputs and targets of all N training examples, in memory.
         recipe: how to train.
         seeds: one model each.
         mask: which examples to train on; None is all of them.
-        likelihood: as in `retrain`.
-        memory_budget: bytes; None is a quarter of what is free.
+        likelihood: what is trained on: a likelihood's name or object, torch's loss module, or a function of outputs and
+            targets that returns a loss for each example.
         progress: show a progress bar.
 
     Raises:
         InvalidTypeError: arguments of a wrong type.
         InvalidArgumentError: a mask or seeds that do not fit.
         DataError: no targets, or targets that do not fit the outputs.
-        ModelError: as in `retrain`.
-        MemoryBudgetError: not even one model fits.
     """
     call = "train_models"
     data, targets = _batch_of(train, f"{call}, train")
-    _check_training(recipe, seeds, None, memory_budget, call)
-    kept = torch.ones(1, data.size, dtype=torch.bool) if mask is None else _only_mask(mask, call, data.size)
+    _check_training(recipe, seeds, call)
+    kept = torch.ones(data.size, dtype=torch.bool) if mask is None else _only_mask(mask, call, data.size)
     loss = loss_of(likelihood, call)
-    models = StackedModels(build, seeds, call)
-    data, targets = data.to(models.device), targets.to(models.device)
-    at_once = models.at_once(data, recipe, None, memory_budget)
-    orders = torch.stack([epoch_orders(seed, recipe.epochs, data.size) for seed in seeds])
-    found = []
+    models = [built(build, seed, call) for seed in seeds]
+    device = next(models[0].parameters()).device
+    data, targets = data.to(device), targets.to(device)
     with tqdm(total=len(seeds) * recipe.epochs, desc=call, unit="epoch", disable=not progress) as bar:
-        for which in torch.arange(len(seeds)).split(at_once):
-            masks = kept.cpu().expand(len(which), -1)
-            stack = train_stack(models, which, data, targets, masks, orders, recipe, loss, bar.update)
-            found += [models.module(seeds[int(i)], stack, place) for place, i in enumerate(which)]
-    return found
+        for model, seed in zip(models, seeds, strict=True):
+            train_model(model, seed, data, targets, kept, recipe, loss, bar.update)
+    return models
 
 
 class RunsFile:
@@ -358,12 +317,12 @@ class RunsFile:
         """Which models are trained and measured."""
         return self.tensors["done"]
 
-    def put(self, subsets: Tensor, seeds: Tensor, outputs: dict[str, Tensor], train_losses: Tensor) -> None:
-        """Add models by the places of their subsets and seeds, and write the file if it is time to."""
+    def put(self, subset: int, seed: int, outputs: dict[str, Tensor], train_loss: Tensor) -> None:
+        """Add a model by the places of its subset and seed, and write the file if it is time to."""
         for name, values in outputs.items():
-            self.tensors[_OUTPUTS + name][subsets, seeds] = values.double().cpu()
-        self.tensors["train_losses"][subsets, seeds] = train_losses.double().cpu()
-        self.done[subsets, seeds] = self._unsaved = True
+            self.tensors[_OUTPUTS + name][subset, seed] = values.double().cpu()
+        self.tensors["train_losses"][subset, seed] = train_loss.double().cpu()
+        self.done[subset, seed] = self._unsaved = True
         if time.monotonic() - self._last >= self.every:
             self._write()
 
@@ -423,28 +382,13 @@ def _batch_of(raw: Any, call: str) -> Labelled:
     return batch, batch.targets
 
 
-def _check_training(
-    recipe: object, seeds: Sequence[int], chunk_size: int | None, memory_budget: int | None, call: str
-) -> None:
+def _check_training(recipe: object, seeds: Sequence[int], call: str) -> None:
     """Refuse what no training can use."""
     if not isinstance(recipe, TrainingRecipe):
         raise InvalidTypeError(call=call, got=f"a {type(recipe).__name__} as recipe", expected="a TrainingRecipe")
     whole = all(is_integer(seed) and seed >= 0 for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
         raise InvalidArgumentError(call=call, got=f"seeds={list(seeds)}", expected="distinct integers, 0 or more")
-    for name, value in {"chunk_size": chunk_size, "memory_budget": memory_budget}.items():
-        check_count(call, name, value, optional=True)
-
-
-def _check_finite(values: dict[str, Tensor], subset: Tensor, seeds: Sequence[int], call: str) -> None:
-    for name, tensor in values.items():
-        if not all_finite(tensor):
-            place = next(i for i, values in enumerate(tensor) if not all_finite(values))
-            raise NonFiniteError(
-                call=call, got=f"NaN or infinity as {name} of subset {int(subset[place])} from seed {seeds[place]}",
-                expected="finite numbers", why="training diverged, or the measurement is not finite",
-                try_="a smaller learning rate",
-            )  # fmt: skip
 
 
 def _recorded(likelihood: Loss) -> str:
@@ -461,9 +405,9 @@ def _name(function: object) -> str:
     return str(getattr(function, "__qualname__", type(function).__name__))
 
 
-def _only_mask(mask: object, call: str, examples: int) -> Bool[Tensor, "1 N"]:
+def _only_mask(mask: object, call: str, examples: int) -> Bool[Tensor, " N"]:
     """Which examples are in the one subset there is."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a mask of {mask.dtype}" if isinstance(mask, Tensor) else f"a mask of type {type(mask).__name__}"
         raise InvalidTypeError(call=call, got=got, expected="a boolean tensor [N]", try_="torch.tensor(mask).bool()")
-    return check_masks(mask[None] if mask.ndim == 1 else mask, call, examples)
+    return check_masks(mask[None] if mask.ndim == 1 else mask, call, examples)[0].cpu()
