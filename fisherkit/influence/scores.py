@@ -121,7 +121,8 @@ class InfluenceScores:
             by: "token" for calls with ``by="token"``.
 
         Raises:
-            DataError, ModelError: as for a Fisher of these data.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
             InvalidArgumentError: an unknown ``by``; the folder holds rows of another model or other data, or cannot be
                 made.
             FileFormatError: the folder's manifest is damaged.
@@ -197,9 +198,9 @@ class InfluenceScores:
         Raises:
             InvalidArgumentError: an option that is none of the allowed ones, or two that do not go together.
             InvalidTypeError: groups that are not integers.
-            DataError: no example, no targets, or targets that do not fit.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
             NonFiniteError: NaN or infinity in the rows of a batch, which is named, or in scores.
-            ModelError: as for a Fisher.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
 
         Cost: the rows of both sides, one solve for each query, N·Q products of rows; or, where it takes fewer
         operations, inner products of rows alone.
@@ -238,7 +239,7 @@ class InfluenceScores:
             queries: one batch or a re-iterable of batches.
             train: the same in a fixed order, or what `prepare` made.
             k: how many of each.
-            measurement: "loss", "margin" or a function ``(outputs, targets) -> [B]``, as in `scores`.
+            measurement: what is asked of a query: its "loss", "margin" or a function ``(outputs, targets) -> [B]``.
             normalize: "relatif" so that examples with large gradients do not lead every list.
 
         Returns:
@@ -246,7 +247,8 @@ class InfluenceScores:
 
         Raises:
             InvalidArgumentError: k is not between 1 and the number of training examples.
-            DataError, ModelError: as in `scores`.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
         """
         call = f"top(k={k})"
         check_count(call, "k", k)
@@ -287,13 +289,14 @@ class InfluenceScores:
             queries: one batch or a re-iterable of batches.
             train: the same in a fixed order, or what `prepare` made.
             approximation: a `LowRankQueries`.
-            measurement: "loss", "margin" or a function ``(outputs, targets) -> [B]``, as in `scores`.
+            measurement: what is asked of a query: its "loss", "margin" or a function ``(outputs, targets) -> [B]``.
             checked: on how many training examples, at least about, exact scores are computed beside them.
 
         Raises:
             InvalidTypeError: no approximation.
             InvalidArgumentError: checked is below 1.
-            DataError, ModelError: as in `scores`.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
 
         Cost: one solve for each query, and a pass over the training examples for as many compressed queries as half
         the memory budget holds; another one over those that are checked.
@@ -333,7 +336,8 @@ class InfluenceScores:
             train: one batch or a re-iterable of batches in a fixed order, or what `prepare` made.
 
         Raises:
-            DataError, ModelError: as in `scores`.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
 
         Cost: the rows; for factored rows and structures with an eigenbasis no more than a few products of their size,
         for the full structure their inner products with the Fisher's rows, else one solve an example.
@@ -353,7 +357,8 @@ class InfluenceScores:
             data: one batch or a re-iterable of batches; targets may be None.
 
         Raises:
-            DataError, ModelError: as for an exact Fisher of these data.
+            DataError: no example, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
 
         Cost: the rows of an exact Fisher, as many for each example as it has free outputs.
         """

@@ -81,12 +81,3 @@ def check_examples(examples: object, count: int, call: str) -> Int[Tensor, " L"]
             call=call, got=f"examples = {str(examples)[:80]}", expected=f"distinct integers from 0 to {count - 1}"
         )
     return index.long()
-
-
-def check_columns(scores: Float[Tensor, "Q N"], examples: int, call: str) -> None:
-    """Refuse scores of another number of training examples."""
-    if scores.shape[1] != examples:
-        raise InvalidArgumentError(
-            call=call, got=f"scores of {scores.shape[1]} training examples", expected=f"{examples}",
-            why="masks and data have that many",
-        )  # fmt: skip

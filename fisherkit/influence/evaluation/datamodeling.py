@@ -17,7 +17,6 @@ from torch import Tensor
 from fisherkit.arguments import check_count
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.influence.evaluation.checks import (
-    check_columns,
     check_floats,
     check_masks,
     check_outputs,
@@ -155,7 +154,11 @@ def linear_datamodeling_score(
     call = "linear_datamodeling_score"
     checked = check_scores(scores, call)
     subsets = check_masks(masks, call)
-    check_columns(checked, subsets.shape[1], call)
+    if checked.shape[1] != subsets.shape[1]:
+        raise InvalidArgumentError(
+            call=call, got=f"scores of {checked.shape[1]} training examples", expected=f"{subsets.shape[1]}",
+            why="masks have that many",
+        )  # fmt: skip
     if len(subsets) < 2:
         raise InvalidArgumentError(call=call, got="one subset", expected="at least two", try_="100 or more")
     measured = check_outputs(outputs, call, len(subsets), len(checked)).to(checked.device)

@@ -111,7 +111,8 @@ def leave_one_out(
         **options: keywords of `retrain`: seeds, likelihood, path, progress…
 
     Raises:
-        InvalidArgumentError: examples that are not distinct places in the training data, and as in `retrain`.
+        InvalidArgumentError: examples that are not distinct places in the training data, or seeds, names or a path that
+            do not fit.
 
     Cost: (L + 1) · R trainings.
     """

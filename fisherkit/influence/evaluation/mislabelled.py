@@ -164,7 +164,8 @@ def plain_rankings(
     Args:
         model: trained, in eval mode; gradients are with respect to all parameters that require grad.
         data: the training data, one batch or a re-iterable of batches.
-        likelihood: as in `retrain`.
+        likelihood: of the loss: a likelihood's name or object, torch's loss module, or a function of outputs and
+            targets that returns a loss for each example.
         chunk_size: examples whose gradients are held at once.
 
     Returns:
@@ -173,7 +174,7 @@ def plain_rankings(
     Raises:
         InvalidArgumentError: an unknown likelihood.
         DataError: data without targets, or whose order is not known to be fixed.
-        ModelError: as for a Fisher.
+        ModelError: dropout or batch norm in train mode.
 
     Cost: one forward and backward pass an example, vectorised.
     """
