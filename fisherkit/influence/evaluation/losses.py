@@ -1,7 +1,6 @@
 """What is trained on and what is measured: a number for each example, from outputs and targets.
 
-ℓ of the package's likelihoods, the margin, and the sign that makes larger better; outputs may come from many models at
-once, flattened into the batch axis.
+ℓ of the package's likelihoods, the margin, and the sign that makes larger better.
 """
 
 from __future__ import annotations
