@@ -68,7 +68,7 @@ def test_save__replaces_an_older_file(path: Path) -> None:
 
 def test_load__finds_a_users_own_operator(path: Path) -> None:
     class Doubled(DiagonalOperator):
-        kind: ClassVar[str] = "doubled_for_this_test"
+        tag: ClassVar[str] = "doubled_for_this_test"
 
         def _matmat(self, columns: torch.Tensor) -> torch.Tensor:
             return 2 * super()._matmat(columns)

@@ -95,7 +95,7 @@ def test_check_fisher__refuses_other_arguments() -> None:
 class Honest(FisherOperator):
     """A user's operator: the contract's hooks and nothing else, around a matrix."""
 
-    kind = "honest"
+    tag = "honest"
 
     def __init__(self, space: Any, matrix: Tensor) -> None:
         super().__init__(space, dtype=matrix.dtype, device=matrix.device)
@@ -118,7 +118,7 @@ class Honest(FisherOperator):
         return type(self)(self.space, scale * self.matrix)
 
     def _state(self) -> State:
-        return State(self.kind, self.space.names, {"matrix": self.matrix})
+        return State(self.tag, self.space.names, {"matrix": self.matrix})
 
     @classmethod
     def _from_state(cls, space: Any, state: State) -> FisherOperator:

@@ -14,13 +14,7 @@ from torch import Tensor
 
 from fisherkit.cli.text import progress
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
-from fisherkit.operators import (
-    DenseOperator,
-    FisherOperator,
-    KroneckerOperator,
-    LowRankOperator,
-    open_file,
-)
+from fisherkit.operators import FisherOperator, open_file
 from fisherkit.space import ParameterSpace
 
 KEPT = 200
@@ -36,7 +30,7 @@ class Layer:
     Args:
         name: of the module; of the parameters where they are the model's own.
         parameters: their names.
-        kind: of the block or blocks that they lie in; "joint" where a block goes beyond the layer.
+        kind: the tag of the block or blocks that they lie in; "joint" where a block goes beyond the layer.
         size: number of entries.
         trace: the sum of their diagonal entries.
         share: of the whole trace; 0 if that is 0.
@@ -60,7 +54,7 @@ class Summary:
         file: its path.
         files: how many there are, an index not counted.
         bytes: on disk.
-        operator: the kind of the operator, as files name it.
+        operator: the tag of the operator in files.
         blocks: how many independent ones.
         size: D.
         dtype: of the operator.
@@ -109,7 +103,7 @@ def summarize(path: Path) -> Summary:
     for names in progress(file.blocks):
         block = file.read(names)
         dtype = str(block.dtype).removeprefix("torch.")
-        kinds.update(dict.fromkeys(names, block.kind))
+        kinds.update(dict.fromkeys(names, block.tag))
         pieces = block.space.unflatten(block.diagonal().double())
         sums = torch.stack([pieces[name].sum() for name in block.space.names])
         traces.update(zip(block.space.names, sums.tolist(), strict=True))
@@ -131,27 +125,16 @@ def summarize(path: Path) -> Summary:
 
 
 def _largest(block: FisherOperator) -> Tensor:
-    side = _decomposed(block)
+    side = block.decomposed_side
     if side > LARGEST_SIDE:
         why = (
-            f"a {block.kind} block would have to decompose a matrix of side {side:,}, above {LARGEST_SIDE:,} "
+            f"a {block.tag} block would have to decompose a matrix of side {side:,}, above {LARGEST_SIDE:,} "
             "(fk.estimators.lanczos_eigenvalues needs products alone)"
         )
         raise NoClosedFormError(
             call="show", got=f"a matrix of side {side:,}", expected=f"{LARGEST_SIDE:,} or less", why=why
         )
     return block.eigenvalues(min(KEPT, block.size)).cpu()
-
-
-def _decomposed(block: FisherOperator) -> int:
-    """The side of the largest matrix that the eigenvalues are taken from; 0 if they are there."""
-    if isinstance(block, DenseOperator):
-        return block.size
-    if isinstance(block, LowRankOperator):
-        return min(block.row_source.count, block.size)
-    if isinstance(block, KroneckerOperator):
-        return max(len(block.activation), len(block.gradient))
-    return 0
 
 
 def _layers(

@@ -198,7 +198,7 @@ def _block_update(
     own = rows.part(names)
     if c is not None:
         return in_span(own, c, dampings)
-    part = torch.cat([gradient[rows.space.slices[name]] for name in names])
+    part = rows.space.take(gradient, names)
     return any_gradient(own, part, dampings, rounding)
 
 

@@ -19,8 +19,7 @@ from fisherkit.data import Data
 from fisherkit.errors import MemoryBudgetError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.kind_specs import KindSpec
-from fisherkit.operators import unwrap
-from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.operators import LowRankOperator
 from fisherkit.outputs import Outputs, OutputVectors
 from fisherkit.rows.collection import Rows
 from fisherkit.truncation import Stop, truncated_vectors
@@ -97,9 +96,8 @@ def stack(model: nn.Module, data: Data, specs: Sequence[KindSpec], *, exact: boo
         MemoryBudgetError: the other kinds' rows do not fit.
     """
     fisher = _StackedVectors(model, data, specs=specs, exact=exact, seed=seed, normalization="sum", **options)
-    built = unwrap(fisher)
-    if isinstance(built, LowRankOperator) and isinstance(built.row_source, Rows):
-        return fisher.collect(built.row_source)
+    if fisher.stored_rows is not None:
+        return fisher.collect(fisher.stored_rows[0])
     if exact:
         return stack(model, data, specs, exact=False, seed=seed, **options)
     raise MemoryBudgetError(

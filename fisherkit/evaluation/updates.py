@@ -71,11 +71,7 @@ def by_block(rows: Rows, update: Callable[[tuple[str, ...]], Columns], count: in
     like = next(iter(rows.slots[0].rows.tensors().values()))
     whole = torch.empty(rows.space.size, count, dtype=torch.float64, device=like.device)
     for names in rows.space.joined_blocks(slot.names for slot in rows.slots):
-        part, start = update(names), 0
-        for name in names:
-            span = rows.space.slices[name]
-            stop = start + span.stop - span.start
-            whole[span], start = part[start:stop], stop
+        rows.space.put(whole, names, update(names))
     return whole
 
 

@@ -106,7 +106,7 @@ class ActivationSource(FisherSource):
 
     def __init__(self, source: FisherSource, shrink: float) -> None:
         self._source, self._shrink = source, shrink
-        blocks = tuple(names for names in source.blocks if isinstance(source.read(names), KroneckerOperator))
+        blocks = tuple(names for names in source.blocks if source.read(names).factors is not None)
         names = tuple(name for block in blocks for name in block)
         if not names:
             raise InvalidArgumentError(
@@ -118,12 +118,13 @@ class ActivationSource(FisherSource):
     def read(self, names: Names) -> FisherOperator:
         """I ⊗ A over one layer."""
         layer = self._source.read(names)
-        if not isinstance(layer, KroneckerOperator):
+        if layer.factors is None or layer.layout is None:
             raise InvalidArgumentError(
                 call="regmean", got=f"layers joined into {list(names)}", expected="Fishers of one structure",
                 try_='structure="kfac" for all',
             )  # fmt: skip
-        diagonal = layer.activation.diagonal().diag()
-        kept = diagonal + self._shrink * (layer.activation - diagonal)
-        identity = torch.eye(layer.layout.outputs, dtype=layer.dtype, device=layer.device)
-        return KroneckerOperator(layer.space, kept, identity, layer.layout.transposed, symmetric=True)
+        activation, layout = layer.factors[0], layer.layout
+        diagonal = activation.diagonal().diag()
+        kept = diagonal + self._shrink * (activation - diagonal)
+        identity = torch.eye(layout.outputs, dtype=layer.dtype, device=layer.device)
+        return KroneckerOperator(layer.space, kept, identity, layout.transposed, symmetric=True)

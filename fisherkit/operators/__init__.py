@@ -23,20 +23,18 @@ where the structure has something better; `_gram` only where a structure has row
 
 from fisherkit.operators.algebra import SumOperator, add
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator
-from fisherkit.operators.contents import state_of, unwrap
+from fisherkit.operators.block_diagonal import BlockDiagonalOperator, split
 from fisherkit.operators.damping import Damping, RelativeDamping
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
 from fisherkit.operators.files import FisherFile, open_file
+from fisherkit.operators.forwarding import ForwardingOperator, unwrap
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.operators.normalization import normalize
-from fisherkit.operators.partition import split
-from fisherkit.operators.persistence import load
+from fisherkit.operators.normalization import normalize, usual_damping
+from fisherkit.operators.persistence import load, state_of
 from fisherkit.operators.quadratic import Quadratic
-from fisherkit.operators.usual import usual_damping
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -47,6 +45,7 @@ __all__ = [
     "Factorization",
     "FisherFile",
     "FisherOperator",
+    "ForwardingOperator",
     "IterativeFactorization",
     "KroneckerOperator",
     "LowRankOperator",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final, overload
 
@@ -169,7 +169,7 @@ class IterativeFactorization(Factorization):
         tolerance: relative residual at which to stop.
         max_steps: at most this many products.
         preconditioner: makes an approximate inverse of F + λI from λ, or None for none; called at the first solve. By
-            default the inverse of the diagonal.
+            default the operator's own, in most structures the inverse of the diagonal.
     """
 
     method = "conjugate_gradient"
@@ -184,7 +184,7 @@ class IterativeFactorization(Factorization):
     ) -> None:
         super().__init__(operator, damping)
         self.tolerance, self.max_steps = tolerance, max_steps
-        self._make = preconditioner or partial(diagonal_inverse, operator)
+        self._make = preconditioner or operator._approximate_inverse
 
     @cached_property
     def preconditioner(self) -> MatMat | None:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError
@@ -83,3 +83,9 @@ class LayerLayout:
         if self.bias:
             rows[:, weights:] = grid[..., -1]
         return rows.mT
+
+
+def marginals(grid: Float[Tensor, "O J"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "J"]]:
+    """Sums over rows and columns, scaled so that their outer product sums to what the grid does."""
+    total = grid.sum()
+    return grid.sum(1), grid.sum(0) / torch.where(total > 0, total, 1)

@@ -101,6 +101,19 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n"
     return torch.where(values > noise, values, 0), vectors
 
 
+def nearest_semidefinite(
+    matrix: Float[Tensor, "n n"], call: str
+) -> tuple[Float[Tensor, "n n"], tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]]:
+    """The nearest positive semi-definite matrix in float64, and its spectrum.
+
+    In float32 a matrix that is semi-definite has eigenvalues down to minus 1e-7 of its largest. With a damping below
+    that, a sum of such matrices would have no minimiser.
+    """
+    values, vectors = spectrum((matrix + matrix.mT) / 2, call)
+    nearest = (vectors * values) @ vectors.mT
+    return (nearest + nearest.mT) / 2, (values, vectors)
+
+
 def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
     """Nearly orthogonal columns made orthonormal, each against those before it, and filled up to k; float64.
 

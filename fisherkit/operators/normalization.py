@@ -1,23 +1,20 @@
 """One scale for Fishers of different kinds, examples and stages of training.
 
 Owns what `normalize=` means wherever the package has it: a factor for the whole matrix. Merging adds normalizations by
-block to these.
+block to these. Beside it the damping, relative to that scale, that suits a structure.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator
-from fisherkit.operators.dense import DenseOperator
-from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.operators.damping import RelativeDamping
 
 NORMALIZATIONS = ("trace", "norm", None)
 
@@ -53,8 +50,8 @@ def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOper
         NonFiniteError: the trace or norm is infinite or NaN.
         NoClosedFormError: "norm" of a sum that does not fold.
 
-    Cost: "trace" that of the trace; "norm" that of a Gram matrix for rows, eigenvalues of both factors for Kronecker
-        products.
+    Cost: "trace" that of the trace; "norm" that of a Gram matrix for rows, of D products for an operator of your own
+        that does not tell its norm.
     """
     call = f"normalize({how!r})"
     check_normalize(how, call)
@@ -116,11 +113,21 @@ def frobenius_norm(operator: FisherOperator) -> Float[Tensor, ""]:
     Raises:
         NoClosedFormError: sums that do not fold.
     """
-    plain = operator._unwrap()
-    if isinstance(plain, BlockDiagonalOperator):
-        return torch.stack([frobenius_norm(block) for block in plain.blocks]).norm()
-    if isinstance(plain, DenseOperator):
-        return plain._matrix.double().norm()
-    if isinstance(plain, LowRankOperator):
-        return plain.gram().norm()
-    return plain.eigenvalues().norm()
+    return operator._frobenius()
+
+
+def usual_damping(operator: FisherOperator) -> RelativeDamping:
+    """A damping that suits the structure where (F + λI)⁻¹ ranks training examples, as influence scores do.
+
+    1 × the mean eigenvalue for rows and dense matrices (the structures full and block), 0.1 × where Kronecker products
+    are among an operator's blocks or terms (kfac, ekfac), 0.01 × for diagonals. The less a matrix has of F's
+    correlations, the less damping it takes. Measured on digits with linear datamodeling scores, by
+    ``python -m examples.influence``; the page "Influence scores, measured" has the figures.
+
+    Args:
+        operator: any; sums and blocks are looked into.
+
+    Raises:
+        NoClosedFormError: an operator of your own, or one of its blocks or terms, that does not tell its damping.
+    """
+    return RelativeDamping(operator._usual_damping())

@@ -114,7 +114,7 @@ class Solved(ColumnSolution):
 
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], None]:
         """As they are."""
-        return torch.cat([self.columns[space.slices[name]] for name in names]), None
+        return space.take(self.columns, names), None
 
 
 class BlockForm(RowForm):
