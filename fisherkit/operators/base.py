@@ -663,7 +663,7 @@ class FisherOperator(ABC):
 
 
 STRUCTURAL = (
-    "_terms", "_blocks", "_blocks_of_node", "is_diagonal", "is_dense", "inversion", "decomposed_side", "stored_rows",
+    "_plus", "_to_dense", "_terms", "_blocks", "_blocks_of_node", "is_diagonal", "is_dense", "inversion", "decomposed_side", "stored_rows",
     "layout", "factors", "_frobenius", "_converted", "_nearest_kronecker", "_approximate_inverse", "_usual_damping",
     "_average", "_moment",
 )  # fmt: skip

@@ -156,7 +156,7 @@ class LowRankOperator(FisherOperator):
         )
 
     def _frobenius(self) -> Float[Tensor, ""]:
-        return self._gram().norm()
+        return self._small_matrix("norm", 'normalize="trace"')[0].norm()
 
     inversion = "direct"
 
@@ -183,7 +183,7 @@ class LowRankOperator(FisherOperator):
 
     def _moment(self, places: Int[Tensor, "O J"]) -> Float[Tensor, "J J"]:
         if self.stored_rows is None:
-            return self._as_dense()._moment(places)
+            return DenseOperator(self.space, self._to_dense())._moment(places)
         rows, scale = self.stored_rows
         # Only of the units that the places lie in, rows are written out.
         wanted = torch.zeros(self.size, dtype=torch.bool, device=places.device)
