@@ -7,18 +7,14 @@
 | `DiagonalOperator` | diag(d) | 1/(d + λ) | d | √d ε | diagonal |
 | `DenseOperator` | the matrix | Cholesky | eigh | U √w ε | dense, diagonal |
 | `LowRankOperator` | scale · JᵀJ | Woodbury, or the smaller of two Grams | its Gram's | √scale Jᵀε | rows of its form |
-| `KroneckerOperator` | G ⊗ A | eigh of G and of A | products of theirs | as the next | never |
-| `EigenKroneckerOperator` | U diag(e) Uᵀ, U = U_G ⊗ U_A | 1/(e + λ) | e | U √e ε | never |
+| `KroneckerOperator` | G ⊗ A | eigh of G and of A | products of theirs | as the next | one with an equal factor |
+| `EigenKroneckerOperator` | U diag(e) Uᵀ, U = U_G ⊗ U_A | 1/(e + λ) | e | U √e ε | one of the same bases |
 | `BlockDiagonalOperator` | blocks | the blocks' | the blocks' | the blocks' | block by block |
 | `SumOperator` | F₁ + F₂ + ... | conjugate gradients, no log det | no closed form | the terms' | term by term |
 
-All supply `_matmat`, `_diagonal`, `_factorize`, `_draw`, `_scaled`, `_state` and `_from_state`. `_plus`, `_trace`,
-`_eigenvalues`, `_eigenvectors` and `_to_dense` have defaults (no folding, sum of the diagonal, no closed form, products
-with I), as have `_draws` (one after the other) and `_effective_dimension` (from all eigenvalues), and are overridden
-where the structure has something better; `_gram` only where a structure has rows.
-
-`split` takes an operator apart into its independent blocks; `open_file` reads them one by one from a file. `unwrap` and
-`state_of` show what is inside an operator.
+All supply `_matmat`, `_diagonal`, `_draw`, `_scaled`, `_state` and `_from_state`. Every other hook has a default that
+is right for any matrix, if slow, or that refuses: what an application asks of an operator is a hook, and nobody asks for
+its class. `split` takes an operator apart into its independent blocks; `open_file` reads them one by one from a file.
 """
 
 from fisherkit.operators.algebra import SumOperator, add

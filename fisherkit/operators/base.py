@@ -663,9 +663,9 @@ class FisherOperator(ABC):
 
 
 STRUCTURAL = (
-    "_plus", "_to_dense", "_terms", "_blocks", "_blocks_of_node", "is_diagonal", "is_dense", "inversion", "decomposed_side", "stored_rows",
-    "layout", "factors", "_frobenius", "_converted", "_nearest_kronecker", "_approximate_inverse", "_usual_damping",
-    "_average", "_moment",
+    "_plus", "_to_dense", "_terms", "_blocks", "_blocks_of_node", "is_diagonal", "is_dense", "inversion",
+    "decomposed_side", "stored_rows", "layout", "factors", "_frobenius", "_converted", "_nearest_kronecker",
+    "_approximate_inverse", "_usual_damping", "_average", "_moment",
 )  # fmt: skip
 """Hooks that say what a matrix is made of."""
 
