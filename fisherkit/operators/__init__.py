@@ -13,8 +13,8 @@
 | `SumOperator` | F₁ + F₂ + ... | conjugate gradients, no log det | no closed form | the terms' | term by term |
 
 All supply `_matmat`, `_diagonal`, `_draw`, `_scaled`, `_state` and `_from_state`. Every other hook has a default that
-is right for any matrix, if slow, or that refuses: what an application asks of an operator is a hook, and nobody asks for
-its class. `split` takes an operator apart into its independent blocks; `open_file` reads them one by one from a file.
+is right for any matrix, if slow, or that refuses: what an application asks of an operator is a hook, and nobody asks
+for its class. `split` takes an operator apart into independent blocks; `open_file` reads them one by one from a file.
 """
 
 from fisherkit.operators.algebra import SumOperator, add

@@ -214,11 +214,9 @@ def _check_terms(terms: Sequence[FisherOperator], call: str) -> None:
     for term in terms[1:]:
         if term.space != first.space:
             raise InvalidArgumentError(
-                call=call,
-                got=f"operators over different parameters: {_difference(first.space, term.space)}",
-                expected="the same names, shapes and order",
-                try_="build both with the same params=",
-            )
+                call=call, got=f"operators over different parameters: {_difference(first.space, term.space)}",
+                expected="the same names, shapes and order", try_="build both with the same params=",
+            )  # fmt: skip
         if term.dtype != first.dtype:
             raise InvalidTypeError(call=call, got=f"{first.dtype} and {term.dtype}", expected="one dtype")
         if term.device != first.device:

@@ -191,10 +191,9 @@ class FisherOperator(ABC):
     def _checked_count(self, k: int, operation: str) -> int:
         if not is_integer(k) or not 1 <= k <= self.size:
             raise InvalidArgumentError(
-                call=f"{self._name}.{operation}(k={k})",
-                got=f"k = {k}",
+                call=f"{self._name}.{operation}(k={k})", got=f"k = {k}",
                 expected=f"an integer from 1 to D = {self.size:,}",
-            )
+            )  # fmt: skip
         return k
 
     @final
@@ -351,11 +350,9 @@ class FisherOperator(ABC):
             raise InvalidTypeError(call=f"{self._name} * scale", got=f"a {type(scale).__name__}", expected="a number")
         if not 0 <= scale < float("inf"):
             raise InvalidArgumentError(
-                call=f"{self._name} * {scale}",
-                got=f"scale {scale}",
-                expected="a finite number, 0 or more",
+                call=f"{self._name} * {scale}", got=f"scale {scale}", expected="a finite number, 0 or more",
                 why="operators form a cone: a negative multiple is not positive semi-definite",
-            )
+            )  # fmt: skip
         result = self._scaled(float(scale))
         result.metadata = {**self.metadata, "terms": f"{scale} * ({self._title})"}
         return result
@@ -445,11 +442,9 @@ class FisherOperator(ABC):
     def _from_state(cls, space: ParameterSpace, state: io.State) -> FisherOperator:
         """The operator that `_state` described; every structure with a `tag` supplies it."""
         raise FileFormatError(
-            call="load",
-            got=f"an operator with the tag {state.kind!r}",
-            expected="one that can be loaded",
+            call="load", got=f"an operator with the tag {state.kind!r}", expected="one that can be loaded",
             why=f"{cls.__name__} does not define _from_state",
-        )
+        )  # fmt: skip
 
     # -- operations, overridden where a structure has something better -------------------------------------------------
 
@@ -487,10 +482,9 @@ class FisherOperator(ABC):
 
     def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
         raise self._no_closed_form(
-            "eigenvectors",
-            "its parts do not share eigenvectors",
+            "eigenvectors", "its parts do not share eigenvectors",
             "scipy.sparse.linalg.eigsh(fisher.to_scipy(), k), which needs products alone",
-        )
+        )  # fmt: skip
 
     def _effective_dimension(self, damping: float) -> Float[Tensor, ""]:
         """Σ w / (w + λ) over the eigenvalues w; 0 / 0 counts as 0."""

@@ -202,12 +202,7 @@ def _bare(operator: FisherOperator) -> FisherOperator:
 
 
 def join(space: ParameterSpace, blocks: Sequence[FisherOperator]) -> FisherOperator:
-    """The block-diagonal operator of some blocks over a space; a single one is itself, diagonals are one diagonal.
-
-    Args:
-        space: all their parameters.
-        blocks: at least one.
-    """
+    """The block-diagonal operator of some blocks over a space; a single one is itself, diagonals are one diagonal."""
     if len(blocks) == 1:
         return blocks[0]
     whole = BlockDiagonalOperator(space, blocks)
@@ -313,19 +308,16 @@ def _check_partition(space: ParameterSpace, blocks: Sequence[Any]) -> None:
     twice = sorted({name for name in covered if covered.count(name) > 1})
     if missing or unknown or twice:
         raise InvalidArgumentError(
-            call=call,
-            got=f"blocks that leave out {missing}, add {unknown} and repeat {twice}",
+            call=call, got=f"blocks that leave out {missing}, add {unknown} and repeat {twice}",
             expected=f"each of the {len(space.names)} names of the space in one block",
             try_="space.restrict(names) for each of space.blocks.values()",
-        )
+        )  # fmt: skip
     odd = [block.space.names for block in blocks if block.space != space.restrict(block.space.names)]
     if odd:
         raise InvalidArgumentError(
-            call=call,
-            got=f"a block over {list(odd[0])} whose shapes or order are not the space's",
-            expected="the same shapes and order as in the space",
-            try_="space.restrict(names)",
-        )
+            call=call, got=f"a block over {list(odd[0])} whose shapes or order are not the space's",
+            expected="the same shapes and order as in the space", try_="space.restrict(names)",
+        )  # fmt: skip
     if len({block.dtype for block in blocks}) > 1:
         raise InvalidTypeError(call=call, got=f"blocks of {[block.dtype for block in blocks]}", expected="one dtype")
     if len({block.device for block in blocks}) > 1:

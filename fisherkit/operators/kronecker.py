@@ -43,12 +43,7 @@ Spectrum: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
 
 
 def scaled_spectrum(known: Spectrum, scale: float) -> Spectrum:
-    """The spectrum of a multiple of a factor, from the factor's, which is decomposed once each time it is called.
-
-    Args:
-        known: of the factor.
-        scale: 0 or more.
-    """
+    """The spectrum of a multiple of a factor, from the factor's, which is decomposed once each time it is called."""
 
     def scaled() -> tuple[Tensor, Tensor]:
         values, vectors = known()

@@ -58,10 +58,6 @@ class _Terms:
 def layer_inverse(terms: Sequence[FisherOperator], damping: float) -> MatMat | None:
     """Product with an approximate inverse of Σ_t F_t + λI over one layer.
 
-    Args:
-        terms: the F_t, over one space.
-        damping: λ.
-
     Returns:
         The inverse that this module describes, or None if a term has no factors and cannot be approximated by some.
 

@@ -202,10 +202,9 @@ class LowRankOperator(FisherOperator):
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):
             raise self._no_closed_form(
-                "save",
-                "its rows are streamed from the data and lie nowhere",
+                "save", "its rows are streamed from the data and lie nowhere",
                 'structure="kfac" or "diagonal", or a larger memory_budget',
-            )
+            )  # fmt: skip
         units = tuple(
             io.State(slot.rows.kind, slot.names, slot.rows.tensors(), slot.rows.options())
             for slot in self.row_source.slots

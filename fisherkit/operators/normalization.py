@@ -22,11 +22,6 @@ NORMALIZATIONS = ("trace", "norm", None)
 def check_normalize(how: object, call: str, also: tuple[str, ...] = ()) -> None:
     """One of "trace", "norm" and None.
 
-    Args:
-        how: what was asked for.
-        call: the public call, for errors.
-        also: what the caller knows beside these.
-
     Raises:
         InvalidArgumentError: anything else.
     """
@@ -62,11 +57,6 @@ def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOper
 def normalization_factor(operator: FisherOperator, how: str | None, call: str) -> float:
     """The number that `normalize` multiplies by.
 
-    Args:
-        operator: F.
-        how: as there, checked.
-        call: the public call, for errors.
-
     Raises:
         InvalidTypeError: as there.
         InvalidArgumentError: as there.
@@ -83,13 +73,6 @@ def normalization_factor(operator: FisherOperator, how: str | None, call: str) -
 def factor_of_size(size: float, dimension: int, how: str, call: str, name: str = "a Fisher") -> float:
     """The number that gives a Fisher of known size its standard one.
 
-    Args:
-        size: its trace or Frobenius norm.
-        dimension: D.
-        how: "trace" or "norm".
-        call: the public call, for errors.
-        name: of the Fisher, for errors.
-
     Raises:
         InvalidArgumentError: the size is 0.
         NonFiniteError: it is infinite or NaN.
@@ -98,12 +81,10 @@ def factor_of_size(size: float, dimension: int, how: str, call: str, name: str =
         raise NonFiniteError(call=call, got=f"{name} with {how} {size}", expected="finite numbers")
     if size <= 0:
         raise InvalidArgumentError(
-            call=call,
-            got=f"{name} that is 0 ({how} {size:g})",
-            expected=f"one with a positive {how}",
+            call=call, got=f"{name} that is 0 ({how} {size:g})", expected=f"one with a positive {how}",
             why="no multiple of it has mean eigenvalue 1; empirical Fishers are 0 where the loss is exactly 0",
             try_="normalize=None, or another kind",
-        )
+        )  # fmt: skip
     return (dimension if how == "trace" else math.sqrt(dimension)) / size
 
 

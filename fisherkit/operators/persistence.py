@@ -63,21 +63,15 @@ def parts_fit(call: str) -> Iterator[None]:
 def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
     """The operator that a state describes.
 
-    Args:
-        space: the parameters it acts on.
-        state: as the operator's `_state` gave it.
-
     Raises:
         FileFormatError: the state has an unknown tag, or over other parameters.
     """
     registry = _registry()
     if state.kind not in registry:
         raise FileFormatError(
-            call="load",
-            got=f"an operator with the unknown tag {state.kind!r}",
-            expected=f"one of {sorted(registry)}",
+            call="load", got=f"an operator with the unknown tag {state.kind!r}", expected=f"one of {sorted(registry)}",
             try_="import the module that defines it first, or a newer fisherkit",
-        )
+        )  # fmt: skip
     check_names(state, space)
     return registry[state.kind]._from_state(space, state)
 
@@ -90,19 +84,13 @@ def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
     """
     if described.names != space.names:
         raise FileFormatError(
-            call="load",
-            got=f"a {described.kind} operator over {list(described.names)}",
+            call="load", got=f"a {described.kind} operator over {list(described.names)}",
             expected=f"one over {list(space.names)}",
-        )
+        )  # fmt: skip
 
 
 def blocks_of_node(node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers:
     """The finest independent blocks of an operator in a file; making one reads its tensors and no others.
-
-    Args:
-        node: the operator.
-        space: its parameters.
-        reader: of the file; must be open when a block is made.
 
     Raises:
         FileFormatError: the description is of other parameters.
@@ -128,12 +116,7 @@ def state_of(operator: FisherOperator) -> io.State:
 
 
 def renamed(operator: FisherOperator, names: Mapping[str, str]) -> FisherOperator:
-    """The same operator over parameters of other names; tensors are shared.
-
-    Args:
-        operator: any whose state can be had.
-        names: each of its names to the new one.
-    """
+    """The same operator over parameters of other names; tensors are shared."""
     if all(old == new for old, new in names.items()):
         return operator
     space = operator.space

@@ -44,12 +44,7 @@ class ColumnSolution(RowSolution):
 
     @abstractmethod
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
-        """A unit's part X of (F + λI)⁻¹Q; with bases, W of X = (U_G ⊗ U_A) W.
-
-        Args:
-            space: of the solution.
-            names: of the unit's parameters.
-        """
+        """A unit's part X of (F + λI)⁻¹Q; with bases, W of X = (U_G ⊗ U_A) W."""
 
 
 class RowForm(ABC):
