@@ -203,6 +203,25 @@ def test_files__hold_it_alone_and_in_a_sum(tmp_path: Path) -> None:
         circulant(oc.LAYER)[0].save(tmp_path / "g")
 
 
+def test_another_dtype__goes_through_the_state_or_is_refused_by_name() -> None:
+    single = Spiked(oc.LAYER, 0.5, normal(15).float())
+    double = convert(single, F64, torch.device("cpu"))
+    assert double.dtype == F64
+    w = normal(15).float().double()
+    close(double.to_dense(), 0.5 * torch.eye(15, dtype=F64) + torch.outer(w, w), 1e-12)
+
+    class Nameless(Spiked):
+        tag = ""
+
+        @classmethod
+        def _from_state(cls, space: ParameterSpace, state: State) -> FisherOperator:
+            return FisherOperator._from_state.__func__(cls, space, state)  # type: ignore[attr-defined,no-any-return]
+
+    nameless = Nameless(oc.LAYER, 0.5, normal(15).float())
+    with pytest.raises(fk.FisherkitError, match=r"^Nameless in torch.float64: .* does not define _from_state"):
+        merge(mc.states(oc.LAYER, 2), [nameless, nameless], [1.0, 1.0], output_damping=0.0)
+
+
 # -- applications ------------------------------------------------------------------------------------------------------
 
 

@@ -306,7 +306,11 @@ class FisherOperator(ABC):
             NoClosedFormError: the structure is only solved iteratively.
             SingularMatrixError: F + λI is singular.
         """
-        return self._inverse(damping, "logdet", None, None)._logdet()
+        inverse = self._inverse(damping, "logdet", None, None)
+        try:
+            return inverse._logdet()
+        except NoClosedFormError as error:
+            raise error.at(f"{self._name}.logdet") from error
 
     @final
     def to_scipy(self) -> LinearOperator:
@@ -506,12 +510,10 @@ class FisherOperator(ABC):
     def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
         """The same matrix in another dtype and on another device; by default through what a file would hold."""
         try:
-            state = self._state()
-        except NoClosedFormError as error:
+            state = self._state().map(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
+            return type(self)._from_state(self.space, state)
+        except (NoClosedFormError, FileFormatError) as error:
             raise error.at(f"{self._name} in {dtype}") from error
-        return type(self)._from_state(
-            self.space, state.map(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
-        )
 
     def _made_of(self) -> str:
         """What an operator holds, for its repr; empty where the class says it all."""
