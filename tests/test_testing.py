@@ -139,8 +139,8 @@ class Inverse(Factorization):
 
 def user_operator(**hooks: Callable[..., Any]) -> Pair:
     """The honest operator with hooks replaced, and its matrix."""
-    # A kind of its own, as two classes of one kind could not be told apart in a file.
-    made = type("Broken", (Honest,), {"kind": f"broken_{'_'.join(hooks)}", **hooks}) if hooks else Honest
+    # A tag of its own, as two classes of one tag could not be told apart in a file.
+    made = type("Broken", (Honest,), {"tag": f"broken_{'_'.join(hooks)}", **hooks}) if hooks else Honest
     matrix = positive(LAYER.size, 1, torch.float64)
     return made(LAYER, matrix), matrix
 

@@ -74,7 +74,7 @@ def check_fisher(
     check = Check(operator, matrix, limit, seeds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConvergedWarning)
-        for part in (_products, _numbers, _spectra, _inverses, _samples, _algebra, _answers, _files, _independence):
+        for part in (_products, _numbers, _spectra, _inverses, _samples, _algebra, _files, _answers, _independence):
             part(check)
     return ConformanceReport(check.errors, tuple(sorted(check.refused)), limit)
 
@@ -261,7 +261,8 @@ def _answers(check: Check) -> None:
     average = check.attempt("average", functools.partial(average_over_outputs, operator))
     if average is not None:
         check.compare("average", average.trace(), matrix.trace(), detail="over outputs, trace", dtype=torch.float64)
-        if all(block.layout is None or not block.layout.transposed for block in split(operator)):
+        layouts = [term.layout for block in split(operator) for term in block._terms()]
+        if not any(layout is not None and layout.transposed for layout in layouts):
             expected = average_over_outputs(DenseOperator(space, matrix)).to_dense()
             check.compare("average", average.to_dense(), expected, detail=" over outputs")
     other = torch.float32 if operator.dtype == torch.float64 else torch.float64
