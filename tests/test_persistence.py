@@ -160,10 +160,10 @@ def test_load__refuses_a_version_from_the_future(path: Path) -> None:
     refused(path, "format version 3; expected at most 2. Try: a newer fisherkit")
 
 
-def test_load__refuses_unknown_kinds_wherever_they_are(path: Path) -> None:
+def test_load__refuses_unknown_tags_wherever_they_are(path: Path) -> None:
     inner = io.State("hologram", LAYER.names)
     io.write(path, io.State("sum", LAYER.names, children=(inner,)), LAYER, {})
-    refused(path, r"an operator of unknown kind 'hologram'; expected one of \[.*'block_diagonal', .*'kronecker'")
+    refused(path, r"an operator with the unknown tag 'hologram'; expected one of \[.*'block_diagonal', .*'kronecker'")
 
 
 @pytest.mark.parametrize(
