@@ -34,7 +34,6 @@ from fisherkit.operators import (
     EigenKroneckerOperator,
     FisherOperator,
     KroneckerOperator,
-    state_of,
 )
 from fisherkit.operators.kronecker import Spectrum, scaled_spectrum
 from fisherkit.operators.low_rank import LowRankOperator
@@ -388,9 +387,7 @@ class Builder:
     def _entry(self, names: Names, operator: FisherOperator, structure: str, reason: str) -> CoverageEntry:
         units = self.problem.plan.units
         rules = {self.problem.plan.rule_name(unit) for unit in units if unit.names[0] in names}
-        streamed = isinstance(operator, LowRankOperator) and not isinstance(operator.row_source, Rows)
-        memory = 0 if streamed else state_of(operator).nbytes
-        return CoverageEntry(names, ", ".join(sorted(rules)), structure, memory, reason)
+        return CoverageEntry(names, ", ".join(sorted(rules)), structure, operator.nbytes, reason)
 
 
 def _scaled_spectrum(moment: SecondMoment, scale: float) -> Spectrum | None:

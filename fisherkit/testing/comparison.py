@@ -20,10 +20,12 @@ from fisherkit.operators import Damping, FisherOperator, RelativeDamping
 TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest relative error that `check_fisher` accepts by default; 5e-2 for narrower dtypes."""
 
-MAY_BE_REFUSED = frozenset({"gram", "eigenvalues", "eigenvectors", "effective_dimension", "logdet", "save"})
+MAY_BE_REFUSED = frozenset(
+    {"gram", "eigenvalues", "eigenvectors", "effective_dimension", "logdet", "save", "norm", "usual_damping"}
+)
 """Operations that a structure may answer with `NoClosedFormError`; every other one must have an answer."""
 
-NEEDS_A_SQUARE_MATRIX = frozenset({"gram", "eigenvalues", "to_dense", "logdet"})
+NEEDS_A_SQUARE_MATRIX = frozenset({"gram", "eigenvalues", "to_dense", "logdet", "norm", "average"})
 """Operations that a structure may answer with `MemoryBudgetError`."""
 
 _T = TypeVar("_T")
