@@ -136,8 +136,8 @@ class RuledUnit(Unit):
         rows = self.rule.rows(self._restricted(uses[own[0]]), a, selection.take(g), selection.example)
         if self.stored and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
-        regular = all(isinstance(one, Regular) for one in places)
-        return UnitSlot(self.names, rows, None if regular else torch.cat(exist, 1))
+        proven = all(isinstance(one, Regular) and one.alive is None for one in places)
+        return UnitSlot(self.names, rows, None if proven else torch.cat(exist, 1))
 
     def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
         """Learn the sizes from rows of a first pass.
