@@ -12,6 +12,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.likelihoods import Bernoulli, Categorical, GaussianNLL
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
@@ -85,7 +86,7 @@ class FunctionVectors(OutputRule):
                 )
             (v,) = torch.autograd.grad(values.sum(), z)
         v = outputs.masked(v)
-        if not bool(torch.isfinite(v).all()):
+        if not all_finite(v):
             raise NonFiniteError(call=call, got="gradients with NaN or infinite entries", expected="finite ones")
         return OutputVectors(v.unsqueeze(1))
 

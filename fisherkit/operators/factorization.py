@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arguments import is_integer
-from fisherkit.arithmetic import without_autocast
+from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.conjugate import MatMat
 from fisherkit.errors import InvalidArgumentError, SingularMatrixError
 from fisherkit.operators.row_forms import ColumnForm, RowForm, SolvedForm, solved_squares
@@ -228,7 +228,7 @@ def cholesky(matrix: Float[Tensor, "n n"], *, call: str, why: str) -> Float[Tens
         SingularMatrixError: the matrix is not positive definite.
     """
     factor, info = torch.linalg.cholesky_ex(matrix.double())
-    if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+    if int(info) != 0 or not all_finite(factor):
         raise SingularMatrixError(
             call=call,
             got="a singular matrix",

@@ -36,6 +36,7 @@ class Watched:
         by_owner: whether it is looked at which entries outputs depend on, whatever the pass shows.
         random: whether dropout was active.
         casts: whether a module was cast in place.
+        hooked: whether a hook was put on a tensor, which may change its gradient.
     """
 
     batch: int
@@ -47,6 +48,7 @@ class Watched:
     by_owner: bool = False
     random: bool = False
     casts: bool = False
+    hooked: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, names: Mapping[int, str], batch: Batch, shared: Collection[str]) -> Watched:
@@ -80,7 +82,7 @@ class Watched:
         elsewhere = frozenset(recorder.elsewhere)
         return cls(
             recorder.batch, z, recorder.uses, elsewhere, recorder.coarsest, proven, random=recorder.random,
-            casts=recorder.casts,
+            casts=recorder.casts, hooked=recorder.hooked,
         )  # fmt: skip
 
     @property

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 
 
@@ -39,7 +40,7 @@ def check_floats(value: object, call: str, name: str, expected: str) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"{name} of {value.dtype}" if isinstance(value, Tensor) else f"{name} of type {type(value).__name__}"
         raise InvalidTypeError(call=call, got=got, expected=expected, try_="torch.as_tensor(array).double()")
-    if not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise NonFiniteError(
             call=call, got=f"{name} with NaN or infinite entries", expected="finite numbers",
             why="they cannot be ranked",
