@@ -117,8 +117,9 @@ class Builder:
             return self._built(structure)
         except BetterPlanError as found:
             # A later batch used parameters that the first examples do not, or used some in another way.
-            remember(found.plan)
-            self.problem = replace(self.problem, plan=found.plan)
+            if found.plan is not self.problem.plan:
+                remember(found.plan)
+            self.problem = replace(self.problem, plan=found.plan, by_owner=found.by_owner)
             self.examples = self.rows = 0
             self.dropped = []
         return self.build(structure)
@@ -132,6 +133,8 @@ class Builder:
             "ekfac": lambda: self._join(self._ekfac()),
         }
         self.problem.summed = structure in ("diagonal", "kfac", "ekfac")
+        if structure in ("kfac", "ekfac"):
+            self.problem.by_owner = bool(self.problem.by_owner)
         self.problem.measure()
         for unit in self.problem.plan.ruled:
             # Only rows that are kept gain from being written out; sums are taken from the factors.

@@ -37,7 +37,7 @@ def regmean(
     buffers: str = "refuse",
     integers: str = "refuse",
     mismatched: str = "refuse",
-    other_weights: str = "warn",
+    other_weights: str = "refuse",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     tolerance: float = 1e-12,

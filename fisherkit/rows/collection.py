@@ -70,7 +70,8 @@ class UnitSlot:
     Args:
         names: the parameters.
         rows: the rows.
-        exists: fresh from a batch, which positions ``[B, T]`` of each example there are; None for all.
+        exists: fresh from a batch, which positions ``[B, T]`` of each example outputs depend on, where that was looked
+            at; None where the forward pass shows whose all are.
     """
 
     names: tuple[str, ...]

@@ -263,9 +263,7 @@ class _Reference:
         self.names = {name: i for i, name in enumerate(plan.parameters)}
         self.norms = torch.stack([torch.stack([g.norm() for g in row]) for row in self.rows])
         # A norm is cheap, unlike a mask of finite entries; a large one may overflow where no entry does.
-        if not bool(torch.isfinite(self.norms).all()) and not all(
-            bool(torch.isfinite(g).all()) for row in self.rows for g in row
-        ):
+        if not all_finite(self.norms) and not all_finite(*(g for row in self.rows for g in row)):
             bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
                 call="data, batch 0",

@@ -74,6 +74,7 @@ class Recorder(TorchFunctionMode):
         random: whether dropout was active.
         coarsest: the floating dtype that rounds most, of all that is differentiated; autocast may be inside the model.
         casts: whether a module was cast in place, which ``torch.func`` does not survive.
+        hooked: whether a hook was put on a tensor, which may change its gradient.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
     """
 
@@ -93,7 +94,7 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.elsewhere: set[str] = set()
         self.without_graph: set[str] = set()
-        self.random = self.casts = False
+        self.random = self.casts = self.hooked = False
         self.coarsest = torch.float64
         self.muted = 0
         self._tracker = Tracker(batch)
@@ -126,7 +127,7 @@ class Recorder(TorchFunctionMode):
                 return _ATTENTION(*args, **kwargs)
         if func is F.batch_norm and self.constant_statistics:
             args, kwargs = _with_constants(args, kwargs)
-        self.casts = self.casts or func == _SET_DATA
+        self.casts, self.hooked = self.casts or func == _SET_DATA, self.hooked or func is Tensor.register_hook
         own = self._derivations.operands(args, kwargs)
         if own and not torch.is_grad_enabled():
             self.without_graph.update(name for _, made in own for name in made.names)

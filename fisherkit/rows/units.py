@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.rows.base import UnitRows
@@ -111,7 +111,8 @@ class RuledUnit(Unit):
         own = self.of(uses)
         if not own:
             none = torch.zeros(selection.batch, 1, dtype=torch.bool, device=v.device)
-            return UnitSlot(self.names, self._zeros(selection, v), none)
+            zeros = self.zeros(len(selection.owner), selection.batch, selection.example, v)
+            return UnitSlot(self.names, zeros, none)
         places = [one for i in own if (one := how[i]) is not None]
         if len(places) < len(own):
             return None
@@ -136,8 +137,8 @@ class RuledUnit(Unit):
         rows = self.rule.rows(self._restricted(uses[own[0]]), a, selection.take(g), selection.example)
         if self.stored and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
-        regular = all(isinstance(one, Regular) for one in places)
-        return UnitSlot(self.names, rows, None if regular else torch.cat(exist, 1))
+        proven = all(isinstance(one, Regular) and one.alive is None for one in places)
+        return UnitSlot(self.names, rows, None if proven else torch.cat(exist, 1))
 
     def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
         """Learn the sizes from rows of a first pass.
@@ -157,13 +158,20 @@ class RuledUnit(Unit):
             positions = sum(self.rule.lead(uses[i]).numel() for i in own) // rows.count
             self.numbers = positions * (rows.values.shape[1] + 2)
 
-    def _zeros(self, selection: RowSelection, like: Tensor) -> UnitRows:
-        """Rows of a batch that does not use the unit, in the form of others."""
-        count, form = len(selection.owner), self._none
+    def zeros(self, count: int, examples: int, example: Int[Tensor, "R"] | None, like: Tensor) -> UnitRows:
+        """Rows of a batch that does not use the unit, in the form of others.
+
+        Args:
+            count: R.
+            examples: of the batch.
+            example: as in `FactoredRows`.
+            like: for dtype and device.
+        """
+        form = self._none
         if isinstance(form, SparseRows):
             return form.zeros(count, like)
         if isinstance(form, FactoredRows) and not self.stored:
-            return form.zeros(count, selection.batch, selection.example, like)
+            return form.zeros(count, examples, example, like)
         return StoredRows(like.new_zeros(count, form.size))
 
     def choose(self, vectors: int, lean: bool) -> None:

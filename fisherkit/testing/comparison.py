@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import FisherkitError, InvalidArgumentError, MemoryBudgetError, NoClosedFormError
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping
 
@@ -167,7 +168,7 @@ def checked_matrix(operator: FisherOperator, dense: Tensor, tolerance: float) ->
     if tuple(dense.shape) != (size, size):
         raise InvalidArgumentError(call=call, got=f"shape {list(dense.shape)}", expected=f"[{size}, {size}]")
     matrix = dense.detach().to(operator.device, torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
+    if not all_finite(matrix):
         raise InvalidArgumentError(call=call, got="NaN or infinite entries", expected="finite numbers")
     if _relative_error(matrix.mT, matrix) > tolerance:
         raise InvalidArgumentError(call=call, got="a matrix that is not symmetric", expected="a symmetric one")
