@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fisherkit as fk
+from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.sliced import SlicedRows
 
 WIDTH, CLASSES = 4, 3
 
@@ -233,6 +235,27 @@ def test_natural_gradient__a_step_is_damped_least_squares(product: Products) -> 
         damped = own.T @ own / len(own) + 0.1 * torch.eye(len(before), dtype=own.dtype)
         close(step, 0.5 * torch.linalg.solve(damped, own.mean(0)))
     optimizer.close()
+
+
+class Unusual(nn.Module):
+    """Calls that look like those of experts and are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(3, WIDTH, 2)), nn.Linear(2, CLASSES)
+        self.mask = torch.rand(3, WIDTH, 2) < 0.5
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        trace = torch.einsum("bii->b", torch.einsum("ij,bk->bjk", self.w[0], x[:, 0, :2])[:, :2])
+        swapped = x.sum(1) @ self.w[..., 1].T @ self.w[:, 0] + self.w[1, 0] * self.w[self.mask].sum()
+        return self.head(swapped + trace.unsqueeze(1) * self.w[[0, 2]].sum((0, 1)))
+
+
+def test_rows__of_calls_that_look_alike_are_right() -> None:
+    torch.manual_seed(0)
+    model, data = Unusual().double(), made(by_linear, 1)[1]
+    expected = rows(model, data, "ef").flatten(0, 1)
+    close(fk.EmpiricalFisher(model, data).to_dense(), expected.T @ expected / 9)
 
 
 class Largest(TorchDispatchMode):

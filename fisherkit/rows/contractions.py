@@ -92,12 +92,11 @@ def contraction(
         kwargs: its keyword arguments.
         of: what a tensor is made of.
     """
-    name = _NAMES.get(function)
-    if name is None:
+    name = _NAMES.get(function, "")
+    read = _read(name, args, kwargs) if name else None
+    if read is None or not all(isinstance(one, Tensor) for one in read[:2]) or (of(read[0]) and of(read[1])):
         return None
-    first, second, bias, terms, offsets = _read(name, args, kwargs)
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor) or (of(first) and of(second)):
-        return None
+    first, second, bias, terms, offsets = read
     left, right, out = terms or _product(first.ndim, second.ndim)
     x, weight, letters, transposed = first, second, *_letters(left, right, out)
     if of(second) is None and (of(first) is not None or of(bias) is None):
@@ -111,7 +110,8 @@ def contraction(
         if offsets is not None and found is not None:
             place = torch.arange(len(x), device=offsets.device)
             group = torch.bucketize(place, offsets, right=True)
-            found = torch.where(group < len(offsets), group, -1), found[1]
+            known = torch.arange(len(weight), device=group.device) if found[0] is None else found[0]
+            found = torch.where(group < len(known), known[group.clamp_max(len(known) - 1)], -1), found[1]
         if found is not None:
             index, turned = found
         elif letters.slices or made.slices is not None:
@@ -127,26 +127,28 @@ def contraction(
 
 def _read(
     name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Any, Any, Any, tuple[str, str, str] | None, Tensor | None]:
+) -> tuple[Any, Any, Any, tuple[str, str, str] | None, Tensor | None] | None:
     """The two operands, the bias, the axes if they are not those of a matrix product, and where groups end."""
     args = (*args, *(kwargs[one] for one in ("self", "input", "mat", "mat1", "batch1", "mat_a") if one in kwargs))
     args = (*args, *(kwargs[one] for one in ("other", "mat2", "tensor2", "batch2", "mat_b") if one in kwargs))
     if name == "einsum":
         operands = args[1:] if len(args) != 2 else args[1]
         terms = _terms(args[0], operands)
-        return (*operands, None, terms, None) if terms is not None else (None, None, None, None, None)
+        return None if terms is None else (*operands, None, terms, None)
     if name in ("addmm", "baddbmm"):
-        return (args[1], args[2], args[0], None, None) if len(args) == 3 else (None, None, None, None, None)
+        return (args[1], args[2], args[0], None, None) if len(args) == 3 else None
     if name == "grouped_mm":
         offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
         fits = isinstance(offsets, Tensor) and args[0].ndim == 2 and args[1].ndim == 3 and kwargs.get("bias") is None
-        return (args[0], args[1], None, ("sy", "syz", "sz"), offsets) if fits else (None, None, None, None, None)
-    return (args[0], args[1], None, None, None) if len(args) == 2 else (None, None, None, None, None)
+        return (args[0], args[1], None, ("sy", "syz", "sz"), offsets) if fits else None
+    return (args[0], args[1], None, None, None) if len(args) == 2 else None
 
 
 def _terms(equation: Any, operands: Any) -> tuple[str, str, str] | None:
     """The three terms of an einsum of two operands, with letters in the place of an ellipsis."""
-    if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
+    if not isinstance(equation, str) or isinstance(operands, Tensor) or "->" not in equation:
+        return None
+    if len(operands) != 2 or equation.count(",") != 1:
         return None
     left, out = equation.replace(" ", "").split("->")
     pair = left.split(",")

@@ -222,9 +222,8 @@ def _lies(
     if len(own) != 1 or not args or own[0][0] is not args[0] or not own[0][1].lies:
         return None
     (tensor, made), = own  # fmt: skip
-    whole = (
-        function is Tensor.__getitem__ and isinstance(args[1], tuple) and all(e in (None, slice(None)) for e in args[1])
-    )
+    index = args[1] if function is Tensor.__getitem__ and isinstance(args[1], tuple) else (0,)
+    whole = all(e is None or (isinstance(e, slice) and e == slice(None)) for e in index)
     if (whole or getattr(function, "__name__", "") in _UNMOVED) and output.numel() == tensor.numel():
         return made.lies if made.lies == SAME or output.shape == tensor.shape else None
     if is_permutation(function) and tensor.ndim == output.ndim == 2:
@@ -271,5 +270,8 @@ def _slices(
         at = _CHOOSE.get(name, -1)
         first = at is None or (at > 0 and kwargs.get("dim", args[at] if len(args) > at else 0) == 0)
         fits = first and index.ndim > 0 and (at is not None or not isinstance(args[1], (tuple, list)))
-        index = list(tensors(function(index, *args[1:], **kwargs)))[place] if fits else index
+        try:
+            index = list(tensors(function(index, *args[1:], **kwargs)))[place] if fits else index
+        except (IndexError, RuntimeError, TypeError):  # a mask, say, of more axes
+            return None
     return (index, turned) if fits and output.shape == (*index.shape, *tail) else None

@@ -209,7 +209,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(rule, LinearRule):
             return made.sliced(tensor, 2 if name == rule.weight_name else 1)
         x = arguments.get(rule.input_name)
-        if not isinstance(rule, ElementwiseRule) or not isinstance(x, Tensor) or not tensor.ndim:
+        if not isinstance(rule, ElementwiseRule) or not isinstance(x, Tensor) or 0 in (x.ndim, tensor.ndim):
             return None
         # A bias for each expert meets all of its positions; tables of positions have a rule without this.
         each = made.slices is not None or (tensor.ndim == x.ndim > 2 and tensor.shape[0] > 1 == tensor.shape[-2])
