@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +26,6 @@ from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.generic import dense_gradient, looped_rows, unreached
 from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
-from fisherkit.rows.patches import Activations
 from fisherkit.rows.plan import Plan, forward, propose, tolerance
 from fisherkit.rows.rules import in_dtype
 from fisherkit.rows.selection import RowSelection
@@ -66,7 +66,7 @@ class Linearized:
         self.plan, self.batch = plan, batch
         self.watched = replace(watched, uses=[in_dtype(use, dtype) for use in watched.uses])
         self.lost = plan.lost(self.watched)
-        self._activations: dict[tuple[str, ...], Activations] = {}
+        self._activations: dict[tuple[str, ...], Any] = {}
         self._how: Sequence[Arrangement | None] | None = None
 
     @classmethod

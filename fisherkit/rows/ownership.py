@@ -53,6 +53,10 @@ class Regular:
         whole = x.reshape(k, entries // (self.batch * self.inner), self.batch, self.inner, t, c)
         return whole.transpose(1, 2).reshape(k, self.batch, entries // self.batch * t, c)
 
+    def owners(self, entries: int) -> Int[Tensor, "E"]:
+        """The example of each of so many entries."""
+        return torch.arange(entries) // self.inner % self.batch
+
     def exists(self, positions: int, each: int) -> Bool[Tensor, "B T"]:
         """Which of so many positions of each example outputs depend on, where entries have ``each`` of them."""
         if self.alive is None:
@@ -102,6 +106,10 @@ class Owned:
         k, _, t, c = x.shape
         whole = torch.cat([x, x.new_zeros(k, 1, t, c)], 1)[:, self.table]
         return whole.reshape(k, self.batch, self.table.shape[1] * t, c)
+
+    def owners(self, entries: int) -> Int[Tensor, "E"]:
+        """As in `Regular`."""
+        return self.owner
 
     def exists(self, positions: int, each: int) -> Bool[Tensor, "B T"]:
         """As of `Regular`."""
