@@ -1,11 +1,13 @@
 """Kinds × families: the package's Fisher beside the reference's rows, each made once a process.
 
-Owns the list of kinds and what the conformance tables count; knows no structure's algebra.
+Owns the list of kinds, which cells of kinds × families × structures are tested, and what the conformance tables count;
+knows no structure's algebra.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -13,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import jaxtyping
+import pytest
 import torch
 from torch import Tensor
 
@@ -68,6 +71,48 @@ STRUCTURES: dict[str, Callable[[Rows], Tensor]] = {
     "diagonal": lambda rows: reference.diagonal(rows).diag(),
 }
 """The structures that are parts of F, as the reference makes them."""
+
+ALL_KINDS_IN = (
+    "mlp", "conv2d_groups", "layernorm", "bare_parameters", "hf_conv1d", "embedding", "tied_head_parameter", "lstm",
+    "masked_weight", "token_mlp", "token_attention_by_token", "gaussian_vector", "gaussian_tokens", "bernoulli_scalar",
+    "bernoulli_by_token",
+)  # fmt: skip
+"""Families that together have every form of rows and every shape of outputs and labels.
+
+A kind knows outputs only, a layer's rule knows no kind, and a structure knows neither: these families are tested with
+every kind, all others with `TWO_KINDS`, in every structure.
+"""
+
+TWO_KINDS = ("ef", "exact")
+"""One vector an example from the labels, and several from the outputs."""
+
+SINGLE_PRECISION_IN = ALL_KINDS_IN[:12]
+
+SHARED_POSITIONS = (
+    "conv1d", "conv2d_groups", "conv_gaussian_positions", "linear_3d", "linear_4d", "reused_module", "hf_conv1d",
+    "attention_batch_first", "attention_cross", "attention_cross_widths", "lstm", "tied_head_parameter", "token_mlp",
+    "token_attention_by_token", "gaussian_tokens", "bernoulli_by_token", "sequence_first_layout",
+)  # fmt: skip
+"""Families with layers that see several positions of an example, where expanding and reducing differ."""
+
+
+def cells(structures: Iterable[str], reduced: Iterable[str] = ()) -> list[Any]:
+    """Parameters ``family, kind, structure, dtype``, the structure changing fastest: neighbours share reference rows.
+
+    Args:
+        structures: tested in every family, and in float32 in a dozen.
+        reduced: tested where positions are shared.
+    """
+    structures = tuple(structures)
+    found = [
+        (family, kind, structure, torch.float64)
+        for family in FAMILIES
+        for kind in (KINDS if family in ALL_KINDS_IN else TWO_KINDS)
+        for structure in structures
+    ]
+    found += itertools.product(SHARED_POSITIONS, TWO_KINDS, reduced, [torch.float64])
+    found += itertools.product(SINGLE_PRECISION_IN, (*TWO_KINDS, "truncated2"), structures, [torch.float32])
+    return [pytest.param(*cell, id="-".join(map(str, cell)).replace("torch.", "") + "-cpu") for cell in found]
 
 
 @cache
