@@ -32,7 +32,7 @@ from fisherkit.randomness import keyed_uniform
 from fisherkit.testing import ConformanceReport
 from tests.reference import fisher as reference
 from tests.reference.fisher import Problem, Rows, forward_one
-from tests.reference.models import FAMILIES
+from tests.reference.models import EVERY_FORM, FAMILIES
 from tests.reference.outputs import EF, EXACT, IEF, SAMPLED, Kind, truncated_kind
 
 SEED = 3
@@ -72,21 +72,13 @@ STRUCTURES: dict[str, Callable[[Rows], Tensor]] = {
 }
 """The structures that are parts of F, as the reference makes them."""
 
-ALL_KINDS_IN = (
-    "mlp", "conv2d_groups", "layernorm", "bare_parameters", "hf_conv1d", "embedding", "tied_head_parameter", "lstm",
-    "masked_weight", "token_mlp", "token_attention_by_token", "gaussian_vector", "gaussian_tokens", "bernoulli_scalar",
-    "bernoulli_by_token",
-)  # fmt: skip
-"""Families that together have every form of rows and every shape of outputs and labels.
+TWO_KINDS = ("ef", "exact")
+"""Of the families that are not in `EVERY_FORM`: one vector an example from the labels, and several from the outputs.
 
-A kind knows outputs only, a layer's rule knows no kind, and a structure knows neither: these families are tested with
-every kind, all others with `TWO_KINDS`, in every structure.
+A kind knows outputs only, a layer's rule knows no kind, and a structure knows neither.
 """
 
-TWO_KINDS = ("ef", "exact")
-"""One vector an example from the labels, and several from the outputs."""
-
-SINGLE_PRECISION_IN = ALL_KINDS_IN[:12]
+SINGLE_PRECISION_IN = EVERY_FORM[:12]
 
 SHARED_POSITIONS = (
     "conv1d", "conv2d_groups", "conv_gaussian_positions", "linear_3d", "linear_4d", "reused_module", "hf_conv1d",
@@ -107,7 +99,7 @@ def cells(structures: Iterable[str], reduced: Iterable[str] = ()) -> list[Any]:
     found = [
         (family, kind, structure, torch.float64)
         for family in FAMILIES
-        for kind in (KINDS if family in ALL_KINDS_IN else TWO_KINDS)
+        for kind in (KINDS if family in EVERY_FORM else TWO_KINDS)
         for structure in structures
     ]
     found += itertools.product(SHARED_POSITIONS, TWO_KINDS, reduced, [torch.float64])
