@@ -159,12 +159,13 @@ def build(
 
 @contextmanager
 def annotations_checked(check: bool) -> Iterator[None]:
-    """Whether the shape annotations of the package are enforced; they take a third of a small Fisher's time."""
+    """Whether the shape annotations of the package are enforced."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", not check)
     try:
         yield
     finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
