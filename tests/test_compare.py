@@ -19,7 +19,6 @@ from fisherkit.evaluation import QualityRow, QualityTable, compare, comparison
 from fisherkit.evaluation.stacked import stack
 from fisherkit.kind_specs import KindSpec
 from tests import snapshot
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.reference import updates as reference
 from tests.test_evaluation import line
 
@@ -320,7 +319,6 @@ def test_compare__tokens_are_examples_of_their_own() -> None:
     assert rows_of(sequence, "ef")[0].rows == 4
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_compare__leaves_the_model_as_it_was() -> None:
     model, batch = network(), data()
     with snapshot.untouched(model, batch):

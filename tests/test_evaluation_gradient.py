@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.evaluation import loss_gradient
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.reference import fisher as reference
 from tests.reference.models import EVERY_FORM, FAMILIES
 from tests.reference.outputs import EF
@@ -22,7 +21,6 @@ from tests.tolerances import CONFORMANCE
 F64 = torch.float64
 
 
-@pytest.mark.usefixtures("unchecked_annotations")  # checking draws from Python's global generator
 @pytest.mark.parametrize("family", [*EVERY_FORM, "mapping_batch", "mapping_batch_logits", "frozen_bias"])
 def test_loss_gradient__is_the_mean_of_the_references_rows(family: str) -> None:
     problem = FAMILIES[family].problem()
@@ -122,7 +120,6 @@ class NoGraph(nn.Linear):
 X, Y = torch.ones(2, 3), torch.tensor([0, 1])
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("model", "data", "options", "error", "message"),
     [
