@@ -103,7 +103,7 @@ def cells(structures: Iterable[str], reduced: Iterable[str] = ()) -> list[Any]:
         for structure in structures
     ]
     found += itertools.product(SHARED_POSITIONS, TWO_KINDS, reduced, [torch.float64])
-    found += itertools.product(SINGLE_PRECISION_IN, (*TWO_KINDS, "truncated2"), structures, [torch.float32])
+    found += itertools.product(SINGLE_PRECISION_IN, TWO_KINDS, structures, [torch.float32])
     return [pytest.param(*cell, id="-".join(map(str, cell)).replace("torch.", "") + "-cpu") for cell in found]
 
 
