@@ -29,11 +29,12 @@ from fisherkit import (
     likelihoods,
 )
 from fisherkit.randomness import keyed_uniform
-from fisherkit.testing import ConformanceReport
+from fisherkit.testing import ConformanceReport, check_fisher
 from tests.reference import fisher as reference
 from tests.reference.fisher import Problem, Rows, forward_one
 from tests.reference.models import EVERY_FORM, FAMILIES
 from tests.reference.outputs import EF, EXACT, IEF, SAMPLED, Kind, truncated_kind
+from tests.tolerances import CONFORMANCE
 
 SEED = 3
 
@@ -171,6 +172,26 @@ def annotations_checked(check: bool) -> Iterator[None]:
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """‖got − expected‖ / ‖expected‖."""
     return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
+
+
+def check(fisher: FisherApproximation, expected: Tensor, family: str, dtype: torch.dtype) -> ConformanceReport:
+    """Compare with the matrix: all rows and every operation, or, where `EVERY_FORM` has the same operators, products.
+
+    What an operation does depends on the operator, and of layers only the rows know.
+    """
+    if family in EVERY_FORM or {e.structure.partition(",")[0] for e in fisher.coverage().entries} == {"full"}:
+        return check_fisher(fisher, expected, tolerance=CONFORMANCE[dtype])
+    v = torch.randn(fisher.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = {
+        "to_dense": relative_error(fisher.to_dense(), expected),
+        "diagonal": relative_error(fisher.diagonal(), expected.diagonal()),
+        "matvec": relative_error(fisher @ v.to(dtype), expected @ v),
+        "solve": relative_error(
+            fisher.solve(v.to(dtype), damping=1.0), torch.linalg.solve(expected + torch.eye(len(v), dtype=v.dtype), v)
+        ),
+    }
+    assert all(error < CONFORMANCE[dtype] for error in errors.values()), errors
+    return ConformanceReport(errors, ("gram",), CONFORMANCE[dtype])
 
 
 def entry(

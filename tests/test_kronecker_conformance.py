@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherkit import EmpiricalFisher, ExactFisher, SingularMatrixError
 from fisherkit.build import SMALL_BLOCK
 from fisherkit.testing import check_fisher
-from tests.conformance_cases import annotations_checked, build, cells, entry, reference_rows, relative_error
+from tests.conformance_cases import annotations_checked, build, cells, check, entry, reference_rows, relative_error
 from tests.kronecker_cases import captured, expected_matrix
 from tests.reference import fisher as reference
 from tests.reference.fisher import Problem
@@ -41,7 +41,7 @@ def test_every_operation__is_the_reference_s(
     assert {e.structure for e in entries} <= {method, "exact block"}
     expected = expected_matrix(family, kind, method, sharing, fisher)
     with annotations_checked(dtype == torch.float32):
-        report = check_fisher(fisher, expected, tolerance=CONFORMANCE[dtype])
+        report = check(fisher, expected, family, dtype)
     record_property(*entry(report, family, kind, structure, dtype))
     assert report.refused == ("gram",)
     if method == "ekfac":
