@@ -33,7 +33,8 @@ def test_demo__prints_and_draws_what_its_figures_say(tmp_path: Path, capsys: pyt
     uses = figures["uses"]
     assert uses["kept"]["with EWC"][-1] > uses["kept"]["as usual"][-1] > 0
     assert sum(uses["merged"]["merged by Fishers"]) > sum(uses["merged"]["average"])
-    assert len(uses["losses"]) == 3 and len({*uses["helpful"], *uses["harmful"]}) == 6
+    assert len(uses["losses"]) == 3
+    assert len({*uses["helpful"], *uses["harmful"]}) == 6
     cells = {(cell["kind"], cell["structure"]): cell for cell in figures["structures"]["cells"]}
     assert set(cells) == {(kind, structure) for kind in KINDS for structure in STRUCTURES}
     assert all(min(cell[name] for name in ("trace", "build_ms", "memory_bytes")) > 0 for cell in cells.values())
