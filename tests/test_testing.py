@@ -16,9 +16,7 @@ from fisherkit.io import State
 from fisherkit.operators import DenseOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.testing import TOLERANCES, ConformanceError, check_fisher
-from tests.operator_cases import CASES, LAYER, Pair, positive, unchecked_annotations
-
-__all__ = ["unchecked_annotations"]  # a fixture
+from tests.operator_cases import CASES, LAYER, Pair, positive
 
 ALWAYS = (
     *("matvec", "@", "quadratic_form", "diagonal", "trace", "to_dense", "to_scipy", "symmetry"),
@@ -73,14 +71,12 @@ def test_check_fisher__needs_no_test_framework_and_leaves_random_numbers_alone()
         (lambda m: m.tril(), "not symmetric"),
     ],
 )
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_check_fisher__refuses_a_reference_that_cannot_be_one(change: Callable[[Tensor], Tensor], message: str) -> None:
     operator, matrix = CASES["dense"](torch.float64)
     with pytest.raises(InvalidArgumentError, match=message):
         check_fisher(operator, change(matrix))
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_check_fisher__refuses_other_arguments() -> None:
     operator, matrix = CASES["dense"](torch.float64)
     with pytest.raises(InvalidTypeError, match="expected a FisherOperator"):
@@ -210,7 +206,6 @@ WRONG: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_check_fisher__names_what_is_wrong(name: str) -> None:
     hooks, message = WRONG[name]
     with pytest.raises(ConformanceError, match=message) as caught:

@@ -18,13 +18,10 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.rows import generic
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.real.zoo import ARCHITECTURES, COLLATED, IGNORE, POSITIONS, Architecture, Inputs
 from tests.snapshot import untouched
 
 pytestmark = [
-    # Beartype chooses which items of a sequence to check with Python's global generator, which is watched here.
-    pytest.mark.usefixtures("unchecked_annotations"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),  # PEFT's, and a newer name
 ]
