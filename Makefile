@@ -26,22 +26,26 @@ PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 # One thread a worker: workers that each start a thread per core slow each other down.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+RUN_TESTS := $(ONE_THREAD) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install test lint docs demo bench paper continual merging influence format clean
+.PHONY: help install test test-examples lint docs demo bench paper continual merging influence format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(DEV_STAMP) ## set up .venv with everything that development needs
 	@echo "$(VENV) is ready"
 
 # The order matters: pytest comes last, so that its summary is the last line printed.
 test: lint docs ## check everything: lint, types, layers, docs, tests
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(RUN_TESTS) -m 'not examples' $(PYTEST_ARGS)
+
+test-examples: $(DEV_STAMP) ## test the scripts of examples/ (of which `make test` runs one test each)
+	$(RUN_TESTS) -m examples $(PYTEST_ARGS) tests/examples
 
 lint: $(DEV_STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from torch import Tensor
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.errors import DataError, MemoryBudgetError
 from fisherkit.memory import available_memory, readable
-from fisherkit.operators import FisherOperator, state_of
+from fisherkit.operators import FisherOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
@@ -98,14 +98,16 @@ class Builder:
             return self._built(structure)
         except BetterPlanError as found:
             # A later batch used parameters that the first examples do not, or used some in another way.
-            remember(found.plan)
-            self.problem = replace(self.problem, plan=found.plan)
+            if found.plan is not self.problem.plan:
+                remember(found.plan)
+            self.problem = replace(self.problem, plan=found.plan, by_owner=found.by_owner)
             self._restart()
         return self.build(structure)
 
     def _built(self, kind_of_structure: type[Structure]) -> Built:
         structure = kind_of_structure.of(self.problem.plan, **self.settings)
-        self.problem = replace(self.problem, summed=not structure.needs_rows)
+        by_owner = bool(self.problem.by_owner) if structure.counts_positions else self.problem.by_owner
+        self.problem = replace(self.problem, summed=not structure.needs_rows, by_owner=by_owner)
         self.problem.measure()
         for unit in self.problem.plan.ruled:
             # Only rows that are kept gain from being written out; sums are taken from the factors.
@@ -239,10 +241,8 @@ class Builder:
         plan = self.problem.plan
         units = [unit for unit in plan.units if unit.names[0] in names]
         rules = {plan.rule_name(unit) for unit in units}
-        streamed = isinstance(part.operator, LowRankOperator) and not isinstance(part.operator.row_source, Rows)
-        memory = 0 if streamed else state_of(part.operator).nbytes
         reason = "; ".join(filter(None, (units[0].reason if part.kept else "", part.reason)))
-        return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, memory, reason)
+        return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.operator.nbytes, reason)
 
 
 def _noting(chunks: Iterable[Chunk], kept: list[Chunk]) -> Iterator[Chunk]:

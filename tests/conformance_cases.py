@@ -1,11 +1,13 @@
 """Kinds × families: the package's Fisher beside the reference's rows, each made once a process.
 
-Owns the list of kinds and what the conformance tables count; knows no structure's algebra.
+Owns the list of kinds, which cells of kinds × families × structures are tested, and what the conformance tables count;
+knows no structure's algebra.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -13,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import jaxtyping
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,11 +29,12 @@ from fisherkit import (
     likelihoods,
 )
 from fisherkit.randomness import keyed_uniform
-from fisherkit.testing import ConformanceReport
+from fisherkit.testing import ConformanceReport, check_fisher
 from tests.reference import fisher as reference
 from tests.reference.fisher import Problem, Rows, forward_one
-from tests.reference.models import FAMILIES
+from tests.reference.models import EVERY_FORM, FAMILIES
 from tests.reference.outputs import EF, EXACT, IEF, SAMPLED, Kind, truncated_kind
+from tests.tolerances import CONFORMANCE
 
 SEED = 3
 
@@ -68,6 +72,40 @@ STRUCTURES: dict[str, Callable[[Rows], Tensor]] = {
     "diagonal": lambda rows: reference.diagonal(rows).diag(),
 }
 """The structures that are parts of F, as the reference makes them."""
+
+TWO_KINDS = ("ef", "exact")
+"""Of the families that are not in `EVERY_FORM`: one vector an example from the labels, and several from the outputs.
+
+A kind knows outputs only, a layer's rule knows no kind, and a structure knows neither.
+"""
+
+SINGLE_PRECISION_IN = EVERY_FORM[:12]
+
+SHARED_POSITIONS = (
+    "conv1d", "conv2d_groups", "conv_gaussian_positions", "linear_3d", "linear_4d", "reused_module", "hf_conv1d",
+    "attention_batch_first", "attention_cross", "attention_cross_widths", "lstm", "tied_head_parameter", "token_mlp",
+    "token_attention_by_token", "gaussian_tokens", "bernoulli_by_token", "sequence_first_layout",
+)  # fmt: skip
+"""Families with layers that see several positions of an example, where expanding and reducing differ."""
+
+
+def cells(structures: Iterable[str], reduced: Iterable[str] = ()) -> list[Any]:
+    """Parameters ``family, kind, structure, dtype``, the structure changing fastest: neighbours share reference rows.
+
+    Args:
+        structures: tested in every family, and in float32 in a dozen.
+        reduced: tested where positions are shared.
+    """
+    structures = tuple(structures)
+    found = [
+        (family, kind, structure, torch.float64)
+        for family in FAMILIES
+        for kind in (KINDS if family in EVERY_FORM else TWO_KINDS)
+        for structure in structures
+    ]
+    found += itertools.product(SHARED_POSITIONS, TWO_KINDS, reduced, [torch.float64])
+    found += itertools.product(SINGLE_PRECISION_IN, TWO_KINDS, structures, [torch.float32])
+    return [pytest.param(*cell, id="-".join(map(str, cell)).replace("torch.", "") + "-cpu") for cell in found]
 
 
 @cache
@@ -122,17 +160,38 @@ def build(
 
 @contextmanager
 def annotations_checked(check: bool) -> Iterator[None]:
-    """Whether the shape annotations of the package are enforced; they take a third of a small Fisher's time."""
+    """Whether the shape annotations of the package are enforced."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", not check)
     try:
         yield
     finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """‖got − expected‖ / ‖expected‖."""
     return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
+
+
+def check(fisher: FisherApproximation, expected: Tensor, family: str, dtype: torch.dtype) -> ConformanceReport:
+    """Compare with the matrix: all rows and every operation, or, where `EVERY_FORM` has the same operators, products.
+
+    What an operation does depends on the operator, and of layers only the rows know.
+    """
+    if family in EVERY_FORM or {e.structure.partition(",")[0] for e in fisher.coverage().entries} == {"full"}:
+        return check_fisher(fisher, expected, tolerance=CONFORMANCE[dtype])
+    v = torch.randn(fisher.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = {
+        "to_dense": relative_error(fisher.to_dense(), expected),
+        "diagonal": relative_error(fisher.diagonal(), expected.diagonal()),
+        "matvec": relative_error(fisher @ v.to(dtype), expected @ v),
+        "solve": relative_error(
+            fisher.solve(v.to(dtype), damping=1.0), torch.linalg.solve(expected + torch.eye(len(v), dtype=v.dtype), v)
+        ),
+    }
+    assert all(error < CONFORMANCE[dtype] for error in errors.values()), errors
+    return ConformanceReport(errors, ("gram",), CONFORMANCE[dtype])
 
 
 def entry(

@@ -3,11 +3,27 @@
 from collections import defaultdict
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
 # The models are tiny: a thread pool costs more than it saves, and fights with pytest-xdist.
 torch.set_num_threads(1)
+
+
+ANNOTATIONS_CHECKED = {
+    "test_accumulators", "test_likelihoods", "test_losses", "test_optim_averages", "test_preconditioner",
+    "test_properties", "test_row_forms", "test_rules", "test_sampled", "test_truncated",
+}  # fmt: skip
+"""Files of tests that run with the package's shape annotations enforced, beside the conformance tests in float32.
+
+Together they call every annotated module. Checking takes as long as the work on tiny models.
+"""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    jaxtyping.config.update("jaxtyping_disable", item.path.stem not in ANNOTATIONS_CHECKED)
 
 
 def pytest_configure(config: pytest.Config) -> None:

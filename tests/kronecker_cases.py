@@ -159,7 +159,7 @@ def kronecker_block(layer: Captured, method: str, sharing: Sharing, rows: Rows, 
         return torch.kron(g, a)
     assert isinstance(operator, EigenKroneckerOperator)
     scales = [factor.norm() for factor in factors(layer, "expand")]
-    bases = [operator.activation_basis.double(), operator.gradient_basis.double()]
+    bases = [operator.activation_basis.cpu().double(), operator.gradient_basis.cpu().double()]
     for i, (factor, scale, basis) in enumerate(zip((a, g), scales, bases, strict=True)):
         # Sums over positions may vanish (of keys' gradients, say): any basis is one of rounding's eigenbases.
         scale = torch.maximum(factor.norm(), ROUNDING * scale)

@@ -5,10 +5,9 @@ Shares no formula with the package: places in the flat order are counted, produc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -138,11 +137,3 @@ CASES: dict[str, Callable[[torch.dtype], Pair]] = {
     "sum_of_structures": lambda dtype: total(diagonal(dtype), eigen_kronecker(dtype), dense(dtype)),
     "sum_of_blocks": lambda dtype: total(block_diagonal(dtype), diagonal(dtype, MIXED), block_diagonal(dtype, seed=9)),
 }
-
-
-@pytest.fixture
-def unchecked_annotations() -> Iterator[None]:
-    """Users run without run-time checks of annotations; these errors are what they see instead."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

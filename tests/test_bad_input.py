@@ -10,7 +10,6 @@ from torch import nn
 
 import fisherkit as fk
 from tests.bad_input import Case, X, Y, check, ef, ids, mlp, wrapped
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 
 ARGUMENT, TYPE = fk.InvalidArgumentError, fk.InvalidTypeError
 
@@ -253,13 +252,11 @@ PARAMS: dict[str, Case] = {
 }
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(ARGUMENTS))
 def test_construction__refuses_bad_arguments(name: str) -> None:
     check(ARGUMENTS[name])
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(PARAMS))
 def test_construction__refuses_bad_parameters(name: str) -> None:
     check(PARAMS[name])

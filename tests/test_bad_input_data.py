@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
 from tests.bad_input import Case, X, Y, check, ef, ids, mlp, normal
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 
 TYPE = fk.InvalidTypeError
 
@@ -308,13 +307,11 @@ LABELS: dict[str, Case] = {
 }
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(DATA))
 def test_construction__refuses_bad_data(name: str) -> None:
     check(DATA[name])
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(LABELS))
 def test_construction__refuses_bad_labels(name: str) -> None:
     check(LABELS[name])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from tests.bad_input import F64, Case, X, Y, check, ef, ids, mlp, normal, wrapped
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 
 MODEL, DATA = fk.ModelError, fk.DataError
 EVAL = "Try: model.eval()"
@@ -278,19 +277,16 @@ OUTPUTS: dict[str, Case] = {
 }
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(TRAIN_MODE))
 def test_construction__refuses_train_mode(name: str) -> None:
     check(TRAIN_MODE[name])
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(INTERACTION))
 def test_construction__refuses_examples_that_interact_and_random_models(name: str) -> None:
     check(INTERACTION[name])
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(OUTPUTS))
 def test_construction__refuses_bad_outputs(name: str) -> None:
     check(OUTPUTS[name])

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from tests.bad_input import F64, Case, D, X, Y, check, ef, ids, mlp, normal
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 
 ARGUMENT, TYPE, UNKNOWN = fk.InvalidArgumentError, fk.InvalidTypeError, fk.UnknownParameterError
 SINGULAR, BUDGET, NO_FORM = fk.SingularMatrixError, fk.MemoryBudgetError, fk.NoClosedFormError
@@ -317,19 +316,16 @@ MEMORY: dict[str, Case] = {
 }
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(VECTORS))
 def test_operations__refuse_bad_vectors(name: str) -> None:
     check(VECTORS[name])
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(NUMBERS))
 def test_operations__refuse_bad_numbers_and_sums(name: str) -> None:
     check(NUMBERS[name])
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ids(MEMORY))
 def test_memory_budget__what_does_not_fit_is_refused_with_its_size(name: str) -> None:
     check(MEMORY[name])
@@ -364,7 +360,6 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     "write", [not_a_file, garbage, empty, pickled, weights, truncated, folder], ids=lambda f: f.__name__
 )
@@ -381,7 +376,6 @@ def test_load__refuses_what_is_not_a_fisher_file(write: Callable[[Path], None], 
     )
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_save__of_streamed_rows_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     says = ("save", "Its rows are streamed from the data", "Try:", "a larger memory_budget")
     check(Case(lambda: built(budget=400).save(tmp_path / "f"), NO_FORM, NotImplementedError, says))

@@ -20,7 +20,6 @@ from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError, NotConvergedWarning
 from fisherkit.operators import unwrap
 from fisherkit.solvers import SolveInfo, conjugate_gradient
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.small_data import DATASET, X, Y, cut, mlp, normal
 from tests.snapshot import untouched
 
@@ -364,7 +363,6 @@ KINDS: dict[str, Callable[..., fk.FisherApproximation]] = {
 }
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed__interrupted_in_a_product_leaves_the_model_and_resumes(path: Path, kind: str) -> None:
     model, dataset = mlp(), Interrupting()

@@ -379,7 +379,7 @@ def test_merge__refuses_in_python_where_it_is_told_to() -> None:
 def test_estimate__the_same_twice_is_the_same_bytes(tasks: Path, tmp_path: Path) -> None:
     """safetensors writes a header's entries in an order that is drawn in each call."""
     found = set()
-    for i in range(6):
+    for i in range(3):
         assert estimated(tasks, "a", tmp_path / f"f{i}").exit_code == 0
         found.add((tmp_path / f"f{i}").read_bytes())
     assert len(found) == 1

@@ -73,10 +73,7 @@ def started(folder: Path, function: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [("SIGINT", "make"), ("SIGTERM", "make"), ("SIGTERM", "save_slowly"), ("SIGHUP", "save_slowly")],
-)
+@pytest.mark.parametrize(("name", "function"), [("SIGINT", "make"), ("SIGTERM", "make"), ("SIGHUP", "save_slowly")])
 def test_signal__stops_and_says_that_nothing_was_written(tmp_path: Path, name: str, function: str) -> None:
     number = getattr(signal, name)
     process = started(tmp_path, function)

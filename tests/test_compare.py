@@ -17,7 +17,6 @@ import fisherkit as fk
 from fisherkit import build
 from fisherkit.evaluation import QualityRow, QualityTable, compare
 from tests import snapshot
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.reference import updates as reference
 from tests.test_evaluation import line
 
@@ -316,7 +315,6 @@ def test_compare__tokens_are_examples_of_their_own() -> None:
     assert rows_of(sequence, "ef")[0].rows == 4
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_compare__leaves_the_model_as_it_was() -> None:
     model, batch = network(), data()
     with snapshot.untouched(model, batch):

@@ -12,11 +12,9 @@ from torch import nn
 
 import fisherkit as fk
 from fisherkit.evaluation import compare
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.test_compare import PerPosition, data, network
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -52,7 +50,6 @@ def test_compare__refuses(options: dict[str, Any], error: type[Exception], messa
         compare(network(), data(), **options)
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_compare__refuses_other_models_and_batches() -> None:
     model, (x, y) = network(), data()
     stranger: Any = model.forward

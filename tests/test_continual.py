@@ -15,7 +15,7 @@ import fisherkit as fk
 from fisherkit.continual import EWC
 from fisherkit.errors import NoClosedFormError
 from fisherkit.operators import SumOperator
-from tests.operator_cases import DTYPES, TOLERANCE, normal, unchecked_annotations  # noqa: F401  a fixture
+from tests.operator_cases import DTYPES, TOLERANCE, normal
 from tests.small_data import mlp
 from tests.snapshot import untouched
 
@@ -240,7 +240,6 @@ def test_penalty__gradcheck(two_tasks: tuple[nn.Module, EWC, Reference]) -> None
     assert abs((values[0] - values[1]) / 2e-4 - slope) < 1e-7 * abs(slope)
 
 
-@pytest.mark.usefixtures("unchecked_annotations")  # the checks draw random numbers
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_consolidate__touches_neither_model_nor_generators(structure: str) -> None:
     model = mlp()

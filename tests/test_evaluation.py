@@ -16,7 +16,6 @@ import fisherkit as fk
 from fisherkit.evaluation import approximation_quality, loss_gradient, quality_floor
 from fisherkit.operators import DenseOperator, DiagonalOperator, FisherOperator
 from fisherkit.space import ParameterSpace
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 
 F64 = torch.float64
 SPACE = ParameterSpace(("a", "b"), ((2, 3), (2,)))
@@ -152,7 +151,6 @@ def test_quality_floor__falls_with_the_damping() -> None:
 # -- what is refused -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("update", "gradient", "error", "message"),
     [
@@ -174,7 +172,6 @@ def test_approximation_quality__refuses(update: Any, gradient: Any, error: type[
         approximation_quality(update, dense()[0], gradient)
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_quality__refuses_what_is_no_operator() -> None:
     matrix: Any = torch.eye(8, dtype=F64)
     for call in (lambda: approximation_quality(random(8), matrix, random(8)), lambda: quality_floor(matrix, random(8))):

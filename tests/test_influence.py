@@ -16,7 +16,6 @@ from fisherkit.influence import InfluenceScores, model_rows
 from fisherkit.influence.blocks import OncePerExample, RowBlock
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.small_data import F64, X, Y, cut, mlp, normal, same
 from tests.snapshot import untouched
 
@@ -252,7 +251,6 @@ def test_a_small_budget__cuts_the_queries() -> None:
     assert max(blocks) <= room
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_the_model__comes_back_untouched() -> None:
     scores, model = influence("ekfac")
     with untouched(model, (X, Y)):

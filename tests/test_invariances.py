@@ -24,11 +24,11 @@ from fisherkit.testing import check_fisher
 from tests.conformance_cases import KINDS, STRUCTURES, build, problem, reference_dense, reference_rows, relative_error
 from tests.reference import fisher as reference
 from tests.reference.fisher import Problem
-from tests.reference.models import FAMILIES
+from tests.reference.models import EVERY_FORM, FAMILIES
 from tests.reference.outputs import IGNORE_INDEX
 from tests.tolerances import CONFORMANCE
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_form = pytest.mark.parametrize("family", EVERY_FORM)
 
 DOUBLE = torch.float64
 
@@ -62,7 +62,13 @@ def assert_same(got: FisherApproximation, expected: Tensor, what: str) -> None:
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_in_chunks__of_every_layer_change_nothing(family: str) -> None:
+    fisher = build(family, "exact", "block", data=batches(problem(family), 1, 2), chunk_size=2)
+    assert_same(fisher, reference_dense(family, "exact", "block"), "exact-block")
+
+
+@every_form
 def test_batch_split__changes_nothing(family: str) -> None:
     data = batches(problem(family), 1, 2)
     for kind, structure in (
@@ -79,7 +85,7 @@ def test_batch_split__changes_nothing(family: str) -> None:
     assert_same(build(family, "exact", "kfac", data=data), whole, "exact-kfac")
 
 
-@every_family
+@every_form
 def test_order_of_examples_and_batches__changes_nothing(family: str) -> None:
     of = problem(family)
     order = torch.arange(len(of.targets)).flip(0).roll(1)
@@ -90,7 +96,7 @@ def test_order_of_examples_and_batches__changes_nothing(family: str) -> None:
         assert_same(build(family, "ef", "kfac", data=data), whole, "ef-kfac")
 
 
-@every_family
+@every_form
 def test_chunk_size__changes_nothing(family: str) -> None:
     of = problem(family)
     for size, kind, structure in (
@@ -122,7 +128,7 @@ def test_batches_of_different_lengths__are_padded_with_nothing() -> None:
 # -- conventions -------------------------------------------------------------------------------------------------------
 
 
-@every_family
+@every_form
 def test_normalization__sum_is_n_times_mean(family: str) -> None:
     count = reference_rows(family, "ef").count
     for kind, structure in (("ef", "full"), ("exact", "block"), ("sf5", "diagonal"), ("truncated2", "kfac")):
@@ -158,7 +164,7 @@ def test_loss_reduction__of_the_user_is_irrelevant(reduction: str) -> None:
 # -- what is ignored ---------------------------------------------------------------------------------------------------
 
 ALL_STRUCTURES = (*STRUCTURES, "kfac", "ekfac")
-CATEGORICAL = [name for name, family in FAMILIES.items() if family.likelihood == "categorical"]
+CATEGORICAL = [name for name in EVERY_FORM if FAMILIES[name].likelihood == "categorical"]
 POSITIONS = pytest.mark.parametrize("positions", ["expand", "reduce"])
 
 
@@ -270,7 +276,7 @@ def test_tokens_as_examples__weigh_a_layer_s_inputs_by_their_number() -> None:
 # -- rows that do not fit ----------------------------------------------------------------------------------------------
 
 
-@every_family
+@every_form
 def test_streamed_rows__give_what_stored_rows_give(family: str) -> None:
     data = batches(problem(family), 2)
     for kind in ("ef", "exact"):

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.operators import LowRankOperator
+from fisherkit.operators import LowRankOperator, unwrap
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.largest import LargestRows
 from fisherkit.rows.stored import StoredRows
 from fisherkit.space import ParameterSpace
 from fisherkit.testing import check_fisher
 from tests.conformance_cases import KINDS, build, problem, reference_rows, relative_error
-from tests.reference.models import FAMILIES
+from tests.reference.models import EVERY_FORM
 from tests.test_invariances import batches
 from tests.tolerances import CONFORMANCE
 
 F64 = torch.float64
 SOME = ["mlp", "residual", "conv2d", "linear_3d", "token_mlp", "mapping_batch_by_token"]
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_form = pytest.mark.parametrize("family", EVERY_FORM)
 
 
 def separate(rows: Tensor) -> int:
@@ -40,7 +40,7 @@ def largest(rows: Tensor, count: int) -> Tensor:
 
 
 def rows_of(fisher: fk.FisherApproximation) -> Rows:
-    operator = fisher._unwrap()
+    operator = unwrap(fisher)
     assert isinstance(operator, LowRankOperator)
     assert isinstance(operator.row_source, Rows)
     return operator.row_source
@@ -85,7 +85,7 @@ def softmax() -> Softmax:
 # -- against the reference ---------------------------------------------------------------------------------------------
 
 
-@every_family
+@every_form
 @pytest.mark.parametrize("kind", ["ief", "truncated2"])
 def test_max_rows__are_the_reference_s_largest_in_its_order(family: str, kind: str) -> None:
     reference = reference_rows(family, kind).matrix

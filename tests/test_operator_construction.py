@@ -32,7 +32,6 @@ from tests.operator_cases import (
     diagonal,
     normal,
     positive,
-    unchecked_annotations,  # noqa: F401  a fixture
 )
 
 F64, F32 = torch.float64, torch.float32
@@ -168,7 +167,6 @@ CALLS: dict[str, tuple[Callable[[], object], type[FisherkitError], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", [pytest.param(name, id=name.replace(" ", "-")) for name in CALLS])
 def test_bad_matrix__is_refused_with_advice(name: str) -> None:
     call, error, message = CALLS[name]

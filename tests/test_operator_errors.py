@@ -27,7 +27,6 @@ from tests.operator_cases import (
     LAYER,
     diagonal,
     kronecker,
-    unchecked_annotations,  # noqa: F401  a fixture
 )
 
 F64, F32 = torch.float64, torch.float32
@@ -151,7 +150,6 @@ CALLS: dict[str, tuple[Callable[[], object], type[FisherkitError], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", [pytest.param(name, id=name.replace(" ", "-")) for name in CALLS])
 def test_bad_input__is_refused_with_advice(name: str) -> None:
     call, error, message = CALLS[name]

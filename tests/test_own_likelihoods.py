@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
-from tests.operator_cases import unchecked_annotations  # noqa: F401  (a fixture)
 
 F64 = torch.float64
 
@@ -244,7 +243,6 @@ def test_other_modules__are_refused_with_advice(loss: nn.Module) -> None:
         fk.EmpiricalFisher(model, (x, y), likelihood=loss)
 
 
-@pytest.mark.usefixtures("unchecked_annotations")
 def test_functions_and_classes__are_refused_with_advice() -> None:
     model, x, y = data()
     for loss in (F.cross_entropy, nn.CrossEntropyLoss):

@@ -13,12 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import fisherkit as fk
 from fisherkit.kinds import KINDS
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.rich_model import batches, rich
 from tests.snapshot import untouched
-
-# Beartype chooses which items of a sequence to check with Python's global generator, which is watched here.
-pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
 STRUCTURES = ["full", "block", "diagonal", "kfac", "ekfac"]
 F64 = torch.float64

@@ -16,10 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fisherkit as fk
 from fisherkit.rows import generic, plan
-from tests.operator_cases import unchecked_annotations  # noqa: F401  a fixture
 from tests.snapshot import of_model, untouched
-
-pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
 F64 = torch.float64
 STOP = 1e6

@@ -25,7 +25,7 @@ from fisherkit.errors import (
     UnknownParameterError,
     listed,
 )
-from fisherkit.operators import DiagonalOperator, FisherOperator, split, unwrap
+from fisherkit.operators import DiagonalOperator, FisherOperator, split
 
 LARGEST_BLOCK = 4096
 """Parameters of a block that is still written out to be compared: 134 MB in float64."""
@@ -133,7 +133,7 @@ def audit(
             expected="the same names, shapes and order",
             try_="build the exact one with params=other.space.names",
         )
-    chosen = compare or ("diagonal" if any(_is_diagonal(f) for f in (operator, exact)) else "matrix")
+    chosen = compare or ("diagonal" if operator.is_diagonal or exact.is_diagonal else "matrix")
     if chosen not in {"diagonal", "matrix"}:
         raise InvalidArgumentError(call=call, got=f"compare={compare!r}", expected='"diagonal", "matrix" or None')
     products = _of_diagonals(operator, exact) if chosen == "diagonal" else _of_matrices(operator, exact, call)
@@ -214,7 +214,7 @@ def _dense(operator: FisherOperator, names: set[str]) -> Float[Tensor, "d d"]:
     space = operator.space.restrict(names)
     whole = torch.zeros(space.size, space.size, dtype=operator.dtype, device=operator.device)
     for part in parts:
-        index = torch.cat([torch.arange(space.size)[space.slices[name]] for name in part.space.names]).to(whole.device)
+        index = space.take(torch.arange(space.size, device=whole.device), part.space.names)
         whole[index.unsqueeze(1), index] = part.to_dense()
     return whole
 
@@ -263,10 +263,6 @@ def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: st
 
 def _some(names: list[str]) -> str:
     return listed(map(repr, names), 4)
-
-
-def _is_diagonal(operator: FisherOperator) -> bool:
-    return isinstance(unwrap(operator), DiagonalOperator)
 
 
 def _names(operator: FisherOperator) -> str:

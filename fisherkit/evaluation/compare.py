@@ -29,7 +29,6 @@ from fisherkit.kind_specs import KindSpec
 from fisherkit.kinds import EmpiricalFisher, ExactFisher
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import ModelInputs
-from fisherkit.operators import unwrap
 from fisherkit.outputs import Outputs, OutputVectors
 from fisherkit.rows.collection import Rows
 from fisherkit.space import Selection
@@ -309,8 +308,7 @@ def _blocks(rows: Rows) -> list[tuple[str, ...]]:
 
 def _rows(fisher: FisherApproximation) -> Rows | None:
     """A full Fisher's rows in float64; None if they are streamed."""
-    found = getattr(unwrap(fisher), "row_source", None)
-    return found.double() if isinstance(found, Rows) else None
+    return None if fisher.stored_rows is None else fisher.stored_rows[0].double()
 
 
 def _sum(rows: Rows) -> Float[Tensor, "D"]:

@@ -197,7 +197,7 @@ def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherO
     if isinstance(fisher, FisherApproximation) and known == fisher.likelihood.recorded:
         return fisher.likelihood
     try:
-        return likelihoods.resolve("" if known is None else known)
+        return likelihoods.resolve_recorded("" if known is None else known)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(
             call=CALL,

@@ -146,7 +146,7 @@ class TruncatedKroneckerOperator(FisherOperator):
         transposed: the weight is stored as [I, O].
     """
 
-    kind: ClassVar[str] = "truncated_kronecker"
+    tag: ClassVar[str] = "truncated_kronecker"
 
     def __init__(
         self, space: ParameterSpace, activation: Spectrum, gradient: Spectrum,
@@ -197,7 +197,7 @@ class TruncatedKroneckerOperator(FisherOperator):
     def _state(self) -> io.State:
         tensors = self.activation.tensors("activation") | self.gradient.tensors("gradient")
         tensors |= {} if self.measured is None else {"values": self.measured}
-        return io.State(self.kind, self.space.names, tensors, {"transposed": self._layout.transposed})
+        return io.State(self.tag, self.space.names, tensors, {"transposed": self._layout.transposed})
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> TruncatedKroneckerOperator:

@@ -100,6 +100,8 @@ class Structure(ABC):
     needs_rows: ClassVar[bool] = True
     """Whether it asks rows for more than sums of squares and the sums for Kronecker factors, which a last layer of the
     exact kind has without a backward pass."""
+    counts_positions: ClassVar[bool] = False
+    """Whether it asks which positions outputs that count depend on, as Kronecker factors do."""
     passes: ClassVar[int] = 1
     """Over the rows, about."""
     instead: ClassVar[str] = "params= to choose fewer parameters"

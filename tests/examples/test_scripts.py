@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import fisherkit as fk
+from examples import large_solve
 from examples.benchmarks import growth
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
@@ -57,14 +54,15 @@ def test_growth__measures_and_writes_a_page_with_pictures(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["growth-N.png"]
 
 
-def test_large_solve__is_a_solve_that_goes_on(tmp_path: Path) -> None:
+@pytest.mark.smoke
+def test_large_solve__is_a_solve_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(*options: str) -> str:
-        command = [sys.executable, str(ROOT / "examples" / "large_solve.py"), str(tmp_path), "--examples", "60"]
-        done = subprocess.run(
-            [*command, "--budget", "0.1", "--tolerance", "1e-2", *options], cwd=ROOT, check=True, capture_output=True,
-            text=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        return done.stdout
+        settings = ["--examples", "60", "--budget", "0.1", "--tolerance", "1e-2", *options]
+        monkeypatch.setattr("sys.argv", ["large_solve.py", str(tmp_path), *settings])
+        large_solve.main()
+        return capsys.readouterr().out
 
     assert "3 steps" in run("--max-steps", "3")
     assert "streamed rows" in run()

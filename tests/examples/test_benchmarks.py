@@ -157,6 +157,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.smoke
 def test_command__writes_results_table_and_pictures(written: Path) -> None:
     found = results.read(written / "results.json")
     assert [record["operation"] for record in found["cells"]] == ["ef_product_cached", "ef_gram"] * 2
@@ -182,6 +183,7 @@ def test_command__without_a_card(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "this torch sees no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.smoke
 def test_page__shows_the_results_that_lie_beside_it() -> None:
     found = results.read(run.ASSETS / "results.json")
     page = run.PAGE.read_text("utf-8")

@@ -35,6 +35,7 @@ def curve(*means: float, strengths: tuple[float, ...] = ()) -> Curve:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_command__measures_draws_and_reports(out: Path) -> None:
     names = {path.name for path in out.iterdir()}
     drawn = {
@@ -102,6 +103,7 @@ def test_plan__is_the_tasks(out: Path) -> None:
     assert not any("full" in cell.key for cell in plan.cells(BENCHES["permuted-mnist1d"]))
 
 
+@pytest.mark.smoke
 def test_docs__show_the_results_that_lie_beside_them() -> None:
     page = run.PAGE.read_text("utf-8")
     found = experiment.read(run.ASSETS)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_large_scores__measures_its_steps_and_goes_on_from_its_rows(tmp_path: Path) -> None:

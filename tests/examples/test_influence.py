@@ -17,6 +17,7 @@ from examples.influence.summary import aims, curves
 from examples.shared.results import markers
 
 
+@pytest.mark.smoke
 def test_main__writes_files_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,6 +180,7 @@ def test_command__writes_figures_and_pictures(written: Path) -> None:
     assert set(found["logistic"]["points"][0]["quality"]) == set(METHODS)
 
 
+@pytest.mark.smoke
 def test_command__runs_what_is_asked_prints_it_and_writes_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +205,7 @@ def test_command__knows_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
         assert callable(run.part(name).report)
 
 
+@pytest.mark.smoke
 def test_pages__show_the_results_that_lie_beside_them(shown: dict[str, Any]) -> None:
     for name, found in shown.items():
         page = (run.DOCS / run.PAGES[name]).read_text("utf-8")

@@ -139,6 +139,7 @@ def test_grids__hold_the_proposed_setting_and_plain_fishers() -> None:
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_run__measures_every_family(out: Path) -> None:
     found = small.figures(out)["suites"]["digits-classes"]
     assert list(found["families"]) == [
@@ -212,6 +213,7 @@ def test_command__reports_what_is_there(out: Path, capsys: pytest.CaptureFixture
         run.main(["--part", "bogus"])
 
 
+@pytest.mark.smoke
 def test_page__shows_the_results_that_lie_beside_it() -> None:
     page = (run.DOCS / run.PAGE).read_text("utf-8")
     for name in run.PARTS:
