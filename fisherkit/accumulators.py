@@ -150,7 +150,8 @@ class KroneckerFactors:
             whole: whether every position of every example counts.
             counted: masks ``[B, T]`` of the positions that count, for layers with as many positions; for others, every
                 position of the examples that count in the first mask.
-            exists: which positions ``[B, T]`` of each example there are; None for all.
+            exists: which positions ``[B, T]`` of each example outputs that count depend on: those count, once each.
+                None where the forward pass shows whose all positions are.
             token: whether every position of the outputs is an example.
             reduce: average activations and sum gradients over positions before taking second moments.
         """
@@ -174,7 +175,7 @@ class KroneckerFactors:
         if exists is None:
             mask = next((m for m in counted if m.shape == shape), everywhere).expand(shape)
         else:
-            mask, own = everywhere & exists.to(everywhere.device), False
+            mask, own = everywhere & exists.to(everywhere.device), True
         # A token has its own position where the layer has the outputs'; elsewhere it shares all of its sequence's.
         examples = counted[0].sum(1) if token and not own else everywhere.squeeze(1).long()
         averaged = reduce and not (token and own)

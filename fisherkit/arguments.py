@@ -15,6 +15,11 @@ def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is an integer or a float; True and False are neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_positive(call: str, name: str, value: object) -> None:
     """An argument that is None or an integer from 1 on.
 

@@ -34,7 +34,6 @@ from fisherkit.operators import (
     EigenKroneckerOperator,
     FisherOperator,
     KroneckerOperator,
-    state_of,
 )
 from fisherkit.operators.kronecker import Spectrum, scaled_spectrum
 from fisherkit.operators.low_rank import LowRankOperator
@@ -118,8 +117,9 @@ class Builder:
             return self._built(structure)
         except BetterPlanError as found:
             # A later batch used parameters that the first examples do not, or used some in another way.
-            remember(found.plan)
-            self.problem = replace(self.problem, plan=found.plan)
+            if found.plan is not self.problem.plan:
+                remember(found.plan)
+            self.problem = replace(self.problem, plan=found.plan, by_owner=found.by_owner)
             self.examples = self.rows = 0
             self.dropped = []
         return self.build(structure)
@@ -133,6 +133,8 @@ class Builder:
             "ekfac": lambda: self._join(self._ekfac()),
         }
         self.problem.summed = structure in ("diagonal", "kfac", "ekfac")
+        if structure in ("kfac", "ekfac"):
+            self.problem.by_owner = bool(self.problem.by_owner)
         self.problem.measure()
         for unit in self.problem.plan.ruled:
             # Only rows that are kept gain from being written out; sums are taken from the factors.
@@ -388,9 +390,7 @@ class Builder:
     def _entry(self, names: Names, operator: FisherOperator, structure: str, reason: str) -> CoverageEntry:
         units = self.problem.plan.units
         rules = {self.problem.plan.rule_name(unit) for unit in units if unit.names[0] in names}
-        streamed = isinstance(operator, LowRankOperator) and not isinstance(operator.row_source, Rows)
-        memory = 0 if streamed else state_of(operator).nbytes
-        return CoverageEntry(names, ", ".join(sorted(rules)), structure, memory, reason)
+        return CoverageEntry(names, ", ".join(sorted(rules)), structure, operator.nbytes, reason)
 
 
 def _scaled_spectrum(moment: SecondMoment, scale: float) -> Spectrum | None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arithmetic import without_autocast
+from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
 
 DEFAULT_SEED = 2406
@@ -387,7 +387,7 @@ def _product(operator: SupportsMatvec, columns: Float[Tensor, "D K"]) -> Float[T
         got = f"a product of shape {list(result.shape)} and dtype {result.dtype}"
         expected = f"shape {list(columns.shape)} and dtype {columns.dtype}, those of its argument"
         raise InvalidArgumentError(call=call, got=got, expected=expected)
-    if not bool(torch.isfinite(result).all()):
+    if not all_finite(result):
         raise NonFiniteError(call=call, got="NaN or infinity in a product", expected="finite numbers")
     return result
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from fisherkit import io, likelihoods
+from fisherkit import likelihoods
 from fisherkit._version import __version__
 from fisherkit.arguments import check_positive
 from fisherkit.arithmetic import at_least_single, without_autocast
@@ -22,7 +21,7 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import parameters_hash, tensors_hash
-from fisherkit.operators import Factorization, FisherOperator
+from fisherkit.operators import ForwardingOperator
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
@@ -32,7 +31,7 @@ from fisherkit.wrappers import unwrapped, wrapped_in
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
 
-class FisherApproximation(OutputRule, FisherOperator):
+class FisherApproximation(OutputRule, ForwardingOperator):
     """F = (1/N) Σ_nm (J_nᵀ v_nm)(J_nᵀ v_nm)ᵀ with the vectors v of a kind, in a structure.
 
     The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
@@ -141,6 +140,7 @@ class FisherApproximation(OutputRule, FisherOperator):
             max_rows=max_rows,
         )  # fmt: skip
         self._built: Built = builder.build(structure)
+        self.held = self._built.operator
         self.likelihood = resolved
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
         self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
@@ -157,50 +157,6 @@ class FisherApproximation(OutputRule, FisherOperator):
             **self.kind_options(),
             **({} if max_rows is None else {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}),
         }  # fmt: skip
-
-    # -- the operator: forwarded to the one that was built -------------------------------------------------------------
-
-    def _unwrap(self) -> FisherOperator:
-        return self._built.operator
-
-    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        return self._unwrap()._matmat(columns)
-
-    def _diagonal(self) -> Float[Tensor, "D"]:
-        return self._unwrap()._diagonal()
-
-    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        return self._unwrap()._factorize(damping, tolerance, max_steps)
-
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._unwrap()._draw(generator)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        return self._unwrap()._draws(generator, count)
-
-    def _scaled(self, scale: float) -> FisherOperator:
-        return self._unwrap()._scaled(scale)
-
-    def _state(self) -> io.State:
-        return self._unwrap()._state()
-
-    def _gram(self) -> Float[Tensor, "R R"]:
-        return self._unwrap()._gram()
-
-    def _trace(self) -> Float[Tensor, ""]:
-        return self._unwrap()._trace()
-
-    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
-        return self._unwrap()._eigenvalues(k)
-
-    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
-        return self._unwrap()._eigenvectors(k)
-
-    def _effective_dimension(self, damping: float) -> Float[Tensor, ""]:
-        return self._unwrap()._effective_dimension(damping)
-
-    def _to_dense(self) -> Float[Tensor, "D D"]:
-        return self._unwrap()._to_dense()
 
 
 def _within(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import DataError, InvalidArgumentError
 from fisherkit.positions import refuse_images, shape_text
 
@@ -256,7 +257,7 @@ class Likelihood(ABC):
         Raises:
             DataError: NaN, infinite or outside the support.
         """
-        if not bool(torch.isfinite(target).all()):
+        if not all_finite(target):
             raise DataError(call=call, got="targets with NaN or infinite entries", expected="finite numbers")
 
     # -- what the package asks -----------------------------------------------------------------------------------------

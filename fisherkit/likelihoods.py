@@ -7,6 +7,7 @@ base class and what follows from what are in `fisherkit.likelihood`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -333,7 +334,8 @@ class Categorical(Likelihood):
         ignore_index: the label that marks a position as not counting.
         class_axis: which axis of the outputs holds the classes: -1, or 1 as in torch's own losses, for outputs
             (B, C, L) with labels (B, L) and (B, C, H, W) with labels (B, H, W). None for -1, and an error that asks
-            where labels fit outputs (B, A, A') both ways, or are missing, and the inputs' positions are not on axis 1.
+            where the first batch's labels fit outputs (B, A, A) both ways, or are missing, and the inputs' positions
+            are not on axis 1.
         weight: of the classes, ``[C]``.
         label_smoothing: ε.
     """
@@ -345,6 +347,7 @@ class Categorical(Likelihood):
     weight: Tensor | None = None
     label_smoothing = 0.0
     _chosen: str = ""
+    _settled = False
 
     def __init__(
         self,
@@ -520,10 +523,11 @@ class Categorical(Likelihood):
 
     def check_reading(self, z: Tensor, target: Tensor | None, inputs: list[Tensor], call: str) -> None:
         """Where labels leave it open whether (B, A, A') has its classes last, only the inputs' positions can tell."""
-        if z.ndim != 3 or self._chosen == "by the user":
+        if z.ndim != 3 or self._settled or self._chosen == "by the user":
             return
         labelled = target is not None and not target.is_floating_point()
-        if labelled and (self._chosen or z.shape[1] != z.shape[2]):
+        if target is not None and labelled and (self._chosen or z.shape[1] != z.shape[2]):
+            self._settled = z.shape[1] != z.shape[2] and target.shape == self.positions(z, call).shape[:2]
             return
         first = any(x.ndim > 1 and x.shape[1] == z.shape[1] for x in inputs)
         last = any(x.ndim > 2 and x.shape[-1] == z.shape[-1] for x in inputs)
@@ -536,6 +540,7 @@ class Categorical(Likelihood):
                 why="the classes may be the last axis or, as in torch's own losses, axis 1",
                 try_="fk.likelihoods.Categorical(class_axis=-1) if they are the last axis, or class_axis=1",
             )
+        self._settled = True
 
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
         """Outputs ``(B, C)`` with labels ``(B)``, or ``(B, T, C)`` with labels ``(B, T)``; see `class_axis`.
@@ -784,6 +789,8 @@ def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
         InvalidArgumentError: an unknown name, or a module with settings that are no likelihood's here.
         InvalidTypeError: none of these.
     """
+    if isinstance(likelihood, Categorical) and not likelihood._settled:
+        return copy.copy(likelihood)  # the first batch settles where classes are, of one model's outputs
     if isinstance(likelihood, Likelihood):
         return likelihood
     if isinstance(likelihood, nn.Module):
@@ -818,3 +825,15 @@ def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
     named = _NAMED[likelihood]()
     named.strict = True
     return named
+
+
+def resolve_recorded(name: str) -> Likelihood:
+    """The likelihood that a file names; where its classes are was settled when the Fisher was built.
+
+    Raises:
+        InvalidArgumentError: the name says less than the likelihood had.
+    """
+    found = resolve(name)
+    if isinstance(found, Categorical):
+        found._settled = True
+    return found

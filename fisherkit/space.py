@@ -142,15 +142,33 @@ class ParameterSpace:
 
     def joined_blocks(self, units: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
         """The blocks, joined where a unit spans two of them (a weight of one module used with a bias of another)."""
-        groups = [set(names) for names in self.blocks.values()]
-        for unit in units:
-            own = set(unit)
-            touched = [group for group in groups if group & own]
-            if len(touched) > 1:
-                groups = [group for group in groups if group not in touched] + [set().union(*touched)]
         order = {name: i for i, name in enumerate(self.names)}
+        groups = finest_partition([*self.blocks.values(), *([n for n in unit if n in order] for unit in units)])
         blocks = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
         return sorted(blocks, key=lambda names: order[names[0]])
+
+    def take(self, flat: Tensor, names: Iterable[str]) -> Tensor:
+        """The entries of some parameters, one after the other in the names' order.
+
+        Args:
+            flat: ``[D]`` or ``[D, K]``.
+            names: some of the space's.
+        """
+        return torch.cat([flat[self.slices[name]] for name in names])
+
+    def put(self, flat: Tensor, names: Iterable[str], part: Tensor) -> None:
+        """Write what `take` gave, or as much, back in place.
+
+        Args:
+            flat: ``[D]`` or ``[D, K]``; changed.
+            names: some of the space's.
+            part: their entries.
+        """
+        start = 0
+        for name in names:
+            place = self.slices[name]
+            stop = start + place.stop - place.start
+            flat[place], start = part[start:stop], stop
 
     def restrict(self, names: Iterable[str]) -> ParameterSpace:
         """The subspace of some of the names, in this space's order."""
@@ -288,3 +306,17 @@ class ParameterSpace:
                 why="vectors over parameters are flat, columns last",
                 try_="fisher.space.flatten(dict of named tensors)",
             )
+
+
+def finest_partition(units: Iterable[Iterable[str]]) -> list[set[str]]:
+    """The finest partition of which every unit lies in one part.
+
+    Args:
+        units: names that belong together; they may overlap.
+    """
+    group_of: dict[str, set[str]] = {}
+    for unit in units:
+        own = set(unit)
+        merged = own.union(*(group_of[name] for name in own if name in group_of))
+        group_of.update(dict.fromkeys(merged, merged))
+    return list({id(group): group for group in group_of.values()}.values())

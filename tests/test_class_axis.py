@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,3 +143,58 @@ def test_shifted_labels__go_with_either_axis() -> None:
     found = fk.EmpiricalFisher(model, (x, y), likelihood=nn.CrossEntropyLoss(), shift_labels=True)
     right = fk.EmpiricalFisher(Last(model), (x, y), shift_labels=True)
     torch.testing.assert_close(found.to_dense(), right.to_dense())
+
+
+class Letters(nn.Module):
+    """As many features as classes, so that neither inputs nor labels tell where as many positions are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def batches(*lengths: int) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(3, n, 4).double(), torch.randint(4, (3, n))) for n in lengths]
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal", "ekfac"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_default__is_settled_by_the_first_batch(kind: str, structure: str) -> None:
+    make, options, _ = KINDS[kind]
+    model, data, default = Letters(), batches(6, 4, 5), Categorical()
+    right = make(model, data, likelihood=Categorical(class_axis=-1), structure=structure, **options)
+    for likelihood in ("categorical", default):
+        found = make(model, data, likelihood=likelihood, structure=structure, **options)
+        torch.testing.assert_close(found.to_dense(), right.to_dense())
+    # What one model's data have settled says nothing of another's.
+    with pytest.raises(fk.DataError, match=ASKS):
+        make(model, data[1:], likelihood=default, structure=structure, **options)
+
+
+def test_default__is_settled_in_all_that_follows(tmp_path: Path) -> None:
+    model, data = Letters(), batches(6, 4)
+    torch.testing.assert_close(
+        fk.evaluation.loss_gradient(model, data),
+        fk.evaluation.loss_gradient(model, data, likelihood=Categorical(class_axis=-1)),
+    )
+    with pytest.raises(fk.DataError, match=ASKS):
+        fk.evaluation.loss_gradient(model, data[1:])
+    fisher = fk.EmpiricalFisher(model, data, structure="kfac")
+    right = fk.influence.InfluenceScores(fisher, model, likelihood=Categorical(class_axis=-1)).scores(data[1], data)
+    torch.testing.assert_close(fk.influence.InfluenceScores(fisher, model).scores(data[1], data), right)
+    fisher.save(tmp_path / "f.safetensors")
+    loaded = fk.load(tmp_path / "f.safetensors")
+    torch.testing.assert_close(fk.influence.InfluenceScores(loaded, model).scores(data[1], data), right)
+    ewc = fk.continual.EWC(model)
+    ewc.consolidate(fisher)
+    optimizer = fk.optim.NaturalGradient(model, lr=0.1, damping=1e-2)
+    for x, y in reversed(data):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+    assert bool(ewc.penalty() > 0)

@@ -39,7 +39,7 @@ def test_json__has_the_matrixs_numbers(structure: str, size: int | None, path: P
     found = json.loads(result.stdout)
     matrix = fisher.to_dense()
     assert found["metadata"] == fisher.metadata
-    assert (found["size"], found["dtype"], found["operator"]) == (matrix.shape[0], "float64", unwrap(fisher).kind)
+    assert (found["size"], found["dtype"], found["operator"]) == (matrix.shape[0], "float64", unwrap(fisher).tag)
     assert found["trace"] == pytest.approx(float(matrix.trace()))
     assert [layer["name"] for layer in found["layers"]] == ["0", "2"]
     start = 0

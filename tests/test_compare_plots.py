@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fisherkit as fk
-from fisherkit.evaluation import QualityTable, average, compare, plot_checkpoints, plot_damping
+from fisherkit.evaluation import QualityTable, average, compare, plot_damping
 from tests.test_compare import data, network
 
 
@@ -41,8 +41,7 @@ def test_plots__are_files(tmp_path: Path) -> None:
     both = tables()
     plot_damping(both[0], tmp_path / "one.png")
     plot_damping(both, tmp_path / "two.svg")
-    plot_checkpoints({0: both[0], 5: both, 10: both[1]}, tmp_path / "run.png", damping=1e-3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "run.png", "two.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.svg"]
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "two.svg").read_text(encoding="utf-8")
 
@@ -50,8 +49,6 @@ def test_plots__are_files(tmp_path: Path) -> None:
 def test_plots__say_what_they_cannot_draw(tmp_path: Path) -> None:
     table = tables()[0]
     alone = replace(table, rows=table.rows[:1])
-    with pytest.raises(fk.InvalidArgumentError, match=r"one of \[0.001, 0.1\]"):
-        plot_checkpoints({0: table}, tmp_path / "run.png", damping=1.0)
     with pytest.raises(fk.InvalidArgumentError, match="alone"):
         plot_damping(alone, tmp_path / "run.png")
     with pytest.raises(fk.InvalidArgumentError, match="a folder that does not exist"):

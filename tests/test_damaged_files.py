@@ -26,7 +26,7 @@ from fisherkit.checkpoint import Checkpoint
 from fisherkit.continual import EWC
 from fisherkit.errors import FileFormatError, FisherkitError
 from fisherkit.influence import InfluenceScores
-from fisherkit.influence.evaluation.runs_file import Retraining, RunsFile
+from fisherkit.influence.evaluation.retraining import Retraining, RunsFile
 from fisherkit.model_state import state_hash
 from fisherkit.operators import DiagonalOperator, FisherOperator, load, open_file, state_of
 from fisherkit.space import ParameterSpace
@@ -165,8 +165,9 @@ def read_solve(folder: Path) -> Any:
 def write_runs(folder: Path) -> None:
     masks = torch.tensor([[True, False], [True, True]])
     file = RunsFile(folder / "runs.safetensors", {"seeds": [0, 1]}, masks, ["loss"], (2, 2, 3), 0.0, "retrain")
-    models, seeds = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
-    file.put(models, seeds, {"loss": normal(4, 3, seed=5)}, normal(4, seed=6))
+    outputs, losses = normal(4, 3, seed=5), normal(4, seed=6)
+    for place in range(4):
+        file.put(place // 2, place % 2, {"loss": outputs[place]}, losses[place])
 
 
 def read_runs(folder: Path) -> Any:

@@ -215,7 +215,7 @@ def test_kind__may_leave_rows_out_and_say_so() -> None:
 class Spiked(fk.FisherOperator):
     """level · I + w wᵀ, known by its products alone."""
 
-    kind = "spiked"
+    tag = "spiked"
 
     def __init__(self, space: ParameterSpace, level: float, w: Tensor) -> None:
         super().__init__(space, dtype=w.dtype, device=w.device)
@@ -238,7 +238,7 @@ class Spiked(fk.FisherOperator):
         return Spiked(self.space, scale * self.level, scale**0.5 * self.w)
 
     def _state(self) -> State:
-        return State(self.kind, self.space.names, {"w": self.w}, {"level": self.level})
+        return State(self.tag, self.space.names, {"w": self.w}, {"level": self.level})
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: State) -> Spiked:
@@ -308,7 +308,7 @@ def test_operator__draws_have_its_covariance_in_a_sum(spiked: Spiked, fisher: fk
 
 def test_operator__may_fold_with_its_like(spiked: Spiked) -> None:
     class Folding(Spiked):
-        kind = "folding"
+        tag = "folding"
 
         def _plus(self, other: fk.FisherOperator) -> fk.FisherOperator | None:
             return DiagonalOperator(self.space, other._diagonal() + self.level) if not self.w.any() else None

@@ -120,7 +120,7 @@ def test_split__of_a_sum_folds_a_blocks_parts_where_that_is_exact() -> None:
 
 
 class Doubled(DiagonalOperator):
-    kind: ClassVar[str] = "doubled_for_split"
+    tag: ClassVar[str] = "doubled_for_split"
 
     def _matmat(self, columns: Tensor) -> Tensor:
         return 2 * super()._matmat(columns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
-from fisherkit.influence import InfluenceScores
+from fisherkit.influence import InfluenceScores, model_rows
 from fisherkit.influence.blocks import OncePerExample, RowBlock
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
@@ -284,3 +286,35 @@ def test_a_loaded_fisher__gives_the_same(tmp_path: Any) -> None:
             InfluenceScores(loaded, model).scores(QUERIES, (X, Y)),
             InfluenceScores(fisher, model).scores(QUERIES, (X, Y)),
         )
+
+
+@pytest.mark.parametrize("call", ["scores", "top", "approximate_scores", "self_influence", "prepared"])
+def test_each_call__plans_once_and_hashes_the_weights_once(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    fisher = fk.EmpiricalFisher(model, (X, Y))
+    counts = {"plan_of": 0, "parameters_hash": 0, "measured_at": 0}
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(model_rows, name)
+
+        def function(*args: Any) -> Any:
+            counts[name] += 1
+            return original(*args)
+
+        return function
+
+    for name in counts:
+        monkeypatch.setattr(model_rows, name, counted(name))
+    scores = InfluenceScores(fisher, model)
+    assert counts == {"plan_of": 0, "parameters_hash": 1, "measured_at": 0}
+    queries, train = (X[:1] + 1, Y[:1]), [(X[:3], Y[:3]), (X[3:], Y[3:])]
+    calls: dict[str, Callable[[], object]] = {
+        "scores": lambda: scores.scores(queries, train),
+        "top": lambda: scores.top(queries, train, 2),
+        "approximate_scores": lambda: scores.approximate_scores(queries, train, fk.influence.LowRankQueries(2)),
+        "self_influence": lambda: scores.self_influence(train),
+        "prepared": partial(scores.scores, queries, scores.prepare(train)),
+    }
+    counts.update(plan_of=0, parameters_hash=0)
+    calls[call]()
+    assert counts == {"plan_of": 1, "parameters_hash": 1, "measured_at": 0}

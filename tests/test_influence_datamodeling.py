@@ -16,8 +16,13 @@ from torch import Tensor
 
 import fisherkit as fk
 from fisherkit.influence.evaluation import average_scores, linear_datamodeling_score, noise_ceiling, random_subsets
-from fisherkit.influence.evaluation.bootstrap import multiplicities
-from fisherkit.influence.evaluation.ranks import Ranking, average_ranks, resampled_spearman, spearman
+from fisherkit.influence.evaluation.statistics import (
+    Ranking,
+    average_ranks,
+    multiplicities,
+    resampled_spearman,
+    spearman,
+)
 
 F64 = torch.float64
 QUICK = settings(max_examples=20, deadline=None)

@@ -52,15 +52,15 @@ def test_an_interrupted_run__goes_on_to_the_same_bytes(tmp_path: Path, monkeypat
     scores = influence()
     scores.prepare(cut(2, 3, 2), folder=tmp_path / "whole")
     written: list[str] = []
-    original = io.replace_file
+    original = io.replace_checked_file
 
-    def killed(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    def killed(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
         written.append(Path(path).name)
         if len(written) == 2:
             raise KeyboardInterrupt
-        original(path, tensors, header)
+        return original(path, tensors, header)
 
-    monkeypatch.setattr(io, "replace_file", killed)
+    monkeypatch.setattr(io, "replace_checked_file", killed)
     with pytest.raises(KeyboardInterrupt):
         scores.prepare(cut(2, 3, 2), folder=tmp_path / "rows")
     assert contents(tmp_path / "rows").keys() == {"manifest.json", "rows-000000.safetensors"}
@@ -113,8 +113,8 @@ def test_folders_that_cannot_be_used__are_refused(tmp_path: Path) -> None:
     [
         "",
         "{}",
-        '{"format": "x", "version": 2, "settings": {}, "limit": 1}',
-        '{"format": "fisherkit-rows", "version": 1, "settings": {}, "limit": 1}',
+        '{"format": "x", "version": 3, "settings": {}, "limit": 1}',
+        '{"format": "fisherkit-rows", "version": 2, "settings": {}, "limit": 1}',
     ],
 )
 def test_a_damaged_manifest__is_refused(text: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Leave-one-out and removal by retraining, on a convex model whose optimum is known by other means."""
+"""Leave-one-out by retraining, on a convex model whose optimum is known by other means."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ import fisherkit as fk
 from fisherkit.influence.evaluation import (
     TrainingRecipe,
     leave_one_out,
-    leave_one_out_masks,
     linear_datamodeling_score,
     random_subsets,
-    removal_curve,
-    removal_masks,
     retrain,
 )
 
@@ -110,31 +107,6 @@ def test_linear_datamodeling_score__is_near_1_for_influence_functions_on_a_conve
     assert got.mean > 0.95
 
 
-def test_removal_masks__leave_out_the_most_helpful() -> None:
-    scores = random(3, 10)
-    masks = removal_masks(scores, (1, 4))
-    assert masks.shape == (2, 3, 10)
-    for k, mask in zip((1, 4), masks, strict=True):
-        for q in range(3):
-            assert set((~mask[q]).nonzero()[:, 0].tolist()) == set(scores[q].topk(k).indices.tolist())
-
-
-def test_removal_curve__is_the_rise_of_each_querys_own_loss() -> None:
-    scores, everything = exact_scores(), torch.ones(N, dtype=torch.bool)
-    got = removal_curve(softmax, TRAIN, QUERIES, scores, (1, 5), RECIPE, seeds=(0,), resamples=50)
-    for row, k in zip(got.drops, (1, 5), strict=True):
-        for q in range(Q):
-            kept = everything.clone()
-            kept[scores[q].topk(k).indices] = False
-            expected = query_losses(optimum(kept))[q] - query_losses(optimum(everything))[q]
-            assert float(row[q]) == pytest.approx(float(expected), rel=1e-6)
-    torch.testing.assert_close(got.means, got.drops.mean(1))
-    assert 0 < got.means[0] < got.means[1]
-    assert all(low <= mean <= high for mean, (low, high) in zip(got.means.tolist(), got.intervals, strict=True))
-    other = removal_curve(softmax, TRAIN, QUERIES, random(Q, N), (5,), RECIPE, seeds=(0,), resamples=50)
-    assert other.means[0] < got.means[1]
-
-
 def test_leave_one_out__passes_options_on(tmp_path: Path) -> None:
     path = tmp_path / "runs.safetensors"
     brief = TrainingRecipe(epochs=1, learning_rate=0.1)
@@ -149,12 +121,8 @@ BRIEF = TrainingRecipe(epochs=1, learning_rate=0.1)
 
 @pytest.mark.parametrize("examples", [[], [1, 1], [-1], [N], [0.5], [[1, 2]]])
 def test_leave_one_out__refuses_examples(examples: Any) -> None:
-    for function in (
-        lambda: leave_one_out(softmax, TRAIN, QUERIES, examples, BRIEF),
-        lambda: leave_one_out_masks(N, examples),
-    ):
-        with pytest.raises(fk.errors.InvalidArgumentError, match=f"distinct integers from 0 to {N - 1}"):
-            function()
+    with pytest.raises(fk.errors.InvalidArgumentError, match=f"distinct integers from 0 to {N - 1}"):
+        leave_one_out(softmax, TRAIN, QUERIES, examples, BRIEF)
 
 
 def test_leave_one_out__refuses_scores_that_do_not_fit() -> None:
@@ -166,18 +134,3 @@ def test_leave_one_out__refuses_scores_that_do_not_fit() -> None:
     one = leave_one_out(softmax, TRAIN, QUERIES, [1], BRIEF, seeds=(0,))
     with pytest.raises(fk.errors.InvalidArgumentError, match="two or more"):
         one.correlation(random(Q, N))
-
-
-@pytest.mark.parametrize(
-    ("scores", "counts", "message"),
-    [
-        (random(Q, N), (), "counts=[]"),
-        (random(Q, N), (0,), f"integers from 1 to {N - 1}"),
-        (random(Q, N), (N,), f"integers from 1 to {N - 1}"),
-        (random(Q - 1, N), (1,), f"scores of {Q - 1} queries and data of {Q}"),
-        (random(Q, N - 1), (1,), f"scores of {N - 1} training examples"),
-    ],
-)
-def test_removal_curve__refuses(scores: Tensor, counts: tuple[int, ...], message: str) -> None:
-    with pytest.raises(fk.errors.InvalidArgumentError, match=re.escape(message)):
-        removal_curve(softmax, TRAIN, QUERIES, scores, counts, BRIEF)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.influence.evaluation import flip_labels, mislabel_detection, plain_rankings
-from fisherkit.influence.evaluation.bootstrap import multiplicities
+from fisherkit.influence.evaluation.statistics import multiplicities
 
 F64 = torch.float64
 QUICK = settings(max_examples=20, deadline=None)

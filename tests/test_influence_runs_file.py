@@ -15,34 +15,34 @@ from fisherkit.influence.evaluation import retraining as module
 from tests.retraining_cases import ADAMW, MASKS, QUERIES, SGD, TRAIN, mlp
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, path: Path, chunks: int, **options: Any) -> None:
-    """Stop a run after some chunks."""
-    train, count = module.train_stack, 0
+def interrupted(monkeypatch: pytest.MonkeyPatch, path: Path, models: int, **options: Any) -> None:
+    """Stop a run after some models."""
+    train, count = module.train_model, 0
 
     def stopping(*args: Any) -> Any:
         nonlocal count
         count += 1
-        if count > chunks:
+        if count > models:
             raise KeyboardInterrupt
         return train(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train_stack", stopping)
+        patch.setattr(module, "train_model", stopping)
         with pytest.raises(KeyboardInterrupt):
             retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path, **options)
 
 
 @pytest.mark.parametrize("save_every", [0.0, 1e9])
 def test_retrain__goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, save_every: float) -> None:
-    options: dict[str, Any] = {"seeds": (0, 5), "chunk_size": 2, "save_every": save_every}
+    options: dict[str, Any] = {"seeds": (0, 5), "save_every": save_every}
     path = tmp_path / "runs.safetensors"
     whole = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, **options)
-    interrupted(monkeypatch, path, 2, **options)
+    interrupted(monkeypatch, path, 4, **options)
     with pytest.raises(fk.errors.FileFormatError, match="unfinished run, 4 of 10"):
         Retraining.load(path)
     calls: list[int] = []
-    train = module.train_stack
-    monkeypatch.setattr(module, "train_stack", lambda *args: calls.append(len(args[1])) or train(*args))
+    train = module.train_model
+    monkeypatch.setattr(module, "train_model", lambda *args: calls.append(1) or train(*args))
     finished = retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path, **options)
     assert sum(calls) == 6
     assert torch.equal(finished.outputs["loss"], whole.outputs["loss"])

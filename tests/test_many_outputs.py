@@ -269,15 +269,33 @@ def test_sums__need_no_rows_only_where_the_outputs_are_the_heads_own(
 
 
 class Changing(nn.Module):
-    """Scales its outputs where an input is above 9, so that in some batch they are not the head's own."""
+    """Scales its outputs, or their gradient, where an input is above 9: in some batch they are not the head's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, hook: bool = False) -> None:
         super().__init__()
-        self.head = nn.Linear(3, 5).double()
+        self.head, self.hook = nn.Linear(3, 5).double(), hook
 
     def forward(self, x: Tensor) -> Tensor:
         z: Tensor = self.head(x)
+        if self.hook and z.requires_grad and bool((x > 9).any()):
+            z.register_hook(lambda g: 2 * g)
+            return z
         return 2 * z if bool((x > 9).any()) else z
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+def test_sums__see_a_hook_that_only_a_later_batch_has(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Changing(hook=True), torch.randn(6, 3, dtype=F64)
+    x[4, 0] = 10.0
+    data = [(x[:3], torch.tensor([0, 1, 2])), (x[3:], torch.tensor([3, 4, 0]))]
+    fisher = fk.ExactFisher(model, data, structure=structure)
+    monkeypatch.setattr(fk.ExactFisher, "of_hessian", property(lambda _: False))
+    rows = fk.ExactFisher(model, data, structure=structure)
+    torch.testing.assert_close(fisher.to_dense(), rows.to_dense(), rtol=1e-8, atol=1e-10)
+    first = fk.ExactFisher(model, data[0], structure="diagonal").trace() / 2
+    second = 4 * fk.ExactFisher(model.head, data[1], structure="diagonal").trace() / 2
+    torch.testing.assert_close(fk.ExactFisher(model, data, structure="diagonal").trace(), first + second)
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.operators import LowRankOperator
+from fisherkit.operators import LowRankOperator, unwrap
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.largest import LargestRows
 from fisherkit.rows.stored import StoredRows
@@ -40,7 +40,7 @@ def largest(rows: Tensor, count: int) -> Tensor:
 
 
 def rows_of(fisher: fk.FisherApproximation) -> Rows:
-    operator = fisher._unwrap()
+    operator = unwrap(fisher)
     assert isinstance(operator, LowRankOperator)
     assert isinstance(operator.row_source, Rows)
     return operator.row_source

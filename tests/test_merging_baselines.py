@@ -104,3 +104,15 @@ def test_regmean__needs_kronecker_products() -> None:
         merging.regmean(models, fishers)
     with pytest.raises(fk.InvalidArgumentError, match="shrink"):
         merging.regmean(models, fishers, shrink=1.5)
+
+
+def test_regmean__names_itself_in_what_the_solver_refuses() -> None:
+    models, data = trained()
+    blind = [(x * torch.tensor([0.0, 1, 1, 1, 1], dtype=F64), y) for x, y in data]
+    fishers = [fk.EmpiricalFisher(m, d, structure="kfac") for m, d in zip(models, blind, strict=True)]
+    with pytest.raises(fk.SingularMatrixError, match=r"^regmean\(damping=0\): got a sum of Fishers"):
+        merging.regmean(models, fishers, shrink=1.0, damping=0)
+    with pytest.raises(fk.InvalidArgumentError, match=r"^regmean\(damping=-1\)"):
+        merging.regmean(models, fishers, damping=-1)
+    with pytest.raises(fk.NoClosedFormError, match=r"^EmpiricalFisher\.gram"):
+        fishers[0].gram()

@@ -302,7 +302,7 @@ def test_merge__of_a_module_and_its_file_verifies_what_it_can(tmp_path) -> None:
     result, info = merging.merge([models[0], tmp_path / "m1.safetensors"], files, "examples", return_info=True)
     assert info.unverified == ()
     with pytest.warns(UserWarning, match="Fisher 2 was measured at other parameters"):
-        merging.merge([models[0], tmp_path / "m0.safetensors"], files)
+        merging.merge([models[0], tmp_path / "m0.safetensors"], files, other_weights="warn")
     assert info.weights == (5.0, 5.0)
     model = nn.Linear(3, 2)
     model.load_state_dict(result)

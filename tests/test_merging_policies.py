@@ -230,20 +230,24 @@ def test_merge__models_of_different_dtypes_need_dtype() -> None:
     assert {t.dtype for t in merge(a, b, dtype=torch.float16).values()} == {torch.float16}
 
 
-def test_merge__warns_of_a_fisher_measured_at_another_model() -> None:
+def test_merge__refuses_a_fisher_measured_at_another_model() -> None:
     torch.manual_seed(0)
     models = [nn.Linear(3, 2), nn.Linear(3, 2)]
     data = (torch.randn(5, 3), torch.randint(2, (5,)))
     fishers = [fk.EmpiricalFisher(m, data, structure="diagonal") for m in models]
     _, info = merging.merge(models, fishers, return_info=True)
     assert info.unverified == ()
-    with pytest.warns(UserWarning, match=r"Fisher [12] was measured at other parameters"):
+    with pytest.raises(fk.InvalidArgumentError, match=r"Fisher [12] was measured at other .*other_weights=\"warn\""):
         merging.merge(models[::-1], fishers)
+    with pytest.warns(UserWarning, match=r"Fisher [12] was measured at other parameters"):
+        merging.merge(models[::-1], fishers, other_weights="warn")
     states = [m.state_dict() for m in models]
     _, info = merging.merge(states, fishers, return_info=True)
     assert info.unverified == ()
-    with pytest.warns(UserWarning, match=r"Fisher [12] was measured at other parameters"):
+    with pytest.raises(fk.InvalidArgumentError, match=r"Fisher [12] was measured at other .*other_weights=\"warn\""):
         merging.merge(states[::-1], fishers)
+    with pytest.warns(UserWarning, match=r"Fisher [12] was measured at other parameters"):
+        merging.merge(states[::-1], fishers, other_weights="warn")
     half = [{name: tensor.half() for name, tensor in state.items()} for state in states]
     _, info = merging.merge(half, fishers, return_info=True)
     assert info.unverified == (1, 2)

@@ -252,3 +252,58 @@ def test_closure__is_run_once_and_its_loss_returned() -> None:
             assert optimizer.step(closure) is losses[-1]
             assert len(losses) == number
     close(flat(model), expected())
+
+
+class Late(nn.Module):
+    """Two layers of which a pass uses those that its inputs ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = bool((x[:, 0] > 0).any()), bool((x[:, 1] > 0).any())
+        z = torch.zeros(len(x), 3, dtype=x.dtype)
+        z = z + self.body(x) if first else z
+        return z + self.norm(self.head(x.tanh())) if second else z
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("kind", ["ef", "exact"])
+def test_accumulation__takes_a_layer_that_a_later_pass_uses_first(kind: str, structure: str) -> None:
+    """As an expert that nothing was routed to before; in another order of the passes the step is the same."""
+    x, steps = X.clone(), []
+    x[:, 0] = x[:, 0].abs() * torch.tensor([1, 1, -1, -1, 1, 1])
+    x[:, 1] = x[:, 1].abs() * torch.tensor([-1, -1, 1, 1, 1, 1])
+    for order in ((0, 1, 2), (2, 1, 0)):
+        torch.manual_seed(3)
+        model = Late().double()
+        before = flat(model)
+        optimizer = fk.optim.NaturalGradient(model, lr=1.0, kind=kind, damping=1e-2, structure=structure)
+        for number in order:
+            take = slice(2 * number, 2 * number + 2)
+            (F.cross_entropy(model(x[take]), Y[take]) / 3).backward()
+        optimizer.step()
+        steps.append(before - flat(model))
+        if structure == "full" and kind == "ef":
+            torch.manual_seed(3)
+            model, rows = Late().double(), []
+            for n in range(6):
+                loss = F.cross_entropy(model(x[n : n + 1]), Y[n : n + 1])
+                own = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, allow_unused=True)
+                rows.append(torch.cat([g.flatten() for g in own]))
+            j = torch.stack(rows)
+            right = torch.linalg.solve(j.mT @ j / 6 + 1e-2 * torch.eye(j.shape[1]).double(), j.mean(0))
+            close(steps[-1], right)
+    close(steps[0], steps[1])
+
+
+def test_accumulation__refuses_a_layer_that_was_frozen_in_an_earlier_pass() -> None:
+    model = mlp()
+    optimizer = natural(model)
+    model[0].requires_grad_(False)
+    (F.cross_entropy(model(X[:3]), Y[:3]) / 2).backward()
+    model[0].requires_grad_(True)
+    (F.cross_entropy(model(X[3:]), Y[3:]) / 2).backward()
+    with pytest.raises(fk.ModelError, match="different trainable parameters"):
+        optimizer.step()

@@ -68,7 +68,7 @@ def test_save__replaces_an_older_file(path: Path) -> None:
 
 def test_load__finds_a_users_own_operator(path: Path) -> None:
     class Doubled(DiagonalOperator):
-        kind: ClassVar[str] = "doubled_for_this_test"
+        tag: ClassVar[str] = "doubled_for_this_test"
 
         def _matmat(self, columns: torch.Tensor) -> torch.Tensor:
             return 2 * super()._matmat(columns)
@@ -160,10 +160,10 @@ def test_load__refuses_a_version_from_the_future(path: Path) -> None:
     refused(path, "format version 3; expected at most 2. Try: a newer fisherkit")
 
 
-def test_load__refuses_unknown_kinds_wherever_they_are(path: Path) -> None:
+def test_load__refuses_unknown_tags_wherever_they_are(path: Path) -> None:
     inner = io.State("hologram", LAYER.names)
     io.write(path, io.State("sum", LAYER.names, children=(inner,)), LAYER, {})
-    refused(path, r"an operator of unknown kind 'hologram'; expected one of \[.*'block_diagonal', .*'kronecker'")
+    refused(path, r"an operator with the unknown tag 'hologram'; expected one of \[.*'block_diagonal', .*'kronecker'")
 
 
 @pytest.mark.parametrize(

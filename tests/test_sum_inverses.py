@@ -7,9 +7,8 @@ import torch
 
 import fisherkit as fk
 from fisherkit.operators import DenseOperator, DiagonalOperator, KroneckerOperator, SumOperator, kronecker_sum
+from fisherkit.operators.base import convert
 from fisherkit.operators.outputs_average import average_over_outputs, mix_with_average
-from fisherkit.operators.precision import convert
-from fisherkit.operators.sum_preconditioner import preconditioner_of_sum
 from tests import merging_cases as mc
 from tests import operator_cases as oc
 from tests.test_merging import hard_layers
@@ -92,7 +91,7 @@ def test_preconditioner__of_two_layers_without_damping_is_the_inverse(count, mos
     ]
     total = SumOperator(terms)
     v = oc.normal(space.size, 2, seed=9)
-    oc.assert_close(preconditioner_of_sum(total, 0.0)(total.matvec(v)), v, F64, 1e3)
+    oc.assert_close(total._approximate_inverse(0.0)(total.matvec(v)), v, F64, 1e3)
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1.0), (F64, 1e-2)], ids=str)

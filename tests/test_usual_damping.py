@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fisherkit as fk
-from fisherkit.operators import FisherOperator, usual_damping
+from fisherkit.operators import FisherOperator, unwrap, usual_damping
 from tests.small_data import X, Y, mlp, same
 
 USUAL = {"full": 1.0, "block": 1.0, "kfac": 0.1, "ekfac": 0.1, "diagonal": 0.01}
@@ -23,7 +23,7 @@ def fisher(structure: str) -> FisherOperator:
 def test_usual_damping__is_the_structure_s_also_from_a_file(structure: str, scale: float, tmp_path: Path) -> None:
     found = fisher(structure)
     found.save(tmp_path / "f.safetensors")
-    for operator in (found, found._unwrap(), 3.0 * found, fk.load(tmp_path / "f.safetensors")):
+    for operator in (found, unwrap(found), 3.0 * found, fk.load(tmp_path / "f.safetensors")):
         assert usual_damping(operator) == fk.RelativeDamping(scale)
 
 

@@ -20,7 +20,7 @@ from examples.influence.scoring import Scored, scored
 from examples.influence.settings import SETTINGS, Setting
 from examples.shared import results
 from fisherkit.influence.evaluation import Retraining, linear_datamodeling_score, noise_ceiling
-from fisherkit.influence.evaluation.correlated import RankCorrelation
+from fisherkit.influence.evaluation.datamodeling import RankCorrelation
 
 MEASUREMENT = "loss"
 REFERENCES = ("full, EF", "full, exact")

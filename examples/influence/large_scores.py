@@ -126,11 +126,8 @@ def main() -> None:
     before = peak()
     print(json.dumps({"parameters": fisher.size, **{k: v for k, v in vars(options).items() if k != "folder"}}))
     rows = step("prepare", lambda: influence.prepare(train, folder=folder / "rows"), before)
-    for name, approximation in (
-        ("low rank", fk.influence.LowRankQueries(options.rank)),
-        ("projection", fk.influence.RandomProjection(32)),
-    ):
-        step(name, lambda a=approximation: influence.approximate_scores(queries, rows, a), before)  # type: ignore[misc]
+    low_rank = fk.influence.LowRankQueries(options.rank)
+    step("low rank", lambda: influence.approximate_scores(queries, rows, low_rank), before)
     x, y = next(iter(queries))
     step("top 10", lambda: influence.top((x[:FEW], y[:FEW]), rows, 10), before, queries=min(FEW, len(y)))
     if options.exact:

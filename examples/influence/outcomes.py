@@ -31,7 +31,7 @@ def outcomes(setting: Setting, folder: Path, *, subsets: int, seeds: int, progre
     path = folder / f"{setting.name}-{subsets}x{seeds}.safetensors"
     return retrain(
         setting.build, setting.train, setting.queries, masks, setting.recipe, seeds=range(seeds),
-        measurements=("loss", "margin"), path=path, chunk_size=setting.at_once, progress=progress,
+        measurements=("loss", "margin"), path=path, progress=progress,
     )  # fmt: skip
 
 

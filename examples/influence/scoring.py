@@ -19,7 +19,7 @@ from examples.influence.methods import UNDAMPED, methods
 from examples.influence.settings import Setting
 from fisherkit import io
 from fisherkit.influence.evaluation import average_scores
-from fisherkit.influence.evaluation.runs_file import fingerprint
+from fisherkit.model_state import tensors_hash
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def scored(setting: str, models: Sequence[nn.Module], folder: Path) -> Iterator[
 
 def checksum_of(models: Sequence[nn.Module]) -> str:
     """Of their parameters."""
-    return fingerprint([p for model in models for p in model.parameters()])
+    return tensors_hash({f"{i}.{name}": p for i, model in enumerate(models) for name, p in model.named_parameters()})
 
 
 def _path(folder: Path, setting: str, method: str, damping: float | None) -> Path:

@@ -25,7 +25,6 @@ class Setting:
         train: all training examples.
         queries: held-out examples.
         recipe: how models are trained, on all the data as on subsets.
-        at_once: models that are trained together; None: as many as `retrain` chooses.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Setting:
     train: Pair
     queries: Pair
     recipe: TrainingRecipe
-    at_once: int | None = None
 
 
 def digits_mlp(weight_decay: float) -> Setting:
@@ -89,8 +87,7 @@ def minilm() -> Setting:
         epochs=10, learning_rate=3e-3, optimizer="adamw", weight_decay=1e-2, batch_size=32, schedule="linear"
     )
     title = f"MiniLM with LoRA of rank {text.RANK} in its last two layers on docstrings of scipy, {classes} classes"
-    # More at once are not faster, and what is done is written less often.
-    return Setting("minilm", title, lambda seed: text.build(seed, classes), train, queries, recipe, at_once=10)
+    return Setting("minilm", title, lambda seed: text.build(seed, classes), train, queries, recipe)
 
 
 def tiny(setting: Setting) -> Setting:

@@ -22,13 +22,7 @@ from fisherkit.cli.text import WIDTH, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
 from fisherkit.io import part_of, replace_text
 from fisherkit.memory import readable
-from fisherkit.operators import (
-    DenseOperator,
-    FisherOperator,
-    KroneckerOperator,
-    LowRankOperator,
-    open_file,
-)
+from fisherkit.operators import FisherOperator, open_file
 from fisherkit.space import ParameterSpace
 
 SHOWN = 10
@@ -131,7 +125,7 @@ def summarize(path: Path) -> Summary:
     for names in progress(file.blocks):
         block = file.read(names)
         dtype = str(block.dtype).removeprefix("torch.")
-        kinds.update(dict.fromkeys(names, block.kind))
+        kinds.update(dict.fromkeys(names, block.tag))
         pieces = block.space.unflatten(block.diagonal().double())
         sums = torch.stack([pieces[name].sum() for name in block.space.names])
         traces.update(zip(block.space.names, sums.tolist(), strict=True))
@@ -153,27 +147,16 @@ def summarize(path: Path) -> Summary:
 
 
 def _largest(block: FisherOperator) -> Tensor:
-    side = _decomposed(block)
+    side = block.decomposed_side
     if side > LARGEST_SIDE:
         why = (
-            f"a {block.kind} block would have to decompose a matrix of side {side:,}, above {LARGEST_SIDE:,} "
+            f"a {block.tag} block would have to decompose a matrix of side {side:,}, above {LARGEST_SIDE:,} "
             "(fk.estimators.lanczos_eigenvalues needs products alone)"
         )
         raise NoClosedFormError(
             call="show", got=f"a matrix of side {side:,}", expected=f"{LARGEST_SIDE:,} or less", why=why
         )
     return block.eigenvalues(min(KEPT, block.size)).cpu()
-
-
-def _decomposed(block: FisherOperator) -> int:
-    """The side of the largest matrix that the eigenvalues are taken from; 0 if they are there."""
-    if isinstance(block, DenseOperator):
-        return block.size
-    if isinstance(block, LowRankOperator):
-        return min(block.row_source.count, block.size)
-    if isinstance(block, KroneckerOperator):
-        return max(len(block.activation), len(block.gradient))
-    return 0
 
 
 def _layers(

@@ -7,7 +7,7 @@ no other application.
 from fisherkit.evaluation.audit import Audit, Likeness, audit
 from fisherkit.evaluation.compare import compare
 from fisherkit.evaluation.gradient import loss_gradient
-from fisherkit.evaluation.plots import plot_checkpoints, plot_damping
+from fisherkit.evaluation.plots import plot_damping
 from fisherkit.evaluation.quality import approximation_quality, quality_floor
 from fisherkit.evaluation.table import QualityRow, QualityTable, average
 
@@ -21,7 +21,6 @@ __all__ = [
     "average",
     "compare",
     "loss_gradient",
-    "plot_checkpoints",
     "plot_damping",
     "quality_floor",
 ]

@@ -23,12 +23,20 @@ from fisherkit.errors import (
     InvalidTypeError,
     MemoryBudgetError,
     UnknownParameterError,
+    listed,
 )
-from fisherkit.evaluation.explanations import ALIGNED, explanations
-from fisherkit.operators import DiagonalOperator, FisherOperator, split, unwrap
+from fisherkit.operators import DiagonalOperator, FisherOperator, split
 
 LARGEST_BLOCK = 4096
 """Parameters of a block that is still written out to be compared: 134 MB in float64."""
+
+CLOSE = 0.3
+"""A factor explains a scale if it is within this part of it."""
+
+ALIGNED = 0.9
+"""Below this cosine no factor explains anything. Squared gradients that are averaged over K batches scatter about the
+Fisher: where the entries of a batch's gradient are normal and of like size, their cosine with it is 1/√(1 + 2/K), 0.91
+for ten batches. Another structure or kind is as a rule farther away, and is no multiple of the exact one."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def audit(
             expected="the same names, shapes and order",
             try_="build the exact one with params=other.space.names",
         )
-    chosen = compare or ("diagonal" if any(_is_diagonal(f) for f in (operator, exact)) else "matrix")
+    chosen = compare or ("diagonal" if operator.is_diagonal or exact.is_diagonal else "matrix")
     if chosen not in {"diagonal", "matrix"}:
         raise InvalidArgumentError(call=call, got=f"compare={compare!r}", expected='"diagonal", "matrix" or None')
     products = _of_diagonals(operator, exact) if chosen == "diagonal" else _of_matrices(operator, exact, call)
@@ -139,7 +147,7 @@ def audit(
             )  # fmt: skip
     found = total.likeness()
     examples = int(exact.metadata.get("examples", 0))
-    why = explanations(found.cosine, found.scale, examples, batch_size)
+    why = _explanations(found, examples, batch_size)
     return Audit(chosen, found, tuple(p.likeness() for p in products), why)
 
 
@@ -206,18 +214,13 @@ def _dense(operator: FisherOperator, names: set[str]) -> Float[Tensor, "d d"]:
     space = operator.space.restrict(names)
     whole = torch.zeros(space.size, space.size, dtype=operator.dtype, device=operator.device)
     for part in parts:
-        index = torch.cat([torch.arange(space.size)[space.slices[name]] for name in part.space.names]).to(whole.device)
+        index = space.take(torch.arange(space.size, device=whole.device), part.space.names)
         whole[index.unsqueeze(1), index] = part.to_dense()
     return whole
 
 
 def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOperator:
-    """A diagonal alone as an operator.
-
-    Raises:
-        InvalidTypeError: neither a tensor nor a dict.
-        UnknownParameterError, InvalidArgumentError: a dict of other names or shapes, or what is no diagonal.
-    """
+    """A diagonal alone as an operator."""
     if not isinstance(diagonal, (Mapping, Tensor)):
         raise InvalidTypeError(
             call=call, got=f"a {type(diagonal).__name__}", expected="a FisherOperator, a diagonal [D] or a dict"
@@ -232,14 +235,22 @@ def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOpera
 
 
 def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: str) -> None:
+    """Refuse other names or shapes in the words of two matrices that should be of one model."""
     space = exact.space
     missing = [name for name in space.names if name not in diagonal]
     extra = [str(name) for name in diagonal if name not in space.slices]
     if missing or extra:
         lacking = [f"without {_some(missing)}"] * bool(missing) + [f"with {_some(extra)} beside"] * bool(extra)
+        # What stands before a name where a wrapper has renamed it.
+        prefixes = [n.removesuffix(missing[0]) for n in extra if missing and n.endswith(f".{missing[0]}")]
+        advice = f"the exact Fisher {'of that part, ' * (not extra)}built with params=list(other)"
+        if prefixes:
+            advice = f"{{name.removeprefix({prefixes[0]!r}): tensor for name, tensor in other.items()}}"
+        elif extra:
+            advice = f"a dict of the exact Fisher's names alone, or {advice}"
         raise UnknownParameterError(
             call=call, got=f"a dict {' and '.join(lacking)}",
-            expected=f"the {len(space.names)} names of the exact Fisher", try_=_advice(missing, extra),
+            expected=f"the {len(space.names)} names of the exact Fisher", try_=advice,
         )  # fmt: skip
     for name, shape in zip(space.names, space.shapes, strict=True):
         if isinstance(diagonal[name], Tensor) and tuple(diagonal[name].shape) != shape:
@@ -250,27 +261,53 @@ def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: st
             )  # fmt: skip
 
 
-def _advice(missing: list[str], extra: list[str]) -> str:
-    if missing and (prefix := _prefix(missing[0], extra)):
-        return f"{{name.removeprefix({prefix!r}): tensor for name, tensor in other.items()}}"
-    if extra:
-        return "a dict of the exact Fisher's names alone, or the exact Fisher built with params=list(other)"
-    return "the exact Fisher of that part, built with params=list(other)"
-
-
-def _prefix(name: str, others: list[str]) -> str:
-    """What stands before a name where a wrapper has renamed it; "" if nothing does."""
-    return next((other.removesuffix(name) for other in others if other.endswith(f".{name}")), "")
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _is_diagonal(operator: FisherOperator) -> bool:
-    return isinstance(unwrap(operator), DiagonalOperator)
+def _some(names: list[str]) -> str:
+    return listed(map(repr, names), 4)
 
 
 def _names(operator: FisherOperator) -> str:
     names = operator.space.names
     return f"[{names[0]} … {names[-1]}]"
+
+
+def _explanations(found: Likeness, examples: int, batch_size: int | None) -> tuple[str, ...]:
+    """Factors near the scale that common code brings about, the nearest first; N is 0 if it is not known."""
+    scale = found.scale
+    if not found.cosine >= ALIGNED:
+        return ()
+    near = [
+        (abs(scale / factor - 1), f"{name}: {text}")
+        for name, factor, text in [*_of_examples(examples), *_of_batches(examples, batch_size)]
+        if abs(scale / factor - 1) <= CLOSE
+    ]
+    return tuple(text for _, text in sorted(near, key=lambda pair: pair[0]))
+
+
+def _of_examples(N: int) -> list[tuple[str, float, str]]:
+    found = [("1", 1.0, "the same normalization"), ("½", 0.5, "half the Fisher"), ("2", 2.0, "twice the Fisher")]
+    if N > 1:
+        found += [
+            (f"N = {N:,}", float(N), "a sum over examples"),
+            (f"1/N = 1/{N:,}", 1 / N, "divided by N once too often"),
+        ]
+    return found
+
+
+def _of_batches(N: int, B: int | None) -> list[tuple[str, float, str]]:
+    """Of N/B batches, whose mean losses' squared gradients are F/B each where single ones are independent of mean 0."""
+    if B is None or B == 1:
+        return []
+    mean, summed = (f"squared gradients of batches (of {how} losses)" for how in ("mean", "summed"))
+    found = [
+        (f"1/B = 1/{B}", 1 / B, f"{mean}, averaged over batches"),
+        (f"1/B² = 1/{B}²", 1 / B**2, f"{mean}, summed and divided by N"),
+        (f"B = {B}", float(B), f"{summed}, averaged over batches"),
+        ("1", 1.0, f"{summed}, summed and divided by N"),
+    ]
+    if N > B:
+        found += [
+            (f"N/B² = {N:,}/{B}²", N / B**2, f"{mean}, summed"),
+            (f"N = {N:,}", float(N), f"{summed}, summed"),
+            (f"N/B = {N:,}/{B}", N / B, "squared gradients of examples, averaged in batches and summed over them"),
+        ]
+    return found

@@ -1,29 +1,41 @@
 """`compare`: every kind's update on one batch, judged by the exact Fisher.
 
-Owns the arguments, their checks and their conventions; `Comparison` does the work.
+The updates are the paper's (Wu, Yu, Zhang, Woodland, arXiv 2406.06420, eq. 5, 8 and 49). Where the gradient is a known
+combination ∇L = Jᵀc of the rows, (JᵀJ + λI)⁻¹∇L = Jᵀ(JJᵀ + λI)⁻¹c: nothing cancels however small λ is. Where it is not,
+it is split into its part in the rows' span and the rest, which no row sees and λ alone divides.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fisherkit.arguments import is_integer
+from fisherkit.arguments import is_integer, is_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Batch
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.evaluation.comparison import CALL, SGD, Comparison
-from fisherkit.evaluation.table import QualityTable
-from fisherkit.fisher import STRUCTURES
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudgetError
+from fisherkit.evaluation.quality import approximation_quality
+from fisherkit.evaluation.table import QualityRow, QualityTable
+from fisherkit.fisher import STRUCTURES, FisherApproximation
 from fisherkit.kind_specs import KindSpec
+from fisherkit.kinds import EmpiricalFisher, ExactFisher
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import ModelInputs
+from fisherkit.outputs import Outputs, OutputVectors
+from fisherkit.rows.collection import Rows
 from fisherkit.space import Selection
+
+CALL = "compare"
+EXACT, SGD = "exact", "sgd"
+"""The kind that judges, and the gradient itself, which no Fisher preconditions."""
 
 
 @without_autocast()
@@ -57,21 +69,22 @@ def compare(
     kind, which for "ief" is the paper's ieKFAC.
 
     Args:
-        model: read, never changed; like all that follow as for `fisherkit.FisherApproximation`.
-        batch: one batch with targets.
+        model: any module; read, never changed.
+        batch: one batch with targets, (inputs, targets) or a mapping with "labels".
         kinds: "sgd", "ef", "ief", "sf", "truncated" and "exact", with a setting after a colon: "ief:0.5" (power),
             "sf:4" (draws), "truncated:3" (rank; 2 if none), "truncated:0.01" (tolerance: written with a point).
         structures: of "full", "block", "diagonal", "kfac" and "ekfac".
         gram_dampings: λ > 0, each for every kind and structure but "sgd".
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
-        params: which parameters.
-        example: "sequence" or "token".
+        params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
+        example: "sequence": one example a batch element; "token": one an unmasked position.
         shift_labels: labels belong to the outputs one position before them; None: as the model says of itself.
         drop_duplicates: None to keep every example. Else a cosine in (0, 1): an example whose gradient has a larger
             absolute cosine with that of an earlier kept one is left out of the updates of all kinds but "sgd" and
             "exact", as if the batch did not have it. γ is judged on the whole batch all the same. γ of ill-conditioned
-            kinds depends on it, so the table says how many were dropped.
+            kinds depends on it, so the table says how many were dropped. Of tokens only "ef" and "ief" in "full" and
+            "block" can leave some out.
         seed: of sampled labels.
         draws: of "sf" without a setting.
 
@@ -84,14 +97,19 @@ def compare(
         InvalidArgumentError: an unknown kind or structure, a damping that is not positive, a cosine outside (0, 1).
         DataError: no example, no targets, or targets that do not fit.
         ModelError: dropout or batch statistics in train mode.
-        MemoryBudgetError: rows that do not fit in memory.
+        MemoryBudgetError: gradients of single examples that do not fit in memory, or a structure that does not.
 
-    Cost: one forward pass and one backward pass for each output vector, shared by all kinds in "full" and "block"; for
-    each of these one Gram matrix of its R rows and O(R³) a damping; a build of its own for each other structure.
+    Cost: one Fisher of each kind, whose rows "full" and "block" share; for each of these two a Gram matrix of its R
+    rows and O(R³) a damping; another Fisher for each other structure. Where "exact" is not among the full or block
+    kinds, γ is measured by passes over the batch, a few for each update, and the exact Fisher's rows are not made.
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-    _check_draws(draws, seed)
+    for name, number in (("draws", draws), ("seed", seed)):
+        if not is_integer(number):
+            raise InvalidTypeError(call=CALL, got=f"{name} of type {type(number).__name__}", expected="an integer")
+    if draws < 1:
+        raise InvalidArgumentError(call=CALL, got=f"draws={draws}", expected="1 or more")
     _check_cosine(drop_duplicates)
     # "sf" without a setting has as many draws as the argument says.
     specs = [
@@ -111,67 +129,248 @@ def compare(
     start = time.perf_counter()
     options = {"likelihood": likelihood, "params": params, "example": example, "shift_labels": shift_labels}
     own = Batch.of(batch, "batch", model_inputs=ModelInputs.of(model))
-    comparison = Comparison(model, own, specs, seed, options, updates=len(specs) * len(dampings))
-    comparison.drop_duplicates(drop_duplicates)
-    found = [comparison.update(spec, structure, dampings) for structure in structures for spec in specs]
-    return comparison.judge(found, start, sgd=SGD in kinds)
+    comparison = _Comparison(model, own, seed, options, drop_duplicates)
+    updates = [comparison.update(spec, structure, dampings) for structure in structures for spec in specs]
+    return comparison.judged(updates, start, sgd=SGD in kinds)
 
 
-def _listed(name: str, values: Sequence[str]) -> Sequence[str]:
-    """The values, once they are known to be a list of names and not one name."""
+@dataclass(frozen=True)
+class _Update:
+    """Updates of one kind in one structure, a column for each damping."""
+
+    kind: str
+    structure: str
+    dampings: tuple[float | None, ...]
+    columns: Float[Tensor, "D K"]
+    rows: int
+    seconds: float
+
+
+class _Gradients(EmpiricalFisher):
+    """∇ℓ_n of every unit, with ‖∂ℓ_n/∂z_n‖ and the unit's place in the batch."""
+
+    def __init__(self, model: nn.Module, data: Any, **options: Any) -> None:
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        super().__init__(model, data, normalization="sum", **options)
+        norms, places = zip(*self._seen, strict=True)
+        self.norms, self.places = torch.cat(norms), torch.cat(places)
+
+    def output_vectors(self, outputs: Outputs) -> OutputVectors:
+        if int(outputs.keys[0, 0]) == 0:  # a pass begins
+            self._seen.clear()
+        found, counts = super().output_vectors(outputs), outputs.mask.any(1)
+        norms = outputs.gradient().double().flatten(1).norm(dim=1)
+        # A key is the example's place times 2²⁴ plus the position.
+        self._seen.append((norms[counts], (outputs.keys[:, 0] >> 24)[counts]))
+        return found
+
+
+class _Comparison:
+    """What all updates on a batch share: the gradient of every example, and the Fishers whose rows were made."""
+
+    def __init__(
+        self, model: nn.Module, batch: Batch, seed: int, options: dict[str, Any], cosine: float | None
+    ) -> None:
+        self.model, self.seed, self.options = model, seed, options
+        self.fishers: dict[str, FisherApproximation] = {}
+        gradients = _Gradients(model, batch.raw, **options)
+        rows = _rows(gradients)
+        if rows is None:
+            raise MemoryBudgetError(
+                call=CALL, got=f"{gradients.rows:,} rows that do not fit in memory", expected="rows that do",
+                try_="a smaller batch, or params= to choose fewer parameters",
+            )  # fmt: skip
+        self.gram = rows.gram()
+        kept = torch.ones_like(self.gram[0], dtype=torch.bool) if cosine is None else _distinct(self.gram, cosine)
+        self.dropped = int((~kept).sum())
+        self.rows = rows if self.dropped == 0 else rows.reordered(kept.nonzero()[:, 0])
+        self.norms = gradients.norms[kept]
+        self.whole, self.gradient = _sum(rows), _sum(self.rows)
+        self.dtype, self.data = gradients.dtype, batch.raw
+        self.kept_data = batch.take(gradients.places[kept].cpu()).raw if self.dropped else batch.raw
+
+    def update(self, spec: KindSpec, structure: str, dampings: tuple[float, ...]) -> _Update:
+        """A kind's updates in a structure."""
+        start = time.perf_counter()
+        rows, power = None, spec.rule.gradient_power
+        gradient = self.whole if spec.rule.of_hessian else self.gradient
+        formula = partial(any_gradient, dampings=dampings, rounding=torch.finfo(self.dtype).eps)
+        if structure in {"full", "block"}:
+            rows = self.rows if power is not None else _rows(self._fisher(spec))
+        if rows is None:
+            # By a solve of its own; a full Fisher's rows may not fit, and a block one is refused then.
+            fisher = self._fisher(spec) if structure == "full" else self._built(spec, structure)
+            right = gradient.to(self.dtype)
+            columns, count = torch.stack([fisher.solve(right, damping) for damping in dampings], 1), fisher.rows
+        else:
+            if power is not None:
+                formula = partial(in_span, c=self.norms ** (2 * power), dampings=dampings)
+            blocks = [rows.space.names] if structure == "full" else _blocks(rows)
+            columns, count = _by_block(rows, gradient, blocks, formula), rows.count
+        return _Update(spec.text, structure, dampings, columns.double(), count, time.perf_counter() - start)
+
+    def judged(self, updates: Sequence[_Update], start: float, *, sgd: bool) -> QualityTable:
+        """γ of all updates by one product with the exact Fisher, and of the gradient, which has a row if asked for."""
+        listed = [_Update(SGD, "none", (None,), self.whole.unsqueeze(1), 0, 0.0), *updates]
+        columns = torch.cat([update.columns for update in listed], 1)
+        lengths = columns.norm(dim=0)
+        # γ does not depend on the length, which could overflow the operator's dtype.
+        unit = (columns / torch.where(lengths > 0, lengths, 1.0)).to(self.dtype)
+        # A budget of one byte streams: products by passes, no rows.
+        exact = self.fishers.get(EXACT) or ExactFisher(
+            self.model, self.data, normalization="sum", memory_budget=1, **self.options
+        )
+        gamma = approximation_quality(unit, exact, self.whole.to(self.dtype))
+        norms = self.gram.diagonal().clamp_min(0).sqrt()
+        imbalance = float(norms.std(correction=0) / norms.mean())
+        values = iter(zip(gamma.tolist(), (gamma / gamma[0]).tolist(), lengths.tolist(), strict=True))
+        rows = [
+            QualityRow(u.kind, u.structure, damping, *next(values), imbalance, u.rows, u.seconds)
+            for u in listed
+            for damping in u.dampings
+        ]
+        return QualityTable(tuple(rows if sgd else rows[1:]), len(norms), self.dropped, time.perf_counter() - start)
+
+    def _fisher(self, spec: KindSpec) -> FisherApproximation:
+        """A kind's full Fisher, built once."""
+        if spec.text not in self.fishers:
+            self.fishers[spec.text] = self._built(spec, "full")
+        return self.fishers[spec.text]
+
+    def _built(self, spec: KindSpec, structure: str) -> FisherApproximation:
+        whole = spec.rule.of_hessian or not self.dropped
+        if not whole and self.options["example"] == "token":
+            raise InvalidArgumentError(
+                call=CALL, got=f'drop_duplicates with example="token", kind {spec.text!r}, structure {structure!r}',
+                expected='kinds "ef" and "ief" in "full" and "block", or example="sequence"',
+                why="single tokens cannot be taken out of the data that a Fisher is built from",
+            )  # fmt: skip
+        data = self.data if whole else self.kept_data
+        return spec.build(
+            self.model, data, seed=self.seed, structure=structure, normalization="sum", **self.options
+        )  # fmt: skip
+
+
+def in_span(
+    rows: Rows, gradient: Float[Tensor, "D"], *, c: Float[Tensor, "R"], dampings: Sequence[float]
+) -> Float[Tensor, "D K"]:
+    """Jᵀ(JJᵀ + λI)⁻¹c for every λ, by the smaller of the R × R and the D × D matrix; the gradient is not asked for."""
+    if rows.space.size < rows.count:
+        normal, right = rows.normal_matrix(), rows.rmatmul(c.unsqueeze(1))[:, 0]
+        return torch.stack([_solve(normal, right, damping) for damping in dampings], 1)
+    gram = rows.gram()
+    return rows.rmatmul(torch.stack([_solve(gram, c, damping) for damping in dampings], 1))
+
+
+def any_gradient(
+    rows: Rows, gradient: Float[Tensor, "D"], *, dampings: Sequence[float], rounding: float
+) -> Float[Tensor, "D K"]:
+    """(JᵀJ + λI)⁻¹g for every λ, by g's part in the rows' span and the rest.
+
+    Args:
+        rows: J in float64.
+        gradient: g in float64.
+        dampings: λ.
+        rounding: of rows and gradient; a rest that is no larger, relative to g, is none.
+    """
+    values, vectors = torch.linalg.eigh(rows.gram())
+    seen = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp_min(0)
+    inverse = torch.where(seen, 1 / torch.where(seen, values, 1.0), 0.0)
+    inner = inverse * (vectors.mT @ rows.matmul(gradient.unsqueeze(1))[:, 0])
+    w = [inner / (torch.where(seen, values, 0.0) + damping) for damping in dampings]
+    # The last column is g's part in the span.
+    found = rows.rmatmul(vectors @ torch.stack([*w, inner], 1))
+    rest = gradient - found[:, -1]
+    if rest.norm() <= 100 * rounding * gradient.norm():
+        return found[:, :-1]
+    return found[:, :-1] + rest.unsqueeze(1) / rest.new_tensor(list(dampings))
+
+
+def _by_block(
+    rows: Rows, gradient: Float[Tensor, "D"], blocks: Sequence[tuple[str, ...]], formula: Callable[..., Tensor]
+) -> Float[Tensor, "D K"]:
+    """Each block's own update, put together."""
+    parts, places = [], []
+    everywhere = torch.arange(rows.space.size, device=gradient.device)
+    for names in blocks:
+        index = torch.cat([everywhere[rows.space.slices[name]] for name in names])
+        parts.append(formula(rows.part(names), gradient[index]))
+        places.append(index)
+    whole = torch.empty_like(torch.cat(parts))
+    whole[torch.cat(places)] = torch.cat(parts)
+    return whole
+
+
+def _blocks(rows: Rows) -> list[tuple[str, ...]]:
+    """The modules, those together that share a unit of rows."""
+    return list(rows.space.joined_blocks(slot.names for slot in rows.slots))
+
+
+def _rows(fisher: FisherApproximation) -> Rows | None:
+    """A full Fisher's rows in float64; None if they are streamed."""
+    return None if fisher.stored_rows is None else fisher.stored_rows[0].double()
+
+
+def _sum(rows: Rows) -> Float[Tensor, "D"]:
+    return rows.rmatmul(torch.ones(rows.count, 1, dtype=torch.float64, device=rows.device))[:, 0]
+
+
+def _solve(matrix: Float[Tensor, "n n"], c: Float[Tensor, "n"], damping: float) -> Float[Tensor, "n"]:
+    """(A + λI)⁻¹c; through the eigenvalues where λ is below the rounding of a singular A."""
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) == 0:
+        return torch.cholesky_solve(c.unsqueeze(1), factor)[:, 0]
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ ((vectors.mT @ c) / (values.clamp_min(0) + damping))
+
+
+def _distinct(gram: Float[Tensor, "N N"], cosine: float) -> Bool[Tensor, "N"]:
+    """Units whose gradient has no larger absolute cosine with an earlier one that is kept."""
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    norms = torch.where(norms > 0, norms, 1.0)
+    close = ((gram / norms / norms.unsqueeze(1)).abs() > cosine).cpu()
+    kept = torch.ones(len(gram), dtype=torch.bool)
+    for n in range(len(gram)):
+        kept[n] = not bool((close[n, :n] & kept[:n]).any())
+    return kept.to(gram.device)
+
+
+def _listed(name: str, values: Sequence[Any]) -> Sequence[Any]:
+    """The values, once they are known to be a list, not empty, of each once."""
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise InvalidTypeError(
             call=CALL, got=f"{name} of type {type(values).__name__}", expected="a sequence", try_=f'{name}=("...",)'
         )
     if not values:
         raise InvalidArgumentError(call=CALL, got=f"no {name}", expected="at least one")
-    _check_repeats(name, values)
-    return values
-
-
-def _check_repeats(name: str, values: Sequence[Any]) -> None:
     repeated = [value for value in values if values.count(value) > 1]
     if repeated:
         raise InvalidArgumentError(call=CALL, got=f"{name} with {repeated[0]!r} twice", expected="each once")
+    return values
 
 
 def _positive(values: Sequence[float]) -> tuple[float, ...]:
     """The dampings."""
-    if not isinstance(values, Sequence):
-        raise InvalidTypeError(
-            call=CALL, got=f"gram_dampings of type {type(values).__name__}", expected="a sequence of numbers"
-        )
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+    for value in _listed("gram_dampings", values):
+        if not is_number(value):
             raise InvalidTypeError(call=CALL, got=f"a damping of type {type(value).__name__}", expected="a number")
         if not 0 < value < math.inf:
             raise InvalidArgumentError(
                 call=CALL, got=f"gram damping {value}", expected="a finite number above 0",
                 why="a Fisher with fewer rows than parameters is singular",
             )  # fmt: skip
-    if not values:
-        raise InvalidArgumentError(call=CALL, got="no gram_dampings", expected="at least one")
-    _check_repeats("gram_dampings", values)
     return tuple(float(value) for value in values)
 
 
 def _check_cosine(value: float | None) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if value is not None and not is_number(value):
         raise InvalidTypeError(
             call=CALL, got=f"drop_duplicates of type {type(value).__name__}", expected="a number or None"
         )
-    if not 0 < value < 1:
+    if value is not None and not 0 < value < 1:
         raise InvalidArgumentError(
             call=CALL, got=f"drop_duplicates={value}", expected="a cosine between 0 and 1, or None",
             try_="0.99 for near-duplicates alone",
         )  # fmt: skip
-
-
-def _check_draws(value: int, seed: int) -> None:
-    for name, number in (("draws", value), ("seed", seed)):
-        if not is_integer(number):
-            raise InvalidTypeError(call=CALL, got=f"{name} of type {type(number).__name__}", expected="an integer")
-    if value < 1:
-        raise InvalidArgumentError(call=CALL, got=f"draws={value}", expected="1 or more")

@@ -42,11 +42,11 @@ def loss_gradient(
     The loss is the likelihood's own, summed over an example's positions. The model is read, never changed.
 
     Args:
-        model: as for `fisherkit.FisherApproximation`, like all that follow.
+        model: any module whose outputs the likelihood reads.
         data: one batch or a re-iterable of batches, with targets.
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
-        params: which parameters.
+        params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
         example: "sequence" or "token": what N counts.
         normalization: "mean" for 1/N, "sum" for no factor.
         shift_labels: labels belong to the outputs one position before them; None: as the model says of itself.

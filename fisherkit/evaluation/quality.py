@@ -1,8 +1,7 @@
 """γ, the quality of an update as an approximation of the natural gradient, and the least value it can take.
 
-Owns two formulas after Wu, Yu, Zhang and Woodland, "An Improved Empirical Fisher Approximation for Natural Gradient
-Descent" (NeurIPS 2024, arXiv 2406.06420, eq. 15). Knows operators only by their products and solves, and never how the
-update was made.
+After Wu, Yu, Zhang and Woodland, "An Improved Empirical Fisher Approximation for Natural Gradient Descent" (NeurIPS
+2024, arXiv 2406.06420, eq. 15). Knows operators only by their products and solves.
 """
 
 from __future__ import annotations

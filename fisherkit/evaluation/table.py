@@ -1,4 +1,4 @@
-"""The table that `compare` returns: rows, text, CSV. Owns how it looks, and computes nothing."""
+"""The table that `compare` returns: rows, text, CSV, and the mean of several."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class QualityTable:
     def __str__(self) -> str:
         """Columns of equal width under a line about the batch."""
         dropped = f", {self.dropped} of them left out of the updates as near-duplicates" if self.dropped else ""
-        header = ("kind", "structure", "damping", "γ", "γ/γ_SGD", "‖Δ‖", "rows", "ms")
-        cells = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+        cells = [("kind", "structure", "damping", "γ", "γ/γ_SGD", "‖Δ‖", "rows", "ms"), *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        aligned = ("ljust", "ljust", *["rjust"] * (len(widths) - 2))
         lines = [
-            "  ".join(_aligned(cell, w, text=i < 2) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(getattr(cell, way)(width) for cell, way, width in zip(line, aligned, widths, strict=True))
             for line in cells
         ]
         imbalance = f"gradient-norm imbalance {self.rows[0].imbalance:.3g}" if self.rows else "no rows"
@@ -131,7 +131,3 @@ def _cells(row: QualityRow) -> tuple[str, ...]:
     damping = "" if row.damping is None else f"{row.damping:g}"
     numbers = (f"{value:.4g}" for value in (row.gamma, row.relative_gamma, row.update_norm))
     return (row.kind, row.structure, damping, *numbers, f"{row.rows:,}", f"{1e3 * row.seconds:.3g}")
-
-
-def _aligned(cell: str, width: int, *, text: bool) -> str:
-    return cell.ljust(width) if text else cell.rjust(width)

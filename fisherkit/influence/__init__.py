@@ -1,20 +1,17 @@
-"""Which training examples a prediction hangs on: influence scores by any Fisher, in any structure.
+"""Which training examples a prediction depends on: influence scores by any Fisher, in any structure.
 
 `InfluenceScores` takes a built Fisher, its model and two sets of data. Knows no other application.
 """
 
 from fisherkit.influence import evaluation
-from fisherkit.influence.approximations import ApproximateScores, Approximation, LowRankQueries, RandomProjection
+from fisherkit.influence.approximations import ApproximateScores, LowRankQueries
 from fisherkit.influence.blocks import RowBlocks
-from fisherkit.influence.scores import InfluenceScores
-from fisherkit.influence.top import TopScores
+from fisherkit.influence.scores import InfluenceScores, TopScores
 
 __all__ = [
     "ApproximateScores",
-    "Approximation",
     "InfluenceScores",
     "LowRankQueries",
-    "RandomProjection",
     "RowBlocks",
     "TopScores",
     "evaluation",

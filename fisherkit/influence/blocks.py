@@ -89,13 +89,12 @@ class LiveBlocks(RowBlocks):
         self.problem, self.limit = problem, limit
 
     def __iter__(self) -> Iterator[RowBlock]:
-        """A forward and a backward pass."""
         problem = replace(self.problem, source=LimitedSource(self.problem.source, self.limit))
         for chunk in problem.batches("rows"):
             yield RowBlock(chunk.rows, chunk.owner, chunk.counted_positions[0])
 
     def count(self) -> int:
-        """The data's own."""
+        """What the data say."""
         return self.problem.source.count()
 
     def counted(self) -> int:
@@ -108,44 +107,29 @@ class LiveBlocks(RowBlocks):
 
 
 class KeptBlocks(RowBlocks):
-    """Blocks in memory.
-
-    Args:
-        blocks: all of them.
-        token: as in `RowBlocks`.
-    """
+    """All blocks, in memory."""
 
     def __init__(self, blocks: Sequence[RowBlock], token: bool) -> None:
         super().__init__(token)
         self.blocks = blocks
 
     def __iter__(self) -> Iterator[RowBlock]:
-        """As they are."""
         return iter(self.blocks)
 
     def count(self) -> int:
-        """Known."""
+        """All examples of all blocks."""
         return sum(block.size for block in self.blocks)
 
 
 class OncePerExample:
-    """A number for each example: made block by block in the first pass over the data, known in every later one.
-
-    Args:
-        function: a block's numbers.
-    """
+    """A number for each example: made block by block in the first pass over the data, known in every later one."""
 
     def __init__(self, function: Callable[[RowBlock], Float[Tensor, "B"]]) -> None:
         self._function = function
         self._known: Tensor | None = None
 
     def of(self, block: RowBlock, start: int) -> Float[Tensor, "B"]:
-        """A block's numbers.
-
-        Args:
-            block: of the data; later passes may cut them otherwise.
-            start: its first example's place.
-        """
+        """Of a block whose first example is at this place; later passes may cut the data otherwise."""
         known = 0 if self._known is None else len(self._known)
         if self._known is None or start >= known:
             made = self._function(block)
@@ -154,19 +138,13 @@ class OncePerExample:
 
 
 class LimitedSource(Source):
-    """The same data in batches of at most so many examples.
-
-    Args:
-        source: the data.
-        limit: most examples in a batch.
-    """
+    """The same data in batches of at most so many examples."""
 
     def __init__(self, source: Source, limit: int) -> None:
         super().__init__(source.batches, source.model)
         self.source, self.limit = source, limit
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over all batches."""
         return (batch for _, batch in self.numbered())
 
     def numbered(self) -> Iterator[tuple[int, Batch]]:
@@ -177,7 +155,6 @@ class LimitedSource(Source):
 
     def steps(self) -> None:
         """Not known."""
-        return
 
 
 def joined(blocks: Sequence[RowBlock]) -> RowBlock:

@@ -2,30 +2,31 @@
 
 A block's file appears under its name only when it is whole, so those that are there need not be made again; the
 manifest says which model, data and cutting they belong to. The same model, data and batches give the same bytes,
-whether the run was interrupted or not. Owns the folder and its manifest; a block's file is `block_file`'s. Knows no
-score.
+whether the run was interrupted or not. Files are written, read and compared with their checksums by `fisherkit.io`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fisherkit import io
 from fisherkit.data import Batch, Source
 from fisherkit.errors import FileFormatError, InvalidArgumentError
-from fisherkit.influence.block_file import CALL, damaged, data_digest, read_block, write_block
 from fisherkit.influence.blocks import LimitedSource, LiveBlocks, RowBlock, RowBlocks, joined
+from fisherkit.rows import restore_rows
 from fisherkit.space import ParameterSpace
 
+CALL = "prepare(folder)"
 FORMAT = "fisherkit-rows"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 
 
@@ -44,15 +45,15 @@ class FolderBlocks(RowBlocks):
         self.folder, self.space, self.device, self.manifest = folder, space, device, manifest
 
     def __iter__(self) -> Iterator[RowBlock]:
-        """One pass over the files."""
         for entry in self.manifest["blocks"]:
-            stored = read_block(self.folder / entry["file"], self.device)
-            if stored.checksum != entry["checksum"]:
-                raise FileFormatError(**damaged(stored.path, "it is not the block of the manifest"))
-            yield stored.rows(self.space)
+            path = self.folder / entry["file"]
+            header, tensors = _read(path, self.device)
+            if header[io.CHECKSUM] != entry["checksum"]:
+                raise _damaged(path, "it is not the block of the manifest")
+            yield _block(path, self.space, header["units"], tensors)
 
     def count(self) -> int:
-        """Known."""
+        """Of the manifest."""
         return sum(entry["examples"] for entry in self.manifest["blocks"])
 
 
@@ -77,32 +78,16 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
     problem, limit = live.problem, int(manifest["limit"])
     space, device = problem.plan.space, problem.plan.example_parameter.device
     source = LimitedSource(problem.source, limit)
-    entries: list[dict[str, Any]] = []
-    spoilt: list[int] = []
-
-    def made(number: int, place: int, batch: Batch) -> dict[str, Any]:
-        one = LiveBlocks(replace(problem, source=_OneBatch(batch, place), progress=False), limit)
-        return _entry(number, batch, write_block(path / _name(number), joined(list(one)), batch))
-
+    # All that is there is known to be of these data before anything is written: what is refused is left as it was.
+    entries = _there(path, source, device) if any(path.glob("rows-*.safetensors")) else {}
     bar = tqdm(source.numbered(), desc="rows", disable=not problem.progress, leave=False)
     for number, (place, batch) in enumerate(bar):
-        if not (path / _name(number)).exists():
-            entries.append(made(number, place, batch))
-            continue
-        try:
-            stored = read_block(path / _name(number), device)
-        except FileFormatError:
-            # Made again once all others are known to be of these data: what is refused is left as it was.
-            spoilt.append(number)
-            entries.append({"examples": batch.size})
-            continue
-        _refuse_other(path, stored.header, batch, start=sum(entry["examples"] for entry in entries))
-        entries.append(_entry(number, batch, stored.checksum))
-    for number, (place, batch) in enumerate(source.numbered() if spoilt else ()):
-        if number in spoilt:
-            entries[number] = made(number, place, batch)
-    manifest["blocks"] = entries
-    _write(path / MANIFEST, manifest)
+        if number not in entries:
+            one = replace(problem, source=_OneBatch(batch, place), progress=False)
+            checksum = _write(path / _name(number), joined(list(LiveBlocks(one, limit))), batch)
+            entries[number] = _entry(number, batch, checksum)
+    manifest["blocks"] = [entries[number] for number in sorted(entries)]
+    _write_manifest(path, manifest)
     return FolderBlocks(path, space, device, manifest)
 
 
@@ -118,6 +103,75 @@ class _OneBatch(Source):
 
     def numbered(self) -> Iterator[tuple[int, Batch]]:
         yield self.number, self.batch
+
+
+# -- a block's file ----------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, block: RowBlock, batch: Batch) -> str:
+    """Write the rows of a batch, a file that is there when it is whole, and give its checksum."""
+    tensors: dict[str, Tensor] = {"owner": block.owner, "mask": block.mask}
+    units = []
+    for number, slot in enumerate(block.rows.slots):
+        own = slot.rows.tensors()
+        units.append({"kind": slot.rows.kind, "names": slot.names, "options": slot.rows.options(), "tensors": [*own]})
+        tensors.update({f"{number}.{name}": tensor for name, tensor in own.items()})
+    header = {"format": FORMAT, "data": batch.digest(), "examples": str(batch.size), "units": json.dumps(units)}
+    return io.replace_checked_file(path, tensors, header)
+
+
+def _read(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """A block's header and tensors as they were written."""
+    try:
+        header, tensors = io.read_tensors(path, device, CALL, "prepare")
+    except FileFormatError as error:
+        raise _damaged(path, error.got) from error
+    if header.get("format") != FORMAT or io.CHECKSUM not in header:
+        raise _damaged(path, "it does not say that it is one, or has no checksum")
+    return header, tensors
+
+
+def _block(path: Path, space: ParameterSpace, units: str, tensors: dict[str, Tensor]) -> RowBlock:
+    try:
+        states = [
+            io.State(
+                unit["kind"], tuple(unit["names"]),
+                {name: tensors[f"{number}.{name}"] for name in unit["tensors"]}, unit["options"],
+            )
+            for number, unit in enumerate(json.loads(units))
+        ]  # fmt: skip
+        return RowBlock(restore_rows(space, states), tensors["owner"], tensors["mask"])
+    except (LookupError, ValueError, TypeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, reason: str) -> FileFormatError:
+    return FileFormatError(
+        call=CALL, got=f"{path.name}, which is missing or damaged ({reason})", expected="a block as it was written",
+        try_=f"prepare(train, folder={str(path.parent)!r}) again, which makes such blocks anew",
+    )  # fmt: skip
+
+
+# -- the folder and its manifest ---------------------------------------------------------------------------------------
+
+
+def _there(path: Path, source: LimitedSource, device: torch.device) -> dict[int, dict[str, Any]]:
+    """The blocks that need not be made, by number; those of other examples are refused."""
+    found, start = {}, 0
+    for number, batch in enumerate(source):
+        try:
+            header, _ = _read(path / _name(number), device)
+        except FileFormatError:
+            header = {}  # to be made
+        if header and int(header["examples"]) != batch.size:
+            sizes = f"{header['examples']} examples from example {start:,} on and not {batch.size:,}"
+            raise _other(path, f"rows of other batches ({sizes})")
+        if header and header["data"] != batch.digest():
+            raise _other(path, f"rows of other data from example {start:,} on")
+        if header:
+            found[number] = _entry(number, batch, header[io.CHECKSUM])
+        start += batch.size
+    return found
 
 
 def _folder(folder: str | Path) -> Path:
@@ -137,8 +191,9 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
                 call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
             )
         begun = {"format": FORMAT, "version": VERSION, "limit": limit, "settings": settings, "blocks": []}
-        _write(file, begun)
+        _write_manifest(path, begun)
         return begun
+    advice = "another folder, or delete this one: its rows are then made again"
     try:
         manifest: dict[str, Any] = dict(io.parse(file.read_text(encoding="utf-8")))
         # Those from before there were checksums have none.
@@ -149,45 +204,29 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
     except (OSError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise FileFormatError(
             call=CALL, got=f"a manifest that cannot be read ({error}) in {path}", expected="that of prepared rows",
-            try_="another folder, or delete this one: its rows are then made again",
+            try_=advice,
         ) from error  # fmt: skip
     if manifest.get("format") != FORMAT or version != VERSION:
         raise FileFormatError(
-            call=CALL,
-            got=f"a manifest of format {manifest.get('format')!r}, version {version} in {path}",
-            expected=f"{FORMAT!r}, version {VERSION}",
-            try_="another folder, or delete this one: its rows are then made again",
-        )
+            call=CALL, got=f"a manifest of format {manifest.get('format')!r}, version {version} in {path}",
+            expected=f"{FORMAT!r}, version {VERSION}", try_=advice,
+        )  # fmt: skip
     changed = sorted(key for key in settings.keys() | known.keys() if settings.get(key) != known.get(key))
     if changed:
-        raise InvalidArgumentError(**_other(path, f"rows with another {', '.join(changed)}"))
+        raise _other(path, f"rows with another {', '.join(changed)}")
     return manifest
 
 
-def _write(file: Path, manifest: dict[str, Any]) -> None:
-    io.replace_text(file, json.dumps({**manifest, io.CHECKSUM: io.seal(manifest)}, indent=1))
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    io.replace_text(path / MANIFEST, json.dumps({**manifest, io.CHECKSUM: io.seal(manifest)}, indent=1))
 
 
-def _refuse_other(path: Path, header: Mapping[str, Any], batch: Batch, start: int) -> None:
-    """Raise unless a block is of these examples.
-
-    Raises:
-        InvalidArgumentError: it is of more or fewer, or of others.
-    """
-    if header["examples"] != batch.size:
-        sizes = f"{header['examples']:,} examples from example {start:,} on and not {batch.size:,}"
-        raise InvalidArgumentError(**_other(path, f"rows of other batches ({sizes})"))
-    if header["data"] != data_digest(batch):
-        raise InvalidArgumentError(**_other(path, f"rows of other data from example {start:,} on"))
-
-
-def _other(path: Path, got: str) -> dict[str, str]:
-    return {
-        "call": CALL,
-        "got": f"{got} in {path}, which has been left as it is",
-        "expected": "no rows yet, or those of the same model and data, in the same batches",
-        "try_": "the same batches, another folder, or delete this one",
-    }
+def _other(path: Path, got: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        call=CALL, got=f"{got} in {path}, which has been left as it is",
+        expected="no rows yet, or those of the same model and data, in the same batches",
+        try_="the same batches, another folder, or delete this one",
+    )  # fmt: skip
 
 
 def _name(number: int) -> str:

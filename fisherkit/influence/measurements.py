@@ -1,7 +1,6 @@
 """What is asked of a query: a number made of its outputs, whose gradient in them is the query's output vector.
 
-A measurement is read like a loss, lower is better, so that a positive score is a helpful training example. Output space
-only: nothing here knows a parameter.
+A measurement is read like a loss, lower is better, so that a positive score is a helpful training example.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.likelihoods import Bernoulli, Categorical, GaussianNLL
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
@@ -85,7 +85,7 @@ class FunctionVectors(OutputRule):
                 )
             (v,) = torch.autograd.grad(values.sum(), z)
         v = outputs.masked(v)
-        if not bool(torch.isfinite(v).all()):
+        if not all_finite(v):
             raise NonFiniteError(call=call, got="gradients with NaN or infinite entries", expected="finite ones")
         return OutputVectors(v.unsqueeze(1))
 
@@ -121,18 +121,7 @@ class UnlabelledFunctionVectors(FunctionVectors):
 
 
 def query_rule(measurement: Measurement, shape: torch.Size, *, labelled: bool) -> OutputRule:
-    """The output vectors of a measurement.
-
-    Args:
-        measurement: "loss", "margin" or a function.
-        shape: of the model's outputs for some examples.
-        labelled: whether the queries have targets.
-
-    Raises:
-        InvalidArgumentError: an unknown name.
-        InvalidTypeError: neither a name nor a function.
-        DataError: queries without the targets that the measurement is about.
-    """
+    """The output vectors of a measurement, for outputs of this shape, of queries with targets or without."""
     if isinstance(measurement, str):
         names: dict[str, type[OutputRule]] = {"loss": EmpiricalVectors, "margin": MarginVectors}
         if measurement not in names:

@@ -1,7 +1,4 @@
-"""A model at the parameters of a Fisher: makes the rows of any data's loss or measurement, within a memory budget.
-
-Owns what must agree between Fisher and model, and how large blocks are. Knows no score.
-"""
+"""A model at the parameters of a Fisher: makes the rows of any data's loss or measurement, within a memory budget."""
 
 from __future__ import annotations
 
@@ -28,8 +25,10 @@ from fisherkit.operators.persistence import renamed
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.first_batch import plan_of
+from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.thinned import ThinnedSource, thinned
+from fisherkit.rows.verified import plan_again
 from fisherkit.space import ParameterSpace
 from fisherkit.wrappers import matching, unwrapped
 
@@ -37,17 +36,7 @@ CALL = "InfluenceScores"
 
 
 class ModelRows:
-    """Rows of a model over a Fisher's parameters.
-
-    Args:
-        fisher: whose parameters; checked against the model.
-        model: the model.
-        likelihood: of the loss; None for the Fisher's.
-        chunk_size: most rows in one backward pass.
-        memory_budget: bytes; None for half of what is available.
-        progress: show progress bars.
-        shift_labels: as for `fisherkit.FisherApproximation`.
-    """
+    """Rows of a model over a Fisher's parameters, with the options of `InfluenceScores`; checked to fit each other."""
 
     def __init__(
         self,
@@ -70,9 +59,10 @@ class ModelRows:
             check_positive(CALL, name, value)
         model = unwrapped(model)
         fisher = renamed(fisher, matching(fisher.space.names, dict(model.named_parameters())))
-        _check_space(fisher, model)
-        self.fisher, self.model, self.space = fisher, model, fisher.space
         self._weights = parameters_hash(model)
+        _check_space(fisher, model, self._weights)
+        self.fisher, self.model, self.space = fisher, model, fisher.space
+        self._recent: Plan | None = None
         self.dtype, self.device = fisher.dtype, fisher.device
         self.metadata = fisher.metadata
         self.likelihood = _likelihood(likelihood, fisher)
@@ -82,11 +72,7 @@ class ModelRows:
         self._modules = {name: module for module, names in self.space.blocks.items() for name in names}
 
     def examples(self, given: int | None) -> int:
-        """N, as given or as the Fisher says.
-
-        Raises:
-            InvalidArgumentError: neither says it, or what is given is no integer from 1 on.
-        """
+        """N, as given or as the Fisher says."""
         if given is not None:
             check_count(CALL, "examples", given)
             return given
@@ -107,54 +93,55 @@ class ModelRows:
         return ", ".join(dict.fromkeys(self._modules[name] for name in names))
 
     def live(self, data: Data, rule: OutputRule, *, token: bool = False) -> LiveBlocks:
-        """Rows made in every pass.
-
-        Args:
-            data: one batch or a re-iterable of batches.
-            rule: their output vectors.
-            token: whether each position has a row of its own.
-        """
-        return self._blocks(self._source(data), rule, token)
+        """Rows of a kind's output vectors, made in every pass; by token, each position has a row of its own."""
+        source = self._source(data)
+        return self._blocks(self._plan(source), source, rule, token)
 
     def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
         """Rows of a measurement."""
         source = self._source(data)
-        plan = plan_of(self.model, self.space, source)
+        plan = self._plan(source)
         rule = query_rule(measurement, plan.probed.shape, labelled=source.first().targets is not None)
-        return self._blocks(source, rule, token=False)
+        return self._blocks(plan, source, rule, token=False)
 
-    def _source(self, data: Data) -> Source:
-        """The data, once the model is known to be what it was and the order to be fixed.
+    def begin(self) -> None:
+        """Look at the weights once, at the beginning of a call.
 
         Raises:
-            ModelError: its weights have changed since.
-            DataError: a loader that shuffles, or whose order is not known.
+            ModelError: they have changed since the construction.
         """
+        self._recent = None
         if parameters_hash(self.model) != self._weights:
             raise ModelError(
                 call=CALL, got="a model whose weights have changed since the scores' construction",
                 expected="the same values", why="∇ℓ and F must be taken at one point",
                 try_="a Fisher and an InfluenceScores of the model as it is",
             )  # fmt: skip
+
+    def _source(self, data: Data) -> Source:
+        """The data, once their order is known to be fixed."""
         source = Source(data, self.model)
         source.keep_order(CALL)
         return source
+
+    def _plan(self, source: Source) -> Plan:
+        """How rows of these data are made; verified once a call for data of one form."""
+        first = source.first().to(self.device)
+        found = None if self._recent is None else plan_again(self._recent, first)
+        self._recent = plan_of(self.model, self.space, source) if found is None else found
+        return self._recent
 
     def settings(self, *, token: bool) -> dict[str, Any]:
         """What rows of the loss depend on beside the data, as JSON has it."""
         shapes = {name: list(shape) for name, shape in zip(self.space.names, self.space.shapes, strict=True)}
         return {
-            "parameters_hash": parameters_hash(self.model),
+            "parameters_hash": self._weights,
             "space": shapes,
             "dtype": str(self.dtype).removeprefix("torch."),
             "likelihood": self.likelihood.recorded,
             "shift_labels": self.shift_labels,
             "token": token,
         }
-
-    def limited(self, blocks: LiveBlocks, most: int) -> LiveBlocks:
-        """The same in blocks of at most so many examples."""
-        return LiveBlocks(blocks.problem, most)
 
     def kept(self, blocks: RowBlocks) -> RowBlocks:
         """The same made once, if memory has room for all rows beside the rest."""
@@ -190,8 +177,7 @@ class ModelRows:
         """How many queries with so many numbers each fit a quarter of the budget; at least one."""
         return max(1, self.budget // 4 // max(1, numbers * torch.finfo(self.dtype).bits // 8))
 
-    def _blocks(self, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
-        plan = plan_of(self.model, self.space, source)
+    def _blocks(self, plan: Plan, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
         problem = Problem(
             plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress,
             budget=self.budget,
@@ -211,7 +197,7 @@ def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherO
     if isinstance(fisher, FisherApproximation) and known == fisher.likelihood.recorded:
         return fisher.likelihood
     try:
-        return likelihoods.resolve("" if known is None else known)
+        return likelihoods.resolve_recorded("" if known is None else known)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(
             call=CALL,
@@ -223,7 +209,7 @@ def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherO
         ) from error
 
 
-def _check_space(fisher: FisherOperator, model: nn.Module) -> None:
+def _check_space(fisher: FisherOperator, model: nn.Module, weights: str) -> None:
     """Raise unless the Fisher's parameters are the model's, in the same dtype, on the same device."""
     own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     unknown = [name for name in fisher.space.names if name not in own]
@@ -255,7 +241,7 @@ def _check_space(fisher: FisherOperator, model: nn.Module) -> None:
             expected=f"{device}, the model's",
             try_=f'fk.load(path, device="{device}"), or model.to("{fisher.device}")',
         )
-    if measured_at(model, fisher.metadata) is False:
+    if fisher.metadata.get("parameters_hash") != weights and measured_at(model, fisher.metadata) is False:
         raise ModelError(
             call=CALL,
             got="a model whose parameters or buffers are not those that the Fisher was measured at",

@@ -1,14 +1,15 @@
 """Influence scores: what the removal of a training example does to a query, to first order.
 
-Owns the formula's factors (1/N, sign, what is summed over what) and the loops over queries and training examples. Asks
-a Fisher's damped inverse for its form between rows (`operators.row_forms`) and never how it is kept.
+The formula's factors (1/N, sign, what is summed over what) and the loops over queries and training examples. A Fisher's
+damped inverse is asked for its form between rows (`operators.row_forms`) and never how it is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -18,17 +19,32 @@ from fisherkit.arguments import check_count
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
-from fisherkit.influence.approximations import ApproximateScores, Approximation, compressed_groups
-from fisherkit.influence.assembly import check_group_count, check_options, grouped, side_by_side, stacked
-from fisherkit.influence.blocks import KeptBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
+from fisherkit.influence.approximations import ApproximateScores, LowRankQueries, compressed_groups
+from fisherkit.influence.blocks import KeptBlocks, LiveBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
 from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
-from fisherkit.influence.top import RunningTop, TopScores
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
 from fisherkit.operators.row_forms import RowForm
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
+
+
+@dataclass(frozen=True)
+class TopScores:
+    """The extremes of a score matrix that was never whole.
+
+    Args:
+        helpful: the largest scores, in descending order.
+        helpful_index: the training examples that have them, by their place in the data.
+        harmful: the smallest scores, in ascending order.
+        harmful_index: the training examples that have them.
+    """
+
+    helpful: Float[Tensor, "Q k"]
+    helpful_index: Int[Tensor, "Q k"]
+    harmful: Float[Tensor, "Q k"]
+    harmful_index: Int[Tensor, "Q k"]
 
 
 class InfluenceScores:
@@ -47,10 +63,11 @@ class InfluenceScores:
             `fisherkit.operators.usual_damping`: 1 × the mean eigenvalue for full and block, 0.1 × for kfac and ekfac,
             0.01 × for diagonal.
         examples: N, where the Fisher does not say it (sums of Fishers, operators of one's own).
-        chunk_size: as for `fisherkit.FisherApproximation`.
+        chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
         memory_budget: bytes for rows and solutions beside the scores themselves; None for half of what is available.
         progress: show progress bars.
-        shift_labels: as for `fisherkit.FisherApproximation`.
+        shift_labels: labels belong to the outputs one position before them (causal language models). None: as the model
+            says of itself.
 
     Attributes:
         examples: N.
@@ -104,7 +121,8 @@ class InfluenceScores:
             by: "token" for calls with ``by="token"``.
 
         Raises:
-            DataError, ModelError: as for a Fisher of these data.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
             InvalidArgumentError: an unknown ``by``; the folder holds rows of another model or other data, or cannot be
                 made.
             FileFormatError: the folder's manifest is damaged.
@@ -118,6 +136,7 @@ class InfluenceScores:
                 why="rows are of whole examples or of their tokens",
                 try_="prepare(train), which is for by=\"module\" too",
             )  # fmt: skip
+        self._model_rows.begin()
         blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token")
         if folder is not None:
             return write_blocks(folder, blocks, self._model_rows.settings(token=blocks.token))
@@ -179,17 +198,18 @@ class InfluenceScores:
         Raises:
             InvalidArgumentError: an option that is none of the allowed ones, or two that do not go together.
             InvalidTypeError: groups that are not integers.
-            DataError: no example, no targets, or targets that do not fit.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
             NonFiniteError: NaN or infinity in the rows of a batch, which is named, or in scores.
-            ModelError: as for a Fisher.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
 
         Cost: the rows of both sides, one solve for each query, N·Q products of rows; or, where it takes fewer
         operations, inner products of rows alone.
         """
-        check_options(by, groups, normalize)
+        _check_options(by, groups, normalize)
+        self._model_rows.begin()
         train = self._training(train, token=by == "token")
         if groups is not None and groups.shape != (train.count(),):
-            check_group_count(groups, train.counted())  # before anything is computed
+            _check_group_count(groups, train.counted())  # before anything is computed
         weights = self._weights(normalize)
         whole: dict[str, list[Tensor]] = {}
         for block, form, others in self._query_blocks(queries, train, measurement):
@@ -198,9 +218,9 @@ class InfluenceScores:
                 for name, piece in pieces.items():
                     found.setdefault(name, []).append(piece)
             for name, parts in found.items():
-                total = side_by_side(parts)
-                whole.setdefault(name, []).append(total if groups is None else grouped(total, groups))
-        result = {name: _finite(stacked(parts), "scores") for name, parts in whole.items()}
+                total = _side_by_side(parts)
+                whole.setdefault(name, []).append(total if groups is None else _grouped(total, groups))
+        result = {name: _finite(_stacked(parts), "scores") for name, parts in whole.items()}
         return result if by == "module" else result[""]
 
     @without_autocast()
@@ -216,28 +236,30 @@ class InfluenceScores:
         """The k most helpful and the k most harmful training examples of each query, without the score matrix.
 
         Args:
-            queries: as in `scores`, like all that follow but k.
-            train: see there.
+            queries: one batch or a re-iterable of batches.
+            train: the same in a fixed order, or what `prepare` made.
             k: how many of each.
-            measurement: see there.
-            normalize: see there.
+            measurement: what is asked of a query: its "loss", "margin" or a function ``(outputs, targets) -> [B]``.
+            normalize: "relatif" so that examples with large gradients do not lead every list.
 
         Returns:
             Scores and places in the training data; of equal scores the earlier example comes first.
 
         Raises:
             InvalidArgumentError: k is not between 1 and the number of training examples.
-            DataError, ModelError: as in `scores`.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
         """
         call = f"top(k={k})"
         check_count(call, "k", k)
-        check_options(None, None, normalize)
+        _check_options(None, None, normalize)
+        self._model_rows.begin()
         tops: list[tuple[Tensor, ...]] = []
         train = self._training(train, token=False)
         weights = self._weights(normalize)
         for block, form, others in self._query_blocks(queries, train, measurement):
             none = torch.empty(block.size, 0, dtype=self._model_rows.dtype, device=self._model_rows.device)
-            helpful, harmful = (RunningTop(k, none, largest=largest) for largest in (True, False))
+            helpful, harmful = (_RunningTop(k, none, largest=largest) for largest in (True, False))
             for pieces in self._pieces(block, form, others, None, weights):
                 helpful.add(pieces[""])
                 harmful.add(pieces[""])
@@ -256,7 +278,7 @@ class InfluenceScores:
         self,
         queries: Data,
         train: Data | RowBlocks,
-        approximation: Approximation,
+        approximation: LowRankQueries,
         *,
         measurement: Measurement = "loss",
         checked: int = 64,
@@ -264,43 +286,45 @@ class InfluenceScores:
         """Scores by an approximation, with its error measured on some of the training examples.
 
         Args:
-            queries: as in `scores`.
-            train: see there.
-            approximation: `LowRankQueries` or `RandomProjection`.
-            measurement: see there.
+            queries: one batch or a re-iterable of batches.
+            train: the same in a fixed order, or what `prepare` made.
+            approximation: a `LowRankQueries`.
+            measurement: what is asked of a query: its "loss", "margin" or a function ``(outputs, targets) -> [B]``.
             checked: on how many training examples, at least about, exact scores are computed beside them.
 
         Raises:
             InvalidTypeError: no approximation.
             InvalidArgumentError: checked is below 1.
-            DataError, ModelError: as in `scores`.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
 
         Cost: one solve for each query, and a pass over the training examples for as many compressed queries as half
         the memory budget holds; another one over those that are checked.
         """
         call = "approximate_scores"
-        if not isinstance(approximation, Approximation):
+        if not isinstance(approximation, LowRankQueries):
             raise InvalidTypeError(
                 call=call,
                 got=f"a {type(approximation).__name__} as approximation",
-                expected="fk.influence.LowRankQueries(rank) or fk.influence.RandomProjection(size)",
+                expected="fk.influence.LowRankQueries(rank)",
             )
         check_count(call, "checked", checked)
+        self._model_rows.begin()
         blocks = self._training(train, token=False)
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
         form = self._inverse._column_form(sample)
         live, most = self._model_rows.queries(queries, measurement), self._model_rows.room(form.numbers_per_query)
-        live = self._model_rows.limited(live, min(most, live.limit))
+        live = LiveBlocks(live.problem, min(most, live.limit))
         dtype, device, count = self._model_rows.dtype, self._model_rows.device, live.counted()
         scores = torch.empty(count, blocks.counted(), dtype=dtype, device=device)
         errors, first = torch.empty(count, dtype=dtype, device=device), 0
         solutions = ((block, form.solve(block.rows)) for block in in_groups(live, most))
-        for group in compressed_groups(solutions, count, approximation, sample, self._model_rows.budget // 2):
-            own, start = slice(first, first + len(group.error)), 0
+        for group, error in compressed_groups(solutions, count, approximation, sample, self._model_rows.budget // 2):
+            own, start = slice(first, first + len(error)), 0
             for other in blocks:
-                found = other.by_example(group.queries.products(other.rows)).mT
+                found = other.by_example(group.products(other.rows)).mT
                 scores[own, start : start + other.size], start = self._scale * found, start + other.size
-            errors[own], first = group.error, own.stop
+            errors[own], first = error, own.stop
             del group  # its memory is the next one's
         return ApproximateScores(_finite(scores, call), errors, sample.count)
 
@@ -309,14 +333,16 @@ class InfluenceScores:
         """(1/N) ∇ℓ_nᵀ(F + λI)⁻¹∇ℓ_n of each example: how much its own loss rises without it.
 
         Args:
-            train: as in `scores`.
+            train: one batch or a re-iterable of batches in a fixed order, or what `prepare` made.
 
         Raises:
-            DataError, ModelError: as in `scores`.
+            DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
 
         Cost: the rows; for factored rows and structures with an eigenbasis no more than a few products of their size,
         for the full structure their inner products with the Fisher's rows, else one solve an example.
         """
+        self._model_rows.begin()
         blocks = self._training(train, token=False)
         return _finite(torch.cat([self._scale * self._squares(block) for block in blocks]), "self_influence")
 
@@ -331,10 +357,12 @@ class InfluenceScores:
             data: one batch or a re-iterable of batches; targets may be None.
 
         Raises:
-            DataError, ModelError: as for an exact Fisher of these data.
+            DataError: no example, or data whose order is not known to be fixed.
+            ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
 
         Cost: the rows of an exact Fisher, as many for each example as it has free outputs.
         """
+        self._model_rows.begin()
         blocks = self._model_rows.live(data, ExactVectors(), token=False)
         return _finite(torch.cat([self._scale * self._squares(block) for block in blocks]), "leverages")
 
@@ -365,7 +393,7 @@ class InfluenceScores:
             train = self._model_rows.kept(train)
             form = self._inverse._row_form(self._model_rows.probe(train), most, others)
             most = self._model_rows.room(form.numbers_per_query)
-            live = self._model_rows.limited(live, most)
+            live = LiveBlocks(live.problem, most)
         for block in in_groups(live, most):
             yield block, form, train
 
@@ -418,3 +446,91 @@ def _finite(scores: Tensor, call: str) -> Tensor:
             try_="the Fisher's trace(), rows prepared anew, or a larger damping",
         )  # fmt: skip
     return scores
+
+
+class _RunningTop:
+    """The k largest or smallest scores of each query so far."""
+
+    def __init__(self, k: int, none: Float[Tensor, "Q 0"], *, largest: bool) -> None:
+        self.k, self.largest = k, largest
+        self.seen = 0
+        self._values, self._index = none, none.long()
+
+    def add(self, scores: Float[Tensor, "Q B"]) -> None:
+        index = torch.arange(self.seen, self.seen + scores.shape[1], device=scores.device).expand_as(scores)
+        self.seen += scores.shape[1]
+        # Earlier ones come first, so that a tie goes to the earlier example wherever blocks end.
+        scores, index = torch.cat([self._values, scores], 1), torch.cat([self._index, index], 1)
+        values, order = torch.sort(scores, dim=1, descending=self.largest, stable=True)
+        self._values, self._index = values[:, : self.k], index.gather(1, order[:, : self.k])
+
+    def result(self) -> tuple[Float[Tensor, "Q k"], Int[Tensor, "Q k"]]:
+        return self._values, self._index
+
+
+def _check_options(by: Any, groups: Any, normalize: Any) -> None:
+    """Refuse what is not allowed and what does not go together."""
+    call = "scores"
+    if groups is not None and not isinstance(groups, Tensor):
+        raise InvalidTypeError(call=call, got=f"a {type(groups).__name__} as groups", expected="a tensor of integers")
+    if groups is not None and (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool):
+        raise InvalidTypeError(call=call, got=f"groups of {groups.dtype}", expected="a tensor of integers")
+    if groups is not None and groups.numel() and int(groups.long().min()) < 0:
+        raise InvalidArgumentError(call=call, got=f"group {int(groups.long().min())}", expected="0 or more")
+    for name, value, allowed in (("by", by, (None, "module", "token")), ("normalize", normalize, (None, "relatif"))):
+        if value not in allowed:
+            raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+    if by == "token" and (groups is not None or normalize is not None):
+        raise InvalidArgumentError(
+            call=call,
+            got='by="token" with groups= or normalize=',
+            expected="either of them",
+            why="both are about whole examples",
+            try_='scores(..., by="token") and sums over it',
+        )
+    if groups is not None and normalize is not None:
+        raise InvalidArgumentError(
+            call=call,
+            got=f"groups with normalize={normalize!r}",
+            expected="either of them",
+            why="RelatIF is relative to one example's own influence",
+        )
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """Blocks of training examples in one tensor; shorter sequences end in zeros."""
+    if parts[0].ndim == 3:
+        longest = max(part.shape[2] for part in parts)
+        parts = [torch.nn.functional.pad(part, (0, longest - part.shape[2])) for part in parts]
+    return torch.cat(parts, 1)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Blocks of queries in one tensor, each let go as soon as it is copied."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
+    start = 0
+    while parts:
+        part = parts.pop(0)
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
+
+
+def _check_group_count(groups: Tensor, examples: int) -> None:
+    """Refuse other than one group for each example."""
+    if groups.shape != (examples,):
+        raise InvalidArgumentError(
+            call="scores(groups)",
+            got=f"groups of shape {list(groups.shape)} for {examples} training examples",
+            expected="one number for each",
+        )
+
+
+def _grouped(scores: Float[Tensor, "Q N"], groups: Tensor) -> Float[Tensor, "Q G"]:
+    """Sums over groups of training examples."""
+    _check_group_count(groups, scores.shape[1])
+    groups = groups.to(scores.device, torch.long)
+    total = scores.new_zeros(scores.shape[0], int(groups.max()) + 1)
+    return total.index_add_(1, groups, scores)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
-from fisherkit.io.checksums import TensorChecksum, sealed, unsealed
+from fisherkit.io.checksums import CHECKSUM, TensorChecksum, sealed, unsealed
 
 FORMAT = "fisherkit"
 """How the formats of this package's files begin; that of a Fisher file is this alone."""
@@ -132,16 +132,21 @@ def replace_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str,
         os.replace(part, path)
 
 
-def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     """The same with checksums of the tensors and of the header, which `read_tensors` compares.
 
     Args:
         path: where; an existing file is replaced.
         tensors: named tensors, copied.
         header: string keys and values.
+
+    Returns:
+        The header's checksum, which is one of all that the file holds.
     """
     own = owned(tensors)
-    replace_file(path, own, sealed(header, {name: TensorChecksum.of(tensor) for name, tensor in own.items()}))
+    whole = sealed(header, {name: TensorChecksum.of(tensor) for name, tensor in own.items()})
+    replace_file(path, own, whole)
+    return whole[CHECKSUM]
 
 
 def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

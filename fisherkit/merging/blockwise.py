@@ -23,7 +23,7 @@ from fisherkit.merging.scales import Scales
 from fisherkit.merging.sources import FisherSource, Names
 from fisherkit.merging.systems import Solver, singular_block
 from fisherkit.operators import FisherOperator
-from fisherkit.operators.precision import convert
+from fisherkit.operators.base import convert
 
 MOST_LISTED = 5
 

@@ -49,7 +49,7 @@ def merge(
     buffers: str = "refuse",
     integers: str = "refuse",
     mismatched: str = "refuse",
-    other_weights: str = "warn",
+    other_weights: str = "refuse",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     tolerance: float = 1e-12,
@@ -87,8 +87,8 @@ def merge(
         buffers: likewise for float buffers, such as statistics of batch norm.
         integers: what becomes of other tensors that differ: "refuse" or "first".
         mismatched: what becomes of names that a model lacks or has in another shape: "refuse", "skip" or "first".
-        other_weights: what becomes of a Fisher that was measured at other weights than its model has: "warn", or
-            "refuse", as the command does. Fishers that do not say at which are listed in `MergeInfo.unverified`.
+        other_weights: what becomes of a Fisher that was measured at other weights than its model has: "refuse" or
+            "warn". Fishers that do not say at which are listed in `MergeInfo.unverified`.
         dtype: of the result's floating-point tensors; None for the models', which must agree.
         device: where blocks are solved; None for where the first Fisher's lie.
         tolerance: largest relative residual of a block that counts as converged. Far above the default, directions

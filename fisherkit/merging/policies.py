@@ -17,7 +17,7 @@ from fisherkit.merging.checkpoints import Checkpoint
 KEEPING = ("refuse", "average", "first", "center")
 INTEGERS = ("refuse", "first")
 MISMATCHED = ("refuse", "skip", "first")
-OTHER_WEIGHTS = ("warn", "refuse")
+OTHER_WEIGHTS = ("refuse", "warn")
 
 MOST_LISTED = 20
 
@@ -35,7 +35,7 @@ class Policies:
         mismatched: names that some model lacks, and shapes that differ: "refuse", "skip" (left out of the result),
             "first" (the first model's, left out where it has none).
         dtype: of the result's floating-point tensors; None for the models' own, which must agree.
-        other_weights: Fishers that were measured at other weights than their models have: "warn" or "refuse".
+        other_weights: Fishers that were measured at other weights than their models have: "refuse" or "warn".
     """
 
     uncovered: str = "refuse"
@@ -43,7 +43,7 @@ class Policies:
     integers: str = "refuse"
     mismatched: str = "refuse"
     dtype: torch.dtype | None = None
-    other_weights: str = "warn"
+    other_weights: str = "refuse"
 
     def check(self, call: str) -> None:
         """Raise unless every policy is a known one.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fisherkit.errors import InvalidArgumentError
+from fisherkit.errors import FisherkitError, InvalidArgumentError
 from fisherkit.merging.assembly import Target
 from fisherkit.merging.checkpoints import Model
 from fisherkit.merging.merge import merge_by
@@ -37,7 +37,7 @@ def regmean(
     buffers: str = "refuse",
     integers: str = "refuse",
     mismatched: str = "refuse",
-    other_weights: str = "warn",
+    other_weights: str = "refuse",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     tolerance: float = 1e-12,
@@ -59,26 +59,26 @@ def regmean(
         weights: as in `merge`.
         shrink: α of A_t ← α A_t + (1 − α) diag(A_t); 1 for none, 0.9 the paper's usual choice.
         damping: as in `merge`; towards the average. By default so little that it only decides what no input reaches.
-        buffers: as in `merge`, and so are all others.
-        integers: as there.
-        mismatched: as there.
-        other_weights: as there.
-        dtype: as there.
-        device: as there.
-        tolerance: as there.
-        max_steps: as there.
-        out: as there.
-        max_shard_size: as there.
-        overwrite: as there.
-        return_info: as there.
-        progress: as there.
+        buffers: as in `merge`.
+        integers: as in `merge`.
+        mismatched: as in `merge`.
+        other_weights: as in `merge`.
+        dtype: as in `merge`.
+        device: as in `merge`.
+        tolerance: as in `merge`.
+        max_steps: as in `merge`.
+        out: as in `merge`.
+        max_shard_size: as in `merge`.
+        overwrite: as in `merge`.
+        return_info: as in `merge`.
+        progress: as in `merge`.
 
     Returns:
         As `merge`.
 
     Raises:
         InvalidArgumentError: as in `merge`; or a Fisher has no Kronecker products.
-        InvalidTypeError, NonFiniteError, FileFormatError: as in `merge`.
+        FisherkitError: whatever `merge` raises.
 
     Cost: as `merge` with Kronecker products, of which these converge in a step or two, and one more reading of every
         Fisher, to know which blocks are such products.
@@ -86,11 +86,17 @@ def regmean(
     call = "regmean"
     if not 0 <= shrink <= 1:
         raise InvalidArgumentError(call=call, got=f"shrink={shrink}", expected="a number from 0 to 1")
-    return merge_by(
-        models, fishers, weights, Policies("average", buffers, integers, mismatched, dtype, other_weights),
-        Solver("auto", tolerance, max_steps), Target(out, max_shard_size, overwrite), damping=damping, device=device,
-        return_info=return_info, progress=progress, call=call, seen_as=lambda source: ActivationSource(source, shrink),
-    )  # fmt: skip
+    try:
+        return merge_by(
+            models, fishers, weights, Policies("average", buffers, integers, mismatched, dtype, other_weights),
+            Solver("auto", tolerance, max_steps), Target(out, max_shard_size, overwrite), damping=damping,
+            device=device, return_info=return_info, progress=progress, call=call,
+            seen_as=lambda source: ActivationSource(source, shrink),
+        )  # fmt: skip
+    except FisherkitError as error:
+        if not error.call.startswith("merge"):
+            raise
+        raise error.at(call + error.call.removeprefix("merge")) from error
 
 
 class ActivationSource(FisherSource):
@@ -106,7 +112,7 @@ class ActivationSource(FisherSource):
 
     def __init__(self, source: FisherSource, shrink: float) -> None:
         self._source, self._shrink = source, shrink
-        blocks = tuple(names for names in source.blocks if isinstance(source.read(names), KroneckerOperator))
+        blocks = tuple(names for names in source.blocks if source.read(names).factors is not None)
         names = tuple(name for block in blocks for name in block)
         if not names:
             raise InvalidArgumentError(
@@ -118,12 +124,13 @@ class ActivationSource(FisherSource):
     def read(self, names: Names) -> FisherOperator:
         """I ⊗ A over one layer."""
         layer = self._source.read(names)
-        if not isinstance(layer, KroneckerOperator):
+        if layer.factors is None or layer.layout is None:
             raise InvalidArgumentError(
                 call="regmean", got=f"layers joined into {list(names)}", expected="Fishers of one structure",
                 try_='structure="kfac" for all',
             )  # fmt: skip
-        diagonal = layer.activation.diagonal().diag()
-        kept = diagonal + self._shrink * (layer.activation - diagonal)
-        identity = torch.eye(layer.layout.outputs, dtype=layer.dtype, device=layer.device)
-        return KroneckerOperator(layer.space, kept, identity, layer.layout.transposed, symmetric=True)
+        activation, layout = layer.factors[0], layer.layout
+        diagonal = activation.diagonal().diag()
+        kept = diagonal + self._shrink * (activation - diagonal)
+        identity = torch.eye(layout.outputs, dtype=layer.dtype, device=layer.device)
+        return KroneckerOperator(layer.space, kept, identity, layout.transposed, symmetric=True)

@@ -15,16 +15,7 @@ from torch import Tensor
 
 from fisherkit.merging.sources import FisherSource, Names
 from fisherkit.merging.systems import DENSE_SIZE
-from fisherkit.operators import (
-    Damping,
-    DiagonalOperator,
-    EigenKroneckerOperator,
-    FisherOperator,
-    KroneckerOperator,
-    LowRankOperator,
-    RelativeDamping,
-    unwrap,
-)
+from fisherkit.operators import Damping, FisherOperator, RelativeDamping
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.normalization import check_normalize, factor_of_size, frobenius_norm
 from fisherkit.progress import bar
@@ -118,7 +109,7 @@ def _measured(
     sizes, works, found = [], [], []
     for block in blocks:
         sizes.append(block.size)
-        works.append(_work(unwrap(block)))
+        works.append(_work(block))
         trace = block.trace()
         found.append(torch.stack([trace, _scale(block, trace, normalize)]))
         tell(1)
@@ -130,21 +121,21 @@ def _measured(
 def _work(block: FisherOperator) -> float:
     """Operations of one Fisher's part in solving a block, roughly: what weighs in a bar, and decides nothing."""
     size = block.size
-    if isinstance(block, DiagonalOperator):
+    if block.is_diagonal:
         return 20.0 * size  # a few passes over memory, each slower than an operation
-    if size > DENSE_SIZE and isinstance(block, (KroneckerOperator, EigenKroneckerOperator)):
+    if size > DENSE_SIZE and block.layout is not None:
         outputs, width = block.layout.outputs, block.layout.width
         return 2.0 * USUAL_STEPS * (outputs + width) * size + 20.0 * (outputs**3 + width**3)
-    if size > DENSE_SIZE and isinstance(block, LowRankOperator):
-        return 2.0 * block.row_source.count**2 * size
+    if size > DENSE_SIZE and block.stored_rows is not None:
+        return 2.0 * block.stored_rows[0].count ** 2 * size
     return size**3 / 3
 
 
 def _scale(block: FisherOperator, trace: Tensor, normalize: str | None) -> Tensor:
     if normalize == "norm":
         return frobenius_norm(block).square()
-    if normalize == "output" and isinstance(block, KroneckerOperator):
-        return block.gradient.diagonal().double().mean()
+    if normalize == "output" and block.factors is not None:
+        return block.factors[1].diagonal().double().mean()
     return trace / block.size
 
 

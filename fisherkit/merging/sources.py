@@ -14,9 +14,9 @@ import torch
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.operators import FisherOperator, open_file, split
-from fisherkit.operators.partition import finest_partition, folded
+from fisherkit.operators.block_diagonal import join
 from fisherkit.operators.persistence import renamed
-from fisherkit.space import ParameterSpace
+from fisherkit.space import ParameterSpace, finest_partition
 from fisherkit.wrappers import matching
 
 Fisher: TypeAlias = FisherOperator | str | Path
@@ -82,7 +82,7 @@ class MemorySource(FisherSource):
 
     def read(self, names: Names) -> FisherOperator:
         """The operator over some whole blocks."""
-        return folded(self.space.restrict(names), [self._parts[name] for name in names if name in self._parts])
+        return join(self.space.restrict(names), [self._parts[name] for name in names if name in self._parts])
 
 
 class FileSource(FisherSource):
@@ -94,7 +94,7 @@ class FileSource(FisherSource):
 
     def read(self, names: Names) -> FisherOperator:
         """The operator over some whole blocks."""
-        return folded(self.space.restrict(names), split(self._file.read(names)))
+        return join(self.space.restrict(names), split(self._file.read(names)))
 
 
 def open_fisher(fisher: Fisher, label: str) -> FisherSource:

@@ -18,13 +18,12 @@ from fisherkit.arguments import check_count
 from fisherkit.errors import InvalidArgumentError, NotConvergedWarning, SingularMatrixError
 from fisherkit.operators import (
     DenseOperator,
-    DiagonalOperator,
     Factorization,
     FisherOperator,
     IterativeFactorization,
     SumOperator,
+    add,
 )
-from fisherkit.operators.algebra import add
 from fisherkit.solvers import SolveInfo, relative_residual
 
 REFINEMENTS = 5
@@ -33,8 +32,8 @@ CHUNK = 1 << 20
 METHODS = ("auto", "direct", "cg")
 
 DENSE_SIZE = 3000
-"""A sum that does not fold is written out and factored up to this d: d³/3 operations and 24 d² bytes, at most a second
-and 216 MB; above it, conjugate gradients are cheaper."""
+"""A matrix without a direct inverse is written out and factored up to this d: d³/3 operations and 24 d² bytes, at most
+a second and 216 MB; above it, conjugate gradients are cheaper."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,12 @@ class Solver:
     def _solve(
         self, total: FisherOperator, rhs: Float[Tensor, "d"], damping: float
     ) -> tuple[Float[Tensor, "d"], SolveInfo]:
-        if isinstance(total, DiagonalOperator) and self.method != "cg":
+        if total.is_diagonal and self.method != "cg":
             return self._diagonal(total, rhs, damping)
-        folded = not isinstance(total, SumOperator)
-        if self.method == "direct" or (self.method == "auto" and not folded and total.size <= DENSE_SIZE):
+        small = total.inversion == "iterative" and total.size <= DENSE_SIZE
+        if self.method == "direct" or (self.method == "auto" and small):
             total = DenseOperator(total.space, _symmetric(total.to_dense()))
-        elif self.method == "cg" and folded:
+        elif self.method == "cg":
             total = SumOperator([total])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)  # said once, for all blocks, by the merge
@@ -126,7 +125,7 @@ class Solver:
         return solution, info
 
     def _diagonal(
-        self, total: DiagonalOperator, rhs: Float[Tensor, "d"], damping: float
+        self, total: FisherOperator, rhs: Float[Tensor, "d"], damping: float
     ) -> tuple[Float[Tensor, "d"], SolveInfo]:
         shifted, solution = total.diagonal().add_(damping), torch.empty_like(rhs)
         left, whole = rhs.new_zeros(1), rhs.new_zeros(1)

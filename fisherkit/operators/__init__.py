@@ -7,36 +7,30 @@
 | `DiagonalOperator` | diag(d) | 1/(d + λ) | d | √d ε | diagonal |
 | `DenseOperator` | the matrix | Cholesky | eigh | U √w ε | dense, diagonal |
 | `LowRankOperator` | scale · JᵀJ | Woodbury, or the smaller of two Grams | its Gram's | √scale Jᵀε | rows of its form |
-| `KroneckerOperator` | G ⊗ A | eigh of G and of A | products of theirs | as the next | never |
-| `EigenKroneckerOperator` | U diag(e) Uᵀ, U = U_G ⊗ U_A | 1/(e + λ) | e | U √e ε | never |
+| `KroneckerOperator` | G ⊗ A | eigh of G and of A | products of theirs | as the next | one with an equal factor |
+| `EigenKroneckerOperator` | U diag(e) Uᵀ, U = U_G ⊗ U_A | 1/(e + λ) | e | U √e ε | one of the same bases |
 | `BlockDiagonalOperator` | blocks | the blocks' | the blocks' | the blocks' | block by block |
 | `SumOperator` | F₁ + F₂ + ... | conjugate gradients, no log det | no closed form | the terms' | term by term |
 
-All supply `_matmat`, `_diagonal`, `_factorize`, `_draw`, `_scaled`, `_state` and `_from_state`. `_plus`, `_trace`,
-`_eigenvalues`, `_eigenvectors` and `_to_dense` have defaults (no folding, sum of the diagonal, no closed form, products
-with I), as have `_draws` (one after the other) and `_effective_dimension` (from all eigenvalues), and are overridden
-where the structure has something better; `_gram` only where a structure has rows.
-
-`split` takes an operator apart into its independent blocks; `open_file` reads them one by one from a file. `unwrap` and
-`state_of` show what is inside an operator.
+All supply `_matmat`, `_diagonal`, `_draw`, `_scaled`, `_state` and `_from_state`. Every other hook has a default that
+is right for any matrix, if slow, or that refuses: what an application asks of an operator is a hook, and nobody asks
+for its class. `split` takes an operator apart into independent blocks; `open_file` reads them one by one from a file.
 """
 
 from fisherkit.operators.algebra import SumOperator, add
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator
-from fisherkit.operators.contents import state_of, unwrap
+from fisherkit.operators.block_diagonal import BlockDiagonalOperator, split
 from fisherkit.operators.damping import Damping, RelativeDamping
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
 from fisherkit.operators.files import FisherFile, open_file
+from fisherkit.operators.forwarding import ForwardingOperator, unwrap
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.operators.normalization import normalize
-from fisherkit.operators.partition import split
-from fisherkit.operators.persistence import load
+from fisherkit.operators.normalization import normalize, usual_damping
+from fisherkit.operators.persistence import load, state_of
 from fisherkit.operators.quadratic import Quadratic
-from fisherkit.operators.usual import usual_damping
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -47,6 +41,7 @@ __all__ = [
     "Factorization",
     "FisherFile",
     "FisherOperator",
+    "ForwardingOperator",
     "IterativeFactorization",
     "KroneckerOperator",
     "LowRankOperator",

@@ -1,13 +1,14 @@
 """Sums of Fisher operators, folded into one operator where that is exact, kept as a sum where it is not.
 
 A sum of Kronecker products that share no factor is not one, so that it stays a sum: its products are exact, its inverse
-is by conjugate gradients. Knows the structures only through their `_plus`.
+is by conjugate gradients. Owns the approximate inverse that these are given; `kronecker_sum` owns that of one layer's
+Kronecker products. Knows the structures by their hooks.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,11 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
+from fisherkit.conjugate import MatMat
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.factorization import Factorization, IterativeFactorization
-from fisherkit.operators.persistence import restore
-from fisherkit.space import ParameterSpace
+from fisherkit.operators.base import FisherOperator, Makers, fold
+from fisherkit.operators.block_diagonal import BlockDiagonalOperator, in_order, join, usual_of
+from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
+from fisherkit.operators.kronecker_sum import layer_inverse
+from fisherkit.operators.persistence import blocks_of_node, restore
+from fisherkit.space import ParameterSpace, finest_partition
+
+LEAST_SHIFT = 1e-12
+"""Of the mean eigenvalue: what is added to a cheap part that is singular where there is no damping."""
 
 
 def add(a: FisherOperator, b: FisherOperator) -> FisherOperator:
@@ -44,12 +51,6 @@ def add(a: FisherOperator, b: FisherOperator) -> FisherOperator:
     return folded[0] if len(folded) == 1 else SumOperator(folded)
 
 
-def fold(a: FisherOperator, b: FisherOperator) -> FisherOperator | None:
-    """A + B as one operator of one structure if either knows how, else None; both over the same space."""
-    folded = a._plus(b)
-    return b._plus(a) if folded is None else folded
-
-
 class SumOperator(FisherOperator):
     """F = F₁ + F₂ + ... of terms that do not fold into one structure.
 
@@ -64,7 +65,7 @@ class SumOperator(FisherOperator):
         InvalidTypeError: dtypes that differ.
     """
 
-    kind: ClassVar[str] = "sum"
+    tag: ClassVar[str] = "sum"
 
     def __init__(self, terms: Sequence[FisherOperator]) -> None:
         self.terms = tuple(_flatten(terms))
@@ -82,11 +83,34 @@ class SumOperator(FisherOperator):
         return _total(term._trace() for term in self.terms)
 
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        # Which part can be inverted is told by structures, and those of blocks are themselves made of sums.
-        from fisherkit.operators.sum_preconditioner import preconditioner_of_sum
+        return IterativeFactorization(self, damping, tolerance, max_steps)
 
-        make = functools.partial(preconditioner_of_sum, self)
-        return IterativeFactorization(self, damping, tolerance, max_steps, make)
+    def _approximate_inverse(self, damping: float) -> MatMat | None:
+        """Of the terms that are inverted cheaply, block by block.
+
+        Kronecker products of one layer have an inverse of their own. Rows and dense matrices beside block-diagonal
+        terms are left to conjugate gradients, which need a step for each of their large eigenvalues. Where there is
+        nothing but those, it is the diagonal that is inverted.
+        """
+        found = layer_inverse(self.terms, damping)
+        if found is not None:
+            return found
+        cheap = [term for term in self.terms if term.inversion == "cheap"]
+        if not cheap:
+            return diagonal_inverse(self, damping)
+        part = SumOperator(cheap)
+        blocks = part._blocks()
+        if len(blocks) == 1 and len(cheap) == len(self.terms):
+            return diagonal_inverse(self, damping)
+        shift = max(damping, LEAST_SHIFT * float(part._trace()) / part.size)
+        inverses = [block._approximate_inverse(shift) for block in blocks]
+        whole = BlockDiagonalOperator(self.space, blocks)
+
+        def product(columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+            pairs = zip(inverses, whole._gather(columns), strict=True)
+            return whole._scatter([part if inverse is None else inverse(part) for inverse, part in pairs])
+
+        return product
 
     def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
         return self._draws(generator, 1)
@@ -101,11 +125,46 @@ class SumOperator(FisherOperator):
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return _total(term._to_dense() for term in self.terms)
 
+    def _frobenius(self) -> Float[Tensor, ""]:
+        raise self._no_closed_form(
+            "norm", "its parts do not share eigenvectors", 'normalize="trace", or the norm of to_dense()'
+        )
+
+    def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
+        return SumOperator([term._converted(dtype, device) for term in self.terms])
+
+    def _terms(self) -> tuple[FisherOperator, ...]:
+        return self.terms
+
+    def _blocks(self) -> tuple[FisherOperator, ...]:
+        terms: list[Makers] = [
+            {block.space.names: functools.partial(_itself, block) for block in term._blocks()} for term in self.terms
+        ]
+        return tuple(make() for make in _joined(self.space, terms).values())
+
+    @classmethod
+    def _blocks_of_node(cls, node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers | None:
+        terms = [blocks_of_node(child, space, reader) for child in node.children]
+        return _joined(space, terms) if terms else None
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether all terms are."""
+        return all(term.is_diagonal for term in self.terms)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all terms."""
+        return sum(term.nbytes for term in self.terms)
+
+    def _usual_damping(self) -> float:
+        return usual_of(self.terms)
+
     def _made_of(self) -> str:
         return f"{len(self.terms):,} terms"
 
     def _state(self) -> io.State:
-        return io.State(self.kind, self.space.names, children=tuple(term._state() for term in self.terms))
+        return io.State(self.tag, self.space.names, children=tuple(term._state() for term in self.terms))
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> SumOperator:
@@ -117,11 +176,25 @@ def _total(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _flatten(operators: Iterable[FisherOperator]) -> list[FisherOperator]:
-    terms: list[FisherOperator] = []
-    for operator in operators:
-        plain = operator._unwrap()
-        terms.extend(plain.terms if isinstance(plain, SumOperator) else [plain])
-    return terms
+    return [term for operator in operators for term in operator._terms()]
+
+
+def _itself(block: FisherOperator) -> FisherOperator:
+    return block
+
+
+def _joined(space: ParameterSpace, terms: Sequence[Makers]) -> Makers:
+    """The blocks of a sum from those of its terms: joined where they overlap, each the sum of the terms' parts."""
+    found: Makers = {}
+    for group in finest_partition(names for blocks in terms for names in blocks):
+        part = space.restrict(group)
+        makers = [[make for names, make in blocks.items() if names[0] in group] for blocks in terms]
+        found[part.names] = functools.partial(_sum, part, makers)
+    return in_order(space, [found])
+
+
+def _sum(space: ParameterSpace, terms: Sequence[Sequence[Callable[[], FisherOperator]]]) -> FisherOperator:
+    return functools.reduce(add, [join(space, [make() for make in makers]) for makers in terms])
 
 
 def _absorb(terms: list[FisherOperator], new: FisherOperator) -> list[FisherOperator]:
@@ -141,11 +214,9 @@ def _check_terms(terms: Sequence[FisherOperator], call: str) -> None:
     for term in terms[1:]:
         if term.space != first.space:
             raise InvalidArgumentError(
-                call=call,
-                got=f"operators over different parameters: {_difference(first.space, term.space)}",
-                expected="the same names, shapes and order",
-                try_="build both with the same params=",
-            )
+                call=call, got=f"operators over different parameters: {_difference(first.space, term.space)}",
+                expected="the same names, shapes and order", try_="build both with the same params=",
+            )  # fmt: skip
         if term.dtype != first.dtype:
             raise InvalidTypeError(call=call, got=f"{first.dtype} and {term.dtype}", expected="one dtype")
         if term.device != first.device:

@@ -1,36 +1,50 @@
 """The contract of every Fisher operator: a symmetric positive semi-definite D × D matrix that is never written out.
 
 Public methods are final: they check their input once and call a private hook, outside of a caller's autocast. A new
-structure supplies the hooks of `operators.hooks`, and inherits everything else, the checks and the conformance suite
-included. The list of operations is closed. This module knows neither models nor data.
+structure supplies hooks, and inherits everything else, the checks and the conformance suite included. The list of
+operations is closed. This module knows neither models nor data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, final, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
 from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import without_autocast
+from fisherkit.conjugate import MatMat
 from fisherkit.coverage import Coverage
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.operators.damping import REQUIRED, Damping
-from fisherkit.operators.factorization import Factorization
-from fisherkit.operators.hooks import OperatorHooks
+from fisherkit.errors import (
+    FileFormatError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NoClosedFormError,
+    SingularMatrixError,
+)
+from fisherkit.operators.damping import REQUIRED, Damping, RelativeDamping, check_damping
+from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
+from fisherkit.operators.layer_layout import LayerLayout, marginals
+from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
-from fisherkit.space import Vector
+from fisherkit.space import ParameterSpace, Vector
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+DEFAULT_TOLERANCE = 1e-10
 
-class FisherOperator(OperatorHooks):
+AT_ONCE = 256
+"""Columns of a default that multiplies with all of I."""
+
+
+class FisherOperator(ABC):
     """A symmetric positive semi-definite matrix over a parameter space.
 
     Args:
@@ -39,8 +53,22 @@ class FisherOperator(OperatorHooks):
         device: of its vectors.
     """
 
-    def _unwrap(self) -> FisherOperator:
-        return self
+    tag: ClassVar[str] = ""
+    """The structure's name in files; empty for what is never saved under a name of its own."""
+
+    def __init__(self, space: ParameterSpace, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.space = space
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.metadata: dict[str, str] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "_matmat" in vars(cls):
+            # Another product is another matrix: what a parent class knows of its own is not known of this one.
+            for name in STRUCTURAL:
+                if name not in vars(cls):
+                    setattr(cls, name, vars(FisherOperator)[name])
 
     @property
     @final
@@ -163,10 +191,9 @@ class FisherOperator(OperatorHooks):
     def _checked_count(self, k: int, operation: str) -> int:
         if not is_integer(k) or not 1 <= k <= self.size:
             raise InvalidArgumentError(
-                call=f"{self._name}.{operation}(k={k})",
-                got=f"k = {k}",
+                call=f"{self._name}.{operation}(k={k})", got=f"k = {k}",
                 expected=f"an integer from 1 to D = {self.size:,}",
-            )
+            )  # fmt: skip
         return k
 
     @final
@@ -279,7 +306,11 @@ class FisherOperator(OperatorHooks):
             NoClosedFormError: the structure is only solved iteratively.
             SingularMatrixError: F + λI is singular.
         """
-        return self._inverse(damping, "logdet", None, None)._logdet()
+        inverse = self._inverse(damping, "logdet", None, None)
+        try:
+            return inverse._logdet()
+        except NoClosedFormError as error:
+            raise error.at(f"{self._name}.logdet") from error
 
     @final
     def to_scipy(self) -> LinearOperator:
@@ -323,12 +354,10 @@ class FisherOperator(OperatorHooks):
             raise InvalidTypeError(call=f"{self._name} * scale", got=f"a {type(scale).__name__}", expected="a number")
         if not 0 <= scale < float("inf"):
             raise InvalidArgumentError(
-                call=f"{self._name} * {scale}",
-                got=f"scale {scale}",
-                expected="a finite number, 0 or more",
+                call=f"{self._name} * {scale}", got=f"scale {scale}", expected="a finite number, 0 or more",
                 why="operators form a cone: a negative multiple is not positive semi-definite",
-            )
-        result = self._unwrap()._scaled(float(scale))
+            )  # fmt: skip
+        result = self._scaled(float(scale))
         result.metadata = {**self.metadata, "terms": f"{scale} * ({self._title})"}
         return result
 
@@ -360,7 +389,7 @@ class FisherOperator(OperatorHooks):
             raise InvalidTypeError(
                 call=f"{self._name} + other", got=f"a {type(other).__name__}", expected="a FisherOperator"
             )
-        result = add(self._unwrap(), other._unwrap())
+        result = add(self, other)
         shared = {key: value for key, value in self.metadata.items() if other.metadata.get(key) == value}
         result.metadata = {**shared, "terms": f"{self._title} + {other._title}"}
         return result
@@ -391,7 +420,302 @@ class FisherOperator(OperatorHooks):
             parts.append(f"measured at {known.get('model', 'parameters')} {known['parameters_hash'][:8]}")
         return f"<{self._name}: {', '.join([*parts, str(self.dtype), str(self.device)])}>"
 
+    # -- hooks: what every structure must supply ----------------------------------------------------------------------
+
+    @abstractmethod
+    def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """F V."""
+
+    @abstractmethod
+    def _diagonal(self) -> Float[Tensor, "D"]:
+        """diag F."""
+
+    @abstractmethod
+    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
+        """A draw from the normal distribution N(0, F)."""
+
+    @abstractmethod
+    def _scaled(self, scale: float) -> FisherOperator:
+        """scale · F as an operator of the same structure."""
+
+    @abstractmethod
+    def _state(self) -> io.State:
+        """What a file must hold."""
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, state: io.State) -> FisherOperator:
+        """The operator that `_state` described; every structure with a `tag` supplies it."""
+        raise FileFormatError(
+            call="load", got=f"an operator with the tag {state.kind!r}", expected="one that can be loaded",
+            why=f"{cls.__name__} does not define _from_state",
+        )  # fmt: skip
+
+    # -- operations, overridden where a structure has something better -------------------------------------------------
+
+    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
+        """A reusable inverse of F + damping·I; by default conjugate gradients, which need products alone."""
+        return IterativeFactorization(self, damping, tolerance, max_steps)
+
+    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        """Independent draws side by side; by default one after the other."""
+        return torch.cat([self._draw(generator) for _ in range(count)], dim=1)
+
+    def _plus(self, other: FisherOperator) -> FisherOperator | None:
+        """F + other folded into one operator where that is exact, else None."""
+        return None
+
+    def _gram(self) -> Float[Tensor, "R R"]:
+        raise self._no_closed_form("gram", "only the full structure has rows of its own", 'structure="full"')
+
+    def _trace(self) -> Float[Tensor, ""]:
+        return self._diagonal().double().sum()
+
+    def _frobenius(self) -> Float[Tensor, ""]:
+        """‖F‖_F, float64; by default from D products."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start in range(0, self.space.size, AT_ONCE):
+            total += (
+                self._matmat(self._unit_columns(start, min(start + AT_ONCE, self.space.size))).double().square().sum()
+            )
+        return total.sqrt()
+
+    def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
+        raise self._no_closed_form(
+            "eigenvalues", "its parts do not share eigenvectors", "fk.estimators.lanczos_eigenvalues"
+        )
+
+    def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
+        raise self._no_closed_form(
+            "eigenvectors", "its parts do not share eigenvectors",
+            "scipy.sparse.linalg.eigsh(fisher.to_scipy(), k), which needs products alone",
+        )  # fmt: skip
+
+    def _effective_dimension(self, damping: float) -> Float[Tensor, ""]:
+        """Σ w / (w + λ) over the eigenvalues w; 0 / 0 counts as 0."""
+        try:
+            values = self._eigenvalues(self._rank_bound)
+        except NoClosedFormError as error:
+            why, try_ = error.why, "fk.estimators.lanczos_effective_dimension(fisher, damping=...)"
+            raise self._no_closed_form("effective_dimension", why, try_) from error
+        return torch.where(values > 0, values / (values + damping), 0).sum()
+
+    @property
+    def _rank_bound(self) -> int:
+        """So many eigenvalues at most are not 0."""
+        return self.space.size
+
+    def _to_dense(self) -> Float[Tensor, "D D"]:
+        return self._matmat(self._unit_columns(0, self.space.size))
+
+    def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
+        """The same matrix in another dtype and on another device; by default through what a file would hold."""
+        try:
+            state = self._state().map(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
+            return type(self)._from_state(self.space, state)
+        except (NoClosedFormError, FileFormatError) as error:
+            raise error.at(f"{self._name} in {dtype}") from error
+
+    def _made_of(self) -> str:
+        """What an operator holds, for its repr; empty where the class says it all."""
+        return ""
+
+    # -- what applications and other operators ask ---------------------------------------------------------------------
+
+    def _terms(self) -> tuple[FisherOperator, ...]:
+        """Operators that add up to F; more than one for what does not fold."""
+        return (self,)
+
+    def _blocks(self) -> tuple[FisherOperator, ...]:
+        """The finest independent diagonal blocks that are known, in flat order of their first names."""
+        return (self,)
+
+    @classmethod
+    def _blocks_of_node(cls, node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers | None:
+        """The same of an operator in a file, each made when called; None for one block."""
+        return None
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether F is known to be nothing but its diagonal."""
+        return False
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the D × D matrix itself lies in memory."""
+        return False
+
+    @property
+    def inversion(self) -> Literal["cheap", "direct", "iterative"]:
+        """How F + λI is inverted: at the price of a few products, by one decomposition, or by conjugate gradients."""
+        return "iterative"
+
+    @property
+    def decomposed_side(self) -> int:
+        """The side of the largest matrix that `_eigenvalues` decomposes; 0 if they are there, or are refused."""
+        return 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its tensors take in memory."""
+        return self._state().nbytes
+
+    @property
+    def stored_rows(self) -> tuple[Rows, float] | None:
+        """J and s with F = s · JᵀJ, where there are such rows in memory; `_plus` of two stacks √s J, its own first."""
+        return None
+
+    @property
+    def layout(self) -> LayerLayout | None:
+        """The one layer's grid [outputs, inputs] that F's own factors or bases act on."""
+        return None
+
+    @property
+    def factors(self) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]] | None:
+        """A and G with F = G ⊗ A on its `layout`, where F is such a product."""
+        return None
+
+    def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]] | None:
+        """A and G, float64, of a Kronecker product on that layer's grid near F; None if there is no cheap one."""
+        if not self.is_diagonal:
+            return None
+        on_outputs, on_inputs = marginals(layout.to_grid(self._diagonal().double().unsqueeze(-1))[0])
+        return on_inputs.diag(), on_outputs.diag()
+
+    def _approximate_inverse(self, damping: float) -> MatMat | None:
+        """Product with an approximate inverse of F + damping·I for conjugate gradients; None for none."""
+        if self.inversion == "cheap":
+            return self._factorize(damping, DEFAULT_TOLERANCE, None)._solve
+        return diagonal_inverse(self, damping)
+
+    def _usual_damping(self) -> float:
+        """A multiple of the mean eigenvalue that suits influence scores; see `usual_damping`."""
+        if self.is_diagonal:
+            return 0.01
+        raise self._no_closed_form(
+            "usual_damping", "what suits a structure is measured, and this one tells no such number",
+            "damping=fk.RelativeDamping(...), or a _usual_damping of its own",
+        )  # fmt: skip
+
+    def _average(self) -> FisherOperator | None:
+        """The average over a layer's outputs where the structure has its own; None to be made of `_moment`."""
+        return None
+
+    def _moment(self, places: Int[Tensor, "O J"]) -> Float[Tensor, "J J"]:
+        """(1/O) Σ_o F[places[o], places[o]]; by default from O products with J columns."""
+        total: Tensor | None = None
+        for row in places:
+            columns = torch.zeros(self.space.size, len(row), dtype=self.dtype, device=self.device)
+            columns[row, torch.arange(len(row), device=self.device)] = 1
+            part = self._matmat(columns)[row]
+            total = part if total is None else total + part
+        return torch.zeros(0, 0) if total is None else total / len(places)
+
+    # -- shared by the operations --------------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _unit_columns(self, start: int, stop: int) -> Float[Tensor, "D k"]:
+        columns = torch.zeros(self.space.size, stop - start, dtype=self.dtype, device=self.device)
+        columns[start:stop].fill_diagonal_(1)
+        return columns
+
+    def _no_closed_form(self, operation: str, why: str, try_: str) -> NoClosedFormError:
+        return NoClosedFormError(
+            call=f"{self._name}.{operation}",
+            got=f"a {self._name} over D = {self.space.size:,} parameters",
+            expected="a structure with a closed form",
+            why=why,
+            try_=try_,
+        )
+
+    @property
+    def _title(self) -> str:
+        known = [self.metadata[key] for key in ("kind", "structure") if key in self.metadata]
+        share = float(self.metadata.get("dropped_share", 0))
+        note = f" without {100 * share:.3g}% of its trace" if share else ""
+        return self.metadata.get("terms") or " ".join(known) + note or self._name
+
+    def _inverse(
+        self, damping: Damping, operation: str, tolerance: float | None, max_steps: int | None
+    ) -> Factorization:
+        if tolerance is None:
+            tolerance = DEFAULT_TOLERANCE if self.dtype == torch.float64 else 1e-5
+        resolved = self._resolve(damping, operation)
+        try:
+            return self._factorize(resolved, tolerance, max_steps)
+        except SingularMatrixError as error:
+            # The part that found out is not what the caller called.
+            raise error.at(f"{self._name}.{operation}(damping={resolved:g})") from error
+
+    def _columns(self, v: Vector, operation: str) -> tuple[Tensor, Callable[[Tensor], Vector]]:
+        return self.space.to_columns(v, f"{self._name}.{operation}", dtype=self.dtype, device=self.device)
+
+    def _resolve(self, damping: Damping, operation: str) -> float:
+        if isinstance(damping, RelativeDamping):
+            return damping.scale * float(self._trace()) / self.space.size
+        return check_damping(damping, f"{self._name}.{operation}")
+
+
+STRUCTURAL = (
+    "_plus", "_to_dense", "_terms", "_blocks", "_blocks_of_node", "is_diagonal", "is_dense", "inversion",
+    "decomposed_side", "stored_rows", "layout", "factors", "_frobenius", "_converted", "_nearest_kronecker",
+    "_approximate_inverse", "_usual_damping", "_average", "_moment",
+)  # fmt: skip
+"""Hooks that say what a matrix is made of."""
+
+SHARED = {"_name", "_title", "_inverse", "_columns", "_resolve", "_checked_count", "_unit_columns", "_no_closed_form"}
+
+HOOKS = tuple(
+    name
+    for name, value in vars(FisherOperator).items()
+    if (name.startswith("_") and name[1] not in "_a" and name not in SHARED and not isinstance(value, classmethod))
+    or (name in STRUCTURAL and not isinstance(value, classmethod))
+    or name == "nbytes"
+)
+"""All of them that can be asked of an operator."""
+
 
 def _grouped(count: str) -> str:
     """A number of the metadata, which may be anything in a file that others wrote."""
     return f"{int(count):,}" if str(count).isdecimal() else str(count)
+
+
+Makers: TypeAlias = dict[tuple[str, ...], Callable[[], FisherOperator]]
+"""A block's names to the block, made when called; in flat order of their first names."""
+
+
+def fold(a: FisherOperator, b: FisherOperator) -> FisherOperator | None:
+    """A + B as one operator of one structure if either knows how, else None; both over the same space."""
+    if len(a._terms()) > 1 or len(b._terms()) > 1:
+        return None
+    (a,), (b,) = a._terms(), b._terms()
+    folded = a._plus(b)
+    return b._plus(a) if folded is None else folded
+
+
+def convert(operator: FisherOperator, dtype: torch.dtype, device: torch.device) -> FisherOperator:
+    """The same matrix in another dtype and on another device.
+
+    Sums of several Fishers with little damping cancel: they are solved in float64, whatever dtype they are kept in. A
+    matrix that is positive semi-definite up to the rounding of its own dtype becomes so up to that of float64.
+
+    Args:
+        operator: any operator whose tensors lie in memory.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        The operator itself where nothing changes, else a new one of the same structure; metadata as before.
+
+    Raises:
+        NoClosedFormError: the rows are streamed from the data and lie nowhere.
+
+    Cost: its tensors once more; an eigen-decomposition of every dense matrix and Kronecker factor.
+    """
+    if operator.dtype == dtype and operator.device == device:
+        return operator
+    result = operator._converted(dtype, device)
+    result.metadata = dict(operator.metadata)
+    return result

@@ -6,9 +6,10 @@ structure, and their names need not be neighbours in the flat order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, SingularMatrixError
-from fisherkit.operators.algebra import fold
-from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.base import FisherOperator, Makers, fold
+from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization
-from fisherkit.operators.persistence import restore
+from fisherkit.operators.persistence import blocks_of_node, restore
 from fisherkit.operators.row_forms import BlockColumnForm, BlockForm, ColumnForm, RowForm, aligned
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
@@ -38,24 +39,23 @@ class BlockDiagonalOperator(FisherOperator):
         InvalidTypeError: a block is not a FisherOperator, or dtypes differ.
     """
 
-    kind: ClassVar[str] = "block_diagonal"
+    tag: ClassVar[str] = "block_diagonal"
 
     def __init__(self, space: ParameterSpace, blocks: Sequence[FisherOperator]) -> None:
         _check_partition(space, blocks)
         super().__init__(space, dtype=blocks[0].dtype, device=blocks[0].device)
-        self.blocks = tuple(block._unwrap() for block in blocks)
+        self.blocks = tuple(blocks)
 
     def _gather(self, flat: Tensor) -> list[Tensor]:
         """What each block sees of a flat tensor [D] or [D, K]."""
-        slices = self.space.slices
-        return [torch.cat([flat[slices[name]] for name in block.space.names]) for block in self.blocks]
+        return [self.space.take(flat, block.space.names) for block in self.blocks]
 
     def _scatter(self, parts: Sequence[Tensor]) -> Tensor:
         """One flat tensor of the blocks' results."""
-        pieces: dict[str, Tensor] = {}
+        whole = parts[0].new_empty(self.size, *parts[0].shape[1:])
         for block, part in zip(self.blocks, parts, strict=True):
-            pieces.update({name: part[place] for name, place in block.space.slices.items()})
-        return torch.cat([pieces[name] for name in self.space.names])
+            self.space.put(whole, block.space.names, part)
+        return whole
 
     def _map(self, operation: Callable[[FisherOperator], Tensor]) -> Tensor:
         return self._scatter([operation(block) for block in self.blocks])
@@ -126,15 +126,100 @@ class BlockDiagonalOperator(FisherOperator):
             result[place.unsqueeze(-1), place] = block._to_dense()
         return result
 
+    def _frobenius(self) -> Float[Tensor, ""]:
+        return torch.stack([block._frobenius() for block in self.blocks]).norm()
+
+    def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
+        return BlockDiagonalOperator(self.space, [block._converted(dtype, device) for block in self.blocks])
+
+    def _blocks(self) -> tuple[FisherOperator, ...]:
+        place = {name: i for i, name in enumerate(self.space.names)}
+        found = [own for block in self.blocks for own in block._blocks()]
+        return tuple(sorted(found, key=lambda block: place[block.space.names[0]]))
+
+    @classmethod
+    def _blocks_of_node(cls, node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers | None:
+        parts = [blocks_of_node(child, space.restrict(child.names), reader) for child in node.children]
+        return in_order(space, parts) if parts else None
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether all blocks are."""
+        return all(block.is_diagonal for block in self.blocks)
+
+    @property
+    def inversion(self) -> Literal["cheap", "direct", "iterative"]:
+        """The most expensive of the blocks'."""
+        found = {block.inversion for block in self.blocks}
+        return "iterative" if "iterative" in found else "direct" if "direct" in found else "cheap"
+
+    @property
+    def decomposed_side(self) -> int:
+        """The largest of the blocks'."""
+        return max(block.decomposed_side for block in self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all blocks."""
+        return sum(block.nbytes for block in self.blocks)
+
+    def _usual_damping(self) -> float:
+        return usual_of(self.blocks)
+
     def _made_of(self) -> str:
         return f"{len(self.blocks):,} block{'s' * (len(self.blocks) != 1)}"
 
     def _state(self) -> io.State:
-        return io.State(self.kind, self.space.names, children=tuple(block._state() for block in self.blocks))
+        return io.State(self.tag, self.space.names, children=tuple(block._state() for block in self.blocks))
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> BlockDiagonalOperator:
         return cls(space, [restore(space.restrict(child.names), child) for child in state.children])
+
+
+def split(operator: FisherOperator) -> tuple[FisherOperator, ...]:
+    """The finest independent diagonal blocks that are known, so that F = blockdiag of them.
+
+    Args:
+        operator: any.
+
+    Returns:
+        Operators over disjoint parts of the space that cover it, in flat order of their first names, without metadata:
+        of a block-diagonal operator its blocks' blocks, of a diagonal one a diagonal for each parameter, of a sum the
+        blocks of its terms joined where they overlap, each the sum of the terms' parts. Any other operator is returned
+        as it is, without its metadata. Tensors are shared with the operator.
+    """
+    return tuple(map(_bare, operator._blocks()))
+
+
+def _bare(operator: FisherOperator) -> FisherOperator:
+    """The operator without metadata; itself if it has none."""
+    if not operator.metadata:
+        return operator
+    bare = copy.copy(operator)
+    bare.metadata = {}
+    return bare
+
+
+def join(space: ParameterSpace, blocks: Sequence[FisherOperator]) -> FisherOperator:
+    """The block-diagonal operator of some blocks over a space; a single one is itself, diagonals are one diagonal."""
+    if len(blocks) == 1:
+        return blocks[0]
+    whole = BlockDiagonalOperator(space, blocks)
+    return DiagonalOperator(space, whole._diagonal()) if whole.is_diagonal else whole
+
+
+def in_order(space: ParameterSpace, parts: Iterable[Makers]) -> Makers:
+    """The blocks of all parts in flat order."""
+    place = {name: i for i, name in enumerate(space.names)}
+    found = [item for part in parts for item in part.items()]
+    return dict(sorted(found, key=lambda item: place[item[0][0]]))
+
+
+def usual_of(parts: Iterable[FisherOperator]) -> float:
+    """The usual damping of blocks or terms together: what has correlations decides, and of that what takes least."""
+    parts = tuple(parts)
+    return min(part._usual_damping() for part in [part for part in parts if not part.is_diagonal] or parts)
 
 
 class _BlockFactorization(Factorization):
@@ -223,19 +308,16 @@ def _check_partition(space: ParameterSpace, blocks: Sequence[Any]) -> None:
     twice = sorted({name for name in covered if covered.count(name) > 1})
     if missing or unknown or twice:
         raise InvalidArgumentError(
-            call=call,
-            got=f"blocks that leave out {missing}, add {unknown} and repeat {twice}",
+            call=call, got=f"blocks that leave out {missing}, add {unknown} and repeat {twice}",
             expected=f"each of the {len(space.names)} names of the space in one block",
             try_="space.restrict(names) for each of space.blocks.values()",
-        )
+        )  # fmt: skip
     odd = [block.space.names for block in blocks if block.space != space.restrict(block.space.names)]
     if odd:
         raise InvalidArgumentError(
-            call=call,
-            got=f"a block over {list(odd[0])} whose shapes or order are not the space's",
-            expected="the same shapes and order as in the space",
-            try_="space.restrict(names)",
-        )
+            call=call, got=f"a block over {list(odd[0])} whose shapes or order are not the space's",
+            expected="the same shapes and order as in the space", try_="space.restrict(names)",
+        )  # fmt: skip
     if len({block.dtype for block in blocks}) > 1:
         raise InvalidTypeError(call=call, got=f"blocks of {[block.dtype for block in blocks]}", expected="one dtype")
     if len({block.device for block in blocks}) > 1:

@@ -47,24 +47,18 @@ def check_damping(damping: float, call: str) -> float:
     """
     if damping is REQUIRED:
         raise InvalidTypeError(
-            call=call,
-            got="no damping",
-            expected="λ of F + λI, a float or fk.RelativeDamping",
+            call=call, got="no damping", expected="λ of F + λI, a float or fk.RelativeDamping",
             why="F's scale differs by orders of magnitude between models, data and kinds, and no one number suits all",
             try_="damping=fk.RelativeDamping(1e-3), a thousandth of F's mean eigenvalue; damping=0.0 for F itself",
-        )
+        )  # fmt: skip
     if isinstance(damping, bool) or not isinstance(damping, (int, float)):
         raise InvalidTypeError(
-            call=call,
-            got=f"damping of type {type(damping).__name__}",
-            expected="a float or fk.RelativeDamping",
+            call=call, got=f"damping of type {type(damping).__name__}", expected="a float or fk.RelativeDamping",
             try_="float(damping)",
-        )
+        )  # fmt: skip
     if not math.isfinite(damping) or damping < 0:
         raise InvalidArgumentError(
-            call=f"{call}(damping={damping})",
-            got=f"damping {damping}",
-            expected="a finite number, 0 or more",
+            call=f"{call}(damping={damping})", got=f"damping {damping}", expected="a finite number, 0 or more",
             why="F + damping·I must stay positive semi-definite",
-        )
+        )  # fmt: skip
     return float(damping)

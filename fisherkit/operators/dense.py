@@ -9,15 +9,21 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
 from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization
-from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, singular, spectrum
+from fisherkit.operators.linalg import (
+    check_symmetric,
+    check_tensor,
+    damped_reciprocal,
+    nearest_semidefinite,
+    singular,
+    spectrum,
+)
 from fisherkit.space import ParameterSpace
 
 
@@ -34,7 +40,7 @@ class DenseOperator(FisherOperator):
         NonFiniteError: NaN or infinite entries.
     """
 
-    kind: ClassVar[str] = "dense"
+    tag: ClassVar[str] = "dense"
 
     def __init__(self, space: ParameterSpace, matrix: Float[Tensor, "..."]) -> None:
         call = "DenseOperator(matrix)"
@@ -85,11 +91,30 @@ class DenseOperator(FisherOperator):
         return DenseOperator(self.space, scale * self._matrix)
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
-        if isinstance(other, DenseOperator):
-            return DenseOperator(self.space, self._matrix + other._matrix)
-        if isinstance(other, DiagonalOperator):
+        if other.is_dense:
             return DenseOperator(self.space, self._matrix + other._to_dense())
-        return None
+        return DenseOperator(self.space, self._matrix + other._diagonal().diag()) if other.is_diagonal else None
+
+    def _frobenius(self) -> Float[Tensor, ""]:
+        return self._matrix.double().norm()
+
+    def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
+        matrix, _ = nearest_semidefinite(self._matrix, "DenseOperator(matrix)")
+        return DenseOperator(self.space, matrix.to(device, dtype))
+
+    is_dense = True
+    inversion = "direct"
+
+    @property
+    def decomposed_side(self) -> int:
+        """D."""
+        return self.size
+
+    def _usual_damping(self) -> float:
+        return 1.0
+
+    def _moment(self, places: Int[Tensor, "O J"]) -> Float[Tensor, "J J"]:
+        return torch.stack([self._matrix[row.unsqueeze(-1), row] for row in places]).mean(0)
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._spectrum[0].flip(0)[:k]
@@ -101,7 +126,7 @@ class DenseOperator(FisherOperator):
         return self._matrix.clone()
 
     def _state(self) -> io.State:
-        return io.State(self.kind, self.space.names, {"matrix": self._matrix})
+        return io.State(self.tag, self.space.names, {"matrix": self._matrix})
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> DenseOperator:

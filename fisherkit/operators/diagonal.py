@@ -5,6 +5,7 @@ Owns the diagonal; knows nothing of where it came from.
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.base import FisherOperator, Makers
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.linalg import check_tensor, damped_reciprocal
 from fisherkit.rows.collection import Rows
@@ -32,7 +33,7 @@ class DiagonalOperator(FisherOperator):
         NonFiniteError: NaN or infinite entries.
     """
 
-    kind: ClassVar[str] = "diagonal"
+    tag: ClassVar[str] = "diagonal"
 
     def __init__(self, space: ParameterSpace, diagonal: Float[Tensor, "..."]) -> None:
         diagonal = check_tensor(diagonal, [space.size], "DiagonalOperator(diagonal)", nonnegative=True)
@@ -59,9 +60,32 @@ class DiagonalOperator(FisherOperator):
         return DiagonalOperator(self.space, scale * self._entries)
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
-        if isinstance(other, DiagonalOperator):
-            return DiagonalOperator(self.space, self._entries + other._entries)
-        return None
+        return DiagonalOperator(self.space, self._entries + other._diagonal()) if other.is_diagonal else None
+
+    def _frobenius(self) -> Float[Tensor, ""]:
+        return self._entries.double().norm()
+
+    def _blocks(self) -> tuple[FisherOperator, ...]:
+        places = self.space.slices.items()
+        return tuple(DiagonalOperator(self.space.restrict([name]), self._entries[place]) for name, place in places)
+
+    @classmethod
+    def _blocks_of_node(cls, node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers | None:
+        def read(name: str) -> FisherOperator:
+            span = space.slices[name]
+            return cls(space.restrict([name]), reader.rows(node.places["diagonal"], span.start, span.stop))
+
+        return {(name,): functools.partial(read, name) for name in space.names} if "diagonal" in node.places else None
+
+    is_diagonal = True
+    inversion = "cheap"
+
+    def _average(self) -> FisherOperator:
+        parts = []
+        for name, shape in zip(self.space.names, self.space.shapes, strict=True):
+            grid = self._entries[self.space.slices[name]].reshape(shape[0] if shape else 1, -1)
+            parts.append(grid.mean(0, keepdim=True).expand_as(grid).reshape(-1))
+        return DiagonalOperator(self.space, torch.cat(parts))
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._entries.double().topk(k).values
@@ -75,7 +99,7 @@ class DiagonalOperator(FisherOperator):
         return self._entries.diag()
 
     def _state(self) -> io.State:
-        return io.State(self.kind, self.space.names, {"diagonal": self._entries})
+        return io.State(self.tag, self.space.names, {"diagonal": self._entries})
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> DiagonalOperator:

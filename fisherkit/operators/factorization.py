@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final, overload
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import without_autocast
 from fisherkit.conjugate import MatMat
-from fisherkit.errors import InvalidArgumentError, SingularMatrixError
+from fisherkit.errors import InvalidArgumentError
 from fisherkit.operators.row_forms import ColumnForm, RowForm, SolvedForm, solved_squares
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient
@@ -58,21 +58,11 @@ class Factorization(ABC):
         """log det(F + λI)."""
 
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
-        """rᵀ(F + λI)⁻¹q in the form that is cheapest for so many queries and other rows.
-
-        Args:
-            probe: a few rows of the form that r will have.
-            queries: how many q there will be.
-            others: how many r.
-        """
+        """rᵀ(F + λI)⁻¹q in the form that is cheapest for so many queries and other rows."""
         return SolvedForm(self._solve, self.operator.size)
 
     def _column_form(self, probe: Rows) -> ColumnForm:
-        """The same with solutions that can be had by units.
-
-        Args:
-            probe: a few rows of the form that r will have.
-        """
+        """The same with solutions that can be had by units."""
         return SolvedForm(self._solve, self.operator.size)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
@@ -169,7 +159,7 @@ class IterativeFactorization(Factorization):
         tolerance: relative residual at which to stop.
         max_steps: at most this many products.
         preconditioner: makes an approximate inverse of F + λI from λ, or None for none; called at the first solve. By
-            default the inverse of the diagonal.
+            default the operator's own, in most structures the inverse of the diagonal.
     """
 
     method = "conjugate_gradient"
@@ -184,7 +174,7 @@ class IterativeFactorization(Factorization):
     ) -> None:
         super().__init__(operator, damping)
         self.tolerance, self.max_steps = tolerance, max_steps
-        self._make = preconditioner or partial(diagonal_inverse, operator)
+        self._make = preconditioner or operator._approximate_inverse
 
     @cached_property
     def preconditioner(self) -> MatMat | None:
@@ -209,31 +199,8 @@ class IterativeFactorization(Factorization):
 
 
 def diagonal_inverse(operator: FisherOperator, damping: float) -> MatMat:
-    """Product with the inverse of the diagonal of F + λI, the default preconditioner.
-
-    Args:
-        operator: F.
-        damping: λ.
-    """
+    """Product with the inverse of the diagonal of F + λI, the default preconditioner."""
     diagonal = operator._diagonal() + damping
     # Parameters that F does not touch have diagonal 0; with damping 0 they stay as they are.
     scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal().unsqueeze(-1)
     return scale.mul
-
-
-def cholesky(matrix: Float[Tensor, "n n"], *, call: str, why: str) -> Float[Tensor, "n n"]:
-    """Lower Cholesky factor in float64.
-
-    Raises:
-        SingularMatrixError: the matrix is not positive definite.
-    """
-    factor, info = torch.linalg.cholesky_ex(matrix.double())
-    if int(info) != 0 or not bool(torch.isfinite(factor).all()):
-        raise SingularMatrixError(
-            call=call,
-            got="a singular matrix",
-            expected="a positive definite one",
-            why=why,
-            try_="a larger damping, or fk.RelativeDamping(1e-6)",
-        )
-    return factor

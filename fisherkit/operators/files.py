@@ -1,6 +1,6 @@
 """A Fisher file that is open and not read: what is in it, and any of its blocks.
 
-Owns which tensors a block needs; `fisherkit.io` owns the bytes, `partition` what a block is.
+Owns which blocks are read; `fisherkit.io` owns the bytes, each structure what its blocks are.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidArgumentError, UnknownParameterError
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.partition import blocks_of_node, join
-from fisherkit.operators.persistence import parts_fit
+from fisherkit.operators.block_diagonal import BlockDiagonalOperator
+from fisherkit.operators.persistence import blocks_of_node, parts_fit
 from fisherkit.space import ParameterSpace
 
 
@@ -108,7 +108,8 @@ class FisherFile:
         call = self.header.archive.call
         with self.header.reader(self.device) as reader, parts_fit(call):
             blocks = blocks_of_node(self.header.root, self.space, reader)
-            return join(self.space.restrict(wanted), [blocks[block]() for block in chosen])
+            made = [blocks[block]() for block in chosen]
+        return made[0] if len(made) == 1 else BlockDiagonalOperator(self.space.restrict(wanted), made)
 
     def _chosen(self, wanted: set[str]) -> list[tuple[str, ...]]:
         call = "FisherFile.read(names)"

@@ -22,8 +22,16 @@ from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
 from fisherkit.operators.factorization import Factorization
-from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.operators.linalg import check_symmetric, check_tensor, damped_reciprocal, orthonormal, singular, spectrum
+from fisherkit.operators.layer_layout import LayerLayout, marginals
+from fisherkit.operators.linalg import (
+    check_symmetric,
+    check_tensor,
+    damped_reciprocal,
+    nearest_semidefinite,
+    orthonormal,
+    singular,
+    spectrum,
+)
 from fisherkit.operators.row_forms import ColumnForm, RowForm
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
@@ -35,12 +43,7 @@ Spectrum: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
 
 
 def scaled_spectrum(known: Spectrum, scale: float) -> Spectrum:
-    """The spectrum of a multiple of a factor, from the factor's, which is decomposed once each time it is called.
-
-    Args:
-        known: of the factor.
-        scale: 0 or more.
-    """
+    """The spectrum of a multiple of a factor, from the factor's, which is decomposed once each time it is called."""
 
     def scaled() -> tuple[Tensor, Tensor]:
         values, vectors = known()
@@ -68,7 +71,7 @@ class KroneckerOperator(FisherOperator):
         NonFiniteError: NaN or infinite entries.
     """
 
-    kind: ClassVar[str] = "kronecker"
+    tag: ClassVar[str] = "kronecker"
 
     def __init__(
         self,
@@ -160,17 +163,49 @@ class KroneckerOperator(FisherOperator):
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         # A sum of Kronecker products is one only if one factor is the same in both, up to a number.
-        if not isinstance(other, KroneckerOperator) or other._layout != self._layout:
+        if other.factors is None or other.layout != self._layout:
             return None
-        ratio = _ratio(self._gradient, other._gradient)
-        if ratio is not None:
-            activation = self._activation + ratio * other._activation
-            return KroneckerOperator(self.space, activation, self._gradient, self._layout.transposed, symmetric=True)
-        ratio = _ratio(self._activation, other._activation)
-        if ratio is not None:
-            gradient = self._gradient + ratio * other._gradient
-            return KroneckerOperator(self.space, self._activation, gradient, self._layout.transposed, symmetric=True)
+        (a, g), (b, h) = self.factors, other.factors
+        if (ratio := _ratio(g, h)) is not None:
+            return KroneckerOperator(self.space, a + ratio * b, g, self._layout.transposed, symmetric=True)
+        if (ratio := _ratio(a, b)) is not None:
+            return KroneckerOperator(self.space, a, g + ratio * h, self._layout.transposed, symmetric=True)
         return None
+
+    def _frobenius(self) -> Float[Tensor, ""]:
+        return self._activation.double().norm() * self._gradient.double().norm()
+
+    def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
+        a, on_inputs = nearest_semidefinite(self._activation, "KroneckerOperator(activation)")
+        g, on_outputs = nearest_semidefinite(self._gradient, "KroneckerOperator(gradient)")
+        return KroneckerOperator(
+            self.space, a.to(device, dtype), g.to(device, dtype), self._layout.transposed, symmetric=True,
+            activation_spectrum=lambda: (on_inputs[0].to(device), on_inputs[1].to(device)),
+            gradient_spectrum=lambda: (on_outputs[0].to(device), on_outputs[1].to(device)),
+        )  # fmt: skip
+
+    @property
+    def factors(self) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
+        """A and G; not to be changed."""
+        return self._activation, self._gradient
+
+    inversion = "cheap"
+
+    @property
+    def decomposed_side(self) -> int:
+        """The larger factor's."""
+        return max(len(self._activation), len(self._gradient))
+
+    def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
+        return self._activation.double(), self._gradient.double()
+
+    def _usual_damping(self) -> float:
+        return 0.1
+
+    def _average(self) -> FisherOperator:
+        identity = torch.eye(len(self._gradient), dtype=self.dtype, device=self.device)
+        mean = self._gradient.diagonal().mean()
+        return KroneckerOperator(self.space, self._activation, mean * identity, self._layout.transposed, symmetric=True)
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._eigen._eigenvalues(k)
@@ -191,7 +226,7 @@ class KroneckerOperator(FisherOperator):
 
     def _state(self) -> io.State:
         tensors = {"activation": self._activation, "gradient": self._gradient}
-        return io.State(self.kind, self.space.names, tensors, {"transposed": self._layout.transposed})
+        return io.State(self.tag, self.space.names, tensors, {"transposed": self._layout.transposed})
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> KroneckerOperator:
@@ -216,7 +251,7 @@ class EigenKroneckerOperator(FisherOperator):
         NonFiniteError: NaN or infinite entries.
     """
 
-    kind: ClassVar[str] = "eigen_kronecker"
+    tag: ClassVar[str] = "eigen_kronecker"
 
     def __init__(
         self,
@@ -290,8 +325,43 @@ class EigenKroneckerOperator(FisherOperator):
         return self._rotate_back(self._values.sqrt().to(self.dtype) * noise)
 
     def _scaled(self, scale: float) -> EigenKroneckerOperator:
+        return self._with_values(scale * self._values)
+
+    def _plus(self, other: FisherOperator) -> FisherOperator | None:
+        # Of one eigenbasis, as a matrix and its average over outputs are.
+        if not isinstance(other, EigenKroneckerOperator) or other._layout != self._layout:
+            return None
+        shared = self.activation_basis is other.activation_basis and self.gradient_basis is other.gradient_basis
+        return self._with_values(self._values + other._values) if shared else None
+
+    def _with_values(self, values: Float[Tensor, "s r"]) -> EigenKroneckerOperator:
         return EigenKroneckerOperator(
-            self.space, self.activation_basis, self.gradient_basis, scale * self._values, self._layout.transposed
+            self.space, self.activation_basis, self.gradient_basis, values, self._layout.transposed
+        )
+
+    def _frobenius(self) -> Float[Tensor, ""]:
+        return self._values.double().norm()
+
+    inversion = "cheap"
+
+    def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
+        """With F's eigenvectors, and eigenvalues whose outer product has the marginals of F's."""
+        on_outputs, on_inputs = marginals(self._values.double())
+        u_a, u_g = self.activation_basis.double(), self.gradient_basis.double()
+        return (u_a * on_inputs) @ u_a.mT, (u_g * on_outputs) @ u_g.mT
+
+    def _usual_damping(self) -> float:
+        return 0.1
+
+    def _average(self) -> FisherOperator:
+        outputs = self._layout.outputs
+        if len(self._values) == outputs:
+            return self._with_values(self._values.mean(0).expand_as(self._values))
+        u = self.activation_basis
+        moment = (u * (self._values.to(self.dtype).sum(0) / outputs)) @ u.mT
+        identity = torch.eye(outputs, dtype=self.dtype, device=self.device)
+        return KroneckerOperator(
+            self.space, (moment + moment.mT) / 2, identity, self._layout.transposed, symmetric=True
         )
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
@@ -321,7 +391,7 @@ class EigenKroneckerOperator(FisherOperator):
             "gradient_basis": self.gradient_basis,
             "eigenvalues": self._values,
         }
-        return io.State(self.kind, self.space.names, tensors, {"transposed": self._layout.transposed})
+        return io.State(self.tag, self.space.names, tensors, {"transposed": self._layout.transposed})
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> EigenKroneckerOperator:
@@ -406,7 +476,7 @@ def _ratio(a: Float[Tensor, "n n"], b: Float[Tensor, "n n"]) -> float | None:
     """The number r with b = r a up to rounding; None if there is none."""
     trace = float(a.trace())
     if trace <= 0:
-        return None
+        return None if bool(b.any()) else 0.0
     ratio = float(b.trace()) / trace
     rounding = 8 * torch.finfo(a.dtype).eps * float(b.diagonal().max())
     return ratio if bool(((ratio * a - b).abs() <= rounding).all()) else None

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from fisherkit.conjugate import MatMat
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.diagonal import DiagonalOperator
-from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.layer_layout import LayerLayout
 
 MOST_NUMBERS = 1 << 22
@@ -59,10 +57,6 @@ class _Terms:
 
 def layer_inverse(terms: Sequence[FisherOperator], damping: float) -> MatMat | None:
     """Product with an approximate inverse of Σ_t F_t + λI over one layer.
-
-    Args:
-        terms: the F_t, over one space.
-        damping: λ.
 
     Returns:
         The inverse that this module describes, or None if a term has no factors and cannot be approximated by some.
@@ -153,38 +147,17 @@ def _factor_in_place(blocks: Float[Tensor, "n m m"]) -> Float[Tensor, "n m m"]:
 
 def _factors(terms: Sequence[FisherOperator]) -> _Terms | None:
     """Every term as a Kronecker product, approximated where it is none; None if one cannot be."""
-    kronecker = [term for term in terms if isinstance(term, (KroneckerOperator, EigenKroneckerOperator))]
-    layouts = {term.layout for term in kronecker}
+    layouts = {term.layout for term in terms if term.layout is not None}
     if len(layouts) != 1:
         return None
     layout = layouts.pop()
-    pairs = []
-    for term in terms:
-        if isinstance(term, KroneckerOperator):
-            pairs.append((term.activation.double(), term.gradient.double()))
-        elif isinstance(term, EigenKroneckerOperator):
-            pairs.append(_nearest_in_basis(term))
-        elif isinstance(term, DiagonalOperator):
-            on_outputs, on_inputs = _marginals(layout.to_grid(term._diagonal().double().unsqueeze(-1))[0])
-            pairs.append((on_inputs.diag(), on_outputs.diag()))
-        else:
-            return None
+    found = [term._nearest_kronecker(layout) for term in terms]
+    pairs = [pair for pair in found if pair is not None]
+    if len(pairs) < len(found):
+        return None
     # A term that is 0 has no part in a basis, and its marginals would be 0 / 0.
     pairs = [(a, g) for a, g in pairs if bool(a.trace() > 0) and bool(g.trace() > 0)]
     return _Terms(layout, [(g + g.mT) / 2 for _, g in pairs], [(a + a.mT) / 2 for a, _ in pairs]) if pairs else None
-
-
-def _nearest_in_basis(term: EigenKroneckerOperator) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
-    """A and G with the term's eigenvectors, and eigenvalues whose outer product has the term's marginals."""
-    on_outputs, on_inputs = _marginals(term.eigenvalue_grid.double())
-    u_a, u_g = term.activation_basis.double(), term.gradient_basis.double()
-    return (u_a * on_inputs) @ u_a.mT, (u_g * on_outputs) @ u_g.mT
-
-
-def _marginals(grid: Float[Tensor, "O J"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "J"]]:
-    """Sums over rows and columns, scaled so that their outer product sums to what the grid does."""
-    total = grid.sum()
-    return grid.sum(1), grid.sum(0) / torch.where(total > 0, total, 1)
 
 
 def _mean_eigenvalue(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError
@@ -36,11 +36,6 @@ class LayerLayout:
     def of(cls, space: ParameterSpace, transposed: bool, call: str) -> LayerLayout:
         """The layout of a space of a weight, or of a weight and then its bias.
 
-        Args:
-            space: one or two names.
-            transposed: whether the weight's first axis is the inputs'.
-            call: the constructor, for error messages.
-
         Raises:
             InvalidArgumentError: the space is not one layer's.
         """
@@ -50,12 +45,10 @@ class LayerLayout:
         if not weight or len(space.names) > 2 or (len(space.names) == 2 and space.shapes[1] != (outputs,)):
             stored = "[I, O]" if transposed else "[O, I]"
             raise InvalidArgumentError(
-                call=call,
-                got=f"a space of {dict(zip(space.names, space.shapes, strict=True))}",
+                call=call, got=f"a space of {dict(zip(space.names, space.shapes, strict=True))}",
                 expected=f"one layer's weight {stored}, or that and then its bias [O]",
-                why="a Kronecker product covers one layer",
-                try_="space.restrict(names) for one layer, or transposed=",
-            )
+                why="a Kronecker product covers one layer", try_="space.restrict(names) for one layer, or transposed=",
+            )  # fmt: skip
         return cls(outputs, inputs, len(space.names) == 2, transposed)
 
     @property
@@ -83,3 +76,9 @@ class LayerLayout:
         if self.bias:
             rows[:, weights:] = grid[..., -1]
         return rows.mT
+
+
+def marginals(grid: Float[Tensor, "O J"]) -> tuple[Float[Tensor, "O"], Float[Tensor, "J"]]:
+    """Sums over rows and columns, scaled so that their outer product sums to what the grid does."""
+    total = grid.sum()
+    return grid.sum(1), grid.sum(0) / torch.where(total > 0, total, 1)

@@ -53,11 +53,9 @@ def check_tensor(
         raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
     if nonnegative and tensor.numel() and float(tensor.min()) < 0:
         raise InvalidArgumentError(
-            call=call,
-            got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
-            expected="numbers that are 0 or more",
-            why="a Fisher matrix is positive semi-definite",
-        )
+            call=call, got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
+            expected="numbers that are 0 or more", why="a Fisher matrix is positive semi-definite",
+        )  # fmt: skip
     return tensor.detach()
 
 
@@ -70,11 +68,9 @@ def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n
     skew = float((matrix - matrix.mT).max())  # its least entry is the opposite
     if skew > torch.finfo(matrix.dtype).eps ** 0.5 * float(torch.stack(matrix.aminmax()).abs().max()):
         raise InvalidArgumentError(
-            call=call,
-            got=f"a matrix that differs from its transpose by up to {skew:.3g}",
-            expected="a symmetric one",
+            call=call, got=f"a matrix that differs from its transpose by up to {skew:.3g}", expected="a symmetric one",
             why="a Fisher matrix is symmetric",
-        )
+        )  # fmt: skip
     return matrix
 
 
@@ -91,14 +87,25 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n"
     largest = float(values.abs().max())
     if float(values.min()) < -(torch.finfo(matrix.dtype).eps ** 0.5) * largest:
         raise InvalidArgumentError(
-            call=call,
-            got=f"a matrix with eigenvalue {float(values.min()):.3g} beside {largest:.3g}",
-            expected="no negative eigenvalue",
-            why="a Fisher matrix is positive semi-definite",
-        )
+            call=call, got=f"a matrix with eigenvalue {float(values.min()):.3g} beside {largest:.3g}",
+            expected="no negative eigenvalue", why="a Fisher matrix is positive semi-definite",
+        )  # fmt: skip
     # Below this even a float64 decomposition only returns noise, half of it negative.
     noise = len(values) * torch.finfo(torch.float64).eps * largest
     return torch.where(values > noise, values, 0), vectors
+
+
+def nearest_semidefinite(
+    matrix: Float[Tensor, "n n"], call: str
+) -> tuple[Float[Tensor, "n n"], tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]]:
+    """The nearest positive semi-definite matrix in float64, and its spectrum.
+
+    In float32 a matrix that is semi-definite has eigenvalues down to minus 1e-7 of its largest. With a damping below
+    that, a sum of such matrices would have no minimiser.
+    """
+    values, vectors = spectrum((matrix + matrix.mT) / 2, call)
+    nearest = (vectors * values) @ vectors.mT
+    return (nearest + nearest.mT) / 2, (values, vectors)
 
 
 def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:

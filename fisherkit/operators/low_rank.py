@@ -11,10 +11,11 @@ from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
+from fisherkit.conjugate import MatMat
 from fisherkit.errors import MemoryBudgetError, SingularMatrixError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
@@ -52,7 +53,7 @@ class LowRankOperator(FisherOperator):
         memory_budget: bytes that a Gram or normal matrix may take; beyond it solves are by conjugate gradients.
     """
 
-    kind: ClassVar[str] = "low_rank"
+    tag: ClassVar[str] = "low_rank"
 
     def __init__(
         self, rows: RowSource, scale: float, *, dtype: torch.dtype, device: torch.device, memory_budget: int = UNBOUNDED
@@ -92,7 +93,7 @@ class LowRankOperator(FisherOperator):
             return _GramFactorization(self, self.row_source, damping)
         if side != "none":
             return self._as_dense()._factorize(damping, tolerance, max_steps)
-        return IterativeFactorization(self, damping, tolerance, max_steps, partial(preconditioner_of_rows, self))
+        return IterativeFactorization(self, damping, tolerance, max_steps)
 
     def _as_dense(self) -> DenseOperator:
         return DenseOperator(self.space, (self.scale * self.row_source.normal_matrix()).to(self.dtype))
@@ -144,22 +145,56 @@ class LowRankOperator(FisherOperator):
         )
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
-        if (
-            not isinstance(other, LowRankOperator)
-            or not isinstance(self.row_source, Rows)
-            or not isinstance(other.row_source, Rows)
-        ):
+        if not isinstance(other, LowRankOperator) or self.stored_rows is None or other.stored_rows is None:
             return None
-        if not self.row_source.stacks_with(other.row_source):
+        (rows, scale), (others, by) = self.stored_rows, other.stored_rows
+        if not rows.stacks_with(others):
             return None
-        stacked = Rows.cat([self.row_source.scaled(self.scale**0.5), other.row_source.scaled(other.scale**0.5)])
+        stacked, budget = Rows.cat([rows.scaled(scale**0.5), others.scaled(by**0.5)]), self.memory_budget
         return LowRankOperator(
-            stacked,
-            1.0,
-            dtype=self.dtype,
-            device=self.device,
-            memory_budget=min(self.memory_budget, other.memory_budget),
+            stacked, 1.0, dtype=self.dtype, device=self.device, memory_budget=min(budget, other.memory_budget)
         )
+
+    def _frobenius(self) -> Float[Tensor, ""]:
+        return self._small_matrix("norm", 'normalize="trace"')[0].norm()
+
+    inversion = "direct"
+
+    @property
+    def decomposed_side(self) -> int:
+        """R or D, the smaller."""
+        return self._rank_bound
+
+    @property
+    def stored_rows(self) -> tuple[Rows, float] | None:
+        """J and its scale, unless the rows are streamed."""
+        return (self.row_source, self.scale) if isinstance(self.row_source, Rows) else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows; streamed ones take none."""
+        return 0 if self.stored_rows is None else self._state().nbytes
+
+    def _approximate_inverse(self, damping: float) -> MatMat | None:
+        return preconditioner_of_rows(self, damping)
+
+    def _usual_damping(self) -> float:
+        return 1.0
+
+    def _moment(self, places: Int[Tensor, "O J"]) -> Float[Tensor, "J J"]:
+        if self.stored_rows is None:
+            return DenseOperator(self.space, self._to_dense())._moment(places)
+        rows, scale = self.stored_rows
+        # Only of the units that the places lie in, rows are written out.
+        wanted = torch.zeros(self.size, dtype=torch.bool, device=places.device)
+        wanted[places] = True
+        found = [slot for slot in rows.slots if bool(self.space.take(wanted, slot.names).any())]
+        order = torch.arange(self.size, device=places.device)
+        column = torch.empty_like(order)
+        own = torch.cat([self.space.take(order, slot.names) for slot in found])
+        column[own] = torch.arange(len(own), device=places.device)
+        flat = torch.cat([slot.rows.dense() for slot in found], 1)[:, column[places]].flatten(0, 1)
+        return scale / len(places) * (flat.mT @ flat)
 
     def _made_of(self) -> str:
         return "" if "rows" in self.metadata else f"R = {self.row_source.count:,}"
@@ -167,15 +202,14 @@ class LowRankOperator(FisherOperator):
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):
             raise self._no_closed_form(
-                "save",
-                "its rows are streamed from the data and lie nowhere",
+                "save", "its rows are streamed from the data and lie nowhere",
                 'structure="kfac" or "diagonal", or a larger memory_budget',
-            )
+            )  # fmt: skip
         units = tuple(
             io.State(slot.rows.kind, slot.names, slot.rows.tensors(), slot.rows.options())
             for slot in self.row_source.slots
         )
-        return io.State(self.kind, self.space.names, options={"scale": self.scale}, children=units)
+        return io.State(self.tag, self.space.names, options={"scale": self.scale}, children=units)
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> LowRankOperator:

@@ -3,28 +3,23 @@
 A layer's block has an entry for each pair of (output, input) pairs. Its average over outputs is I ⊗ M with
 M = (1/O) Σ_o F[(o, ·), (o, ·)], the partial trace divided by O. It knows which inputs matter and not which
 outputs do: for G ⊗ A it is tr(G)/O · I ⊗ A, the metric of RegMean (Jin et al., arXiv 2212.09849) up to a scale. Owns
-this average for each structure; it has the trace of the original.
+this average where a structure does not have its own; it has the trace of the original.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.operators.algebra import SumOperator, add
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator
-from fisherkit.operators.dense import DenseOperator
+from fisherkit.operators.block_diagonal import join
 from fisherkit.operators.diagonal import DiagonalOperator
-from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
+from fisherkit.operators.kronecker import KroneckerOperator
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.rows.collection import Rows
 from fisherkit.space import ParameterSpace
 
 
@@ -41,13 +36,17 @@ def average_over_outputs(operator: FisherOperator) -> FisherOperator:
     Returns:
         An operator over the same space with the same trace.
 
-    Raises:
-        NoClosedFormError: rows that are streamed from the data.
-
     Cost: no more memory than the operator's own for diagonals, dense matrices and Kronecker products; rows are written
-        out, one module at a time; any other structure is written out as a matrix, D² numbers.
+        out, one module at a time, streamed ones as a matrix; of an operator of your own D products, by J columns.
     """
-    return _average(operator._unwrap())
+    own = operator._average()
+    if own is not None:
+        return own
+    if len(terms := operator._terms()) > 1:
+        return functools.reduce(add, map(average_over_outputs, terms))
+    if len(blocks := operator._blocks()) > 1:
+        return join(operator.space, [average_over_outputs(block) for block in blocks])
+    return _by_module(operator)
 
 
 def mix_with_average(operator: FisherOperator, ratio: float) -> FisherOperator:
@@ -67,115 +66,35 @@ def mix_with_average(operator: FisherOperator, ratio: float) -> FisherOperator:
         raise InvalidArgumentError(
             call=f"mix_with_average({ratio})", got=f"ratio {ratio}", expected="a finite number, 0 or more"
         )
-    plain = operator._unwrap()
-    return plain if ratio == 0 else _mix(plain, ratio)
-
-
-def _mix(f: FisherOperator, ratio: float) -> FisherOperator:
-    if isinstance(f, BlockDiagonalOperator):
-        return BlockDiagonalOperator(f.space, [_mix(block, ratio) for block in f.blocks])
-    if isinstance(f, SumOperator):
-        return SumOperator([_mix(term, ratio) for term in f.terms])
+    if ratio == 0:
+        return operator
+    if len(terms := operator._terms()) > 1:
+        return SumOperator([mix_with_average(term, ratio) for term in terms])
+    if len(blocks := operator._blocks()) > 1:
+        return join(operator.space, [mix_with_average(block, ratio) for block in blocks])
     share = 1 / (1 + ratio)
-    if isinstance(f, KroneckerOperator):
-        mean = f.gradient.diagonal().mean()
-        identity = torch.eye(len(f.gradient), dtype=f.dtype, device=f.device)
-        gradient = share * f.gradient + (1 - share) * mean * identity
-        return KroneckerOperator(f.space, f.activation, gradient, f.layout.transposed, symmetric=True)
-    if isinstance(f, EigenKroneckerOperator) and len(f.eigenvalue_grid) == f.layout.outputs:
-        values = f.eigenvalue_grid
-        return _with_values(f, share * values + (1 - share) * values.mean(0))
-    return add(f._scaled(share), _average(f)._scaled(1 - share))
+    return add(operator._scaled(share), average_over_outputs(operator)._scaled(1 - share))
 
 
-def _average(f: FisherOperator) -> FisherOperator:
-    if isinstance(f, BlockDiagonalOperator):
-        return BlockDiagonalOperator(f.space, [_average(block) for block in f.blocks])
-    if isinstance(f, SumOperator):
-        total = _average(f.terms[0])
-        for term in f.terms[1:]:
-            total = add(total, _average(term))
-        return total
-    if isinstance(f, KroneckerOperator):
-        identity = torch.eye(len(f.gradient), dtype=f.dtype, device=f.device)
-        mean = f.gradient.diagonal().mean()
-        return KroneckerOperator(f.space, f.activation, mean * identity, f.layout.transposed, symmetric=True)
-    if isinstance(f, EigenKroneckerOperator):
-        u = f.activation_basis
-        moment = (u * (f.eigenvalue_grid.to(f.dtype).sum(0) / f.layout.outputs)) @ u.mT
-        return _of_module(f.space, moment, transposed=f.transposed)
-    if isinstance(f, DiagonalOperator):
-        return DiagonalOperator(f.space, _diagonal_average(f.space, f._diagonal()))
-    if isinstance(f, LowRankOperator) and isinstance(f.row_source, Rows):
-        rows, scale = f.row_source, f.scale
-        return _by_module(f.space, lambda space: _moment_of_rows(rows, space, scale))
-    dense = f if isinstance(f, DenseOperator) else DenseOperator(f.space, f._to_dense())
-    return _by_module(f.space, lambda space: _moment_of_matrix(dense, space))
-
-
-def _with_values(f: EigenKroneckerOperator, values: Float[Tensor, "O r"]) -> EigenKroneckerOperator:
-    return EigenKroneckerOperator(f.space, f.activation_basis, f.gradient_basis, values, f.transposed)
-
-
-def _diagonal_average(space: ParameterSpace, diagonal: Float[Tensor, "D"]) -> Float[Tensor, "D"]:
-    parts = []
-    for name, shape in zip(space.names, space.shapes, strict=True):
-        grid = diagonal[space.slices[name]].reshape(shape[0] if shape else 1, -1)
-        parts.append(grid.mean(0, keepdim=True).expand_as(grid).reshape(-1))
-    return torch.cat(parts)
-
-
-def _by_module(space: ParameterSpace, moment: Callable[[ParameterSpace], Tensor]) -> FisherOperator:
+def _by_module(operator: FisherOperator) -> FisherOperator:
     """I ⊗ M of every module; a parameter that does not share its module's outputs stands for itself."""
-    parts = []
+    space, parts = operator.space, list[FisherOperator]()
+    order = torch.arange(space.size, device=operator.device)
     for names in space.blocks.values():
         own = space.restrict(names)
         whole = len(names) == 1 or _is_layer(own)
-        parts += [_of_module(part, moment(part)) for part in ([own] if whole else map(space.restrict, _each(names)))]
-    return parts[0] if len(parts) == 1 else BlockDiagonalOperator(space, parts)
-
-
-def _each(names: tuple[str, ...]) -> list[list[str]]:
-    return [[name] for name in names]
+        for part in [own] if whole else [space.restrict([name]) for name in names]:
+            places = space.take(order, part.names)
+            if not part.shapes[0]:
+                parts.append(DiagonalOperator(part, operator._moment(places.unsqueeze(0)).reshape(1)))
+                continue
+            layout = LayerLayout.of(part, False, "average_over_outputs")
+            moment = operator._moment(layout.to_grid(places.unsqueeze(-1))[0])
+            identity = torch.eye(layout.outputs, dtype=moment.dtype, device=moment.device)
+            parts.append(KroneckerOperator(part, (moment + moment.mT) / 2, identity, symmetric=True))
+    return join(space, parts)
 
 
 def _is_layer(space: ParameterSpace) -> bool:
     first, *others = space.shapes
     return len(others) == 1 and bool(first) and others[0] == (first[0],)
-
-
-def _of_module(space: ParameterSpace, moment: Float[Tensor, "J J"], *, transposed: bool = False) -> FisherOperator:
-    if not space.shapes[0]:
-        return DiagonalOperator(space, moment.reshape(1))
-    outputs = LayerLayout.of(space, transposed, "average_over_outputs").outputs
-    identity = torch.eye(outputs, dtype=moment.dtype, device=moment.device)
-    return KroneckerOperator(space, (moment + moment.mT) / 2, identity, transposed, symmetric=True)
-
-
-def _grid(space: ParameterSpace, columns: Float[Tensor, "D K"]) -> Float[Tensor, "K O J"]:
-    if not space.shapes[0]:
-        return columns.mT.unsqueeze(-1)
-    return LayerLayout.of(space, False, "average_over_outputs").to_grid(columns)
-
-
-def _moment_of_rows(rows: Rows, space: ParameterSpace, scale: float) -> Float[Tensor, "J J"]:
-    """(1/O) Σ over rows and outputs of what meets one output."""
-    found = [slot for slot in rows.slots if set(slot.names) & set(space.names)]
-    parts: dict[str, Tensor] = {}
-    for slot in found:
-        own = rows.space.restrict(slot.names)
-        dense, start = slot.rows.dense().mT, 0
-        for name in slot.names:
-            size = own.sizes[own.names.index(name)]
-            parts[name], start = dense[start : start + size], start + size
-    grid = _grid(space, torch.cat([parts[name] for name in space.names]))
-    flat = grid.reshape(-1, grid.shape[-1])
-    return scale / grid.shape[1] * (flat.mT @ flat)
-
-
-def _moment_of_matrix(dense: DenseOperator, space: ParameterSpace) -> Float[Tensor, "J J"]:
-    """(1/O) Σ_o of the matrix's block of output o."""
-    matrix, slices = dense._to_dense(), dense.space.slices
-    order = torch.arange(dense.size, device=dense.device)
-    places = _grid(space, torch.cat([order[slices[name]] for name in space.names]).unsqueeze(-1))[0]
-    return torch.stack([matrix[row.unsqueeze(-1), row] for row in places]).mean(0)

@@ -1,7 +1,7 @@
 """From a Fisher file back to an operator, without the model.
 
-Owns the way from a `State`'s kind to the class that reads it: every imported subclass of `FisherOperator` that names a
-`kind`, users' own included. `fisherkit.io` owns the bytes, each class its own tensors.
+Owns the way from a `State`'s tag to the class that reads it: every imported subclass of `FisherOperator` that has a
+`tag`, users' own included. `fisherkit.io` owns the bytes, each class its own tensors.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 
 from fisherkit import io
 from fisherkit.errors import FileFormatError
-from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.contents import state_of
+from fisherkit.operators.base import FisherOperator, Makers
 from fisherkit.space import ParameterSpace
 
 
@@ -33,7 +32,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> FisherOpera
 
     Raises:
         MissingFileError: no such file; it is a FileNotFoundError too.
-        FileFormatError: damaged, not a Fisher file, of a version from the future, or of an unknown kind.
+        FileFormatError: damaged, not a Fisher file, of a version from the future, or of an unknown tag.
     """
     state, space, metadata = io.read(path, device=device)
     with parts_fit(f"load({str(path)!r})"):
@@ -64,21 +63,15 @@ def parts_fit(call: str) -> Iterator[None]:
 def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
     """The operator that a state describes.
 
-    Args:
-        space: the parameters it acts on.
-        state: as the operator's `_state` gave it.
-
     Raises:
-        FileFormatError: the state is of an unknown kind, or over other parameters.
+        FileFormatError: the state has an unknown tag, or over other parameters.
     """
     registry = _registry()
     if state.kind not in registry:
         raise FileFormatError(
-            call="load",
-            got=f"an operator of unknown kind {state.kind!r}",
-            expected=f"one of {sorted(registry)}",
+            call="load", got=f"an operator with the unknown tag {state.kind!r}", expected=f"one of {sorted(registry)}",
             try_="import the module that defines it first, or a newer fisherkit",
-        )
+        )  # fmt: skip
     check_names(state, space)
     return registry[state.kind]._from_state(space, state)
 
@@ -91,19 +84,39 @@ def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
     """
     if described.names != space.names:
         raise FileFormatError(
-            call="load",
-            got=f"a {described.kind} operator over {list(described.names)}",
+            call="load", got=f"a {described.kind} operator over {list(described.names)}",
             expected=f"one over {list(space.names)}",
-        )
+        )  # fmt: skip
+
+
+def blocks_of_node(node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers:
+    """The finest independent blocks of an operator in a file; making one reads its tensors and no others.
+
+    Raises:
+        FileFormatError: the description is of other parameters.
+    """
+    check_names(node, space)
+    found = _registry().get(node.kind, FisherOperator)._blocks_of_node(node, space, reader)
+    return {space.names: lambda: restore(space, reader.state(node))} if found is None else found
+
+
+def state_of(operator: FisherOperator) -> io.State:
+    """All that a file of the operator would hold, from which `restore` makes it again.
+
+    Args:
+        operator: F.
+
+    Returns:
+        A tree of named tensors, which are the operator's own and not copies.
+
+    Raises:
+        NoClosedFormError: the rows are streamed from the data and lie nowhere.
+    """
+    return operator._state()
 
 
 def renamed(operator: FisherOperator, names: Mapping[str, str]) -> FisherOperator:
-    """The same operator over parameters of other names; tensors are shared.
-
-    Args:
-        operator: any whose state can be had.
-        names: each of its names to the new one.
-    """
+    """The same operator over parameters of other names; tensors are shared."""
     if all(old == new for old, new in names.items()):
         return operator
     space = operator.space
@@ -120,7 +133,7 @@ def _renamed(state: io.State, names: Mapping[str, str]) -> io.State:
 
 
 def _registry() -> dict[str, type[FisherOperator]]:
-    return {cls.kind: cls for cls in _subclasses(FisherOperator) if cls.kind}
+    return {cls.tag: cls for cls in _subclasses(FisherOperator) if cls.tag}
 
 
 def _subclasses(cls: Any) -> Iterator[type[FisherOperator]]:

@@ -66,10 +66,6 @@ def preconditioner_of_rows(operator: LowRankOperator, damping: float) -> MatMat 
 
     A sample's inverse where enough of a sample fits. Else the diagonal's, but only if rows are no fewer than
     parameters: below that F has a null space, which its diagonal would tear apart.
-
-    Args:
-        operator: F.
-        damping: λ.
     """
     rows = operator.row_source
     if isinstance(rows, (Rows, StreamedRows)):
@@ -81,14 +77,7 @@ def preconditioner_of_rows(operator: LowRankOperator, damping: float) -> MatMat 
 
 
 def sample_stride(count: int, size: int, row_bytes: float, budget: int) -> int | None:
-    """Take every k-th row: k, or None if no sample is worth it.
-
-    Args:
-        count: R.
-        size: D.
-        row_bytes: bytes of a row as it is kept.
-        budget: bytes that the sample and its Gram matrix may take.
-    """
+    """Take every k-th row: k, or None if no sample is worth it."""
     # s rows and four s × s matrices in float64: 32 s² + row_bytes s <= budget.
     fits = int(((row_bytes**2 + 128 * budget) ** 0.5 - row_bytes) / 64)
     wanted = min(MOST, count // SHARE, size // 2, fits)

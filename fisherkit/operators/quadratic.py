@@ -20,14 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.operators.algebra import SumOperator, fold
-from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator
+from fisherkit.operators.base import FisherOperator, fold
 from fisherkit.operators.dense import DenseOperator
-from fisherkit.operators.diagonal import DiagonalOperator
-from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.persistence import restore
-from fisherkit.rows.collection import Rows, RowSource
+from fisherkit.rows.collection import Rows
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Quadratic:
         centre: m [D], in F's dtype and on its device.
         constant: c, a scalar in float64.
         linear: h [D]; None for 0.
-        offset: b [R], only for a `LowRankOperator` with rows in memory; None for 0.
+        offset: b [R], only for an operator with `stored_rows`; None for 0.
     """
 
     operator: FisherOperator
@@ -61,7 +57,7 @@ class Quadratic:
         """
         d = theta - self.centre
         if self.offset is not None:
-            scale, rows = self.operator.scale, self.operator.row_source  # type: ignore[attr-defined]
+            rows, scale = _rows(self)
             errors = rows.matmul(d.unsqueeze(-1)).squeeze(-1) - self.offset
             half = rows.rmatmul((scale * errors).unsqueeze(-1)).squeeze(-1)
             return scale * errors.square().sum(dtype=torch.float64) + self.constant, half
@@ -95,19 +91,13 @@ def atoms(operator: FisherOperator) -> Iterator[FisherOperator]:
     The terms of sums, the blocks of block-diagonal matrices, the parameters of a diagonal one; another operator is an
     atom itself.
     """
-    plain = operator._unwrap()
-    if isinstance(plain, SumOperator):
-        for term in plain.terms:
-            yield from atoms(term)
-    elif isinstance(plain, BlockDiagonalOperator):
-        for block in plain.blocks:
-            yield from atoms(block)
-    elif isinstance(plain, DiagonalOperator):
-        entries = plain._diagonal()
-        for name, place in plain.space.slices.items():
-            yield DiagonalOperator(plain.space.restrict([name]), entries[place])
-    else:
-        yield plain
+    terms = operator._terms()
+    parts = terms if len(terms) > 1 else terms[0]._blocks()
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    for part in parts:
+        yield from atoms(part)
 
 
 def join(a: Quadratic, b: Quadratic) -> Quadratic | None:
@@ -125,14 +115,14 @@ def join(a: Quadratic, b: Quadratic) -> Quadratic | None:
     operator = fold(a.operator, b.operator)
     if operator is None:
         return None
-    if isinstance(operator, DiagonalOperator):
+    if a.operator.is_diagonal and b.operator.is_diagonal:
         return _join_diagonals(a, b, operator)
-    if isinstance(operator, LowRankOperator):
+    if operator.stored_rows is not None and a.operator.stored_rows is not None and b.operator.stored_rows is not None:
         return _join_rows(a, b, operator)
     return _at_minimum(operator, b.centre, lambda theta: _sum(a.evaluate(theta), b.evaluate(theta)))
 
 
-def _join_diagonals(a: Quadratic, b: Quadratic, operator: DiagonalOperator) -> Quadratic:
+def _join_diagonals(a: Quadratic, b: Quadratic, operator: FisherOperator) -> Quadratic:
     """Per entry: f(θ − m)² + g(θ − n)² = (f + g)(θ − k)² + fg/(f + g) (m − n)², k the weighted mean of m and n."""
     total, gap = operator._diagonal(), a.centre - b.centre
     share = torch.where(total > 0, a.operator._diagonal() / total, 0)
@@ -140,29 +130,24 @@ def _join_diagonals(a: Quadratic, b: Quadratic, operator: DiagonalOperator) -> Q
     return Quadratic(operator, b.centre + share * gap, a.constant + b.constant + left)
 
 
-def _join_rows(a: Quadratic, b: Quadratic, operator: LowRankOperator) -> Quadratic:
+def _join_rows(a: Quadratic, b: Quadratic, operator: FisherOperator) -> Quadratic:
     """The rows below each other, those of b with the offset that a's centre makes necessary."""
     shift = (b.centre - a.centre).unsqueeze(-1)
     # The fold has put a's rows first and the scales' roots into the rows.
-    parts = [_offset(a), _offset(b) + _source(b).matmul(shift).squeeze(-1)]
-    roots = [q.operator.scale**0.5 for q in (a, b)]  # type: ignore[attr-defined]
-    offset = torch.cat([root * part for root, part in zip(roots, parts, strict=True)])
+    parts = [_offset(a), _offset(b) + _rows(b)[0].matmul(shift).squeeze(-1)]
+    offset = torch.cat([_rows(q)[1] ** 0.5 * part for q, part in zip((a, b), parts, strict=True)])
     stacked = Quadratic(operator, a.centre, a.constant + b.constant, offset=offset)
-    rows, size = operator.row_source, operator.size
-    if isinstance(rows, Rows) and rows.nbytes <= size * size * a.centre.element_size():
+    if _rows(stacked)[0].nbytes <= operator.size**2 * a.centre.element_size():
         return stacked
-    return _at_minimum(operator._as_dense(), b.centre, stacked.evaluate)
+    return _at_minimum(_written_out(stacked), b.centre, stacked.evaluate)
 
 
 def _dense_beside(q: Quadratic, other: Quadratic) -> Quadratic:
     """Rows in memory as a matrix if the other is one already, so that the two fold; else q itself."""
-    rows = q.operator
-    if not isinstance(other.operator, DenseOperator) or not isinstance(rows, LowRankOperator):
-        return q
-    if not isinstance(rows.row_source, Rows):
+    if not other.operator.is_dense or q.operator.stored_rows is None:
         return q
     value, gradient = q.evaluate(q.centre)
-    return Quadratic(rows._as_dense(), q.centre, value, linear=gradient)
+    return Quadratic(_written_out(q), q.centre, value, linear=gradient)
 
 
 def _at_minimum(
@@ -188,10 +173,17 @@ def _sum(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
     return a[0] + b[0], a[1] + b[1]
 
 
-def _source(q: Quadratic) -> RowSource:
-    source: RowSource = q.operator.row_source  # type: ignore[attr-defined]
-    return source
+def _rows(q: Quadratic) -> tuple[Rows, float]:
+    rows = q.operator.stored_rows
+    if rows is None:
+        raise TypeError(f"an offset of rows beside {q.operator!r}, which has none")
+    return rows
+
+
+def _written_out(q: Quadratic) -> DenseOperator:
+    rows, scale = _rows(q)
+    return DenseOperator(q.operator.space, (scale * rows.normal_matrix()).to(q.operator.dtype))
 
 
 def _offset(q: Quadratic) -> Tensor:
-    return q.centre.new_zeros(_source(q).count) if q.offset is None else q.offset
+    return q.centre.new_zeros(_rows(q)[0].count) if q.offset is None else q.offset

@@ -44,12 +44,7 @@ class ColumnSolution(RowSolution):
 
     @abstractmethod
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
-        """A unit's part X of (F + λI)⁻¹Q; with bases, W of X = (U_G ⊗ U_A) W.
-
-        Args:
-            space: of the solution.
-            names: of the unit's parameters.
-        """
+        """A unit's part X of (F + λI)⁻¹Q; with bases, W of X = (U_G ⊗ U_A) W."""
 
 
 class RowForm(ABC):
@@ -114,7 +109,7 @@ class Solved(ColumnSolution):
 
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], None]:
         """As they are."""
-        return torch.cat([self.columns[space.slices[name]] for name in names]), None
+        return space.take(self.columns, names), None
 
 
 class BlockForm(RowForm):

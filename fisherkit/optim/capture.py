@@ -180,7 +180,7 @@ class Capture:
         keep = batch if again else Batch((), _masks(batch), None, batch.size)
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         watched = replace(watched, uses=with_own_inputs(own, batch.leaves()[0]))
-        one = Pass(plan, keep, watched, coupled, rng)
+        one = Pass(plan, keep, watched, coupled, rng, frozenset(recorder.names.values()))
         if coupled:
             self.warn(
                 f"{listed(map(repr, coupled), 3)} in train mode: the batch's statistics are taken as constants for "
@@ -226,6 +226,8 @@ class Capture:
                 for module in training:
                     module.training = True
             plan.probed = torch.empty(0)
+            if anew and key in self._plans:
+                _keep_rules(plan, self._plans[key])
             self._plans[key] = plan
         return self._plans[key]
 
@@ -345,7 +347,7 @@ class Capture:
             self._judge(one)
             one.chunks = self._users_rows(one)
         if one.seen is not None:
-            self.finished.append(Captured(one.plan, one.chunks, one.seen, bool(one.coupled)))
+            self.finished.append(Captured(one.plan, one.chunks, one.seen, bool(one.coupled), one.names))
         self._gradients = self._versions()
 
     def _judge(self, one: Pass) -> None:
@@ -421,6 +423,15 @@ class Capture:
             with recorder:
                 z = one.batch.call(self.model)
             return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
+
+
+def _keep_rules(plan: Plan, old: Plan) -> None:
+    """Keep the rules of parameters that a new plan's batch has not used, as of an expert."""
+    unseen = {unit.names[0] for unit in plan.generic if unit.unseen}
+    kept = [unit for unit in old.ruled if unseen.issuperset(unit.names)]
+    known = {name for unit in kept for name in unit.names}
+    plan.units = [*(unit for unit in plan.units if not known.intersection(unit.names)), *kept]
+    plan.units.sort(key=lambda unit: plan.space.names.index(unit.names[0]))
 
 
 def _used(watched: Watched) -> set[str]:

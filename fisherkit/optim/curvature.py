@@ -25,7 +25,7 @@ from fisherkit.optim import surprises
 from fisherkit.optim.averages import Averages, Inverse
 from fisherkit.optim.capture import Capture
 from fisherkit.optim.outputs import check_reduction
-from fisherkit.optim.passes import Captured
+from fisherkit.optim.passes import Captured, lifted
 from fisherkit.optim.sample_space import Direction, damped_direction, form, gram_direction
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.chunks import Chunk
@@ -128,7 +128,7 @@ class Curvature:
             SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
                 block structures.
         """
-        captured = self.capture.take()
+        captured = lifted(self.capture.take())
         due = self.steps % self.update_every == 0
         # A summed loss is divided by the number of its own examples, also where no update is due.
         joint = self._joint_space(captured) if due or self.reduction == "sum" else None
@@ -256,8 +256,7 @@ class Curvature:
                 call=f"{self.call}.step",
                 got="forward passes with different trainable parameters in one step",
                 expected="the same for all",
-                try_="freezing and unfreezing right after step(); where a layer, such as an expert, was used for the "
-                "first time, zero_grad() and this step once more",
+                try_="freezing and unfreezing right after step()",
             )
         return spaces.pop()
 

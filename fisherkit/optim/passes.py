@@ -18,9 +18,13 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.optim.outputs import Seen
 from fisherkit.randomness import RngState
+from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
+from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.rules import Use
+from fisherkit.rows.stored import StoredRows
+from fisherkit.rows.units import RuledUnit
 from fisherkit.rows.watched import Watched
 
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -36,17 +40,54 @@ class Captured:
         chunks: the rows.
         seen: outputs, targets and loss gradients.
         coupled: whether the examples of the batch were coupled, so that rows are not parts of the gradient.
+        names: parameters that took part, whether or not the outputs depended on them.
     """
 
     plan: Plan
     chunks: list[Chunk]
     seen: Seen
     coupled: bool
+    names: frozenset[str] = frozenset()
 
     @property
     def counted(self) -> int:
         """Examples that count."""
         return sum(chunk.counted for chunk in self.chunks)
+
+
+def lifted(captured: Sequence[Captured]) -> list[Captured]:
+    """Passes of one step over the parameters that any of them used: rows of zeros where one did not use some.
+
+    Passes that lack parameters for another reason, as that they were frozen, are left as they are.
+    """
+    widest = max(captured, key=lambda one: one.plan.space.size, default=None)
+    if widest is None:
+        return []
+    plan = widest.plan
+    return [one if one.plan.space == plan.space else _over(one, plan) for one in captured]
+
+
+def _over(one: Captured, plan: Plan) -> Captured:
+    own = {slot.names for slot in one.chunks[0].rows.slots}
+    new = {unit.names for unit in plan.units} - own
+    idle = {name for names in new for name in names}
+    if not own <= {unit.names for unit in plan.units} or not idle <= one.names or idle & set(one.plan.space.names):
+        return one
+    chunks = []
+    for chunk in one.chunks:
+        known = {slot.names: slot for slot in chunk.rows.slots}
+        batch, like = len(chunk.counted_positions[0]), chunk.rows.slots[0].rows.floating
+        for unit in plan.units:
+            if unit.names in new:
+                count = len(chunk.owner)
+                rows: UnitRows = StoredRows(like.new_zeros(count, unit.numbers))
+                if isinstance(unit, RuledUnit):
+                    rows = unit.zeros(count, batch, chunk.owner, like)
+                nothing = torch.zeros(batch, 1, dtype=torch.bool, device=like.device)
+                known[unit.names] = UnitSlot(unit.names, rows, nothing)
+        slots = [known[unit.names] for unit in plan.units]
+        chunks.append(replace(chunk, rows=Rows(plan.space, slots)))
+    return replace(one, plan=plan, chunks=chunks)
 
 
 @dataclass(eq=False)
@@ -59,6 +100,7 @@ class Pass:
         watched: the pass, with its graph.
         coupled: modules that couple the examples of a batch.
         rng: where the random generators were before the pass; None if it is not run again.
+        names: as in `Captured`.
 
     Attributes:
         gradient: of the user's loss at the outputs.
@@ -74,6 +116,7 @@ class Pass:
     watched: Watched
     coupled: list[str]
     rng: RngState | None
+    names: frozenset[str] = frozenset()
     gradient: Tensor | None = None
     found: dict[int, Tensor] = field(default_factory=dict)
     multiplied: Sequence[Sequence[Tensor | None]] = ()

@@ -70,7 +70,7 @@ def gram_direction(
         part = rows if len(names) == len(rows.space.names) else rows.part(names)
         w = _damped(part, damping, targets.unsqueeze(1))
         own = part.rmatmul(w.to(_dtype(part)))
-        _put(update, rows, names, own.squeeze(1))
+        rows.space.put(update, part.space.names, own.squeeze(1))
         # J Δ = t − λ w, and F = (1/N) Jᵀ diag(1/t) J for every kind that this is an update of.
         change = targets - damping * w.squeeze(1)
         curvature = curvature + torch.where(targets > 0, change.square() / targets, torch.zeros_like(targets)).sum()
@@ -94,10 +94,10 @@ def damped_direction(
         part = rows if len(names) == len(rows.space.names) else rows.part(names)
         fisher = LowRankOperator(part, 1 / examples, dtype=gradient.dtype, device=gradient.device)
         inverse = fisher.factorize(damping)
-        own = _take(gradient, rows, names)
+        own = rows.space.take(gradient, part.space.names)
         solution = inverse.matvec(own)
         curvature = curvature + form(solution, own, inverse.damping)
-        _put(update, rows, names, solution)
+        rows.space.put(update, part.space.names, solution)
     return Direction(update, lambda: curvature)
 
 
@@ -131,18 +131,3 @@ def _damped(rows: Rows, damping: float, right: Float[Tensor, "R 1"]) -> Float[Te
 def _dtype(rows: Rows) -> torch.dtype:
     tensors = rows.slots[0].rows.tensors().values()
     return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
-
-
-def _take(vector: Float[Tensor, "D"], rows: Rows, names: Sequence[str]) -> Float[Tensor, "d"]:
-    if len(names) == len(rows.space.names):
-        return vector
-    return torch.cat([vector[rows.space.slices[name]] for name in rows.space.restrict(names).names])
-
-
-def _put(vector: Float[Tensor, "D"], rows: Rows, names: Sequence[str], part: Float[Tensor, "d"]) -> None:
-    if len(names) == len(rows.space.names):
-        vector.copy_(part)
-        return
-    own = rows.space.restrict(names)
-    for name in own.names:
-        vector[rows.space.slices[name]] = part[own.slices[name]].to(vector.dtype)

@@ -52,8 +52,9 @@ class Call:
         args: positional arguments.
         kwargs: keyword arguments.
         operands: the tensors among them with what is known of each.
-        output: the (first) tensor that it returned.
+        output: a tensor that it returned.
         function: the function.
+        first: whether the output is the first that it returned.
     """
 
     batch: int
@@ -62,6 +63,7 @@ class Call:
     operands: tuple[tuple[Tensor, Status], ...]
     output: Tensor
     function: Callable[..., Any]
+    first: bool = True
 
     @property
     def tagged(self) -> list[tuple[Tensor, Axis]]:
@@ -131,7 +133,7 @@ class Tracker:
 
     def proves(self, z: Tensor) -> bool:
         """Whether outputs ``[B, ...]`` keep examples apart, so that all batch axes on the way say whose entries are."""
-        return self.batch == 1 or (not self.lost and self.status(z) == Axis(0))
+        return not self.lost and self.status(z) == Axis(0)
 
     def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note what a function call does to the batch axis."""
@@ -146,7 +148,7 @@ class Tracker:
             for tensor in tensors((args, kwargs))
         )
         for made in outputs:
-            status = self._becomes(function, args, kwargs, operands, made)
+            status = self._becomes(Call(self.batch, args, kwargs, operands, made, function, made is outputs[0]))
             before = [known for tensor, known in operands if tensor is made]
             if before:
                 # Written in place: other views of the same memory do not learn of it.
@@ -156,25 +158,18 @@ class Tracker:
             elif status is not Mark.FREE or made.grad_fn is not None:
                 self.mark(made, status)
 
-    def _becomes(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        operands: tuple[tuple[Tensor, Status], ...],
-        output: Tensor,
-    ) -> Status:
-        statuses = {status for _, status in operands}
+    def _becomes(self, call: Call) -> Status:
+        statuses = {status for _, status in call.operands}
         if statuses <= {Mark.FREE}:
             return Mark.FREE
-        rule = None if Mark.UNKNOWN in statuses else BECOMES.get(function)
+        rule = None if Mark.UNKNOWN in statuses else BECOMES.get(call.function)
         try:
-            found = None if rule is None else rule(Call(self.batch, args, kwargs, operands, output, function))
+            found = None if rule is None else rule(call)
         except (TypeError, ValueError, IndexError, AttributeError):  # arguments in a form that the rule does not know
             found = None
         if found is not None:
             return found
-        return Mark.UNKNOWN if output.requires_grad else Mark.FREE
+        return Mark.UNKNOWN if call.output.requires_grad else Mark.FREE
 
 
 def _version(tensor: Tensor) -> int:
@@ -402,8 +397,8 @@ def _indexed(call: Call) -> Axis | None:
             target += 1
             continue
         if source == axis.dim:
-            whole = isinstance(entry, slice) and len(range(*entry.indices(x.shape[source]))) == x.shape[source]
-            return axis._replace(dim=target) if whole and entry.step in (None, 1) else None
+            # A slice that says where it ends is all of some batches, and a part of others.
+            return axis._replace(dim=target) if _all_of(entry) else None
         source += 1
         target += entry.ndim if isinstance(entry, Tensor) else int(isinstance(entry, slice))
     return None
@@ -497,10 +492,7 @@ def _recurrent(call: Call) -> Axis | None:
     states = [call.args[1]] if isinstance(call.args[1], Tensor) else call.args[1]
     if any(call.status(state) not in (Axis(1), Mark.FREE) for state in states):
         return None
-    layers, sizes = call.args[4] * (2 if call.args[7] else 1), call.args[0].shape[:2]
-    if layers in sizes:  # the outputs and the last states look alike
-        return None
-    return axis if call.output.shape[:2] == sizes else Axis(1) if call.output.shape[0] == layers else None
+    return axis if call.first else Axis(1)  # the outputs, and the last states
 
 
 def _dims(value: Any, ndim: int) -> tuple[int, ...] | None:

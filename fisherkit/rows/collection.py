@@ -70,7 +70,8 @@ class UnitSlot:
     Args:
         names: the parameters.
         rows: the rows.
-        exists: fresh from a batch, which positions ``[B, T]`` of each example there are; None for all.
+        exists: fresh from a batch, which positions ``[B, T]`` of each example outputs depend on, where that was looked
+            at; None where the forward pass shows whose all are.
     """
 
     names: tuple[str, ...]
@@ -92,7 +93,7 @@ class Rows(RowSource):
 
     def _part(self, u: Float[Tensor, "D ..."], slot: UnitSlot) -> Float[Tensor, "d ..."]:
         span = self._span(slot)
-        return torch.cat([u[self.space.slices[name]] for name in slot.names]) if span is None else u[span]
+        return self.space.take(u, slot.names) if span is None else u[span]
 
     def _span(self, slot: UnitSlot) -> slice | None:
         """Where a unit lies in a flat vector; None if not in one piece."""
@@ -107,11 +108,7 @@ class Rows(RowSource):
         first = next(remaining)
         whole = first.new_empty(self.space.size, *first.shape[1:])
         for slot, part in zip(self.slots, itertools.chain([first], remaining), strict=True):
-            start = 0
-            for name in slot.names:
-                span = self.space.slices[name]
-                stop = start + span.stop - span.start
-                whole[span], start = part[start:stop], stop
+            self.space.put(whole, slot.names, part)
         return whole
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:

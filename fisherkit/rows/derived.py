@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.arithmetic import HALF
@@ -35,12 +35,15 @@ class Derived:
 
     Attributes:
         lookup: of rows of a table, the rule and the arguments of the function that looked them up.
+        slices: of slices of its only parameter, which one each entry of the leading axes is, and whether the last two
+            axes have changed places.
     """
 
     def __init__(
-        self, names: tuple[str, ...], leaves: Mapping[str, Tensor], make: Callable[[], Tensor], lies: str | None = None
-    ) -> None:
-        self.names, self.lies = names, lies
+        self, names: tuple[str, ...], leaves: Mapping[str, Tensor], make: Callable[[], Tensor], lies: str | None = None,
+        slices: tuple[Int[Tensor, "..."], bool] | None = None,
+    ) -> None:  # fmt: skip
+        self.names, self.lies, self.slices = names, lies, slices
         self._leaves, self._make = leaves, make
         self.lookup: tuple[Any, Mapping[str, Any]] | None = None
 
@@ -50,6 +53,25 @@ class Derived:
         # Hooks of a checkpoint must not see what the model itself does not compute.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             return self._make()
+
+    def sliced(self, tensor: Tensor, trailing: int) -> tuple[Int[Tensor, "..."] | None, bool] | None:
+        """Which slice of so many axes each entry of the axes before is, None for the whole, and whether it is turned.
+
+        Args:
+            tensor: the tensor, which this one describes.
+            trailing: axes of a slice.
+        """
+        if self.lies == TURNED and trailing == tensor.ndim == 2:
+            return None, True
+        known = self.slices if self.lies is None else (torch.zeros((), dtype=torch.long, device=tensor.device), False)
+        if known is None or self.lies == TURNED or known[0].ndim > tensor.ndim - trailing:
+            return None
+        index, turned = known
+        more = tensor.shape[index.ndim : tensor.ndim - trailing]
+        if self.lies == SAME and more.numel() == 1:
+            return None, False
+        within = torch.arange(more.numel(), device=index.device)
+        return (index.unsqueeze(-1) * len(within) + within).reshape(tensor.shape[: tensor.ndim - trailing]), turned
 
     def pulled(self, rows: Float[Tensor, "R d"]) -> dict[str, Float[Tensor, "R n"]]:
         """Rows over the tensor as rows over each of its parameters."""
@@ -128,15 +150,17 @@ class Derivations:
         """
         own = self.operands(args, kwargs)
         names = tuple(dict.fromkeys(name for _, made in own for name in made.names))
-        recipe = mapped((args, dict(kwargs)), lambda t: self.of(t) or (t.detach() if t.requires_grad else t))
+        kept = Tensor.clone if is_gather(function, args) else _as_it_is
+        recipe = mapped((args, dict(kwargs)), lambda t: self.of(t) or (t.detach() if t.requires_grad else kept(t)))
         call = functools.cache(lambda: list(tensors(_called(function, recipe, clone=written))))
         if written:
             del self._known[id(output)]
         for place, tensor in enumerate(tensors(output)):
             if tensor.requires_grad and self.of(tensor) is None:
                 lies = _lies(function, args, own, tensor) if isinstance(output, Tensor) else None
-                made = Derived(names, self._leaves, functools.partial(_one, call, place), lies)
-                if lies is None:
+                slices = None if lies else _slices(function, args, kwargs, own, place, tensor)
+                made = Derived(names, self._leaves, functools.partial(_one, call, place), lies, slices)
+                if lies is None and not (slices is not None and is_gather(function, args)):
                     _ = made.tensor  # now, before anything that it is made of may change in place
                 self._known[id(tensor)] = tensor, made
 
@@ -198,9 +222,56 @@ def _lies(
     if len(own) != 1 or not args or own[0][0] is not args[0] or not own[0][1].lies:
         return None
     (tensor, made), = own  # fmt: skip
-    if getattr(function, "__name__", "") in _UNMOVED and output.numel() == tensor.numel():
+    index = args[1] if function is Tensor.__getitem__ and isinstance(args[1], tuple) else (0,)
+    whole = all(e is None or (isinstance(e, slice) and e == slice(None)) for e in index)
+    if (whole or getattr(function, "__name__", "") in _UNMOVED) and output.numel() == tensor.numel():
         return made.lies if made.lies == SAME or output.shape == tensor.shape else None
     if is_permutation(function) and tensor.ndim == output.ndim == 2:
         turned = function(torch.empty(2, 3, device="meta"), *args[1:]).shape == (3, 2)
         return (TURNED if made.lies == SAME else SAME) if turned else made.lies
     return None
+
+
+def is_gather(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a function looks slices up, not rows of a table one by one: what was chosen carries no gradient."""
+    name = getattr(function, "__name__", "")
+    index = args[1:2] if name == "__getitem__" else args[2:3] if name == "index_select" else ()
+    integers = any(isinstance(one, Tensor) and one.dtype in (torch.int32, torch.int64) for one in index)
+    return integers and (args[0].ndim > 2 or index[0].ndim == 0)
+
+
+_CHOOSE = {"__getitem__": None, "unbind": 1, "select": 1, "index_select": 1, "chunk": 2, "split": 2}
+"""Functions that choose along an axis, and the place of that axis among their arguments."""
+
+
+def _slices(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: list[tuple[Tensor, Derived]],
+    place: int, output: Tensor,
+) -> tuple[Int[Tensor, "..."], bool] | None:  # fmt: skip
+    """What slices along the leading axes of one parameter an output is."""
+    if len(own) != 1 or not args or own[0][0] is not args[0]:
+        return None
+    (tensor, made), = own  # fmt: skip
+    known, name = made.slices, getattr(function, "__name__", "")
+    if made.lies == SAME and tensor.ndim > 1:
+        known = torch.arange(len(tensor), device=tensor.device), False
+    if known is None:
+        return None
+    index, turned = known
+    tail = tensor.shape[index.ndim :]
+    if is_permutation(function) and len(tail) == 2:
+        tried = function(torch.empty(tuple(range(2, tensor.ndim + 2)), device="meta"), *args[1:], **kwargs).shape
+        turned, tail = not turned, torch.Size(tail[::-1])
+        fits = tried == (*range(2, tensor.ndim), tensor.ndim + 1, tensor.ndim)
+    elif name in _UNMOVED and output.numel() == tensor.numel():
+        fits = output.shape[output.ndim - len(tail) :] == tail
+        index = index.reshape(output.shape[: output.ndim - len(tail)]) if fits else index
+    else:
+        at = _CHOOSE.get(name, -1)
+        first = at is None or (at > 0 and kwargs.get("dim", args[at] if len(args) > at else 0) == 0)
+        fits = first and index.ndim > 0 and (at is not None or not isinstance(args[1], (tuple, list)))
+        try:
+            index = list(tensors(function(index, *args[1:], **kwargs)))[place] if fits else index
+        except (IndexError, RuntimeError, TypeError):  # a mask, say, of more axes
+            return None
+    return (index, turned) if fits and output.shape == (*index.shape, *tail) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -20,9 +21,10 @@ from fisherkit.errors import DataError, FisherkitError, ModelError
 from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.plan import Plan
-from fisherkit.rows.together import needing_each_other
 from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
+
+GRAPHS = 'a graph as one element of the batch, inputs (1, nodes, ...) and labels (1, nodes), with example="token"'
 
 
 def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
@@ -44,7 +46,7 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
     first = source.first()
     try:
         own = first.to(device)
-        with needing_each_other(model, own):
+        with _needing_each_other(model, own):
             return plan_for(model, space, own)
     except Exception as error:
         other = _another(source, first)
@@ -64,11 +66,36 @@ def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         DataError: as in `plan_of`.
     """
     try:
-        with needing_each_other(model, batch):
+        with _needing_each_other(model, batch):
             return plan_for(model, space, batch)
     except Exception as error:
         _tell(error, model, space, batch, single=True)
         raise
+
+
+@contextmanager
+def _needing_each_other(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Around a model's first pass over two examples of a batch, as of the nodes of a graph.
+
+    Args:
+        model: the model.
+        batch: the whole batch, on the model's device.
+
+    Raises:
+        DataError: the model fails for two of the batch's examples and works for all of them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FisherkitError) or batch.size < 3 or not _works(model, batch):
+            raise
+        raise DataError(
+            call="data, batch 0",
+            got=f"a batch of {batch.size} examples that the model takes together and not two at a time",
+            expected="examples along axis 0 that need no others",
+            why=f"for the first two it fails with: {(str(error) or type(error).__name__).splitlines()[0]}",
+            try_=f"{GRAPHS}, if they are the nodes of a graph",
+        ) from error
 
 
 def _shared(
@@ -104,9 +131,9 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _works(model: nn.Module, batch: Batch) -> bool:
-    with torch.no_grad(), untouched_rng([next(model.parameters()).device]), contextlib.suppress(Exception):
-        batch.call(model)
-        return True
+    devices = [next(model.parameters()).device]
+    with untouched_rng(devices), torch.no_grad(), contextlib.suppress(Exception):  # models raise what they like
+        return batch.call(model).shape[:1] == (batch.size,)
     return False
 
 

@@ -21,9 +21,10 @@ from torch.autograd.graph import GradientEdge
 from fisherkit.outputs import Outputs
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.contractions import ContractionRule
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.linearized import Linearized
-from fisherkit.rows.rules import AddmmRule, LinearRule, Use
+from fisherkit.rows.rules import LinearRule, Use
 from fisherkit.rows.units import RuledUnit
 
 _RESHAPES = {
@@ -43,7 +44,7 @@ class LastLayerRows(FactoredRows):
         transposed: whether the weight is stored ``[I, O]``.
     """
 
-    kind = "summed"
+    kind = "closed form"
 
     def __init__(self, activations: Float[Tensor, "B P I"], z: Outputs, *, bias: bool, transposed: bool) -> None:
         self.inputs, self.outputs = activations.shape[2], z.z.shape[2]
@@ -104,7 +105,7 @@ def last_layer_rows(linearized: Linearized, outputs: Outputs) -> Rows | None:
     if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
         return None
     a = use.rule.activations(use)[:].reshape(*outputs.z.shape[:2], -1)
-    rows = LastLayerRows(a, outputs, bias=use.bias is not None, transposed=isinstance(use.rule, AddmmRule))
+    rows = LastLayerRows(a, outputs, bias=use.bias is not None, transposed=isinstance(use.rule, ContractionRule))
     return Rows(linearized.plan.space, [UnitSlot(linearized.plan.units[0].names, rows)])
 
 
@@ -124,14 +125,14 @@ def is_last_layer(linearized: Linearized) -> bool:
 def _only_use(linearized: Linearized) -> Use | None:
     """The layer's use: the only one of chosen parameters in this batch, with a rule that holds, and z its output."""
     plan, uses = linearized.plan, linearized.watched.uses
-    if len(plan.units) != 1 or len(plan.ruled) != 1 or len(uses) != 1 or linearized.lost:
+    if len(plan.units) != 1 or len(plan.ruled) != 1 or len(uses) != 1 or linearized.lost or linearized.watched.hooked:
         return None
     use = uses[0]
     # Weights that are made of parameters, or seen transposed, have rows of another form.
     if type(plan.units[0]) is not RuledUnit or not use.plain or use.turned or use.names != plan.units[0].names:
         return None
-    linear = type(use.rule) in (LinearRule, AddmmRule) and use.weight is not None
-    return use if linear and _reshaped(linearized.z, use.edge) else None
+    linear = type(use.rule) is LinearRule or (isinstance(use.rule, ContractionRule) and use.rule.name == "addmm")
+    return use if linear and use.weight is not None and _reshaped(linearized.z, use.edge) else None
 
 
 def _reshaped(z: Tensor, edge: GradientEdge) -> bool:

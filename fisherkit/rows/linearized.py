@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +26,6 @@ from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.generic import dense_gradient, looped_rows, unreached
 from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
-from fisherkit.rows.patches import Activations
 from fisherkit.rows.plan import Plan, forward, propose, tolerance
 from fisherkit.rows.rules import in_dtype
 from fisherkit.rows.selection import RowSelection
@@ -66,13 +66,24 @@ class Linearized:
         self.plan, self.batch = plan, batch
         self.watched = replace(watched, uses=[in_dtype(use, dtype) for use in watched.uses])
         self.lost = plan.lost(self.watched)
-        self._activations: dict[tuple[str, ...], Activations] = {}
+        self._activations: dict[tuple[str, ...], Any] = {}
         self._how: Sequence[Arrangement | None] | None = None
 
     @classmethod
     def at(cls, plan: Plan, batch: Batch) -> Linearized:
         """By a forward pass."""
         return cls(plan, batch, forward(plan, batch))
+
+    def by_owner(self) -> None:
+        """Look at which entries outputs depend on, whatever the forward pass shows."""
+        self.watched = replace(self.watched, by_owner=True)
+
+    @property
+    def followed(self) -> bool:
+        """Whether the forward pass shows whose all entries are, or would of two examples."""
+        if self.watched.followed or self.batch.size > 1 or self.plan.alone:
+            return self.watched.followed
+        return forward(self.plan, self.batch.take(torch.tensor([0, 0]))).followed
 
     @property
     def z(self) -> Tensor:
@@ -97,8 +108,9 @@ class Linearized:
         return self.z.numel() + layers + sum(unit.numbers for unit in self.plan.generic) * self.batch.size
 
     def rows(
-        self, v: Float[Tensor, "k B ..."], selection: RowSelection, known: Known | None = None, *, alone: bool = False
-    ) -> Rows:
+        self, v: Float[Tensor, "k B ..."], selection: RowSelection, known: Known | None = None, *, alone: bool = False,
+        counting: Float[Tensor, "B ..."] | None = None,
+    ) -> Rows:  # fmt: skip
         """The rows Jᵀ v.
 
         Args:
@@ -106,10 +118,11 @@ class Linearized:
             selection: which of them are rows.
             known: what a backward pass has brought already.
             alone: whether these are all vectors that there will be of this batch.
+            counting: 1 at outputs that count, else 0, where the entries that they depend on are wanted, whatever v is.
         """
         dtype = self.plan.dtype
         own, gradients, generic, scale = self._pulled(v, known)
-        how = self._arrangements(own, gradients, known, alone=alone)
+        how = self._arrangements(own, gradients, known, counting, alone=alone)
         if known is None:
             self._lose_silent(gradients)
         factor = scale if known is None else known.scale.unsqueeze(0)
@@ -182,18 +195,20 @@ class Linearized:
         return Unit(unit.names, f"autograd does not confirm a rule for {unit.names[0]}", unit.numbers)
 
     def _arrangements(
-        self, v: Float[Tensor, "k B ..."], gradients: Sequence[Tensor | None], known: Known | None, *, alone: bool
-    ) -> Sequence[Arrangement | None]:
+        self, v: Float[Tensor, "k B ..."], gradients: Sequence[Tensor | None], known: Known | None,
+        counting: Float[Tensor, "B ..."] | None, *, alone: bool,
+    ) -> Sequence[Arrangement | None]:  # fmt: skip
         """How the entries of each use lie, found once a pass, from vectors that reach what any of its vectors reach."""
         if self._how is None:
             first = [None if g is None else g[0] for g in gradients]
             if known is not None and known.multiplied is not None:
                 self._how = self.watched.arrangements(first, known.multiplied)
-            elif alone and len(v) == 1:
+            elif alone and len(v) == 1 and counting is None:
                 self._how = self.watched.arrangements_by(v[0], first)
             else:
                 generator = torch.Generator().manual_seed(0)
-                self._how = self.watched.arrangements_by(torch.randn(self.z.shape, generator=generator).to(self.z))
+                drawn = torch.randn(self.z.shape, generator=generator).to(self.z)
+                self._how = self.watched.arrangements_by(drawn if counting is None else drawn * counting.to(drawn))
         return self._how
 
     def _slow(self, v: Float[Tensor, "k B ..."], units: Sequence[Unit]) -> Float[Tensor, "k B d"]:

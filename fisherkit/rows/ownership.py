@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -39,10 +39,13 @@ class Regular:
     Args:
         batch: B.
         inner: neighbouring entries of one example.
+        alive: which entries the outputs depend on, where that was looked at; None where the forward pass says whose
+            they are.
     """
 
     batch: int
     inner: int
+    alive: Bool[Tensor, "E"] | None = field(default=None, compare=False)
 
     def arranged(self, x: Shaped[Tensor, "k E t c"]) -> Shaped[Tensor, "k B T c"]:
         """By example, in the entries' order; without a copy where examples come first."""
@@ -50,9 +53,15 @@ class Regular:
         whole = x.reshape(k, entries // (self.batch * self.inner), self.batch, self.inner, t, c)
         return whole.transpose(1, 2).reshape(k, self.batch, entries // self.batch * t, c)
 
+    def owners(self, entries: int) -> Int[Tensor, "E"]:
+        """The example of each of so many entries."""
+        return torch.arange(entries) // self.inner % self.batch
+
     def exists(self, positions: int, each: int) -> Bool[Tensor, "B T"]:
-        """Which positions of each example there are: all."""
-        return torch.ones(self.batch, positions, dtype=torch.bool)
+        """Which of so many positions of each example outputs depend on, where entries have ``each`` of them."""
+        if self.alive is None:
+            return torch.ones(self.batch, positions, dtype=torch.bool)
+        return self.arranged(self.alive[None, :, None, None].expand(-1, -1, each, -1))[0, :, :, 0]
 
     def described(self, lead: torch.Size) -> str:
         """Where the batch lies, for `coverage`."""
@@ -98,8 +107,12 @@ class Owned:
         whole = torch.cat([x, x.new_zeros(k, 1, t, c)], 1)[:, self.table]
         return whole.reshape(k, self.batch, self.table.shape[1] * t, c)
 
+    def owners(self, entries: int) -> Int[Tensor, "E"]:
+        """As in `Regular`."""
+        return self.owner
+
     def exists(self, positions: int, each: int) -> Bool[Tensor, "B T"]:
-        """Which of so many positions of each example there are, where every entry has ``each`` of them."""
+        """As of `Regular`."""
         return (self.table < len(self.owner)).repeat_interleave(each, 1)
 
     def described(self, lead: torch.Size) -> str:
@@ -205,5 +218,5 @@ def arrangement(owner: Int[Tensor, "E"], lead: torch.Size, batch: int) -> Arrang
         for one in dict.fromkeys(inner):
             expected = place // max(1, one) % batch
             if entries % (batch * max(1, one)) == 0 and bool(((owner == expected) | (owner < 0)).all()):
-                return Regular(batch, max(1, one))
+                return Regular(batch, max(1, one), owner >= 0)
     return Owned(owner, batch)

@@ -26,7 +26,7 @@ from fisherkit.rows.ownership import Arrangement, coarser
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, Unit, form_of
+from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
@@ -263,9 +263,7 @@ class _Reference:
         self.names = {name: i for i, name in enumerate(plan.parameters)}
         self.norms = torch.stack([torch.stack([g.norm() for g in row]) for row in self.rows])
         # A norm is cheap, unlike a mask of finite entries; a large one may overflow where no entry does.
-        if not bool(torch.isfinite(self.norms).all()) and not all(
-            bool(torch.isfinite(g).all()) for row in self.rows for g in row
-        ):
+        if not all_finite(self.norms) and not all_finite(*(g for row in self.rows for g in row)):
             bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
                 call="data, batch 0",
@@ -388,8 +386,14 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             continue
         members = _together(name, seen)
         own = [use for member in members for use in seen[member]]
-        plain = bool(own) and all(use.plain for use in own)
-        together, free = {form_of(use) for use in own}, not watched.elsewhere.intersection(members)
+        slices = [use.slices is not None for use in seen[name]]
+        ways = {(use.rule, use.turned) for use in seen[name]}
+        if slices and all(slices) and len(ways) == 1 and name not in watched.elsewhere:
+            units.append(SlicedUnit((name,), own[0].rule, _numbers(plan, (name,)), turned=own[0].turned))
+            continue
+        free = all(use.slices is None or use.slices.ndim == 0 for use in own)
+        plain = bool(own) and free and all(use.plain for use in own)
+        together, free = {form_of(use) for use in own}, free and not watched.elsewhere.intersection(members)
         if plain and free and len(together) == 1:
             chosen = own[0].names
             units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen), turned=own[0].turned))

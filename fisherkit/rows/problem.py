@@ -46,11 +46,12 @@ class BetterPlanError(Exception):
 
     Args:
         plan: the new one.
+        by_owner: as in `Problem`.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, by_owner: bool | None) -> None:
         super().__init__("a better plan")
-        self.plan = plan
+        self.plan, self.by_owner = plan, by_owner
 
 
 @dataclass
@@ -72,6 +73,8 @@ class Problem:
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
+        by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
+            as the forward pass shows in every batch whose they are. None where they are not.
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
     """
 
@@ -89,6 +92,7 @@ class Problem:
     most_examples: int | None = None
     revisable: bool = False
     looked: bool = True
+    by_owner: bool | None = None
     budget: int | None = None
 
     def chunks(self, description: str) -> Iterator[Chunk]:
@@ -273,7 +277,11 @@ class Problem:
         with self._quiet():
             linearized = self._linearized(batch)
             if self.revisable and linearized.noticed:
-                raise BetterPlanError(linearized.revised())
+                raise BetterPlanError(linearized.revised(), self.by_owner)
+            if self.by_owner:
+                linearized.by_owner()
+            elif self.by_owner is not None and not linearized.followed:
+                raise BetterPlanError(self.plan, True)
         outputs = self._outputs(batch, linearized.z, start, call)
         last = last_layer_rows(linearized, outputs) if self.closed and isinstance(linearized, Linearized) else None
         if last is not None:
@@ -284,12 +292,18 @@ class Problem:
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
 
+        counting = None
+        if self.by_owner:
+            counting = outputs.mask.unsqueeze(2).expand(outputs.z.shape).to(outputs.z)
+            counting = self.likelihood.as_outputs(counting, linearized.z.shape)
+
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._quiet():
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
-                found = linearized.rows(shaped, selection, alone=slots.number == 1)
+                shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
+                found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
                 if self.revisable and linearized.lost:
-                    raise BetterPlanError(linearized.revised())
+                    raise BetterPlanError(linearized.revised(), self.by_owner)
                 return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)

@@ -20,16 +20,17 @@ from torch.overrides import TorchFunctionMode
 
 from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
-from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, mapped
+from fisherkit.rows.contractions import ContractionRule, contraction
+from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather, mapped
 from fisherkit.rows.ownership import coarser
 from fisherkit.rows.rules import (
     ADDED,
     BATCH_NORM,
     COPIED,
+    ConvolutionRule,
     ElementwiseRule,
     EmbeddingRule,
     LinearRule,
-    MatmulRule,
     Rule,
     Use,
     broadcast_over,
@@ -74,6 +75,7 @@ class Recorder(TorchFunctionMode):
         random: whether dropout was active.
         coarsest: the floating dtype that rounds most, of all that is differentiated; autocast may be inside the model.
         casts: whether a module was cast in place, which ``torch.func`` does not survive.
+        hooked: whether a hook was put on a tensor, which may change its gradient.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
     """
 
@@ -93,7 +95,7 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.elsewhere: set[str] = set()
         self.without_graph: set[str] = set()
-        self.random = self.casts = False
+        self.random = self.casts = self.hooked = False
         self.coarsest = torch.float64
         self.muted = 0
         self._tracker = Tracker(batch)
@@ -126,7 +128,7 @@ class Recorder(TorchFunctionMode):
                 return _ATTENTION(*args, **kwargs)
         if func is F.batch_norm and self.constant_statistics:
             args, kwargs = _with_constants(args, kwargs)
-        self.casts = self.casts or func == _SET_DATA
+        self.casts, self.hooked = self.casts or func == _SET_DATA, self.hooked or func is Tensor.register_hook
         own = self._derivations.operands(args, kwargs)
         if own and not torch.is_grad_enabled():
             self.without_graph.update(name for _, made in own for name in made.names)
@@ -145,7 +147,8 @@ class Recorder(TorchFunctionMode):
         """A function that was given chosen parameters, or what is made of them alone."""
         rule, arguments = self._rule(func, args, kwargs)
         seen, versions = len(self.uses), [tensor._version for tensor, _ in own]
-        data = [t for t in tensors((args, kwargs)) if self._of_examples(t, func, own)]
+        gathered = own[0][0] is args[0] and is_gather(func, args) if args else False
+        data = [] if gathered else [t for t in tensors((args, kwargs)) if self._of_examples(t, func, own)]
         alone = not data if rule is None else self._shared(rule, arguments)
         if _in_place(func, kwargs) and isinstance(rule, ElementwiseRule) and rule.product:
             arguments["input"] = arguments["input"].detach().clone()
@@ -186,18 +189,39 @@ class Recorder(TorchFunctionMode):
         rule = rule_for(func, args, kwargs)
         arguments = {} if rule is None else rule.bind(args, kwargs)
         if rule is None or not arguments:
-            return None, {}
+            return contraction(func, args, kwargs, self._derivations.of) or (None, {})
         made = self._derivations.of
         if made(arguments.get(rule.weight_name)) is None and made(arguments.get(rule.bias_name)) is None:
             rule, arguments = rule.exchanged(arguments) or (None, {})
-            return (rule, arguments) if rule is None or self._fits(rule, arguments, func) else (None, {})
-        return (rule, arguments) if self._fits(rule, arguments, func) else (None, {})
+        if rule is None or self._fits(rule, arguments, func):
+            return (None, {}) if rule is None else (rule, arguments)
+        found = self._slices(rule, arguments, rule.weight_name)
+        data = self._of_examples(arguments[rule.input_name], func, [(arguments[rule.weight_name], None)])
+        return (rule, arguments) if data and found and found[0] is not None else (None, {})
+
+    def _slices(self, rule: Rule, arguments: Mapping[str, Any], name: str) -> tuple[Tensor | None, bool] | None:
+        """Which slices of a parameter entries use, None for the whole, and whether turned; None if not to be told."""
+        tensor = arguments.get(name)
+        made = self._derivations.of(tensor)
+        if made is None or tensor is None or isinstance(rule, ConvolutionRule):
+            return None
+        if isinstance(rule, ContractionRule) and name == rule.weight_name:
+            return arguments["slices"], arguments["turned"]
+        if isinstance(rule, LinearRule):
+            return made.sliced(tensor, 2 if name == rule.weight_name else 1)
+        x = arguments.get(rule.input_name)
+        if not isinstance(rule, ElementwiseRule) or not isinstance(x, Tensor) or 0 in (x.ndim, tensor.ndim):
+            return None
+        # A bias for each expert meets all of its positions; tables of positions have a rule without this.
+        each = made.slices is not None or (tensor.ndim == x.ndim > 2 and tensor.shape[0] > 1 == tensor.shape[-2])
+        fits = rule is COPIED or torch.broadcast_shapes(x.shape, (*tensor.shape[:-1], x.shape[-1])) == x.shape
+        return (
+            made.sliced(tensor, 1) if each and fits and (rule is COPIED or tensor.shape[-1:] == x.shape[-1:]) else None
+        )
 
     def _fits(self, rule: Rule, arguments: Mapping[str, Any], func: Callable[..., Any]) -> bool:
         """Whether a parameter is broadcast over examples by a function that would broadcast it over anything."""
         x, w = arguments.get(rule.input_name), arguments.get(rule.weight_name)
-        if isinstance(rule, MatmulRule):
-            return self._derivations.of(x) is None and isinstance(w, Tensor) and w.ndim == 2
         if not isinstance(rule, ElementwiseRule) or not isinstance(x, Tensor) or not isinstance(w, Tensor):
             return True
         shape, status = torch.broadcast_shapes(x.shape, w.shape), self._tracker.status(x)
@@ -241,12 +265,20 @@ class Recorder(TorchFunctionMode):
             arguments = {**call, rule.input_name: call[rule.input_name].expand(output.shape[:-1])}
             weight = made(arguments[rule.weight_name])
         status = self._tracker.status(output)
-        turned = weight is not None and weight.lies == TURNED and isinstance(rule, LinearRule)
+        slices, turned = self._slices(rule, arguments, rule.weight_name) or (None, False)
+        by_bias, _ = self._slices(rule, arguments, rule.bias_name) or (None, False)
+        turned = turned or (weight is not None and weight.lies == TURNED and isinstance(rule, LinearRule))
+        if isinstance(rule, ElementwiseRule) and slices is not None:
+            arguments = {**arguments, "weight": arguments["weight"].detach().flatten()[: arguments["weight"].shape[-1]]}
         use = Use(
             rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
-            shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned,
+            shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned, slices,
         )  # fmt: skip
-        if None not in use.sources and len({isinstance(one, Derived) for one in use.sources}) == 2:
+        if (slices is not None or by_bias is not None) and None not in use.sources:
+            self.uses += [replace(use, bias=None), replace(use, weight=None, turned=False, slices=by_bias)]
+        elif by_bias is not None:
+            self.uses.append(replace(use, slices=by_bias))
+        elif None not in use.sources and len({isinstance(one, Derived) for one in use.sources}) == 2:
             # A parameter beside one that is made of others keeps the rows that it has by itself.
             self.uses += [replace(use, bias=None), replace(use, weight=None)]
         else:

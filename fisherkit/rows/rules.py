@@ -44,6 +44,8 @@ class Use:
         output_shape: shape of the output.
         axis: where the batch lies in the output, as far as the forward pass tells.
         turned: whether the function saw the named weight transposed.
+        slices: where it saw slices of a parameter, as of experts, which one each entry used, to be broadcast over the
+            lead from the right; -1 for none.
     """
 
     rule: Rule
@@ -54,6 +56,7 @@ class Use:
     output_shape: tuple[int, ...]
     axis: Axis | None = None
     turned: bool = False
+    slices: Int[Tensor, "..."] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,52 +154,6 @@ class LinearRule(Rule):
             return StoredRows(g.sum(1))
         transposed = self.transposed != use.turned
         return FactoredRows(a, g, example, bias=use.bias is not None, transposed=transposed)
-
-
-class MatmulRule(LinearRule):
-    """Output = input W, without a bias."""
-
-    transposed = True
-    weight_name, bias_name = "other", "none"
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """By name; nothing where the weight is not a matrix, or the input a vector."""
-        named = super().bind(args, {("other" if name == "mat2" else name): value for name, value in kwargs.items()})
-        x, weight = named.get(self.input_name), named.get(self.weight_name)
-        if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
-            return {}
-        return named if min(x.ndim, weight.ndim) > 1 and 2 in (x.ndim, weight.ndim) else {}
-
-    def exchanged(self, arguments: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]] | None:
-        """The parameter on the left."""
-        return LEFT_MATMUL, dict(arguments)
-
-
-class LeftMatmulRule(MatmulRule):
-    """Output = W input: a linear layer on the columns."""
-
-    transposed = False
-    input_name, weight_name = "other", "input"
-
-    def features(self, use: Use) -> int:
-        """Rows and columns."""
-        return 2
-
-    def activations(self, use: Use) -> Float[Tensor, "E t i"]:
-        """Columns are positions."""
-        x: Tensor = use.arguments["other"].detach()
-        return x.reshape(-1, *x.shape[-2:]).mT
-
-    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
-        """As the input."""
-        return gradient.reshape(len(gradient), -1, *gradient.shape[-2:]).mT
-
-
-class AddmmRule(LinearRule):
-    """Output = b + input W, as Hugging Face's Conv1D computes it."""
-
-    transposed = True
-    input_name, weight_name, bias_name = "mat1", "mat2", "input"
 
 
 class ConvolutionRule(LinearRule):
@@ -391,7 +348,6 @@ BATCH_NORM = NormalizationRule(
 EMBEDDING = EmbeddingRule("embedding", "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse")
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: LinearRule("linear", "input weight bias"),
-    torch.addmm: AddmmRule("addmm", "input mat1 mat2"),
     F.conv1d: ConvolutionRule("conv1d", _CONV),
     F.conv2d: ConvolutionRule("conv2d", _CONV),
     F.conv3d: ConvolutionRule("conv3d", _CONV),
@@ -417,13 +373,6 @@ RULES.update(
     for function in (getattr(torch.Tensor, name), getattr(torch, name, None))
     if function is not None
 )
-MATMUL, LEFT_MATMUL = MatmulRule("matmul", "input other"), LeftMatmulRule("matmul", "input other")
-RULES.update(
-    (function, MATMUL)
-    for owner in (torch, torch.Tensor)
-    for name in ("matmul", "__matmul__", "mm")
-    if (function := getattr(owner, name, None)) is not None
-)
 INDEXED = EmbeddingRule("indexing", "weight input")
 GROUPED = {function: GroupedConvolutionRule(rule.name, _CONV) for function, rule in RULES.items()
            if isinstance(rule, ConvolutionRule)}  # fmt: skip
@@ -437,7 +386,7 @@ def rule_for(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         if named["input"].ndim != named["weight"].ndim:  # one example without a batch axis
             return None
     if function is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.int64:
-        return INDEXED if args[0].ndim == 2 else None
+        return INDEXED if args[0].ndim == 2 and args[1].ndim else None
     if function in GROUPED and rule is not None and rule.bind(args, kwargs).get("groups", 1) != 1:
         return GROUPED[function]
     return rule

@@ -43,11 +43,23 @@ class SparseRows(UnitRows):
     @classmethod
     def gathered(cls, tokens: Int[Tensor, "R T"], gradients: Float[Tensor, "R T E"], vocabulary: int) -> SparseRows:
         """Rows from tokens and the gradients of their embedding vectors; repeats within a row are summed."""
-        count = tokens.shape[0]
-        key = tokens + torch.arange(count, device=tokens.device).unsqueeze(1) * vocabulary
-        unique, place = torch.unique(key.reshape(-1), return_inverse=True)
-        values = sum_by(place, gradients.reshape(-1, gradients.shape[-1]), unique.shape[0])
-        return SparseRows(unique // vocabulary, unique % vocabulary, values, count=count, vocabulary=vocabulary)
+        row = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
+        return cls.summed(row, tokens.flatten(), gradients.flatten(0, 1), count=len(tokens), vocabulary=vocabulary)
+
+    @classmethod
+    def summed(
+        cls,
+        row: Int[Tensor, "n"],
+        token: Int[Tensor, "n"],
+        values: Float[Tensor, "n E"],
+        *,
+        count: int,
+        vocabulary: int,
+    ) -> SparseRows:
+        """Rows from entries of which several may be of the same row and token."""
+        unique, place = torch.unique(token + row * vocabulary, return_inverse=True)
+        values = sum_by(place, values, len(unique))
+        return cls(unique // vocabulary, unique % vocabulary, values, count=count, vocabulary=vocabulary)
 
     def zeros(self, count: int, like: Tensor) -> SparseRows:
         """So many rows of zeros of the same table, in ``like``'s dtype and on its device."""

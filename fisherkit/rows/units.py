@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.rows.base import UnitRows
@@ -20,8 +21,9 @@ from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.ownership import Arrangement, Regular
 from fisherkit.rows.patches import Activations, Patches
-from fisherkit.rows.rules import Rule, Use
+from fisherkit.rows.rules import LinearRule, Rule, Use
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.sliced import SlicedRows
 from fisherkit.rows.sparse import SparseRows
 from fisherkit.rows.stored import StoredRows
 from fisherkit.rows.summed import SumRows
@@ -95,7 +97,7 @@ class RuledUnit(Unit):
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """The unit's rows in a batch; None where an entry of a use belongs to several examples.
 
@@ -111,7 +113,8 @@ class RuledUnit(Unit):
         own = self.of(uses)
         if not own:
             none = torch.zeros(selection.batch, 1, dtype=torch.bool, device=v.device)
-            return UnitSlot(self.names, self._zeros(selection, v), none)
+            zeros = self.zeros(len(selection.owner), selection.batch, selection.example, v)
+            return UnitSlot(self.names, zeros, none)
         places = [one for i in own if (one := how[i]) is not None]
         if len(places) < len(own):
             return None
@@ -136,8 +139,8 @@ class RuledUnit(Unit):
         rows = self.rule.rows(self._restricted(uses[own[0]]), a, selection.take(g), selection.example)
         if self.stored and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
-        regular = all(isinstance(one, Regular) for one in places)
-        return UnitSlot(self.names, rows, None if regular else torch.cat(exist, 1))
+        proven = all(isinstance(one, Regular) and one.alive is None for one in places)
+        return UnitSlot(self.names, rows, None if proven else torch.cat(exist, 1))
 
     def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
         """Learn the sizes from rows of a first pass.
@@ -157,13 +160,20 @@ class RuledUnit(Unit):
             positions = sum(self.rule.lead(uses[i]).numel() for i in own) // rows.count
             self.numbers = positions * (rows.values.shape[1] + 2)
 
-    def _zeros(self, selection: RowSelection, like: Tensor) -> UnitRows:
-        """Rows of a batch that does not use the unit, in the form of others."""
-        count, form = len(selection.owner), self._none
-        if isinstance(form, SparseRows):
+    def zeros(self, count: int, examples: int, example: Int[Tensor, "R"] | None, like: Tensor) -> UnitRows:
+        """Rows of a batch that does not use the unit, in the form of others.
+
+        Args:
+            count: R.
+            examples: of the batch.
+            example: as in `FactoredRows`.
+            like: for dtype and device.
+        """
+        form = self._none
+        if isinstance(form, SparseRows) or (isinstance(form, SlicedRows) and not self.stored):
             return form.zeros(count, like)
         if isinstance(form, FactoredRows) and not self.stored:
-            return form.zeros(count, selection.batch, selection.example, like)
+            return form.zeros(count, examples, example, like)
         return StoredRows(like.new_zeros(count, form.size))
 
     def choose(self, vectors: int, lean: bool) -> None:
@@ -220,7 +230,7 @@ class SharedUnit(RuledUnit):
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """As in `RuledUnit`; a part that the batch does not use has rows of zeros."""
         found = [part.made(uses, gradients, how, v, selection, cache, scale) for part in self.parts]
@@ -275,7 +285,7 @@ class DerivedUnit(RuledUnit):
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Activations] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """As in `RuledUnit`; rows are sums over all that was made."""
         own = self.of(uses)
@@ -284,9 +294,9 @@ class DerivedUnit(RuledUnit):
         totals: dict[str | Derived, Tensor] = {}
         for i in own:
             use = uses[i]
-            one = RuledUnit(use.names, use.rule, 0).made(
-                (use,), (gradients[i],), (how[i],), v, selection, None, scale
-            )  # fmt: skip
+            seen = replace(use, turned=use.turned and isinstance(use.weight, str))
+            unit = RuledUnit(use.names, use.rule, 0)
+            one = unit.made((seen,), (gradients[i],), (how[i],), v, selection, None, scale)
             if one is None:
                 return None
             places = zip(use.sources, (use.rule.weight_name, use.rule.bias_name), strict=True)
@@ -310,6 +320,101 @@ class DerivedUnit(RuledUnit):
         """As in `RuledUnit`."""
         super().measure(uses, how, rows)
         self.reason = f"{self.place}; through a function of parameters"
+
+
+class SlicedUnit(RuledUnit):
+    """A parameter of which each position uses one slice: factors for every slice, or what is summed up by slice.
+
+    Attributes:
+        kept: numbers that an example's rows take, those of the inputs and those of each vector.
+    """
+
+    kept = (0, 0)
+
+    def made(
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        v: Float[Tensor, "k B ..."], selection: RowSelection,
+        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+    ) -> UnitSlot | None:  # fmt: skip
+        """As in `RuledUnit`."""
+        own = self.of(uses)
+        if not own:
+            return super().made(uses, gradients, how, v, selection)
+        inputs, arrived, index, owner = [], [], [], []
+        for i in own:
+            use, one, gradient = uses[i], how[i], gradients[i]
+            if one is None or use.slices is None:
+                return None
+            whole = v.new_zeros(len(v), *use.output_shape) if gradient is None else gradient.to(v.dtype)
+            g = use.rule.gradients(use, whole)
+            each = g.shape[2]
+            arrived.append(g.flatten(1, 2))
+            inputs.append(use.rule.activations(use)[:].flatten(0, 1))
+            index.append(use.slices.expand(use.rule.lead(use)).flatten().repeat_interleave(each))
+            owner.append(one.owners(g.shape[1]).to(v.device).repeat_interleave(each))
+        g, a, which, whose = torch.cat(arrived, 1), torch.cat(inputs), torch.cat(index), torch.cat(owner)
+        some = ((which >= 0) & (whose >= 0)).nonzero().squeeze(1)
+        g, a, which, whose = g[:, some], a[some], which[some], whose[some]
+        if scale is not None:
+            g = g * scale.to(g.dtype)[:, whose].unsqueeze(2)
+        use = self._restricted(uses[own[0]])
+        if isinstance(use.rule, LinearRule) and use.weight is not None:
+            known = {} if cache is None else cache.setdefault(self.names, {})
+            rows: UnitRows = SlicedRows.gathered(
+                a, g, which, whose, selection, self.numbers // (a.shape[1] * g.shape[2]),
+                transposed=use.rule.transposed != self.turned, cache=known,
+            )  # fmt: skip
+        else:
+            values = use.rule.rows(use, a.unsqueeze(1), g.transpose(0, 1).flatten(0, 1).unsqueeze(1), None).dense()
+            rows = _tabled(values.unflatten(0, (-1, len(v))), which, whose, selection, self.numbers // values.shape[1])
+        return UnitSlot(self.names, StoredRows(rows.dense()) if self.stored else rows)
+
+    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
+        """As in `RuledUnit`."""
+        own = self.of(uses)
+        place = how[own[0]]
+        self.place = "" if place is None else f"slices {place.described(self.rule.lead(uses[own[0]]))}"
+        self._none = rows.reordered(torch.arange(0)).compact()
+        positions = -(-sum(self.rule.lead(uses[i]).numel() for i in own) // rows.count)
+        if isinstance(rows, SlicedRows):
+            self.kept = positions * rows.none.inputs, positions * rows.none.outputs
+        elif isinstance(rows, SparseRows):
+            self.kept = 0, positions * (rows.values.shape[1] + 2)
+
+    def choose(self, vectors: int, lean: bool) -> None:
+        """Keep what each position brings, or write the rows out if that takes fewer numbers."""
+        apart, product = self.kept[0] + vectors * self.kept[1], vectors * self.numbers
+        self.stored = apart > product
+        self.reason = f"{self.place}; T(I + M·O) = {apart:,} {'>' if self.stored else '<='} M·D = {product:,}"
+
+    def numbers_per_example(self, vectors: int) -> int:
+        """As in `Unit`."""
+        return vectors * self.numbers if self.stored else self.kept[0] + vectors * self.kept[1]
+
+    def strange(self, use: Use) -> bool:
+        """Whether a use is not of the form that was verified."""
+        return use.slices is None or use.rule is not self.rule or use.turned != self.turned
+
+
+def _tabled(
+    values: Float[Tensor, "n k E"],
+    which: Int[Tensor, "n"],
+    whose: Int[Tensor, "n"],
+    selection: RowSelection,
+    slices: int,
+) -> SparseRows:
+    """Rows of a table from a summand for each position and vector, its place and its example."""
+    vectors, device = values.shape[1], values.device
+    slots = torch.arange(vectors * selection.batch, device=device)
+    chosen = selection.take(slots.reshape(vectors, -1))
+    row = torch.full_like(slots, -1)
+    row[chosen] = torch.arange(len(chosen), device=device)
+    row = row.reshape(vectors, -1).mT[whose].flatten()
+    kept = row >= 0
+    token = which.repeat_interleave(vectors)
+    return SparseRows.summed(
+        row[kept], token[kept], values.flatten(0, 1)[kept], count=len(chosen), vocabulary=slices
+    )  # fmt: skip
 
 
 def form_of(use: Use) -> Form:

@@ -90,6 +90,24 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     return plan_for(model, space, batch)
 
 
+def plan_again(plan: Plan, batch: Batch) -> Plan | None:
+    """A plan that was made a moment ago, for a batch of other data; None if it has another form.
+
+    Args:
+        plan: made of data of the same model in the same call.
+        batch: a first batch on the model's device.
+
+    Cost: a forward pass of two examples.
+    """
+    if plan.alone or _key(plan.model, plan.space, batch) != plan.key:
+        return None
+    again = copy.copy(plan)
+    again.units = [copy.copy(unit) for unit in plan.units]
+    with untouched_rng([plan.example_parameter.device]), differentiable(plan.model, [*plan.parameters.values()]):
+        again.probed = batch.take(two_of(batch, plan.alone)).call(plan.model).detach()
+    return again
+
+
 def remember(plan: Plan) -> None:
     """Keep what a plan found in place of what was known before."""
     known = _KNOWN.setdefault(plan.model, {})

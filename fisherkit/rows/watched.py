@@ -33,8 +33,10 @@ class Watched:
         elsewhere: chosen parameters that functions without a rule used.
         coarsest: the floating dtype that rounds most, of all that is differentiated.
         proven: whether the pass shows whose the entries of uses with an axis are.
+        by_owner: whether it is looked at which entries outputs depend on, whatever the pass shows.
         random: whether dropout was active.
         casts: whether a module was cast in place.
+        hooked: whether a hook was put on a tensor, which may change its gradient.
     """
 
     batch: int
@@ -43,8 +45,10 @@ class Watched:
     elsewhere: frozenset[str] = frozenset()
     coarsest: torch.dtype = torch.float64
     proven: bool = False
+    by_owner: bool = False
     random: bool = False
     casts: bool = False
+    hooked: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, names: Mapping[int, str], batch: Batch, shared: Collection[str]) -> Watched:
@@ -78,13 +82,18 @@ class Watched:
         elsewhere = frozenset(recorder.elsewhere)
         return cls(
             recorder.batch, z, recorder.uses, elsewhere, recorder.coarsest, proven, random=recorder.random,
-            casts=recorder.casts,
+            casts=recorder.casts, hooked=recorder.hooked,
         )  # fmt: skip
 
     @property
     def regular(self) -> bool:
         """Whether the pass itself shows whose all entries are."""
         return all(self._regular(use) is not None for use in self.uses)
+
+    @property
+    def followed(self) -> bool:
+        """Whether functions keep the batch's axis apart on the way to and from all uses, be it of one example."""
+        return self.proven and all(self._by_axis(use) is not None for use in self.uses)
 
     def backward(self, v: Float[Tensor, "k B ..."], *, batched: bool = False) -> Sequence[Tensor | None]:
         """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output.
@@ -102,6 +111,8 @@ class Watched:
 
     def multiplied(self, v: Float[Tensor, "B ..."]) -> list[Sequence[Tensor | None]]:
         """Gradients at the uses for output vectors times each row of the examples' numbers; needs the graph."""
+        if self.batch == 1:
+            return []
         shape = (-1, *[1] * (v.ndim - 1))
         return [self._gradients(v * row.reshape(shape)) for row in codes(self.batch, v)]
 
@@ -142,9 +153,12 @@ class Watched:
 
     def _regular(self, use: Use) -> Regular | None:
         """By the pass itself."""
+        if self.by_owner:
+            return None
+        return Regular(1, use.rule.lead(use).numel()) if self.batch == 1 else self._by_axis(use)
+
+    def _by_axis(self, use: Use) -> Regular | None:
         lead = use.rule.lead(use)
-        if self.batch == 1:
-            return Regular(1, lead.numel())
         if not self.proven or use.axis is None or use.axis.dim >= len(lead):
             return None
         return Regular(self.batch, use.axis.inner * lead[use.axis.dim + 1 :].numel())
@@ -156,6 +170,8 @@ class Watched:
         like = self.z if gradient is None else gradient
         if gradient is None or any(one is None for one in multiplied) or entries == 0:
             return arrangement(torch.full((entries,), -1, device=like.device), lead, self.batch)
+        if self.batch == 1:
+            return Regular(1, entries, gradient.reshape(entries, -1).ne(0).any(1))
         rest = [one.reshape(entries, -1) for one in multiplied if one is not None]
         numbers = codes(self.batch, self.z).to(gradient.device)
         owner = owners(gradient.reshape(entries, -1), rest, numbers, self.coarsest)

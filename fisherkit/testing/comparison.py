@@ -14,16 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import FisherkitError, InvalidArgumentError, MemoryBudgetError, NoClosedFormError
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping
 
 TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest relative error that `check_fisher` accepts by default; 5e-2 for narrower dtypes."""
 
-MAY_BE_REFUSED = frozenset({"gram", "eigenvalues", "eigenvectors", "effective_dimension", "logdet", "save"})
+MAY_BE_REFUSED = frozenset(
+    {"gram", "eigenvalues", "eigenvectors", "effective_dimension", "logdet", "save", "norm", "usual_damping"}
+)
 """Operations that a structure may answer with `NoClosedFormError`; every other one must have an answer."""
 
-NEEDS_A_SQUARE_MATRIX = frozenset({"gram", "eigenvalues", "to_dense", "logdet"})
+NEEDS_A_SQUARE_MATRIX = frozenset({"gram", "eigenvalues", "to_dense", "logdet", "norm", "average"})
 """Operations that a structure may answer with `MemoryBudgetError`."""
 
 _T = TypeVar("_T")
@@ -165,7 +168,7 @@ def checked_matrix(operator: FisherOperator, dense: Tensor, tolerance: float) ->
     if tuple(dense.shape) != (size, size):
         raise InvalidArgumentError(call=call, got=f"shape {list(dense.shape)}", expected=f"[{size}, {size}]")
     matrix = dense.detach().to(operator.device, torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
+    if not all_finite(matrix):
         raise InvalidArgumentError(call=call, got="NaN or infinite entries", expected="finite numbers")
     if _relative_error(matrix.mT, matrix) > tolerance:
         raise InvalidArgumentError(call=call, got="a matrix that is not symmetric", expected="a symmetric one")

@@ -18,8 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError, NotConvergedWarning
-from fisherkit.operators import FisherOperator, load
+from fisherkit.operators import DenseOperator, FisherOperator, load, split, usual_damping
+from fisherkit.operators.base import convert
+from fisherkit.operators.normalization import frobenius_norm
+from fisherkit.operators.outputs_average import average_over_outputs
 from fisherkit.testing.comparison import TOLERANCES, Check, ConformanceError, ConformanceReport, checked_matrix
+
+NARROW = 1e-4
+"""Relative error of a product in float32."""
 
 
 def check_fisher(
@@ -33,9 +39,10 @@ def check_fisher(
 
     Products of all forms of vector, quadratic form, diagonal, trace, Gram, damped solves, factorizations, log
     determinants and effective dimensions at two dampings, samples, eigenvalues and eigenvectors, `to_dense`,
-    `to_scipy`, scales and sums, symmetry, and a round trip through a file; dtype, device and form of each result; and
-    that changing a result in place does not change the operator. Dampings are a tenth and a hundredth of the largest
-    eigenvalue, so that what rounding does to a solve stays near what it does to a product.
+    `to_scipy`, scales and sums, symmetry, what applications ask of the structure (terms, blocks, rows, factors, norm,
+    average over outputs, another dtype, usual damping), and a round trip through a file; dtype, device and form of each
+    result; and that changing a result in place does not change the operator. Dampings are a tenth and a hundredth of
+    the largest eigenvalue, so that what rounding does to a solve stays near what it does to a product.
 
     Args:
         operator: the operator.
@@ -67,7 +74,7 @@ def check_fisher(
     check = Check(operator, matrix, limit, seeds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConvergedWarning)
-        for part in (_products, _numbers, _spectra, _inverses, _samples, _algebra, _files, _independence):
+        for part in (_products, _numbers, _spectra, _inverses, _samples, _algebra, _files, _answers, _independence):
             part(check)
     return ConformanceReport(check.errors, tuple(sorted(check.refused)), limit)
 
@@ -236,6 +243,56 @@ def _algebra(check: Check) -> None:
     solution = (0.5 * operator + 0.25 * operator).solve(columns, 0.75 * number, tolerance=check.residual)
     expected = torch.linalg.solve(check.shifted(number), columns.double()) / 0.75
     check.compare("sum", solution, expected, detail=".solve")
+
+
+def _answers(check: Check) -> None:
+    """What applications and other operators ask: how the matrix comes apart, and what it is known to be."""
+    operator, matrix, space = check.operator, check.matrix, check.operator.space
+    parts = [term.to_dense() for term in operator._terms()]
+    check.compare("terms", functools.reduce(torch.add, parts), matrix)
+    whole, places = torch.zeros_like(matrix), torch.arange(operator.size, device=matrix.device)
+    for block in split(operator):
+        place = space.take(places, block.space.names)
+        whole[place.unsqueeze(1), place] = block.to_dense().double()
+    check.compare("blocks", whole.to(operator.dtype), matrix)
+    norm = check.attempt("norm", functools.partial(frobenius_norm, operator))
+    if norm is not None:
+        check.compare("norm", norm, matrix.norm(), dtype=torch.float64)
+    average = check.attempt("average", functools.partial(average_over_outputs, operator))
+    if average is not None:
+        check.compare("average", average.trace(), matrix.trace(), detail="over outputs, trace", dtype=torch.float64)
+        layouts = [term.layout for block in split(operator) for term in block._terms()]
+        if not any(layout is not None and layout.transposed for layout in layouts):
+            expected = average_over_outputs(DenseOperator(space, matrix)).to_dense()
+            check.compare("average", average.to_dense(), expected, detail=" over outputs")
+    other = torch.float32 if operator.dtype == torch.float64 else torch.float64
+    converted = check.attempt("save", functools.partial(convert, operator, other, operator.device))
+    if converted is not None:
+        columns = check.columns.to(other)
+        product, expected = (converted @ columns).double(), matrix @ columns.double()
+        near = float((product - expected).norm()) <= max(check.tolerance, NARROW) * float(expected.norm())
+        check.require("convert", near and converted.dtype == other, "another matrix or dtype", f"the same in {other}")
+    if operator.is_diagonal:
+        check.compare("diagonal", operator.diagonal().diag(), matrix, detail=" of what is_diagonal")
+    if operator.stored_rows is not None:
+        rows, scale = operator.stored_rows
+        dense = rows.dense().double()
+        check.compare("rows", (scale * dense.mT @ dense).to(operator.dtype), matrix, detail=" of stored_rows")
+    if operator.factors is not None and operator.layout is not None:
+        a, g = operator.factors
+        grid = operator.layout.to_grid(check.columns)
+        check.compare("factors", operator.layout.to_flat(g @ grid @ a), matrix @ check.columns.double())
+    damping = check.attempt("usual_damping", functools.partial(usual_damping, operator))
+    check.require("usual_damping", damping is None or damping.scale > 0, f"{damping}", "a positive multiple")
+    for name, holds in (
+        ("inversion", operator.inversion in {"cheap", "direct", "iterative"}),
+        ("decomposed_side", 0 <= operator.decomposed_side <= operator.size),
+    ):
+        check.require(name, holds, f"{getattr(operator, name)!r}", "one of its values")
+    inverse = operator._approximate_inverse(check.dampings[0][1])
+    if inverse is not None:
+        curvature = (check.columns * inverse(check.columns)).sum(0)
+        check.require("_approximate_inverse", bool((curvature > 0).all()), f"vᵀPv = {curvature}", "positive numbers")
 
 
 def _files(check: Check) -> None:

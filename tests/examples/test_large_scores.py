@@ -17,6 +17,6 @@ def test_large_scores__measures_its_steps_and_goes_on_from_its_rows(tmp_path: Pa
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=None)
         first, *steps = [json.loads(line) for line in done.stdout.splitlines()]
         assert first["parameters"] == 2 * (20 * 20 + 20) + 20 * 10 + 10
-        assert [step["step"] for step in steps] == ["prepare", "low rank", "projection", "top 10", "exact"]
+        assert [step["step"] for step in steps] == ["prepare", "low rank", "top 10", "exact"]
         assert steps[1]["median_error"] < 1e-5  # a rank above the layers' own
     assert (tmp_path / "300-20-kfac" / "rows" / "manifest.json").exists()

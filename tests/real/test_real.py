@@ -149,12 +149,8 @@ def test_ef_and_exact__equal_a_loop_and_touch_nothing(name: str) -> None:
         close(fisher.diagonal(), expected, found.tolerance)
 
 
-EXPERTS = "experts of one parameter in one grouped or gathered product"
 GENERIC = {
-    **dict.fromkeys(["mixtral, batched", "mixtral, grouped", "gpt-oss, grouped"], EXPERTS),
-    **dict.fromkeys(["xlnet", "xlnet, language model"], "einsum of parameters"),
     "switch": "a layer is cast in place",
-    "recurrent gemma": "gates are products of three-dimensional parameters",
     "rwkv": "decays under a maximum that cancels out, where rounding is all that is left",
     "qwen3-next": "a batch whose entries rounding to float32 does not let tell apart",
 }

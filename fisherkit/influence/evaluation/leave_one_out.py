@@ -1,7 +1,4 @@
-"""Leaving one training example out, exactly: by training again without it.
-
-Owns the effect of an example and its correlation with scores. Knows training only as `retrain`.
-"""
+"""Leaving one training example out, exactly: by training again without it."""
 
 from __future__ import annotations
 
@@ -14,13 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.influence.evaluation.arguments import check_examples, check_scores
-from fisherkit.influence.evaluation.correlated import RankCorrelation, rank_correlation
-from fisherkit.influence.evaluation.recipe import TrainingRecipe
-from fisherkit.influence.evaluation.retraining import retrain
-from fisherkit.influence.evaluation.runs_file import Retraining
-from fisherkit.influence.evaluation.stacked_models import Build
-from fisherkit.influence.evaluation.subsets import leave_one_out_masks
+from fisherkit.influence.evaluation.checks import check_examples, check_scores
+from fisherkit.influence.evaluation.datamodeling import RankCorrelation, rank_correlation
+from fisherkit.influence.evaluation.retraining import Retraining, retrain
+from fisherkit.influence.evaluation.training import Build, TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ def leave_one_out(
     model trained to its optimum, and `LeaveOneOut.noise` to see it.
 
     Args:
-        build: a seed to a model, as in `retrain`.
+        build: a seed to an untrained model.
         train: inputs and targets of all N training examples.
         queries: inputs and targets to measure on.
         examples: places of those to leave out.
@@ -117,13 +111,15 @@ def leave_one_out(
         **options: keywords of `retrain`: seeds, likelihood, path, progress…
 
     Raises:
-        InvalidArgumentError: examples that are not distinct places in the training data, and as in `retrain`.
+        InvalidArgumentError: examples that are not distinct places in the training data, or seeds, names or a path that
+            do not fit.
 
     Cost: (L + 1) · R trainings.
     """
     count = len(train[1])
     index = check_examples(examples, count, "leave_one_out")
-    masks = torch.cat([torch.ones(1, count, dtype=torch.bool), leave_one_out_masks(count, index)])
+    masks = torch.ones(len(index) + 1, count, dtype=torch.bool)  # the first is everything
+    masks[1 + torch.arange(len(index)), index] = False
     runs = retrain(build, train, queries, masks, recipe, measurements=(measurement,), **options)
     outputs = runs.outputs[measurement]
     effects = outputs[:1] - outputs[1:]

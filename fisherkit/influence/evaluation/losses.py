@@ -1,7 +1,6 @@
 """What is trained on and what is measured: a number for each example, from outputs and targets.
 
-Owns ℓ of the package's likelihoods, the margin, and the sign that makes larger better. Knows no model; outputs may come
-from many models at once, flattened into the batch axis.
+ℓ of the package's likelihoods, the margin, and the sign that makes larger better.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Measurements = str | Sequence[str] | Mapping[str, PerExample]
 
 def _categorical(z: Tensor, y: Tensor, likelihood: Categorical) -> Float[Tensor, " B"]:
     """Weighted and smoothed cross-entropy, summed over an example's positions that are not ignored."""
-    z = _classes_second(z, likelihood)
+    z = z if likelihood.class_axis == 1 else z.movedim(-1, 1)
     if z.ndim != y.ndim + 1 and z.shape != y.shape:
         raise _misfit(z, y)
     if y.is_floating_point() != (z.shape == y.shape) or (y.is_floating_point() and likelihood.strict):
@@ -87,11 +86,6 @@ def _shaped(y: Tensor, z: Tensor) -> Tensor:
     return y.reshape(z.shape).to(z.dtype)
 
 
-def _classes_second(z: Tensor, likelihood: Categorical) -> Tensor:
-    """As torch's cross-entropy has them."""
-    return z if likelihood.class_axis == 1 else z.movedim(-1, 1)
-
-
 def _misfit(z: Tensor, y: Tensor) -> DataError:
     return DataError(
         call="retrain", got=f"outputs of {z.ndim} axes and targets of {y.ndim} axes and {y.dtype}",
@@ -104,7 +98,7 @@ def _categorical_margin(z: Tensor, y: Tensor, likelihood: Categorical) -> Float[
     """z_y − logsumexp of the other classes, which does not cancel; summed over positions as the loss is."""
     if y.is_floating_point() or z.ndim != y.ndim + 1:
         raise _misfit(z, y)
-    z = _classes_second(z, likelihood).movedim(1, -1)
+    z = z.movedim(likelihood.class_axis, -1)
     counts = y != likelihood.ignore_index
     label = torch.where(counts, y, 0).unsqueeze(-1)
     others = torch.logsumexp(z.scatter(-1, label, float("-inf")), -1)
@@ -129,36 +123,19 @@ _MARGINS: _Rules = {
 
 def _of(rules: _Rules, likelihood: Likelihood) -> PerExample | None:
     rule = rules.get(type(likelihood))
-    if rule is None:
-        return None
-
-    @functools.wraps(rule)
-    def per_example(z: Tensor, y: Tensor) -> Tensor:
-        return rule(z, y, likelihood)
-
-    return per_example
+    return None if rule is None else functools.wraps(rule)(lambda z, y: rule(z, y, likelihood))
 
 
 def resolved_loss(likelihood: Loss) -> Likelihood | None:
-    """The likelihood; None for a function of the user's.
-
-    Raises:
-        InvalidArgumentError: an unknown name.
-    """
-    if isinstance(likelihood, (str, Likelihood, nn.Module)) and (
-        not isinstance(likelihood, nn.Module) or is_known_loss(likelihood)
-    ):
-        return resolve(likelihood)
-    return None
+    """The likelihood; None for a function of the user's."""
+    known = (
+        is_known_loss(likelihood) if isinstance(likelihood, nn.Module) else isinstance(likelihood, (str, Likelihood))
+    )
+    return resolve(likelihood) if known else None  # type: ignore[arg-type]
 
 
 def loss_of(likelihood: Loss, call: str) -> PerExample:
-    """ℓ of a likelihood, or the user's own.
-
-    Raises:
-        InvalidArgumentError: an unknown name, or a likelihood of one's own, which does not say its loss.
-        InvalidTypeError: neither a likelihood nor a function.
-    """
+    """ℓ of a likelihood, or the user's own."""
     resolved = resolved_loss(likelihood)
     if resolved is None:
         if not callable(likelihood):
@@ -179,12 +156,7 @@ def loss_of(likelihood: Loss, call: str) -> PerExample:
 
 
 def measurements_of(measurements: Measurements, likelihood: Loss, call: str) -> dict[str, PerExample]:
-    """What is recorded of every trained model, by name; larger = better.
-
-    Raises:
-        InvalidArgumentError: none, an unknown name, or a margin of a likelihood without labels.
-        InvalidTypeError: not names or functions.
-    """
+    """What is recorded of every trained model, by name; larger = better."""
     known: dict[str, PerExample] = {"loss": _negative(loss_of(likelihood, call))}
     own = resolved_loss(likelihood)
     margin = None if own is None else _of(_MARGINS, own)
@@ -210,8 +182,4 @@ def measurements_of(measurements: Measurements, likelihood: Loss, call: str) -> 
 
 
 def _negative(function: PerExample) -> PerExample:
-    @functools.wraps(function)
-    def negative(z: Tensor, y: Tensor) -> Tensor:
-        return -function(z, y)
-
-    return negative
+    return functools.wraps(function)(lambda z, y: -function(z, y))

@@ -1,8 +1,4 @@
-"""Finding mislabelled training examples: how well a ranking puts them first.
-
-Owns AUROC and average precision with intervals, and the two plain rankings that every other one should be seen beside.
-Takes rankings from anywhere.
-"""
+"""Finding mislabelled training examples: how well a ranking puts them first, and two plain rankings to compare with."""
 
 from __future__ import annotations
 
@@ -16,10 +12,15 @@ from torch.func import grad, vmap
 
 from fisherkit.data import Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
-from fisherkit.influence.evaluation.arguments import check_floats
-from fisherkit.influence.evaluation.bootstrap import Interval, check_bootstrap, multiplicities, percentile_interval
+from fisherkit.influence.evaluation.checks import check_floats
 from fisherkit.influence.evaluation.losses import Loss, loss_of
-from fisherkit.influence.evaluation.ranks import Ranking
+from fisherkit.influence.evaluation.statistics import (
+    Interval,
+    Ranking,
+    check_bootstrap,
+    multiplicities,
+    percentile_interval,
+)
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.whole import functional_call, kept_whole
 from fisherkit.space import ParameterSpace
@@ -163,7 +164,8 @@ def plain_rankings(
     Args:
         model: trained, in eval mode; gradients are with respect to all parameters that require grad.
         data: the training data, one batch or a re-iterable of batches.
-        likelihood: as in `retrain`.
+        likelihood: of the loss: a likelihood's name or object, torch's loss module, or a function of outputs and
+            targets that returns a loss for each example.
         chunk_size: examples whose gradients are held at once.
 
     Returns:
@@ -172,7 +174,7 @@ def plain_rankings(
     Raises:
         InvalidArgumentError: an unknown likelihood.
         DataError: data without targets, or whose order is not known to be fixed.
-        ModelError: as for a Fisher.
+        ModelError: dropout or batch norm in train mode.
 
     Cost: one forward and backward pass an example, vectorised.
     """

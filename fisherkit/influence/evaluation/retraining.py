@@ -1,25 +1,37 @@
-"""Training one architecture on many subsets of the data, many models at once.
+"""Training one architecture on many subsets of the data and measuring each model, with a file that a long run keeps.
 
-Owns the list of models still to be trained, how many at a time, and what is measured of them. Knows neither scores nor
-what the subsets mean.
+The list of models still to be trained, what is measured of them, and the file's format, so that an interrupted run can
+go on. Knows neither scores nor what the subsets mean. Pickle is never used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import copy
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from fisherkit.arguments import check_count, is_integer
+from fisherkit import io
+from fisherkit.arguments import is_integer
+from fisherkit.arithmetic import all_finite
 from fisherkit.data import Batch
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, MemoryBudgetError, NonFiniteError
-from fisherkit.influence.evaluation.arguments import check_masks
+from fisherkit.errors import (
+    DataError,
+    FileFormatError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    MissingFileError,
+    NonFiniteError,
+)
+from fisherkit.influence.evaluation.checks import check_masks
 from fisherkit.influence.evaluation.losses import (
     Loss,
     Measurements,
@@ -28,19 +40,86 @@ from fisherkit.influence.evaluation.losses import (
     measurements_of,
     resolved_loss,
 )
-from fisherkit.influence.evaluation.recipe import TrainingRecipe
-from fisherkit.influence.evaluation.runs_file import Retraining, RunsFile, fingerprint
-from fisherkit.influence.evaluation.stacked_models import Build, Stack, StackedModels
-from fisherkit.influence.evaluation.training import epoch_orders, example_losses, train_stack
-from fisherkit.memory import available_memory, readable
+from fisherkit.influence.evaluation.training import Build, TrainingRecipe, built, train_model
+from fisherkit.model_state import tensors_hash
+
+FORMAT = "fisherkit-retraining"
+VERSION = 1
+_OUTPUTS = "outputs."
+_EVALUATED = 256
+"""Examples that are measured at once."""
 
 Labelled = tuple[Batch, Tensor]
 """Examples and their targets, of which a batch by itself may have none."""
 
-_AT_ONCE = 128
-"""More models than this no longer make one cheaper, and leave the caches of a processor."""
-_EVALUATED = 128
-"""Examples that are measured at once, if batches are smaller."""
+
+@dataclass(frozen=True)
+class Retraining:
+    """The outputs of models trained on subsets of the data.
+
+    Args:
+        masks: ``[S, N]``, which training examples each subset has.
+        seeds: R of them; each subset was trained once from each.
+        outputs: by measurement, ``[S, R, Q]``, float64 on the CPU, larger = better.
+        train_losses: ``[S, R]``, the mean loss of each trained model on its own subset.
+        settings: what it was made with, as JSON has it.
+    """
+
+    masks: Bool[Tensor, "S N"]
+    seeds: tuple[int, ...]
+    outputs: dict[str, Float[Tensor, "S R Q"]]
+    train_losses: Float[Tensor, "S R"]
+    settings: dict[str, Any]
+
+    @staticmethod
+    def load(path: str | Path) -> Retraining:
+        """From a finished file of `retrain`.
+
+        Args:
+            path: the file.
+
+        Raises:
+            InvalidTypeError: path is not a path.
+            MissingFileError: no such file.
+            FileFormatError: damaged, of another kind or version, or unfinished.
+        """
+        call = f"Retraining.load({str(path)!r})"
+        path = io.as_path(path, "Retraining.load")
+        if not path.is_file():
+            raise MissingFileError(call=call, got="no such file", expected="one written by retrain")
+        settings, tensors = _read(path, call)
+        done = tensors["done"]
+        if not bool(done.all()):
+            raise FileFormatError(
+                call=call, got=f"an unfinished run, {int(done.sum())} of {done.numel()} models", expected="all of them",
+                try_="retrain with the same arguments and path, which goes on from there",
+            )  # fmt: skip
+        return _result(settings, tensors)
+
+
+def random_subsets(examples: int, subsets: int, *, fraction: float = 0.5, seed: int = 0) -> Bool[Tensor, "S N"]:
+    """Random subsets of one size, ⌊fraction · N⌋ examples without repetition.
+
+    Args:
+        examples: N.
+        subsets: S.
+        fraction: of the examples that each subset has.
+        seed: of the draw; the first subsets of a longer list are those of a shorter one.
+
+    Raises:
+        InvalidArgumentError: a count below 1, or a fraction that leaves none or all of the examples.
+    """
+    size = int(fraction * examples)
+    if examples < 2 or subsets < 1 or not 0 < size < examples:
+        raise InvalidArgumentError(
+            call="random_subsets", got=f"examples={examples}, subsets={subsets}, fraction={fraction}",
+            expected="subsets ≥ 1 and 1 ≤ fraction · examples < examples",
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(subsets, examples, dtype=torch.bool)
+    for row in masks:
+        row[torch.randperm(examples, generator=generator)[:size]] = True
+    return masks
 
 
 def retrain(
@@ -55,19 +134,17 @@ def retrain(
     measurements: Measurements = ("loss",),
     path: str | Path | None = None,
     save_every: float = 30.0,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
     progress: bool = False,
 ) -> Retraining:
     """Train a model on every subset from every seed, and measure each on the queries.
 
-    Models train in lockstep, their parameters stacked (`torch.func.vmap`), each as it would alone up to rounding: from
-    ``build(seed)``, on its own subset's examples in the order of `epoch_orders`, on the mean loss of each batch. The
-    order depends on the seed alone, so that two subsets' models differ by nothing else.
+    A model starts from ``build(seed)`` and is trained on the mean loss of each batch of its own subset. The order of
+    the examples, and dropout, depend on the seed alone, so that two subsets' models differ by nothing else. Outputs are
+    measured in eval mode.
 
     Args:
-        build: a seed to a model. It is called with torch's generators seeded by that seed; they are put back
-            afterwards. Parameters that do not require grad, and buffers, are constants.
+        build: a seed to a model, which is copied. It is called with torch's generators seeded by that seed; they are
+            put back afterwards. Parameters that do not require grad stay as they are.
         train: inputs and targets of all N training examples, in memory; inputs may be a dict of the model's keywords.
         queries: inputs and targets to measure on.
         masks: which training examples each subset has.
@@ -81,9 +158,7 @@ def retrain(
             recorded.
         path: a file that results are added to as they come in. If it exists and was written with the same arguments,
             the run goes on from it; functions are told apart by their names only.
-        save_every: seconds between writes of the file, at least; 0 writes after every chunk of models.
-        chunk_size: models trained at once; None chooses by the memory budget, and 128 at most.
-        memory_budget: bytes; None is a quarter of what is free.
+        save_every: seconds between writes of the file, at least; 0 writes after every model.
         progress: show a progress bar.
 
     Returns:
@@ -93,153 +168,227 @@ def retrain(
         InvalidTypeError: arguments of a wrong type.
         InvalidArgumentError: masks, seeds, names or sizes that do not fit; a path whose file belongs to another run.
         DataError: batches without targets, or targets that do not fit the outputs.
-        ModelError: a model with dropout or batch norm in train mode, or one that vmap cannot take.
-        MemoryBudgetError: not even one model fits.
         NonFiniteError: a model diverged; the message names its subset and seed.
         FileFormatError: the file is damaged or of another kind.
 
-    Cost: S · R trainings. Memory: that of one chunk of models.
+    Cost: S · R trainings, one after the other.
     """
     call = "retrain"
-    data, targets = batch_of(train, f"{call}, train")
-    asked, wanted = batch_of(queries, f"{call}, queries")
+    data, targets = _batch_of(train, f"{call}, train")
+    asked, wanted = _batch_of(queries, f"{call}, queries")
     check_masks(masks, call, data.size)
-    check_training(recipe, seeds, chunk_size, memory_budget, call)
+    _check_training(recipe, seeds, call)
     loss = loss_of(likelihood, call)
     measured = measurements_of(measurements, likelihood, call)
-    models = StackedModels(build, seeds, call)
     masks = masks.cpu()
+    untrained = [built(build, seed, call) for seed in seeds]
     settings = {
         "recipe": asdict(recipe),
         "seeds": list(seeds),
         "likelihood": _recorded(likelihood),
         "measurements": {name: _name(function) for name, function in measured.items()},
-        "data": fingerprint([*data.leaves()[0], targets, *asked.leaves()[0], wanted]),
-        "subsets": fingerprint([masks]),
-        "models": fingerprint([*models.initial.values(), *models.shared.values(), *models.frozen.values()]),
+        "data": _hash([*data.leaves()[0], targets, *asked.leaves()[0], wanted]),
+        "subsets": _hash([masks]),
+        "models": _hash([tensor for model in untrained for tensor in model.state_dict().values()]),
     }
-    data, asked = data.to(models.device), asked.to(models.device)
-    targets, wanted = targets.to(models.device), wanted.to(models.device)
+    device = next(untrained[0].parameters()).device
+    data, asked, targets, wanted = data.to(device), asked.to(device), targets.to(device), wanted.to(device)
     file = RunsFile(path, settings, masks, measured, (len(masks), len(seeds), asked.size), save_every, call)
-    at_once = chunk_of(models, data, recipe, chunk_size, memory_budget, call)
-    orders = torch.stack([epoch_orders(seed, recipe.epochs, data.size) for seed in seeds])
     bar = tqdm(
         total=file.done.numel() * recipe.epochs, initial=int(file.done.sum()) * recipe.epochs, desc=call,
         unit="epoch", disable=not progress,
     )  # fmt: skip
     with file, bar:
-        for subset, seed in _chunks(masks, file.done, recipe, at_once):
-            stack = train_stack(models, seed, data, targets, masks[subset], orders, recipe, loss, bar.update)
-            outputs, own = _measure(
-                models, stack, (data, targets), (asked, wanted), masks[subset], recipe, loss, measured
-            )
-            _check_finite({**outputs, "training loss": own}, subset, [seeds[int(i)] for i in seed], call)
-            file.put(subset, seed, outputs, own)
+        for subset, place in (~file.done).nonzero().tolist():
+            model, mask = copy.deepcopy(untrained[place]), masks[subset]
+            train_model(model, seeds[place], data, targets, mask, recipe, loss, bar.update)
+            outputs = _measured(model, asked, wanted, measured)
+            own = _measured(model, data, targets, {"training loss": loss})["training loss"][mask.to(device)].mean()
+            for name, values in {**outputs, "training loss": own}.items():
+                if not all_finite(values):
+                    raise NonFiniteError(
+                        call=call, got=f"NaN or infinity as {name} of subset {subset} from seed {seeds[place]}",
+                        expected="finite numbers", why="training diverged, or the measurement is not finite",
+                        try_="a smaller learning rate",
+                    )  # fmt: skip
+            file.put(subset, place, outputs, own)
     return file.result()
 
 
-def _chunks(
-    masks: Bool[Tensor, "S N"], done: Bool[Tensor, "S R"], recipe: TrainingRecipe, at_once: int
-) -> Iterator[tuple[Int[Tensor, " M"], Int[Tensor, " M"]]]:
-    """Subsets and seeds to be trained together: not done, and of equally many steps an epoch; seed by seed."""
-    subset, seed = (~done).mT.nonzero().flip(1).unbind(1)
-    steps = torch.tensor([recipe.steps(int(size)) for size in masks.sum(1)])[subset]
-    for count in steps.unique():
-        chosen = (steps == count).nonzero()[:, 0]
-        for part in chosen.split(at_once):
-            yield subset[part], seed[part]
-
-
 @torch.no_grad()
-def _measure(
-    models: StackedModels,
-    stack: Stack,
-    data: Labelled,
-    queries: Labelled,
-    masks: Bool[Tensor, "M N"],
+def _measured(
+    model: nn.Module, batch: Batch, targets: Tensor, functions: Mapping[str, PerExample]
+) -> dict[str, Float[Tensor, " B"]]:
+    """Every function of a trained model's outputs, in eval mode."""
+    model.eval()
+    parts: dict[str, list[Tensor]] = {name: [] for name in functions}
+    for start in range(0, batch.size, _EVALUATED):
+        part = slice(start, start + _EVALUATED)
+        z = batch.take(part).call(model)
+        for name, function in functions.items():
+            parts[name].append(function(z, targets[part]))
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def train_models(
+    build: Build,
+    train: tuple[Any, Tensor],
     recipe: TrainingRecipe,
-    loss: PerExample,
-    measured: dict[str, PerExample],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Every measurement on the queries, ``[M, Q]``, and the mean loss on each model's own subset, ``[M]``."""
-    width = max(recipe.batch_size or 0, _EVALUATED)
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    mask: Bool[Tensor, " N"] | None = None,
+    likelihood: Loss = "categorical",
+    progress: bool = False,
+) -> list[nn.Module]:
+    """One trained model for each seed, as `retrain` trains them.
 
-    def on(labelled: Labelled, functions: dict[str, PerExample]) -> dict[str, Tensor]:
-        batch, targets = labelled
-        parts: dict[str, list[Tensor]] = {name: [] for name in functions}
-        for start in range(0, batch.size, width):
-            part = slice(start, start + width)
-            z, y = models.outputs(stack, batch.take(part), shared=True), targets[part]
-            for name, function in functions.items():
-                parts[name].append(example_losses(z, y.expand(len(z), *y.shape), function))
-        return {name: torch.cat(part, 1) for name, part in parts.items()}
-
-    own = masks.to(models.device)
-    losses = on(data, {"loss": loss})["loss"]
-    return on(queries, measured), (losses * own).sum(1) / own.sum(1)
-
-
-def chunk_of(
-    models: StackedModels, data: Batch, recipe: TrainingRecipe, asked: int | None, budget: int | None, call: str
-) -> int:
-    """How many models to train at once.
+    Args:
+        build: a seed to an untrained model.
+        train: inputs and targets of all N training examples, in memory.
+        recipe: how to train.
+        seeds: one model each.
+        mask: which examples to train on; None is all of them.
+        likelihood: what is trained on: a likelihood's name or object, torch's loss module, or a function of outputs and
+            targets that returns a loss for each example.
+        progress: show a progress bar.
 
     Raises:
-        MemoryBudgetError: not even one fits.
+        InvalidTypeError: arguments of a wrong type.
+        InvalidArgumentError: a mask or seeds that do not fit.
+        DataError: no targets, or targets that do not fit the outputs.
     """
-    width = min(data.size, max(recipe.batch_size or data.size, _EVALUATED))
-    each = models.bytes_per_model(data.take(slice(0, width)), call)
-    if asked is not None:
-        return asked
-    budget = available_memory(models.device) // 4 if budget is None else budget
-    if each > budget:
-        raise MemoryBudgetError(
-            call=call, got=f"a model that takes {readable(each)} to train", expected=f"at most {readable(budget)}",
-            try_="a larger memory_budget=, or a smaller batch_size",
-        )  # fmt: skip
-    return min(_AT_ONCE, budget // each)
+    call = "train_models"
+    data, targets = _batch_of(train, f"{call}, train")
+    _check_training(recipe, seeds, call)
+    kept = torch.ones(data.size, dtype=torch.bool) if mask is None else _only_mask(mask, call, data.size)
+    loss = loss_of(likelihood, call)
+    models = [built(build, seed, call) for seed in seeds]
+    device = next(models[0].parameters()).device
+    data, targets = data.to(device), targets.to(device)
+    with tqdm(total=len(seeds) * recipe.epochs, desc=call, unit="epoch", disable=not progress) as bar:
+        for model, seed in zip(models, seeds, strict=True):
+            train_model(model, seed, data, targets, kept, recipe, loss, bar.update)
+    return models
 
 
-def batch_of(raw: Any, call: str) -> Labelled:
-    """Inputs and targets as users pass them.
+class RunsFile:
+    """Results as they come in, on disk if there is a path; a file that another run has left there is refused.
 
-    Raises:
-        DataError: no targets.
+    Args:
+        path: the file; need not exist. None: results are kept in memory only.
+        settings: what the run is made with.
+        masks: the subsets.
+        measurements: names.
+        shape: (subsets, seeds, queries).
+        every: seconds between writes.
+        call: for errors.
     """
+
+    def __init__(
+        self, path: str | Path | None, settings: dict[str, Any], masks: Bool[Tensor, "S N"],
+        measurements: Iterable[str], shape: tuple[int, int, int], every: float, call: str,
+    ) -> None:  # fmt: skip
+        self.settings, self.every = settings, every
+        self.path = None if path is None else io.as_path(path, call)
+        self._last, self._unsaved = time.monotonic(), False
+        self.tensors = {
+            "masks": masks.clone(),
+            "done": torch.zeros(shape[:2], dtype=torch.bool),
+            "train_losses": torch.full(shape[:2], float("nan"), dtype=torch.float64),
+        } | {_OUTPUTS + name: torch.full(shape, float("nan"), dtype=torch.float64) for name in measurements}
+        if self.path is None:
+            return
+        call = f"{call}(path={str(path)!r})"
+        io.check_folder(self.path, call)
+        if self.path.exists():
+            found, tensors = _read(self.path, call)
+            differing = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
+            if differing:
+                raise InvalidArgumentError(
+                    call=call, got=f"the file of another run, which differs in {differing}",
+                    expected="no file yet, or that of a run with the same arguments",
+                    why="going on from there would mix two runs; the file has been left as it is",
+                    try_="another path, or delete the file if that run is no longer wanted",
+                )  # fmt: skip
+            self.tensors = tensors
+
+    @property
+    def done(self) -> Bool[Tensor, "S R"]:
+        """Which models are trained and measured."""
+        return self.tensors["done"]
+
+    def put(self, subset: int, seed: int, outputs: dict[str, Tensor], train_loss: Tensor) -> None:
+        """Add a model by the places of its subset and seed, and write the file if it is time to."""
+        for name, values in outputs.items():
+            self.tensors[_OUTPUTS + name][subset, seed] = values.double().cpu()
+        self.tensors["train_losses"][subset, seed] = train_loss.double().cpu()
+        self.done[subset, seed] = self._unsaved = True
+        if time.monotonic() - self._last >= self.every:
+            self._write()
+
+    def __enter__(self) -> RunsFile:
+        """Nothing; leaving writes what is not on disk yet, also after an exception."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._unsaved:
+            self._write()
+
+    def _write(self) -> None:
+        """Put the file in place; an interruption meanwhile leaves the one before it."""
+        if self.path is not None:
+            header = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(self.settings, sort_keys=True)}
+            io.replace_checked_file(self.path, self.tensors, header)
+        self._last, self._unsaved = time.monotonic(), False
+
+    def result(self) -> Retraining:
+        """What is there."""
+        return _result(self.settings, self.tensors)
+
+
+def _read(path: Path, call: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    header, tensors = io.read_tensors(path, "cpu", call, "retrain")
+    if header.get("format") != FORMAT:
+        raise FileFormatError(
+            call=call, got="a file of another kind, which has been left as it is", expected="one written by retrain"
+        )
+    try:
+        version, settings = int(header["version"]), dict(io.parse(header["settings"]))
+        if missing := [name for name in ("masks", "done", "train_losses") if name not in tensors]:
+            raise ValueError(f"no tensor {missing[0]!r}")
+        tuple(settings["seeds"])
+    except (LookupError, ValueError, TypeError) as error:
+        raise FileFormatError(
+            call=call, got=f"a file that cannot be read ({error})", expected="one written by retrain",
+            try_="another path, or delete the file",
+        ) from error  # fmt: skip
+    if version > VERSION:
+        raise FileFormatError(
+            call=call, got=f"format version {version}", expected=f"at most {VERSION}", try_="a newer fisherkit"
+        )
+    return settings, tensors
+
+
+def _result(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Retraining:
+    outputs = {n.removeprefix(_OUTPUTS): t for n, t in tensors.items() if n.startswith(_OUTPUTS)}
+    return Retraining(tensors["masks"], tuple(settings["seeds"]), outputs, tensors["train_losses"], settings)
+
+
+def _batch_of(raw: Any, call: str) -> Labelled:
+    """Inputs and targets as users pass them."""
     batch = Batch.of(raw, call)
     if batch.targets is None:
         raise DataError(call=call, got="no targets", expected="a pair (inputs, targets)")
     return batch, batch.targets
 
 
-def check_training(
-    recipe: object, seeds: Sequence[int], chunk_size: int | None, memory_budget: int | None, call: str
-) -> None:
-    """Refuse what no training can use.
-
-    Raises:
-        InvalidTypeError: recipe is not one.
-        InvalidArgumentError: seeds that are not distinct integers, or sizes below 1.
-    """
+def _check_training(recipe: object, seeds: Sequence[int], call: str) -> None:
+    """Refuse what no training can use."""
     if not isinstance(recipe, TrainingRecipe):
         raise InvalidTypeError(call=call, got=f"a {type(recipe).__name__} as recipe", expected="a TrainingRecipe")
     whole = all(is_integer(seed) and seed >= 0 for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
         raise InvalidArgumentError(call=call, got=f"seeds={list(seeds)}", expected="distinct integers, 0 or more")
-    for name, value in {"chunk_size": chunk_size, "memory_budget": memory_budget}.items():
-        check_count(call, name, value, optional=True)
-
-
-def _check_finite(values: dict[str, Tensor], subset: Tensor, seeds: Sequence[int], call: str) -> None:
-    for name, tensor in values.items():
-        fine = torch.isfinite(tensor).reshape(len(tensor), -1).all(1).cpu()
-        if not bool(fine.all()):
-            place = int((~fine).nonzero()[0])
-            raise NonFiniteError(
-                call=call, got=f"NaN or infinity as {name} of subset {int(subset[place])} from seed {seeds[place]}",
-                expected="finite numbers", why="training diverged, or the measurement is not finite",
-                try_="a smaller learning rate",
-            )  # fmt: skip
 
 
 def _recorded(likelihood: Loss) -> str:
@@ -248,5 +397,17 @@ def _recorded(likelihood: Loss) -> str:
     return f"function {_name(likelihood)}" if known is None else known.recorded
 
 
+def _hash(tensors: Sequence[Tensor]) -> str:
+    return tensors_hash({f"{place:06d}": tensor for place, tensor in enumerate(tensors)})
+
+
 def _name(function: object) -> str:
     return str(getattr(function, "__qualname__", type(function).__name__))
+
+
+def _only_mask(mask: object, call: str, examples: int) -> Bool[Tensor, " N"]:
+    """Which examples are in the one subset there is."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = f"a mask of {mask.dtype}" if isinstance(mask, Tensor) else f"a mask of type {type(mask).__name__}"
+        raise InvalidTypeError(call=call, got=got, expected="a boolean tensor [N]", try_="torch.tensor(mask).bool()")
+    return check_masks(mask[None] if mask.ndim == 1 else mask, call, examples)[0].cpu()

@@ -1,7 +1,4 @@
-"""Scores, masks and outputs as users pass them, checked before anything is computed.
-
-Owns messages and shapes. Knows no statistic and no training.
-"""
+"""Scores, masks and outputs as users pass them, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,17 +6,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 
 
 def check_scores(scores: object, call: str, name: str = "scores") -> Float[Tensor, "Q N"]:
-    """A finite matrix of scores, as float64.
-
-    Raises:
-        InvalidTypeError: not a tensor of floating-point numbers.
-        InvalidArgumentError: not a matrix, or an empty one.
-        NonFiniteError: NaN or infinity.
-    """
+    """A finite matrix of scores, as float64."""
     tensor = check_floats(scores, call, name, "a [Q, N] tensor, a row for each query")
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise InvalidArgumentError(
@@ -30,16 +22,11 @@ def check_scores(scores: object, call: str, name: str = "scores") -> Float[Tenso
 
 
 def check_floats(value: object, call: str, name: str, expected: str) -> Tensor:
-    """A tensor of finite floating-point numbers, detached, as float64.
-
-    Raises:
-        InvalidTypeError: not one.
-        NonFiniteError: NaN or infinity.
-    """
+    """A tensor of finite floating-point numbers, detached, as float64."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"{name} of {value.dtype}" if isinstance(value, Tensor) else f"{name} of type {type(value).__name__}"
         raise InvalidTypeError(call=call, got=got, expected=expected, try_="torch.as_tensor(array).double()")
-    if not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise NonFiniteError(
             call=call, got=f"{name} with NaN or infinite entries", expected="finite numbers",
             why="they cannot be ranked",
@@ -48,12 +35,7 @@ def check_floats(value: object, call: str, name: str, expected: str) -> Tensor:
 
 
 def check_masks(masks: object, call: str, examples: int | None = None) -> Bool[Tensor, "S N"]:
-    """Which examples are in which subset.
-
-    Raises:
-        InvalidTypeError: not a boolean tensor.
-        InvalidArgumentError: wrong shape, or a subset without an example.
-    """
+    """Which examples are in which subset."""
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
         got = f"masks of {masks.dtype}" if isinstance(masks, Tensor) else f"masks of type {type(masks).__name__}"
         raise InvalidTypeError(
@@ -69,29 +51,8 @@ def check_masks(masks: object, call: str, examples: int | None = None) -> Bool[T
     return masks
 
 
-def check_mask(mask: object, call: str, examples: int) -> Bool[Tensor, "1 N"]:
-    """Which examples are in the one subset there is.
-
-    Raises:
-        InvalidTypeError: not a boolean tensor.
-        InvalidArgumentError: wrong shape, or no example.
-    """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = f"a mask of {mask.dtype}" if isinstance(mask, Tensor) else f"a mask of type {type(mask).__name__}"
-        raise InvalidTypeError(call=call, got=got, expected="a boolean tensor [N]", try_="torch.tensor(mask).bool()")
-    if mask.shape != (examples,):
-        raise InvalidArgumentError(
-            call=call, got=f"a mask of shape {list(mask.shape)}", expected=f"[{examples}], an entry for each example"
-        )
-    return check_masks(mask.unsqueeze(0), call)
-
-
 def check_outputs(outputs: object, call: str, subsets: int, queries: int) -> Float[Tensor, "S Q"]:
-    """Measured outputs, averaged over seeds if they have that axis.
-
-    Raises:
-        InvalidArgumentError: a wrong shape, or a query whose outputs are all the same.
-    """
+    """Measured outputs, averaged over seeds if they have that axis."""
     tensor = check_floats(outputs, call, "outputs", "a tensor [S, Q] or [S, seeds, Q], larger = better")
     fits = tensor.ndim in (2, 3) and (tensor.shape[0], tensor.shape[-1]) == (subsets, queries) and 0 not in tensor.shape
     if not fits:
@@ -112,11 +73,7 @@ def check_outputs(outputs: object, call: str, subsets: int, queries: int) -> Flo
 
 
 def check_examples(examples: object, count: int, call: str) -> Int[Tensor, " L"]:
-    """Places of distinct training examples.
-
-    Raises:
-        InvalidArgumentError: none, a repeated one, or one that is not there.
-    """
+    """Places of distinct training examples."""
     index = torch.as_tensor(examples)
     whole = index.ndim == 1 and index.numel() > 0 and not index.is_floating_point() and index.dtype != torch.bool
     if not whole or int(index.min()) < 0 or int(index.max()) >= count or len(index.unique()) < len(index):
@@ -124,16 +81,3 @@ def check_examples(examples: object, count: int, call: str) -> Int[Tensor, " L"]
             call=call, got=f"examples = {str(examples)[:80]}", expected=f"distinct integers from 0 to {count - 1}"
         )
     return index.long()
-
-
-def check_columns(scores: Float[Tensor, "Q N"], examples: int, call: str) -> None:
-    """Refuse scores of another number of training examples.
-
-    Raises:
-        InvalidArgumentError: they are.
-    """
-    if scores.shape[1] != examples:
-        raise InvalidArgumentError(
-            call=call, got=f"scores of {scores.shape[1]} training examples", expected=f"{examples}",
-            why="masks and data have that many",
-        )  # fmt: skip

@@ -1,0 +1,81 @@
+"""The package's inner order: operators are asked what they can, not what they are, and imports go down only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import fisherkit.operators
+from fisherkit.operators import DenseOperator, FisherOperator, ForwardingOperator, forwarding
+from fisherkit.operators.base import HOOKS, STRUCTURAL
+
+PACKAGE = Path(fisherkit.__file__).parent
+OPERATORS = PACKAGE / "operators"
+MOST = 10
+CLASSES = {name for name in fisherkit.operators.__all__ if name.endswith("Operator")} - {"FisherOperator"}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    found = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return found | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+
+
+def class_tests(path: Path) -> Iterator[str]:
+    """Places that tell operators by their class: isinstance, issubclass, a comparison of types, a case of a match."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        asked: set[str] = set()
+        if call and node.func.id in {"isinstance", "issubclass"}:  # type: ignore[attr-defined]
+            asked = names_in(node.args[1])  # type: ignore[attr-defined]
+        elif isinstance(node, ast.Compare) and "type" in names_in(node.left):
+            asked = set().union(*map(names_in, node.comparators))
+        elif isinstance(node, ast.MatchClass):
+            asked = names_in(node.cls)
+        if asked & CLASSES:
+            yield f"{path.relative_to(PACKAGE)}:{node.lineno}"  # type: ignore[attr-defined]
+
+
+def test_operators__are_hardly_ever_told_by_their_class() -> None:
+    found = [place for path in PACKAGE.rglob("*.py") for place in class_tests(path)]
+    assert len(found) <= MOST, found
+    assert all(place.startswith("operators/") for place in found), found
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the operators that one imports when it runs; what only annotations need does not count."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in names_in(node.test):
+            node.body = []
+    modules = {f.stem for f in OPERATORS.glob("*.py")}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "fisherkit.operators":
+            found |= {alias.name for alias in node.names} & modules
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fisherkit.operators."):
+            found.add(str(node.module).rpartition(".")[2])
+    return found
+
+
+def test_operators__import_in_no_circle_but_that_of_sums() -> None:
+    below = {path.stem: imports_of(path) for path in OPERATORS.glob("*.py") if path.stem != "__init__"}
+    below["base"].remove("algebra")  # F + G is made of sums, which are operators themselves
+    while free := [name for name, needs in below.items() if not needs & set(below)]:
+        for name in free:
+            del below[name]
+    assert not below
+
+
+def test_forwarding__forgets_no_hook() -> None:
+    assert set(STRUCTURAL) - {"_blocks_of_node"} <= set(HOOKS)
+    public = {"save", "solve", "factorize", "coverage"}
+    assert not public & set(HOOKS)
+    abstract = FisherOperator.__abstractmethods__
+    assert abstract <= set(HOOKS)
+    for name in HOOKS:
+        own = vars(ForwardingOperator)[name]
+        asks = own.fget if isinstance(own, property) else own
+        assert asks.__code__.co_filename == forwarding.__file__, name
+    overridden = {name for name in vars(DenseOperator) if name in vars(FisherOperator) and not name.startswith("__")}
+    assert overridden - {"tag", "_from_state", "_blocks_of_node", "_abc_impl"} <= set(HOOKS)
