@@ -225,7 +225,7 @@ class Capture:
             finally:
                 for module in training:
                     module.training = True
-            plan.probed = torch.empty(0)
+            del plan.probe  # a graph that nothing asks any more
             self._plans[key] = plan
         return self._plans[key]
 

@@ -74,6 +74,12 @@ class Linearized:
         """By a forward pass."""
         return cls(plan, batch, forward(plan, batch))
 
+    @classmethod
+    def probe(cls, plan: Plan) -> Linearized:
+        """The model at the examples that the plan was verified on, by the pass that did it if that is still there."""
+        watched = plan.probe.watched
+        return cls.at(plan, plan.probe.batch) if watched is None else cls(plan, plan.probe.batch, watched)
+
     @property
     def z(self) -> Tensor:
         """The outputs, ``[B, ...]``."""
@@ -82,7 +88,7 @@ class Linearized:
     @property
     def edges(self) -> list[GradientEdge]:
         """Where gradients are asked for: the outputs of all uses."""
-        return [use.edge for use in self.watched.uses]
+        return self.watched.edges
 
     @property
     def noticed(self) -> set[str]:
@@ -255,7 +261,7 @@ class Linearized:
         """Whether several vectors can go through one vectorised backward pass; tried once a plan."""
         if "batched" not in self.plan.tried:
             self.plan.tried["batched"] = self._batched_agrees()
-        return self.plan.tried["batched"]
+        return bool(self.plan.tried["batched"])
 
     def _batched_agrees(self) -> bool:
         """Tried with two, checked with one."""

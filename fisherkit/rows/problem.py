@@ -32,7 +32,7 @@ from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
 from fisherkit.rows.one_by_one import MOST, OneByOne
-from fisherkit.rows.plan import Plan, two_of
+from fisherkit.rows.plan import Plan
 from fisherkit.rows.selection import RowSelection
 
 LONG = 600.0
@@ -120,16 +120,11 @@ class Problem:
             keep = slots.keep(torch.arange(slots.number, device=slots.mask.device))
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
-    def _two(self) -> Batch:
-        """The two examples that the plan was verified on, or the one."""
-        first = self.source.first()
-        return first.take(two_of(first, self.plan.alone)).to(self.plan.example_parameter.device)
-
     def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
-        """Two examples, and their rows for any output vectors."""
-        two = self._two()
+        """The plan's two examples, and their rows for any output vectors."""
+        two = self.plan.probe.batch
         with self._quiet():
-            linearized = Linearized.at(self.plan, two)
+            linearized = Linearized.probe(self.plan)
 
         def rows(v: Float[Tensor, "k B ..."]) -> Rows:
             with self._quiet():
@@ -176,12 +171,15 @@ class Problem:
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
-        two = self._two()
-        self.vectors_per_example = self._slots(two, self.plan.probed, 0, "data, batch 0").number
-        self.closed = self.summed and self.kind.of_hessian and not self.plan.looped and self._last_layer()
-        if self.vectors_per_example > 1 and not self.closed and "batched" not in self.plan.tried:
+        plan, tried, kind = self.plan, self.plan.tried, self.kind
+        key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
+        if key not in tried:
+            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, "data, batch 0").number
+        self.vectors_per_example = tried[key]
+        self.closed = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
+        if self.vectors_per_example > 1 and not self.closed and "batched" not in tried:
             with self._quiet():
-                _ = Linearized.at(self.plan, two).batched  # cheaper on two examples than on a batch
+                _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
         self.looked = False
 
@@ -189,8 +187,8 @@ class Problem:
         """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
         if "last layer" not in self.plan.tried:
             with self._quiet():
-                self.plan.tried["last layer"] = is_last_layer(Linearized.at(self.plan, self._two()))
-        return self.plan.tried["last layer"]
+                self.plan.tried["last layer"] = is_last_layer(Linearized.probe(self.plan))
+        return bool(self.plan.tried["last layer"])
 
     def forecast(self) -> tuple[int, float] | None:
         """Backward passes that reading the data once takes, and their seconds at most; None where N is not known.
@@ -198,23 +196,26 @@ class Problem:
         Cost: a few backward passes on two examples; where those tell of a long time, of which small batches make too
         much, one on a micro-batch.
         """
-        examples, first, two = self.source.expected(), self.source.first(), self._two()
+        examples, first, two = self.source.expected(), self.source.first(), self.plan.probe.batch
         if examples is None:
             return None
         each = self._piece(first.size)
         passes = max(1, examples / each) * self.vectors_per_example
-        seconds = self.pass_seconds(two) * examples / two.size * self.vectors_per_example
+        with self._quiet():
+            probe = Linearized.probe(self.plan)
+        seconds = self._pass_seconds(probe) * examples / two.size * self.vectors_per_example
         if seconds > LONG and each > two.size:
             micro = first.take(slice(0, each)).to(self.plan.example_parameter.device)
-            seconds = min(seconds, self.pass_seconds(micro) * passes)
+            with self._quiet():
+                linearized = self._linearized(micro)
+            seconds = min(seconds, self._pass_seconds(linearized) * passes)
         return math.ceil(passes), seconds
 
-    def pass_seconds(self, batch: Batch) -> float:
+    def _pass_seconds(self, linearized: Linearized | OneByOne) -> float:
         """Of a backward pass of one output vector an example, measured."""
         with self._quiet():
-            linearized = self._linearized(batch)
             v = torch.ones(1, *linearized.z.shape, device=linearized.z.device, dtype=linearized.z.dtype)
-            selection = RowSelection(1, batch.size, v.device)
+            selection = RowSelection(1, len(linearized.z), v.device)
             linearized.rows(v, selection)  # the first one finds out whose the entries are
             start = _now(v.device)
             linearized.rows(v, selection)
@@ -244,6 +245,7 @@ class Problem:
     def _micro_batches(self, description: str) -> Iterator[tuple[Batch, int, str]]:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
         self.plan.refuse_changed()
+        self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
         start = 0

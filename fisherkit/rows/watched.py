@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
@@ -82,6 +83,11 @@ class Watched:
         )  # fmt: skip
 
     @property
+    def edges(self) -> list[GradientEdge]:
+        """Where gradients are asked for: the outputs of all uses."""
+        return [use.edge for use in self.uses]
+
+    @property
     def regular(self) -> bool:
         """Whether the pass itself shows whose all entries are."""
         return all(self._regular(use) is not None for use in self.uses)
@@ -133,7 +139,7 @@ class Watched:
         return self.arrangements(self._gradients(v) if gradients is None else gradients, self.multiplied(v))
 
     def _gradients(self, v: Tensor, batched: bool = False) -> Sequence[Tensor | None]:
-        edges = [use.edge for use in self.uses]
+        edges = self.edges
         if not edges:
             return []
         if batched:
