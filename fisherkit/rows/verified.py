@@ -19,14 +19,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
+from fisherkit.rows.hidden import graph_nodes, has_custom_function
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, Probe, make_plan, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
@@ -177,26 +176,22 @@ def _pass_hash(plan: Plan, watched: Watched) -> int | None:
     layer's input afterwards.
     """
     names = {id(p): name for name, p in plan.parameters.items()}
-    order: dict[Node, int] = {}
-    nodes: list[Hashable] = []
-    pending = [] if watched.z.grad_fn is None else [watched.z.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node in order:
-            continue
-        if isinstance(node, BackwardCFunction):  # code of its own, which may do anything
-            return None
-        order[node] = len(order)
-        following = [one for one, _ in node.next_functions if one is not None]
-        nodes.append((node.name(), names.get(id(getattr(node, "variable", None))), len(following)))
-        pending += reversed(following)
-    links = [tuple((order[n], i) for n, i in node.next_functions if n is not None) for node in order]
+    places = {node: place for place, node in enumerate(graph_nodes(watched.z.grad_fn))}
+    if has_custom_function(watched.z):  # code of its own, which may do anything
+        return None
+    nodes = [
+        (
+            node.name(), names.get(id(getattr(node, "variable", None))),
+            tuple((places[one], i) for one, i in node.next_functions if one is not None),
+        )
+        for node in places
+    ]  # fmt: skip
     uses = [
-        (use.rule.name, use.names, use.turned, use.axis, order.get(use.edge.node), _writes(use), len(use.output_shape))
+        (use.rule.name, use.names, use.turned, use.axis, places.get(use.edge.node), _writes(use), len(use.output_shape))
         for use in watched.uses
     ]
     rest = watched.elsewhere, watched.coarsest, watched.proven, watched.random, watched.casts
-    return hash((*nodes, *links, *uses, *rest))
+    return hash((*nodes, *uses, *rest))
 
 
 def _writes(use: Use) -> int:
@@ -213,9 +208,8 @@ def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
 
 def fingerprint(model: nn.Module) -> Hashable:
     """What can be compared of a model, and the layer rules that there are."""
-    parameters = tuple(
-        (name, id(p), tuple(p.shape), tuple(p._backward_hooks or ())) for name, p in model.named_parameters()
-    )
+    own = model.named_parameters()
+    parameters = tuple((name, id(p), tuple(p.shape), tuple(p._backward_hooks or ())) for name, p in own)
     modules = tuple((name, *_described(module)) for name, module in model.named_modules())
     rules = tuple((id(function), id(rule)) for function, rule in RULES.items())  # users add their own
     return parameters, modules, rules
