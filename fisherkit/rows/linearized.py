@@ -21,8 +21,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.differentiable import pulled_back
-from fisherkit.rows.generic import dense_gradient, looped_rows, unreached
+from fisherkit.rows.generic import looped_rows, unreached
 from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.patches import Activations
@@ -144,9 +143,12 @@ class Linearized:
         pairs = list(zip(self.watched.uses, gradients, strict=True))
         heard = {name for use, g in pairs if g is not None for name in use.names}
         silent = {name for use, g in pairs if g is None for name in use.names}
-        known = {name: self.plan.parameters[name] for name in silent - heard - self.lost}
-        reached = set(known) - unreached(self.z, known)
+        reached = self._reached({name: self.plan.parameters[name] for name in silent - heard - self.lost})
         self.lost.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
+
+    def _reached(self, parameters: dict[str, Tensor]) -> set[str]:
+        """Which of some parameters the outputs depend on."""
+        return set(parameters) - unreached(self.z, parameters)
 
     def revised(self) -> Plan:
         """A plan that knows what this batch has shown.
@@ -245,12 +247,7 @@ class Linearized:
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
         for scale in scales(v) if self.plan.coarsest in HALF or self.z.dtype in HALF else (None,):
             own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
-            if self.plan.looped and self.batch.size == 1 and known is None:
-                arrived, generic = self._alone(own)
-            else:
-                several = len(v) > 1 and known is None and self.batched
-                arrived = self.watched.backward(own, batched=several) if known is None else known.gradients
-                generic = self.plan.generic_rows(self.batch, own, self.z)
+            arrived, generic = self._back(own) if known is None else (known.gradients, self._generic(own))
             made = [*(arrived if known is None else ()), generic]
             if scale is None or all_finite(*(g for g in made if g is not None)):
                 break  # else something overflowed in half precision that a smaller multiple may leave finite
@@ -282,14 +279,9 @@ class Linearized:
             for a, b in zip(both, last, strict=True)
         )
 
-    def _alone(self, v: Float[Tensor, "k 1 ..."]) -> tuple[Sequence[Tensor | None], Float[Tensor, "k 1 d"]]:
-        """The same of one example, and the generic units' rows: one graph has both."""
-        edges, generic = self.edges, [self.plan.parameters[name] for unit in self.plan.generic for name in unit.names]
-        passes = [pulled_back(self.z, [*edges, *generic], one) for one in v]
-        rows = [
-            torch.cat([dense_gradient(p, g).flatten() for p, g in zip(generic, found[len(edges) :], strict=True)])
-            for found in passes
-        ]
-        at_edges = list(zip(*passes, strict=True))[: len(edges)]
-        stacked = [None if found[0] is None else torch.stack(found) for found in at_edges]
-        return stacked, torch.stack(rows).unsqueeze(1)
+    def _back(self, v: Float[Tensor, "k B ..."]) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"]]:
+        """Gradients at the uses, and the generic units' rows."""
+        return self.watched.backward(v, batched=len(v) > 1 and self.batched), self._generic(v)
+
+    def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
+        return self.plan.generic_rows(self.batch, v, self.z)

@@ -24,7 +24,7 @@ from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
 from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.ownership import Arrangement, coarser, codes
-from fisherkit.rows.record import refuse_train_mode
+from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, Unit, form_of
@@ -287,7 +287,7 @@ def _numbers_without_rule(units: Sequence[Unit]) -> int:
 def forward(plan: Plan, batch: Batch) -> Watched:
     """A forward pass of a batch, watched."""
     names = {id(p): name for name, p in plan.parameters.items()}
-    watched = Watched.of(plan.model, names, batch, plan.shared)
+    watched = Watched.of(plan.model, Recorder(names, batch.size, batch.leaves()[0], plan.shared), batch)
     plan.coarsest = coarser(plan.coarsest, watched.coarsest)
     return watched
 

@@ -7,7 +7,7 @@ through the graph together share. Knows rules by their entries alone, and no row
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,19 +48,17 @@ class Watched:
     casts: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, names: Mapping[int, str], batch: Batch, shared: Collection[str]) -> Watched:
+    def of(cls, model: nn.Module, recorder: Recorder, batch: Batch) -> Watched:
         """By a forward pass.
 
         Args:
             model: the model.
-            names: ``id`` of each chosen parameter to its name.
+            recorder: of the examples.
             batch: the examples.
-            shared: parameters of layers whose inputs all examples share.
 
         Raises:
             ModelError: the outputs do not have the examples along axis 0.
         """
-        recorder = Recorder(names, batch.size, batch.leaves()[0], shared)
         with recorder:
             z = batch.call(model)
         if z.ndim == 0 or z.shape[0] != batch.size:
