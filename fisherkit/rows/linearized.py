@@ -2,7 +2,7 @@
 
 Only gradients with respect to the layers' outputs are asked for; weight gradients of rule-covered units are never
 formed. Whose each position is, is looked at in every batch; what the rules cannot say of this one goes the slow exact
-way, and `noticed` says so to whoever can start again with a better plan.
+way, and `newly_ruled` says so to whoever can start again with a better plan.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ class Linearized:
         watched: the forward pass.
 
     Attributes:
-        lost: parameters of units whose rule does not hold in this batch.
+        unruled: parameters of units whose rule does not hold in this batch.
     """
 
     def __init__(self, plan: Plan, batch: Batch, watched: Watched) -> None:
         dtype = plan.dtype
         self.plan, self.batch = plan, batch
         self.watched = replace(watched, uses=[in_dtype(use, dtype) for use in watched.uses])
-        self.lost = plan.lost(self.watched)
+        self.unruled = plan.unruled(self.watched)
         self._activations: dict[tuple[str, ...], Activations] = {}
-        self._how: Sequence[Arrangement | None] | None = None
+        self._arranged: Sequence[Arrangement | None] | None = None
 
     @classmethod
     def at(cls, plan: Plan, batch: Batch) -> Linearized:
@@ -90,7 +90,7 @@ class Linearized:
         return self.watched.edges
 
     @property
-    def noticed(self) -> set[str]:
+    def newly_ruled(self) -> set[str]:
         """Parameters without a rule that this batch uses under one, which the plan's two examples had not used."""
         unseen = {name for unit in self.plan.generic if unit.unseen for name in unit.names}
         return {name for use in self.watched.uses for name in use.names if name in unseen}
@@ -116,17 +116,17 @@ class Linearized:
         own, gradients, generic, scale = self._pulled(v, known)
         how = self._arrangements(own, gradients, known, alone=alone)
         if known is None:
-            self._lose_silent(gradients)
+            self._unrule_silent(gradients)
         factor = scale if known is None else known.scale.unsqueeze(0)
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
             made = None
-            if not self.lost.intersection(unit.names):
+            if not self.unruled.intersection(unit.names):
                 made = unit.made(
                     self.watched.uses, gradients, how, own.to(dtype), selection, self._activations, factor
                 )  # fmt: skip
             if made is None:
-                self.lost.update(unit.names)
+                self.unruled.update(unit.names)
             else:
                 found[unit.names] = made
         rest = [unit for unit in self.plan.units if unit.names not in found]
@@ -138,35 +138,35 @@ class Linearized:
                 found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
         return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
 
-    def _lose_silent(self, gradients: Sequence[Tensor | None]) -> None:
+    def _unrule_silent(self, gradients: Sequence[Tensor | None]) -> None:
         """Uses without a gradient whose parameters have one: what came out of the layer was written to in place."""
         pairs = list(zip(self.watched.uses, gradients, strict=True))
         heard = {name for use, g in pairs if g is not None for name in use.names}
         silent = {name for use, g in pairs if g is None for name in use.names}
-        reached = self._reached({name: self.plan.parameters[name] for name in silent - heard - self.lost})
-        self.lost.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
+        reached = self._reached({name: self.plan.parameters[name] for name in silent - heard - self.unruled})
+        self.unruled.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 
     def _reached(self, parameters: dict[str, Tensor]) -> set[str]:
         """Which of some parameters the outputs depend on."""
         return set(parameters) - unreached(self.z, parameters)
 
-    def revised(self) -> Plan:
+    def replanned(self) -> Plan:
         """A plan that knows what this batch has shown.
 
         Units whose rule does not hold here lose it; parameters that are used for the first time get a rule, if the sum
         of their rows is what autograd finds.
         """
-        plan, noticed = copy.copy(self.plan), self.noticed
-        plan.units = [unit for unit in self.plan.units if not {*self.lost, *noticed}.intersection(unit.names)]
-        names = [name for name in plan.space.names if name in self.lost]
+        plan, newly_ruled = copy.copy(self.plan), self.newly_ruled
+        plan.units = [unit for unit in self.plan.units if not {*self.unruled, *newly_ruled}.intersection(unit.names)]
+        names = [name for name in plan.space.names if name in self.unruled]
         why = "in some batch its positions belong to several examples, or it is used in another way"
         plan.units += [Unit((name,), why, plan.parameters[name].numel()) for name in names]
-        plan.vectorised, plan.unused = plan.vectorised and not names, plan.unused - noticed
-        if noticed:
+        plan.vectorised, plan.unused = plan.vectorised and not names, plan.unused - newly_ruled
+        if newly_ruled:
             v = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
             gradients = self.watched.backward(v.unsqueeze(0))
             how = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
-            for unit in propose(plan, self.watched, [name for name in plan.space.names if name in noticed]):
+            for unit in propose(plan, self.watched, [name for name in plan.space.names if name in newly_ruled]):
                 plan.units.append(self._adopted(unit, gradients, how, v))
         plan.units.sort(key=lambda unit: plan.space.names.index(unit.names[0]))
         return plan
@@ -193,16 +193,16 @@ class Linearized:
         self, v: Float[Tensor, "k B ..."], gradients: Sequence[Tensor | None], known: Known | None, *, alone: bool
     ) -> Sequence[Arrangement | None]:
         """How the entries of each use lie, found once a pass, from vectors that reach what any of its vectors reach."""
-        if self._how is None:
+        if self._arranged is None:
             first = [None if g is None else g[0] for g in gradients]
             if known is not None and known.multiplied is not None:
-                self._how = self.watched.arrangements(first, known.multiplied)
+                self._arranged = self.watched.arrangements(first, known.multiplied)
             elif alone and len(v) == 1:
-                self._how = self.watched.arrangements_by(v[0], first)
+                self._arranged = self.watched.arrangements_by(v[0], first)
             else:
                 generator = torch.Generator().manual_seed(0)
-                self._how = self.watched.arrangements_by(torch.randn(self.z.shape, generator=generator).to(self.z))
-        return self._how
+                self._arranged = self.watched.arrangements_by(torch.randn(self.z.shape, generator=generator).to(self.z))
+        return self._arranged
 
     def _slow(self, v: Float[Tensor, "k B ..."], units: Sequence[Unit]) -> Float[Tensor, "k B d"]:
         """Rows of units whose rule does not hold in this batch, example by example."""

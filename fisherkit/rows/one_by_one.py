@@ -56,18 +56,18 @@ class OneByOne:
         return sum(part.numbers_per_vector for part in self.parts)
 
     @property
-    def noticed(self) -> set[str]:
+    def newly_ruled(self) -> set[str]:
         """Parameters without a rule that this batch uses under one."""
-        return set().union(*(part.noticed for part in self.parts))
+        return set().union(*(part.newly_ruled for part in self.parts))
 
     @property
-    def lost(self) -> set[str]:
+    def unruled(self) -> set[str]:
         """Parameters of units whose rule does not hold in this batch."""
-        return set().union(*(part.lost for part in self.parts))
+        return set().union(*(part.unruled for part in self.parts))
 
-    def revised(self) -> Plan:
+    def replanned(self) -> Plan:
         """A plan that knows what the first example has shown that shows something."""
-        return next(part for part in self.parts if part.noticed or part.lost).revised()
+        return next(part for part in self.parts if part.newly_ruled or part.unruled).replanned()
 
     def rows(self, v: Float[Tensor, "k B ..."], selection: RowSelection, *, alone: bool = False) -> Rows:
         """The rows Jᵀ v, by example and then by vector.
@@ -93,10 +93,10 @@ class _Alike(Linearized):
         super().__init__(plan, batch, _together(passes))
         self.passes = passes
 
-    def revised(self) -> Plan:
+    def replanned(self) -> Plan:
         found = Linearized(self.plan, self.batch.take(slice(0, 1)), self.passes[0])
-        found.lost.update(self.lost)
-        return found.revised()
+        found.unruled.update(self.unruled)
+        return found.replanned()
 
     def _arrangements(
         self, v: Float[Tensor, "k B ..."], gradients: Sequence[Tensor | None], known: Known | None, *, alone: bool

@@ -151,15 +151,15 @@ class Plan:
         """The space's blocks, joined where a unit spans two modules."""
         return self.space.joined_blocks(unit.names for unit in self.units)
 
-    def lost(self, watched: Watched) -> set[str]:
+    def unruled(self, watched: Watched) -> set[str]:
         """Parameters of units whose rule does not hold in a pass, because they are used in another way there."""
-        strange = [
-            unit
+        return {
+            name
             for unit in self.ruled
-            if any(unit.strange(watched.uses[i]) for i in unit.of(watched.uses))
-            or watched.elsewhere.intersection(unit.names)
-        ]
-        return {name for unit in strange for name in unit.names}
+            if watched.elsewhere.intersection(unit.names)
+            or any(unit.strange(watched.uses[i]) for i in unit.of(watched.uses))
+            for name in unit.names
+        }
 
     def factor_numbers(self) -> int:
         """Entries of all Kronecker factors."""

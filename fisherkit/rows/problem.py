@@ -274,8 +274,8 @@ class Problem:
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
             linearized = self._linearized(batch)
-            if self.revisable and linearized.noticed:
-                raise BetterPlanError(linearized.revised())
+            if self.revisable and linearized.newly_ruled:
+                raise BetterPlanError(linearized.replanned())
         outputs = self._outputs(batch, linearized.z, start, call)
         last = last_layer_rows(linearized, outputs) if self.closed and isinstance(linearized, Linearized) else None
         if last is not None:
@@ -290,8 +290,8 @@ class Problem:
             with self._quiet():
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 found = linearized.rows(shaped, selection, alone=slots.number == 1)
-                if self.revisable and linearized.lost:
-                    raise BetterPlanError(linearized.revised())
+                if self.revisable and linearized.unruled:
+                    raise BetterPlanError(linearized.replanned())
                 return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)

@@ -141,7 +141,7 @@ def _confirmed(plan: Plan, two: Batch, passes: set[int]) -> bool:
         except ModelError:  # used in another way: what is wrong, if anything, is for a new plan to say
             return False
         watched = linearized.watched
-        if not watched.z.requires_grad or linearized.lost:
+        if not watched.z.requires_grad or linearized.unruled:
             return False
         plan.probe = Probe(two, watched)
         passed = _pass_hash(plan, watched)
@@ -153,7 +153,7 @@ def _confirmed(plan: Plan, two: Batch, passes: set[int]) -> bool:
         at_uses = [None if g is None else g.unsqueeze(0) for g in found[: len(watched.edges)]]
         selection = RowSelection(1, two.size, v.device)
         rows = linearized.rows(v.unsqueeze(0), selection, Known(at_uses, v.new_ones(two.size)))
-        if linearized.lost:
+        if linearized.unruled:
             return False
     total = plan.space.unflatten(rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=v.device))[:, 0])
     pairs = [
