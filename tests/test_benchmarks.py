@@ -185,8 +185,8 @@ def test_command__without_a_card(capsys: pytest.CaptureFixture[str], monkeypatch
 def test_page__shows_the_results_that_lie_beside_it() -> None:
     found = results.read(run.ASSETS / "results.json")
     page = run.PAGE.read_text("utf-8")
-    growth = (run.PAGE.parent / "benchmarks-growth.md").exists()
-    for name, body in report.sections(found, pictures="assets/benchmarks", growth=growth).items():
+    growth = (run.PAGE.parent / "growth.md").exists()
+    for name, body in report.sections(found, pictures="../assets/benchmarks", growth=growth).items():
         first, last = report.markers(name)
         assert page.partition(first)[2].partition(last)[0].strip() == body.strip(), f"section {name} is out of date"
     assert not found["settings"]["tiny"]

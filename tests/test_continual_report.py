@@ -105,7 +105,7 @@ def test_plan__is_the_tasks(out: Path) -> None:
 def test_docs__show_the_results_that_lie_beside_them() -> None:
     page = run.PAGE.read_text("utf-8")
     found = experiment.read(run.ASSETS)
-    assert report.report(found, "assets/continual") in page
+    assert report.report(found, "../assets/continual") in page
 
 
 # -- what is made of results -------------------------------------------------------------------------------------------

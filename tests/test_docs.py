@@ -87,13 +87,7 @@ def test_pages__have_code() -> None:
     """The parser finds what is there: README and every guide has a block, and one of them shows output."""
     found = {name(page): [b for b in blocks(page.read_text("utf-8")) if b.language == "python"] for page in PAGES}
     silent = {page for page, code in found.items() if not code}
-    without = {
-        "docs/design.md",
-        *(
-            f"docs/{page}.md"
-            for page in ("paper-optimisation", "continual-experiments", "merging-experiments", "influence-experiments")
-        ),
-    }
+    without = {"docs/design.md", *(f"docs/results/{page}.md" for page in ("optimisation", "continual", "merging", "influence"))}
     assert silent <= without | {page for page in found if page.startswith("docs/api/")}
     assert sum(block.shown is not None for code in found.values() for block in code) > 10
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "benchmarks-growth.md"
+PAGE = ROOT / "docs" / "results" / "growth.md"
 PICTURES = ROOT / "docs" / "assets" / "benchmarks"
 BEGIN, END = "<!-- growth: begin -->", "<!-- growth: end -->"
 REPEATS = 3
@@ -317,7 +317,7 @@ def tables(result: dict[str, Any]) -> str:
         others = ", ".join(f"{k} = {v:,}" for k, v in fixed.items() if k != axis and not (axis == "C" and k == "D"))
         lines += [
             "", f"### {axis}, {words}: {low[0]:,} to {high[0]:,}", "", f"With {others}.", "",
-            f"![Time and memory against {axis}](assets/benchmarks/growth-{axis}.png)", "",
+            f"![Time and memory against {axis}](../assets/benchmarks/growth-{axis}.png)", "",
             "| operation | smallest | largest | time ∝ | operations ∝ | memory ∝ | numbers ∝ |", "|---|" + 6 * "---|",
         ]  # fmt: skip
         for name, series in operations.items():

@@ -211,7 +211,7 @@ def environment_lines(results: Record) -> str:
     lines = [
         f"{e['processor']}, {e['cores']} cores, {e['threads']} threads; {e.get('accelerator', 'no accelerator')}.",
         f"{e['system']}, Python {e['python']}, {versions}.",
-        f"{e['date']}, commit {e['commit'] or 'unknown'}, median of {s['rounds']} rounds.",
+        f"{e['date']}, median of {s['rounds']} rounds.",
     ]
     if s.get("remark"):
         lines.append(s["remark"])
@@ -254,7 +254,7 @@ def sections(results: Record, *, pictures: str | None = None, growth: bool = Fal
     found["accuracy"] = markdown(accuracy_table(results))
     found["steps"] = markdown(steps_table(results))
     found["influence"] = influence_section(results)
-    link = "See [growth](benchmarks-growth.md)." if growth else ABSENT
+    link = "See [growth](growth.md)." if growth else ABSENT
     found["growth"] = link
     return found
 

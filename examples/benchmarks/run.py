@@ -32,7 +32,7 @@ from examples.benchmarks.workloads import FULL, TINY, Workload, language
 from fisherkit.memory import available_memory
 
 ROOT = Path(__file__).parents[2]
-PAGE, ASSETS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "assets" / "benchmarks"
+PAGE, ASSETS = ROOT / "docs" / "results" / "benchmarks.md", ROOT / "docs" / "assets" / "benchmarks"
 PARTS = ("operations", "memory", "roofline", "choice", "accuracy", "steps", "influence")
 CHOICES = {"W1": (fk.EmpiricalFisher, fk.ExactFisher), "W2": (fk.EmpiricalFisher,), "W3": (fk.EmpiricalFisher,)}
 """Kinds that the cost model is tried on."""
@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("benchmarks"), help="folder for results and pictures (default: benchmarks)")
     add("--keep", action="store_true", help="add to the results that are there, measured on the same machine")
     add("--tiny", action="store_true", help="tiny sizes: does everything work? The figures mean nothing.")
-    add("--docs", action="store_true", help="also update docs/benchmarks.md from the results")
+    add("--docs", action="store_true", help="also update docs/results/benchmarks.md from the results")
     add("--remark", default="", help="a sentence shown with the results, such as what else the machine did")
     add("--report", action="store_true", help="measure nothing: print, draw and, with --docs, write what is there")
     options = parser.parse_args(arguments)
@@ -108,7 +108,7 @@ def finish(results: Record, options: argparse.Namespace) -> None:
     results_file.write(options.out / "results.json", results)
     for name in report.workloads(results):
         draw(results, name, options.out / f"bars-{name}.png")
-    growth = (PAGE.parent / "benchmarks-growth.md").exists()
+    growth = (PAGE.parent / "growth.md").exists()
     body = report.sections(results, pictures=".", growth=growth)
     (options.out / "table.md").write_text("\n\n".join(body.values()) + "\n", "utf-8")
     print("\n" + report.text(results))
@@ -116,7 +116,7 @@ def finish(results: Record, options: argparse.Namespace) -> None:
         ASSETS.mkdir(parents=True, exist_ok=True)
         for file in (options.out / "results.json", *options.out.glob("bars-W*.png")):
             shutil.copy(file, ASSETS)
-        report.fill(PAGE, report.sections(results, pictures="assets/benchmarks", growth=growth))
+        report.fill(PAGE, report.sections(results, pictures="../assets/benchmarks", growth=growth))
         print(f"\nupdated {PAGE.relative_to(ROOT)}")
 
 

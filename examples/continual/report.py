@@ -76,7 +76,7 @@ def _setting(results: Mapping[str, Mapping[str, Any]], found: Mapping[Place, Map
         "- Strengths in half decades. The strength of a method is chosen on the mean over seeds of the test accuracy, "
         "for every method alike; the deviation is over seeds. *Within 3* is how many decades around the best stay "
         "within 3 points of it. An edge of the sweep is marked with *.",
-        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}, {e['commit']}.",
+        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}.",
     ]
     return "\n".join(lines)
 

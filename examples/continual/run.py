@@ -19,7 +19,7 @@ from examples.shared import results
 
 DOCS = Path(__file__).parents[2] / "docs"
 ASSETS = DOCS / "assets" / "continual"
-PAGE = DOCS / "continual-experiments.md"
+PAGE = DOCS / "results" / "continual.md"
 SECTION = "continual"
 """The name of the page's section."""
 
@@ -67,4 +67,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(body)
     if options.docs:
         files = (*(experiment.path_of(options.out, name) for name in found), *pictures)
-        results.publish(ASSETS, files, PAGE, SECTION, report.report(found, "assets/continual"))
+        results.publish(ASSETS, files, PAGE, SECTION, report.report(found, "../assets/continual"))

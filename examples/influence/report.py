@@ -42,7 +42,7 @@ def _settings(results: Mapping[str, Mapping[str, Any]]) -> str:
         )
     e = next(iter(results.values()))["environment"]
     lines.append(
-        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}, {e['commit']}."
+        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}."
     )
     return "\n".join(lines)
 

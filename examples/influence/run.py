@@ -21,7 +21,7 @@ from examples.shared import results
 
 DOCS = Path(__file__).parents[2] / "docs"
 ASSETS = DOCS / "assets" / "influence"
-PAGE = DOCS / "influence-experiments.md"
+PAGE = DOCS / "results" / "influence.md"
 SECTION = "influence"
 """The name of the page's section."""
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(body)
     if options.docs:
         files = (*(compare.path_of(options.out, name) for name in found), *pictures)
-        results.publish(ASSETS, files, PAGE, SECTION, report.report(found, "assets/influence"))
+        results.publish(ASSETS, files, PAGE, SECTION, report.report(found, "../assets/influence"))
 
 
 def _measure(name: str, options: argparse.Namespace) -> None:

@@ -27,8 +27,8 @@ def report(summaries: Suites) -> str:
     """
     parts = [_what(summaries), _defaults(summaries), claims(summaries)]
     parts += [
-        "![held-out accuracy over ρ](assets/merging/merging-ratio.png)",
-        "![held-out accuracy over damping](assets/merging/merging-damping.png)",
+        "![held-out accuracy over ρ](../assets/merging/merging-ratio.png)",
+        "![held-out accuracy over damping](../assets/merging/merging-damping.png)",
         _plain(summaries), _choices(summaries), _grid(summaries), _normalizations(summaries), _residuals(summaries),
     ]  # fmt: skip
     return "\n\n".join(filter(None, parts))
@@ -45,7 +45,7 @@ def _what(summaries: Suites) -> str:
         )
     e = next(iter(summaries.values()))["environment"]
     lines.append(
-        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}, {e['commit']}."
+        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}."
     )
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ def _what(found: Mapping[str, Any]) -> str:
         f"MiniLM with a head of 10 classes, its last two layers, pooler and head fine-tuned on "
         f"{' / '.join(map(str, counts))} docstrings ({tasks}) to a training loss of "
         f"at most {max(r['loss'] for r in trained):.2g}; {len(found['trained'])} seeds. "
-        f"{e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}, {e['commit']}."
+        f"{e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}."
     )
 
 

@@ -100,7 +100,7 @@ def figures(out: Path) -> dict[str, Any]:
     return {"tasks": found}
 
 
-def report(found: dict[str, Any], pictures: str = "assets/paper") -> str:
+def report(found: dict[str, Any], pictures: str = "../assets/paper") -> str:
     """The figures in Markdown.
 
     Args:

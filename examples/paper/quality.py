@@ -122,7 +122,7 @@ def figures(out: Path) -> dict[str, Any]:
     return {"tasks": {name: summary.to_dict() for name, summary in summaries.items()}}
 
 
-def report(found: dict[str, Any], pictures: str = "assets/paper") -> str:
+def report(found: dict[str, Any], pictures: str = "../assets/paper") -> str:
     """The figures in Markdown.
 
     Args:

@@ -66,7 +66,7 @@ def _tasks(summaries: Mapping[str, Summary]) -> str:
         )
     e = next(iter(summaries.values())).environment
     lines.append(
-        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}, {e['commit']}."
+        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}."
     )
     return "\n".join(lines)
 

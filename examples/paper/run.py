@@ -28,10 +28,10 @@ PARTS = {
     "optimisation": "examples.paper.optimisation",
 }
 PAGES = {
-    "toys": "paper.md",
-    "theorem": "paper.md",
-    "quality": "paper-quality.md",
-    "optimisation": "paper-optimisation.md",
+    "toys": "results/paper.md",
+    "theorem": "results/paper.md",
+    "quality": "results/quality.md",
+    "optimisation": "results/optimisation.md",
 }
 """Where a part's section stands."""
 

@@ -32,7 +32,7 @@ DEFAULT_DAMPING = RelativeDamping(0.03)
 """Of the mean eigenvalue: directions that no Fisher measured stay at the average."""
 
 DEFAULT_OUTPUT_DAMPING = 3.0
-"""One constant for all: between 1 and 30 the merged models were equally good (docs/merging-experiments.md)."""
+"""One constant for all: between 1 and 30 the merged models were equally good (docs/results/merging.md)."""
 
 
 def merge(
