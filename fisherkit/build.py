@@ -153,7 +153,8 @@ class Builder:
         self.needed = needed
         units = {unit.names: unit.reason for unit in self.problem.plan.units}
         if needed <= self.budget:
-            return self._kept(Rows.gathered(chunk.rows for chunk in self._counted(self.problem.batches("full"))))
+            chunks = self._counted(self.problem.batches("full", compared=False))
+            return self._kept(Rows.gathered(chunk.rows for chunk in chunks))
         for counted, rows_here, dropped in self.problem.counts("count"):
             self._count(counted, rows_here, dropped)
         self._require_examples()
@@ -175,7 +176,7 @@ class Builder:
         if whole > self.budget:
             self.problem.most_examples = (self.budget - held) // example
         largest = LargestRows(most)
-        for chunk in self._counted(self.problem.batches("full")):
+        for chunk in self._counted(self.problem.batches("full", compared=False)):
             largest.add(chunk.rows)
         rows, self.dropped_share = largest.result()
         self.rows = rows.count
@@ -199,7 +200,7 @@ class Builder:
         matrices = {names: NormalMatrix(self._zeros(spaces[names].size, spaces[names].size)) for names in dense}
         kept_space = self.space.restrict(n for names in spaces if names not in dense for n in names)
         kept: list[Rows] = []
-        for chunk in self._counted(self.problem.batches("block")):
+        for chunk in self._counted(self.problem.batches("block", compared=False)):
             for names in dense:
                 matrices[names] = matrices[names].add(chunk.rows.restrict(spaces[names]).dense())
             if kept_space.names:
@@ -220,7 +221,7 @@ class Builder:
             torch.finfo(self.dtype).bits // 8 * self.space.size, "diagonal", "params= to choose fewer parameters"
         )
         totals: dict[Names, Squares] = {}
-        for chunk in self._counted(self.problem.chunks("diagonal")):
+        for chunk in self._counted(self.problem.chunks("diagonal", compared=False)):
             for slot in chunk.rows.slots:
                 known = totals.get(slot.names)
                 totals[slot.names] = Squares(slot.rows.squared_sum()) if known is None else known.add(slot.rows)
@@ -276,7 +277,7 @@ class Builder:
         self._require(self._kfac_bytes(), structure, 'structure="diagonal", or params= without the widest layers')
         sums = LayerSums(self.problem.token, self.reduce)
         readings = 2 if structure == "ekfac" and kept is None else 1
-        for chunk in self._counted(self.problem.chunks(structure), readings):
+        for chunk in self._counted(self.problem.chunks(structure, compared=readings > 1), readings):
             sums.add(chunk)
             if kept is not None:
                 for slot in chunk.rows.slots:

@@ -91,15 +91,20 @@ class Problem:
     looked: bool = True
     budget: int | None = None
 
-    def chunks(self, description: str) -> Iterator[Chunk]:
-        """One pass over the data."""
-        for batch, start, call in self._micro_batches(description):
+    def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
+        """One pass over the data.
+
+        Args:
+            description: of the progress bar.
+            compared: whether other passes must have the same data; not where this one's results stand alone.
+        """
+        for batch, start, call in self._micro_batches(description, compared=compared):
             yield from self._micro(batch, start, call)
 
-    def batches(self, description: str) -> Iterator[Chunk]:
+    def batches(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """The same with a micro-batch's chunks joined, rows ordered by example, position and vector."""
         pending: list[Chunk] = []
-        for chunk in self.chunks(description):
+        for chunk in self.chunks(description, compared=compared):
             if chunk.first and pending:
                 yield joined(pending)
                 pending = []
@@ -242,14 +247,15 @@ class Problem:
     def _flat(self) -> bool:
         return self.token or self.kind.positionwise
 
-    def _micro_batches(self, description: str) -> Iterator[tuple[Batch, int, str]]:
+    def _micro_batches(self, description: str, *, compared: bool = True) -> Iterator[tuple[Batch, int, str]]:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
         self.plan.refuse_changed()
         self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
         start = 0
-        for number, batch in beside(shown, self.source.numbered()):
+        read = self.source.numbered() if compared else enumerate(self.source.once())
+        for number, batch in beside(shown, read):
             step = self._piece(batch.size)
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
