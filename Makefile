@@ -7,6 +7,7 @@
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 BENCH_ARGS ?=
 PAPER_ARGS ?=
 CONTINUAL_ARGS ?=
@@ -53,7 +54,7 @@ docs: $(DEV_STAMP) ## build the site into site/; a broken link or reference is a
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: $(DEMO_STAMP) ## train a small network, compare every kind of Fisher, write demo/
-	$(BIN)/python -m fisherkit demo --out demo --overwrite
+	$(BIN)/python -m examples.demo --out demo $(DEMO_ARGS)
 
 bench: $(DEV_STAMP) ## time everything against the peers, write benchmarks/ (long)
 	$(BIN)/python -m examples.benchmarks --out benchmarks $(BENCH_ARGS)

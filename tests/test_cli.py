@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,15 +27,15 @@ def run(*arguments: str) -> Result:
 def test_help__lists_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for text in ("info", "demo", "--version", "Exit codes"):
+    for text in ("info", "merge", "--version", "Exit codes"):
         assert text in result.stdout
 
 
-@pytest.mark.parametrize("command", ["info", "demo"])
+@pytest.mark.parametrize("command", ["info", "merge --model A"])
 def test_help__of_a_command_shows_examples_line_by_line(command: str) -> None:
-    result = run(command, "--help")
+    result = run(command.split()[0], "--help")
     assert result.exit_code == 0
-    assert f"Examples:\n    fisherkit {command}\n" in result.stdout
+    assert re.search(rf"Examples:\n    fisherkit {command}.*\n  +\S", result.stdout)
 
 
 def test_no_command__shows_the_help_and_is_wrong_usage() -> None:
@@ -43,7 +44,7 @@ def test_no_command__shows_the_help_and_is_wrong_usage() -> None:
     assert "Commands:" in result.output
 
 
-@pytest.mark.parametrize("arguments", [["bogus"], ["info", "--bogus"], ["demo", "--epochs", "0"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["bogus"], ["info", "--bogus"], ["quality", "m:f", "--seed", "x"]], ids=" ".join)
 def test_wrong_usage__exits_with_2(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
@@ -78,33 +79,20 @@ def test_info__as_json() -> None:
     assert list(found["structures"]) == list(STRUCTURES) == list(STRUCTURE_MEANINGS)
 
 
-@pytest.mark.parametrize(("module", "distribution"), [("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")])
-def test_demo__names_the_missing_extra(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, distribution: str
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    result = run("demo", "--out", str(tmp_path / "demo"))
-    assert result.exit_code == 1
-    assert f"needs {distribution}," in result.stderr
-    assert 'pip install "fisherkit[demo]"' in result.stderr
-    assert isinstance(result.exception, SystemExit)
-    assert not (tmp_path / "demo").exists()
-
-
-def test_demo__says_when_it_cannot_write(tmp_path: Path) -> None:
+def test_out__says_when_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    result = run("demo", "--out", str(tmp_path / "file"))
+    result = run("quality", "m:f", "--out", str(tmp_path / "file"))
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
     assert "file" in result.stderr
     assert isinstance(result.exception, SystemExit)
 
 
-def test_demo__replaces_nothing_unless_told(tmp_path: Path) -> None:
-    (tmp_path / "figures.json").write_text("mine")
-    result = run("demo", "--out", str(tmp_path))
+def test_out__replaces_nothing_unless_told(tmp_path: Path) -> None:
+    (tmp_path / "quality.json").write_text("mine")
+    result = run("quality", "m:f", "--out", str(tmp_path))
     assert (result.exit_code, "--overwrite" in result.stderr) == (1, True)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("figures.json", "mine")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("quality.json", "mine")]
 
 
 def test_module__is_the_same_program() -> None:

@@ -185,8 +185,6 @@ def test_estimate__a_functions_model_and_data(function: str, tmp_path: Path) -> 
         (("{classifier}", "--out", "f"), ("--data FILE",)),
         (("{classifier}", "--data", "missing.jsonl", "--out", "f"), ("no file at missing.jsonl",)),
         (("{classifier}", "--data", "{data}", "--out", "no/f"), ("a folder that does not exist",)),
-        (("{classifier}", "--data", "{data}", "--kind", "sgd", "--out", "f"), ("one of ['ef', 'ief'",)),
-        (("{classifier}", "--data", "{data}", "--kind", "best", "--out", "f"), ("There is no kind 'best'",)),
         (("{classifier}", "--data", "{data}", "--params", "head.*", "--out", "f"), ("matches no parameter",)),
         (("{classifier}", "--data", "{data}", "--text-column", "body", "--out", "f"), ("['body']", "--text-column")),
         (("{classifier}", "--data", "bad.jsonl", "--out", "f"), ("line 2 of bad.jsonl", "not JSON")),

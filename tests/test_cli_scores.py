@@ -18,8 +18,7 @@ from typer.testing import CliRunner, Result
 
 import fisherkit as fk
 from fisherkit.cli import app
-from fisherkit.cli.scores import sources
-from fisherkit.cli.scores.pictures import data_uri
+from fisherkit.cli.scores_page import data_uri
 from tests.text_models import LABELS, SIZES, TEXTS, jsonl, make_classifier, make_tokenizer, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
@@ -251,20 +250,6 @@ def test_scores__images_are_shown_without_being_asked(folder: Path) -> None:
     assert data_uri(queries[0][0][0], "test") in pictures
 
 
-def test_scores__without_a_model_are_of_the_demos_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "EPOCHS", 2)
-    result = run("--out", tmp_path / "found", "--top", "2")
-    assert result.exit_code == 0, result.output
-    assert "43 of the 1,437 training examples were given a wrong label on purpose." in result.stdout
-    told = json.loads((tmp_path / "found/scores.json").read_text(encoding="utf-8"))
-    assert (len(told["queries"]), len(told["self_influence"])) == (8, 12)
-    page = Page((tmp_path / "found/scores.html").read_text(encoding="utf-8"))
-    assert [tag for tag, _ in page.tags].count("img") == 8 + 8 + 12 + sum(
-        len(query[side]) for query in told["queries"] for side in ("helpful", "harmful")
-    )
-    assert run("--train", "texts.jsonl").exit_code == 1
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make_tokenizer(tmp_path_factory.mktemp("words"))
@@ -332,6 +317,23 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--kind", "sgd", "'sgd' is not one of ef, ief,"),
+        ("--kind", "best", "there is no kind 'best'"),
+        ("--structure", "dense", "full, block, diagonal, kfac, ekfac"),
+        ("--measurement", "logit", "loss, margin"),
+        ("--normalize", "norm", "relatif"),
+        ("--damping", "-1", "damping"),
+    ],
+)
+def test_scores__what_no_option_can_be_is_wrong_usage(option: str, value: str, words: str) -> None:
+    result = run("scored_module:make", option, value)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("nowhere",), ("no such folder", "package.module:function")),
@@ -347,12 +349,6 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:odd_show",), ("show('train',", "a text, a picture as an array")),
         (("scored_module:odd_picture",), ("a picture of shape [2, 3, 4, 5]",)),
         (("scored_module:no_targets",), ("targets",)),
-        (("scored_module:make", "--kind", "sgd"), ("one of ['ef', 'ief'",)),
-        (("scored_module:make", "--kind", "best"), ("There is no kind 'best'",)),
-        (("scored_module:make", "--structure", "dense"), ("--structure 'dense'", "'ekfac'")),
-        (("scored_module:make", "--measurement", "logit"), ("--measurement 'logit'", "'loss', 'margin'")),
-        (("scored_module:make", "--normalize", "norm"), ("'relatif'",)),
-        (("scored_module:make", "--damping", "-1"), ("damping",)),
         (("scored_module:make", "--absolute-damping"), ("without --damping",)),
         (("scored_module:make", "--params", "head.*"), ("matches no parameter",)),
         (("scored_module:make", "--fisher", "f", "--kind", "ef"), ("--kind beside --fisher",)),

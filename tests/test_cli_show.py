@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from typer.testing import CliRunner, Result
 
 import fisherkit as fk
-from fisherkit.cli import app, summary
+from fisherkit.cli import app, show
 from fisherkit.operators import unwrap
 from tests.operator_cases import CASES, block_diagonal, diagonal, kronecker, total
 from tests.small_data import X, Y, mlp
@@ -92,7 +92,7 @@ def test_text__says_which_blocks_have_no_closed_form(path: Path) -> None:
 def test_text__says_when_a_decomposition_would_take_too_long(
     structure: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summary, "LARGEST_SIDE", 3)
+    monkeypatch.setattr(show, "LARGEST_SIDE", 3)
     fk.EmpiricalFisher(mlp(), (X, Y), structure=structure).save(path)
     assert "would have to decompose a matrix of side" in run(path).stdout
     assert "above 3 (fk.estimators.lanczos_eigenvalues" in run(path).stdout

@@ -41,9 +41,7 @@ def _settings(results: Mapping[str, Mapping[str, Any]]) -> str:
             f"Noise ceiling {r['ceiling'][0]:.3f} ({low:.3f} to {high:.3f})."
         )
     e = next(iter(results.values()))["environment"]
-    lines.append(
-        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}."
-    )
+    lines.append(f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}.")
     return "\n".join(lines)
 
 

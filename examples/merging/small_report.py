@@ -44,9 +44,7 @@ def _what(summaries: Suites) -> str:
             f"batches of 64); Fishers of {s['examples']} examples a task."
         )
     e = next(iter(summaries.values()))["environment"]
-    lines.append(
-        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}."
-    )
+    lines.append(f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}.")
     return "\n".join(lines)
 
 

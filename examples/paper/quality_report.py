@@ -65,9 +65,7 @@ def _tasks(summaries: Mapping[str, Summary]) -> str:
             f"Epoch: training loss / test accuracy: {training}."
         )
     e = next(iter(summaries.values())).environment
-    lines.append(
-        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}."
-    )
+    lines.append(f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}.")
     return "\n".join(lines)
 
 

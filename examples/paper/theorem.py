@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from examples.demo.digits import Digits
 from examples.paper.pictures_theorem import draw_theorem
 from examples.paper.task import DAMPING, Task
 from examples.shared.results import Figures, markdown
-from fisherkit.cli.digits.training import Digits
 from fisherkit.cli.text import number
 from fisherkit.randomness import untouched_rng
 

@@ -1,3 +1,48 @@
-"""The command line: ``fisherkit`` and ``python -m fisherkit``."""
+"""The command line: ``fisherkit`` and ``python -m fisherkit``.
 
-from fisherkit.cli.commands import app as app
+A command is a `Command` of a module of its own, in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import sys
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from fisherkit._version import __version__
+from fisherkit.cli.audit import AUDIT
+from fisherkit.cli.estimate import ESTIMATE
+from fisherkit.cli.info import INFO
+from fisherkit.cli.merge import MERGE
+from fisherkit.cli.quality import QUALITY
+from fisherkit.cli.scores import SCORES
+from fisherkit.cli.show import SHOW
+
+app = typer.Typer(
+    help="Fisher information matrices of PyTorch models.",
+    epilog="Exit codes: 0 done, 1 a command failed and said why, 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+COMMANDS = (INFO, QUALITY, ESTIMATE, SHOW, MERGE, AUDIT, SCORES)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without Greek letters shows a question mark instead of ending the run.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+for _command in COMMANDS:
+    _command.add_to(app)

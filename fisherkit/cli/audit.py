@@ -4,46 +4,68 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.cli.checks import check_choice
+from fisherkit.cli.command import Command
+from fisherkit.cli.options import AsJson, one_of, option
 from fisherkit.cli.text import number, table
-from fisherkit.evaluation import Audit, audit
+from fisherkit.evaluation import audit
 from fisherkit.operators import FisherOperator, load
 
-CALL = "fisherkit audit"
 
+@dataclass(frozen=True)
+class Audit:
+    """Say how alike two Fishers are, and by which factor one is larger.
 
-def run(other: Path, exact: Path, *, compare: str | None, batch_size: int | None, as_json: bool) -> None:
-    """Compare and print.
-
-    Args:
-        other: a Fisher file, or any safetensors file of a diagonal: parameter name -> tensor of its shape.
-        exact: a Fisher file.
-        compare: as in `audit`, like batch_size.
-        batch_size: of squared batch gradients.
-        as_json: print one JSON object.
+    A penalty's strength that was tuned for one must be divided by that factor for the other.
     """
-    check_choice(CALL, "--compare", compare, ("diagonal", "matrix"))
-    found = audit(_read(other), load(exact), compare=compare, batch_size=batch_size)
-    told = asdict(found) | {"strength_ratio": found.strength_ratio}
-    typer.echo(json.dumps(_plain(told), ensure_ascii=False, allow_nan=False) if as_json else as_text(found))
 
-
-def as_text(found: Audit) -> str:
-    """The parts as a table, and what was found below it."""
-    header = ("parameters", "cosine", "scale", "trace ratio")
-    rows = [
-        (part.name, f"{part.cosine:.4f}", number(part.scale), number(part.trace_ratio))
-        for part in (*found.parts, found.total)
+    other: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OTHER", help="A Fisher file, or any safetensors file of a diagonal: parameter name -> tensor."
+        ),
     ]
-    return f"{table(header, rows)}\n\n{found}"
+    exact: Annotated[Path, typer.Argument(metavar="EXACT", help="A Fisher file.")]
+    compare: Annotated[
+        str | None,
+        option("WHAT", "diagonal or matrix.", "the matrix where both have one", parser=one_of("diagonal", "matrix")),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        option("B", "Size of the batches behind OTHER, to recognise their squares.", "unknown", min=1),
+    ] = None
+    as_json: AsJson = False
+
+    def run(self) -> None:
+        """Compare and print."""
+        found = audit(_read(self.other), load(self.exact), compare=self.compare, batch_size=self.batch_size)
+        if self.as_json:
+            told = asdict(found) | {"strength_ratio": found.strength_ratio}
+            typer.echo(json.dumps(_plain(told), ensure_ascii=False, allow_nan=False))
+            return
+        header = ("parameters", "cosine", "scale", "trace ratio")
+        rows = [
+            (part.name, f"{part.cosine:.4f}", number(part.scale), number(part.trace_ratio))
+            for part in (*found.parts, found.total)
+        ]
+        typer.echo(f"{table(header, rows)}\n\n{found}")
+
+
+AUDIT = Command(
+    Audit,
+    "Compare a Fisher of any origin with an exact one.",
+    (
+        "fisherkit audit theirs.safetensors exact.safetensors",
+        "fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32",
+    ),
+)
 
 
 def _plain(value: Any) -> Any:
@@ -59,5 +81,5 @@ def _read(path: Path) -> FisherOperator | dict[str, Tensor]:
     """An operator from a Fisher file, named tensors from another safetensors file."""
     if not path.is_file() or path.suffix == ".json":
         return load(path)
-    header, tensors = io.read_tensors(path, "cpu", CALL, "fisher.save, or safetensors.torch.save_file")
+    header, tensors = io.read_tensors(path, "cpu", "fisherkit audit", "fisher.save, or safetensors.torch.save_file")
     return load(path) if header.get("format") == io.FORMAT else tensors

@@ -5,7 +5,6 @@ Owns what a terminal sees of errors, warnings and signals. `flags` owns the word
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import re
@@ -15,13 +14,13 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args
+from typing import Any, Protocol, get_args, get_type_hints
 
 import typer
 from tqdm.auto import tqdm
@@ -39,44 +38,54 @@ LINES_EVERY = 10.0
 EXAMPLE_WIDTH = 72
 """Of the lines of examples, within the 80 columns of a terminal."""
 
+REPLACED = "replaced"
+"""The name that a folder has while another takes its place."""
+
 KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self"}
 """Of the package, where an option has another name."""
 
 
+class Settings(Protocol):
+    """A command's options as a frozen record; its fields have typer's annotations, its docstring is the help."""
+
+    def run(self) -> None:
+        """Do the work."""
+
+
 @dataclass(frozen=True)
 class Command:
-    """A command of ``fisherkit``; its name is its function's.
+    """A command of ``fisherkit``; its name is the settings', in lower case.
 
     Args:
-        function: with typer's annotations; its docstring is the help.
+        settings: its options, and what it does.
         short_help: the line in the list of commands.
         examples: command lines, shown under the options.
     """
 
-    function: Callable[..., Any]
+    settings: type[Settings]
     short_help: str
     examples: tuple[str, ...]
 
-    def add_to(self, app: typer.Typer) -> None:
-        """Register it."""
+    @property
+    def name(self) -> str:
+        """As it is typed."""
+        return self.settings.__name__.lower()
 
-        # \b keeps the line breaks of the paragraph that follows it.
-        @functools.wraps(self.function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            token = _running.set(Running(f"fisherkit {self.function.__name__}", self.flags))
-            try:
-                return self.function(*args, **kwargs)
-            finally:
-                _running.reset(token)
-
-        lines = "\n".join(f"  {line}" for example in self.examples for line in _folded(example))
-        app.command(epilog=f"\b\nExamples:\n{lines}\n", short_help=self.short_help)(run)
+    @property
+    def signature(self) -> inspect.Signature:
+        """Its options for typer, those of its own before those that it shares."""
+        hints = get_type_hints(self.settings, include_extras=True)
+        fields = inspect.signature(self.settings).parameters.values()
+        own = sorted(fields, key=lambda parameter: parameter.name not in self.settings.__annotations__)
+        return inspect.Signature(
+            [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
+        )
 
     @property
     def flags(self) -> dict[str, str]:
         """The keywords of the package that its options stand for, and the options."""
         found = {}
-        for name, parameter in inspect.signature(self.function, eval_str=True).parameters.items():
+        for name, parameter in self.signature.parameters.items():
             options = [entry for entry in get_args(parameter.annotation) if isinstance(entry, OptionInfo)]
             if options:
                 said = [word for word in options[0].param_decls or () if word.startswith("--")]
@@ -84,16 +93,27 @@ class Command:
         lists = {name: flag for name, flag in found.items() if name in ("kinds", "structures")}
         return {name.removesuffix("s"): flag for name, flag in lists.items()} | found
 
+    def add_to(self, app: typer.Typer) -> None:
+        """Register it."""
+
+        def run(**options: Any) -> None:
+            token = _running.set(Running(f"fisherkit {self.name}", self.flags))
+            try:
+                with readable_errors():
+                    self.settings(**options).run()
+            finally:
+                _running.reset(token)
+
+        run.__doc__ = self.settings.__doc__
+        run.__signature__ = self.signature  # type: ignore[attr-defined]
+        # \b keeps the line breaks of the paragraph that follows it.
+        lines = "\n".join(f"  {line}" for example in self.examples for line in _folded(example))
+        app.command(self.name, epilog=f"\b\nExamples:\n{lines}\n", short_help=self.short_help)(run)
+
 
 @dataclass
 class Running:
-    """The command that is at work.
-
-    Args:
-        name: as it is called.
-        flags: keyword to option.
-        targets: what it will write, and how the place looked before.
-    """
+    """The command that is at work: its name, keyword to option, and how the places looked that it will write to."""
 
     name: str = "fisherkit"
     flags: Mapping[str, str] = field(default_factory=dict)
@@ -129,11 +149,7 @@ class _Stopped(KeyboardInterrupt):
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """What fisherkit or the file system refuses is a message, not a traceback; what stops the command is told too.
-
-    Raises:
-        typer.Exit: 1 after an error, 128 and the signal's number after a signal.
-    """
+    """What fisherkit or the file system refuses is a message, not a traceback; what stops the command is told too."""
     with ExitStack() as stack:
         stack.enter_context(_warnings_as_lines())
         stack.enter_context(_stopping())
@@ -141,11 +157,9 @@ def readable_errors() -> Iterator[None]:
             stack.enter_context(in_lines(LINES_EVERY))
         try:
             yield
-        except FisherkitError as error:
-            typer.echo(f"error: {error_in_flags(error, _now().name, _now().flags)}", err=True)
-            raise typer.Exit(1) from error
-        except OSError as error:
-            typer.echo(f"error: {error}", err=True)
+        except (FisherkitError, OSError) as error:
+            text = error_in_flags(error, _now().name, _now().flags) if isinstance(error, FisherkitError) else error
+            typer.echo(f"error: {text}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
             number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
@@ -203,10 +217,6 @@ def _tell_leftovers(paths: Iterable[Path]) -> None:
         )  # fmt: skip
 
 
-REPLACED = "replaced"
-"""The name that a folder has while another takes its place."""
-
-
 def _age(seconds: float) -> str:
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
@@ -248,13 +258,8 @@ def _stopping() -> Iterator[None]:
 def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> None:
     """Find out before the work is done whether it would replace something that nobody said may go; see `expect`.
 
-    Args:
-        paths: what will be written.
-        call: the command, for errors.
-        overwrite: whether it may go.
-
     Raises:
-        InvalidArgumentError: one of them is there, and it may not.
+        InvalidArgumentError: one of the paths is there, and ``overwrite`` is not set.
     """
     paths = list(paths)
     expect(paths)
@@ -267,11 +272,7 @@ def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> Non
 
 
 def make_folder(folder: Path, names: Iterable[str], call: str, *, overwrite: bool) -> None:
-    """The folder that files will be written to, made if missing, so that a wrong path fails before the work.
-
-    Raises:
-        InvalidArgumentError: one of the files is there, and it may not be replaced.
-    """
+    """The folder that files will be written to, made if missing, so that a wrong path fails before the work."""
     refuse_existing([folder / name for name in names], call, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -31,31 +31,15 @@ _PHRASES = (
 )
 """What no rule turns into options; patterns and what stands in their place."""
 
-_CALLS = frozenset(
-    {
-        "audit",
-        "compare",
-        "merge",
-        "average",
-        "task_arithmetic",
-        "regmean",
-        "likelihood",
-        "params",
-        "RelativeDamping",
-        *_KINDS,
-    }
-)
+_CALLS = {
+    "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "likelihood", "params", "RelativeDamping",
+    *_KINDS,
+}  # fmt: skip
 """Of the package, whose place the command takes."""
 
 
 def error_in_flags(error: FisherkitError, command: str, flags: Mapping[str, str]) -> str:
-    """The message of an error as the command says it.
-
-    Args:
-        error: of the package.
-        command: such as "fisherkit merge".
-        flags: keyword to option, as the command has them.
-    """
+    """The message of an error as the command says it."""
     name, bracket, keywords = error.call.removeprefix("fk.").partition("(")
     where, comma, rest = error.call.partition(",")
     call = error.call
@@ -68,12 +52,7 @@ def error_in_flags(error: FisherkitError, command: str, flags: Mapping[str, str]
 
 
 def in_flags(text: str, flags: Mapping[str, str]) -> str:
-    """A sentence with options in the place of keywords.
-
-    Args:
-        text: of an error or a warning.
-        flags: keyword to option.
-    """
+    """A sentence with options in the place of keywords."""
     text = re.sub(
         r"(?:Path\(('[^']*'|\"[^\"]*\")\)\.mkdir\(parents=True\))",
         lambda found: f"mkdir -p {shlex.quote(found[1][1:-1])}", text,

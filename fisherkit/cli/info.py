@@ -6,13 +6,14 @@ import importlib.metadata
 import inspect
 import json
 import platform
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import typer
 
 from fisherkit._version import __version__
-from fisherkit.cli.command import Command, readable_errors
+from fisherkit.cli.command import Command
 from fisherkit.cli.options import AsJson
 from fisherkit.cli.text import pairs, table
 from fisherkit.fisher import STRUCTURES
@@ -34,14 +35,20 @@ EXTRAS = {
 }
 
 
-def info(as_json: AsJson = False) -> None:
+@dataclass(frozen=True)
+class Info:
     """Show versions, devices, memory, and which kinds and structures there are."""
-    with readable_errors():
-        typer.echo(to_json(collect()) if as_json else as_text(collect()))
+
+    as_json: AsJson = False
+
+    def run(self) -> None:
+        """Collect and print."""
+        found = collect()
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if self.as_json else as_text(found))
 
 
 INFO = Command(
-    info,
+    Info,
     "Versions, devices, memory, kinds and structures.",
     ("fisherkit info", "fisherkit info --json > info.json"),
 )
@@ -65,11 +72,6 @@ def collect() -> dict[str, Any]:
         "kinds": {name: {"class": kind.__name__, "meaning": _first_line(kind)} for name, kind in KINDS.items()},
         "structures": {name: STRUCTURE_MEANINGS[name] for name in STRUCTURES},
     }
-
-
-def to_json(found: dict[str, Any]) -> str:
-    """What was collected as one JSON object."""
-    return json.dumps(found, indent=2, ensure_ascii=False)
 
 
 def as_text(found: dict[str, Any]) -> str:

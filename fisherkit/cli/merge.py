@@ -1,35 +1,48 @@
 """``fisherkit merge``: several models and their Fisher files into one folder that loads like the first.
 
-Owns what lies beside the weights (config, tokenizer) and the folder's appearance as a whole; the tensors are
-`fisherkit.merging`'s.
+Owns what lies beside the weights (config, tokenizer), what may be written over, and the folder's appearance as a whole;
+the tensors are `fisherkit.merging`'s.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 
 from fisherkit import io, merging
-from fisherkit.cli.checks import as_dtype, check_choice, check_device
-from fisherkit.cli.command import REPLACED, expect, say
-from fisherkit.cli.merge_target import CALL, beside_weights, check_target, read_json
-from fisherkit.cli.text import numbers, table
-from fisherkit.errors import InvalidArgumentError, listed
+from fisherkit.cli.command import REPLACED, Command, expect, refuse_existing, say
+from fisherkit.cli.options import (
+    AsJson,
+    MaxShardSize,
+    Overwrite,
+    device_check,
+    dtype_check,
+    numbers,
+    one_of,
+    option,
+)
+from fisherkit.cli.text import table
+from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
 from fisherkit.io.reader import index_of
 from fisherkit.memory import readable
+from fisherkit.merging.checkpoints import FOLDER_NAMES
 from fisherkit.merging.policies import INTEGERS, KEEPING, MISMATCHED
 from fisherkit.merging.systems import METHODS as SOLVERS
 from fisherkit.merging.writing import targets
 from fisherkit.operators import RelativeDamping
+
+CALL = "fisherkit merge"
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     **dict.fromkeys(SOLVERS, merging.merge),
@@ -39,72 +52,216 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 """Every --method and what it calls; those of `fisherkit.merging.merge` are ways to solve."""
 
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "normalize": ("block", "output", "trace", "norm", "none"),
-    "uncovered": KEEPING,
-    "buffers": KEEPING,
-    "integers": INTEGERS,
-    "mismatched": MISMATCHED,
-    "other_weights": ("refuse", "warn"),
-}
-"""What options of these names may be; the first is the command's default, but for --normalize of regmean."""
-
 NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 """Entries of config.json that say nothing about what the weights mean."""
 
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
+"""What is not copied from the first model's folder: weights and the state of a training run."""
+
+OWN = frozenset({"model", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"})
+"""Options that are not keywords of the functions of `fisherkit.merging`."""
+
+
+def weights_check(text: str) -> str:
+    """Of the models.
+
+    Raises:
+        typer.BadParameter: neither "examples" nor numbers.
+    """
+    try:
+        return text if text == "examples" else str(numbers(text) and text)
+    except ValueError as error:
+        raise typer.BadParameter(f'{text!r} is not "examples" or a list of numbers such as 1,2.') from error
+
+
+def choice(text: str, words: Sequence[str], shown: str | None = None) -> Any:
+    """An option that is one of some words, the first by default."""
+    return option("NAME", f"{text}{', '.join(words)}.", shown or words[0], parser=one_of(*words))
+
 
 @dataclass(frozen=True)
-class MergeSettings:
-    """The command's options.
+class Merge:
+    """Merge models by their Fishers: Σ (θ − θ_t)ᵀF_t(θ − θ_t), damped towards their average, made least.
 
-    Args:
-        models: folders, or safetensors files.
-        fishers: Fisher files, in the models' order; none for average and task-arithmetic.
-        out: the folder, or the file, to write.
-        method: of `FUNCTIONS`.
-        base: what task-arithmetic's models were fine-tuned from.
-        scale: of task-arithmetic.
-        config_from_first: take the first model's config and tokenizer where they differ.
-        overwrite: replace what is there.
-        as_json: print one JSON object.
-        verbose: print a line for every block.
-        options: keywords of the function of `fisherkit.merging`; those that were not given are left out.
+    Reads and writes one block at a time. The folder loads with from_pretrained, like the first model's; merge.json in
+    it says how every block was solved.
     """
 
-    models: tuple[Path, ...]
-    fishers: tuple[Path, ...]
-    out: Path
-    method: str
-    base: Path | None
-    scale: float | None
-    config_from_first: bool
-    overwrite: bool
-    as_json: bool
-    verbose: bool
-    options: dict[str, Any] = field(default_factory=dict)
+    model: Annotated[list[Path], option("PATH", "A Hugging Face folder, or a safetensors file; twice or more.")]
+    out: Annotated[Path, option("PATH", "The folder (or, for files, the file) to write.")]
+    fisher: Annotated[list[Path] | None, option("FILE", "A Fisher file for each model, in their order.", "none")] = None
+    method: Annotated[
+        str,
+        option("NAME", "auto, direct or cg; or average, task-arithmetic, regmean.", parser=one_of(*FUNCTIONS)),
+    ] = "auto"
+    weights: Annotated[
+        str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=weights_check)
+    ] = None
+    damping: Annotated[
+        float | None,
+        option("λ", "A multiple of the mean eigenvalue; see --absolute-damping.", "0.03; regmean: 1e-06", min=0),
+    ] = None
+    absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
+    output_damping: Annotated[
+        float | None, option("ρ", "How much of each Fisher's average over outputs is added.", "3.0", min=0)
+    ] = None
+    normalize: Annotated[
+        str | None, choice("To the same size before merging: ", ("block", "output", "trace", "norm", "none"))
+    ] = None
+    center: Annotated[str | None, option("PATH", 'Where damping pulls to: "average" or a model.', "average")] = None
+    base: Annotated[Path | None, option("PATH", "task-arithmetic needs it: the common start.", "none")] = None
+    scale: Annotated[float | None, option("S", "task-arithmetic needs it: factor of the sum of changes.", "none")] = (
+        None
+    )
+    shrink: Annotated[
+        float | None, option("α", "regmean: share of the off-diagonal that is kept.", "0.9", min=0, max=1)
+    ] = None
+    uncovered: Annotated[str | None, choice("Parameters without a Fisher: ", KEEPING, "refuse; regmean: average")] = (
+        None
+    )
+    buffers: Annotated[str | None, choice("Float buffers: ", KEEPING)] = None
+    integers: Annotated[str | None, choice("Other tensors: ", INTEGERS)] = None
+    mismatched: Annotated[str | None, choice("Names or shapes that differ: ", MISMATCHED)] = None
+    other_weights: Annotated[
+        str | None, choice("Fishers measured at other weights than their models': ", ("refuse", "warn"))
+    ] = None
+    config_from_first: Annotated[
+        bool, typer.Option("--config-from-first", help="Where configs or vocabularies differ, take the first.")
+    ] = False
+    dtype: Annotated[
+        str | None, option("NAME", "Of the result, such as bfloat16.", "the models'", parser=dtype_check)
+    ] = None
+    device: Annotated[str | None, option("NAME", "Where blocks are solved.", "cpu", parser=device_check)] = None
+    tolerance: Annotated[float | None, option("ε", "Largest relative residual of a block's solution.", "1e-12")] = None
+    max_steps: Annotated[int | None, option("N", "Most steps of conjugate gradients in each block.", "2000", min=1)] = (
+        None
+    )
+    max_shard_size: MaxShardSize = None
+    overwrite: Overwrite = False
+    as_json: AsJson = False
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print how every block was solved.")] = False
+
+    def run(self) -> None:
+        """Check, merge, copy what lies beside the weights, and put the folder in its place."""
+        options = self._options()
+        self._check()
+        function = partial(FUNCTIONS[self.method], self.model, **options, return_info=True)
+        start = time.perf_counter()
+        say(f"Merging {self._size()} ...")
+        if not self._folders:
+            path, info = function(out=self.out, overwrite=self.overwrite)
+            self._tell(path, info, time.perf_counter() - start)
+            return
+        if not self.config_from_first:
+            _compare([model / "config.json" for model in self.model], "config.json", _config)
+            _compare([model / "tokenizer.json" for model in self.model], "the vocabulary", _vocabulary)
+        out = self.out.resolve()
+        with io.part_folder(out) as part:
+            whole = part / out.name
+            whole.mkdir()
+            _, info = function(out=whole)
+            for path in _beside_weights(self.model[0]):
+                shutil.copy2(path, whole / path.name)
+            (whole / "merge.json").write_text(info.to_json() + "\n", encoding="utf-8")
+            _put_in_place(whole, out, part / REPLACED)
+        self._tell(self.out, info, time.perf_counter() - start)
+
+    @property
+    def _folders(self) -> bool:
+        return all(model.is_dir() for model in self.model)
+
+    def _options(self) -> dict[str, Any]:
+        """Keywords of the method's function; what was not given is left to its defaults."""
+        given = {name: value for name, value in vars(self).items() if name not in OWN and value is not None}
+        taken = inspect.signature(FUNCTIONS[self.method]).parameters
+        fishers, method = given.pop("fisher", []), given.pop("method")
+        strange = [
+            f"--{name.replace('_', '-')}" for name in given if name not in taken and name not in ("base", "scale")
+        ]
+        if strange:
+            _refuse(f"--method {method} with {', '.join(strange)}", "options that it has", try_="leave them out")
+        if "fishers" not in taken and fishers:
+            _refuse(f"--method {method} with --fisher", "no Fishers, which it does not use")
+        if "fishers" in taken and len(fishers) != len(self.model):
+            _refuse(
+                f"{len(self.model)} models and {len(fishers)} Fishers", "a Fisher for each model",
+                try_="--model A --fisher FA --model B --fisher FB, or --method average",
+            )  # fmt: skip
+        if {self.base is not None, self.scale is not None} != {"base" in taken}:
+            _refuse(f"--method {method}", "--base and --scale with task-arithmetic, and with it alone")
+        if self.damping is not None and not self.absolute_damping:
+            given["damping"] = RelativeDamping(self.damping)
+        if self.normalize == "none":
+            given["normalize"] = None
+        if self.weights not in (None, "examples"):
+            given["weights"] = numbers(str(self.weights))
+        if self.dtype is not None:
+            given["dtype"] = getattr(torch, self.dtype)
+        offered = {"fishers": fishers, "method": method, "progress": True, "other_weights": "refuse"}
+        return {name: value for name, value in offered.items() if name in taken} | given
+
+    def _check(self) -> None:
+        """What can be wrong with paths, before anything is read."""
+        others = [Path(path) for path in (self.base, self.center) if path not in (None, "average")]
+        fishers = list(self.fisher or ())
+        missing = [str(path) for path in (*self.model, *others) if not path.exists()]
+        missing += [str(path) for path in fishers if not path.exists() and not index_of(path).exists()]
+        if missing:
+            _refuse(f"paths that do not exist: {missing}", "models and Fisher files", try_="check the paths")
+        _check_target(self.out, self.model, [*fishers, *others], overwrite=self.overwrite)
+        expect([self.out] if self._folders else targets(self.out))
+
+    def _size(self) -> str:
+        """How much is read."""
+
+        def bytes_of(path: Path) -> int:
+            whole = path if path.exists() else index_of(path)
+            stem = whole.name.removesuffix(".index.json").removesuffix(".safetensors")
+            files = (
+                whole.glob("*.safetensors") if whole.is_dir() else {whole, *whole.parent.glob(f"{stem}-*.safetensors")}
+            )
+            return sum(file.stat().st_size for file in files)
+
+        models = f"{len(self.model)} models ({readable(sum(map(bytes_of, self.model)))})"
+        if not self.fisher:
+            return models
+        return f"{models} by their Fishers ({readable(sum(map(bytes_of, self.fisher)))})"
+
+    def _tell(self, path: Path, info: merging.MergeInfo, seconds: float) -> None:
+        if self.as_json:
+            typer.echo(json.dumps({"out": str(path), "residual": info.residual} | json.loads(info.to_json())))
+            return
+        if self.verbose and info.blocks:
+            rows = [
+                (listed(block.names, 2), block.method, f"{block.size:,}", f"{block.steps}",
+                 f"{block.residual:.1e}" + ("" if block.converged else " not converged"))
+                for block in info.blocks
+            ]  # fmt: skip
+            typer.echo(table(("parameters", "method", "numbers", "steps", "residual"), rows, left=2) + "\n")
+        counted = ", ".join(f"{count:,} {kind}" for kind, count in info.counts().items())
+        what = f"{len(info.weights)} models, {seconds:.1f} s: {counted}"
+        typer.echo(f"{self.method if self.method not in SOLVERS else 'merge'} of {what}")
+        if info.blocks:
+            missed = sum(not block.converged for block in info.blocks)
+            typer.echo(
+                f"{len(info.blocks):,} blocks solved, damping {info.damping:.3g}, residual at most {info.residual:.1e}"
+                + (f"; {missed} NOT CONVERGED, see --verbose" if missed else "")
+            )
+        if info.unverified:
+            unverified = ", ".join(map(str, info.unverified))
+            typer.echo(f"Not checked: that each Fisher was measured at its model's weights (models {unverified}).")
+        typer.echo(f"Wrote {path}.")
 
 
-def run(settings: MergeSettings) -> None:
-    """Check, merge, copy what lies beside the weights, and put the folder in its place."""
-    _check(settings)
-    start = time.perf_counter()
-    say(f"Merging {_size(settings)} ...")
-    if not all(model.is_dir() for model in settings.models):
-        path, info = _function(settings)(out=settings.out, overwrite=settings.overwrite)
-        _tell(path, info, settings, time.perf_counter() - start)
-        return
-    _compare([model / "config.json" for model in settings.models], settings, "config.json", _config)
-    _compare([model / "tokenizer.json" for model in settings.models], settings, "the vocabulary", _vocabulary)
-    out = settings.out.resolve()
-    with io.part_folder(out) as part:
-        whole = part / out.name
-        whole.mkdir()
-        _, info = _function(settings)(out=whole)
-        for path in beside_weights(settings.models[0]):
-            shutil.copy2(path, whole / path.name)
-        (whole / "merge.json").write_text(info.to_json() + "\n", encoding="utf-8")
-        _put_in_place(whole, out, part / REPLACED)
-    _tell(settings.out, info, settings, time.perf_counter() - start)
+MERGE = Command(
+    Merge,
+    "Merge models by their Fishers into a folder that loads like the first.",
+    (
+        "fisherkit merge --model A --fisher a.safetensors --model B --fisher b.safetensors --out merged",
+        "fisherkit merge --model A --model B --method average --out merged",
+        "fisherkit merge --model A --fisher a --model B --fisher b --uncovered average --weights examples --out merged",
+    ),
+)
 
 
 def _put_in_place(whole: Path, out: Path, replaced: Path) -> None:
@@ -119,96 +276,8 @@ def _put_in_place(whole: Path, out: Path, replaced: Path) -> None:
         raise
 
 
-def _check(settings: MergeSettings) -> None:
-    """What can be wrong before anything is read."""
-
-    def refuse(got: str, expected: str, try_: str = "") -> InvalidArgumentError:
-        return InvalidArgumentError(call=CALL, got=got, expected=expected, try_=try_)
-
-    check_choice(CALL, "--method", settings.method, FUNCTIONS)
-    for name, allowed in CHOICES.items():
-        check_choice(CALL, f"--{name.replace('_', '-')}", settings.options.get(name, allowed[0]), allowed)
-    check_device(CALL, settings.options.get("device"))
-    taken = _keywords(settings)
-    strange = [f"--{name.replace('_', '-')}" for name in settings.options if name not in taken]
-    if strange:
-        raise refuse(f"--method {settings.method} with {', '.join(strange)}", "options that it has", "leave them out")
-    if "fishers" not in taken and settings.fishers:
-        raise refuse(f"--method {settings.method} with --fisher", "no Fishers, which it does not use")
-    if "fishers" in taken and len(settings.fishers) != len(settings.models):
-        raise refuse(
-            f"{len(settings.models)} models and {len(settings.fishers)} Fishers", "a Fisher for each model",
-            "--model A --fisher FA --model B --fisher FB, or --method average",
-        )  # fmt: skip
-    if {settings.base is not None, settings.scale is not None} != {"base" in taken}:
-        raise refuse(f"--method {settings.method}", "--base and --scale with task-arithmetic, and with it alone")
-    center = settings.options.get("center", "average")
-    named = [*([settings.base] if settings.base else []), *([Path(center)] * (center != "average"))]
-    missing = [str(path) for path in (*settings.models, *named) if not path.exists()]
-    missing += [str(path) for path in settings.fishers if not path.exists() and not index_of(path).exists()]
-    if missing:
-        raise refuse(f"paths that do not exist: {missing}", "models and Fisher files", "check the paths")
-    check_target(settings.out, settings.models, [*settings.fishers, *named], overwrite=settings.overwrite)
-    expect(targets(settings.out) if not all(model.is_dir() for model in settings.models) else [settings.out])
-
-
-def _keywords(settings: MergeSettings) -> Collection[str]:
-    return inspect.signature(FUNCTIONS[settings.method]).parameters
-
-
-def _function(settings: MergeSettings) -> Callable[..., Any]:
-    """The function of `fisherkit.merging` with everything but where its result goes."""
-    offered = {
-        "fishers": settings.fishers, "base": settings.base, "scale": settings.scale, "method": settings.method,
-        "progress": True,
-    }  # fmt: skip
-    taken = _keywords(settings)
-    given = {name: value for name, value in offered.items() if name in taken}
-    if "other_weights" in taken:
-        given["other_weights"] = CHOICES["other_weights"][0]
-    given |= settings.options
-    return partial(FUNCTIONS[settings.method], settings.models, **given, return_info=True)
-
-
-def options(
-    *, damping: float | None, absolute_damping: bool, normalize: str | None, weights: str | None, dtype: str | None,
-    **others: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Keywords of `fisherkit.merging` from options as text; what was not given is left to its defaults.
-
-    Args:
-        damping: λ; a multiple of the mean eigenvalue unless absolute_damping.
-        absolute_damping: λ itself.
-        normalize: "none" for None.
-        weights: "examples", or numbers between commas.
-        dtype: a name of torch's.
-        others: passed on.
-
-    Raises:
-        typer.BadParameter: weights that cannot be read.
-        InvalidArgumentError: a dtype that cannot be read.
-    """
-    found = {name: value for name, value in others.items() if value is not None}
-    if damping is not None:
-        found["damping"] = damping if absolute_damping else RelativeDamping(damping)
-    if normalize is not None:
-        found["normalize"] = None if normalize == "none" else normalize
-    if weights is not None:
-        expected = '"examples" or a list of numbers such as 1,2'
-        found["weights"] = weights if weights == "examples" else numbers(weights, "--weights", expected)
-    if dtype is not None:
-        found["dtype"] = as_dtype(CALL, dtype)
-    return found
-
-
-def _compare(paths: Sequence[Path], settings: MergeSettings, what: str, read: Callable[[Path], dict[str, Any]]) -> None:
-    """Refuse models whose numbers mean different things.
-
-    Raises:
-        InvalidArgumentError: entries that differ.
-    """
-    if settings.config_from_first:
-        return
+def _compare(paths: Sequence[Path], what: str, read: Callable[[Path], dict[str, Any]]) -> None:
+    """Refuse models whose numbers mean different things."""
     first = read(paths[0])
     for path in paths[1:]:
         other = read(path)
@@ -224,51 +293,85 @@ def _compare(paths: Sequence[Path], settings: MergeSettings, what: str, read: Ca
 
 def _config(path: Path) -> dict[str, Any]:
     """What config.json says about the weights' meaning; nothing if there is none."""
-    return {name: value for name, value in read_json(path).items() if name not in NOT_COMPARED}
+    return {name: value for name, value in _read_json(path).items() if name not in NOT_COMPARED}
 
 
 def _vocabulary(path: Path) -> dict[str, Any]:
     """A fast tokenizer's tokens; nothing if there is none."""
-    vocabulary = read_json(path).get("model", {}).get("vocab", {})
+    vocabulary = _read_json(path).get("model", {}).get("vocab", {})
     return vocabulary if isinstance(vocabulary, dict) else {str(i): entry for i, entry in enumerate(vocabulary)}
 
 
-def _size(settings: MergeSettings) -> str:
-    """How much is read."""
+def _check_target(out: Path, models: Sequence[Path], others: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse a place where something would be lost, such as what is read, or that cannot be written to."""
+    whole = all(model.is_dir() for model in models)
+    if not out.absolute().parent.is_dir():
+        _refuse(
+            f"--out in a folder that does not exist: {out.parent}", "an existing folder",
+            try_=f"mkdir -p {shlex.quote(str(out.parent))}",
+        )  # fmt: skip
+    if whole and (out.suffix == ".safetensors" or (out.exists() and not out.is_dir())):
+        _refuse(
+            f"models that are folders and --out {out}, a file", "the name of a folder",
+            "folders are merged with what lies beside the weights", "--out merged, or files such as --model "
+            f"{models[0] / FOLDER_NAMES[0]}",
+        )  # fmt: skip
+    _refuse_sources(out, (*models, *others), whole)
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        _refuse(f"--out {out}, a folder that is not empty", "another name", try_="--overwrite replaces it")
+    if out.is_dir() and whole:
+        _refuse_strangers(out, models[0])
+    if out.is_file():
+        refuse_existing((out,), f"{CALL} --out", overwrite=overwrite)
 
-    def bytes_of(path: Path) -> int:
-        whole = path if path.exists() else index_of(path)
-        stem = whole.name.removesuffix(".index.json").removesuffix(".safetensors")
-        files = whole.glob("*.safetensors") if whole.is_dir() else {whole, *whole.parent.glob(f"{stem}-*.safetensors")}
-        return sum(file.stat().st_size for file in files)
 
-    models = f"{len(settings.models)} models ({readable(sum(map(bytes_of, settings.models)))})"
-    if not settings.fishers:
-        return models
-    return f"{models} by their Fishers ({readable(sum(map(bytes_of, settings.fishers)))})"
+def _beside_weights(folder: Path) -> list[Path]:
+    """Config, tokenizer and whatever else is no weight of a model's folder."""
+    return sorted(
+        path for path in folder.iterdir()
+        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHT_FILES)
+    )  # fmt: skip
 
 
-def _tell(path: Path, info: merging.MergeInfo, settings: MergeSettings, seconds: float) -> None:
-    if settings.as_json:
-        typer.echo(json.dumps({"out": str(path), "residual": info.residual} | json.loads(info.to_json())))
-        return
-    if settings.verbose and info.blocks:
-        rows = [
-            (listed(block.names, 2), block.method, f"{block.size:,}", f"{block.steps}",
-             f"{block.residual:.1e}" + ("" if block.converged else " not converged"))
-            for block in info.blocks
-        ]  # fmt: skip
-        typer.echo(table(("parameters", "method", "numbers", "steps", "residual"), rows, left=2) + "\n")
-    counted = ", ".join(f"{count:,} {kind}" for kind, count in info.counts().items())
-    what = f"{len(info.weights)} models, {seconds:.1f} s: {counted}"
-    typer.echo(f"{settings.method if settings.method not in SOLVERS else 'merge'} of {what}")
-    if info.blocks:
-        missed = sum(not block.converged for block in info.blocks)
-        typer.echo(
-            f"{len(info.blocks):,} blocks solved, damping {info.damping:.3g}, residual at most {info.residual:.1e}"
-            + (f"; {missed} NOT CONVERGED, see --verbose" if missed else "")
-        )
-    if info.unverified:
-        unverified = ", ".join(map(str, info.unverified))
-        typer.echo(f"Not checked: that each Fisher was measured at its model's weights (models {unverified}).")
-    typer.echo(f"Wrote {path}.")
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; nothing if there is no file, or no object in it."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileFormatError(call=CALL, got=f"{path}, which is not JSON ({error})", expected="a model's") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_sources(out: Path, sources: Sequence[Path], whole: bool) -> None:
+    place = out.resolve()
+    written = {place} if whole else {place, *(target.resolve() for target in targets(out))}
+    for source in sources:
+        for path in _places(source):
+            if path in written or (whole and place in path.parents):
+                _refuse(f"--out {out}, the place of {source}, which is read", "another place", "it would be lost")
+
+
+def _places(source: Path) -> Iterator[Path]:
+    """Where a source and, of a folder, its files lie in truth."""
+    yield source.resolve()
+    if source.is_dir():
+        yield from (path.resolve() for path in source.iterdir() if path.is_file())
+
+
+def _refuse_strangers(folder: Path, first: Path) -> None:
+    """A folder is replaced whole, so it may hold a model's weights, and else only what the first model's has too."""
+    shards = _read_json(folder / FOLDER_NAMES[1]).get("weight_map")
+    weights = [*FOLDER_NAMES, *(shards.values() if isinstance(shards, dict) else ())]
+    known = ["merge.json", *weights, *(path.name for path in _beside_weights(first))]
+    strangers = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.name not in known)
+    if strangers:
+        _refuse(
+            f"--overwrite of {folder}, which holds {strangers[:8]}", "a folder of a model alone",
+            "it is replaced whole, and they would be lost", "another --out",
+        )  # fmt: skip
+
+
+def _refuse(got: str, expected: str, why: str = "", try_: str = "") -> NoReturn:
+    raise InvalidArgumentError(call=CALL, got=got, expected=expected, why=why, try_=try_)

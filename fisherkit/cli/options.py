@@ -1,41 +1,140 @@
-"""Options that several commands have, so that they read alike everywhere. Owns their words, not what they do."""
+"""What several commands' options have in common: their words, and what is refused while they are read.
+
+A check takes an option's text and gives it back, or raises `typer.BadParameter`, which typer says with the option's
+name. So nothing is loaded before all options are right. Owns no option's meaning.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Annotated, Any, TypeAlias
 
+import torch
 import typer
 
-TextColumn: TypeAlias = Annotated[str, typer.Option(metavar="NAME", help="Column of the text.")]
-PairColumn: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Column of a second text.", show_default="none")
-]
-LabelColumn: TypeAlias = Annotated[
-    str, typer.Option(metavar="NAME", help="Column of the label; causal models need none.")
-]
-BatchSize: TypeAlias = Annotated[int, typer.Option(metavar="N", min=1, help="Texts a batch; no effect on the result.")]
-MaxLength: TypeAlias = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Tokens a text is cut to.", show_default="the most that the model allows"),
-]
-LikelihoodName: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="categorical, gaussian, bernoulli, poisson, or package.module:function, which returns a loss module.",
-        show_default="a folder's own loss; else categorical",
-    ),
-]
-Device: TypeAlias = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")]
-Dtype: TypeAlias = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Of a folder's weights: float32, float64, ...", show_default="the file's"),
+from fisherkit.cli.flags import in_flags
+from fisherkit.errors import InvalidArgumentError
+from fisherkit.fisher import STRUCTURES
+from fisherkit.kind_specs import SPELLINGS, KindSpec
+
+Check: TypeAlias = Callable[[str], str]
+
+
+def option(metavar: str, text: str, shown: str | None = None, **others: Any) -> Any:
+    """An option for typer; ``shown`` says the default of one that is None if it is not given."""
+    return typer.Option(metavar=metavar, help=text, show_default=shown or True, **others)
+
+
+def one_of(*allowed: str, also: str = "") -> Check:
+    """One of some words; the message has the one that was probably meant."""
+
+    def check(text: str) -> str:
+        if text not in allowed:
+            lower = {word.lower(): word for word in allowed}
+            near = get_close_matches(text.lower(), lower, 1)
+            advice = f" Try: {lower[near[0]]}." if near else ""
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(allowed)}{also}.{advice}")
+        return text
+
+    return check
+
+
+def each(check: Check) -> Check:
+    """Words between commas, each of which passes a check."""
+
+    def check_all(text: str) -> str:
+        for word in words(text):
+            check(word)
+        return text
+
+    return check_all
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """The numbers between commas."""
+    return tuple(map(float, words(text)))
+
+
+def number_check(text: str) -> str:
+    """A number.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a number; such a list is 1e-7,1e-3.") from error
+    return text
+
+
+def kind_check(text: str, also: tuple[str, ...] = ()) -> str:
+    """A kind as `KindSpec` spells it, or one of some other words.
+
+    Raises:
+        typer.BadParameter: no such kind, or a setting that it cannot have.
+    """
+    try:
+        return text if text in also else KindSpec.parse(text, call="", also=also).text
+    except InvalidArgumentError as error:
+        known, why = ", ".join((*also, *SPELLINGS)), in_flags(error.why, {})
+        raise typer.BadParameter(f"{text!r} is not one of {known}: {why}.") from error
+
+
+def likelihood_check(text: str) -> str:
+    """A likelihood by name, or a function of the user's that returns a loss."""
+    names = one_of("categorical", "gaussian", "bernoulli", "poisson", also=", or package.module:function")
+    return text if ":" in text else names(text)
+
+
+def device_check(text: str) -> str:
+    """A device that is there.
+
+    Raises:
+        typer.BadParameter: no such device.
+    """
+    try:
+        if torch.device(text).type != "meta":
+            torch.empty(1, device=text)
+            return text
+        why = "tensors there have no values"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        unknown = "device type at start of device string" in str(error)
+        why = "there is no such kind of device" if unknown else str(error).splitlines()[0]
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+    raise typer.BadParameter(f"{text!r} is not a device of this machine: {there}; {why}. See: fisherkit info.")
+
+
+def dtype_check(text: str) -> str:
+    """A floating-point dtype by its name.
+
+    Raises:
+        typer.BadParameter: no such dtype, or one of integers.
+    """
+    found = getattr(torch, text, None)
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise typer.BadParameter(f"{text!r} is not a floating-point type, such as float32, float64 or bfloat16.")
+    return text
+
+
+KIND = "ef, ief[:POWER], sf[:DRAWS], truncated[:RANK or :TOLERANCE], exact."
+STRUCTURE = f"{', '.join(STRUCTURES)}."
+structure_check = one_of(*STRUCTURES)
+
+LIKELIHOOD = "categorical, gaussian, bernoulli, poisson, or package.module:function that returns a loss module."
+DEVICE = "cpu, cuda, cuda:1, ..."
+
+Example: TypeAlias = Annotated[
+    str, option("NAME", "What is one example: a sequence or a token.", parser=one_of("sequence", "token"))
 ]
 MaxShardSize: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="BYTES", min=1, help="Write several files of at most this size.", show_default="one file of any size"
-    ),
+    int | None, option("BYTES", "Write several files of at most this size.", "one file of any size", min=1)
 ]
 Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -1,7 +1,4 @@
-"""``fisherkit quality``: γ of every kind on a user's own model, or on the demo's network.
-
-Owns the options, what is printed and which files are written; the numbers are `fisherkit.evaluation`'s.
-"""
+"""``fisherkit quality``: γ of every kind on a user's own model."""
 
 from __future__ import annotations
 
@@ -10,150 +7,131 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from torch import nn
 
 from fisherkit._version import __version__
-from fisherkit.cli.checks import check_choice, check_likelihood
-from fisherkit.cli.command import Command, make_folder, readable_errors, require
-from fisherkit.cli.factories import load_factory, load_likelihood
-from fisherkit.cli.options import Overwrite
-from fisherkit.cli.text import number, numbers, progress, table, words
+from fisherkit.cli.command import Command, make_folder, require
+from fisherkit.cli.estimate import load_pair
+from fisherkit.cli.options import (
+    LIKELIHOOD,
+    STRUCTURE,
+    Example,
+    Overwrite,
+    each,
+    kind_check,
+    likelihood_check,
+    number_check,
+    numbers,
+    option,
+    structure_check,
+    words,
+)
+from fisherkit.cli.sources import load_likelihood
+from fisherkit.cli.text import number, progress, table
 from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.plots import plot_damping
 from fisherkit.evaluation.table import average
-from fisherkit.fisher import STRUCTURES
 from fisherkit.io import replace_text
-from fisherkit.kind_specs import KindSpec
 
 CALL = "fisherkit quality SPEC"
 FILES = "quality.csv", "quality.json", "quality.png"
-EPOCHS, BATCH = 10, 160
-"""Of the demo's network, where no SPEC is given; 160 is the paper's batch."""
 
 
 @dataclass(frozen=True)
-class QualitySettings:
-    """The command's options.
-
-    Args:
-        spec: "package.module:function", or None for the demo's network.
-        out: folder of the files; None to write none.
-        batches: how many are compared and averaged.
-        kinds: as in `compare`, like all that follow.
-        structures: of the Fishers.
-        dampings: λ.
-        likelihood: by name.
-        example: "sequence" or "token".
-        drop_duplicates: a cosine, or None.
-        seed: of sampled labels, and of the demo's network.
-        overwrite: replace files that are there.
-    """
-
-    spec: str | None
-    out: Path | None
-    batches: int
-    kinds: tuple[str, ...]
-    structures: tuple[str, ...]
-    dampings: tuple[float, ...]
-    likelihood: str
-    example: str
-    drop_duplicates: float | None
-    seed: int
-    overwrite: bool
-
-
-def quality(
-    spec: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[SPEC]", help='"package.module:function" that returns (model, data); none: the demo\'s.'
-        ),
-    ] = None,
-    kinds: Annotated[
-        str, typer.Option(metavar="LIST", help="sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.")
-    ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact",
-    structures: Annotated[str, typer.Option(metavar="LIST", help="Of full, block, diagonal, kfac, ekfac.")] = "full",
-    dampings: Annotated[
-        str, typer.Option(metavar="LIST", help="Gram dampings λ > 0, beside sums over examples.")
-    ] = "1e-7,1e-5,1e-3,1e-1",
-    likelihood: Annotated[
-        str, typer.Option(metavar="NAME", help="categorical, gaussian, bernoulli, poisson, or a module:function.")
-    ] = "categorical",
-    example: Annotated[str, typer.Option(metavar="NAME", help="sequence or token.")] = "sequence",
-    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are averaged over.")] = 1,
-    drop_duplicates: Annotated[
-        float | None,
-        typer.Option(metavar="COSINE", help="Leave near-duplicates out of the updates.", show_default="all are kept"),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of sampled labels.")] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Write quality.csv, quality.json and quality.png there.", show_default="none"
-        ),
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
+class Quality:
     """Compare every kind's preconditioned update with the natural gradient, by γ of Wu and others (NeurIPS 2024).
 
     The model is any module in eval mode, the data one batch or a list or DataLoader of batches. Prints a table.
     """
-    with readable_errors():
-        if out is not None or spec is None:
-            needed = {"matplotlib": "matplotlib"} if out is not None else {}
-            require("demo", needed | ({"sklearn": "scikit-learn"} if spec is None else {}))
-        run(
-            QualitySettings(
-                spec, out, batches, words(kinds), words(structures), numbers(dampings, "--dampings"), likelihood,
-                example, drop_duplicates, seed, overwrite,
+
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help='"package.module:function" that returns (model, data).')]
+    kinds: Annotated[
+        str,
+        option(
+            "LIST",
+            "sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.",
+            parser=each(partial(kind_check, also=("sgd",))),
+        ),
+    ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
+    structures: Annotated[str, option("LIST", f"Of {STRUCTURE}", parser=each(structure_check))] = "full"
+    dampings: Annotated[
+        str,
+        option("LIST", "Gram dampings λ > 0, beside sums over examples.", parser=each(number_check)),
+    ] = "1e-7,1e-5,1e-3,1e-1"
+    likelihood: Annotated[str, option("NAME", LIKELIHOOD, parser=likelihood_check)] = "categorical"
+    example: Example = "sequence"
+    batches: Annotated[int, option("N", "Batches that are averaged over.", min=1)] = 1
+    drop_duplicates: Annotated[
+        float | None,
+        option("COSINE", "Leave near-duplicates out of the updates.", "all are kept"),
+    ] = None
+    seed: Annotated[int, option("N", "Seed of sampled labels.", min=0)] = 0
+    out: Annotated[
+        Path | None,
+        option("FOLDER", "Write quality.csv, quality.json and quality.png there.", "none"),
+    ] = None
+    overwrite: Overwrite = False
+
+    def run(self) -> None:
+        """Compare, print, write."""
+        if self.out is not None:
+            require("demo", {"matplotlib": "matplotlib"})
+            make_folder(self.out, FILES, CALL, overwrite=self.overwrite)
+        model, data = load_pair(self.spec, CALL)
+        batches = [batch.raw for batch in itertools.islice(Source(data, model).once(), self.batches)]
+        likelihood = load_likelihood(self.likelihood, CALL)
+        tables = [
+            compare(
+                model, batch, kinds=words(self.kinds), structures=words(self.structures),
+                gram_dampings=numbers(self.dampings), likelihood=likelihood, example=self.example,
+                drop_duplicates=self.drop_duplicates, seed=self.seed + i,
             )
-        )  # fmt: skip
+            for i, batch in enumerate(progress(batches))
+        ]  # fmt: skip
+        typer.echo(_report(tables))
+        if self.out is not None:
+            typer.echo(f"\nWrote {', '.join(str(path) for path in self._write(tables, self.out))}.")
+
+    def _write(self, tables: Sequence[QualityTable], folder: Path) -> list[Path]:
+        paths = [folder / name for name in FILES]
+        lines = ["batch," + ",".join(asdict(tables[0].rows[0]))]
+        for i, found in enumerate(tables):
+            lines += [",".join("" if v is None else str(v) for v in (i, *asdict(row).values())) for row in found.rows]
+        replace_text(paths[0], "\n".join(lines) + "\n")
+        lists = {"kinds": words(self.kinds), "structures": words(self.structures), "dampings": numbers(self.dampings)}
+        figures = {
+            "environment": {
+                "fisherkit": __version__, "python": platform.python_version(), "torch": torch.__version__,
+                "platform": platform.platform(terse=True), "threads": torch.get_num_threads(),
+            },
+            "settings": asdict(self) | lists | {"out": str(folder)},
+            "batches": [found.to_dict() for found in tables],
+        }  # fmt: skip
+        replace_text(paths[1], json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        if any(row.damping is not None for row in tables[0].rows):
+            plot_damping(tables, paths[2])
+            return paths
+        return paths[:2]
 
 
 QUALITY = Command(
-    quality,
+    Quality,
     "How good each kind's update is on a model of yours.",
     (
-        "fisherkit quality                           (on the demo's network)",
+        "fisherkit quality mymodule:make",
         "fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality",
         "fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10",
     ),
 )
 
 
-def run(settings: QualitySettings) -> None:
-    """Compare, print, write."""
-    for kind in settings.kinds:
-        if kind != "sgd":
-            KindSpec.parse(kind, call=CALL, also=("sgd",))
-    for structure in settings.structures:
-        check_choice(CALL, "--structures with the structure", structure, STRUCTURES)
-    check_likelihood(CALL, settings.likelihood)
-    check_choice(CALL, "--example", settings.example, ("sequence", "token"))
-    if settings.out is not None:
-        make_folder(settings.out, FILES, CALL, overwrite=settings.overwrite)
-    model, batches = _digits(settings) if settings.spec is None else _users(settings.spec, settings.batches)
-    likelihood = load_likelihood(settings.likelihood, CALL)
-    tables = [
-        compare(
-            model, batch, kinds=settings.kinds, structures=settings.structures, gram_dampings=settings.dampings,
-            likelihood=likelihood, example=settings.example, drop_duplicates=settings.drop_duplicates,
-            seed=settings.seed + i,
-        )
-        for i, batch in enumerate(progress(batches))
-    ]  # fmt: skip
-    typer.echo(report(tables))
-    if settings.out is not None:
-        typer.echo(f"\nWrote {', '.join(str(path) for path in _write(settings, tables, settings.out))}.")
-
-
-def report(tables: Sequence[QualityTable]) -> str:
+def _report(tables: Sequence[QualityTable]) -> str:
     """The mean over batches as a table for the terminal."""
     examples, dropped = sum(t.examples for t in tables), sum(t.dropped for t in tables)
     count = "1 batch" if len(tables) == 1 else f"{len(tables)} batches"
@@ -164,51 +142,6 @@ def report(tables: Sequence[QualityTable]) -> str:
     for i, ((kind, structure, damping), (mean, deviation)) in enumerate(average(tables).items()):
         norm = sum(t.rows[i].update_norm for t in tables) / len(tables)
         spread = f"{deviation:.3f}" if len(tables) > 1 else ""
-        cells = (
-            "" if damping is None else f"{damping:g}",
-            f"{mean:.3f}",
-            spread,
-            number(norm),
-            f"{tables[0].rows[i].rows:,}",
-        )
-        rows.append((kind, structure, *cells))
+        strength = "" if damping is None else f"{damping:g}"
+        rows.append((kind, structure, strength, f"{mean:.3f}", spread, number(norm), f"{tables[0].rows[i].rows:,}"))
     return f"{title}\n\n" + table(("kind", "structure", "damping", "γ/γ_SGD", "±", "‖Δ‖", "rows"), rows, left=2)
-
-
-def _write(settings: QualitySettings, tables: Sequence[QualityTable], folder: Path) -> list[Path]:
-    paths = [folder / name for name in FILES]
-    lines = ["batch," + ",".join(asdict(tables[0].rows[0]))]
-    for i, found in enumerate(tables):
-        lines += [",".join("" if v is None else str(v) for v in (i, *asdict(row).values())) for row in found.rows]
-    replace_text(paths[0], "\n".join(lines) + "\n")
-    figures = {
-        "environment": {
-            "fisherkit": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "platform": platform.platform(terse=True), "threads": torch.get_num_threads(),
-        },
-        "settings": asdict(settings) | {"out": str(settings.out)},
-        "batches": [found.to_dict() for found in tables],
-    }  # fmt: skip
-    replace_text(paths[1], json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    if any(row.damping is not None for row in tables[0].rows):
-        plot_damping(tables, paths[2])
-        return paths
-    return paths[:2]
-
-
-def _digits(settings: QualitySettings) -> tuple[nn.Module, list[Any]]:
-    """The demo's network and random batches of its data, in float64."""
-    from fisherkit.cli.digits.training import Digits, train
-
-    generator = torch.Generator().manual_seed(settings.seed)
-    digits = Digits.load(generator)
-    typer.echo(f"No SPEC: training the demo's 64-64-32-10 network on scikit-learn's digits for {EPOCHS} epochs ...")
-    model = train(digits, epochs=EPOCHS, seed=settings.seed, generator=generator)[-1].network(torch.float64)
-    drawn = (digits.batch(BATCH, generator) for _ in range(settings.batches))
-    return model, [(x.double(), y) for x, y in drawn]
-
-
-def _users(spec: str, batches: int) -> tuple[nn.Module, list[Any]]:
-    """What the user's function returns, and its first batches."""
-    model, data = load_factory(spec, CALL)
-    return model, [batch.raw for batch in itertools.islice(Source(data, model).once(), batches)]

@@ -1,60 +1,77 @@
-"""``fisherkit show``: what a Fisher file holds, for people and as JSON.
+"""``fisherkit show``: what a Fisher file holds, each layer's trace and the largest eigenvalues, for people and as JSON.
 
-Owns the options, the text and the files that are written; the numbers are `summary`'s, the picture `show_picture`'s.
+Reads one block at a time, so that a file need not fit in memory.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated
 
+import torch
 import typer
+from torch import Tensor
 
-from fisherkit.cli.command import Command, make_folder, readable_errors, require
-from fisherkit.cli.options import AsJson, Overwrite
-from fisherkit.cli.summary import Summary, summarize
-from fisherkit.cli.text import WIDTH, pairs, table
-from fisherkit.io import replace_text
+from fisherkit.cli.command import Command, make_folder, require
+from fisherkit.cli.options import AsJson, Overwrite, option
+from fisherkit.cli.text import WIDTH, pairs, progress, table
+from fisherkit.errors import MemoryBudgetError, NoClosedFormError
+from fisherkit.io import part_of, replace_text
 from fisherkit.memory import readable
+from fisherkit.operators import (
+    DenseOperator,
+    FisherOperator,
+    KroneckerOperator,
+    LowRankOperator,
+    open_file,
+)
+from fisherkit.space import ParameterSpace
 
 SHOWN = 10
 """Eigenvalues in the text; the JSON has more."""
+KEPT = 200
+"""Eigenvalues that are kept."""
+LARGEST_SIDE = 4096
+"""Of a matrix that is decomposed: seconds, not hours."""
+MOST_BARS = 40
+_BLUE, _ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart with any colour vision
 
 
-def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Fisher file, or the index of one in shards.")],
-    as_json: AsJson = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Write show.json and show.png there; made if missing.", show_default="none"
-        ),
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
+@dataclass(frozen=True)
+class Show:
     """Show a Fisher file: what was recorded, each layer's trace, and the largest eigenvalues.
 
     Reads one block at a time, so that a file need not fit in memory. The picture needs the packages of fisherkit[demo].
     """
-    with readable_errors():
-        if out is not None:
-            require("demo", {"matplotlib": "matplotlib"})
-            make_folder(out, ("show.json", "show.png"), "fisherkit show", overwrite=overwrite)
-        found = summarize(file)
-        text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False)
-        typer.echo(text if as_json else as_text(found))
-        if out is not None:
-            from fisherkit.cli.show_picture import draw
 
-            replace_text(out / "show.json", text + "\n")
-            draw(found, out / "show.png")
-            typer.echo(f"wrote {out / 'show.json'} and {out / 'show.png'}", err=as_json)
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Fisher file, or the index of one in shards.")]
+    as_json: AsJson = False
+    out: Annotated[
+        Path | None,
+        option("FOLDER", "Write show.json and show.png there; made if missing.", "none"),
+    ] = None
+    overwrite: Overwrite = False
+
+    def run(self) -> None:
+        """Add up, print, write."""
+        if self.out is not None:
+            require("demo", {"matplotlib": "matplotlib"})
+            make_folder(self.out, ("show.json", "show.png"), "fisherkit show", overwrite=self.overwrite)
+        found = summarize(self.file)
+        text = json.dumps(asdict(found), indent=2, ensure_ascii=False)
+        typer.echo(text if self.as_json else _as_text(found))
+        if self.out is not None:
+            replace_text(self.out / "show.json", text + "\n")
+            _draw(found, self.out / "show.png")
+            typer.echo(f"wrote {self.out / 'show.json'} and {self.out / 'show.png'}", err=self.as_json)
 
 
 SHOW = Command(
-    show,
+    Show,
     "What a Fisher file holds: metadata, traces, eigenvalues.",
     (
         "fisherkit show fisher.safetensors",
@@ -64,7 +81,123 @@ SHOW = Command(
 )
 
 
-def as_text(found: Summary) -> str:
+@dataclass(frozen=True)
+class Layer:
+    """One module's own parameters; ``kind`` says which blocks they lie in, "joint" where one goes beyond the layer."""
+
+    name: str
+    parameters: tuple[str, ...]
+    kind: str
+    size: int
+    trace: float
+    share: float
+    mean_eigenvalue: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a Fisher file holds; ``eigenvalues`` are the largest, None where ``no_eigenvalues`` says why."""
+
+    file: str
+    files: int
+    bytes: int
+    operator: str
+    blocks: int
+    size: int
+    dtype: str
+    metadata: dict[str, str]
+    checksums: bool
+    trace: float
+    layers: tuple[Layer, ...]
+    eigenvalues: tuple[float, ...] | None
+    no_eigenvalues: str
+
+
+def summarize(path: Path) -> Summary:
+    """Read a Fisher file block by block and add it up.
+
+    Args:
+        path: the file, or the index of one in shards.
+
+    Raises:
+        FileFormatError: no such file, damaged, or not a Fisher file.
+    """
+    file = open_file(path)
+    traces: dict[str, float] = {}
+    kinds: dict[str, str] = {}
+    spectra: list[Tensor] = []
+    refused: list[str] = []
+    dtype = ""
+    for names in progress(file.blocks):
+        block = file.read(names)
+        dtype = str(block.dtype).removeprefix("torch.")
+        kinds.update(dict.fromkeys(names, block.kind))
+        pieces = block.space.unflatten(block.diagonal().double())
+        sums = torch.stack([pieces[name].sum() for name in block.space.names])
+        traces.update(zip(block.space.names, sums.tolist(), strict=True))
+        try:
+            spectra.append(_largest(block))
+        except (NoClosedFormError, MemoryBudgetError) as error:
+            refused.append(error.why or error.got)
+    largest = torch.cat(spectra).sort(descending=True).values[:KEPT] if spectra else torch.zeros(0)
+    reason = (
+        f"none in closed form for {len(refused)} of {len(file.blocks)} blocks, because {refused[0]}" if refused else ""
+    )
+    total = sum(traces.values())
+    return Summary(
+        file=str(path), files=len(file.files), bytes=file.nbytes, operator=file.header.root.kind,
+        blocks=len(file.blocks), size=file.space.size, dtype=dtype, metadata=file.metadata,
+        checksums=file.has_checksums, trace=total, layers=_layers(file.space, file.blocks, kinds, traces, total),
+        eigenvalues=None if refused else tuple(largest.tolist()), no_eigenvalues=reason,
+    )  # fmt: skip
+
+
+def _largest(block: FisherOperator) -> Tensor:
+    side = _decomposed(block)
+    if side > LARGEST_SIDE:
+        why = (
+            f"a {block.kind} block would have to decompose a matrix of side {side:,}, above {LARGEST_SIDE:,} "
+            "(fk.estimators.lanczos_eigenvalues needs products alone)"
+        )
+        raise NoClosedFormError(
+            call="show", got=f"a matrix of side {side:,}", expected=f"{LARGEST_SIDE:,} or less", why=why
+        )
+    return block.eigenvalues(min(KEPT, block.size)).cpu()
+
+
+def _decomposed(block: FisherOperator) -> int:
+    """The side of the largest matrix that the eigenvalues are taken from; 0 if they are there."""
+    if isinstance(block, DenseOperator):
+        return block.size
+    if isinstance(block, LowRankOperator):
+        return min(block.row_source.count, block.size)
+    if isinstance(block, KroneckerOperator):
+        return max(len(block.activation), len(block.gradient))
+    return 0
+
+
+def _layers(
+    space: ParameterSpace,
+    blocks: tuple[tuple[str, ...], ...],
+    kinds: dict[str, str],
+    traces: dict[str, float],
+    total: float,
+) -> tuple[Layer, ...]:
+    sizes = dict(zip(space.names, space.sizes, strict=True))
+    block_of = {name: names for names in blocks for name in names}
+    found = []
+    for module, names in space.blocks.items():
+        seen: dict[str, None] = {}
+        for name in names:
+            joint = not set(block_of[name]) <= set(names)
+            seen[f"{kinds[name]}, joint" if joint else kinds[name]] = None
+        trace, size = sum(traces[name] for name in names), sum(sizes[name] for name in names)
+        share = trace / total if total else 0.0
+        found.append(Layer(module or ", ".join(names), names, " + ".join(seen), size, trace, share, trace / size))
+    return tuple(found)
+
+
+def _as_text(found: Summary) -> str:
     """The summary, for people."""
     recorded = {key: value for key, value in found.metadata.items() if key not in ("coverage", "checksums")}
     files = "1 file" if found.files == 1 else f"{found.files} files"
@@ -95,3 +228,33 @@ def as_text(found: Summary) -> str:
             spectrum,
         ]
     )
+
+
+def _draw(found: Summary, path: Path) -> None:
+    """Each layer's trace as a bar, of many layers the largest ones, and the eigenvalues, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    kept = sorted(found.layers, key=lambda layer: -layer.trace)[:MOST_BARS]
+    layers = [layer for layer in found.layers if layer in kept]
+    positive = [value for value in found.eigenvalues or () if value > 0]
+    figure = Figure(figsize=(9, max(3.2, 1.2 + 0.26 * len(layers))), layout="constrained", dpi=150)
+    bars, spectrum = figure.subplots(1, 2)
+    bars.barh([layer.name for layer in layers], [layer.trace for layer in layers], color=_BLUE)
+    bars.invert_yaxis()
+    left_out = len(found.layers) - len(layers)
+    bars.set_xlabel("trace" + (f" (the largest; {left_out} layers left out)" if left_out else ""))
+    if positive:
+        spectrum.plot(range(1, len(positive) + 1), positive, color=_ORANGE, marker=".")
+        spectrum.set(xscale="log", yscale="log")
+        spectrum.grid(visible=True, color="#E8E8E8")
+    else:
+        spectrum.text(0.5, 0.5, "no eigenvalues\nin closed form" if found.no_eigenvalues else "all are 0", ha="center")
+        spectrum.set(xticks=[], yticks=[])
+    spectrum.set(xlabel="number, largest first", ylabel="eigenvalue")
+    for axes in (bars, spectrum):
+        axes.spines[["top", "right"]].set_visible(False)
+    title = " ".join(found.metadata[key] for key in ("kind", "structure", "model") if key in found.metadata)
+    figure.suptitle(f"{title or found.operator}, D = {found.size:,}")
+    with part_of(path) as part:
+        figure.savefig(part, format="png")
+        os.replace(part, path)

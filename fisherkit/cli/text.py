@@ -1,4 +1,4 @@
-"""Plain text for the terminal and from it: tables, numbers, progress, lists between commas."""
+"""Plain text for the terminal: tables, numbers, progress."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
-
-import typer
 
 from fisherkit.progress import bar, beside
 
@@ -90,25 +88,3 @@ def progress(items: Sequence[Item]) -> Iterable[Item]:
     for item in beside(shown, items):
         yield item
         shown.update()
-
-
-def words(text: str) -> tuple[str, ...]:
-    """The words between commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def numbers(text: str, option: str, expected: str = "a list of numbers such as 1e-7,1e-3") -> tuple[float, ...]:
-    """The numbers between commas.
-
-    Args:
-        text: an option's value.
-        option: its name, for errors.
-        expected: what it might be.
-
-    Raises:
-        typer.BadParameter: a word that is no number.
-    """
-    try:
-        return tuple(float(word) for word in words(text))
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not {expected}", param_hint=option) from error

@@ -101,12 +101,7 @@ class TensorChecksum:
 
 
 def sealed(entries: Mapping[str, str], checksums: Mapping[str, TensorChecksum]) -> dict[str, str]:
-    """A description with the checksums of its tensors and its own.
-
-    Args:
-        entries: the description.
-        checksums: name to that of each tensor.
-    """
+    """A description with the checksums of its tensors, by name, and its own."""
     whole = {**entries, CHECKSUMS: json.dumps({name: asdict(found) for name, found in checksums.items()})}
     return {**whole, CHECKSUM: seal(whole)}
 
@@ -118,14 +113,9 @@ def seal(entries: Mapping[str, Any]) -> str:
 
 
 def unsealed(entries: Mapping[str, Any], names: Iterable[str]) -> dict[str, TensorChecksum] | None:
-    """The tensors' checksums, once a description has been found to be as it was written.
+    """The checksums of the named tensors, once a description has been found to be as it was written.
 
-    Args:
-        entries: the description.
-        names: of the tensors that are there.
-
-    Returns:
-        Name to checksum; None if the description has none, as before they were introduced.
+    None if the description has none, as before they were introduced.
 
     Raises:
         ValueError: it is not what was written, or not of these tensors.

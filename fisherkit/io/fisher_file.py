@@ -96,20 +96,12 @@ class FisherHeader:
     checksums: dict[str, TensorChecksum] | None
 
     def reader(self, device: torch.device | str) -> Reader:
-        """A reader of its tensors, which compares their checksums.
-
-        Args:
-            device: where tensors go.
-        """
+        """A reader of its tensors, which compares their checksums."""
         return Reader(self.archive, self.checksums, device)
 
 
 def read_header(path: str | Path, call: str) -> FisherHeader:
-    """All of a Fisher file but its tensors.
-
-    Args:
-        path: the file, the index, or the path that was given to ``save`` of a sharded one.
-        call: the public call, for errors.
+    """All of a Fisher file but its tensors; the path is as in `Archive.open`.
 
     Raises:
         InvalidTypeError: not a path.
@@ -138,18 +130,7 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
 
 
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State, ParameterSpace, dict[str, str]]:
-    """Read a Fisher file.
-
-    Args:
-        path: the file, the index, or the path that was given to ``save`` of a sharded one.
-        device: where its tensors go.
-
-    Returns:
-        The operator's state, its space and the recorded metadata.
-
-    Raises:
-        FileFormatError: no such file, damaged, not a Fisher file, or a version from the future.
-    """
+    """The operator's state, its space and the recorded metadata, as `read_header` finds them."""
     header = read_header(path, f"load({str(path)!r})")
     with header.reader(device) as reader:
         return reader.state(header.root), header.space, header.metadata
@@ -166,11 +147,7 @@ def _check_size(size: int | None, call: str) -> None:
     if size is None:
         return
     if not is_integer(size):
-        raise InvalidTypeError(
-            call=call,
-            got=f"max_shard_size of type {type(size).__name__}",
-            expected="bytes, an integer",
-            try_="5 * 10**9",
-        )
+        got = f"max_shard_size of type {type(size).__name__}"
+        raise InvalidTypeError(call=call, got=got, expected="bytes, an integer", try_="5 * 10**9")
     if size < 1:
         raise InvalidArgumentError(call=call, got=f"max_shard_size={size}", expected="bytes, 1 or more")

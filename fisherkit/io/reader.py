@@ -66,9 +66,7 @@ class Archive:
     def open(cls, path: Path, call: str) -> Archive:
         """Read the header or the index, and no tensor.
 
-        Args:
-            path: the file, the index, or the path that was given to ``save`` of a sharded one.
-            call: the public call, for errors.
+        The path is that of the file, of the index, or the one that was given to ``save`` of a sharded file.
 
         Raises:
             MissingFileError: no such file.

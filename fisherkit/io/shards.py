@@ -31,13 +31,7 @@ Tensors = dict[str, Tensor]
 
 
 def pack(state: State, largest: int | None, prefix: str = "") -> tuple[Node, Tensors]:
-    """A state as a node and the tensors it names, references still.
-
-    Args:
-        state: the operator's.
-        largest: bytes above which a tensor is cut along its first axis; None for never.
-        prefix: of its keys.
-    """
+    """A state as a node and the tensors it names, cut along the first axis where they have more than so many bytes."""
     places: dict[str, Place] = {}
     tensors: Tensors = {}
     for role, tensor in state.tensors.items():
@@ -89,13 +83,7 @@ def write_single(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
 
 
 def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], call: str) -> None:
-    """Shards and an index.
-
-    Args:
-        path: as the user named the file; nothing will be under this very name.
-        shards: tensors of each.
-        header: the description, which goes to the index.
-        call: the public call, for errors.
+    """Shards and an index, in which the description is; nothing will be under the path itself.
 
     Raises:
         InvalidArgumentError: too many shards, or something that is not a Fisher file is in the way.
@@ -124,8 +112,8 @@ def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], cal
             replace_text(index, text)
     except BaseException:
         # An interruption may come right after the index was put in place: then the new file is the file.
-        if _save_of(index) != save:
-            _delete([final for final in finals if _save_of(final) == save])
+        if _header(index).get("save") != save:
+            _delete([final for final in finals if _header(final).get("save") == save])
         raise
     _delete([path] if path.is_file() else [])
     _delete([shard for shard in _shards_of(path) if shard not in finals])
@@ -186,10 +174,6 @@ def _is_safetensors(path: Path) -> bool:
 
 def _is_ours(path: Path) -> bool:
     return _header(path).get("format") == FORMAT
-
-
-def _save_of(path: Path) -> str | None:
-    return _header(path).get("save")
 
 
 def _header(path: Path) -> dict[str, str]:

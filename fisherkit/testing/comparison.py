@@ -60,14 +60,7 @@ class ConformanceReport:
 
 
 class Check:
-    """One check in progress: the two sides, the vectors, and what was found so far.
-
-    Args:
-        operator: what is checked.
-        matrix: what it should be, float64 on the operator's device.
-        tolerance: largest accepted relative error.
-        generator: of vectors and seeds.
-    """
+    """One check in progress: the operator, the matrix that it should be, the vectors, and what was found so far."""
 
     def __init__(self, operator: FisherOperator, matrix: Tensor, tolerance: float, generator: torch.Generator) -> None:
         self.operator, self.matrix, self.tolerance, self.generator = operator, matrix, tolerance, generator
@@ -107,28 +100,10 @@ class Check:
         return f"{type(self.operator).__name__}.{operation}"
 
     def compare(
-        self,
-        operation: str,
-        got: Any,
-        expected: Tensor,
-        *,
-        detail: str = "",
-        dtype: torch.dtype | None = None,
+        self, operation: str, got: Any, expected: Tensor, *, detail: str = "", dtype: torch.dtype | None = None,
         scale: float | None = None,
-    ) -> None:
-        """Hold a result against the matrix's.
-
-        Args:
-            operation: its name in the report.
-            got: the result.
-            expected: the matrix's, float64.
-            detail: arguments, for the message.
-            dtype: that the result must have; None for the operator's.
-            scale: what the error is relative to; None for the norm of ``expected``.
-
-        Raises:
-            ConformanceError: another form, or too large an error.
-        """
+    ) -> None:  # fmt: skip
+        """Hold a result's form and values against the matrix's; ``scale`` is what the error is relative to."""
         call, wanted = self.name(f"{operation}{detail}"), self.operator.dtype if dtype is None else dtype
         if not isinstance(got, Tensor):
             raise ConformanceError(call=call, got=f"a {type(got).__name__}", expected="a tensor")
@@ -137,16 +112,12 @@ class Check:
         if form != promised:
             raise ConformanceError(call=call, got=form, expected=promised)
         if got.requires_grad:
-            raise ConformanceError(
-                call=call, got="a tensor with an autograd graph behind it", expected="a detached one"
-            )
+            got_graph = "a tensor with an autograd graph behind it"
+            raise ConformanceError(call=call, got=got_graph, expected="a detached one")
         error = _relative_error(got, expected, scale)
         if not error <= self.tolerance:
-            raise ConformanceError(
-                call=call,
-                got=f"a relative error of {error:.2e}",
-                expected=f"at most {self.tolerance:.0e}, the tolerance",
-            )
+            bound = f"at most {self.tolerance:.0e}, the tolerance"
+            raise ConformanceError(call=call, got=f"a relative error of {error:.2e}", expected=bound)
         self.errors[operation] = max(error, self.errors.get(operation, 0.0))
 
     def require(self, operation: str, holds: bool, got: str, expected: str) -> None:
@@ -155,11 +126,7 @@ class Check:
             raise ConformanceError(call=self.name(operation), got=got, expected=expected)
 
     def attempt(self, operation: str, function: Callable[[], _T]) -> _T | None:
-        """The result, or None where the structure may and does refuse.
-
-        Raises:
-            ConformanceError: a refusal of what every structure must answer, or one that names no way out.
-        """
+        """The result, or None where the structure may and does refuse, with a way out."""
         try:
             return function()
         except (NoClosedFormError, MemoryBudgetError) as error:

@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from fisherkit.cli.digits.kinds import KINDS
-from fisherkit.cli.digits.structures import Structures
-from fisherkit.cli.digits.training import Checkpoint
-from fisherkit.cli.digits.updates import Projection, Quality
+from examples.demo.digits import Checkpoint, Digits
+from examples.demo.measure import KINDS, Projection, Quality, Structures
+from examples.demo.uses import Uses
 
 # The colours of Okabe and Ito, "Color universal design" (2008), can be told apart with any colour vision; the markers
 # say the same again.
@@ -56,15 +55,18 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
 }
 
-PICTURES = "summary.png", "quality.png", "projection.png", "spectra.png"
+PICTURES = "uses.png", "summary.png", "quality.png", "projection.png", "spectra.png"
 
 
 def draw(
-    quality: list[Quality], projection: Projection, checkpoint: Checkpoint, structures: Structures, folder: Path
-) -> list[Path]:
+    uses: Uses, digits: Digits, quality: list[Quality], projection: Projection, checkpoint: Checkpoint,
+    structures: Structures, folder: Path,
+) -> list[Path]:  # fmt: skip
     """Write all pictures.
 
     Args:
+        uses: what a Fisher is for ...
+        digits: ... on these.
         quality: γ over training.
         projection: what updates ask of examples ...
         checkpoint: ... and where.
@@ -76,13 +78,55 @@ def draw(
     """
     with mpl.rc_context(_STYLE):
         figures = (
-            _summary(quality, projection, checkpoint), _quality(quality), _projection(projection, checkpoint),
+            _uses(uses, digits), _summary(quality, projection, checkpoint), _quality(quality), _projection(projection, checkpoint),
             _spectra(structures),
         )  # fmt: skip
         paths = [folder / name for name in PICTURES]
         for path, figure in zip(paths, figures, strict=True):
             figure.savefig(path)
     return paths
+
+
+def _uses(uses: Uses, digits: Digits) -> Figure:
+    """A panel for each use."""
+    figure = Figure(figsize=(15, 3.9), layout="constrained")
+    panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 0.95))
+    plain, fisher = "#999999", "#0072B2"
+    for (name, accuracy), colour in zip(uses.kept.items(), (plain, fisher), strict=True):
+        panels[0].plot(range(len(accuracy)), accuracy, color=colour, label=name)
+    panels[0].set(ylim=(0, 1), xlabel="epoch of learning the new task", ylabel="accuracy on the old task")
+    panels[0].set_title("Keep what was learned")
+    panels[0].legend(loc="lower left")
+    means = {name: sum(tasks) / 2 for name, tasks in uses.merged.items()}
+    colours = [fisher if "Fisher" in name else plain for name in means]
+    bars = panels[1].barh([name.replace(" ", "\n", 1) for name in means], list(means.values()), color=colours, height=0.65)
+    panels[1].bar_label(bars, [f"{mean:.0%}" for mean in means.values()], padding=3)
+    panels[1].invert_yaxis()
+    panels[1].set(xlim=(0, 1.12), xlabel="mean accuracy on both tasks")
+    panels[1].set_title("Merge two models")
+    panels[1].grid(visible=False)
+    for (name, losses), style in zip(uses.losses.items(), ((plain, ":"), (plain, "--"), (fisher, "-")), strict=True):
+        panels[2].plot(range(len(losses)), losses, color=style[0], linestyle=style[1], label=name)
+    panels[2].set(yscale="log", xlabel="epoch", ylabel="training loss")
+    panels[2].set_title("Train in better steps")
+    panels[2].legend(loc="upper right")
+    _examples(panels[3], uses, digits)
+    return figure
+
+
+def _examples(axes: Axes, uses: Uses, digits: Digits) -> None:
+    """A held-out digit in the middle, the training digits that helped it most on the left, that harmed it on the right."""
+    axes.set_title("Find the examples behind a mistake")
+    axes.set(xlim=(-1.75, 1.75), ylim=(-1.75, 1.55), aspect="equal")
+    axes.axis("off")
+    shown = [(0.0, 0.0, digits.test_inputs[uses.query], int(digits.test_targets[uses.query]), "predicted wrongly")]
+    for x, places, text in ((-1.25, uses.helpful, "helped most"), (1.25, uses.harmful, "harmed most")):
+        for row, place in enumerate(places):
+            shown.append((x, 1.05 - 1.05 * row, digits.inputs[place], int(digits.targets[place]), text if row == 2 else ""))
+    for x, y, pixels, label, text in shown:
+        axes.imshow(pixels.reshape(8, 8), extent=(x - 0.38, x + 0.38, y - 0.38, y + 0.38), cmap="gray_r")
+        axes.text(x + 0.41, y, str(label), va="center", fontsize=10, color="#555555")
+        axes.text(x, y - 0.55, text, ha="center", va="center", fontsize=10)
 
 
 def _summary(quality: list[Quality], projection: Projection, checkpoint: Checkpoint) -> Figure:

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from fisherkit.cli.digits.kinds import DAMPING, KINDS
-from fisherkit.cli.digits.structures import Structures
-from fisherkit.cli.digits.training import Checkpoint
-from fisherkit.cli.digits.updates import BATCH, Projection, Quality
+from examples.demo.digits import BATCH, Checkpoint
+from examples.demo.measure import DAMPING, KINDS, Projection, Quality, Structures
+from examples.demo.uses import ANGLE, Uses
 from fisherkit.cli.text import number, table
 from fisherkit.fisher import STRUCTURES
+
+
+def uses_report(found: Uses) -> str:
+    """A table for each use."""
+    task = f"The old task is upright digits, the new one digits turned by {ANGLE}°; accuracies are held out.\n\n"
+    kept = [(name, f"{kept[-1]:.1%}", f"{found.learned[name][-1]:.1%}") for name, kept in found.kept.items()]
+    merged = [(name, *(f"{accuracy:.1%}" for accuracy in tasks)) for name, tasks in found.merged.items()]
+    losses = [(name, f"{losses[1]:.3f}", f"{losses[-1]:.4f}") for name, losses in found.losses.items()]
+    return task + "\n\n".join(
+        (
+            table(("after learning the new task", "old", "new"), kept, left=1),
+            table(("of two models", "old", "new"), merged, left=1),
+            table(("training loss after epoch", "1", "the last"), losses, left=1),
+        )
+    )
 
 
 def training_table(checkpoints: list[Checkpoint]) -> str:

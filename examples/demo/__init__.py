@@ -1,0 +1,1 @@
+"""A first look, ``make demo``: every kind of Fisher on a small network trained on handwritten digits."""

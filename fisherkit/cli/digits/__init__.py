@@ -1,1 +1,0 @@
-"""``fisherkit demo``: every kind of Fisher on a small network trained on handwritten digits."""

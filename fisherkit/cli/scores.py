@@ -1,0 +1,439 @@
+"""``fisherkit scores``: the training examples behind a model's predictions, as a table, as JSON or as a page to show.
+
+Owns the command, what a person sees of an example, and the table; the numbers are `InfluenceScores`', the page is
+`scores_page`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from fisherkit import io
+from fisherkit._version import __version__
+from fisherkit.cli.command import Command, make_folder
+from fisherkit.cli.estimate import check_fisher_file
+from fisherkit.cli.options import KIND, STRUCTURE, AsJson, Overwrite, kind_check, one_of, option, structure_check
+from fisherkit.cli.scores_page import (
+    Computed,
+    Example,
+    Query,
+    Result,
+    Scored,
+    data_uri,
+    described,
+    is_image,
+    page,
+    unit,
+)
+from fisherkit.cli.sources import ModelOptions, call_factory, load_likelihood
+from fisherkit.cli.text import WIDTH, number, table
+from fisherkit.data import Batch, Data, Source
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
+from fisherkit.influence import InfluenceScores
+from fisherkit.influence.evaluation.losses import loss_of
+from fisherkit.kind_specs import KindSpec, spelled
+from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood
+from fisherkit.model_inputs import is_causal
+from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
+from fisherkit.rows.record import refuse_train_mode
+
+CALL = "fisherkit scores"
+FILES = "scores.html", "scores.json"
+
+WIDEST = 60
+"""Characters of a text that a row of the table shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores(ModelOptions):
+    """Say which training examples each prediction depends on: the most helpful and the most harmful ones.
+
+    A score is (1/N) ∇ℓ_qᵀ(F + λI)⁻¹∇ℓ_n, about how much the query's loss would rise without the training example. The
+    function's show(split, index) returns example number index of "train" or "queries" as a text, a picture (an array),
+    a pair of both, or None. Inputs of shape [1 or 3, H, W] are pictures without it.
+    """
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help='A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
+            "train, queries, show).",
+        ),
+    ]
+    train: Annotated[
+        Path | None, option("FILE", "A folder's training texts and labels: .jsonl, .csv or .tsv.", "none")
+    ] = None
+    queries: Annotated[
+        Path | None, option("FILE", "Texts and labels whose predictions are looked at, likewise.", "none")
+    ] = None
+    fisher: Annotated[Path | None, option("FILE", "A Fisher file of this model.", "one is built")] = None
+    kind: Annotated[
+        str | None, option("KIND", f"Of the Fisher that is built: {KIND}", "truncated:2", parser=kind_check)
+    ] = None
+    structure: Annotated[str | None, option("NAME", STRUCTURE, "ekfac", parser=structure_check)] = None
+    save_fisher: Annotated[Path | None, option("FILE", "Write the Fisher that is built.", "none")] = None
+    damping: Annotated[
+        float | None,
+        option(
+            "λ", "A multiple of the mean eigenvalue, or λ itself with --absolute-damping.",
+            "full, block: 1; kfac, ekfac: 0.1; diagonal: 0.01", min=0,
+        ),
+    ] = None  # fmt: skip
+    absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
+    measurement: Annotated[
+        str, option("NAME", "Of a query: its loss or its margin.", parser=one_of("loss", "margin"))
+    ] = "loss"
+    normalize: Annotated[
+        str | None,
+        option("NAME", "relatif: outliers with large gradients lead no list.", "none", parser=one_of("relatif")),
+    ] = None
+    top: Annotated[int, option("K", "Most helpful, and most harmful, for each query.", min=1)] = 5
+    worst: Annotated[int | None, option("N", "Only the N queries with the largest loss.", "all", min=1)] = None
+    own: Annotated[int, typer.Option("--self", metavar="N", min=0, help="List the N largest self-influences too.")] = 0
+    out: Annotated[
+        Path | None, option("FOLDER", "Write scores.html, a page to show, and scores.json there.", "none")
+    ] = None
+    overwrite: Overwrite = False
+    as_json: AsJson = False
+
+    def run(self) -> None:
+        """Compute, print, write."""
+        self._check()
+        if self.out is not None:
+            make_folder(self.out, FILES, CALL, overwrite=self.overwrite)
+        found = self._result(self._subject())
+        text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
+        typer.echo(text if self.as_json else as_text(found))
+        if self.out is not None:
+            paths = [self.out / name for name in FILES]
+            io.replace_text(paths[0], page(found))
+            io.replace_text(paths[1], text + "\n")
+            typer.echo(f"\nWrote {paths[0]} and {paths[1]}.", err=self.as_json)
+
+    def _check(self) -> None:
+        """Refuse options that do not go together."""
+        built = {
+            "--kind": self.kind, "--structure": self.structure, "--params": self.params or None,
+            "--save-fisher": self.save_fisher,
+        }  # fmt: skip
+        beside = [name for name, value in built.items() if value is not None]
+        if self.fisher is not None and beside:
+            raise InvalidArgumentError(
+                call=CALL, got=f"{', '.join(beside)} beside --fisher", expected="--fisher alone",
+                why="they are of a Fisher that is built",
+            )  # fmt: skip
+        if self.absolute_damping and self.damping is None:
+            raise InvalidArgumentError(
+                call=CALL, got="--absolute-damping without --damping", expected="λ itself", try_="--damping 1e-3"
+            )
+        if self.save_fisher is not None:
+            check_fisher_file(self.save_fisher, f"{CALL} --save-fisher", overwrite=self.overwrite)
+
+    def _subject(self) -> Subject:
+        """The model with its data."""
+        files = {"--train": self.train, "--queries": self.queries}
+        if Path(self.model).is_dir():
+            train, queries = self.open_folder(Path(self.model), files, CALL).values()
+            texts, folder = {"train": train.texts, "queries": queries.texts}, train.folder
+            names = {} if folder.causal else {int(k): v for k, v in folder.config.id2label.items()}
+            places = {split: [text.place for text in some] for split, some in texts.items()}
+
+            def show(split: str, index: int) -> str:
+                text = texts[split][index]
+                return text.text if text.pair is None else f"{text.text}\n{text.pair}"
+
+            return Subject(train.model, train, queries, folder.likelihood, names, show, places)
+        self.refuse_files(self.model, files, CALL)
+        return _of_function(self.model, self.device)
+
+    def _fisher(self, subject: Subject) -> tuple[FisherOperator, float | None]:
+        """The Fisher, and the seconds it took."""
+        if self.fisher is not None:
+            return load(self.fisher, device=next(subject.model.parameters()).device), None
+        start = time.perf_counter()
+        fisher = KindSpec.parse(self.kind or "truncated:2", call=CALL).build(
+            subject.model, subject.train, seed=self.seed, progress=True, structure=self.structure or "ekfac",
+            likelihood=load_likelihood(self.likelihood or subject.likelihood, CALL),
+            params=self.selection(subject.model, CALL),
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        if self.save_fisher is not None:
+            fisher.save(self.save_fisher)
+        return fisher, seconds
+
+    def _result(self, subject: Subject) -> Result:
+        fisher, fisher_seconds = self._fisher(subject)
+        known = fisher.metadata.get("likelihood") if self.fisher is not None else None
+        likelihood = load_likelihood(self.likelihood or known or subject.likelihood, CALL)
+        start = time.perf_counter()
+        damping: Damping = usual_damping(fisher)
+        if self.damping is not None:
+            damping = self.damping if self.absolute_damping else RelativeDamping(self.damping)
+        influence = InfluenceScores(fisher, subject.model, likelihood=likelihood, progress=True, damping=damping)
+        train, count = (Source(data, subject.model).count() for data in (subject.train, subject.queries))
+        order = list(range(count))
+        if self.worst is not None:
+            losses = [seen[-1] for _, batch in subject.numbered("queries") for seen in subject.seen(batch, likelihood)]
+            order = sorted(order, key=lambda i: -losses[i])[: self.worst]
+        queries, own = self._scored(subject, likelihood, influence, sorted(order), min(self.top, train))
+        computed = Computed(
+            model=self.model,
+            kind=spelled(fisher.metadata) if self.fisher is not None else self.kind or "truncated:2",
+            structure=fisher.metadata.get("structure", type(fisher).__name__),
+            likelihood=likelihood.recorded, measurement=self.measurement, normalize=self.normalize,
+            relative_damping=damping.scale if isinstance(damping, RelativeDamping) else None,
+            damping=float(influence.damping), examples=influence.examples, parameters=fisher.size, train=train,
+            queries=count, fisher_seconds=fisher_seconds, score_seconds=time.perf_counter() - start,
+            fisher_file=None if self.fisher is None else str(self.fisher),
+            versions={"fisherkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        )  # fmt: skip
+        return Result(computed, tuple(queries[i] for i in order), own, _notes(computed, fisher, shown=len(order)))
+
+    def _scored(
+        self, subject: Subject, likelihood: Likelihood, influence: InfluenceScores, kept: list[int], top: int
+    ) -> tuple[dict[int, Query], tuple[Scored, ...]]:
+        """The queries by their place in the data, and the largest self-influences."""
+        found = influence.top(
+            [some.raw for _, some in subject.chosen("queries", kept)], subject.train, top,
+            measurement=self.measurement, normalize=self.normalize,
+        )  # fmt: skip
+        own: list[tuple[float, int]] = []
+        if self.own:
+            largest = influence.self_influence(subject.train).sort(descending=True, stable=True)
+            own = _pairs(largest.values[: self.own], largest.indices[: self.own])
+        helpful = [
+            [p for p in _pairs(*row) if p[0] > 0] for row in zip(found.helpful, found.helpful_index, strict=True)
+        ]
+        harmful = [
+            [p for p in _pairs(*row) if p[0] < 0] for row in zip(found.harmful, found.harmful_index, strict=True)
+        ]
+        train = subject.examples("train", {i for pairs in (*helpful, *harmful, own) for _, i in pairs}, likelihood)
+        queries = subject.examples("queries", kept, likelihood)
+
+        def scored(pairs: list[tuple[float, int]]) -> tuple[Scored, ...]:
+            return tuple(Scored(score, train[index]) for score, index in pairs)
+
+        rows = zip(kept, helpful, harmful, strict=True)
+        return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own)
+
+
+SCORES = Command(
+    Scores,
+    "Which training examples predictions depend on, as a table or a page.",
+    (
+        "fisherkit scores my-model --train train.jsonl --queries test.jsonl --out scores",
+        "fisherkit scores my-model --train train.csv --queries test.csv --fisher f.safetensors --worst 20 --json",
+        "fisherkit scores mymodule:make --kind exact --structure full --top 10 --self 20 --out scores",
+    ),
+)
+
+
+def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
+    return list(zip(values.tolist(), places.tolist(), strict=True))
+
+
+def _notes(computed: Computed, fisher: FisherOperator, *, shown: int) -> tuple[str, ...]:
+    """What a reader should know about these numbers beside their meaning."""
+    c = computed
+    notes = {
+        f"Of {c.queries:,} queries the {shown:,} with the largest loss are shown.": shown < c.queries,
+        f"The Fisher was measured on N = {c.examples:,} examples; {c.train:,} were scored.": c.examples != c.train,
+        "The Fisher does not say at which weights it was measured; other weights would go unnoticed.":
+            "parameters_hash" not in fisher.metadata,
+        "The iEF matrix is not on the Fisher's scale: scores rank, and their unit is not the loss's.":
+            fisher.metadata.get("kind") == "ief",
+    }  # fmt: skip
+    return tuple(note for note, holds in notes.items() if holds)
+
+
+# -- what is looked at -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model with its data, and what a person sees of an example.
+
+    Args:
+        model: in eval mode, read only.
+        train: training data.
+        queries: data.
+        likelihood: of the model's own loss.
+        classes: names of the outputs, by number; the number itself where there is none.
+        show: ``show(split, index)``, the user's; None to show inputs that are images.
+        places: for "train" and "queries", where each example stands; "train 3" where there is no entry.
+    """
+
+    model: nn.Module
+    train: Data
+    queries: Data
+    likelihood: str
+    classes: Mapping[int, str]
+    show: Callable[[str, int], Any] | None
+    places: Mapping[str, list[str]]
+
+    def numbered(self, split: str) -> Iterator[tuple[int, Batch]]:
+        """Batches with the place of their first example."""
+        start = 0
+        for batch in Source(self.train if split == "train" else self.queries, self.model).once():
+            yield start, batch
+            start += batch.size
+
+    def chosen(self, split: str, wanted: Collection[int]) -> Iterator[tuple[list[int], Batch]]:
+        """Some of the examples as batches, with their places, in the data's order."""
+        places = set(wanted)
+        for start, batch in self.numbered(split):
+            inside = [place for place in range(start, start + batch.size) if place in places]
+            if inside:
+                yield inside, batch.take(torch.tensor(inside) - start)
+
+    def examples(self, split: str, wanted: Collection[int], likelihood: Likelihood) -> dict[int, Example]:
+        """Some of the examples, by their place in the data."""
+        found, places = {}, self.places.get(split)
+        for inside, batch in self.chosen(split, wanted):
+            for i, (index, seen) in enumerate(zip(inside, self.seen(batch, likelihood), strict=True)):
+                place = places[index] if places else f"{'train' if split == 'train' else 'query'} {index}"
+                found[index] = Example(index, place, *seen, *self._shown(split, index, batch, i))
+        return found
+
+    @torch.no_grad()
+    def seen(self, batch: Batch, likelihood: Likelihood) -> Iterator[tuple[Any, Any, Any, float]]:
+        """Label, prediction, its probability and the loss, of each example; None where there is no single one.
+
+        Raises:
+            DataError: no targets.
+        """
+        batch = batch.to(next(self.model.parameters()).device)
+        raw = batch.call(self.model).double()
+        batch = batch.aligned(self.model, raw, shift=is_causal(self.model), ignore_index=likelihood.ignore_index)
+        z, target, mask = likelihood.prepare(raw, batch.targets, CALL)
+        if target is None or batch.targets is None:
+            raise DataError(call=CALL, got="data without targets", expected="targets", why="scores are those of a loss")
+        losses = loss_of(likelihood, CALL)(raw, batch.targets).tolist()
+        none: list[Any] = [None] * len(z)
+        if isinstance(likelihood, Bernoulli):
+            p = z.sigmoid().flatten(1)
+            labels, predictions = ([self._on(row) for row in t.flatten(1).tolist()] for t in (target > 0.5, p > 0.5))
+            sure = torch.maximum(p, 1 - p)[:, 0].tolist() if p.shape[1] == 1 else none
+        elif not isinstance(likelihood, Categorical):
+            labels, predictions = ([", ".join(map(number, row)) for row in t.flatten(1).tolist()] for t in (target, z))
+            sure = none
+        elif z.shape[1] > 1:
+            labels, predictions, sure = none, none, none
+        else:
+            best = torch.log_softmax(z[:, 0], -1).max(-1)
+            y = (target.argmax(-1) if target.is_floating_point() else target)[:, 0].tolist()
+            labels = [self._name(c) if counts else "ignored" for c, counts in zip(y, mask[:, 0].tolist(), strict=True)]
+            predictions, sure = [self._name(c) for c in best.indices.tolist()], best.values.exp().tolist()
+        return zip(labels, predictions, sure, losses, strict=True)
+
+    def _on(self, row: list[bool]) -> str:
+        """The outputs that are on."""
+        if len(row) == 1 and not self.classes:
+            return str(int(row[0]))
+        return ", ".join(self._name(c) for c, on in enumerate(row) if on) or "none"
+
+    def _name(self, index: int) -> str:
+        return self.classes.get(index, str(index))
+
+    def _shown(self, split: str, index: int, batch: Batch, i: int) -> tuple[str | None, str | None]:
+        """Text and picture."""
+        if self.show is None:
+            tensors = [leaf for leaf in (*batch.args, *batch.kwargs.values()) if isinstance(leaf, Tensor)]
+            images = len(tensors) == 1 and tensors[0].ndim == 4 and is_image(tensors[0].shape[1:])
+            return None, data_uri(tensors[0][i], CALL) if images else None
+        call, made = f"show({split!r}, {index})", self.show(split, index)
+        picture, text = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        if text is None and (picture is None or isinstance(picture, str)):
+            picture, text = None, picture
+        arrays = ("__array__", "__array_interface__")  # tensors, numpy's arrays, PIL's images
+        is_array = any(hasattr(picture, name) for name in arrays)
+        if not (picture is None or is_array) or not (text is None or isinstance(text, str)):
+            raise InvalidTypeError(
+                call=call, got=f"a {type(made).__name__}",
+                expected="a text, a picture as an array, a pair (picture, text), or None",
+            )  # fmt: skip
+        return text, None if picture is None else data_uri(picture, call)
+
+
+def _of_function(spec: str, device: str) -> Subject:
+    """What a user's function returns: (model, train, queries) or (model, train, queries, show)."""
+    made = call_factory(spec, CALL)
+    fits = isinstance(made, (tuple, list)) and len(made) in (3, 4) and isinstance(made[0], nn.Module)
+    if not fits or (len(made) == 4 and not (made[3] is None or callable(made[3]))):
+        size = f" of {len(made)}" if isinstance(made, (tuple, list)) else ""
+        raise InvalidTypeError(
+            call=CALL, got=f"a {type(made).__name__}{size} from {spec}()",
+            expected="(model, train, queries) or (model, train, queries, show)",
+            try_='show = lambda split, index: ..., a text or a picture for split "train" or "queries"',
+        )  # fmt: skip
+    model, train, queries, show = (*made, None)[:4]
+    refuse_train_mode(model)  # a first look at its losses would move running statistics
+    for name, data in (("train", train), ("queries", queries)):
+        Source(data, model).refuse_shuffling(CALL, name)
+    return Subject(model.to(device), train, queries, "categorical", {}, show, {})
+
+
+# -- as text -----------------------------------------------------------------------------------------------------------
+
+
+def as_text(found: Result) -> str:
+    """All of it, a table for each query."""
+    c = found.computed
+    λ = "" if c.relative_damping is None else f", {c.relative_damping:g} × the mean eigenvalue"
+    seconds = (
+        "" if c.fisher_seconds is None else f"Fisher {c.fisher_seconds:.1f} s, "
+    ) + f"scores {c.score_seconds:.1f} s"
+    lines = [
+        f"{c.model}: {c.queries:,} queries, {c.train:,} training examples, D = {c.parameters:,} parameters.",
+        f"Fisher: {c.kind}, {c.structure}, N = {c.examples:,}, λ = {c.damping:.3g}{λ}; {seconds}.",
+    ]
+    parts = ["\n".join(fill(line, WIDTH) for line in lines)]
+    parts += [fill(text, WIDTH) for text in (unit(c), *found.notes)]
+    for query in found.queries:
+        title = f"{query.example.place}: {described(query.example)}"
+        if query.example.text is not None:
+            title += f"\n{_short(query.example.text)}"
+        rows = [_row("helpful", scored) for scored in query.helpful]
+        rows += [_row("harmful", scored) for scored in query.harmful]
+        parts.append(f"{title}\n\n" + (_table(rows) if rows else f"No training example moves its {c.measurement}."))
+    if found.self_influence:
+        title = (
+            "Training examples whose own loss depends most on themselves. Wrong labels are often among them; so are "
+        )
+        title = fill(title + "rare and hard examples.", WIDTH)
+        parts.append(f"{title}\n\n" + _table([_row("", scored) for scored in found.self_influence]))
+    # Texts come from anywhere: nothing in them may steer the terminal.
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in "\n\n".join(parts))
+
+
+def _row(side: str, scored: Scored) -> tuple[str, ...]:
+    e = scored.example
+    sure = "" if e.probability is None else f" {e.probability:.2f}"
+    predicted = "" if e.prediction is None else f"{e.prediction}{sure}"
+    return side, e.place, e.label or "", predicted, _short(e.text or ""), f"{scored.score:+.3g}", f"{e.loss:.3g}"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Without the columns that no row fills."""
+    header = ("", "training example", "label", "predicted", "text", "score", "loss")
+    filled = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    left = sum(i < header.index("score") for i in filled)
+    return table([header[i] for i in filled], [[row[i] for i in filled] for row in rows], left=left)
+
+
+def _short(text: str) -> str:
+    """The beginning of a text, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= WIDEST else line[: WIDEST - 1] + "…"

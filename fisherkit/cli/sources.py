@@ -1,0 +1,493 @@
+"""The model and the data that a command works on: a Hugging Face folder with files of texts, or a user's function.
+
+Owns which model class a folder asks for, how its tokenizer makes batches, which likelihood its loss belongs to, how
+texts are read, and the options for all that. Knows nothing of Fisher matrices. Nothing is downloaded: a folder is all
+there is.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherkit.arguments import is_integer
+from fisherkit.cli.command import require
+from fisherkit.cli.options import DEVICE, LIKELIHOOD, device_check, dtype_check, likelihood_check, option
+from fisherkit.errors import DataError, InvalidArgumentError, listed
+from fisherkit.likelihoods import Likelihood, resolve
+
+IGNORE = -100
+"""The label that a categorical likelihood leaves out."""
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+)  # fmt: skip
+
+LIKELIHOODS = {
+    "regression": "gaussian",
+    "multi_label_classification": "bernoulli",
+    "single_label_classification": "categorical",
+}
+"""Of a sequence classifier's ``problem_type``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What commands have in common that run a model on data."""
+
+    text_column: Annotated[str, option("NAME", "Column of the text.")] = "text"
+    pair_column: Annotated[str | None, option("NAME", "Column of a second text.", "none")] = None
+    label_column: Annotated[str, option("NAME", "Column of the label; causal models need none.")] = "label"
+    examples: Annotated[
+        int | None,
+        option("N", "Draw so many of the (training) texts.", "all", min=1),
+    ] = None
+    batch_size: Annotated[int, option("N", "Texts in a batch; no effect on the result.", min=1)] = 32
+    max_length: Annotated[
+        int | None,
+        option("N", "Tokens that a text is cut to.", "the most that the model allows", min=1),
+    ] = None
+    params: Annotated[
+        list[str] | None,
+        option("PATTERN", 'Parameters by name, such as "classifier.*"; may be repeated.', "all that require grad"),
+    ] = None
+    likelihood: Annotated[
+        str | None,
+        option("NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check),
+    ] = None
+    device: Annotated[str, option("NAME", DEVICE, parser=device_check)] = "cpu"
+    dtype: Annotated[
+        str | None,
+        option("NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check),
+    ] = None
+    seed: Annotated[int, option("N", "Seed of drawn texts and sampled labels.", min=0)] = 0
+
+    def open_folder(self, path: Path, files: Mapping[str, Path | None], call: str) -> dict[str, TextBatches]:
+        """The batches of each file of texts, by the option that names it; of the first only some may be drawn.
+
+        Raises:
+            InvalidArgumentError: a file is not named, or the folder cannot be used.
+            DataError: a line or a label that cannot be used.
+        """
+        require("hf", {"transformers": "transformers"})
+        missing = [f"{flag} FILE" for flag, file in files.items() if file is None]
+        if missing:
+            raise InvalidArgumentError(
+                call=call, got=f"{path} without texts", expected=" and ".join(missing),
+                try_="a .jsonl with text and label",
+            )  # fmt: skip
+        folder = Folder.open(path, call)
+        texts: dict[str, list[Text]] = {}
+        names = [self.text_column, self.pair_column, None if folder.causal else self.label_column]
+        for flag, file in files.items():
+            drawn = None if texts else self.examples
+            texts[flag] = read_texts(Path(file or ""), names, f"{call} {flag}", drawn, self.seed)
+        model = folder.load(self.device, self.dtype)
+        return {
+            flag: TextBatches(folder, model, found, self.batch_size, self.max_length, f"{call} {flag}")
+            for flag, found in texts.items()
+        }
+
+    def refuse_files(self, spec: str, files: Mapping[str, Path | None], call: str) -> None:
+        """Refuse a name that is neither a folder nor a function, and files of texts beside a function.
+
+        Raises:
+            InvalidArgumentError: as above.
+        """
+        given = [flag for flag, file in files.items() if file is not None]
+        if ":" not in spec:
+            raise InvalidArgumentError(
+                call=call, got=repr(spec), expected='a Hugging Face folder, or "package.module:function"',
+                why="there is no such folder",
+            )  # fmt: skip
+        if given:
+            raise InvalidArgumentError(
+                call=call, got=f"{' and '.join(given)} with a function", expected="one of them",
+                why="the function returns its own data",
+            )  # fmt: skip
+
+    def selection(self, model: nn.Module, call: str) -> list[str] | None:
+        """The parameters whose names match one of the patterns; None without patterns.
+
+        Raises:
+            InvalidArgumentError: a pattern that matches no parameter.
+        """
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in self.params or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise InvalidArgumentError(
+                    call=call, got=f"--params {pattern!r}, which matches no parameter",
+                    expected=f"a pattern of names such as {names[-1]!r}",
+                    try_="quotes, so that the shell leaves * alone",
+                )  # fmt: skip
+        return [n for n in names if any(fnmatchcase(n, p) for p in self.params)] if self.params else None
+
+
+# -- a user's function -------------------------------------------------------------------------------------------------
+
+
+def load_likelihood(text: str, call: str) -> Likelihood:
+    """A likelihood by name, or a loss module or likelihood as the user's function returns it.
+
+    Raises:
+        InvalidArgumentError: no such name, module or function.
+    """
+    own = ":" in text and "(" not in text
+    try:
+        return resolve(call_factory(text, call) if own else text)
+    except InvalidArgumentError as error:
+        if own:
+            raise
+        raise InvalidArgumentError(
+            call=f"{call} --likelihood", got=repr(text), expected=error.expected,
+            why="a name says nothing of weights and other settings" if "(" in text else "",
+            try_='"package.module:function", a function that returns a loss module such as nn.CrossEntropyLoss(...)',
+        ) from error  # fmt: skip
+
+
+def call_factory(spec: str, call: str) -> Any:
+    """What the user's function "package.module:function" returns; the current folder's modules are found too.
+
+    Raises:
+        InvalidArgumentError: no such module or function.
+    """
+    module, colon, name = spec.partition(":")
+    if not (module and colon and name):
+        raise InvalidArgumentError(
+            call=call, got=repr(spec), expected='"package.module:function"', try_="mymodule:make"
+        )
+    function = getattr(_module(module, call), name, None)
+    if not callable(function):
+        raise InvalidArgumentError(
+            call=call, got=f"{spec!r}", expected=f"a function {name!r} in the module {module!r}",
+            why=f"the module has {'no such name' if function is None else f'a {type(function).__name__} there'}",
+        )  # fmt: skip
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise InvalidArgumentError(
+            call=call, got=f"{spec!r}, a function that needs arguments ({error})", expected="one that needs none",
+            try_="a default for each of them",
+        ) from error  # fmt: skip
+    except ValueError:  # no signature to be read: let it be called
+        pass
+    return function()
+
+
+def _module(name: str, call: str) -> Any:
+    """A module by name, the current folder's own included."""
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A module that is there and cannot import something else says so itself.
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise
+        raise InvalidArgumentError(
+            call=call, got=f"{name!r}", expected="a module that can be imported",
+            why=f"there is no {error.name!r} in the current folder or among the installed packages",
+            try_="run the command in the folder that holds it",
+        ) from error  # fmt: skip
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """One line of a file.
+
+    Args:
+        text: the text.
+        pair: the second text, if any.
+        label: as the file has it: a string, a number or a list.
+        place: where it stands.
+    """
+
+    text: str
+    pair: str | None
+    label: Any
+    place: str
+
+
+def read_texts(path: Path, columns: Sequence[str | None], call: str, examples: int | None, seed: int) -> list[Text]:
+    """The lines of a .jsonl, .csv or .tsv file.
+
+    Args:
+        path: the file.
+        columns: of the text, of a second text and of the label; the last two may be None.
+        call: the command, for errors.
+        examples: how many to draw, without repetition and in the file's order; None for all.
+        seed: of the draw.
+
+    Raises:
+        InvalidArgumentError: no such file, or another ending.
+        DataError: a line that cannot be used, or no line at all.
+    """
+    if not path.is_file():
+        raise InvalidArgumentError(call=call, got=f"no file at {path}", expected="a .jsonl, .csv or .tsv file")
+    wanted = [name for name in columns if name is not None]
+    texts = []
+    for record, place in _records(path, wanted, call):
+        _check_record(record, wanted, place, call)
+        text, pair, label = (None if name is None else record[name] for name in columns)
+        if not isinstance(text, str) or not isinstance(pair, (str, type(None))):
+            raise DataError(call=call, got=f"a text that is no string in {place}", expected="strings")
+        texts.append(Text(text, pair, label, place))
+    if not texts:
+        raise DataError(call=call, got=f"{path}, which has no line", expected="a text a line")
+    if examples is None or examples >= len(texts):
+        return texts
+    drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:examples]
+    return [texts[i] for i in sorted(drawn.tolist())]
+
+
+def _records(path: Path, wanted: list[str], call: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Objects with where they stand."""
+    suffix = path.suffix.lower()
+    if suffix not in {".jsonl", ".json", *SEPARATORS}:
+        raise InvalidArgumentError(
+            call=call, got=f"{path}", expected="a .jsonl, .csv or .tsv file", try_="another file, or rename it"
+        )
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if suffix in SEPARATORS:
+            reader = csv.DictReader(file, delimiter=SEPARATORS[suffix])
+            _check_header(reader.fieldnames or [], path, wanted, call)
+            for record in reader:
+                yield record, f"line {reader.line_num} of {path.name}"
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _object(line, f"line {number} of {path.name}", call), f"line {number} of {path.name}"
+
+
+def _check_header(names: Sequence[str], path: Path, wanted: list[str], call: str) -> None:
+    """Refuse a table whose first line does not name each wanted column once."""
+    if not names:
+        raise DataError(call=call, got=f"{path}, which is empty", expected="a header and a text a line")
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        shown = listed((repr(name if len(name) <= 40 else f"{name[:39]}…") for name in names), 4)
+        raise DataError(
+            call=call, got=f"{path}, whose first line is {shown}",
+            expected=f"a header with the columns {wanted}, of which {missing} are missing",
+            why="the first line of a table names its columns; without a header it would be lost as a text",
+            try_=f"a first line with {SEPARATORS[path.suffix.lower()].join(wanted)!r} if there is no header; else "
+            "--text-column, --pair-column, --label-column",
+        )  # fmt: skip
+    twice = [name for name in wanted if list(names).count(name) > 1]
+    if twice:
+        raise DataError(call=call, got=f"{path} with two columns {twice[0]!r}", expected="one of each name")
+
+
+def _object(line: str, place: str, call: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise DataError(call=call, got=f"{place}, which is not JSON ({error})", expected="an object a line") from error
+    if not isinstance(found, dict):
+        raise DataError(call=call, got=f"a {type(found).__name__} in {place}", expected="an object a line")
+    return found
+
+
+def _check_record(record: dict[str, Any], wanted: list[str], place: str, call: str) -> None:
+    """Refuse a line with cells beyond the header, or without one of the wanted entries."""
+    beyond: Any = record.get(None)  # type: ignore[call-overload]  # where csv's reader puts them
+    if beyond:
+        raise DataError(
+            call=call, got=f"{place} with {len(beyond)} more cells than the header", expected="as many",
+            why="the separator parts cells unless the cell is in quotes", try_='"…" around texts that have one',
+        )  # fmt: skip
+    missing = [name for name in wanted if name not in record]
+    if missing:
+        raise DataError(
+            call=call, got=f"{place} with columns {sorted(record)}",
+            expected=f"{wanted}, of which {missing} are missing", try_="--text-column, --pair-column, --label-column",
+        )  # fmt: skip
+    null = [name for name in wanted if record[name] is None]
+    if null:
+        raise DataError(
+            call=call, got=f"{place}, where {null[0]!r} is null or not there", expected="a value in every line",
+            why="a line without it is no example", try_="leave the line out",
+        )  # fmt: skip
+
+
+# -- a Hugging Face folder ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that ``save_pretrained`` wrote.
+
+    Args:
+        path: with config.json, weights and tokenizer.
+        config: of the model.
+        tokenizer: beside it.
+        causal: a causal language model, whose labels are its inputs; else a sequence classifier.
+    """
+
+    path: Path
+    config: Any
+    tokenizer: Any
+    causal: bool
+
+    @classmethod
+    def open(cls, path: Path, call: str) -> Folder:
+        """Read config and tokenizer, and no weights.
+
+        Raises:
+            InvalidArgumentError: no config, no tokenizer, an adapter alone, or a model for another purpose.
+        """
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        if (path / "adapter_config.json").exists():
+            raise InvalidArgumentError(
+                call=call, got=f"{path}, an adapter without its model", expected="the folder of a whole model",
+                try_="peft: AutoPeftModelForSequenceClassification.from_pretrained(folder).merge_and_unload()"
+                ".save_pretrained(other), or a module:function that returns the model with its adapter",
+            )  # fmt: skip
+        # Where there is no tokenizer, transformers would make one that knows no word.
+        if not any((path / name).exists() for name in TOKENIZER_FILES):
+            raise InvalidArgumentError(
+                call=call, got=f"{path}, which has no tokenizer", expected=f"one of {', '.join(TOKENIZER_FILES)}",
+                try_="tokenizer.save_pretrained(folder), or a module:function",
+            )  # fmt: skip
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError(
+                call=call, got=f"{path}, from which transformers cannot load config and tokenizer",
+                expected="a folder that model.save_pretrained and tokenizer.save_pretrained wrote", why=str(error),
+                try_="tokenizer.save_pretrained(folder), or a module:function",
+            ) from error  # fmt: skip
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise InvalidArgumentError(
+                    call=call, got=f"{path}, whose tokenizer has no padding token", expected="one",
+                    try_="tokenizer.pad_token = ...; tokenizer.save_pretrained(folder)",
+                )  # fmt: skip
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+        tokenizer.padding_side = "right"
+        names = config.architectures or []
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+        if not causal and not any(name.endswith("ForSequenceClassification") for name in names):
+            raise InvalidArgumentError(
+                call=call, got=f"{path}, a model of {names or 'no architecture'}",
+                expected="…ForSequenceClassification or …ForCausalLM",
+                try_="a module:function that returns (model, data)",
+            )  # fmt: skip
+        return cls(path, config, tokenizer, causal)
+
+    @property
+    def likelihood(self) -> str:
+        """That of the model's own loss, as transformers choose it where the config is silent."""
+        silent = "regression" if self.config.num_labels == 1 else "single_label_classification"
+        return "categorical" if self.causal else LIKELIHOODS[self.config.problem_type or silent]
+
+    def load(self, device: str, dtype: str | None) -> nn.Module:
+        """The model in eval mode; its dtype is the file's by default."""
+        import transformers
+
+        loader = transformers.AutoModelForCausalLM if self.causal else transformers.AutoModelForSequenceClassification
+        model: Any = loader.from_pretrained(self.path, local_files_only=True, dtype=dtype or "auto")
+        if not self.causal and model.config.pad_token_id is None:
+            # Decoders classify at the last token that is not padding.
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model.to(device).eval()
+
+
+class TextBatches:
+    """Batches of tokenized texts, made anew in every pass.
+
+    Args:
+        folder: of the model whose inputs they are.
+        model: from it.
+        texts: with labels, unless the model is causal; every label is read before the work begins.
+        size: texts a batch.
+        max_length: tokens a text is cut to; None for the most that tokenizer and model allow.
+        call: the command, for errors.
+
+    Attributes:
+        cut: how many texts were longer than that and have been cut, after a first pass.
+    """
+
+    def __init__(
+        self, folder: Folder, model: nn.Module, texts: list[Text], size: int, max_length: int | None, call: str
+    ) -> None:
+        self.folder, self.model, self.texts, self.size, self.call = folder, model, texts, size, call
+        config = folder.config
+        most = min(folder.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 512)
+        self.max_length, self.cut = min(max_length or most, most), 0
+        self._labels = [] if folder.causal else [self._label(text) for text in texts]
+
+    def __len__(self) -> int:
+        return -(-len(self.texts) // self.size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self.cut = 0
+        for start in range(0, len(self.texts), self.size):
+            yield self._batch(slice(start, start + self.size))
+
+    def _batch(self, place: slice) -> dict[str, Tensor]:
+        texts = self.texts[place]
+        pairs = [text.pair for text in texts if text.pair is not None]
+        encoded = self.folder.tokenizer(
+            [text.text for text in texts], pairs or None, padding=True, truncation=True, max_length=self.max_length,
+            return_tensors="pt",
+        )  # fmt: skip
+        self.cut += int((encoded["attention_mask"].sum(1) >= self.max_length).sum())
+        labels = (
+            encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORE)
+            if self.folder.causal
+            else torch.stack(self._labels[place])
+        )
+        return {**encoded, "labels": labels}
+
+    def _label(self, text: Text) -> Tensor:
+        """A text's label as the model's loss takes it."""
+        config, label = self.folder.config, text.label
+        try:
+            if self.folder.likelihood == "categorical":
+                return torch.tensor(self._class(text, config.label2id, config.num_labels))
+            # A csv file holds a number or a list of numbers as text.
+            numbers = json.loads(label) if isinstance(label, str) else label
+            return torch.tensor(numbers, dtype=next(self.model.parameters()).dtype).reshape(config.num_labels)
+        except DataError:  # says what is wrong by itself
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                call=self.call, got=f"label {label!r} in {text.place}",
+                expected=f"{config.num_labels} number(s), as the model's {self.folder.likelihood} loss takes them",
+            ) from error  # fmt: skip
+
+    def _class(self, text: Text, names: dict[str, int], count: int) -> int:
+        """The class's number, for its number or its name."""
+        label = text.label
+        if isinstance(label, str) and label in names:
+            return int(names[label])
+        number = int(label) if isinstance(label, str) and label.strip().isdecimal() else label
+        if not is_integer(number) or not 0 <= number < count:
+            raise DataError(
+                call=self.call, got=f"label {label!r} in {text.place}",
+                expected=f"a class from 0 to {count - 1}, or a name of the model's config: {list(names)[:12]}",
+                try_="--label-column for another column",
+            )  # fmt: skip
+        return number
