@@ -27,7 +27,7 @@ from fisherkit.operators.preconditioner import preconditioner_of_rows
 from fisherkit.operators.row_forms import RowForm
 from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows, RowSource
-from fisherkit.rows.thinned import thinned
+from fisherkit.rows.streamed import thinned
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62
