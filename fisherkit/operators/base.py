@@ -19,7 +19,6 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import without_autocast
-from fisherkit.conjugate import MatMat
 from fisherkit.coverage import Coverage
 from fisherkit.errors import (
     FileFormatError,
@@ -32,7 +31,7 @@ from fisherkit.operators.damping import REQUIRED, Damping, RelativeDamping, chec
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.layer_layout import LayerLayout, marginals
 from fisherkit.rows.collection import Rows
-from fisherkit.solvers import SolveInfo
+from fisherkit.solvers import MatMat, SolveInfo
 from fisherkit.space import ParameterSpace, Vector
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.conjugate import MatMat
 from fisherkit.errors import MemoryBudgetError, SingularMatrixError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
@@ -28,6 +27,7 @@ from fisherkit.operators.row_forms import RowForm
 from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.thinned import thinned
+from fisherkit.solvers import MatMat
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62
