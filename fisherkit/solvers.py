@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,11 +23,8 @@ from tqdm.auto import tqdm
 
 from fisherkit import io
 from fisherkit.arguments import is_integer
-from fisherkit.arithmetic import without_autocast
+from fisherkit.arithmetic import MatMat, checked_product, without_autocast
 from fisherkit.errors import FileFormatError, InvalidArgumentError, NonFiniteError, NotConvergedWarning
-
-MatMat: TypeAlias = Callable[[Tensor], Tensor]
-"""A linear map of columns, [D, K] -> [D, K]."""
 
 # Asking "are all columns done?" makes the host wait for an accelerator, which then idles while the next kernels are
 # launched. A CPU has nothing to wait for, and a superfluous product there costs a full pass over the data.
@@ -71,7 +68,7 @@ def relative_residual(
     Cost: one product with A.
     """
     scale = _column_scale(rhs)
-    residual = (rhs - _product(matmat, solution) - damping * solution) / scale
+    residual = (rhs - checked_product(matmat, solution) - damping * solution) / scale
     return _norm(residual) / torch.where((size := _norm(rhs / scale)) > 0, size, 1)
 
 
@@ -173,7 +170,7 @@ class _Solve:
         self.base = self.base if initial is None else initial
         if self.file is None:
             return
-        kept = self.file.load(lambda: _product(self.matmat, self.target))
+        kept = self.file.load(lambda: checked_product(self.matmat, self.target))
         if kept is None:
             self.save()  # a file that cannot be written is found out before the work
         else:
@@ -203,7 +200,7 @@ class _Solve:
 
     def residual(self) -> Float[Tensor, "D K"]:
         """Target − (A + λI) x."""
-        return self.target - _product(self.matmat, self.x) - self.damping * self.x
+        return self.target - checked_product(self.matmat, self.x) - self.damping * self.x
 
     def relative(self, residual: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
         """Norms relative to the target's; where that is 0, as they are."""
@@ -223,12 +220,12 @@ class _Solve:
         direction, last = torch.zeros_like(residual), torch.ones_like(residual[0])
         active, count = _norm(residual) > self.goal, 0
         while self.spent < self.max_steps and (count % self.check_every or bool(active.any())):
-            step = residual if self.preconditioner is None else _product(self.preconditioner, residual)
+            step = residual if self.preconditioner is None else checked_product(self.preconditioner, residual)
             energy = (residual * step).sum(dim=0)
             active = active & (energy > 0)
             # An idle column has its old direction kept.
             direction = torch.where(active, step + energy / last * direction, direction)
-            image = _product(self.matmat, direction) + self.damping * direction
+            image = checked_product(self.matmat, direction) + self.damping * direction
             curvature = (direction * image).sum(dim=0)
             length = energy / curvature
             # No curvature along a direction: rhs lies outside the range of a singular A, or A is not semi-definite, or
@@ -271,12 +268,7 @@ class _File:
         self._last = time.monotonic()
 
     def load(self, product: Callable[[], Tensor]) -> tuple[Float[Tensor, "D K"], int, int] | None:
-        """Solution, steps and products of the file's last writing, for the same problem; None if there is no file.
-
-        Raises:
-            InvalidArgumentError: the file of another problem.
-            FileFormatError: damaged, or no such file.
-        """
+        """Solution, steps and products of the file's last writing, for the same problem; None if there is no file."""
         found = self._read() if self.path.exists() else None
         for name, value in self.settings.items():
             kept = value if found is None else found[1]["settings"].get(name)
@@ -353,19 +345,6 @@ class _File:
             why="going on from there would mix two problems; the file has been left as it is",
             try_="another path, or delete the file if that solve is no longer wanted",
         )
-
-
-def _product(matmat: MatMat, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-    """Apply a user's product, without its graph, and refuse one that would broadcast silently."""
-    result = matmat(columns).detach()
-    if result.shape != columns.shape or result.dtype != columns.dtype:
-        raise InvalidArgumentError(
-            call="matmat(columns)",
-            got=f"a product of shape {list(result.shape)} and dtype {result.dtype}",
-            expected=f"shape {list(columns.shape)} and dtype {columns.dtype}, those of its argument",
-            why="matmat and preconditioner map columns [D, K] to columns [D, K]",
-        )
-    return result
 
 
 def _norm(columns: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_positive, is_integer
+from fisherkit.arguments import check_positive, is_integer, is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.randomness import keyed_uniform
@@ -54,7 +54,7 @@ class ImprovedVectors(OutputRule):
 
     def __init__(self, power: float = 1.0) -> None:
         call = "ImprovedEmpiricalFisher"
-        if isinstance(power, bool) or not isinstance(power, (int, float)):
+        if not is_number(power):
             raise InvalidTypeError(call=call, got=f"power of type {type(power).__name__}", expected="a number")
         if not 0 <= power <= 1:
             raise InvalidArgumentError(call=call, got=f"power={power}", expected="a number from 0 to 1")
@@ -186,7 +186,7 @@ class TruncatedVectors(OutputRule):
         if rank is not None and tolerance is not None:
             raise InvalidArgumentError(call=call, got=f"rank={rank} and tolerance={tolerance}", expected="one of them")
         check_positive(call, "rank", rank)
-        if tolerance is not None and (isinstance(tolerance, bool) or not isinstance(tolerance, (int, float))):
+        if tolerance is not None and not is_number(tolerance):
             raise InvalidTypeError(call=call, got=f"tolerance of type {type(tolerance).__name__}", expected="a number")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise InvalidArgumentError(call=call, got=f"tolerance={tolerance}", expected="a number from 0 to below 1")

@@ -194,8 +194,8 @@ def test_checkpoint__changes_no_result(path: Path) -> None:
 def test_checkpoint__is_written_no_more_often_than_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, written = 0.0, []
     monkeypatch.setattr("fisherkit.solvers.time.monotonic", lambda: now)
-    replace = io.replace_file
-    monkeypatch.setattr(io, "replace_file", lambda *args: (written.append(now), replace(*args)))
+    replace = io.replace_checked_file
+    monkeypatch.setattr(io, "replace_checked_file", lambda *args: (written.append(now), replace(*args)))
     a = matrix()
 
     def slow(columns: Tensor) -> Tensor:
@@ -205,7 +205,9 @@ def test_checkpoint__is_written_no_more_often_than_asked(path: Path, monkeypatch
 
     _, info = solve(slow, right_hand_side(), path, checkpoint_every=60)
     steps = info.steps
-    assert len(written) <= 3 + 10 * steps / 60  # the first, the last of a recursion, and one a minute
+    assert (
+        2 + 10 * steps / 70 - 1 <= len(written) <= 3 + 10 * steps / 60
+    )  # the first, the last of a recursion, and one a minute
     assert all(later - earlier >= 60 for earlier, later in itertools.pairwise(written[:-1]))
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.io import shards
+from fisherkit.io import fisher_file
 from fisherkit.operators import FisherOperator, load, open_file, state_of
 from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker
 
@@ -240,7 +240,7 @@ def test_save__interrupted_right_after_the_index_keeps_the_new_shards(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "replace_text", interrupted)
+        patch.setattr(fisher_file, "replace_text", interrupted)
         with pytest.raises(KeyboardInterrupt):
             second.save(path, max_shard_size=200)
     assert same(load(path), second)

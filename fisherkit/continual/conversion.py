@@ -5,11 +5,10 @@ Owns the facts in which definitions of EWC differ, and what they amount to.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from fisherkit.arguments import is_integer
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.arguments import check_number, check_one_of, is_integer
+from fisherkit.errors import InvalidArgumentError
 from fisherkit.operators import FisherOperator
 from fisherkit.operators.normalization import check_normalize, normalization_factor
 
@@ -82,10 +81,7 @@ def convert_strength(
         InvalidArgumentError: an unknown source or fact, one that is needed and missing, or a Fisher of another kind.
         InvalidTypeError: not a number, or not a FisherOperator.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise InvalidTypeError(call=CALL, got=f"strength of type {type(strength).__name__}", expected="a number")
-    if not (math.isfinite(strength) and strength >= 0):
-        raise InvalidArgumentError(call=CALL, got=f"strength={strength}", expected="a finite number, 0 or more")
+    check_number(CALL, "strength", strength)
     if source not in CONVENTIONS:
         raise InvalidArgumentError(
             call=CALL, got=f"source={source!r}", expected=f"one of {list(CONVENTIONS)}",
@@ -107,8 +103,7 @@ def _multiple(convention: Convention, batch_size: int | None, examples: int | No
         ("average", convention.average, ("examples", "batches", "sum")),
         ("squared", convention.squared, ("example", "batch")),
     ):
-        if value not in allowed:
-            raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+        check_one_of(CALL, name, value, allowed)
     by_batch = convention.squared == "batch"
     B = _count("batch_size", batch_size) if by_batch or convention.average == "batches" else 1
     # A batch has one square of about F/B in place of B squares of F.

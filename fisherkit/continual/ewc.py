@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkit.arguments import check_number, check_one_of
 from fisherkit.arithmetic import without_autocast
 from fisherkit.continual import policies
 from fisherkit.continual.penalty import Term, penalty_of
@@ -81,11 +82,11 @@ class EWC(nn.Module):
         super().__init__()
         policies.check_model(model)
         check_normalize(normalize, "EWC")
-        policies.choice(grown, "grown", ("refuse", "leading"))
+        check_one_of("EWC", "grown", grown, ("refuse", "leading"))
         self.model = model
         self.strength = strength
-        self.decay = policies.number(decay, "decay", most=1)
-        self.drop_below = policies.number(drop_below, "drop_below", most=1)
+        self.decay = check_number("EWC", "decay", decay, most=1)
+        self.drop_below = check_number("EWC", "drop_below", drop_below, most=1)
         self.normalize, self.grown = normalize, grown
         self.consolidations = 0
         self._terms: tuple[Term, ...] = ()
@@ -103,7 +104,7 @@ class EWC(nn.Module):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._strength = policies.number(value, "strength")
+        self._strength = check_number("EWC", "strength", value)
 
     @without_autocast()
     def consolidate(self, fisher: FisherOperator, *, uncovered: str = "refuse", free: Selection = None) -> None:

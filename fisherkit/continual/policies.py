@@ -5,12 +5,12 @@ Owns the checks and their messages. Knows nothing of penalties.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
+from fisherkit.arguments import check_one_of
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import (
     InvalidArgumentError,
@@ -25,31 +25,6 @@ from fisherkit.operators import FisherOperator
 from fisherkit.space import ParameterSpace, Selection
 
 CALL = "EWC.consolidate"
-
-
-def number(value: object, name: str, most: float = math.inf) -> float:
-    """A finite number from 0 to ``most``.
-
-    Raises:
-        InvalidTypeError: not a number.
-        InvalidArgumentError: out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidTypeError(call="EWC", got=f"{name} of type {type(value).__name__}", expected="a number")
-    if not (math.isfinite(value) and 0 <= value <= most):
-        upper = "0 or more" if most == math.inf else f"from 0 to {most:g}"
-        raise InvalidArgumentError(call="EWC", got=f"{name}={value}", expected=f"a finite number, {upper}")
-    return float(value)
-
-
-def choice(value: object, name: str, allowed: tuple[str, ...], call: str = "EWC") -> None:
-    """One of a few names.
-
-    Raises:
-        InvalidArgumentError: another.
-    """
-    if value not in allowed:
-        raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
 
 
 def check_model(model: object) -> None:
@@ -144,7 +119,7 @@ def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, fr
         InvalidTypeError: ``free`` is neither names nor a predicate.
         NonFiniteError: NaN or infinity on the Fisher's diagonal.
     """
-    choice(uncovered, "uncovered", ("refuse", "free"), CALL)
+    check_one_of(CALL, "uncovered", uncovered, ("refuse", "free"))
     space, allowed = fisher.space, set(_chosen(model, free))
     if held := [name for name in space.names if name in allowed]:
         raise InvalidArgumentError(

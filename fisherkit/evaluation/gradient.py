@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
+from fisherkit.arguments import check_one_of
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, Data, Source, check_finite, model_device
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, listed
+from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.randomness import untouched_rng
@@ -69,8 +70,7 @@ def loss_gradient(
         ("example", example, ("sequence", "token")),
         ("normalization", normalization, ("mean", "sum")),
     ):
-        if value not in allowed:
-            raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+        check_one_of(CALL, name, value, allowed)
     resolved = likelihoods.resolve(likelihood)
     space = ParameterSpace.of(model, params)
     device, dtype = model_device(model, space.names)

@@ -119,21 +119,10 @@ def flush(part: Path) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     """Write a safetensors file; whoever opens the path finds the old file or the whole new one, never a part.
 
-    Args:
-        path: where; an existing file is replaced.
-        tensors: contiguous tensors that share no memory.
-        header: string keys and values.
-    """
-    with part_of(Path(path)) as part:
-        write_part(part, tensors, header)
-        os.replace(part, path)
-
-
-def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
-    """The same with checksums of the tensors and of the header, which `read_tensors` compares.
+    It has checksums of the tensors and of the header, which `read_tensors` compares.
 
     Args:
         path: where; an existing file is replaced.
@@ -145,7 +134,9 @@ def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: d
     """
     own = owned(tensors)
     whole = sealed(header, {name: TensorChecksum.of(tensor) for name, tensor in own.items()})
-    replace_file(path, own, whole)
+    with part_of(Path(path)) as part:
+        write_part(part, own, whole)
+        os.replace(part, path)
     return whole[CHECKSUM]
 
 

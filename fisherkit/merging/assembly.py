@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkit.arguments import is_number
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.merging.checkpoints import Checkpoint, Model, open_checkpoint
@@ -70,7 +71,7 @@ def check_weights(weights: Sequence[float] | Tensor | str, count: int, call: str
     if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)):
         raise InvalidTypeError(call=call, got=f"weights={weights!r}", expected="one number for each model, or None")
     values: list[Any] = weights.tolist() if isinstance(weights, Tensor) else list(weights)
-    if any(isinstance(w, bool) or not isinstance(w, (int, float)) for w in values):
+    if any(not is_number(w) for w in values):
         raise InvalidTypeError(call=call, got=f"weights={values!r}", expected="numbers")
     if len(values) != count:
         raise InvalidArgumentError(call=call, got=f"{len(values)} weights", expected=f"{count}, one for each model")

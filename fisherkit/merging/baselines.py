@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkit.arguments import is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.merging.assembly import (
     Target,
@@ -121,7 +122,7 @@ def task_arithmetic(
     Cost: one reading of every model; one tensor of each in memory.
     """
     call = "task_arithmetic"
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if not is_number(scale):
         raise InvalidTypeError(call=call, got=f"scale={scale!r}", expected="a number")
     if not math.isfinite(scale):
         raise InvalidArgumentError(call=call, got=f"scale={scale}", expected="a finite number")

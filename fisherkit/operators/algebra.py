@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
+from fisherkit.arithmetic import MatMat
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.base import FisherOperator, Makers, fold
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator, in_order, join, usual_of
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.kronecker_sum import layer_inverse
 from fisherkit.operators.persistence import blocks_of_node, restore
-from fisherkit.solvers import MatMat
 from fisherkit.space import ParameterSpace, finest_partition
 
 LEAST_SHIFT = 1e-12

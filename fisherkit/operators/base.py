@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.arguments import is_integer
-from fisherkit.arithmetic import without_autocast
+from fisherkit.arguments import is_integer, is_number
+from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.coverage import Coverage
 from fisherkit.errors import (
     FileFormatError,
@@ -31,7 +31,7 @@ from fisherkit.operators.damping import REQUIRED, Damping, RelativeDamping, chec
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.layer_layout import LayerLayout, marginals
 from fisherkit.rows.collection import Rows
-from fisherkit.solvers import MatMat, SolveInfo
+from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace, Vector
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ class FisherOperator(ABC):
     @without_autocast()
     def __mul__(self, scale: float) -> FisherOperator:
         """scale · F; the scale must not be negative."""
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        if not is_number(scale):
             raise InvalidTypeError(call=f"{self._name} * scale", got=f"a {type(scale).__name__}", expected="a number")
         if not 0 <= scale < float("inf"):
             raise InvalidArgumentError(

@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arguments import is_integer
-from fisherkit.arithmetic import without_autocast
+from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.operators.row_forms import ColumnForm, RowForm, SolvedForm, solved_squares
 from fisherkit.rows.collection import Rows
-from fisherkit.solvers import MatMat, SolveInfo, conjugate_gradient
+from fisherkit.solvers import SolveInfo, conjugate_gradient
 from fisherkit.space import Vector
 
 if TYPE_CHECKING:

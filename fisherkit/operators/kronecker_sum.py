@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import MatMat
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.solvers import MatMat
 
 MOST_NUMBERS = 1 << 22
 """Numbers that the factored small matrices may take, 32 MB; fixed, so that a solve does not depend on free memory.

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
+from fisherkit.arithmetic import MatMat
 from fisherkit.errors import MemoryBudgetError, SingularMatrixError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
@@ -27,7 +28,6 @@ from fisherkit.operators.row_forms import RowForm
 from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.thinned import thinned
-from fisherkit.solvers import MatMat
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62

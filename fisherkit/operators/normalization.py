@@ -11,6 +11,7 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import check_one_of
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.operators.base import FisherOperator
@@ -25,9 +26,7 @@ def check_normalize(how: object, call: str, also: tuple[str, ...] = ()) -> None:
     Raises:
         InvalidArgumentError: anything else.
     """
-    allowed = (*also, *NORMALIZATIONS)
-    if how not in allowed:
-        raise InvalidArgumentError(call=call, got=f"normalize={how!r}", expected=f"one of {list(allowed)}")
+    check_one_of(call, "normalize", how, (*also, *NORMALIZATIONS))
 
 
 @without_autocast()

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import MatMat
 from fisherkit.operators.factorization import diagonal_inverse
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.streamed import StreamedRows
 from fisherkit.rows.thinned import thinned
-from fisherkit.solvers import MatMat
 
 if TYPE_CHECKING:
     from fisherkit.operators.low_rank import LowRankOperator

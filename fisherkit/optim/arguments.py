@@ -5,13 +5,13 @@ Owns messages. Knows no rows and no steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 from torch import nn
 
+from fisherkit.arguments import check_number, is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.kind_specs import SPELLINGS, KindSpec
 from fisherkit.operators import RelativeDamping
@@ -71,7 +71,7 @@ def check_trust_region(trust_region: object, call: str) -> None:
     """
     if trust_region is None:
         return
-    if isinstance(trust_region, bool) or not isinstance(trust_region, (int, float)) or not trust_region > 0:
+    if not is_number(trust_region) or not trust_region > 0:
         raise InvalidArgumentError(call=call, got=f"trust_region={trust_region!r}", expected="a positive number")
 
 
@@ -93,7 +93,4 @@ def check_damping_choice(damping: object, gram_damping: object, call: str) -> No
     value, name = (damping, "damping") if gram_damping is None else (gram_damping, "gram_damping")
     if isinstance(value, RelativeDamping) and gram_damping is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="a number")
-    if not (math.isfinite(value) and value >= 0):
-        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected="a finite number, 0 or more")
+    check_number(call, name, value)

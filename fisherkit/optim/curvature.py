@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.arguments import check_count
+from fisherkit.arguments import check_count, check_one_of
 from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import InvalidArgumentError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
@@ -81,8 +81,7 @@ class Curvature:
             ("reduction", reduction, ("mean", "sum")),
             ("kfac_positions", kfac_positions, ("expand", "reduce")),
         ):
-            if value not in allowed:
-                raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+            check_one_of(call, name, value, allowed)
         resolved = likelihoods.resolve(likelihood)
         check_reduction(resolved, reduction, call)
         check_count(call, "update_every", update_every)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fisherkit.arguments import is_number
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
@@ -120,7 +121,7 @@ class NaturalGradient(torch.optim.Optimizer):
         rule = rule_of(kind, options, CALL)  # first: a misspelt argument is among its options
         check_damping_choice(damping, gram_damping, CALL)
         for name, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("momentum", momentum, 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+            if not is_number(value) or not least <= value < math.inf:
                 raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected="a number, 0 or more")
         check_trust_region(trust_region, CALL)
         groups, selection = _groups(model, params)
