@@ -1,7 +1,7 @@
 """`FisherApproximation`: a Fisher matrix of a model on data, by one kind and in one structure.
 
-Owns the conventions a user chooses and hands the work on: the kind is the subclass's `output_vectors`, rows are made by
-`rows`, the operator by `build`. As an operator it forwards to the one that was built.
+Owns the conventions a user chooses and hands the work on: the kind is a rule of `vectors`, rows are made by `rows`, the
+operator by `build`. As an operator it forwards to the one that was built.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from fisherkit.outputs import OutputRule
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.vectors import rule_of
 from fisherkit.wrappers import unwrapped, wrapped_in
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
 
-class FisherApproximation(OutputRule, ForwardingOperator):
+class FisherApproximation(ForwardingOperator):
     """F = (1/N) Σ_nm (J_nᵀ v_nm)(J_nᵀ v_nm)ᵀ with the vectors v of a kind, in a structure.
 
     The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
@@ -50,6 +51,9 @@ class FisherApproximation(OutputRule, ForwardingOperator):
             if the model needs all others. Batches are moved to the model's device. Targets may be None for kinds that
             do not use them. Where several passes are made, all must read the same examples in the same order; a
             checksum of each batch is compared.
+        kind: which vectors: "ef", "ief", "sf", "exact" or "truncated", with a setting after a colon ("ief:0.5" power,
+            "sf:4" draws, "truncated:3" rank, "truncated:0.01" tolerance), or an `OutputRule`, the built-in ones of
+            `fisherkit.vectors` or one of your own. `EmpiricalFisher` and its like fill it in.
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         structure: "full", "block", "diagonal", "kfac" or "ekfac".
@@ -95,6 +99,7 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         self,
         model: nn.Module,
         data: Data,
+        kind: str | OutputRule,
         *,
         likelihood: str | Likelihood | nn.Module = "categorical",
         structure: str = "full",
@@ -123,7 +128,9 @@ class FisherApproximation(OutputRule, ForwardingOperator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
             )
-        self.seed_from(generator)
+        rule = rule_of(kind, call=call)
+        if generator is not None and rule.random:
+            rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))
         model, params = _within(model, params)
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
@@ -132,7 +139,7 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         source = Source(data, model)
         plan = plan_of(model, space, source)
         problem = Problem(
-            plan, source, resolved, self, example == "token",
+            plan, source, resolved, rule, example == "token",
             is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
         )  # fmt: skip
         builder = Builder(
@@ -147,14 +154,14 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         own = dict(model.named_parameters())
         covered = {name: own[name] for name in space.names}
         self.metadata = {
-            "kind": self.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
-            "likelihood": resolved.recorded, "label_source": self.label_source, "example": example,
+            "kind": rule.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
+            "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
             "parameters_hash": parameters_hash(model),
             "covered_hash": f"{dtype}:{tensors_hash(covered)}".removeprefix("torch."),
             "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
-            **self.kind_options(),
+            **rule.kind_options(),
             **({} if max_rows is None else {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}),
         }  # fmt: skip
 

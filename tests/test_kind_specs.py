@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from fisherkit.kind_specs import SPELLINGS, KindSpec, spelled
 from torch import nn
 
 import fisherkit as fk
-from fisherkit.kind_specs import SPELLINGS, KindSpec, spelled
 from fisherkit.optim.arguments import rule_of
 
 CASES = {
