@@ -27,9 +27,8 @@ from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.vectors import rule_of
+from fisherkit.structures import structure_named
 from fisherkit.wrappers import unwrapped, wrapped_in
-
-STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
 
 class FisherApproximation(ForwardingOperator):
@@ -56,7 +55,7 @@ class FisherApproximation(ForwardingOperator):
             `fisherkit.vectors` or one of your own. `EmpiricalFisher` and its like fill it in.
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
-        structure: "full", "block", "diagonal", "kfac" or "ekfac".
+        structure: of `fisherkit.structures`, by name: "full", "block", "diagonal", "kfac", "ekfac", "nkp", or your own.
         params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
         example: "sequence": one example a batch element, its positions' losses summed; "token": one an unmasked
             position.
@@ -117,7 +116,7 @@ class FisherApproximation(ForwardingOperator):
         call = type(self).__name__
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-        _one_of(call, "structure", structure, STRUCTURES)
+        chosen = structure_named(structure, call)
         _one_of(call, "example", example, ("sequence", "token"))
         _one_of(call, "normalization", normalization, ("mean", "sum"))
         _one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
@@ -146,7 +145,7 @@ class FisherApproximation(ForwardingOperator):
             problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
             max_rows=max_rows,
         )  # fmt: skip
-        self._built: Built = builder.build(structure)
+        self._built: Built = builder.build(chosen)
         self.held = self._built.operator
         self.likelihood = resolved
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows

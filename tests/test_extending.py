@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,14 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fisherkit as fk
+from fisherkit.cli import app
 from fisherkit.io import State
 from fisherkit.operators import DiagonalOperator, Factorization
 from fisherkit.operators.factorization import IterativeFactorization
+from fisherkit.rows.base import UnitRows
 from fisherkit.space import ParameterSpace
 from tests.reference.fisher import Problem
 from tests.theorem_cases import assert_below, build, error, metric, problem
@@ -207,6 +213,112 @@ def test_kind__may_leave_rows_out_and_say_so() -> None:
     assert found.dropped_trace.shape == (6,)
     assert bool((found.dropped_trace > 0).all())
     assert_below(found.to_dense(), exact.to_dense())
+
+
+# -- a structure -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trace(fk.structures.UnitSums):
+    """Σ ‖row‖² of a layer."""
+
+    label = "scalar"
+
+    trace: Tensor
+
+    def operator(self, space: ParameterSpace, scale: float) -> fk.FisherOperator:
+        return DiagonalOperator(space, (scale * self.trace / space.size).repeat(space.size))
+
+
+class Scalar(fk.structures.LayerStructure):
+    """Of each layer, the multiple of the identity that has its trace."""
+
+    name = "scalar"
+    meaning = "one number a layer"
+
+    def record(self, rows: UnitRows) -> Trace:
+        return Trace(rows.squared_sum().sum())
+
+
+def levels(diagonal: Tensor, space: ParameterSpace) -> Tensor:
+    """Each module's mean entry, in the place of its entries."""
+    found = torch.empty_like(diagonal)
+    for names in space.blocks.values():
+        places = torch.cat([torch.arange(space.size)[space.slices[name]] for name in names])
+        found[places] = diagonal[places].mean()
+    return found
+
+
+def test_structure__is_built_saved_and_listed(tmp_path: Path) -> None:
+    of = problem("mlp")
+    found, diagonal = (build(fk.ExactFisher, of, structure=s) for s in ("scalar", "diagonal"))
+    expected = levels(diagonal.diagonal(), found.space)
+    assert error(found.diagonal(), expected) < 1e-12
+    assert found.metadata["structure"] == "scalar"
+    assert {entry.structure for entry in found.coverage().entries} == {"scalar"}
+    found.save(tmp_path / "f")
+    assert error(fk.load(tmp_path / "f").diagonal(), expected) < 1e-14
+    fk.testing.check_fisher(found, expected.diag())
+    listed = json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)["structures"]
+    assert listed["scalar"] == "one number a layer"
+    with pytest.raises(fk.InvalidArgumentError, match="'scalar'"):
+        build(fk.ExactFisher, of, structure="scalr")
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.6])
+def test_structure__is_averaged_and_resumed_by_both_optimizers(ema: float) -> None:
+    of = problem("mlp")
+    half = [Problem(of.model, of.inputs[t], of.targets[t]) for t in (slice(3), slice(3, 6))]
+    means = [build(fk.EmpiricalFisher, part, structure="scalar").diagonal() for part in half]
+    average = ema * means[0] + (1 - ema) * means[1]
+    steps = []
+    for stop in (False, True):
+        preconditioner = fk.optim.Preconditioner(of.model, kind="ef", structure="scalar", damping=0.1, ema=ema)
+        for number, part in enumerate(half):
+            if stop and number == 1:
+                state = preconditioner.state_dict()
+                preconditioner.close()
+                preconditioner = fk.optim.Preconditioner(of.model, kind="ef", structure="scalar", damping=0.1, ema=ema)
+                preconditioner.load_state_dict(state)
+            of.model.zero_grad()
+            nn.functional.cross_entropy(of.model(part.inputs), part.targets).backward()
+            gradient = torch.cat([p.grad.flatten() for p in of.model.parameters()])
+            preconditioner.step()
+        steps.append(torch.cat([p.grad.flatten() for p in of.model.parameters()]))
+        preconditioner.close()
+        of.model.zero_grad()
+    assert error(steps[0], gradient / (average + 0.1)) < 1e-12
+    assert torch.equal(*steps)
+    optimizer = fk.optim.NaturalGradient(of.model, 0.5, kind="ef", structure="scalar", damping=0.1)
+    before = torch.cat([p.detach().flatten() for p in of.model.parameters()])
+    nn.functional.cross_entropy(of.model(half[1].inputs), half[1].targets).backward()
+    optimizer.step()
+    after = torch.cat([p.detach().flatten() for p in of.model.parameters()])
+    assert error(before - after, 0.5 * gradient / (means[1] + 0.1)) < 1e-12
+
+
+def test_structure__is_what_applications_take() -> None:
+    of = problem("mlp")
+    fisher = build(fk.EmpiricalFisher, of, structure="scalar")
+    d = fisher.diagonal()
+    ewc = fk.continual.EWC(of.model, strength=2.0, normalize=None)
+    ewc.consolidate(fisher)
+    merged = copy.deepcopy(of.model)
+    with torch.no_grad():
+        for p in of.model.parameters():
+            p.add_(0.1)
+    assert float(ewc.penalty().detach()) == pytest.approx(float(d.sum()) * 0.01, rel=1e-9)
+    other = build(fk.EmpiricalFisher, of, structure="scalar")
+    state = fk.merging.merge([merged, of.model], [fisher, other], damping=1e-8, normalize=None)
+    start, end = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (merged, of.model))
+    expected = (d * start + other.diagonal() * end) / (d + other.diagonal())
+    assert error(torch.cat([state[n].flatten() for n in fisher.space.names]), expected) < 1e-5
+    scores = fk.influence.InfluenceScores(other, of.model, damping=0.1)
+    found = scores.scores((of.inputs[:2], of.targets[:2]), (of.inputs, of.targets))
+    losses = nn.functional.cross_entropy(of.model(of.inputs), of.targets, reduction="none")
+    rows = [torch.autograd.grad(loss, list(of.model.parameters()), retain_graph=True) for loss in losses]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    assert error(found, J[:2] @ (J / (other.diagonal() + 0.1)).T / other.examples) < 1e-10
 
 
 # -- an operator -------------------------------------------------------------------------------------------------------

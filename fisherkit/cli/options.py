@@ -15,8 +15,8 @@ import typer
 
 from fisherkit.cli.flags import in_flags
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.fisher import STRUCTURES
 from fisherkit.vectors import rule_of, spellings
+from fisherkit.structures import structures
 
 Check: TypeAlias = Callable[[str], str]
 
@@ -126,8 +126,8 @@ def dtype_check(text: str) -> str:
 
 
 KIND = "ef, ief[:POWER], sf[:DRAWS], truncated[:RANK or :TOLERANCE], exact."
-STRUCTURE = f"{', '.join(STRUCTURES)}."
-structure_check = one_of(*STRUCTURES)
+STRUCTURE = f"{', '.join(structures())}."
+structure_check = one_of(*structures())
 
 LIKELIHOOD = "categorical, gaussian, bernoulli, poisson, or package.module:function that returns a loss module."
 DEVICE = "cpu, cuda, cuda:1, ..."

@@ -24,13 +24,14 @@ from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudgetError
 from fisherkit.evaluation.quality import approximation_quality
 from fisherkit.evaluation.table import QualityRow, QualityTable
-from fisherkit.fisher import STRUCTURES, FisherApproximation
+from fisherkit.fisher import FisherApproximation
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import ModelInputs
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.rows.collection import Rows
 from fisherkit.space import Selection
 from fisherkit.vectors import EmpiricalVectors, rule_of
+from fisherkit.structures import structure_named
 
 CALL = "compare"
 EXACT, SGD = "exact", "sgd"
@@ -118,8 +119,7 @@ def compare(
     )
     dampings = _positive(gram_dampings)
     for structure in _listed("structures", structures):
-        if structure not in STRUCTURES:
-            raise InvalidArgumentError(call=CALL, got=f"structure {structure!r}", expected=f"one of {list(STRUCTURES)}")
+        structure_named(structure, CALL)
     if isinstance(batch, list) and batch and not isinstance(batch[0], Tensor):
         raise InvalidTypeError(
             call=CALL, got=f"a list of {len(batch)} batches", expected="one batch, (inputs, targets) or a mapping",

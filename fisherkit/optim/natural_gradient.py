@@ -70,10 +70,10 @@ class NaturalGradient(torch.optim.Optimizer):
         trust_region: δ: Δ is shortened so that (lr · Δ)ᵀ F (lr · Δ) <= δ, in the kind's own F, where it would be more.
             With momentum, what is added to the buffer is.
         structure: "full" (the batch's rows, in sample space), "block" (the same by module), "kfac", "ekfac",
-            "diagonal".
+            "nkp", "diagonal", or a structure of layers of your own.
         params: None for all parameters, names, a predicate ``(name, parameter) -> bool``, or parameter groups in
             torch's form. Parameters that do not require a gradient are left alone until they do.
-        ema: for kfac, ekfac and diagonal, the weight of what was before in running averages.
+        ema: for structures of layers, the weight of what was before in running averages.
         update_every: for these, steps between updates.
         refresh_every: updates between eigen-decompositions.
         kfac_positions: "expand" or "reduce".

@@ -41,13 +41,13 @@ class Preconditioner:
     Args:
         model: the model; call this very object.
         kind: as for `NaturalGradient`, like all that is not listed here.
-        structure: "kfac", "ekfac", "diagonal", "block" or "full".
+        structure: "kfac", "ekfac", "nkp", "diagonal", "block" or "full".
         damping: λ beside F, or `fisherkit.RelativeDamping`.
         gram_damping: λ beside the sum over examples instead of the mean; for EF and iEF in the full and block
             structures, the paper's update, which ``.grad`` is then replaced by.
         ema: weight of what was before in running averages; None for 0.95, and for 0 with full and block, whose rows are
             those of a batch.
-        update_every: steps between updates; more than 1 for kfac, ekfac and diagonal.
+        update_every: steps between updates; more than 1 for structures of layers.
         refresh_every: updates between eigen-decompositions.
         trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
         lr: the following optimizer's learning rate, a number or a function without arguments; used by ``trust_region``.
