@@ -26,8 +26,8 @@ from fisherkit.outputs import OutputRule
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.vectors import rule_of
 from fisherkit.structures import structure_named
+from fisherkit.vectors import rule_of
 from fisherkit.wrappers import unwrapped, wrapped_in
 
 
@@ -98,7 +98,7 @@ class FisherApproximation(ForwardingOperator):
         self,
         model: nn.Module,
         data: Data,
-        kind: str | OutputRule,
+        kind: str | OutputRule | None = None,
         *,
         likelihood: str | Likelihood | nn.Module = "categorical",
         structure: str = "full",
@@ -127,6 +127,12 @@ class FisherApproximation(ForwardingOperator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
             )
+        if kind is None:
+            raise InvalidTypeError(
+                call=call, got="no kind", expected='one such as "exact", or an fk.OutputRule',
+                why="a Fisher does not say its vectors itself: its kind does",
+                try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
+            )  # fmt: skip
         rule = rule_of(kind, call=call)
         if generator is not None and rule.random:
             rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))

@@ -271,12 +271,12 @@ def rule_of(
     expected = f"one of {[*also, *spellings()]}"
     if not isinstance(kind, str):
         raise InvalidTypeError(
-            call=call, got=f"a {type(kind).__name__} as kind", expected=f"{expected}, or an fk.OutputRule"
+            call=call, got=f"a kind of type {type(kind).__name__}", expected=f"{expected}, or an fk.OutputRule"
         )
     name, colon, setting = kind.partition(":")
+    if name not in RULES:
+        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected, why=f"there is no kind {name!r}")
     try:
-        if name not in RULES:
-            raise ValueError(f"there is no kind {name!r}")
         written = RULES[name].options_of(setting) if colon else {}
     except ValueError as error:
         raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected, why=str(error)) from error

@@ -79,7 +79,8 @@ class Estimate(ModelOptions):
         say(f"{self.model}: {_size(model, params, data)}. Estimating {self.kind}, {self.structure} ...")
         start = time.perf_counter()
         fisher = FisherApproximation(
-            model, data, rule_of(self.kind, call=CALL).with_seed(self.seed), likelihood=load_likelihood(self.likelihood or likelihood, CALL),
+            model, data, rule_of(self.kind, call=CALL).with_seed(self.seed),
+            likelihood=load_likelihood(self.likelihood or likelihood, CALL),
             structure=self.structure, params=params, example=self.example, normalization=self.normalization,
             kfac_positions=self.kfac_positions, progress=True,
         )  # fmt: skip

@@ -15,8 +15,8 @@ import typer
 
 from fisherkit.cli.flags import in_flags
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.vectors import rule_of, spellings
 from fisherkit.structures import structures
+from fisherkit.vectors import rule_of, spellings
 
 Check: TypeAlias = Callable[[str], str]
 

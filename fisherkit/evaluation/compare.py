@@ -30,8 +30,8 @@ from fisherkit.model_inputs import ModelInputs
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.rows.collection import Rows
 from fisherkit.space import Selection
-from fisherkit.vectors import EmpiricalVectors, rule_of
 from fisherkit.structures import structure_named
+from fisherkit.vectors import EmpiricalVectors, rule_of
 
 CALL = "compare"
 EXACT, SGD = "exact", "sgd"
@@ -112,11 +112,11 @@ def compare(
         raise InvalidArgumentError(call=CALL, got=f"draws={draws}", expected="1 or more")
     _check_cosine(drop_duplicates)
     # "sf" without a setting has as many draws as the argument says.
-    rules = dict(
-        (text, rule_of(f"sf:{draws}" if text == "sf" else text, call=CALL, also=(SGD,)).with_seed(seed))
+    rules = {
+        text: rule_of(f"sf:{draws}" if text == "sf" else text, call=CALL, also=(SGD,)).with_seed(seed)
         for text in _listed("kinds", kinds)
         if text != SGD
-    )
+    }
     dampings = _positive(gram_dampings)
     for structure in _listed("structures", structures):
         structure_named(structure, CALL)
