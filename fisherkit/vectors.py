@@ -286,7 +286,7 @@ def rule_of(
         own = " and ".join(f"{option}=" for option in possible) or "none"
         raise InvalidArgumentError(
             call=call, got=f"an argument {named} that it does not have", expected=f"its own; for kind={kind!r}, {own}",
-            try_=f"help({call})",
+            try_=f"help(fk.optim.{call})",
         )  # fmt: skip
     if twice := [option for option in options if option in written]:
         raise InvalidArgumentError(call=call, got=f"kind={kind!r} and {twice[0]}=", expected="one of them")

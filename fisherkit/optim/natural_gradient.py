@@ -118,9 +118,7 @@ class NaturalGradient(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         check_model(model, CALL)
-        rule = rule_of(
-            kind, call=f"fk.optim.{CALL}", options=options
-        )  # first: a misspelt argument is among its options
+        rule = rule_of(kind, call=CALL, options=options)  # first: a misspelt argument is among its options
         check_damping_choice(damping, gram_damping, CALL)
         for name, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("momentum", momentum, 0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:

@@ -86,9 +86,7 @@ class Preconditioner:
         **options: Any,
     ) -> None:
         check_model(model, CALL)
-        rule = rule_of(
-            kind, call=f"fk.optim.{CALL}", options=options
-        )  # first: a misspelt argument is among its options
+        rule = rule_of(kind, call=CALL, options=options)  # first: a misspelt argument is among its options
         check_damping_choice(damping, gram_damping, CALL)
         check_trust_region(trust_region, CALL)
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
