@@ -99,11 +99,8 @@ def convert_strength(
 
 def _multiple(convention: Convention, batch_size: int | None, examples: int | None) -> float:
     """α of the other Fisher = α F, F the mean over examples of squared example gradients."""
-    for name, value, allowed in (
-        ("average", convention.average, ("examples", "batches", "sum")),
-        ("squared", convention.squared, ("example", "batch")),
-    ):
-        check_one_of(CALL, name, value, allowed)
+    check_one_of(CALL, "average", convention.average, ("examples", "batches", "sum"))
+    check_one_of(CALL, "squared", convention.squared, ("example", "batch"))
     by_batch = convention.squared == "batch"
     B = _count("batch_size", batch_size) if by_batch or convention.average == "batches" else 1
     # A batch has one square of about F/B in place of B squares of F.

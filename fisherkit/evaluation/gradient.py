@@ -66,11 +66,8 @@ def loss_gradient(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-    for name, value, allowed in (
-        ("example", example, ("sequence", "token")),
-        ("normalization", normalization, ("mean", "sum")),
-    ):
-        check_one_of(CALL, name, value, allowed)
+    check_one_of(CALL, "example", example, ("sequence", "token"))
+    check_one_of(CALL, "normalization", normalization, ("mean", "sum"))
     resolved = likelihoods.resolve(likelihood)
     space = ParameterSpace.of(model, params)
     device, dtype = model_device(model, space.names)

@@ -184,56 +184,44 @@ class Archive:
             MissingFileError: no such file.
             FileFormatError: damaged, or not a Fisher file.
         """
-        if path.name.endswith(INDEX_SUFFIX) and path.is_file():
-            return cls._of_index(path, call)
-        if path.is_file():
-            return cls._of_file(path, call)
-        if index_of(path).is_file():
-            return cls._of_index(index_of(path), call)
-        raise MissingFileError(
-            call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
-        )
-
-    @classmethod
-    def _of_file(cls, path: Path, call: str) -> Archive:
+        found = path if path.is_file() else index_of(path)
+        if not found.is_file():
+            raise MissingFileError(
+                call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
+            )
+        indexed = found.name.endswith(INDEX_SUFFIX)
         try:
-            save = _stamp(path)
-            with safe_open(path, framework="pt") as file:
-                header, keys = file.metadata() or {}, list(file.keys())
-        except UNREADABLE as error:
-            raise FileFormatError(**unreadable(call, error)) from error
-        if header.get("format") == SHARD_FORMAT:
+            archive = cls._of_index(found, call) if indexed else cls._of_file(found, call)
+        except (*UNREADABLE, AttributeError) as error:
+            # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
+            name = f"an index {found.name}" if indexed else "a file"
+            raise FileFormatError(**unreadable(call, error, name=name)) from error
+        form = archive.header.get("format")
+        if form == SHARD_FORMAT and not indexed:
             raise FileFormatError(
                 call=call,
                 got="one shard of a Fisher file",
                 expected="its index, which knows the others",
                 try_=f"the file that ends with {INDEX_SUFFIX}, beside it",
             )
-        if header.get("format") != FORMAT:
-            raise FileFormatError(
-                call=call,
-                got="a safetensors file of another kind",
-                expected="one written by fisher.save",
-                try_="check the path",
-            )
+        if form != FORMAT:
+            got = "an index of something else" if indexed else "a safetensors file of another kind"
+            raise FileFormatError(call=call, got=got, expected="one written by fisher.save", try_="check the path")
+        return archive
+
+    @classmethod
+    def _of_file(cls, path: Path, call: str) -> Archive:
+        save = _stamp(path)
+        with safe_open(path, framework="pt") as file:
+            header, keys = file.metadata() or {}, list(file.keys())
         return cls(path, header, header, dict.fromkeys(keys, path), save, call)
 
     @classmethod
     def _of_index(cls, path: Path, call: str) -> Archive:
-        save = ""
-        try:
-            index = parse(path.read_text("utf-8"))
-            header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
-            files = {key: path.with_name(name) for key, name in index["weight_map"].items()}
-            if header.get("format") == FORMAT:
-                save = header["save"]
-        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
-            # A name with a folder in it raises ValueError too: shards lie beside their index.
-            raise FileFormatError(**unreadable(call, error, name=f"an index {path.name}")) from error
-        if header.get("format") != FORMAT:
-            raise FileFormatError(
-                call=call, got="an index of something else", expected="that of a Fisher file", try_="check the path"
-            )
+        index = parse(path.read_text("utf-8"))
+        header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
+        files = {key: path.with_name(name) for key, name in index["weight_map"].items()}
+        save = header["save"] if header.get("format") == FORMAT else ""
         return cls(path, header, {**index["metadata"], "weight_map": index["weight_map"]}, files, save, call)
 
     @property

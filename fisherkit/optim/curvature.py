@@ -74,11 +74,8 @@ class Curvature:
         max_rank: int | None,
         call: str,
     ) -> None:
-        for name, value, allowed in (
-            ("reduction", reduction, ("mean", "sum")),
-            ("kfac_positions", kfac_positions, ("expand", "reduce")),
-        ):
-            check_one_of(call, name, value, allowed)
+        check_one_of(call, "reduction", reduction, ("mean", "sum"))
+        check_one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         chosen = structure_named(structure, call)
         if not issubclass(chosen, (LayerStructure, RowStructure)):
             raise InvalidArgumentError(
