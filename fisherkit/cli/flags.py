@@ -33,7 +33,7 @@ _PHRASES = (
 
 _CALLS = {
     "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "likelihood", "params", "RelativeDamping",
-    *_KINDS,
+    "FisherApproximation", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
 

@@ -15,11 +15,12 @@ from torch import nn
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
-from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
+from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region
 from fisherkit.optim.curvature import Curvature
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import Selection
+from fisherkit.vectors import rule_of
 
 CALL = "Preconditioner"
 
@@ -85,7 +86,7 @@ class Preconditioner:
         **options: Any,
     ) -> None:
         check_model(model, CALL)
-        rule = rule_of(kind, options, CALL)  # first: a misspelt argument is among its options
+        rule = rule_of(kind, call=CALL, options=options)  # first: a misspelt argument is among its options
         check_damping_choice(damping, gram_damping, CALL)
         check_trust_region(trust_region, CALL)
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
