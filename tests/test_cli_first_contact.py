@@ -369,7 +369,7 @@ def test_merge__refuses_in_python_where_it_is_told_to() -> None:
     with pytest.raises(fk.InvalidArgumentError, match=strange):
         merging.merge(models[:2], [fishers[2], fishers[0]], other_weights="refuse")
     merging.merge(models, fishers, other_weights="refuse")
-    with pytest.raises(fk.InvalidArgumentError, match=r"one of \['warn', 'refuse'\]"):
+    with pytest.raises(fk.InvalidArgumentError, match=r"one of \['refuse', 'warn'\]"):
         merging.merge(models, fishers, other_weights="ignore")
 
 
