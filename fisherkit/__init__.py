@@ -1,4 +1,4 @@
-"""Fisher information for PyTorch: five kinds, five structures, one list of exact operations.
+"""Fisher information for PyTorch: five kinds, six structures, one list of exact operations.
 
     import fisherkit as fk
 
@@ -15,7 +15,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fisherkit import errors, likelihoods
+from fisherkit import errors, likelihoods, structures
 from fisherkit._version import __version__
 from fisherkit.errors import (
     DataError,
@@ -91,6 +91,7 @@ __all__ = [
     "merging",
     "optim",
     "parameters_hash",
+    "structures",
     "testing",
 ]
 

@@ -1,7 +1,7 @@
 """`FisherApproximation`: a Fisher matrix of a model on data, by one kind and in one structure.
 
-Owns the conventions a user chooses and hands the work on: the kind is the subclass's `output_vectors`, rows are made by
-`rows`, the operator by `build`. As an operator it forwards to the one that was built.
+Owns the conventions a user chooses and hands the work on: the kind is a rule of `vectors`, rows are made by `rows`, the
+operator by `build`. As an operator it forwards to the one that was built.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fisherkit.outputs import OutputRule
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.structures import structure_named
+from fisherkit.vectors import rule_of
 from fisherkit.wrappers import unwrapped, wrapped_in
 
-STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
-
-class FisherApproximation(OutputRule, ForwardingOperator):
+class FisherApproximation(ForwardingOperator):
     """F = (1/N) Σ_nm (J_nᵀ v_nm)(J_nᵀ v_nm)ᵀ with the vectors v of a kind, in a structure.
 
     The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
@@ -50,9 +50,12 @@ class FisherApproximation(OutputRule, ForwardingOperator):
             if the model needs all others. Batches are moved to the model's device. Targets may be None for kinds that
             do not use them. Where several passes are made, all must read the same examples in the same order; a
             checksum of each batch is compared.
+        kind: which vectors: "ef", "ief", "sf", "exact" or "truncated", with a setting after a colon ("ief:0.5" power,
+            "sf:4" draws, "truncated:3" rank, "truncated:0.01" tolerance), or an `OutputRule`, the built-in ones of
+            `fisherkit.vectors` or one of your own. `EmpiricalFisher` and its like fill it in.
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
-        structure: "full", "block", "diagonal", "kfac" or "ekfac".
+        structure: of `fisherkit.structures`, by name: "full", "block", "diagonal", "kfac", "ekfac", "nkp", or your own.
         params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
         example: "sequence": one example a batch element, its positions' losses summed; "token": one an unmasked
             position.
@@ -95,6 +98,7 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         self,
         model: nn.Module,
         data: Data,
+        kind: str | OutputRule | None = None,
         *,
         likelihood: str | Likelihood | nn.Module = "categorical",
         structure: str = "full",
@@ -112,7 +116,7 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         call = type(self).__name__
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-        _one_of(call, "structure", structure, STRUCTURES)
+        chosen = structure_named(structure, call)
         _one_of(call, "example", example, ("sequence", "token"))
         _one_of(call, "normalization", normalization, ("mean", "sum"))
         _one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
@@ -123,7 +127,15 @@ class FisherApproximation(OutputRule, ForwardingOperator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
             )
-        self.seed_from(generator)
+        if kind is None:
+            raise InvalidTypeError(
+                call=call, got="no kind", expected='one such as "exact", or an fk.OutputRule',
+                why="a Fisher does not say its vectors itself: its kind does",
+                try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
+            )  # fmt: skip
+        rule = rule_of(kind, call=call)
+        if generator is not None and rule.random:
+            rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))
         model, params = _within(model, params)
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
@@ -132,14 +144,14 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         source = Source(data, model)
         plan = plan_of(model, space, source)
         problem = Problem(
-            plan, source, resolved, self, example == "token",
+            plan, source, resolved, rule, example == "token",
             is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
         )  # fmt: skip
         builder = Builder(
             problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
             max_rows=max_rows,
         )  # fmt: skip
-        self._built: Built = builder.build(structure)
+        self._built: Built = builder.build(chosen)
         self.held = self._built.operator
         self.likelihood = resolved
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
@@ -147,14 +159,14 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         own = dict(model.named_parameters())
         covered = {name: own[name] for name in space.names}
         self.metadata = {
-            "kind": self.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
-            "likelihood": resolved.recorded, "label_source": self.label_source, "example": example,
+            "kind": rule.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
+            "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
             "parameters_hash": parameters_hash(model),
             "covered_hash": f"{dtype}:{tensors_hash(covered)}".removeprefix("torch."),
             "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
-            **self.kind_options(),
+            **rule.kind_options(),
             **({} if max_rows is None else {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}),
         }  # fmt: skip
 

@@ -14,10 +14,9 @@ from typer.testing import CliRunner, Result
 
 import fisherkit as fk
 from fisherkit.cli import app
-from fisherkit.cli.info import STRUCTURE_MEANINGS
 from fisherkit.cli.text import number, table
-from fisherkit.fisher import STRUCTURES
 from fisherkit.kinds import KINDS
+from fisherkit.structures import structures
 
 
 def run(*arguments: str) -> Result:
@@ -60,7 +59,7 @@ def test_version__is_the_packages() -> None:
 def test_info__shows_versions_kinds_and_structures() -> None:
     result = run("info")
     assert result.exit_code == 0
-    for text in (fk.__version__, torch.__version__, "threads", "GB available", *KINDS, *STRUCTURES):
+    for text in (fk.__version__, torch.__version__, "threads", "GB available", *KINDS, *structures()):
         assert text in result.stdout
     for kind in KINDS.values():
         assert kind.__name__ in result.stdout
@@ -76,7 +75,7 @@ def test_info__as_json() -> None:
     assert found["devices"][0]["available_bytes"] > 0
     assert list(found["kinds"]) == list(KINDS)
     assert all(kind["meaning"] for kind in found["kinds"].values())
-    assert list(found["structures"]) == list(STRUCTURES) == list(STRUCTURE_MEANINGS)
+    assert found["structures"] == {name: one.meaning for name, one in structures().items()}
 
 
 def test_out__says_when_it_cannot_write(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from typer.testing import CliRunner
 
 from examples.demo import __main__ as demo
 from examples.demo.digits import Digits, train
-from examples.demo.measure import KINDS, project
+from examples.demo.measure import KINDS, STRUCTURES, project
 from examples.demo.pictures import PICTURES
 from fisherkit.cli import app
-from fisherkit.fisher import STRUCTURES
 
 
 def test_demo__prints_and_draws_what_its_figures_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

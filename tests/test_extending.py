@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fisherkit as fk
+from fisherkit.cli import app
 from fisherkit.io import State
 from fisherkit.operators import DiagonalOperator, Factorization
 from fisherkit.operators.factorization import IterativeFactorization
+from fisherkit.rows.base import UnitRows
 from fisherkit.space import ParameterSpace
 from tests.reference.fisher import Problem
 from tests.theorem_cases import assert_below, build, error, metric, problem
@@ -135,7 +141,7 @@ def test_likelihood__may_refuse_targets(counts: tuple[nn.Module, Tensor, Tensor]
 # -- a kind ------------------------------------------------------------------------------------------------------------
 
 
-class SelfLabelledFisher(fk.FisherApproximation):
+class SelfLabelled(fk.OutputRule):
     """The empirical Fisher at the model's own most likely label."""
 
     kind_name = "self-labelled"
@@ -153,7 +159,7 @@ def test_kind__of_one_method_works_in_every_structure(family: str, structure: st
     if of.targets.ndim > 1:
         predicted[of.targets == -100] = -100
     relabelled = Problem(of.model, of.inputs, predicted, of.likelihood, of.example)
-    found = build(SelfLabelledFisher, of, structure=structure)
+    found = build(partial(fk.FisherApproximation, kind=SelfLabelled()), of, structure=structure)
     expected = build(fk.EmpiricalFisher, relabelled, structure=structure)
     assert error(found.to_dense(), expected.to_dense()) < 1e-12
     assert found.rows == expected.rows
@@ -162,24 +168,29 @@ def test_kind__of_one_method_works_in_every_structure(family: str, structure: st
 def test_kind__needs_no_name() -> None:
     """One method is all that a kind must say; a name is for what is recorded in files."""
 
-    class Unnamed(fk.FisherApproximation):
+    class Unnamed(fk.OutputRule):
         def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
             return fk.OutputVectors(outputs.gradient().unsqueeze(1))
 
     of = problem("mlp")
-    assert error(build(Unnamed, of).to_dense(), build(fk.EmpiricalFisher, of).to_dense()) < 1e-14
+    assert (
+        error(
+            build(partial(fk.FisherApproximation, kind=Unnamed()), of).to_dense(),
+            build(fk.EmpiricalFisher, of).to_dense(),
+        )
+        < 1e-14
+    )
 
 
-class LikelyLabelsFisher(fk.FisherApproximation):
+class LikelyLabels(fk.OutputRule):
     """The exact Fisher's sum over labels, Σ_k p_k u_k u_kᵀ, without the labels less likely than a threshold."""
 
     kind_name = "likely"
     needs_targets = False
     positionwise = True  # every position has labels of its own
 
-    def __init__(self, model: nn.Module, data: Any, *, threshold: float, **options: Any) -> None:
+    def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        super().__init__(model, data, **options)
 
     def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
         p = outputs.z[:, 0].softmax(-1)
@@ -193,7 +204,7 @@ class LikelyLabelsFisher(fk.FisherApproximation):
 @pytest.mark.parametrize("family", ["mlp", "token_mlp", "token_mlp_by_token"])
 def test_kind__with_options_and_a_row_a_label_is_exact_in_the_limit(family: str, structure: str) -> None:
     of = problem(family)
-    found = build(LikelyLabelsFisher, of, structure=structure, threshold=0.0)
+    found = build(partial(fk.FisherApproximation, kind=LikelyLabels(0.0)), of, structure=structure)
     assert error(found.to_dense(), build(fk.ExactFisher, of, structure=structure).to_dense()) < 1e-12
     assert found.metadata["kind"] == "likely"
 
@@ -201,12 +212,118 @@ def test_kind__with_options_and_a_row_a_label_is_exact_in_the_limit(family: str,
 def test_kind__may_leave_rows_out_and_say_so() -> None:
     of = problem("mlp_no_bias")
     p = of.model(of.inputs).softmax(-1)
-    found, exact = build(LikelyLabelsFisher, of, threshold=0.2), build(fk.ExactFisher, of)
+    found, exact = build(partial(fk.FisherApproximation, kind=LikelyLabels(0.2)), of), build(fk.ExactFisher, of)
     assert found.rows == int((p >= 0.2).sum())
     assert found.dropped_trace is not None
     assert found.dropped_trace.shape == (6,)
     assert bool((found.dropped_trace > 0).all())
     assert_below(found.to_dense(), exact.to_dense())
+
+
+# -- a structure -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trace(fk.structures.UnitSums):
+    """Σ ‖row‖² of a layer."""
+
+    label = "scalar"
+
+    trace: Tensor
+
+    def operator(self, space: ParameterSpace, scale: float) -> fk.FisherOperator:
+        return DiagonalOperator(space, (scale * self.trace / space.size).repeat(space.size))
+
+
+class Scalar(fk.structures.LayerStructure):
+    """Of each layer, the multiple of the identity that has its trace."""
+
+    name = "scalar"
+    meaning = "one number a layer"
+
+    def record(self, rows: UnitRows) -> Trace:
+        return Trace(rows.squared_sum().sum())
+
+
+def levels(diagonal: Tensor, space: ParameterSpace) -> Tensor:
+    """Each module's mean entry, in the place of its entries."""
+    found = torch.empty_like(diagonal)
+    for names in space.blocks.values():
+        places = torch.cat([torch.arange(space.size)[space.slices[name]] for name in names])
+        found[places] = diagonal[places].mean()
+    return found
+
+
+def test_structure__is_built_saved_and_listed(tmp_path: Path) -> None:
+    of = problem("mlp")
+    found, diagonal = (build(fk.ExactFisher, of, structure=s) for s in ("scalar", "diagonal"))
+    expected = levels(diagonal.diagonal(), found.space)
+    assert error(found.diagonal(), expected) < 1e-12
+    assert found.metadata["structure"] == "scalar"
+    assert {entry.structure for entry in found.coverage().entries} == {"scalar"}
+    found.save(tmp_path / "f")
+    assert error(fk.load(tmp_path / "f").diagonal(), expected) < 1e-14
+    fk.testing.check_fisher(found, expected.diag())
+    listed = json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)["structures"]
+    assert listed["scalar"] == "one number a layer"
+    with pytest.raises(fk.InvalidArgumentError, match="'scalar'"):
+        build(fk.ExactFisher, of, structure="scalr")
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.6])
+def test_structure__is_averaged_and_resumed_by_both_optimizers(ema: float) -> None:
+    of = problem("mlp")
+    half = [Problem(of.model, of.inputs[t], of.targets[t]) for t in (slice(3), slice(3, 6))]
+    means = [build(fk.EmpiricalFisher, part, structure="scalar").diagonal() for part in half]
+    average = ema * means[0] + (1 - ema) * means[1]
+    steps = []
+    for stop in (False, True):
+        preconditioner = fk.optim.Preconditioner(of.model, kind="ef", structure="scalar", damping=0.1, ema=ema)
+        for number, part in enumerate(half):
+            if stop and number == 1:
+                state = preconditioner.state_dict()
+                preconditioner.close()
+                preconditioner = fk.optim.Preconditioner(of.model, kind="ef", structure="scalar", damping=0.1, ema=ema)
+                preconditioner.load_state_dict(state)
+            of.model.zero_grad()
+            nn.functional.cross_entropy(of.model(part.inputs), part.targets).backward()
+            gradient = torch.cat([p.grad.flatten() for p in of.model.parameters()])
+            preconditioner.step()
+        steps.append(torch.cat([p.grad.flatten() for p in of.model.parameters()]))
+        preconditioner.close()
+        of.model.zero_grad()
+    assert error(steps[0], gradient / (average + 0.1)) < 1e-12
+    assert torch.equal(*steps)
+    optimizer = fk.optim.NaturalGradient(of.model, 0.5, kind="ef", structure="scalar", damping=0.1)
+    before = torch.cat([p.detach().flatten() for p in of.model.parameters()])
+    nn.functional.cross_entropy(of.model(half[1].inputs), half[1].targets).backward()
+    optimizer.step()
+    after = torch.cat([p.detach().flatten() for p in of.model.parameters()])
+    assert error(before - after, 0.5 * gradient / (means[1] + 0.1)) < 1e-12
+
+
+def test_structure__is_what_applications_take() -> None:
+    of = problem("mlp")
+    fisher = build(fk.EmpiricalFisher, of, structure="scalar")
+    d = fisher.diagonal()
+    ewc = fk.continual.EWC(of.model, strength=2.0, normalize=None)
+    ewc.consolidate(fisher)
+    merged = copy.deepcopy(of.model)
+    with torch.no_grad():
+        for p in of.model.parameters():
+            p.add_(0.1)
+    assert float(ewc.penalty().detach()) == pytest.approx(float(d.sum()) * 0.01, rel=1e-9)
+    other = build(fk.EmpiricalFisher, of, structure="scalar")
+    state = fk.merging.merge([merged, of.model], [fisher, other], damping=1e-8, normalize=None)
+    start, end = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (merged, of.model))
+    expected = (d * start + other.diagonal() * end) / (d + other.diagonal())
+    assert error(torch.cat([state[n].flatten() for n in fisher.space.names]), expected) < 1e-5
+    scores = fk.influence.InfluenceScores(other, of.model, damping=0.1)
+    found = scores.scores((of.inputs[:2], of.targets[:2]), (of.inputs, of.targets))
+    losses = nn.functional.cross_entropy(of.model(of.inputs), of.targets, reduction="none")
+    rows = [torch.autograd.grad(loss, list(of.model.parameters()), retain_graph=True) for loss in losses]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    assert error(found, J[:2] @ (J / (other.diagonal() + 0.1)).T / other.examples) < 1e-10
 
 
 # -- an operator -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit import EmpiricalFisher, ExactFisher, SingularMatrixError
-from fisherkit.build import SMALL_BLOCK
+from fisherkit.structures.kronecker import SMALL_BLOCK
 from fisherkit.testing import check_fisher
 from tests.conformance_cases import annotations_checked, build, cells, check, entry, reference_rows, relative_error
 from tests.kronecker_cases import captured, expected_matrix

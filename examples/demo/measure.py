@@ -23,8 +23,9 @@ import fisherkit as fk
 from examples.demo.digits import BATCH, Batch, Checkpoint, Digits
 from fisherkit.cli.text import progress
 from fisherkit.evaluation import approximation_quality, loss_gradient
-from fisherkit.fisher import STRUCTURES
 from fisherkit.space import ParameterSpace
+
+STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 
 KINDS: dict[str, Callable[..., Any]] = {
     "EF": fk.EmpiricalFisher,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from examples.demo.digits import BATCH, Checkpoint
-from examples.demo.measure import DAMPING, KINDS, Projection, Quality, Structures
+from examples.demo.measure import STRUCTURES, DAMPING, KINDS, Projection, Quality, Structures
 from examples.demo.uses import ANGLE, Uses
 from fisherkit.cli.text import number, table
-from fisherkit.fisher import STRUCTURES
 
 
 def uses_report(found: Uses) -> str:

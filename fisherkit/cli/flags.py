@@ -34,8 +34,7 @@ _PHRASES = (
 
 _CALLS = {
     "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "MergePolicy", "likelihood", "params",
-    "RelativeDamping",
-    *_KINDS,
+    "RelativeDamping", "FisherApproximation", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
 

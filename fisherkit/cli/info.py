@@ -16,17 +16,10 @@ from fisherkit._version import __version__
 from fisherkit.cli.command import Command
 from fisherkit.cli.options import AsJson
 from fisherkit.cli.text import pairs, table
-from fisherkit.fisher import STRUCTURES
 from fisherkit.kinds import KINDS
 from fisherkit.memory import available_memory
+from fisherkit.structures import structures
 
-STRUCTURE_MEANINGS = {
-    "full": "the whole matrix by its rows, JᵀJ/N; solved through the rows' Gram matrix",
-    "block": "one exact block a module, nothing between modules",
-    "diagonal": "the exact diagonal alone",
-    "kfac": "a Kronecker product a layer: activations' factor ⊗ output gradients' factor",
-    "ekfac": "kfac's eigenvectors with eigenvalues measured along them",
-}
 EXTRAS = {
     "demo": ("matplotlib", "scikit-learn"),
     "hf": ("transformers",),
@@ -70,7 +63,7 @@ def collect() -> dict[str, Any]:
         ],
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "kinds": {name: {"class": kind.__name__, "meaning": _first_line(kind)} for name, kind in KINDS.items()},
-        "structures": {name: STRUCTURE_MEANINGS[name] for name in STRUCTURES},
+        "structures": {name: structure.meaning for name, structure in structures().items()},
     }
 
 

@@ -244,6 +244,7 @@ class EigenKroneckerOperator(FisherOperator):
         gradient_basis: U_G [O, s], likewise; of the same dtype and device.
         eigenvalues: e [s, r], 0 or more, in the bases' dtype or in float64.
         transposed: the weight is stored as [I, O].
+        decomposed: all of these come from a decomposition of finite matrices, and are not checked.
 
     Raises:
         InvalidTypeError: not real floating-point tensors, or dtypes that do not fit.
@@ -260,9 +261,15 @@ class EigenKroneckerOperator(FisherOperator):
         gradient_basis: Float[Tensor, "..."],
         eigenvalues: Float[Tensor, "..."],
         transposed: bool = False,
+        *,
+        decomposed: bool = False,
     ) -> None:
         name = "EigenKroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
+        if decomposed:
+            super().__init__(space, dtype=activation_basis.dtype, device=activation_basis.device)
+            self.activation_basis, self.gradient_basis, self._values = activation_basis, gradient_basis, eigenvalues
+            return
         width, outputs = self._layout.width, self._layout.outputs
         rank_in, rank_out = _columns(activation_basis, width), _columns(gradient_basis, outputs)
         basis = check_tensor(activation_basis, [width, rank_in], f"{name}(activation_basis)")

@@ -1,4 +1,4 @@
-"""What users pass to an optimizer, checked before anything is done: kinds by name, models, dampings, trust regions.
+"""What users pass to an optimizer, checked before anything is done: models, dampings, trust regions.
 
 Owns messages. Knows no rows and no steps.
 """
@@ -6,48 +6,11 @@ Owns messages. Knows no rows and no steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from inspect import signature
-from typing import Any
 
 from torch import nn
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.kind_specs import SPELLINGS, KindSpec
 from fisherkit.operators import RelativeDamping
-from fisherkit.outputs import OutputRule
-from fisherkit.vectors import RULES
-
-
-def rule_of(kind: str | OutputRule, options: Mapping[str, Any], call: str) -> OutputRule:
-    """The rule of a kind, by its string or itself.
-
-    Raises:
-        InvalidArgumentError: an unknown kind, or options that the kind does not have.
-        InvalidTypeError: neither a string nor a rule.
-    """
-    if isinstance(kind, OutputRule):
-        if options:
-            raise InvalidArgumentError(call=call, got=f"options {sorted(options)} beside a rule", expected="none")
-        return kind
-    if not isinstance(kind, str):
-        raise InvalidTypeError(
-            call=call, got=f"a {type(kind).__name__} as kind", expected=f"one of {list(SPELLINGS)}, or an OutputRule"
-        )
-    spec = KindSpec.parse(kind, call=call)
-    possible = list(signature(RULES[spec.name]).parameters)
-    unknown = [name for name in options if name not in possible]
-    if unknown:
-        named = " and ".join(f"{name}=" for name in unknown)
-        own = " and ".join(f"{name}=" for name in possible) or "none"
-        raise InvalidArgumentError(
-            call=call, got=f"an argument {named} that it does not have", expected=f"its own; for kind={kind!r}, {own}",
-            try_=f"help(fk.optim.{call})",
-        )  # fmt: skip
-    twice = [name for name in options if name in spec.options]
-    if twice:
-        raise InvalidArgumentError(call=call, got=f"kind={kind!r} and {twice[0]}=", expected="one of them")
-    return RULES[spec.name](**spec.options, **options)
 
 
 def check_model(model: object, call: str) -> None:

@@ -20,21 +20,19 @@ from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import InvalidArgumentError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
-from fisherkit.operators import Damping
+from fisherkit.operators import Damping, Factorization, FisherOperator
 from fisherkit.optim import surprises
-from fisherkit.optim.averages import Averages, Inverse
+from fisherkit.optim.averages import Averages
 from fisherkit.optim.capture import Capture
 from fisherkit.optim.outputs import check_reduction
 from fisherkit.optim.passes import Captured, lifted
-from fisherkit.optim.sample_space import Direction, damped_direction, form, gram_direction
+from fisherkit.optim.sample_space import Direction, damped, gram_direction
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.structures import LayerStructure, RowStructure, structure_named
 from fisherkit.vectors import EmpiricalVectors
-
-STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
-OF_A_BATCH = ("full", "block")
 
 
 class Curvature:
@@ -45,7 +43,7 @@ class Curvature:
         params: which parameters.
         rule: of the kind.
         likelihood: p(y | z).
-        structure: "full", "block", "diagonal", "kfac" or "ekfac".
+        structure: of `fisherkit.structures`, by name.
         gram: whether the damping is the paper's, in the space of examples.
         reduction: of the user's loss.
         ema: weight of what was before in running averages.
@@ -77,12 +75,17 @@ class Curvature:
         call: str,
     ) -> None:
         for name, value, allowed in (
-            ("structure", structure, STRUCTURES),
             ("reduction", reduction, ("mean", "sum")),
             ("kfac_positions", kfac_positions, ("expand", "reduce")),
         ):
             if value not in allowed:
                 raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+        chosen = structure_named(structure, call)
+        if not issubclass(chosen, (LayerStructure, RowStructure)):
+            raise InvalidArgumentError(
+                call=call, got=f"structure={structure!r}", expected="a LayerStructure or a RowStructure",
+                why="steps average the records of layers, or take the rows of a batch",
+            )  # fmt: skip
         resolved = likelihoods.resolve(likelihood)
         check_reduction(resolved, reduction, call)
         check_count(call, "update_every", update_every)
@@ -90,7 +93,7 @@ class Curvature:
         check_count(call, "max_rank", max_rank, optional=True)
         if not isinstance(ema, (int, float)) or not 0 <= ema < 1:
             raise InvalidArgumentError(call=call, got=f"ema={ema!r}", expected="a number from 0 to below 1")
-        if structure in OF_A_BATCH and (ema > 0 or update_every > 1):
+        if chosen.keeps_rows and (ema > 0 or update_every > 1):
             raise InvalidArgumentError(
                 call=call,
                 got=f"structure={structure!r} with ema={ema} and update_every={update_every}",
@@ -101,16 +104,17 @@ class Curvature:
         self.call, self.structure, self.gram, self.reduction = call, structure, gram, reduction
         self.update_every = update_every
         self.rule = rule
-        self._power = rule.gradient_power if gram and structure in OF_A_BATCH else None
+        self._power = rule.gradient_power if gram and chosen.keeps_rows else None
         self.capture = Capture(
             model, params, EmpiricalVectors() if self._power is not None else rule,
-            resolved, reduction, written_out=structure in OF_A_BATCH, call=call,
+            resolved, reduction, written_out=chosen.keeps_rows, call=call,
         )  # fmt: skip
         self.averages = Averages(
-            structure, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce", max_rank=max_rank
+            chosen, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce", max_rank=max_rank
         )
         self.steps = self.examples = 0
-        self._inverse: tuple[ParameterSpace, Damping, Inverse] | None = None
+        self._operator: FisherOperator | None = None
+        self._inverse: tuple[Damping, Factorization] | None = None
 
     def direction(self, gradients: Mapping[str, Tensor], damping: Damping) -> tuple[ParameterSpace, Direction]:
         """Δ for the mean gradient, after an update if one is due.
@@ -143,9 +147,9 @@ class Curvature:
             for number, one in enumerate(captured):
                 for chunk in one.chunks:
                     chunk.rows.finite(f"{self.call}.step, forward pass {number}")
-            self.examples, self._inverse = examples, None
+            self.examples, self._operator, self._inverse = examples, None, None
             self._look_for_surprises(captured, gradients, space)
-        if self.structure in OF_A_BATCH:
+        if self.averages.structure.keeps_rows:
             try:
                 direction = self._of_batch(captured, gradients, damping)
             except SingularMatrixError:
@@ -153,9 +157,8 @@ class Curvature:
                 raise
         else:
             if due:
-                self.averages.update(
-                    [chunk for one in captured for chunk in self._chunks(one, len(captured))], examples
-                )
+                chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
+                self.averages.update(captured[0].plan, chunks, examples)
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
         self._expect()
@@ -195,21 +198,23 @@ class Curvature:
 
     def _of_batch(self, captured: list[Captured], gradients: Mapping[str, Tensor], damping: Damping) -> Direction:
         plan = captured[0].plan
-        rows = Rows.taken_from([chunk.rows for one in captured for chunk in self._chunks(one, len(captured))])
-        blocks = [plan.space.names] if self.structure == "full" else plan.modules
+        structure = self.averages.structure.of(plan)
+        chunks = (chunk for one in captured for chunk in self._chunks(one, len(captured)))
         if self._power is not None and isinstance(damping, (int, float)):
             targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
-            return gram_direction(rows, blocks, targets, damping, self.examples)
-        mean = self._mean(gradients, plan.space, self.examples)
-        return damped_direction(rows, blocks, mean, self._effective(damping), self.examples)
+            rows = Rows.taken_from([chunk.rows for chunk in chunks])
+            return gram_direction(rows, structure.groups, targets, damping, self.examples)
+        operator = structure.operator(structure.empty().added(chunks), 1 / self.examples)
+        inverse = operator.factorize(self._effective(damping))
+        return damped(inverse, self._mean(gradients, plan.space, self.examples))
 
     def _averaged(self, space: ParameterSpace, gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
         effective = self._effective(damping)
-        if self._inverse is None or self._inverse[1] != effective:
-            self._inverse = space, effective, self.averages.inverse(space, effective)
-        inverse = self._inverse[2]
-        update = inverse.matvec(gradient)
-        return Direction(update, lambda: form(update, gradient, inverse.damping))
+        if self._operator is None:
+            self._operator, self._inverse = self.averages.operator(space, gradient), None
+        if self._inverse is None or self._inverse[0] != effective:
+            self._inverse = effective, self._operator.factorize(effective)
+        return damped(self._inverse[1], gradient)
 
     def _effective(self, damping: Damping) -> Damping:
         """Beside F = (1/N) Σ: the paper's damping is beside the sum."""
@@ -313,7 +318,7 @@ class Curvature:
                 expected=f"one that {self.call}.state_dict() made",
             ) from error  # fmt: skip
         self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
-        self._inverse = None
+        self._operator = self._inverse = None
         self._expect()
 
 

@@ -18,11 +18,12 @@ from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, l
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
+from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region
 from fisherkit.optim.curvature import Curvature, check_has
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.vectors import rule_of
 
 CALL = "NaturalGradient"
 STATE_CHECKSUM = "state_checksum"
@@ -69,10 +70,10 @@ class NaturalGradient(torch.optim.Optimizer):
         trust_region: δ: Δ is shortened so that (lr · Δ)ᵀ F (lr · Δ) <= δ, in the kind's own F, where it would be more.
             With momentum, what is added to the buffer is.
         structure: "full" (the batch's rows, in sample space), "block" (the same by module), "kfac", "ekfac",
-            "diagonal".
+            "nkp", "diagonal", or a structure of layers of your own.
         params: None for all parameters, names, a predicate ``(name, parameter) -> bool``, or parameter groups in
             torch's form. Parameters that do not require a gradient are left alone until they do.
-        ema: for kfac, ekfac and diagonal, the weight of what was before in running averages.
+        ema: for structures of layers, the weight of what was before in running averages.
         update_every: for these, steps between updates.
         refresh_every: updates between eigen-decompositions.
         kfac_positions: "expand" or "reduce".
@@ -117,7 +118,7 @@ class NaturalGradient(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         check_model(model, CALL)
-        rule = rule_of(kind, options, CALL)  # first: a misspelt argument is among its options
+        rule = rule_of(kind, call=CALL, options=options)  # first: a misspelt argument is among its options
         check_damping_choice(damping, gram_damping, CALL)
         for name, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("momentum", momentum, 0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:

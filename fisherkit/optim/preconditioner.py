@@ -15,11 +15,12 @@ from torch import nn
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
-from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region, rule_of
+from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region
 from fisherkit.optim.curvature import Curvature
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import Selection
+from fisherkit.vectors import rule_of
 
 CALL = "Preconditioner"
 
@@ -40,13 +41,13 @@ class Preconditioner:
     Args:
         model: the model; call this very object.
         kind: as for `NaturalGradient`, like all that is not listed here.
-        structure: "kfac", "ekfac", "diagonal", "block" or "full".
+        structure: "kfac", "ekfac", "nkp", "diagonal", "block" or "full".
         damping: λ beside F, or `fisherkit.RelativeDamping`.
         gram_damping: λ beside the sum over examples instead of the mean; for EF and iEF in the full and block
             structures, the paper's update, which ``.grad`` is then replaced by.
         ema: weight of what was before in running averages; None for 0.95, and for 0 with full and block, whose rows are
             those of a batch.
-        update_every: steps between updates; more than 1 for kfac, ekfac and diagonal.
+        update_every: steps between updates; more than 1 for structures of layers.
         refresh_every: updates between eigen-decompositions.
         trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
         lr: the following optimizer's learning rate, a number or a function without arguments; used by ``trust_region``.
@@ -85,7 +86,7 @@ class Preconditioner:
         **options: Any,
     ) -> None:
         check_model(model, CALL)
-        rule = rule_of(kind, options, CALL)  # first: a misspelt argument is among its options
+        rule = rule_of(kind, call=CALL, options=options)  # first: a misspelt argument is among its options
         check_damping_choice(damping, gram_damping, CALL)
         check_trust_region(trust_region, CALL)
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.optim.arguments import rule_of
 from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors
-from fisherkit.vectors import ImprovedVectors
+from fisherkit.vectors import ImprovedVectors, rule_of
 
 
 class RowDamped(OutputRule):
@@ -52,7 +51,7 @@ class RowDamped(OutputRule):
             )
         if not (math.isfinite(row_damping) and row_damping > 0):
             raise InvalidArgumentError(call=call, got=f"row_damping={row_damping}", expected="a positive number")
-        self.rule, self.row_damping = rule_of(kind, options, call), float(row_damping)
+        self.rule, self.row_damping = rule_of(kind, call=call, options=options), float(row_damping)
         self.kind_name = self.rule.kind_name  # type: ignore[misc]  # what a class has is an object's own here
         self.positionwise = self.rule.positionwise  # type: ignore[misc]
 

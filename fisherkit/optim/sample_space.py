@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.errors import SingularMatrixError
-from fisherkit.operators import Damping
-from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.operators import Factorization
 from fisherkit.rows.collection import Rows
 
 
@@ -77,34 +76,20 @@ def gram_direction(
     return Direction(update, lambda: curvature / examples)
 
 
-def damped_direction(
-    rows: Rows, blocks: Sequence[Sequence[str]], gradient: Float[Tensor, "D"], damping: Damping, examples: int
-) -> Direction:
-    """Δ = (F + λI)⁻¹ g with F = (1/N) JᵀJ, block by block.
+def damped(inverse: Factorization, gradient: Float[Tensor, "D"]) -> Direction:
+    """Δ = (F + λI)⁻¹ g, and ΔᵀFΔ = Δᵀg − λ‖Δ‖² of it.
 
     Args:
-        rows: J, rows of the kind.
-        blocks: names of each block's parameters.
+        inverse: of F + λI.
         gradient: g.
-        damping: λ, or relative to each block's mean eigenvalue.
-        examples: N.
     """
-    update, curvature = torch.empty_like(gradient), gradient.new_zeros((), dtype=torch.float64)
-    for names in blocks:
-        part = rows if len(names) == len(rows.space.names) else rows.part(names)
-        fisher = LowRankOperator(part, 1 / examples, dtype=gradient.dtype, device=gradient.device)
-        inverse = fisher.factorize(damping)
-        own = rows.space.take(gradient, part.space.names)
-        solution = inverse.matvec(own)
-        curvature = curvature + form(solution, own, inverse.damping)
-        rows.space.put(update, part.space.names, solution)
-    return Direction(update, lambda: curvature)
+    update = inverse._solve(gradient.unsqueeze(1)).squeeze(1)  # the step has looked at every gradient
 
+    def curvature() -> Float[Tensor, ""]:
+        precise = update.double()
+        return (precise @ gradient.double() - inverse.damping * precise.square().sum()).clamp_min(0)
 
-def form(solution: Float[Tensor, "D"], gradient: Float[Tensor, "D"], damping: float) -> Float[Tensor, ""]:
-    """ΔᵀFΔ of a solution of (F + λI) Δ = g."""
-    precise = solution.double()
-    return (precise @ gradient.double() - damping * precise.square().sum()).clamp_min(0)
+    return Direction(update, curvature)
 
 
 def _damped(rows: Rows, damping: float, right: Float[Tensor, "R 1"]) -> Float[Tensor, "R 1"]:

@@ -1,0 +1,371 @@
+"""The contract of a structure: what a pass over rows adds up, and the operator that it becomes.
+
+A structure is one object for everyone who adds rows up: a build, which reads the data once or more, and an optimizer,
+which averages the sums of its steps. It knows neither kinds nor N; whoever counted the examples passes the scale.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fisherkit.errors import InvalidArgumentError
+from fisherkit.operators import BlockDiagonalOperator, FisherOperator
+from fisherkit.rows.base import UnitRows
+from fisherkit.rows.chunks import Chunk
+from fisherkit.rows.collection import UnitSlot
+from fisherkit.rows.plan import Plan
+from fisherkit.rows.problem import Problem
+from fisherkit.space import ParameterSpace
+
+UNBOUNDED = 1 << 62
+"""A memory budget that nothing exceeds."""
+
+Names = tuple[str, ...]
+
+S = TypeVar("S", bound="Sums")
+T = TypeVar("T", bound="Structure")
+U = TypeVar("U", bound="UnitSums")
+
+
+_BY_NAME: dict[str, type[Structure]] = {}
+
+
+class Part(NamedTuple):
+    """What became of some parameters: their own operator, and for `coverage` its structure and the reason.
+
+    ``kept`` says that the reason begins with that of how the unit's rows are kept.
+    """
+
+    operator: FisherOperator
+    structure: str
+    reason: str
+    kept: bool = False
+
+
+Parts = dict[Names, Part]
+"""The part of each group of parameters that was handled as one."""
+
+
+class Sums(ABC):
+    """What has been added up, frozen: every method returns new sums, and leaves the old ones as they are.
+
+    Attributes:
+        dropped: how many rows were left out.
+        dropped_share: of the trace, what they had; None if none were to be.
+    """
+
+    dropped: int = 0
+    dropped_share: float | None = None
+
+    @abstractmethod
+    def added(self: S, chunks: Iterable[Chunk]) -> S:
+        """With more rows."""
+
+    @abstractmethod
+    def scaled(self: S, weight: float) -> S:
+        """Of ``weight`` times the Fisher."""
+
+    @abstractmethod
+    def merge(self: S, other: S) -> S:
+        """Of the sum of both Fishers: with what another pass, step or process added up."""
+
+
+@dataclass(frozen=True)
+class Structure(ABC):
+    """What to add up, and for whom. A subclass with a name of its own is registered by being defined.
+
+    Args:
+        space: the parameters.
+        dtype: of the rows.
+        device: of the rows.
+        modules: the parameters of each module.
+        token: whether every position of the outputs is an example.
+        reduce: Kronecker factors from sums over shared positions instead of each position.
+        max_rows: rows to keep, those of largest norm; None for all.
+        max_rank: eigenpairs of a Kronecker factor to keep; None for all.
+        averaged: whether the sums will be merged with those of other examples after they were decomposed.
+        memory_budget: bytes.
+    """
+
+    name: ClassVar[str] = ""
+    meaning: ClassVar[str] = ""
+    keeps_rows: ClassVar[bool] = False
+    """Whether the operator is made of the rows themselves, so that a running average would grow without end."""
+    needs_rows: ClassVar[bool] = True
+    """Whether it asks rows for more than sums of squares and the sums for Kronecker factors, which a last layer of the
+    exact kind has without a backward pass."""
+    counts_positions: ClassVar[bool] = False
+    """Whether it asks which positions outputs that count depend on, as Kronecker factors do."""
+    passes: ClassVar[int] = 1
+    """Over the rows, about."""
+    instead: ClassVar[str] = "params= to choose fewer parameters"
+    """What to try where memory is too small for it; {0} is the structure itself."""
+
+    space: ParameterSpace
+    dtype: torch.dtype
+    device: torch.device
+    modules: tuple[Names, ...]
+    token: bool = False
+    reduce: bool = False
+    max_rows: int | None = None
+    max_rank: int | None = None
+    averaged: bool = False
+    memory_budget: int = UNBOUNDED
+
+    def __init_subclass__(cls) -> None:
+        """Register a class that has a name of its own, in the order of definition."""
+        super().__init_subclass__()
+        if vars(cls).get("name"):
+            _BY_NAME[cls.name] = cls
+
+    @classmethod
+    def of(cls: type[T], plan: Plan, **settings: Any) -> T:
+        """The structure for a plan's parameters."""
+        return cls(plan.space, plan.dtype, plan.example_parameter.device, tuple(plan.modules), **settings)
+
+    def bytes(self, problem: Problem) -> int:
+        """What the sums take, before anything is computed; ``problem`` knows the examples and what their rows take."""
+        return self.item * self.space.size
+
+    def fitted(self, problem: Problem) -> int:
+        """The same, once it is chosen how rows are kept so that they fit."""
+        return self.bytes(problem)
+
+    def most_examples(self, problem: Problem) -> int | None:
+        """How many examples' rows may exist at once; None for as many as a pass likes."""
+        return None
+
+    @abstractmethod
+    def empty(self, problem: Problem | None = None) -> Sums:
+        """Where adding begins; ``problem`` as in `bytes`, None where rows are those of one step."""
+
+    def next_pass(self, sums: Any) -> Sums | None:
+        """Where the next pass over the same rows begins; None if ``sums`` are all that is needed."""
+        return None
+
+    @abstractmethod
+    def operator(self, sums: Any, scale: float) -> FisherOperator:
+        """``scale`` times what was added up.
+
+        Args:
+            sums: after the last pass.
+            scale: 1/N, or 1.
+        """
+
+    @abstractmethod
+    def parts(self, sums: Any, operator: Any) -> Parts:
+        """What became of each group of parameters, in the space's order.
+
+        Args:
+            sums: after the last pass.
+            operator: that was made of them.
+        """
+
+    @property
+    def groups(self) -> tuple[Names, ...]:
+        """The parameters of each block of rows."""
+        return (self.space.names,)
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows that do not fit are made anew for every product."""
+        return False
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number."""
+        return torch.finfo(self.dtype).bits // 8
+
+
+# -- structures that treat layers one by one ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnitSums(ABC):
+    """What is added up of one unit (a weight with its bias, or one parameter): a frozen record of tensors and numbers.
+
+    A subclass says which operator it becomes. The rest follows from its fields where the Fisher is linear in each.
+    """
+
+    label: ClassVar[str]
+    """In `coverage`, and in optimizers' states; "" of what is neither averaged nor kept."""
+    reason: ClassVar[str] = ""
+
+    @abstractmethod
+    def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
+        """``scale`` times the Fisher over the unit's parameters."""
+
+    def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> UnitSums:
+        """With the unit's rows of a chunk."""
+        return self.merge(structure.record(slot.rows))
+
+    def scaled(self: U, weight: float) -> U:
+        """Of ``weight`` times the Fisher."""
+        return replace(self, **{f.name: weight * getattr(self, f.name) for f in fields(self)})
+
+    def merge(self: U, other: U) -> U:
+        """Of the sum of both Fishers."""
+        return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
+        """ema · ``known`` + (1 − ema) · weight · self; where nothing is known, weight · self.
+
+        Args:
+            known: the average of what was before; None for nothing.
+            ema: its weight.
+            weight: of the new sums, 1/N.
+        """
+        if known is None:
+            return self.scaled(weight)
+        average: UnitSums = known.scaled(ema).merge(self.scaled((1 - ema) * weight))
+        return average
+
+    def decomposed(self, known: Any, due: bool, rank: int | None) -> UnitSums:
+        """With the eigenpairs that `operator` needs, for records that keep them from step to step.
+
+        Args:
+            known: the record before.
+            due: whether it is time for new ones.
+            rank: how many to keep of a factor; None for all.
+        """
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file must hold; `from_tensors` takes it back."""
+        return {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_tensors(cls: type[U], tensors: Mapping[str, Tensor], before: UnitSums | None) -> U:
+        """The inverse of `tensors`; ``before`` is the unit's record of an earlier pass."""
+        return cls(**tensors)
+
+
+@dataclass(frozen=True)
+class LayerSums(Sums):
+    """A record of each unit.
+
+    Args:
+        structure: which record a unit gets.
+        units: the records so far.
+        done: records of units that need no other pass; None in the first pass.
+    """
+
+    structure: LayerStructure
+    units: Mapping[Names, UnitSums] = field(default_factory=dict)
+    done: Mapping[Names, UnitSums] | None = None
+
+    def added(self, chunks: Iterable[Chunk]) -> LayerSums:
+        """With more rows; in a later pass, with those of the units that need it."""
+        units = dict(self.units)
+        for chunk in chunks:
+            for slot in chunk.rows.slots:
+                known = units.get(slot.names)
+                if known is not None:
+                    units[slot.names] = known.added(slot, chunk, self.structure)
+                elif self.done is None:
+                    units[slot.names] = self.structure.start(slot, chunk)
+        return replace(self, units=units)
+
+    def scaled(self, weight: float) -> LayerSums:
+        """Of ``weight`` times the Fisher."""
+        return replace(self, units={names: unit.scaled(weight) for names, unit in self.units.items()})
+
+    def merge(self, other: LayerSums) -> LayerSums:
+        """Of the sum of both Fishers."""
+        units = {n: self.units[n].merge(other.units[n]) if n in other.units else self.units[n] for n in self.units}
+        return replace(self, units={**other.units, **units})
+
+    @property
+    def whole(self) -> dict[Names, UnitSums]:
+        """The records of all units, in the space's order."""
+        place = self.structure.space.names.index
+        return dict(sorted({**(self.done or {}), **self.units}.items(), key=lambda unit: place(unit[0][0])))
+
+    def averaged(self, known: Mapping[tuple[Names, str], UnitSums], ema: float, weight: float, due: bool) -> LayerSums:
+        """Each record averaged with what was before, and decomposed; those of a label "" are left as they are.
+
+        Args:
+            known: what was before, by unit and label.
+            ema: its weight.
+            weight: of the new sums, 1/N.
+            due: whether it is time for new eigenpairs.
+        """
+
+        def one(names: Names, unit: UnitSums) -> UnitSums:
+            old = known.get((names, unit.label))
+            return unit.averaged(old if ema > 0 else None, ema, weight).decomposed(old, due, self.structure.max_rank)
+
+        units = {names: one(names, unit) if unit.label else unit for names, unit in self.units.items()}
+        return replace(self, units=units)
+
+
+class LayerStructure(Structure):
+    """A structure whose sums are one record for each unit, and whose operator is block-diagonal over units."""
+
+    @abstractmethod
+    def record(self, rows: UnitRows) -> UnitSums:
+        """What is added up of some rows of a unit."""
+
+    def start(self, slot: UnitSlot, chunk: Chunk) -> UnitSums:
+        """The record of a unit's first rows."""
+        return self.record(slot.rows)
+
+    def empty(self, problem: Problem | None = None) -> LayerSums:
+        """No unit yet."""
+        return LayerSums(self)
+
+    def operator(self, sums: LayerSums, scale: float) -> FisherOperator:
+        """A block a unit."""
+        units = sums.whole.items()
+        return BlockDiagonalOperator(self.space, [u.operator(self.space.restrict(n), scale) for n, u in units])
+
+    def parts(self, sums: LayerSums, operator: Any) -> Parts:
+        """The blocks."""
+        units = zip(sums.whole.items(), operator.blocks, strict=True)
+        return {names: Part(block, unit.label, unit.reason) for (names, unit), block in units}
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+
+def structures() -> dict[str, type[Structure]]:
+    """All structures by name, the package's own first and then those that were defined elsewhere."""
+    return dict(_BY_NAME)
+
+
+def structure_named(name: object, call: str, argument: str = "structure") -> type[Structure]:
+    """The structure of a name.
+
+    Args:
+        name: as the user gave it.
+        call: for errors.
+        argument: the argument's name, for errors.
+
+    Raises:
+        InvalidArgumentError: there is none.
+    """
+    known = structures()
+    if not isinstance(name, str) or name not in known:
+        raise InvalidArgumentError(call=call, got=f"{argument}={name!r}", expected=f"one of {list(known)}")
+    return known[name]
+
+
+def record_class(label: str) -> type[UnitSums]:
+    """The class of records with a label.
+
+    Raises:
+        LookupError: there is none.
+    """
+    return {cls.label: cls for cls in _subclasses(UnitSums) if "label" in vars(cls)}[label]
+
+
+def _subclasses(cls: Any) -> Iterator[Any]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

@@ -1,0 +1,126 @@
+"""One exact block a module, by its rows or by its dense matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.operators import BlockDiagonalOperator, DenseOperator, FisherOperator
+from fisherkit.rows.base import UnitRows
+from fisherkit.rows.chunks import Chunk
+from fisherkit.rows.collection import Rows
+from fisherkit.rows.problem import Problem
+from fisherkit.space import ParameterSpace
+from fisherkit.structures.base import Names, Part, Parts, Sums, UnitSums
+from fisherkit.structures.full import RowStructure
+
+
+@dataclass(frozen=True)
+class NormalMatrix(UnitSums):
+    """Σ_r row_r row_rᵀ, a dense block."""
+
+    label = "exact block"
+
+    matrix: Float[Tensor, "d d"]
+
+    @classmethod
+    def of(cls, rows: UnitRows | Rows) -> NormalMatrix:
+        """Of some rows."""
+        dense = rows.dense()
+        return cls(dense.mT @ dense)
+
+    def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
+        """The matrix."""
+        return DenseOperator(space, scale * self.matrix)
+
+
+@dataclass(frozen=True)
+class BlockSums(Sums):
+    """Some modules' matrices, and the rows of all others.
+
+    Args:
+        spaces: of the modules that are added up as matrices.
+        others: the parameters of which rows are kept.
+        matrices: so far.
+        kept: so far.
+    """
+
+    spaces: Mapping[Names, ParameterSpace]
+    others: ParameterSpace
+    matrices: Mapping[Names, NormalMatrix] = field(default_factory=dict)
+    kept: Rows | None = None
+
+    def added(self, chunks: Iterable[Chunk]) -> BlockSums:
+        """With more rows."""
+        matrices, kept = dict(self.matrices), [] if self.kept is None else [self.kept]
+        for chunk in chunks:
+            for names, space in self.spaces.items():
+                new = NormalMatrix.of(chunk.rows.restrict(space))
+                matrices[names] = matrices[names].merge(new) if names in matrices else new
+            if self.others.names:
+                kept.append(chunk.rows.restrict(self.others))
+            del chunk
+        return replace(self, matrices=matrices, kept=Rows.taken_from(kept) if kept else None)
+
+    def scaled(self, weight: float) -> BlockSums:
+        """Of ``weight`` times the Fisher."""
+        matrices = {names: matrix.scaled(weight) for names, matrix in self.matrices.items()}
+        return replace(self, matrices=matrices, kept=None if self.kept is None else self.kept.scaled(weight**0.5))
+
+    def merge(self, other: BlockSums) -> BlockSums:
+        """Of the sum of both Fishers."""
+        matrices = {names: matrix.merge(other.matrices[names]) for names, matrix in self.matrices.items()}
+        kept = [one.kept for one in (self, other) if one.kept is not None]
+        return replace(self, matrices=matrices, kept=Rows.cat(kept) if kept else None)
+
+
+class Block(RowStructure):
+    """F between the parameters of one module, and 0 between modules."""
+
+    name = "block"
+    meaning = "one exact block a module, nothing between modules"
+    instead = 'structure="kfac" or "diagonal"'
+
+    @property
+    def groups(self) -> tuple[Names, ...]:
+        """The parameters of each block."""
+        return self.modules
+
+    def bytes(self, problem: Problem) -> int:
+        """Of each module, its rows or its matrix, whichever is smaller."""
+        return sum(min(sizes) for sizes in self._sizes(problem).values())
+
+    def _sizes(self, problem: Problem) -> dict[Names, tuple[int, int]]:
+        """Bytes of each module's rows and of its matrix."""
+        examples, space = problem.source.count(), self.space
+        return {
+            names: (examples * problem.row_bytes(names), self.item * space.restrict(names).size ** 2)
+            for names in self.modules
+        }
+
+    def empty(self, problem: Problem | None = None) -> BlockSums:
+        """Nothing yet; rows of one step are kept as they are."""
+        sizes = {} if problem is None else self._sizes(problem)
+        dense = [names for names, (rows, matrix) in sizes.items() if matrix < rows]
+        others = self.space.restrict(n for names in self.modules if names not in dense for n in names)
+        return BlockSums({names: self.space.restrict(names) for names in dense}, others)
+
+    def operator(self, sums: BlockSums, scale: float) -> FisherOperator:
+        """A block a module."""
+        blocks: list[FisherOperator] = []
+        for names in self.modules:
+            if names in sums.matrices:
+                blocks.append(sums.matrices[names].operator(self.space.restrict(names), scale))
+            elif sums.kept is not None:
+                blocks.append(self.by_rows(sums.kept.part(names), scale))
+        return BlockDiagonalOperator(self.space, blocks)
+
+    def parts(self, sums: BlockSums, operator: BlockDiagonalOperator) -> Parts:
+        """The blocks."""
+        rows = "block, rows", "its rows are fewer numbers than d²"
+        dense = "block, dense", "d² numbers are fewer than its rows'"
+        modules = zip(self.modules, operator.blocks, strict=True)
+        return {names: Part(block, *(dense if names in sums.matrices else rows)) for names, block in modules}

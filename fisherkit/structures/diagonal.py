@@ -1,0 +1,58 @@
+"""The exact diagonal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.operators import DiagonalOperator, FisherOperator
+from fisherkit.rows.base import UnitRows
+from fisherkit.space import ParameterSpace
+from fisherkit.structures.base import LayerStructure, LayerSums, Part, Parts, UnitSums
+
+
+@dataclass(frozen=True)
+class Squares(UnitSums):
+    """Σ_r row_r², the diagonal."""
+
+    label = "diagonal"
+
+    diagonal: Float[Tensor, "d"]
+
+    def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
+        """A diagonal."""
+        return DiagonalOperator(space, scale * self.diagonal)
+
+
+class Diagonal(LayerStructure):
+    """diag F."""
+
+    name = "diagonal"
+    meaning = "the exact diagonal alone"
+    needs_rows = False
+
+    def record(self, rows: UnitRows) -> Squares:
+        """Of some rows of a unit."""
+        return Squares(rows.squared_sum())
+
+    def operator(self, sums: LayerSums, scale: float) -> FisherOperator:
+        """One diagonal for all."""
+        pieces: dict[str, Tensor] = {}
+        for names, unit in sums.units.items():
+            own, entries = self.space.restrict(names), unit.tensors()["diagonal"]
+            pieces |= {name: entries[own.slices[name]] for name in own.names}
+        whole = torch.cat([pieces[name] for name in self.space.names])
+        return DiagonalOperator(self.space, whole if scale == 1 else whole.mul_(scale))
+
+    def parts(self, sums: LayerSums, operator: DiagonalOperator) -> Parts:
+        """Each unit's entries."""
+        whole = operator.diagonal()
+        parts: Parts = {}
+        for names in sums.whole:
+            own = self.space.restrict(names)
+            entries = torch.cat([whole[self.space.slices[name]] for name in own.names])
+            parts[names] = Part(DiagonalOperator(own, entries), Squares.label, "")
+        return parts

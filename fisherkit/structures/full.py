@@ -1,0 +1,127 @@
+"""The whole matrix by its rows: all of them, or those of largest norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fisherkit.operators import FisherOperator
+from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.rows.chunks import Chunk
+from fisherkit.rows.collection import Rows, RowSource
+from fisherkit.rows.largest import LargestRows
+from fisherkit.rows.problem import Problem
+from fisherkit.structures.base import Part, Parts, Structure, Sums
+
+
+@dataclass(frozen=True)
+class KeptRows(Sums):
+    """Rows in memory.
+
+    Args:
+        rows: so far; None for none.
+        most: how many to keep; None for all.
+        dropped: how many were left out.
+        dropped_share: of the trace, what they had; None if none were to be.
+    """
+
+    rows: Rows | None = None
+    most: int | None = None
+    dropped: int = 0
+    dropped_share: float | None = None
+
+    def added(self, chunks: Iterable[Chunk]) -> KeptRows:
+        """With more rows, taken as they come so that they exist once."""
+        parts = (chunk.rows for chunk in chunks)
+        if self.most is None:
+            rows = Rows.gathered(parts if self.rows is None else (self.rows, *parts))
+            return KeptRows(rows)
+        largest = LargestRows(self.most)
+        for part in parts if self.rows is None else (self.rows, *parts):
+            largest.add(part)
+        rows, share = largest.result()
+        return KeptRows(rows, self.most, self.dropped + largest.seen - rows.count, share)
+
+    @property
+    def whole(self) -> Rows:
+        """The rows."""
+        if self.rows is None:
+            raise LookupError("no rows have been added")
+        return self.rows
+
+    def scaled(self, weight: float) -> KeptRows:
+        """Of ``weight`` times the Fisher."""
+        rows = None if self.rows is None else self.rows.scaled(weight**0.5)
+        return KeptRows(rows, self.most, self.dropped, self.dropped_share)
+
+    def merge(self, other: KeptRows) -> KeptRows:
+        """The rows of both."""
+        rows = [one.rows for one in (self, other) if one.rows is not None]
+        return KeptRows(Rows.cat(rows) if rows else None, self.most, self.dropped + other.dropped, self.dropped_share)
+
+
+class RowStructure(Structure):
+    """A structure whose operator is made of rows in memory, block by block."""
+
+    keeps_rows = True
+
+    def by_rows(self, rows: RowSource, scale: float) -> LowRankOperator:
+        """The operator of rows, wherever they are."""
+        return LowRankOperator(rows, scale, dtype=self.dtype, device=self.device, memory_budget=self.memory_budget)
+
+
+class Full(RowStructure):
+    """F itself."""
+
+    name = "full"
+    meaning = "the whole matrix by its rows, JᵀJ/N; solved through the rows' Gram matrix"
+    instead = "max_rows below {0.max_rows:,}, or None, which streams all rows"
+
+    @property
+    def streams(self) -> bool:
+        """All rows can be had again and again; the largest are known once."""
+        return self.max_rows is None
+
+    def bytes(self, problem: Problem) -> int:
+        """All rows; of those of largest norm, twice as many as are kept and those of one example."""
+        example = problem.row_bytes(self.space.names)
+        whole = example * problem.source.count()
+        return whole if self.max_rows is None else min(whole, self._held(problem) + example)
+
+    def fitted(self, problem: Problem) -> int:
+        """Kept for speed, or with the fewest numbers where that does not fit."""
+        for lean in (False, True):
+            problem.choose(lean=lean)
+            needed = self.bytes(problem)
+            if needed <= self.memory_budget:
+                break
+        return needed
+
+    def most_examples(self, problem: Problem) -> int | None:
+        """Where not all rows fit, as many as fit beside those that are held."""
+        example = problem.row_bytes(self.space.names)
+        if self.max_rows is None or example * problem.source.count() <= self.memory_budget:
+            return None
+        return (self.memory_budget - self._held(problem)) // example
+
+    def _held(self, problem: Problem) -> int:
+        # Each may be the only one of its example, which then keeps its activations for it.
+        return 2 * (self.max_rows or 0) * problem.row_bytes(self.space.names, vectors=1)
+
+    def empty(self, problem: Problem | None = None) -> KeptRows:
+        """No rows yet."""
+        return KeptRows(most=self.max_rows)
+
+    def operator(self, sums: KeptRows, scale: float) -> FisherOperator:
+        """One operator for all."""
+        return self.by_rows(sums.whole, scale)
+
+    def parts(self, sums: KeptRows, operator: LowRankOperator) -> Parts:
+        """The rows of each unit."""
+        rows, share = sums.whole, f"{100 * (sums.dropped_share or 0):.3g}% of the trace left out"
+        note = f"{rows.count:,} of {rows.count + sums.dropped:,} rows, {share}" if sums.dropped else ""
+        parts: Parts = {}
+        for slot in rows.slots:
+            own = self.by_rows(rows.part(slot.names), operator.scale)
+            parts[slot.names] = Part(own, f"full, {slot.rows.kind} rows", note, kept=True)
+        return parts

@@ -1,0 +1,410 @@
+"""Kronecker factors of each layer, and EKFAC's eigenvalues in their eigenbasis.
+
+F = G ⊗ A of one layer, A the second moment of its inputs and G that of the gradients at its outputs (Martens and
+Grosse, arXiv 1503.05671); eigenvalues measured in that basis by a second pass (George et al., arXiv 1806.03884).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fisherkit.operators import EigenKroneckerOperator, FisherOperator, KroneckerOperator
+from fisherkit.operators.kronecker import scaled_spectrum
+from fisherkit.operators.linalg import spectrum
+from fisherkit.operators.truncated_kronecker import Spectrum, TruncatedKroneckerOperator, leading_spectrum
+from fisherkit.rows.base import UnitRows, second_moment
+from fisherkit.rows.chunks import Chunk
+from fisherkit.rows.collection import UnitSlot
+from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.last_layer import LastLayerRows
+from fisherkit.rows.problem import Problem
+from fisherkit.space import ParameterSpace
+from fisherkit.structures.base import LayerStructure, LayerSums, UnitSums
+from fisherkit.structures.block import NormalMatrix
+from fisherkit.structures.diagonal import Squares
+
+SMALL_BLOCK = 256
+"""Units without a Kronecker rule get an exact block up to this many parameters and an exact diagonal above."""
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """Σ x xᵀ, kept as the vectors themselves while they are fewer than their entries.
+
+    Args:
+        width: w, entries of a vector.
+        vectors: what has been added, each ``[n, T, w]``, as long as it is fewer than w vectors; empty after that.
+        matrix: Σ x xᵀ ``[w, w]``; None as long as there are vectors.
+        thin: whether vectors may be kept.
+    """
+
+    width: int
+    vectors: tuple[Tensor, ...] = ()
+    matrix: Float[Tensor, "w w"] | None = None
+    thin: bool = True
+
+    def add(self, *parts: Float[Tensor, "n T w"], spanning: bool = True) -> SecondMoment:
+        """With more vectors.
+
+        Args:
+            parts: the vectors.
+            spanning: whether the vectors span what matters; else their number says nothing about the rank that a basis
+                must have, and the matrix is formed.
+        """
+        few = self.matrix is None and spanning and self._number(self.vectors) + self._number(parts) < self.width
+        if few and self.thin:
+            return replace(self, vectors=(*self.vectors, *parts))
+        new = functools.reduce(torch.Tensor.add_, map(second_moment, parts))
+        return replace(self, vectors=(), matrix=new if self.empty else new.add_(self.dense()))
+
+    def scaled(self, weight: float) -> SecondMoment:
+        """Times a number."""
+        if self.matrix is None:
+            return replace(self, vectors=tuple(x * weight**0.5 for x in self.vectors))
+        return replace(self, matrix=weight * self.matrix)
+
+    def merge(self, other: SecondMoment) -> SecondMoment:
+        """With another pass's."""
+        if other.matrix is None:
+            return self.add(*other.vectors) if other.vectors else self
+        return replace(self, vectors=(), matrix=other.matrix if self.empty else self.dense() + other.matrix)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been added."""
+        return self.matrix is None and not self.vectors
+
+    def dense(self) -> Float[Tensor, "w w"]:
+        """Σ x xᵀ."""
+        return second_moment(self._stacked()) if self.matrix is None else self.matrix
+
+    def at(self, scale: float) -> tuple[Float[Tensor, "w w"], Callable[[], tuple[Tensor, Tensor]] | None]:
+        """``scale`` times the sum, and how to decompose it by its vectors where these are few."""
+        few = self.matrix is None
+        return scale * self.dense(), scaled_spectrum(partial(self.spectrum, "kfac"), scale) if few else None
+
+    def leading(self, rank: int | None, known: Spectrum | None, due: bool, scale: float) -> Spectrum:
+        """The leading eigenpairs of ``scale`` times the sum.
+
+        Args:
+            rank: how many; None for all, which those of few vectors always are.
+            known: the last ones, from where to go on.
+            due: whether to look for new ones; those of few vectors are always new, as they span no other vectors.
+            scale: a number.
+        """
+        if self.matrix is None:
+            values, basis = self.spectrum("Kronecker factors")
+            return Spectrum(values, basis.contiguous()).scaled(scale)
+        if known is not None and not due:
+            return known
+        start = None if known is None else known.basis
+        return leading_spectrum(self.matrix, rank, start, "Kronecker factors").scaled(scale)
+
+    def spectrum(self, call: str) -> tuple[Float[Tensor, "r"], Float[Tensor, "w r"]]:
+        """Eigenvalues and orthonormal eigenvectors, without those of the null space of few vectors."""
+        if self.matrix is not None:
+            return spectrum(self.matrix, call)
+        # xᵀ = q r, so Σ x xᵀ = q (r rᵀ) qᵀ; forming no w × w matrix, and orthonormal at any condition.
+        q, r = torch.linalg.qr(self._stacked().mT)
+        values, vectors = torch.linalg.eigh(r.double() @ r.double().mT)
+        return values.clamp_min(0), q @ vectors.to(q.dtype)
+
+    def _stacked(self) -> Float[Tensor, "n w"]:
+        return torch.cat([x.reshape(-1, self.width) for x in self.vectors])
+
+    def _number(self, parts: Sequence[Tensor]) -> int:
+        return sum(x.numel() for x in parts) // self.width
+
+
+@dataclass(frozen=True)
+class KroneckerFactors(UnitSums):
+    """Σ a aᵀ over examples and positions, their number, and Σ g gᵀ over rows and positions.
+
+    Args:
+        activation: of the inputs, the constant input of a bias appended.
+        gradient: of the output gradients.
+        count: number of (example, position) pairs in ``activation``, or their weight; 0 for one that is not known and
+            already divided by.
+        transposed: whether the weight is stored ``[I, O]``.
+        spectra: of Σ a aᵀ / count and Σ g gᵀ, where they are kept from step to step; those of an earlier step perhaps.
+    """
+
+    label = "kfac"
+
+    activation: SecondMoment
+    gradient: SecondMoment
+    count: float
+    transposed: bool
+    spectra: tuple[Spectrum, Spectrum] | None = None
+
+    @classmethod
+    def zeros(cls, rows: FactoredRows, *, thin: bool = True) -> KroneckerFactors:
+        """Of the right sizes."""
+        activation, gradient = (SecondMoment(width, thin=thin) for width in (rows.inputs + rows.bias, rows.outputs))
+        return cls(activation, gradient, 0.0, rows.transposed)
+
+    def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> KroneckerFactors:
+        """With the unit's rows of a chunk; what a batch made the slow way has no factors to add."""
+        if not isinstance(slot.rows, FactoredRows):
+            return self
+        return self.add(
+            slot.rows, first=chunk.first, whole=chunk.whole, counted=chunk.counted_positions,
+            exists=slot.exists, token=structure.token, reduce=structure.reduce,
+        )  # fmt: skip
+
+    def add(
+        self,
+        rows: FactoredRows,
+        *,
+        first: bool,
+        whole: bool,
+        counted: tuple[Bool[Tensor, "..."], ...],
+        exists: Bool[Tensor, "B T"] | None,
+        token: bool,
+        reduce: bool,
+    ) -> KroneckerFactors:
+        """With more rows.
+
+        Args:
+            rows: of one chunk.
+            first: whether the batch's activations are new.
+            whole: whether every position of every example counts.
+            counted: masks ``[B, T]`` of the positions that count, for layers with as many positions; for others, every
+                position of the examples that count in the first mask.
+            exists: which positions ``[B, T]`` of each example outputs that count depend on: those count, once each.
+                None where the forward pass shows whose all positions are.
+            token: whether every position of the outputs is an example.
+            reduce: average activations and sum gradients over positions before taking second moments.
+        """
+        # Rows lie in the span of the factors' vectors where each of their positions is one of those.
+        spanning = whole and exists is None and not reduce
+        if isinstance(rows, LastLayerRows):
+            # A row of a position is zero at all others, so that "reduce" has the same sum.
+            gradient = self.gradient.merge(SecondMoment(rows.outputs, (), rows.gradient_moment()))
+        else:
+            g = rows.gradients.sum(1, keepdim=True) if reduce else rows.gradients
+            gradient = self.gradient.add(g, spanning=spanning)
+        if not first:
+            return KroneckerFactors(self.activation, gradient, self.count, self.transposed)
+        shape = rows.activations.shape[:2]
+        own = counted[0].shape == shape
+        chunks = rows.chunks(constant=True)
+        if spanning and exists is None and (own or not token):
+            activation = self.activation.add(*(a for _, a in chunks))
+            return KroneckerFactors(activation, gradient, self.count + shape.numel(), self.transposed)
+        everywhere = counted[0].any(1, keepdim=True)
+        if exists is None:
+            mask = next((m for m in counted if m.shape == shape), everywhere).expand(shape)
+        else:
+            mask, own = everywhere & exists.to(everywhere.device), True
+        # A token has its own position where the layer has the outputs'; elsewhere it shares all of its sequence's.
+        examples = counted[0].sum(1) if token and not own else everywhere.squeeze(1).long()
+        averaged = reduce and not (token and own)
+        weight = examples.unsqueeze(1) * (mask.any(1, keepdim=True) if averaged else mask)
+        activation = self.activation
+        for span, a in chunks:
+            if averaged:
+                total = (a * mask[span].unsqueeze(-1)).sum(1, keepdim=True)
+                a = total / mask[span].sum(1).clamp_min(1)[:, None, None]
+            kept = weight[span] > 0
+            weighed = a[kept] * weight[span][kept].to(a.dtype).sqrt().unsqueeze(1)
+            activation = activation.add(weighed.unsqueeze(1), spanning=spanning)
+        return KroneckerFactors(activation, gradient, self.count + int(weight.sum()), self.transposed)
+
+    def scaled(self, weight: float) -> KroneckerFactors:
+        """Of ``weight`` times the Fisher: as of so much more data, so that merging weighs both factors alike."""
+        return replace(
+            self, activation=self.activation.scaled(weight), gradient=self.gradient.scaled(weight),
+            count=weight * self.count,
+        )  # fmt: skip
+
+    def merge(self, other: KroneckerFactors) -> KroneckerFactors:
+        """With another pass's: the factors of both data together."""
+        return replace(
+            self, activation=self.activation.merge(other.activation), gradient=self.gradient.merge(other.gradient),
+            count=self.count + other.count,
+        )  # fmt: skip
+
+    def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
+        """As of every record; a count that is not known becomes that of the new sums."""
+        if known is not None and known.count == 0 < self.count:
+            per_example = self.count * weight
+            known = replace(known, activation=known.activation.scaled(per_example), count=per_example)
+        return super().averaged(known, ema, weight)
+
+    def decomposed(self, known: Any, due: bool, rank: int | None) -> KroneckerFactors:
+        """With the factors' eigenpairs: all of few vectors, or the leading ones of a matrix."""
+        on_inputs, on_outputs = (None, None) if known is None or known.spectra is None else known.spectra
+        return replace(self, spectra=(
+            self.activation.leading(rank, on_inputs, due, 1 / (self.count or 1)),
+            self.gradient.leading(rank, on_outputs, due, 1.0),
+        ))  # fmt: skip
+
+    def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
+        """G ⊗ A; of spectra that are kept, the product of what they say."""
+        if self.spectra is not None:
+            return by_spectra(space, self.spectra[0], self.spectra[1].scaled(scale), None, self.transposed)
+        (a, on_inputs), (g, on_outputs) = self.activation.at(1 / (self.count or 1)), self.gradient.at(scale)
+        return KroneckerOperator(
+            space, a, g, self.transposed, symmetric=True, activation_spectrum=on_inputs, gradient_spectrum=on_outputs
+        )  # fmt: skip
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of a factor its matrix, if there is one, and its spectrum, if it is kept."""
+        found = {"transposed": torch.tensor(self.transposed), "count": torch.tensor(self.count, dtype=torch.float64)}
+        for i, (name, moment) in enumerate(zip(_SIDES, (self.activation, self.gradient), strict=True)):
+            found |= {} if moment.matrix is None else {name: moment.matrix}
+            found |= {} if self.spectra is None else self.spectra[i].tensors(name)
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], before: UnitSums | None) -> KroneckerFactors:
+        """The inverse of `tensors`, also of states that have no count."""
+        spectra = [Spectrum.from_tensors(tensors, name) for name in _SIDES]
+        a, g = (
+            SecondMoment(len(one.basis), (), tensors.get(name), thin=False)
+            for name, one in zip(_SIDES, spectra, strict=True)
+        )
+        return cls(a, g, float(tensors.get("count", 0)), bool(tensors["transposed"]), (spectra[0], spectra[1]))
+
+
+_SIDES = ("activation", "gradient")
+
+
+def by_spectra(
+    space: ParameterSpace, activation: Spectrum, gradient: Spectrum, values: Tensor | None, transposed: bool
+) -> FisherOperator:
+    """The Kronecker product of two spectra, with measured eigenvalues where both bases span if there are such."""
+    if activation.complete and gradient.complete:
+        grid = torch.outer(gradient.values, activation.values) if values is None else values
+        return EigenKroneckerOperator(space, activation.basis, gradient.basis, grid, transposed, decomposed=True)
+    return TruncatedKroneckerOperator(space, activation, gradient, values, transposed)
+
+
+@dataclass(frozen=True)
+class RotatedSquares(UnitSums):
+    """Σ_r of the squares of row_r's matrix in a Kronecker eigenbasis: EKFAC's eigenvalues.
+
+    Args:
+        activation: the spectrum whose basis it is; its values serve what the bases do not span.
+        gradient: likewise.
+        transposed: whether the weight is stored ``[I, O]``.
+        total: the sum.
+    """
+
+    label = "ekfac"
+
+    activation: Spectrum
+    gradient: Spectrum
+    transposed: bool
+    total: Float[Tensor, "s r"]
+
+    @classmethod
+    def zeros(cls, factors: KroneckerFactors, dtype: torch.dtype) -> RotatedSquares:
+        """Nothing yet, in the eigenbasis of factors."""
+        sides = factors.spectra or [m.leading(None, None, True, 1.0) for m in (factors.activation, factors.gradient)]
+        a, g = (one.to(dtype) for one in sides)
+        return cls(a, g, factors.transposed, a.basis.new_zeros(g.basis.shape[1], a.basis.shape[1]))
+
+    def add(self, rows: FactoredRows) -> RotatedSquares:
+        """With more rows."""
+        total = self.total.flatten()
+        for rotated in rows.rotated(self.activation.basis, self.gradient.basis):
+            total = total + rotated.squared_sum()
+        return replace(self, total=total.reshape(self.total.shape))
+
+    def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> RotatedSquares:
+        """With the unit's rows of a chunk."""
+        return self.add(slot.rows) if isinstance(slot.rows, FactoredRows) else self
+
+    def scaled(self, weight: float) -> RotatedSquares:
+        """Of ``weight`` times the Fisher."""
+        return replace(self, total=weight * self.total)
+
+    def merge(self, other: RotatedSquares) -> RotatedSquares:
+        """With another pass's, in the other's basis: of a matrix in another one, the diagonal that it has there."""
+        total = self.total
+        if self.gradient.basis is not other.gradient.basis or self.activation.basis is not other.activation.basis:
+            on_g, on_a = (
+                (theirs.basis.mT @ mine.basis).square()
+                for mine, theirs in ((self.gradient, other.gradient), (self.activation, other.activation))
+            )
+            total = on_g @ total @ on_a.mT
+        return replace(other, total=total + other.total)
+
+    def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
+        """Diagonal in the eigenbasis."""
+        return by_spectra(space, self.activation, self.gradient.scaled(scale), scale * self.total, self.transposed)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The bases are the factors' own."""
+        return {"values": self.total}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], before: UnitSums | None) -> RotatedSquares:
+        """The inverse of `tensors`."""
+        if not isinstance(before, KroneckerFactors) or before.spectra is None:
+            raise ValueError("eigenvalues without the factors whose basis they are in")
+        return cls(*before.spectra, before.transposed, tensors["values"])
+
+
+class KFAC(LayerStructure):
+    """Kronecker factors where the unit's rows are factored, else an exact block or diagonal."""
+
+    name = "kfac"
+    meaning = "a Kronecker product a layer: activations' factor ⊗ output gradients' factor"
+    needs_rows = False
+    counts_positions = True
+    instead = 'structure="diagonal", or params= without the widest layers'
+
+    def bytes(self, problem: Problem) -> int:
+        """The factors."""
+        return self.item * problem.plan.factor_numbers()
+
+    def record(self, rows: UnitRows) -> UnitSums:
+        """Of a unit without factors: its block, or its diagonal."""
+        return SmallBlock.of(rows) if rows.size <= SMALL_BLOCK else LargeDiagonal(rows.squared_sum())
+
+    def start(self, slot: UnitSlot, chunk: Chunk) -> UnitSums:
+        """Factors of factored rows."""
+        if not isinstance(slot.rows, FactoredRows):
+            return self.record(slot.rows)
+        return KroneckerFactors.zeros(slot.rows, thin=not self.averaged).added(slot, chunk, self)
+
+
+class EKFAC(KFAC):
+    """Kfac's eigenbases, then second moments of the rows in them."""
+
+    name = "ekfac"
+    meaning = "kfac's eigenvectors with eigenvalues measured along them"
+    passes = 2
+
+    def next_pass(self, sums: LayerSums) -> LayerSums | None:
+        """The moments, after the factors."""
+        if sums.done is not None:
+            return None
+        factors = {names: u for names, u in sums.units.items() if isinstance(u, KroneckerFactors)}
+        others = {names: u for names, u in sums.units.items() if names not in factors}
+        moments = {names: RotatedSquares.zeros(u, self.dtype) for names, u in factors.items()}
+        return LayerSums(self, moments, others)
+
+
+class SmallBlock(NormalMatrix):
+    """The block of a unit without a Kronecker rule."""
+
+    reason = f"no Kronecker rule, d <= {SMALL_BLOCK}"
+
+
+class LargeDiagonal(Squares):
+    """The diagonal of a unit without a Kronecker rule."""
+
+    label = "exact diagonal"
+    reason = f"no Kronecker rule, d > {SMALL_BLOCK}"
