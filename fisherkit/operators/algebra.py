@@ -1,8 +1,7 @@
 """Sums of Fisher operators, folded into one operator where that is exact, kept as a sum where it is not.
 
-A sum of Kronecker products that share no factor is not one, so that it stays a sum: its products are exact, its inverse
-is by conjugate gradients. Owns the approximate inverse that these are given; `kronecker_sum` owns that of one layer's
-Kronecker products. Knows the structures by their hooks.
+A sum of Kronecker products that share no factor is not one: its products are exact, its inverse is by conjugate
+gradients, whose approximate inverse is here; `kronecker_sum` owns that of one layer's Kronecker products.
 """
 
 from __future__ import annotations
@@ -86,11 +85,10 @@ class SumOperator(FisherOperator):
         return IterativeFactorization(self, damping, tolerance, max_steps)
 
     def _approximate_inverse(self, damping: float) -> MatMat | None:
-        """Of the terms that are inverted cheaply, block by block.
+        """Of the terms that are inverted cheaply, block by block; of the diagonal where there is nothing but those.
 
         Kronecker products of one layer have an inverse of their own. Rows and dense matrices beside block-diagonal
-        terms are left to conjugate gradients, which need a step for each of their large eigenvalues. Where there is
-        nothing but those, it is the diagonal that is inverted.
+        terms are left to conjugate gradients, which need a step for each of their large eigenvalues.
         """
         found = layer_inverse(self.terms, damping)
         if found is not None:

@@ -1,7 +1,6 @@
 """A block-diagonal Fisher matrix: parameters of different blocks do not interact, each block is an operator of its own.
 
-Owns the gathering and scattering of parameters; every operation is the blocks' operations. Blocks may be of any
-structure, and their names need not be neighbours in the flat order.
+Blocks may be of any structure, and their names need not be neighbours in the flat order.
 """
 
 from __future__ import annotations
@@ -272,12 +271,10 @@ class _BlockFactorization(Factorization):
         total = shares.norm(dim=0)
         residual = (torch.stack([info.residual for info in infos]) * shares).norm(dim=0)
         info = SolveInfo(
-            method=" + ".join(sorted({info.method for info in infos})),
-            steps=max(info.steps for info in infos),
-            residual=residual / torch.where(total > 0, total, 1),
-            converged=all(info.converged for info in infos),
+            method=" + ".join(sorted({info.method for info in infos})), steps=max(info.steps for info in infos),
+            residual=residual / torch.where(total > 0, total, 1), converged=all(info.converged for info in infos),
             damping=self.damping,
-        )
+        )  # fmt: skip
         return self._whole._scatter([solution for solution, _ in solved]), info
 
     def _logdet(self) -> Float[Tensor, ""]:
@@ -291,10 +288,8 @@ def _factorize_block(block: FisherOperator, damping: float, tolerance: float, ma
     except SingularMatrixError as error:
         raise SingularMatrixError(
             call=f"BlockDiagonalOperator.factorize(damping={damping})",
-            got=f"a singular block over {list(block.space.names)}",
-            expected="positive definite blocks",
-            why=str(error),
-        ) from error
+            got=f"a singular block over {list(block.space.names)}", expected="positive definite blocks", why=str(error),
+        ) from error  # fmt: skip
 
 
 def _check_partition(space: ParameterSpace, blocks: Sequence[Any]) -> None:

@@ -1,7 +1,4 @@
-"""A Fisher matrix written out: for small models, and the blocks of the block structure.
-
-Owns the matrix, its Cholesky factor for solves and its spectrum for everything else, both in float64.
-"""
+"""A Fisher matrix written out, with its Cholesky factor for solves and its spectrum for all else, both in float64."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A diagonal Fisher matrix: one number for each parameter, every operation in closed form and O(D).
-
-Owns the diagonal; knows nothing of where it came from.
-"""
+"""A diagonal Fisher matrix: one number for each parameter, every operation in closed form and O(D)."""
 
 from __future__ import annotations
 

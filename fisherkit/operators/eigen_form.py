@@ -1,7 +1,7 @@
 """rᵀ(F + λI)⁻¹r' of one layer in a Kronecker product's eigenbasis, where rows are turned instead of solutions.
 
 A factored row is turned by its two factors, which takes far less than turning a solution [outputs, inputs] there and
-back. Owns that form and the count of operations that decides for it.
+back.
 """
 
 from __future__ import annotations
@@ -20,14 +20,9 @@ from fisherkit.space import ParameterSpace
 
 
 class EigenForm(ColumnForm):
-    """(U_G ⊗ U_A) diag(w) (U_G ⊗ U_A)ᵀ, and 1/λ on what the bases do not span.
+    """(U_G ⊗ U_A) diag(weights) (U_G ⊗ U_A)ᵀ, and ``outside`` (1/λ or 0) on what the bases do not span.
 
-    Args:
-        on_inputs: U_A.
-        on_outputs: U_G.
-        weights: w.
-        outside: 1/λ if the bases leave something out, else 0.
-        solve: the same on columns, for rows that are not factored.
+    ``solve`` is the same on columns, for rows that are not factored.
     """
 
     def __init__(
@@ -74,13 +69,7 @@ class EigenForm(ColumnForm):
 
 
 class TurnedBackForm(SolvedForm):
-    """Solutions written out, for the others to meet as they are: queries turned by their factors, and turned back.
-
-    Args:
-        form: turns and weighs.
-        back: U_G ⊗ U_A on ``[s r, Q]``.
-        size: D.
-    """
+    """Solutions written out, for the others to meet as they are: queries turned by their factors, and ``back``."""
 
     def __init__(self, form: EigenForm, back: Callable[[Tensor], Tensor], size: int) -> None:
         super().__init__(form._solve, size)

@@ -1,8 +1,6 @@
 """A reusable inverse of F + λI: what `FisherOperator.factorize` returns.
 
-Two hooks: a solve on columns and a log determinant; two more, about rows, have defaults that need only the solve. Knows
-its operator only through the operator's own hooks, so that direct and iterative inverses report their residual in the
-same words.
+Two hooks: a solve on columns and a log determinant; more, about rows, have defaults that need only the solve.
 """
 
 from __future__ import annotations
@@ -33,12 +31,7 @@ DIRECT_TOLERANCE = 1e-3  # a direct solve that leaves more than this is reported
 
 
 class Factorization(ABC):
-    """(F + λI)⁻¹, ready to be applied many times.
-
-    Args:
-        operator: F.
-        damping: λ, already a number.
-    """
+    """(F + λI)⁻¹, ready to be applied many times; the damping λ is already a number."""
 
     method = "direct"
 
@@ -158,8 +151,7 @@ class IterativeFactorization(Factorization):
         damping: λ.
         tolerance: relative residual at which to stop.
         max_steps: at most this many products.
-        preconditioner: makes an approximate inverse of F + λI from λ, or None for none; called at the first solve. By
-            default the operator's own, in most structures the inverse of the diagonal.
+        preconditioner: makes an approximate inverse of F + λI from λ; by default the operator's own.
     """
 
     method = "conjugate_gradient"

@@ -1,7 +1,7 @@
 """rᵀ(F + λI)⁻¹r' for F = scale · JᵀJ without a vector over the parameters: Gram matrices of rows alone.
 
 By Woodbury's identity rᵀ(F + λI)⁻¹q = (k_rq − scale · k_rJ (scale · JJᵀ + λI)⁻¹ k_Jq) / λ, with k the inner products of
-rows. Owns that form and the count of operations that decides between it and solved columns.
+rows.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ from fisherkit.rows.factored import FactoredRows
 
 
 class GramForm(RowForm):
-    """The form in sample space.
+    """The form in sample space; ``solve`` is (scale · JJᵀ + λI)⁻¹ on ``[R, K]``, in float64.
 
-    Args:
-        rows: J.
-        scale: 1/N, or whatever F's is.
-        damping: λ.
-        solve: (scale · JJᵀ + λI)⁻¹ on ``[R, K]``, in float64.
-        precise: inner products in float64; else as in `fisherkit.rows.base.inner_products`.
+    ``precise`` asks for inner products in float64; else they are as in `fisherkit.rows.base.inner_products`.
     """
 
     def __init__(

@@ -108,12 +108,9 @@ class KroneckerOperator(FisherOperator):
             )
         )
         return EigenKroneckerOperator(
-            self.space,
-            activation_basis.to(self.dtype),
-            gradient_basis.to(self.dtype),
-            torch.outer(on_outputs, on_inputs),
-            self._layout.transposed,
-        )
+            self.space, activation_basis.to(self.dtype), gradient_basis.to(self.dtype),
+            torch.outer(on_outputs, on_inputs), self._layout.transposed,
+        )  # fmt: skip
 
     @property
     def activation(self) -> Float[Tensor, "J J"]:
@@ -280,13 +277,9 @@ class EigenKroneckerOperator(FisherOperator):
             gradient_basis, [outputs, rank_out], f"{name}(gradient_basis)", dtypes=(dtype,), device=device
         )
         self._values = check_tensor(
-            eigenvalues,
-            [rank_out, rank_in],
-            f"{name}(eigenvalues)",
-            dtypes=(dtype, torch.float64),
-            device=device,
+            eigenvalues, [rank_out, rank_in], f"{name}(eigenvalues)", dtypes=(dtype, torch.float64), device=device,
             nonnegative=True,
-        )
+        )  # fmt: skip
 
     @property
     def transposed(self) -> bool:
@@ -404,12 +397,9 @@ class EigenKroneckerOperator(FisherOperator):
     def _from_state(cls, space: ParameterSpace, state: io.State) -> EigenKroneckerOperator:
         tensors = state.tensors
         return cls(
-            space,
-            tensors["activation_basis"],
-            tensors["gradient_basis"],
-            tensors["eigenvalues"],
+            space, tensors["activation_basis"], tensors["gradient_basis"], tensors["eigenvalues"],
             bool(state.options["transposed"]),
-        )
+        )  # fmt: skip
 
 
 class _EigenKroneckerFactorization(Factorization):

@@ -1,8 +1,7 @@
-"""The full structure: F = scale · JᵀJ, never written out, solved in sample space.
+"""The full structure: F = scale · JᵀJ, never written out.
 
-Owns the algebra of the rows J: Woodbury's form through the R × R Gram where rows are fewer than parameters, the D × D
-normal matrix where parameters are fewer, conjugate gradients where neither fits in memory. Asks a `RowSource` for
-products and never how it makes them.
+Solved by Woodbury's form through the R × R Gram where rows are fewer than parameters, by the D × D normal matrix where
+parameters are fewer, by conjugate gradients where neither fits in memory.
 """
 
 from __future__ import annotations
@@ -120,11 +119,7 @@ class LowRankOperator(FisherOperator):
         return min(self.row_source.count, self.size)
 
     def _small_matrix(self, operation: str, try_: str) -> tuple[Float[Tensor, "n n"], str]:
-        """The Gram or F itself, whichever is smaller, in float64, and which it is.
-
-        Raises:
-            NoClosedFormError: neither fits.
-        """
+        """The Gram or F itself, whichever is smaller, in float64, and which it is; refused where neither fits."""
         side = self._small_side()
         if side == "none":
             why = "neither the Gram nor the dense matrix fits the memory budget"

@@ -1,7 +1,4 @@
-"""An approximate inverse of F + λI for conjugate gradients: the exact one of a sample of the rows.
-
-Owns the choice of the sample's size and of its damping. Knows rows, and nothing of data or models.
-"""
+"""An approximate inverse of F + λI for conjugate gradients: the exact one of a sample of the rows."""
 
 from __future__ import annotations
 
@@ -31,19 +28,12 @@ FEWEST = 50
 
 
 class SampledInverse:
-    """(F_s + λ'I)⁻¹ by Woodbury's identity, where F_s is made of a sample of F's rows and λ' ≥ λ.
+    """(F_s + λ'I)⁻¹ by Woodbury's identity, where F_s = scale · JᵀJ is of a sample of F's rows and λ' ≥ λ.
 
     A sample of s rows knows F's large eigenvalues. Its own small ones are noise: rows that hardly overlap make
     eigenvalues of about (what they have in common with no others) / s, where F has much less. λ' is the smallest of
-    them, so that this noise and the directions that the sample does not know count alike.
-
-    Sampled Fishers as preconditioners: Erdogdu and Montanari, "Convergence rates of sub-sampled Newton methods", 2015
-    (arXiv 1508.02810), where what a sample does not know is treated in the same way.
-
-    Args:
-        rows: the sample.
-        scale: of F_s = scale · JᵀJ.
-        damping: λ.
+    them, so that this noise and the directions that the sample does not know count alike, as in Erdogdu and Montanari,
+    "Convergence rates of sub-sampled Newton methods", 2015 (arXiv 1508.02810).
     """
 
     def __init__(self, rows: Rows, scale: float, damping: float) -> None:

@@ -1,8 +1,7 @@
 """rᵀ(F + λI)⁻¹r' between many rows: what an inverse needs to know of rows, and the way that works for all.
 
 A `RowForm` is the bilinear form of a damped inverse, ready for rows; it takes one side (queries) once and meets the
-other in blocks. Owns the contract, the form that solves for the queries' rows written out, and the form of a block
-diagonal. Inverses with something better supply it (`Factorization._row_form`). Knows neither models nor data.
+other in blocks. Inverses with something better than solving for the queries supply it (`Factorization._row_form`).
 """
 
 from __future__ import annotations

@@ -30,13 +30,7 @@ FIRST, LATER, MORE = 4, 1, 16
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A factor as Q diag(v) Qᵀ + rest · (I − QQᵀ).
-
-    Args:
-        values: v.
-        basis: Q, orthonormal columns.
-        rest: eigenvalue of everything else; None for 0.
-    """
+    """A factor as Q diag(values) Qᵀ + rest · (I − QQᵀ), Q the orthonormal columns ``basis``; ``rest`` None for 0."""
 
     values: Float[Tensor, "r"]
     basis: Float[Tensor, "w r"]
@@ -76,11 +70,11 @@ class Spectrum:
 def leading_spectrum(
     matrix: Float[Tensor, "w w"], rank: int | None, start: Float[Tensor, "w r"] | None, call: str
 ) -> Spectrum:
-    """The leading eigenpairs of a factor.
+    """The leading eigenpairs of a factor, all if ``rank`` is None.
 
     Args:
         matrix: the factor.
-        rank: how many; None for all.
+        rank: how many.
         start: where to start from; None for random vectors from a fixed seed.
         call: for errors.
 
@@ -138,12 +132,7 @@ class _Eigenvalues:
 class TruncatedKroneckerOperator(FisherOperator):
     """F = G ⊗ A over one layer, each factor a `Spectrum`.
 
-    Args:
-        space: as in `KroneckerOperator`.
-        activation: A.
-        gradient: G.
-        values: eigenvalues ``[s, r]`` where both bases span, if they are not the factors' products (EKFAC).
-        transposed: the weight is stored as [I, O].
+    ``values`` are the eigenvalues ``[s, r]`` where both bases span, if they are not the factors' products (EKFAC).
     """
 
     tag: ClassVar[str] = "truncated_kronecker"
