@@ -431,8 +431,8 @@ class FisherOperator(ABC):
         """diag F."""
 
     @abstractmethod
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        """A draw from the normal distribution N(0, F)."""
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        """Independent draws from the normal distribution N(0, F), side by side."""
 
     @abstractmethod
     def _scaled(self, scale: float) -> FisherOperator:
@@ -455,10 +455,6 @@ class FisherOperator(ABC):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         """A reusable inverse of F + damping·I; by default conjugate gradients, which need products alone."""
         return IterativeFactorization(self, damping, tolerance, max_steps)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        """Independent draws side by side; by default one after the other."""
-        return torch.cat([self._draw(generator) for _ in range(count)], dim=1)
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         """F + other folded into one operator where that is exact, else None."""

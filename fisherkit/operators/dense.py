@@ -76,10 +76,7 @@ class DenseOperator(FisherOperator):
         sound = int(failed) == 0 and bool((factor.diagonal().square() > rounding).all())
         return factor if sound else None
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         values, vectors = self._spectrum
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return (vectors @ (values.sqrt().unsqueeze(-1) * noise.double())).to(self.dtype)

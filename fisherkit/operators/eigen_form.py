@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.operators.row_forms import Bases, ColumnForm, ColumnSolution, Part, Solved, SolvedForm
+from fisherkit.operators.row_forms import Bases, Part, RowForm, RowSolution, Solved, SolvedForm
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.space import ParameterSpace
 
 
-class EigenForm(ColumnForm):
+class EigenForm(RowForm):
     """(U_G ⊗ U_A) diag(weights) (U_G ⊗ U_A)ᵀ, and ``outside`` (1/λ or 0) on what the bases do not span.
 
     ``solve`` is the same on columns, for rows that are not factored.
@@ -51,7 +51,7 @@ class EigenForm(ColumnForm):
         """The rows in the eigenbasis."""
         return rows.rotated(self.on_inputs, self.on_outputs)
 
-    def solve(self, queries: Rows) -> ColumnSolution:
+    def solve(self, queries: Rows) -> RowSolution:
         """Queries turned, written out and weighed."""
         return _EigenSolution(self, queries)
 
@@ -84,7 +84,7 @@ class TurnedBackForm(SolvedForm):
         return Solved(columns.add_(rows.dense().mT, alpha=self._form.outside) if self._form.outside else columns)
 
 
-class _EigenSolution(ColumnSolution):
+class _EigenSolution(RowSolution):
     def __init__(self, form: EigenForm, queries: Rows) -> None:
         rows = queries.slots[0].rows
         self._form, self._queries = form, queries

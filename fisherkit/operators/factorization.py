@@ -19,7 +19,7 @@ from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import without_autocast
 from fisherkit.conjugate import MatMat
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.operators.row_forms import ColumnForm, RowForm, SolvedForm, solved_squares
+from fisherkit.operators.row_forms import RowForm, SolvedForm, solved_squares
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient
 from fisherkit.space import Vector
@@ -54,7 +54,7 @@ class Factorization(ABC):
         """rᵀ(F + λI)⁻¹q in the form that is cheapest for so many queries and other rows."""
         return SolvedForm(self._solve, self.operator.size)
 
-    def _column_form(self, probe: Rows) -> ColumnForm:
+    def _column_form(self, probe: Rows) -> RowForm:
         """The same with solutions that can be had by units."""
         return SolvedForm(self._solve, self.operator.size)
 
@@ -139,7 +139,7 @@ class Factorization(ABC):
                 call=f"{operator._name}.factorize().sample(n={n})", got=f"n = {n}", expected="an integer, 1 or more"
             )
         noise = torch.randn(operator.size, count, dtype=operator.dtype, device=operator.device, generator=generator)
-        draws = self._solve(self.damping**0.5 * noise + operator._draws(generator, count))
+        draws = self._solve(self.damping**0.5 * noise + operator._draw(generator, count))
         return draws.squeeze(-1) if n is None else draws
 
 

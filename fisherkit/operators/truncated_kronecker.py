@@ -174,8 +174,8 @@ class TruncatedKroneckerOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _TruncatedFactorization(self, damping)
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        noise = torch.randn(self.size, 1, dtype=self.dtype, device=self.device, generator=generator)
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return self._apply(noise, self._values.map(torch.sqrt).steps(self.dtype))
 
     def _scaled(self, scale: float) -> TruncatedKroneckerOperator:
