@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
-from fisherkit.io import fisher_file
+from fisherkit.io import shards
 from fisherkit.operators import load, open_file
 from tests.operator_cases import diagonal, kronecker
 from tests.test_shards import index_of, listing
@@ -41,7 +41,7 @@ def test_save__refuses_a_size_that_is_none(size: Any, error: type[Exception], ma
 
 
 def test_save__refuses_more_shards_than_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fisher_file, "MOST_SHARDS", 10)
+    monkeypatch.setattr(shards, "MOST_SHARDS", 10)
     with pytest.raises(InvalidArgumentError, match="a need of 15 shards; expected at most 10"):
         diagonal(F64)[0].save(path, max_shard_size=8)
 

@@ -30,8 +30,8 @@ from fisherkit.cli.text import number, table
 from fisherkit.data import Data
 from fisherkit.errors import InvalidTypeError
 from fisherkit.fisher import FisherApproximation
-from fisherkit.io.fisher_file import refuse_weights
 from fisherkit.io.reader import index_of
+from fisherkit.io.shards import refuse_weights
 from fisherkit.vectors import rule_of
 
 CALL = "fisherkit estimate"

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.arguments import check_one_of
+from fisherkit.arguments import check_choice
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, Data, Source, check_finite, model_device
 from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError, listed
@@ -66,8 +66,8 @@ def loss_gradient(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-    check_one_of(CALL, "example", example, ("sequence", "token"))
-    check_one_of(CALL, "normalization", normalization, ("mean", "sum"))
+    check_choice(CALL, "example", example, ("sequence", "token"))
+    check_choice(CALL, "normalization", normalization, ("mean", "sum"))
     resolved = likelihoods.resolve(likelihood)
     space = ParameterSpace.of(model, params)
     device, dtype = model_device(model, space.names)

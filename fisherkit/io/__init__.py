@@ -1,9 +1,9 @@
 """Files: safetensors with a JSON description in the header, written whole or not at all.
 
 `atomic` puts a finished file under its name, `checksums` tells it from a damaged one, `reader` describes an operator as
-a tree of named tensors and reads only those that are asked for, `fisher_file` is the format itself, in one file or
-many. Nothing here knows what an operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle
-is never used.
+a tree of named tensors and reads only those that are asked for, `shards` writes one file or many, `fisher_file` is the
+format itself; `model_files` reads and writes models' weights, which have no description. Nothing here knows what an
+operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle is never used.
 """
 
 from fisherkit.io.atomic import (
