@@ -224,41 +224,20 @@ class FisherOperator(ABC):
 
     @overload
     def solve(
-        self,
-        v: Vector,
-        damping: Damping,
-        *,
-        return_info: Literal[False] = ...,
-        tolerance: float | None = ...,
-        max_steps: int | None = ...,
-        checkpoint: str | Path | None = ...,
-        progress: bool = ...,
-    ) -> Vector: ...
+        self, v: Vector, damping: Damping, *, return_info: Literal[False] = ..., tolerance: float | None = ...,
+        max_steps: int | None = ..., checkpoint: str | Path | None = ..., progress: bool = ...,
+    ) -> Vector: ...  # fmt: skip
     @overload
     def solve(
-        self,
-        v: Vector,
-        damping: Damping,
-        *,
-        return_info: Literal[True],
-        tolerance: float | None = ...,
-        max_steps: int | None = ...,
-        checkpoint: str | Path | None = ...,
-        progress: bool = ...,
-    ) -> tuple[Vector, SolveInfo]: ...
+        self, v: Vector, damping: Damping, *, return_info: Literal[True], tolerance: float | None = ...,
+        max_steps: int | None = ..., checkpoint: str | Path | None = ..., progress: bool = ...,
+    ) -> tuple[Vector, SolveInfo]: ...  # fmt: skip
     @final
     @without_autocast()
     def solve(
-        self,
-        v: Vector,
-        damping: Damping = REQUIRED,
-        *,
-        return_info: bool = False,
-        tolerance: float | None = None,
-        max_steps: int | None = None,
-        checkpoint: str | Path | None = None,
-        progress: bool = False,
-    ) -> Vector | tuple[Vector, SolveInfo]:
+        self, v: Vector, damping: Damping = REQUIRED, *, return_info: bool = False, tolerance: float | None = None,
+        max_steps: int | None = None, checkpoint: str | Path | None = None, progress: bool = False,
+    ) -> Vector | tuple[Vector, SolveInfo]:  # fmt: skip
         """(F + λI)⁻¹ v, with the null space's v/λ included.
 
         Args:

@@ -74,16 +74,10 @@ class KroneckerOperator(FisherOperator):
     tag: ClassVar[str] = "kronecker"
 
     def __init__(
-        self,
-        space: ParameterSpace,
-        activation: Float[Tensor, "..."],
-        gradient: Float[Tensor, "..."],
-        transposed: bool = False,
-        *,
-        symmetric: bool = False,
-        activation_spectrum: Spectrum | None = None,
+        self, space: ParameterSpace, activation: Float[Tensor, "..."], gradient: Float[Tensor, "..."],
+        transposed: bool = False, *, symmetric: bool = False, activation_spectrum: Spectrum | None = None,
         gradient_spectrum: Spectrum | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         name = "KroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
         width, outputs = self._layout.width, self._layout.outputs
@@ -249,15 +243,9 @@ class EigenKroneckerOperator(FisherOperator):
     tag: ClassVar[str] = "eigen_kronecker"
 
     def __init__(
-        self,
-        space: ParameterSpace,
-        activation_basis: Float[Tensor, "..."],
-        gradient_basis: Float[Tensor, "..."],
-        eigenvalues: Float[Tensor, "..."],
-        transposed: bool = False,
-        *,
-        decomposed: bool = False,
-    ) -> None:
+        self, space: ParameterSpace, activation_basis: Float[Tensor, "..."], gradient_basis: Float[Tensor, "..."],
+        eigenvalues: Float[Tensor, "..."], transposed: bool = False, *, decomposed: bool = False,
+    ) -> None:  # fmt: skip
         name = "EigenKroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
         if decomposed:

@@ -57,22 +57,10 @@ class Curvature:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        params: Selection,
-        rule: OutputRule,
-        likelihood: str | Likelihood | nn.Module,
-        structure: str,
-        gram: bool,
-        reduction: str,
-        ema: float,
-        update_every: int,
-        refresh_every: int,
-        kfac_positions: str,
-        max_rank: int | None,
-        call: str,
-    ) -> None:
+        self, model: nn.Module, *, params: Selection, rule: OutputRule, likelihood: str | Likelihood | nn.Module,
+        structure: str, gram: bool, reduction: str, ema: float, update_every: int, refresh_every: int,
+        kfac_positions: str, max_rank: int | None, call: str,
+    ) -> None:  # fmt: skip
         for name, value, allowed in (
             ("reduction", reduction, ("mean", "sum")),
             ("kfac_positions", kfac_positions, ("expand", "reduce")),
