@@ -64,7 +64,8 @@ class FisherOperator(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "_matmat" in vars(cls):
+        inherited = next(vars(base)["_matmat"] for base in cls.__mro__[1:] if "_matmat" in vars(base))
+        if "_matmat" in vars(cls) and not getattr(inherited, "__isabstractmethod__", False):
             # Another product is another matrix: what a parent class knows of its own is not known of this one.
             for name in STRUCTURAL:
                 if name not in vars(cls):

@@ -57,18 +57,13 @@ class KroneckerOperator(FisherOperator):
 
     Args:
         space: the layer's weight [O, I] (or [O, I, k...], taken as [O, I·k...]), and its bias [O] if it has one.
-        activation: A [I, I], or [I+1, I+1] with a bias, whose row and column are the last.
-        gradient: G [O, O]; of the same dtype and device.
+        activation: A [I, I], or [I+1, I+1] with a bias, whose row and column are the last; symmetric and finite.
+        gradient: G [O, O], likewise; of the same dtype and device.
         transposed: the weight is stored as [I, O].
         symmetric: the factors are known to be symmetric up to rounding and not checked.
         activation_spectrum: a cheaper way than from the matrix to A's eigenvalues [r] and orthonormal eigenvectors
             [I, r], r the rank; used when they are first needed.
         gradient_spectrum: the same for G.
-
-    Raises:
-        InvalidTypeError: not real floating-point tensors, or dtypes that differ.
-        InvalidArgumentError: shapes that do not fit the space, devices that differ, or a factor that is not symmetric.
-        NonFiniteError: NaN or infinite entries.
     """
 
     tag: ClassVar[str] = "kronecker"
@@ -233,11 +228,6 @@ class EigenKroneckerOperator(FisherOperator):
         eigenvalues: e [s, r], 0 or more, in the bases' dtype or in float64.
         transposed: the weight is stored as [I, O].
         decomposed: all of these come from a decomposition of finite matrices, and are not checked.
-
-    Raises:
-        InvalidTypeError: not real floating-point tensors, or dtypes that do not fit.
-        InvalidArgumentError: shapes that do not fit the space, devices that differ, or negative eigenvalues.
-        NonFiniteError: NaN or infinite entries.
     """
 
     tag: ClassVar[str] = "eigen_kronecker"
