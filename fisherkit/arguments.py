@@ -1,10 +1,12 @@
-"""Checks of integers that many calls take: counts, sizes, seeds.
+"""Checks of numbers and words that many calls take: counts, sizes, seeds, strengths, choices.
 
 Owns their words, so that the same mistake reads the same everywhere. Imports nothing from the package but its errors.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TypeGuard
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
@@ -51,3 +53,34 @@ def check_count(call: str, name: str, value: object, *, optional: bool = False) 
         raise InvalidArgumentError(
             call=call, got=f"{name}={value!r}", expected="an integer, 1 or more" + (", or None" if optional else "")
         )
+
+
+def check_number(call: str, name: str, value: object, *, most: float = math.inf) -> float:
+    """An argument that is a finite number, from 0 on.
+
+    Args:
+        call: for the error.
+        name: of the argument.
+        value: what was passed.
+        most: the largest that is allowed.
+
+    Raises:
+        InvalidTypeError: no number.
+        InvalidArgumentError: out of range.
+    """
+    if not is_number(value):
+        raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="a number")
+    if not (math.isfinite(value) and 0 <= value <= most):
+        upper = "0 or more" if most == math.inf else f"from 0 to {most:g}"
+        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected=f"a finite number, {upper}")
+    return float(value)
+
+
+def check_choice(call: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    """An argument that is one of a few words.
+
+    Raises:
+        InvalidArgumentError: another.
+    """
+    if value not in allowed:
+        raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")

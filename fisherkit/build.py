@@ -111,10 +111,11 @@ class Builder:
         description, empty = structure.name, structure.empty(self.problem)
         kept: list[Chunk] = []
         if structure.keeps_rows:
-            return empty.added(self._counted(self.problem.batches(description)))
+            return empty.added(self._counted(self.problem.batches(description, compared=False)))
         rows = self.problem.row_bytes(self.problem.plan.space.names) if structure.passes > 1 else 0
         keep = rows > 0 and self.needed + rows * self.problem.source.count() <= self.budget
-        chunks = self._counted(self.problem.chunks(description), 1 if keep else structure.passes)
+        readings = 1 if keep else structure.passes
+        chunks = self._counted(self.problem.chunks(description, compared=readings > 1), readings)
         sums: Sums | None = empty.added(_noting(chunks, kept) if keep else chunks)
         while sums is not None:
             found, sums = sums, structure.next_pass(sums)

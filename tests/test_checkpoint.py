@@ -302,7 +302,7 @@ def test_interrupted_writing__leaves_the_last_file(path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fisherkit.io.atomic.save_file", half)
+        patch.setattr("fisherkit.io.atomic.save_tensors", half)
         with pytest.raises(OSError, match="No space left"):
             solve(a, rhs, path)
     assert path.read_bytes() == before

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.evaluation import approximation_quality, audit, quality_floor
 from fisherkit.io import State
-from fisherkit.merging import merge
+from fisherkit.merging import MergePolicy, merge
 from fisherkit.operators import DenseOperator, FisherOperator, normalize, open_file, split, usual_damping
 from fisherkit.operators.base import convert
 from fisherkit.operators.normalization import frobenius_norm
@@ -235,7 +235,7 @@ def test_merge__of_two_is_the_dense_systems_solution(make, normalize_by: str | N
     for method in ("auto", "direct", "cg"):
         merged = merge(
             models, [operator for operator, _ in pairs], [1.0, 1.0], damping=0.1, normalize=normalize_by,
-            method=method, output_damping=0.0,
+            policy=MergePolicy(method=method), output_damping=0.0,
         )  # fmt: skip
         close(mc.flat(merged, oc.LAYER), expected, 1e-8)
 

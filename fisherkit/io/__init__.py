@@ -2,7 +2,8 @@
 
 `atomic` puts a finished file under its name, `checksums` tells it from a damaged one, `state` describes an operator as
 a tree of named tensors, `shards` writes one file or many, `reader` finds tensors again and reads only what is asked
-for, `fisher_file` is the format itself. Nothing here knows what an operator means; ``operators.persistence`` turns a
+for, `fisher_file` is the format itself; `model_files` reads and writes models' weights, which have no description.
+Nothing here knows what an operator means; ``operators.persistence`` turns a
 `State` back into an operator. Pickle is never used.
 """
 

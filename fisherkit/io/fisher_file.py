@@ -71,7 +71,8 @@ def write(
         "metadata": json.dumps({k: v for k, v in metadata.items() if (k, v) not in NO_CHECKSUMS.items()}),
     }
     if max_shard_size is not None and sharded:
-        write_sharded(path, fill(tensors, max_shard_size), header, call)
+        shards = fill({key: nbytes(tensor) for key, tensor in tensors.items()}, max_shard_size)
+        write_sharded(path, [{key: tensors[key] for key in keys} for keys in shards], header, call)
     else:
         refuse_weights(path, call)
         write_single(path, tensors, header)

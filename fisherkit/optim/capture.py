@@ -162,7 +162,7 @@ class Capture:
         averaging = [*coupled, *self._tracking()]
         if plan.generic and (recorder.random or averaging):
             raise self._unfit(plan, averaging)
-        again = bool(plan.generic or coupled or not watched.regular or plan.lost(watched))
+        again = bool(plan.generic or coupled or not watched.regular or plan.unruled(watched))
         keep = batch if again else Batch((), _masks(batch), None, batch.size)
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         watched = replace(watched, uses=with_own_inputs(own, batch.leaves()[0]))
@@ -205,7 +205,7 @@ class Capture:
             finally:
                 for module in training:
                     module.training = True
-            plan.probed = torch.empty(0)
+            del plan.probe  # a graph that nothing asks any more
             if anew and key in self._plans:
                 _keep_rules(plan, self._plans[key])
             self._plans[key] = plan
@@ -221,7 +221,7 @@ class Capture:
             ):
                 linearized = Linearized.at(plan, batch)
                 self._used |= _used(linearized.watched)
-                plan = linearized.revised() if linearized.noticed else plan
+                plan = linearized.replanned() if linearized.newly_ruled else plan
         # As in torch, a parameter that the loss does not depend on is left alone.
         used = [name for name in names if name not in plan.unused or name in self._used]
         if len(used) == len(names):
