@@ -1,7 +1,4 @@
-"""From rows to an operator: the only place that knows N, the structures and the memory budget together.
-
-Reads the problem's chunks, adds them up by structure and divides by N once. It does not know which kind it builds.
-"""
+"""From rows to an operator: adds the problem's chunks up by structure, within the memory budget, and divides by N."""
 
 from __future__ import annotations
 
@@ -35,13 +32,8 @@ MANY = 64
 class Built:
     """An operator and how it came about.
 
-    Args:
-        operator: the Fisher.
-        examples: N.
-        rows: R.
-        coverage: what was done with each parameter.
-        dropped: for each example or token, the trace that the kind left out of the output Fisher; None if nothing.
-        dropped_share: of the trace of F, what went with the rows that were left out; None if none were to be.
+    ``dropped`` is, for each example or token, the trace that the kind left out of the output Fisher; None if nothing.
+    ``dropped_share`` is, of the trace of F, what went with the rows that were left out; None if none were to be.
     """
 
     operator: FisherOperator
@@ -53,25 +45,12 @@ class Built:
 
 
 class Builder:
-    """Builds structures of one problem.
-
-    Args:
-        problem: model, data, kind and conventions.
-        normalization: "mean" or "sum".
-        memory_budget: bytes; None for half of what is available.
-        reduce: as in `fisherkit.structures.Structure`.
-        max_rows: likewise.
-    """
+    """Builds structures of one problem; a ``memory_budget`` of None is half of what is available."""
 
     def __init__(
-        self,
-        problem: Problem,
-        *,
-        normalization: str,
-        memory_budget: int | None,
-        reduce: bool,
+        self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
         max_rows: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.normalization = normalization
         device = problem.plan.example_parameter.device
         self.budget = available_memory(device) // 2 if memory_budget is None else memory_budget
@@ -91,8 +70,7 @@ class Builder:
         """The operator of a structure.
 
         Raises:
-            MemoryBudgetError: before the pass over the data, if the structure cannot fit.
-            DataError: no example counts.
+            MemoryBudgetError, DataError: the structure cannot fit, before the pass over the data; no example counts.
         """
         try:
             return self._built(structure)
@@ -215,12 +193,9 @@ class Builder:
     def _require_examples(self) -> None:
         if self.examples == 0:
             raise DataError(
-                call="data",
-                got="no example with a label that counts",
-                expected="at least one",
-                why="all labels are ignore_index",
-                try_="check the labels",
-            )
+                call="data", got="no example with a label that counts", expected="at least one",
+                why="all labels are ignore_index", try_="check the labels",
+            )  # fmt: skip
 
     def _require(self, structure: Structure) -> None:
         """Refuse what does not fit."""

@@ -1,7 +1,7 @@
 """`FisherApproximation`: a Fisher matrix of a model on data, by one kind and in one structure.
 
-Owns the conventions a user chooses and hands the work on: the kind is the subclass's `output_vectors`, rows are made by
-`rows`, the operator by `build`. As an operator it forwards to the one that was built.
+Owns the conventions a user chooses and hands the work on: the kind is a rule of `vectors`, rows are made by `rows`, the
+operator by `build`. As an operator it forwards to the one that was built.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from fisherkit import likelihoods
 from fisherkit._version import __version__
-from fisherkit.arguments import check_positive
+from fisherkit.arguments import check_choice, check_positive
 from fisherkit.arithmetic import at_least_single, without_autocast
 from fisherkit.build import Builder, Built
 from fisherkit.data import Data, Source, model_device
@@ -27,10 +27,11 @@ from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import structure_named
+from fisherkit.vectors import rule_of
 from fisherkit.wrappers import unwrapped, wrapped_in
 
 
-class FisherApproximation(OutputRule, ForwardingOperator):
+class FisherApproximation(ForwardingOperator):
     """F = (1/N) Σ_nm (J_nᵀ v_nm)(J_nᵀ v_nm)ᵀ with the vectors v of a kind, in a structure.
 
     The model is read, never changed: parameters, ``.grad``, hooks, train/eval flags and random generators are as
@@ -49,6 +50,9 @@ class FisherApproximation(OutputRule, ForwardingOperator):
             if the model needs all others. Batches are moved to the model's device. Targets may be None for kinds that
             do not use them. Where several passes are made, all must read the same examples in the same order; a
             checksum of each batch is compared.
+        kind: which vectors: "ef", "ief", "sf", "exact" or "truncated", with a setting after a colon ("ief:0.5" power,
+            "sf:4" draws, "truncated:3" rank, "truncated:0.01" tolerance), or an `OutputRule`, the built-in ones of
+            `fisherkit.vectors` or one of your own. `EmpiricalFisher` and its like fill it in.
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         structure: of `fisherkit.structures`, by name: "full", "block", "diagonal", "kfac", "ekfac", "nkp", or your own.
@@ -94,6 +98,7 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         self,
         model: nn.Module,
         data: Data,
+        kind: str | OutputRule | None = None,
         *,
         likelihood: str | Likelihood | nn.Module = "categorical",
         structure: str = "full",
@@ -112,9 +117,9 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
         chosen = structure_named(structure, call)
-        _one_of(call, "example", example, ("sequence", "token"))
-        _one_of(call, "normalization", normalization, ("mean", "sum"))
-        _one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
+        check_choice(call, "example", example, ("sequence", "token"))
+        check_choice(call, "normalization", normalization, ("mean", "sum"))
+        check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
         _only_full(call, structure, max_rows)
@@ -122,7 +127,15 @@ class FisherApproximation(OutputRule, ForwardingOperator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
             )
-        self.seed_from(generator)
+        if kind is None:
+            raise InvalidTypeError(
+                call=call, got="no kind", expected='one such as "exact", or an fk.OutputRule',
+                why="a Fisher does not say its vectors itself: its kind does",
+                try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
+            )  # fmt: skip
+        rule = rule_of(kind, call=call)
+        if generator is not None and rule.random:
+            rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))
         model, params = _within(model, params)
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
@@ -131,7 +144,7 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         source = Source(data, model)
         plan = plan_of(model, space, source)
         problem = Problem(
-            plan, source, resolved, self, example == "token",
+            plan, source, resolved, rule, example == "token",
             is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
         )  # fmt: skip
         builder = Builder(
@@ -145,14 +158,14 @@ class FisherApproximation(OutputRule, ForwardingOperator):
         self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
         whole, covered = weight_hashes(model, space.names)
         self.metadata = {
-            "kind": self.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
-            "likelihood": resolved.recorded, "label_source": self.label_source, "example": example,
+            "kind": rule.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
+            "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
             "parameters_hash": whole,
             "covered_hash": f"{dtype}:{covered}".removeprefix("torch."),
             "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
-            **self.kind_options(),
+            **rule.kind_options(),
             **({} if max_rows is None else {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}),
         }  # fmt: skip
 
@@ -163,11 +176,6 @@ def _within(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
     if prefix and isinstance(params, Iterable) and not isinstance(params, str):
         params = [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
     return unwrapped(model), params
-
-
-def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
 
 
 def _only_full(call: str, structure: str, max_rows: int | None) -> None:

@@ -1,8 +1,4 @@
-"""The kinds: a Fisher for each of the five rules in output space.
-
-The rules themselves are in `fisherkit.vectors`; models, layers, structures and solvers never see the difference. A new
-kind is one more rule there and class here, or one class of a user's own.
-"""
+"""A Fisher for each of the five kinds, whose rules are in `fisherkit.vectors`."""
 
 from __future__ import annotations
 
@@ -15,16 +11,23 @@ from fisherkit.fisher import FisherApproximation
 from fisherkit.vectors import EmpiricalVectors, ExactVectors, ImprovedVectors, SampledVectors, TruncatedVectors
 
 
-class EmpiricalFisher(EmpiricalVectors, FisherApproximation):
+class EmpiricalFisher(FisherApproximation):
     """The empirical Fisher: v = ∂ℓ/∂z at the observed label, F = (1/N) Σ ∇ℓ_n ∇ℓ_nᵀ.
 
     Close to the exact Fisher only where the model's distribution is the data's; its preconditioned steps are biased
-    towards examples that are already fit (Kunstner, Hennig, Balles, arXiv 1905.12558). Arguments are those of
-    `FisherApproximation`.
+    towards examples that are already fit (Kunstner, Hennig, Balles, arXiv 1905.12558).
+
+    Args:
+        model: as in `FisherApproximation`.
+        data: as in `FisherApproximation`, with targets.
+        options: the keywords of `FisherApproximation`.
     """
 
+    def __init__(self, model: nn.Module, data: Data, **options: Any) -> None:
+        super().__init__(model, data, EmpiricalVectors(), **options)
 
-class ImprovedEmpiricalFisher(ImprovedVectors, FisherApproximation):
+
+class ImprovedEmpiricalFisher(FisherApproximation):
     """The improved empirical Fisher: v = u / ‖u‖^power with u = ∂ℓ/∂z, at the price of the empirical one.
 
     Dividing each example's gradient by the norm of its logit gradient removes EF's inversely-scaled projection (Wu, Yu,
@@ -37,11 +40,10 @@ class ImprovedEmpiricalFisher(ImprovedVectors, FisherApproximation):
     """
 
     def __init__(self, model: nn.Module, data: Data, *, power: float = 1.0, **options: Any) -> None:
-        ImprovedVectors.__init__(self, power)
-        FisherApproximation.__init__(self, model, data, **options)
+        super().__init__(model, data, ImprovedVectors(power), **options)
 
 
-class SampledFisher(SampledVectors, FisherApproximation):
+class SampledFisher(FisherApproximation):
     """The Monte Carlo Fisher: labels drawn from the model, v = ∂ℓ(ŷ_m)/∂z / √draws; unbiased for the exact Fisher.
 
     A label depends on the seed and on the example's place in the data alone, so that the same seed gives the same
@@ -55,19 +57,30 @@ class SampledFisher(SampledVectors, FisherApproximation):
     """
 
     def __init__(self, model: nn.Module, data: Data, *, draws: int = 1, seed: int = 0, **options: Any) -> None:
-        SampledVectors.__init__(self, draws, seed)
-        FisherApproximation.__init__(self, model, data, **options)
+        super().__init__(model, data, SampledVectors(draws, seed), **options)
+
+    @property
+    def seed(self) -> int:
+        """The seed that was used, also where it came from a generator."""
+        return int(self.metadata["seed"])
 
 
-class ExactFisher(ExactVectors, FisherApproximation):
+class ExactFisher(FisherApproximation):
     """The exact (type-2) Fisher, equal to the generalized Gauss-Newton of the loss: v the columns of S, S Sᵀ = ∂²ℓ/∂z².
 
     With ``likelihood="gaussian"`` it is JᵀJ, the identity-output Gauss-Newton, whatever the model was trained with.
-    Arguments are those of `FisherApproximation`.
+
+    Args:
+        model: as in `FisherApproximation`.
+        data: as in `FisherApproximation`; targets may be None unless the loss weighs examples by them.
+        options: the keywords of `FisherApproximation`.
     """
 
+    def __init__(self, model: nn.Module, data: Data, **options: Any) -> None:
+        super().__init__(model, data, ExactVectors(), **options)
 
-class TruncatedFisher(TruncatedVectors, FisherApproximation):
+
+class TruncatedFisher(FisherApproximation):
     """The exact Fisher's output metric truncated to a few vectors, the loss gradient first.
 
     F₁ ≼ F₂ ≼ … ≼ F_exact in the Loewner order, equal at full rank; on F's own scale, without sampling;
@@ -82,12 +95,14 @@ class TruncatedFisher(TruncatedVectors, FisherApproximation):
     def __init__(
         self, model: nn.Module, data: Data, *, rank: int | None = None, tolerance: float | None = None, **options: Any
     ) -> None:
-        TruncatedVectors.__init__(self, rank, tolerance)
-        FisherApproximation.__init__(self, model, data, **options)
+        super().__init__(model, data, TruncatedVectors(rank, tolerance), **options)
 
 
 KINDS: dict[str, type[FisherApproximation]] = {
-    kind.kind_name: kind
-    for kind in (EmpiricalFisher, ImprovedEmpiricalFisher, SampledFisher, ExactFisher, TruncatedFisher)
+    EmpiricalVectors.kind_name: EmpiricalFisher,
+    ImprovedVectors.kind_name: ImprovedEmpiricalFisher,
+    SampledVectors.kind_name: SampledFisher,
+    ExactVectors.kind_name: ExactFisher,
+    TruncatedVectors.kind_name: TruncatedFisher,
 }
 """Kinds by their short names."""

@@ -6,9 +6,9 @@ Everything that tells one Fisher from another happens on these two records. Neit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -183,18 +183,22 @@ class OutputVectors:
 
 
 class OutputRule(ABC):
-    """A kind, seen from the outputs: which vectors v an example has.
+    """A kind of Fisher: the rule that says which vectors v an example has.
 
     Attributes:
         kind_name: short name, as recorded in metadata.
+        settings: names of the settings that a string may give after a colon, as "ief:POWER" does.
         positionwise: whether every position has vectors of its own (kinds whose output Fisher is block-diagonal).
         needs_targets: whether observed labels are used.
+        random: whether vectors depend on a seed, which `with_seed` then takes.
         scale_free: whether vectors stay what they are when the loss is multiplied, or change as `gradient_power` says.
     """
 
     kind_name: ClassVar[str] = "custom"
+    settings: ClassVar[tuple[str, ...]] = ()
     positionwise: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = True
+    random: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
 
     @abstractmethod
@@ -213,7 +217,7 @@ class OutputRule(ABC):
     @property
     def label_source(self) -> str:
         """Which labels the vectors are made of: "observed", "sampled" from the model, or "none"; recorded in files."""
-        return "observed" if self.needs_targets else "none"
+        return "sampled" if self.random else "observed" if self.needs_targets else "none"
 
     @property
     def of_hessian(self) -> bool:
@@ -223,16 +227,35 @@ class OutputRule(ABC):
     @property
     def along_gradient(self) -> bool:
         """Whether v is one vector, a multiple of the loss gradient, whose row any training step's backward pass has."""
-        return False
+        return self.gradient_power is not None
 
     @property
     def gradient_power(self) -> float | None:
         """p of kinds with v = u / ‖u‖ᵖ, u = ∂ℓ/∂z: the paper's Gram-space update is that of these; None of others."""
         return None
 
-    def seed_from(self, generator: torch.Generator | None) -> None:  # noqa: B027  (a default, not a duty)
-        """Take what randomness the kind needs from the generator; nothing unless a kind overrides it."""
+    def with_seed(self, seed: int) -> OutputRule:
+        """The same kind with another seed; itself where nothing is random."""
+        return self
 
     def kind_options(self) -> dict[str, str]:
         """The kind's own settings, as recorded in metadata."""
         return {}
+
+    @classmethod
+    def options_of(cls, setting: str) -> dict[str, Any]:
+        """Arguments for the setting that follows the colon in a string such as "ief:0.5".
+
+        Raises:
+            ValueError: the kind has no setting, or this is none.
+        """
+        raise ValueError(f"{cls.kind_name!r} has no setting")
+
+    @classmethod
+    def spelled(cls, options: Mapping[str, str]) -> str:
+        """The kind with its settings as a string that is read back as the same kind.
+
+        Args:
+            options: as `kind_options` gives them; others may be among them.
+        """
+        return cls.kind_name

@@ -1,4 +1,4 @@
-"""The kinds in output space: five rules that say which vectors v an example has, and nothing else.
+"""The kinds: five rules in output space that say which vectors v an example has, and how each is spelled as a string.
 
 Models, layers, structures and solvers never see the difference. `fisherkit.kinds` makes a Fisher of each, the
 optimizers take them as they are.
@@ -6,13 +6,15 @@ optimizers take them as they are.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_positive, is_integer
+from fisherkit.arguments import check_positive, is_integer, is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.randomness import keyed_uniform
@@ -29,13 +31,8 @@ class EmpiricalVectors(OutputRule):
         return OutputVectors(outputs.gradient().unsqueeze(1))
 
     @property
-    def along_gradient(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
     def gradient_power(self) -> float:
-        """0."""
+        """0: the loss gradient itself."""
         return 0.0
 
 
@@ -51,10 +48,11 @@ class ImprovedVectors(OutputRule):
     """
 
     kind_name = "ief"
+    settings = ("POWER",)
 
     def __init__(self, power: float = 1.0) -> None:
         call = "ImprovedEmpiricalFisher"
-        if isinstance(power, bool) or not isinstance(power, (int, float)):
+        if not is_number(power):
             raise InvalidTypeError(call=call, got=f"power of type {type(power).__name__}", expected="a number")
         if not 0 <= power <= 1:
             raise InvalidArgumentError(call=call, got=f"power={power}", expected="a number from 0 to 1")
@@ -71,11 +69,6 @@ class ImprovedVectors(OutputRule):
         return OutputVectors((direction / norm**self.power * safe ** (1 - self.power)).unsqueeze(1))
 
     @property
-    def along_gradient(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
     def gradient_power(self) -> float:
         """The power."""
         return self.power
@@ -83,6 +76,17 @@ class ImprovedVectors(OutputRule):
     def kind_options(self) -> dict[str, str]:
         """The power."""
         return {"power": str(self.power)}
+
+    @classmethod
+    def options_of(cls, setting: str) -> dict[str, Any]:
+        """The power."""
+        return {"power": float(setting)}
+
+    @classmethod
+    def spelled(cls, options: Mapping[str, str]) -> str:
+        """With the power, unless it is 1."""
+        power = options.get("power", "1")
+        return cls.kind_name if float(power) == 1 else f"{cls.kind_name}:{power}"
 
 
 class SampledVectors(OutputRule):
@@ -98,7 +102,9 @@ class SampledVectors(OutputRule):
     """
 
     kind_name = "sf"
+    settings = ("DRAWS",)
     needs_targets: ClassVar[bool] = False
+    random: ClassVar[bool] = True
 
     def __init__(self, draws: int = 1, seed: int = 0) -> None:
         call = "SampledFisher"
@@ -109,10 +115,9 @@ class SampledVectors(OutputRule):
             raise InvalidArgumentError(call=call, got=f"draws={draws}", expected="1 or more")
         self.draws, self.seed = draws, seed
 
-    def seed_from(self, generator: torch.Generator | None) -> None:
-        """One number of the generator is the seed."""
-        if generator is not None:
-            self.seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
+    def with_seed(self, seed: int) -> SampledVectors:
+        """As many draws with another seed."""
+        return SampledVectors(self.draws, seed)
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """Gradients at drawn labels, repeats merged.
@@ -136,14 +141,19 @@ class SampledVectors(OutputRule):
         weight = _repeats(labels.masked_fill(~(mask if labels.ndim == 4 else mask.squeeze(-1)), 0))
         return OutputVectors(v * (weight / self.draws).sqrt().to(z.dtype)[:, :, None, None], weight > 0)
 
-    @property
-    def label_source(self) -> str:
-        """The model."""
-        return "sampled"
-
     def kind_options(self) -> dict[str, str]:
         """Draws and seed."""
         return {"draws": str(self.draws), "seed": str(self.seed)}
+
+    @classmethod
+    def options_of(cls, setting: str) -> dict[str, Any]:
+        """The number of draws."""
+        return {"draws": int(setting)}
+
+    @classmethod
+    def spelled(cls, options: Mapping[str, str]) -> str:
+        """With the number of draws."""
+        return f"{cls.kind_name}:{options['draws']}" if "draws" in options else cls.kind_name
 
 
 class ExactVectors(OutputRule):
@@ -180,13 +190,14 @@ class TruncatedVectors(OutputRule):
     """
 
     kind_name = "truncated"
+    settings = ("RANK", "TOLERANCE")
 
     def __init__(self, rank: int | None = None, tolerance: float | None = None) -> None:
         call = "TruncatedFisher"
         if rank is not None and tolerance is not None:
             raise InvalidArgumentError(call=call, got=f"rank={rank} and tolerance={tolerance}", expected="one of them")
         check_positive(call, "rank", rank)
-        if tolerance is not None and (isinstance(tolerance, bool) or not isinstance(tolerance, (int, float))):
+        if tolerance is not None and not is_number(tolerance):
             raise InvalidTypeError(call=call, got=f"tolerance of type {type(tolerance).__name__}", expected="a number")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise InvalidArgumentError(call=call, got=f"tolerance={tolerance}", expected="a number from 0 to below 1")
@@ -211,11 +222,87 @@ class TruncatedVectors(OutputRule):
         """Rank or tolerance."""
         return {"rank": str(self.rank)} if self.tolerance is None else {"tolerance": str(self.tolerance)}
 
+    @classmethod
+    def options_of(cls, setting: str) -> dict[str, Any]:
+        """A rank if it is written as an integer, else a tolerance."""
+        return {"rank": int(setting)} if setting.isdecimal() else {"tolerance": float(setting)}
+
+    @classmethod
+    def spelled(cls, options: Mapping[str, str]) -> str:
+        """With the rank, or with the tolerance and a point in it."""
+        if "tolerance" in options:
+            return f"{cls.kind_name}:{float(options['tolerance'])}"
+        return f"{cls.kind_name}:{options['rank']}" if "rank" in options else cls.kind_name
+
 
 RULES: dict[str, type[OutputRule]] = {
     rule.kind_name: rule for rule in (EmpiricalVectors, ImprovedVectors, SampledVectors, ExactVectors, TruncatedVectors)
 }
 """The rules by their kinds' short names."""
+
+
+def spellings() -> list[str]:
+    """All strings that `rule_of` reads, settings in capitals."""
+    return [
+        text for name, rule in RULES.items() for text in (name, *(f"{name}:{setting}" for setting in rule.settings))
+    ]
+
+
+def rule_of(
+    kind: str | OutputRule, *, call: str, options: Mapping[str, Any] | None = None, also: Sequence[str] = ()
+) -> OutputRule:
+    """The rule of a kind: itself, or what a string such as "ief", "ief:0.5", "sf:4" or "truncated:3" names.
+
+    Args:
+        kind: the rule, or the string.
+        call: for errors.
+        options: settings by the names of the rule's arguments, instead of one in the string.
+        also: what the caller takes beside these, for errors.
+
+    Raises:
+        InvalidTypeError: neither a string nor a rule.
+        InvalidArgumentError: no such kind, or a setting that the kind cannot have.
+    """
+    options = options or {}
+    if isinstance(kind, OutputRule):
+        if options:
+            raise InvalidArgumentError(call=call, got=f"options {sorted(options)} beside a rule", expected="none")
+        return kind
+    expected = f"one of {[*also, *spellings()]}"
+    if not isinstance(kind, str):
+        raise InvalidTypeError(
+            call=call, got=f"a kind of type {type(kind).__name__}", expected=f"{expected}, or an fk.OutputRule"
+        )
+    name, colon, setting = kind.partition(":")
+    if name not in RULES:
+        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected, why=f"there is no kind {name!r}")
+    try:
+        written = RULES[name].options_of(setting) if colon else {}
+    except ValueError as error:
+        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected, why=str(error)) from error
+    possible = list(signature(RULES[name]).parameters)
+    if unknown := [option for option in options if option not in possible]:
+        named = " and ".join(f"{option}=" for option in unknown)
+        own = " and ".join(f"{option}=" for option in possible) or "none"
+        raise InvalidArgumentError(
+            call=call, got=f"an argument {named} that it does not have", expected=f"its own; for kind={kind!r}, {own}",
+            try_=f"help(fk.optim.{call})",
+        )  # fmt: skip
+    if twice := [option for option in options if option in written]:
+        raise InvalidArgumentError(call=call, got=f"kind={kind!r} and {twice[0]}=", expected="one of them")
+    try:
+        return RULES[name](**written, **options)
+    except InvalidArgumentError as error:
+        if not written:
+            raise
+        why = f"the setting is {error.got}, not {error.expected}"
+        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected, why=why) from error
+
+
+def spelled(metadata: Mapping[str, str]) -> str:
+    """A Fisher's kind with its setting, as `rule_of` reads it back; "unknown" if the metadata names no kind."""
+    name = metadata.get("kind", "unknown")
+    return RULES[name].spelled(metadata) if name in RULES else name
 
 
 def _repeats(labels: Tensor) -> Tensor:

@@ -212,6 +212,7 @@ FLAGS = {"damping": "--damping", "uncovered": "--uncovered", "overwrite": "--ove
     ("python", "typed"),
     [
         ('uncovered="average", or "first"', '--uncovered average, or "first"'),
+        ('policy=MergePolicy(uncovered="average"), or "first"', '--uncovered average, or "first"'),
         ("damping=fk.RelativeDamping(1e-6), which leaves", "--damping 1e-6, which leaves"),
         ("a larger damping, or fk.RelativeDamping(1e-6)", "a larger damping, or --damping 1e-6"),
         ("normalize=None for Fishers", "--normalize none for Fishers"),
@@ -367,10 +368,10 @@ def test_merge__refuses_in_python_where_it_is_told_to() -> None:
     fishers = [fk.EmpiricalFisher(model, data, structure="kfac") for model in models]
     strange = r'other_weights="refuse".*Fisher 1 was measured at other parameters than those of model 1; Fisher 2 .*1\)'
     with pytest.raises(fk.InvalidArgumentError, match=strange):
-        merging.merge(models[:2], [fishers[2], fishers[0]], other_weights="refuse")
-    merging.merge(models, fishers, other_weights="refuse")
-    with pytest.raises(fk.InvalidArgumentError, match=r"one of \['warn', 'refuse'\]"):
-        merging.merge(models, fishers, other_weights="ignore")
+        merging.merge(models[:2], [fishers[2], fishers[0]])
+    merging.merge(models, fishers)
+    with pytest.raises(fk.InvalidArgumentError, match=r"one of \['refuse', 'warn'\]"):
+        merging.MergePolicy(other_weights="ignore")
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------

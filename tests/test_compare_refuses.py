@@ -30,7 +30,7 @@ from tests.test_compare import PerPosition, data, network
         ({"gram_dampings": (1e-3, 1e-3)}, fk.InvalidArgumentError, "gram_dampings with 0.001 twice"),
         ({"kinds": ()}, fk.InvalidArgumentError, "got no kinds"),
         ({"kinds": (1,)}, fk.InvalidTypeError, "a kind of type int"),
-        ({"structures": ("dense",)}, fk.InvalidArgumentError, "structure 'dense'"),
+        ({"structures": ("dense",)}, fk.InvalidArgumentError, "structure='dense'"),
         ({"gram_dampings": (0.0,)}, fk.InvalidArgumentError, "gram damping 0.0"),
         ({"gram_dampings": (math.inf,)}, fk.InvalidArgumentError, "gram damping inf"),
         ({"gram_dampings": ("1",)}, fk.InvalidTypeError, "a damping of type str"),

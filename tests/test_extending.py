@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -141,7 +141,7 @@ def test_likelihood__may_refuse_targets(counts: tuple[nn.Module, Tensor, Tensor]
 # -- a kind ------------------------------------------------------------------------------------------------------------
 
 
-class SelfLabelledFisher(fk.FisherApproximation):
+class SelfLabelled(fk.OutputRule):
     """The empirical Fisher at the model's own most likely label."""
 
     kind_name = "self-labelled"
@@ -159,7 +159,7 @@ def test_kind__of_one_method_works_in_every_structure(family: str, structure: st
     if of.targets.ndim > 1:
         predicted[of.targets == -100] = -100
     relabelled = Problem(of.model, of.inputs, predicted, of.likelihood, of.example)
-    found = build(SelfLabelledFisher, of, structure=structure)
+    found = build(partial(fk.FisherApproximation, kind=SelfLabelled()), of, structure=structure)
     expected = build(fk.EmpiricalFisher, relabelled, structure=structure)
     assert error(found.to_dense(), expected.to_dense()) < 1e-12
     assert found.rows == expected.rows
@@ -168,24 +168,29 @@ def test_kind__of_one_method_works_in_every_structure(family: str, structure: st
 def test_kind__needs_no_name() -> None:
     """One method is all that a kind must say; a name is for what is recorded in files."""
 
-    class Unnamed(fk.FisherApproximation):
+    class Unnamed(fk.OutputRule):
         def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
             return fk.OutputVectors(outputs.gradient().unsqueeze(1))
 
     of = problem("mlp")
-    assert error(build(Unnamed, of).to_dense(), build(fk.EmpiricalFisher, of).to_dense()) < 1e-14
+    assert (
+        error(
+            build(partial(fk.FisherApproximation, kind=Unnamed()), of).to_dense(),
+            build(fk.EmpiricalFisher, of).to_dense(),
+        )
+        < 1e-14
+    )
 
 
-class LikelyLabelsFisher(fk.FisherApproximation):
+class LikelyLabels(fk.OutputRule):
     """The exact Fisher's sum over labels, Σ_k p_k u_k u_kᵀ, without the labels less likely than a threshold."""
 
     kind_name = "likely"
     needs_targets = False
     positionwise = True  # every position has labels of its own
 
-    def __init__(self, model: nn.Module, data: Any, *, threshold: float, **options: Any) -> None:
+    def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        super().__init__(model, data, **options)
 
     def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
         p = outputs.z[:, 0].softmax(-1)
@@ -199,7 +204,7 @@ class LikelyLabelsFisher(fk.FisherApproximation):
 @pytest.mark.parametrize("family", ["mlp", "token_mlp", "token_mlp_by_token"])
 def test_kind__with_options_and_a_row_a_label_is_exact_in_the_limit(family: str, structure: str) -> None:
     of = problem(family)
-    found = build(LikelyLabelsFisher, of, structure=structure, threshold=0.0)
+    found = build(partial(fk.FisherApproximation, kind=LikelyLabels(0.0)), of, structure=structure)
     assert error(found.to_dense(), build(fk.ExactFisher, of, structure=structure).to_dense()) < 1e-12
     assert found.metadata["kind"] == "likely"
 
@@ -207,7 +212,7 @@ def test_kind__with_options_and_a_row_a_label_is_exact_in_the_limit(family: str,
 def test_kind__may_leave_rows_out_and_say_so() -> None:
     of = problem("mlp_no_bias")
     p = of.model(of.inputs).softmax(-1)
-    found, exact = build(LikelyLabelsFisher, of, threshold=0.2), build(fk.ExactFisher, of)
+    found, exact = build(partial(fk.FisherApproximation, kind=LikelyLabels(0.2)), of), build(fk.ExactFisher, of)
     assert found.rows == int((p >= 0.2).sum())
     assert found.dropped_trace is not None
     assert found.dropped_trace.shape == (6,)
@@ -342,8 +347,8 @@ class Spiked(fk.FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return IterativeFactorization(self, damping, tolerance, max_steps)
 
-    def _draw(self, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn(self.size + 1, 1, dtype=self.dtype, generator=generator)
+    def _draw(self, generator: torch.Generator | None, count: int) -> Tensor:
+        noise = torch.randn(self.size + 1, count, dtype=self.dtype, generator=generator)
         return self.level**0.5 * noise[1:] + self.w[:, None] * noise[0]
 
     def _scaled(self, scale: float) -> Spiked:

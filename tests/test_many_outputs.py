@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.rows.problem import Problem
+from fisherkit.vectors import ExactVectors
 
 F64 = torch.float64
 Loss = Callable[[Tensor, Tensor | None], Tensor]
@@ -216,7 +217,7 @@ def test_sums__are_the_same_with_rows_whatever_follows_the_head(
     model, x = made(after)
     options: dict[str, Any] = {"structure": structure, "params": head_of(model), **AS_ROWS[after]}
     fisher = fk.ExactFisher(model, data_of(x, LABELS), **options)
-    monkeypatch.setattr(fk.ExactFisher, "of_hessian", property(lambda _: False))
+    monkeypatch.setattr(ExactVectors, "of_hessian", property(lambda _: False))
     rows = fk.ExactFisher(model, data_of(x, LABELS), **options)
     assert (fisher.rows, fisher.examples) == (rows.rows, rows.examples)
     torch.testing.assert_close(fisher.to_dense(), rows.to_dense(), rtol=1e-8, atol=1e-10)
@@ -248,7 +249,7 @@ def test_sums__are_the_same_with_rows_under_an_attention_mask(
     backward_passes.clear()
     fisher = fk.ExactFisher(model, data, **options)
     assert sum(backward_passes) == 0
-    monkeypatch.setattr(fk.ExactFisher, "of_hessian", property(lambda _: False))
+    monkeypatch.setattr(ExactVectors, "of_hessian", property(lambda _: False))
     rows = fk.ExactFisher(model, data, **options)
     torch.testing.assert_close(fisher.to_dense(), rows.to_dense(), rtol=1e-8, atol=1e-10)
 
@@ -290,7 +291,7 @@ def test_sums__see_a_hook_that_only_a_later_batch_has(structure: str, monkeypatc
     x[4, 0] = 10.0
     data = [(x[:3], torch.tensor([0, 1, 2])), (x[3:], torch.tensor([3, 4, 0]))]
     fisher = fk.ExactFisher(model, data, structure=structure)
-    monkeypatch.setattr(fk.ExactFisher, "of_hessian", property(lambda _: False))
+    monkeypatch.setattr(ExactVectors, "of_hessian", property(lambda _: False))
     rows = fk.ExactFisher(model, data, structure=structure)
     torch.testing.assert_close(fisher.to_dense(), rows.to_dense(), rtol=1e-8, atol=1e-10)
     first = fk.ExactFisher(model, data[0], structure="diagonal").trace() / 2
@@ -353,7 +354,7 @@ def test_sums__of_a_likelihood_of_ones_own_follow_from_its_factor(structure: str
         torch.testing.assert_close(fisher.to_dense()[:20, :20], torch.kron(3 * h, (a.mT @ a / 15)[:4, :4]))
 
 
-class Columnless(fk.ExactFisher):
+class Columnless(ExactVectors):
     """A kind of one's own: one column of the square root alone."""
 
     def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
@@ -362,7 +363,7 @@ class Columnless(fk.ExactFisher):
 
 def test_sums__of_a_kind_that_changes_the_exact_ones_vectors_are_its_own() -> None:
     model, x = made()
-    fisher = Columnless(model, data_of(x, None), structure="diagonal", params=head_of(model))
+    fisher = fk.FisherApproximation(model, data_of(x, None), Columnless(), structure="diagonal", params=head_of(model))
     torch.testing.assert_close(fisher.diagonal()[20:], torch.full((5,), 3.0, dtype=F64))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
+from fisherkit.merging import MergePolicy
 from fisherkit.operators import DiagonalOperator, KroneckerOperator
 from tests import merging_cases as mc
 from tests import operator_cases as oc
@@ -33,7 +34,7 @@ def test_merge__is_the_minimiser_of_the_dense_problem(make, method) -> None:
     for damping in (0.0, 1e-3):
         expected = mc.brute_force(models, mc.matrices(pairs), space, weights, damping)
         result, info = merge(
-            models, mc.operators(pairs), weights, damping=damping, normalize=None, method=method,
+            models, mc.operators(pairs), weights, damping=damping, normalize=None, policy=MergePolicy(method=method),
             return_info=True,
         )  # fmt: skip
         check(result, expected, space)
@@ -148,7 +149,8 @@ def test_merge__of_rows_stacks_them(method) -> None:
     states = [m.state_dict() for m in models]
     for damping in (1e-1, 1e-6):
         expected = mc.brute_force(states, dense, fishers[0].space, [0.5, 0.5], damping)
-        result, info = merge(models, fishers, damping=damping, normalize=None, method=method, return_info=True)
+        policy = MergePolicy(method=method)
+        result, info = merge(models, fishers, damping=damping, normalize=None, policy=policy, return_info=True)
         check(result, expected, fishers[0].space, 1e-7)
         assert info.blocks[0].method == {"auto": "woodbury", "direct": "direct", "cg": "conjugate_gradient"}[method]
 
@@ -164,7 +166,9 @@ def test_merge__output_damping_of_rows_is_by_module() -> None:
         mixed.append((matrix + mean) / 2)
     expected = mc.brute_force(states, mixed, fishers[0].space, [0.5, 0.5], 1e-4)
     for method in ("auto", "cg"):
-        result = merge(models, fishers, damping=1e-4, normalize=None, output_damping=1.0, method=method)
+        result = merge(
+            models, fishers, damping=1e-4, normalize=None, output_damping=1.0, policy=MergePolicy(method=method)
+        )
         check(result, expected, fishers[0].space, 1e-7)
 
 
@@ -258,12 +262,12 @@ def test_merge__conjugate_gradients_converge_on_kronecker_sums(count, damping, d
     fishers = hard_layers(count, dtype)
     models = mc.states(fishers[0].space, count)
     settings = {"damping": fk.RelativeDamping(damping), "return_info": True}
-    result, info = merge(models, fishers, method="cg", **settings)
+    result, info = merge(models, fishers, policy=MergePolicy(method="cg"), **settings)
     assert info.converged
     assert info.blocks[0].method == "conjugate_gradient"
     assert 0 < info.blocks[0].steps < 1000
     if dtype == F64:
-        direct, _ = merge(models, fishers, method="direct", **settings)
+        direct, _ = merge(models, fishers, policy=MergePolicy(method="direct"), **settings)
         check(result, mc.flat(direct, fishers[0].space), fishers[0].space, 1e-4)
 
 
@@ -271,7 +275,7 @@ def test_merge__a_block_that_misses_its_tolerance_is_warned_of_by_name() -> None
     fishers = hard_layers(2, F64)
     models = mc.states(fishers[0].space, 2)
     with pytest.warns(fk.NotConvergedWarning, match=r"1 of 1 blocks missed tolerance.*l\.weight.*max_steps") as caught:
-        _, info = merge(models, fishers, method="cg", max_steps=2, return_info=True)
+        _, info = merge(models, fishers, policy=MergePolicy(method="cg", max_steps=2), return_info=True)
     assert len(caught) == 1
     assert not info.converged
     assert "NOT CONVERGED" in str(info)

@@ -50,7 +50,7 @@ def test_baselines__share_the_policies() -> None:
     ):
         with pytest.raises(fk.InvalidArgumentError, match=r"float buffers.*buffers=\"average\""):
             call()
-        result = call(buffers="average", integers="first")
+        result = call(policy=fk.merging.MergePolicy(buffers="average", integers="first"))
         means = [m.state_dict()["1.running_mean"] for m in models]
         assert torch.allclose(result["1.running_mean"], sum(means) / 2)
     with pytest.raises(fk.InvalidArgumentError, match=r"'b' \(not in base\)"):

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from examples.merging import out_of_core
-from fisherkit.merging import assembly, blockwise, checkpoints, sources
+from fisherkit.io.model_files import ModelFiles
+from fisherkit.merging import MergePolicy, blocks, models
 from fisherkit.operators import DiagonalOperator
+from fisherkit.operators.files import FisherFile
 from tests.test_merging_policies import Tied
 
 merging = fk.merging
@@ -72,9 +74,10 @@ def load_folder(folder: Path) -> State:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [None, 20_000, 1])
 def test_merge__to_files_is_bitwise_what_is_returned(paths, tmp_path, size, dtype) -> None:
-    expected = merging.merge([state(0), state(1)], [fisher(0), fisher(1)], dtype=dtype)
+    policy = MergePolicy(dtype=dtype, max_shard_size=size)
+    expected = merging.merge([state(0), state(1)], [fisher(0), fisher(1)], policy=policy)
     out = tmp_path / "out"
-    written = merging.merge(paths[:2], paths[2:], dtype=dtype, out=out, max_shard_size=size)
+    written = merging.merge(paths[:2], paths[2:], out=out, policy=policy)
     assert written == out / ("model.safetensors" if size is None else "model.safetensors.index.json")
     got = load_folder(out)
     assert got.keys() == expected.keys()
@@ -120,13 +123,14 @@ def test_merge__tied_weights_are_written_once(tmp_path) -> None:
     expected = merging.merge(models, fishers)
     assert torch.equal(model.head.weight, expected["head.weight"])
     # A file has one of two tied names; a module that has both fits it.
-    merging.merge([path, models[1]], fishers)
+    with pytest.warns(UserWarning, match="Fisher 1 was measured at other parameters"):
+        merging.merge([path, models[1]], fishers, policy=MergePolicy(other_weights="warn"))
 
 
 def test_merge__reads_every_block_of_a_model_beside_the_same_of_the_others(paths, monkeypatch) -> None:
     order: list[str] = []
-    read = checkpoints.FileCheckpoint._read
-    monkeypatch.setattr(checkpoints.FileCheckpoint, "_read", lambda self, name: order.append(name) or read(self, name))
+    read = ModelFiles.read
+    monkeypatch.setattr(ModelFiles, "read", lambda self, name: order.append(name) or read(self, name))
     merging.merge(paths[:2], paths[2:])
     firsts = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert len(firsts) == LAYERS
@@ -146,18 +150,18 @@ def test_merge__reads_every_model_three_times_and_every_fisher_twice(tmp_path, m
         original = getattr(cls, method)
 
         def counting(self: Any, names: Any) -> Any:
-            read[method, id(self), names] += 1
+            read[cls, id(self), names] += 1
             return original(self, names)
 
         monkeypatch.setattr(cls, method, counting)
 
-    counted(checkpoints.FileCheckpoint, "_read")
-    counted(sources.FileSource, "read")
+    counted(ModelFiles, "read")
+    counted(FisherFile, "read")
     for merge, readings in ((merging.merge, 2), (merging.regmean, 3)):
         read.clear()
         merge(*zip(*given, strict=True))
-        assert {count for (method, *_), count in read.items() if method == "_read"} == {3}
-        assert {count for (method, *_), count in read.items() if method == "read"} == {readings}
+        assert {count for (cls, *_), count in read.items() if cls is ModelFiles} == {3}
+        assert {count for (cls, *_), count in read.items() if cls is FisherFile} == {readings}
 
 
 def test_merge__to_files_keeps_one_block_alive(paths, tmp_path, monkeypatch) -> None:
@@ -170,7 +174,7 @@ def test_merge__to_files_keeps_one_block_alive(paths, tmp_path, monkeypatch) -> 
         weakref.finalize(tensor, lambda: alive.__setitem__(0, alive[0] - size))
         return tensor
 
-    read, convert = assembly.read_double, blockwise.convert
+    read, convert = models.read_double, blocks.convert
 
     def watched_read(*arguments: Any) -> Tensor:
         return watch(read(*arguments))
@@ -180,9 +184,9 @@ def test_merge__to_files_keeps_one_block_alive(paths, tmp_path, monkeypatch) -> 
         watch(operator._entries)
         return operator
 
-    for module in (assembly, blockwise):
+    for module in (models, blocks):
         monkeypatch.setattr(module, "read_double", watched_read)
-    monkeypatch.setattr(blockwise, "convert", watched_convert)
+    monkeypatch.setattr(blocks, "convert", watched_convert)
     merging.merge(paths[:2], paths[2:], out=tmp_path / "out")
     block = 50 * 40 * 8
     assert 0 < most[0] <= 5 * block  # of LAYERS blocks of two models and two Fishers
@@ -242,7 +246,7 @@ def test_merge__refuses_to_write_where_a_model_is(paths, tmp_path) -> None:
     with pytest.raises(fk.InvalidArgumentError, match=r"a folder that does not exist"):
         merging.merge(**settings, out=tmp_path / "no" / "such")
     for size in (None, 20_000, None):
-        merging.merge(**settings, out=tmp_path / "out", max_shard_size=size, overwrite=True)
+        merging.merge(**settings, out=tmp_path / "out", policy=MergePolicy(max_shard_size=size), overwrite=True)
         with pytest.raises(fk.InvalidArgumentError, match=r"A model would be lost.*overwrite=True"):
             merging.merge(**settings, out=tmp_path / "out")
         names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -251,8 +255,8 @@ def test_merge__refuses_to_write_where_a_model_is(paths, tmp_path) -> None:
     odd = [{**state(seed), "phase": torch.ones(2, dtype=torch.complex64)} for seed in (0, 1)]
     with pytest.raises(fk.InvalidTypeError, match=r"'phase' of torch.complex64"):
         merging.merge(odd, paths[2:], out=tmp_path / "o")
-    with pytest.raises(fk.InvalidTypeError, match=r"max_shard_size='5GB'"):
-        merging.merge(**settings, out=tmp_path / "o", max_shard_size="5GB")
+    with pytest.raises(fk.InvalidTypeError, match=r"max_shard_size of type str; expected an integer"):
+        MergePolicy(max_shard_size="5GB")  # type: ignore[arg-type]
 
 
 def interrupt(*_: Any) -> None:
@@ -269,22 +273,22 @@ def test_merge__interrupted_leaves_the_old_model_or_none(paths, tmp_path, monkey
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(blockwise.BlockwiseMerge, "solutions", some)
+            patch.setattr(blocks.BlockwiseMerge, "solutions", some)
             with pytest.raises(KeyboardInterrupt):
-                merging.merge(paths[:2], paths[2:], out=out, max_shard_size=size, overwrite=True)
+                merging.merge(paths[:2], paths[2:], out=out, policy=MergePolicy(max_shard_size=size), overwrite=True)
 
-    solutions = blockwise.BlockwiseMerge.solutions
+    solutions = blocks.BlockwiseMerge.solutions
     interrupted(3)
     assert not out.exists()
-    merging.average(paths[:2], out=out, max_shard_size=size)
+    merging.average(paths[:2], out=out, policy=MergePolicy(max_shard_size=size))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     interrupted(4)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     with monkeypatch.context() as patch:  # between the shards and the index
-        patch.setattr("fisherkit.merging.writing.replace_text", interrupt)
+        patch.setattr("fisherkit.io.shards.replace_text", interrupt)
         if size is not None:
             with pytest.raises(KeyboardInterrupt):
-                merging.merge(paths[:2], paths[2:], out=out, max_shard_size=size, overwrite=True)
+                merging.merge(paths[:2], paths[2:], out=out, policy=MergePolicy(max_shard_size=size), overwrite=True)
             old = load_folder(out)
             average = merging.average([state(0), state(1)])
             assert all(torch.equal(old[name], tensor) for name, tensor in average.items())
@@ -302,7 +306,7 @@ def test_merge__of_a_module_and_its_file_verifies_what_it_can(tmp_path) -> None:
     result, info = merging.merge([models[0], tmp_path / "m1.safetensors"], files, "examples", return_info=True)
     assert info.unverified == ()
     with pytest.warns(UserWarning, match="Fisher 2 was measured at other parameters"):
-        merging.merge([models[0], tmp_path / "m0.safetensors"], files, other_weights="warn")
+        merging.merge([models[0], tmp_path / "m0.safetensors"], files, policy=MergePolicy(other_weights="warn"))
     assert info.weights == (5.0, 5.0)
     model = nn.Linear(3, 2)
     model.load_state_dict(result)

@@ -13,6 +13,7 @@ import fisherkit as fk
 from fisherkit.operators import DiagonalOperator
 
 merging = fk.merging
+MergePolicy = merging.MergePolicy
 State = dict[str, Tensor]
 
 
@@ -53,16 +54,16 @@ def test_merge__fishers_of_other_names_are_said_first_whatever_the_policy(policy
     with pytest.raises(
         fk.InvalidArgumentError, match=r"that no model has: 'b', 'w';.*name\.removeprefix\('module\.'\)"
     ):
-        merging.merge(wrapped, fishers, uncovered=policy)
+        merging.merge(wrapped, fishers, policy=MergePolicy(uncovered=policy))
     strange = [fisher({"v": a["w"]}, "v") for _ in range(2)]
     with pytest.raises(fk.InvalidArgumentError, match=r"that no model has: 'v';.*Try: the Fishers measured again"):
-        merging.merge([a, b], strange, uncovered=policy)
+        merging.merge([a, b], strange, policy=MergePolicy(uncovered=policy))
 
 
 @pytest.mark.parametrize("policy", ["average", "first", "center"])
 def test_merge__uncovered_parameters_follow_the_policy(policy) -> None:
     a, b, center = state(0), state(1), state(2)
-    result, info = merge(a, b, "w", uncovered=policy, center=center, return_info=True)
+    result, info = merge(a, b, "w", policy=MergePolicy(uncovered=policy), center=center, return_info=True)
     expected = {"average": (a["b"] + b["b"]) / 2, "first": a["b"], "center": center["b"]}[policy]
     assert torch.allclose(result["b"], expected)
     assert info.names == {"w": "merged", "b": {"average": "averaged"}.get(policy, policy)}
@@ -70,7 +71,7 @@ def test_merge__uncovered_parameters_follow_the_policy(policy) -> None:
 
 def test_merge__the_center_of_an_average_is_the_weighted_average() -> None:
     a, b = state(0), state(1)
-    result = merge(a, b, "w", weights=[1.0, 3.0], uncovered="center")
+    result = merge(a, b, "w", weights=[1.0, 3.0], policy=MergePolicy(uncovered="center"))
     assert torch.allclose(result["b"], (a["b"] + 3 * b["b"]) / 4)
 
 
@@ -88,7 +89,9 @@ def test_merge__fishers_over_different_parameters_cover_what_they_share() -> Non
     fishers = [fisher(a, "w", "b"), fisher(b, "w")]
     with pytest.raises(fk.InvalidArgumentError, match=r"not every Fisher covers: 'b'"):
         merging.merge([a, b], fishers)
-    assert torch.allclose(merging.merge([a, b], fishers, uncovered="average")["b"], (a["b"] + b["b"]) / 2)
+    assert torch.allclose(
+        merging.merge([a, b], fishers, policy=MergePolicy(uncovered="average"))["b"], (a["b"] + b["b"]) / 2
+    )
 
 
 def test_merge__refuses_a_block_that_not_all_fishers_have_whole() -> None:
@@ -96,7 +99,7 @@ def test_merge__refuses_a_block_that_not_all_fishers_have_whole() -> None:
     space = fk.ParameterSpace(("w", "b"), ((2, 3), (2,)))
     whole = fk.operators.DenseOperator(space, torch.eye(8))
     with pytest.raises(fk.InvalidArgumentError, match=r"Fisher 1.*block over 'w', 'b', of which 'b'.*same params="):
-        merging.merge([a, b], [whole, fisher(b, "w")], uncovered="average")
+        merging.merge([a, b], [whole, fisher(b, "w")], policy=MergePolicy(uncovered="average"))
 
 
 # -- buffers ---------------------------------------------------------------------------------------------------------
@@ -117,15 +120,15 @@ def test_merge__batch_norm_statistics_and_counters_need_their_flags() -> None:
     with pytest.raises(fk.InvalidArgumentError, match=r"float buffers.*'1.running_mean', '1.running_var'.*buffers="):
         merging.merge(models, fishers)
     with pytest.raises(fk.InvalidArgumentError, match=r"'1.num_batches_tracked'.*integers=\"first\""):
-        merging.merge(models, fishers, buffers="average")
-    result = merging.merge(models, fishers, buffers="average", integers="first")
+        merging.merge(models, fishers, policy=MergePolicy(buffers="average"))
+    result = merging.merge(models, fishers, policy=MergePolicy(buffers="average", integers="first"))
     states = [m.state_dict() for m in models]
     mean = (states[0]["1.running_mean"] + states[1]["1.running_mean"]) / 2
     assert torch.allclose(result["1.running_mean"], mean)
     assert int(result["1.num_batches_tracked"]) == 1
     assert list(result) == list(states[0])
     normed(5).load_state_dict(result)
-    first = merging.merge(models, fishers, buffers="first")
+    first = merging.merge(models, fishers, policy=MergePolicy(buffers="first"))
     assert torch.equal(first["1.running_var"], states[0]["1.running_var"])
     # State dicts have no buffers: their names tell.
     with pytest.raises(fk.InvalidArgumentError, match=r"float buffers.*'1.running_mean', '1.running_var'"):
@@ -152,10 +155,10 @@ def test_merge__heads_that_differ_are_refused_skipped_or_taken_from_the_first() 
         merge(a, b)
     assert "'only_a' (not in model 2)" in str(e.value)
     assert "'only_b' (not in model 1)" in str(e.value)
-    result, info = merge(a, b, mismatched="skip", return_info=True)
+    result, info = merge(a, b, policy=MergePolicy(mismatched="skip"), return_info=True)
     assert set(result) == {"w", "b"}
     assert info.names["head"] == "skipped"
-    first, info = merge(a, b, mismatched="first", return_info=True)
+    first, info = merge(a, b, policy=MergePolicy(mismatched="first"), return_info=True)
     assert torch.equal(first["head"], a["head"])
     assert set(first) == {"w", "b", "head", "only_a"}
     assert info.names["only_b"] == "skipped"
@@ -164,7 +167,12 @@ def test_merge__heads_that_differ_are_refused_skipped_or_taken_from_the_first() 
 def test_merge__a_fisher_may_cover_the_head_that_is_skipped() -> None:
     a, b = state(0, head=torch.zeros(5, 2)), state(1, head=torch.zeros(7, 2))
     fishers = [fisher(a, "w", "b", "head"), fisher(b, "w", "b", "head", seed=1)]
-    settings: dict[str, Any] = {"mismatched": "skip", "normalize": None, "damping": 1e-3, "output_damping": 0}
+    settings: dict[str, Any] = {
+        "policy": MergePolicy(mismatched="skip"),
+        "normalize": None,
+        "damping": 1e-3,
+        "output_damping": 0,
+    }
     skipped = merging.merge([a, b], fishers, **settings)
     without = merge(a, b, **settings)
     rows = [f.diagonal()[:8] for f in fishers]
@@ -201,15 +209,19 @@ def test_merge__tied_weights_stay_tied() -> None:
     model.load_state_dict(result)
     assert torch.equal(model.head.weight, result["embed.weight"])
     assert merging.average(models)["head.weight"] is not None
-    with pytest.raises(fk.InvalidArgumentError, match=r"not every Fisher covers: 'head.weight'"):
-        merging.merge([models[0].state_dict(), Tied(3, tie=False).state_dict()], fishers)
+    untied, warn = [models[0].state_dict(), Tied(3, tie=False).state_dict()], MergePolicy(other_weights="warn")
+    with (
+        pytest.warns(UserWarning, match="Fisher 2 was measured at other parameters"),
+        pytest.raises(fk.InvalidArgumentError, match=r"not every Fisher covers: 'head.weight'"),
+    ):
+        merging.merge(untied, fishers, policy=warn)
 
 
 def test_merge__a_tied_pair_that_is_skipped_is_skipped_whole() -> None:
     shared = [torch.zeros(5, 2), torch.zeros(7, 2)]
     a, b = (state(i, embed=tensor, head=tensor) for i, tensor in enumerate(shared))
-    assert set(merge(a, b, mismatched="skip")) == {"w", "b"}
-    first = merge(a, b, mismatched="first")
+    assert set(merge(a, b, policy=MergePolicy(mismatched="skip"))) == {"w", "b"}
+    first = merge(a, b, policy=MergePolicy(mismatched="first"))
     assert first["head"] is first["embed"]
 
 
@@ -227,7 +239,7 @@ def test_merge__models_of_different_dtypes_need_dtype() -> None:
     a, b = state(0), {k: v.bfloat16() for k, v in state(1).items()}
     with pytest.raises(fk.InvalidTypeError, match=r"torch.bfloat16 and torch.float32.*'w', 'b'|w, b.*dtype="):
         merge(a, b)
-    assert {t.dtype for t in merge(a, b, dtype=torch.float16).values()} == {torch.float16}
+    assert {t.dtype for t in merge(a, b, policy=MergePolicy(dtype=torch.float16)).values()} == {torch.float16}
 
 
 def test_merge__refuses_a_fisher_measured_at_another_model() -> None:
@@ -240,14 +252,14 @@ def test_merge__refuses_a_fisher_measured_at_another_model() -> None:
     with pytest.raises(fk.InvalidArgumentError, match=r"Fisher [12] was measured at other .*other_weights=\"warn\""):
         merging.merge(models[::-1], fishers)
     with pytest.warns(UserWarning, match=r"Fisher [12] was measured at other parameters"):
-        merging.merge(models[::-1], fishers, other_weights="warn")
+        merging.merge(models[::-1], fishers, policy=MergePolicy(other_weights="warn"))
     states = [m.state_dict() for m in models]
     _, info = merging.merge(states, fishers, return_info=True)
     assert info.unverified == ()
     with pytest.raises(fk.InvalidArgumentError, match=r"Fisher [12] was measured at other .*other_weights=\"warn\""):
         merging.merge(states[::-1], fishers)
     with pytest.warns(UserWarning, match=r"Fisher [12] was measured at other parameters"):
-        merging.merge(states[::-1], fishers, other_weights="warn")
+        merging.merge(states[::-1], fishers, policy=MergePolicy(other_weights="warn"))
     half = [{name: tensor.half() for name, tensor in state.items()} for state in states]
     _, info = merging.merge(half, fishers, return_info=True)
     assert info.unverified == (1, 2)
@@ -290,14 +302,17 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dtype": "float32"}, fk.InvalidTypeError, "torch.dtype"),
     ({"center": 0}, fk.InvalidTypeError, '"average"'),
     ({"center": {"w": torch.zeros(2, 3)}}, fk.InvalidArgumentError, "a center without"),
+    ({"max_shard_size": 0}, fk.InvalidArgumentError, "1 or more"),
     ({"out": 3}, fk.InvalidTypeError, "a path"),
 ]
 
 
 @pytest.mark.parametrize(("settings", "error", "text"), BAD, ids=lambda v: str(v)[:40])
 def test_merge__refuses_what_it_cannot_use(settings, error, text) -> None:
+    policy = {name: settings[name] for name in settings if name in MergePolicy.__dataclass_fields__}
+    others = {name: value for name, value in settings.items() if name not in policy}
     with pytest.raises(error) as caught:
-        merge(state(0), state(1), **settings)
+        merge(state(0), state(1), policy=MergePolicy(**policy), **others)
     assert text in str(caught.value)
 
 
@@ -321,7 +336,7 @@ def test_merge__refuses_models_and_fishers_that_do_not_belong_together() -> None
     ]
     for models, fishers, error, text in cases:
         with pytest.raises(error) as caught:
-            merging.merge(models, fishers, uncovered="average")
+            merging.merge(models, fishers, policy=MergePolicy(uncovered="average"))
         assert text in str(caught.value)
     joined = fk.operators.DenseOperator(swapped.space, torch.eye(8))
     with pytest.raises(fk.InvalidArgumentError, match=r"another order than the first"):

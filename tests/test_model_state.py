@@ -167,18 +167,18 @@ def test_metadata__says_where_labels_come_from(kind: str, source: str) -> None:
 
 
 def test_metadata__of_a_kind_of_ones_own_goes_by_what_it_needs() -> None:
-    class Plain(fk.FisherApproximation):
+    class Plain(fk.OutputRule):
         def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
             return fk.OutputVectors(outputs.gradient().unsqueeze(1))
 
-    class Free(fk.FisherApproximation):
+    class Free(fk.OutputRule):
         needs_targets = False
 
         def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
             return fk.OutputVectors(torch.ones_like(outputs.z).unsqueeze(1))
 
-    assert Plain(mlp(), (X, Y)).metadata["label_source"] == "observed"
-    assert Free(mlp(), (X, None)).metadata["label_source"] == "none"
+    assert fk.FisherApproximation(mlp(), (X, Y), Plain()).metadata["label_source"] == "observed"
+    assert fk.FisherApproximation(mlp(), (X, None), Free()).metadata["label_source"] == "none"
 
 
 def test_metadata__of_a_sum_keeps_what_the_terms_share() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.evaluation import approximation_quality, audit, quality_floor
 from fisherkit.io import State
-from fisherkit.merging import merge
+from fisherkit.merging import MergePolicy, merge
 from fisherkit.operators import DenseOperator, FisherOperator, normalize, open_file, split, usual_damping
 from fisherkit.operators.base import convert
 from fisherkit.operators.normalization import frobenius_norm
@@ -40,8 +40,8 @@ class Spiked(FisherOperator):
     def _diagonal(self) -> Tensor:
         return self.level + self.w.square()
 
-    def _draw(self, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn(self.size + 1, 1, dtype=self.dtype, generator=generator)
+    def _draw(self, generator: torch.Generator | None, count: int) -> Tensor:
+        noise = torch.randn(self.size + 1, count, dtype=self.dtype, generator=generator)
         return self.level**0.5 * noise[1:] + self.w[:, None] * noise[0]
 
     def _scaled(self, scale: float) -> Spiked:
@@ -68,9 +68,9 @@ class Circulant(FisherOperator):
     def _diagonal(self) -> Tensor:
         return self.first[:1].repeat(self.size)
 
-    def _draw(self, generator: torch.Generator | None) -> Tensor:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Tensor:
         root = torch.fft.rfft(self.first).real.clamp_min(0).sqrt()
-        noise = torch.randn(self.size, 1, dtype=self.dtype, generator=generator)
+        noise = torch.randn(self.size, count, dtype=self.dtype, generator=generator)
         return torch.fft.irfft(root[:, None] * torch.fft.rfft(noise, dim=0), self.size, dim=0)
 
     def _scaled(self, scale: float) -> Circulant:
@@ -235,7 +235,7 @@ def test_merge__of_two_is_the_dense_systems_solution(make, normalize_by: str | N
     for method in ("auto", "direct", "cg"):
         merged = merge(
             models, [operator for operator, _ in pairs], [1.0, 1.0], damping=0.1, normalize=normalize_by,
-            method=method, output_damping=0.0,
+            policy=MergePolicy(method=method), output_damping=0.0,
         )  # fmt: skip
         close(mc.flat(merged, oc.LAYER), expected, 1e-8)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit import likelihoods
 from fisherkit.optim import NaturalGradient, Preconditioner, RowDamped
-from fisherkit.optim.arguments import rule_of
 from fisherkit.outputs import OutputRule, Outputs
+from fisherkit.vectors import rule_of
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("ef", {}), ("ief", {}), ("ief", {"power": 0.5}), ("sf", {"draws": 2}), ("exact", {}),
@@ -52,10 +52,10 @@ def test_output_fisher__is_the_kinds_and_a_multiple_of_iefs(
     kind: str, options: dict[str, Any], likelihood: str, positions: int
 ) -> None:
     outputs = outputs_of(likelihood, positions)
-    if rule_of(kind, options, "test").positionwise:
+    if rule_of(kind, call="test", options=options).positionwise:
         outputs = outputs.positionwise()
-    expected = output_fisher(rule_of(kind, options, "test"), outputs) + 0.3 * output_fisher(
-        rule_of("ief", {}, "test"), outputs
+    expected = output_fisher(rule_of(kind, call="test", options=options), outputs) + 0.3 * output_fisher(
+        rule_of("ief", call="test"), outputs
     )
     torch.testing.assert_close(output_fisher(RowDamped(kind, 0.3, **options), outputs), expected)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.io import shards
+from fisherkit.io.atomic import save_tensors
 from fisherkit.operators import FisherOperator, load, open_file, state_of
 from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker
 
@@ -166,7 +167,7 @@ def steps(before: Any) -> Iterator[None]:
 @contextmanager
 def failing(step: int, error: BaseException) -> Iterator[None]:
     """Raise at a step: after writing a safetensors file, or instead of putting a file in place."""
-    replace, save, count = os.replace, save_file, itertools.count()
+    replace, save, count = os.replace, save_tensors, itertools.count()
 
     def reach() -> None:
         if next(count) == step:
@@ -174,7 +175,7 @@ def failing(step: int, error: BaseException) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", lambda *a: (reach(), replace(*a))[1])
-        patch.setattr("fisherkit.io.atomic.save_file", lambda *a, **k: (save(*a, **k), reach())[0])
+        patch.setattr("fisherkit.io.atomic.save_tensors", lambda *a, **k: (save(*a, **k), reach())[0])
         yield
 
 
@@ -252,13 +253,13 @@ def test_save__needs_no_more_memory_than_one_shard_beside_the_operator(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
-    save = save_file
+    save = save_tensors
 
     def record(tensors: dict[str, Tensor], *rest: Any, **options: Any) -> None:
         held.append(sum(t.numel() * t.element_size() for t in tensors.values()))
         save(tensors, *rest, **options)
 
-    monkeypatch.setattr("fisherkit.io.atomic.save_file", record)
+    monkeypatch.setattr("fisherkit.io.atomic.save_tensors", record)
     block_diagonal(F64)[0].save(path, max_shard_size=96)
     assert max(held) <= 96
 

@@ -138,7 +138,7 @@ class FailingLikelihood(fk.likelihoods.Gaussian):
         return super().gradient(z, target)
 
 
-class FailingKind(fk.FisherApproximation):
+class FailingKind(fk.OutputRule):
     """A user's kind that cannot take one target."""
 
     kind_name = "user's"
@@ -161,8 +161,8 @@ def test_likelihood__that_raises_in_the_third_batch(structure: str) -> None:
 def test_kind__that_raises_in_the_third_batch(structure: str) -> None:
     model, data = rich(), marked_targets()
     with untouched(model, data), pytest.raises(PlannedError, match="in a kind"):
-        FailingKind(model, data, likelihood="gaussian", structure=structure)
-    good = FailingKind(model, data[:2], likelihood="gaussian", structure=structure)
+        fk.FisherApproximation(model, data, FailingKind(), likelihood="gaussian", structure=structure)
+    good = fk.FisherApproximation(model, data[:2], FailingKind(), likelihood="gaussian", structure=structure)
     torch.testing.assert_close(
         good.diagonal(), fk.EmpiricalFisher(model, data[:2], likelihood="gaussian", structure=structure).diagonal()
     )

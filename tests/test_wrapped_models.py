@@ -137,7 +137,7 @@ def test_merge__of_wrapped_models_or_fishers_is_the_plain_one(wrap: str, where: 
         with pytest.raises(fk.InvalidArgumentError, match=r"'module\.' before every name of model 1.*removeprefix"):
             merging.merge(given, fishers, **PLAIN)
         return
-    result, info = merging.merge(given, fishers, **PLAIN, other_weights="refuse", return_info=True)
+    result, info = merging.merge(given, fishers, **PLAIN, return_info=True)
     close(result, expected)
     assert info.unverified == ()
 
@@ -157,12 +157,12 @@ def test_merge__of_older_files_measured_on_wrapped_models(tmp_path: Path, struct
         old.save(paths[-1])
         assert fk.load(paths[-1]).space.names[0] == f"{prefix}body.0.weight"
     expected = merging.merge(models, fishers)
-    found, info = merging.merge(models, paths, other_weights="refuse", return_info=True)
+    found, info = merging.merge(models, paths, return_info=True)
     close(found, expected)
     assert info.unverified == ()
-    close(merging.merge(models, [fk.load(path) for path in paths], other_weights="refuse"), expected)
+    close(merging.merge(models, [fk.load(path) for path in paths]), expected)
     with pytest.raises(fk.InvalidArgumentError, match="Fisher 1 was measured at other parameters"):
-        merging.merge(models[::-1], paths, other_weights="refuse")
+        merging.merge(models[::-1], paths)
     model, loaded = models[0], fk.load(paths[0])
     v = torch.randn(fishers[0].size, dtype=F64)
     torch.testing.assert_close(loaded @ v, fishers[0] @ v)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fisherkit as fk
 from examples.benchmarks.workloads import Workload
+from fisherkit.vectors import SampledVectors
 
 Values = Mapping[str, Tensor]
 DAMPING = 1e-2
@@ -106,14 +107,16 @@ class Case:
         """The same at the labels that `fisherkit.SampledFisher` drew, so that a peer can be given the same draw."""
         kept: list[Tensor] = []
 
-        class Listening(fk.SampledFisher):
+        class Listening(SampledVectors):
             def output_vectors(self, outputs: Any) -> Any:
                 found = super().output_vectors(outputs)
                 if isinstance(found.v, Tensor):
                     kept.append(found.v[:, 0])
                 return found
 
-        Listening(self.workload.model, self.workload.data, structure="diagonal", chunk_size=1 << 40)
+        fk.FisherApproximation(
+            self.workload.model, self.workload.data, Listening(), structure="diagonal", chunk_size=1 << 40
+        )
         return kept[-1].reshape(self.output_gradient.shape)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:

@@ -189,7 +189,7 @@ def _choice(name: str, workload: Workload, settings: Settings, options: argparse
     for kind in CHOICES.get(name, ()):
         record = compare(Case(workload), kind, settings.device, rounds=settings.rounds)
         results_file.put(results, "choice", record)
-        _say(f"{name}  cost model, {kind.kind_name}: chosen over best {record['ratio']:.2f}")
+        _say(f"{name}  cost model, {record['kind']}: chosen over best {record['ratio']:.2f}")
 
 
 def _accuracy(name: str, workload: Workload, settings: Settings, options: argparse.Namespace, results: Record) -> None:

@@ -133,8 +133,8 @@ def merge(models: Sequence[nn.Module], found: Sequence[fk.FisherOperator], famil
     """A merge by Fishers."""
     result = fk.merging.merge(
         models, found, normalize=setting.normalize, output_damping=setting.ratio,
-        damping=fk.RelativeDamping(setting.damping), method="direct" if family.startswith("full") else "cg",
-        max_steps=5000, return_info=True,
+        damping=fk.RelativeDamping(setting.damping), return_info=True,
+        policy=fk.merging.MergePolicy(method="direct" if family.startswith("full") else "cg", max_steps=5000),
     )  # fmt: skip
     return _merged(family, setting.key, result)
 

@@ -97,11 +97,12 @@ def child(folder: Path, way: str) -> None:
     fk.merging.merge([warm, warm], [identity, identity])
     CLEAR.write_text("5")  # VmHWM starts anew
     before, resident, start = memory("RssAnon"), memory("VmRSS"), time.perf_counter()
+    policy = fk.merging.MergePolicy(max_shard_size=SHARD)
     with Peak() as peak:
         if way == "average":
-            fk.merging.average(models, out=folder / "out", max_shard_size=SHARD)
+            fk.merging.average(models, out=folder / "out", policy=policy)
         elif way == "merge":
-            fk.merging.merge(models, fishers, out=folder / "out", max_shard_size=SHARD)
+            fk.merging.merge(models, fishers, out=folder / "out", policy=policy)
         else:
             fk.merging.merge(models, fishers)
     found = {"anonymous": peak.most - before, "resident": memory("VmHWM") - resident}

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 
+Kind = Callable[..., fk.FisherApproximation]
+
 DAMPING = 1e-12
 """λ of every update: near zero, as in the paper's evaluation."""
 
@@ -64,7 +66,9 @@ class Task:
         """∇L = Jᵀ1."""
         return self.weighted_gradient(torch.ones(len(self.inputs), dtype=self.inputs.dtype))
 
-    def fisher(self, kind: type[fk.FisherApproximation], likelihood: str | None = None) -> fk.FisherApproximation:
+    def fisher(
+        self, kind: Callable[..., fk.FisherApproximation], likelihood: str | None = None
+    ) -> fk.FisherApproximation:
         """A Fisher of the batch in the paper's convention.
 
         Args:

@@ -32,7 +32,7 @@ from fisherkit.errors import InvalidTypeError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.io.reader import index_of
 from fisherkit.io.shards import refuse_weights
-from fisherkit.kind_specs import KindSpec
+from fisherkit.vectors import rule_of
 
 CALL = "fisherkit estimate"
 
@@ -78,8 +78,9 @@ class Estimate(ModelOptions):
         params = self.selection(model, CALL)
         say(f"{self.model}: {_size(model, params, data)}. Estimating {self.kind}, {self.structure} ...")
         start = time.perf_counter()
-        fisher = KindSpec.parse(self.kind, call=CALL).build(
-            model, data, seed=self.seed, likelihood=load_likelihood(self.likelihood or likelihood, CALL),
+        fisher = FisherApproximation(
+            model, data, rule_of(self.kind, call=CALL).with_seed(self.seed),
+            likelihood=load_likelihood(self.likelihood or likelihood, CALL),
             structure=self.structure, params=params, example=self.example, normalization=self.normalization,
             kfac_positions=self.kfac_positions, progress=True,
         )  # fmt: skip

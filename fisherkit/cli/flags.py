@@ -17,6 +17,7 @@ _VALUE = r"\"[^\"]*\"|'[^']*'|\[[^\]]*\]|-?[\w.+-]*\w|\.\.\."
 _KINDS = {kind.__name__: name for name, kind in KINDS.items()}
 
 _PHRASES = (
+    (r"policy=MergePolicy\(([^)]*)\)", r"\1"),
     (r"(?:damping=)?(?:fk\.|fisherkit\.)?RelativeDamping\(([^)]*)\)", r"--damping \1"),
     (r"pass params=lambda name, parameter: True\b", "--params '*'"),
     (r"fk\.merging\.average\(models\)", "--method average"),
@@ -32,8 +33,8 @@ _PHRASES = (
 """What no rule turns into options; patterns and what stands in their place."""
 
 _CALLS = {
-    "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "likelihood", "params", "RelativeDamping",
-    *_KINDS,
+    "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "MergePolicy", "likelihood", "params",
+    "RelativeDamping", "FisherApproximation", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
 
@@ -58,12 +59,12 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
         lambda found: f"mkdir -p {shlex.quote(found[1][1:-1])}", text,
     )  # fmt: skip
     text = re.sub(rf"fk\.({'|'.join(_KINDS)})(\([^)]*\))?", lambda found: f"--kind {_KINDS[found[1]]}", text)
-    for pattern, words in _PHRASES[:4]:
+    for pattern, words in _PHRASES[:5]:
         text = re.sub(pattern, words, text)
     known = "|".join(sorted(flags, key=len, reverse=True))
     if known:
         text = re.sub(rf"(?<![\w.-])({known})=({_VALUE})?", lambda found: _option(flags[found[1]], found[2]), text)
-    for pattern, words in _PHRASES[4:]:
+    for pattern, words in _PHRASES[5:]:
         text = re.sub(pattern, words, text)
     return text
 

@@ -34,23 +34,26 @@ from fisherkit.cli.options import (
 )
 from fisherkit.cli.text import table
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
+from fisherkit.io.model_files import FOLDER_NAMES, targets
 from fisherkit.io.reader import index_of
 from fisherkit.memory import readable
-from fisherkit.merging.checkpoints import FOLDER_NAMES
-from fisherkit.merging.policies import INTEGERS, KEEPING, MISMATCHED
-from fisherkit.merging.systems import METHODS as SOLVERS
-from fisherkit.merging.writing import targets
+from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
 
 CALL = "fisherkit merge"
 
-FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(SOLVERS, merging.merge),
-    "average": merging.average,
-    "task-arithmetic": merging.task_arithmetic,
-    "regmean": merging.regmean,
+NAMES = frozenset({"buffers", "integers", "mismatched", "dtype", "max_shard_size"})
+"""Settings of a `MergePolicy` that every way of merging has."""
+
+BY_FISHERS = NAMES | {"other_weights", "device", "tolerance", "max_steps"}
+
+METHODS: Mapping[str, tuple[Callable[..., Any], frozenset[str]]] = {
+    **dict.fromkeys(WORDS["method"], (merging.merge, BY_FISHERS | {"method", "uncovered"})),
+    "average": (merging.average, NAMES),
+    "task-arithmetic": (merging.task_arithmetic, NAMES),
+    "regmean": (merging.regmean, BY_FISHERS),
 }
-"""Every --method and what it calls; those of `fisherkit.merging.merge` are ways to solve."""
+"""Every --method, what it calls and which settings of a `MergePolicy` it has; those of `merge` are ways to solve."""
 
 NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 """Entries of config.json that say nothing about what the weights mean."""
@@ -92,7 +95,7 @@ class Merge:
     fisher: Annotated[list[Path] | None, option("FILE", "A Fisher file for each model, in their order.", "none")] = None
     method: Annotated[
         str,
-        option("NAME", "auto, direct or cg; or average, task-arithmetic, regmean.", parser=one_of(*FUNCTIONS)),
+        option("NAME", "auto, direct or cg; or average, task-arithmetic, regmean.", parser=one_of(*METHODS)),
     ] = "auto"
     weights: Annotated[
         str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=weights_check)
@@ -116,14 +119,14 @@ class Merge:
     shrink: Annotated[
         float | None, option("α", "regmean: share of the off-diagonal that is kept.", "0.9", min=0, max=1)
     ] = None
-    uncovered: Annotated[str | None, choice("Parameters without a Fisher: ", KEEPING, "refuse; regmean: average")] = (
-        None
-    )
-    buffers: Annotated[str | None, choice("Float buffers: ", KEEPING)] = None
-    integers: Annotated[str | None, choice("Other tensors: ", INTEGERS)] = None
-    mismatched: Annotated[str | None, choice("Names or shapes that differ: ", MISMATCHED)] = None
+    uncovered: Annotated[
+        str | None, choice("Parameters without a Fisher: ", WORDS["uncovered"], "refuse; regmean: average")
+    ] = None
+    buffers: Annotated[str | None, choice("Float buffers: ", WORDS["buffers"])] = None
+    integers: Annotated[str | None, choice("Other tensors: ", WORDS["integers"])] = None
+    mismatched: Annotated[str | None, choice("Names or shapes that differ: ", WORDS["mismatched"])] = None
     other_weights: Annotated[
-        str | None, choice("Fishers measured at other weights than their models': ", ("refuse", "warn"))
+        str | None, choice("Fishers measured at other weights than their models': ", WORDS["other_weights"])
     ] = None
     config_from_first: Annotated[
         bool, typer.Option("--config-from-first", help="Where configs or vocabularies differ, take the first.")
@@ -145,7 +148,7 @@ class Merge:
         """Check, merge, copy what lies beside the weights, and put the folder in its place."""
         options = self._options()
         self._check()
-        function = partial(FUNCTIONS[self.method], self.model, **options, return_info=True)
+        function = partial(METHODS[self.method][0], self.model, **options, return_info=True)
         start = time.perf_counter()
         say(f"Merging {self._size()} ...")
         if not self._folders:
@@ -173,13 +176,13 @@ class Merge:
     def _options(self) -> dict[str, Any]:
         """Keywords of the method's function; what was not given is left to its defaults."""
         given = {name: value for name, value in vars(self).items() if name not in OWN and value is not None}
-        taken = inspect.signature(FUNCTIONS[self.method]).parameters
+        function, settings = METHODS[self.method]
+        taken = inspect.signature(function).parameters
         fishers, method = given.pop("fisher", []), given.pop("method")
-        strange = [
-            f"--{name.replace('_', '-')}" for name in given if name not in taken and name not in ("base", "scale")
-        ]
-        if strange:
-            _refuse(f"--method {method} with {', '.join(strange)}", "options that it has", try_="leave them out")
+        unknown = [name for name in given if name not in {*taken, *settings, "base", "scale"}]
+        if unknown:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
+            _refuse(f"--method {method} with {options}", "options that it has", try_="leave them out")
         if "fishers" not in taken and fishers:
             _refuse(f"--method {method} with --fisher", "no Fishers, which it does not use")
         if "fishers" in taken and len(fishers) != len(self.model):
@@ -197,8 +200,12 @@ class Merge:
             given["weights"] = numbers(str(self.weights))
         if self.dtype is not None:
             given["dtype"] = getattr(torch, self.dtype)
-        offered = {"fishers": fishers, "method": method, "progress": True, "other_weights": "refuse"}
-        return {name: value for name, value in offered.items() if name in taken} | given
+        if "method" in settings:
+            given["method"] = method
+        policy = {name: given.pop(name) for name in settings if name in given}
+        if "fishers" in taken:
+            given["fishers"] = fishers
+        return {**given, "policy": merging.MergePolicy(**policy), "progress": True}
 
     def _check(self) -> None:
         """What can be wrong with paths, before anything is read."""
@@ -240,7 +247,7 @@ class Merge:
             typer.echo(table(("parameters", "method", "numbers", "steps", "residual"), rows, left=2) + "\n")
         counted = ", ".join(f"{count:,} {kind}" for kind, count in info.counts().items())
         what = f"{len(info.weights)} models, {seconds:.1f} s: {counted}"
-        typer.echo(f"{self.method if self.method not in SOLVERS else 'merge'} of {what}")
+        typer.echo(f"{self.method if self.method not in WORDS['method'] else 'merge'} of {what}")
         if info.blocks:
             missed = sum(not block.converged for block in info.blocks)
             typer.echo(
@@ -320,7 +327,7 @@ def _check_target(out: Path, models: Sequence[Path], others: Sequence[Path], *, 
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         _refuse(f"--out {out}, a folder that is not empty", "another name", try_="--overwrite replaces it")
     if out.is_dir() and whole:
-        _refuse_strangers(out, models[0])
+        _refuse_other_files(out, models[0])
     if out.is_file():
         refuse_existing((out,), f"{CALL} --out", overwrite=overwrite)
 
@@ -360,15 +367,15 @@ def _places(source: Path) -> Iterator[Path]:
         yield from (path.resolve() for path in source.iterdir() if path.is_file())
 
 
-def _refuse_strangers(folder: Path, first: Path) -> None:
+def _refuse_other_files(folder: Path, first: Path) -> None:
     """A folder is replaced whole, so it may hold a model's weights, and else only what the first model's has too."""
     shards = _read_json(folder / FOLDER_NAMES[1]).get("weight_map")
     weights = [*FOLDER_NAMES, *(shards.values() if isinstance(shards, dict) else ())]
     known = ["merge.json", *weights, *(path.name for path in _beside_weights(first))]
-    strangers = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.name not in known)
-    if strangers:
+    others = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.name not in known)
+    if others:
         _refuse(
-            f"--overwrite of {folder}, which holds {strangers[:8]}", "a folder of a model alone",
+            f"--overwrite of {folder}, which holds {others[:8]}", "a folder of a model alone",
             "it is replaced whole, and they would be lost", "another --out",
         )  # fmt: skip
 

@@ -15,8 +15,8 @@ import typer
 
 from fisherkit.cli.flags import in_flags
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.kind_specs import SPELLINGS, KindSpec
 from fisherkit.structures import structures
+from fisherkit.vectors import rule_of, spellings
 
 Check: TypeAlias = Callable[[str], str]
 
@@ -75,16 +75,18 @@ def number_check(text: str) -> str:
 
 
 def kind_check(text: str, also: tuple[str, ...] = ()) -> str:
-    """A kind as `KindSpec` spells it, or one of some other words.
+    """A kind as `vectors.rule_of` reads it, or one of some other words.
 
     Raises:
         typer.BadParameter: no such kind, or a setting that it cannot have.
     """
     try:
-        return text if text in also else KindSpec.parse(text, call="", also=also).text
+        if text not in also:
+            rule_of(text, call="", also=also)
     except InvalidArgumentError as error:
-        known, why = ", ".join((*also, *SPELLINGS)), in_flags(error.why, {})
+        known, why = ", ".join((*also, *spellings())), in_flags(error.why, {})
         raise typer.BadParameter(f"{text!r} is not one of {known}: {why}.") from error
+    return text
 
 
 def likelihood_check(text: str) -> str:

@@ -40,13 +40,14 @@ from fisherkit.cli.sources import ModelOptions, call_factory, load_likelihood
 from fisherkit.cli.text import WIDTH, number, table
 from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
+from fisherkit.fisher import FisherApproximation
 from fisherkit.influence import InfluenceScores
 from fisherkit.influence.evaluation.losses import loss_of
-from fisherkit.kind_specs import KindSpec, spelled
 from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
 from fisherkit.rows.record import refuse_train_mode
+from fisherkit.vectors import rule_of, spelled
 
 CALL = "fisherkit scores"
 FILES = "scores.html", "scores.json"
@@ -163,8 +164,9 @@ class Scores(ModelOptions):
         if self.fisher is not None:
             return load(self.fisher, device=next(subject.model.parameters()).device), None
         start = time.perf_counter()
-        fisher = KindSpec.parse(self.kind or "truncated:2", call=CALL).build(
-            subject.model, subject.train, seed=self.seed, progress=True, structure=self.structure or "ekfac",
+        fisher = FisherApproximation(
+            subject.model, subject.train, rule_of(self.kind or "truncated:2", call=CALL).with_seed(self.seed),
+            progress=True, structure=self.structure or "ekfac",
             likelihood=load_likelihood(self.likelihood or subject.likelihood, CALL),
             params=self.selection(subject.model, CALL),
         )  # fmt: skip

@@ -5,11 +5,11 @@ Owns the facts in which definitions of EWC differ, and what they amount to.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from fisherkit.arguments import is_integer
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.arguments import check_choice, check_count, check_number
+from fisherkit.errors import InvalidArgumentError
 from fisherkit.operators import FisherOperator
 from fisherkit.operators.normalization import check_normalize, normalization_factor
 
@@ -82,49 +82,35 @@ def convert_strength(
         InvalidArgumentError: an unknown source or fact, one that is needed and missing, or a Fisher of another kind.
         InvalidTypeError: not a number, or not a FisherOperator.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise InvalidTypeError(call=CALL, got=f"strength of type {type(strength).__name__}", expected="a number")
-    if not (math.isfinite(strength) and strength >= 0):
-        raise InvalidArgumentError(call=CALL, got=f"strength={strength}", expected="a finite number, 0 or more")
+    strength = check_number(CALL, "strength", strength)
     if source not in CONVENTIONS:
         raise InvalidArgumentError(
             call=CALL, got=f"source={source!r}", expected=f"one of {list(CONVENTIONS)}",
             try_="half=, average= and squared= of your library",
         )  # fmt: skip
-    known = CONVENTIONS[source]
-    convention = Convention(
-        known.half if half is None else half,
-        known.average if average is None else average,
-        known.squared if squared is None else squared,
-    )
+    given: dict[str, Any] = {"half": half, "average": average, "squared": squared}
+    convention = replace(CONVENTIONS[source], **{name: fact for name, fact in given.items() if fact is not None})
     multiple = _multiple(convention, batch_size, examples)
-    return strength * (1 if convention.half else 2) * multiple / _normalization(normalize, fisher, known.kinds)
+    return strength * (1 if convention.half else 2) * multiple / _normalization(normalize, fisher, convention.kinds)
 
 
 def _multiple(convention: Convention, batch_size: int | None, examples: int | None) -> float:
     """α of the other Fisher = α F, F the mean over examples of squared example gradients."""
-    for name, value, allowed in (
-        ("average", convention.average, ("examples", "batches", "sum")),
-        ("squared", convention.squared, ("example", "batch")),
-    ):
-        if value not in allowed:
-            raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+    check_choice(CALL, "average", convention.average, ("examples", "batches", "sum"))
+    check_choice(CALL, "squared", convention.squared, ("example", "batch"))
     by_batch = convention.squared == "batch"
-    B = _count("batch_size", batch_size) if by_batch or convention.average == "batches" else 1
+    B = _needed("batch_size", batch_size) if by_batch or convention.average == "batches" else 1
     # A batch has one square of about F/B in place of B squares of F.
     total = 1 / B**2 if by_batch else 1.0  # of the sum over all, divided by N
     if convention.average == "batches":
         return total * B
-    return total * _count("examples", examples) if convention.average == "sum" else total
+    return total * _needed("examples", examples) if convention.average == "sum" else total
 
 
-def _count(name: str, value: int | None) -> int:
-    if not is_integer(value) or value < 1:
-        raise InvalidArgumentError(
-            call=CALL, got=f"{name}={value!r}", expected="a positive integer",
-            why="the other library's Fisher depends on it",
-        )  # fmt: skip
-    return value
+def _needed(name: str, value: int | None) -> int:
+    """A count that the other library's Fisher depends on."""
+    check_count(CALL, name, value)
+    return int(value or 0)
 
 
 def _normalization(normalize: str | None, fisher: FisherOperator | None, kinds: tuple[str, ...]) -> float:
@@ -137,13 +123,13 @@ def _normalization(normalize: str | None, fisher: FisherOperator | None, kinds: 
             why="other libraries do not normalise, so the strength depends on the Fisher's size",
             try_="fisher=, or normalize=None for EWC(normalize=None)",
         )  # fmt: skip
-    if isinstance(fisher, FisherOperator) and fisher.metadata.get("normalization") == "sum":
+    factor = normalization_factor(fisher, normalize, CALL)
+    if fisher.metadata.get("normalization") == "sum":
         raise InvalidArgumentError(call=CALL, got='a Fisher with normalization="sum"', expected='normalization="mean"')
-    kind = fisher.metadata.get("kind", "ef") if isinstance(fisher, FisherOperator) else "ef"
-    if kind not in kinds:
+    if (kind := fisher.metadata.get("kind", "ef")) not in kinds:
         raise InvalidArgumentError(
             call=CALL, got=f"a Fisher of kind {kind!r}", expected=f"one of kind {' or '.join(map(repr, kinds))}",
             why="its trace gives the strength, and kinds differ in it by orders of magnitude",
             try_='fk.EmpiricalFisher(model, data, structure="diagonal"); EWC may then consolidate any kind',
         )  # fmt: skip
-    return normalization_factor(fisher, normalize, CALL)
+    return factor

@@ -1,7 +1,7 @@
 """`EWC`: elastic weight consolidation, a quadratic penalty that keeps what earlier tasks need.
 
-Owns the terms, their decay and their state; the algebra of quadratic forms is `operators.quadratic`'s, the autograd
-function `penalty`'s, the checks `policies`'. Asks a Fisher for neither kind nor structure.
+Owns the terms, their decay and their state; the algebra of quadratic forms is `operators.quadratic`'s. Asks a Fisher
+for neither kind nor structure.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkit.arguments import check_choice, check_number
 from fisherkit.arithmetic import without_autocast
-from fisherkit.continual import policies
-from fisherkit.continual.penalty import Term, penalty_of
-from fisherkit.continual.state import pack, unpack
+from fisherkit.continual.checks import CALL, check_fisher, check_held, check_model
+from fisherkit.continual.terms import Term, penalty_of
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NoClosedFormError
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import FisherOperator, Quadratic, normalize, state_of
@@ -79,13 +79,13 @@ class EWC(nn.Module):
         drop_below: float = 0.0,
     ) -> None:
         super().__init__()
-        policies.check_model(model)
+        check_model(model)
         check_normalize(normalize, "EWC")
-        policies.choice(grown, "grown", ("refuse", "leading"))
+        check_choice("EWC", "grown", grown, ("refuse", "leading"))
         self.model = model
         self.strength = strength
-        self.decay = policies.number(decay, "decay", most=1)
-        self.drop_below = policies.number(drop_below, "drop_below", most=1)
+        self.decay = check_number("EWC", "decay", decay, most=1)
+        self.drop_below = check_number("EWC", "drop_below", drop_below, most=1)
         self.normalize, self.grown = normalize, grown
         self.consolidations = 0
         self._terms: tuple[Term, ...] = ()
@@ -103,7 +103,7 @@ class EWC(nn.Module):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._strength = policies.number(value, "strength")
+        self._strength = check_number("EWC", "strength", value)
 
     @without_autocast()
     def consolidate(self, fisher: FisherOperator, *, uncovered: str = "refuse", free: Selection = None) -> None:
@@ -124,13 +124,11 @@ class EWC(nn.Module):
         parameters = dict(self.model.named_parameters())
         if isinstance(fisher, FisherOperator):
             fisher = renamed(fisher, matching(fisher.space.names, parameters))
-        policies.check_fisher(fisher, parameters)
-        policies.check_weights(fisher, self.model)
-        policies.check_uncovered(self.model, fisher, uncovered, free)
+        check_fisher(fisher, self.model, uncovered, free)
         try:
             state_of(fisher)
         except NoClosedFormError as error:  # rows that are streamed from the data would follow the model
-            raise error.at(policies.CALL) from error
+            raise error.at(CALL) from error
         terms = [replace(term, weight=self.decay * term.weight) for term in self._terms]
         terms = [term for term in terms if term.weight > self.drop_below]
         for atom in atoms(normalize(fisher, self.normalize)):
@@ -155,25 +153,16 @@ class EWC(nn.Module):
         parameters = dict(self.model.named_parameters())
         names = list(dict.fromkeys(name for term in self._terms for name in term.shapes)) or list(parameters)[:1]
         self._check("EWC.penalty", self._terms, parameters)
-        return penalty_of(self._terms, self.strength, names, [parameters[name] for name in names])
+        return penalty_of(self._terms, self.strength, {name: parameters[name] for name in names})
 
     def _check(self, call: str, terms: tuple[Term, ...], parameters: Mapping[str, nn.Parameter]) -> None:
         for term in terms:
-            policies.check_shapes(term.shapes, parameters, self.grown, call)
-            device = term.quadratic.operator.device
-            for name in term.shapes:
-                if parameters[name].device != device:
-                    raise InvalidArgumentError(
-                        call=call, got=f"{name!r} on {parameters[name].device} and its term on {device}",
-                        expected="one device", try_=f'ewc.to("{parameters[name].device}")',
-                    )  # fmt: skip
+            check_held(term.shapes, term.quadratic.operator.device, parameters, self.grown, call)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the terms take."""
-        quadratics = [term.quadratic for term in self._terms]
-        beside = sum(tensor.nbytes for q in quadratics for tensor in q.tensors().values())
-        return beside + sum(state_of(q.operator).nbytes for q in quadratics)
+        return sum(term.nbytes for term in self._terms)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows between the brackets."""
@@ -193,17 +182,16 @@ class EWC(nn.Module):
             "version": 1,
             "normalize": self.normalize,
             "consolidations": self.consolidations,
-            "terms": [pack(term) for term in self._terms],
+            "terms": [term.to_plain() for term in self._terms],
         }
         return with_checksum(state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in every module; see `set_extra_state`.
+        """Put the terms of a ``state_dict()`` in place of these; see `set_extra_state`.
 
         Raises:
-            InvalidArgumentError: a state of something else, the model's for instance; likewise what `set_extra_state`
-                refuses.
-            ModelError: as there.
+            InvalidArgumentError: a state of something else, such as the model's, or what `set_extra_state` refuses.
+            ModelError: the model does not have the parameters that were consolidated.
         """
         if strict and not (isinstance(state_dict, Mapping) and "_extra_state" in state_dict):
             names = f" with {list(state_dict)[:4]}" if isinstance(state_dict, Mapping) else ""
@@ -215,7 +203,7 @@ class EWC(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def set_extra_state(self, state: Any) -> None:
-        """What ``load_state_dict()`` does; neither data nor Fishers are needed.
+        """Put the terms of a state in place of these: what ``load_state_dict()`` calls. Needs no data and no Fishers.
 
         Raises:
             InvalidArgumentError: not such a state, damaged since, of a later version, or of an EWC with another
@@ -227,7 +215,7 @@ class EWC(nn.Module):
         check_checksum(state, call)
         try:
             version, how, consolidations = state["version"], state["normalize"], int(state["consolidations"])
-            terms = tuple(unpack(term, device) for term in state["terms"]) if version == 1 else ()
+            terms = tuple(Term.from_plain(term, device) for term in state["terms"]) if version == 1 else ()
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InvalidArgumentError(
                 call=call, got=f"a state that cannot be read ({error})", expected="one of EWC.state_dict()"

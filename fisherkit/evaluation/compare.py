@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,13 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudge
 from fisherkit.evaluation.quality import approximation_quality
 from fisherkit.evaluation.table import QualityRow, QualityTable
 from fisherkit.fisher import FisherApproximation
-from fisherkit.kind_specs import KindSpec
-from fisherkit.kinds import EmpiricalFisher, ExactFisher
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import ModelInputs
-from fisherkit.outputs import Outputs, OutputVectors
+from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.rows.collection import Rows
 from fisherkit.space import Selection
 from fisherkit.structures import structure_named
+from fisherkit.vectors import EmpiricalVectors, rule_of
 
 CALL = "compare"
 EXACT, SGD = "exact", "sgd"
@@ -113,11 +112,11 @@ def compare(
         raise InvalidArgumentError(call=CALL, got=f"draws={draws}", expected="1 or more")
     _check_cosine(drop_duplicates)
     # "sf" without a setting has as many draws as the argument says.
-    specs = [
-        replace(KindSpec.parse(f"sf:{draws}" if text == "sf" else text, call=CALL, also=(SGD,)), text=text)
+    rules = {
+        text: rule_of(f"sf:{draws}" if text == "sf" else text, call=CALL, also=(SGD,)).with_seed(seed)
         for text in _listed("kinds", kinds)
         if text != SGD
-    ]
+    }
     dampings = _positive(gram_dampings)
     for structure in _listed("structures", structures):
         structure_named(structure, CALL)
@@ -129,8 +128,10 @@ def compare(
     start = time.perf_counter()
     options = {"likelihood": likelihood, "params": params, "example": example, "shift_labels": shift_labels}
     own = Batch.of(batch, "batch", model_inputs=ModelInputs.of(model))
-    comparison = _Comparison(model, own, seed, options, drop_duplicates)
-    updates = [comparison.update(spec, structure, dampings) for structure in structures for spec in specs]
+    comparison = _Comparison(model, own, options, drop_duplicates)
+    updates = [
+        comparison.update(text, rule, structure, dampings) for structure in structures for text, rule in rules.items()
+    ]
     return comparison.judged(updates, start, sgd=SGD in kinds)
 
 
@@ -146,34 +147,31 @@ class _Update:
     seconds: float
 
 
-class _Gradients(EmpiricalFisher):
-    """∇ℓ_n of every unit, with ‖∂ℓ_n/∂z_n‖ and the unit's place in the batch."""
+class _Gradients(EmpiricalVectors):
+    """∇ℓ_n of every unit; ``seen`` has ‖∂ℓ_n/∂z_n‖ and the unit's place in the batch."""
 
-    def __init__(self, model: nn.Module, data: Any, **options: Any) -> None:
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        super().__init__(model, data, normalization="sum", **options)
-        norms, places = zip(*self._seen, strict=True)
-        self.norms, self.places = torch.cat(norms), torch.cat(places)
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         if int(outputs.keys[0, 0]) == 0:  # a pass begins
-            self._seen.clear()
+            self.seen.clear()
         found, counts = super().output_vectors(outputs), outputs.mask.any(1)
         norms = outputs.gradient().double().flatten(1).norm(dim=1)
         # A key is the example's place times 2²⁴ plus the position.
-        self._seen.append((norms[counts], (outputs.keys[:, 0] >> 24)[counts]))
+        self.seen.append((norms[counts], (outputs.keys[:, 0] >> 24)[counts]))
         return found
 
 
 class _Comparison:
     """What all updates on a batch share: the gradient of every example, and the Fishers whose rows were made."""
 
-    def __init__(
-        self, model: nn.Module, batch: Batch, seed: int, options: dict[str, Any], cosine: float | None
-    ) -> None:
-        self.model, self.seed, self.options = model, seed, options
+    def __init__(self, model: nn.Module, batch: Batch, options: dict[str, Any], cosine: float | None) -> None:
+        self.model, self.options = model, options
         self.fishers: dict[str, FisherApproximation] = {}
-        gradients = _Gradients(model, batch.raw, **options)
+        kind = _Gradients()
+        gradients = FisherApproximation(model, batch.raw, kind, normalization="sum", **options)
+        norms, places = map(torch.cat, zip(*kind.seen, strict=True))
         rows = _rows(gradients)
         if rows is None:
             raise MemoryBudgetError(
@@ -184,22 +182,22 @@ class _Comparison:
         kept = torch.ones_like(self.gram[0], dtype=torch.bool) if cosine is None else _distinct(self.gram, cosine)
         self.dropped = int((~kept).sum())
         self.rows = rows if self.dropped == 0 else rows.reordered(kept.nonzero()[:, 0])
-        self.norms = gradients.norms[kept]
+        self.norms = norms[kept]
         self.whole, self.gradient = _sum(rows), _sum(self.rows)
         self.dtype, self.data = gradients.dtype, batch.raw
-        self.kept_data = batch.take(gradients.places[kept].cpu()).raw if self.dropped else batch.raw
+        self.kept_data = batch.take(places[kept].cpu()).raw if self.dropped else batch.raw
 
-    def update(self, spec: KindSpec, structure: str, dampings: tuple[float, ...]) -> _Update:
+    def update(self, kind: str, rule: OutputRule, structure: str, dampings: tuple[float, ...]) -> _Update:
         """A kind's updates in a structure."""
         start = time.perf_counter()
-        rows, power = None, spec.rule.gradient_power
-        gradient = self.whole if spec.rule.of_hessian else self.gradient
+        rows, power = None, rule.gradient_power
+        gradient = self.whole if rule.of_hessian else self.gradient
         formula = partial(any_gradient, dampings=dampings, rounding=torch.finfo(self.dtype).eps)
         if structure in {"full", "block"}:
-            rows = self.rows if power is not None else _rows(self._fisher(spec))
+            rows = self.rows if power is not None else _rows(self._fisher(kind, rule))
         if rows is None:
             # By a solve of its own; a full Fisher's rows may not fit, and a block one is refused then.
-            fisher = self._fisher(spec) if structure == "full" else self._built(spec, structure)
+            fisher = self._fisher(kind, rule) if structure == "full" else self._built(kind, rule, structure)
             right = gradient.to(self.dtype)
             columns, count = torch.stack([fisher.solve(right, damping) for damping in dampings], 1), fisher.rows
         else:
@@ -207,7 +205,7 @@ class _Comparison:
                 formula = partial(in_span, c=self.norms ** (2 * power), dampings=dampings)
             blocks = [rows.space.names] if structure == "full" else _blocks(rows)
             columns, count = _by_block(rows, gradient, blocks, formula), rows.count
-        return _Update(spec.text, structure, dampings, columns.double(), count, time.perf_counter() - start)
+        return _Update(kind, structure, dampings, columns.double(), count, time.perf_counter() - start)
 
     def judged(self, updates: Sequence[_Update], start: float, *, sgd: bool) -> QualityTable:
         """γ of all updates by one product with the exact Fisher, and of the gradient, which has a row if asked for."""
@@ -217,8 +215,8 @@ class _Comparison:
         # γ does not depend on the length, which could overflow the operator's dtype.
         unit = (columns / torch.where(lengths > 0, lengths, 1.0)).to(self.dtype)
         # A budget of one byte streams: products by passes, no rows.
-        exact = self.fishers.get(EXACT) or ExactFisher(
-            self.model, self.data, normalization="sum", memory_budget=1, **self.options
+        exact = self.fishers.get(EXACT) or FisherApproximation(
+            self.model, self.data, EXACT, normalization="sum", memory_budget=1, **self.options
         )
         gamma = approximation_quality(unit, exact, self.whole.to(self.dtype))
         norms = self.gram.diagonal().clamp_min(0).sqrt()
@@ -231,24 +229,22 @@ class _Comparison:
         ]
         return QualityTable(tuple(rows if sgd else rows[1:]), len(norms), self.dropped, time.perf_counter() - start)
 
-    def _fisher(self, spec: KindSpec) -> FisherApproximation:
+    def _fisher(self, kind: str, rule: OutputRule) -> FisherApproximation:
         """A kind's full Fisher, built once."""
-        if spec.text not in self.fishers:
-            self.fishers[spec.text] = self._built(spec, "full")
-        return self.fishers[spec.text]
+        if kind not in self.fishers:
+            self.fishers[kind] = self._built(kind, rule, "full")
+        return self.fishers[kind]
 
-    def _built(self, spec: KindSpec, structure: str) -> FisherApproximation:
-        whole = spec.rule.of_hessian or not self.dropped
+    def _built(self, kind: str, rule: OutputRule, structure: str) -> FisherApproximation:
+        whole = rule.of_hessian or not self.dropped
         if not whole and self.options["example"] == "token":
             raise InvalidArgumentError(
-                call=CALL, got=f'drop_duplicates with example="token", kind {spec.text!r}, structure {structure!r}',
+                call=CALL, got=f'drop_duplicates with example="token", kind {kind!r}, structure {structure!r}',
                 expected='kinds "ef" and "ief" in "full" and "block", or example="sequence"',
                 why="single tokens cannot be taken out of the data that a Fisher is built from",
             )  # fmt: skip
         data = self.data if whole else self.kept_data
-        return spec.build(
-            self.model, data, seed=self.seed, structure=structure, normalization="sum", **self.options
-        )  # fmt: skip
+        return FisherApproximation(self.model, data, rule, structure=structure, normalization="sum", **self.options)
 
 
 def in_span(

@@ -7,18 +7,19 @@ safetensors and text, and no format of its own.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
@@ -26,6 +27,18 @@ from fisherkit.io.checksums import CHECKSUM, TensorChecksum, sealed, unsealed
 
 FORMAT = "fisherkit"
 """How the formats of this package's files begin; that of a Fisher file is this alone."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""Safetensors' names of dtypes."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Forms = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Name to shape and dtype of tensors that are or will be in a file."""
 
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError)
 """What reading a damaged file may raise: safetensors', and torch's where a header says of a tensor what cannot be."""
@@ -93,24 +106,52 @@ def leftovers(path: Path) -> list[Path]:
 
 
 def write_part(part: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file and have it on the disk; contiguous tensors that share no memory."""
-    mode = part.stat().st_mode
-    save_file(tensors, part, metadata=header)
-    part.chmod(mode)  # some versions of safetensors leave a file that only its owner can read
-    _sort_metadata(part)
+    """Write a safetensors file and have it on the disk."""
+    save_tensors(tensors, part, metadata=header)
     flush(part)
 
 
-def _sort_metadata(part: Path) -> None:
-    """The same tensors and header as the same bytes: safetensors writes a header's entries in a random order."""
-    with part.open("rb+") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) <= length:  # else another writer spells some sign shorter, and its order stays
-            file.seek(8)
-            file.write(text.ljust(length))
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; the same tensors and header are the same bytes."""
+    with path.open("wb") as file:
+        put = lay_out(file, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}, metadata)
+        for name, tensor in tensors.items():
+            put(name, tensor)
+
+
+def lay_out(file: IO[bytes], forms: Forms, metadata: Mapping[str, str]) -> Callable[[str, Tensor], None]:
+    """Write a safetensors header and reserve the space, so that tensors can be written as they come.
+
+    Args:
+        file: open for writing, and empty.
+        forms: name to shape and dtype of every tensor.
+        metadata: string keys and values of the header.
+
+    Returns:
+        A function that writes one tensor, of the announced form, in its place.
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    size, offsets = 0, dict[str, int]()
+    # Wide dtypes first, as safetensors does: then every tensor is aligned.
+    for name in sorted(forms, key=lambda name: (-forms[name][1].itemsize, name)):
+        shape, dtype = forms[name]
+        offsets[name], size = size, size + form_nbytes(forms[name])
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], size]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.truncate(8 + len(text) + size)
+
+    def put(name: str, tensor: Tensor) -> None:
+        file.seek(8 + len(text) + offsets[name])
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    return put
+
+
+def form_nbytes(form: tuple[tuple[int, ...], torch.dtype]) -> int:
+    """Bytes of a tensor of this shape and dtype."""
+    return math.prod(form[0]) * form[1].itemsize
 
 
 def flush(part: Path) -> None:
@@ -119,40 +160,29 @@ def flush(part: Path) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     """Write a safetensors file; whoever opens the path finds the old file or the whole new one, never a part.
 
-    Args:
-        path: where; an existing file is replaced.
-        tensors: contiguous tensors that share no memory.
-        header: string keys and values.
-    """
-    with part_of(Path(path)) as part:
-        write_part(part, tensors, header)
-        os.replace(part, path)
-
-
-def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
-    """The same with checksums of the tensors and of the header, which `read_tensors` compares.
+    It has checksums of the tensors and of the header, which `read_tensors` compares.
 
     Args:
         path: where; an existing file is replaced.
-        tensors: named tensors, copied.
+        tensors: named tensors.
         header: string keys and values.
 
     Returns:
         The header's checksum, which is one of all that the file holds.
     """
-    own = owned(tensors)
-    whole = sealed(header, {name: TensorChecksum.of(tensor) for name, tensor in own.items()})
-    replace_file(path, own, whole)
+    whole = sealed(header, checksums_of(tensors))
+    with part_of(Path(path)) as part:
+        write_part(part, tensors, whole)
+        os.replace(part, path)
     return whole[CHECKSUM]
 
 
-def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU: safetensors refuses tensors that share memory, and views that are not contiguous."""
-    form = torch.contiguous_format
-    return {name: tensor.detach().to("cpu", copy=True, memory_format=form) for name, tensor in tensors.items()}
+def checksums_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorChecksum]:
+    """The checksum of each tensor, wherever it lies."""
+    return {name: TensorChecksum.of(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
 
 
 def replace_text(path: str | Path, text: str) -> None:

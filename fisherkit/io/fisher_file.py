@@ -16,9 +16,8 @@ from fisherkit.arguments import is_integer
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
 from fisherkit.io.atomic import FORMAT, UNREADABLE, as_path, check_folder, unreadable
 from fisherkit.io.checksums import CHECKSUMS, TensorChecksum, parse, unsealed
-from fisherkit.io.reader import INDEX_SUFFIX, Archive, Reader
+from fisherkit.io.reader import INDEX_SUFFIX, Archive, Node, Reader, State
 from fisherkit.io.shards import fill, nbytes, pack, refuse_weights, write_sharded, write_single
-from fisherkit.io.state import Node, State
 from fisherkit.space import ParameterSpace
 
 VERSION = 1
@@ -71,7 +70,8 @@ def write(
         "metadata": json.dumps({k: v for k, v in metadata.items() if (k, v) not in NO_CHECKSUMS.items()}),
     }
     if max_shard_size is not None and sharded:
-        write_sharded(path, fill(tensors, max_shard_size), header, call)
+        shards = fill({key: nbytes(tensor) for key, tensor in tensors.items()}, max_shard_size)
+        write_sharded(path, [{key: tensors[key] for key in keys} for keys in shards], header, call)
     else:
         refuse_weights(path, call)
         write_single(path, tensors, header)

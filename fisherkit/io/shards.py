@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,10 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.io.atomic import FORMAT, owned, part_of, replace_checked_file, replace_text, write_part
+from fisherkit.io.atomic import FORMAT, checksums_of, part_of, replace_checked_file, replace_text, write_part
 from fisherkit.io.checksums import CHECKSUM, TensorChecksum, seal, sealed
-from fisherkit.io.reader import INDEX_SUFFIX, SHARD_FORMAT, index_of, stem_of
-from fisherkit.io.state import Node, Place, State
+from fisherkit.io.reader import INDEX_SUFFIX, SHARD_FORMAT, Node, Place, State, index_of, stem_of
 from fisherkit.model_state import tensors_hash
 
 MOST_SHARDS = 99_999
@@ -61,16 +61,16 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def fill(tensors: Tensors, largest: int) -> list[Tensors]:
-    """The tensors in their order, in shards of at most ``largest`` bytes where no single tensor is larger."""
-    shards: list[Tensors] = []
-    room = 0
-    for key, tensor in tensors.items():
-        if not shards or nbytes(tensor) > room:
-            shards.append({})
-            room = largest
-        shards[-1][key] = tensor
-        room -= nbytes(tensor)
+def fill(sizes: Mapping[str, int], largest: int | None) -> list[list[str]]:
+    """Names in their order, in shards of at most ``largest`` bytes where no single tensor is larger; None for one."""
+    shards: list[list[str]] = []
+    room = 0.0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = math.inf if largest is None else largest
+        shards[-1].append(name)
+        room -= size
     return shards
 
 
@@ -78,8 +78,8 @@ def write_single(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
     """One file; a sharded one of the same name is deleted afterwards."""
     replace_checked_file(path, tensors, header)
     if _is_ours(index_of(path)):
-        _delete([index_of(path)])
-    _delete(_shards_of(path))
+        delete([index_of(path)])
+    delete(_shards_of(path))
 
 
 def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], call: str) -> None:
@@ -94,34 +94,55 @@ def write_sharded(path: Path, shards: list[Tensors], header: dict[str, str], cal
     hashes = [tensors_hash(shard) for shard in shards]
     save = hashlib.sha256(json.dumps([header, hashes], sort_keys=True).encode()).hexdigest()[:32]
     total = sum(nbytes(tensor) for shard in shards for tensor in shard.values())
-    finals = _names(path, len(shards), save)
+    finals = free_names(path, len(shards), ("", f"-{save[:8]}"))
     weight_map = {key: final.name for shard, final in zip(shards, finals, strict=True) for key in shard}
     checksums: dict[str, TensorChecksum] = {}
+    with ExitStack() as stack:
+        parts = [stack.enter_context(part_of(final)) for final in finals]
+        for part, shard in zip(parts, shards, strict=True):
+            checksums.update(checksums_of(shard))
+            write_part(part, shard, {"format": SHARD_FORMAT, "save": save})
+        metadata = {"total_size": total, **sealed({**header, "save": save}, checksums)}
+        metadata[CHECKSUM] = seal({**metadata, "weight_map": weight_map})
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1)
+        publish(parts, finals, index, text, lambda final: _header(final).get("save") == save)
+    delete([path] if path.is_file() else [])
+    delete([shard for shard in _shards_of(path) if shard not in finals])
+
+
+def publish(
+    parts: Sequence[Path], finals: Sequence[Path], index: Path, text: str, ours: Callable[[Path], bool]
+) -> None:
+    """Shards under names that nothing points to, then the index; if that fails, none of the new shards stays.
+
+    Args:
+        parts: the written files.
+        finals: their names.
+        index: where the index goes.
+        text: the index.
+        ours: whether a file under one of the names is of this save.
+    """
     try:
-        with ExitStack() as stack:
-            parts = [stack.enter_context(part_of(final)) for final in finals]
-            for part, shard in zip(parts, shards, strict=True):
-                own = owned(shard)
-                checksums.update({key: TensorChecksum.of(tensor) for key, tensor in own.items()})
-                write_part(part, own, {"format": SHARD_FORMAT, "save": save})
-            metadata = {"total_size": total, **sealed({**header, "save": save}, checksums)}
-            metadata[CHECKSUM] = seal({**metadata, "weight_map": weight_map})
-            text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1)
-            for part, final in zip(parts, finals, strict=True):
-                os.replace(part, final)
-            replace_text(index, text)
+        for part, final in zip(parts, finals, strict=True):
+            os.replace(part, final)
+        replace_text(index, text)
     except BaseException:
         # An interruption may come right after the index was put in place: then the new file is the file.
-        if _header(index).get("save") != save:
-            _delete([final for final in finals if _header(final).get("save") == save])
+        if not (index.is_file() and index.read_text("utf-8") == text):
+            delete([final for final in finals if ours(final)])
         raise
-    _delete([path] if path.is_file() else [])
-    _delete([shard for shard in _shards_of(path) if shard not in finals])
 
 
-def _names(path: Path, count: int, save: str) -> list[Path]:
-    """Names that no file has, so that an index that is there never points to a shard of this save."""
-    for tag in ("", f"-{save[:8]}"):
+def free_names(path: Path, count: int, tags: Iterable[str]) -> list[Path]:
+    """Names of shards that no file has, so that an index that is there keeps its own; the last tag's if none is free.
+
+    Args:
+        path: of which the names are made.
+        count: how many shards.
+        tags: what comes after the name, tried one after the other.
+    """
+    names: list[Path] = []
+    for tag in tags:
         names = [path.with_name(f"{stem_of(path)}{tag}-{i:05}-of-{count:05}.safetensors") for i in range(1, count + 1)]
         if not any(name.exists() for name in names):
             break
@@ -187,7 +208,8 @@ def _header(path: Path) -> dict[str, str]:
         return {}
 
 
-def _delete(paths: Sequence[Path]) -> None:
+def delete(paths: Sequence[Path]) -> None:
+    """Remove files, as far as they can be removed."""
     # What cannot be deleted (a reader has it open on Windows) is in nobody's way; the next save tries again.
     for path in paths:
         with contextlib.suppress(OSError):

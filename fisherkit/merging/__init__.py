@@ -5,7 +5,7 @@ Knows operators by their blocks and solves, models by their tensors; no other ap
 
 from fisherkit.merging.baselines import average, task_arithmetic
 from fisherkit.merging.info import BlockInfo, MergeInfo
-from fisherkit.merging.merge import merge
-from fisherkit.merging.regmean import regmean
+from fisherkit.merging.merge import merge, regmean
+from fisherkit.merging.policy import MergePolicy
 
-__all__ = ["BlockInfo", "MergeInfo", "average", "merge", "regmean", "task_arithmetic"]
+__all__ = ["BlockInfo", "MergeInfo", "MergePolicy", "average", "merge", "regmean", "task_arithmetic"]

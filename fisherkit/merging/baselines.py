@@ -13,29 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkit.arguments import is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.merging.assembly import (
-    Target,
-    assemble,
-    check_weights,
-    open_models,
-    read_double,
-)
-from fisherkit.merging.checkpoints import Checkpoint, Model, open_checkpoint
-from fisherkit.merging.info import MergeInfo
-from fisherkit.merging.policies import Policies, make_plan
+from fisherkit.merging.assembly import Job
+from fisherkit.merging.models import Model, check_weights, open_model, open_models, read_double
+from fisherkit.merging.policy import MergePolicy, checked, make_plan
 
 
 def average(
     models: Sequence[Model],
     weights: Sequence[float] | None = None,
     *,
-    buffers: str = "refuse",
-    integers: str = "refuse",
-    mismatched: str = "refuse",
-    dtype: torch.dtype | None = None,
+    policy: MergePolicy | None = None,
     out: str | Path | None = None,
-    max_shard_size: int | None = None,
     overwrite: bool = False,
     return_info: bool = False,
     progress: bool = False,
@@ -43,17 +33,13 @@ def average(
     """Σ_t w_t θ_t / Σ_t w_t of every parameter.
 
     Args:
-        models: as in `merge`.
+        models: modules, state dicts, or paths of safetensors, as in `merge`.
         weights: w_t; None for equal ones.
-        buffers: as in `merge`, and so are all others.
-        integers: as there.
-        mismatched: as there.
-        dtype: as there.
-        out: as there.
-        max_shard_size: as there.
-        overwrite: as there.
-        return_info: as there.
-        progress: as there.
+        policy: what is allowed where models leave a choice: see `MergePolicy`.
+        out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
+        overwrite: replace a model that is there.
+        return_info: also return a `MergeInfo`.
+        progress: show a progress bar.
 
     Returns:
         A state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
@@ -64,17 +50,11 @@ def average(
     Cost: one reading of every model; one tensor of each in memory.
     """
     call = "average"
-    policies = Policies("average", buffers, integers, mismatched, dtype)
-    policies.check(call)
-    checkpoints = open_models(models, call)
-    resolved = (1 / len(checkpoints),) * len(checkpoints)
-    if weights is not None:
-        resolved = check_weights(weights, len(checkpoints), call)
-    plan = make_plan(checkpoints, (), None, policies, call)
-    target = Target(out, max_shard_size, overwrite)
-    result = assemble(plan, (), checkpoints, resolved, None, target, call, progress=progress)
-    names = {name: str(entry) for name, entry in plan.items()}
-    return (result, MergeInfo(call, resolved, None, 0.0, 0.0, (), names)) if return_info else result
+    allowed, sources = checked(policy, call, "average"), open_models(models, call)
+    equal = (1 / len(sources),) * len(sources)
+    resolved = equal if weights is None else check_weights(weights, len(sources), call)
+    job = Job(call, sources, resolved, None, allowed, out, overwrite, return_info, progress)
+    return job.result(make_plan(sources, (), None, allowed, call), ())
 
 
 def task_arithmetic(
@@ -82,12 +62,8 @@ def task_arithmetic(
     base: Model,
     scale: float,
     *,
-    buffers: str = "refuse",
-    integers: str = "refuse",
-    mismatched: str = "refuse",
-    dtype: torch.dtype | None = None,
+    policy: MergePolicy | None = None,
     out: str | Path | None = None,
-    max_shard_size: int | None = None,
     overwrite: bool = False,
     return_info: bool = False,
     progress: bool = False,
@@ -97,18 +73,15 @@ def task_arithmetic(
     Ilharco et al., "Editing models with task arithmetic" (arXiv 2212.04089). With ``scale`` 1 / T it is the average.
 
     Args:
-        models: as in `merge`.
+        models: modules, state dicts, or paths of safetensors, as in `merge`.
         base: the model that all of them were fine-tuned from.
         scale: of the sum of task vectors.
-        buffers: as in `merge`, "center" being the base, and so are all others.
-        integers: as there.
-        mismatched: as there; what the base lacks or has in another shape is refused.
-        dtype: as there.
-        out: as there.
-        max_shard_size: as there.
-        overwrite: as there.
-        return_info: as there; its damping and weights are those of no Fisher, the scale stands as weights.
-        progress: as there.
+        policy: what is allowed where models leave a choice: see `MergePolicy`; "center" is the base, and what the base
+            lacks or has in another shape is mismatched.
+        out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
+        overwrite: replace a model that is there.
+        return_info: also return a `MergeInfo`, with the scale as its weights.
+        progress: show a progress bar.
 
     Returns:
         A state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
@@ -121,35 +94,30 @@ def task_arithmetic(
     Cost: one reading of every model; one tensor of each in memory.
     """
     call = "task_arithmetic"
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if not is_number(scale):
         raise InvalidTypeError(call=call, got=f"scale={scale!r}", expected="a number")
     if not math.isfinite(scale):
         raise InvalidArgumentError(call=call, got=f"scale={scale}", expected="a finite number")
-    policies = Policies("average", buffers, integers, mismatched, dtype)
-    policies.check(call)
-    checkpoints, start = open_models(models, call), open_checkpoint(base, "base")
-    everything = [*checkpoints, start]
-    parameters = [name for name in checkpoints[0].names if _is_parameter(everything, name)]
-    plan = make_plan(everything, parameters, start, policies, call)
-    moved = [name for name, entry in plan.items() if entry.action == "merged"]
-    weights = (float(scale),) * len(checkpoints)
+    allowed, sources, start = (
+        checked(policy, call, "average"),
+        open_models(models, call),
+        open_model(base, "base", call),
+    )
+    everything = [*sources, start]
+    parameters = [
+        name for name in sources[0].shapes
+        if all(name not in m.buffers and m.dtypes.get(name, torch.float32).is_floating_point for m in everything)
+    ]  # fmt: skip
+    plan = make_plan(everything, parameters, start, allowed, call)
 
     def merged() -> Iterator[tuple[str, Tensor]]:
-        for name in moved:
+        for name in (name for name, entry in plan.items() if entry.action == "merged"):
             origin = read_double(start, name)
             total = torch.zeros_like(origin)
-            for model in checkpoints:
+            for model in sources:
                 total += read_double(model, name, origin.device) - origin
             yield name, origin + scale * total
 
-    target = Target(out, max_shard_size, overwrite)
-    equal = (1.0,) * len(checkpoints)
-    result = assemble(plan, merged(), checkpoints, equal, start, target, call, progress=progress)
-    names = {name: str(entry) for name, entry in plan.items()}
-    return (result, MergeInfo(call, weights, None, 0.0, 0.0, (), names)) if return_info else result
-
-
-def _is_parameter(models: Sequence[Checkpoint], name: str) -> bool:
-    return all(
-        name not in model.buffers and model.dtypes.get(name, torch.float32).is_floating_point for model in models
-    )
+    equal = (1.0,) * len(sources)
+    job = Job(call, sources, equal, start, allowed, out, overwrite, return_info, progress)
+    return job.result(plan, merged(), weights=(float(scale),) * len(sources))

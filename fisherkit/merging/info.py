@@ -21,6 +21,7 @@ class BlockInfo:
         method: "closed_form", "direct", "woodbury" or "conjugate_gradient".
         steps: products of an iterative method; 0 for others.
         residual: ‖(S + λI)δ − b‖₂ / ‖b‖₂ with S = Σ w_t F_t and b = Σ w_t F_t (θ_t − θ_c); 0 where b is 0.
+            A diagonal block is divided entry by entry, and has the bound of one rounding, 1.1e-16.
         converged: whether the residual met the tolerance.
         factors: what each Fisher was multiplied by, weight and normalization together.
     """
@@ -41,22 +42,22 @@ class MergeInfo:
     Args:
         method: "merge", "average", "task_arithmetic" or "regmean".
         weights: w_t of each model.
+        names: each name of the models to what it became: "merged", "averaged", "first", "center", "equal" (the same in
+            all models), "tied to NAME" or "skipped".
         normalize: how Fishers were normalized.
         damping: λ, in absolute terms.
         output_damping: ρ.
         blocks: how each block was solved, in the order of solving.
-        names: each name of the models to what it became: "merged", "averaged", "first", "center", "equal" (the same in
-            all models), "tied to NAME" or "skipped".
         unverified: numbers of models, from 1, that could not be told to be the ones their Fishers were measured at.
     """
 
     method: str
     weights: tuple[float, ...]
-    normalize: str | None
-    damping: float
-    output_damping: float
-    blocks: tuple[BlockInfo, ...]
     names: dict[str, str]
+    normalize: str | None = None
+    damping: float = 0.0
+    output_damping: float = 0.0
+    blocks: tuple[BlockInfo, ...] = ()
     unverified: tuple[int, ...] = ()
 
     @property

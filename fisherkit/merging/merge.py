@@ -1,32 +1,35 @@
-"""`merge`: one model that stays close to several, as their Fishers measure closeness.
+"""Merging by Fishers: `merge`, one model that stays close to several as their Fishers measure it, and `regmean`.
 
 Owns the arguments and the order of the work: open, plan, measure, then solve block by block and put everything in its
-place. `regmean` goes the same way.
+place.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from fisherkit.arguments import is_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.merging.assembly import Target, assemble, check_weights, open_models
-from fisherkit.merging.blockwise import BlockwiseMerge
-from fisherkit.merging.checkpoints import Checkpoint, Model, open_checkpoint
-from fisherkit.merging.info import MergeInfo
-from fisherkit.merging.policies import Plan, Policies, make_plan
+from fisherkit.merging.assembly import Job
+from fisherkit.merging.blocks import BlockwiseMerge
+from fisherkit.merging.fishers import (
+    Fisher,
+    FisherSource,
+    Names,
+    activations,
+    check_measured,
+    joined_blocks,
+    open_fishers,
+)
+from fisherkit.merging.models import Model, ModelSource, check_weights, open_model, open_models
+from fisherkit.merging.policy import MergePolicy, Plan, check_center, checked, make_plan
 from fisherkit.merging.scales import measure
-from fisherkit.merging.sources import Fisher, FisherSource, joined_blocks, named_as, open_fisher
-from fisherkit.merging.systems import Solver
-from fisherkit.model_state import tensors_hash
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.operators.outputs_average import mix_with_average
 
 DEFAULT_DAMPING = RelativeDamping(0.03)
 """Of the mean eigenvalue: directions that no Fisher measured stay at the average."""
@@ -34,28 +37,20 @@ DEFAULT_DAMPING = RelativeDamping(0.03)
 DEFAULT_OUTPUT_DAMPING = 3.0
 """One constant for all: between 1 and 30 the merged models were equally good (docs/results/merging.md)."""
 
+REGMEAN_DAMPING = RelativeDamping(1e-6)
+
 
 def merge(
     models: Sequence[Model],
     fishers: Sequence[Fisher],
     weights: Sequence[float] | str | None = None,
     *,
-    method: str = "auto",
     damping: Damping = DEFAULT_DAMPING,
     center: str | Model = "average",
     normalize: str | None = "block",
     output_damping: float = DEFAULT_OUTPUT_DAMPING,
-    uncovered: str = "refuse",
-    buffers: str = "refuse",
-    integers: str = "refuse",
-    mismatched: str = "refuse",
-    other_weights: str = "refuse",
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    tolerance: float = 1e-12,
-    max_steps: int = 2000,
+    policy: MergePolicy | None = None,
     out: str | Path | None = None,
-    max_shard_size: int | None = None,
     overwrite: bool = False,
     return_info: bool = False,
     progress: bool = False,
@@ -72,8 +67,6 @@ def merge(
         fishers: one for each model, in its order: operators, or paths of Fisher files, of which blocks are read as they
             are needed.
         weights: w_t; None for 1 / T; "examples" for the number of examples that each Fisher was measured on.
-        method: "auto" takes closed forms where the Fishers' sum has one, a Cholesky factorization for sums of up to
-            3,000 parameters a block, conjugate gradients beyond; "direct" writes every block out; "cg" iterates always.
         damping: λ, or `fisherkit.RelativeDamping`: that multiple of the mean eigenvalue of Σ w_t F_t over all blocks.
         center: where damping pulls to: "average" of the models with the same weights, or a model.
         normalize: "block": the mean eigenvalue of each block of each Fisher becomes 1; "trace": that of each whole
@@ -82,21 +75,9 @@ def merge(
         output_damping: ρ; F_t becomes (F_t + ρR_t) / (1 + ρ), R_t the average of F_t over each layer's outputs. For
             Kronecker products that damps the gradient factor alone; it is what kfac needs to be as good as RegMean. 0
             for none: then rows stay rows, and diagonals are merged entry by entry.
-        uncovered: what becomes of float parameters that differ and that not every Fisher covers: "refuse", "average",
-            "first" or "center".
-        buffers: likewise for float buffers, such as statistics of batch norm.
-        integers: what becomes of other tensors that differ: "refuse" or "first".
-        mismatched: what becomes of names that a model lacks or has in another shape: "refuse", "skip" or "first".
-        other_weights: what becomes of a Fisher that was measured at other weights than its model has: "refuse" or
-            "warn". Fishers that do not say at which are listed in `MergeInfo.unverified`.
-        dtype: of the result's floating-point tensors; None for the models', which must agree.
-        device: where blocks are solved; None for where the first Fisher's lie.
-        tolerance: largest relative residual of a block that counts as converged. Far above the default, directions
-            whose curvature is near λ are not solved for: at relative damping 1e-8 a residual of 1e-8 may leave them
-            wrong altogether.
-        max_steps: of conjugate gradients in each block.
+        policy: what is allowed where models or Fishers leave a choice, and how blocks are solved: see `MergePolicy`. By
+            default whatever cannot be merged is refused by name.
         out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
-        max_shard_size: bytes of tensors in one file; with more there is an index. None for a single file.
         overwrite: replace a model that is there.
         return_info: also return a `MergeInfo`: how every block was solved, what became of every name.
         progress: show progress bars.
@@ -107,7 +88,7 @@ def merge(
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument, models that do not fit together or to their Fishers; a
-            refusal lists the names and the flag that allows them.
+            refusal lists the names and the policy that allows them.
         SingularMatrixError: no damping where a block needs some.
         NonFiniteError: NaN or infinity in a model or a Fisher.
         FileFormatError: a missing or damaged file.
@@ -116,102 +97,106 @@ def merge(
         merge it; a block of d parameters takes O(d) for diagonals, R²d for R rows, d³/3
         for small sums, and T (O + I) d a step of conjugate gradients for Kronecker products of T layers O × I.
     """
-    return merge_by(
-        models, fishers, weights, Policies(uncovered, buffers, integers, mismatched, dtype, other_weights),
-        Solver(method, tolerance, max_steps), Target(out, max_shard_size, overwrite), center=center,
-        normalize=normalize, damping=damping, output_damping=output_damping, device=device, return_info=return_info,
-        progress=progress, call="merge",
+    call = "merge"
+    checkpoints, sources = _opened(models, fishers, call)
+    job = Job(
+        call, checkpoints, _weights(weights, sources, normalize, call), _center(center, call),
+        checked(policy, call, "refuse"), out, overwrite, return_info, progress,
     )  # fmt: skip
+    return _merged(job, sources, sources, damping, normalize, output_damping)
+
+
+def regmean(
+    models: Sequence[Model],
+    fishers: Sequence[Fisher],
+    weights: Sequence[float] | str | None = None,
+    *,
+    shrink: float = 0.9,
+    damping: Damping = REGMEAN_DAMPING,
+    policy: MergePolicy | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    return_info: bool = False,
+    progress: bool = False,
+) -> Any:
+    """The model whose linear layers reproduce the models' outputs on their own inputs, in the least squares sense.
+
+    W = (Σ_t w_t A_t)⁻¹ Σ_t w_t A_t W_t for a layer's weight and bias together, A_t the second moment of its inputs on
+    task t: the merge with the Fishers I ⊗ A_t. Jin, Ren, Preotiuc-Pietro and Cheng, "Dataless knowledge fusion by
+    merging weights of language models" (arXiv 2212.09849).
+
+    Layers that all Fishers have as a Kronecker product are merged with A_t, of which only the share ``shrink`` of the
+    entries off the diagonal is kept; everything else is averaged. Convolutions count, with A_t over their patches.
+
+    Args:
+        models: modules, state dicts, or paths of safetensors, as in `merge`.
+        fishers: of the structure "kfac", whatever the kind, one for each model: their activation factors are the A_t.
+        weights: w_t; None for 1 / T; "examples" for the number of examples that each Fisher was measured on.
+        shrink: α of A_t ← α A_t + (1 − α) diag(A_t); 1 for none, 0.9 the paper's usual choice.
+        damping: λ, or `fisherkit.RelativeDamping`, towards the average. By default so little that it only decides what
+            no input reaches.
+        policy: what is allowed where models or Fishers leave a choice: see `MergePolicy`.
+        out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
+        overwrite: replace a model that is there.
+        return_info: also return a `MergeInfo`.
+        progress: show progress bars.
+
+    Returns:
+        As `merge`: a state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
+
+    Raises:
+        InvalidArgumentError: what `merge` refuses; or a Fisher has no Kronecker products.
+        FisherkitError: whatever `merge` raises.
+
+    Cost: as `merge` with Kronecker products, of which these converge in a step or two, and one more reading of every
+        Fisher, to know which blocks are such products.
+    """
+    call = "regmean"
+    if not is_number(shrink) or not 0 <= shrink <= 1:
+        raise InvalidArgumentError(call=call, got=f"shrink={shrink}", expected="a number from 0 to 1")
+    checkpoints, sources = _opened(models, fishers, call)
+    job = Job(
+        call, checkpoints, _weights(weights, sources, None, call), None, checked(policy, call, "average"),
+        out, overwrite, return_info, progress,
+    )  # fmt: skip
+    return _merged(job, sources, [activations(source, shrink) for source in sources], damping, None, 0.0)
 
 
 @without_autocast()
-def merge_by(
-    models: Sequence[Model],
-    fishers: Sequence[Fisher],
-    weights: Sequence[float] | str | None,
-    policies: Policies,
-    solver: Solver,
-    target: Target,
-    *,
+def _merged(
+    job: Job,
+    measured: Sequence[FisherSource],
+    sources: Sequence[FisherSource],
     damping: Damping,
-    device: torch.device | str | None,
-    return_info: bool,
-    progress: bool,
-    call: str,
-    center: str | Model = "average",
-    normalize: str | None = None,
-    output_damping: float = 0.0,
-    seen_as: Callable[[FisherSource], FisherSource] = lambda source: source,
+    normalize: str | None,
+    output_damping: float,
 ) -> Any:
-    """What `merge` and `regmean` share: all of `merge`, of Fishers that may be seen as other matrices.
+    """The result, of Fishers that were measured at the models and are merged as other matrices."""
+    call = job.call
+    unverified = check_measured(job.models, measured, job.policy.other_weights, call)
+    covered = [name for name in sources[0].space.names if all(name in source.space.slices for source in sources)]
+    plan = make_plan(job.models, covered, job.center, job.policy, call)
+    blocks = _blocks(plan, job, sources, [name for name in covered if plan[name].action == "merged"])
+    scales = measure(sources, blocks, job.weights, normalize, damping, call, progress=job.progress)
+    problem = BlockwiseMerge(job, sources, scales, output_damping)
+    sizes = {names: sum(plan[name].size for name in names) for names in blocks}
+    costs = {
+        name: plan[name].size * work / max(1, sizes[names]) for names, work in scales.work.items() for name in names
+    }
+    return job.result(
+        plan, problem.solutions(), costs, normalize=normalize, damping=scales.damping, output_damping=output_damping,
+        blocks=problem.infos, unverified=unverified,
+    )  # fmt: skip
 
-    Args:
-        models: as there, like all that is not listed here.
-        fishers: as there.
-        weights: as there.
-        policies: what becomes of names that are not merged.
-        solver: of a block.
-        target: where the result goes.
-        damping: as there.
-        device: as there.
-        return_info: as there.
-        progress: as there.
-        call: the public call, for errors.
-        center: as there.
-        normalize: as there.
-        output_damping: as there.
-        seen_as: what a Fisher is merged as.
 
-    Raises:
-        FisherkitError: as there.
-    """
-    policies.check(call)
-    solver.check(call)
+def _opened(
+    models: Sequence[Model], fishers: Sequence[Fisher], call: str
+) -> tuple[list[ModelSource], list[FisherSource]]:
     checkpoints = open_models(models, call)
-    opened = [
-        named_as(source, model.names)
-        for source, model in zip(open_fishers(fishers, len(checkpoints), call), checkpoints, strict=True)
-    ]
-    sources = [seen_as(source) for source in opened]
-    resolved = resolve_weights(weights, sources, normalize, call)
-    pull = open_center(center, call)
-    unverified = unverified_models(checkpoints, opened, policies.other_weights, call)
-    plan = make_plan(checkpoints, covered_by_all(sources), pull, policies, call)
-    blocks = blocks_of_plan(plan, checkpoints, sources, pull, call)
-    scales = measure(sources, blocks, resolved, normalize, damping, progress=progress)
-    problem = BlockwiseMerge(
-        checkpoints, sources, resolved, pull, scales, lambda f: mix_with_average(f, output_damping), solver,
-        None if device is None else torch.device(device),
-    )  # fmt: skip
-    result = assemble(
-        plan, problem.solutions(), checkpoints, resolved, pull, target, call, progress=progress, work=problem.work()
-    )
-    info = MergeInfo(
-        call, resolved, normalize, scales.damping, output_damping, tuple(problem.infos),
-        {name: str(entry) for name, entry in plan.items()}, unverified,
-    )  # fmt: skip
-    return (result, info) if return_info else result
+    return checkpoints, open_fishers(fishers, checkpoints, call)
 
 
-def open_fishers(fishers: Sequence[Fisher], count: int, call: str) -> list[FisherSource]:
-    """One source of blocks for each model.
-
-    Raises:
-        InvalidTypeError: not a sequence of Fishers.
-        InvalidArgumentError: too few or too many.
-    """
-    if isinstance(fishers, (str, Path)) or not isinstance(fishers, Sequence):
-        raise InvalidTypeError(
-            call=call, got=f"fishers of type {type(fishers).__name__}", expected="a list of Fishers, one for each model"
-        )
-    if len(fishers) != count:
-        raise InvalidArgumentError(
-            call=call, got=f"{count} models and {len(fishers)} Fishers", expected="one Fisher for each model"
-        )
-    return [open_fisher(fisher, f"Fisher {number}") for number, fisher in enumerate(fishers, 1)]
-
-
-def resolve_weights(
+def _weights(
     weights: Sequence[float] | str | None, sources: Sequence[FisherSource], normalize: str | None, call: str
 ) -> tuple[float, ...]:
     """w_t as numbers.
@@ -226,13 +211,13 @@ def resolve_weights(
         return check_weights(weights, len(sources), call)
     counts = [source.metadata.get("examples") for source in sources]
     if None in counts:
+        numbers = ", ".join(str(number) for number, count in enumerate(counts, 1) if count is None)
         raise InvalidArgumentError(
             call=f'{call}(weights="examples")',
-            got=f"Fishers that do not say on how many examples they were measured: {_numbers(counts)}",
+            got=f"Fishers that do not say on how many examples they were measured: {numbers}",
             expected="Fishers as they were built or saved", try_="weights=[N_1, N_2, ...]",
         )  # fmt: skip
-    sums = [source.metadata.get("normalization") == "sum" for source in sources]
-    if any(sums) and normalize is None:
+    if normalize is None and any(source.metadata.get("normalization") == "sum" for source in sources):
         raise InvalidArgumentError(
             call=f'{call}(weights="examples", normalize=None)',
             got='Fishers with normalization="sum"', expected='normalization="mean"',
@@ -242,120 +227,44 @@ def resolve_weights(
     return check_weights([float(count or 0) for count in counts], len(sources), call)
 
 
-def open_center(center: str | Model, call: str) -> Checkpoint | None:
-    """The state that damping pulls to; None for the average.
-
-    Raises:
-        InvalidTypeError: neither "average" nor a model.
-    """
+def _center(center: str | Model, call: str) -> ModelSource | None:
+    """The state that damping pulls to; None for the average."""
     if isinstance(center, str) and center == "average":
         return None
     if not isinstance(center, (nn.Module, Mapping, str, Path)):
         raise InvalidTypeError(
             call=call, got=f"center of type {type(center).__name__}", expected='"average", or a model in any form'
         )
-    return open_checkpoint(center, "center")
+    return open_model(center, "center", call)
 
 
-def unverified_models(
-    models: Sequence[Checkpoint], sources: Sequence[FisherSource], other_weights: str, call: str
-) -> tuple[int, ...]:
-    """Models, from 1, that cannot be told to be those that were measured.
-
-    Args:
-        models: the models.
-        sources: the Fisher of each.
-        other_weights: what becomes of a Fisher that was measured at another: "warn" or "refuse".
-        call: the public call, for errors.
-
-    Raises:
-        InvalidArgumentError: there is one, and it is refused.
-
-    Cost: reads each model's covered parameters once, one at a time.
-    """
-    unverified, others = [], []
-    for number, (model, source) in enumerate(zip(models, sources, strict=True), 1):
-        same = _measured_at(model, source)
-        if same is None:
-            unverified.append(number)
-        elif not same:
-            right = [other for other, found in enumerate(models, 1) if other != number and _measured_at(found, source)]
-            others.append(
-                f"Fisher {number} was measured at other parameters than those of model {number}"
-                + (f" (at those of model {right[0]})" if right else "")
-            )
-    if others and other_weights == "refuse":
-        raise InvalidArgumentError(
-            call=f'{call}(other_weights="refuse")', got="Fishers of other weights: " + "; ".join(others),
-            expected="the Fisher of each very model",
-            why="a Fisher says what matters near the weights that it was measured at",
-            try_='another order of fishers, the Fisher measured again, or other_weights="warn", which merges them',
-        )  # fmt: skip
-    for text in others:
-        warnings.warn(
-            f"{call}: {text}. Expected: the Fisher of this very model. Try: measure it again, or another order of "
-            f"fishers.", UserWarning, stacklevel=4,
-        )  # fmt: skip
-    return tuple(unverified)
-
-
-def _measured_at(model: Checkpoint, source: FisherSource) -> bool | None:
-    """Whether a model has the parameters that a Fisher was measured at; None where that cannot be told."""
-    names, (dtype, _, known) = source.space.names, source.metadata.get("covered_hash", "").partition(":")
-    if any(str(model.dtypes.get(name)).removeprefix("torch.") != dtype for name in names):
-        return None
-    then = {source.recorded.get(name, name): name for name in names}  # the hash is of the names of its time, too
-    forms = {old: torch.empty(model.shapes[new], dtype=model.dtypes[new], device="meta") for old, new in then.items()}
-    return tensors_hash(forms, lambda old: model.read(then[old])) == known
-
-
-def covered_by_all(sources: Sequence[FisherSource]) -> list[str]:
-    """Names that every Fisher covers, in the first one's order."""
-    return [name for name in sources[0].space.names if all(name in source.space.slices for source in sources)]
-
-
-def blocks_of_plan(
-    plan: Plan, models: Sequence[Checkpoint], sources: Sequence[FisherSource], center: Checkpoint | None, call: str
-) -> list[tuple[str, ...]]:
+def _blocks(plan: Plan, job: Job, sources: Sequence[FisherSource], merged: Sequence[str]) -> list[Names]:
     """The joined partition of the names that are merged.
 
     Raises:
-        InvalidArgumentError: a Fisher covers what the models lack, shapes differ, nothing is left to merge, or the
+        InvalidArgumentError: a Fisher covers what its model lacks, shapes differ, nothing is left to merge, or the
             center lacks something.
     """
-    for number, (model, source) in enumerate(zip(models, sources, strict=True), 1):
-        strangers = [name for name in source.space.names if name not in model.shapes]
+    for number, (model, source) in enumerate(zip(job.models, sources, strict=True), 1):
+        shapes = dict(zip(source.space.names, source.space.shapes, strict=True))
+        unknown = [name for name in shapes if name not in model.shapes]
         odd = [
             f"{name!r} ({list(shape)} and {list(model.shapes[name])})"
-            for name, shape in zip(source.space.names, source.space.shapes, strict=True)
-            if name in model.shapes and model.shapes[name] != shape
-        ]
-        if strangers or odd:
+            for name, shape in shapes.items() if model.shapes.get(name, shape) != shape
+        ]  # fmt: skip
+        wrong = [f"lacks: {unknown}"] * bool(unknown) + [f"has in another shape: {', '.join(odd)}"] * bool(odd)
+        if wrong:
             raise InvalidArgumentError(
-                call=call,
-                got=f"Fisher {number} over parameters that model {number} "
-                + " and ".join(
-                    [f"lacks: {strangers}"] * bool(strangers) + [f"has in another shape: {', '.join(odd)}"] * bool(odd)
-                ),
+                call=job.call, got=f"Fisher {number} over parameters that model {number} {' and '.join(wrong)}",
                 expected="the Fisher of this model",
                 why="a tied parameter has only the name of the first module that holds it",
                 try_="another order of fishers, or the Fisher measured again",
-            )
-    merged = [name for name in covered_by_all(sources) if plan[name].action == "merged"]
+            )  # fmt: skip
     if not merged:
         raise InvalidArgumentError(
-            call=call, got="no parameter that all models and Fishers share", expected="at least one to merge",
+            call=job.call, got="no parameter that all models and Fishers share", expected="at least one to merge",
             try_="fk.merging.average(models)",
         )  # fmt: skip
-    if center is not None:
-        lost = [name for name in merged if center.shapes.get(name) != plan[name].shape]
-        if lost:
-            raise InvalidArgumentError(
-                call=f"{call}(center=...)", got=f"a center without {lost[:8]} in the models' shapes",
-                expected="all merged parameters", try_='center="average"',
-            )  # fmt: skip
-    return joined_blocks(sources, merged)
-
-
-def _numbers(found: Sequence[object]) -> str:
-    return ", ".join(str(number) for number, value in enumerate(found, 1) if value is None)
+    if job.center is not None:
+        check_center(job.center, {name: plan[name].shape for name in merged}, job.call)
+    return joined_blocks(sources, merged, job.call)

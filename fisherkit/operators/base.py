@@ -17,9 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.arguments import is_integer
-from fisherkit.arithmetic import without_autocast
-from fisherkit.conjugate import MatMat
+from fisherkit.arguments import is_integer, is_number
+from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.coverage import Coverage
 from fisherkit.errors import (
     FileFormatError,
@@ -64,7 +63,8 @@ class FisherOperator(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "_matmat" in vars(cls):
+        inherited = next(vars(base)["_matmat"] for base in cls.__mro__[1:] if "_matmat" in vars(base))
+        if "_matmat" in vars(cls) and not getattr(inherited, "__isabstractmethod__", False):
             # Another product is another matrix: what a parent class knows of its own is not known of this one.
             for name in STRUCTURAL:
                 if name not in vars(cls):
@@ -224,41 +224,20 @@ class FisherOperator(ABC):
 
     @overload
     def solve(
-        self,
-        v: Vector,
-        damping: Damping,
-        *,
-        return_info: Literal[False] = ...,
-        tolerance: float | None = ...,
-        max_steps: int | None = ...,
-        checkpoint: str | Path | None = ...,
-        progress: bool = ...,
-    ) -> Vector: ...
+        self, v: Vector, damping: Damping, *, return_info: Literal[False] = ..., tolerance: float | None = ...,
+        max_steps: int | None = ..., checkpoint: str | Path | None = ..., progress: bool = ...,
+    ) -> Vector: ...  # fmt: skip
     @overload
     def solve(
-        self,
-        v: Vector,
-        damping: Damping,
-        *,
-        return_info: Literal[True],
-        tolerance: float | None = ...,
-        max_steps: int | None = ...,
-        checkpoint: str | Path | None = ...,
-        progress: bool = ...,
-    ) -> tuple[Vector, SolveInfo]: ...
+        self, v: Vector, damping: Damping, *, return_info: Literal[True], tolerance: float | None = ...,
+        max_steps: int | None = ..., checkpoint: str | Path | None = ..., progress: bool = ...,
+    ) -> tuple[Vector, SolveInfo]: ...  # fmt: skip
     @final
     @without_autocast()
     def solve(
-        self,
-        v: Vector,
-        damping: Damping = REQUIRED,
-        *,
-        return_info: bool = False,
-        tolerance: float | None = None,
-        max_steps: int | None = None,
-        checkpoint: str | Path | None = None,
-        progress: bool = False,
-    ) -> Vector | tuple[Vector, SolveInfo]:
+        self, v: Vector, damping: Damping = REQUIRED, *, return_info: bool = False, tolerance: float | None = None,
+        max_steps: int | None = None, checkpoint: str | Path | None = None, progress: bool = False,
+    ) -> Vector | tuple[Vector, SolveInfo]:  # fmt: skip
         """(F + λI)⁻¹ v, with the null space's v/λ included.
 
         Args:
@@ -350,7 +329,7 @@ class FisherOperator(ABC):
     @without_autocast()
     def __mul__(self, scale: float) -> FisherOperator:
         """scale · F; the scale must not be negative."""
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        if not is_number(scale):
             raise InvalidTypeError(call=f"{self._name} * scale", got=f"a {type(scale).__name__}", expected="a number")
         if not 0 <= scale < float("inf"):
             raise InvalidArgumentError(
@@ -431,8 +410,8 @@ class FisherOperator(ABC):
         """diag F."""
 
     @abstractmethod
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        """A draw from the normal distribution N(0, F)."""
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        """Independent draws from the normal distribution N(0, F), side by side."""
 
     @abstractmethod
     def _scaled(self, scale: float) -> FisherOperator:
@@ -455,10 +434,6 @@ class FisherOperator(ABC):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         """A reusable inverse of F + damping·I; by default conjugate gradients, which need products alone."""
         return IterativeFactorization(self, damping, tolerance, max_steps)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        """Independent draws side by side; by default one after the other."""
-        return torch.cat([self._draw(generator) for _ in range(count)], dim=1)
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         """F + other folded into one operator where that is exact, else None."""
@@ -623,12 +598,9 @@ class FisherOperator(ABC):
 
     def _no_closed_form(self, operation: str, why: str, try_: str) -> NoClosedFormError:
         return NoClosedFormError(
-            call=f"{self._name}.{operation}",
-            got=f"a {self._name} over D = {self.space.size:,} parameters",
-            expected="a structure with a closed form",
-            why=why,
-            try_=try_,
-        )
+            call=f"{self._name}.{operation}", got=f"a {self._name} over D = {self.space.size:,} parameters",
+            expected="a structure with a closed form", why=why, try_=try_,
+        )  # fmt: skip
 
     @property
     def _title(self) -> str:
@@ -696,23 +668,14 @@ def fold(a: FisherOperator, b: FisherOperator) -> FisherOperator | None:
 
 
 def convert(operator: FisherOperator, dtype: torch.dtype, device: torch.device) -> FisherOperator:
-    """The same matrix in another dtype and on another device.
+    """The same matrix in another dtype and on another device; itself where nothing changes.
 
     Sums of several Fishers with little damping cancel: they are solved in float64, whatever dtype they are kept in. A
-    matrix that is positive semi-definite up to the rounding of its own dtype becomes so up to that of float64.
-
-    Args:
-        operator: any operator whose tensors lie in memory.
-        dtype: of the result.
-        device: of the result.
-
-    Returns:
-        The operator itself where nothing changes, else a new one of the same structure; metadata as before.
+    matrix that is positive semi-definite up to the rounding of its own dtype becomes so up to that of float64, which
+    takes an eigen-decomposition of every dense matrix and Kronecker factor.
 
     Raises:
         NoClosedFormError: the rows are streamed from the data and lie nowhere.
-
-    Cost: its tensors once more; an eigen-decomposition of every dense matrix and Kronecker factor.
     """
     if operator.dtype == dtype and operator.device == device:
         return operator

@@ -1,7 +1,4 @@
-"""A diagonal Fisher matrix: one number for each parameter, every operation in closed form and O(D).
-
-Owns the diagonal; knows nothing of where it came from.
-"""
+"""A diagonal Fisher matrix: one number for each parameter, every operation in closed form and O(D)."""
 
 from __future__ import annotations
 
@@ -25,12 +22,7 @@ class DiagonalOperator(FisherOperator):
 
     Args:
         space: the parameters it acts on.
-        diagonal: d [D], 0 or more; its dtype and device are the operator's. Kept, not copied.
-
-    Raises:
-        InvalidTypeError: not a real floating-point tensor.
-        InvalidArgumentError: not of shape [D], or negative entries.
-        NonFiniteError: NaN or infinite entries.
+        diagonal: d [D], finite numbers of 0 or more; its dtype and device are the operator's. Kept, not copied.
     """
 
     tag: ClassVar[str] = "diagonal"
@@ -49,10 +41,7 @@ class DiagonalOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _DiagonalFactorization(self, damping)
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return self._entries.sqrt().unsqueeze(-1) * noise
 

@@ -1,7 +1,4 @@
-"""A Fisher file that is open and not read: what is in it, and any of its blocks.
-
-Owns which blocks are read; `fisherkit.io` owns the bytes, each structure what its blocks are.
-"""
+"""A Fisher file that is open and not read: what is in it, and any of its blocks."""
 
 from __future__ import annotations
 
@@ -48,12 +45,7 @@ def open_file(path: str | Path, *, device: torch.device | str = "cpu") -> Fisher
 
 @dataclass(frozen=True)
 class FisherFile:
-    """An open Fisher file; made by `open_file`. It keeps no file open between reads.
-
-    Args:
-        header: what the file says of itself.
-        device: where tensors go.
-    """
+    """An open Fisher file; made by `open_file`. It keeps no file open between reads."""
 
     header: io.FisherHeader
     device: torch.device
@@ -89,14 +81,10 @@ class FisherFile:
         return tuple(blocks_of_node(self.header.root, self.space, self.header.reader(self.device)))
 
     def read(self, names: Iterable[str]) -> FisherOperator:
-        """The operator over some of the blocks; reads their tensors and nothing else.
+        """The operator over some of the blocks, without metadata; reads their tensors and nothing else.
 
         Args:
-            names: parameters, in any order: all those of one block or of several.
-
-        Returns:
-            An operator over ``space.restrict(names)``, a `BlockDiagonalOperator` if there are several blocks; without
-            metadata.
+            names: parameters, in any order: all of one block, or of several, which give a `BlockDiagonalOperator`.
 
         Raises:
             UnknownParameterError: names that the file does not have.

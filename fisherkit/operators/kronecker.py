@@ -32,7 +32,7 @@ from fisherkit.operators.linalg import (
     singular,
     spectrum,
 )
-from fisherkit.operators.row_forms import ColumnForm, RowForm
+from fisherkit.operators.row_forms import RowForm
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
@@ -57,33 +57,22 @@ class KroneckerOperator(FisherOperator):
 
     Args:
         space: the layer's weight [O, I] (or [O, I, k...], taken as [O, I·k...]), and its bias [O] if it has one.
-        activation: A [I, I], or [I+1, I+1] with a bias, whose row and column are the last.
-        gradient: G [O, O]; of the same dtype and device.
+        activation: A [I, I], or [I+1, I+1] with a bias, whose row and column are the last; symmetric and finite.
+        gradient: G [O, O], likewise; of the same dtype and device.
         transposed: the weight is stored as [I, O].
         symmetric: the factors are known to be symmetric up to rounding and not checked.
         activation_spectrum: a cheaper way than from the matrix to A's eigenvalues [r] and orthonormal eigenvectors
             [I, r], r the rank; used when they are first needed.
         gradient_spectrum: the same for G.
-
-    Raises:
-        InvalidTypeError: not real floating-point tensors, or dtypes that differ.
-        InvalidArgumentError: shapes that do not fit the space, devices that differ, or a factor that is not symmetric.
-        NonFiniteError: NaN or infinite entries.
     """
 
     tag: ClassVar[str] = "kronecker"
 
     def __init__(
-        self,
-        space: ParameterSpace,
-        activation: Float[Tensor, "..."],
-        gradient: Float[Tensor, "..."],
-        transposed: bool = False,
-        *,
-        symmetric: bool = False,
-        activation_spectrum: Spectrum | None = None,
+        self, space: ParameterSpace, activation: Float[Tensor, "..."], gradient: Float[Tensor, "..."],
+        transposed: bool = False, *, symmetric: bool = False, activation_spectrum: Spectrum | None = None,
         gradient_spectrum: Spectrum | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         name = "KroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
         width, outputs = self._layout.width, self._layout.outputs
@@ -108,12 +97,9 @@ class KroneckerOperator(FisherOperator):
             )
         )
         return EigenKroneckerOperator(
-            self.space,
-            activation_basis.to(self.dtype),
-            gradient_basis.to(self.dtype),
-            torch.outer(on_outputs, on_inputs),
-            self._layout.transposed,
-        )
+            self.space, activation_basis.to(self.dtype), gradient_basis.to(self.dtype),
+            torch.outer(on_outputs, on_inputs), self._layout.transposed,
+        )  # fmt: skip
 
     @property
     def activation(self) -> Float[Tensor, "J J"]:
@@ -147,11 +133,8 @@ class KroneckerOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _EigenKroneckerFactorization(self, self._eigen, damping)
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        return self._eigen._draws(generator, count)
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        return self._eigen._draw(generator, count)
 
     def _scaled(self, scale: float) -> KroneckerOperator:
         on_inputs, on_outputs = self._spectra
@@ -245,25 +228,14 @@ class EigenKroneckerOperator(FisherOperator):
         eigenvalues: e [s, r], 0 or more, in the bases' dtype or in float64.
         transposed: the weight is stored as [I, O].
         decomposed: all of these come from a decomposition of finite matrices, and are not checked.
-
-    Raises:
-        InvalidTypeError: not real floating-point tensors, or dtypes that do not fit.
-        InvalidArgumentError: shapes that do not fit the space, devices that differ, or negative eigenvalues.
-        NonFiniteError: NaN or infinite entries.
     """
 
     tag: ClassVar[str] = "eigen_kronecker"
 
     def __init__(
-        self,
-        space: ParameterSpace,
-        activation_basis: Float[Tensor, "..."],
-        gradient_basis: Float[Tensor, "..."],
-        eigenvalues: Float[Tensor, "..."],
-        transposed: bool = False,
-        *,
-        decomposed: bool = False,
-    ) -> None:
+        self, space: ParameterSpace, activation_basis: Float[Tensor, "..."], gradient_basis: Float[Tensor, "..."],
+        eigenvalues: Float[Tensor, "..."], transposed: bool = False, *, decomposed: bool = False,
+    ) -> None:  # fmt: skip
         name = "EigenKroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
         if decomposed:
@@ -280,13 +252,9 @@ class EigenKroneckerOperator(FisherOperator):
             gradient_basis, [outputs, rank_out], f"{name}(gradient_basis)", dtypes=(dtype,), device=device
         )
         self._values = check_tensor(
-            eigenvalues,
-            [rank_out, rank_in],
-            f"{name}(eigenvalues)",
-            dtypes=(dtype, torch.float64),
-            device=device,
+            eigenvalues, [rank_out, rank_in], f"{name}(eigenvalues)", dtypes=(dtype, torch.float64), device=device,
             nonnegative=True,
-        )
+        )  # fmt: skip
 
     @property
     def transposed(self) -> bool:
@@ -324,10 +292,7 @@ class EigenKroneckerOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _EigenKroneckerFactorization(self, self, damping)
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         noise = torch.randn(count, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
         return self._rotate_back(self._values.sqrt().to(self.dtype) * noise)
 
@@ -404,12 +369,9 @@ class EigenKroneckerOperator(FisherOperator):
     def _from_state(cls, space: ParameterSpace, state: io.State) -> EigenKroneckerOperator:
         tensors = state.tensors
         return cls(
-            space,
-            tensors["activation_basis"],
-            tensors["gradient_basis"],
-            tensors["eigenvalues"],
+            space, tensors["activation_basis"], tensors["gradient_basis"], tensors["eigenvalues"],
             bool(state.options["transposed"]),
-        )
+        )  # fmt: skip
 
 
 class _EigenKroneckerFactorization(Factorization):
@@ -453,7 +415,7 @@ class _EigenKroneckerFactorization(Factorization):
             return self._eigen_form
         return self._turned_back_form
 
-    def _column_form(self, probe: Rows) -> ColumnForm:
+    def _column_form(self, probe: Rows) -> RowForm:
         if self._empty:
             return super()._column_form(probe)
         # Where the bases leave something out, a solution is not turned columns alone.

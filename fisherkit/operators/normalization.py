@@ -1,7 +1,6 @@
-"""One scale for Fishers of different kinds, examples and stages of training.
+"""One scale for Fishers of different kinds, examples and stages of training: what `normalize=` means everywhere.
 
-Owns what `normalize=` means wherever the package has it: a factor for the whole matrix. Merging adds normalizations by
-block to these. Beside it the damping, relative to that scale, that suits a structure.
+Beside it the damping, relative to that scale, that suits a structure.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import check_choice
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.operators.base import FisherOperator
@@ -20,14 +20,8 @@ NORMALIZATIONS = ("trace", "norm", None)
 
 
 def check_normalize(how: object, call: str, also: tuple[str, ...] = ()) -> None:
-    """One of "trace", "norm" and None.
-
-    Raises:
-        InvalidArgumentError: anything else.
-    """
-    allowed = (*also, *NORMALIZATIONS)
-    if how not in allowed:
-        raise InvalidArgumentError(call=call, got=f"normalize={how!r}", expected=f"one of {list(allowed)}")
+    """Refuse what is not "trace", "norm", None or one of ``also``."""
+    check_choice(call, "normalize", how, (*also, *NORMALIZATIONS))
 
 
 @without_autocast()
@@ -55,13 +49,7 @@ def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOper
 
 
 def normalization_factor(operator: FisherOperator, how: str | None, call: str) -> float:
-    """The number that `normalize` multiplies by.
-
-    Raises:
-        InvalidTypeError: as there.
-        InvalidArgumentError: as there.
-        NonFiniteError: as there.
-    """
+    """The number that `normalize` multiplies by."""
     if not isinstance(operator, FisherOperator):
         raise InvalidTypeError(call=call, got=f"a {type(operator).__name__}", expected="a FisherOperator")
     if how is None:
@@ -71,12 +59,7 @@ def normalization_factor(operator: FisherOperator, how: str | None, call: str) -
 
 
 def factor_of_size(size: float, dimension: int, how: str, call: str, name: str = "a Fisher") -> float:
-    """The number that gives a Fisher of known size its standard one.
-
-    Raises:
-        InvalidArgumentError: the size is 0.
-        NonFiniteError: it is infinite or NaN.
-    """
+    """The number that gives a Fisher of known size its standard one; refuses sizes that are 0 or not finite."""
     if not math.isfinite(size):
         raise NonFiniteError(call=call, got=f"{name} with {how} {size}", expected="finite numbers")
     if size <= 0:
@@ -89,11 +72,7 @@ def factor_of_size(size: float, dimension: int, how: str, call: str, name: str =
 
 
 def frobenius_norm(operator: FisherOperator) -> Float[Tensor, ""]:
-    """‖F‖_F, float64.
-
-    Raises:
-        NoClosedFormError: sums that do not fold.
-    """
+    """‖F‖_F, float64."""
     return operator._frobenius()
 
 

@@ -1,8 +1,7 @@
 """Rows from ordinary training steps: what a forward pass saw, joined with what the user's own backward pass brings.
 
-Owns the life of a forward pass between its end and the step. Knows no structure, damping or update. Kinds whose vectors
-are multiples of the loss gradient need nothing but the user's backward pass; for others, one of their own runs at the
-moment the user's reaches the model's outputs.
+Kinds whose vectors are multiples of the loss gradient need nothing but the user's backward pass; for others, one of
+their own runs at the moment the user's reaches the model's outputs.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError, listed
 from fisherkit.likelihoods import Likelihood
-from fisherkit.optim import surprises
 from fisherkit.optim.outputs import Seen, seen_outputs
 from fisherkit.optim.passes import Captured, Pass, with_own_inputs
 from fisherkit.optim.watch import Watch
@@ -52,22 +50,16 @@ OPEN = 8
 
 
 class Capture:
-    """Watches a model's training steps.
+    """Watches a model's own training steps, not those of its parts.
 
     Args:
-        model: the model; its own calls are watched, not those of its parts.
+        model: the model.
         params: which parameters; those that do not require a gradient at a step are left out of it.
         rule: the kind.
         likelihood: p(y | z).
-        reduction: of the user's loss, "mean" or "sum", for likelihoods whose targets do not show in the gradient.
+        reduction: of the user's loss, for likelihoods whose targets do not show in the gradient.
         written_out: whether rows may be written out where that is faster; Kronecker factors need them factored.
         call: the user's class, for errors.
-
-    Attributes:
-        space: the parameters that may take part.
-        wanted: whether steps are to be watched at all.
-        finished: what has been captured since `take`.
-        examples: how many there were so far, for random draws.
     """
 
     def __init__(
@@ -92,17 +84,11 @@ class Capture:
         self._watch = Watch(model, self)
 
     def __getstate__(self) -> NoReturn:
-        """Refuse to be copied or pickled.
-
-        Raises:
-            ModelError: always.
-        """
+        """Refuse to be copied or pickled."""
         raise ModelError(
-            call=f"a copy or pickle of {self.call}",
-            got="hooks on one model",
-            expected="its state_dict()",
+            call=f"a copy or pickle of {self.call}", got="hooks on one model", expected="its state_dict()",
             try_=f"a new {self.call} for the copied model, and load_state_dict",
-        )
+        )  # fmt: skip
 
     def take(self) -> list[Captured]:
         """What has been captured since the last time; unfinished passes are forgotten."""
@@ -204,13 +190,7 @@ class Capture:
         return bool(new)
 
     def _plan(self, names: tuple[str, ...], batch: Batch, *, anew: bool = False) -> Plan:
-        """The plan for the parameters that require a gradient now, verified once, in eval mode.
-
-        Args:
-            names: the parameters.
-            batch: of the pass that begins.
-            anew: verify again, for what the pass has shown.
-        """
+        """The plan for parameters that require a gradient now, verified in eval mode once, or ``anew``."""
         key = names, fingerprint(self.model)
         # What was verified on an example alone says nothing of two.
         if anew or key not in self._plans or (self._plans[key].alone and batch.size > 1):
@@ -310,7 +290,7 @@ class Capture:
     def _due(self) -> bool:
         """Whether to look again for ways around the outputs."""
         self._passes += 1
-        return surprises.due(self._passes)
+        return is_checked(self._passes)
 
     def _accumulating(self) -> bool:
         """Whether the backward pass that runs adds to ``.grad``: what torch.autograd.grad finds leads to no step."""
@@ -423,6 +403,11 @@ class Capture:
             with recorder:
                 z = one.batch.call(self.model)
             return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
+
+
+def is_checked(step: int) -> bool:
+    """Whether losses are checked in a step, counted from 1: ever more rarely, but at least in every 64th."""
+    return step % 64 == 0 or step & (step - 1) == 0
 
 
 def _keep_rules(plan: Plan, old: Plan) -> None:

@@ -1,7 +1,4 @@
-"""`RowDamped`: any kind with a floor under the curvature along each example's own loss gradient, for steps in training.
-
-Owns one rule in output space. Knows neither steps nor models.
-"""
+"""`RowDamped`: any kind with a floor under the curvature along each example's own loss gradient."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fisherkit.arguments import is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.optim.arguments import rule_of
 from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors
-from fisherkit.vectors import ImprovedVectors
+from fisherkit.vectors import ImprovedVectors, rule_of
 
 
 class RowDamped(OutputRule):
@@ -46,13 +43,13 @@ class RowDamped(OutputRule):
 
     def __init__(self, kind: str | OutputRule, row_damping: float, **options: Any) -> None:
         call = "RowDamped"
-        if isinstance(row_damping, bool) or not isinstance(row_damping, (int, float)):
+        if not is_number(row_damping):
             raise InvalidTypeError(
                 call=call, got=f"row_damping of type {type(row_damping).__name__}", expected="a number"
             )
         if not (math.isfinite(row_damping) and row_damping > 0):
             raise InvalidArgumentError(call=call, got=f"row_damping={row_damping}", expected="a positive number")
-        self.rule, self.row_damping = rule_of(kind, options, call), float(row_damping)
+        self.rule, self.row_damping = rule_of(kind, call=call, options=options), float(row_damping)
         self.kind_name = self.rule.kind_name  # type: ignore[misc]  # what a class has is an object's own here
         self.positionwise = self.rule.positionwise  # type: ignore[misc]
 

@@ -167,12 +167,12 @@ def _pass_hash(plan: Plan, watched: Watched) -> int | None:
     """All that rows depend on in a forward pass beside values; None where the graph does not show it.
 
     Rules read their arguments anew in every pass, and autograd makes the gradients at the uses: rows are right again
-    where the same functions used the same parameters at the same places of the same graph, and nobody wrote to a
-    layer's input afterwards.
+    where the same functions used the same parameters at the same places of the same graph without a hook on a tensor,
+    and nobody wrote to a layer's input afterwards.
     """
     names = {id(p): name for name, p in plan.parameters.items()}
     places = {node: place for place, node in enumerate(graph_nodes(watched.z.grad_fn))}
-    if has_custom_function(watched.z):  # code of its own, which may do anything
+    if watched.hooked or has_custom_function(watched.z):  # code of its own, which may do anything
         return None
     nodes = [
         (
@@ -182,9 +182,12 @@ def _pass_hash(plan: Plan, watched: Watched) -> int | None:
         for node in places
     ]  # fmt: skip
     uses = [
-        (use.rule.name, use.names, use.turned, use.axis, places.get(use.edge.node), _writes(use), len(use.output_shape))
+        (
+            use.rule.name, use.names, use.turned, use.axis, places.get(use.edge.node), _writes(use),
+            len(use.output_shape), use.slices is None, use.arguments.get("letters"),
+        )
         for use in watched.uses
-    ]
+    ]  # fmt: skip
     rest = watched.elsewhere, watched.coarsest, watched.proven, watched.random, watched.casts
     return hash((*nodes, *uses, *rest))
 

@@ -18,7 +18,7 @@ from fisherkit.errors import InvalidArgumentError
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
-from fisherkit.rows.collection import UnitSlot
+from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
@@ -28,6 +28,7 @@ UNBOUNDED = 1 << 62
 
 Names = tuple[str, ...]
 
+A = TypeVar("A", bound="Added")
 S = TypeVar("S", bound="Sums")
 T = TypeVar("T", bound="Structure")
 U = TypeVar("U", bound="UnitSums")
@@ -52,8 +53,51 @@ Parts = dict[Names, Part]
 """The part of each group of parameters that was handled as one."""
 
 
-class Sums(ABC):
-    """What has been added up, frozen: every method returns new sums, and leaves the old ones as they are.
+@dataclass(frozen=True)
+class Added(ABC):  # noqa: B024  # subclasses have abstract methods
+    """What has been added up, frozen: every method returns a new one. A Fisher is linear in each field but `constant`.
+
+    Rows are scaled by the weight's root, and integers, which count, not at all.
+    """
+
+    constant: ClassVar[tuple[str, ...]] = ()
+    """Fields that scaling and merging leave as they are."""
+
+    def scaled(self: A, weight: float) -> A:
+        """Of ``weight`` times the Fisher."""
+        return replace(self, **{name: _scaled(getattr(self, name), weight) for name in self._linear})
+
+    def merge(self: A, other: A) -> A:
+        """Of the sum of both Fishers: with what another pass, step or process added up."""
+        return replace(self, **{name: _merged(getattr(self, name), getattr(other, name)) for name in self._linear})
+
+    @property
+    def _linear(self) -> list[str]:
+        return [f.name for f in fields(self) if f.name not in self.constant]
+
+
+def _scaled(value: Any, weight: float) -> Any:
+    if value is None or isinstance(value, int):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _scaled(one, weight) for key, one in value.items()}
+    if isinstance(value, Rows):
+        return value.scaled(weight**0.5)
+    return weight * value if isinstance(value, (float, Tensor)) else value.scaled(weight)
+
+
+def _merged(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, Mapping):
+        return {**a, **{key: _merged(a.get(key), one) for key, one in b.items()}}
+    if isinstance(a, Rows):
+        return Rows.cat([a, b])
+    return a + b if isinstance(a, (int, float, Tensor)) else a.merge(b)
+
+
+class Sums(Added):
+    """What a pass over rows adds up.
 
     Attributes:
         dropped: how many rows were left out.
@@ -66,14 +110,6 @@ class Sums(ABC):
     @abstractmethod
     def added(self: S, chunks: Iterable[Chunk]) -> S:
         """With more rows."""
-
-    @abstractmethod
-    def scaled(self: S, weight: float) -> S:
-        """Of ``weight`` times the Fisher."""
-
-    @abstractmethod
-    def merge(self: S, other: S) -> S:
-        """Of the sum of both Fishers: with what another pass, step or process added up."""
 
 
 @dataclass(frozen=True)
@@ -151,21 +187,11 @@ class Structure(ABC):
 
     @abstractmethod
     def operator(self, sums: Any, scale: float) -> FisherOperator:
-        """``scale`` times what was added up.
-
-        Args:
-            sums: after the last pass.
-            scale: 1/N, or 1.
-        """
+        """``scale`` (1/N, or 1) times what was added up, after the last pass."""
 
     @abstractmethod
     def parts(self, sums: Any, operator: Any) -> Parts:
-        """What became of each group of parameters, in the space's order.
-
-        Args:
-            sums: after the last pass.
-            operator: that was made of them.
-        """
+        """What became of each group of parameters in the operator of the sums, in the space's order."""
 
     @property
     def groups(self) -> tuple[Names, ...]:
@@ -187,10 +213,10 @@ class Structure(ABC):
 
 
 @dataclass(frozen=True)
-class UnitSums(ABC):
+class UnitSums(Added):
     """What is added up of one unit (a weight with its bias, or one parameter): a frozen record of tensors and numbers.
 
-    A subclass says which operator it becomes. The rest follows from its fields where the Fisher is linear in each.
+    A subclass says which operator it becomes.
     """
 
     label: ClassVar[str]
@@ -205,22 +231,8 @@ class UnitSums(ABC):
         """With the unit's rows of a chunk."""
         return self.merge(structure.record(slot.rows))
 
-    def scaled(self: U, weight: float) -> U:
-        """Of ``weight`` times the Fisher."""
-        return replace(self, **{f.name: weight * getattr(self, f.name) for f in fields(self)})
-
-    def merge(self: U, other: U) -> U:
-        """Of the sum of both Fishers."""
-        return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
     def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
-        """ema · ``known`` + (1 − ema) · weight · self; where nothing is known, weight · self.
-
-        Args:
-            known: the average of what was before; None for nothing.
-            ema: its weight.
-            weight: of the new sums, 1/N.
-        """
+        """ema · ``known`` + (1 − ema) · weight · self; weight · self where ``known`` is None. The weight is 1/N."""
         if known is None:
             return self.scaled(weight)
         average: UnitSums = known.scaled(ema).merge(self.scaled((1 - ema) * weight))
@@ -248,13 +260,9 @@ class UnitSums(ABC):
 
 @dataclass(frozen=True)
 class LayerSums(Sums):
-    """A record of each unit.
+    """A record of each unit; ``done`` are those of units that need no other pass, None in the first pass."""
 
-    Args:
-        structure: which record a unit gets.
-        units: the records so far.
-        done: records of units that need no other pass; None in the first pass.
-    """
+    constant = ("structure",)
 
     structure: LayerStructure
     units: Mapping[Names, UnitSums] = field(default_factory=dict)
@@ -272,15 +280,6 @@ class LayerSums(Sums):
                     units[slot.names] = self.structure.start(slot, chunk)
         return replace(self, units=units)
 
-    def scaled(self, weight: float) -> LayerSums:
-        """Of ``weight`` times the Fisher."""
-        return replace(self, units={names: unit.scaled(weight) for names, unit in self.units.items()})
-
-    def merge(self, other: LayerSums) -> LayerSums:
-        """Of the sum of both Fishers."""
-        units = {n: self.units[n].merge(other.units[n]) if n in other.units else self.units[n] for n in self.units}
-        return replace(self, units={**other.units, **units})
-
     @property
     def whole(self) -> dict[Names, UnitSums]:
         """The records of all units, in the space's order."""
@@ -288,14 +287,7 @@ class LayerSums(Sums):
         return dict(sorted({**(self.done or {}), **self.units}.items(), key=lambda unit: place(unit[0][0])))
 
     def averaged(self, known: Mapping[tuple[Names, str], UnitSums], ema: float, weight: float, due: bool) -> LayerSums:
-        """Each record averaged with what was before, and decomposed; those of a label "" are left as they are.
-
-        Args:
-            known: what was before, by unit and label.
-            ema: its weight.
-            weight: of the new sums, 1/N.
-            due: whether it is time for new eigenpairs.
-        """
+        """Each record averaged with the one before, by unit and label, and decomposed; not those labelled ""."""
 
         def one(names: Names, unit: UnitSums) -> UnitSums:
             old = known.get((names, unit.label))
@@ -340,16 +332,7 @@ def structures() -> dict[str, type[Structure]]:
 
 
 def structure_named(name: object, call: str, argument: str = "structure") -> type[Structure]:
-    """The structure of a name.
-
-    Args:
-        name: as the user gave it.
-        call: for errors.
-        argument: the argument's name, for errors.
-
-    Raises:
-        InvalidArgumentError: there is none.
-    """
+    """The structure of a name; ``argument`` is the argument's name, for the error where there is none."""
     known = structures()
     if not isinstance(name, str) or name not in known:
         raise InvalidArgumentError(call=call, got=f"{argument}={name!r}", expected=f"one of {list(known)}")
@@ -357,11 +340,7 @@ def structure_named(name: object, call: str, argument: str = "structure") -> typ
 
 
 def record_class(label: str) -> type[UnitSums]:
-    """The class of records with a label.
-
-    Raises:
-        LookupError: there is none.
-    """
+    """The class of records with a label; a LookupError where there is none."""
     return {cls.label: cls for cls in _subclasses(UnitSums) if "label" in vars(cls)}[label]
 
 

@@ -39,14 +39,9 @@ class NormalMatrix(UnitSums):
 
 @dataclass(frozen=True)
 class BlockSums(Sums):
-    """Some modules' matrices, and the rows of all others.
+    """Matrices of the modules in ``spaces``, and the rows of the ``others``."""
 
-    Args:
-        spaces: of the modules that are added up as matrices.
-        others: the parameters of which rows are kept.
-        matrices: so far.
-        kept: so far.
-    """
+    constant = ("spaces", "others")
 
     spaces: Mapping[Names, ParameterSpace]
     others: ParameterSpace
@@ -64,17 +59,6 @@ class BlockSums(Sums):
                 kept.append(chunk.rows.restrict(self.others))
             del chunk
         return replace(self, matrices=matrices, kept=Rows.taken_from(kept) if kept else None)
-
-    def scaled(self, weight: float) -> BlockSums:
-        """Of ``weight`` times the Fisher."""
-        matrices = {names: matrix.scaled(weight) for names, matrix in self.matrices.items()}
-        return replace(self, matrices=matrices, kept=None if self.kept is None else self.kept.scaled(weight**0.5))
-
-    def merge(self, other: BlockSums) -> BlockSums:
-        """Of the sum of both Fishers."""
-        matrices = {names: matrix.merge(other.matrices[names]) for names, matrix in self.matrices.items()}
-        kept = [one.kept for one in (self, other) if one.kept is not None]
-        return replace(self, matrices=matrices, kept=Rows.cat(kept) if kept else None)
 
 
 class Block(RowStructure):

@@ -37,13 +37,9 @@ SMALL_BLOCK = 256
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """Σ x xᵀ, kept as the vectors themselves while they are fewer than their entries.
+    """Σ x xᵀ ``[w, w]``, kept as the vectors themselves, each ``[n, T, w]``, while they are fewer than their entries.
 
-    Args:
-        width: w, entries of a vector.
-        vectors: what has been added, each ``[n, T, w]``, as long as it is fewer than w vectors; empty after that.
-        matrix: Σ x xᵀ ``[w, w]``; None as long as there are vectors.
-        thin: whether vectors may be kept.
+    ``thin`` says whether vectors may be kept.
     """
 
     width: int
@@ -54,10 +50,7 @@ class SecondMoment:
     def add(self, *parts: Float[Tensor, "n T w"], spanning: bool = True) -> SecondMoment:
         """With more vectors.
 
-        Args:
-            parts: the vectors.
-            spanning: whether the vectors span what matters; else their number says nothing about the rank that a basis
-                must have, and the matrix is formed.
+        Where they do not span what matters, their number says nothing about the rank that a basis must have.
         """
         few = self.matrix is None and spanning and self._number(self.vectors) + self._number(parts) < self.width
         if few and self.thin:
@@ -92,13 +85,10 @@ class SecondMoment:
         return scale * self.dense(), scaled_spectrum(partial(self.spectrum, "kfac"), scale) if few else None
 
     def leading(self, rank: int | None, known: Spectrum | None, due: bool, scale: float) -> Spectrum:
-        """The leading eigenpairs of ``scale`` times the sum.
+        """The leading eigenpairs of ``scale`` times the sum, going on from those that are known.
 
-        Args:
-            rank: how many; None for all, which those of few vectors always are.
-            known: the last ones, from where to go on.
-            due: whether to look for new ones; those of few vectors are always new, as they span no other vectors.
-            scale: a number.
+        Few vectors give all of theirs, and always new ones, as they span no other vectors; a matrix gives ``rank``
+        (None for all), new ones where it is ``due``.
         """
         if self.matrix is None:
             values, basis = self.spectrum("Kronecker factors")
@@ -126,10 +116,12 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class KroneckerFactors(UnitSums):
-    """Σ a aᵀ over examples and positions, their number, and Σ g gᵀ over rows and positions.
+    """Σ a aᵀ over examples and positions (the constant input of a bias appended), and Σ g gᵀ over rows and positions.
+
+    Scaled, they are as of so much more data, so that merging weighs both factors alike.
 
     Args:
-        activation: of the inputs, the constant input of a bias appended.
+        activation: of the inputs.
         gradient: of the output gradients.
         count: number of (example, position) pairs in ``activation``, or their weight; 0 for one that is not known and
             already divided by.
@@ -138,6 +130,7 @@ class KroneckerFactors(UnitSums):
     """
 
     label = "kfac"
+    constant = ("transposed", "spectra")
 
     activation: SecondMoment
     gradient: SecondMoment
@@ -161,16 +154,9 @@ class KroneckerFactors(UnitSums):
         )  # fmt: skip
 
     def add(
-        self,
-        rows: FactoredRows,
-        *,
-        first: bool,
-        whole: bool,
-        counted: tuple[Bool[Tensor, "..."], ...],
-        exists: Bool[Tensor, "B T"] | None,
-        token: bool,
-        reduce: bool,
-    ) -> KroneckerFactors:
+        self, rows: FactoredRows, *, first: bool, whole: bool, counted: tuple[Bool[Tensor, "..."], ...],
+        exists: Bool[Tensor, "B T"] | None, token: bool, reduce: bool,
+    ) -> KroneckerFactors:  # fmt: skip
         """With more rows.
 
         Args:
@@ -218,20 +204,6 @@ class KroneckerFactors(UnitSums):
             weighed = a[kept] * weight[span][kept].to(a.dtype).sqrt().unsqueeze(1)
             activation = activation.add(weighed.unsqueeze(1), spanning=spanning)
         return KroneckerFactors(activation, gradient, self.count + int(weight.sum()), self.transposed)
-
-    def scaled(self, weight: float) -> KroneckerFactors:
-        """Of ``weight`` times the Fisher: as of so much more data, so that merging weighs both factors alike."""
-        return replace(
-            self, activation=self.activation.scaled(weight), gradient=self.gradient.scaled(weight),
-            count=weight * self.count,
-        )  # fmt: skip
-
-    def merge(self, other: KroneckerFactors) -> KroneckerFactors:
-        """With another pass's: the factors of both data together."""
-        return replace(
-            self, activation=self.activation.merge(other.activation), gradient=self.gradient.merge(other.gradient),
-            count=self.count + other.count,
-        )  # fmt: skip
 
     def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
         """As of every record; a count that is not known becomes that of the new sums."""
@@ -293,14 +265,11 @@ def by_spectra(
 class RotatedSquares(UnitSums):
     """Σ_r of the squares of row_r's matrix in a Kronecker eigenbasis: EKFAC's eigenvalues.
 
-    Args:
-        activation: the spectrum whose basis it is; its values serve what the bases do not span.
-        gradient: likewise.
-        transposed: whether the weight is stored ``[I, O]``.
-        total: the sum.
+    The spectra are those whose bases it is in; their values serve what the bases do not span.
     """
 
     label = "ekfac"
+    constant = ("activation", "gradient", "transposed")
 
     activation: Spectrum
     gradient: Spectrum
@@ -324,10 +293,6 @@ class RotatedSquares(UnitSums):
     def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> RotatedSquares:
         """With the unit's rows of a chunk."""
         return self.add(slot.rows) if isinstance(slot.rows, FactoredRows) else self
-
-    def scaled(self, weight: float) -> RotatedSquares:
-        """Of ``weight`` times the Fisher."""
-        return replace(self, total=weight * self.total)
 
     def merge(self, other: RotatedSquares) -> RotatedSquares:
         """With another pass's, in the other's basis: of a matrix in another one, the diagonal that it has there."""

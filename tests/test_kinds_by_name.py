@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import fisherkit as fk
-from fisherkit.kind_specs import SPELLINGS, KindSpec, spelled
-from fisherkit.optim.arguments import rule_of
+from fisherkit.vectors import rule_of, spelled, spellings
 
 CASES = {
     "ef": ("ef", {}),
@@ -27,13 +26,13 @@ CASES = {
 
 @pytest.mark.parametrize(("text", "written"), CASES.items())
 def test_parse__says_what_the_optimizers_keywords_say(text: str, written: tuple[str, dict[str, Any]]) -> None:
-    assert [text.partition(":")[0] for text in SPELLINGS] == [name for name, _ in CASES.values()]
+    assert sorted(text.partition(":")[0] for text in spellings()) == sorted(name for name, _ in CASES.values())
     name, options = written
-    by_text, by_keyword = rule_of(text, {}, "test"), rule_of(name, options, "test")
+    by_text, by_keyword = rule_of(text, call="test"), rule_of(name, call="test", options=options)
     assert type(by_text) is type(by_keyword)
     assert by_text.kind_options() == by_keyword.kind_options()
     model, data = nn.Linear(3, 4), (torch.ones(2, 3), torch.tensor([0, 1]))
-    metadata = KindSpec.parse(text, call="test").build(model, data, seed=0).metadata
+    metadata = fk.FisherApproximation(model, data, text).metadata
     assert {**metadata, "kind": name, **by_keyword.kind_options()} == metadata
 
 
@@ -43,10 +42,10 @@ def test_spelled__is_read_back_as_the_same_kind(text: str) -> None:
     if text == "truncated:0":
         metadata = fk.TruncatedFisher(model, data, tolerance=0).metadata
     else:
-        metadata = KindSpec.parse(text, call="test").build(model, data, seed=0).metadata
-    again = KindSpec.parse(spelled(metadata), call="test")
-    assert again.build(model, data, seed=0).metadata | {"tolerance": ""} == metadata | {"tolerance": ""}
-    assert ("tolerance" in metadata) == ("tolerance" in again.options)
+        metadata = fk.FisherApproximation(model, data, text).metadata
+    again = fk.FisherApproximation(model, data, spelled(metadata)).metadata
+    assert again | {"tolerance": ""} == metadata | {"tolerance": ""}
+    assert ("tolerance" in metadata) == ("tolerance" in again)
 
 
 def test_spelled__names_what_it_knows() -> None:
@@ -58,7 +57,7 @@ def test_spelled__names_what_it_knows() -> None:
 
 
 def test_step__takes_a_setting_and_a_seed() -> None:
-    assert rule_of("sf:4", {"seed": 3}, "test").kind_options() == {"draws": "4", "seed": "3"}
+    assert rule_of("sf:4", call="test", options={"seed": 3}).kind_options() == {"draws": "4", "seed": "3"}
     model = nn.Linear(3, 4)
     for kind in ("truncated:2", "sf:2"):
         fk.optim.NaturalGradient(model, lr=0.1, kind=kind, damping=1e-2).close()

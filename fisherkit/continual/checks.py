@@ -5,12 +5,12 @@ Owns the checks and their messages. Knows nothing of penalties.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
+from fisherkit.arguments import check_choice
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import (
     InvalidArgumentError,
@@ -26,38 +26,11 @@ from fisherkit.space import ParameterSpace, Selection
 
 CALL = "EWC.consolidate"
 
-
-def number(value: object, name: str, most: float = math.inf) -> float:
-    """A finite number from 0 to ``most``.
-
-    Raises:
-        InvalidTypeError: not a number.
-        InvalidArgumentError: out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidTypeError(call="EWC", got=f"{name} of type {type(value).__name__}", expected="a number")
-    if not (math.isfinite(value) and 0 <= value <= most):
-        upper = "0 or more" if most == math.inf else f"from 0 to {most:g}"
-        raise InvalidArgumentError(call="EWC", got=f"{name}={value}", expected=f"a finite number, {upper}")
-    return float(value)
-
-
-def choice(value: object, name: str, allowed: tuple[str, ...], call: str = "EWC") -> None:
-    """One of a few names.
-
-    Raises:
-        InvalidArgumentError: another.
-    """
-    if value not in allowed:
-        raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+SAME_MOMENT = "θ* is taken from the model, so both must be of the same moment"
 
 
 def check_model(model: object) -> None:
-    """A module, and not a wrapper, which has other names for the same parameters.
-
-    Raises:
-        InvalidTypeError: it is none, or compiled, or wrapped for data parallelism.
-    """
+    """Refuse what is no module, and wrappers, which have other names for the same parameters."""
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(call="EWC", got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
@@ -70,22 +43,22 @@ def check_model(model: object) -> None:
         )  # fmt: skip
 
 
-def check_fisher(fisher: object, parameters: Mapping[str, nn.Parameter]) -> None:
-    """A Fisher whose parameters the model has, in these shapes, on this device and in a dtype that loses nothing.
-
-    Raises:
-        InvalidTypeError: no FisherOperator, or of a narrower dtype than the parameters.
-        UnknownParameterError: parameters that the model does not have.
-        InvalidArgumentError: other shapes, or on another device.
-    """
+def check_fisher(fisher: object, model: nn.Module, uncovered: str, free: Selection) -> None:
+    """Refuse a Fisher that is not of the model as it is now, or that leaves out what nobody named as free."""
     if not isinstance(fisher, FisherOperator):
         raise InvalidTypeError(
             call=CALL, got=f"a {type(fisher).__name__}", expected="a FisherOperator",
             try_='fk.ImprovedEmpiricalFisher(model, data, structure="kfac"), or fk.load(path)',
         )  # fmt: skip
+    _check_form(fisher, dict(model.named_parameters()))
+    _check_values(fisher, model)
+    _check_uncovered(fisher, model, uncovered, free)
+
+
+def _check_form(fisher: FisherOperator, parameters: Mapping[str, nn.Parameter]) -> None:
+    """The model has the Fisher's parameters, in these shapes, on this device and in a dtype that loses nothing."""
     space = fisher.space
-    unknown = [name for name in space.names if name not in parameters]
-    if unknown:
+    if unknown := [name for name in space.names if name not in parameters]:
         raise UnknownParameterError(
             call=CALL, got=f"a Fisher over {listed(map(repr, unknown))}, which the model does not have",
             expected=f"some of {listed(map(repr, parameters))}",
@@ -98,8 +71,7 @@ def check_fisher(fisher: object, parameters: Mapping[str, nn.Parameter]) -> None
     ]  # fmt: skip
     if changed:
         raise InvalidArgumentError(
-            call=CALL, got="; ".join(changed), expected="a Fisher of the model as it is",
-            why="θ* is taken from the model, so both must be of the same moment",
+            call=CALL, got="; ".join(changed), expected="a Fisher of the model as it is", why=SAME_MOMENT,
             try_="consolidating before a layer grows, or building the Fisher again",
         )  # fmt: skip
     for name in space.names:
@@ -116,35 +88,22 @@ def check_fisher(fisher: object, parameters: Mapping[str, nn.Parameter]) -> None
             )  # fmt: skip
 
 
-def check_weights(fisher: FisherOperator, model: nn.Module) -> None:
-    """A Fisher of the model as it is now, as far as can be told.
-
-    Raises:
-        ModelError: it was measured at others.
-    """
+def _check_values(fisher: FisherOperator, model: nn.Module) -> None:
+    """The model has the weights that were measured, as far as can be told."""
     # A model of another dtype, which a Fisher of a wider copy may serve, cannot be compared.
     dtype = fisher.metadata.get("covered_hash", str(fisher.dtype).removeprefix("torch.")).partition(":")[0]
     comparable = all(str(parameter.dtype) == f"torch.{dtype}" for parameter in model.parameters())
     if comparable and measured_at(model, fisher.metadata) is False:
         raise ModelError(
             call=CALL, got="a Fisher that was measured at other parameters or buffers than the model has now",
-            expected="the same values", why="θ* is taken from the model, so both must be of the same moment",
+            expected="the same values", why=SAME_MOMENT,
             try_="consolidating before training goes on, loading those weights, or building the Fisher again",
         )  # fmt: skip
 
 
-def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, free: Selection) -> None:
-    """Every trainable parameter is in the Fisher, or named as free to change.
-
-    A parameter on which the Fisher is 0 everywhere, such as the head of another task, is as good as left out.
-
-    Raises:
-        InvalidArgumentError: some are not; or ``free`` names what the Fisher covers; or another ``uncovered``.
-        UnknownParameterError: ``free`` names what the model does not have.
-        InvalidTypeError: ``free`` is neither names nor a predicate.
-        NonFiniteError: NaN or infinity on the Fisher's diagonal.
-    """
-    choice(uncovered, "uncovered", ("refuse", "free"), CALL)
+def _check_uncovered(fisher: FisherOperator, model: nn.Module, uncovered: str, free: Selection) -> None:
+    """Every trainable parameter is in the Fisher, which is not 0 on it, or named as free to change."""
+    check_choice(CALL, "uncovered", uncovered, ("refuse", "free"))
     space, allowed = fisher.space, set(_chosen(model, free))
     if held := [name for name in space.names if name in allowed]:
         raise InvalidArgumentError(
@@ -156,8 +115,7 @@ def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, fr
     if uncovered == "free":
         return
     covered = {*space.names, *allowed}
-    loose = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in covered]
-    if loose:
+    if loose := [name for name, p in model.named_parameters() if p.requires_grad and name not in covered]:
         raise InvalidArgumentError(
             call=CALL, got=f"a Fisher that leaves out {listed(map(repr, loose))}, which the model trains",
             expected="all trainable parameters", why="nothing would keep them near their values",
@@ -180,14 +138,14 @@ def check_uncovered(model: nn.Module, fisher: FisherOperator, uncovered: str, fr
         )  # fmt: skip
 
 
-def check_shapes(
-    shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, nn.Parameter], grown: str, call: str
+def check_held(
+    shapes: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    parameters: Mapping[str, nn.Parameter],
+    grown: str,
+    call: str,
 ) -> None:
-    """The model still has what was consolidated, in the same shapes or, where allowed, in larger ones.
-
-    Raises:
-        ModelError: a parameter is gone, smaller, or larger without leave.
-    """
+    """The model still has what was consolidated, on the device, in the same shapes or, where allowed, larger ones."""
     for name, shape in shapes.items():
         if name not in parameters:
             raise ModelError(
@@ -195,17 +153,19 @@ def check_shapes(
                 try_="keeping the old module, or a new EWC",
             )  # fmt: skip
         now = tuple(parameters[name].shape)
-        if now == shape:
-            continue
         larger = len(now) == len(shape) and all(a >= b for a, b in zip(now, shape, strict=True))
-        if grown == "leading" and larger:
-            continue
-        raise ModelError(
-            call=call, got=f"{name!r} of shape {list(now)}, consolidated as {list(shape)}",
-            expected="the same shape" if grown == "refuse" else "that shape, or a larger one, old entries first",
-            why="entries would be compared with others' values",
-            try_='grown="leading" if it has grown and its old entries come first' if larger else "a new EWC",
-        )  # fmt: skip
+        if now != shape and not (larger and grown == "leading"):
+            raise ModelError(
+                call=call, got=f"{name!r} of shape {list(now)}, consolidated as {list(shape)}",
+                expected="the same shape" if grown == "refuse" else "that shape, or a larger one, old entries first",
+                why="entries would be compared with others' values",
+                try_='grown="leading" if it has grown and its old entries come first' if larger else "a new EWC",
+            )  # fmt: skip
+        if parameters[name].device != device:
+            raise InvalidArgumentError(
+                call=call, got=f"{name!r} on {parameters[name].device} and its term on {device}",
+                expected="one device", try_=f'ewc.to("{parameters[name].device}")',
+            )  # fmt: skip
 
 
 def _chosen(model: nn.Module, selection: Selection) -> list[str]:

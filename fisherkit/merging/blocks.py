@@ -1,0 +1,168 @@
+"""The minimiser of Σ_t c_t (θ − θ_t)ᵀF_t(θ − θ_t) + λ‖θ − θ_c‖², block by block.
+
+θ = θ_c + δ with (Σ c_t F_t + λI) δ = Σ c_t F_t (θ_t − θ_c), so that damping pulls to the center and rounding cancels
+where models agree. Owns the loop (of every model and every Fisher one block is read, added up in float64 and let go)
+and the choice of a block's solver by a written rule; the solvers are the operators' own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.errors import InvalidArgumentError, NotConvergedWarning, SingularMatrixError, listed
+from fisherkit.merging.assembly import Job
+from fisherkit.merging.fishers import FisherSource, Names
+from fisherkit.merging.info import BlockInfo
+from fisherkit.merging.models import read_double, weighted_average
+from fisherkit.merging.policy import MergePolicy
+from fisherkit.merging.scales import DENSE_SIZE, Scales
+from fisherkit.operators import DenseOperator, Factorization, FisherOperator, SumOperator, add
+from fisherkit.operators.base import convert
+from fisherkit.operators.outputs_average import mix_with_average
+from fisherkit.solvers import SolveInfo, relative_residual
+
+REFINEMENTS = 5
+MOST_LISTED = 5
+
+
+@dataclass(frozen=True)
+class BlockwiseMerge:
+    """The problem, ready to be solved block by block.
+
+    Args:
+        job: the models, their weights, the center, the policy.
+        sources: F_t.
+        scales: c_t of each block, and λ.
+        output_damping: ρ.
+        infos: how each block was solved; filled while `solutions` runs.
+    """
+
+    job: Job
+    sources: Sequence[FisherSource]
+    scales: Scales
+    output_damping: float
+    infos: list[BlockInfo] = field(default_factory=list)
+
+    def solutions(self) -> Iterator[tuple[str, Tensor]]:
+        """Every covered name and its merged values in float64.
+
+        Raises:
+            SingularMatrixError: there is no damping and a block needs some.
+        """
+        device = torch.device(self.job.policy.device or self.sources[0].device)
+        for names in self.scales.factors:
+            center = torch.cat([self._center(name, device).reshape(-1) for name in names])
+            delta = self._solve(names, center, device)
+            yield from self.sources[0].space.restrict(names).unflatten(delta.add_(center)).items()
+        self._warn()
+
+    def _solve(self, names: Names, center: Float[Tensor, "d"], device: torch.device) -> Float[Tensor, "d"]:
+        total: FisherOperator | None = None
+        right = torch.zeros_like(center)
+        for operator, difference in self._terms(names, center, device):
+            right += operator.matvec(difference)
+            total = operator if total is None else add(total, operator)
+            del operator, difference  # before the next are made
+        if total is None:
+            raise InvalidArgumentError(call=self.job.call, got="no Fisher with a weight", expected="at least one")
+        try:
+            delta, found = solve(total, right, self.scales.damping, self.job.policy)
+        except SingularMatrixError as error:
+            raise SingularMatrixError(
+                call=f"{self.job.call}(damping=0)",
+                got=f"a sum of Fishers that is singular in the block of {', '.join(map(repr, names[:4]))}",
+                expected="a positive definite sum",
+                why=f"without damping nothing says where unmeasured directions should lie ({error.why})",
+                try_="damping=fk.RelativeDamping(1e-6), which leaves them at the center",
+            ) from error
+        size, residual, factors = len(center), float(found.residual.max()), self.scales.factors[names]
+        self.infos.append(BlockInfo(names, size, found.method, found.steps, residual, found.converged, factors))
+        return delta
+
+    def _terms(
+        self, names: Names, center: Float[Tensor, "d"], device: torch.device
+    ) -> Iterator[tuple[FisherOperator, Float[Tensor, "d"]]]:
+        """c_t F_t and θ_t − θ_c of every model that counts, made when they are asked for."""
+        for model, source, factor in zip(self.job.models, self.sources, self.scales.factors[names], strict=True):
+            if factor == 0:
+                continue
+            theta = torch.cat([read_double(model, name, device).reshape(-1) for name in names])
+            block = convert(source.read(names), torch.float64, device)
+            yield factor * mix_with_average(block, self.output_damping), theta.sub_(center)
+            del theta, block  # before the next are made
+
+    def _center(self, name: str, device: torch.device) -> Tensor:
+        if self.job.center is not None:
+            return read_double(self.job.center, name, device)
+        return weighted_average(self.job.models, self.job.weights, name).to(device)
+
+    def _warn(self) -> None:
+        missed = sorted((info for info in self.infos if not info.converged), key=lambda info: -info.residual)
+        worst = (f"{listed(i.names, 2)} (residual {i.residual:.1e} after {i.steps} steps)" for i in missed)
+        if missed:
+            warnings.warn(
+                f"{self.job.call}: {len(missed)} of {len(self.infos)} blocks missed "
+                f"tolerance={self.job.policy.tolerance:g}: {listed(worst, MOST_LISTED, '; ')}. "
+                "Try: a larger damping, more max_steps, or a larger tolerance.",
+                NotConvergedWarning,
+                stacklevel=2,
+            )
+
+
+def solve(
+    total: FisherOperator, right: Float[Tensor, "d"], damping: float, policy: MergePolicy
+) -> tuple[Float[Tensor, "d"], SolveInfo]:
+    """δ with (total + λI) δ = right, and how it was found.
+
+    Args:
+        total: Σ c_t F_t, float64.
+        right: Σ c_t F_t (θ_t − θ_c); may be changed.
+        damping: λ.
+        policy: its method, tolerance and max_steps.
+
+    Raises:
+        SingularMatrixError: λ is 0 and the method needs an inverse that does not exist.
+    """
+    if not bool(right.any()):
+        return right, SolveInfo("closed_form", 0, right.new_zeros(1), True, damping)
+    if total.is_diagonal and policy.method != "cg":
+        shifted = total.diagonal().add_(damping)
+        # Where no Fisher says anything and nothing is damped, the limit of small damping stays at the center.
+        solution = right.div_(shifted).masked_fill_(shifted == 0, 0)
+        rounding = right.new_full((1,), torch.finfo(right.dtype).eps / 2)
+        return solution, SolveInfo("closed_form", 0, rounding, True, damping)
+    small = total.inversion == "iterative" and total.size <= DENSE_SIZE
+    if policy.method == "direct" or (policy.method == "auto" and small):
+        matrix = total.to_dense()
+        total = DenseOperator(total.space, matrix.add(matrix.mT).mul_(0.5))
+    elif policy.method == "cg":
+        total = SumOperator([total])  # which is always iterated
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvergedWarning)  # said once, for all blocks, by the merge
+        inverse = total.factorize(damping, tolerance=policy.tolerance, max_steps=policy.max_steps)
+        solution, info = inverse.matvec(right, return_info=True)
+    if info.method != "conjugate_gradient":
+        solution, info = _refined(inverse, right, solution, info, policy.tolerance)
+    return solution, replace(info, converged=bool((info.residual <= policy.tolerance).all()), damping=damping)
+
+
+def _refined(
+    inverse: Factorization, right: Float[Tensor, "d"], solution: Float[Tensor, "d"], info: SolveInfo, tolerance: float
+) -> tuple[Float[Tensor, "d"], SolveInfo]:
+    """Iterative refinement: Woodbury's form with little damping leaves more than rounding."""
+    product, damping = inverse.operator.matvec, inverse.damping
+    for _ in range(REFINEMENTS):
+        if bool((info.residual <= tolerance).all()):
+            break
+        better = solution + inverse.matvec(right - product(solution) - damping * solution)
+        residual = relative_residual(product, better.unsqueeze(1), right.unsqueeze(1), damping=damping)
+        if not bool((residual < info.residual).all()):
+            break
+        solution, info = better, replace(info, steps=info.steps + 1, residual=residual)
+    return solution, info

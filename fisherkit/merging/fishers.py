@@ -1,0 +1,243 @@
+"""Fishers as blocks that are read one by one, from memory or from files, and the partition that all of them share.
+
+The merging problem falls apart where every Fisher does. Owns the joined partition, and what can be told of the weights
+that a Fisher was measured at; solves nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
+from fisherkit.merging.models import ModelSource
+from fisherkit.model_state import tensors_hash
+from fisherkit.operators import FisherOperator, KroneckerOperator, open_file, split
+from fisherkit.operators.block_diagonal import join
+from fisherkit.operators.persistence import renamed
+from fisherkit.space import ParameterSpace, finest_partition
+from fisherkit.wrappers import matching
+
+Fisher: TypeAlias = FisherOperator | str | Path
+"""An operator, or the path of a Fisher file."""
+
+Names: TypeAlias = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FisherSource:
+    """Independent diagonal blocks of one Fisher.
+
+    Args:
+        space: all its parameters.
+        metadata: what was recorded when it was built.
+        blocks: names of each of the finest independent blocks.
+        device: where they are once read.
+        read: the operator over some whole blocks.
+        recorded: names to those under which they were measured, where these differ.
+    """
+
+    space: ParameterSpace
+    metadata: Mapping[str, str]
+    blocks: tuple[Names, ...]
+    device: torch.device
+    read: Callable[[Names], FisherOperator]
+    recorded: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_fishers(fishers: Sequence[Fisher], models: Sequence[ModelSource], call: str) -> list[FisherSource]:
+    """One source of blocks for each model, by the model's names.
+
+    Raises:
+        InvalidTypeError: not a sequence of Fishers, or something else among them.
+        InvalidArgumentError: too few or too many.
+        FileFormatError: a file is missing, damaged or no Fisher file.
+    """
+    if isinstance(fishers, (str, Path)) or not isinstance(fishers, Sequence):
+        raise InvalidTypeError(
+            call=call, got=f"fishers of type {type(fishers).__name__}", expected="a list of Fishers, one for each model"
+        )
+    if len(fishers) != len(models):
+        raise InvalidArgumentError(
+            call=call, got=f"{len(models)} models and {len(fishers)} Fishers", expected="one Fisher for each model"
+        )
+    pairs = zip(fishers, models, strict=True)
+    return [
+        _named_as(_opened(fisher, f"{call}, Fisher {number}"), model.shapes)
+        for number, (fisher, model) in enumerate(pairs, 1)
+    ]
+
+
+def _opened(fisher: Fisher, call: str) -> FisherSource:
+    if isinstance(fisher, FisherOperator):
+        parts = {part.space.names: part for part in split(fisher)}
+        space = fisher.space
+
+        def chosen(names: Names) -> FisherOperator:
+            return join(space.restrict(names), [part for own, part in parts.items() if own[0] in names])
+
+        return FisherSource(space, fisher.metadata, tuple(parts), fisher.device, chosen)
+    if isinstance(fisher, (str, Path)):
+        file = open_file(Path(fisher))
+
+        def read(names: Names) -> FisherOperator:
+            return join(file.space.restrict(names), split(file.read(names)))
+
+        return FisherSource(file.space, file.metadata, file.blocks, file.device, read)
+    raise InvalidTypeError(
+        call=call,
+        got=f"a {type(fisher).__name__}",
+        expected="a FisherOperator, or the path of a Fisher file",
+        try_="fk.EmpiricalFisher(model, data)",
+    )
+
+
+def _named_as(source: FisherSource, known: Collection[str]) -> FisherSource:
+    """The Fisher by a model's own names, if it was measured on the model within a wrapper, and else as it is."""
+    new = matching(source.space.names, known)
+    old = {name: before for before, name in new.items()}
+    if len(old) < len(new) or all(before == name for before, name in new.items()):
+        return source
+
+    def read(names: Names) -> FisherOperator:
+        operator = source.read(tuple(old[name] for name in names))
+        return renamed(operator, {name: new[name] for name in operator.space.names})
+
+    return replace(
+        source,
+        space=ParameterSpace(tuple(new[name] for name in source.space.names), source.space.shapes),
+        blocks=tuple(tuple(new[name] for name in block) for block in source.blocks),
+        read=read,
+        recorded=old,
+    )
+
+
+def activations(source: FisherSource, shrink: float) -> FisherSource:
+    """The Kronecker products of a Fisher with I in the place of their gradient factors; its other blocks left out.
+
+    Args:
+        source: the Fisher.
+        shrink: the share of A's entries off the diagonal that is kept.
+
+    Raises:
+        InvalidArgumentError: it has no Kronecker product.
+    """
+    blocks = tuple(names for names in source.blocks if source.read(names).factors is not None)
+    if not blocks:
+        raise InvalidArgumentError(
+            call="regmean", got="a Fisher without a Kronecker product", expected="activation factors",
+            why="RegMean merges linear layers by the second moments of their inputs", try_='structure="kfac"',
+        )  # fmt: skip
+
+    def read(names: Names) -> FisherOperator:
+        layer = source.read(names)
+        if layer.factors is None or layer.layout is None:
+            raise InvalidArgumentError(
+                call="regmean", got=f"layers joined into {list(names)}", expected="Fishers of one structure",
+                try_='structure="kfac" for all',
+            )  # fmt: skip
+        activation, layout = layer.factors[0], layer.layout
+        kept = torch.lerp(activation.diagonal().diag(), activation, shrink)
+        identity = torch.eye(layout.outputs, dtype=layer.dtype, device=layer.device)
+        return KroneckerOperator(layer.space, kept, identity, layout.transposed, symmetric=True)
+
+    space = source.space.restrict(name for block in blocks for name in block)
+    return replace(source, space=space, blocks=blocks, read=read)
+
+
+def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str], call: str) -> list[Names]:
+    """The finest partition of some names in which no block of any source is torn apart.
+
+    Args:
+        sources: the Fishers.
+        names: in the order that the blocks' names shall have.
+        call: the public call, for errors.
+
+    Returns:
+        Blocks in the order of their first names.
+
+    Raises:
+        InvalidArgumentError: a block reaches beyond the names, or the sources order its names differently.
+    """
+    order = {name: place for place, name in enumerate(names)}
+    units: list[Names] = [(name,) for name in order]
+    for number, source in enumerate(sources, 1):
+        for block in source.blocks:
+            outside = [repr(name) for name in block if name not in order]
+            if outside and len(outside) < len(block):
+                raise InvalidArgumentError(
+                    call=f"{call}, Fisher {number}",
+                    got=f"a block over {listed(map(repr, block))}, of which {listed(outside)} cannot be merged",
+                    expected="blocks whose parameters all models and Fishers have, in the same shapes",
+                    why="parameters of one block interact, and a part of them cannot be solved for alone",
+                    try_="Fishers built with the same params=, without the parameters that differ",
+                )
+            units += [] if outside else [block]
+    groups = [tuple(sorted(group, key=order.__getitem__)) for group in finest_partition(units)]
+    blocks = sorted(groups, key=lambda group: order[group[0]])
+    for number, source in enumerate(sources, 1):
+        for block in blocks:
+            if (own := source.space.restrict(block).names) != block:
+                raise InvalidArgumentError(
+                    call=f"{call}, Fisher {number}",
+                    got=f"the parameters {listed(map(repr, own))} in another order than the first Fisher's",
+                    expected="one order of parameters",
+                    try_="Fishers built from models of one class",
+                )
+    return blocks
+
+
+def check_measured(
+    models: Sequence[ModelSource], sources: Sequence[FisherSource], other_weights: str, call: str
+) -> tuple[int, ...]:
+    """Numbers of the models, from 1, that cannot be told to be those that were measured.
+
+    Args:
+        models: the models.
+        sources: the Fisher of each.
+        other_weights: what becomes of a Fisher that was measured at another model: "warn" or "refuse".
+        call: the public call, for errors.
+
+    Raises:
+        InvalidArgumentError: there is one, and it is refused.
+
+    Cost: reads each model's covered parameters once, one at a time.
+    """
+    same = [_measured_at(model, source) for model, source in zip(models, sources, strict=True)]
+    others = []
+    for number, source in enumerate(sources, 1):
+        if same[number - 1] is False:
+            right = [i for i, model in enumerate(models, 1) if i != number and _measured_at(model, source)]
+            others.append(
+                f"Fisher {number} was measured at other parameters than those of model {number}"
+                + (f" (at those of model {right[0]})" if right else "")
+            )
+    if others and other_weights == "refuse":
+        raise InvalidArgumentError(
+            call=f'{call}(other_weights="refuse")', got="Fishers of other weights: " + "; ".join(others),
+            expected="the Fisher of each very model",
+            why="a Fisher says what matters near the weights that it was measured at",
+            try_="another order of fishers, the Fisher measured again, or "
+            'policy=MergePolicy(other_weights="warn"), which merges them',
+        )  # fmt: skip
+    for text in others:
+        warnings.warn(
+            f"{call}: {text}. Expected: the Fisher of this very model. Try: measure it again, or another order of "
+            f"fishers.", UserWarning, stacklevel=5,
+        )  # fmt: skip
+    return tuple(number for number, found in enumerate(same, 1) if found is None)
+
+
+def _measured_at(model: ModelSource, source: FisherSource) -> bool | None:
+    """Whether a model has the parameters that a Fisher was measured at; None where that cannot be told."""
+    names, (dtype, _, known) = source.space.names, source.metadata.get("covered_hash", "").partition(":")
+    if any(str(model.dtypes.get(name)).removeprefix("torch.") != dtype for name in names):
+        return None
+    then = {source.recorded.get(name, name): name for name in names}  # the hash is of the names of its time, too
+    forms = {old: torch.empty(model.shapes[new], dtype=model.dtypes[new], device="meta") for old, new in then.items()}
+    return tensors_hash(forms, lambda old: model.read(then[old])) == known

@@ -1,0 +1,194 @@
+"""Models as named tensors that are read one by one, wherever they lie.
+
+Owns the three forms of a model: a module, a state dict, and safetensors files of which only the headers are read until
+a tensor is asked for; and averages of such tensors. Changes no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fisherkit.arguments import is_number
+from fisherkit.arithmetic import all_finite
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
+from fisherkit.io.model_files import ModelFiles
+from fisherkit.wrappers import plain, unwrapped
+
+Model: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
+"""A module, its state dict, or the path of a safetensors file, of a sharded one's index, or of a folder with either."""
+
+STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+"""Last parts of names that are buffers where nothing tells buffers from parameters: in state dicts and files."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Named tensors of one model.
+
+    Args:
+        label: what messages call it.
+        call: the public call, for errors.
+        shapes: name to shape, in the model's order.
+        dtypes: name to dtype.
+        read: a tensor by its name; it may share memory with the model and is not to be changed.
+        buffers: names that are no parameters.
+        aliases: a later name of a tensor to its first name, where two names share one tensor.
+        devices: name to where the tensor lies; what is in files is not listed.
+        files: all files that belong to it.
+    """
+
+    label: str
+    call: str
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    read: Callable[[str], Tensor]
+    buffers: frozenset[str]
+    aliases: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, torch.device] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+
+def open_model(model: Model, label: str, call: str) -> ModelSource:
+    """A source of named tensors.
+
+    Args:
+        model: in one of the forms of `Model`.
+        label: what messages call it.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidTypeError: none of these, or a state dict with entries that are no tensors.
+        FileFormatError: a path without complete safetensors files.
+    """
+    if isinstance(model, nn.Module):
+        model = unwrapped(model)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        source = _of_tensors(model.state_dict(), label, call)
+        return _plain(replace(source, buffers=frozenset(source.shapes.keys() - parameters)))
+    if isinstance(model, Mapping):
+        return _plain(_of_tensors(model, label, call))
+    if isinstance(model, (str, Path)):
+        found = ModelFiles(Path(model), f"{call}, {label}")
+        shapes = {name: shape for name, (shape, _) in found.forms.items()}
+        dtypes = {name: dtype for name, (_, dtype) in found.forms.items()}
+        files = tuple(found.paths)
+        return _plain(ModelSource(label, call, shapes, dtypes, found.read, _statistics(shapes), files=files))
+    raise InvalidTypeError(
+        call=f"{call}, {label}",
+        got=f"a {type(model).__name__}",
+        expected="a module, a state dict, or the path of safetensors files",
+    )
+
+
+def _of_tensors(tensors: Mapping[str, Tensor], label: str, call: str) -> ModelSource:
+    odd = sorted(str(name) for name, t in tensors.items() if not isinstance(t, Tensor) or not isinstance(name, str))
+    if odd:
+        raise InvalidTypeError(
+            call=f"{call}, {label}", got=f"entries that are no named tensors: {odd}",
+            expected="a state dict of name -> tensor", try_="leave them out",
+        )  # fmt: skip
+    kept = {name: tensor.detach() for name, tensor in tensors.items()}
+    first: dict[tuple[Any, ...], str] = {}
+    aliases = {}
+    for name, tensor in kept.items():
+        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        owner = first.setdefault(place, name) if tensor.numel() else name
+        if owner != name:
+            aliases[name] = owner
+    return ModelSource(
+        label, call, {name: tuple(tensor.shape) for name, tensor in kept.items()},
+        {name: tensor.dtype for name, tensor in kept.items()}, kept.__getitem__, _statistics(kept), aliases,
+        {name: tensor.device for name, tensor in kept.items()},
+    )  # fmt: skip
+
+
+def _statistics(names: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(name for name in names if name.rpartition(".")[2] in STATISTICS)
+
+
+def _plain(source: ModelSource) -> ModelSource:
+    """The model by the names that its tensors have where nothing is compiled."""
+    old = {plain(name): name for name in source.shapes}
+    if len(old) < len(source.shapes) or all(new == name for new, name in old.items()):
+        return source
+    return replace(
+        source,
+        shapes={new: source.shapes[name] for new, name in old.items()},
+        dtypes={new: source.dtypes[name] for new, name in old.items()},
+        read=lambda new: source.read(old[new]),
+        buffers=frozenset(map(plain, source.buffers)),
+        aliases={plain(name): plain(owner) for name, owner in source.aliases.items()},
+        devices={plain(name): device for name, device in source.devices.items()},
+    )
+
+
+def open_models(models: Sequence[Model], call: str) -> list[ModelSource]:
+    """The sources of a list of models.
+
+    Raises:
+        InvalidTypeError: not a sequence of models.
+        InvalidArgumentError: an empty one.
+        FileFormatError: a path without complete files.
+    """
+    if isinstance(models, (str, Path)) or not isinstance(models, Sequence):
+        raise InvalidTypeError(
+            call=call, got=f"models of type {type(models).__name__}", expected="a list of models",
+            try_=f"{call}([model_a, model_b], ...)",
+        )  # fmt: skip
+    if not models:
+        raise InvalidArgumentError(call=call, got="no models", expected="at least one")
+    return [open_model(model, f"model {number}", call) for number, model in enumerate(models, 1)]
+
+
+def check_weights(weights: Sequence[float] | Tensor | str, count: int, call: str) -> tuple[float, ...]:
+    """One number for each model.
+
+    Raises:
+        InvalidTypeError: not numbers.
+        InvalidArgumentError: too few or too many, negative or not finite, or all 0.
+    """
+    if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)):
+        raise InvalidTypeError(call=call, got=f"weights={weights!r}", expected="one number for each model, or None")
+    values: list[Any] = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    if not all(map(is_number, values)):
+        raise InvalidTypeError(call=call, got=f"weights={values!r}", expected="numbers")
+    if len(values) != count:
+        raise InvalidArgumentError(call=call, got=f"{len(values)} weights", expected=f"{count}, one for each model")
+    if not all(math.isfinite(w) and w >= 0 for w in values) or not any(values):
+        raise InvalidArgumentError(
+            call=call, got=f"weights={values!r}", expected="finite numbers, 0 or more, not all 0",
+            why="a negative multiple of a Fisher is not positive semi-definite",
+        )  # fmt: skip
+    return tuple(float(w) for w in values)
+
+
+def weighted_average(models: Sequence[ModelSource], weights: Sequence[float], name: str) -> Tensor:
+    """Σ w_t θ_t / Σ w_t, float64; exactly θ_1 where all models are equal."""
+    first = read_double(models[0], name)
+    total, mean = sum(weights), torch.zeros_like(first)
+    for model, weight in zip(models[1:], weights[1:], strict=True):
+        mean.add_(read_double(model, name, first.device) - first, alpha=weight / total)
+    return mean.add_(first)
+
+
+def read_double(model: ModelSource, name: str, device: torch.device | None = None) -> Tensor:
+    """One tensor in float64.
+
+    Raises:
+        NonFiniteError: NaN or infinite entries.
+    """
+    tensor = model.read(name)
+    found = tensor.to(tensor.device if device is None else device, torch.float64)
+    if not all_finite(found):
+        raise NonFiniteError(
+            call=f"{model.call}, {model.label}", got=f"NaN or infinite entries in {name!r}", expected="finite numbers",
+            try_="check the training run that it came from",
+        )  # fmt: skip
+    return found
