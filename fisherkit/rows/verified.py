@@ -27,7 +27,7 @@ from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.hidden import graph_nodes, has_custom_function
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import Plan, Probe, make_plan, tolerance, two_of
+from fisherkit.rows.plan import Plan, Probe, forward, make_plan, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import RULES, Use
 from fisherkit.rows.selection import RowSelection
@@ -90,6 +90,25 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         return plan
     del known[key]
     return plan_for(model, space, batch)
+
+
+def plan_again(plan: Plan, batch: Batch) -> Plan | None:
+    """A plan that was made a moment ago, for a batch of other data; None if it has another form.
+
+    Args:
+        plan: made of data of the same model in the same call.
+        batch: a first batch on the model's device.
+
+    Cost: a forward pass of two examples.
+    """
+    if plan.alone or _key(plan.model, plan.space, batch) != plan.key:
+        return None
+    again = copy.copy(plan)
+    again.units = [copy.copy(unit) for unit in plan.units]
+    with untouched_rng([plan.example_parameter.device]), differentiable(plan.model, [*plan.parameters.values()]):
+        two = batch.take(two_of(batch, plan.alone))
+        again.probe = Probe(two, forward(again, two))
+    return again
 
 
 def remember(plan: Plan) -> None:
