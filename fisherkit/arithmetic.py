@@ -6,6 +6,7 @@ cheapest exact test for NaN and infinity. Knows tensors only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -42,7 +43,8 @@ def all_finite(*tensors: Tensor) -> bool:
     By sums, which read each number once and make no mask; a sum may overflow where no entry does, so entries are looked
     at where a sum is not finite.
     """
-    sums = [t.detach().sum(dtype=at_least_single(t.dtype)) for t in tensors]
-    if not sums or bool(torch.isfinite(torch.stack([s.to(sums[0]) for s in sums])).all()):
+    if not tensors:
         return True
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+    sums = [t.detach().sum(dtype=at_least_single(t.dtype)) for t in tensors]
+    total = sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0]) for s in sums]).sum()
+    return math.isfinite(total.item()) or all(bool(torch.isfinite(t).all()) for t in tensors)

@@ -1,7 +1,4 @@
-"""From rows to an operator: the only place that knows N, the structures and the memory budget together.
-
-Reads the problem's chunks, adds them up by structure and divides by N once. It does not know which kind it builds.
-"""
+"""From rows to an operator: adds the problem's chunks up by structure, within the memory budget, and divides by N."""
 
 from __future__ import annotations
 
@@ -35,13 +32,8 @@ MANY = 64
 class Built:
     """An operator and how it came about.
 
-    Args:
-        operator: the Fisher.
-        examples: N.
-        rows: R.
-        coverage: what was done with each parameter.
-        dropped: for each example or token, the trace that the kind left out of the output Fisher; None if nothing.
-        dropped_share: of the trace of F, what went with the rows that were left out; None if none were to be.
+    ``dropped`` is, for each example or token, the trace that the kind left out of the output Fisher; None if nothing.
+    ``dropped_share`` is, of the trace of F, what went with the rows that were left out; None if none were to be.
     """
 
     operator: FisherOperator
@@ -53,15 +45,7 @@ class Built:
 
 
 class Builder:
-    """Builds structures of one problem.
-
-    Args:
-        problem: model, data, kind and conventions.
-        normalization: "mean" or "sum".
-        memory_budget: bytes; None for half of what is available.
-        reduce: as in `fisherkit.structures.Structure`.
-        max_rows: likewise.
-    """
+    """Builds structures of one problem; a ``memory_budget`` of None is half of what is available."""
 
     def __init__(
         self,
@@ -91,8 +75,7 @@ class Builder:
         """The operator of a structure.
 
         Raises:
-            MemoryBudgetError: before the pass over the data, if the structure cannot fit.
-            DataError: no example counts.
+            MemoryBudgetError, DataError: the structure cannot fit, before the pass over the data; no example counts.
         """
         try:
             return self._built(structure)
@@ -133,10 +116,11 @@ class Builder:
         description, empty = structure.name, structure.empty(self.problem)
         kept: list[Chunk] = []
         if structure.keeps_rows:
-            return empty.added(self._counted(self.problem.batches(description)))
+            return empty.added(self._counted(self.problem.batches(description, compared=False)))
         rows = self.problem.row_bytes(self.problem.plan.space.names) if structure.passes > 1 else 0
         keep = rows > 0 and self.needed + rows * self.problem.source.count() <= self.budget
-        chunks = self._counted(self.problem.chunks(description), 1 if keep else structure.passes)
+        readings = 1 if keep else structure.passes
+        chunks = self._counted(self.problem.chunks(description, compared=readings > 1), readings)
         sums: Sums | None = empty.added(_noting(chunks, kept) if keep else chunks)
         while sums is not None:
             found, sums = sums, structure.next_pass(sums)
@@ -214,12 +198,9 @@ class Builder:
     def _require_examples(self) -> None:
         if self.examples == 0:
             raise DataError(
-                call="data",
-                got="no example with a label that counts",
-                expected="at least one",
-                why="all labels are ignore_index",
-                try_="check the labels",
-            )
+                call="data", got="no example with a label that counts", expected="at least one",
+                why="all labels are ignore_index", try_="check the labels",
+            )  # fmt: skip
 
     def _require(self, structure: Structure) -> None:
         """Refuse what does not fit."""

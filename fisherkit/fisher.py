@@ -20,7 +20,7 @@ from fisherkit.data import Data, Source, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
-from fisherkit.model_state import parameters_hash, tensors_hash
+from fisherkit.model_state import weight_hashes
 from fisherkit.operators import ForwardingOperator
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.first_batch import plan_of
@@ -156,15 +156,14 @@ class FisherApproximation(ForwardingOperator):
         self.likelihood = resolved
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
         self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
-        own = dict(model.named_parameters())
-        covered = {name: own[name] for name in space.names}
+        whole, covered = weight_hashes(model, space.names)
         self.metadata = {
             "kind": rule.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
             "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
-            "parameters_hash": parameters_hash(model),
-            "covered_hash": f"{dtype}:{tensors_hash(covered)}".removeprefix("torch."),
+            "parameters_hash": whole,
+            "covered_hash": f"{dtype}:{covered}".removeprefix("torch."),
             "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
             **rule.kind_options(),
             **({} if max_rows is None else {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}),

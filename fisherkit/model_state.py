@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,23 +56,58 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
+def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
+    """`parameters_hash` of a model without wrappers, and `tensors_hash` of some parameters, from one reading.
+
+    Args:
+        model: any module; not changed.
+        names: of the parameters.
+    """
+    tensors = _tensors(model)
+    digests = _digests(tensors)
+    some = {name: tensors[name] for name in names}
+    return _hash(tensors, digests), _hash(some, digests)
+
+
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
-    """The same of any named tensors.
+    """`parameters_hash` of any named tensors.
 
     Args:
         tensors: name to tensor, of which only shape and dtype are looked at if there is ``read``.
         read: gives the values, one name after the other.
     """
+    return _hash(tensors, _digests(tensors, read))
+
+
+def _hash(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
+    """Of names, dtypes, shapes and digests."""
     state = sorted(tensors.items())
     listed = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in state]
     digest = hashlib.sha256(json.dumps(listed).encode())
-    with torch.no_grad():
-        values = (tensor if read is None else read(name) for name, tensor in state)
-        pieces = (piece for tensor in values for piece in _digestible(tensor.detach()))
-        # One transfer for all tensors in a row on one device.
-        for _, group in itertools.groupby(pieces, key=lambda piece: piece.device):
-            digest.update(torch.cat(list(group)).cpu().numpy().tobytes())
+    for name, _ in state:
+        digest.update(digests[name])
     return digest.hexdigest()
+
+
+def _digests(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> dict[str, bytes]:
+    """The bytes that stand for each tensor's values."""
+    with torch.no_grad():
+        pieces = [
+            (name, piece)
+            for name, tensor in sorted(tensors.items())
+            for piece in _digestible((tensor if read is None else read(name)).detach())
+        ]
+        found: dict[str, list[bytes]] = {name: [] for name in tensors}
+        # One transfer for all tensors in a row on one device.
+        for _, group in itertools.groupby(pieces, key=lambda pair: getattr(pair[1], "device", None)):
+            own = list(group)
+            arrays = [piece for _, piece in own]
+            if isinstance(arrays[0], Tensor):
+                moved = torch.cat(arrays).cpu().numpy()
+                arrays = np.split(moved, list(itertools.accumulate(len(piece) for piece in arrays))[:-1])
+            for (name, _), array in zip(own, arrays, strict=True):
+                found[name].append(array.tobytes())
+    return {name: b"".join(parts) for name, parts in found.items()}
 
 
 def state_hash(state: Any) -> str:
@@ -163,18 +199,24 @@ def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
     )
 
 
-def _digestible(tensor: Tensor) -> Iterator[Tensor]:
-    """Bytes that stand for a tensor's values: sums of whole rows of words, then what is left over."""
+def _digestible(tensor: Tensor) -> Iterator[Any]:
+    """Bytes that stand for a tensor's values: sums of whole rows of words, then what is left over.
+
+    Arrays on a processor, where the sums of a small tensor take less time than a kernel's call; tensors elsewhere.
+    """
     for values in _dense_parts(tensor):
-        data = values.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+        flat = values.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+        data: Any = flat.numpy() if flat.device.type == "cpu" else flat
+        byte, word = (np.uint8, np.int64) if flat.device.type == "cpu" else (torch.uint8, torch.int64)
         whole = len(data) - len(data) % (8 * _COLUMNS)
         if whole:
             main = data[:whole]
-            words = (main.clone() if main.storage_offset() % 8 else main).view(torch.int64).reshape(-1, _COLUMNS)
+            aligned = not isinstance(main, Tensor) or main.storage_offset() % 8 == 0
+            words = (main if aligned else main.clone()).view(word).reshape(-1, _COLUMNS)
             # Integer sums wrap around, and so are the same in any order and on any device.
-            yield words.sum(1).view(torch.uint8)
-            yield words.sum(0).view(torch.uint8)
-        yield data[whole:].clone()  # a view would keep the whole tensor
+            yield words.sum(1).view(byte)
+            yield words.sum(0).view(byte)
+        yield data[whole:] if flat.device.type == "cpu" else data[whole:].clone()  # a view would keep the whole tensor
 
 
 def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,7 @@ def untouched_rng(devices: list[torch.device], state: RngState | None = None) ->
     """
     cuda = [device for device in devices if device.type == "cuda"]
     before = rng_state()
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda) if cuda else nullcontext():
         try:
             if state is not None:
                 set_rng_state(state)

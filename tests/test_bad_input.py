@@ -26,7 +26,7 @@ def truncated(**options: Any) -> object:
     return fk.TruncatedFisher(mlp().eval(), (X, Y), **options)
 
 
-ONE_OF_STRUCTURES = "one of ['full', 'block', 'diagonal', 'kfac', 'ekfac']"
+ONE_OF_STRUCTURES = "one of ['full', 'block', 'diagonal', 'kfac', 'ekfac', 'nkp'"  # then those that tests define
 AN_INTEGER = "expected an integer or None"
 
 ARGUMENTS: dict[str, Case] = {

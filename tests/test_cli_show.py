@@ -18,6 +18,7 @@ from tests.operator_cases import CASES, block_diagonal, diagonal, kronecker, tot
 from tests.small_data import X, Y, mlp
 
 F64 = torch.float64
+STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac", "nkp")
 
 
 def run(*arguments: str | Path) -> Result:
@@ -30,7 +31,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("size", [None, 300])
-@pytest.mark.parametrize("structure", fk.fisher.STRUCTURES)
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_json__has_the_matrixs_numbers(structure: str, size: int | None, path: Path) -> None:
     fisher = fk.TruncatedFisher(mlp(), (X, Y), structure=structure)
     fisher.save(path, max_shard_size=size)

@@ -347,8 +347,8 @@ class Spiked(fk.FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return IterativeFactorization(self, damping, tolerance, max_steps)
 
-    def _draw(self, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn(self.size + 1, 1, dtype=self.dtype, generator=generator)
+    def _draw(self, generator: torch.Generator | None, count: int) -> Tensor:
+        noise = torch.randn(self.size + 1, count, dtype=self.dtype, generator=generator)
         return self.level**0.5 * noise[1:] + self.w[:, None] * noise[0]
 
     def _scaled(self, scale: float) -> Spiked:

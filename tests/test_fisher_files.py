@@ -39,6 +39,8 @@ from tests.operator_cases import (
 )
 from tests.small_data import X, Y, mlp
 
+STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac", "nkp")
+
 F64 = torch.float64
 BLOCKS = {
     "diagonal": [("l.weight",), ("l.bias",)],
@@ -133,7 +135,7 @@ def test_split__takes_a_users_own_operator_for_one_block(tmp_path: Path) -> None
     assert open_file(tmp_path / "f").blocks == (LAYER.names,)
 
 
-@pytest.mark.parametrize("structure", fk.fisher.STRUCTURES)
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_split__of_a_built_fisher(structure: str) -> None:
     fisher = fk.EmpiricalFisher(mlp(), (X, Y), structure=structure)
     layers = [("0.weight", "0.bias"), ("2.weight", "2.bias")]
@@ -183,7 +185,7 @@ def test_read__of_several_blocks_is_over_their_space(tmp_path: Path) -> None:
     assert_close(read.to_dense(), entries(matrix, MIXED, ("z", "w.weight", "w.bias")), F64)
 
 
-@pytest.mark.parametrize("structure", fk.fisher.STRUCTURES)
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_read__of_a_built_fisher(structure: str, tmp_path: Path) -> None:
     fisher = fk.TruncatedFisher(mlp(), (X, Y), structure=structure)
     fisher.save(tmp_path / "f", max_shard_size=300)

@@ -108,9 +108,9 @@ def test_loop__holds_no_more_graphs_than_the_budget_has_room_for(monkeypatch: py
     sizes: list[int] = []
 
     class Noting(one_by_one.OneByOne):
-        def __init__(self, plan: Any, batch: Any) -> None:
+        def __init__(self, plan: Any, batch: Any, **options: Any) -> None:
             sizes.append(batch.size)
-            super().__init__(plan, batch)
+            super().__init__(plan, batch, **options)
 
     monkeypatch.setattr(problem, "OneByOne", Noting)
     monkeypatch.setattr(problem, "SMALLEST", 1)
@@ -119,7 +119,7 @@ def test_loop__holds_no_more_graphs_than_the_budget_has_room_for(monkeypatch: py
     assert max(sizes) == 30
     sizes.clear()
     x = batch[0][:2]
-    kept = generic.kept_numbers(model, fk.data.Batch.of((x, batch[1][:2]), ""))
+    _, kept = generic.kept_numbers(model, fk.data.Batch.of((x, batch[1][:2]), ""))
     budget = 4 * 8 * 5 * (kept + generous.size)
     frugal = fk.EmpiricalFisher(model, batch, structure="diagonal", memory_budget=budget)
     assert 1 <= max(sizes) <= 5
@@ -129,7 +129,7 @@ def test_loop__holds_no_more_graphs_than_the_budget_has_room_for(monkeypatch: py
 def test_kept_numbers__are_of_one_example_and_leave_out_parameters() -> None:
     model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 2, bias=False))
     x, y = torch.randn(4, 3), torch.randint(2, (4,))
-    assert generic.kept_numbers(model, fk.data.Batch.of((x, y), "")) == 3 + 5
+    assert generic.kept_numbers(model, fk.data.Batch.of((x, y), ""))[1] == 3 + 5
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,9 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[E
     "momentum": (lambda: natural(mlp(), momentum="a"), InvalidArgumentError, ValueError, ("momentum='a'",)),
     "trust region": (lambda: natural(mlp(), trust_region=0.0), InvalidArgumentError, ValueError, ("trust_region=0.0",)),
     "kind": (lambda: natural(mlp(), kind="kfac"), InvalidArgumentError, ValueError, ("kind='kfac'", "'ief'")),
-    "kind type": (lambda: natural(mlp(), kind=fk.ExactFisher), InvalidTypeError, TypeError, ("a kind of type", "OutputRule")),
+    "kind type": (
+        lambda: natural(mlp(), kind=fk.ExactFisher), InvalidTypeError, TypeError, ("a kind of type", "OutputRule"),
+    ),
     "kind setting": (
         lambda: natural(mlp(), kind="truncated:0"), InvalidArgumentError, ValueError,
         ("kind='truncated:0'", "'truncated:RANK'", "rank=0"),

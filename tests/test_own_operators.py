@@ -40,8 +40,8 @@ class Spiked(FisherOperator):
     def _diagonal(self) -> Tensor:
         return self.level + self.w.square()
 
-    def _draw(self, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn(self.size + 1, 1, dtype=self.dtype, generator=generator)
+    def _draw(self, generator: torch.Generator | None, count: int) -> Tensor:
+        noise = torch.randn(self.size + 1, count, dtype=self.dtype, generator=generator)
         return self.level**0.5 * noise[1:] + self.w[:, None] * noise[0]
 
     def _scaled(self, scale: float) -> Spiked:
@@ -68,9 +68,9 @@ class Circulant(FisherOperator):
     def _diagonal(self) -> Tensor:
         return self.first[:1].repeat(self.size)
 
-    def _draw(self, generator: torch.Generator | None) -> Tensor:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Tensor:
         root = torch.fft.rfft(self.first).real.clamp_min(0).sqrt()
-        noise = torch.randn(self.size, 1, dtype=self.dtype, generator=generator)
+        noise = torch.randn(self.size, count, dtype=self.dtype, generator=generator)
         return torch.fft.irfft(root[:, None] * torch.fft.rfft(noise, dim=0), self.size, dim=0)
 
     def _scaled(self, scale: float) -> Circulant:

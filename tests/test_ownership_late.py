@@ -191,10 +191,11 @@ def test_last_layer__closed_form_is_that_of_the_rows(form: str) -> None:
 
 def test_batch_axis__layers_that_are_written_to_in_place_keep_it() -> None:
     """Activations in place are usual; they must not cost a backward pass more."""
+    from fisherkit.rows.record import Recorder
     from fisherkit.rows.watched import Watched
 
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)).double()
     space, batch = fk.ParameterSpace.of(model, None), fk.data.Batch.of((torch.randn(5, 4, dtype=F64), None), "")
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(space.names) == 4
-    assert Watched.of(model, names, batch, ()).regular
+    assert Watched.of(model, Recorder(names, batch.size, batch.leaves()[0]), batch).regular

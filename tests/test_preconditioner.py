@@ -11,8 +11,14 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.data import Source
 from fisherkit.operators import unwrap
-from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.operators.preconditioner import FEWEST, MOST, SampledInverse, preconditioner_of_rows, sample_stride
+from fisherkit.operators.low_rank import (
+    FEWEST,
+    MOST,
+    LowRankOperator,
+    SampledInverse,
+    preconditioner_of_rows,
+    sample_stride,
+)
 from fisherkit.rows.thinned import ThinnedSource, thinned
 from fisherkit.solvers import conjugate_gradient
 from tests.small_data import normal

@@ -15,7 +15,7 @@ import fisherkit as fk
 from fisherkit.data import Source
 from fisherkit.influence import InfluenceScores
 from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
-from fisherkit.operators.gram_form import GramForm
+from fisherkit.operators.low_rank import GramForm
 from fisherkit.operators.row_forms import BlockForm, SolvedForm
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows, UnitSlot

@@ -19,7 +19,7 @@ from fisherkit.arguments import check_count, is_integer
 from fisherkit.errors import InvalidTypeError
 from fisherkit.influence.blocks import RowBlock
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.operators.row_forms import Bases, ColumnSolution
+from fisherkit.operators.row_forms import Bases, RowSolution
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
@@ -94,7 +94,7 @@ class LowRankQueries:
             )
         self.rank, self.seed = rank, seed
 
-    def compress(self, solution: ColumnSolution, probe: Rows) -> CompressedQueries:
+    def compress(self, solution: RowSolution, probe: Rows) -> CompressedQueries:
         """Solved queries by unit, for rows of the form that the probe has."""
         units = []
         for number, slot in enumerate(probe.slots):
@@ -153,7 +153,7 @@ class CompressedQueries:
 
 
 def compressed_groups(
-    solutions: Iterable[tuple[RowBlock, ColumnSolution]],
+    solutions: Iterable[tuple[RowBlock, RowSolution]],
     count: int,
     approximation: LowRankQueries,
     sample: Rows,

@@ -101,7 +101,7 @@ class ModelRows:
         """Rows of a measurement."""
         source = self._source(data)
         plan = self._plan(source)
-        rule = query_rule(measurement, plan.probed.shape, labelled=source.first().targets is not None)
+        rule = query_rule(measurement, plan.probe.z.shape, labelled=source.first().targets is not None)
         return self._blocks(plan, source, rule, token=False)
 
     def begin(self) -> None:
@@ -170,7 +170,7 @@ class ModelRows:
         if not isinstance(blocks, LiveBlocks):
             return next(iter(blocks)).rows
         _, rows = blocks.problem.probe_rows()
-        probed = blocks.problem.plan.probed
+        probed = blocks.problem.plan.probe.z
         return rows(torch.zeros(1, *probed.shape, dtype=probed.dtype, device=probed.device))
 
     def room(self, numbers: int) -> int:

@@ -1,8 +1,7 @@
 """Sums of Fisher operators, folded into one operator where that is exact, kept as a sum where it is not.
 
-A sum of Kronecker products that share no factor is not one, so that it stays a sum: its products are exact, its inverse
-is by conjugate gradients. Owns the approximate inverse that these are given; `kronecker_sum` owns that of one layer's
-Kronecker products. Knows the structures by their hooks.
+A sum of Kronecker products that share no factor is not one: its products are exact, its inverse is by conjugate
+gradients, whose approximate inverse is here; `kronecker_sum` owns that of one layer's Kronecker products.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from fisherkit import io
 from fisherkit.conjugate import MatMat
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.base import FisherOperator, Makers, fold
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator, in_order, join, usual_of
+from fisherkit.operators.block_diagonal import BlockDiagonalOperator, CompositeOperator, in_order, join
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.kronecker_sum import layer_inverse
 from fisherkit.operators.persistence import blocks_of_node, restore
@@ -51,7 +50,7 @@ def add(a: FisherOperator, b: FisherOperator) -> FisherOperator:
     return folded[0] if len(folded) == 1 else SumOperator(folded)
 
 
-class SumOperator(FisherOperator):
+class SumOperator(CompositeOperator):
     """F = F₁ + F₂ + ... of terms that do not fold into one structure.
 
     Products, diagonal, trace, draws and `to_dense` are the terms'; solves are by conjugate gradients; eigenvalues,
@@ -68,10 +67,13 @@ class SumOperator(FisherOperator):
     tag: ClassVar[str] = "sum"
 
     def __init__(self, terms: Sequence[FisherOperator]) -> None:
-        self.terms = tuple(_flatten(terms))
+        self.parts = self.terms = tuple(_flatten(terms))
         _check_terms(self.terms, "SumOperator(terms)")
         first = self.terms[0]
         super().__init__(first.space, dtype=first.dtype, device=first.device)
+
+    def _of(self, parts: Sequence[FisherOperator]) -> SumOperator:
+        return SumOperator(parts)
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         return _total(term._matmat(columns) for term in self.terms)
@@ -79,18 +81,14 @@ class SumOperator(FisherOperator):
     def _diagonal(self) -> Float[Tensor, "D"]:
         return _total(term._diagonal() for term in self.terms)
 
-    def _trace(self) -> Float[Tensor, ""]:
-        return _total(term._trace() for term in self.terms)
-
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return IterativeFactorization(self, damping, tolerance, max_steps)
 
     def _approximate_inverse(self, damping: float) -> MatMat | None:
-        """Of the terms that are inverted cheaply, block by block.
+        """Of the terms that are inverted cheaply, block by block; of the diagonal where there is nothing but those.
 
         Kronecker products of one layer have an inverse of their own. Rows and dense matrices beside block-diagonal
-        terms are left to conjugate gradients, which need a step for each of their large eigenvalues. Where there is
-        nothing but those, it is the diagonal that is inverted.
+        terms are left to conjugate gradients, which need a step for each of their large eigenvalues.
         """
         found = layer_inverse(self.terms, damping)
         if found is not None:
@@ -112,15 +110,9 @@ class SumOperator(FisherOperator):
 
         return product
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         # Independent draws: their covariances add.
-        return _total(term._draws(generator, count) for term in self.terms)
-
-    def _scaled(self, scale: float) -> SumOperator:
-        return SumOperator([term._scaled(scale) for term in self.terms])
+        return _total(term._draw(generator, count) for term in self.terms)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return _total(term._to_dense() for term in self.terms)
@@ -129,9 +121,6 @@ class SumOperator(FisherOperator):
         raise self._no_closed_form(
             "norm", "its parts do not share eigenvectors", 'normalize="trace", or the norm of to_dense()'
         )
-
-    def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
-        return SumOperator([term._converted(dtype, device) for term in self.terms])
 
     def _terms(self) -> tuple[FisherOperator, ...]:
         return self.terms
@@ -147,24 +136,8 @@ class SumOperator(FisherOperator):
         terms = [blocks_of_node(child, space, reader) for child in node.children]
         return _joined(space, terms) if terms else None
 
-    @property
-    def is_diagonal(self) -> bool:
-        """Whether all terms are."""
-        return all(term.is_diagonal for term in self.terms)
-
-    @property
-    def nbytes(self) -> int:
-        """Of all terms."""
-        return sum(term.nbytes for term in self.terms)
-
-    def _usual_damping(self) -> float:
-        return usual_of(self.terms)
-
     def _made_of(self) -> str:
         return f"{len(self.terms):,} terms"
-
-    def _state(self) -> io.State:
-        return io.State(self.tag, self.space.names, children=tuple(term._state() for term in self.terms))
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> SumOperator:

@@ -431,8 +431,8 @@ class FisherOperator(ABC):
         """diag F."""
 
     @abstractmethod
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        """A draw from the normal distribution N(0, F)."""
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        """Independent draws from the normal distribution N(0, F), side by side."""
 
     @abstractmethod
     def _scaled(self, scale: float) -> FisherOperator:
@@ -455,10 +455,6 @@ class FisherOperator(ABC):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         """A reusable inverse of F + damping·I; by default conjugate gradients, which need products alone."""
         return IterativeFactorization(self, damping, tolerance, max_steps)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        """Independent draws side by side; by default one after the other."""
-        return torch.cat([self._draw(generator) for _ in range(count)], dim=1)
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         """F + other folded into one operator where that is exact, else None."""
@@ -623,12 +619,9 @@ class FisherOperator(ABC):
 
     def _no_closed_form(self, operation: str, why: str, try_: str) -> NoClosedFormError:
         return NoClosedFormError(
-            call=f"{self._name}.{operation}",
-            got=f"a {self._name} over D = {self.space.size:,} parameters",
-            expected="a structure with a closed form",
-            why=why,
-            try_=try_,
-        )
+            call=f"{self._name}.{operation}", got=f"a {self._name} over D = {self.space.size:,} parameters",
+            expected="a structure with a closed form", why=why, try_=try_,
+        )  # fmt: skip
 
     @property
     def _title(self) -> str:
@@ -696,23 +689,14 @@ def fold(a: FisherOperator, b: FisherOperator) -> FisherOperator | None:
 
 
 def convert(operator: FisherOperator, dtype: torch.dtype, device: torch.device) -> FisherOperator:
-    """The same matrix in another dtype and on another device.
+    """The same matrix in another dtype and on another device; itself where nothing changes.
 
     Sums of several Fishers with little damping cancel: they are solved in float64, whatever dtype they are kept in. A
-    matrix that is positive semi-definite up to the rounding of its own dtype becomes so up to that of float64.
-
-    Args:
-        operator: any operator whose tensors lie in memory.
-        dtype: of the result.
-        device: of the result.
-
-    Returns:
-        The operator itself where nothing changes, else a new one of the same structure; metadata as before.
+    matrix that is positive semi-definite up to the rounding of its own dtype becomes so up to that of float64, which
+    takes an eigen-decomposition of every dense matrix and Kronecker factor.
 
     Raises:
         NoClosedFormError: the rows are streamed from the data and lie nowhere.
-
-    Cost: its tensors once more; an eigen-decomposition of every dense matrix and Kronecker factor.
     """
     if operator.dtype == dtype and operator.device == device:
         return operator

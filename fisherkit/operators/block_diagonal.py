@@ -1,12 +1,12 @@
 """A block-diagonal Fisher matrix: parameters of different blocks do not interact, each block is an operator of its own.
 
-Owns the gathering and scattering of parameters; every operation is the blocks' operations. Blocks may be of any
-structure, and their names need not be neighbours in the flat order.
+Blocks may be of any structure, and their names need not be neighbours in the flat order.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,13 +21,50 @@ from fisherkit.operators.base import FisherOperator, Makers, fold
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.persistence import blocks_of_node, restore
-from fisherkit.operators.row_forms import BlockColumnForm, BlockForm, ColumnForm, RowForm, aligned
+from fisherkit.operators.row_forms import BlockForm, RowForm, aligned
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace
 
 
-class BlockDiagonalOperator(FisherOperator):
+class CompositeOperator(FisherOperator):
+    """An operator made of others, its blocks or terms: what it knows is theirs."""
+
+    parts: tuple[FisherOperator, ...]
+
+    @abstractmethod
+    def _of(self, parts: Sequence[FisherOperator]) -> FisherOperator:
+        """The same of other parts."""
+
+    def _trace(self) -> Float[Tensor, ""]:
+        return torch.stack([part._trace() for part in self.parts]).sum()
+
+    def _scaled(self, scale: float) -> FisherOperator:
+        return self._of([part._scaled(scale) for part in self.parts])
+
+    def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
+        return self._of([part._converted(dtype, device) for part in self.parts])
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether all parts are."""
+        return all(part.is_diagonal for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def _usual_damping(self) -> float:
+        # What has correlations decides, and of that what takes least.
+        parts = [part for part in self.parts if not part.is_diagonal] or self.parts
+        return min(part._usual_damping() for part in parts)
+
+    def _state(self) -> io.State:
+        return io.State(self.tag, self.space.names, children=tuple(part._state() for part in self.parts))
+
+
+class BlockDiagonalOperator(CompositeOperator):
     """F = blockdiag(F₁, F₂, ...) up to the order of the parameters.
 
     Args:
@@ -44,7 +81,10 @@ class BlockDiagonalOperator(FisherOperator):
     def __init__(self, space: ParameterSpace, blocks: Sequence[FisherOperator]) -> None:
         _check_partition(space, blocks)
         super().__init__(space, dtype=blocks[0].dtype, device=blocks[0].device)
-        self.blocks = tuple(blocks)
+        self.parts = self.blocks = tuple(blocks)
+
+    def _of(self, parts: Sequence[FisherOperator]) -> BlockDiagonalOperator:
+        return BlockDiagonalOperator(self.space, parts)
 
     def _gather(self, flat: Tensor) -> list[Tensor]:
         """What each block sees of a flat tensor [D] or [D, K]."""
@@ -67,20 +107,11 @@ class BlockDiagonalOperator(FisherOperator):
     def _diagonal(self) -> Float[Tensor, "D"]:
         return self._map(lambda block: block._diagonal())
 
-    def _trace(self) -> Float[Tensor, ""]:
-        return torch.stack([block._trace() for block in self.blocks]).sum()
-
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _BlockFactorization(self, damping, tolerance, max_steps)
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        return self._map(lambda block: block._draws(generator, count))
-
-    def _scaled(self, scale: float) -> BlockDiagonalOperator:
-        return BlockDiagonalOperator(self.space, [block._scaled(scale) for block in self.blocks])
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        return self._map(lambda block: block._draw(generator, count))
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         if not isinstance(other, BlockDiagonalOperator):
@@ -129,9 +160,6 @@ class BlockDiagonalOperator(FisherOperator):
     def _frobenius(self) -> Float[Tensor, ""]:
         return torch.stack([block._frobenius() for block in self.blocks]).norm()
 
-    def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
-        return BlockDiagonalOperator(self.space, [block._converted(dtype, device) for block in self.blocks])
-
     def _blocks(self) -> tuple[FisherOperator, ...]:
         place = {name: i for i, name in enumerate(self.space.names)}
         found = [own for block in self.blocks for own in block._blocks()]
@@ -141,11 +169,6 @@ class BlockDiagonalOperator(FisherOperator):
     def _blocks_of_node(cls, node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers | None:
         parts = [blocks_of_node(child, space.restrict(child.names), reader) for child in node.children]
         return in_order(space, parts) if parts else None
-
-    @property
-    def is_diagonal(self) -> bool:
-        """Whether all blocks are."""
-        return all(block.is_diagonal for block in self.blocks)
 
     @property
     def inversion(self) -> Literal["cheap", "direct", "iterative"]:
@@ -158,19 +181,8 @@ class BlockDiagonalOperator(FisherOperator):
         """The largest of the blocks'."""
         return max(block.decomposed_side for block in self.blocks)
 
-    @property
-    def nbytes(self) -> int:
-        """Of all blocks."""
-        return sum(block.nbytes for block in self.blocks)
-
-    def _usual_damping(self) -> float:
-        return usual_of(self.blocks)
-
     def _made_of(self) -> str:
         return f"{len(self.blocks):,} block{'s' * (len(self.blocks) != 1)}"
-
-    def _state(self) -> io.State:
-        return io.State(self.tag, self.space.names, children=tuple(block._state() for block in self.blocks))
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> BlockDiagonalOperator:
@@ -216,12 +228,6 @@ def in_order(space: ParameterSpace, parts: Iterable[Makers]) -> Makers:
     return dict(sorted(found, key=lambda item: place[item[0][0]]))
 
 
-def usual_of(parts: Iterable[FisherOperator]) -> float:
-    """The usual damping of blocks or terms together: what has correlations decides, and of that what takes least."""
-    parts = tuple(parts)
-    return min(part._usual_damping() for part in [part for part in parts if not part.is_diagonal] or parts)
-
-
 class _BlockFactorization(Factorization):
     """Each block's own inverse, with the one damping for all."""
 
@@ -240,14 +246,16 @@ class _BlockFactorization(Factorization):
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
         if not aligned(self._spaces, probe):
             return super()._row_form(probe, queries, others)
-        inverses = zip(self._spaces, self._inverses, strict=True)
-        return BlockForm([(space, own._row_form(probe.restrict(space), queries, others)) for space, own in inverses])
+        return self._joined(lambda own, part: own._row_form(part, queries, others), probe)
 
-    def _column_form(self, probe: Rows) -> ColumnForm:
+    def _column_form(self, probe: Rows) -> RowForm:
         if not aligned(self._spaces, probe):
             return super()._column_form(probe)
-        inverses = zip(self._spaces, self._inverses, strict=True)
-        return BlockColumnForm([(space, own._column_form(probe.restrict(space))) for space, own in inverses])
+        return self._joined(lambda own, part: own._column_form(part), probe)
+
+    def _joined(self, form: Callable[[Factorization, Rows], RowForm], probe: Rows) -> BlockForm:
+        pairs = zip(self._spaces, self._inverses, strict=True)
+        return BlockForm([(space, form(own, probe.restrict(space))) for space, own in pairs])
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         if not aligned(self._spaces, rows):
@@ -272,12 +280,10 @@ class _BlockFactorization(Factorization):
         total = shares.norm(dim=0)
         residual = (torch.stack([info.residual for info in infos]) * shares).norm(dim=0)
         info = SolveInfo(
-            method=" + ".join(sorted({info.method for info in infos})),
-            steps=max(info.steps for info in infos),
-            residual=residual / torch.where(total > 0, total, 1),
-            converged=all(info.converged for info in infos),
+            method=" + ".join(sorted({info.method for info in infos})), steps=max(info.steps for info in infos),
+            residual=residual / torch.where(total > 0, total, 1), converged=all(info.converged for info in infos),
             damping=self.damping,
-        )
+        )  # fmt: skip
         return self._whole._scatter([solution for solution, _ in solved]), info
 
     def _logdet(self) -> Float[Tensor, ""]:
@@ -291,10 +297,8 @@ def _factorize_block(block: FisherOperator, damping: float, tolerance: float, ma
     except SingularMatrixError as error:
         raise SingularMatrixError(
             call=f"BlockDiagonalOperator.factorize(damping={damping})",
-            got=f"a singular block over {list(block.space.names)}",
-            expected="positive definite blocks",
-            why=str(error),
-        ) from error
+            got=f"a singular block over {list(block.space.names)}", expected="positive definite blocks", why=str(error),
+        ) from error  # fmt: skip
 
 
 def _check_partition(space: ParameterSpace, blocks: Sequence[Any]) -> None:

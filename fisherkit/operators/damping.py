@@ -39,12 +39,7 @@ REQUIRED: Final[Any] = _Required()
 
 
 def check_damping(damping: float, call: str) -> float:
-    """The damping as a float.
-
-    Raises:
-        InvalidTypeError: not a number, or `REQUIRED`.
-        InvalidArgumentError: negative, NaN or infinite.
-    """
+    """The damping as a float; refuses `REQUIRED`, what is no number, and what is negative, NaN or infinite."""
     if damping is REQUIRED:
         raise InvalidTypeError(
             call=call, got="no damping", expected="λ of F + λI, a float or fk.RelativeDamping",

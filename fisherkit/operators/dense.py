@@ -1,7 +1,4 @@
-"""A Fisher matrix written out: for small models, and the blocks of the block structure.
-
-Owns the matrix, its Cholesky factor for solves and its spectrum for everything else, both in float64.
-"""
+"""A Fisher matrix written out, with its Cholesky factor for solves and its spectrum for all else, both in float64."""
 
 from __future__ import annotations
 
@@ -79,10 +76,7 @@ class DenseOperator(FisherOperator):
         sound = int(failed) == 0 and bool((factor.diagonal().square() > rounding).all())
         return factor if sound else None
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         values, vectors = self._spectrum
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return (vectors @ (values.sqrt().unsqueeze(-1) * noise.double())).to(self.dtype)

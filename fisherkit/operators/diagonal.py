@@ -1,7 +1,4 @@
-"""A diagonal Fisher matrix: one number for each parameter, every operation in closed form and O(D).
-
-Owns the diagonal; knows nothing of where it came from.
-"""
+"""A diagonal Fisher matrix: one number for each parameter, every operation in closed form and O(D)."""
 
 from __future__ import annotations
 
@@ -49,10 +46,7 @@ class DiagonalOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _DiagonalFactorization(self, damping)
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return self._entries.sqrt().unsqueeze(-1) * noise
 

@@ -1,7 +1,7 @@
 """rᵀ(F + λI)⁻¹r' of one layer in a Kronecker product's eigenbasis, where rows are turned instead of solutions.
 
 A factored row is turned by its two factors, which takes far less than turning a solution [outputs, inputs] there and
-back. Owns that form and the count of operations that decides for it.
+back.
 """
 
 from __future__ import annotations
@@ -13,21 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.operators.row_forms import Bases, ColumnForm, ColumnSolution, Part, Solved, SolvedForm
+from fisherkit.operators.row_forms import Bases, Part, RowForm, RowSolution, Solved, SolvedForm
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.space import ParameterSpace
 
 
-class EigenForm(ColumnForm):
-    """(U_G ⊗ U_A) diag(w) (U_G ⊗ U_A)ᵀ, and 1/λ on what the bases do not span.
+class EigenForm(RowForm):
+    """(U_G ⊗ U_A) diag(weights) (U_G ⊗ U_A)ᵀ, and ``outside`` (1/λ or 0) on what the bases do not span.
 
-    Args:
-        on_inputs: U_A.
-        on_outputs: U_G.
-        weights: w.
-        outside: 1/λ if the bases leave something out, else 0.
-        solve: the same on columns, for rows that are not factored.
+    ``solve`` is the same on columns, for rows that are not factored.
     """
 
     def __init__(
@@ -56,7 +51,7 @@ class EigenForm(ColumnForm):
         """The rows in the eigenbasis."""
         return rows.rotated(self.on_inputs, self.on_outputs)
 
-    def solve(self, queries: Rows) -> ColumnSolution:
+    def solve(self, queries: Rows) -> RowSolution:
         """Queries turned, written out and weighed."""
         return _EigenSolution(self, queries)
 
@@ -74,13 +69,7 @@ class EigenForm(ColumnForm):
 
 
 class TurnedBackForm(SolvedForm):
-    """Solutions written out, for the others to meet as they are: queries turned by their factors, and turned back.
-
-    Args:
-        form: turns and weighs.
-        back: U_G ⊗ U_A on ``[s r, Q]``.
-        size: D.
-    """
+    """Solutions written out, for the others to meet as they are: queries turned by their factors, and ``back``."""
 
     def __init__(self, form: EigenForm, back: Callable[[Tensor], Tensor], size: int) -> None:
         super().__init__(form._solve, size)
@@ -95,7 +84,7 @@ class TurnedBackForm(SolvedForm):
         return Solved(columns.add_(rows.dense().mT, alpha=self._form.outside) if self._form.outside else columns)
 
 
-class _EigenSolution(ColumnSolution):
+class _EigenSolution(RowSolution):
     def __init__(self, form: EigenForm, queries: Rows) -> None:
         rows = queries.slots[0].rows
         self._form, self._queries = form, queries

@@ -1,8 +1,6 @@
 """A reusable inverse of F + λI: what `FisherOperator.factorize` returns.
 
-Two hooks: a solve on columns and a log determinant; two more, about rows, have defaults that need only the solve. Knows
-its operator only through the operator's own hooks, so that direct and iterative inverses report their residual in the
-same words.
+Two hooks: a solve on columns and a log determinant; more, about rows, have defaults that need only the solve.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import without_autocast
 from fisherkit.conjugate import MatMat
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.operators.row_forms import ColumnForm, RowForm, SolvedForm, solved_squares
+from fisherkit.operators.row_forms import RowForm, SolvedForm, solved_squares
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient
 from fisherkit.space import Vector
@@ -33,12 +31,7 @@ DIRECT_TOLERANCE = 1e-3  # a direct solve that leaves more than this is reported
 
 
 class Factorization(ABC):
-    """(F + λI)⁻¹, ready to be applied many times.
-
-    Args:
-        operator: F.
-        damping: λ, already a number.
-    """
+    """(F + λI)⁻¹, ready to be applied many times; the damping λ is already a number."""
 
     method = "direct"
 
@@ -61,7 +54,7 @@ class Factorization(ABC):
         """rᵀ(F + λI)⁻¹q in the form that is cheapest for so many queries and other rows."""
         return SolvedForm(self._solve, self.operator.size)
 
-    def _column_form(self, probe: Rows) -> ColumnForm:
+    def _column_form(self, probe: Rows) -> RowForm:
         """The same with solutions that can be had by units."""
         return SolvedForm(self._solve, self.operator.size)
 
@@ -146,7 +139,7 @@ class Factorization(ABC):
                 call=f"{operator._name}.factorize().sample(n={n})", got=f"n = {n}", expected="an integer, 1 or more"
             )
         noise = torch.randn(operator.size, count, dtype=operator.dtype, device=operator.device, generator=generator)
-        draws = self._solve(self.damping**0.5 * noise + operator._draws(generator, count))
+        draws = self._solve(self.damping**0.5 * noise + operator._draw(generator, count))
         return draws.squeeze(-1) if n is None else draws
 
 
@@ -158,8 +151,7 @@ class IterativeFactorization(Factorization):
         damping: λ.
         tolerance: relative residual at which to stop.
         max_steps: at most this many products.
-        preconditioner: makes an approximate inverse of F + λI from λ, or None for none; called at the first solve. By
-            default the operator's own, in most structures the inverse of the diagonal.
+        preconditioner: makes an approximate inverse of F + λI from λ; by default the operator's own.
     """
 
     method = "conjugate_gradient"

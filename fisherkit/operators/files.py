@@ -1,7 +1,4 @@
-"""A Fisher file that is open and not read: what is in it, and any of its blocks.
-
-Owns which blocks are read; `fisherkit.io` owns the bytes, each structure what its blocks are.
-"""
+"""A Fisher file that is open and not read: what is in it, and any of its blocks."""
 
 from __future__ import annotations
 
@@ -48,12 +45,7 @@ def open_file(path: str | Path, *, device: torch.device | str = "cpu") -> Fisher
 
 @dataclass(frozen=True)
 class FisherFile:
-    """An open Fisher file; made by `open_file`. It keeps no file open between reads.
-
-    Args:
-        header: what the file says of itself.
-        device: where tensors go.
-    """
+    """An open Fisher file; made by `open_file`. It keeps no file open between reads."""
 
     header: io.FisherHeader
     device: torch.device

@@ -1,7 +1,4 @@
-"""An operator that holds another one and answers as it does.
-
-Owns that nothing of the contract is forgotten: every hook is forwarded, in one loop.
-"""
+"""An operator that holds another one and answers as it does: every hook is forwarded, in one loop."""
 
 from __future__ import annotations
 
@@ -47,12 +44,5 @@ for _name in HOOKS:
 
 
 def unwrap(operator: FisherOperator) -> FisherOperator:
-    """The operator that does the algebra: of a Fisher of a model the structure that was built, else itself.
-
-    Args:
-        operator: F.
-
-    Returns:
-        One of the structures of `fisherkit.operators`, or of a user's own; shared, not copied.
-    """
+    """The operator that does the algebra: of a Fisher of a model the structure that was built, else itself; shared."""
     return operator.held if isinstance(operator, ForwardingOperator) else operator

@@ -32,7 +32,7 @@ from fisherkit.operators.linalg import (
     singular,
     spectrum,
 )
-from fisherkit.operators.row_forms import ColumnForm, RowForm
+from fisherkit.operators.row_forms import RowForm
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
@@ -108,12 +108,9 @@ class KroneckerOperator(FisherOperator):
             )
         )
         return EigenKroneckerOperator(
-            self.space,
-            activation_basis.to(self.dtype),
-            gradient_basis.to(self.dtype),
-            torch.outer(on_outputs, on_inputs),
-            self._layout.transposed,
-        )
+            self.space, activation_basis.to(self.dtype), gradient_basis.to(self.dtype),
+            torch.outer(on_outputs, on_inputs), self._layout.transposed,
+        )  # fmt: skip
 
     @property
     def activation(self) -> Float[Tensor, "J J"]:
@@ -147,11 +144,8 @@ class KroneckerOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _EigenKroneckerFactorization(self, self._eigen, damping)
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        return self._eigen._draws(generator, count)
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        return self._eigen._draw(generator, count)
 
     def _scaled(self, scale: float) -> KroneckerOperator:
         on_inputs, on_outputs = self._spectra
@@ -280,13 +274,9 @@ class EigenKroneckerOperator(FisherOperator):
             gradient_basis, [outputs, rank_out], f"{name}(gradient_basis)", dtypes=(dtype,), device=device
         )
         self._values = check_tensor(
-            eigenvalues,
-            [rank_out, rank_in],
-            f"{name}(eigenvalues)",
-            dtypes=(dtype, torch.float64),
-            device=device,
+            eigenvalues, [rank_out, rank_in], f"{name}(eigenvalues)", dtypes=(dtype, torch.float64), device=device,
             nonnegative=True,
-        )
+        )  # fmt: skip
 
     @property
     def transposed(self) -> bool:
@@ -324,10 +314,7 @@ class EigenKroneckerOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _EigenKroneckerFactorization(self, self, damping)
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         noise = torch.randn(count, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
         return self._rotate_back(self._values.sqrt().to(self.dtype) * noise)
 
@@ -404,12 +391,9 @@ class EigenKroneckerOperator(FisherOperator):
     def _from_state(cls, space: ParameterSpace, state: io.State) -> EigenKroneckerOperator:
         tensors = state.tensors
         return cls(
-            space,
-            tensors["activation_basis"],
-            tensors["gradient_basis"],
-            tensors["eigenvalues"],
+            space, tensors["activation_basis"], tensors["gradient_basis"], tensors["eigenvalues"],
             bool(state.options["transposed"]),
-        )
+        )  # fmt: skip
 
 
 class _EigenKroneckerFactorization(Factorization):
@@ -453,7 +437,7 @@ class _EigenKroneckerFactorization(Factorization):
             return self._eigen_form
         return self._turned_back_form
 
-    def _column_form(self, probe: Rows) -> ColumnForm:
+    def _column_form(self, probe: Rows) -> RowForm:
         if self._empty:
             return super()._column_form(probe)
         # Where the bases leave something out, a solution is not turned columns alone.

@@ -56,13 +56,10 @@ class _Terms:
 
 
 def layer_inverse(terms: Sequence[FisherOperator], damping: float) -> MatMat | None:
-    """Product with an approximate inverse of Σ_t F_t + λI over one layer.
-
-    Returns:
-        The inverse that this module describes, or None if a term has no factors and cannot be approximated by some.
+    """Product with an approximate inverse of Σ_t F_t + λI over one layer; None if a term is near no Kronecker product.
 
     Cost: for a layer with O outputs and J inputs (bias included) O³ + O·J³/3 operations, O·J² numbers, the roles of O
-    and J exchanged where that is what fits; beyond `MOST_NUMBERS` O³ + J³ operations.
+        and J exchanged where that is what fits; beyond `MOST_NUMBERS` O³ + J³ operations.
     """
     found = _factors(terms)
     if found is None:
@@ -76,13 +73,7 @@ def layer_inverse(terms: Sequence[FisherOperator], damping: float) -> MatMat | N
 
 
 class _Diagonalised:
-    """P with Pᵀ(Σ_t c_t M_t + floor·I)P = I in which the M_t are nearly diagonal.
-
-    Args:
-        matrices: the M_t.
-        weights: c_t, what the other side of each term is worth.
-        floor: relative to the mean eigenvalue of the weighted sum.
-    """
+    """P with Pᵀ(Σ_t weights_t M_t + floor · mean eigenvalue · I)P = I in which the M_t are nearly diagonal."""
 
     def __init__(self, matrices: Sequence[Float[Tensor, "n n"]], weights: Sequence[Tensor], floor: Tensor) -> None:
         weighted = [c * m for c, m in zip(weights, matrices, strict=True)]

@@ -1,7 +1,4 @@
-"""How one layer's flat parameters lie on the grid [outputs, inputs] that its Kronecker factors act on.
-
-Owns the reshaping, the bias column and the transposed storage; knows no Fisher matrix.
-"""
+"""How one layer's flat parameters lie on the grid [outputs, inputs] that its Kronecker factors act on."""
 
 from __future__ import annotations
 
@@ -34,11 +31,7 @@ class LayerLayout:
 
     @classmethod
     def of(cls, space: ParameterSpace, transposed: bool, call: str) -> LayerLayout:
-        """The layout of a space of a weight, or of a weight and then its bias.
-
-        Raises:
-            InvalidArgumentError: the space is not one layer's.
-        """
+        """The layout of a space of a weight, or of a weight and then its bias; any other space is refused."""
         weight = space.shapes[0]
         first, rest = (weight[0], math.prod(weight[1:])) if weight else (0, 0)
         outputs, inputs = (rest, first) if transposed else (first, rest)

@@ -1,7 +1,7 @@
 """What several structures need of a small matrix: checks when it is handed in, its spectrum, safe reciprocals.
 
 Decompositions and reciprocals are in float64, whatever the operator's dtype: with small damping they decide the digits
-of a solve. Knows tensors only, neither operators nor spaces.
+of a solve.
 """
 
 from __future__ import annotations
@@ -25,21 +25,7 @@ def check_tensor(
     device: torch.device | None = None,
     nonnegative: bool = False,
 ) -> Tensor:
-    """A tensor that an operator is made of, without its graph; it is kept, not copied.
-
-    Args:
-        tensor: what was passed.
-        shape: what it must be.
-        call: constructor and argument, for error messages.
-        dtypes: accepted dtypes; empty for any real floating-point one.
-        device: the device it must be on; None for any.
-        nonnegative: whether entries below 0 are refused.
-
-    Raises:
-        InvalidTypeError: not a tensor, or of another dtype.
-        InvalidArgumentError: a wrong shape or device, or negative entries.
-        NonFiniteError: NaN or infinity.
-    """
+    """A tensor that an operator is made of, without its graph; kept, not copied; refused where it does not fit."""
     if not isinstance(tensor, Tensor):
         raise InvalidTypeError(call=call, got=f"a {type(tensor).__name__}", expected="a torch tensor")
     if not tensor.is_floating_point() or (dtypes and tensor.dtype not in dtypes):
@@ -60,11 +46,7 @@ def check_tensor(
 
 
 def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n n"]:
-    """The matrix, if it is symmetric up to what a product aᵀa computed in its dtype may leave.
-
-    Raises:
-        InvalidArgumentError: it is not symmetric.
-    """
+    """The matrix, if it is symmetric up to what a product aᵀa computed in its dtype may leave; else it is refused."""
     skew = float((matrix - matrix.mT).max())  # its least entry is the opposite
     if skew > torch.finfo(matrix.dtype).eps ** 0.5 * float(torch.stack(matrix.aminmax()).abs().max()):
         raise InvalidArgumentError(
@@ -75,12 +57,7 @@ def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n
 
 
 def spectrum(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:
-    """Eigenvalues in ascending order and eigenvectors in columns, float64; eigenvalues within rounding of 0 are 0.
-
-    Raises:
-        NonFiniteError: NaN or infinite entries.
-        InvalidArgumentError: the matrix has negative eigenvalues that rounding cannot explain.
-    """
+    """Eigenvalues in ascending order, those within rounding of 0 as 0, and eigenvectors in columns; float64."""
     if not all_finite(matrix):
         raise NonFiniteError(call=call, got="a matrix with NaN or infinite entries", expected="finite numbers")
     values, vectors = torch.linalg.eigh(matrix.double())
@@ -109,12 +86,7 @@ def nearest_semidefinite(
 
 
 def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
-    """Nearly orthogonal columns made orthonormal, each against those before it, and filled up to k; float64.
-
-    Args:
-        columns: float64, none of them 0; m at most k.
-        k: at most n. What is added is the same in every call.
-    """
+    """Nearly orthogonal float64 columns, none 0, made orthonormal, each against those before it, filled up to k."""
     missing = k - columns.shape[1]
     # From the CPU, so that all devices see the same numbers.
     added = torch.randn(len(columns), missing, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -124,17 +96,7 @@ def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
 
 
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:
-    """1 / (values + damping), computed in float64 and returned in the operator's dtype.
-
-    Args:
-        values: eigenvalues of any shape, 0 or more.
-        damping: λ.
-        dtype: of the result.
-        call: class and operation, for error messages.
-
-    Raises:
-        SingularMatrixError: a reciprocal is infinite in that dtype.
-    """
+    """1 / (values + damping) in ``dtype``, computed in float64; an infinite one is a `SingularMatrixError`."""
     result = (values.double() + damping).reciprocal().to(dtype)
     infinite = int(result.isinf().sum())
     if infinite:

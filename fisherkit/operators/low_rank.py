@@ -1,12 +1,12 @@
-"""The full structure: F = scale · JᵀJ, never written out, solved in sample space.
+"""The full structure: F = scale · JᵀJ, never written out.
 
-Owns the algebra of the rows J: Woodbury's form through the R × R Gram where rows are fewer than parameters, the D × D
-normal matrix where parameters are fewer, conjugate gradients where neither fits in memory. Asks a `RowSource` for
-products and never how it makes them.
+Solved by Woodbury's form through the R × R Gram where rows are fewer than parameters, by the D × D normal matrix where
+parameters are fewer, by conjugate gradients where neither fits in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import ClassVar
 
@@ -20,13 +20,14 @@ from fisherkit.errors import MemoryBudgetError, SingularMatrixError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.dense import DenseOperator
-from fisherkit.operators.factorization import Factorization, IterativeFactorization
-from fisherkit.operators.gram_form import GramForm
+from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.linalg import orthonormal, singular, spectrum
-from fisherkit.operators.preconditioner import preconditioner_of_rows
-from fisherkit.operators.row_forms import RowForm
+from fisherkit.operators.row_forms import Part, RowForm, RowSolution
 from fisherkit.rows import restore_rows
+from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.collection import Rows, RowSource
+from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.streamed import StreamedRows
 from fisherkit.rows.thinned import thinned
 from fisherkit.space import ParameterSpace
 
@@ -40,6 +41,15 @@ MANY, PILOT = 512, 16
 
 DEFINITE = 1e-9
 """Damping over trace from which on F + λI in float64 has a Cholesky factor, whatever rounding does."""
+
+SHARE = 20
+"""A product with the sample's rows may take this fraction of one with all rows ..."""
+
+MOST = 2000
+"""... and it has at most so many of them: their Gram matrix is decomposed in seconds."""
+
+FEWEST = 50
+"""With fewer, the sample says too little to be worth its products."""
 
 
 class LowRankOperator(FisherOperator):
@@ -120,11 +130,7 @@ class LowRankOperator(FisherOperator):
         return min(self.row_source.count, self.size)
 
     def _small_matrix(self, operation: str, try_: str) -> tuple[Float[Tensor, "n n"], str]:
-        """The Gram or F itself, whichever is smaller, in float64, and which it is.
-
-        Raises:
-            NoClosedFormError: neither fits.
-        """
+        """The Gram or F itself, whichever is smaller, in float64, and which it is; refused where neither fits."""
         side = self._small_side()
         if side == "none":
             why = "neither the Gram nor the dense matrix fits the memory budget"
@@ -132,10 +138,7 @@ class LowRankOperator(FisherOperator):
         small = self.row_source.gram() if side == "gram" else self.row_source.normal_matrix()
         return self.scale * small, side
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        return self._draws(generator, 1)
-
-    def _draws(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         noise = torch.randn(self.row_source.count, count, dtype=self.dtype, device=self.device, generator=generator)
         return self.scale**0.5 * self.row_source.rmatmul(noise)
 
@@ -340,3 +343,153 @@ def _cholesky_solve(factor: Float[Tensor, "R R"], w: Float[Tensor, "R K"]) -> Fl
 
 def _square_bytes(side: int) -> int:
     return 3 * 8 * side * side  # the matrix, its factor and one temporary, in float64
+
+
+# -- inner products of rows through the inverse, by their Gram matrices ------------------------------------------------
+
+
+class GramForm(RowForm):
+    """rᵀ(F + λI)⁻¹q = (k_rq − scale · k_rJ (scale · JJᵀ + λI)⁻¹ k_Jq) / λ, k the inner products of rows.
+
+    ``solve`` is (scale · JJᵀ + λI)⁻¹ on ``[R, K]``, in float64. ``precise`` asks for inner products in float64; else
+    they are as in `fisherkit.rows.base.inner_products`.
+    """
+
+    def __init__(
+        self, rows: Rows, scale: float, damping: float, solve: Callable[[Tensor], Tensor], *, precise: bool
+    ) -> None:
+        # Columns of the solution and of the Gram are float64.
+        super().__init__(2 * rows.count + sum(_written_out(slot.rows) for slot in rows.slots), 2 * rows.count)
+        self.rows, self.scale, self.damping, self.precise = rows, scale, damping, precise
+        self._solve = solve
+
+    def solve(self, queries: Rows) -> RowSolution:
+        """(scale · JJᵀ + λI)⁻¹ JQ."""
+        return _GramSolution(self, self._alike(queries))
+
+    def squares(self, rows: Rows) -> Float[Tensor, "R"]:
+        """rᵀ(F + λI)⁻¹r of each row, float64."""
+        rows = self._alike(rows)
+        norms = rows.weighted_squares(self._ones(rows)).double()
+        parts = []
+        for span in spans(rows.count, 4 * self.rows.count):
+            k = self.rows.cross_gram(rows.some(span), self.precise)
+            parts.append((k * self._solve(k)).sum(0))
+        return (norms - self.scale * torch.cat(parts)) / self.damping
+
+    def operations(self, queries: int, others: int) -> float:
+        """Multiplications of this form for so many queries and other rows; J's own Gram is there already."""
+        r = self.rows.count
+        entry = sum(_entry_cost(slot.rows) for slot in self.rows.slots)
+        return (queries * others + r * (queries + others)) * entry + queries * r * (others + r)
+
+    def solved_operations(self, queries: int, others: int) -> float:
+        """Those of solving for the queries as columns and meeting the others with them."""
+        product = sum(_product_cost(slot.rows, queries) for slot in self.rows.slots)
+        return product * (2 * self.rows.count + others) + queries * self.rows.count**2
+
+    def _alike(self, rows: Rows) -> Rows:
+        """In J's dtype, which is a wider one than the model's for half precision."""
+        return rows.double() if self.rows.dtype == torch.float64 and rows.dtype != torch.float64 else rows
+
+    def _ones(self, rows: Rows) -> Tensor:
+        return torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
+
+
+class _GramSolution(RowSolution):
+    def __init__(self, form: GramForm, queries: Rows) -> None:
+        # They meet every block of the others.
+        self._form, self._queries = form, queries.written_out()
+        self._w = form.scale * form._solve(form.rows.cross_gram(queries, form.precise))
+
+    def parts(self, rows: Rows) -> Iterator[Part]:
+        form, rows = self._form, self._form._alike(rows).written_out()
+        with_queries = rows.cross_gram_by_unit(self._queries, form.precise)
+        with_rows = rows.cross_gram_by_unit(form.rows, form.precise)
+        for (names, direct), (_, through) in zip(with_queries, with_rows, strict=True):
+            yield names, direct.sub_(through @ self._w).div_(form.damping)
+
+    def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
+        form, rows = self._form, self._form._alike(rows).written_out()
+        through = rows.cross_gram(form.rows, form.precise) @ self._w
+        return rows.cross_gram(self._queries, form.precise).sub_(through).div_(form.damping)
+
+
+def _numbers(rows: UnitRows) -> int:
+    """What one row takes."""
+    return sum(tensor.numel() for tensor in rows.tensors().values()) // max(1, rows.count)
+
+
+def _written_out(rows: UnitRows) -> int:
+    """The same where rows that share positions are written out."""
+    return rows.size if isinstance(rows, FactoredRows) and rows.positions > 1 else _numbers(rows)
+
+
+def _entry_cost(rows: UnitRows) -> int:
+    """Multiplications of one inner product of two rows."""
+    if isinstance(rows, FactoredRows):
+        return rows.inputs + rows.outputs if rows.positions == 1 else rows.size
+    return min(rows.size, _numbers(rows))
+
+
+def _product_cost(rows: UnitRows, columns: int) -> int:
+    """Multiplications of one row with so many columns."""
+    if not isinstance(rows, FactoredRows):
+        return columns * min(rows.size, _numbers(rows))
+    return rows.size * (rows.positions + columns if rows.writes_out(columns) else rows.positions * columns)
+
+
+# -- an approximate inverse for conjugate gradients: the exact one of a sample of the rows ----------------------------
+
+
+class SampledInverse:
+    """(F_s + λ'I)⁻¹ by Woodbury's identity, where F_s = scale · JᵀJ is of a sample of F's rows and λ' ≥ λ.
+
+    A sample of s rows knows F's large eigenvalues. Its own small ones are noise: rows that hardly overlap make
+    eigenvalues of about (what they have in common with no others) / s, where F has much less. λ' is the smallest of
+    them, so that this noise and the directions that the sample does not know count alike, as in Erdogdu and Montanari,
+    "Convergence rates of sub-sampled Newton methods", 2015 (arXiv 1508.02810).
+    """
+
+    def __init__(self, rows: Rows, scale: float, damping: float) -> None:
+        self._rows, self._scale = rows, scale
+        values, vectors = torch.linalg.eigh(scale * rows.gram())
+        rounding = values[-1] * torch.finfo(torch.float32).eps
+        noise = values[values > rounding]
+        self.damping = max(damping, float(noise[0]) if len(noise) else 0.0)
+        # 1/λ' − scale · Jᵀ (scale · JJᵀ + λ')⁻¹ J / λ', times λ': a preconditioner's scale does not matter.
+        self._vectors, self._weights = vectors, (scale / (values.clamp_min(0) + self.damping)).unsqueeze(1)
+
+    def __call__(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """λ' (F_s + λ'I)⁻¹ V."""
+        known = self._vectors.mT @ self._rows.matmul(columns).double()
+        return columns - self._rows.rmatmul((self._vectors @ (self._weights * known)).to(columns.dtype))
+
+
+def preconditioner_of_rows(operator: LowRankOperator, damping: float) -> MatMat | None:
+    """An approximate inverse of F + λI for a Fisher that has rows.
+
+    A sample's inverse where enough of a sample fits. Else the diagonal's, but only if rows are no fewer than
+    parameters: below that F has a null space, which its diagonal would tear apart.
+    """
+    rows = operator.row_source
+    if isinstance(rows, (Rows, StreamedRows)):
+        stride = sample_stride(rows.count, operator.size, _row_bytes(rows), operator.memory_budget)
+        if stride is not None:
+            sample = thinned(rows, stride)
+            return SampledInverse(sample, operator.scale * rows.count / sample.count, damping)
+    return None if rows.count < operator.size else diagonal_inverse(operator, damping)
+
+
+def sample_stride(count: int, size: int, row_bytes: float, budget: int) -> int | None:
+    """Take every k-th row: k, or None if no sample is worth it."""
+    # s rows and four s × s matrices in float64: 32 s² + row_bytes s <= budget.
+    fits = int(((row_bytes**2 + 128 * budget) ** 0.5 - row_bytes) / 64)
+    wanted = min(MOST, count // SHARE, size // 2, fits)
+    return None if wanted < FEWEST else -(-count // wanted)
+
+
+def _row_bytes(rows: Rows | StreamedRows) -> float:
+    if isinstance(rows, Rows):
+        return rows.nbytes / rows.count
+    return rows.problem.row_bytes(rows.space.names) / rows.problem.vectors_per_example

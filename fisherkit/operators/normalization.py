@@ -1,7 +1,6 @@
-"""One scale for Fishers of different kinds, examples and stages of training.
+"""One scale for Fishers of different kinds, examples and stages of training: what `normalize=` means everywhere.
 
-Owns what `normalize=` means wherever the package has it: a factor for the whole matrix. Merging adds normalizations by
-block to these. Beside it the damping, relative to that scale, that suits a structure.
+Beside it the damping, relative to that scale, that suits a structure.
 """
 
 from __future__ import annotations
@@ -20,11 +19,7 @@ NORMALIZATIONS = ("trace", "norm", None)
 
 
 def check_normalize(how: object, call: str, also: tuple[str, ...] = ()) -> None:
-    """One of "trace", "norm" and None.
-
-    Raises:
-        InvalidArgumentError: anything else.
-    """
+    """Refuse what is not "trace", "norm", None or one of ``also``."""
     allowed = (*also, *NORMALIZATIONS)
     if how not in allowed:
         raise InvalidArgumentError(call=call, got=f"normalize={how!r}", expected=f"one of {list(allowed)}")
@@ -55,13 +50,7 @@ def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOper
 
 
 def normalization_factor(operator: FisherOperator, how: str | None, call: str) -> float:
-    """The number that `normalize` multiplies by.
-
-    Raises:
-        InvalidTypeError: as there.
-        InvalidArgumentError: as there.
-        NonFiniteError: as there.
-    """
+    """The number that `normalize` multiplies by."""
     if not isinstance(operator, FisherOperator):
         raise InvalidTypeError(call=call, got=f"a {type(operator).__name__}", expected="a FisherOperator")
     if how is None:
@@ -71,12 +60,7 @@ def normalization_factor(operator: FisherOperator, how: str | None, call: str) -
 
 
 def factor_of_size(size: float, dimension: int, how: str, call: str, name: str = "a Fisher") -> float:
-    """The number that gives a Fisher of known size its standard one.
-
-    Raises:
-        InvalidArgumentError: the size is 0.
-        NonFiniteError: it is infinite or NaN.
-    """
+    """The number that gives a Fisher of known size its standard one; refuses sizes that are 0 or not finite."""
     if not math.isfinite(size):
         raise NonFiniteError(call=call, got=f"{name} with {how} {size}", expected="finite numbers")
     if size <= 0:
@@ -89,11 +73,7 @@ def factor_of_size(size: float, dimension: int, how: str, call: str, name: str =
 
 
 def frobenius_norm(operator: FisherOperator) -> Float[Tensor, ""]:
-    """‖F‖_F, float64.
-
-    Raises:
-        NoClosedFormError: sums that do not fold.
-    """
+    """‖F‖_F, float64."""
     return operator._frobenius()
 
 

@@ -2,8 +2,7 @@
 
 A layer's block has an entry for each pair of (output, input) pairs. Its average over outputs is I ⊗ M with
 M = (1/O) Σ_o F[(o, ·), (o, ·)], the partial trace divided by O. It knows which inputs matter and not which
-outputs do: for G ⊗ A it is tr(G)/O · I ⊗ A, the metric of RegMean (Jin et al., arXiv 2212.09849) up to a scale. Owns
-this average where a structure does not have its own; it has the trace of the original.
+outputs do: for G ⊗ A it is tr(G)/O · I ⊗ A, the metric of RegMean (Jin et al., arXiv 2212.09849) up to a scale.
 """
 
 from __future__ import annotations
@@ -24,20 +23,14 @@ from fisherkit.space import ParameterSpace
 
 
 def average_over_outputs(operator: FisherOperator) -> FisherOperator:
-    """The average over outputs of each module's own block, I ⊗ M.
+    """The average over outputs of each module's own block, I ⊗ M, with the same trace.
 
     A module's weight [O, ...] and its bias [O] have the outputs along their first axis (along the last for a Kronecker
     product known to be transposed). A parameter on its own with one axis has one input: its average is the mean times
     I. Parameters of different modules do not interact in the average.
 
-    Args:
-        operator: any structure.
-
-    Returns:
-        An operator over the same space with the same trace.
-
-    Cost: no more memory than the operator's own for diagonals, dense matrices and Kronecker products; rows are written
-        out, one module at a time, streamed ones as a matrix; of an operator of your own D products, by J columns.
+    Cost: rows are written out, one module at a time, streamed ones as a matrix; of an operator of your own D products,
+        by J columns. Others take no more memory than their own.
     """
     own = operator._average()
     if own is not None:
@@ -50,17 +43,12 @@ def average_over_outputs(operator: FisherOperator) -> FisherOperator:
 
 
 def mix_with_average(operator: FisherOperator, ratio: float) -> FisherOperator:
-    """(F + ρR) / (1 + ρ) with R the `average_over_outputs`: F at ρ = 0, R in the limit of large ρ.
+    """(F + ρR) / (1 + ρ) with R the `average_over_outputs`: F at ratio ρ = 0, R in the limit of large ρ.
 
     For G ⊗ A with mean(G) = tr(G)/O this is (G + ρ mean(G) I) ⊗ A / (1 + ρ), damping of the gradient factor alone.
 
-    Args:
-        operator: F, any structure.
-        ratio: ρ, 0 or more.
-
     Raises:
         InvalidArgumentError: ρ is negative, NaN or infinite.
-        NoClosedFormError: as in `average_over_outputs`.
     """
     if not 0 <= ratio < math.inf:
         raise InvalidArgumentError(

@@ -1,7 +1,6 @@
 """From a Fisher file back to an operator, without the model.
 
-Owns the way from a `State`'s tag to the class that reads it: every imported subclass of `FisherOperator` that has a
-`tag`, users' own included. `fisherkit.io` owns the bytes, each class its own tensors.
+A `State`'s tag names the class that reads it: every imported subclass of `FisherOperator` with a `tag`, users' own too.
 """
 
 from __future__ import annotations
@@ -52,20 +51,14 @@ def parts_fit(call: str) -> Iterator[None]:
         if isinstance(error, FileFormatError) and error.call == call:
             raise
         raise FileFormatError(
-            call=call,
-            got=f"a file whose parts do not make an operator ({error})",
-            expected="one written by fisher.save",
-            why="each structure checks its own tensors when it is restored",
+            call=call, got=f"a file whose parts do not make an operator ({error})",
+            expected="one written by fisher.save", why="each structure checks its own tensors when it is restored",
             try_="save it again",
-        ) from error
+        ) from error  # fmt: skip
 
 
 def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
-    """The operator that a state describes.
-
-    Raises:
-        FileFormatError: the state has an unknown tag, or over other parameters.
-    """
+    """The operator that a state describes; refuses unknown tags and other parameters."""
     registry = _registry()
     if state.kind not in registry:
         raise FileFormatError(
@@ -77,11 +70,7 @@ def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
 
 
 def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
-    """Refuse what is described as acting on other parameters.
-
-    Raises:
-        FileFormatError: it is.
-    """
+    """Refuse what is described as acting on other parameters."""
     if described.names != space.names:
         raise FileFormatError(
             call="load", got=f"a {described.kind} operator over {list(described.names)}",
@@ -90,11 +79,7 @@ def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
 
 
 def blocks_of_node(node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers:
-    """The finest independent blocks of an operator in a file; making one reads its tensors and no others.
-
-    Raises:
-        FileFormatError: the description is of other parameters.
-    """
+    """The finest independent blocks of an operator in a file; making one reads its tensors and no others."""
     check_names(node, space)
     found = _registry().get(node.kind, FisherOperator)._blocks_of_node(node, space, reader)
     return {space.names: lambda: restore(space, reader.state(node))} if found is None else found

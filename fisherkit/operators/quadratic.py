@@ -50,11 +50,7 @@ class Quadratic:
         return cls(operator, centre, centre.new_zeros((), dtype=torch.float64))
 
     def evaluate(self, theta: Float[Tensor, "D"]) -> tuple[Float[Tensor, ""], Float[Tensor, "D"]]:
-        """The value, float64, and half the gradient, F d + h, from one product with F.
-
-        Args:
-            theta: θ [D], in F's dtype.
-        """
+        """The value at θ ``[D]``, float64, and half the gradient, F d + h, from one product with F."""
         d = theta - self.centre
         if self.offset is not None:
             rows, scale = _rows(self)
@@ -86,11 +82,7 @@ class Quadratic:
 
 
 def atoms(operator: FisherOperator) -> Iterator[FisherOperator]:
-    """Operators over parts of the space whose quadratic forms add up to the operator's, each of one structure.
-
-    The terms of sums, the blocks of block-diagonal matrices, the parameters of a diagonal one; another operator is an
-    atom itself.
-    """
+    """Operators over parts of the space, each of one structure, whose quadratic forms add up to the operator's."""
     terms = operator._terms()
     parts = terms if len(terms) > 1 else terms[0]._blocks()
     if len(parts) == 1:
@@ -103,9 +95,7 @@ def atoms(operator: FisherOperator) -> Iterator[FisherOperator]:
 def join(a: Quadratic, b: Quadratic) -> Quadratic | None:
     """a + b as one quadratic if the operators fold into one, else None; exact up to rounding.
 
-    Args:
-        a: one.
-        b: another; where a parameter has no curvature at all, its centre stays.
+    Where a parameter has no curvature at all, b's centre stays.
 
     Cost: O(D) for diagonals, two products with b's rows for rows, a Cholesky factorization for dense matrices.
     """

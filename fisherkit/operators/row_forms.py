@@ -1,8 +1,7 @@
 """rᵀ(F + λI)⁻¹r' between many rows: what an inverse needs to know of rows, and the way that works for all.
 
 A `RowForm` is the bilinear form of a damped inverse, ready for rows; it takes one side (queries) once and meets the
-other in blocks. Owns the contract, the form that solves for the queries' rows written out, and the form of a block
-diagonal. Inverses with something better supply it (`Factorization._row_form`). Knows neither models nor data.
+other in blocks. Inverses with something better than solving for the queries supply it (`Factorization._row_form`).
 """
 
 from __future__ import annotations
@@ -38,13 +37,9 @@ class RowSolution(ABC):
         """rᵀ(F + λI)⁻¹q."""
         return functools.reduce(torch.add, (part for _, part in self.parts(rows)))
 
-
-class ColumnSolution(RowSolution):
-    """One that can be had by units."""
-
-    @abstractmethod
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
-        """A unit's part X of (F + λI)⁻¹Q; with bases, W of X = (U_G ⊗ U_A) W."""
+        """A unit's part X of (F + λI)⁻¹Q; with bases, W of X = (U_G ⊗ U_A) W. Not of all forms."""
+        raise NotImplementedError(f"{type(self).__name__} has no solutions by unit")
 
 
 class RowForm(ABC):
@@ -68,21 +63,8 @@ class RowForm(ABC):
         """The queries' side."""
 
 
-class ColumnForm(RowForm):
-    """One whose solutions can be had by units."""
-
-    @abstractmethod
-    def solve(self, queries: Rows) -> ColumnSolution:
-        """The queries' side."""
-
-
-class SolvedForm(ColumnForm):
-    """Solve for the queries written out, ``[D, Q]``, then products with the other rows as they are kept.
-
-    Args:
-        solve: (F + λI)⁻¹ on columns.
-        size: D.
-    """
+class SolvedForm(RowForm):
+    """Solve for the queries written out, ``[D, Q]``, then products with the other rows as they are kept."""
 
     def __init__(self, solve: Callable[[Tensor], Tensor], size: int) -> None:
         super().__init__(size, 3 * size)  # beside the solution the row, and a solver's two temporaries
@@ -93,12 +75,8 @@ class SolvedForm(ColumnForm):
         return Solved(self._solve(queries.dense().mT))
 
 
-class Solved(ColumnSolution):
-    """Columns X = (F + λI)⁻¹Q.
-
-    Args:
-        columns: X.
-    """
+class Solved(RowSolution):
+    """Columns X = (F + λI)⁻¹Q."""
 
     def __init__(self, columns: Float[Tensor, "D Q"]) -> None:
         self.columns = columns
@@ -113,11 +91,7 @@ class Solved(ColumnSolution):
 
 
 class BlockForm(RowForm):
-    """The sum of the blocks' forms.
-
-    Args:
-        forms: a form for each part of the parameters.
-    """
+    """The sum of forms, one for each part of the parameters."""
 
     def __init__(self, forms: Sequence[tuple[ParameterSpace, RowForm]]) -> None:
         super().__init__(sum(form.kept for _, form in forms), max(form.passing for _, form in forms))
@@ -126,22 +100,6 @@ class BlockForm(RowForm):
     def solve(self, queries: Rows) -> RowSolution:
         """Each block by itself."""
         return _BlockSolution([(space, form.solve(queries.restrict(space))) for space, form in self._forms])
-
-
-class BlockColumnForm(ColumnForm, BlockForm):
-    """The same of forms whose solutions can be had by units.
-
-    Args:
-        forms: a form for each part of the parameters.
-    """
-
-    def __init__(self, forms: Sequence[tuple[ParameterSpace, ColumnForm]]) -> None:
-        BlockForm.__init__(self, forms)
-        self._by_unit = forms
-
-    def solve(self, queries: Rows) -> ColumnSolution:
-        """Each block by itself."""
-        return _BlockColumnSolution([(space, form.solve(queries.restrict(space))) for space, form in self._by_unit])
 
 
 class _BlockSolution(RowSolution):
@@ -156,14 +114,8 @@ class _BlockSolution(RowSolution):
         found = (solution.products(rows.restrict(space)) for space, solution in self._solutions)
         return functools.reduce(torch.add, found)
 
-
-class _BlockColumnSolution(_BlockSolution, ColumnSolution):
-    def __init__(self, solutions: Sequence[tuple[ParameterSpace, ColumnSolution]]) -> None:
-        super().__init__(solutions)
-        self._by_unit = solutions
-
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
-        own, solution = next((own, solution) for own, solution in self._by_unit if names[0] in own.names)
+        own, solution = next((own, solution) for own, solution in self._solutions if names[0] in own.names)
         return solution.unit(own, names)
 
 

@@ -30,13 +30,7 @@ FIRST, LATER, MORE = 4, 1, 16
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A factor as Q diag(v) Qᵀ + rest · (I − QQᵀ).
-
-    Args:
-        values: v.
-        basis: Q, orthonormal columns.
-        rest: eigenvalue of everything else; None for 0.
-    """
+    """A factor as Q diag(values) Qᵀ + rest · (I − QQᵀ), Q the orthonormal columns ``basis``; ``rest`` None for 0."""
 
     values: Float[Tensor, "r"]
     basis: Float[Tensor, "w r"]
@@ -76,11 +70,11 @@ class Spectrum:
 def leading_spectrum(
     matrix: Float[Tensor, "w w"], rank: int | None, start: Float[Tensor, "w r"] | None, call: str
 ) -> Spectrum:
-    """The leading eigenpairs of a factor.
+    """The leading eigenpairs of a factor, all if ``rank`` is None.
 
     Args:
         matrix: the factor.
-        rank: how many; None for all.
+        rank: how many.
         start: where to start from; None for random vectors from a fixed seed.
         call: for errors.
 
@@ -138,12 +132,7 @@ class _Eigenvalues:
 class TruncatedKroneckerOperator(FisherOperator):
     """F = G ⊗ A over one layer, each factor a `Spectrum`.
 
-    Args:
-        space: as in `KroneckerOperator`.
-        activation: A.
-        gradient: G.
-        values: eigenvalues ``[s, r]`` where both bases span, if they are not the factors' products (EKFAC).
-        transposed: the weight is stored as [I, O].
+    ``values`` are the eigenvalues ``[s, r]`` where both bases span, if they are not the factors' products (EKFAC).
     """
 
     tag: ClassVar[str] = "truncated_kronecker"
@@ -185,8 +174,8 @@ class TruncatedKroneckerOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _TruncatedFactorization(self, damping)
 
-    def _draw(self, generator: torch.Generator | None) -> Float[Tensor, "D 1"]:
-        noise = torch.randn(self.size, 1, dtype=self.dtype, device=self.device, generator=generator)
+    def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
+        noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return self._apply(noise, self._values.map(torch.sqrt).steps(self.dtype))
 
     def _scaled(self, scale: float) -> TruncatedKroneckerOperator:

@@ -1,7 +1,4 @@
-"""What users pass to an optimizer, checked before anything is done: models, dampings, trust regions.
-
-Owns messages. Knows no rows and no steps.
-"""
+"""What users pass to an optimizer, checked before anything is done: models, dampings, trust regions."""
 
 from __future__ import annotations
 
@@ -14,11 +11,7 @@ from fisherkit.operators import RelativeDamping
 
 
 def check_model(model: object, call: str) -> None:
-    """A module, and not its parameters, which other optimizers take.
-
-    Raises:
-        InvalidTypeError: it is none.
-    """
+    """Refuse what is no module, such as its parameters, which other optimizers take."""
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(
             call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module",
@@ -27,11 +20,7 @@ def check_model(model: object, call: str) -> None:
 
 
 def check_trust_region(trust_region: object, call: str) -> None:
-    """A positive number, or none.
-
-    Raises:
-        InvalidArgumentError: neither.
-    """
+    """Refuse what is neither a positive number nor None."""
     if trust_region is None:
         return
     if isinstance(trust_region, bool) or not isinstance(trust_region, (int, float)) or not trust_region > 0:
@@ -39,20 +28,13 @@ def check_trust_region(trust_region: object, call: str) -> None:
 
 
 def check_damping_choice(damping: object, gram_damping: object, call: str) -> None:
-    """Exactly one of the two dampings, and a fitting one.
-
-    Raises:
-        InvalidArgumentError: both or neither, or a negative one.
-        InvalidTypeError: not a number.
-    """
+    """Exactly one of the two dampings, and a fitting one."""
     if (damping is None) == (gram_damping is None):
         raise InvalidArgumentError(
-            call=call,
-            got=f"damping={damping!r} and gram_damping={gram_damping!r}",
-            expected="one of them",
+            call=call, got=f"damping={damping!r} and gram_damping={gram_damping!r}", expected="one of them",
             why="F + λI and the Gram matrix + λI are different updates",
             try_="gram_damping=1e-3 for the paper's update, damping=1e-2 for (F + λI)⁻¹ times the mean gradient",
-        )
+        )  # fmt: skip
     value, name = (damping, "damping") if gram_damping is None else (gram_damping, "gram_damping")
     if isinstance(value, RelativeDamping) and gram_damping is None:
         return

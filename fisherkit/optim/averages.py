@@ -1,7 +1,6 @@
 """The Fisher of recent steps in a structure: sums of a step's rows, averaged with what was before.
 
-Owns the records that outlive a step, all that a file must hold. What is added up, and the operator that it becomes, is
-the structure's; knows nothing of models, kinds or steps.
+The records that outlive a step are all that a file must hold.
 """
 
 from __future__ import annotations
@@ -26,16 +25,7 @@ class Averages:
     """F in a structure of layers, averaged over updates: F ← ema · F + (1 − ema) · F_batch, the first as it is.
 
     Kronecker factors are averaged one by one, as is usual. An eigenbasis is renewed every ``refresh_every`` updates.
-
-    Args:
-        structure: which.
-        ema: the weight of what was before, from 0 to below 1.
-        refresh_every: updates between eigen-decompositions.
-        settings: of the structure.
-
-    Attributes:
-        records: of the last update, by unit and label, in the order of the passes over its rows.
-        updates: how many there were.
+    ``settings`` are the structure's; ``records`` are of the last update, by unit and label.
     """
 
     def __init__(self, structure: type[Structure], *, ema: float, refresh_every: int, **settings: Any) -> None:

@@ -1,8 +1,7 @@
 """Rows from ordinary training steps: what a forward pass saw, joined with what the user's own backward pass brings.
 
-Owns the life of a forward pass between its end and the step. Knows no structure, damping or update. Kinds whose vectors
-are multiples of the loss gradient need nothing but the user's backward pass; for others, one of their own runs at the
-moment the user's reaches the model's outputs.
+Kinds whose vectors are multiples of the loss gradient need nothing but the user's backward pass; for others, one of
+their own runs at the moment the user's reaches the model's outputs.
 """
 
 from __future__ import annotations
@@ -92,17 +91,11 @@ class Capture:
         self._watch = Watch(model, self)
 
     def __getstate__(self) -> NoReturn:
-        """Refuse to be copied or pickled.
-
-        Raises:
-            ModelError: always.
-        """
+        """Refuse to be copied or pickled."""
         raise ModelError(
-            call=f"a copy or pickle of {self.call}",
-            got="hooks on one model",
-            expected="its state_dict()",
+            call=f"a copy or pickle of {self.call}", got="hooks on one model", expected="its state_dict()",
             try_=f"a new {self.call} for the copied model, and load_state_dict",
-        )
+        )  # fmt: skip
 
     def take(self) -> list[Captured]:
         """What has been captured since the last time; unfinished passes are forgotten."""
@@ -176,7 +169,7 @@ class Capture:
         averaging = [*coupled, *self._tracking()]
         if plan.generic and (recorder.random or averaging):
             raise self._unfit(plan, averaging)
-        again = bool(plan.generic or coupled or not watched.regular or plan.lost(watched))
+        again = bool(plan.generic or coupled or not watched.regular or plan.unruled(watched))
         keep = batch if again else Batch((), _masks(batch), None, batch.size)
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         watched = replace(watched, uses=with_own_inputs(own, batch.leaves()[0]))
@@ -204,13 +197,7 @@ class Capture:
         return bool(new)
 
     def _plan(self, names: tuple[str, ...], batch: Batch, *, anew: bool = False) -> Plan:
-        """The plan for the parameters that require a gradient now, verified once, in eval mode.
-
-        Args:
-            names: the parameters.
-            batch: of the pass that begins.
-            anew: verify again, for what the pass has shown.
-        """
+        """The plan for parameters that require a gradient now, verified in eval mode once, or ``anew``."""
         key = names, fingerprint(self.model)
         # What was verified on an example alone says nothing of two.
         if anew or key not in self._plans or (self._plans[key].alone and batch.size > 1):
@@ -225,7 +212,7 @@ class Capture:
             finally:
                 for module in training:
                     module.training = True
-            plan.probed = torch.empty(0)
+            del plan.probe  # a graph that nothing asks any more
             if anew and key in self._plans:
                 _keep_rules(plan, self._plans[key])
             self._plans[key] = plan
@@ -241,7 +228,7 @@ class Capture:
             ):
                 linearized = Linearized.at(plan, batch)
                 self._used |= _used(linearized.watched)
-                plan = linearized.revised() if linearized.noticed else plan
+                plan = linearized.replanned() if linearized.newly_ruled else plan
         # As in torch, a parameter that the loss does not depend on is left alone.
         used = [name for name in names if name not in plan.unused or name in self._used]
         if len(used) == len(names):

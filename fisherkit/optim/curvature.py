@@ -1,7 +1,6 @@
 """From a step's captured rows to a damped direction: what `NaturalGradient` and `Preconditioner` share.
 
-Owns the choice of structure and damping, the schedule of updates and the state that a file must hold. Knows neither
-learning rates nor parameter groups.
+Owns the choice of structure and damping, the schedule of updates and the state that a file must hold.
 """
 
 from __future__ import annotations
@@ -95,12 +94,10 @@ class Curvature:
             raise InvalidArgumentError(call=call, got=f"ema={ema!r}", expected="a number from 0 to below 1")
         if chosen.keeps_rows and (ema > 0 or update_every > 1):
             raise InvalidArgumentError(
-                call=call,
-                got=f"structure={structure!r} with ema={ema} and update_every={update_every}",
-                expected="ema=0 and update_every=1",
-                why="its rows are those of one batch",
+                call=call, got=f"structure={structure!r} with ema={ema} and update_every={update_every}",
+                expected="ema=0 and update_every=1", why="its rows are those of one batch",
                 try_='structure="kfac" or "ekfac"',
-            )
+            )  # fmt: skip
         self.call, self.structure, self.gram, self.reduction = call, structure, gram, reduction
         self.update_every = update_every
         self.rule = rule
@@ -174,11 +171,10 @@ class Curvature:
         if missing != 1 and not self.capture.rule.scale_free:
             raise ModelError(
                 call=f"{self.call}.step",
-                got=f"{passes} passes of a {self.capture.likelihood.name} likelihood in one step",
-                expected="one",
+                got=f"{passes} passes of a {self.capture.likelihood.name} likelihood in one step", expected="one",
                 why="the loss gradients' scale is known afterwards, and this kind's vectors depend on it",
                 try_="one forward pass a step, or another kind",
-            )
+            )  # fmt: skip
         if missing == 1 or power in (None, 1):
             return one.chunks
         return [replace(chunk, rows=chunk.rows.scaled(missing ** (1 - power))) for chunk in one.chunks]
@@ -258,11 +254,9 @@ class Curvature:
         spaces = {one.plan.space for one in captured}
         if len(spaces) > 1:
             raise ModelError(
-                call=f"{self.call}.step",
-                got="forward passes with different trainable parameters in one step",
-                expected="the same for all",
-                try_="freezing and unfreezing right after step()",
-            )
+                call=f"{self.call}.step", got="forward passes with different trainable parameters in one step",
+                expected="the same for all", try_="freezing and unfreezing right after step()",
+            )  # fmt: skip
         return spaces.pop()
 
     def _mean(self, gradients: Mapping[str, Tensor], space: ParameterSpace, examples: int) -> Float[Tensor, "D"]:
@@ -282,11 +276,7 @@ class Curvature:
         return with_checksum(state)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that steps cannot go on from.
-
-        Raises:
-            InvalidArgumentError: it is of another kind, structure or damping, or damaged.
-        """
+        """Refuse a state that steps cannot go on from: of another kind, structure or damping, or damaged."""
         check_has(
             state, ("kind", "options", "structure", "gram", "averages", "steps", "examples", "seen", "updates"),
             self.call,
@@ -303,11 +293,7 @@ class Curvature:
                 )  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`.
-
-        Raises:
-            InvalidArgumentError: it is of another kind, structure or damping, or damaged.
-        """
+        """The inverse of `state_dict`."""
         self.check_state(state)
         own_parameters = dict(self.capture.model.named_parameters())
         try:
@@ -323,16 +309,7 @@ class Curvature:
 
 
 def check_has(state: Any, keys: Iterable[str], call: str) -> None:
-    """Refuse what is no state, or lacks a part of one.
-
-    Args:
-        state: what was passed.
-        keys: its parts.
-        call: the class, for errors.
-
-    Raises:
-        InvalidArgumentError: it is no mapping with these keys.
-    """
+    """Refuse what is no state of the class ``call``, or lacks one of its parts ``keys``."""
     if isinstance(state, Mapping) and not (missing := set(keys) - set(state)):
         return
     got = f"a state without {sorted(missing)}" if isinstance(state, Mapping) else f"a {type(state).__name__}"

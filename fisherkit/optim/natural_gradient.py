@@ -1,7 +1,4 @@
-"""`NaturalGradient`: a torch optimizer whose steps go along (F + λI)⁻¹ ∇L, or along the iEF paper's update.
-
-Owns learning rates, momentum, weight decay and the length of a step; the direction is `curvature`'s.
-"""
+"""`NaturalGradient`: a torch optimizer whose steps go along (F + λI)⁻¹ ∇L, or along the iEF paper's update."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 The loss belongs to the user: its gradient at the model's outputs arrives times whatever the loss was divided or
 multiplied by (the batch size, accumulation steps, a gradient scaler). Where the target can be read off the gradient,
-the likelihood's own gradient is computed from it and the multiple is found by comparison, example by example. Knows
-neither parameters nor kinds.
+the likelihood's own gradient is computed from it and the multiple is found by comparison, example by example.
 """
 
 from __future__ import annotations
@@ -51,15 +50,10 @@ class Seen:
 
 
 def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reduction: str, start: int, call: str) -> Seen:
-    """Join the model's outputs with the gradient of the user's loss.
+    """Join the model's outputs with the gradient of the user's loss in them.
 
-    Args:
-        raw: the model's outputs.
-        gradient: of the user's loss in them.
-        likelihood: p(y | z).
-        reduction: "mean" or "sum", used where targets do not show in the gradient.
-        start: a number that no other pass's examples reach, for random draws.
-        call: the user's class, for errors.
+    ``reduction`` serves where targets do not show in the gradient; ``start`` is a number that no other pass's examples
+    reach, for random draws.
 
     Raises:
         ModelError: the loss is not the likelihood's, or the likelihood cannot tell targets from gradients.
@@ -84,14 +78,13 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
         raise error.at(place) from error
     if target is None:
         raise ModelError(
-            call=place,
-            got=f"the likelihood {likelihood.recorded!r}",
+            call=place, got=f"the likelihood {likelihood.recorded!r}",
             expected="one whose targets show in the loss gradient",
             why="the targets are read off the gradient of your loss, and weights of 0, smoothing of two classes and "
             "variances of the data leave it open",
             try_="weights above 0, no smoothing, a variance that is the same for all; or target_from_gradient in a "
             "likelihood of your own",
-        )
+        )  # fmt: skip
     outputs = Outputs(z, target, mask, keys, likelihood)
     u = outputs.gradient()
     if likelihood.gradient_scale_free:
@@ -118,12 +111,11 @@ def _refuse_other_loss(
             call=f"{call}, backward pass",
             got="a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
             expected=f"the loss of the {outputs.likelihood.recorded} likelihood with hard targets, times a factor for "
-            "each example",
-            why="the Fisher is that of the likelihood",
+            "each example", why="the Fisher is that of the likelihood",
             try_="a loss without label smoothing or terms in the outputs, of the outputs that the model returns; or "
             "likelihood= to match it: the loss module that you train with, nn.CrossEntropyLoss(...), nn.NLLLoss() or "
             "others, or fk.likelihoods.Categorical(class_axis=...) for classes on another axis",
-        )
+        )  # fmt: skip
 
 
 def _dot(a: Float[Tensor, "B P C"], b: Float[Tensor, "B P C"]) -> Float[Tensor, "B"]:
@@ -135,11 +127,7 @@ def _ratio(a: Float[Tensor, "B"], b: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
 
 
 def check_reduction(likelihood: Likelihood, reduction: str, call: str) -> None:
-    """Refuse a loss module of another reduction than the optimizer is told, where the scale of gradients tells targets.
-
-    Raises:
-        InvalidArgumentError: they differ.
-    """
+    """Refuse a loss module of another reduction than the optimizer's, where gradients' scale tells targets."""
     own = likelihood.reduction
     if not likelihood.gradient_scale_free and own is not None and own != reduction:
         raise InvalidArgumentError(

@@ -1,8 +1,4 @@
-"""A forward pass between its end and the end of its backward pass: what is kept of it, and its hooks on the graph.
-
-Owns the record and the gradients that arrive at layers' outputs. Knows neither when passes begin nor what becomes of
-their rows.
-"""
+"""A forward pass between its end and the end of its backward pass: what is kept of it, and its hooks on the graph."""
 
 from __future__ import annotations
 
@@ -35,12 +31,8 @@ SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 class Captured:
     """Rows of one forward and backward pass.
 
-    Args:
-        plan: how they were made.
-        chunks: the rows.
-        seen: outputs, targets and loss gradients.
-        coupled: whether the examples of the batch were coupled, so that rows are not parts of the gradient.
-        names: parameters that took part, whether or not the outputs depended on them.
+    ``coupled`` says that the examples of the batch were coupled, so that rows are not parts of the gradient; ``names``
+    are the parameters that took part, whether or not the outputs depended on them.
     """
 
     plan: Plan
@@ -139,11 +131,10 @@ class Pass:
         return self.watched.uses
 
     def listen(self, reached: Callable[[Pass | None, Tensor | None], None], silent: Callable[[], bool]) -> None:
-        """Put hooks on the graph. They know the pass weakly, because it holds the graph.
+        """Put hooks on the graph, which know the pass weakly because it holds the graph.
 
-        Args:
-            reached: what to call with the pass and the gradient when a backward pass is at the outputs.
-            silent: whether gradients at the uses' outputs are to be ignored.
+        ``reached`` is called with the pass and the gradient when a backward pass is at the outputs; while ``silent``
+        is true, gradients at the uses' outputs are ignored.
         """
         known = weakref.ref(self)
         edge = torch.autograd.graph.get_gradient_edge(self.z)
@@ -153,19 +144,13 @@ class Pass:
             use.edge.node.register_prehook(_Receiver(known, id(use.edge), use.edge.output_nr, silent))
 
     def refuse_rewritten(self, call: str) -> None:
-        """Refuse outputs that were changed in place.
-
-        Raises:
-            ModelError: they were.
-        """
+        """Refuse outputs that were changed in place."""
         if self.z._version != self._version:
             raise ModelError(
-                call=f"{call}, backward pass",
-                got="outputs that were changed in place after the forward pass",
-                expected="outputs as the model returned them",
-                why="the likelihood is read at their values",
+                call=f"{call}, backward pass", got="outputs that were changed in place after the forward pass",
+                expected="outputs as the model returned them", why="the likelihood is read at their values",
                 try_="logits / temperature instead of logits.div_(temperature), or the change inside forward",
-            )
+            )  # fmt: skip
 
     def through_outputs(self) -> bool | None:
         """Whether all of the loss went through the outputs; None if infinite gradients, as of a scaler, do not tell."""

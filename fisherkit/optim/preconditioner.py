@@ -1,7 +1,4 @@
-"""`Preconditioner`: gradients seen through a Fisher, for any torch optimizer to follow.
-
-Owns what happens to ``.grad`` between backward and another optimizer's step; the direction is `curvature`'s.
-"""
+"""`Preconditioner`: gradients seen through a Fisher, for any torch optimizer to follow."""
 
 from __future__ import annotations
 

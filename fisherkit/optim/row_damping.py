@@ -1,7 +1,4 @@
-"""`RowDamped`: any kind with a floor under the curvature along each example's own loss gradient, for steps in training.
-
-Owns one rule in output space. Knows neither steps nor models.
-"""
+"""`RowDamped`: any kind with a floor under the curvature along each example's own loss gradient."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Damped directions of the full and block structures, from the rows of one step.
-
-Owns two formulas: the paper's update through the Gram matrix of per-example gradients, and (F + λI)⁻¹ applied to the
-gradient. Knows rows and nothing of models, kinds or steps.
-"""
+"""Damped directions from the rows of one step: the paper's update by their Gram matrix, and (F + λI)⁻¹g."""
 
 from __future__ import annotations
 
@@ -20,11 +16,9 @@ from fisherkit.rows.collection import Rows
 
 @dataclass(frozen=True)
 class Direction:
-    """What a step follows, downhill along its negative.
+    """What a step follows, Δ ``[D]``, downhill along its negative; ``curvature`` makes ΔᵀFΔ in float64.
 
-    Args:
-        update: Δ ``[D]``.
-        curvature: ΔᵀFΔ with the kind's own F in the mean normalization, float64, when called.
+    F is the kind's own, in the mean normalization.
     """
 
     update: Float[Tensor, "D"]
@@ -36,12 +30,7 @@ class Direction:
         return Direction(self.update / norm, lambda: self.curvature() / norm.double() / norm.double())
 
     def within(self, trust_region: float | None, lr: float) -> Float[Tensor, "D"]:
-        """Δ, shortened so that (lr · Δ)ᵀF(lr · Δ) is at most δ.
-
-        Args:
-            trust_region: δ; None for any length.
-            lr: the learning rate.
-        """
+        """Δ, shortened so that (lr · Δ)ᵀF(lr · Δ) is at most the trust region."""
         if trust_region is None:
             return self.update
         shrink = (trust_region / (lr**2 * self.curvature())).sqrt().clamp_max(1)
@@ -53,15 +42,7 @@ def gram_direction(
 ) -> Direction:
     """Δ = Jᵀ(JJᵀ + λI)⁻¹ t with J the per-example gradients, block by block (arXiv 2406.06420, eq. 5 and 8).
 
-    Args:
-        rows: J, unreduced gradients.
-        blocks: names of each block's parameters; one block for the full structure.
-        targets: t, what each example is asked for: 1 for EF, ‖∂ℓ/∂z‖² for iEF.
-        damping: λ.
-        examples: N.
-
-    Raises:
-        SingularMatrixError: the damped Gram matrix has no Cholesky factor.
+    ``targets`` t are what each example is asked for: 1 for EF, ‖∂ℓ/∂z‖² for iEF.
     """
     update = torch.empty(rows.space.size, dtype=_dtype(rows), device=targets.device)
     curvature = targets.new_zeros(())
@@ -77,12 +58,7 @@ def gram_direction(
 
 
 def damped(inverse: Factorization, gradient: Float[Tensor, "D"]) -> Direction:
-    """Δ = (F + λI)⁻¹ g, and ΔᵀFΔ = Δᵀg − λ‖Δ‖² of it.
-
-    Args:
-        inverse: of F + λI.
-        gradient: g.
-    """
+    """Δ = (F + λI)⁻¹ g, and ΔᵀFΔ = Δᵀg − λ‖Δ‖² of it."""
     update = inverse._solve(gradient.unsqueeze(1)).squeeze(1)  # the step has looked at every gradient
 
     def curvature() -> Float[Tensor, ""]:
@@ -104,12 +80,11 @@ def _damped(rows: Rows, damping: float, right: Float[Tensor, "R 1"]) -> Float[Te
     factor, failed = torch.linalg.cholesky_ex(gram)
     if int(failed) != 0:
         raise SingularMatrixError(
-            call=f"a step with gram_damping={damping}",
-            got="a Gram matrix that is singular to working precision",
+            call=f"a step with gram_damping={damping}", got="a Gram matrix that is singular to working precision",
             expected="a positive definite one",
             why="examples' gradients are linearly dependent, as those of repeated examples are",
             try_="a larger gram_damping",
-        )
+        )  # fmt: skip
     return torch.cholesky_solve(right, factor)
 
 

@@ -1,8 +1,4 @@
-"""Watching a model's own calls: when one begins, when it ends, and who must not listen.
-
-Owns the hooks on the model, nesting, interrupted calls and the function mode that records one. Knows neither rows nor
-backward passes.
-"""
+"""Watching a model's own calls: when one begins, when it ends, and who must not listen."""
 
 from __future__ import annotations
 
@@ -32,15 +28,7 @@ class Listener(Protocol):
 
 
 class Watch:
-    """Announces a model's outermost calls to a listener, which it keeps weakly.
-
-    Args:
-        model: the model.
-        listener: who is told.
-
-    Attributes:
-        close: takes the hooks off the model.
-    """
+    """Announces a model's outermost calls to a listener, which it keeps weakly; ``close`` takes the hooks off."""
 
     def __init__(self, model: nn.Module, listener: Listener) -> None:
         self.model = model

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -23,8 +22,6 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
-
-GRAPHS = 'a graph as one element of the batch, inputs (1, nodes, ...) and labels (1, nodes), with example="token"'
 
 
 def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
@@ -46,8 +43,7 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
     first = source.first()
     try:
         own = first.to(device)
-        with _needing_each_other(model, own):
-            return plan_for(model, space, own)
+        return plan_for(model, space, own)
     except Exception as error:
         other = _another(source, first)
         found = None if other is None else _shared(model, space, first, other)
@@ -66,36 +62,10 @@ def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         DataError: as in `plan_of`.
     """
     try:
-        with _needing_each_other(model, batch):
-            return plan_for(model, space, batch)
+        return plan_for(model, space, batch)
     except Exception as error:
         _tell(error, model, space, batch, single=True)
         raise
-
-
-@contextmanager
-def _needing_each_other(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Around a model's first pass over two examples of a batch, as of the nodes of a graph.
-
-    Args:
-        model: the model.
-        batch: the whole batch, on the model's device.
-
-    Raises:
-        DataError: the model fails for two of the batch's examples and works for all of them.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, FisherkitError) or batch.size < 3 or not _works(model, batch):
-            raise
-        raise DataError(
-            call="data, batch 0",
-            got=f"a batch of {batch.size} examples that the model takes together and not two at a time",
-            expected="examples along axis 0 that need no others",
-            why=f"for the first two it fails with: {(str(error) or type(error).__name__).splitlines()[0]}",
-            try_=f"{GRAPHS}, if they are the nodes of a graph",
-        ) from error
 
 
 def _shared(
@@ -131,8 +101,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _works(model: nn.Module, batch: Batch) -> bool:
-    devices = [next(model.parameters()).device]
-    with untouched_rng(devices), torch.no_grad(), contextlib.suppress(Exception):  # models raise what they like
+    with torch.no_grad(), untouched_rng([next(model.parameters()).device]), contextlib.suppress(Exception):
         return batch.call(model).shape[:1] == (batch.size,)
     return False
 
@@ -157,13 +126,22 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
         ) from error
     if isinstance(error, FisherkitError):
         return
+    device, dtype = model_device(model, space.names)
+    if first.size > 2 and _works(model, first.to(device)):
+        raise DataError(
+            call="data, batch 0",
+            got=f"a batch of {first.size} examples that the model takes together and not two at a time",
+            expected="examples along axis 0 that need no others",
+            why=f"for the first two it fails with: {(str(error) or type(error).__name__).splitlines()[0]}",
+            try_="a graph as one element of the batch, inputs (1, nodes, ...) and labels (1, nodes), with "
+            'example="token", if they are the nodes of a graph',
+        ) from error
     reason = f"the model's forward pass fails: {(str(error) or type(error).__name__).splitlines()[0]}"
     if first.targets is None and is_encoder_decoder(model) and not first.kwargs.keys() & {"labels", *DECODER_INPUTS}:
         raise DataError(
             call="data, batch 0", got="neither labels nor decoder inputs for an encoder-decoder",
             expected=f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
         ) from error  # fmt: skip
-    device, dtype = model_device(model, space.names)
     usual = type(error).__module__ == "builtins"  # a user's own errors are meant for the user
     if usual and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
         raise DataError(

@@ -132,8 +132,8 @@ def dense_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
-def kept_numbers(model: nn.Module, batch: Batch) -> int:
-    """Entries that the graph of one forward pass keeps beside the parameters, for one example."""
+def kept_numbers(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Outputs of a forward pass, and how many entries beside the parameters its graph keeps for one example."""
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -145,8 +145,7 @@ def kept_numbers(model: nn.Module, batch: Batch) -> int:
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         z = batch.call(model)
-    del z
-    return sum(kept.values()) // batch.size
+    return z, sum(kept.values()) // batch.size
 
 
 def recurrent(model: nn.Module) -> bool:

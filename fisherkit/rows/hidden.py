@@ -54,7 +54,7 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
 
 def has_custom_function(z: Tensor) -> bool:
     """Whether an autograd function written in Python is among what outputs were computed with."""
-    return any(isinstance(node, BackwardCFunction) for node in _nodes(z.grad_fn))
+    return any(isinstance(node, BackwardCFunction) for node in graph_nodes(z.grad_fn))
 
 
 def refuse_reentrant(
@@ -75,9 +75,9 @@ def refuse_reentrant(
     Cost: a look at the graph.
     """
     wanted = set(nodes)
-    checkpoints = [node for node in _nodes(z.grad_fn) if "CheckpointFunction" in node.name()]
+    checkpoints = [node for node in graph_nodes(z.grad_fn) if "CheckpointFunction" in node.name()]
     if not cut and (
-        not checkpoints or not (hidden or any(node in wanted for one in checkpoints for node in _nodes(one)))
+        not checkpoints or not (hidden or any(node in wanted for one in checkpoints for node in graph_nodes(one)))
     ):
         return
     what = f"around {listed(map(repr, hidden), 3)}" if hidden else "between the outputs and chosen parameters"
@@ -91,7 +91,7 @@ def refuse_reentrant(
     )
 
 
-def _nodes(start: Node | None) -> Iterator[Node]:
+def graph_nodes(start: Node | None) -> Iterator[Node]:
     """All nodes of a graph, each once."""
     pending: list[Node] = [] if start is None else [start]
     seen = set(pending)

@@ -125,7 +125,13 @@ def is_last_layer(linearized: Linearized) -> bool:
 def _only_use(linearized: Linearized) -> Use | None:
     """The layer's use: the only one of chosen parameters in this batch, with a rule that holds, and z its output."""
     plan, uses = linearized.plan, linearized.watched.uses
-    if len(plan.units) != 1 or len(plan.ruled) != 1 or len(uses) != 1 or linearized.lost or linearized.watched.hooked:
+    if (
+        len(plan.units) != 1
+        or len(plan.ruled) != 1
+        or len(uses) != 1
+        or linearized.unruled
+        or linearized.watched.hooked
+    ):
         return None
     use = uses[0]
     # Weights that are made of parameters, or seen transposed, have rows of another form.

@@ -2,7 +2,7 @@
 
 Only gradients with respect to the layers' outputs are asked for; weight gradients of rule-covered units are never
 formed. Whose each position is, is looked at in every batch; what the rules cannot say of this one goes the slow exact
-way, and `noticed` says so to whoever can start again with a better plan.
+way, and `newly_ruled` says so to whoever can start again with a better plan.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.differentiable import pulled_back
-from fisherkit.rows.generic import dense_gradient, looped_rows, unreached
+from fisherkit.rows.generic import looped_rows, unreached
 from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.plan import Plan, forward, propose, tolerance
@@ -58,21 +57,27 @@ class Linearized:
         watched: the forward pass.
 
     Attributes:
-        lost: parameters of units whose rule does not hold in this batch.
+        unruled: parameters of units whose rule does not hold in this batch.
     """
 
     def __init__(self, plan: Plan, batch: Batch, watched: Watched) -> None:
         dtype = plan.dtype
         self.plan, self.batch = plan, batch
         self.watched = replace(watched, uses=[in_dtype(use, dtype) for use in watched.uses])
-        self.lost = plan.lost(self.watched)
+        self.unruled = plan.unruled(self.watched)
         self._activations: dict[tuple[str, ...], Any] = {}
-        self._how: Sequence[Arrangement | None] | None = None
+        self._arranged: Sequence[Arrangement | None] | None = None
 
     @classmethod
     def at(cls, plan: Plan, batch: Batch) -> Linearized:
         """By a forward pass."""
         return cls(plan, batch, forward(plan, batch))
+
+    @classmethod
+    def probe(cls, plan: Plan) -> Linearized:
+        """The model at the examples that the plan was verified on, by the pass that did it if that is still there."""
+        watched = plan.probe.watched
+        return cls.at(plan, plan.probe.batch) if watched is None else cls(plan, plan.probe.batch, watched)
 
     def by_owner(self) -> None:
         """Look at which entries outputs depend on, whatever the forward pass shows."""
@@ -93,10 +98,10 @@ class Linearized:
     @property
     def edges(self) -> list[GradientEdge]:
         """Where gradients are asked for: the outputs of all uses."""
-        return [use.edge for use in self.watched.uses]
+        return self.watched.edges
 
     @property
-    def noticed(self) -> set[str]:
+    def newly_ruled(self) -> set[str]:
         """Parameters without a rule that this batch uses under one, which the plan's two examples had not used."""
         unseen = {name for unit in self.plan.generic if unit.unseen for name in unit.names}
         return {name for use in self.watched.uses for name in use.names if name in unseen}
@@ -124,17 +129,17 @@ class Linearized:
         own, gradients, generic, scale = self._pulled(v, known)
         how = self._arrangements(own, gradients, known, counting, alone=alone)
         if known is None:
-            self._lose_silent(gradients)
+            self._unrule_silent(gradients)
         factor = scale if known is None else known.scale.unsqueeze(0)
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
             made = None
-            if not self.lost.intersection(unit.names):
+            if not self.unruled.intersection(unit.names):
                 made = unit.made(
                     self.watched.uses, gradients, how, own.to(dtype), selection, self._activations, factor
                 )  # fmt: skip
             if made is None:
-                self.lost.update(unit.names)
+                self.unruled.update(unit.names)
             else:
                 found[unit.names] = made
         rest = [unit for unit in self.plan.units if unit.names not in found]
@@ -146,32 +151,35 @@ class Linearized:
                 found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
         return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
 
-    def _lose_silent(self, gradients: Sequence[Tensor | None]) -> None:
+    def _unrule_silent(self, gradients: Sequence[Tensor | None]) -> None:
         """Uses without a gradient whose parameters have one: what came out of the layer was written to in place."""
         pairs = list(zip(self.watched.uses, gradients, strict=True))
         heard = {name for use, g in pairs if g is not None for name in use.names}
         silent = {name for use, g in pairs if g is None for name in use.names}
-        known = {name: self.plan.parameters[name] for name in silent - heard - self.lost}
-        reached = set(known) - unreached(self.z, known)
-        self.lost.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
+        reached = self._reached({name: self.plan.parameters[name] for name in silent - heard - self.unruled})
+        self.unruled.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 
-    def revised(self) -> Plan:
+    def _reached(self, parameters: dict[str, Tensor]) -> set[str]:
+        """Which of some parameters the outputs depend on."""
+        return set(parameters) - unreached(self.z, parameters)
+
+    def replanned(self) -> Plan:
         """A plan that knows what this batch has shown.
 
         Units whose rule does not hold here lose it; parameters that are used for the first time get a rule, if the sum
         of their rows is what autograd finds.
         """
-        plan, noticed = copy.copy(self.plan), self.noticed
-        plan.units = [unit for unit in self.plan.units if not {*self.lost, *noticed}.intersection(unit.names)]
-        names = [name for name in plan.space.names if name in self.lost]
+        plan, newly_ruled = copy.copy(self.plan), self.newly_ruled
+        plan.units = [unit for unit in self.plan.units if not {*self.unruled, *newly_ruled}.intersection(unit.names)]
+        names = [name for name in plan.space.names if name in self.unruled]
         why = "in some batch its positions belong to several examples, or it is used in another way"
         plan.units += [Unit((name,), why, plan.parameters[name].numel()) for name in names]
-        plan.vectorised, plan.unused = plan.vectorised and not names, plan.unused - noticed
-        if noticed:
+        plan.vectorised, plan.unused = plan.vectorised and not names, plan.unused - newly_ruled
+        if newly_ruled:
             v = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
             gradients = self.watched.backward(v.unsqueeze(0))
             how = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
-            for unit in propose(plan, self.watched, [name for name in plan.space.names if name in noticed]):
+            for unit in propose(plan, self.watched, [name for name in plan.space.names if name in newly_ruled]):
                 plan.units.append(self._adopted(unit, gradients, how, v))
         plan.units.sort(key=lambda unit: plan.space.names.index(unit.names[0]))
         return plan
@@ -199,17 +207,20 @@ class Linearized:
         counting: Float[Tensor, "B ..."] | None, *, alone: bool,
     ) -> Sequence[Arrangement | None]:  # fmt: skip
         """How the entries of each use lie, found once a pass, from vectors that reach what any of its vectors reach."""
-        if self._how is None:
+        if self._arranged is None:
             first = [None if g is None else g[0] for g in gradients]
             if known is not None and known.multiplied is not None:
-                self._how = self.watched.arrangements(first, known.multiplied)
+                self._arranged = self.watched.arrangements(first, known.multiplied)
             elif alone and len(v) == 1 and counting is None:
-                self._how = self.watched.arrangements_by(v[0], first)
+                self._arranged = self.watched.arrangements_by(v[0], first)
             else:
-                generator = torch.Generator().manual_seed(0)
-                drawn = torch.randn(self.z.shape, generator=generator).to(self.z)
-                self._how = self.watched.arrangements_by(drawn if counting is None else drawn * counting.to(drawn))
-        return self._how
+                self._arranged = self.watched.arrangements_by(self._drawn(counting))
+        return self._arranged
+
+    def _drawn(self, counting: Float[Tensor, "B ..."] | None) -> Float[Tensor, "B ..."]:
+        """Output vectors on which all depends that any others depend on, but for outputs that do not count."""
+        drawn = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0)).to(self.z)
+        return drawn if counting is None else drawn * counting.to(drawn)
 
     def _slow(self, v: Float[Tensor, "k B ..."], units: Sequence[Unit]) -> Float[Tensor, "k B d"]:
         """Rows of units whose rule does not hold in this batch, example by example."""
@@ -254,12 +265,7 @@ class Linearized:
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
         for scale in scales(v) if self.plan.coarsest in HALF or self.z.dtype in HALF else (None,):
             own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
-            if self.plan.looped and self.batch.size == 1 and known is None:
-                arrived, generic = self._alone(own)
-            else:
-                several = len(v) > 1 and known is None and self.batched
-                arrived = self.watched.backward(own, batched=several) if known is None else known.gradients
-                generic = self.plan.generic_rows(self.batch, own, self.z)
+            arrived, generic = self._back(own) if known is None else (known.gradients, self._generic(own))
             made = [*(arrived if known is None else ()), generic]
             if scale is None or all_finite(*(g for g in made if g is not None)):
                 break  # else something overflowed in half precision that a smaller multiple may leave finite
@@ -270,7 +276,7 @@ class Linearized:
         """Whether several vectors can go through one vectorised backward pass; tried once a plan."""
         if "batched" not in self.plan.tried:
             self.plan.tried["batched"] = self._batched_agrees()
-        return self.plan.tried["batched"]
+        return bool(self.plan.tried["batched"])
 
     def _batched_agrees(self) -> bool:
         """Tried with two, checked with one."""
@@ -291,14 +297,9 @@ class Linearized:
             for a, b in zip(both, last, strict=True)
         )
 
-    def _alone(self, v: Float[Tensor, "k 1 ..."]) -> tuple[Sequence[Tensor | None], Float[Tensor, "k 1 d"]]:
-        """The same of one example, and the generic units' rows: one graph has both."""
-        edges, generic = self.edges, [self.plan.parameters[name] for unit in self.plan.generic for name in unit.names]
-        passes = [pulled_back(self.z, [*edges, *generic], one) for one in v]
-        rows = [
-            torch.cat([dense_gradient(p, g).flatten() for p, g in zip(generic, found[len(edges) :], strict=True)])
-            for found in passes
-        ]
-        at_edges = list(zip(*passes, strict=True))[: len(edges)]
-        stacked = [None if found[0] is None else torch.stack(found) for found in at_edges]
-        return stacked, torch.stack(rows).unsqueeze(1)
+    def _back(self, v: Float[Tensor, "k B ..."]) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"]]:
+        """Gradients at the uses, and the generic units' rows."""
+        return self.watched.backward(v, batched=len(v) > 1 and self.batched), self._generic(v)
+
+    def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
+        return self.plan.generic_rows(self.batch, v, self.z)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +20,11 @@ from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError, listed
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import UnitRows
-from fisherkit.rows.differentiable import differentiable
-from fisherkit.rows.generic import generic_rows, gradients, kept_numbers, loop_is_cheaper, recurrent, unreached
+from fisherkit.rows.differentiable import differentiable, pulled_back
+from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
 from fisherkit.rows.hidden import refuse_hidden
-from fisherkit.rows.ownership import Arrangement, coarser
-from fisherkit.rows.record import refuse_train_mode
+from fisherkit.rows.ownership import Arrangement, coarser, codes
+from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
@@ -32,6 +33,22 @@ from fisherkit.space import ParameterSpace
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative difference that rounding explains between two ways to the same gradient; 5e-2 for half precision."""
+
+
+class Probe:
+    """The examples that a plan is verified on, and their forward pass, which all that is found out on them shares.
+
+    Args:
+        batch: two examples, or the one that a model takes alone.
+        watched: their forward pass, with its graph; dropped when rows of the data are made.
+
+    Attributes:
+        z: their outputs.
+    """
+
+    def __init__(self, batch: Batch, watched: Watched) -> None:
+        self.batch, self.z = batch, watched.z.detach()
+        self.watched: Watched | None = watched
 
 
 class Plan:
@@ -45,16 +62,19 @@ class Plan:
         parameters: the chosen parameters by name.
         units: a partition of the names.
         vectorised: whether ``torch.func`` reproduces the generic units' gradients.
-        tried: by name, what is tried when it is first needed: "batched", whether several output vectors can go through
-            one vectorised backward pass; "matrix-free", whether products need no rows.
+        tried: what is found out when it is first needed: "batched", whether several output vectors can go through one
+            vectorised backward pass; "matrix-free", whether products need no rows; "last layer"; and by kind and
+            likelihood, how many vectors an example has.
         shared: parameters of layers whose inputs all examples share, as of positions.
         unused: names of parameters that the outputs of the two examples do not depend on at all.
         coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
-        probed: the outputs of the two examples that the plan was verified on.
+        probe: the two examples that the plan was verified on.
         numbers_per_example: entries of all layer outputs for one example.
         key: what the findings are kept under (`rows.verified`); None before.
         alone: whether the model takes one example at a time, so that it was verified on one.
     """
+
+    probe: Probe
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
         own = dict(model.named_parameters())
@@ -63,11 +83,10 @@ class Plan:
         self._versions = {name: p._version for name, p in self.parameters.items()}
         self.units: list[Unit] = []
         self.vectorised = True
-        self.tried: dict[str, bool] = {}
+        self.tried: dict[Hashable, int] = {}
         self.shared: set[str] = set()
         self.unused: set[str] = set()
         self.coarsest = torch.float64
-        self.probed = torch.empty(0)
         self.numbers_per_example = 1
         self.key: Hashable = None
         self.alone = False
@@ -132,15 +151,15 @@ class Plan:
         """The space's blocks, joined where a unit spans two modules."""
         return self.space.joined_blocks(unit.names for unit in self.units)
 
-    def lost(self, watched: Watched) -> set[str]:
+    def unruled(self, watched: Watched) -> set[str]:
         """Parameters of units whose rule does not hold in a pass, because they are used in another way there."""
-        strange = [
-            unit
+        return {
+            name
             for unit in self.ruled
-            if any(unit.strange(watched.uses[i]) for i in unit.of(watched.uses))
-            or watched.elsewhere.intersection(unit.names)
-        ]
-        return {name for unit in strange for name in unit.names}
+            if watched.elsewhere.intersection(unit.names)
+            or any(unit.strange(watched.uses[i]) for i in unit.of(watched.uses))
+            for name in unit.names
+        }
 
     def factor_numbers(self) -> int:
         """Entries of all Kronecker factors."""
@@ -188,28 +207,28 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         z = watched.z
         random = not torch.equal(before, torch.get_rng_state())
         _check_outputs(z)
-        _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
+        kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-        reference = _Reference(plan, z, v[0])
-        plan.unused = unreached(z, reference.zeros(plan.parameters))
-        plan.units, mixed = _units(plan, watched, v, reference)
+        reference = _Reference(plan, watched, v[0])
+        plan.unused = reference.unreached
+        plan.units, mixed = _units(plan, watched, v, reference, reference.at_uses)
         if mixed:
             # Layers of what examples share, as positions: perhaps rules hold for what is made of their outputs.
             plan.shared = mixed
             again = forward(plan, probe)
-            units, _ = _units(plan, again, v, reference)
+            units, _ = _units(plan, again, v, reference, _one_by_one(again, v[0], again.edges))
             if _numbers_without_rule(units) < _numbers_without_rule(plan.units):
                 plan.units, watched = units, again
             else:
                 plan.shared = set()
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
-        plan.probed = z.detach()
+        plan.probe = Probe(probe, watched)
         layers = sum(torch.Size(use.output_shape).numel() for use in watched.uses)
         plan.numbers_per_example = (z.numel() + layers) // probe.size + sum(unit.numbers for unit in plan.generic)
         if plan.generic:
-            plan.numbers_per_example += kept_numbers(model, probe)
+            plan.numbers_per_example += kept
             plan.vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, z, reference)
             plan.vectorised = plan.vectorised and not (
                 probe.size > 1
@@ -226,20 +245,39 @@ def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:
 
 
 def _units(
-    plan: Plan, watched: Watched, v: Float[Tensor, "1 B ..."], reference: _Reference
+    plan: Plan, watched: Watched, v: Float[Tensor, "1 B ..."], reference: _Reference, at_uses: OneByOneGradients
 ) -> tuple[list[Unit], set[str]]:
     """Units that autograd confirms, and the other parameters of layers whose entries do not belong to one example."""
-    gradients = watched.backward(v)
-    how = watched.arrangements_by(v[0], [None if g is None else g[0] for g in gradients])
+    numbers = codes(watched.batch, v)
+    gradients, *multiplied = (_combined(at_uses, row) for row in (torch.ones_like(numbers[0]), *numbers))
+    how = watched.arrangements(gradients, [] if watched.regular else multiplied)
+    stacked = [None if g is None else g.unsqueeze(0) for g in gradients]
     units = [
         one
         for unit in propose(plan, watched, plan.space.names)
-        for one in _verified(plan, unit, watched, gradients, how, v, reference)
+        for one in _verified(plan, unit, watched, stacked, how, v, reference)
     ]
     confirmed = {name for unit in units if isinstance(unit, RuledUnit) for name in unit.names}
     # What is written to in place, as by an activation, has no gradient to look at.
-    lost = [use for use, one, g in zip(watched.uses, how, gradients, strict=True) if one is None or g is None]
-    return units, {name for use in lost for name in use.names} - confirmed
+    unclear = [use for use, one, g in zip(watched.uses, how, gradients, strict=True) if one is None or g is None]
+    return units, {name for use in unclear for name in use.names} - confirmed
+
+
+OneByOneGradients = Sequence[Sequence[Tensor | None]]
+"""Of each example's outputs alone, at every place that was asked for; None where nothing depends on an output."""
+
+
+def _one_by_one(watched: Watched, v: Float[Tensor, "B ..."], inputs: Sequence[Any]) -> OneByOneGradients:
+    return [pulled_back(watched.z[n], inputs, v[n]) if inputs else () for n in range(watched.batch)]
+
+
+def _combined(found: OneByOneGradients, weights: Float[Tensor, "B"]) -> list[Tensor | None]:
+    """Gradients of all examples' outputs, each times a number: a backward pass is linear."""
+    combined: list[Tensor | None] = []
+    for column in zip(*found, strict=True):
+        parts = [g * w for g, w in zip(column, weights, strict=True) if g is not None]
+        combined.append(torch.stack(parts).sum(0) if parts else None)
+    return combined
 
 
 def _numbers_without_rule(units: Sequence[Unit]) -> int:
@@ -249,17 +287,28 @@ def _numbers_without_rule(units: Sequence[Unit]) -> int:
 def forward(plan: Plan, batch: Batch) -> Watched:
     """A forward pass of a batch, watched."""
     names = {id(p): name for name, p in plan.parameters.items()}
-    watched = Watched.of(plan.model, names, batch, plan.shared)
+    watched = Watched.of(plan.model, Recorder(names, batch.size, batch.leaves()[0], plan.shared), batch)
     plan.coarsest = coarser(plan.coarsest, watched.coarsest)
     return watched
 
 
 class _Reference:
-    """Autograd's own per-example gradients on the probe."""
+    """Autograd's own gradients of each of the probe's examples.
 
-    def __init__(self, plan: Plan, z: Tensor, v: Tensor) -> None:
-        found = (gradients(z[n], list(plan.parameters.values()), v[n]) for n in range(z.shape[0]))
-        self.rows = [[g.to(plan.dtype) for g in row] for row in found]
+    Attributes:
+        at_uses: at the uses of parameters.
+        rows: at the parameters.
+        unreached: names of the parameters that no output depends on.
+    """
+
+    def __init__(self, plan: Plan, watched: Watched, v: Tensor) -> None:
+        own, uses = list(plan.parameters.values()), len(watched.uses)
+        found = _one_by_one(watched, v, [*watched.edges, *own])
+        self.at_uses: OneByOneGradients = [row[:uses] for row in found]
+        self.unreached = {n for i, n in enumerate(plan.parameters) if all(row[uses + i] is None for row in found)}
+        self.rows = [
+            [dense_gradient(p, g).to(plan.dtype) for p, g in zip(own, row[uses:], strict=True)] for row in found
+        ]
         self.names = {name: i for i, name in enumerate(plan.parameters)}
         self.norms = torch.stack([torch.stack([g.norm() for g in row]) for row in self.rows])
         # A norm is cheap, unlike a mask of finite entries; a large one may overflow where no entry does.
@@ -273,11 +322,6 @@ class _Reference:
             )
         self.scale = self.norms.norm()
         self.tolerance = _tolerance(plan.example_parameter.dtype, plan)
-
-    def zeros(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that neither example has a gradient in."""
-        norms = self.norms.sum(0).tolist()
-        return {name: p for (name, p), norm in zip(parameters.items(), norms, strict=True) if norm == 0}
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale.
@@ -309,22 +353,31 @@ def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
     return TOLERANCE.get(coarser(dtype, coarsest), 5e-2)
 
 
-def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> None:
+def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> int:
+    """Refuse outputs that change with company or order; how many numbers a graph keeps for one example.
+
+    Some of the batch go forwards and backwards, and each of the two beside itself.
+
+    Raises:
+        ModelError: they do.
+    """
     scale = tolerance * (z[0].norm() + z[-1].norm())
-    # Some of the batch forwards and backwards, and each of the two beside itself: company and order must not matter.
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)
+    pairs = [(n, n) for n in (0, min(1, batch.size - 1))] if len(z) > 1 else [(0,)]  # one alone: once more
+    same, *others = [batch.take(torch.tensor(pair, device=z.device)) for pair in pairs]
     with torch.no_grad():
         whole, backwards = some.call(model), some.take(order).call(model)
-        pairs = [(n, n) for n in (0, min(1, batch.size - 1))] if len(z) > 1 else [(0,)]  # one alone: once more
-        twice = [batch.take(torch.tensor(pair, device=z.device)).call(model) for pair in pairs]
+        twice = [other.call(model) for other in others]
+    first, kept = kept_numbers(model, same)
+    twice.insert(0, first.detach())
     fine = (
         all(one.shape == z.shape and bool((one[0] - z[n]).norm() <= scale) for n, one in enumerate(twice))
         and whole.shape == backwards.shape
         and bool((whole - backwards[order]).norm() <= tolerance * whole.norm())
     )
     if fine:
-        return
+        return kept
     raise ModelError(
         call="the Fisher of this model",
         got="an output for the first example that changes with the rest of its batch",

@@ -32,7 +32,7 @@ from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.matrix_free import Metric
 from fisherkit.rows.one_by_one import MOST, OneByOne
-from fisherkit.rows.plan import Plan, two_of
+from fisherkit.rows.plan import Plan
 from fisherkit.rows.selection import RowSelection
 
 LONG = 600.0
@@ -95,15 +95,20 @@ class Problem:
     by_owner: bool | None = None
     budget: int | None = None
 
-    def chunks(self, description: str) -> Iterator[Chunk]:
-        """One pass over the data."""
-        for batch, start, call in self._micro_batches(description):
+    def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
+        """One pass over the data.
+
+        Args:
+            description: of the progress bar.
+            compared: whether other passes must have the same data; not where this one's results stand alone.
+        """
+        for batch, start, call in self._micro_batches(description, compared=compared):
             yield from self._micro(batch, start, call)
 
-    def batches(self, description: str) -> Iterator[Chunk]:
+    def batches(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """The same with a micro-batch's chunks joined, rows ordered by example, position and vector."""
         pending: list[Chunk] = []
-        for chunk in self.chunks(description):
+        for chunk in self.chunks(description, compared=compared):
             if chunk.first and pending:
                 yield joined(pending)
                 pending = []
@@ -124,16 +129,11 @@ class Problem:
             keep = slots.keep(torch.arange(slots.number, device=slots.mask.device))
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
-    def _two(self) -> Batch:
-        """The two examples that the plan was verified on, or the one."""
-        first = self.source.first()
-        return first.take(two_of(first, self.plan.alone)).to(self.plan.example_parameter.device)
-
     def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
-        """Two examples, and their rows for any output vectors."""
-        two = self._two()
+        """The plan's two examples, and their rows for any output vectors."""
+        two = self.plan.probe.batch
         with self._quiet():
-            linearized = Linearized.at(self.plan, two)
+            linearized = Linearized.probe(self.plan)
 
         def rows(v: Float[Tensor, "k B ..."]) -> Rows:
             with self._quiet():
@@ -180,12 +180,15 @@ class Problem:
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
-        two = self._two()
-        self.vectors_per_example = self._slots(two, self.plan.probed, 0, "data, batch 0").number
-        self.closed = self.summed and self.kind.of_hessian and not self.plan.looped and self._last_layer()
-        if self.vectors_per_example > 1 and not self.closed and "batched" not in self.plan.tried:
+        plan, tried, kind = self.plan, self.plan.tried, self.kind
+        key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
+        if key not in tried:
+            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, "data, batch 0").number
+        self.vectors_per_example = tried[key]
+        self.closed = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
+        if self.vectors_per_example > 1 and not self.closed and "batched" not in tried:
             with self._quiet():
-                _ = Linearized.at(self.plan, two).batched  # cheaper on two examples than on a batch
+                _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
         self.looked = False
 
@@ -193,8 +196,8 @@ class Problem:
         """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
         if "last layer" not in self.plan.tried:
             with self._quiet():
-                self.plan.tried["last layer"] = is_last_layer(Linearized.at(self.plan, self._two()))
-        return self.plan.tried["last layer"]
+                self.plan.tried["last layer"] = is_last_layer(Linearized.probe(self.plan))
+        return bool(self.plan.tried["last layer"])
 
     def forecast(self) -> tuple[int, float] | None:
         """Backward passes that reading the data once takes, and their seconds at most; None where N is not known.
@@ -202,23 +205,26 @@ class Problem:
         Cost: a few backward passes on two examples; where those tell of a long time, of which small batches make too
         much, one on a micro-batch.
         """
-        examples, first, two = self.source.expected(), self.source.first(), self._two()
+        examples, first, two = self.source.expected(), self.source.first(), self.plan.probe.batch
         if examples is None:
             return None
         each = self._piece(first.size)
         passes = max(1, examples / each) * self.vectors_per_example
-        seconds = self.pass_seconds(two) * examples / two.size * self.vectors_per_example
+        with self._quiet():
+            probe = Linearized.probe(self.plan)
+        seconds = self._pass_seconds(probe) * examples / two.size * self.vectors_per_example
         if seconds > LONG and each > two.size:
             micro = first.take(slice(0, each)).to(self.plan.example_parameter.device)
-            seconds = min(seconds, self.pass_seconds(micro) * passes)
+            with self._quiet():
+                linearized = self._linearized(micro)
+            seconds = min(seconds, self._pass_seconds(linearized) * passes)
         return math.ceil(passes), seconds
 
-    def pass_seconds(self, batch: Batch) -> float:
+    def _pass_seconds(self, linearized: Linearized | OneByOne) -> float:
         """Of a backward pass of one output vector an example, measured."""
         with self._quiet():
-            linearized = self._linearized(batch)
             v = torch.ones(1, *linearized.z.shape, device=linearized.z.device, dtype=linearized.z.dtype)
-            selection = RowSelection(1, batch.size, v.device)
+            selection = RowSelection(1, len(linearized.z), v.device)
             linearized.rows(v, selection)  # the first one finds out whose the entries are
             start = _now(v.device)
             linearized.rows(v, selection)
@@ -245,13 +251,15 @@ class Problem:
     def _flat(self) -> bool:
         return self.token or self.kind.positionwise
 
-    def _micro_batches(self, description: str) -> Iterator[tuple[Batch, int, str]]:
+    def _micro_batches(self, description: str, *, compared: bool = True) -> Iterator[tuple[Batch, int, str]]:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
         self.plan.refuse_changed()
+        self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
         start = 0
-        for number, batch in beside(shown, self.source.numbered()):
+        read = self.source.numbered() if compared else enumerate(self.source.once())
+        for number, batch in beside(shown, read):
             step = self._piece(batch.size)
             for first in range(0, batch.size, step):
                 micro = batch.take(slice(first, min(first + step, batch.size))).to(device)
@@ -271,13 +279,15 @@ class Problem:
 
     def _linearized(self, batch: Batch) -> Linearized | OneByOne:
         """The model at a batch, as a whole or example by example."""
-        return OneByOne(self.plan, batch) if self.plan.looped else Linearized.at(self.plan, batch)
+        if self.plan.looped:
+            return OneByOne(self.plan, batch, follow=self.by_owner is False)
+        return Linearized.at(self.plan, batch)
 
     def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
         with self._quiet():
             linearized = self._linearized(batch)
-            if self.revisable and linearized.noticed:
-                raise BetterPlanError(linearized.revised(), self.by_owner)
+            if self.revisable and linearized.newly_ruled:
+                raise BetterPlanError(linearized.replanned(), self.by_owner)
             if self.by_owner:
                 linearized.by_owner()
             elif self.by_owner is not None and not linearized.followed:
@@ -302,8 +312,8 @@ class Problem:
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
-                if self.revisable and linearized.lost:
-                    raise BetterPlanError(linearized.revised(), self.by_owner)
+                if self.revisable and linearized.unruled:
+                    raise BetterPlanError(linearized.replanned(), self.by_owner)
                 return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)

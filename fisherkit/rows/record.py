@@ -40,7 +40,7 @@ from fisherkit.rows.rules import (
 Operands = Sequence[tuple[Tensor, Derived]]
 """Tensors made of chosen parameters among a function's arguments."""
 
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
 
 # Attention is one function to a mode, which would hide the linear maps inside. Running its own code with the check for
 # overrides switched off lets the mode see them; the two constants are the code and defaults that PyTorch ships.
@@ -363,7 +363,7 @@ def _in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 
 def _random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call draws random numbers."""
-    if func in _DROPOUTS:
+    if func in DROPOUTS:
         rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         training = kwargs.get("training", args[2] if len(args) > 2 else True)
         return bool(training) and (func is F.rrelu or rate > 0)

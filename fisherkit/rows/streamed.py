@@ -94,4 +94,4 @@ class StreamedRows(RowSource):
         if "matrix-free" not in plan.tried:
             batch, rows = self.problem.probe_rows()
             plan.tried["matrix-free"] = matrix_free.agrees(plan, self.space, batch, lambda v, u: rows(v).product(u))
-        return plan.tried["matrix-free"]
+        return bool(plan.tried["matrix-free"])

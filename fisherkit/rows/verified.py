@@ -3,8 +3,9 @@
 Rules are verified on two examples (`rows.plan`), which costs a few passes over the weights. What they say holds for a
 model and not for its parameters' values, so it is used again while nothing else about the model has changed, its
 modules, their plain attributes, hooks and modes, its parameters' identities and shapes, the form of a batch, and the
-layer rules that there are; and what no such comparison sees is found by one backward pass, whose weight gradients must
-be the sum of the two examples' rows. Only findings are kept here, no tensor and no model.
+layer rules that there are; and what no such comparison sees shows in the graph of a forward pass of two examples, which
+must be one for which the findings were confirmed, or is then confirmed by one backward pass, whose weight gradients
+must be the sum of the two examples' rows. Only findings are kept here, no tensor and no model.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
+from fisherkit.rows.hidden import graph_nodes, has_custom_function
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import Plan, make_plan, tolerance, two_of
+from fisherkit.rows.plan import Plan, Probe, forward, make_plan, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
-from fisherkit.rows.rules import RULES
+from fisherkit.rows.rules import RULES, Use
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import Unit
+from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
 MOST = 32
@@ -48,6 +51,7 @@ class Findings:
         numbers_per_example: see there.
         tried: what else is tried once.
         alone: as in `Plan`.
+        passes: hashes of the forward passes (`_pass_hash`) for which the rest is known to hold.
     """
 
     units: tuple[Unit, ...]
@@ -55,8 +59,9 @@ class Findings:
     shared: frozenset[str]
     unused: frozenset[str]
     numbers_per_example: int
-    tried: dict[str, bool]
+    tried: dict[Hashable, int]
     alone: bool
+    passes: set[int]
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
@@ -81,10 +86,12 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         plan = _made(model, space, batch)
         plan.key = key
         remember(plan)
+        if plan.probe.watched is not None and (passed := _pass_hash(plan, plan.probe.watched)) is not None:
+            known[key].passes.add(passed)
         return plan
     plan = _again(known[key], model, space)
     plan.key = key
-    if _confirmed(plan, batch.take(two_of(batch, plan.alone))):
+    if _confirmed(plan, batch.take(two_of(batch, plan.alone)), known[key].passes):
         return plan
     del known[key]
     return plan_for(model, space, batch)
@@ -104,7 +111,8 @@ def plan_again(plan: Plan, batch: Batch) -> Plan | None:
     again = copy.copy(plan)
     again.units = [copy.copy(unit) for unit in plan.units]
     with untouched_rng([plan.example_parameter.device]), differentiable(plan.model, [*plan.parameters.values()]):
-        again.probed = batch.take(two_of(batch, plan.alone)).call(plan.model).detach()
+        two = batch.take(two_of(batch, plan.alone))
+        again.probe = Probe(two, forward(again, two))
     return again
 
 
@@ -115,7 +123,7 @@ def remember(plan: Plan) -> None:
         known.clear()
     known[plan.key] = Findings(
         tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), frozenset(plan.unused),
-        plan.numbers_per_example, plan.tried, plan.alone,
+        plan.numbers_per_example, plan.tried, plan.alone, set(),
     )  # fmt: skip
 
 
@@ -139,33 +147,76 @@ def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
     return plan
 
 
-def _confirmed(plan: Plan, probe: Batch) -> bool:
-    """Whether the rows of two examples add up to the gradients that autograd finds for both."""
+def _confirmed(plan: Plan, two: Batch, passes: set[int]) -> bool:
+    """Whether findings hold for a model as it is now, by a forward pass of two examples.
+
+    They do if the pass is one for which they are known to hold; and if the rows of the two examples add up to the
+    gradients that autograd finds for both, from which on they are known to hold for this pass.
+    """
     parameters = list(plan.parameters.values())
     with untouched_rng([parameters[0].device]), differentiable(plan.model, parameters):
         try:
-            linearized = Linearized.at(plan, probe)
+            linearized = Linearized.at(plan, two)
         except ModelError:  # used in another way: what is wrong, if anything, is for a new plan to say
             return False
-        z, edges = linearized.z, linearized.edges
-        if not z.requires_grad:
+        watched = linearized.watched
+        if not watched.z.requires_grad or linearized.unruled:
             return False
-        v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-        inputs: list[Any] = [*edges, *parameters]
-        found = pulled_back(z, inputs, v)
-        known = [None if g is None else g.unsqueeze(0) for g in found[: len(edges)]]
-        selection = RowSelection(1, probe.size, z.device)
-        rows = linearized.rows(v.unsqueeze(0), selection, Known(known, v.new_ones(probe.size)))
-        if linearized.lost:
+        plan.probe = Probe(two, watched)
+        passed = _pass_hash(plan, watched)
+        if passed in passes:
+            return True
+        v = torch.randn(watched.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(watched.z)
+        inputs: list[Any] = [*watched.edges, *parameters]
+        found = pulled_back(watched.z, inputs, v)
+        at_uses = [None if g is None else g.unsqueeze(0) for g in found[: len(watched.edges)]]
+        selection = RowSelection(1, two.size, v.device)
+        rows = linearized.rows(v.unsqueeze(0), selection, Known(at_uses, v.new_ones(two.size)))
+        if linearized.unruled:
             return False
-    total = plan.space.unflatten(rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=z.device))[:, 0])
+    total = plan.space.unflatten(rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=v.device))[:, 0])
     pairs = [
-        (own, dense_gradient(own, g).to(own.dtype)) for own, g in zip(total.values(), found[len(edges) :], strict=True)
+        (own, dense_gradient(own, g).to(own.dtype))
+        for own, g in zip(total.values(), found[len(watched.edges) :], strict=True)
     ]
     norms, errors = (torch.stack(x) for x in ([g.norm() for _, g in pairs], [(own - g).norm() for own, g in pairs]))
     allowed = tolerance(parameters[0].dtype, plan.coarsest)
-    plan.probed = z.detach()
-    return bool((errors <= allowed * torch.maximum(norms, 1e-2 * norms.norm())).all())
+    holds = bool((errors <= allowed * torch.maximum(norms, 1e-2 * norms.norm())).all())
+    if holds and passed is not None and len(passes) < MOST:
+        passes.add(passed)
+    return holds
+
+
+def _pass_hash(plan: Plan, watched: Watched) -> int | None:
+    """All that rows depend on in a forward pass beside values; None where the graph does not show it.
+
+    Rules read their arguments anew in every pass, and autograd makes the gradients at the uses: rows are right again
+    where the same functions used the same parameters at the same places of the same graph, and nobody wrote to a
+    layer's input afterwards.
+    """
+    names = {id(p): name for name, p in plan.parameters.items()}
+    places = {node: place for place, node in enumerate(graph_nodes(watched.z.grad_fn))}
+    if has_custom_function(watched.z):  # code of its own, which may do anything
+        return None
+    nodes = [
+        (
+            node.name(), names.get(id(getattr(node, "variable", None))),
+            tuple((places[one], i) for one, i in node.next_functions if one is not None),
+        )
+        for node in places
+    ]  # fmt: skip
+    uses = [
+        (use.rule.name, use.names, use.turned, use.axis, places.get(use.edge.node), _writes(use), len(use.output_shape))
+        for use in watched.uses
+    ]
+    rest = watched.elsewhere, watched.coarsest, watched.proven, watched.random, watched.casts
+    return hash((*nodes, *uses, *rest))
+
+
+def _writes(use: Use) -> int:
+    """How often a use's input has been written to in place."""
+    x = use.arguments[use.rule.input_name]
+    return 0 if x.is_inference() or (x.is_leaf and x.requires_grad) else x._version
 
 
 def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
@@ -176,7 +227,8 @@ def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
 
 def fingerprint(model: nn.Module) -> Hashable:
     """What can be compared of a model, and the layer rules that there are."""
-    parameters = tuple((name, id(p), tuple(p.shape)) for name, p in model.named_parameters())
+    own = model.named_parameters()
+    parameters = tuple((name, id(p), tuple(p.shape), tuple(p._backward_hooks or ())) for name, p in own)
     modules = tuple((name, *_described(module)) for name, module in model.named_modules())
     rules = tuple((id(function), id(rule)) for function, rule in RULES.items())  # users add their own
     return parameters, modules, rules

@@ -7,12 +7,13 @@ through the graph together share. Knows rules by their entries alone, and no row
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
@@ -51,19 +52,17 @@ class Watched:
     hooked: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, names: Mapping[int, str], batch: Batch, shared: Collection[str]) -> Watched:
+    def of(cls, model: nn.Module, recorder: Recorder, batch: Batch) -> Watched:
         """By a forward pass.
 
         Args:
             model: the model.
-            names: ``id`` of each chosen parameter to its name.
+            recorder: of the examples.
             batch: the examples.
-            shared: parameters of layers whose inputs all examples share.
 
         Raises:
             ModelError: the outputs do not have the examples along axis 0.
         """
-        recorder = Recorder(names, batch.size, batch.leaves()[0], shared)
         with recorder:
             z = batch.call(model)
         if z.ndim == 0 or z.shape[0] != batch.size:
@@ -84,6 +83,11 @@ class Watched:
             recorder.batch, z, recorder.uses, elsewhere, recorder.coarsest, proven, random=recorder.random,
             casts=recorder.casts, hooked=recorder.hooked,
         )  # fmt: skip
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where gradients are asked for: the outputs of all uses."""
+        return [use.edge for use in self.uses]
 
     @property
     def regular(self) -> bool:
@@ -144,7 +148,7 @@ class Watched:
         return self.arrangements(self._gradients(v) if gradients is None else gradients, self.multiplied(v))
 
     def _gradients(self, v: Tensor, batched: bool = False) -> Sequence[Tensor | None]:
-        edges = [use.edge for use in self.uses]
+        edges = self.edges
         if not edges:
             return []
         if batched:

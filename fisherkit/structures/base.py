@@ -151,21 +151,11 @@ class Structure(ABC):
 
     @abstractmethod
     def operator(self, sums: Any, scale: float) -> FisherOperator:
-        """``scale`` times what was added up.
-
-        Args:
-            sums: after the last pass.
-            scale: 1/N, or 1.
-        """
+        """``scale`` (1/N, or 1) times what was added up, after the last pass."""
 
     @abstractmethod
     def parts(self, sums: Any, operator: Any) -> Parts:
-        """What became of each group of parameters, in the space's order.
-
-        Args:
-            sums: after the last pass.
-            operator: that was made of them.
-        """
+        """What became of each group of parameters in the operator of the sums, in the space's order."""
 
     @property
     def groups(self) -> tuple[Names, ...]:
@@ -214,13 +204,7 @@ class UnitSums(ABC):
         return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
-        """ema · ``known`` + (1 − ema) · weight · self; where nothing is known, weight · self.
-
-        Args:
-            known: the average of what was before; None for nothing.
-            ema: its weight.
-            weight: of the new sums, 1/N.
-        """
+        """ema · ``known`` + (1 − ema) · weight · self; weight · self where ``known`` is None. The weight is 1/N."""
         if known is None:
             return self.scaled(weight)
         average: UnitSums = known.scaled(ema).merge(self.scaled((1 - ema) * weight))
@@ -248,13 +232,7 @@ class UnitSums(ABC):
 
 @dataclass(frozen=True)
 class LayerSums(Sums):
-    """A record of each unit.
-
-    Args:
-        structure: which record a unit gets.
-        units: the records so far.
-        done: records of units that need no other pass; None in the first pass.
-    """
+    """A record of each unit; ``done`` are those of units that need no other pass, None in the first pass."""
 
     structure: LayerStructure
     units: Mapping[Names, UnitSums] = field(default_factory=dict)
@@ -288,14 +266,7 @@ class LayerSums(Sums):
         return dict(sorted({**(self.done or {}), **self.units}.items(), key=lambda unit: place(unit[0][0])))
 
     def averaged(self, known: Mapping[tuple[Names, str], UnitSums], ema: float, weight: float, due: bool) -> LayerSums:
-        """Each record averaged with what was before, and decomposed; those of a label "" are left as they are.
-
-        Args:
-            known: what was before, by unit and label.
-            ema: its weight.
-            weight: of the new sums, 1/N.
-            due: whether it is time for new eigenpairs.
-        """
+        """Each record averaged with the one before, by unit and label, and decomposed; not those labelled ""."""
 
         def one(names: Names, unit: UnitSums) -> UnitSums:
             old = known.get((names, unit.label))
@@ -340,16 +311,7 @@ def structures() -> dict[str, type[Structure]]:
 
 
 def structure_named(name: object, call: str, argument: str = "structure") -> type[Structure]:
-    """The structure of a name.
-
-    Args:
-        name: as the user gave it.
-        call: for errors.
-        argument: the argument's name, for errors.
-
-    Raises:
-        InvalidArgumentError: there is none.
-    """
+    """The structure of a name; ``argument`` is the argument's name, for the error where there is none."""
     known = structures()
     if not isinstance(name, str) or name not in known:
         raise InvalidArgumentError(call=call, got=f"{argument}={name!r}", expected=f"one of {list(known)}")
@@ -357,11 +319,7 @@ def structure_named(name: object, call: str, argument: str = "structure") -> typ
 
 
 def record_class(label: str) -> type[UnitSums]:
-    """The class of records with a label.
-
-    Raises:
-        LookupError: there is none.
-    """
+    """The class of records with a label; a LookupError where there is none."""
     return {cls.label: cls for cls in _subclasses(UnitSums) if "label" in vars(cls)}[label]
 
 

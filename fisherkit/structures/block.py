@@ -39,14 +39,7 @@ class NormalMatrix(UnitSums):
 
 @dataclass(frozen=True)
 class BlockSums(Sums):
-    """Some modules' matrices, and the rows of all others.
-
-    Args:
-        spaces: of the modules that are added up as matrices.
-        others: the parameters of which rows are kept.
-        matrices: so far.
-        kept: so far.
-    """
+    """Matrices of the modules in ``spaces``, and the rows of the ``others``."""
 
     spaces: Mapping[Names, ParameterSpace]
     others: ParameterSpace

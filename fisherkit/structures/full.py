@@ -16,14 +16,7 @@ from fisherkit.structures.base import Part, Parts, Structure, Sums
 
 @dataclass(frozen=True)
 class KeptRows(Sums):
-    """Rows in memory.
-
-    Args:
-        rows: so far; None for none.
-        most: how many to keep; None for all.
-        dropped: how many were left out.
-        dropped_share: of the trace, what they had; None if none were to be.
-    """
+    """Rows in memory, at most ``most`` of them, those of largest norm; None for all."""
 
     rows: Rows | None = None
     most: int | None = None

@@ -37,13 +37,9 @@ SMALL_BLOCK = 256
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """Σ x xᵀ, kept as the vectors themselves while they are fewer than their entries.
+    """Σ x xᵀ ``[w, w]``, kept as the vectors themselves, each ``[n, T, w]``, while they are fewer than their entries.
 
-    Args:
-        width: w, entries of a vector.
-        vectors: what has been added, each ``[n, T, w]``, as long as it is fewer than w vectors; empty after that.
-        matrix: Σ x xᵀ ``[w, w]``; None as long as there are vectors.
-        thin: whether vectors may be kept.
+    ``thin`` says whether vectors may be kept.
     """
 
     width: int
@@ -54,10 +50,7 @@ class SecondMoment:
     def add(self, *parts: Float[Tensor, "n T w"], spanning: bool = True) -> SecondMoment:
         """With more vectors.
 
-        Args:
-            parts: the vectors.
-            spanning: whether the vectors span what matters; else their number says nothing about the rank that a basis
-                must have, and the matrix is formed.
+        Where they do not span what matters, their number says nothing about the rank that a basis must have.
         """
         few = self.matrix is None and spanning and self._number(self.vectors) + self._number(parts) < self.width
         if few and self.thin:
@@ -92,13 +85,10 @@ class SecondMoment:
         return scale * self.dense(), scaled_spectrum(partial(self.spectrum, "kfac"), scale) if few else None
 
     def leading(self, rank: int | None, known: Spectrum | None, due: bool, scale: float) -> Spectrum:
-        """The leading eigenpairs of ``scale`` times the sum.
+        """The leading eigenpairs of ``scale`` times the sum, going on from those that are known.
 
-        Args:
-            rank: how many; None for all, which those of few vectors always are.
-            known: the last ones, from where to go on.
-            due: whether to look for new ones; those of few vectors are always new, as they span no other vectors.
-            scale: a number.
+        Few vectors give all of theirs, and always new ones, as they span no other vectors; a matrix gives ``rank``
+        (None for all), new ones where it is ``due``.
         """
         if self.matrix is None:
             values, basis = self.spectrum("Kronecker factors")
@@ -126,10 +116,10 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class KroneckerFactors(UnitSums):
-    """Σ a aᵀ over examples and positions, their number, and Σ g gᵀ over rows and positions.
+    """Σ a aᵀ over examples and positions (the constant input of a bias appended), and Σ g gᵀ over rows and positions.
 
     Args:
-        activation: of the inputs, the constant input of a bias appended.
+        activation: of the inputs.
         gradient: of the output gradients.
         count: number of (example, position) pairs in ``activation``, or their weight; 0 for one that is not known and
             already divided by.
@@ -293,11 +283,7 @@ def by_spectra(
 class RotatedSquares(UnitSums):
     """Σ_r of the squares of row_r's matrix in a Kronecker eigenbasis: EKFAC's eigenvalues.
 
-    Args:
-        activation: the spectrum whose basis it is; its values serve what the bases do not span.
-        gradient: likewise.
-        transposed: whether the weight is stored ``[I, O]``.
-        total: the sum.
+    The spectra are those whose bases it is in; their values serve what the bases do not span.
     """
 
     label = "ekfac"

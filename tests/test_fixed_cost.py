@@ -1,0 +1,211 @@
+"""What a build costs beside its arithmetic: calls of kernels, reads by the host, and passes over the model.
+
+Counts and no times, so that they are the same on every machine. Bounds have a few calls of room.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fisherkit as fk
+
+READS = {"aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default"}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts calls of kernels, and those among them that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        self.reads += str(func) in READS
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def passes(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Counter[int], list[int]]]:
+    """Forward passes by their number of examples, and backward passes by that of the outputs."""
+    forwards: Counter[int] = Counter()
+    backwards: list[int] = []
+    call, grad = nn.Module.__call__, torch.autograd.grad
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module is model:
+            forwards[len(args[0])] += 1
+        return call(module, *args, **kwargs)
+
+    def differentiated(*args: Any, **kwargs: Any) -> Any:
+        backwards.append(1)
+        return grad(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "__call__", counted)
+        patch.setattr(torch.autograd, "grad", differentiated)
+        yield forwards, backwards
+
+
+def perceptron(hidden: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(hidden) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(16, 10))
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 10))
+
+
+class Attention(nn.Module):
+    """A layer of a transformer over the 16 inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(1, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.head(self.layer(self.embed(x[..., None])).mean(1))
+        return z
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, whose rows are made example by example, under a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.head(self.rnn(x[..., None])[0][:, -1])
+        return z
+
+
+def data(size: int = 24) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, 16, generator=generator), torch.randint(10, (size,), generator=generator)
+
+
+def counted(model: nn.Module, batches: Any, structure: str) -> Kernels:
+    """Of a build on a known model, without the forward and the backward pass of a plain gradient."""
+    fk.EmpiricalFisher(model, batches, structure=structure)
+    with Kernels() as found:
+        fk.EmpiricalFisher(model, batches, structure=structure)
+    with Kernels() as plain:
+        for x, y in [batches] if isinstance(batches, tuple) else batches:
+            torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+    found.calls -= plain.calls
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "structure", "most"),
+    [
+        (perceptron, "diagonal", 260), (perceptron, "full", 185), (perceptron, "kfac", 230),
+        (convolutions, "diagonal", 230), (Attention, "diagonal", 640),
+    ],
+)  # fmt: skip
+def test_build__kernel_calls_on_a_known_model(make: Callable[[], nn.Module], structure: str, most: int) -> None:
+    assert counted(make().eval(), data(), structure).calls <= most
+
+
+def test_build__kernel_calls_grow_with_batches_and_layers_by_little() -> None:
+    x, y = data()
+    one, three = (counted(perceptron(), [(x, y)] * n, "diagonal") for n in (1, 3))
+    deep = counted(perceptron(4), [(x, y)], "diagonal")
+    assert (three.calls - one.calls) / 2 <= 160
+    assert (deep.calls - one.calls) / 2 <= 70
+    assert (three.reads - one.reads) / 2 <= 4
+    assert one.reads <= 12
+    full = [counted(perceptron(n), [(x, y)], "full").reads for n in (2, 4)]
+    assert full[0] == full[1] <= 4
+
+
+@pytest.mark.parametrize("make", [perceptron, convolutions, Attention, Recurrent])
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_build__two_examples_are_probed_once(
+    structure: str, make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = make().eval(), data()
+    loop = make is Recurrent
+    own = 24 if loop else 1  # passes over the data themselves
+    with passes(model, monkeypatch) as (forwards, backwards):
+        fk.EmpiricalFisher(model, batch, structure=structure)
+    # The probe; each example beside itself; forwards and backwards, where company and order must not matter.
+    assert forwards == {2: 3, 8: 2, 1: 24} if loop else forwards == {2: 3, 8: 2, 24: 1}
+    assert len(backwards) == 2 + own
+    with passes(model, monkeypatch) as (forwards, backwards):
+        fk.EmpiricalFisher(model, batch, structure=structure)
+    assert forwards == {2: 1, 1: 24} if loop else forwards == {2: 1, 24: 1}
+    assert len(backwards) == own
+
+
+@pytest.mark.parametrize("kind", [fk.ExactFisher, fk.TruncatedFisher, fk.SampledFisher])
+def test_build__other_kinds_probe_no_more(kind: type[fk.FisherApproximation], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = perceptron(), data()
+    with passes(model, monkeypatch) as (forwards, _):
+        kind(model, batch, structure="diagonal")
+    assert forwards == {2: 3, 8: 2, 24: 1}
+
+
+class Hidden(nn.Module):
+    """Two linear layers; what else is done to the first one's weight is decided where no comparison looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if SWITCH["way"] == "graph":
+            h = h + 0.5 * x @ self.a.weight.clone()
+        if SWITCH["way"] == "function":
+            h = Unseen.apply(h, self.a.weight)
+        z: Tensor = self.b(h.tanh())
+        return z
+
+
+class Unseen(torch.autograd.Function):
+    """Adds a weight's sum, out of sight of function modes."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor) -> Tensor:
+        return h + weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Any) -> tuple[Tensor, Tensor]:
+        return g[0], g[0].sum().expand(16, 16)
+
+
+SWITCH = {"way": ""}
+
+
+@pytest.mark.parametrize("way", ["graph", "function"])
+def test_build__a_known_pass_is_told_from_any_other(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a pass takes the place of a comparison of gradients: what is not seen otherwise must show in it."""
+    model, (x, y) = Hidden().double(), data()
+    x = x.double()
+    for _ in range(2):
+        fk.EmpiricalFisher(model, (x, y), structure="diagonal")
+    monkeypatch.setitem(SWITCH, "way", way)
+    for _ in range(2):
+        fisher = fk.EmpiricalFisher(model, (x, y), structure="diagonal")
+        rows = []
+        for one, label in zip(x, y, strict=True):
+            loss = nn.functional.cross_entropy(model(one[None]), label[None])
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        torch.testing.assert_close(fisher.diagonal(), torch.stack(rows).square().mean(0))
