@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.arguments import is_integer
+from fisherkit.arguments import is_integer, is_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.conjugate import MatMat
 from fisherkit.coverage import Coverage
@@ -330,7 +330,7 @@ class FisherOperator(ABC):
     @without_autocast()
     def __mul__(self, scale: float) -> FisherOperator:
         """scale · F; the scale must not be negative."""
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        if not is_number(scale):
             raise InvalidTypeError(call=f"{self._name} * scale", got=f"a {type(scale).__name__}", expected="a number")
         if not 0 <= scale < float("inf"):
             raise InvalidArgumentError(

@@ -5,7 +5,6 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.arguments import check_count
+from fisherkit.arguments import check_choice, check_count, check_number, is_number
 from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
@@ -29,8 +28,9 @@ from fisherkit.optim.sample_space import Direction, damped, gram_direction
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.structures import LayerStructure, RowStructure, structure_named
+from fisherkit.structures import structure_named
 from fisherkit.vectors import EmpiricalVectors, rule_of
 
 FIT = 1e-4
@@ -48,14 +48,10 @@ class Curvature:
         structure: str, gram: bool, reduction: str, ema: float, update_every: int, refresh_every: int,
         kfac_positions: str, max_rank: int | None, call: str,
     ) -> None:  # fmt: skip
-        for name, value, allowed in (
-            ("reduction", reduction, ("mean", "sum")),
-            ("kfac_positions", kfac_positions, ("expand", "reduce")),
-        ):
-            if value not in allowed:
-                raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+        check_choice(call, "reduction", reduction, ("mean", "sum"))
+        check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         chosen = structure_named(structure, call)
-        if not issubclass(chosen, (LayerStructure, RowStructure)):
+        if not chosen.in_steps:
             raise InvalidArgumentError(
                 call=call, got=f"structure={structure!r}", expected="a LayerStructure or a RowStructure",
                 why="steps average the records of layers, or take the rows of a batch",
@@ -87,6 +83,14 @@ class Curvature:
         self.steps = self.examples = 0
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping, Factorization] | None = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Those that are there, dense, of the parameters that may take part; a forgotten backward pass is warned of."""
+        own = self.capture.model.named_parameters()
+        found = {n: p for n, p in own if n in self.capture.space.slices and p.grad is not None}
+        if not found:
+            self.capture.say_if_forgotten()
+        return {n: dense_gradient(p, p.grad) for n, p in found.items()}
 
     def direction(self, gradients: Mapping[str, Tensor], damping: Damping) -> tuple[ParameterSpace, Direction]:
         """Δ for the mean gradient, after an update if one is due.
@@ -171,7 +175,7 @@ class Curvature:
         plan = captured[0].plan
         structure = self.averages.structure.of(plan)
         chunks = (chunk for one in captured for chunk in self._chunks(one, len(captured)))
-        if self._power is not None and isinstance(damping, (int, float)):
+        if self._power is not None and is_number(damping):
             targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
             rows = Rows.taken_from([chunk.rows for chunk in chunks])
             return gram_direction(rows, structure.groups, targets, damping, self.examples)
@@ -189,7 +193,7 @@ class Curvature:
 
     def _effective(self, damping: Damping) -> Damping:
         """Beside F = (1/N) Σ: the paper's damping is beside the sum."""
-        return damping / self.examples if self.gram and isinstance(damping, (int, float)) else damping
+        return damping / self.examples if self.gram and is_number(damping) else damping
 
     def _refuse_strays(self, gradients: Mapping[str, Tensor], space: ParameterSpace) -> None:
         own = dict(self.capture.model.named_parameters())
@@ -313,8 +317,7 @@ def checked_rule(
         )  # fmt: skip
     rule = rule_of(kind, call=call, options=options)  # first: a misspelt argument is among its options
     check_damping_choice(damping, gram_damping, call)
-    number = isinstance(trust_region, (int, float)) and not isinstance(trust_region, bool)
-    if trust_region is not None and not (number and trust_region > 0):
+    if trust_region is not None and not (is_number(trust_region) and trust_region > 0):
         raise InvalidArgumentError(call=call, got=f"trust_region={trust_region!r}", expected="a positive number")
     return rule
 
@@ -330,10 +333,7 @@ def check_damping_choice(damping: object, gram_damping: object, call: str) -> No
     value, name = (damping, "damping") if gram_damping is None else (gram_damping, "gram_damping")
     if isinstance(value, RelativeDamping) and gram_damping is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="a number")
-    if not (math.isfinite(value) and value >= 0):
-        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected="a finite number, 0 or more")
+    check_number(call, name, value)
 
 
 # -- losses whose meaning a step would lose without a word -------------------------------------------------------------
