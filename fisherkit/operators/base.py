@@ -64,9 +64,12 @@ class FisherOperator(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "_matmat" in vars(cls):
-            # Another product is another matrix: what a parent class knows of its own is not known of this one.
+            # Another product is another matrix: what a parent class knows of its own is not known of this one. A parent
+            # without a product, as of everything that is made of parts, speaks of any.
             for name in STRUCTURAL:
-                if name not in vars(cls):
+                owner = next(parent for parent in cls.__mro__ if name in vars(parent))
+                of_any = issubclass(owner, FisherOperator) and owner._matmat is FisherOperator._matmat
+                if owner is not cls and not of_any:
                     setattr(cls, name, vars(FisherOperator)[name])
 
     @property
@@ -657,7 +660,10 @@ STRUCTURAL = (
 )  # fmt: skip
 """Hooks that say what a matrix is made of."""
 
-SHARED = {"_name", "_title", "_inverse", "_columns", "_resolve", "_checked_count", "_unit_columns", "_no_closed_form"}
+SHARED = {
+    "_name", "_title", "_made_of", "_inverse", "_columns", "_resolve", "_checked_count", "_unit_columns",
+    "_no_closed_form",
+}  # fmt: skip
 
 HOOKS = tuple(
     name
