@@ -63,13 +63,11 @@ class FisherOperator(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "_matmat" in vars(cls):
-            # Another product is another matrix: what a parent class knows of its own is not known of this one. A parent
-            # without a product, as of everything that is made of parts, speaks of any.
+        inherited = next(vars(base)["_matmat"] for base in cls.__mro__[1:] if "_matmat" in vars(base))
+        if "_matmat" in vars(cls) and not getattr(inherited, "__isabstractmethod__", False):
+            # Another product is another matrix: what a parent class knows of its own is not known of this one.
             for name in STRUCTURAL:
-                owner = next(parent for parent in cls.__mro__ if name in vars(parent))
-                of_any = issubclass(owner, FisherOperator) and owner._matmat is FisherOperator._matmat
-                if owner is not cls and not of_any:
+                if name not in vars(cls):
                     setattr(cls, name, vars(FisherOperator)[name])
 
     @property
@@ -226,41 +224,20 @@ class FisherOperator(ABC):
 
     @overload
     def solve(
-        self,
-        v: Vector,
-        damping: Damping,
-        *,
-        return_info: Literal[False] = ...,
-        tolerance: float | None = ...,
-        max_steps: int | None = ...,
-        checkpoint: str | Path | None = ...,
-        progress: bool = ...,
-    ) -> Vector: ...
+        self, v: Vector, damping: Damping, *, return_info: Literal[False] = ..., tolerance: float | None = ...,
+        max_steps: int | None = ..., checkpoint: str | Path | None = ..., progress: bool = ...,
+    ) -> Vector: ...  # fmt: skip
     @overload
     def solve(
-        self,
-        v: Vector,
-        damping: Damping,
-        *,
-        return_info: Literal[True],
-        tolerance: float | None = ...,
-        max_steps: int | None = ...,
-        checkpoint: str | Path | None = ...,
-        progress: bool = ...,
-    ) -> tuple[Vector, SolveInfo]: ...
+        self, v: Vector, damping: Damping, *, return_info: Literal[True], tolerance: float | None = ...,
+        max_steps: int | None = ..., checkpoint: str | Path | None = ..., progress: bool = ...,
+    ) -> tuple[Vector, SolveInfo]: ...  # fmt: skip
     @final
     @without_autocast()
     def solve(
-        self,
-        v: Vector,
-        damping: Damping = REQUIRED,
-        *,
-        return_info: bool = False,
-        tolerance: float | None = None,
-        max_steps: int | None = None,
-        checkpoint: str | Path | None = None,
-        progress: bool = False,
-    ) -> Vector | tuple[Vector, SolveInfo]:
+        self, v: Vector, damping: Damping = REQUIRED, *, return_info: bool = False, tolerance: float | None = None,
+        max_steps: int | None = None, checkpoint: str | Path | None = None, progress: bool = False,
+    ) -> Vector | tuple[Vector, SolveInfo]:  # fmt: skip
         """(F + λI)⁻¹ v, with the null space's v/λ included.
 
         Args:

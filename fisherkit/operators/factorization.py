@@ -156,13 +156,9 @@ class IterativeFactorization(Factorization):
     method = "conjugate_gradient"
 
     def __init__(
-        self,
-        operator: FisherOperator,
-        damping: float,
-        tolerance: float,
-        max_steps: int | None,
+        self, operator: FisherOperator, damping: float, tolerance: float, max_steps: int | None,
         preconditioner: Callable[[float], MatMat | None] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(operator, damping)
         self.tolerance, self.max_steps = tolerance, max_steps
         self._make = preconditioner or operator._approximate_inverse
