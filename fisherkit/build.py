@@ -48,14 +48,9 @@ class Builder:
     """Builds structures of one problem; a ``memory_budget`` of None is half of what is available."""
 
     def __init__(
-        self,
-        problem: Problem,
-        *,
-        normalization: str,
-        memory_budget: int | None,
-        reduce: bool,
+        self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
         max_rows: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.normalization = normalization
         device = problem.plan.example_parameter.device
         self.budget = available_memory(device) // 2 if memory_budget is None else memory_budget

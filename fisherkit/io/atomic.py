@@ -160,21 +160,10 @@ def flush(part: Path) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     """Write a safetensors file; whoever opens the path finds the old file or the whole new one, never a part.
 
-    Args:
-        path: where; an existing file is replaced.
-        tensors: named tensors.
-        header: string keys and values.
-    """
-    with part_of(Path(path)) as part:
-        write_part(part, tensors, header)
-        os.replace(part, path)
-
-
-def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
-    """The same with checksums of the tensors and of the header, which `read_tensors` compares.
+    It has checksums of the tensors and of the header, which `read_tensors` compares.
 
     Args:
         path: where; an existing file is replaced.
@@ -185,7 +174,9 @@ def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: d
         The header's checksum, which is one of all that the file holds.
     """
     whole = sealed(header, checksums_of(tensors))
-    replace_file(path, tensors, whole)
+    with part_of(Path(path)) as part:
+        write_part(part, tensors, whole)
+        os.replace(part, path)
     return whole[CHECKSUM]
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.conjugate import MatMat
+from fisherkit.arithmetic import MatMat
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.base import FisherOperator, Makers, fold
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator, CompositeOperator, in_order, join
@@ -29,14 +29,11 @@ LEAST_SHIFT = 1e-12
 
 
 def add(a: FisherOperator, b: FisherOperator) -> FisherOperator:
-    """A + B as the simplest operator that is exactly that.
+    """A + B as one operator where the terms fold into one, else a `SumOperator`.
 
     Args:
         a: one term, or a sum of them.
         b: another, over the same space, of the same dtype and on the same device.
-
-    Returns:
-        One operator where the terms fold into one, else a `SumOperator`.
 
     Raises:
         InvalidArgumentError: the spaces or devices differ; the message lists the names.
@@ -57,11 +54,7 @@ class SumOperator(CompositeOperator):
     eigenvectors, log determinant, effective dimension and Gram have no closed form.
 
     Args:
-        terms: operators over one space; sums among them are flattened.
-
-    Raises:
-        InvalidArgumentError: no terms, or spaces or devices that differ.
-        InvalidTypeError: dtypes that differ.
+        terms: operators over one space, of one dtype and on one device, at least one; sums among them are flattened.
     """
 
     tag: ClassVar[str] = "sum"

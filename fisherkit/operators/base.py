@@ -17,9 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.arguments import is_integer
-from fisherkit.arithmetic import without_autocast
-from fisherkit.conjugate import MatMat
+from fisherkit.arguments import is_integer, is_number
+from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.coverage import Coverage
 from fisherkit.errors import (
     FileFormatError,
@@ -64,7 +63,8 @@ class FisherOperator(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "_matmat" in vars(cls):
+        inherited = next(vars(base)["_matmat"] for base in cls.__mro__[1:] if "_matmat" in vars(base))
+        if "_matmat" in vars(cls) and not getattr(inherited, "__isabstractmethod__", False):
             # Another product is another matrix: what a parent class knows of its own is not known of this one.
             for name in STRUCTURAL:
                 if name not in vars(cls):
@@ -224,41 +224,20 @@ class FisherOperator(ABC):
 
     @overload
     def solve(
-        self,
-        v: Vector,
-        damping: Damping,
-        *,
-        return_info: Literal[False] = ...,
-        tolerance: float | None = ...,
-        max_steps: int | None = ...,
-        checkpoint: str | Path | None = ...,
-        progress: bool = ...,
-    ) -> Vector: ...
+        self, v: Vector, damping: Damping, *, return_info: Literal[False] = ..., tolerance: float | None = ...,
+        max_steps: int | None = ..., checkpoint: str | Path | None = ..., progress: bool = ...,
+    ) -> Vector: ...  # fmt: skip
     @overload
     def solve(
-        self,
-        v: Vector,
-        damping: Damping,
-        *,
-        return_info: Literal[True],
-        tolerance: float | None = ...,
-        max_steps: int | None = ...,
-        checkpoint: str | Path | None = ...,
-        progress: bool = ...,
-    ) -> tuple[Vector, SolveInfo]: ...
+        self, v: Vector, damping: Damping, *, return_info: Literal[True], tolerance: float | None = ...,
+        max_steps: int | None = ..., checkpoint: str | Path | None = ..., progress: bool = ...,
+    ) -> tuple[Vector, SolveInfo]: ...  # fmt: skip
     @final
     @without_autocast()
     def solve(
-        self,
-        v: Vector,
-        damping: Damping = REQUIRED,
-        *,
-        return_info: bool = False,
-        tolerance: float | None = None,
-        max_steps: int | None = None,
-        checkpoint: str | Path | None = None,
-        progress: bool = False,
-    ) -> Vector | tuple[Vector, SolveInfo]:
+        self, v: Vector, damping: Damping = REQUIRED, *, return_info: bool = False, tolerance: float | None = None,
+        max_steps: int | None = None, checkpoint: str | Path | None = None, progress: bool = False,
+    ) -> Vector | tuple[Vector, SolveInfo]:  # fmt: skip
         """(F + λI)⁻¹ v, with the null space's v/λ included.
 
         Args:
@@ -350,7 +329,7 @@ class FisherOperator(ABC):
     @without_autocast()
     def __mul__(self, scale: float) -> FisherOperator:
         """scale · F; the scale must not be negative."""
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        if not is_number(scale):
             raise InvalidTypeError(call=f"{self._name} * scale", got=f"a {type(scale).__name__}", expected="a number")
         if not 0 <= scale < float("inf"):
             raise InvalidArgumentError(

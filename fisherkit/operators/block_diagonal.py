@@ -197,9 +197,8 @@ def split(operator: FisherOperator) -> tuple[FisherOperator, ...]:
 
     Returns:
         Operators over disjoint parts of the space that cover it, in flat order of their first names, without metadata:
-        of a block-diagonal operator its blocks' blocks, of a diagonal one a diagonal for each parameter, of a sum the
-        blocks of its terms joined where they overlap, each the sum of the terms' parts. Any other operator is returned
-        as it is, without its metadata. Tensors are shared with the operator.
+        of a diagonal operator a diagonal for each parameter, of a sum the blocks of its terms joined where they
+        overlap. Tensors are shared with the operator.
     """
     return tuple(map(_bare, operator._blocks()))
 

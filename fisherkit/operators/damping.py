@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fisherkit.arguments import is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 
 
@@ -46,7 +47,7 @@ def check_damping(damping: float, call: str) -> float:
             why="F's scale differs by orders of magnitude between models, data and kinds, and no one number suits all",
             try_="damping=fk.RelativeDamping(1e-3), a thousandth of F's mean eigenvalue; damping=0.0 for F itself",
         )  # fmt: skip
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+    if not is_number(damping):
         raise InvalidTypeError(
             call=call, got=f"damping of type {type(damping).__name__}", expected="a float or fk.RelativeDamping",
             try_="float(damping)",

@@ -29,12 +29,8 @@ class DenseOperator(FisherOperator):
 
     Args:
         space: the parameters it acts on.
-        matrix: F [D, D], symmetric positive semi-definite; its dtype and device are the operator's. Kept, not copied.
-
-    Raises:
-        InvalidTypeError: not a real floating-point tensor.
-        InvalidArgumentError: not of shape [D, D], or not symmetric.
-        NonFiniteError: NaN or infinite entries.
+        matrix: F [D, D], symmetric positive semi-definite and finite; its dtype and device are the operator's.
+            Kept, not copied.
     """
 
     tag: ClassVar[str] = "dense"

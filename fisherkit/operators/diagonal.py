@@ -22,12 +22,7 @@ class DiagonalOperator(FisherOperator):
 
     Args:
         space: the parameters it acts on.
-        diagonal: d [D], 0 or more; its dtype and device are the operator's. Kept, not copied.
-
-    Raises:
-        InvalidTypeError: not a real floating-point tensor.
-        InvalidArgumentError: not of shape [D], or negative entries.
-        NonFiniteError: NaN or infinite entries.
+        diagonal: d [D], finite numbers of 0 or more; its dtype and device are the operator's. Kept, not copied.
     """
 
     tag: ClassVar[str] = "diagonal"

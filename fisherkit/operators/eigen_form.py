@@ -26,13 +26,9 @@ class EigenForm(RowForm):
     """
 
     def __init__(
-        self,
-        on_inputs: Float[Tensor, "I1 r"],
-        on_outputs: Float[Tensor, "O s"],
-        weights: Float[Tensor, "s r"],
-        outside: float,
-        solve: Callable[[Tensor], Tensor],
-    ) -> None:
+        self, on_inputs: Float[Tensor, "I1 r"], on_outputs: Float[Tensor, "O s"], weights: Float[Tensor, "s r"],
+        outside: float, solve: Callable[[Tensor], Tensor],
+    ) -> None:  # fmt: skip
         super().__init__(weights.numel(), 2 * weights.numel())
         self.on_inputs, self.on_outputs, self.outside = on_inputs, on_outputs, outside
         self._weights, self._solve = (weights - outside).flatten(), solve

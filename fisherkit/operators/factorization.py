@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arguments import is_integer
-from fisherkit.arithmetic import without_autocast
-from fisherkit.conjugate import MatMat
+from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.operators.row_forms import RowForm, SolvedForm, solved_squares
 from fisherkit.rows.collection import Rows
@@ -157,13 +156,9 @@ class IterativeFactorization(Factorization):
     method = "conjugate_gradient"
 
     def __init__(
-        self,
-        operator: FisherOperator,
-        damping: float,
-        tolerance: float,
-        max_steps: int | None,
+        self, operator: FisherOperator, damping: float, tolerance: float, max_steps: int | None,
         preconditioner: Callable[[float], MatMat | None] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(operator, damping)
         self.tolerance, self.max_steps = tolerance, max_steps
         self._make = preconditioner or operator._approximate_inverse

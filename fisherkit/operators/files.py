@@ -81,14 +81,10 @@ class FisherFile:
         return tuple(blocks_of_node(self.header.root, self.space, self.header.reader(self.device)))
 
     def read(self, names: Iterable[str]) -> FisherOperator:
-        """The operator over some of the blocks; reads their tensors and nothing else.
+        """The operator over some of the blocks, without metadata; reads their tensors and nothing else.
 
         Args:
-            names: parameters, in any order: all those of one block or of several.
-
-        Returns:
-            An operator over ``space.restrict(names)``, a `BlockDiagonalOperator` if there are several blocks; without
-            metadata.
+            names: parameters, in any order: all of one block, or of several, which give a `BlockDiagonalOperator`.
 
         Raises:
             UnknownParameterError: names that the file does not have.

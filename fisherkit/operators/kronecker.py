@@ -57,33 +57,22 @@ class KroneckerOperator(FisherOperator):
 
     Args:
         space: the layer's weight [O, I] (or [O, I, k...], taken as [O, I·k...]), and its bias [O] if it has one.
-        activation: A [I, I], or [I+1, I+1] with a bias, whose row and column are the last.
-        gradient: G [O, O]; of the same dtype and device.
+        activation: A [I, I], or [I+1, I+1] with a bias, whose row and column are the last; symmetric and finite.
+        gradient: G [O, O], likewise; of the same dtype and device.
         transposed: the weight is stored as [I, O].
         symmetric: the factors are known to be symmetric up to rounding and not checked.
         activation_spectrum: a cheaper way than from the matrix to A's eigenvalues [r] and orthonormal eigenvectors
             [I, r], r the rank; used when they are first needed.
         gradient_spectrum: the same for G.
-
-    Raises:
-        InvalidTypeError: not real floating-point tensors, or dtypes that differ.
-        InvalidArgumentError: shapes that do not fit the space, devices that differ, or a factor that is not symmetric.
-        NonFiniteError: NaN or infinite entries.
     """
 
     tag: ClassVar[str] = "kronecker"
 
     def __init__(
-        self,
-        space: ParameterSpace,
-        activation: Float[Tensor, "..."],
-        gradient: Float[Tensor, "..."],
-        transposed: bool = False,
-        *,
-        symmetric: bool = False,
-        activation_spectrum: Spectrum | None = None,
+        self, space: ParameterSpace, activation: Float[Tensor, "..."], gradient: Float[Tensor, "..."],
+        transposed: bool = False, *, symmetric: bool = False, activation_spectrum: Spectrum | None = None,
         gradient_spectrum: Spectrum | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         name = "KroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
         width, outputs = self._layout.width, self._layout.outputs
@@ -239,25 +228,14 @@ class EigenKroneckerOperator(FisherOperator):
         eigenvalues: e [s, r], 0 or more, in the bases' dtype or in float64.
         transposed: the weight is stored as [I, O].
         decomposed: all of these come from a decomposition of finite matrices, and are not checked.
-
-    Raises:
-        InvalidTypeError: not real floating-point tensors, or dtypes that do not fit.
-        InvalidArgumentError: shapes that do not fit the space, devices that differ, or negative eigenvalues.
-        NonFiniteError: NaN or infinite entries.
     """
 
     tag: ClassVar[str] = "eigen_kronecker"
 
     def __init__(
-        self,
-        space: ParameterSpace,
-        activation_basis: Float[Tensor, "..."],
-        gradient_basis: Float[Tensor, "..."],
-        eigenvalues: Float[Tensor, "..."],
-        transposed: bool = False,
-        *,
-        decomposed: bool = False,
-    ) -> None:
+        self, space: ParameterSpace, activation_basis: Float[Tensor, "..."], gradient_basis: Float[Tensor, "..."],
+        eigenvalues: Float[Tensor, "..."], transposed: bool = False, *, decomposed: bool = False,
+    ) -> None:  # fmt: skip
         name = "EigenKroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
         if decomposed:

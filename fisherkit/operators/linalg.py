@@ -17,14 +17,9 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteEr
 
 
 def check_tensor(
-    tensor: Tensor,
-    shape: Sequence[int],
-    call: str,
-    *,
-    dtypes: tuple[torch.dtype, ...] = (),
-    device: torch.device | None = None,
-    nonnegative: bool = False,
-) -> Tensor:
+    tensor: Tensor, shape: Sequence[int], call: str, *, dtypes: tuple[torch.dtype, ...] = (),
+    device: torch.device | None = None, nonnegative: bool = False,
+) -> Tensor:  # fmt: skip
     """A tensor that an operator is made of, without its graph; kept, not copied; refused where it does not fit."""
     if not isinstance(tensor, Tensor):
         raise InvalidTypeError(call=call, got=f"a {type(tensor).__name__}", expected="a torch tensor")

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.conjugate import MatMat
+from fisherkit.arithmetic import MatMat
 from fisherkit.errors import MemoryBudgetError, SingularMatrixError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
@@ -377,13 +377,13 @@ class GramForm(RowForm):
             parts.append((k * self._solve(k)).sum(0))
         return (norms - self.scale * torch.cat(parts)) / self.damping
 
-    def operations(self, queries: int, others: int) -> float:
+    def operations(self, queries: int, others: int) -> int:
         """Multiplications of this form for so many queries and other rows; J's own Gram is there already."""
         r = self.rows.count
         entry = sum(_entry_cost(slot.rows) for slot in self.rows.slots)
         return (queries * others + r * (queries + others)) * entry + queries * r * (others + r)
 
-    def solved_operations(self, queries: int, others: int) -> float:
+    def solved_operations(self, queries: int, others: int) -> int:
         """Those of solving for the queries as columns and meeting the others with them."""
         product = sum(_product_cost(slot.rows, queries) for slot in self.rows.slots)
         return product * (2 * self.rows.count + others) + queries * self.rows.count**2

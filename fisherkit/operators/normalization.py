@@ -10,6 +10,7 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import check_choice
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.operators.base import FisherOperator
@@ -20,9 +21,7 @@ NORMALIZATIONS = ("trace", "norm", None)
 
 def check_normalize(how: object, call: str, also: tuple[str, ...] = ()) -> None:
     """Refuse what is not "trace", "norm", None or one of ``also``."""
-    allowed = (*also, *NORMALIZATIONS)
-    if how not in allowed:
-        raise InvalidArgumentError(call=call, got=f"normalize={how!r}", expected=f"one of {list(allowed)}")
+    check_choice(call, "normalize", how, (*also, *NORMALIZATIONS))
 
 
 @without_autocast()

@@ -86,13 +86,7 @@ def blocks_of_node(node: io.Node, space: ParameterSpace, reader: io.Reader) -> M
 
 
 def state_of(operator: FisherOperator) -> io.State:
-    """All that a file of the operator would hold, from which `restore` makes it again.
-
-    Args:
-        operator: F.
-
-    Returns:
-        A tree of named tensors, which are the operator's own and not copies.
+    """All that a file of the operator would hold, its own tensors and no copies; `restore` makes it again.
 
     Raises:
         NoClosedFormError: the rows are streamed from the data and lie nowhere.

@@ -25,7 +25,6 @@ from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError, listed
 from fisherkit.likelihoods import Likelihood
-from fisherkit.optim import surprises
 from fisherkit.optim.outputs import Seen, seen_outputs
 from fisherkit.optim.passes import Captured, Pass, with_own_inputs
 from fisherkit.optim.watch import Watch
@@ -51,22 +50,16 @@ OPEN = 8
 
 
 class Capture:
-    """Watches a model's training steps.
+    """Watches a model's own training steps, not those of its parts.
 
     Args:
-        model: the model; its own calls are watched, not those of its parts.
+        model: the model.
         params: which parameters; those that do not require a gradient at a step are left out of it.
         rule: the kind.
         likelihood: p(y | z).
-        reduction: of the user's loss, "mean" or "sum", for likelihoods whose targets do not show in the gradient.
+        reduction: of the user's loss, for likelihoods whose targets do not show in the gradient.
         written_out: whether rows may be written out where that is faster; Kronecker factors need them factored.
         call: the user's class, for errors.
-
-    Attributes:
-        space: the parameters that may take part.
-        wanted: whether steps are to be watched at all.
-        finished: what has been captured since `take`.
-        examples: how many there were so far, for random draws.
     """
 
     def __init__(
@@ -297,7 +290,7 @@ class Capture:
     def _due(self) -> bool:
         """Whether to look again for ways around the outputs."""
         self._passes += 1
-        return surprises.due(self._passes)
+        return is_checked(self._passes)
 
     def _accumulating(self) -> bool:
         """Whether the backward pass that runs adds to ``.grad``: what torch.autograd.grad finds leads to no step."""
@@ -410,6 +403,11 @@ class Capture:
             with recorder:
                 z = one.batch.call(self.model)
             return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
+
+
+def is_checked(step: int) -> bool:
+    """Whether losses are checked in a step, counted from 1: ever more rarely, but at least in every 64th."""
+    return step % 64 == 0 or step & (step - 1) == 0
 
 
 def _keep_rules(plan: Plan, old: Plan) -> None:

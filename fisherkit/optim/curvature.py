@@ -5,7 +5,7 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.arguments import check_count
+from fisherkit.arguments import check_choice, check_count, check_number, is_number
 from fisherkit.arithmetic import at_least_single
-from fisherkit.errors import InvalidArgumentError, ModelError, SingularMatrixError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
-from fisherkit.operators import Damping, Factorization, FisherOperator
-from fisherkit.optim import surprises
+from fisherkit.operators import Damping, Factorization, FisherOperator, RelativeDamping
 from fisherkit.optim.averages import Averages
-from fisherkit.optim.capture import Capture
+from fisherkit.optim.capture import Capture, is_checked
 from fisherkit.optim.outputs import check_reduction
 from fisherkit.optim.passes import Captured, lifted
 from fisherkit.optim.sample_space import Direction, damped, gram_direction
@@ -31,54 +30,25 @@ from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import LayerStructure, RowStructure, structure_named
-from fisherkit.vectors import EmpiricalVectors
+from fisherkit.vectors import EmpiricalVectors, rule_of
+
+FIT = 1e-4
+"""Below this ‖∂ℓ/∂z‖² an example's factor says nothing."""
 
 
 class Curvature:
     """The Fisher of recent training steps, and gradients seen through it.
 
-    Args:
-        model: the model.
-        params: which parameters.
-        rule: of the kind.
-        likelihood: p(y | z).
-        structure: of `fisherkit.structures`, by name.
-        gram: whether the damping is the paper's, in the space of examples.
-        reduction: of the user's loss.
-        ema: weight of what was before in running averages.
-        update_every: steps between updates.
-        refresh_every: updates between eigen-decompositions.
-        kfac_positions: "expand" or "reduce".
-        max_rank: eigenpairs kept of a Kronecker factor; None for all.
-        call: the user's class, for errors.
-
-    Raises:
-        InvalidTypeError, InvalidArgumentError: an argument that does not fit.
+    ``gram`` says whether the damping is the paper's, in the space of examples; all else is `NaturalGradient`'s.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        params: Selection,
-        rule: OutputRule,
-        likelihood: str | Likelihood | nn.Module,
-        structure: str,
-        gram: bool,
-        reduction: str,
-        ema: float,
-        update_every: int,
-        refresh_every: int,
-        kfac_positions: str,
-        max_rank: int | None,
-        call: str,
-    ) -> None:
-        for name, value, allowed in (
-            ("reduction", reduction, ("mean", "sum")),
-            ("kfac_positions", kfac_positions, ("expand", "reduce")),
-        ):
-            if value not in allowed:
-                raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+        self, model: nn.Module, *, params: Selection, rule: OutputRule, likelihood: str | Likelihood | nn.Module,
+        structure: str, gram: bool, reduction: str, ema: float, update_every: int, refresh_every: int,
+        kfac_positions: str, max_rank: int | None, call: str,
+    ) -> None:  # fmt: skip
+        check_choice(call, "reduction", reduction, ("mean", "sum"))
+        check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         chosen = structure_named(structure, call)
         if not issubclass(chosen, (LayerStructure, RowStructure)):
             raise InvalidArgumentError(
@@ -145,7 +115,7 @@ class Curvature:
                 for chunk in one.chunks:
                     chunk.rows.finite(f"{self.call}.step, forward pass {number}")
             self.examples, self._operator, self._inverse = examples, None, None
-            self._look_for_surprises(captured, gradients, space)
+            self._warn_of_ignored(captured, gradients, space)
         if self.averages.structure.keeps_rows:
             try:
                 direction = self._of_batch(captured, gradients, damping)
@@ -179,16 +149,16 @@ class Curvature:
             return one.chunks
         return [replace(chunk, rows=chunk.rows.scaled(missing ** (1 - power))) for chunk in one.chunks]
 
-    def _look_for_surprises(
+    def _warn_of_ignored(
         self, captured: list[Captured], gradients: Mapping[str, Tensor], space: ParameterSpace
     ) -> None:
-        if not surprises.due(self.steps + 1) or not all(one.seen.calibrated for one in captured):
+        if not is_checked(self.steps + 1) or not all(one.seen.calibrated for one in captured):
             return
         if self._power is None:
-            said = [surprises.wrong_reduction(captured, self.reduction, self.examples)]
+            said = [wrong_reduction(captured, self.reduction, self.examples)]
         else:
             mean = self._mean(gradients, space, self.examples)
-            said = [surprises.lost_weights(captured), surprises.lost_terms(captured, mean)]
+            said = [ignored_weights(captured), ignored_terms(captured, mean)]
         for text in filter(None, said):
             self.capture.warn(text)
 
@@ -321,3 +291,94 @@ def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
     norm = one.seen.squared_norm * one.seen.correction(passes) ** 2
     owner = torch.cat([chunk.owner for chunk in one.chunks])
     return torch.where(norm > 0, norm**power, torch.zeros_like(norm))[owner]
+
+
+# -- what users pass, checked before anything is done ------------------------------------------------------------------
+
+
+def checked_rule(
+    model: object, kind: Any, options: Mapping[str, Any], damping: object, gram_damping: object, trust_region: Any,
+    call: str,
+) -> OutputRule:  # fmt: skip
+    """The rule of the kind, if the model is a module, dampings and trust region fit, and the options are the kind's."""
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(
+            call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module",
+            why="per-example gradients come from its forward pass", try_=f"{call}(model, ..., params=names)",
+        )  # fmt: skip
+    rule = rule_of(kind, call=call, options=options)  # first: a misspelt argument is among its options
+    check_damping_choice(damping, gram_damping, call)
+    if trust_region is not None and not (is_number(trust_region) and trust_region > 0):
+        raise InvalidArgumentError(call=call, got=f"trust_region={trust_region!r}", expected="a positive number")
+    return rule
+
+
+def check_damping_choice(damping: object, gram_damping: object, call: str) -> None:
+    """Exactly one of the two dampings, and a fitting one."""
+    if (damping is None) == (gram_damping is None):
+        raise InvalidArgumentError(
+            call=call, got=f"damping={damping!r} and gram_damping={gram_damping!r}", expected="one of them",
+            why="F + λI and the Gram matrix + λI are different updates",
+            try_="gram_damping=1e-3 for the paper's update, damping=1e-2 for (F + λI)⁻¹ times the mean gradient",
+        )  # fmt: skip
+    value, name = (damping, "damping") if gram_damping is None else (gram_damping, "gram_damping")
+    if isinstance(value, RelativeDamping) and gram_damping is None:
+        return
+    check_number(call, name, value)
+
+
+# -- losses whose meaning a step would lose without a word -------------------------------------------------------------
+
+
+def wrong_reduction(captured: Sequence[Captured], reduction: str, examples: int) -> str:
+    """What to say where the gradient is not that of the mean that a damped step takes it for; "" for nothing.
+
+    The factors of all examples add up to 1 for a mean and to N for a sum; anything else is a scaler's, or weights.
+    """
+    total = float(torch.cat([one.seen.multiple for one in captured]).sum())
+    expected, passes = (1 if reduction == "mean" else examples), len(captured)
+    if examples == 1 or _close(total, expected):
+        return ""
+    if reduction == "mean" and _close(total, passes):
+        advice = f"divide the loss of each of the {passes} passes by {passes}"
+    elif _close(total, examples):
+        advice = 'the loss is a sum: reduction="sum"'
+    elif _close(total, 1):
+        advice = 'the loss is a mean: reduction="mean"'
+    else:
+        return ""
+    return (
+        f"with reduction={reduction!r} the gradients' factors add up to {total:.4g} instead of {expected}, and the "
+        f"step is as much too long. Try: {advice}."
+    )
+
+
+def ignored_weights(captured: Sequence[Captured]) -> str:
+    """What to say where examples of one pass have different factors, which the Gram-space update does not see."""
+    for one in captured:
+        # The factor of an example that is fit is all rounding.
+        counting = one.seen.multiple[(one.seen.multiple > 0) & (one.seen.squared_norm > FIT)]
+        if len(counting) and bool(counting.max() > 1.01 * counting.min()):
+            return "weights of examples in the loss have no effect on the update of gram_damping=. Try: damping=."
+    return ""
+
+
+def ignored_terms(captured: Sequence[Captured], gradient: Float[Tensor, "D"]) -> str:
+    """What to say where the gradient is not the examples' alone, which the Gram-space update does not see."""
+    if any(one.coupled for one in captured):
+        return ""
+    total = torch.zeros_like(gradient)
+    for one in captured:
+        for chunk in one.chunks:
+            total += chunk.rows.rmatmul(one.seen.multiple[chunk.owner].unsqueeze(1).to(gradient.dtype))[:, 0]
+    a, b = total.double(), gradient.double()
+    if bool(a @ b >= 0.999 * a.norm() * b.norm()):
+        return ""
+    return (
+        "the gradient is not the examples' alone (a penalty, an auxiliary loss, a change of .grad): the rest has no "
+        "effect on the update of gram_damping=. Try: damping=, or weight_decay= for a penalty."
+    )
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 0.01 * b

@@ -10,17 +10,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fisherkit.arguments import is_number
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region
-from fisherkit.optim.curvature import Curvature, check_has
+from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has, checked_rule
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.vectors import rule_of
 
 CALL = "NaturalGradient"
 STATE_CHECKSUM = "state_checksum"
@@ -114,13 +113,10 @@ class NaturalGradient(torch.optim.Optimizer):
         max_rank: int | None = None,
         **options: Any,
     ) -> None:
-        check_model(model, CALL)
-        rule = rule_of(kind, call=CALL, options=options)  # first: a misspelt argument is among its options
-        check_damping_choice(damping, gram_damping, CALL)
+        rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
         for name, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("momentum", momentum, 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+            if not is_number(value) or not least <= value < math.inf:
                 raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected="a number, 0 or more")
-        check_trust_region(trust_region, CALL)
         groups, selection = _groups(model, params)
         self._curvature = Curvature(
             model, params=selection, rule=rule, likelihood=likelihood, structure=structure,

@@ -93,8 +93,6 @@ class Pass:
         coupled: modules that couple the examples of a batch.
         rng: where the random generators were before the pass; None if it is not run again.
         names: as in `Captured`.
-
-    Attributes:
         gradient: of the user's loss at the outputs.
         found: the gradients at uses' outputs, by the edge's ``id``.
         multiplied: what they are where each example's vector is times numbers of its own; none where not needed.

@@ -12,12 +12,10 @@ from torch import nn
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
-from fisherkit.optim.arguments import check_damping_choice, check_model, check_trust_region
-from fisherkit.optim.curvature import Curvature
+from fisherkit.optim.curvature import Curvature, checked_rule
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import Selection
-from fisherkit.vectors import rule_of
 
 CALL = "Preconditioner"
 
@@ -82,10 +80,7 @@ class Preconditioner:
         max_rank: int | None = None,
         **options: Any,
     ) -> None:
-        check_model(model, CALL)
-        rule = rule_of(kind, call=CALL, options=options)  # first: a misspelt argument is among its options
-        check_damping_choice(damping, gram_damping, CALL)
-        check_trust_region(trust_region, CALL)
+        rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
         self.trust_region, self._lr = trust_region, lr
         self._curvature = Curvature(

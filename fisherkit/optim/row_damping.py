@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fisherkit.arguments import is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors
 from fisherkit.vectors import ImprovedVectors, rule_of
@@ -42,7 +43,7 @@ class RowDamped(OutputRule):
 
     def __init__(self, kind: str | OutputRule, row_damping: float, **options: Any) -> None:
         call = "RowDamped"
-        if isinstance(row_damping, bool) or not isinstance(row_damping, (int, float)):
+        if not is_number(row_damping):
             raise InvalidTypeError(
                 call=call, got=f"row_damping of type {type(row_damping).__name__}", expected="a number"
             )

@@ -18,7 +18,7 @@ from fisherkit.errors import InvalidArgumentError
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
-from fisherkit.rows.collection import UnitSlot
+from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
@@ -28,6 +28,7 @@ UNBOUNDED = 1 << 62
 
 Names = tuple[str, ...]
 
+A = TypeVar("A", bound="Added")
 S = TypeVar("S", bound="Sums")
 T = TypeVar("T", bound="Structure")
 U = TypeVar("U", bound="UnitSums")
@@ -52,8 +53,51 @@ Parts = dict[Names, Part]
 """The part of each group of parameters that was handled as one."""
 
 
-class Sums(ABC):
-    """What has been added up, frozen: every method returns new sums, and leaves the old ones as they are.
+@dataclass(frozen=True)
+class Added(ABC):  # noqa: B024  # subclasses have abstract methods
+    """What has been added up, frozen: every method returns a new one. A Fisher is linear in each field but `constant`.
+
+    Rows are scaled by the weight's root, and integers, which count, not at all.
+    """
+
+    constant: ClassVar[tuple[str, ...]] = ()
+    """Fields that scaling and merging leave as they are."""
+
+    def scaled(self: A, weight: float) -> A:
+        """Of ``weight`` times the Fisher."""
+        return replace(self, **{name: _scaled(getattr(self, name), weight) for name in self._linear})
+
+    def merge(self: A, other: A) -> A:
+        """Of the sum of both Fishers: with what another pass, step or process added up."""
+        return replace(self, **{name: _merged(getattr(self, name), getattr(other, name)) for name in self._linear})
+
+    @property
+    def _linear(self) -> list[str]:
+        return [f.name for f in fields(self) if f.name not in self.constant]
+
+
+def _scaled(value: Any, weight: float) -> Any:
+    if value is None or isinstance(value, int):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _scaled(one, weight) for key, one in value.items()}
+    if isinstance(value, Rows):
+        return value.scaled(weight**0.5)
+    return weight * value if isinstance(value, (float, Tensor)) else value.scaled(weight)
+
+
+def _merged(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, Mapping):
+        return {**a, **{key: _merged(a.get(key), one) for key, one in b.items()}}
+    if isinstance(a, Rows):
+        return Rows.cat([a, b])
+    return a + b if isinstance(a, (int, float, Tensor)) else a.merge(b)
+
+
+class Sums(Added):
+    """What a pass over rows adds up.
 
     Attributes:
         dropped: how many rows were left out.
@@ -66,14 +110,6 @@ class Sums(ABC):
     @abstractmethod
     def added(self: S, chunks: Iterable[Chunk]) -> S:
         """With more rows."""
-
-    @abstractmethod
-    def scaled(self: S, weight: float) -> S:
-        """Of ``weight`` times the Fisher."""
-
-    @abstractmethod
-    def merge(self: S, other: S) -> S:
-        """Of the sum of both Fishers: with what another pass, step or process added up."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +213,10 @@ class Structure(ABC):
 
 
 @dataclass(frozen=True)
-class UnitSums(ABC):
+class UnitSums(Added):
     """What is added up of one unit (a weight with its bias, or one parameter): a frozen record of tensors and numbers.
 
-    A subclass says which operator it becomes. The rest follows from its fields where the Fisher is linear in each.
+    A subclass says which operator it becomes.
     """
 
     label: ClassVar[str]
@@ -194,14 +230,6 @@ class UnitSums(ABC):
     def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> UnitSums:
         """With the unit's rows of a chunk."""
         return self.merge(structure.record(slot.rows))
-
-    def scaled(self: U, weight: float) -> U:
-        """Of ``weight`` times the Fisher."""
-        return replace(self, **{f.name: weight * getattr(self, f.name) for f in fields(self)})
-
-    def merge(self: U, other: U) -> U:
-        """Of the sum of both Fishers."""
-        return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
         """ema · ``known`` + (1 − ema) · weight · self; weight · self where ``known`` is None. The weight is 1/N."""
@@ -234,6 +262,8 @@ class UnitSums(ABC):
 class LayerSums(Sums):
     """A record of each unit; ``done`` are those of units that need no other pass, None in the first pass."""
 
+    constant = ("structure",)
+
     structure: LayerStructure
     units: Mapping[Names, UnitSums] = field(default_factory=dict)
     done: Mapping[Names, UnitSums] | None = None
@@ -249,15 +279,6 @@ class LayerSums(Sums):
                 elif self.done is None:
                     units[slot.names] = self.structure.start(slot, chunk)
         return replace(self, units=units)
-
-    def scaled(self, weight: float) -> LayerSums:
-        """Of ``weight`` times the Fisher."""
-        return replace(self, units={names: unit.scaled(weight) for names, unit in self.units.items()})
-
-    def merge(self, other: LayerSums) -> LayerSums:
-        """Of the sum of both Fishers."""
-        units = {n: self.units[n].merge(other.units[n]) if n in other.units else self.units[n] for n in self.units}
-        return replace(self, units={**other.units, **units})
 
     @property
     def whole(self) -> dict[Names, UnitSums]:

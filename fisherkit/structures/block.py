@@ -41,6 +41,8 @@ class NormalMatrix(UnitSums):
 class BlockSums(Sums):
     """Matrices of the modules in ``spaces``, and the rows of the ``others``."""
 
+    constant = ("spaces", "others")
+
     spaces: Mapping[Names, ParameterSpace]
     others: ParameterSpace
     matrices: Mapping[Names, NormalMatrix] = field(default_factory=dict)
@@ -57,17 +59,6 @@ class BlockSums(Sums):
                 kept.append(chunk.rows.restrict(self.others))
             del chunk
         return replace(self, matrices=matrices, kept=Rows.taken_from(kept) if kept else None)
-
-    def scaled(self, weight: float) -> BlockSums:
-        """Of ``weight`` times the Fisher."""
-        matrices = {names: matrix.scaled(weight) for names, matrix in self.matrices.items()}
-        return replace(self, matrices=matrices, kept=None if self.kept is None else self.kept.scaled(weight**0.5))
-
-    def merge(self, other: BlockSums) -> BlockSums:
-        """Of the sum of both Fishers."""
-        matrices = {names: matrix.merge(other.matrices[names]) for names, matrix in self.matrices.items()}
-        kept = [one.kept for one in (self, other) if one.kept is not None]
-        return replace(self, matrices=matrices, kept=Rows.cat(kept) if kept else None)
 
 
 class Block(RowStructure):

@@ -18,6 +18,8 @@ from fisherkit.structures.base import Part, Parts, Structure, Sums
 class KeptRows(Sums):
     """Rows in memory, at most ``most`` of them, those of largest norm; None for all."""
 
+    constant = ("most", "dropped_share")
+
     rows: Rows | None = None
     most: int | None = None
     dropped: int = 0
@@ -41,16 +43,6 @@ class KeptRows(Sums):
         if self.rows is None:
             raise LookupError("no rows have been added")
         return self.rows
-
-    def scaled(self, weight: float) -> KeptRows:
-        """Of ``weight`` times the Fisher."""
-        rows = None if self.rows is None else self.rows.scaled(weight**0.5)
-        return KeptRows(rows, self.most, self.dropped, self.dropped_share)
-
-    def merge(self, other: KeptRows) -> KeptRows:
-        """The rows of both."""
-        rows = [one.rows for one in (self, other) if one.rows is not None]
-        return KeptRows(Rows.cat(rows) if rows else None, self.most, self.dropped + other.dropped, self.dropped_share)
 
 
 class RowStructure(Structure):

@@ -118,6 +118,8 @@ class SecondMoment:
 class KroneckerFactors(UnitSums):
     """Σ a aᵀ over examples and positions (the constant input of a bias appended), and Σ g gᵀ over rows and positions.
 
+    Scaled, they are as of so much more data, so that merging weighs both factors alike.
+
     Args:
         activation: of the inputs.
         gradient: of the output gradients.
@@ -128,6 +130,7 @@ class KroneckerFactors(UnitSums):
     """
 
     label = "kfac"
+    constant = ("transposed", "spectra")
 
     activation: SecondMoment
     gradient: SecondMoment
@@ -151,16 +154,9 @@ class KroneckerFactors(UnitSums):
         )  # fmt: skip
 
     def add(
-        self,
-        rows: FactoredRows,
-        *,
-        first: bool,
-        whole: bool,
-        counted: tuple[Bool[Tensor, "..."], ...],
-        exists: Bool[Tensor, "B T"] | None,
-        token: bool,
-        reduce: bool,
-    ) -> KroneckerFactors:
+        self, rows: FactoredRows, *, first: bool, whole: bool, counted: tuple[Bool[Tensor, "..."], ...],
+        exists: Bool[Tensor, "B T"] | None, token: bool, reduce: bool,
+    ) -> KroneckerFactors:  # fmt: skip
         """With more rows.
 
         Args:
@@ -208,20 +204,6 @@ class KroneckerFactors(UnitSums):
             weighed = a[kept] * weight[span][kept].to(a.dtype).sqrt().unsqueeze(1)
             activation = activation.add(weighed.unsqueeze(1), spanning=spanning)
         return KroneckerFactors(activation, gradient, self.count + int(weight.sum()), self.transposed)
-
-    def scaled(self, weight: float) -> KroneckerFactors:
-        """Of ``weight`` times the Fisher: as of so much more data, so that merging weighs both factors alike."""
-        return replace(
-            self, activation=self.activation.scaled(weight), gradient=self.gradient.scaled(weight),
-            count=weight * self.count,
-        )  # fmt: skip
-
-    def merge(self, other: KroneckerFactors) -> KroneckerFactors:
-        """With another pass's: the factors of both data together."""
-        return replace(
-            self, activation=self.activation.merge(other.activation), gradient=self.gradient.merge(other.gradient),
-            count=self.count + other.count,
-        )  # fmt: skip
 
     def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
         """As of every record; a count that is not known becomes that of the new sums."""
@@ -287,6 +269,7 @@ class RotatedSquares(UnitSums):
     """
 
     label = "ekfac"
+    constant = ("activation", "gradient", "transposed")
 
     activation: Spectrum
     gradient: Spectrum
@@ -310,10 +293,6 @@ class RotatedSquares(UnitSums):
     def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> RotatedSquares:
         """With the unit's rows of a chunk."""
         return self.add(slot.rows) if isinstance(slot.rows, FactoredRows) else self
-
-    def scaled(self, weight: float) -> RotatedSquares:
-        """Of ``weight`` times the Fisher."""
-        return replace(self, total=weight * self.total)
 
     def merge(self, other: RotatedSquares) -> RotatedSquares:
         """With another pass's, in the other's basis: of a matrix in another one, the diagonal that it has there."""
