@@ -1,13 +1,20 @@
 """Sums add the same whether rows come in one pass or in parts that are merged, and a multiple is of all of it."""
 
+import pytest
 import torch
 
 from fisherkit.operators.truncated_kronecker import Spectrum
 from fisherkit.rows import FactoredRows
+from fisherkit.rows.chunks import Chunk
+from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.space import ParameterSpace
+from fisherkit.structures import KFAC, structures
 from fisherkit.structures.block import NormalMatrix
 from fisherkit.structures.diagonal import Squares
 from fisherkit.structures.kronecker import KroneckerFactors, RotatedSquares
 
+NAMES = ("weight", "bias")
+SPACE = ParameterSpace(NAMES, ((2, 3), (2,)))
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -17,11 +24,29 @@ def factored(n: int) -> FactoredRows:
     return FactoredRows(a, g, bias=True)
 
 
+def chunk(rows: FactoredRows) -> Chunk:
+    """A chunk of them alone, all of whose positions count."""
+    n = rows.count
+    slots = [UnitSlot(NAMES, rows)]
+    return Chunk(Rows(SPACE, slots), torch.arange(n), True, True, n, True, (torch.ones(n, 4, dtype=torch.bool),), None)
+
+
 def kronecker(rows: FactoredRows) -> KroneckerFactors:
-    return KroneckerFactors.zeros(rows).add(
-        rows, first=True, whole=True, counted=(torch.ones(rows.count, 4, dtype=torch.bool),), exists=None,
-        token=False, reduce=False,
-    )  # fmt: skip
+    of = chunk(rows)
+    return KroneckerFactors.zeros(rows).added(of.rows.slots[0], of, KFAC(SPACE, torch.float64, torch.device("cpu"), ()))
+
+
+@pytest.mark.parametrize("name", ["full", "block", "kfac", "ekfac", "diagonal"])
+def test_sums__of_two_halves_are_merged_and_scaled_as_the_fisher(name: str) -> None:
+    structure = structures()[name](SPACE, torch.float64, torch.device("cpu"), (NAMES,))
+    parts = factored(5), factored(7)
+    one, two = (structure.empty().added([chunk(rows)]) for rows in parts)
+    both = structure.empty().added([chunk(FactoredRows.cat(list(parts)))])
+    probe = torch.randn(SPACE.size, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    merged = structure.operator(one.merge(two), 1.0)
+    torch.testing.assert_close(merged.matvec(probe), structure.operator(both, 1.0).matvec(probe))
+    doubled = structure.operator(one.scaled(2.0), 1.0)
+    torch.testing.assert_close(doubled.matvec(probe), 2 * structure.operator(one, 1.0).matvec(probe))
 
 
 def test_merge__is_the_sum_of_both_passes() -> None:

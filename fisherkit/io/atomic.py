@@ -119,17 +119,26 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             put(name, tensor)
 
 
-def lay_out(file: IO[bytes], forms: Forms, metadata: Mapping[str, str]) -> Callable[[str, Tensor], None]:
+def lay_out(
+    file: IO[bytes], forms: Forms, metadata: Mapping[str, str], call: str = "save"
+) -> Callable[[str, Tensor], None]:
     """Write a safetensors header and reserve the space, so that tensors can be written as they come.
 
     Args:
         file: open for writing, and empty.
         forms: name to shape and dtype of every tensor.
         metadata: string keys and values of the header.
+        call: the public call, for errors.
 
     Returns:
         A function that writes one tensor, of the announced form, in its place.
+
+    Raises:
+        InvalidTypeError: a dtype that safetensors does not have.
     """
+    if odd := [name for name, (_, dtype) in forms.items() if dtype not in _NAMES]:
+        expected = f"one of {[*map(str, _NAMES)]} in files"
+        raise InvalidTypeError(call=call, got=f"{odd[0]!r} of {forms[odd[0]][1]}", expected=expected)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     size, offsets = 0, dict[str, int]()
     # Wide dtypes first, as safetensors does: then every tensor is aligned.

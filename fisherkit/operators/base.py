@@ -637,7 +637,10 @@ STRUCTURAL = (
 )  # fmt: skip
 """Hooks that say what a matrix is made of."""
 
-SHARED = {"_name", "_title", "_inverse", "_columns", "_resolve", "_checked_count", "_unit_columns", "_no_closed_form"}
+SHARED = {
+    "_name", "_title", "_made_of", "_inverse", "_columns", "_resolve", "_checked_count", "_unit_columns",
+    "_no_closed_form",
+}  # fmt: skip
 
 HOOKS = tuple(
     name

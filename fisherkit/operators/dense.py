@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.factorization import DirectFactorization, Factorization
 from fisherkit.operators.linalg import (
     check_symmetric,
     check_tensor,
@@ -54,13 +54,21 @@ class DenseOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         factor = self._cholesky(damping)
         if factor is not None:
-            return _CholeskyFactorization(self, damping, factor)
+            return DirectFactorization(
+                self, damping, lambda v: torch.cholesky_solve(v.double(), factor).to(v.dtype),
+                lambda: 2 * factor.diagonal().log().sum(),
+            )  # fmt: skip
         if damping == 0.0:
             raise SingularMatrixError(
                 **singular("DenseOperator.factorize", damping, f"its rank is below D = {self.size:,}")
             )
         # F + λI is positive definite, only not to Cholesky in float64: the spectrum still gives the null space λ.
-        return _EigenFactorization(self, damping)
+        values, vectors = self._spectrum
+        reciprocal = damped_reciprocal(values, damping, torch.float64, "DenseOperator.factorize").unsqueeze(-1)
+        return DirectFactorization(
+            self, damping, lambda v: (vectors @ (reciprocal * (vectors.mT @ v.double()))).to(v.dtype),
+            lambda: (values + damping).log().sum(),
+        )  # fmt: skip
 
     def _cholesky(self, damping: float) -> Float[Tensor, "D D"] | None:
         """Lower Cholesky factor of F + λI in float64, or None where a pivot is nothing but rounding."""
@@ -121,34 +129,3 @@ class DenseOperator(FisherOperator):
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> DenseOperator:
         return cls(space, state.tensors["matrix"])
-
-
-class _CholeskyFactorization(Factorization):
-    """(L Lᵀ)⁻¹ with L Lᵀ = F + λI."""
-
-    def __init__(self, operator: DenseOperator, damping: float, factor: Float[Tensor, "D D"]) -> None:
-        super().__init__(operator, damping)
-        self._factor = factor
-
-    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        return torch.cholesky_solve(columns.double(), self._factor).to(columns.dtype)
-
-    def _logdet(self) -> Float[Tensor, ""]:
-        return 2 * self._factor.diagonal().log().sum()
-
-
-class _EigenFactorization(Factorization):
-    """U diag(1 / (w + λ)) Uᵀ with F = U diag(w) Uᵀ."""
-
-    def __init__(self, operator: DenseOperator, damping: float) -> None:
-        super().__init__(operator, damping)
-        values, self._vectors = operator._spectrum
-        self._shifted = values + damping
-        self._reciprocal = damped_reciprocal(values, damping, torch.float64, "DenseOperator.factorize").unsqueeze(-1)
-
-    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        rotated = self._vectors.mT @ columns.double()
-        return (self._vectors @ (self._reciprocal * rotated)).to(columns.dtype)
-
-    def _logdet(self) -> Float[Tensor, ""]:
-        return self._shifted.log().sum()

@@ -142,6 +142,22 @@ class Factorization(ABC):
         return draws.squeeze(-1) if n is None else draws
 
 
+class DirectFactorization(Factorization):
+    """(F + λI)⁻¹ by functions that solve for columns and that give the log determinant."""
+
+    def __init__(
+        self, operator: FisherOperator, damping: float, solve: Callable[[Tensor], Tensor], logdet: Callable[[], Tensor]
+    ) -> None:
+        super().__init__(operator, damping)
+        self._inverse, self._log_determinant = solve, logdet
+
+    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self._inverse(columns)
+
+    def _logdet(self) -> Float[Tensor, ""]:
+        return self._log_determinant()
+
+
 class IterativeFactorization(Factorization):
     """(F + λI)⁻¹ by conjugate gradients; every solve runs anew.
 

@@ -19,7 +19,7 @@ from fisherkit import io
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import NonFiniteError, SingularMatrixError
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.factorization import DirectFactorization, Factorization
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.operators.linalg import singular, spectrum
 from fisherkit.space import ParameterSpace
@@ -172,7 +172,16 @@ class TruncatedKroneckerOperator(FisherOperator):
         return self._values.total(self)
 
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        return _TruncatedFactorization(self, damping)
+        damped = self._values.map(lambda v: v + damping)
+        reciprocals = damped.map(torch.reciprocal)
+        parts = torch.cat([part.flatten() for part in vars(reciprocals).values()])
+        if not bool(parts.isfinite().all()):
+            call = "TruncatedKroneckerOperator.factorize"
+            raise SingularMatrixError(**singular(call, damping, "some of a layer's eigenvalues are 0"))
+        steps = reciprocals.steps(self.dtype)
+        return DirectFactorization(
+            self, damping, lambda v: self._apply(v, steps), lambda: damped.map(torch.log).total(self)
+        )
 
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
@@ -192,23 +201,3 @@ class TruncatedKroneckerOperator(FisherOperator):
     def _from_state(cls, space: ParameterSpace, state: io.State) -> TruncatedKroneckerOperator:
         a, g = (Spectrum.from_tensors(state.tensors, name) for name in ("activation", "gradient"))
         return cls(space, a, g, state.tensors.get("values"), bool(state.options["transposed"]))
-
-
-class _TruncatedFactorization(Factorization):
-    """The reciprocals of eigenvalues, and how they grow from where neither basis spans."""
-
-    def __init__(self, operator: TruncatedKroneckerOperator, damping: float) -> None:
-        super().__init__(operator, damping)
-        self._whole, self._damped = operator, operator._values.map(lambda v: v + damping)
-        reciprocals = self._damped.map(torch.reciprocal)
-        parts = torch.cat([part.flatten() for part in vars(reciprocals).values()])
-        if not bool(parts.isfinite().all()):
-            call = "TruncatedKroneckerOperator.factorize"
-            raise SingularMatrixError(**singular(call, damping, "some of a layer's eigenvalues are 0"))
-        self._steps = reciprocals.steps(operator.dtype)
-
-    def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        return self._whole._apply(columns, self._steps)
-
-    def _logdet(self) -> Float[Tensor, ""]:
-        return self._damped.map(torch.log).total(self._whole)

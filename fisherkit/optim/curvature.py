@@ -28,8 +28,9 @@ from fisherkit.optim.sample_space import Direction, damped, gram_direction
 from fisherkit.outputs import OutputRule
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.structures import LayerStructure, RowStructure, structure_named
+from fisherkit.structures import structure_named
 from fisherkit.vectors import EmpiricalVectors, rule_of
 
 FIT = 1e-4
@@ -50,7 +51,7 @@ class Curvature:
         check_choice(call, "reduction", reduction, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         chosen = structure_named(structure, call)
-        if not issubclass(chosen, (LayerStructure, RowStructure)):
+        if not chosen.in_steps:
             raise InvalidArgumentError(
                 call=call, got=f"structure={structure!r}", expected="a LayerStructure or a RowStructure",
                 why="steps average the records of layers, or take the rows of a batch",
@@ -82,6 +83,14 @@ class Curvature:
         self.steps = self.examples = 0
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping, Factorization] | None = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Those that are there, dense, of the parameters that may take part; a forgotten backward pass is warned of."""
+        own = self.capture.model.named_parameters()
+        found = {n: p for n, p in own if n in self.capture.space.slices and p.grad is not None}
+        if not found:
+            self.capture.say_if_forgotten()
+        return {n: dense_gradient(p, p.grad) for n, p in found.items()}
 
     def direction(self, gradients: Mapping[str, Tensor], damping: Damping) -> tuple[ParameterSpace, Direction]:
         """Δ for the mean gradient, after an update if one is due.
@@ -166,7 +175,7 @@ class Curvature:
         plan = captured[0].plan
         structure = self.averages.structure.of(plan)
         chunks = (chunk for one in captured for chunk in self._chunks(one, len(captured)))
-        if self._power is not None and isinstance(damping, (int, float)):
+        if self._power is not None and is_number(damping):
             targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
             rows = Rows.taken_from([chunk.rows for chunk in chunks])
             return gram_direction(rows, structure.groups, targets, damping, self.examples)
@@ -184,7 +193,7 @@ class Curvature:
 
     def _effective(self, damping: Damping) -> Damping:
         """Beside F = (1/N) Σ: the paper's damping is beside the sum."""
-        return damping / self.examples if self.gram and isinstance(damping, (int, float)) else damping
+        return damping / self.examples if self.gram and is_number(damping) else damping
 
     def _refuse_strays(self, gradients: Mapping[str, Tensor], space: ParameterSpace) -> None:
         own = dict(self.capture.model.named_parameters())

@@ -18,7 +18,6 @@ from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has, checked_rule
 from fisherkit.outputs import OutputRule
-from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import ParameterSpace, Selection
 
 CALL = "NaturalGradient"
@@ -114,8 +113,8 @@ class NaturalGradient(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
-        for name, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("momentum", momentum, 0)):
-            if not is_number(value) or not least <= value < math.inf:
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
+            if not is_number(value) or not 0 <= value < math.inf:
                 raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected="a number, 0 or more")
         groups, selection = _groups(model, params)
         self._curvature = Curvature(
@@ -151,10 +150,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 loss = closure()
         own = dict(self._curvature.capture.model.named_parameters())
         grouped = {id(p): group for group in self.param_groups for p in group["params"]}
-        found = {n: p for n, p in own.items() if id(p) in grouped and p.grad is not None}
-        gradients = {n: dense_gradient(p, p.grad) for n, p in found.items()}
+        gradients = self._curvature.gradients()
         if not gradients:
-            self._curvature.capture.say_if_forgotten()
             return loss
         first = self.param_groups[0]
         if not all_finite(*gradients.values()):

@@ -14,7 +14,6 @@ from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
 from fisherkit.optim.curvature import Curvature, checked_rule
 from fisherkit.outputs import OutputRule
-from fisherkit.rows.generic import dense_gradient
 from fisherkit.space import Selection
 
 CALL = "Preconditioner"
@@ -103,10 +102,8 @@ class Preconditioner:
         """
         curvature = self._curvature
         own = dict(curvature.capture.model.named_parameters())
-        found = {n: p for n, p in own.items() if n in curvature.capture.space.slices and p.grad is not None}
-        gradients = {n: dense_gradient(p, p.grad) for n, p in found.items()}
+        gradients = curvature.gradients()
         if not gradients:
-            curvature.capture.say_if_forgotten()
             return
         if not all_finite(*gradients.values()):
             curvature.capture.forget()

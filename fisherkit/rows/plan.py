@@ -489,11 +489,14 @@ def _verified(
         return [unit]
     dtype = plan.dtype
     uses = [in_dtype(use, dtype) for use in watched.uses]
-    made = unit.made(uses, gradients, arrangements, v.to(dtype), RowSelection(1, v.shape[1], v.device))
+    reason = f"autograd does not confirm the {unit.rule_name} rule here"
+    try:
+        made = unit.made(uses, gradients, arrangements, v.to(dtype), RowSelection(1, v.shape[1], v.device))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a rule that does not know this form of use
+        made, reason = None, f"the {unit.rule_name} rule fails here: {str(error).splitlines()[0]}"
     if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
         unit.measure(uses, arrangements, made.rows)
         return [unit]
-    reason = f"autograd does not confirm the {unit.rule_name} rule here"
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 

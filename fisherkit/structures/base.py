@@ -133,6 +133,8 @@ class Structure(ABC):
     meaning: ClassVar[str] = ""
     keeps_rows: ClassVar[bool] = False
     """Whether the operator is made of the rows themselves, so that a running average would grow without end."""
+    in_steps: ClassVar[bool] = False
+    """Whether optimizers can take it: averaged from step to step, or made of one step's rows where it `keeps_rows`."""
     needs_rows: ClassVar[bool] = True
     """Whether it asks rows for more than sums of squares and the sums for Kronecker factors, which a last layer of the
     exact kind has without a backward pass."""
@@ -299,6 +301,8 @@ class LayerSums(Sums):
 
 class LayerStructure(Structure):
     """A structure whose sums are one record for each unit, and whose operator is block-diagonal over units."""
+
+    in_steps = True
 
     @abstractmethod
     def record(self, rows: UnitRows) -> UnitSums:

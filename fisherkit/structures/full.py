@@ -48,7 +48,7 @@ class KeptRows(Sums):
 class RowStructure(Structure):
     """A structure whose operator is made of rows in memory, block by block."""
 
-    keeps_rows = True
+    keeps_rows = in_steps = True
 
     def by_rows(self, rows: RowSource, scale: float) -> LowRankOperator:
         """The operator of rows, wherever they are."""

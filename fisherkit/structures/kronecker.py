@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.operators import EigenKroneckerOperator, FisherOperator, KroneckerOperator
@@ -145,40 +145,24 @@ class KroneckerFactors(UnitSums):
         return cls(activation, gradient, 0.0, rows.transposed)
 
     def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> KroneckerFactors:
-        """With the unit's rows of a chunk; what a batch made the slow way has no factors to add."""
-        if not isinstance(slot.rows, FactoredRows):
-            return self
-        return self.add(
-            slot.rows, first=chunk.first, whole=chunk.whole, counted=chunk.counted_positions,
-            exists=slot.exists, token=structure.token, reduce=structure.reduce,
-        )  # fmt: skip
+        """With the unit's rows of a chunk; what a batch made the slow way has no factors to add.
 
-    def add(
-        self, rows: FactoredRows, *, first: bool, whole: bool, counted: tuple[Bool[Tensor, "..."], ...],
-        exists: Bool[Tensor, "B T"] | None, token: bool, reduce: bool,
-    ) -> KroneckerFactors:  # fmt: skip
-        """With more rows.
-
-        Args:
-            rows: of one chunk.
-            first: whether the batch's activations are new.
-            whole: whether every position of every example counts.
-            counted: masks ``[B, T]`` of the positions that count, for layers with as many positions; for others, every
-                position of the examples that count in the first mask.
-            exists: which positions ``[B, T]`` of each example outputs that count depend on: those count, once each.
-                None where the forward pass shows whose all positions are.
-            token: whether every position of the outputs is an example.
-            reduce: average activations and sum gradients over positions before taking second moments.
+        Counted are, of layers with as many positions as the outputs or the inputs, those that count; of others, every
+        position of examples that count; of each, only those that outputs that count depend on, if that is known.
         """
+        rows, exists, counted = slot.rows, slot.exists, chunk.counted_positions
+        token, reduce = structure.token, structure.reduce
+        if not isinstance(rows, FactoredRows):
+            return self
         # Rows lie in the span of the factors' vectors where each of their positions is one of those.
-        spanning = whole and exists is None and not reduce
+        spanning = chunk.whole and exists is None and not reduce
         if isinstance(rows, LastLayerRows):
             # A row of a position is zero at all others, so that "reduce" has the same sum.
             gradient = self.gradient.merge(SecondMoment(rows.outputs, (), rows.gradient_moment()))
         else:
             g = rows.gradients.sum(1, keepdim=True) if reduce else rows.gradients
             gradient = self.gradient.add(g, spanning=spanning)
-        if not first:
+        if not chunk.first:
             return KroneckerFactors(self.activation, gradient, self.count, self.transposed)
         shape = rows.activations.shape[:2]
         own = counted[0].shape == shape
