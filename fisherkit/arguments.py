@@ -37,7 +37,7 @@ def check_positive(call: str, name: str, value: object) -> None:
         raise InvalidArgumentError(call=call, got=f"{name}={value}", expected="1 or more, or None")
 
 
-def check_count(call: str, name: str, value: object, *, optional: bool = False) -> None:
+def check_count(call: str, name: str, value: object, *, optional: bool = False, most: int | None = None) -> None:
     """An argument that counts something, where the call names one error for whatever is wrong with it.
 
     Args:
@@ -45,13 +45,17 @@ def check_count(call: str, name: str, value: object, *, optional: bool = False) 
         name: of the argument.
         value: what was passed.
         optional: whether it may be None.
+        most: the largest count, D; None for any.
 
     Raises:
-        InvalidArgumentError: no integer, or below 1.
+        InvalidArgumentError: no integer, below 1 or too large.
     """
-    if not (optional and value is None) and not (is_integer(value) and value >= 1):
+    if optional and value is None:
+        return
+    if not (is_integer(value) and value >= 1 and (most is None or value <= most)):
+        allowed = "an integer, 1 or more" if most is None else f"an integer from 1 to D = {most}"
         raise InvalidArgumentError(
-            call=call, got=f"{name}={value!r}", expected="an integer, 1 or more" + (", or None" if optional else "")
+            call=call, got=f"{name}={value!r}", expected=allowed + (", or None" if optional else "")
         )
 
 

@@ -1,17 +1,24 @@
 """How the package itself computes: in float32 at least, outside of autocast, with numbers that are finite.
 
-Owns what every layer needs for that: the dtype that a model's Fisher has, a context in which autocast is off, and the
-cheapest exact test for NaN and infinity. Knows tensors only.
+Owns what every layer needs for that: the dtype that a model's Fisher has, a context in which autocast is off, the
+cheapest exact test for NaN and infinity, and products with a matrix that only its products tell. Knows tensors only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from fisherkit.errors import InvalidArgumentError
+
+MatMat: TypeAlias = Callable[[Tensor], Tensor]
+"""A linear map of columns, [D, K] -> [D, K]."""
 
 HALF = (torch.float16, torch.bfloat16)
 """Dtypes in which sums of squares lose their digits."""
@@ -48,3 +55,22 @@ def all_finite(*tensors: Tensor) -> bool:
     sums = [t.detach().sum(dtype=at_least_single(t.dtype)) for t in tensors]
     total = sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0]) for s in sums]).sum()
     return math.isfinite(total.item()) or all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def checked_product(
+    matmat: MatMat, columns: Float[Tensor, "D K"], call: str = "matmat(columns)"
+) -> Float[Tensor, "D K"]:
+    """A user's product, without its graph.
+
+    Raises:
+        InvalidArgumentError: it has another shape or dtype, and would broadcast silently.
+    """
+    result = matmat(columns).detach()
+    if result.shape != columns.shape or result.dtype != columns.dtype:
+        raise InvalidArgumentError(
+            call=call,
+            got=f"a product of shape {list(result.shape)} and dtype {result.dtype}",
+            expected=f"shape {list(columns.shape)} and dtype {columns.dtype}, those of its argument",
+            why="products map columns [D, K] to columns [D, K]",
+        )
+    return result

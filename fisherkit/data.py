@@ -19,14 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError
-from fisherkit.loaders import disorder, generators, in_order, loaded
 from fisherkit.model_inputs import DECODER_INPUTS, ModelInputs, virtual_tokens
 from fisherkit.model_state import tensors_hash
-from fisherkit.nested import as_tensor, fields_of, is_dataclass, map_ends, map_tensors, named_leaves
 from fisherkit.randomness import RngState, rng_state, untouched_rng
 
 Data = Any
@@ -37,7 +44,7 @@ LABELS = ("labels", "label", "label_ids")
 
 
 def _named_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return itertools.chain(named_leaves(args, "inputs"), named_leaves(kwargs, ""))
+    return itertools.chain(_named_leaves(args, "inputs"), _named_leaves(kwargs, ""))
 
 
 def _numbers(value: Any) -> bool:
@@ -49,17 +56,20 @@ def _numbers(value: Any) -> bool:
 
 def _are_targets(value: Any) -> bool:
     """Whether it is targets as they stand beside inputs, which no batch is."""
-    listed_numbers = isinstance(value, (list, tuple)) and _numbers(value)
-    return value is None or isinstance(value, (Tensor, np.ndarray)) or listed_numbers
+    return (
+        value is None
+        or isinstance(value, (Tensor, np.ndarray))
+        or (isinstance(value, (list, tuple)) and _numbers(value))
+    )
 
 
 def _labelled(raw: Any) -> dict[Any, Any] | None:
     """A batch whose fields have names, as a mapping; None of any other."""
-    if isinstance(raw, Mapping) or is_dataclass(raw):
-        return fields_of(raw)
+    if isinstance(raw, Mapping) or _is_dataclass(raw):
+        return _fields_of(raw)
     names = getattr(raw, "_fields", ())
     if isinstance(raw, tuple) and len(names) > 2 and any(name in names for name in LABELS):
-        return fields_of(raw)
+        return _fields_of(raw)
     return None
 
 
@@ -107,7 +117,7 @@ class Batch:
         model_inputs = ModelInputs() if model_inputs is None else model_inputs
         inputs, targets = _inputs_and_targets(raw, call, model_inputs)
         targets = _checked_targets(targets, call)
-        inputs = map_ends(inputs, as_tensor)
+        inputs = _map_ends(inputs, _as_tensor)
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
         if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
             args = tuple(inputs)
@@ -121,9 +131,9 @@ class Batch:
                 why="a packed sequence holds its examples' positions between each other",
                 try_="pack_padded_sequence in the model's forward",
             )
-        given = kwargs.keys() & {"labels", *DECODER_INPUTS}
-        if model_inputs.encoder_decoder and _makes_decoder_inputs(targets) and not given:
-            kwargs["labels"] = targets
+        token_ids = targets is not None and targets.ndim >= 2 and not targets.is_floating_point()
+        if model_inputs.encoder_decoder and token_ids and not kwargs.keys() & {"labels", *DECODER_INPUTS}:
+            kwargs["labels"] = targets  # of which the model makes its decoder's inputs
         names = dict(enumerate(_named_inputs(args, kwargs)))
         sizes = [leaf.shape[0] for _, leaf in names.values() if leaf.ndim > 0]
         if not sizes:
@@ -175,7 +185,7 @@ class Batch:
         def one(leaf: Tensor) -> Tensor:
             return function(leaf) if self.axes[next(number)] else leaf
 
-        return map_tensors(self.args, one), map_tensors(self.kwargs, one)
+        return _map_tensors(self.args, one), _map_tensors(self.kwargs, one)
 
     @property
     def raw(self) -> tuple[Any, Tensor | None]:
@@ -210,7 +220,7 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         targets = None if self.targets is None else move(self.targets)
-        return Batch(map_tensors(self.args, move), map_tensors(self.kwargs, move), targets, self.size, self.axes)
+        return Batch(_map_tensors(self.args, move), _map_tensors(self.kwargs, move), targets, self.size, self.axes)
 
     def shifted(self, ignore_index: int) -> Batch:
         """Labels moved one position to the left, as a causal language model's loss pairs them with its outputs."""
@@ -225,7 +235,7 @@ class Batch:
                 try_="shift_labels=False",
             )
         last = torch.full_like(self.targets[:, :1], ignore_index)
-        return Batch(self.args, self.kwargs, torch.cat([self.targets[:, 1:], last], 1), self.size, self.axes)
+        return dataclasses.replace(self, targets=torch.cat([self.targets[:, 1:], last], 1))
 
     def aligned(self, model: nn.Module, z: Tensor, *, shift: bool, ignore_index: int) -> Batch:
         """Labels beside the outputs that they belong to.
@@ -266,7 +276,7 @@ class Batch:
             # not change when the caller refills them.
             return leaf.clone()
 
-        return outputs_of(model(*map_tensors(self.args, fresh), **map_tensors(self.kwargs, fresh)))
+        return outputs_of(model(*_map_tensors(self.args, fresh), **_map_tensors(self.kwargs, fresh)))
 
 
 def outputs_of(output: Any) -> Tensor:
@@ -289,12 +299,7 @@ def outputs_of(output: Any) -> Tensor:
 
 
 def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple[Any, Any]:
-    """What a user's batch says is for the model, and its targets.
-
-    Raises:
-        InvalidTypeError: it is no batch, or nothing tells which of its parts are targets.
-        DataError: a mapping without labels.
-    """
+    """What a user's batch says is for the model, and its targets."""
     fields = _labelled(raw)
     if fields is not None:
         own = (model_inputs.names or frozenset()) - {"labels"}  # a field that the model takes by that name is an input
@@ -331,26 +336,17 @@ def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple
 
 
 def _checked_targets(targets: Any, call: str) -> Tensor | None:
-    """Targets as a tensor.
-
-    Raises:
-        InvalidTypeError: they are no numbers.
-    """
+    """Targets as a tensor."""
     if isinstance(targets, (list, tuple)) and _numbers(targets):
         with contextlib.suppress(TypeError, ValueError):  # lists of several lengths
             targets = torch.as_tensor(np.asarray(targets))
-    targets = as_tensor(targets)
+    targets = _as_tensor(targets)
     if targets is not None and not isinstance(targets, Tensor):
         raise InvalidTypeError(
             call=call, got=f"targets of type {type(targets).__name__}",
             expected="a tensor, an array or lists of numbers", try_="torch.as_tensor(targets)",
         )  # fmt: skip
     return targets
-
-
-def _makes_decoder_inputs(targets: Tensor | None) -> bool:
-    """Whether a decoder's inputs can be made from the targets: token ids at positions, and not classes."""
-    return targets is not None and targets.ndim >= 2 and not targets.is_floating_point()
 
 
 class Source:
@@ -388,7 +384,7 @@ class Source:
         self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
         # A shuffling loader draws its order from the global generator: every pass starts from the same state.
         self._rng_state = rng_state()
-        self._generators = generators(data) if isinstance(data, DataLoader) else []
+        self._generators = _generators_of(data) if isinstance(data, DataLoader) else []
         self._own_states = [generator.get_state() for generator in self._generators]
         self._axes: dict[int, bool] | None = None
         self._digests: list[str] = []
@@ -446,7 +442,7 @@ class Source:
         Raises:
             DataError: a loader that shuffles, or that has a sampler whose order is not known.
         """
-        got = disorder(self.batches)
+        got = _disorder(self.batches)
         if got:
             raise DataError(
                 call=call,
@@ -470,7 +466,7 @@ class Source:
         the global random generators elsewhere than in the passes to come.
         """
         self.refuse_shuffling(call)
-        if not in_order(self.batches):
+        if not _in_order(self.batches):
             for _ in self._compared(self.once(_elsewhere())):
                 pass
 
@@ -520,13 +516,13 @@ class Source:
     def count(self) -> int:
         """Number of examples, read off the loader where it says it, else by a pass over the data."""
         if self._count is None:
-            known = loaded(self.batches)
+            known = _loaded(self.batches)
             self._count = sum(batch.size for batch in self.once()) if known is None else known
         return self._count
 
     def expected(self) -> int | None:
         """Number of examples as far as it is known without reading the data, of batches as long as the first."""
-        known = loaded(self.batches) if self._count is None else self._count
+        known = _loaded(self.batches) if self._count is None else self._count
         steps = self.steps()
         return steps * self.first().size if known is None and steps is not None else known
 
@@ -540,7 +536,7 @@ class Source:
 
 def _is_batch(data: Data) -> bool:
     """Whether the data are one batch."""
-    if is_dataclass(data):
+    if _is_dataclass(data):
         return not isinstance(data, Iterable)
     if _labelled(data) is not None:
         return True
@@ -603,3 +599,110 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
             try_="params= to choose the parameters of one device and dtype, or model.to(...)",
         )
     return found.pop()
+
+
+# -- nested inputs: mappings, lists, tuples, named tuples and dataclasses; anything else is an end ---------------------
+
+
+def _map_ends(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """A function of every tensor or other end of nested mappings, lists, tuples and dataclasses, of the same types."""
+    if isinstance(tree, Mapping):
+        return {key: _map_ends(value, function) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        values = [_map_ends(value, function) for value in tree]
+        if hasattr(tree, "_fields"):
+            return type(tree)(*values)
+        return values if isinstance(tree, list) else tuple(values)
+    if _is_dataclass(tree):
+        old = _fields_of(tree)
+        new = {name: _map_ends(value, function) for name, value in old.items()}
+        return tree if all(new[name] is old[name] for name in old) else dataclasses.replace(tree, **new)
+    return function(tree)
+
+
+def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A function of every tensor; all else as it is."""
+    return _map_ends(tree, lambda value: function(value) if isinstance(value, Tensor) else value)
+
+
+def _named_leaves(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields"):
+        for place, value in enumerate(tree):
+            yield from _named_leaves(value, f"{name}[{place}]")
+    elif isinstance(tree, Mapping) or hasattr(tree, "_fields") or _is_dataclass(tree):
+        for key, value in _fields_of(tree).items():
+            yield from _named_leaves(value, f"{name}.{key}" if name else str(key))
+
+
+def _is_dataclass(tree: Any) -> bool:
+    return dataclasses.is_dataclass(tree) and not isinstance(tree, type)
+
+
+def _fields_of(tree: Any) -> dict[Any, Any]:
+    """The fields of a mapping, a named tuple or a dataclass."""
+    if isinstance(tree, Mapping):
+        return dict(tree)
+    names = tree._fields if hasattr(tree, "_fields") else [f.name for f in dataclasses.fields(tree) if f.init]
+    return {name: getattr(tree, name) for name in names}
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array of numbers as a tensor; all else as it is."""
+    return torch.as_tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
+
+
+# -- what a loader says of itself; nothing is iterated over ------------------------------------------------------------
+
+
+def _generators_of(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """The loader's own generators: its own, its sampler's, its batch sampler's."""
+    batch_sampler = loader.batch_sampler
+    owners = [loader, loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
+    found = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
+    return list(found.values())
+
+
+def _sampler(loader: DataLoader[Any]) -> object:
+    found: object = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    while type(found) is BatchSampler:
+        found = found.sampler
+    return found
+
+
+def _disorder(data: object) -> str:
+    """What is wrong with the order of a loader; nothing if it is fixed, or if the data are no loader of a data set."""
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return ""
+    sampler = _sampler(data)
+    drawn = isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler))
+    if isinstance(sampler, DistributedSampler):
+        drawn, fixed = sampler.shuffle, not sampler.shuffle and sampler.num_replicas == 1
+    else:
+        written_down = isinstance(sampler, (list, tuple, range, Tensor, np.ndarray))
+        fixed = type(sampler) is SequentialSampler or written_down
+    if drawn:
+        return "a DataLoader that shuffles"
+    if not fixed:
+        return f"a DataLoader with a {type(sampler).__name__}, whose order is not known,"
+    return "a DataLoader with in_order=False" if data.num_workers and not getattr(data, "in_order", True) else ""
+
+
+def _in_order(data: object) -> bool:
+    """Whether data that `_disorder` allows have an order that nothing can change."""
+    loader = isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset)
+    return loader or isinstance(data, (list, tuple))
+
+
+def _loaded(data: object) -> int | None:
+    """How many examples a loader loads; None if it does not say."""
+    if not isinstance(data, DataLoader) or data.batch_sampler is None:
+        return None
+    batches = data.batch_sampler
+    if isinstance(batches, (list, tuple)):
+        return sum(map(len, batches))
+    chosen: object = data.dataset if isinstance(data.dataset, IterableDataset) else getattr(batches, "sampler", None)
+    if type(batches) is not BatchSampler or not isinstance(chosen, Sized):
+        return None
+    return len(chosen) - (len(chosen) % batches.batch_size if batches.drop_last else 0)

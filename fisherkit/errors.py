@@ -101,6 +101,19 @@ class MissingFileError(FileFormatError, FileNotFoundError):
 class MissingPackageError(FisherkitError, ImportError):
     """A package that only a part of fisherkit needs cannot be imported; the message has the command to install it."""
 
+    @classmethod
+    def of(cls, call: str, package: str, extra: str, error: ImportError) -> MissingPackageError:
+        """The error for a package that one of fisherkit's extras brings.
+
+        Args:
+            call: what needs it.
+            package: by the name of its distribution.
+            extra: of fisherkit's.
+            error: as Python raised it.
+        """
+        expected, advice = f"{package}, which only this part of fisherkit needs", f'pip install "fisherkit[{extra}]"'
+        return cls(call=call, got=f"no {package} ({error})", expected=expected, try_=advice)
+
 
 class NotConvergedError(FisherkitError, RuntimeError):
     """An iterative solver stopped before its tolerance and the caller asked for an error."""

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arithmetic import all_finite, without_autocast
+from fisherkit.arguments import check_count
+from fisherkit.arithmetic import all_finite, checked_product, without_autocast
 from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
 
 DEFAULT_SEED = 2406
@@ -81,7 +82,7 @@ def hutchinson_trace(
     Returns:
         Scalars. Cost: ``samples`` products with F, in batches of columns.
     """
-    _check_count("hutchinson_trace", "samples", samples)
+    check_count("hutchinson_trace", "samples", samples)
     signs = _signs(operator, samples, generator, vectors_each=3)
     return _mean((v * _product(operator, v)).sum(dim=0) for v in signs)
 
@@ -103,7 +104,7 @@ def hutchinson_diagonal(
     Returns:
         Tensors [D]. Cost: ``samples`` products with F, in batches of columns.
     """
-    _check_count("hutchinson_diagonal", "samples", samples)
+    check_count("hutchinson_diagonal", "samples", samples)
     signs = _signs(operator, samples, generator, vectors_each=3)
     return _mean(v * _product(operator, v) for v in signs)
 
@@ -218,8 +219,9 @@ def lanczos_eigenvalues(
 
     Cost: one product with k columns a step, and that many vectors [D] kept.
     """
-    _check_count("lanczos_eigenvalues", "k", k, at_most=operator.size)
-    steps = 100 if steps is None else _check_count("lanczos_eigenvalues", "steps", steps)
+    check_count("lanczos_eigenvalues", "k", k, most=operator.size)
+    check_count("lanczos_eigenvalues", "steps", steps, optional=True)
+    steps = 100 if steps is None else steps
     source = _source(generator)
     start = [torch.randn(operator.size, generator=source, device=source.device) for _ in range(k)]
     block = torch.linalg.qr(torch.stack(start, dim=1).to(operator.device, operator.dtype)).Q
@@ -263,11 +265,7 @@ def _damped_mean(
     name: str, function: Callable[[Tensor], Tensor], operator: SupportsMatvec, damping: float, samples: int, steps: int,
     generator: torch.Generator | None, why: str,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
-    """Mean of f(F/λ) over its eigenvalues and the error of that; f's derivatives are positive and negative in turn.
-
-    Raises:
-        InvalidArgumentError: λ is not positive, or F has a clearly negative eigenvalue.
-    """
+    """Mean of f(F/λ) over its eigenvalues and the error of that; f's derivatives are positive and negative in turn."""
     call = f"{name}(damping={damping})"
     if not (math.isfinite(damping) and damping > 0):
         raise InvalidArgumentError(call=call, got=str(damping), expected="a finite number > 0", why=why)
@@ -292,8 +290,9 @@ def _tridiagonal(
     call: str, operator: SupportsMatvec, samples: int, steps: int, generator: torch.Generator | None
 ) -> Iterator[tuple[Float[Tensor, "K m"], Float[Tensor, "K m"]]]:
     """Yield batches of F's projections on Krylov spaces of sign vectors: diagonals, and couplings to the next step."""
-    _check_count(call, "samples", samples)
-    steps = min(_check_count(call, "steps", steps), operator.size)
+    for name, value in (("samples", samples), ("steps", steps)):
+        check_count(call, name, value)
+    steps = min(steps, operator.size)
     eps = torch.finfo(operator.dtype).eps
     for signs in _signs(operator, samples, generator, vectors_each=steps):
         q = signs / math.sqrt(operator.size)
@@ -380,21 +379,9 @@ def _mean(batches: Iterable[Float[Tensor, "*E _"]]) -> Estimate:
 
 
 def _product(operator: SupportsMatvec, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-    """The operator's product, without its graph; refused where it would spoil an estimate silently."""
-    result = operator.matvec(columns).detach()
+    """The operator's product, refused where it would spoil an estimate silently."""
     call = f"{type(operator).__name__}.matvec"
-    if result.shape != columns.shape or result.dtype != columns.dtype:
-        got = f"a product of shape {list(result.shape)} and dtype {result.dtype}"
-        expected = f"shape {list(columns.shape)} and dtype {columns.dtype}, those of its argument"
-        raise InvalidArgumentError(call=call, got=got, expected=expected)
+    result = checked_product(operator.matvec, columns, call)
     if not all_finite(result):
         raise NonFiniteError(call=call, got="NaN or infinity in a product", expected="finite numbers")
     return result
-
-
-def _check_count(call: str, name: str, value: int, at_most: int | None = None) -> int:
-    """Return a count that is a positive integer within bounds; raise for any other."""
-    if isinstance(value, bool) or value < 1 or (at_most is not None and value > at_most):
-        expected = "an integer >= 1" if at_most is None else f"an integer from 1 to D = {at_most}"
-        raise InvalidArgumentError(call=f"{call}({name}={value})", got=str(value), expected=expected)
-    return value

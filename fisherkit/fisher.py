@@ -13,7 +13,7 @@ from torch import nn
 
 from fisherkit import likelihoods
 from fisherkit._version import __version__
-from fisherkit.arguments import check_positive
+from fisherkit.arguments import check_choice, check_positive
 from fisherkit.arithmetic import at_least_single, without_autocast
 from fisherkit.build import Builder, Built
 from fisherkit.data import Data, Source, model_device
@@ -117,9 +117,9 @@ class FisherApproximation(ForwardingOperator):
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
         chosen = structure_named(structure, call)
-        _one_of(call, "example", example, ("sequence", "token"))
-        _one_of(call, "normalization", normalization, ("mean", "sum"))
-        _one_of(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
+        check_choice(call, "example", example, ("sequence", "token"))
+        check_choice(call, "normalization", normalization, ("mean", "sum"))
+        check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
         _only_full(call, structure, max_rows)
@@ -176,11 +176,6 @@ def _within(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
     if prefix and isinstance(params, Iterable) and not isinstance(params, str):
         params = [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
     return unwrapped(model), params
-
-
-def _one_of(call: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
 
 
 def _only_full(call: str, structure: str, max_rows: int | None) -> None:

@@ -6,6 +6,7 @@ gradient. Knows no particular loss, no parameters and no torch module; `fisherki
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NoReturn
 
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import DataError, InvalidArgumentError
-from fisherkit.positions import refuse_images, shape_text
 
 Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
 
@@ -54,6 +54,8 @@ class Likelihood(ABC):
     """What makes probabilities of outputs, "softmax" or "sigmoid", where outputs are logits."""
     unlikely = ""
     """Why ℓ is no −log p(y | z) that labels can be drawn from; empty where it is."""
+    support: ClassVar[tuple[float, float, str]] = (-math.inf, math.inf, "")
+    """Least and largest target, and what they are; no words where all numbers are targets."""
     strict = False
     """Whether outputs and targets of unusual form are taken for mistakes, as where the likelihood is a bare word."""
     reduction: str | None = None
@@ -259,6 +261,10 @@ class Likelihood(ABC):
         """
         if not all_finite(target):
             raise DataError(call=call, got="targets with NaN or infinite entries", expected="finite numbers")
+        least, most, allowed = self.support
+        if allowed and bool(((target < least) | (target > most)).any()):
+            got = f"targets from {target.min().item():.4g} to {target.max().item():.4g}"
+            raise DataError(call=call, got=got, expected=allowed, why=f"the likelihood is {self.name}")
 
     # -- what the package asks -----------------------------------------------------------------------------------------
 
@@ -297,6 +303,38 @@ class Likelihood(ABC):
 def _place(cls: type[Likelihood], name: str) -> int:
     """How far up the classes a method is defined; 0 for the class itself."""
     return next((i for i, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
+
+
+def label_advice(z: Tensor, target: Tensor) -> str:
+    """What would make labels of a wrong shape fit outputs, as the user might have meant them."""
+    if target.shape == z.shape:
+        return "labels.argmax(-1) if they are one-hot"
+    if target.shape == (*z.shape[:-1], 1):
+        return "labels.squeeze(-1)"
+    return "fk.likelihoods.Categorical(class_axis=1), or logits.movedim(1, -1) in the model, if classes come second"
+
+
+def shape_text(x: Tensor) -> str:
+    """A tensor's shape in words."""
+    # Sizes without the batch's, which may be that of a probe and not the caller's.
+    return f"({', '.join(['B', *map(str, x.shape[1:])])})"
+
+
+def refuse_images(z: Tensor, call: str) -> NoReturn:
+    """Refuse outputs with more axes than positions and outputs.
+
+    Raises:
+        DataError: always.
+    """
+    raise DataError(
+        call=call,
+        got=f"outputs of shape {shape_text(z)}",
+        expected="(B, C) or (B, T, C)",
+        why="outputs are positions by classes, the classes last",
+        try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W), or a likelihood that "
+        "says how to read them: fk.likelihoods.Categorical(class_axis=1), or torch's own loss, nn.CrossEntropyLoss(), "
+        "nn.MSELoss() and others",
+    )
 
 
 _TEMPORARY = 1 << 23

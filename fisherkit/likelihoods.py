@@ -8,16 +8,16 @@ base class and what follows from what are in `fisherkit.likelihood`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
-from fisherkit.likelihood import Likelihood, Prepared
-from fisherkit.positions import label_advice, refuse_images, shape_text
+from fisherkit.likelihood import Likelihood, Prepared, label_advice, refuse_images, shape_text
 
 __all__ = [
     "Bernoulli",
@@ -37,18 +37,40 @@ Numbers = float | Sequence[float] | Tensor
 
 
 class _Separate(Likelihood):
-    """Losses that are sums over outputs, so that H is diagonal."""
+    """Sums over outputs of w (A(z) − y z): the gradient is w (μ − y) and H = diag(w μ′) with μ = A′, the mean of y."""
+
+    per_output: ClassVar[tuple[str, ...]] = ()
+    """Settings that are one number or one for each output."""
+
+    def _mean(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        raise NotImplementedError
+
+    def _slope(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """μ′."""
+        raise NotImplementedError
+
+    def _weight(self, z: Float[Tensor, "... C"]) -> Tensor | float:
+        """w."""
+        return 1.0
 
     def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """Diag H without what the target adds."""
-        raise NotImplementedError
+        return self._slope(z) * self._weight(z)
+
+    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+        """∂ℓ/∂z = w (μ − y)."""
+        return (self._mean(z) - target) * self._weight(z)
+
+    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
+        """The target with this gradient, μ − u / w."""
+        return self._mean(z) - gradient / self._weight(z)
 
     def hessian_factor(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C M"]:
-        """diag √h."""
+        """The diagonal matrix of √h."""
         return torch.diag_embed(self._curvature(z).sqrt())
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """C."""
+        """As many columns as outputs."""
         return z.shape[-1]
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
@@ -57,15 +79,15 @@ class _Separate(Likelihood):
         return torch.zeros_like(z).scatter(-1, place, self._curvature(z).sqrt().gather(-1, place))
 
     def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """h w."""
+        """Elementwise products with h."""
         return self._curvature(z) * w
 
     def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """h."""
+        """The whole of H: h."""
         return self._curvature(z)
 
     def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
-        """diag Σ h."""
+        """The diagonal matrix of Σ h."""
         h = self._curvature(z)
         return torch.diag((h if root is None else h * root.square()).sum(0))
 
@@ -75,6 +97,22 @@ class _Separate(Likelihood):
         h = h if scale is None else h * scale
         ratio = torch.where(u == 0, torch.zeros_like(u), u.abs() / h.sqrt())
         return ratio.square().sum(-1)
+
+    def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
+        """As for all likelihoods; settings of each output must fit the outputs."""
+        found = super().positions(z, call)
+        for name in self.per_output:
+            value, outputs = getattr(self, name), found.shape[-1]
+            if isinstance(value, Tensor) and value.numel() not in (1, outputs):
+                got = f"{outputs} outputs and {name} of {value.numel()}"
+                raise DataError(call=call, got=got, expected="one, or one for each output")
+        return found
+
+    def settings(self) -> dict[str, str]:
+        """Those of each output that are not the default."""
+        found = {name: getattr(self, name) for name in self.per_output}
+        own = {n: v for n, v in found.items() if isinstance(v, Tensor) or v != getattr(type(self), n)}
+        return {name: _text(value) for name, value in own.items()}
 
 
 class Gaussian(_Separate):
@@ -86,42 +124,24 @@ class Gaussian(_Separate):
 
     name = "gaussian"
     variance: Tensor | float = 1.0
+    per_output = ("variance",)
 
     def __init__(self, variance: Numbers = 1.0) -> None:
         found = _numbers("Gaussian", "variance", variance, positive=True)
         self.variance = found.flatten() if isinstance(found, Tensor) else found
 
-    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
-        """(z − y) / σ²."""
-        return (z - target) / self._variance(z)
+    def _mean(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        return z
 
-    def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """1 / σ²."""
-        return torch.ones_like(z) / self._variance(z)
+    def _slope(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        return torch.ones_like(z)
 
-    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
-        """Z − σ² times the gradient."""
-        return z - self._variance(z) * gradient
+    def _weight(self, z: Float[Tensor, "... C"]) -> Tensor | float:
+        return 1 / _like(self.variance, z)
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
-        """Z + σ times a standard normal number."""
-        noise = torch.special.ndtri(uniform).to(z.dtype)
-        variance = self._variance(z)
-        return z + noise * (variance.sqrt() if isinstance(variance, Tensor) else variance**0.5)
-
-    def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
-        """As for all, and the variances must fit."""
-        found = super().positions(z, call)
-        _check_outputs(self.variance, found.shape[-1], "variance", call)
-        return found
-
-    def settings(self) -> dict[str, str]:
-        """The variance."""
-        unit = not isinstance(self.variance, Tensor) and self.variance == 1
-        return {} if unit else {"variance": _text(self.variance)}
-
-    def _variance(self, z: Tensor) -> Tensor | float:
-        return self.variance.to(z) if isinstance(self.variance, Tensor) else self.variance
+        """Targets z + σ times a standard normal number."""
+        return z + torch.special.ndtri(uniform).to(z.dtype) * _like(self.variance, z) ** 0.5
 
 
 class GaussianNLL(Gaussian):
@@ -143,39 +163,44 @@ class GaussianNLL(Gaussian):
         self.eps = eps
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
-        """(z − y) / σ²."""
+        """∂ℓ/∂z = (z − y) / σ²."""
         y, variance = target.chunk(2, -1)
         return (z - y) / variance.clamp_min(self.eps)
 
-    def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """1, beside the target's own."""
-        return torch.ones_like(z)
-
     def hessian_scale(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """1 / σ²."""
+        """The whole of H, 1 / σ²."""
         return 1 / target.chunk(2, -1)[1].clamp_min(self.eps)
 
     def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
-        """Not to be told: the variance is in no gradient."""
+        """Never known: the variance is in no gradient."""
         return None
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
-        """Never asked for: there is no label without its variance."""
+        """Refused: there is no label without its variance.
+
+        Raises:
+            DataError: always.
+        """
         raise DataError(
             call="SampledFisher", got="no targets", expected="targets with their variances",
             why="the labels' variance is part of the data",
         )  # fmt: skip
 
     def sample_given(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"], target: Tensor) -> Tensor:
-        """Z + σ times a standard normal number, with its variance."""
+        """Targets z + σ times a standard normal number, with the observed variance."""
         variance = target.chunk(2, -1)[1].clamp_min(self.eps)
         drawn = z + torch.special.ndtri(uniform).to(z.dtype) * variance.sqrt()
         return torch.cat([drawn, variance.expand_as(drawn)], -1)
 
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
-        """Targets (…, 2) of observed numbers and their variances as ``[B, P, 2C]``, all numbers first."""
+        """Targets (…, 2) of observed numbers and their variances as ``[B, P, 2C]``, all numbers first.
+
+        Raises:
+            DataError: another shape, or variances that are none.
+        """
+        out, _, mask = super().prepare(z, None, call)
         if target is None:
-            return super().prepare(z, None, call)
+            return out, None, mask
         if target.shape != (*z.shape, 2):
             raise DataError(
                 call=call,
@@ -185,10 +210,8 @@ class GaussianNLL(Gaussian):
                 try_="torch.stack([y, variance.expand_as(y)], -1); fk.likelihoods.Gaussian(variance=...) for one that "
                 "all examples share; a likelihood of your own for one that the model predicts",
             )
-        out, _, mask = super().prepare(z, None, call)
-        y = self.positions(target[..., 0], call).to(out.dtype)
+        y, variance = (self.positions(part, call).to(out.dtype) for part in target.unbind(-1))
         self.check_values(y, call)
-        variance = self.positions(target[..., 1], call).to(out.dtype)
         if not bool((torch.isfinite(variance) & (variance >= 0)).all()):
             raise DataError(call=call, got="variances below 0, NaN or infinite", expected="finite ones, 0 or more")
         return out, torch.cat([y, variance], -1), mask
@@ -202,18 +225,12 @@ class Poisson(_Separate):
     """ℓ = Σ exp(z) − y z, counts with log-rates as outputs: H = diag(exp z)."""
 
     name = "poisson"
+    support = (0, math.inf, "counts, 0 or more")
 
-    def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
-        """exp(z) − y."""
-        return z.exp() - target
-
-    def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """exp(z)."""
+    def _mean(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         return z.exp()
 
-    def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor:
-        """exp(z) minus the gradient."""
-        return z.exp() - gradient
+    _slope = _mean
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
         """The least count k with P(Y ≤ k) ≥ the number, by bisection of the incomplete gamma function."""
@@ -226,15 +243,6 @@ class Poisson(_Separate):
             enough = enough & (middle >= 0)
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
         return high.to(z.dtype)
-
-    def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
-        """Refuse counts below 0."""
-        super().check_values(target, call)
-        if bool((target < 0).any()):
-            raise DataError(
-                call=call, got=f"targets from {target.min().item():.4g} on", expected="counts, 0 or more",
-                why="the likelihood is poisson",
-            )  # fmt: skip
 
 
 class Bernoulli(_Separate):
@@ -251,8 +259,10 @@ class Bernoulli(_Separate):
     name = "bernoulli"
     link = "sigmoid"
     gradient_scale_free = True
+    support = (0, 1, "probabilities between 0 and 1")
     pos_weight: Tensor | float | None = None
     weight: Tensor | float | None = None
+    per_output = ("pos_weight", "weight")
 
     def __init__(self, pos_weight: Numbers | None = None, weight: Numbers | None = None) -> None:
         found = [
@@ -268,59 +278,44 @@ class Bernoulli(_Separate):
             self.unlikely = "a weighted loss is no −log p: its exponential does not sum to one over y"
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
-        """w (σ(z)(1 − y) − c y σ(−z)), written so that nothing cancels when the fit is nearly perfect."""
+        """∂ℓ/∂z = w (σ(z)(1 − y) − pos_weight y σ(−z)); nothing cancels when the fit is nearly perfect."""
         positive = torch.sigmoid(-z) * target
         if self.pos_weight is not None:
             positive = positive * _like(self.pos_weight, z)
-        u = torch.sigmoid(z) * (1 - target) - positive
-        return u if self.weight is None else u * _like(self.weight, z)
+        return (torch.sigmoid(z) * (1 - target) - positive) * self._weight(z)
 
-    def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """w p(1 − p)."""
-        h = torch.sigmoid(z) * torch.sigmoid(-z)
-        return h if self.weight is None else h * _like(self.weight, z)
+    def _slope(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        return torch.sigmoid(z) * torch.sigmoid(-z)
+
+    def _weight(self, z: Float[Tensor, "... C"]) -> Tensor | float:
+        return 1.0 if self.weight is None else _like(self.weight, z)
 
     def hessian_scale(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."] | None:
-        """1 − y + pos_weight y."""
+        """The positives' weight, 1 − y + pos_weight y."""
         return None if self.pos_weight is None else 1 - target + _like(self.pos_weight, z) * target
 
     def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
-        """1 where it is negative: of targets that are 0 or 1."""
+        """1 where the gradient is negative: right for targets that are 0 or 1."""
         if _some_zero(self.weight) or _some_zero(self.pos_weight):
             return None
         return (gradient < 0).to(z.dtype)
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
-        """1 with probability σ(z)."""
+        """1 with probability σ(z), else 0."""
         return (uniform < torch.sigmoid(z.double())).to(z.dtype)
 
     def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
-        """As for all, and the weights must fit."""
+        """As for all likelihoods; the weights must fit the outputs.
+
+        Raises:
+            DataError: they do not.
+        """
         if self.class_axis != -1 and z.ndim <= -self.class_axis:
             raise DataError(
                 call=call, got=f"outputs of shape {shape_text(z)} for weights of {-self.class_axis} axes",
                 expected="weights that all examples share, one for each output",
             )  # fmt: skip
-        found = super().positions(z, call)
-        for name in ("pos_weight", "weight"):
-            _check_outputs(getattr(self, name), found.shape[-1], name, call)
-        return found
-
-    def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
-        """Refuse targets outside [0, 1]."""
-        super().check_values(target, call)
-        if bool(((target < 0) | (target > 1)).any()):
-            raise DataError(
-                call=call,
-                got=f"targets from {target.min().item():.4g} to {target.max().item():.4g}",
-                expected="probabilities between 0 and 1",
-                why="the likelihood is bernoulli",
-            )
-
-    def settings(self) -> dict[str, str]:
-        """The weights."""
-        own = {"pos_weight": self.pos_weight, "weight": self.weight}
-        return {name: _text(value) for name, value in own.items() if value is not None}
+        return super().positions(z, call)
 
 
 class Categorical(Likelihood):
@@ -380,7 +375,7 @@ class Categorical(Likelihood):
     # -- derivatives ---------------------------------------------------------------------------------------------------
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
-        """S p − t; with p_y − 1 computed as minus the others' mass, which does not cancel as p_y → 1."""
+        """∂ℓ/∂z = s p − t, with p_y − 1 computed as minus the others' mass, which does not cancel as p_y → 1."""
         if self.hard and not target.is_floating_point():
             label = self._valid(target).unsqueeze(-1)
             p = torch.softmax(z, -1).scatter(-1, label, 0.0)
@@ -392,7 +387,7 @@ class Categorical(Likelihood):
         return p * (t.sum(-1, keepdim=True) - t) - t * _complement(p)
 
     def hessian_scale(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."] | None:
-        """S."""
+        """The target's sum s, where it is not 1 for all."""
         if target.is_floating_point():
             return self._weighted(z, target).sum(-1, keepdim=True)
         if self.weight is None:
@@ -413,7 +408,7 @@ class Categorical(Likelihood):
         return _softmax_columns(rows.reshape(-1, c), index.reshape(-1)).reshape(rows.shape).mT
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """C − 1."""
+        """One column less than classes."""
         return z.shape[-1] - 1
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
@@ -431,7 +426,7 @@ class Categorical(Likelihood):
         return p * (relative - (p * relative).sum(-1, keepdim=True))
 
     def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """p(1 − p)."""
+        """Its diagonal, p(1 − p)."""
         p = torch.softmax(z, -1)
         return p * _complement(p)
 
@@ -468,11 +463,11 @@ class Categorical(Likelihood):
         return (cumulative < uniform[..., :1]).sum(-1).clamp_max(z.shape[-1] - 1)
 
     def channels(self, outputs: int) -> int:
-        """One."""
+        """One number a draw."""
         return 1
 
     def drawn_gradient(self, z: Float[Tensor, "... C"], label: Tensor) -> Float[Tensor, "... C"]:
-        """P − e_y, without smoothing: drawn labels are the model's."""
+        """p − e_y, without smoothing: drawn labels are the model's."""
         return Categorical.gradient(_PLAIN, z, label)
 
     def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
@@ -701,13 +696,6 @@ def _numbers(call: str, name: str, value: Numbers, *, positive: bool = False) ->
             why="all examples share them",
         )  # fmt: skip
     return float(found) if found.ndim == 0 else found
-
-
-def _check_outputs(value: Tensor | float | None, outputs: int, name: str, call: str) -> None:
-    if isinstance(value, Tensor) and value.numel() not in (1, outputs):
-        raise DataError(
-            call=call, got=f"{outputs} outputs and {name} of {value.numel()}", expected="one, or one for each output",
-        )  # fmt: skip
 
 
 def _like(value: Tensor | float, z: Tensor) -> Tensor | float:

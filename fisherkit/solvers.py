@@ -1,26 +1,30 @@
 """Iterative solution of ``(A + damping I) x = rhs`` for a positive semi-definite ``A`` known only by its products.
 
-Owns the loop of conjugate gradients, whose formulas are in `fisherkit.conjugate`, and `SolveInfo`, the report that
-every solve of the package gives, direct ones included. Knows neither operators nor Fishers: ``A`` is a plain callable
-on tensors [D, K].
+Owns conjugate gradients, the file from which an interrupted solve goes on, and `SolveInfo`, the report that every solve
+of the package gives, direct ones included. Knows neither operators nor Fishers: ``A`` is a plain callable on tensors
+[D, K].
 """
 
 from __future__ import annotations
 
+import json
 import math
+import time
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fisherkit.arithmetic import without_autocast
-from fisherkit.checkpoint import Checkpoint
-from fisherkit.conjugate import MatMat, Recursion, State, System, column_scale, norm, product
-from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
+from fisherkit import io
+from fisherkit.arguments import is_integer
+from fisherkit.arithmetic import MatMat, checked_product, without_autocast
+from fisherkit.errors import FileFormatError, InvalidArgumentError, NonFiniteError, NotConvergedWarning
 
 # Asking "are all columns done?" makes the host wait for an accelerator, which then idles while the next kernels are
 # launched. A CPU has nothing to wait for, and a superfluous product there costs a full pass over the data.
@@ -63,9 +67,9 @@ def relative_residual(
 
     Cost: one product with A.
     """
-    scale = column_scale(rhs)
-    residual = (rhs - product(matmat, solution) - damping * solution) / scale
-    return norm(residual) / torch.where((size := norm(rhs / scale)) > 0, size, 1)
+    scale = _column_scale(rhs)
+    residual = (rhs - checked_product(matmat, solution) - damping * solution) / scale
+    return _norm(residual) / torch.where((size := _norm(rhs / scale)) > 0, size, 1)
 
 
 @without_autocast()
@@ -88,12 +92,12 @@ def conjugate_gradient(
     drifts from the true one; when the recursion is done, the true residual is computed, and a column that does not meet
     the tolerance after all is restarted from it for as long as that halves it. Solutions are not differentiable.
 
-    With ``checkpoint``, an interrupted solve goes on where it was: call again with the same arguments. The file is
-    written every ``checkpoint_every`` seconds, and when an exception (Ctrl-C is one) ends the solve, after the last
-    complete step; a process that is killed loses what came after the last writing. The iterates are those of a solve
-    without interruption, bit for bit where products are. ``tolerance`` and ``max_steps`` may be others: a solve that
-    ran out of steps goes on with more. The file stays when the solve is done, and the same call then returns its
-    solution after the one product that recognises the matrix.
+    With ``checkpoint``, an interrupted solve goes on from its last iterate: call again with the same arguments. The
+    file is written every ``checkpoint_every`` seconds, and when an exception (Ctrl-C is one) ends the solve, after the
+    last complete step; a process that is killed loses what came after the last writing. The search directions begin
+    anew, which may cost some steps. ``tolerance``, ``max_steps`` and the preconditioner may be others: a solve that ran
+    out of steps goes on with more. The file stays when the solve is done, and the same call then returns its solution
+    after two products, which recognise the matrix and check the solution.
 
     Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
 
@@ -102,10 +106,11 @@ def conjugate_gradient(
         rhs: right-hand sides [D, K].
         damping: λ ≥ 0.
         preconditioner: product with an approximate inverse of A + λI, [D, K] -> [D, K], positive definite.
-        initial: where to start [D, K]; 0 by default.
+        initial: where to start [D, K], if no file has gone further; 0 by default.
         tolerance: largest accepted ‖residual‖₂ / ‖rhs‖₂ of a column. Much less than cond(A + λI) times the dtype's
             machine epsilon may be out of reach.
-        max_steps: most products within the recursion; min(10 D, 1000) by default.
+        max_steps: most products within the recursion, those before an interruption included; min(10 D, 1000) by
+            default.
         progress: show a progress bar with the largest relative residual among the columns.
         checkpoint: the file to go on from, if it exists, and to keep.
         checkpoint_every: seconds between two writings of the file; 0 for every step.
@@ -116,125 +121,241 @@ def conjugate_gradient(
 
     Raises:
         InvalidArgumentError: an argument cannot be used, or the checkpoint is the file of another problem, by its
-            shape, dtype, damping, rhs, initial, matrix or preconditioner. The file is left as it is.
+            shape, dtype, damping, rhs or matrix. The file is left as it is.
         FileFormatError: the checkpoint is damaged or no checkpoint. The file is left as it is.
         NonFiniteError: rhs or initial is not finite.
 
-    Cost: one product with A a step, and one a restart; with ``checkpoint`` one a call. About ten [D, K] tensors, five
-    of them in the file.
+    Cost: one product with A a step, and one a restart; with ``checkpoint`` one or two a call. About ten [D, K] tensors;
+    three in the file.
     """
     _check_arguments(rhs, damping, initial, tolerance, max_steps)
     max_steps = min(10 * rhs.shape[0], 1000) if max_steps is None else max_steps
     # Columns of any magnitude become columns of norm about 1, whose squares neither overflow nor underflow.
-    scale = column_scale(rhs)
+    scale = _column_scale(rhs)
     target = rhs.detach() / scale
-    system = System(matmat, preconditioner, float(damping), target, tolerance)
-    start = torch.zeros_like(target)
-    if initial is not None:
-        start = torch.where(norm(target) > 0, initial.detach() / scale, 0)
-    file = None
-    if checkpoint is not None:
-        file = Checkpoint(checkpoint, every=checkpoint_every, device=rhs.device, dtype=rhs.dtype)
-        _recognise(file, system, rhs.detach(), start)
-    solve = _Solve(system, max_steps, file)
-    solve.begin(start, from_zero=initial is None)
-    state = solve.run(progress=progress)
-    error = norm(state.residual)
-    info = SolveInfo("conjugate_gradient", state.steps, system.relative(error), solve.met, float(damping))
+    file = None if checkpoint is None else _File(checkpoint, checkpoint_every, float(damping), rhs.detach())
+    solve = _Solve(matmat, preconditioner, float(damping), target, tolerance, max_steps, file)
+    solve.begin(None if initial is None else torch.where(_norm(target) > 0, initial.detach() / scale, 0))
+    residual = solve.run(progress=progress)
+    info = SolveInfo(
+        "conjugate_gradient", int(solve.steps), solve.relative(residual), solve.met(residual), float(damping)
+    )
     if not info.converged:
-        _warn(info, tolerance, max_steps, exhausted=state.spent >= max_steps)
-    return state.best * scale, info
+        _warn(info, tolerance, max_steps, exhausted=solve.spent >= max_steps)
+    return solve.x * scale, info
 
 
 class _Solve:
-    """The loop around the steps: when to stop, what to show and what to write. `state` is always a whole one."""
+    """(A + λI) x = target by recursions that each begin at the true residual; `x` is the last complete iterate."""
 
-    def __init__(self, system: System, max_steps: int, file: Checkpoint | None) -> None:
-        self.system, self.max_steps, self.file = system, max_steps, file
-        self.check_every = _CHECK_EVERY["cpu" if system.target.device.type == "cpu" else "accelerator"]
-        self.state: State
+    def __init__(
+        self, matmat: MatMat, preconditioner: MatMat | None, damping: float, target: Float[Tensor, "D K"],
+        tolerance: float, max_steps: int, file: _File | None,
+    ) -> None:  # fmt: skip
+        self.matmat, self.preconditioner, self.damping, self.target = matmat, preconditioner, damping, target
+        self.tolerance, self.max_steps, self.file = tolerance, max_steps, file
+        self.check_every = _CHECK_EVERY["cpu" if target.device.type == "cpu" else "accelerator"]
+        self.goal = tolerance * _norm(target)
+        self.base = self.update = torch.zeros_like(target)
+        self.steps = torch.zeros((), dtype=torch.int64, device=target.device)  # products that moved a column
+        self.spent = 0
 
-    def begin(self, start: Float[Tensor, "D K"], *, from_zero: bool) -> None:
-        """Begin where the file ends, or at the start.
+    @property
+    def x(self) -> Float[Tensor, "D K"]:
+        # Apart until the recursion ends, or many small steps would be lost in the rounding of a large solution.
+        return self.base + self.update
 
-        Raises:
-            FileFormatError: the file is not whole.
-        """
-        if self.file is not None and self.file.found:
-            tensors, numbers = self.file.load()
-            try:
-                same = numbers.pop("tolerance") == self.system.tolerance
-                state = State.unpack(tensors, numbers)
-            except (LookupError, TypeError) as error:
-                raise self.file.damaged(error) from error
-            self.state = state if same else state.for_tolerance(self.system)
+    def begin(self, initial: Float[Tensor, "D K"] | None) -> None:
+        """Go to where the file ends, or to the start."""
+        self.base = self.base if initial is None else initial
+        if self.file is None:
+            return
+        kept = self.file.load(lambda: checked_product(self.matmat, self.target))
+        if kept is None:
+            self.save()  # a file that cannot be written is found out before the work
         else:
-            self.state = State(start, self.system.target if from_zero else self.system.residual(start))
-            self.save(self.state)  # a file that cannot be written is found out before the work
+            self.base, steps, self.spent = kept
+            self.steps = self.steps + steps
 
-    def run(self, *, progress: bool) -> State:
-        """Step until every column meets its goal, none gains, or the steps are spent."""
+    def run(self, *, progress: bool) -> Float[Tensor, "D K"]:
+        """Recursions until every column meets its goal, none gains, or the steps are spent; the true residual."""
         try:
-            with tqdm(
-                total=self.max_steps, initial=self.state.total, desc="conjugate_gradient", disable=not progress
-            ) as bar:
-                while self.state.recursion is not None or not self.over:
-                    self._recursion(bar)
-        except BaseException:
-            self.save(self.state)
-            raise
-        return self.state
+            with tqdm(total=self.max_steps, initial=self.spent, desc="conjugate_gradient", disable=not progress) as bar:
+                residual = self.residual() if bool(self.base.any()) else self.target
+                first, stalled = True, False
+                while not (stalled or self.spent >= self.max_steps or self.met(residual)):
+                    self._recursion(residual, bar)
+                    found = self.residual()
+                    old, new = _norm(residual), _norm(found)
+                    # The error in the norm of A falls with every step, the residual need not: the first pass is kept
+                    # even where it ends on a larger residual. A restart only refines. NaN, from a broken product, is
+                    # never kept.
+                    kept = torch.isfinite(new) if first else new < old
+                    stalled, first = not bool(((new < 0.5 * old) & (old > self.goal)).any()), False
+                    self.base, self.update = torch.where(kept, self.x, self.base), torch.zeros_like(self.base)
+                    residual = torch.where(kept, found, residual)
+        finally:
+            self.save()
+        return residual
 
-    @property
-    def met(self) -> bool:
-        """Whether the true residual of every column meets its goal."""
-        return bool((norm(self.state.residual) <= self.system.goal).all())
+    def residual(self) -> Float[Tensor, "D K"]:
+        """Target − (A + λI) x."""
+        return self.target - checked_product(self.matmat, self.x) - self.damping * self.x
 
-    @property
-    def over(self) -> bool:
-        """Whether another recursion would be of no use."""
-        return self.state.spent >= self.max_steps or self.state.stalled or self.met
+    def relative(self, residual: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
+        """Norms relative to the target's; where that is 0, as they are."""
+        scale = _norm(self.target)
+        return _norm(residual) / torch.where(scale > 0, scale, 1)
 
-    def save(self, state: State) -> None:
-        """Write a state to the file, if there is one."""
+    def met(self, residual: Float[Tensor, "D K"]) -> bool:
+        """Whether every column meets its goal."""
+        return bool((_norm(residual) <= self.goal).all())
+
+    def save(self) -> None:
+        """Write the last complete iterate to the file, if there is one."""
         if self.file is not None:
-            tensors, numbers = state.pack()
-            self.file.save(tensors, numbers | {"tolerance": self.system.tolerance})
+            self.file.save(self.x, int(self.steps), self.spent)
 
-    def _recursion(self, bar: tqdm) -> None:
-        """One recursion to its end, from wherever it stands."""
-        if self.state.recursion is None:
-            self.state = self.state.begin(self.system)
-        while (recursion := self.state.recursion) is not None and not self._ended(recursion):
-            self.state = replace(self.state, recursion=recursion.step(self.system))
-            self._show(bar)
+    def _recursion(self, residual: Float[Tensor, "D K"], bar: tqdm) -> None:
+        direction, last = torch.zeros_like(residual), torch.ones_like(residual[0])
+        active, count = _norm(residual) > self.goal, 0
+        while self.spent < self.max_steps and (count % self.check_every or bool(active.any())):
+            step = residual if self.preconditioner is None else checked_product(self.preconditioner, residual)
+            energy = (residual * step).sum(dim=0)
+            active = active & (energy > 0)
+            # An idle column has its old direction kept.
+            direction = torch.where(active, step + energy / last * direction, direction)
+            image = checked_product(self.matmat, direction) + self.damping * direction
+            curvature = (direction * image).sum(dim=0)
+            length = energy / curvature
+            # No curvature along a direction: rhs lies outside the range of a singular A, or A is not semi-definite, or
+            # a product is not finite. The column stays at its last sound iterate, and the true residual tells.
+            active = active & (curvature > 0) & torch.isfinite(length)
+            length = torch.where(active, length, 0)
+            self.update = self.update + length * direction
+            residual = torch.where(active, residual - length * image, residual)
+            last = torch.where(active, energy, last)
+            self.steps, self.spent, count = self.steps + active.any(), self.spent + 1, count + 1
+            active = active & (_norm(residual) > self.goal)
+            if not bar.disable and count % self.check_every == 0:
+                largest = float(self.relative(residual).max())
+                bar.set_postfix(residual=f"{largest:.1e}", goal=f"{self.tolerance:.0e}", refresh=False)
+            bar.update(1)
             if self.file is not None and self.file.due():
-                self.save(self.state)
-        last, self.state = self.state, self.state.end(self.system)
-        # Out of steps in the middle of a recursion, its place in it is what a call with more steps needs.
-        self.save(self.state if self.met or self.state.spent < self.max_steps else last)
-
-    def _ended(self, recursion: Recursion) -> bool:
-        if self.state.total >= self.max_steps:
-            return True
-        return recursion.spent % self.check_every == 0 and not bool(recursion.active.any())
-
-    def _show(self, bar: tqdm) -> None:
-        recursion = self.state.recursion
-        if recursion is not None and not bar.disable and recursion.spent % self.check_every == 0:
-            residual = float(self.system.relative(norm(recursion.residual)).max())
-            bar.set_postfix(residual=f"{residual:.1e}", goal=f"{self.system.tolerance:.0e}", refresh=False)
-        bar.update(1)
+                self.save()
 
 
-def _recognise(file: Checkpoint, system: System, rhs: Float[Tensor, "D K"], start: Float[Tensor, "D K"]) -> None:
-    """Compare the problem with the file's, what costs nothing first."""
-    file.match("shape", list(rhs.shape))
-    file.match("dtype", str(rhs.dtype))
-    file.match("damping", system.damping)
-    file.match_columns("right-hand side", rhs)
-    file.match_columns("initial", start)
-    file.match_columns("matrix or preconditioner", product(system.matmat, system.precondition(system.target)))
+class _File:
+    """The file of one solve: its last iterate, and what the problem is recognised by.
+
+    Problems are recognised up to rounding: a gradient or a product that is computed again, perhaps with other threads
+    or on another device, is the same only up to rounding.
+    """
+
+    FORMAT, VERSION = "fisherkit-solve", 2
+
+    def __init__(self, path: str | Path, every: float, damping: float, rhs: Float[Tensor, "D K"]) -> None:
+        if not every >= 0:
+            raise InvalidArgumentError(
+                call=f"solve(checkpoint_every={every})", got=str(every), expected="seconds, 0 or more"
+            )
+        self.call, self.every = f"solve(checkpoint={str(path)!r})", every
+        self.path = io.as_path(path, "solve(checkpoint)")
+        io.check_folder(self.path, self.call)
+        self.settings: dict[str, Any] = {"shape": list(rhs.shape), "dtype": str(rhs.dtype), "damping": damping}
+        self.known = {"right-hand side": rhs}
+        self.rounding = torch.finfo(rhs.dtype).eps ** 0.5
+        self._last = time.monotonic()
+
+    def load(self, product: Callable[[], Tensor]) -> tuple[Float[Tensor, "D K"], int, int] | None:
+        """Solution, steps and products of the file's last writing, for the same problem; None if there is no file."""
+        found = self._read() if self.path.exists() else None
+        for name, value in self.settings.items():
+            kept = value if found is None else found[1]["settings"].get(name)
+            close = isinstance(value, float) and isinstance(kept, float)
+            if not (math.isclose(value, kept, rel_tol=self.rounding) if close else value == kept):
+                raise self._other(f"with {name} = {kept}", f"{name} = {value}")
+        self._compare("right-hand side", found)
+        self.known["matrix"] = product()
+        self._compare("matrix", found)
+        if found is None:
+            return None
+        tensors, header = found
+        return tensors["solution"], header["numbers"]["steps"], header["numbers"]["products"]
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._last >= self.every
+
+    def save(self, solution: Float[Tensor, "D K"], steps: int, products: int) -> None:
+        """Write where the solve stands; an interruption meanwhile leaves the file before it."""
+        header = {
+            "format": self.FORMAT, "version": str(self.VERSION), "settings": json.dumps(self.settings),
+            "numbers": json.dumps({"steps": steps, "products": products}),
+        }  # fmt: skip
+        io.replace_checked_file(self.path, {"solution": solution, **self.known}, header)
+        self._last = time.monotonic()
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        header, tensors = io.read_tensors(self.path, self.known["right-hand side"].device, self.call, "a solve")
+        if header.get("format") != self.FORMAT:
+            raise FileFormatError(
+                call=self.call,
+                got="a file of another kind, which has been left as it is",
+                expected="no file yet, or one written by a solve",
+                try_="another path",
+            )
+        try:
+            if (version := int(header["version"])) != self.VERSION:
+                advice = "a newer fisherkit" if version > self.VERSION else "another path, or delete the file"
+                raise FileFormatError(
+                    call=self.call, got=f"format version {version}", expected=f"version {self.VERSION}", try_=advice
+                )
+            found = {key: dict(io.parse(header[key])) for key in ("settings", "numbers")}
+            if not all(is_integer(found["numbers"][name]) for name in ("steps", "products")):
+                raise ValueError(f"numbers {found['numbers']}")
+            names = ("solution", "right-hand side", "matrix")
+            if len({(tensors[name].shape, tensors[name].dtype) for name in names}) > 1:
+                raise ValueError("tensors of different shapes or types")
+        except FileFormatError:
+            raise
+        except (LookupError, ValueError, TypeError) as error:
+            raise FileFormatError(
+                call=self.call,
+                got=f"a file that cannot be read ({error})",
+                expected="one written by a solve",
+                try_="another path, or delete the file",
+            ) from error
+        return tensors, found
+
+    def _compare(self, name: str, found: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+        if found is None:
+            return
+        value = self.known[name]
+        scale = _column_scale(value)
+        difference = _norm((found[0][name] - value) / scale)
+        if not bool((difference <= self.rounding * _norm(value / scale)).all()):
+            raise self._other(f"with another {name}", f"the {name} of this call")
+
+    def _other(self, got: str, expected: str) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            call=self.call,
+            got=f"the file of another solve, {got}",
+            expected=f"no file yet, or that of a solve with {expected}",
+            why="going on from there would mix two problems; the file has been left as it is",
+            try_="another path, or delete the file if that solve is no longer wanted",
+        )
+
+
+def _norm(columns: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
+    found: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return found
+
+
+def _column_scale(rhs: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
+    """Largest magnitude of each column, 1 for a zero column."""
+    largest = rhs.detach().abs().amax(dim=0)
+    return torch.where(largest > 0, largest, 1)
 
 
 def _check_arguments(

@@ -1,4 +1,4 @@
-"""A solve that is interrupted and called again ends as if nothing had happened, and no file is taken for another's."""
+"""A solve that is interrupted and called again goes on from its last iterate; no file is taken for another's."""
 
 from __future__ import annotations
 
@@ -65,6 +65,16 @@ def same(a: tuple[Tensor, SolveInfo], b: tuple[Tensor, SolveInfo]) -> None:
     assert (a[1].steps, a[1].converged, a[1].damping) == (b[1].steps, b[1].converged, b[1].damping)
 
 
+def solved(found: tuple[Tensor, SolveInfo], a: Tensor, rhs: Tensor, damping: float = DAMPING) -> None:
+    x, info = found
+    wanted = torch.linalg.solve(a.double() + damping * torch.eye(D, dtype=torch.float64), rhs.double())
+    tolerance = 1e-10 if rhs.dtype == torch.float64 else 1e-4
+    assert info.converged
+    assert (info.residual <= tolerance).all()
+    error = (x.double() - wanted).norm(dim=0) / wanted.norm(dim=0)
+    assert (error <= 1.01 * tolerance * (1 + damping) / damping).all()
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "solve.safetensors"
@@ -77,23 +87,34 @@ def no_part_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
 
 
-# -- the same iterates -------------------------------------------------------------------------------------------------
+# -- going on ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("columns", [1, 3])
 @pytest.mark.parametrize("every", [0, 1e9], ids=["each step", "only when interrupted"])
-def test_resumed__equals_uninterrupted_bit_for_bit(path: Path, dtype: torch.dtype, columns: int, every: float) -> None:
+def test_resumed__goes_on_from_the_last_iterate(path: Path, dtype: torch.dtype, columns: int, every: float) -> None:
     a, rhs = matrix(dtype), right_hand_side(columns, dtype)
-    uninterrupted = Interrupted(a)
-    expected = solve(uninterrupted, rhs, damping=1e-2)
+    uninterrupted, spent, energies = Interrupted(a), 0, []
+    solve(uninterrupted, rhs, damping=1e-2)
+    wanted = torch.linalg.solve(a + 1e-2 * torch.eye(D, dtype=dtype), rhs)
     for at in (2, 9, 17):
         with pytest.raises(KeyboardInterrupt):
             solve(Interrupted(a, at), rhs, path, damping=1e-2, checkpoint_every=every)
+        spent += at
+        with safe_open(path, framework="pt") as file:
+            error = file.get_tensor("solution") * rhs.abs().amax(0) - wanted
+            assert json.loads(file.metadata()["numbers"])["products"] == [0, 7, 21][len(energies)]
+        energies.append((error * (a @ error + 1e-2 * error)).sum(0) / (wanted * rhs).sum(0))
+    assert (energies[0] > energies[1]).all()
+    assert (energies[1] > 2 * energies[2]).all()
     rest = Interrupted(a)
-    same(solve(rest, rhs, path, damping=1e-2, checkpoint_every=every), expected)
-    # The interrupted products are lost, and the first of each call recognises the matrix; no step is done twice.
-    assert rest.calls <= uninterrupted.calls - (0 + 7 + 15) + 1
+    found = solve(rest, rhs, path, damping=1e-2, checkpoint_every=every)
+    solved(found, a, rhs, 1e-2)
+    # A call recognises the matrix and computes a true residual; new search directions cost some steps.
+    assert rest.calls < uninterrupted.calls
+    assert spent + rest.calls <= 1.6 * uninterrupted.calls + 9
+    assert found[1].steps == 21 + rest.calls - 3
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError, SystemExit])
@@ -101,27 +122,20 @@ def test_resumed__after_any_exception_which_comes_out_as_it_is(path: Path, error
     a, rhs = matrix(), right_hand_side()
     with pytest.raises(error):
         solve(Interrupted(a, 12, error), rhs, path)
-    same(solve(a, rhs, path), solve(a, rhs))
+    solved(solve(a, rhs, path), a, rhs)
 
 
-@pytest.mark.filterwarnings("ignore::fisherkit.errors.NotConvergedWarning")
-def test_resumed__at_every_product_of_a_solve_with_restarts(path: Path) -> None:
-    # Without room for the tolerance in float32, recursions end on drifted residuals and are begun again.
-    a, rhs = matrix(torch.float32), right_hand_side(2, torch.float32)
-    options = {"damping": 1e-2, "tolerance": 3e-7}
-    counter = Interrupted(a)
-    expected = solve(counter, rhs, **options)
-    assert counter.calls > expected[1].steps + 1, "no restart: this test would not test them"
-    last, calls = None, 0
-    while last is None:
+def test_resumed__at_every_few_products(path: Path) -> None:
+    a, rhs = matrix(), right_hand_side(2)
+    found, calls = None, 0
+    while found is None:
         calls += 1
         try:
-            # One product recognises the matrix, one is a step or a true residual, the third is interrupted.
-            last = solve(Interrupted(a, 3), rhs, path, **options)
+            # One product recognises the matrix, one is a true residual, five are steps, the eighth is interrupted.
+            found = solve(Interrupted(a, 8), rhs, path, damping=1e-1)
         except KeyboardInterrupt:
-            continue
-    assert calls >= counter.calls - 2
-    same(last, expected)
+            assert calls < 100, "no call gets any further"
+    solved(found, a, rhs, 1e-1)
 
 
 def test_resumed__with_preconditioner_and_initial(path: Path) -> None:
@@ -130,16 +144,18 @@ def test_resumed__with_preconditioner_and_initial(path: Path) -> None:
     options: dict[str, Any] = {"preconditioner": lambda r: scale * r, "initial": start}
     with pytest.raises(KeyboardInterrupt):
         solve(Interrupted(a, 12), rhs, path, **options)
-    same(solve(a, rhs, path, **options), solve(a, rhs, **options))
+    solved(solve(a, rhs, path, **options), a, rhs)
 
 
 def test_resumed__steps_that_ran_out_go_on_with_more(path: Path) -> None:
     a, rhs = matrix(), right_hand_side()
     with pytest.warns(NotConvergedWarning, match="max_steps=9 ran out"):
         short = solve(a, rhs, path, max_steps=9)
+    again = Interrupted(a)
     with pytest.warns(NotConvergedWarning, match="max_steps=9 ran out"):
-        same(solve(a, rhs, path, max_steps=9), short)
-    same(solve(a, rhs, path), solve(a, rhs))
+        same(solve(again, rhs, path, max_steps=9), short)
+    assert again.calls == 2
+    solved(solve(a, rhs, path), a, rhs)
 
 
 def test_resumed__for_a_smaller_tolerance_goes_on(path: Path) -> None:
@@ -158,12 +174,12 @@ def test_finished__returns_at_once(path: Path) -> None:
     done = solve(a, rhs, path)
     again = Interrupted(a)
     same(solve(again, rhs, path), done)
-    assert again.calls == 1
+    assert again.calls == 2
 
 
-def test_finished__without_reaching_the_tolerance_returns_at_once_and_warns(path: Path) -> None:
+def test_finished__without_reaching_the_tolerance_tries_once_more_and_warns(path: Path) -> None:
     rhs = right_hand_side()
-    for calls in (None, 1):
+    for calls in (None, 3):
         product = Interrupted(torch.zeros(D, D, dtype=torch.float64))
         with pytest.warns(NotConvergedWarning, match="not in the range"):
             solve(product, rhs, path, damping=0.0)
@@ -177,9 +193,9 @@ def test_checkpoint__changes_no_result(path: Path) -> None:
 
 def test_checkpoint__is_written_no_more_often_than_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, written = 0.0, []
-    monkeypatch.setattr("fisherkit.checkpoint.time.monotonic", lambda: now)
-    replace = io.replace_file
-    monkeypatch.setattr(io, "replace_file", lambda *args: (written.append(now), replace(*args)))
+    monkeypatch.setattr("fisherkit.solvers.time.monotonic", lambda: now)
+    replace = io.replace_checked_file
+    monkeypatch.setattr(io, "replace_checked_file", lambda *args: (written.append(now), replace(*args)))
     a = matrix()
 
     def slow(columns: Tensor) -> Tensor:
@@ -189,7 +205,9 @@ def test_checkpoint__is_written_no_more_often_than_asked(path: Path, monkeypatch
 
     _, info = solve(slow, right_hand_side(), path, checkpoint_every=60)
     steps = info.steps
-    assert len(written) <= 3 + 10 * steps / 60  # the first, the last of a recursion, and one a minute
+    assert (
+        2 + 10 * steps / 70 - 1 <= len(written) <= 3 + 10 * steps / 60
+    )  # the first, the last of a recursion, and one a minute
     assert all(later - earlier >= 60 for earlier, later in itertools.pairwise(written[:-1]))
 
 
@@ -202,10 +220,8 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "columns": ({"rhs": right_hand_side()[:, :2]}, r"with shape = \[60, 3\]; expected .* shape = \[60, 2\]"),
     "damping": ({"damping": 2 * DAMPING}, r"with damping = 0.001; expected .* damping = 0.002"),
     "dtype": ({"rhs": right_hand_side().float(), "a": matrix().float()}, "with dtype = torch.float64"),
-    "initial": ({"initial": normal(D, 3)}, "with another initial"),
-    "matrix": ({"a": matrix(seed=3)}, "with another matrix or preconditioner"),
-    "slightly other matrix": ({"a": matrix() * (1 + 1e-6)}, "with another matrix or preconditioner"),
-    "preconditioner": ({"preconditioner": lambda r: r * torch.arange(1, D + 1).unsqueeze(1)}, "matrix or precond"),
+    "matrix": ({"a": matrix(seed=3)}, "with another matrix"),
+    "slightly other matrix": ({"a": matrix() * (1 + 1e-6)}, "with another matrix"),
 }
 
 
@@ -271,11 +287,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
     "foreign": (foreign, "a file of another kind"),
     "a Fisher": (fisher, "a file of another kind"),
-    "newer": (rewritten(lambda h, _: h.update(version="99")), "format version 99; expected at most 1"),
+    "newer": (rewritten(lambda h, _: h.update(version="99")), "format version 99; expected version 2"),
     "no numbers": (rewritten(lambda h, _: h.update(numbers="{}")), "cannot be read"),
     "bad numbers": (rewritten(lambda h, _: h.update(numbers="]")), "cannot be read"),
-    "no state": (rewritten(lambda _, t: t.pop("best")), "cannot be read"),
-    "half a recursion": (rewritten(lambda _, t: t.pop("recursion.residual")), "cannot be read"),
+    "older": (rewritten(lambda h, _: h.update(version="1")), "format version 1; expected version 2.*delete the file"),
+    "a number that is none": (rewritten(lambda h, _: h.update(numbers='{"steps": true, "products": 1}')), "be read"),
+    "no solution": (rewritten(lambda _, t: t.pop("solution")), "cannot be read"),
+    "no right-hand side": (rewritten(lambda _, t: t.pop("right-hand side")), "cannot be read"),
+    "a part of a solution": (rewritten(lambda _, t: t.update(solution=t["solution"][1:])), "cannot be read"),
+    "another dtype": (rewritten(lambda _, t: t.update(solution=t["solution"].float())), "cannot be read"),
 }
 
 
@@ -306,7 +326,7 @@ def test_interrupted_writing__leaves_the_last_file(path: Path, monkeypatch: pyte
         with pytest.raises(OSError, match="No space left"):
             solve(a, rhs, path)
     assert path.read_bytes() == before
-    same(solve(a, rhs, path), solve(a, rhs))
+    solved(solve(a, rhs, path), a, rhs)
 
 
 @pytest.mark.parametrize(
@@ -374,14 +394,15 @@ def test_streamed__interrupted_in_a_product_leaves_the_model_and_resumes(path: P
         dataset.read, dataset.at = 0, step * len(X) + 4
         with untouched(model, loader), pytest.raises(KeyboardInterrupt):
             streamed.solve(v, 0.01, checkpoint=path)
-    same(streamed.solve(v, 0.01, checkpoint=path, return_info=True), expected)
-    assert dataset.read > dataset.at  # the second interruption lay behind
+    resumed = streamed.solve(v, 0.01, checkpoint=path, return_info=True)
+    assert resumed[1].converged
+    torch.testing.assert_close(resumed[0], expected[0], rtol=1e-3, atol=1e-3)
 
     # Another process: a new Fisher of the same model and data goes on from the file, one of another model does not.
-    same(KINDS[kind](mlp(), loader, memory_budget=1).solve(v, 0.01, checkpoint=path, return_info=True), expected)
+    same(KINDS[kind](mlp(), loader, memory_budget=1).solve(v, 0.01, checkpoint=path, return_info=True), resumed)
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
-    with pytest.raises(InvalidArgumentError, match="another matrix or preconditioner"):
+    with pytest.raises(InvalidArgumentError, match="another matrix"):
         KINDS[kind](model, loader, memory_budget=1).solve(v, 0.01, checkpoint=path)
     with pytest.raises(InvalidArgumentError, match="another right-hand side"):
         streamed.solve(2 * v, 0.01, checkpoint=path)
@@ -395,7 +416,7 @@ def test_solve__of_a_sum_resumes_for_dicts_and_columns(path: Path) -> None:
     with pytest.warns(NotConvergedWarning):
         total.solve(as_dict, 0.1, checkpoint=str(path), max_steps=3)
     resumed = total.solve(as_dict, 0.1, checkpoint=str(path))
-    assert torch.equal(total.space.flatten(resumed), total.solve(v, 0.1))
+    torch.testing.assert_close(total.space.flatten(resumed), total.solve(v, 0.1), rtol=1e-4, atol=1e-4)
 
 
 def test_solve__with_relative_damping_resumes(path: Path) -> None:
@@ -403,7 +424,9 @@ def test_solve__with_relative_damping_resumes(path: Path) -> None:
     v, damping = normal(streamed.size, seed=5), fk.RelativeDamping(0.1)
     with pytest.warns(NotConvergedWarning):
         streamed.solve(v, damping, checkpoint=path, max_steps=2)
-    assert torch.equal(streamed.solve(v, damping, checkpoint=path), streamed.solve(v, damping))
+    torch.testing.assert_close(
+        streamed.solve(v, damping, checkpoint=path), streamed.solve(v, damping), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])

@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit import io
-from fisherkit.checkpoint import Checkpoint
+from fisherkit import io, solvers
 from fisherkit.continual import EWC
 from fisherkit.errors import FileFormatError, FisherkitError
 from fisherkit.influence import InfluenceScores
@@ -143,23 +142,19 @@ def optimizer_state(structure: str) -> Specimen:
     return Specimen(write, read)
 
 
-def solve_state(folder: Path) -> Checkpoint:
-    return Checkpoint(folder / "solve.safetensors", every=0, device=torch.device("cpu"), dtype=torch.float64)
+def written_solve(folder: Path) -> solvers._File:
+    rhs = normal(20, 2, seed=1)
+    return solvers._File(folder / "solve.safetensors", 0, 0.25, rhs)
 
 
 def write_solve(folder: Path) -> None:
-    file = solve_state(folder)
-    file.match("damping", 0.25)
-    file.match_columns("v", normal(20, 2, seed=1))
-    file.save({"best": normal(20, 2, seed=2), "residual": normal(20, 2, seed=3)}, {"steps": 17})
+    file = written_solve(folder)
+    assert file.load(lambda: normal(20, 2, seed=3)) is None
+    file.save(normal(20, 2, seed=2), 17, 19)
 
 
 def read_solve(folder: Path) -> Any:
-    file = solve_state(folder)
-    file.match("damping", 0.25)
-    file.match_columns("v", normal(20, 2, seed=1))
-    assert file.found
-    return plain(list(file.load()))
+    return plain(list(written_solve(folder).load(lambda: normal(20, 2, seed=3)) or "no file"))
 
 
 def write_runs(folder: Path) -> None:

@@ -305,7 +305,7 @@ def test_estimators__refuse_products_of_another_dtype(call: str) -> None:
 @pytest.mark.parametrize("samples", [0, -1])
 def test_estimators__refuse_no_samples(samples: int) -> None:
     operator = symmetric(SPECTRA["full"])
-    message = rf"\(samples={samples}\): got {samples}; expected an integer >= 1"
+    message = rf": got samples={samples}; expected an integer, 1 or more"
     with pytest.raises(InvalidArgumentError, match="hutchinson_trace" + message):
         estimators.hutchinson_trace(operator, samples=samples)
     with pytest.raises(InvalidArgumentError, match="hutchinson_diagonal" + message):
@@ -318,15 +318,15 @@ def test_estimators__refuse_no_samples(samples: int) -> None:
 
 @pytest.mark.parametrize("k", [0, D + 1])
 def test_eigenvalues__refuse_more_than_there_are(k: int) -> None:
-    with pytest.raises(InvalidArgumentError, match=rf"lanczos_eigenvalues\(k={k}\): got {k}; expected .* D = 60"):
+    with pytest.raises(InvalidArgumentError, match=rf"lanczos_eigenvalues: got k={k}; expected .* D = 60"):
         estimators.lanczos_eigenvalues(symmetric(SPECTRA["full"]), k)
 
 
 def test_lanczos__refuses_no_steps() -> None:
     operator = symmetric(SPECTRA["full"])
-    with pytest.raises(InvalidArgumentError, match=r"lanczos_eigenvalues\(steps=0\): got 0"):
+    with pytest.raises(InvalidArgumentError, match=r"lanczos_eigenvalues: got steps=0"):
         estimators.lanczos_eigenvalues(operator, 1, steps=0)
-    with pytest.raises(InvalidArgumentError, match=r"lanczos_spectrum\(steps=0\): got 0"):
+    with pytest.raises(InvalidArgumentError, match=r"lanczos_spectrum: got steps=0"):
         estimators.lanczos_spectrum(operator, steps=0)
 
 

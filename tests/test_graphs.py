@@ -104,7 +104,7 @@ def test_graph__as_one_element_of_the_batch_has_a_row_a_node(kind: Any, form: ty
         h = p.diag() - torch.outer(p, p)
         metric = {
             "ef": torch.outer(u, u), "ief": torch.outer(u, u) / (u @ u), "exact": h
-        }[kind.kind_name]  # fmt: skip
+        }[fisher.metadata["kind"]]  # fmt: skip
         own = [torch.autograd.grad(out, list(model.parameters()), retain_graph=True) for out in z]
         jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in own])
         total = total + jacobian.T @ metric @ jacobian

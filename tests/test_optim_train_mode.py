@@ -90,9 +90,7 @@ def test_dropout__masks_are_those_of_a_run_without_the_optimizer() -> None:
 
 
 def test_dropout__beside_a_parameter_without_a_rule_is_refused_by_name() -> None:
-    model = Compose(
-        lambda m, x: m.drop(torch.einsum("bi,io->bo", x, m.own)), own=parameter(4, 3), drop=nn.Dropout(0.5)
-    ).double()  # fmt: skip
+    model = Compose(lambda m, x: m.drop(torch.cdist(x, m.own)), own=parameter(3, 4), drop=nn.Dropout(0.5)).double()
     optimizer = natural(model.train())
     with pytest.raises(ModelError, match=r"active dropout.*\['own'\].*model.eval\(\)"):
         model(X)

@@ -84,7 +84,7 @@ def score(
         }  # fmt: skip
         path = _path(folder, setting.name, method, damping)
         path.parent.mkdir(parents=True, exist_ok=True)
-        io.replace_file(path, {"scores": average_scores(found[damping]).float().contiguous()}, header)
+        io.replace_checked_file(path, {"scores": average_scores(found[damping]).float().contiguous()}, header)
         print(
             f"  {setting.name}, {method}, damping {damping}: {fitted:.2f} + {seconds[damping]:.2f} s a model",
             flush=True,

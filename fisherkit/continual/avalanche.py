@@ -10,13 +10,12 @@ from typing import Any
 
 from fisherkit.continual.ewc import EWC
 from fisherkit.errors import InvalidTypeError, MissingPackageError
-from fisherkit.extras import missing
 from fisherkit.operators import FisherOperator
 
 try:
     from avalanche.training.plugins import SupervisedPlugin
 except ImportError as error:
-    raise MissingPackageError(**missing(__name__, "avalanche-lib", "avalanche", error)) from error
+    raise MissingPackageError.of(__name__, "avalanche-lib", "avalanche", error) from error
 
 
 class EWCPlugin(SupervisedPlugin):  # type: ignore[misc]  # Any where Avalanche is not installed

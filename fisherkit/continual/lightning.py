@@ -11,7 +11,6 @@ import torch
 
 from fisherkit.continual.ewc import EWC
 from fisherkit.errors import InvalidTypeError, MissingPackageError
-from fisherkit.extras import missing
 
 try:
     from lightning.pytorch import Callback
@@ -19,7 +18,7 @@ except ImportError:
     try:
         from pytorch_lightning import Callback
     except ImportError as error:
-        raise MissingPackageError(**missing(__name__, "lightning", "lightning", error)) from error
+        raise MissingPackageError.of(__name__, "lightning", "lightning", error) from error
 
 
 class EWCCallback(Callback):  # type: ignore[misc]  # Any where Lightning is not installed

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
+from fisherkit.arguments import check_choice
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, Data, Source, check_finite, model_device
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, listed
+from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.randomness import untouched_rng
@@ -65,12 +66,8 @@ def loss_gradient(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-    for name, value, allowed in (
-        ("example", example, ("sequence", "token")),
-        ("normalization", normalization, ("mean", "sum")),
-    ):
-        if value not in allowed:
-            raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+    check_choice(CALL, "example", example, ("sequence", "token"))
+    check_choice(CALL, "normalization", normalization, ("mean", "sum"))
     resolved = likelihoods.resolve(likelihood)
     space = ParameterSpace.of(model, params)
     device, dtype = model_device(model, space.names)

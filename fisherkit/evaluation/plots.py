@@ -9,7 +9,6 @@ from typing import Any
 
 from fisherkit.errors import InvalidArgumentError, MissingPackageError
 from fisherkit.evaluation.table import QualityTable, average
-from fisherkit.extras import missing
 from fisherkit.io import as_path, check_folder, part_of
 
 # Okabe and Ito, "Color universal design" (2008): told apart with any colour vision; the markers say the same again.
@@ -38,7 +37,8 @@ def plot_damping(tables: QualityTable | Sequence[QualityTable], path: str | Path
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, ScalarFormatter
     except ImportError as error:
-        raise MissingPackageError(**missing(__name__, "matplotlib", "demo", error)) from error
+        missing = MissingPackageError.of(__name__, "matplotlib", "demo", error)
+        raise missing from error
 
     figure = Figure(figsize=(1.6 + 4.2 * len(structures), 4.2), layout="constrained", dpi=150)
     figure.subplots(1, len(structures), sharey=True, squeeze=False)

@@ -1,10 +1,9 @@
 """Files: safetensors with a JSON description in the header, written whole or not at all.
 
-`atomic` puts a finished file under its name, `checksums` tells it from a damaged one, `state` describes an operator as
-a tree of named tensors, `shards` writes one file or many, `reader` finds tensors again and reads only what is asked
-for, `fisher_file` is the format itself; `model_files` reads and writes models' weights, which have no description.
-Nothing here knows what an operator means; ``operators.persistence`` turns a
-`State` back into an operator. Pickle is never used.
+`atomic` puts a finished file under its name, `checksums` tells it from a damaged one, `reader` describes an operator as
+a tree of named tensors and reads only those that are asked for, `shards` writes one file or many, `fisher_file` is the
+format itself; `model_files` reads and writes models' weights, which have no description. Nothing here knows what an
+operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle is never used.
 """
 
 from fisherkit.io.atomic import (
@@ -16,13 +15,11 @@ from fisherkit.io.atomic import (
     part_of,
     read_tensors,
     replace_checked_file,
-    replace_file,
     replace_text,
 )
 from fisherkit.io.checksums import CHECKSUM, parse, seal
 from fisherkit.io.fisher_file import SHARDED_VERSION, VERSION, FisherHeader, read, read_header, write
-from fisherkit.io.reader import Reader
-from fisherkit.io.state import Node, Place, State
+from fisherkit.io.reader import Node, Place, Reader, State
 
 __all__ = [
     "CHECKSUM",
@@ -44,7 +41,6 @@ __all__ = [
     "read_header",
     "read_tensors",
     "replace_checked_file",
-    "replace_file",
     "replace_text",
     "seal",
     "write",

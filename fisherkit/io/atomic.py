@@ -119,17 +119,26 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             put(name, tensor)
 
 
-def lay_out(file: IO[bytes], forms: Forms, metadata: Mapping[str, str]) -> Callable[[str, Tensor], None]:
+def lay_out(
+    file: IO[bytes], forms: Forms, metadata: Mapping[str, str], call: str = "save"
+) -> Callable[[str, Tensor], None]:
     """Write a safetensors header and reserve the space, so that tensors can be written as they come.
 
     Args:
         file: open for writing, and empty.
         forms: name to shape and dtype of every tensor.
         metadata: string keys and values of the header.
+        call: the public call, for errors.
 
     Returns:
         A function that writes one tensor, of the announced form, in its place.
+
+    Raises:
+        InvalidTypeError: a dtype that safetensors does not have.
     """
+    if odd := [name for name, (_, dtype) in forms.items() if dtype not in _NAMES]:
+        expected = f"one of {[*map(str, _NAMES)]} in files"
+        raise InvalidTypeError(call=call, got=f"{odd[0]!r} of {forms[odd[0]][1]}", expected=expected)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     size, offsets = 0, dict[str, int]()
     # Wide dtypes first, as safetensors does: then every tensor is aligned.
@@ -160,21 +169,10 @@ def flush(part: Path) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     """Write a safetensors file; whoever opens the path finds the old file or the whole new one, never a part.
 
-    Args:
-        path: where; an existing file is replaced.
-        tensors: named tensors.
-        header: string keys and values.
-    """
-    with part_of(Path(path)) as part:
-        write_part(part, tensors, header)
-        os.replace(part, path)
-
-
-def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> str:
-    """The same with checksums of the tensors and of the header, which `read_tensors` compares.
+    It has checksums of the tensors and of the header, which `read_tensors` compares.
 
     Args:
         path: where; an existing file is replaced.
@@ -185,7 +183,9 @@ def replace_checked_file(path: str | Path, tensors: dict[str, Tensor], header: d
         The header's checksum, which is one of all that the file holds.
     """
     whole = sealed(header, checksums_of(tensors))
-    replace_file(path, tensors, whole)
+    with part_of(Path(path)) as part:
+        write_part(part, tensors, whole)
+        os.replace(part, path)
     return whole[CHECKSUM]
 
 

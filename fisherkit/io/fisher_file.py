@@ -16,9 +16,8 @@ from fisherkit.arguments import is_integer
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
 from fisherkit.io.atomic import FORMAT, UNREADABLE, as_path, check_folder, unreadable
 from fisherkit.io.checksums import CHECKSUMS, TensorChecksum, parse, unsealed
-from fisherkit.io.reader import INDEX_SUFFIX, Archive, Reader
+from fisherkit.io.reader import INDEX_SUFFIX, Archive, Node, Reader, State
 from fisherkit.io.shards import fill, nbytes, pack, refuse_weights, write_sharded, write_single
-from fisherkit.io.state import Node, State
 from fisherkit.space import ParameterSpace
 
 VERSION = 1

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError, MissingFileError
+from fisherkit.errors import FileFormatError, InvalidArgumentError, MissingFileError
 from fisherkit.io.atomic import DTYPES, FORMAT, UNREADABLE, Forms, form_nbytes, lay_out, part_of
 from fisherkit.io.checksums import parse
 from fisherkit.io.shards import delete, fill, free_names, publish
@@ -175,14 +175,8 @@ def written(
     """
     single, index = targets(out)
     _check(out, overwrite, call)
-    if odd := [name for name, (_, dtype) in forms.items() if dtype not in DTYPES.values()]:
-        raise InvalidTypeError(
-            call=call,
-            got=f"{odd[0]!r} of {forms[odd[0]][1]}",
-            expected=f"one of {[*map(str, DTYPES.values())]} in files",
-        )
     sizes = {name: form_nbytes(form) for name, form in forms.items()}
-    shards = fill(sizes, max_shard_size) or [[]]
+    shards, header = fill(sizes, max_shard_size) or [[]], {"format": "pt", **ties}
     with ExitStack() as stack:
         if not single.parent.exists():
             single.parent.mkdir()
@@ -194,7 +188,7 @@ def written(
         files, puts = [], dict[str, Callable[[str, Tensor], None]]()
         for part, names in zip(parts, shards, strict=True):
             files.append(stack.enter_context(open(part, "rb+")))
-            puts |= dict.fromkeys(names, lay_out(files[-1], {n: forms[n] for n in names}, {"format": "pt", **ties}))
+            puts |= dict.fromkeys(names, lay_out(files[-1], {n: forms[n] for n in names}, header, call))
         yield lambda name, tensor: puts[name](name, tensor)
         for file in files:
             file.flush()

@@ -1,14 +1,15 @@
-"""The tensors of a Fisher file, one file or several, read when they are asked for.
+"""What a Fisher file holds, and its tensors, one file or several, read when they are asked for.
 
-Owns the way from a path to the header and to the file that holds a tensor, and the checks that all files are of one
-save and as they were written. Knows keys and bytes, not what they describe.
+`State` is an operator as a tree of named tensors and plain options, `Node` says where in the files they lie, `Reader`
+gets them. Owns the tree's JSON form, the way from a path to the file that holds a tensor, and the checks that all files
+are of one save and as they were written. Knows nothing of what an operator means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,6 @@ from torch import Tensor
 from fisherkit.errors import FileFormatError, MissingFileError
 from fisherkit.io.atomic import FORMAT, UNREADABLE, of_tensor, unreadable
 from fisherkit.io.checksums import TensorChecksum, parse
-from fisherkit.io.state import Node, Place, State
 
 SHARD_FORMAT = "fisherkit-shard"
 INDEX_SUFFIX = ".index.json"
@@ -39,6 +39,118 @@ def index_of(path: Path) -> Path:
 def _stamp(path: Path) -> tuple[int, ...]:
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class State:
+    """What an operator needs to come back: a tree of named tensors and plain options.
+
+    Args:
+        kind: the operator's registered name.
+        names: the parameters it acts on, in flat order.
+        tensors: its tensors.
+        options: JSON-compatible settings.
+        children: the states of the operators it is made of.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    children: tuple[State, ...] = ()
+
+    def all_tensors(self) -> list[Tensor]:
+        """Its tensors and those of its children."""
+        return [*self.tensors.values(), *(tensor for child in self.children for tensor in child.all_tensors())]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.all_tensors())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> State:
+        """The same with every tensor, those of its children too, replaced by what the function makes of it."""
+        tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, children=tuple(child.map(function) for child in self.children))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: under one key, or cut along its first axis under several.
+
+    Args:
+        keys: its names in the file, in order.
+        rows: length of each part's first axis; empty for a tensor in one piece.
+    """
+
+    keys: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+
+    def to_json(self) -> Any:
+        """A string, or an object with "parts" and "rows"."""
+        return {"parts": list(self.keys), "rows": list(self.rows)} if self.rows else self.keys[0]
+
+    @classmethod
+    def from_json(cls, found: Any) -> Place:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if isinstance(found, str):
+            return cls((found,))
+        keys, rows = tuple(found["parts"]), tuple(found["rows"])
+        if not keys or len(keys) != len(rows) or not all(isinstance(r, int) and r > 0 for r in rows):
+            raise ValueError(f"parts {list(keys)} with rows {list(rows)}")
+        return cls(keys, rows)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A `State` whose tensors are still in the file.
+
+    Args:
+        kind: as in `State`.
+        names: as in `State`.
+        places: role to where the tensor lies.
+        options: as in `State`.
+        children: the nodes below.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    places: dict[str, Place]
+    options: dict[str, Any]
+    children: tuple[Node, ...]
+
+    def all_keys(self) -> list[str]:
+        """The keys of its tensors and of its children's."""
+        own = [key for place in self.places.values() for key in place.keys]
+        return [*own, *(key for child in self.children for key in child.all_keys())]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the header has it."""
+        return {
+            "kind": self.kind,
+            "names": list(self.names),
+            "tensors": {role: place.to_json() for role, place in self.places.items()},
+            "options": self.options,
+            "children": [child.to_json() for child in self.children],
+        }
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Node:
+        """The inverse of `to_json`; LookupError, TypeError, ValueError or AttributeError for anything else."""
+        kind, names = tree["kind"], tree["names"]
+        if not (isinstance(kind, str) and isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"an operator of kind {kind!r} over {names!r}")
+        return cls(
+            kind,
+            tuple(names),
+            {role: Place.from_json(place) for role, place in tree["tensors"].items()},
+            tree["options"],
+            tuple(cls.from_json(child) for child in tree["children"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -72,56 +184,44 @@ class Archive:
             MissingFileError: no such file.
             FileFormatError: damaged, or not a Fisher file.
         """
-        if path.name.endswith(INDEX_SUFFIX) and path.is_file():
-            return cls._of_index(path, call)
-        if path.is_file():
-            return cls._of_file(path, call)
-        if index_of(path).is_file():
-            return cls._of_index(index_of(path), call)
-        raise MissingFileError(
-            call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
-        )
-
-    @classmethod
-    def _of_file(cls, path: Path, call: str) -> Archive:
+        found = path if path.is_file() else index_of(path)
+        if not found.is_file():
+            raise MissingFileError(
+                call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
+            )
+        indexed = found.name.endswith(INDEX_SUFFIX)
         try:
-            save = _stamp(path)
-            with safe_open(path, framework="pt") as file:
-                header, keys = file.metadata() or {}, list(file.keys())
-        except UNREADABLE as error:
-            raise FileFormatError(**unreadable(call, error)) from error
-        if header.get("format") == SHARD_FORMAT:
+            archive = cls._of_index(found, call) if indexed else cls._of_file(found, call)
+        except (*UNREADABLE, AttributeError) as error:
+            # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
+            name = f"an index {found.name}" if indexed else "a file"
+            raise FileFormatError(**unreadable(call, error, name=name)) from error
+        form = archive.header.get("format")
+        if form == SHARD_FORMAT and not indexed:
             raise FileFormatError(
                 call=call,
                 got="one shard of a Fisher file",
                 expected="its index, which knows the others",
                 try_=f"the file that ends with {INDEX_SUFFIX}, beside it",
             )
-        if header.get("format") != FORMAT:
-            raise FileFormatError(
-                call=call,
-                got="a safetensors file of another kind",
-                expected="one written by fisher.save",
-                try_="check the path",
-            )
+        if form != FORMAT:
+            got = "an index of something else" if indexed else "a safetensors file of another kind"
+            raise FileFormatError(call=call, got=got, expected="one written by fisher.save", try_="check the path")
+        return archive
+
+    @classmethod
+    def _of_file(cls, path: Path, call: str) -> Archive:
+        save = _stamp(path)
+        with safe_open(path, framework="pt") as file:
+            header, keys = file.metadata() or {}, list(file.keys())
         return cls(path, header, header, dict.fromkeys(keys, path), save, call)
 
     @classmethod
     def _of_index(cls, path: Path, call: str) -> Archive:
-        save = ""
-        try:
-            index = parse(path.read_text("utf-8"))
-            header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
-            files = {key: path.with_name(name) for key, name in index["weight_map"].items()}
-            if header.get("format") == FORMAT:
-                save = header["save"]
-        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
-            # A name with a folder in it raises ValueError too: shards lie beside their index.
-            raise FileFormatError(**unreadable(call, error, name=f"an index {path.name}")) from error
-        if header.get("format") != FORMAT:
-            raise FileFormatError(
-                call=call, got="an index of something else", expected="that of a Fisher file", try_="check the path"
-            )
+        index = parse(path.read_text("utf-8"))
+        header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
+        files = {key: path.with_name(name) for key, name in index["weight_map"].items()}
+        save = header["save"] if header.get("format") == FORMAT else ""
         return cls(path, header, {**index["metadata"], "weight_map": index["weight_map"]}, files, save, call)
 
     @property

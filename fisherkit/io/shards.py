@@ -22,8 +22,7 @@ from torch import Tensor
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.io.atomic import FORMAT, checksums_of, part_of, replace_checked_file, replace_text, write_part
 from fisherkit.io.checksums import CHECKSUM, TensorChecksum, seal, sealed
-from fisherkit.io.reader import INDEX_SUFFIX, SHARD_FORMAT, index_of, stem_of
-from fisherkit.io.state import Node, Place, State
+from fisherkit.io.reader import INDEX_SUFFIX, SHARD_FORMAT, Node, Place, State, index_of, stem_of
 from fisherkit.model_state import tensors_hash
 
 MOST_SHARDS = 99_999

@@ -98,9 +98,9 @@ def merge(
         for small sums, and T (O + I) d a step of conjugate gradients for Kronecker products of T layers O × I.
     """
     call = "merge"
-    checkpoints, sources = _opened(models, fishers, call)
+    given, sources = _opened(models, fishers, call)
     job = Job(
-        call, checkpoints, _weights(weights, sources, normalize, call), _center(center, call),
+        call, given, _weights(weights, sources, normalize, call), _center(center, call),
         checked(policy, call, "refuse"), out, overwrite, return_info, progress,
     )  # fmt: skip
     return _merged(job, sources, sources, damping, normalize, output_damping)
@@ -154,9 +154,9 @@ def regmean(
     call = "regmean"
     if not is_number(shrink) or not 0 <= shrink <= 1:
         raise InvalidArgumentError(call=call, got=f"shrink={shrink}", expected="a number from 0 to 1")
-    checkpoints, sources = _opened(models, fishers, call)
+    given, sources = _opened(models, fishers, call)
     job = Job(
-        call, checkpoints, _weights(weights, sources, None, call), None, checked(policy, call, "average"),
+        call, given, _weights(weights, sources, None, call), None, checked(policy, call, "average"),
         out, overwrite, return_info, progress,
     )  # fmt: skip
     return _merged(job, sources, [activations(source, shrink) for source in sources], damping, None, 0.0)
@@ -192,8 +192,8 @@ def _merged(
 def _opened(
     models: Sequence[Model], fishers: Sequence[Fisher], call: str
 ) -> tuple[list[ModelSource], list[FisherSource]]:
-    checkpoints = open_models(models, call)
-    return checkpoints, open_fishers(fishers, checkpoints, call)
+    given = open_models(models, call)
+    return given, open_fishers(fishers, given, call)
 
 
 def _weights(

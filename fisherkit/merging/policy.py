@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fisherkit.arguments import check_count, check_positive, is_number
+from fisherkit.arguments import check_choice, check_count, check_positive, is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.merging.models import ModelSource
 
@@ -78,9 +78,8 @@ class MergePolicy:
         """Check every setting."""
         call = "MergePolicy"
         for name, words in WORDS.items():
-            got = getattr(self, name)
-            if got not in words and not (got is None and name == "uncovered"):
-                raise InvalidArgumentError(call=call, got=f"{name}={got!r}", expected=f"one of {list(words)}")
+            if (name, getattr(self, name)) != ("uncovered", None):
+                check_choice(call, name, getattr(self, name), words)
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise InvalidTypeError(call=call, got=f"dtype={self.dtype!r}", expected="a torch.dtype or None")
         if self.dtype is not None and not self.dtype.is_floating_point:

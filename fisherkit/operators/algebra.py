@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.conjugate import MatMat
+from fisherkit.arithmetic import MatMat
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.base import FisherOperator, Makers, fold
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator, CompositeOperator, in_order, join

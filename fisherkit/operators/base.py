@@ -18,8 +18,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.arguments import is_integer, is_number
-from fisherkit.arithmetic import without_autocast
-from fisherkit.conjugate import MatMat
+from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.coverage import Coverage
 from fisherkit.errors import (
     FileFormatError,
@@ -638,7 +637,10 @@ STRUCTURAL = (
 )  # fmt: skip
 """Hooks that say what a matrix is made of."""
 
-SHARED = {"_name", "_title", "_inverse", "_columns", "_resolve", "_checked_count", "_unit_columns", "_no_closed_form"}
+SHARED = {
+    "_name", "_title", "_made_of", "_inverse", "_columns", "_resolve", "_checked_count", "_unit_columns",
+    "_no_closed_form",
+}  # fmt: skip
 
 HOOKS = tuple(
     name

@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arguments import is_integer
-from fisherkit.arithmetic import without_autocast
-from fisherkit.conjugate import MatMat
+from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.operators.row_forms import RowForm, SolvedForm, solved_squares
 from fisherkit.rows.collection import Rows

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.conjugate import MatMat
+from fisherkit.arithmetic import MatMat
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.layer_layout import LayerLayout
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.conjugate import MatMat
+from fisherkit.arithmetic import MatMat
 from fisherkit.errors import MemoryBudgetError, SingularMatrixError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
@@ -27,8 +27,7 @@ from fisherkit.rows import restore_rows
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.streamed import StreamedRows
-from fisherkit.rows.thinned import thinned
+from fisherkit.rows.streamed import StreamedRows, thinned
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62

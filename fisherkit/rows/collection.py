@@ -271,9 +271,6 @@ class Rows(RowSource):
         Outputs may be finite where rows are not: a saturated unit hides an infinite activation. One NaN would make
         every sum, product and score NaN that it enters.
 
-        Args:
-            call: for errors; where the rows come from.
-
         Raises:
             NonFiniteError: naming the modules and their parameters.
 
@@ -288,7 +285,7 @@ class Rows(RowSource):
             raise NonFiniteError(
                 call=call,
                 got=f"NaN or infinite activations or gradients in {listed(map(repr, modules))} "
-                f"({listed(repr(name) for names in bad for name in names)})",
+                f"({listed(name for names in bad for name in names)})",
                 expected="finite ones",
                 why="rows are made of them, and outputs that are finite may hide them: a tanh of infinity is 1",
                 try_="torch.isfinite of this batch's inputs, and a look for √, log or division at 0 in the model",

@@ -11,7 +11,6 @@ Build the operator, write its matrix out by other means, and pass both to `check
 It needs no test framework.
 """
 
-from fisherkit.testing.comparison import MAY_BE_REFUSED, TOLERANCES, ConformanceError, ConformanceReport
-from fisherkit.testing.conformance import check_fisher
+from fisherkit.testing.conformance import MAY_BE_REFUSED, TOLERANCES, ConformanceError, ConformanceReport, check_fisher
 
 __all__ = ["MAY_BE_REFUSED", "TOLERANCES", "ConformanceError", "ConformanceReport", "check_fisher"]

@@ -1,7 +1,7 @@
 """`check_fisher`: every operation of the contract against a matrix.
 
-One function for each group of operations; what a comparison is, `comparison` says. A new operation of `FisherOperator`
-gets its lines here.
+First what a comparison is, then one function for each group of operations. A new operation of `FisherOperator` gets its
+lines here.
 """
 
 from __future__ import annotations
@@ -10,22 +10,197 @@ import functools
 import math
 import tempfile
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError, NotConvergedWarning
-from fisherkit.operators import DenseOperator, FisherOperator, load, split, usual_damping
+from fisherkit.arithmetic import all_finite
+from fisherkit.errors import (
+    FileFormatError,
+    FisherkitError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    MemoryBudgetError,
+    NoClosedFormError,
+    NotConvergedWarning,
+)
+from fisherkit.operators import Damping, DenseOperator, FisherOperator, RelativeDamping, load, split, usual_damping
 from fisherkit.operators.base import convert
 from fisherkit.operators.normalization import frobenius_norm
 from fisherkit.operators.outputs_average import average_over_outputs
-from fisherkit.testing.comparison import TOLERANCES, Check, ConformanceError, ConformanceReport, checked_matrix
+
+TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""Largest relative error that `check_fisher` accepts by default; 5e-2 for narrower dtypes."""
+
+MAY_BE_REFUSED = frozenset(
+    {"gram", "eigenvalues", "eigenvectors", "effective_dimension", "logdet", "save", "norm", "usual_damping"}
+)
+"""Operations that a structure may answer with `NoClosedFormError`; every other one must have an answer."""
+
+NEEDS_A_SQUARE_MATRIX = frozenset({"gram", "eigenvalues", "to_dense", "logdet", "norm", "average"})
+"""Operations that a structure may answer with `MemoryBudgetError`."""
 
 NARROW = 1e-4
 """Relative error of a product in float32."""
+
+_T = TypeVar("_T")
+
+
+class ConformanceError(FisherkitError, AssertionError):
+    """An operator's answer is not its matrix's, or does not have the form that the contract promises."""
+
+
+@dataclass(frozen=True)
+class ConformanceReport:
+    """What `check_fisher` measured.
+
+    Args:
+        errors: operation to its largest relative error.
+        refused: operations without a closed form, or without the memory for one.
+        tolerance: what the errors were held against.
+    """
+
+    errors: dict[str, float]
+    refused: tuple[str, ...]
+    tolerance: float
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The operation with the largest error, and that error."""
+        operation = max(self.errors, key=self.errors.__getitem__)
+        return operation, self.errors[operation]
+
+    def __str__(self) -> str:
+        """A line for each operation."""
+        lines = [f"{operation:<20}{error:.1e}" for operation, error in self.errors.items()]
+        return "\n".join([*lines, *(f"{operation:<20}no closed form" for operation in self.refused)])
+
+
+class _Check:
+    """One check in progress: the operator, the matrix that it should be, the vectors, and what was found so far."""
+
+    def __init__(self, operator: FisherOperator, matrix: Tensor, tolerance: float, generator: torch.Generator) -> None:
+        self.operator, self.matrix, self.tolerance, self.generator = operator, matrix, tolerance, generator
+        self.errors: dict[str, float] = {}
+        self.refused: set[str] = set()
+        self.columns = self.normal(operator.size, 3)
+        # A residual grows into an error by at most the condition number, about 100 here. In float32 this may be below
+        # rounding, and an iterative solver warns; the error against the matrix decides.
+        self.residual = max(1e-3 * tolerance, 10 * torch.finfo(operator.dtype).eps)
+        self.values = torch.linalg.eigvalsh(matrix).clamp_min(0).flip(0)
+        largest = float(self.values[0])
+        self.dampings: tuple[tuple[Damping, float], ...] = ((1.0, 1.0), (0.1, 0.1))
+        if largest > 0:
+            relative = 0.01 * largest * operator.size / float(matrix.trace())
+            self.dampings = (0.1 * largest, 0.1 * largest), (RelativeDamping(relative), 0.01 * largest)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Normal numbers in the operator's dtype and on its device."""
+        drawn = torch.randn(*shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
+        return drawn.to(self.operator.device, self.operator.dtype)
+
+    def seed(self) -> int:
+        """A seed."""
+        return int(torch.randint(1 << 31, (1,), generator=self.generator, device=self.generator.device))
+
+    def shifted(self, damping: float) -> Tensor:
+        """The matrix plus damping·I."""
+        return self.matrix + damping * torch.eye(len(self.matrix), dtype=torch.float64, device=self.matrix.device)
+
+    def columns_of(self, vector: Any) -> Tensor:
+        """A vector of any form as columns."""
+        flat: Tensor = vector if isinstance(vector, Tensor) else self.operator.space.flatten(vector)
+        return flat.reshape(len(flat), -1)
+
+    def name(self, operation: str) -> str:
+        """The call, for messages."""
+        return f"{type(self.operator).__name__}.{operation}"
+
+    def compare(
+        self, operation: str, got: Any, expected: Tensor, *, detail: str = "", dtype: torch.dtype | None = None,
+        scale: float | None = None,
+    ) -> None:  # fmt: skip
+        """Hold a result's form and values against the matrix's; ``scale`` is what the error is relative to."""
+        call, wanted = self.name(f"{operation}{detail}"), self.operator.dtype if dtype is None else dtype
+        if not isinstance(got, Tensor):
+            raise ConformanceError(call=call, got=f"a {type(got).__name__}", expected="a tensor")
+        form = f"shape {list(got.shape)}, {got.dtype}, on {got.device}"
+        promised = f"shape {list(expected.shape)}, {wanted}, on {self.operator.device}"
+        if form != promised:
+            raise ConformanceError(call=call, got=form, expected=promised)
+        if got.requires_grad:
+            got_graph = "a tensor with an autograd graph behind it"
+            raise ConformanceError(call=call, got=got_graph, expected="a detached one")
+        error = _relative_error(got, expected, scale)
+        if not error <= self.tolerance:
+            bound = f"at most {self.tolerance:.0e}, the tolerance"
+            raise ConformanceError(call=call, got=f"a relative error of {error:.2e}", expected=bound)
+        self.errors[operation] = max(error, self.errors.get(operation, 0.0))
+
+    def require(self, operation: str, holds: bool, got: str, expected: str) -> None:
+        """Raise a ConformanceError unless a promise about the form of a result holds."""
+        if not holds:
+            raise ConformanceError(call=self.name(operation), got=got, expected=expected)
+
+    def attempt(self, operation: str, function: Callable[[], _T]) -> _T | None:
+        """The result, or None where the structure may and does refuse, with a way out."""
+        try:
+            return function()
+        except (NoClosedFormError, MemoryBudgetError) as error:
+            allowed = MAY_BE_REFUSED if isinstance(error, NoClosedFormError) else NEEDS_A_SQUARE_MATRIX
+            got = f"{type(error).__name__}: {error}"
+            if operation not in allowed:
+                raise ConformanceError(call=self.name(operation), got=got, expected="an answer") from error
+            if not error.try_:
+                expected = "a message that says what to use instead"
+                raise ConformanceError(call=self.name(operation), got=got, expected=expected) from error
+            self.refused.add(operation)
+            return None
+
+    def in_every_form(self, operation: str, function: Callable[[Any], Any], expected: Tensor) -> None:
+        """Check a linear map on ``[D, K]``, ``[D]`` and dicts; ``expected`` is its result on `columns`."""
+        space, before = self.operator.space, self.columns.clone()
+        product = function(self.columns)
+        unchanged = torch.equal(before, self.columns)
+        self.require(operation, unchanged, "an argument that was changed in place", "an argument that is only read")
+        self.compare(operation, product, expected, detail="([D, K])")
+        self.compare(operation, function(self.columns[:, 0]), expected[:, 0], detail="([D])")
+        for v, result, form in (
+            (self.columns, expected, "({[..., K]})"),
+            (self.columns[:, 1], expected[:, 1], "({[...]})"),
+        ):
+            named = function(space.unflatten(v))
+            got = {n: list(t.shape) for n, t in named.items()} if isinstance(named, dict) else type(named).__name__
+            promised = {n: [*shape, *v.shape[1:]] for n, shape in zip(space.names, space.shapes, strict=True)}
+            self.require(f"{operation}{form}", got == promised, f"{got}", f"a dict of shapes {promised}")
+            self.compare(operation, space.flatten(named), result, detail=form)
+
+
+def _checked_matrix(operator: FisherOperator, dense: Tensor, tolerance: float) -> Float[Tensor, "D D"]:
+    """The reference matrix in float64, exactly symmetric, or an InvalidArgumentError."""
+    call, size = "check_fisher(dense)", operator.size
+    if tuple(dense.shape) != (size, size):
+        raise InvalidArgumentError(call=call, got=f"shape {list(dense.shape)}", expected=f"[{size}, {size}]")
+    matrix = dense.detach().to(operator.device, torch.float64)
+    if not all_finite(matrix):
+        raise InvalidArgumentError(call=call, got="NaN or infinite entries", expected="finite numbers")
+    if _relative_error(matrix.mT, matrix) > tolerance:
+        raise InvalidArgumentError(call=call, got="a matrix that is not symmetric", expected="a symmetric one")
+    return (matrix + matrix.mT) / 2
+
+
+def _relative_error(got: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """‖got − expected‖ / ‖expected‖; 0 where they are equal, infinite where only ``expected`` is 0."""
+    difference = float((got.double() - expected.double()).norm())
+    norm = float(expected.double().norm()) if scale is None else scale
+    if difference == 0:
+        return 0.0
+    return difference / norm if norm > 0 else math.inf
 
 
 def check_fisher(
@@ -69,9 +244,9 @@ def check_fisher(
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise InvalidArgumentError(call=call, got=f"tolerance={tolerance}", expected="a positive number, or None")
     limit = TOLERANCES.get(operator.dtype, 5e-2) if tolerance is None else tolerance
-    matrix = checked_matrix(operator, dense, limit)
+    matrix = _checked_matrix(operator, dense, limit)
     seeds = torch.Generator().manual_seed(0) if generator is None else generator
-    check = Check(operator, matrix, limit, seeds)
+    check = _Check(operator, matrix, limit, seeds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConvergedWarning)
         for part in (_products, _numbers, _spectra, _inverses, _samples, _algebra, _files, _answers, _independence):
@@ -79,7 +254,7 @@ def check_fisher(
     return ConformanceReport(check.errors, tuple(sorted(check.refused)), limit)
 
 
-def _products(check: Check) -> None:
+def _products(check: _Check) -> None:
     """Products in every form, and that they are symmetric."""
     operator, columns = check.operator, check.columns
     shape = (len(check.matrix), len(check.matrix))
@@ -102,7 +277,7 @@ def _products(check: Check) -> None:
         check.compare("to_scipy", torch.from_numpy(got).to(operator.device), result, detail=f"(){detail}")
 
 
-def _numbers(check: Check) -> None:
+def _numbers(check: _Check) -> None:
     """Quadratic forms, diagonal, trace and the matrix itself."""
     operator, columns, matrix = check.operator, check.columns, check.matrix
     expected = (columns.double() * (matrix @ columns.double())).sum(0)
@@ -122,7 +297,7 @@ def _numbers(check: Check) -> None:
         check.compare("symmetry", dense, dense.mT.double(), detail=" of to_dense()")
 
 
-def _spectra(check: Check) -> None:
+def _spectra(check: _Check) -> None:
     """Eigenvalues and eigenvectors, the effective dimension and the Gram matrix."""
     operator, values = check.operator, check.values
     for k in (None, 1, (operator.size + 1) // 2):
@@ -148,7 +323,7 @@ def _spectra(check: Check) -> None:
         check.compare("gram", pad(mine, (0, count - len(mine))), padded, detail="() eigenvalues", dtype=torch.float64)
 
 
-def _eigenvectors(check: Check) -> None:
+def _eigenvectors(check: _Check) -> None:
     """Orthonormal columns that the matrix multiplies by its largest eigenvalues, in the eigenvalues' order."""
     operator, values = check.operator, check.values
     size = float(values.norm())
@@ -168,7 +343,7 @@ def _eigenvectors(check: Check) -> None:
                       dtype=torch.float64, scale=size)  # fmt: skip
 
 
-def _inverses(check: Check) -> None:
+def _inverses(check: _Check) -> None:
     """Damped solves and log determinants, by every way to ask for them."""
     operator, columns, space = check.operator, check.columns, check.operator.space
     for damping, number in check.dampings:
@@ -195,7 +370,7 @@ def _inverses(check: Check) -> None:
                 check.compare("logdet", found, logs.sum(), detail=f"({detail[2:]})", dtype=torch.float64, scale=size)
 
 
-def _samples(check: Check) -> None:
+def _samples(check: _Check) -> None:
     """Draws from N(0, (F + λI)⁻¹) repeat with their seed, and xᵀ(F + λI)x is χ² with D degrees of freedom."""
     damping, number = check.dampings[0]
     inverse = check.operator.factorize(damping, tolerance=check.residual)
@@ -224,7 +399,7 @@ def _samples(check: Check) -> None:
                       f"between {1 - slack:.2f} and {1 + slack:.2f}")  # fmt: skip
 
 
-def _algebra(check: Check) -> None:
+def _algebra(check: _Check) -> None:
     """Multiples and sums."""
     operator, columns = check.operator, check.columns
     product = check.matrix @ columns.double()
@@ -245,7 +420,7 @@ def _algebra(check: Check) -> None:
     check.compare("sum", solution, expected, detail=".solve")
 
 
-def _answers(check: Check) -> None:
+def _answers(check: _Check) -> None:
     """What applications and other operators ask: how the matrix comes apart, and what it is known to be."""
     operator, matrix, space = check.operator, check.matrix, check.operator.space
     parts = [term.to_dense() for term in operator._terms()]
@@ -295,7 +470,7 @@ def _answers(check: Check) -> None:
         check.require("_approximate_inverse", bool((curvature > 0).all()), f"vᵀPv = {curvature}", "positive numbers")
 
 
-def _files(check: Check) -> None:
+def _files(check: _Check) -> None:
     """What `fisherkit.load` reads is the same operator."""
     operator = check.operator
     with tempfile.TemporaryDirectory() as folder:
@@ -319,7 +494,7 @@ def _files(check: Check) -> None:
     check.compare("save", solution, expected, detail=" and load, solve")
 
 
-def _independence(check: Check) -> None:
+def _independence(check: _Check) -> None:
     """What an operation returns is the caller's to change."""
     operator, columns = check.operator, check.columns
     before = check.columns_of(operator @ columns).clone()
