@@ -19,7 +19,7 @@ from fisherkit.arithmetic import MatMat
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.operators.base import FisherOperator, Makers, fold
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator, CompositeOperator, in_order, join
-from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
+from fisherkit.operators.factorization import diagonal_inverse
 from fisherkit.operators.kronecker_sum import layer_inverse
 from fisherkit.operators.persistence import blocks_of_node, restore
 from fisherkit.space import ParameterSpace, finest_partition
@@ -73,9 +73,6 @@ class SumOperator(CompositeOperator):
 
     def _diagonal(self) -> Float[Tensor, "D"]:
         return _total(term._diagonal() for term in self.terms)
-
-    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        return IterativeFactorization(self, damping, tolerance, max_steps)
 
     def _approximate_inverse(self, damping: float) -> MatMat | None:
         """Of the terms that are inverted cheaply, block by block; of the diagonal where there is nothing but those.

@@ -34,7 +34,7 @@ class Preconditioner:
 
     Args:
         model: the model; call this very object.
-        kind: as for `NaturalGradient`, like all that is not listed here.
+        kind: a name such as "ief" or "truncated:2", or an object of `fisherkit.OutputRule`.
         structure: "kfac", "ekfac", "nkp", "diagonal", "block" or "full".
         damping: λ beside F, or `fisherkit.RelativeDamping`.
         gram_damping: λ beside the sum over examples instead of the mean; for EF and iEF in the full and block
@@ -45,11 +45,11 @@ class Preconditioner:
         refresh_every: updates between eigen-decompositions.
         trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
         lr: the following optimizer's learning rate, a number or a function without arguments; used by ``trust_region``.
-        likelihood: as there.
-        reduction: as there.
+        likelihood: the loss module that you train with, or a name or object; see `NaturalGradient`.
+        reduction: of your loss over examples, "mean" or "sum".
         params: names, or a predicate; other gradients are left as they are.
-        kfac_positions: as there.
-        max_rank: as there.
+        kfac_positions: "expand" or "reduce".
+        max_rank: leading eigenpairs of a Kronecker factor that are kept; None for all.
         options: of the kind.
 
     Raises:
