@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.rows import half
+from fisherkit.rows.differentiable import TARGETS, scales
 from tests.tolerances import HALF
 
 DTYPES = list(HALF)
@@ -209,7 +209,7 @@ def test_float16__a_diagonal_of_1e_8_is_that_of_float32() -> None:
 
 def test_scales__are_powers_of_two_of_each_example() -> None:
     v = torch.tensor([[[3.0, -1.0], [0.0, 0.0], [1e-9, 0.0]]])
-    for target, scale in zip(half.TARGETS, half.scales(v), strict=True):
+    for target, scale in zip(TARGETS, scales(v), strict=True):
         assert torch.equal(torch.frexp(scale).mantissa, torch.full((1, 3), 0.5))
         largest = (v / scale.unsqueeze(2)).abs().amax(2)[0, [0, 2]]
         assert bool(((largest >= 2.0 ** (target - 1)) & (largest < 2.0**target)).all())

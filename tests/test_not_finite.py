@@ -72,11 +72,11 @@ def convolution() -> nn.Module:
 
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float, str]] = {
-    "saturating": (saturating, (3,), INF, "'0' (0.weight, 0.bias)"),
-    "convolution": (convolution, (1, 3, 3), INF, "'0' (0.weight, 0.bias)"),
-    "masked": (Masked, (4, 3), math.nan, "'inner' (inner.weight, inner.bias)"),
-    "rooted": (Rooted, (3,), 0.0, "'first' (first.weight)"),
-    "custom": (Custom, (3,), INF, "'' (slope)"),
+    "saturating": (saturating, (3,), INF, "'0' ('0.weight', '0.bias')"),
+    "convolution": (convolution, (1, 3, 3), INF, "'0' ('0.weight', '0.bias')"),
+    "masked": (Masked, (4, 3), math.nan, "'inner' ('inner.weight', 'inner.bias')"),
+    "rooted": (Rooted, (3,), 0.0, "'first' ('first.weight')"),
+    "custom": (Custom, (3,), INF, "'' ('slope')"),
 }
 
 

@@ -19,7 +19,7 @@ from fisherkit.operators.low_rank import (
     preconditioner_of_rows,
     sample_stride,
 )
-from fisherkit.rows.thinned import ThinnedSource, thinned
+from fisherkit.rows.streamed import ThinnedSource, thinned
 from fisherkit.solvers import conjugate_gradient
 from tests.small_data import normal
 

@@ -125,7 +125,7 @@ def dtype_check(text: str) -> str:
     return text
 
 
-KIND = "ef, ief[:POWER], sf[:DRAWS], truncated[:RANK or :TOLERANCE], exact."
+KIND = f"{', '.join(spellings())}."
 STRUCTURE = f"{', '.join(structures())}."
 structure_check = one_of(*structures())
 

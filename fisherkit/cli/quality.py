@@ -18,6 +18,7 @@ from fisherkit._version import __version__
 from fisherkit.cli.command import Command, make_folder, require
 from fisherkit.cli.estimate import load_pair
 from fisherkit.cli.options import (
+    KIND,
     LIKELIHOOD,
     STRUCTURE,
     Example,
@@ -55,7 +56,7 @@ class Quality:
         str,
         option(
             "LIST",
-            "sgd, ef, ief[:POWER], sf[:DRAWS], truncated[:RANK], exact.",
+            f"sgd, {KIND}",
             parser=each(partial(kind_check, also=("sgd",))),
         ),
     ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact"

@@ -27,8 +27,7 @@ from fisherkit.rows.collection import Rows
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
-from fisherkit.rows.thinned import ThinnedSource, thinned
-from fisherkit.rows.verified import plan_again
+from fisherkit.rows.streamed import ThinnedSource, thinned
 from fisherkit.space import ParameterSpace
 from fisherkit.wrappers import matching, unwrapped
 
@@ -62,7 +61,6 @@ class ModelRows:
         self._weights = parameters_hash(model)
         _check_space(fisher, model, self._weights)
         self.fisher, self.model, self.space = fisher, model, fisher.space
-        self._recent: Plan | None = None
         self.dtype, self.device = fisher.dtype, fisher.device
         self.metadata = fisher.metadata
         self.likelihood = _likelihood(likelihood, fisher)
@@ -95,12 +93,12 @@ class ModelRows:
     def live(self, data: Data, rule: OutputRule, *, token: bool = False) -> LiveBlocks:
         """Rows of a kind's output vectors, made in every pass; by token, each position has a row of its own."""
         source = self._source(data)
-        return self._blocks(self._plan(source), source, rule, token)
+        return self._blocks(plan_of(self.model, self.space, source), source, rule, token)
 
     def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
         """Rows of a measurement."""
         source = self._source(data)
-        plan = self._plan(source)
+        plan = plan_of(self.model, self.space, source)
         rule = query_rule(measurement, plan.probe.z.shape, labelled=source.first().targets is not None)
         return self._blocks(plan, source, rule, token=False)
 
@@ -110,7 +108,6 @@ class ModelRows:
         Raises:
             ModelError: they have changed since the construction.
         """
-        self._recent = None
         if parameters_hash(self.model) != self._weights:
             raise ModelError(
                 call=CALL, got="a model whose weights have changed since the scores' construction",
@@ -123,13 +120,6 @@ class ModelRows:
         source = Source(data, self.model)
         source.keep_order(CALL)
         return source
-
-    def _plan(self, source: Source) -> Plan:
-        """How rows of these data are made; verified once a call for data of one form."""
-        first = source.first().to(self.device)
-        found = None if self._recent is None else plan_again(self._recent, first)
-        self._recent = plan_of(self.model, self.space, source) if found is None else found
-        return self._recent
 
     def settings(self, *, token: bool) -> dict[str, Any]:
         """What rows of the loss depend on beside the data, as JSON has it."""

@@ -27,8 +27,7 @@ from fisherkit.rows import restore_rows
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.streamed import StreamedRows
-from fisherkit.rows.thinned import thinned
+from fisherkit.rows.streamed import StreamedRows, thinned
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62

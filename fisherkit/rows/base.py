@@ -7,7 +7,7 @@ products, Gram and squares without saying how it stores them; it knows no layer,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
@@ -112,14 +112,15 @@ class UnitRows(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What a file must hold; `from_tensors` takes it back."""
 
-    @abstractmethod
     def options(self) -> dict[str, int]:
         """Settings beside the tensors."""
+        return {}
 
     @classmethod
-    @abstractmethod
     def from_tensors(cls: type[R], tensors: dict[str, Tensor], options: dict[str, int]) -> R:
-        """The inverse of `tensors` and `options`."""
+        """The inverse of `tensors` and `options`, which are the constructor's arguments by default."""
+        make: Callable[..., R] = cls
+        return make(**tensors, **options)
 
     @property
     def floating(self) -> Tensor:

@@ -139,7 +139,7 @@ class Tracker:
         """Note what a function call does to the batch axis."""
         if function is torch.Tensor.__setitem__ or "out" in kwargs:
             self.lost = self.lost or any(t.requires_grad for t in tensors((args, kwargs)))
-            if len(args) == 3 and self._fills(*args):
+            if function is torch.Tensor.__setitem__ and self._filled(*args):
                 self.mark(args[0], Axis(0))
             return
         outputs = [output] if isinstance(output, Tensor) else list(tensors(output))
@@ -160,17 +160,14 @@ class Tracker:
             elif status is not Mark.FREE or made.grad_fn is not None:
                 self.mark(made, status)
 
-    def _fills(self, target: Tensor, key: Any, value: Any) -> bool:
-        """Whether each example's own part of a tensor without a gradient is written, as where labels are shifted."""
-        if not isinstance(value, Tensor) or any(t.requires_grad for t in (target, value)):
+    def _filled(self, x: Tensor, index: Any, value: Any) -> bool:
+        """Whether each example's entries are written to its own place of a constant, as labels moved by one are."""
+        if not isinstance(value, Tensor) or self.status(value) != Axis(0) or self.status(x) is not Mark.FREE:
             return False
-        first, *rest = key if isinstance(key, tuple) else (key,)
-        apart = (first is Ellipsis and len(rest) < target.ndim) or (isinstance(first, slice) and first == slice(None))
-        return (
-            apart and all(isinstance(one, slice) for one in rest) and self.status(value) == Axis(0)
-            and value.ndim == target.ndim and len(value) == len(target) == self.batch
-            and self.status(target) in (Mark.FREE, Axis(0))
-        )  # fmt: skip
+        taken = index if isinstance(index, tuple) else (index,)
+        whole = _all_of(taken[0]) or (taken[0] is Ellipsis and len(taken) <= x.ndim)
+        plain = all(entry is Ellipsis or isinstance(entry, (int, slice)) for entry in taken)
+        return whole and plain and len(x) == len(value) and x[index].shape == value.shape
 
     def _becomes(self, call: Call) -> Status:
         statuses = {status for _, status in call.operands}

@@ -46,14 +46,7 @@ class Chunk:
 
     @classmethod
     def whole_batch(cls, rows: Rows, mask: Bool[Tensor, "B P"], batch: Batch, *, token: bool) -> Chunk:
-        """All rows of a micro-batch at once, for sums that do not ask whose each is.
-
-        Args:
-            rows: the rows.
-            mask: which positions of the outputs count.
-            batch: the micro-batch.
-            token: whether every position is an example.
-        """
+        """All rows of a micro-batch at once, for sums that do not ask whose each is."""
         counted, positions = torch.stack([(mask if token else mask.any(1)).sum(), mask.sum()]).tolist()
         counting, nobody = _counting(mask, batch), torch.empty(0, dtype=torch.long, device=mask.device)
         whole = positions == mask.numel() and len(counting) == 1
@@ -138,13 +131,7 @@ class Slots:
     def chunks(
         self, batch: Batch, step: int, make_rows: Callable[[Float[Tensor, "k B P C"], RowSelection], Rows]
     ) -> Iterator[Chunk]:
-        """Rows of all slots.
-
-        Args:
-            batch: the examples.
-            step: how many vectors an example go through one backward pass.
-            make_rows: rows of some vectors.
-        """
+        """Rows of all slots, of so many vectors an example at a time (``step``)."""
         positions = _counting(self.mask, batch)
         for first in range(0, self.number, step):
             index = torch.arange(first, min(first + step, self.number), device=self.mask.device)

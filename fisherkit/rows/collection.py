@@ -271,9 +271,6 @@ class Rows(RowSource):
         Outputs may be finite where rows are not: a saturated unit hides an infinite activation. One NaN would make
         every sum, product and score NaN that it enters.
 
-        Args:
-            call: for errors; where the rows come from.
-
         Raises:
             NonFiniteError: naming the modules and their parameters.
 

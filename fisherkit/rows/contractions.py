@@ -84,14 +84,7 @@ _rule = functools.cache(ContractionRule)
 def contraction(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], of: Callable[[Any], Derived | None]
 ) -> tuple[ContractionRule, dict[str, Any]] | None:
-    """The rule of a call of such a function with one operand, or a bias, that is made of parameters, and its arguments.
-
-    Args:
-        function: the function.
-        args: the call's arguments.
-        kwargs: its keyword arguments.
-        of: what a tensor is made of.
-    """
+    """The rule and the arguments of a call with one operand, or a bias, that is made of parameters (``of`` tells)."""
     name = _NAMES.get(function, "")
     read = _read(name, args, kwargs) if name else None
     if read is None or not all(isinstance(one, Tensor) for one in read[:2]) or (of(read[0]) and of(read[1])):

@@ -19,7 +19,7 @@ from torch import Tensor
 from fisherkit.arithmetic import HALF
 from fisherkit.rows.base import spans
 from fisherkit.rows.batch_axis import is_permutation, tensors
-from fisherkit.rows.half import scales
+from fisherkit.rows.differentiable import scales
 
 SAME, TURNED = "same", "turned"
 
@@ -31,7 +31,7 @@ class Derived:
         names: the parameters.
         leaves: what stands for them.
         make: makes the tensor of the leaves.
-        lies: `SAME` if it has its only parameter's entries in their order, `TURNED` if it is that matrix transposed.
+        layout: `SAME` if it has its only parameter's entries in their order, `TURNED` if it is that matrix transposed.
 
     Attributes:
         lookup: of rows of a table, the rule and the arguments of the function that looked them up.
@@ -40,10 +40,10 @@ class Derived:
     """
 
     def __init__(
-        self, names: tuple[str, ...], leaves: Mapping[str, Tensor], make: Callable[[], Tensor], lies: str | None = None,
-        slices: tuple[Int[Tensor, "..."], bool] | None = None,
+        self, names: tuple[str, ...], leaves: Mapping[str, Tensor], make: Callable[[], Tensor],
+        layout: str | None = None, slices: tuple[Int[Tensor, "..."], bool] | None = None,
     ) -> None:  # fmt: skip
-        self.names, self.lies, self.slices = names, lies, slices
+        self.names, self.layout, self.slices = names, layout, slices
         self._leaves, self._make = leaves, make
         self.lookup: tuple[Any, Mapping[str, Any]] | None = None
 
@@ -55,37 +55,33 @@ class Derived:
             return self._make()
 
     def sliced(self, tensor: Tensor, trailing: int) -> tuple[Int[Tensor, "..."] | None, bool] | None:
-        """Which slice of so many axes each entry of the axes before is, None for the whole, and whether it is turned.
-
-        Args:
-            tensor: the tensor, which this one describes.
-            trailing: axes of a slice.
-        """
-        if self.lies == TURNED and trailing == tensor.ndim == 2:
+        """Which slice of so many axes each entry of the others is, None for the whole, and whether it is turned."""
+        if self.layout == TURNED and trailing == tensor.ndim == 2:
             return None, True
-        known = self.slices if self.lies is None else (torch.zeros((), dtype=torch.long, device=tensor.device), False)
-        if known is None or self.lies == TURNED or known[0].ndim > tensor.ndim - trailing:
+        known = self.slices if self.layout is None else (torch.zeros((), dtype=torch.long, device=tensor.device), False)
+        if known is None or self.layout == TURNED or known[0].ndim > tensor.ndim - trailing:
             return None
         index, turned = known
         more = tensor.shape[index.ndim : tensor.ndim - trailing]
-        if self.lies == SAME and more.numel() == 1:
+        if self.layout == SAME and more.numel() == 1:
             return None, False
         within = torch.arange(more.numel(), device=index.device)
         return (index.unsqueeze(-1) * len(within) + within).reshape(tensor.shape[: tensor.ndim - trailing]), turned
 
     def pulled(self, rows: Float[Tensor, "R d"]) -> dict[str, Float[Tensor, "R n"]]:
         """Rows over the tensor as rows over each of its parameters."""
-        if self.lies == SAME:
+        if self.layout == SAME:
             return {self.names[0]: rows}
+        like = self.tensor  # makes the leaves
         leaves = [self._leaves[name] for name in self.names]
         found = {name: rows.new_zeros(len(rows), leaf.numel()) for name, leaf in zip(self.names, leaves, strict=True)}
         scale = rows.new_ones(len(rows), 1)
-        if self.tensor.dtype in HALF and len(rows):
+        if like.dtype in HALF and len(rows):
             # In half precision small rows would lose their digits, and large ones overflow.
             scale = next(scales(rows.unsqueeze(0))).mT.to(rows.dtype)
         # A vectorised pass holds some tensors of the derived one's size a row.
-        for span in spans(len(rows), 4 * self.tensor.numel()) if len(rows) else ():
-            vectors = (rows[span] / scale[span]).to(self.tensor.dtype).reshape(-1, *self.tensor.shape)
+        for span in spans(len(rows), 4 * like.numel()) if len(rows) else ():
+            vectors = (rows[span] / scale[span]).to(like.dtype).reshape(-1, *like.shape)
             for name, gradient in zip(self.names, self._gradients(leaves, vectors), strict=True):
                 if gradient is not None:
                     found[name][span] = gradient.reshape(len(vectors), -1).to(rows.dtype) * scale[span]
@@ -126,10 +122,15 @@ class Derivations:
         name = self._names.get(id(tensor))
         if name is None:
             return None
-        leaf = self._leaves.setdefault(name, tensor.detach().requires_grad_())
-        made = Derived((name,), self._leaves, lambda: leaf, SAME)
+        made = Derived((name,), self._leaves, functools.partial(self._leaf, name, tensor), SAME)
         self._known[id(tensor)] = tensor, made
         return made
+
+    def _leaf(self, name: str, parameter: Tensor) -> Tensor:
+        """What stands for a parameter, made when it is first asked for."""
+        if name not in self._leaves:
+            self._leaves[name] = parameter.detach().requires_grad_()
+        return self._leaves[name]
 
     def operands(self, args: Any, kwargs: Any) -> list[tuple[Tensor, Derived]]:
         """The arguments that are."""
@@ -139,15 +140,7 @@ class Derivations:
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any,
         *, written: bool = False,
     ) -> None:  # fmt: skip
-        """Note the outputs of a function of such tensors and constants.
-
-        Args:
-            function: the function.
-            args: its arguments.
-            kwargs: its keyword arguments.
-            output: what it returned.
-            written: whether it wrote to the first of them and returned that.
-        """
+        """Note the outputs of a function of such tensors and constants; ``written`` if it wrote to the first."""
         own = self.operands(args, kwargs)
         names = tuple(dict.fromkeys(name for _, made in own for name in made.names))
         kept = Tensor.clone if is_gather(function, args) else _as_it_is
@@ -157,10 +150,10 @@ class Derivations:
             del self._known[id(output)]
         for place, tensor in enumerate(tensors(output)):
             if tensor.requires_grad and self.of(tensor) is None:
-                lies = _lies(function, args, own, tensor) if isinstance(output, Tensor) else None
-                slices = None if lies else _slices(function, args, kwargs, own, place, tensor)
-                made = Derived(names, self._leaves, functools.partial(_one, call, place), lies, slices)
-                if lies is None and not (slices is not None and is_gather(function, args)):
+                layout = _layout(function, args, own, tensor) if isinstance(output, Tensor) else None
+                slices = None if layout else _slices(function, args, kwargs, own, place, tensor)
+                made = Derived(names, self._leaves, functools.partial(_one, call, place), layout, slices)
+                if layout is None and not (slices is not None and is_gather(function, args)):
                     _ = made.tensor  # now, before anything that it is made of may change in place
                 self._known[id(tensor)] = tensor, made
 
@@ -215,20 +208,20 @@ _UNMOVED = {
 }  # fmt: skip
 
 
-def _lies(
+def _layout(
     function: Callable[..., Any], args: tuple[Any, ...], own: list[tuple[Tensor, Derived]], output: Tensor
 ) -> str | None:
     """How the entries of a view or a cast of one parameter lie."""
-    if len(own) != 1 or not args or own[0][0] is not args[0] or not own[0][1].lies:
+    if len(own) != 1 or not args or own[0][0] is not args[0] or not own[0][1].layout:
         return None
     (tensor, made), = own  # fmt: skip
     index = args[1] if function is Tensor.__getitem__ and isinstance(args[1], tuple) else (0,)
     whole = all(e is None or (isinstance(e, slice) and e == slice(None)) for e in index)
     if (whole or getattr(function, "__name__", "") in _UNMOVED) and output.numel() == tensor.numel():
-        return made.lies if made.lies == SAME or output.shape == tensor.shape else None
+        return made.layout if made.layout == SAME or output.shape == tensor.shape else None
     if is_permutation(function) and tensor.ndim == output.ndim == 2:
         turned = function(torch.empty(2, 3, device="meta"), *args[1:]).shape == (3, 2)
-        return (TURNED if made.lies == SAME else SAME) if turned else made.lies
+        return (TURNED if made.layout == SAME else SAME) if turned else made.layout
     return None
 
 
@@ -253,7 +246,7 @@ def _slices(
         return None
     (tensor, made), = own  # fmt: skip
     known, name = made.slices, getattr(function, "__name__", "")
-    if made.lies == SAME and tensor.ndim > 1:
+    if made.layout == SAME and tensor.ndim > 1:
         known = torch.arange(len(tensor), device=tensor.device), False
     if known is None:
         return None

@@ -27,11 +27,6 @@ from fisherkit.space import ParameterSpace
 def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
     """How the rows of a model on these data are made.
 
-    Args:
-        model: the model, in a deterministic mode.
-        space: the chosen parameters.
-        source: the data; an input that turns out to be shared is read so from now on.
-
     Raises:
         DataError: the model fails over its inputs, and what is wrong with them can be told.
         ModelError: it fails over other dtypes.

@@ -18,8 +18,7 @@ from torch.func import vjp, vmap
 
 from fisherkit.data import Batch
 from fisherkit.rows.base import TILE, spans
-from fisherkit.rows.differentiable import pulled_back
-from fisherkit.rows.whole import functional_call, kept_whole
+from fisherkit.rows.differentiable import functional_call, kept_whole, pulled_back
 
 QUICK = 4e-3
 """Seconds of an example's loop below which calls and not arithmetic are what it takes: vectorising always pays."""
@@ -72,14 +71,7 @@ def unreached(z: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
 def vectorised_rows(
     model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, v: Float[Tensor, "k B ..."]
 ) -> Float[Tensor, "k B d"]:
-    """Rows by ``vmap`` over examples and output vectors.
-
-    Args:
-        model: the model.
-        parameters: the parameters to differentiate, detached; d entries in all.
-        batch: B examples.
-        v: k vectors for each example, in the shape of the model's outputs.
-    """
+    """Rows by ``vmap`` over examples and output vectors."""
     leaves, rebuild = batch.leaves()
     # Constants here: a graph of the rest of the model would be kept for nothing.
     rest = {name: p.detach() for name, p in model.named_parameters()}
@@ -156,16 +148,7 @@ def recurrent(model: nn.Module) -> bool:
 def loop_is_cheaper(
     model: nn.Module, parameters: Mapping[str, Tensor], two: Batch, v: Float[Tensor, "1 2 ..."], size: int, numbers: int
 ) -> bool:
-    """Whether the loop takes less time than ``torch.func`` on a batch, measured on some examples.
-
-    Args:
-        model: the model.
-        parameters: the model's own.
-        two: two examples.
-        v: vectors of theirs.
-        size: examples of the batch.
-        numbers: entries that one example takes.
-    """
+    """Whether the loop takes less time than ``torch.func`` on a batch, measured on some examples."""
     device, detached = v.device, {name: p.detach() for name, p in parameters.items()}
     first = two.take(slice(0, 1))
 

@@ -15,17 +15,11 @@ from torch.autograd.graph import Node
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError, listed
-from fisherkit.rows.whole import functional_call, kept_whole
+from fisherkit.rows.differentiable import functional_call, kept_whole
 
 
 def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, z: Tensor) -> None:
     """Refuse parameters without a gradient that a custom function's outputs change with.
-
-    Args:
-        model: the model.
-        unused: the parameters that no path of the graph leads to.
-        batch: examples.
-        z: their outputs, with their graph.
 
     Raises:
         ModelError: naming the parameters.

@@ -95,12 +95,7 @@ class LastLayerRows(FactoredRows):
 
 
 def last_layer_rows(linearized: Linearized, outputs: Outputs) -> Rows | None:
-    """The rows, if all chosen parameters are in a linear layer whose outputs are the model's; None if not.
-
-    Args:
-        linearized: the model at a batch.
-        outputs: its outputs as the likelihood has them.
-    """
+    """The rows, if all chosen parameters are in a linear layer whose outputs are the model's; None if not."""
     use = _only_use(linearized)
     if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
         return None

@@ -22,8 +22,8 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
+from fisherkit.rows.differentiable import scales
 from fisherkit.rows.generic import looped_rows, unreached
-from fisherkit.rows.half import scales
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.plan import Plan, forward, propose, tolerance
 from fisherkit.rows.rules import in_dtype
@@ -127,7 +127,7 @@ class Linearized:
         """
         dtype = self.plan.dtype
         own, gradients, generic, scale = self._pulled(v, known)
-        how = self._arrangements(own, gradients, known, counting, alone=alone)
+        arrangements = self._arrangements(own, gradients, known, counting, alone=alone)
         if known is None:
             self._unrule_silent(gradients)
         factor = scale if known is None else known.scale.unsqueeze(0)
@@ -136,7 +136,7 @@ class Linearized:
             made = None
             if not self.unruled.intersection(unit.names):
                 made = unit.made(
-                    self.watched.uses, gradients, how, own.to(dtype), selection, self._activations, factor
+                    self.watched.uses, gradients, arrangements, own.to(dtype), selection, self._activations, factor
                 )  # fmt: skip
             if made is None:
                 self.unruled.update(unit.names)
@@ -178,19 +178,19 @@ class Linearized:
         if newly_ruled:
             v = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
             gradients = self.watched.backward(v.unsqueeze(0))
-            how = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
+            arrangements = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
             for unit in propose(plan, self.watched, [name for name in plan.space.names if name in newly_ruled]):
-                plan.units.append(self._adopted(unit, gradients, how, v))
+                plan.units.append(self._adopted(unit, gradients, arrangements, v))
         plan.units.sort(key=lambda unit: plan.space.names.index(unit.names[0]))
         return plan
 
     def _adopted(
-        self, unit: Unit, gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None], v: Tensor
+        self, unit: Unit, gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None], v: Tensor
     ) -> Unit:
         if isinstance(unit, RuledUnit):
             dtype, uses = self.plan.dtype, self.watched.uses
             selection = RowSelection(1, self.batch.size, v.device)
-            made = unit.made(uses, gradients, how, v.to(dtype).unsqueeze(0), selection)
+            made = unit.made(uses, gradients, arrangements, v.to(dtype).unsqueeze(0), selection)
             own = torch.autograd.grad(
                 self.z, [self.plan.parameters[name] for name in unit.names], v, retain_graph=True
             )  # fmt: skip
@@ -198,7 +198,7 @@ class Linearized:
             if made is not None and made.rows.size == len(expected):
                 total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
                 if bool((total - expected).norm() <= self._tolerance(dtype) * expected.norm()):
-                    unit.measure(uses, how, made.rows)
+                    unit.measure(uses, arrangements, made.rows)
                     return unit
         return Unit(unit.names, f"autograd does not confirm a rule for {unit.names[0]}", unit.numbers)
 
@@ -235,10 +235,10 @@ class Linearized:
                 why="their rows come from a pass of their own, which would draw anew",
                 try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
             )
-        self._refuse_company(list(own))
+        self._refuse_coupled(list(own))
         return looped_rows(self.plan.model, own, self.batch, v)
 
-    def _refuse_company(self, names: list[str]) -> None:
+    def _refuse_coupled(self, names: list[str]) -> None:
         """Raise unless each example alone has the outputs that it has in this batch."""
         allowed = self._tolerance(self.z.dtype)
         with torch.no_grad(), untouched_rng([self.z.device]):

@@ -85,14 +85,7 @@ class OneByOne:
         self, v: Float[Tensor, "k B ..."], selection: RowSelection, *, alone: bool = False,
         counting: Float[Tensor, "B ..."] | None = None,
     ) -> Rows:  # fmt: skip
-        """The rows Jᵀ v, by example and then by vector.
-
-        Args:
-            v: k vectors for each example, ``[k, *outputs]``.
-            selection: which of them are rows.
-            alone: whether these are all vectors; of no consequence here.
-            counting: 1 at outputs that count, else 0, where the entries that they depend on are wanted, whatever v is.
-        """
+        """As of `Linearized`, by example and then by vector; ``alone`` is of no consequence here."""
         sizes = [part.batch.size for part in self.parts]
         keeps = [None] * len(sizes) if selection.keep is None else list(selection.keep.split(sizes))
         counts = [None] * len(sizes) if counting is None else list(counting.split(sizes))

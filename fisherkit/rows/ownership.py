@@ -129,10 +129,6 @@ def codes(batch: int, like: Tensor) -> Float[Tensor, "q B"]:
     """Numbers that tell examples apart: one each in float32 and float64, several where the dtype has few.
 
     Sizes are far enough apart for rounding, and in no order, so that a mean of two is hardly a third example's.
-
-    Args:
-        batch: B.
-        like: for dtype and device.
     """
     base = 2 * LEVELS.get(like.dtype, 8)
     digits = max(1, math.ceil(math.log(batch, base))) if batch > 1 else 1
@@ -206,13 +202,7 @@ def _lookup(names: Tensor, values: Tensor) -> Int[Tensor, "E"]:
 
 
 def arrangement(owner: Int[Tensor, "E"], lead: torch.Size, batch: int) -> Arrangement:
-    """How entries lie: regularly if their owners say so, else one by one.
-
-    Args:
-        owner: the example of each entry, -1 for any.
-        lead: the axes that the entries come from.
-        batch: B.
-    """
+    """How entries lie: regularly if their owners say so, else one by one."""
     entries = len(owner)
     if entries % batch == 0:
         inner = [entries // batch, *(lead[i + 1 :].numel() for i, size in enumerate(lead) if size == batch), 1]

@@ -157,7 +157,7 @@ class Plan:
             name
             for unit in self.ruled
             if watched.elsewhere.intersection(unit.names)
-            or any(unit.strange(watched.uses[i]) for i in unit.of(watched.uses))
+            or any(unit.differs(watched.uses[i]) for i in unit.of(watched.uses))
             for name in unit.names
         }
 
@@ -250,16 +250,18 @@ def _units(
     """Units that autograd confirms, and the other parameters of layers whose entries do not belong to one example."""
     numbers = codes(watched.batch, v)
     gradients, *multiplied = (_combined(at_uses, row) for row in (torch.ones_like(numbers[0]), *numbers))
-    how = watched.arrangements(gradients, [] if watched.regular else multiplied)
+    arrangements = watched.arrangements(gradients, [] if watched.regular else multiplied)
     stacked = [None if g is None else g.unsqueeze(0) for g in gradients]
     units = [
         one
         for unit in propose(plan, watched, plan.space.names)
-        for one in _verified(plan, unit, watched, stacked, how, v, reference)
+        for one in _verified(plan, unit, watched, stacked, arrangements, v, reference)
     ]
     confirmed = {name for unit in units if isinstance(unit, RuledUnit) for name in unit.names}
     # What is written to in place, as by an activation, has no gradient to look at.
-    unclear = [use for use, one, g in zip(watched.uses, how, gradients, strict=True) if one is None or g is None]
+    unclear = [
+        use for use, one, g in zip(watched.uses, arrangements, gradients, strict=True) if one is None or g is None
+    ]
     return units, {name for use in unclear for name in use.names} - confirmed
 
 
@@ -324,13 +326,7 @@ class _Reference:
         self.tolerance = _tolerance(plan.example_parameter.dtype, plan)
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
-        """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale.
-
-        Args:
-            names: the parameters that the rows are over.
-            size: entries of a row.
-            written_out: an example's row, ``[size]``, which is overwritten.
-        """
+        """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale."""
         places = [self.names[name] for name in names]
         sizes = [self.rows[0][place].numel() for place in places]
         if size != sum(sizes):
@@ -422,11 +418,6 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
 
     A parameter that is used in several ways, each of them under a rule, is a unit of its own, and so is what it is used
     with.
-
-    Args:
-        plan: the model's.
-        watched: a forward pass.
-        names: the parameters to be covered.
     """
     seen: dict[str, list[Use]] = {name: [] for name in plan.space.names}
     for use in watched.uses:
@@ -489,7 +480,7 @@ def _verified(
     unit: Unit,
     watched: Watched,
     gradients: Sequence[Tensor | None],
-    how: Sequence[Arrangement | None],
+    arrangements: Sequence[Arrangement | None],
     v: Float[Tensor, "1 B ..."],
     reference: _Reference,
 ) -> list[Unit]:
@@ -498,11 +489,14 @@ def _verified(
         return [unit]
     dtype = plan.dtype
     uses = [in_dtype(use, dtype) for use in watched.uses]
-    made = unit.made(uses, gradients, how, v.to(dtype), RowSelection(1, v.shape[1], v.device))
-    if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
-        unit.measure(uses, how, made.rows)
-        return [unit]
     reason = f"autograd does not confirm the {unit.rule_name} rule here"
+    try:
+        made = unit.made(uses, gradients, arrangements, v.to(dtype), RowSelection(1, v.shape[1], v.device))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a rule that does not know this form of use
+        made, reason = None, f"the {unit.rule_name} rule fails here: {str(error).splitlines()[0]}"
+    if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
+        unit.measure(uses, arrangements, made.rows)
+        return [unit]
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 

@@ -30,13 +30,14 @@ from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
-from fisherkit.rows.matrix_free import Metric
 from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.selection import RowSelection
 
 LONG = 600.0
 """Seconds from which on a run is worth a warning before it."""
+Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
+"""Outputs and K directions in output space to Σ_m v vᵀ times each direction."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
@@ -96,12 +97,7 @@ class Problem:
     budget: int | None = None
 
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
-        """One pass over the data.
-
-        Args:
-            description: of the progress bar.
-            compared: whether other passes must have the same data; not where this one's results stand alone.
-        """
+        """One pass over the data; not ``compared`` with other passes where its results stand alone."""
         for batch, start, call in self._micro_batches(description, compared=compared):
             yield from self._micro(batch, start, call)
 
@@ -236,12 +232,7 @@ class Problem:
             unit.choose(self.vectors_per_example, lean)
 
     def row_bytes(self, names: Collection[str], *, vectors: int | None = None) -> int:
-        """Bytes of one example's rows over the units of some parameters, as they are kept.
-
-        Args:
-            names: the parameters.
-            vectors: how many rows the example has; None for M, or for one where sums need no rows.
-        """
+        """Bytes of one example's rows over some parameters; of M vectors by default, or 1 where sums need none."""
         vectors = vectors or (1 if self.closed else self.vectors_per_example)
         item = torch.finfo(self.plan.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]

@@ -267,7 +267,7 @@ class Recorder(TorchFunctionMode):
         status = self._tracker.status(output)
         slices, turned = self._slices(rule, arguments, rule.weight_name) or (None, False)
         by_bias, _ = self._slices(rule, arguments, rule.bias_name) or (None, False)
-        turned = turned or (weight is not None and weight.lies == TURNED and isinstance(rule, LinearRule))
+        turned = turned or (weight is not None and weight.layout == TURNED and isinstance(rule, LinearRule))
         if isinstance(rule, ElementwiseRule) and slices is not None:
             arguments = {**arguments, "weight": arguments["weight"].detach().flatten()[: arguments["weight"].shape[-1]]}
         use = Use(
@@ -308,7 +308,7 @@ class Recorder(TorchFunctionMode):
             self._tracker.mark(one, Mark.FREE)
         rule = rule_for(func, args, kwargs)
         looked_up = self._derivations.of(output)
-        if isinstance(rule, EmbeddingRule) and looked_up is not None and made.lies == SAME:
+        if isinstance(rule, EmbeddingRule) and looked_up is not None and made.layout == SAME:
             looked_up.lookup = rule, rule.bind(args, kwargs)
 
     def _copy(self, tensor: Tensor, copy: Tensor, axis: Axis | None) -> None:
@@ -352,7 +352,7 @@ class Recorder(TorchFunctionMode):
 
 def _named(made: Derived | None, *, turned: bool = False) -> str | Derived | None:
     """The parameter's name, where rows over what is made of it are rows over the parameter."""
-    return made.names[0] if made is not None and (turned or made.lies == SAME) else made
+    return made.names[0] if made is not None and (turned or made.layout == SAME) else made
 
 
 def _in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:

@@ -152,14 +152,3 @@ class SparseRows(UnitRows):
     def options(self) -> dict[str, int]:
         """R and V."""
         return {"count": self.count, "vocabulary": self.vocabulary}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> SparseRows:
-        """Back from a file."""
-        return cls(
-            tensors["row"],
-            tensors["token"],
-            tensors["values"],
-            count=options["count"],
-            vocabulary=options["vocabulary"],
-        )

@@ -64,12 +64,3 @@ class StoredRows(UnitRows):
     def tensors(self) -> dict[str, Tensor]:
         """The matrix."""
         return {"values": self.values}
-
-    def options(self) -> dict[str, int]:
-        """None."""
-        return {}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> StoredRows:
-        """Back from a file."""
-        return cls(tensors["values"])

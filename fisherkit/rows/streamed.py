@@ -1,22 +1,33 @@
-"""Rows that are made anew from the data for every product, because they do not fit in memory.
+"""Rows that are made anew from the data for every product, because they do not fit in memory, or of a few examples.
 
 Two ways for a product JᵀJ u over a batch: rebuild the batch's rows and use them, which takes a backward pass for each
-of an example's M vectors; or `rows.matrix_free`, whose cost does not depend on M.
+of an example's M vectors; or push forward, apply the output metric, pull back: Jᵀ (Σ_m v vᵀ) J u costs one forward-mode
+and one reverse pass whatever M is, and no layer rule. The latter needs ``torch.func`` to see through the model, which
+is tried first.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherkit.arithmetic import HALF, all_finite
-from fisherkit.rows import matrix_free
+from fisherkit.data import Batch, Source
+from fisherkit.randomness import untouched_rng
+from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
-from fisherkit.rows.problem import Problem
+from fisherkit.rows.differentiable import differentiable, functional_call
+from fisherkit.rows.plan import TOLERANCE, Plan
+from fisherkit.rows.problem import Metric, Problem
+from fisherkit.space import ParameterSpace
 
 FEW_VECTORS = 2
 """Up to this many vectors an example, rebuilding rows costs no more than a forward-mode pass."""
@@ -42,7 +53,7 @@ class StreamedRows(RowSource):
         if not self.matrix_free:
             return self._sum(lambda rows: rows.product(u), "product")
         plan, metrics = self.problem.plan, self.problem.metrics("product")
-        parts = (matrix_free.product(plan, self.space, batch, u, metric) for batch, metric in metrics)
+        parts = (matrix_free_product(plan, self.space, batch, u, metric) for batch, metric in metrics)
         total = functools.reduce(torch.add, parts)
         if not all_finite(total):
             for _ in self.problem.chunks("product"):
@@ -93,5 +104,124 @@ class StreamedRows(RowSource):
         plan = self.problem.plan
         if "matrix-free" not in plan.tried:
             batch, rows = self.problem.probe_rows()
-            plan.tried["matrix-free"] = matrix_free.agrees(plan, self.space, batch, lambda v, u: rows(v).product(u))
+            plan.tried["matrix-free"] = _agrees(plan, self.space, batch, lambda v, u: rows(v).product(u))
         return bool(plan.tried["matrix-free"])
+
+
+class ThinnedSource(Source):
+    """Every k-th example of the data.
+
+    Args:
+        source: all of it.
+        stride: k.
+    """
+
+    def __init__(self, source: Source, stride: int) -> None:
+        super().__init__(source.batches, source.model)
+        self.source, self.stride = source, stride
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass over all batches."""
+        return (batch for _, batch in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Batch]]:
+        """The same with the numbers that all of the data give them."""
+        seen = 0
+        for number, batch in self.source.numbered():
+            first = -seen % self.stride
+            if first < batch.size:
+                yield number, batch.take(slice(first, None, self.stride))
+            seen += batch.size
+
+
+def thinned(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
+    """Rows of every k-th example; for stored ones every k-th row from the first.
+
+    Cost: streamed, reading the data once, and the rows of the examples that are taken.
+    """
+    if isinstance(rows, StreamedRows):
+        problem = replace(rows.problem, source=ThinnedSource(rows.problem.source, stride), progress=False)
+        return Rows.cat([chunk.rows for chunk in problem.batches("sample")])
+    return rows.reordered(torch.arange(first, rows.count, stride, device=rows.device)).compact()
+
+
+# -- products without rows -------------------------------------------------------------------------------------------
+
+
+def matrix_free_product(
+    plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D K"], metric: Metric
+) -> Float[Tensor, "D K"]:
+    """Jᵀ M J U over a batch, for parameters that may be some of the plan's, and M = Σ_m v vᵀ of each example."""
+    one = u.shape[1] == 1
+    # The fused attention kernels have no forward-mode derivative.
+    with untouched_rng([u.device]), differentiable(plan.model, ()), sdpa_kernel(SDPBackend.MATH):
+        return (_one_column if one else _columns)(plan, space, batch, u, metric)
+
+
+def _one_column(
+    plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D 1"], metric: Metric
+) -> Float[Tensor, "D 1"]:
+    """One forward pass carries the tangents and leaves the graph to go back through."""
+    forward, parameters = _forward(plan, space, batch)
+    leaves = {name: p.requires_grad_() for name, p in parameters.items()}
+    with forward_ad.dual_level():
+        tangents = space.unflatten(u[:, 0])
+        z = forward({name: forward_ad.make_dual(p, tangents[name]) for name, p in leaves.items()})
+        tangent = forward_ad.unpack_dual(z).tangent
+        pushed = torch.zeros_like(z) if tangent is None else tangent.detach().clone()
+    # Outside of the dual level, where going back would carry tangents too.
+    weighed = metric(z.detach(), pushed.unsqueeze(0)).squeeze(0).to(z.dtype)
+    found = torch.autograd.grad(z, list(leaves.values()), weighed, allow_unused=True, materialize_grads=True)
+    return space.flatten(dict(zip(leaves, found, strict=True))).unsqueeze(1)
+
+
+def _columns(
+    plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D K"], metric: Metric
+) -> Float[Tensor, "D K"]:
+    """Tangents and cotangents vectorised over the columns."""
+    forward, parameters = _forward(plan, space, batch)
+    z, pull = vjp(forward, parameters)[:2]
+    parts = []
+    for span in spans(u.shape[1], z.numel()):
+        tangents = {name: t.movedim(-1, 0) for name, t in space.unflatten(u[:, span]).items()}
+        pushed = vmap(lambda t: jvp(forward, (parameters,), (t,))[1])(tangents)
+        (pulled,) = vmap(pull)(metric(z.detach(), pushed).to(z.dtype))
+        parts.append(space.flatten({name: g.movedim(0, -1) for name, g in pulled.items()}))
+    return torch.cat(parts, 1)
+
+
+def _agrees(plan: Plan, space: ParameterSpace, batch: Batch, row_products: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether products are those of the verified rows, for one column and for two.
+
+    Both sides are asked for Jᵀ r (rᵀ J u) with random output vectors r, which takes one row of each example, however
+    many vectors the kind has.
+    """
+    like, generator = plan.example_parameter, torch.Generator().manual_seed(0)
+    u = torch.randn(space.size, 2, generator=generator, dtype=torch.float64).to(like)
+    with untouched_rng([u.device]), torch.no_grad():
+        z = batch.call(plan.model)
+    r = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+
+    def metric(_: Tensor, w: Float[Tensor, "K B ..."]) -> Float[Tensor, "K B ..."]:
+        inner = (r * w).flatten(2).sum(2)
+        return r * inner.reshape(*inner.shape, *[1] * (w.ndim - 2))
+
+    expected = row_products(r.unsqueeze(0), u)
+    try:
+        one, two = (matrix_free_product(plan, space, batch, columns, metric) for columns in (u[:, :1], u))
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        # An operation without forward-mode derivative or batching rule; rows do without both.
+        return False
+    tolerance = TOLERANCE.get(like.dtype, 5e-2) * expected.norm()
+    return bool((two - expected).norm() <= tolerance) and bool((one - expected[:, :1]).norm() <= tolerance)
+
+
+def _forward(
+    plan: Plan, space: ParameterSpace, batch: Batch
+) -> tuple[Callable[[Mapping[str, Tensor]], Tensor], dict[str, Tensor]]:
+    parameters = {name: plan.parameters[name].detach() for name in space.names}
+
+    def forward(values: Mapping[str, Tensor]) -> Tensor:
+        return batch.call(lambda *args, **kwargs: functional_call(plan.model, values, args, kwargs))
+
+    return forward, parameters

@@ -95,7 +95,7 @@ class RuledUnit(Unit):
         return use if (weight, bias) == use.sources else replace(use, weight=weight, bias=bias)
 
     def made(
-        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
         cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
@@ -104,7 +104,7 @@ class RuledUnit(Unit):
         Args:
             uses: of the forward pass, with inputs in the parameters' dtype.
             gradients: at each of them, ``[k, *output]``; None where nothing depends on an output.
-            how: how the entries of each lie; None where one belongs to several examples.
+            arrangements: how the entries of each lie; None where one belongs to several examples.
             v: the output vectors, in the parameters' dtype.
             selection: which of them are rows.
             cache: activations of the units, for other vectors of the same pass that lie in the same way.
@@ -115,17 +115,11 @@ class RuledUnit(Unit):
             none = torch.zeros(selection.batch, 1, dtype=torch.bool, device=v.device)
             zeros = self.zeros(len(selection.owner), selection.batch, selection.example, v)
             return UnitSlot(self.names, zeros, none)
-        places = [one for i in own if (one := how[i]) is not None]
+        places = [one for i in own if (one := arrangements[i]) is not None]
         if len(places) < len(own):
             return None
-        found, exist = [], []
-        for i, one in zip(own, places, strict=True):
-            gradient = gradients[i]
-            # Positions that nothing depends on stay, with zeros, so that both sides have the same.
-            whole = v.new_zeros(len(v), *uses[i].output_shape) if gradient is None else gradient.to(v.dtype)
-            entries = self.rule.gradients(uses[i], whole)
-            found.append(one.arranged(entries))
-            exist.append(one.exists(found[-1].shape[2], entries.shape[2]).to(v.device))
+        entries = [self._entries(uses[i], gradients[i], v) for i in own]
+        found = [one.arranged(g) for g, one in zip(entries, places, strict=True)]
         g = found[0] if len(found) == 1 else torch.cat(found, 2)
         g = g if scale is None else g * scale.to(g.dtype)[:, :, None, None]
         key = self.names if self.form is None else (*self.names, repr(self.form[1:]), self.rule.name)
@@ -139,19 +133,22 @@ class RuledUnit(Unit):
         rows = self.rule.rows(self._restricted(uses[own[0]]), a, selection.take(g), selection.example)
         if self.stored and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
-        proven = all(isinstance(one, Regular) and one.alive is None for one in places)
-        return UnitSlot(self.names, rows, None if proven else torch.cat(exist, 1))
+        if all(isinstance(one, Regular) and one.alive is None for one in places):
+            return UnitSlot(self.names, rows)
+        triples = zip(places, found, entries, strict=True)
+        exist = [one.exists(whole.shape[2], g.shape[2]).to(v.device) for one, whole, g in triples]
+        return UnitSlot(self.names, rows, torch.cat(exist, 1))
 
-    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
-        """Learn the sizes from rows of a first pass.
+    @staticmethod
+    def _entries(use: Use, gradient: Tensor | None, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k E t o"]:
+        """A use's output gradients; zeros where nothing depends on it, so that both sides have the same positions."""
+        whole = v.new_zeros(len(v), *use.output_shape) if gradient is None else gradient.to(v.dtype)
+        return use.rule.gradients(use, whole)
 
-        Args:
-            uses: of the pass.
-            how: how their entries lie.
-            rows: the unit's, one for each example.
-        """
+    def measure(self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows) -> None:
+        """Learn the sizes from rows of a first pass."""
         own = self.of(uses)
-        place = how[own[0]]
+        place = arrangements[own[0]]
         self.place = self.reason = "" if place is None else place.described(self.rule.lead(uses[own[0]]))
         self._none = rows.reordered(torch.arange(0)).compact()
         if isinstance(rows, FactoredRows):
@@ -161,14 +158,7 @@ class RuledUnit(Unit):
             self.numbers = positions * (rows.values.shape[1] + 2)
 
     def zeros(self, count: int, examples: int, example: Int[Tensor, "R"] | None, like: Tensor) -> UnitRows:
-        """Rows of a batch that does not use the unit, in the form of others.
-
-        Args:
-            count: R.
-            examples: of the batch.
-            example: as in `FactoredRows`.
-            like: for dtype and device.
-        """
+        """Rows of a batch that does not use the unit, in the form of others."""
         form = self._none
         if isinstance(form, SparseRows) or (isinstance(form, SlicedRows) and not self.stored):
             return form.zeros(count, like)
@@ -182,10 +172,6 @@ class RuledUnit(Unit):
         A product with F takes 4·T·I·O operations an example from factors and 4·M·I·O from rows written out. Writing out
         takes 2·T·M·I·O, once; from factors every Gram, solve or diagonal does it again. So rows are written out where
         T >= M, unless memory is short; then whatever has fewer numbers is kept.
-
-        Args:
-            vectors: M.
-            lean: whether memory is short.
         """
         if self.shape is None:
             return
@@ -204,7 +190,7 @@ class RuledUnit(Unit):
         t, i, o = self.shape
         return t * (i + vectors * o)
 
-    def strange(self, use: Use) -> bool:
+    def differs(self, use: Use) -> bool:
         """Whether a use is not of the form that was verified."""
         return use.rule is not self.rule or self._own(use) != self.names or not use.plain or use.turned != self.turned
 
@@ -228,35 +214,30 @@ class SharedUnit(RuledUnit):
         return " + ".join(dict.fromkeys(part.rule.name for part in self.parts))
 
     def made(
-        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
         cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """As in `RuledUnit`; a part that the batch does not use has rows of zeros."""
-        found = [part.made(uses, gradients, how, v, selection, cache, scale) for part in self.parts]
+        found = [part.made(uses, gradients, arrangements, v, selection, cache, scale) for part in self.parts]
         made = [slot.rows for slot in found if slot is not None]
         if len(made) < len(found):
             return None
         rows = SumRows.of(made)
         return UnitSlot(self.names, StoredRows(rows.dense()) if self.stored else rows)
 
-    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
+    def measure(self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows) -> None:
         """As in `RuledUnit`."""
         selection = RowSelection(1, rows.count, rows.floating.device)
         for part in self.parts:
             like = rows.floating.new_zeros(1, rows.count)
-            slot = part.made(uses, [None] * len(uses), how, like, selection)
+            slot = part.made(uses, [None] * len(uses), arrangements, like, selection)
             if slot is not None:
-                part.measure(uses, how, slot.rows)
+                part.measure(uses, arrangements, slot.rows)
         self.place = self.reason = f"the sum of {len(self.parts)} uses' rows; {self.parts[0].place}"
 
     def choose(self, vectors: int, lean: bool) -> None:
-        """Keep the parts, or write the sum out if that takes fewer numbers.
-
-        Args:
-            vectors: M.
-            lean: as in `RuledUnit`; what is faster to keep is not asked, since a table can be large.
-        """
+        """Keep the parts, or write the sum out if that takes fewer numbers."""
         apart, product = sum(part.numbers_per_example(vectors) for part in self.parts), vectors * self.numbers
         self.stored = apart > product
         self.reason = f"{self.place}; {apart:,} {'>' if self.stored else '<='} M·D = {product:,}"
@@ -265,7 +246,7 @@ class SharedUnit(RuledUnit):
         """As in `Unit`."""
         return vectors * self.numbers if self.stored else sum(part.numbers_per_example(vectors) for part in self.parts)
 
-    def strange(self, use: Use) -> bool:
+    def differs(self, use: Use) -> bool:
         """Whether a use is of no form that was verified."""
         return all(part.form != form_of(use) for part in self.parts)
 
@@ -283,20 +264,20 @@ class DerivedUnit(RuledUnit):
         self.sizes, self.rules = dict(sizes), tuple(rules)
 
     def made(
-        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
         cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """As in `RuledUnit`; rows are sums over all that was made."""
         own = self.of(uses)
         if not own:
-            return super().made(uses, gradients, how, v, selection)
+            return super().made(uses, gradients, arrangements, v, selection)
         totals: dict[str | Derived, Tensor] = {}
         for i in own:
             use = uses[i]
             seen = replace(use, turned=use.turned and isinstance(use.weight, str))
             unit = RuledUnit(use.names, use.rule, 0)
-            one = unit.made((seen,), (gradients[i],), (how[i],), v, selection, None, scale)
+            one = unit.made((seen,), (gradients[i],), (arrangements[i],), v, selection, None, scale)
             if one is None:
                 return None
             places = zip(use.sources, (use.rule.weight_name, use.rule.bias_name), strict=True)
@@ -312,13 +293,13 @@ class DerivedUnit(RuledUnit):
         every = [found.get(name, like.new_zeros(len(like), size)) for name, size in self.sizes.items()]
         return UnitSlot(self.names, StoredRows(torch.cat(every, 1)))
 
-    def strange(self, use: Use) -> bool:
+    def differs(self, use: Use) -> bool:
         """Whether a use is under a rule that was not verified, or makes something with other parameters."""
         return use.rule not in self.rules or not set(use.names) <= set(self.names)
 
-    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
+    def measure(self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows) -> None:
         """As in `RuledUnit`."""
-        super().measure(uses, how, rows)
+        super().measure(uses, arrangements, rows)
         self.reason = f"{self.place}; through a function of parameters"
 
 
@@ -332,21 +313,20 @@ class SlicedUnit(RuledUnit):
     kept = (0, 0)
 
     def made(
-        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], how: Sequence[Arrangement | None],
+        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
         cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """As in `RuledUnit`."""
         own = self.of(uses)
         if not own:
-            return super().made(uses, gradients, how, v, selection)
+            return super().made(uses, gradients, arrangements, v, selection)
         inputs, arrived, index, owner = [], [], [], []
         for i in own:
-            use, one, gradient = uses[i], how[i], gradients[i]
+            use, one = uses[i], arrangements[i]
             if one is None or use.slices is None:
                 return None
-            whole = v.new_zeros(len(v), *use.output_shape) if gradient is None else gradient.to(v.dtype)
-            g = use.rule.gradients(use, whole)
+            g = self._entries(use, gradients[i], v)
             each = g.shape[2]
             arrived.append(g.flatten(1, 2))
             inputs.append(use.rule.activations(use)[:].flatten(0, 1))
@@ -369,10 +349,10 @@ class SlicedUnit(RuledUnit):
             rows = _tabled(values.unflatten(0, (-1, len(v))), which, whose, selection, self.numbers // values.shape[1])
         return UnitSlot(self.names, StoredRows(rows.dense()) if self.stored else rows)
 
-    def measure(self, uses: Sequence[Use], how: Sequence[Arrangement | None], rows: UnitRows) -> None:
+    def measure(self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows) -> None:
         """As in `RuledUnit`."""
         own = self.of(uses)
-        place = how[own[0]]
+        place = arrangements[own[0]]
         self.place = "" if place is None else f"slices {place.described(self.rule.lead(uses[own[0]]))}"
         self._none = rows.reordered(torch.arange(0)).compact()
         positions = -(-sum(self.rule.lead(uses[i]).numel() for i in own) // rows.count)
@@ -391,7 +371,7 @@ class SlicedUnit(RuledUnit):
         """As in `Unit`."""
         return vectors * self.numbers if self.stored else self.kept[0] + vectors * self.kept[1]
 
-    def strange(self, use: Use) -> bool:
+    def differs(self, use: Use) -> bool:
         """Whether a use is not of the form that was verified."""
         return use.slices is None or use.rule is not self.rule or use.turned != self.turned
 
@@ -422,8 +402,10 @@ def form_of(use: Use) -> Form:
     return use.rule, *use.sources, use.turned
 
 
-def _by_example(x: Activations, how: Arrangement) -> Activations:
+def _by_example(x: Activations, arrangement: Arrangement) -> Activations:
     """Entries ``[E, t, i]`` as ``[B, T, i]``; patches are made only where they are not neighbours."""
-    if isinstance(x, Patches) and isinstance(how, Regular) and how.batch * how.inner == x.shape[0]:
-        return x if how.inner == 1 else x.grouped(how.inner)
-    return how.arranged(x[:].unsqueeze(0)).squeeze(0)
+    if isinstance(x, Patches) and isinstance(arrangement, Regular):
+        inner = arrangement.inner
+        if arrangement.batch * inner == x.shape[0]:
+            return x if inner == 1 else x.grouped(inner)
+    return arrangement.arranged(x[:].unsqueeze(0)).squeeze(0)

@@ -27,7 +27,7 @@ from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.hidden import graph_nodes, has_custom_function
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import Plan, Probe, forward, make_plan, tolerance, two_of
+from fisherkit.rows.plan import Plan, Probe, make_plan, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import RULES, Use
 from fisherkit.rows.selection import RowSelection
@@ -70,11 +70,6 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictiona
 def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     """How rows are made: as verified before, or verified now.
 
-    Args:
-        model: the model, in a deterministic mode.
-        space: the chosen parameters.
-        batch: a first batch on the model's device.
-
     Raises:
         ModelError: as `make_plan`.
     """
@@ -95,25 +90,6 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         return plan
     del known[key]
     return plan_for(model, space, batch)
-
-
-def plan_again(plan: Plan, batch: Batch) -> Plan | None:
-    """A plan that was made a moment ago, for a batch of other data; None if it has another form.
-
-    Args:
-        plan: made of data of the same model in the same call.
-        batch: a first batch on the model's device.
-
-    Cost: a forward pass of two examples.
-    """
-    if plan.alone or _key(plan.model, plan.space, batch) != plan.key:
-        return None
-    again = copy.copy(plan)
-    again.units = [copy.copy(unit) for unit in plan.units]
-    with untouched_rng([plan.example_parameter.device]), differentiable(plan.model, [*plan.parameters.values()]):
-        two = batch.take(two_of(batch, plan.alone))
-        again.probe = Probe(two, forward(again, two))
-    return again
 
 
 def remember(plan: Plan) -> None:
@@ -191,12 +167,12 @@ def _pass_hash(plan: Plan, watched: Watched) -> int | None:
     """All that rows depend on in a forward pass beside values; None where the graph does not show it.
 
     Rules read their arguments anew in every pass, and autograd makes the gradients at the uses: rows are right again
-    where the same functions used the same parameters at the same places of the same graph, and nobody wrote to a
-    layer's input afterwards.
+    where the same functions used the same parameters at the same places of the same graph without a hook on a tensor,
+    and nobody wrote to a layer's input afterwards.
     """
     names = {id(p): name for name, p in plan.parameters.items()}
     places = {node: place for place, node in enumerate(graph_nodes(watched.z.grad_fn))}
-    if has_custom_function(watched.z):  # code of its own, which may do anything
+    if watched.hooked or has_custom_function(watched.z):  # code of its own, which may do anything
         return None
     nodes = [
         (
@@ -206,9 +182,12 @@ def _pass_hash(plan: Plan, watched: Watched) -> int | None:
         for node in places
     ]  # fmt: skip
     uses = [
-        (use.rule.name, use.names, use.turned, use.axis, places.get(use.edge.node), _writes(use), len(use.output_shape))
+        (
+            use.rule.name, use.names, use.turned, use.axis, places.get(use.edge.node), _writes(use),
+            len(use.output_shape), use.slices is None, use.arguments.get("letters"),
+        )
         for use in watched.uses
-    ]
+    ]  # fmt: skip
     rest = watched.elsewhere, watched.coarsest, watched.proven, watched.random, watched.casts
     return hash((*nodes, *uses, *rest))
 

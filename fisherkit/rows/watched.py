@@ -55,11 +55,6 @@ class Watched:
     def of(cls, model: nn.Module, recorder: Recorder, batch: Batch) -> Watched:
         """By a forward pass.
 
-        Args:
-            model: the model.
-            recorder: of the examples.
-            batch: the examples.
-
         Raises:
             ModelError: the outputs do not have the examples along axis 0.
         """
@@ -100,12 +95,7 @@ class Watched:
         return self.proven and all(self._by_axis(use) is not None for use in self.uses)
 
     def backward(self, v: Float[Tensor, "k B ..."], *, batched: bool = False) -> Sequence[Tensor | None]:
-        """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output.
-
-        Args:
-            v: k output vectors an example.
-            batched: whether several may go through one vectorised pass.
-        """
+        """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output."""
         if len(v) > 1 and batched:
             return self._gradients(v, batched=True)
         passes = [self._gradients(one) for one in v]
@@ -137,12 +127,7 @@ class Watched:
     def arrangements_by(
         self, v: Float[Tensor, "B ..."], gradients: Sequence[Tensor | None] | None = None
     ) -> list[Arrangement | None]:
-        """The same by backward passes where they are needed: two, or one where the gradients are known.
-
-        Args:
-            v: one output vector an example, on which everything of interest depends.
-            gradients: at the uses for v.
-        """
+        """The same by backward passes where they are needed: two, or one where the gradients are known."""
         if self.regular:
             return self.arrangements([None] * len(self.uses), [])
         return self.arrangements(self._gradients(v) if gradients is None else gradients, self.multiplied(v))

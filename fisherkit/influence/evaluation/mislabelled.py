@@ -21,8 +21,8 @@ from fisherkit.influence.evaluation.statistics import (
     multiplicities,
     percentile_interval,
 )
+from fisherkit.rows.differentiable import functional_call, kept_whole
 from fisherkit.rows.first_batch import plan_of
-from fisherkit.rows.whole import functional_call, kept_whole
 from fisherkit.space import ParameterSpace
 
 
