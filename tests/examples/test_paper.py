@@ -185,6 +185,7 @@ def test_command__runs_what_is_asked_prints_it_and_writes_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page, assets = tmp_path / run.PAGES["toys"], tmp_path / "assets"
+    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(results.markers("toys")))
     monkeypatch.setattr(run, "DOCS", tmp_path)
     monkeypatch.setattr(run, "ASSETS", assets)
