@@ -61,7 +61,7 @@ class Curvature:
         check_count(call, "update_every", update_every)
         check_count(call, "refresh_every", refresh_every)
         check_count(call, "max_rank", max_rank, optional=True)
-        if not isinstance(ema, (int, float)) or not 0 <= ema < 1:
+        if not is_number(ema) or not 0 <= ema < 1:
             raise InvalidArgumentError(call=call, got=f"ema={ema!r}", expected="a number from 0 to below 1")
         if chosen.keeps_rows and (ema > 0 or update_every > 1):
             raise InvalidArgumentError(

@@ -15,6 +15,7 @@ from fisherkit.operators import Damping
 from fisherkit.optim.curvature import Curvature, checked_rule
 from fisherkit.outputs import OutputRule
 from fisherkit.space import Selection
+from fisherkit.structures import structure_named
 
 CALL = "Preconditioner"
 
@@ -85,7 +86,7 @@ class Preconditioner:
         self._curvature = Curvature(
             model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
-            ema=ema if ema is not None else 0.0 if structure in ("full", "block") else 0.95,
+            ema=ema if ema is not None else 0.0 if structure_named(structure, CALL).keeps_rows else 0.95,
             update_every=update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank,
             call=CALL,
         )  # fmt: skip
