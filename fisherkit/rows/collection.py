@@ -285,7 +285,7 @@ class Rows(RowSource):
             raise NonFiniteError(
                 call=call,
                 got=f"NaN or infinite activations or gradients in {listed(map(repr, modules))} "
-                f"({listed(name for names in bad for name in names)})",
+                f"({listed(repr(name) for names in bad for name in names)})",
                 expected="finite ones",
                 why="rows are made of them, and outputs that are finite may hide them: a tanh of infinity is 1",
                 try_="torch.isfinite of this batch's inputs, and a look for √, log or division at 0 in the model",
