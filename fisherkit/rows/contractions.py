@@ -128,6 +128,8 @@ def _read(
         operands = args[1:] if len(args) != 2 else args[1]
         terms = _terms(args[0], operands)
         return None if terms is None else (*operands, None, terms, None)
+    if any(kwargs.get(one, 1) != 1 for one in ("alpha", "beta")):
+        return None
     if name in ("addmm", "baddbmm"):
         return (args[1], args[2], args[0], None, None) if len(args) == 3 else None
     if name == "grouped_mm":

@@ -25,6 +25,7 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.differentiable import differentiable, functional_call
+from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.rows.problem import Metric, Problem
 from fisherkit.space import ParameterSpace
@@ -104,7 +105,8 @@ class StreamedRows(RowSource):
         plan = self.problem.plan
         if "matrix-free" not in plan.tried:
             batch, rows = self.problem.probe_rows()
-            plan.tried["matrix-free"] = _agrees(plan, self.space, batch, lambda v, u: rows(v).product(u))
+            agrees = not _pads(plan) and _agrees(plan, self.space, batch, lambda v, u: rows(v).product(u))
+            plan.tried["matrix-free"] = agrees
         return bool(plan.tried["matrix-free"])
 
 
@@ -188,6 +190,13 @@ def _columns(
         (pulled,) = vmap(pull)(metric(z.detach(), pushed).to(z.dtype))
         parts.append(space.flatten({name: g.movedim(0, -1) for name, g in pulled.items()}))
     return torch.cat(parts, 1)
+
+
+def _pads(plan: Plan) -> bool:
+    """Whether a table has a padding token, whose vector is a constant backward and is none forward."""
+    uses = Linearized.probe(plan).watched.uses
+    tables = any(getattr(module, "padding_idx", None) is not None for module in plan.model.modules())
+    return tables or any(use.arguments.get("padding_idx") is not None for use in uses)
 
 
 def _agrees(plan: Plan, space: ParameterSpace, batch: Batch, row_products: Callable[[Tensor, Tensor], Tensor]) -> bool:

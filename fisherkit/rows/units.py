@@ -122,7 +122,7 @@ class RuledUnit(Unit):
         found = [one.arranged(g) for g, one in zip(entries, places, strict=True)]
         g = found[0] if len(found) == 1 else torch.cat(found, 2)
         g = g if scale is None else g * scale.to(g.dtype)[:, :, None, None]
-        key = self.names if self.form is None else (*self.names, repr(self.form[1:]), self.rule.name)
+        key = self.names if self.form is None else (*self.names, repr(self.form[1:]), str(id(self.rule)))
         a = None if cache is None else cache.get(key)
         if a is None:
             parts = [_by_example(self.rule.activations(uses[i]), one) for i, one in zip(own, places, strict=True)]

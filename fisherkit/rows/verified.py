@@ -3,9 +3,8 @@
 Rules are verified on two examples (`rows.plan`), which costs a few passes over the weights. What they say holds for a
 model and not for its parameters' values, so it is used again while nothing else about the model has changed, its
 modules, their plain attributes, hooks and modes, its parameters' identities and shapes, the form of a batch, and the
-layer rules that there are; and what no such comparison sees shows in the graph of a forward pass of two examples, which
-must be one for which the findings were confirmed, or is then confirmed by one backward pass, whose weight gradients
-must be the sum of the two examples' rows. Only findings are kept here, no tensor and no model.
+layer rules that there are; what no such comparison sees is looked for by one forward and one backward pass of two
+examples, whose weight gradients must be the sum of their rows. Only findings are kept here, no tensor and no model.
 """
 
 from __future__ import annotations
@@ -25,14 +24,12 @@ from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
-from fisherkit.rows.hidden import graph_nodes, has_custom_function
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, Probe, forward, make_plan, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
-from fisherkit.rows.rules import RULES, Use
+from fisherkit.rows.rules import RULES
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import Unit
-from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
 MOST = 32
@@ -51,7 +48,6 @@ class Findings:
         numbers_per_example: see there.
         tried: what else is tried once.
         alone: as in `Plan`.
-        passes: hashes of the forward passes (`_pass_hash`) for which the rest is known to hold.
     """
 
     units: tuple[Unit, ...]
@@ -61,7 +57,6 @@ class Findings:
     numbers_per_example: int
     tried: dict[Hashable, int]
     alone: bool
-    passes: set[int]
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
@@ -81,12 +76,10 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         plan = _made(model, space, batch)
         plan.key = key
         remember(plan)
-        if plan.probe.watched is not None and (passed := _pass_hash(plan, plan.probe.watched)) is not None:
-            known[key].passes.add(passed)
         return plan
     plan = _again(known[key], model, space)
     plan.key = key
-    if _confirmed(plan, batch.take(two_of(batch, plan.alone)), known[key].passes):
+    if _confirmed(plan, batch.take(two_of(batch, plan.alone))):
         return plan
     del known[key]
     return plan_for(model, space, batch)
@@ -118,7 +111,7 @@ def remember(plan: Plan) -> None:
         known.clear()
     known[plan.key] = Findings(
         tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), frozenset(plan.unused),
-        plan.numbers_per_example, plan.tried, plan.alone, set(),
+        plan.numbers_per_example, plan.tried, plan.alone,
     )  # fmt: skip
 
 
@@ -142,12 +135,8 @@ def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
     return plan
 
 
-def _confirmed(plan: Plan, two: Batch, passes: set[int]) -> bool:
-    """Whether findings hold for a model as it is now, by a forward pass of two examples.
-
-    They do if the pass is one for which they are known to hold; and if the rows of the two examples add up to the
-    gradients that autograd finds for both, from which on they are known to hold for this pass.
-    """
+def _confirmed(plan: Plan, two: Batch) -> bool:
+    """Whether findings hold for a model as it is now: rows of two examples add up to autograd's gradients for both."""
     parameters = list(plan.parameters.values())
     with untouched_rng([parameters[0].device]), differentiable(plan.model, parameters):
         try:
@@ -158,9 +147,6 @@ def _confirmed(plan: Plan, two: Batch, passes: set[int]) -> bool:
         if not watched.z.requires_grad or linearized.unruled:
             return False
         plan.probe = Probe(two, watched)
-        passed = _pass_hash(plan, watched)
-        if passed in passes:
-            return True
         v = torch.randn(watched.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(watched.z)
         inputs: list[Any] = [*watched.edges, *parameters]
         found = pulled_back(watched.z, inputs, v)
@@ -169,52 +155,18 @@ def _confirmed(plan: Plan, two: Batch, passes: set[int]) -> bool:
         rows = linearized.rows(v.unsqueeze(0), selection, Known(at_uses, v.new_ones(two.size)))
         if linearized.unruled:
             return False
-    total = plan.space.unflatten(rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=v.device))[:, 0])
+    try:
+        flat = rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=v.device))[:, 0]
+    except RuntimeError:  # rows of other sizes: parameters are used in another way
+        return False
+    total = plan.space.unflatten(flat)
     pairs = [
         (own, dense_gradient(own, g).to(own.dtype))
         for own, g in zip(total.values(), found[len(watched.edges) :], strict=True)
     ]
     norms, errors = (torch.stack(x) for x in ([g.norm() for _, g in pairs], [(own - g).norm() for own, g in pairs]))
     allowed = tolerance(parameters[0].dtype, plan.coarsest)
-    holds = bool((errors <= allowed * torch.maximum(norms, 1e-2 * norms.norm())).all())
-    if holds and passed is not None and len(passes) < MOST:
-        passes.add(passed)
-    return holds
-
-
-def _pass_hash(plan: Plan, watched: Watched) -> int | None:
-    """All that rows depend on in a forward pass beside values; None where the graph does not show it.
-
-    Rules read their arguments anew in every pass, and autograd makes the gradients at the uses: rows are right again
-    where the same functions used the same parameters at the same places of the same graph without a hook on a tensor,
-    and nobody wrote to a layer's input afterwards.
-    """
-    names = {id(p): name for name, p in plan.parameters.items()}
-    places = {node: place for place, node in enumerate(graph_nodes(watched.z.grad_fn))}
-    if watched.hooked or has_custom_function(watched.z):  # code of its own, which may do anything
-        return None
-    nodes = [
-        (
-            node.name(), names.get(id(getattr(node, "variable", None))),
-            tuple((places[one], i) for one, i in node.next_functions if one is not None),
-        )
-        for node in places
-    ]  # fmt: skip
-    uses = [
-        (
-            use.rule.name, use.names, use.turned, use.axis, places.get(use.edge.node), _writes(use),
-            len(use.output_shape), use.slices is None, use.arguments.get("letters"),
-        )
-        for use in watched.uses
-    ]  # fmt: skip
-    rest = watched.elsewhere, watched.coarsest, watched.proven, watched.random, watched.casts
-    return hash((*nodes, *uses, *rest))
-
-
-def _writes(use: Use) -> int:
-    """How often a use's input has been written to in place."""
-    x = use.arguments[use.rule.input_name]
-    return 0 if x.is_inference() or (x.is_leaf and x.requires_grad) else x._version
+    return bool((errors <= allowed * torch.maximum(norms, 1e-2 * norms.norm())).all())
 
 
 def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
