@@ -155,11 +155,10 @@ def _confirmed(plan: Plan, two: Batch) -> bool:
         rows = linearized.rows(v.unsqueeze(0), selection, Known(at_uses, v.new_ones(two.size)))
         if linearized.unruled:
             return False
-    try:
-        flat = rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=v.device))[:, 0]
-    except RuntimeError:  # rows of other sizes: parameters are used in another way
-        return False
-    total = plan.space.unflatten(flat)
+    sizes = dict(zip(plan.space.names, plan.space.sizes, strict=True))
+    if any(slot.rows.size != sum(sizes[name] for name in slot.names) for slot in rows.slots):
+        return False  # parameters are used in another way
+    total = plan.space.unflatten(rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=v.device))[:, 0])
     pairs = [
         (own, dense_gradient(own, g).to(own.dtype))
         for own, g in zip(total.values(), found[len(watched.edges) :], strict=True)
