@@ -57,7 +57,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
-    """`parameters_hash` of a model without wrappers, and `tensors_hash` of some parameters, from one reading.
+    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters, from one reading.
 
     Args:
         model: any module; not changed.
@@ -66,7 +66,8 @@ def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
     tensors = _tensors(model)
     digests = _digests(tensors)
     some = {name: tensors[name] for name in names}
-    return _hash(tensors, digests), _hash(some, digests)
+    whole = {plain(name): tensor for name, tensor in tensors.items()}
+    return _hash(whole, {plain(name): digest for name, digest in digests.items()}), _hash(some, digests)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:

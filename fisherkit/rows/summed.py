@@ -133,7 +133,7 @@ class SumRows(UnitRows):
         """Back from a file."""
         count = sum(name.endswith(".form") for name in options)
         own = [(_of(i, tensors), _of(i, options)) for i in range(count)]
-        return cls([FORMS[settings["form"]].from_tensors(numbers, settings) for numbers, settings in own])
+        return cls([FORMS[settings.pop("form")].from_tensors(numbers, settings) for numbers, settings in own])
 
     @property
     def floating(self) -> Tensor:
