@@ -133,7 +133,7 @@ def fit(model: nn.Module, loss: Callable[[Tensor], Tensor], **options: Any) -> C
 
 
 def reentrant(m: Any, x: Tensor) -> Tensor:
-    h: Tensor = checkpoint(m.body[0], x.requires_grad_(), use_reentrant=True) if m.training else m.body[0](x)
+    h: Tensor = checkpoint(m.body[0], x.clone().requires_grad_(), use_reentrant=True) if m.training else m.body[0](x)
     z: Tensor = m.body[2](torch.tanh(h))
     return z
 
