@@ -1,0 +1,95 @@
+"""Uses of a parameter that the first two examples, or an earlier build of the same model, did not show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fisherkit as fk
+
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TOKENS = torch.randint(1, 6, (8, 4), generator=torch.Generator().manual_seed(0))
+
+
+class Model(nn.Module):
+    """A function of some parameters, and of settings that no comparison of models sees."""
+
+    def __init__(self, function: Callable[..., Tensor], *shapes: tuple[int, ...], **settings: Any) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.own = nn.ParameterList([torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes])
+        self.function, self.settings = function, settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.own, **self.settings)
+
+
+def reference(model: nn.Module, x: Tensor) -> Tensor:
+    """JᵀJ/N by one autograd call an output."""
+    rows = []
+    for n in range(len(x)):
+        for z in model(x[n : n + 1]).flatten():
+            found = torch.autograd.grad(z, list(model.parameters()), retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in found]))
+    j = torch.stack(rows)
+    return j.mT @ j / len(x)
+
+
+def check(model: nn.Module, x: Tensor, **options: Any) -> None:
+    fisher, expected = fk.ExactFisher(model, (x, None), likelihood="gaussian", **options), reference(model, x)
+    eye = torch.eye(fisher.size, dtype=torch.float64)
+    expected = torch.diag(expected.diagonal()) if options.get("structure") == "diagonal" else expected
+    torch.testing.assert_close(fisher @ eye, expected)
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+@pytest.mark.parametrize("width", [3, 5])
+def test_weight__in_two_einsums_of_opposite_orientation(width: int, structure: str) -> None:
+    def tied(x: Tensor, w: Tensor) -> Tensor:
+        return torch.einsum("bo,io->bi", torch.einsum("bi,io->bo", x, w).tanh(), w)
+
+    check(Model(tied, (3, width)), X, structure=structure)
+
+
+@pytest.mark.parametrize("padded", [slice(0, 2), slice(2, None)])
+def test_streamed_products__hold_the_padding_tokens_vector_constant(padded: slice) -> None:
+    ids = TOKENS.clone()
+    ids[padded, 3] = 0
+    model = Model(lambda i, w: F.embedding(i, w, padding_idx=0).tanh().sum(1), (6, 3))
+    check(model, ids, memory_budget=10)
+
+
+def test_addmm__scaled_in_later_examples_alone() -> None:
+    def scaled(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([torch.addmm(b, one, w, alpha=1.0 + float(one[0, 0] > 0)) for one in x.split(1)])
+
+    x = X.clone()
+    x[:, 0] = torch.tensor([-1, -1, 1, 1, 1, 1])
+    check(Model(scaled, (3, 3), (3,)), x)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "x", "settings"),
+    [
+        (lambda x, w, b, scale: torch.addmm(b, x, w, alpha=scale), [(3, 3), (3,)], X, {"scale": (1.0, 2.0)}),
+        (lambda x, w, b, scale: torch.addmm(b, x, w, beta=scale), [(3, 3), (3,)], X, {"scale": (1.0, 0.5)}),
+        (
+            lambda i, w, f: F.embedding(i, w, scale_grad_by_freq=f).tanh().sum(1), [(6, 3)], TOKENS,
+            {"f": (False, True)},
+        ),
+        (lambda x, w, k: (x @ w.permute(k)[0]).tanh(), [(3, 3, 3)], X, {"k": ((0, 1, 2), (0, 2, 1))}),
+    ],
+    ids=["alpha", "beta", "frequency", "permutation"],
+)  # fmt: skip
+def test_second_build__sees_what_the_first_did_not(
+    function: Callable[..., Tensor], shapes: list[tuple[int, ...]], x: Tensor, settings: dict[str, tuple[Any, Any]]
+) -> None:
+    model = Model(function, *shapes, **{name: pair[0] for name, pair in settings.items()})
+    check(model, x)
+    model.settings.update({name: pair[1] for name, pair in settings.items()})
+    check(model, x)
