@@ -685,7 +685,7 @@ def _disorder(data: object) -> str:
     if drawn:
         return "a DataLoader that shuffles"
     if not fixed:
-        return f"a DataLoader with a {type(sampler).__name__}, whose order is not known,"
+        return f"a DataLoader whose sampler, {type(sampler).__name__}, has an order that is not known"
     return "a DataLoader with in_order=False" if data.num_workers and not getattr(data, "in_order", True) else ""
 
 

@@ -579,7 +579,7 @@ class Categorical(Likelihood):
                 got=f"labels of {target.dtype}",
                 expected="integers",
                 why="a categorical likelihood takes class indices",
-                try_="labels.long(), or probs.argmax(-1)" + (
+                try_="labels.long(), or probs.argmax(-1); likelihood=nn.MSELoss() for regression" + (
                     "; likelihood=nn.CrossEntropyLoss() takes class probabilities, too"
                     if target.shape == raw.shape else ""
                 ),
