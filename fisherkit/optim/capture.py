@@ -359,7 +359,7 @@ class Capture:
         """Rows of vectors that are multiples of the loss gradient: the user's backward pass, scaled by example."""
         linearized = Linearized(one.plan, one.batch, replace(one.watched, z=one.z.detach()))
         seen = self._see(one, one.z)
-        slots = Slots.of(seen.outputs, self.rule, False)
+        slots = Slots.of(seen.outputs, self.rule, False, seen.counts)
         self._choose(one.plan, slots)
         found = [one.found.get(id(edge)) for edge in linearized.edges]
         gradients = [None if g is None else g.unsqueeze(0) for g in found]
@@ -374,7 +374,8 @@ class Capture:
 
     def _own_rows(self, one: Pass, linearized: Linearized) -> list[Chunk]:
         """Rows by a backward pass of our own."""
-        slots = Slots.of(self._see(one, linearized.z).outputs, self.rule, False)
+        seen = self._see(one, linearized.z)
+        slots = Slots.of(seen.outputs, self.rule, False, seen.counts)
         self._choose(one.plan, slots)
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_choice, check_count, check_number, is_number
-from fisherkit.arithmetic import at_least_single
+from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
@@ -84,6 +84,11 @@ class Curvature:
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping, Factorization] | None = None
 
+    @property
+    def due(self) -> bool:
+        """Whether the next step updates the Fisher."""
+        return self.steps % self.update_every == 0
+
     def gradients(self) -> dict[str, Tensor]:
         """Those that are there, dense, of the parameters that may take part; a forgotten backward pass is warned of."""
         own = self.capture.model.named_parameters()
@@ -92,11 +97,26 @@ class Curvature:
             self.capture.say_if_forgotten()
         return {n: dense_gradient(p, p.grad) for n, p in found.items()}
 
+    def finite(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether gradients are finite, with one wait for the device for all that a step needs.
+
+        Raises:
+            NonFiniteError: gradients are, and a pass that an update is made of is not.
+        """
+        chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
+        numbers = {id(tensor): tensor for _, chunk in chunks for tensor in chunk.rows.numbers}
+        if all_finite(*gradients.values(), *numbers.values()):
+            return True
+        if all_finite(*gradients.values()):
+            for number, chunk in chunks:
+                chunk.rows.finite(f"{self.call}.step, forward pass {number}")
+        return False
+
     def direction(self, gradients: Mapping[str, Tensor], damping: Damping) -> tuple[ParameterSpace, Direction]:
         """Δ for the mean gradient, after an update if one is due.
 
         Args:
-            gradients: by name; those that are missing are zero.
+            gradients: by name, finite with all that was captured; those that are missing are zero.
             damping: λ.
 
         Returns:
@@ -104,12 +124,11 @@ class Curvature:
 
         Raises:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
-            NonFiniteError: NaN or infinite numbers in a pass; averages stay as they were.
             SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
                 block structures.
         """
         captured = lifted(self.capture.take())
-        due = self.steps % self.update_every == 0
+        due = self.due
         # A summed loss is divided by the number of its own examples, also where no update is due.
         joint = self._joint_space(captured) if due or self.reduction == "sum" else None
         space = self.averages.space(self.capture.space) if joint is None or not due else joint
@@ -120,9 +139,6 @@ class Curvature:
             nothing = self._mean({}, space, 1)
             return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
         if due:
-            for number, one in enumerate(captured):
-                for chunk in one.chunks:
-                    chunk.rows.finite(f"{self.call}.step, forward pass {number}")
             self.examples, self._operator, self._inverse = examples, None, None
             self._warn_of_ignored(captured, gradients, space)
         if self.averages.structure.keeps_rows:
@@ -142,7 +158,7 @@ class Curvature:
 
     def _expect(self) -> None:
         """Say whether the next step is to be watched."""
-        self.capture.wanted = self.steps % self.update_every == 0 or self.reduction == "sum"
+        self.capture.wanted = self.due or self.reduction == "sum"
 
     def _chunks(self, one: Captured, passes: int) -> list[Chunk]:
         """Rows of one of so many passes, on the scale of the likelihood's own gradient."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherkit.arithmetic import all_finite, without_autocast
+from fisherkit.arithmetic import without_autocast
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
 from fisherkit.optim.curvature import Curvature, checked_rule
@@ -106,7 +106,7 @@ class Preconditioner:
         gradients = curvature.gradients()
         if not gradients:
             return
-        if not all_finite(*gradients.values()):
+        if not curvature.finite(gradients):
             curvature.capture.forget()
             return
         space, direction = curvature.direction(gradients, self.damping)

@@ -276,7 +276,7 @@ class Rows(RowSource):
 
         Cost: one reading.
         """
-        if all_finite(*(tensor for slot in self.slots for tensor in slot.rows.numbers)):
+        if all_finite(*self.numbers):
             return self
         # Of a convolution's input, what no window sees does not count.
         bad = [slot.names for slot in self.slots if not all_finite(*slot.rows.tensors().values())]
@@ -291,6 +291,11 @@ class Rows(RowSource):
                 try_="torch.isfinite of this batch's inputs, and a look for √, log or division at 0 in the model",
             )
         return self
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        """All floating-point tensors that the rows are made of, as they are kept."""
+        return [tensor for slot in self.slots for tensor in slot.rows.numbers]
 
     @property
     def nbytes(self) -> int:

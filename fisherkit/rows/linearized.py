@@ -131,6 +131,7 @@ class Linearized:
         if known is None:
             self._unrule_silent(gradients)
         factor = scale if known is None else known.scale.unsqueeze(0)
+        factor = None if factor is None else factor.to(dtype)[:, :, None, None]
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
             made = None

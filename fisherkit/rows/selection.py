@@ -44,5 +44,5 @@ class RowSelection:
 
     def take(self, x: Shaped[Tensor, "k B ..."]) -> Shaped[Tensor, "R ..."]:
         """The rows of something that there is for every slot."""
-        by_example = x.transpose(0, 1).flatten(0, 1)
+        by_example = x[0] if len(x) == 1 else x.transpose(0, 1).flatten(0, 1)
         return by_example if self._kept is None else by_example[self._kept]
