@@ -220,7 +220,8 @@ class ParameterSpace:
         """
         self._check_flat(vector, "space.unflatten")
         tail = vector.shape[1:]
-        return {n: vector[self.slices[n]].reshape((*s, *tail)) for n, s in zip(self.names, self.shapes, strict=True)}
+        parts = zip(self.names, self.shapes, vector.split(self.sizes), strict=True)
+        return {name: part.reshape((*shape, *tail)) for name, shape, part in parts}
 
     def to_columns(
         self, vector: Vector, call: str, *, dtype: torch.dtype, device: torch.device

@@ -148,8 +148,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        own = dict(self._curvature.capture.model.named_parameters())
-        gradients = self._curvature.gradients()
+        own = self._curvature.capture.parameters()
+        gradients = self._curvature.gradients(own)
         if not gradients:
             return loss
         first = self.param_groups[0]
@@ -163,7 +163,7 @@ class NaturalGradient(torch.optim.Optimizer):
         check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
         with without_autocast():  # the closure above is the user's own
-            space, direction = self._curvature.direction(gradients, damping)
+            space, direction = self._curvature.direction(own, gradients, damping)
             if first["normalize_update"]:
                 direction = direction.normalized()
             longest = max(group["lr"] for group in self.param_groups)

@@ -95,10 +95,10 @@ class FactoredRows(UnitRows):
             return out
         if w.shape[1] == 1 and isinstance(self.activations, Tensor) and not self.transposed:
             weighed = self.gradients * w.unsqueeze(1) if self.each == 1 else self._weigh(w)
-            weighed, size = weighed.reshape(n * t, self.outputs), self.outputs * i
-            torch.mm(weighed.mT, self.activations.reshape(n * t, i), out=out[:size].view(self.outputs, i))
+            weighed, size = weighed.reshape(n * t, self.outputs).mT, self.outputs * i
+            torch.mm(weighed, self.activations.reshape(n * t, i), out=out[:size].view(self.outputs, i))
             if self.bias:
-                torch.sum(weighed, 0, out=out[size:, 0])
+                torch.sum(weighed, 1, keepdim=True, out=out[size:])
             return out
         for span in spans(w.shape[1], self.count * t * self.outputs):
             weighed = self._weigh(w[:, span]).reshape(n, t, -1)  # [N, T, K O]

@@ -40,7 +40,8 @@ class RowSelection:
         """The example of each row, spelled out."""
         if self.example is not None:
             return self.example
-        return torch.arange(self.batch, device=self.device).repeat_interleave(self.vectors)
+        examples = torch.arange(self.batch, device=self.device)
+        return examples if self.vectors == 1 else examples.repeat_interleave(self.vectors)
 
     def take(self, x: Shaped[Tensor, "k B ..."]) -> Shaped[Tensor, "R ..."]:
         """The rows of something that there is for every slot."""
