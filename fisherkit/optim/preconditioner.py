@@ -106,10 +106,11 @@ class Preconditioner:
         gradients = curvature.gradients(own)
         if not gradients:
             return
-        if not curvature.finite(gradients):
-            curvature.capture.forget()
-            return
-        space, direction = curvature.direction(own, gradients, self.damping)
+        with curvature.explaining():
+            if not curvature.finite(gradients):
+                curvature.capture.forget()
+                return
+            space, direction = curvature.direction(own, gradients, self.damping)
         update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad

@@ -76,6 +76,9 @@ def _factors(parts: Sequence[Rows], damping: float) -> list[Float[Tensor, "R R"]
     """Cholesky factors of JJᵀ + λI in float64, of products in the rows' dtype where λ hides their rounding.
 
     One wait for the device, however many parts there are.
+
+    Raises:
+        SingularMatrixError: there is none.
     """
     grams = [part.cross_gram(part, precise=False) for part in parts]
     largest = [gram.abs().sum(1).max() for gram in grams]  # bounds the eigenvalues
