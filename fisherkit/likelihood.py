@@ -195,7 +195,7 @@ class Likelihood(ABC):
             return z.reshape(-1, 1, 1)
         if z.ndim > 3 and self.strict:
             refuse_images(z, call)
-        moved = z.movedim(self.class_axis, -1)
+        moved = z if self.class_axis in (-1, z.ndim - 1) else z.movedim(self.class_axis, -1)
         return moved.reshape(z.shape[0], -1, moved.shape[-1])
 
     def as_outputs(self, v: Float[Tensor, "*lead B P C"], shape: torch.Size) -> Float[Tensor, "..."]:

@@ -93,7 +93,8 @@ def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:
     """1 / (values + damping) in ``dtype``, computed in float64; an infinite one is a `SingularMatrixError`."""
     result = (values.double() + damping).reciprocal().to(dtype)
-    infinite = int(result.isinf().sum())
+    # Of a damping that is no denormal number none is, and the host need not wait to see it.
+    infinite = 0 if damping >= torch.finfo(dtype).tiny else int(result.isinf().sum())
     if infinite:
         why = f"{infinite:,} of its {result.numel():,} eigenvalues are 0, or too small for {dtype}"
         raise SingularMatrixError(**singular(call, damping, why))

@@ -21,7 +21,6 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError,
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping, Factorization, FisherOperator, RelativeDamping
-from fisherkit.optim.averages import Averages
 from fisherkit.optim.capture import Capture, is_checked
 from fisherkit.optim.outputs import check_reduction, explained
 from fisherkit.optim.passes import Captured, lifted
@@ -30,12 +29,81 @@ from fisherkit.outputs import OutputRule
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.generic import dense_gradient
+from fisherkit.rows.plan import Plan
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.structures import structure_named
+from fisherkit.structures import LayerSums, Structure, UnitSums, record_class, structure_named
+from fisherkit.structures.base import Names
 from fisherkit.vectors import EmpiricalVectors, rule_of
 
 FIT = 1e-4
 """Below this ‖∂ℓ/∂z‖² an example's factor says nothing."""
+
+_OLD = {"activation_values": "kfac", "matrix": "exact block", "diagonal": "exact diagonal"}
+"""By what tensor states before 0.3 are told, which name no record."""
+
+
+class Averages:
+    """F in a structure of layers, averaged over updates: F ← ema · F + (1 − ema) · F_batch, the first as it is.
+
+    Kronecker factors are averaged one by one, as is usual. An eigenbasis is renewed every ``refresh_every`` updates.
+    ``settings`` are the structure's; ``records`` are of the last update, by unit and label.
+    """
+
+    def __init__(self, structure: type[Structure], *, ema: float, refresh_every: int, **settings: Any) -> None:
+        self.structure, self.ema, self.refresh_every = structure, ema, refresh_every
+        self.settings = {**settings, "averaged": ema > 0}
+        self.records: dict[tuple[Names, str], UnitSums] = {}
+        self.updates = 0
+
+    def update(self, plan: Plan, chunks: Sequence[Chunk], examples: int) -> None:
+        """With the rows of a batch of N examples."""
+        structure, due = self.structure.of(plan, **self.settings), self.updates % self.refresh_every == 0
+        records: dict[tuple[Names, str], UnitSums] = {}
+        sums: Any = structure.empty()
+        while sums is not None:
+            found: LayerSums = sums.added(chunks).averaged(self.records, self.ema, 1 / examples, due)
+            records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
+            sums = structure.next_pass(found)
+        self.records = records
+        self.updates += 1
+
+    def operator(self, space: ParameterSpace, like: Tensor) -> FisherOperator:
+        """F over the parameters of the last update; ``like`` has the rows' dtype and device."""
+        structure = self.structure(space, like.dtype, like.device, (), **self.settings)
+        last = {names: unit for (names, _), unit in self.records.items()}
+        return structure.operator(LayerSums(structure, last), 1.0)  # type: ignore[arg-type]  # a structure of layers
+
+    def space(self, whole: ParameterSpace) -> ParameterSpace:
+        """The parameters of the last update."""
+        return whole.restrict(name for names, _ in self.records for name in names)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Of each record, its unit's names, its label and its tensors."""
+        records = self.records.items()
+        return [{"names": list(names), "record": label, "tensors": unit.tensors()} for (names, label), unit in records]
+
+    def load(self, state: Sequence[Mapping[str, Any]], updates: int, own: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`, on the devices of the model's own parameters."""
+        records: dict[tuple[Names, str], UnitSums] = {}
+        for entry in state:
+            names, device = tuple(entry["names"]), own[entry["names"][0]].device
+            tensors = {
+                key: (value.to(device) if value.is_floating_point() else value).clone()
+                for key, value in entry["tensors"].items()
+            }
+            label = entry["record"] if "record" in entry else self._old_label(tensors)
+            before: UnitSums | None = None
+            for one in (label, "ekfac") if label == "kfac" and "values" in tensors else (label,):
+                before = records[names, one] = record_class(one).from_tensors(
+                    tensors, before or records.get((names, "kfac"))
+                )
+        self.records, self.updates = records, updates
+
+    def _old_label(self, tensors: Mapping[str, Tensor]) -> str:
+        """The record of a state that names none."""
+        if self.structure.name == "diagonal":
+            return "diagonal"
+        return next(label for key, label in _OLD.items() if key in tensors)
 
 
 class Curvature:
@@ -327,7 +395,8 @@ def check_has(state: Any, keys: Iterable[str], call: str) -> None:
 
 def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
     """What the paper's update asks of each example: ‖∂ℓ/∂z‖^2p."""
-    norm = one.seen.squared_norm * one.seen.correction(passes) ** 2
+    norm, missing = one.seen.squared_norm, one.seen.correction(passes)
+    norm = norm if missing == 1 else norm * missing**2
     targets = (norm**power).masked_fill_(norm == 0, 0.0)
     (chunk,) = one.chunks  # one vector an example
     return targets if chunk.regular else targets[chunk.owner]

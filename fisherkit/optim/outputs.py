@@ -102,7 +102,8 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     else:
         multiple, strange = torch.full_like(squared_norm, known), mask.new_zeros(())
     # The one wait for the device in a pass.
-    wrong, examples, positions = torch.stack([strange, mask.any(1).sum(), mask.sum()]).tolist()
+    several = [mask.any(1).sum()] if mask.shape[1] > 1 else []
+    wrong, *examples, positions = torch.stack([strange, *several, mask.sum()]).tolist()
     if wrong:
         raise ModelError(
             call=f"{call}, backward pass",
@@ -114,7 +115,8 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
             "others, or fk.likelihoods.Categorical(class_axis=...) for classes on another axis",
         )  # fmt: skip
     calibrated = likelihood.gradient_scale_free or reduction == "sum"
-    return Seen(outputs, u, squared_norm, multiple, (examples, positions), calibrated)
+    counts = examples[0] if examples else positions, positions
+    return Seen(outputs, u, squared_norm, multiple, counts, calibrated)
 
 
 def _strange(
