@@ -73,8 +73,7 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     z, _, _ = likelihood.prepare(precise, None, place)
     found = likelihood.gradient_at(z, likelihood.positions(gradient, place).to(z.dtype))
     # A gradient of zero is a position that does not count where labels say so; elsewhere it is a perfect fit.
-    counts = likelihood.labels_mask
-    mask = found.ne(0).any(-1) if counts else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+    mask = found.ne(0).any(-1) if likelihood.labels_mask else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     known = 1.0
     if not likelihood.gradient_scale_free and reduction == "mean":
         # A module of torch's takes the mean over all outputs, and not over examples.
