@@ -492,6 +492,13 @@ class Source:
         Raises:
             DataError: there is none.
         """
+        first = self.beginning()
+        if first is None:
+            raise DataError(call="data", got="no batch", expected="at least one example")
+        return first
+
+    def beginning(self) -> Batch | None:
+        """The same, or None."""
         if self._first is None:
             # Two examples are needed to see whether examples interact.
             for batch in self.once():
@@ -500,7 +507,7 @@ class Source:
                 if batch.size > 1:
                     break
         if self._first is None:
-            raise DataError(call="data", got="no batch", expected="at least one example")
+            return None
         if self._axes is None and self._first.size > 1:  # of one example, nothing tells what all examples share
             self._axes = self._first.axes
         return self._first

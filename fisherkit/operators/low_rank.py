@@ -27,6 +27,7 @@ from fisherkit.rows import restore_rows
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, thinned
 from fisherkit.space import ParameterSpace
 
@@ -71,7 +72,7 @@ class LowRankOperator(FisherOperator):
         self.row_source, self.scale, self.memory_budget = rows, scale, memory_budget
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        if isinstance(self.row_source, Rows):
+        if isinstance(self.row_source, Rows):  # R numbers are fewer to scale than D
             return self.row_source.rmatmul(self.row_source.matmul(columns).mul_(self.scale))
         return self.row_source.product(columns).mul_(self.scale)
 
@@ -89,7 +90,7 @@ class LowRankOperator(FisherOperator):
     def _small_side(self) -> str:
         """The side whose square matrix is smaller and fits, or "none"."""
         # Streamed rows pay for a Gram with a pass over the data for every batch; conjugate gradients are cheaper.
-        gram = self.row_source.count if isinstance(self.row_source, Rows) else UNBOUNDED
+        gram = self.row_source.count if self.row_source.in_memory else UNBOUNDED
         side = "gram" if gram <= self.size else "dense"
         return side if _square_bytes(min(gram, self.size)) <= self.memory_budget else "none"
 
@@ -98,7 +99,7 @@ class LowRankOperator(FisherOperator):
             why = f"R = {self.row_source.count:,} rows < D = {self.size:,} parameters"
             raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
         side = self._small_side()
-        if side == "gram" and damping > 0 and isinstance(self.row_source, Rows):
+        if side == "gram" and damping > 0 and isinstance(self.row_source, (Rows, SharedRows)):
             return _GramFactorization(self, self.row_source, damping)
         if side != "none":
             return self._as_dense()._factorize(damping, tolerance, max_steps)
@@ -244,23 +245,24 @@ class _GramFactorization(Factorization):
 
     method = "woodbury"
 
-    def __init__(self, operator: LowRankOperator, rows: Rows, damping: float) -> None:
+    def __init__(self, operator: LowRankOperator, rows: Rows | SharedRows, damping: float) -> None:
         super().__init__(operator, damping)
         # Half precision leaves too little for the correction to converge.
         self._rows = rows if operator.dtype in (torch.float32, torch.float64) else rows.double()
         self._dtype = torch.float32 if operator.dtype == torch.float32 else torch.float64
         self._scale = operator.scale
-        self._least = self._least_rounding() if self._dtype == torch.float32 and rows.count >= MANY else 0.0
+        asked = isinstance(rows, Rows) and self._dtype == torch.float32 and rows.count >= MANY
+        self._least = self._least_rounding(rows) if asked else 0.0
         self._later = self._least >= CORRECTED
         if not self._later:
             _ = self._solver
 
-    def _least_rounding(self) -> float:
+    def _least_rounding(self, rows: Rows) -> float:
         """What rounding leaves at least, as a few rows and the trace tell; 0 if F + λI may have no Cholesky factor."""
-        some = thinned(self._rows, self._rows.count // PILOT)
-        sums = self._rows.cross_gram(some, precise=False).abs().sum(0)
-        ones = torch.ones(self._rows.space.size, dtype=self._rows.dtype, device=self._rows.device)
-        largest, trace = torch.stack([sums.max(), self._rows.weighted_squares(ones).double().sum()]).tolist()
+        some = thinned(rows, rows.count // PILOT)
+        sums = rows.cross_gram(some, precise=False).abs().sum(0)
+        ones = torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
+        largest, trace = torch.stack([sums.max(), rows.weighted_squares(ones).double().sum()]).tolist()
         # No row sum of the whole exceeds the largest; 0.99 because these few are rounded in another order.
         definite = self.damping >= DEFINITE * self._scale * trace
         return self._rounding(0.99 * self._scale * largest) if definite else 0.0
@@ -314,11 +316,11 @@ class _GramFactorization(Factorization):
         return GramForm(self._rows, self._scale, self.damping, partial(_cholesky_solve, factor), precise=precise)
 
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
+        if not self._rows.same_units(probe):
+            return super()._row_form(probe, queries, others)
         form = self._gram_form
         cheaper = form.operations(queries, others) <= form.solved_operations(queries, others)
-        if cheaper and self._rows.same_units(probe):
-            return form
-        return super()._row_form(probe, queries, others)
+        return form if cheaper else super()._row_form(probe, queries, others)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         return self._gram_form.squares(rows) if self._rows.same_units(rows) else super()._row_squares(rows)

@@ -18,6 +18,7 @@ from torch import nn
 from fisherkit.data import SHARED, Batch, Source, model_device
 from fisherkit.errors import DataError, FisherkitError, ModelError
 from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
+from fisherkit.processes import Processes
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.verified import plan_for
@@ -48,6 +49,26 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
             return plan
         _tell(error, model, space, first, single=other is None)
         raise
+
+
+def joint_plan(model: nn.Module, space: ParameterSpace, source: Source, processes: Processes) -> Plan:
+    """The same in all processes, of the first batch of the first rank that has more than one example.
+
+    Raises:
+        DataError: no process has an example; else as `plan_of`.
+        ProcessError: in processes other than the one that fails.
+    """
+    first = processes.each("reading the data", source.beginning)
+    sizes = processes.gathered(0 if first is None else first.size)
+    if not any(sizes):
+        raise DataError(call="data", got="no batch in any process", expected="at least one example")
+    owner = next((rank for rank, size in enumerate(sizes) if size > 1), sizes.index(1) if 1 in sizes else 0)
+    own = processes.rank == owner
+    plan = processes.each("a first pass of the model", lambda: plan_of(model, space, source) if own else None)
+    probe = processes.sent_by(owner, None if plan is None else plan.probe.batch)
+    if plan is None:
+        source.shared(probe)
+    return processes.each("a first pass of the model", lambda: plan or plan_of(model, space, source))
 
 
 def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:

@@ -22,6 +22,7 @@ from fisherkit.errors import DataError
 from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
+from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
@@ -48,11 +49,12 @@ class BetterPlanError(Exception):
     Args:
         plan: the new one.
         by_owner: as in `Problem`.
+        batch: that has shown it.
     """
 
-    def __init__(self, plan: Plan, by_owner: bool | None) -> None:
+    def __init__(self, plan: Plan, by_owner: bool | None, batch: Batch) -> None:
         super().__init__("a better plan")
-        self.plan, self.by_owner = plan, by_owner
+        self.plan, self.by_owner, self.batch = plan, by_owner, batch
 
 
 @dataclass
@@ -77,6 +79,8 @@ class Problem:
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
+        processes: that each have a part of the data; None for one alone.
+        offset: how many examples the ranks before this one have, where examples are known by their place.
     """
 
     plan: Plan
@@ -95,6 +99,25 @@ class Problem:
     looked: bool = True
     by_owner: bool | None = None
     budget: int | None = None
+    processes: Processes | None = None
+    offset: int = 0
+
+    @functools.cached_property
+    def examples(self) -> int:
+        """How many examples the data have; of several processes, those of the one that has most."""
+        count = self.source.count
+        if self.processes is None:
+            return count()
+        return max(self.processes.gathered(self.processes.each("counting examples", count)))
+
+    def better(self, batch: Batch) -> BetterPlanError:
+        """What a batch shows that another process has."""
+        try:
+            for _ in self._micro(batch.to(self.plan.example_parameter.device), 0, "data of another process"):
+                pass
+        except BetterPlanError as found:
+            return found
+        raise LookupError("the batch shows nothing")
 
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """One pass over the data; not ``compared`` with other passes where its results stand alone."""
@@ -109,7 +132,8 @@ class Problem:
                 yield joined(pending)
                 pending = []
             pending.append(chunk)
-        yield joined(pending)
+        if pending:
+            yield joined(pending)
 
     def metrics(self, description: str) -> Iterator[tuple[Batch, Metric]]:
         """One pass over the data that yields each micro-batch with the product of its output metric."""
@@ -248,7 +272,7 @@ class Problem:
         self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
-        start = 0
+        start = self.offset
         read = self.source.numbered() if compared else enumerate(self.source.once())
         for number, batch in beside(shown, read):
             step = self._piece(batch.size)
@@ -257,7 +281,7 @@ class Problem:
                 yield micro, start, f"data, batch {number}"
                 start += micro.size
                 shown.update(micro.size / batch.size)
-        if start == 0:
+        if start == 0 and self.processes is None:
             raise DataError(call="data", got="no batch", expected="at least one example")
 
     def _piece(self, size: int) -> int:
@@ -278,11 +302,11 @@ class Problem:
         with self._quiet():
             linearized = self._linearized(batch)
             if self.revisable and linearized.newly_ruled:
-                raise BetterPlanError(linearized.replanned(), self.by_owner)
+                raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             if self.by_owner:
                 linearized.by_owner()
             elif self.by_owner is not None and not linearized.followed:
-                raise BetterPlanError(self.plan, True)
+                raise BetterPlanError(self.plan, True, batch)
         outputs = self._outputs(batch, linearized.z, start, call)
         last = last_layer_rows(linearized, outputs) if self.closed and isinstance(linearized, Linearized) else None
         if last is not None:
@@ -304,7 +328,7 @@ class Problem:
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
                 if self.revisable and linearized.unruled:
-                    raise BetterPlanError(linearized.replanned(), self.by_owner)
+                    raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
                 return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)

@@ -79,7 +79,7 @@ class Block(RowStructure):
 
     def _sizes(self, problem: Problem) -> dict[Names, tuple[int, int]]:
         """Bytes of each module's rows and of its matrix."""
-        examples, space = problem.source.count(), self.space
+        examples, space = problem.examples, self.space
         return {
             names: (examples * problem.row_bytes(names), self.item * space.restrict(names).size ** 2)
             for names in self.modules

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from fisherkit.operators import FisherOperator
 from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.processes import Processes
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
-from fisherkit.rows.largest import LargestRows
+from fisherkit.rows.largest import LargestRows, squared_norms
 from fisherkit.rows.problem import Problem
+from fisherkit.rows.shared import SharedRows, shared
 from fisherkit.structures.base import Part, Parts, Structure, Sums
 
 
@@ -20,7 +24,7 @@ class KeptRows(Sums):
 
     constant = ("most", "dropped_share")
 
-    rows: Rows | None = None
+    rows: Rows | SharedRows | None = None
     most: int | None = None
     dropped: int = 0
     dropped_share: float | None = None
@@ -37,8 +41,28 @@ class KeptRows(Sums):
         rows, share = largest.result()
         return KeptRows(rows, self.most, self.dropped + largest.seen - rows.count, share)
 
+    def met(self, processes: Processes) -> KeptRows:
+        """All processes' rows, each where it is; of those of largest norm, the largest of all."""
+        rows, share, dropped = self.rows, self.dropped_share or 0.0, self.dropped
+        if self.most is not None:
+            squares = torch.zeros(0) if rows is None else squared_norms(rows).cpu()
+            lost = float(squares.sum()) * share / (1 - share) if share < 1 else 0.0
+            everyone = processes.gathered((squares, dropped, lost))
+            ranked = torch.cat([one[0] for one in everyone]).argsort(descending=True, stable=True)[: self.most]
+            start = sum(len(one[0]) for one in everyone[: processes.rank])
+            own = ranked[(ranked >= start) & (ranked < start + len(squares))].sort().values - start
+            whole = torch.cat([one[0] for one in everyone])
+            total = float(whole.sum()) + sum(one[2] for one in everyone)
+            kept = float(whole[ranked].sum())
+            share = (total - kept) / total if total > 0 else 0.0
+            dropped = sum(one[1] for one in everyone) + len(whole) - len(ranked)
+            if rows is not None and len(own) < rows.count:
+                rows = rows.reordered(own.to(rows.device)).compact()
+            share = share if dropped else 0.0
+        return replace(self, rows=shared(rows, processes), dropped=dropped, dropped_share=None if self.most is None else share)
+
     @property
-    def whole(self) -> Rows:
+    def whole(self) -> Rows | SharedRows:
         """The rows."""
         if self.rows is None:
             raise LookupError("no rows have been added")
@@ -70,7 +94,7 @@ class Full(RowStructure):
     def bytes(self, problem: Problem) -> int:
         """All rows; of those of largest norm, twice as many as are kept and those of one example."""
         example = problem.row_bytes(self.space.names)
-        whole = example * problem.source.count()
+        whole = example * problem.examples
         return whole if self.max_rows is None else min(whole, self._held(problem) + example)
 
     def fitted(self, problem: Problem) -> int:
@@ -85,7 +109,7 @@ class Full(RowStructure):
     def most_examples(self, problem: Problem) -> int | None:
         """Where not all rows fit, as many as fit beside those that are held."""
         example = problem.row_bytes(self.space.names)
-        if self.max_rows is None or example * problem.source.count() <= self.memory_budget:
+        if self.max_rows is None or example * problem.examples <= self.memory_budget:
             return None
         return (self.memory_budget - self._held(problem)) // example
 
