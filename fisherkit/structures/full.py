@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -31,12 +32,17 @@ class KeptRows(Sums):
 
     def added(self, chunks: Iterable[Chunk]) -> KeptRows:
         """With more rows, taken as they come so that they exist once."""
-        parts = (chunk.rows for chunk in chunks)
+        known = () if self.rows is None else (self.rows,)
+        parts = itertools.chain(known, (chunk.rows for chunk in chunks))
+        first = next(parts, None)
+        if first is None:
+            return self
+        parts = itertools.chain([first], parts)
+        del first
         if self.most is None:
-            rows = Rows.gathered(parts if self.rows is None else (self.rows, *parts))
-            return KeptRows(rows)
+            return KeptRows(Rows.gathered(parts))
         largest = LargestRows(self.most)
-        for part in parts if self.rows is None else (self.rows, *parts):
+        for part in parts:
             largest.add(part)
         rows, share = largest.result()
         return KeptRows(rows, self.most, self.dropped + largest.seen - rows.count, share)
