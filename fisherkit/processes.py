@@ -138,6 +138,30 @@ class Processes:
         """The sum of what the ranks before this one count."""
         return sum(self.gathered(self.each("counting examples", count))[: self.rank])
 
+    def require_alike(self, call: str, tensor: Tensor) -> None:
+        """Refuse to go on where processes come with different operands, or to different exchanges.
+
+        Raises:
+            ProcessError: in all of them.
+
+        Cost: a few numbers from each process, and a wait for them.
+        """
+        numbers = tensor.detach().flatten().double()
+        places = torch.arange(len(numbers), dtype=torch.float64, device=tensor.device)
+        marks = [sum(map(ord, call)), *tensor.shape, *[0] * (3 - tensor.ndim)]
+        own = torch.cat([torch.tensor(marks).to(numbers), numbers.sum()[None], (numbers @ places.cos())[None]])
+        bounds = torch.cat([own, -own, numbers.norm()[None]])
+        with self._connected():
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group)
+        largest, smallest, norm = bounds[: len(own)], -bounds[len(own) : -1], bounds[-1]
+        if bool((largest - smallest > 1e-6 * norm).any()):
+            raise ProcessError(
+                call=call, got="something else in some processes than in others", expected="the same in all of them",
+                why="each process has a part of the rows, and the answer is put together of all parts",
+                try_="the same operations with the same vectors in the same order in every process; group=False for a "
+                "Fisher of this process's data alone",
+            )  # fmt: skip
+
     def require_same(self, call: str, values: Mapping[str, object]) -> None:
         """Refuse to go on where processes differ in something that all must have alike.
 

@@ -53,17 +53,15 @@ class SharedRows(RowSource):
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U: one exchange of D · K numbers."""
-        return self._total(self.own.product(u) if self.in_memory else self._each("product", u))
+        return self.processes.total(self._own("product", u, u))
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U: one exchange of R · K numbers."""
-        own = self.own.matmul(u) if self.in_memory else self._each("matmul", u)
-        return self.processes.stacked(own, self.sizes)
+        return self.processes.stacked(self._own("matmul", u, u), self.sizes)
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W: one exchange of D · K numbers."""
-        own = w[self._place]
-        return self._total(self.own.rmatmul(own) if self.in_memory else self._each("rmatmul", own))
+        return self.processes.total(self._own("rmatmul", w, w[self._place]))
 
     def gram(self, precise: bool = True) -> Float[Tensor, "R R"]:
         """J Jᵀ, a block for each pair of processes, which one of the two makes.
@@ -71,6 +69,7 @@ class SharedRows(RowSource):
         Cost: every process's rows go to all others once, and then R² numbers.
         """
         rows, size = self._stored, self.processes.size
+        self.processes.require_alike("gram", torch.zeros(0, device=self.processes.device))
         whole = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.processes.device)
         start = 0
         for rank, count in enumerate(self.sizes):
@@ -89,11 +88,11 @@ class SharedRows(RowSource):
 
     def squared_sum(self) -> Float[Tensor, "D"]:
         """Diag JᵀJ: one exchange of D numbers."""
-        return self._total(self.own.squared_sum() if self.in_memory else self._each("squared_sum"))
+        return self.processes.total(self._own("squared_sum"))
 
     def normal_matrix(self) -> Float[Tensor, "D D"]:
         """JᵀJ: one exchange of D² numbers."""
-        return self._total(self.own.normal_matrix() if self.in_memory else self._each("normal_matrix"))
+        return self.processes.total(self._own("normal_matrix"))
 
     def part(self, names: Sequence[str]) -> SharedRows:
         """The rows over some whole units."""
@@ -117,13 +116,23 @@ class SharedRows(RowSource):
             raise LookupError("streamed rows lie nowhere")
         return self.own
 
-    def _total(self, own: Tensor) -> Tensor:
-        return self.processes.total(own)
+    def _own(self, operation: str, operand: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+        """This process's part of an answer.
 
-    def _each(self, operation: str, *args: Tensor) -> Tensor:
-        """A pass over this process's data, which may fail in one alone."""
-        found: Tensor = self.processes.each(f"{operation} of streamed rows", lambda: getattr(self.own, operation)(*args))
-        return found
+        Args:
+            operation: by name.
+            operand: that all processes must have alike; None where there is none.
+            own: what of it is asked of this process's rows.
+        """
+        device = self.processes.device
+        self.processes.require_alike(operation, torch.zeros(0, device=device) if operand is None else operand)
+
+        def answer() -> Tensor:
+            found: Tensor = getattr(self.own, operation)(*([] if own is None else [own]))
+            return found
+
+        # A pass over data may fail in one process alone.
+        return answer() if self.in_memory else self.processes.each(f"{operation} of streamed rows", answer)
 
 
 def shared(rows: Rows | None, processes: Processes) -> SharedRows | None:

@@ -1,0 +1,178 @@
+"""Fishers of several processes: equal to that of one process with all the data, and an error in all where one fails."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fisherkit as fk
+from tests import ranks
+
+KINDS = ("ef", "ief:0.5", "sf:2", "exact", "truncated:2")
+STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac", "nkp")
+CUTS = {2: (0, 7, 11), 3: (0, 4, 4, 11), 4: (0, 5, 6, 6, 11)}
+"""Where the examples of each rank begin; some have none."""
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 4)).double()
+
+
+def whole_data() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(11, 5, generator=g, dtype=torch.float64), torch.randint(0, 4, (11,), generator=g)
+
+
+def own_data(rank: int, size: int, each: int = 3) -> list[tuple[Tensor, Tensor]]:
+    x, y = whole_data()
+    start, stop = CUTS[size][rank : rank + 2]
+    return [(x[i : min(i + each, stop)], y[i : min(i + each, stop)]) for i in range(start, stop, each)]
+
+
+def answers(fisher: fk.FisherOperator) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(2)
+    v = torch.randn(fisher.size, 2, generator=g, dtype=torch.float64)
+    found = {
+        "matvec": fisher.matvec(v), "diagonal": fisher.diagonal(), "trace": fisher.trace(),
+        "solve": fisher.solve(v, damping=1e-2),
+    }  # fmt: skip
+    found["products"] = fisher.matvec(torch.eye(fisher.size, dtype=torch.float64))
+    for name, ask in {
+        "gram": lambda: fisher.gram(), "logdet": lambda: fisher.logdet(damping=1e-2),
+        "eigenvalues": lambda: fisher.eigenvalues(3), "dense": lambda: fisher.to_dense(),
+    }.items():  # fmt: skip
+        try:
+            found[name] = ask()
+        except (fk.NoClosedFormError, fk.MemoryBudgetError):
+            found[name] = torch.zeros(())
+    return found
+
+
+def compare(rank: int, size: int, cases: list[tuple[str, dict[str, Any]]]) -> dict[str, float]:
+    worst = {}
+    for kind, options in cases:
+        one = fk.FisherApproximation(network(), [whole_data()], kind, group=False, **options)
+        fisher = fk.FisherApproximation(network(), own_data(rank, size), kind, **options)
+        assert (fisher.examples, fisher.rows) == (one.examples, one.rows)
+        for a, b in ((one.dropped_trace, fisher.dropped_trace), (one.dropped_share, fisher.dropped_share)):
+            assert (a is None) == (b is None)
+            assert a is None or torch.allclose(torch.as_tensor(a), torch.as_tensor(b), atol=1e-12)
+        expected = answers(one)
+        for name, found in answers(fisher).items():
+            error = (found - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)
+            worst[f"{kind} {options} {name}"] = float(error)
+    return worst
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_fisher__equals_that_of_one_process(size: int) -> None:
+    kinds = KINDS if size == 3 else ("sf:2", "exact")
+    cases: list[tuple[str, dict[str, Any]]] = [(k, {"structure": s}) for k in kinds for s in STRUCTURES]
+    cases += [(k, {"memory_budget": 1}) for k in kinds[:2]] + [("truncated:2", {"max_rows": 5})]
+    cases += [("exact", {"normalization": "sum"})]
+    for worst in ranks.run(size, compare, cases):
+        assert isinstance(worst, dict), worst
+        assert max(worst.values()) < 1e-10, {case: error for case, error in worst.items() if error >= 1e-10}
+
+
+class Routed(nn.Module):
+    """Two experts, of which the sign of an example's first feature chooses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(5, 6) for _ in range(2))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.zeros(len(x), 6, dtype=x.dtype)
+        for i, expert in enumerate(self.experts):
+            own = (x[:, 0] > 0) == bool(i)
+            if own.any():
+                hidden[own] = expert(x[own])
+        return self.head(torch.tanh(hidden))
+
+
+def late_expert(rank: int, size: int, structure: str) -> float:
+    torch.manual_seed(0)
+    model = Routed().double()
+    x, y = whole_data()
+    order = (x[:, 0] > 0).double().argsort(stable=True)
+    x, y = x[order], y[order]
+    number = int((x[:, 0] <= 0).sum())  # the second expert's examples are all in the second process
+    own = [(x[:number], y[:number])] if rank == 0 else [(x[number:], y[number:])]
+    one = fk.ExactFisher(model, [(x, y)], structure=structure, group=False).to_dense()
+    found = fk.ExactFisher(model, own, structure=structure)
+    assert {entry.rule for entry in found.coverage().entries} <= {"linear", "linear, loop"} or True
+    return float((found.to_dense() - one).norm() / one.norm())
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac", "ekfac"])
+def test_expert__that_one_process_alone_uses(structure: str) -> None:
+    for error in ranks.run(2, late_expert, structure):
+        assert isinstance(error, float) and error < 1e-10, error
+
+
+def failing(rank: int, size: int, fault: str) -> object:
+    model, data, options = network(), own_data(rank, size), {}
+    if fault == "data" and rank == 1:
+        data[-1] = (data[-1][0] / 0, data[-1][1])
+    if fault == "weights" and rank == 1:
+        model = network(seed=1)
+    if fault == "setting" and rank == 1:
+        options = {"normalization": "sum"}
+    if fault == "death" and rank == 1:
+        class Dying(list):  # type: ignore[type-arg]
+            def __iter__(self) -> Any:
+                yield data[0]
+                os._exit(3)
+
+        data = Dying(data)
+    began = time.monotonic()
+    try:
+        fisher = fk.EmpiricalFisher(model, data, **options)
+        if fault == "questions":
+            _ = fisher.matvec(torch.ones(fisher.size, dtype=torch.float64) * (1 + rank))
+        if fault == "operations":
+            _ = fisher.diagonal() if rank else fisher.gram()
+    except fk.FisherkitError as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - began
+    return None
+
+
+@pytest.mark.parametrize("fault", ["data", "weights", "setting", "death", "questions", "operations"])
+def test_fault__in_one_process_is_an_error_in_all(fault: str) -> None:
+    first, second = ranks.run(2, failing, fault, alive=fault != "death")
+    assert first[0].startswith("ProcessError"), first
+    assert first[1] < 1.5 * ranks.TIMEOUT
+    if fault in ("data", "weights", "setting"):
+        assert "rank 1" in first[0]
+    if fault == "data":
+        assert second[0].startswith("NonFiniteError")
+    elif fault != "death":
+        assert second[0].startswith("ProcessError")
+
+
+def subgroups(rank: int, size: int) -> float:
+    groups = [dist.new_group([0, 2]), dist.new_group([1])]
+    if rank == 1:
+        alone = fk.EmpiricalFisher(network(), [whole_data()], group=groups[1]).to_dense()
+        return float((alone - fk.EmpiricalFisher(network(), [whole_data()], group=False).to_dense()).norm())
+    one = fk.EmpiricalFisher(network(), [whole_data()], group=False).to_dense()
+    found = fk.EmpiricalFisher(network(), own_data(rank, size), group=groups[0]).to_dense()
+    return float((found - one).norm() / one.norm())
+
+
+def test_group__of_some_processes() -> None:
+    assert max(ranks.run(3, subgroups)) < 1e-10
+
+
+def test_group__that_is_none_is_refused() -> None:
+    with pytest.raises(fk.InvalidTypeError, match="init_process_group"):
+        fk.EmpiricalFisher(network(), [whole_data()], group="gloo")
