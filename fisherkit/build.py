@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.coverage import Coverage, CoverageEntry
+from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError
 from fisherkit.memory import available_memory, readable
 from fisherkit.operators import FisherOperator
-from fisherkit.data import Batch
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
@@ -145,9 +145,11 @@ class Builder:
                 return None, found.batch
 
         sums, batch = self.processes.each("a pass over the data", tried)
-        better = next((one for one in self.processes.gathered(batch) if one is not None), None)
-        if sums is None or better is not None:
-            raise self.problem.better(better)
+        for better in self.processes.gathered(batch):
+            if better is not None:
+                raise self.problem.better(better)
+        if sums is None:
+            raise LookupError("neither sums nor a reason to begin again")
         if not counted:
             self._count_all(self.processes)
         return sums.met(self.processes)
@@ -155,8 +157,8 @@ class Builder:
     def _count_all(self, processes: Processes) -> None:
         """Examples, rows and dropped traces of all processes, in the order of the ranks."""
         everyone = processes.gathered((self.examples, self.rows, torch.cat(self.dropped) if self.dropped else None))
-        self.examples, self.rows = (sum(one[i] for one in everyone) for i in (0, 1))
-        self.dropped = [one[2] for one in everyone if one[2] is not None]
+        self.examples, self.rows = sum(one[0] for one in everyone), sum(one[1] for one in everyone)
+        self.dropped = [dropped for _, _, dropped in everyone if dropped is not None]
         self._require_examples()
 
     def _streamed(self, structure: Structure) -> tuple[FisherOperator, Parts]:
@@ -167,13 +169,12 @@ class Builder:
                 self._count(examples, rows_here, dropped)
             return StreamedRows(replace(self.problem, revisable=False), self.rows)
 
+        rows: RowSource = counted() if self.processes is None else self.processes.each("counting", counted)
         if self.processes is None:
-            rows = counted()
             self._require_examples()
         else:
-            own = self.processes.each("counting", counted)
             self._count_all(self.processes)
-            rows = SharedRows(own, self.processes)
+            rows = SharedRows(rows, self.processes)
         whole = LowRankOperator(
             rows, self.scale, dtype=structure.dtype, device=structure.device, memory_budget=self.budget
         )  # fmt: skip

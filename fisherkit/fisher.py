@@ -151,9 +151,9 @@ class FisherApproximation(ForwardingOperator):
         source, processes = Source(data, model), Processes.of(group, device, call)
         if processes is not None:
             processes.require_same(call, {
-                "parameters": space.names, "dtype": dtype, "weights": whole, "kind": (rule.kind_name, rule.kind_options()),
-                "likelihood": resolved.recorded, "structure": structure, "setting": (example, normalization,
-                    shift_labels, kfac_positions, max_rows, memory_budget),
+                "parameters": space.names, "dtype": dtype, "weights": whole, "likelihood": resolved.recorded,
+                "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
+                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget),
             })  # fmt: skip
         problem = Problem(
             plan_of(model, space, source) if processes is None else joint_plan(model, space, source, processes),

@@ -80,7 +80,7 @@ class Processes:
         with self._connected():
             dist.all_gather_object(found, data, group=self.group)
         self.sent += len(data)
-        return [_on_device(pickle.loads(one), self.device) for one in found]  # noqa: S301  # of our own processes
+        return [_on_device(pickle.loads(one), self.device) for one in found]
 
     def stacked(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone's rows, by rank, of which each rank has so many (``sizes``)."""
@@ -106,7 +106,7 @@ class Processes:
         if rank == self.rank:
             self.sent += len(data) + sum(t.nbytes for t in tensors)
             return value  # type: ignore[return-value]
-        return _Unpickler(io.BytesIO(data), tensors).load()  # type: ignore[no-any-return]
+        return _Unpickler(io.BytesIO(data), tensors).load()
 
     # -- working together ----------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Processes:
         error: Exception | None = None
         try:
             result = function()
-        except Exception as own:
+        except Exception as own:  # noqa: BLE001  raised below, and told
             error = own
         told = self.gathered(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
@@ -252,7 +252,7 @@ def _packed(value: object, tensors: list[Tensor]) -> tuple[bytes, list[tuple[tor
 def _moved(value: T, device: torch.device) -> T:
     tensors: list[Tensor] = []
     data, _ = _packed(value, tensors)
-    return _Unpickler(io.BytesIO(data), [t.to(device) for t in tensors]).load()  # type: ignore[no-any-return]
+    return _Unpickler(io.BytesIO(data), [t.to(device) for t in tensors]).load()
 
 
 def _on_cpu(value: T) -> T:

@@ -204,10 +204,10 @@ class LowRankOperator(FisherOperator):
 
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):
-            raise self._no_closed_form(
-                "save", "its rows are streamed from the data and lie nowhere",
-                'structure="kfac" or "diagonal", or a larger memory_budget',
-            )  # fmt: skip
+            why, try_ = "its rows are streamed from the data and lie nowhere", ", or a larger memory_budget"
+            if self.row_source.in_memory:
+                why, try_ = "every process has rows of its own", ", or group=False and all data"
+            raise self._no_closed_form("save", why, 'structure="kfac" or "diagonal"' + try_)
         units = tuple(
             io.State(slot.rows.kind, slot.names, slot.rows.tensors(), slot.rows.options())
             for slot in self.row_source.slots
@@ -251,8 +251,8 @@ class _GramFactorization(Factorization):
         self._rows = rows if operator.dtype in (torch.float32, torch.float64) else rows.double()
         self._dtype = torch.float32 if operator.dtype == torch.float32 else torch.float64
         self._scale = operator.scale
-        asked = isinstance(rows, Rows) and self._dtype == torch.float32 and rows.count >= MANY
-        self._least = self._least_rounding(rows) if asked else 0.0
+        asked = self._dtype == torch.float32 and rows.count >= MANY
+        self._least = self._least_rounding(rows) if asked and isinstance(rows, Rows) else 0.0
         self._later = self._least >= CORRECTED
         if not self._later:
             _ = self._solver
@@ -308,22 +308,24 @@ class _GramFactorization(Factorization):
         return self._rows.rmatmul((self._scale * w).to(self._dtype))
 
     @cached_property
-    def _gram_form(self) -> GramForm:
+    def _gram_form(self) -> GramForm | None:
         """Inner products of rows have no later correction: where rounding would show, they are made in float64."""
+        if not isinstance(self._rows, Rows):
+            return None
         precise = self._later or self._solver[1]
         # Rows in float64 have one Gram alone.
         factor = self._precise_factor if precise and self._dtype == torch.float32 else self._solver[0]
         return GramForm(self._rows, self._scale, self.damping, partial(_cholesky_solve, factor), precise=precise)
 
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
-        if not self._rows.same_units(probe):
-            return super()._row_form(probe, queries, others)
-        form = self._gram_form
-        cheaper = form.operations(queries, others) <= form.solved_operations(queries, others)
-        return form if cheaper else super()._row_form(probe, queries, others)
+        form = self._gram_form if self._rows.same_units(probe) else None
+        if form is not None and form.operations(queries, others) <= form.solved_operations(queries, others):
+            return form
+        return super()._row_form(probe, queries, others)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
-        return self._gram_form.squares(rows) if self._rows.same_units(rows) else super()._row_squares(rows)
+        form = self._gram_form if self._rows.same_units(rows) else None
+        return super()._row_squares(rows) if form is None else form.squares(rows)
 
     def _logdet(self) -> Float[Tensor, ""]:
         factor = self._solver[0]

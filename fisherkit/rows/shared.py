@@ -28,13 +28,9 @@ class SharedRows(RowSource):
         sizes = processes.gathered(own.count) if sizes is None else sizes
         super().__init__(own.space, sum(sizes))
         self.own, self.processes, self.sizes = own, processes, list(sizes)
+        self.in_memory = own.in_memory
         start = sum(self.sizes[: processes.rank])
         self._place = slice(start, start + own.count)
-
-    @property
-    def in_memory(self) -> bool:
-        """As of this process's own."""
-        return self.own.in_memory
 
     @property
     def slots(self) -> tuple[UnitSlot, ...]:
@@ -141,7 +137,7 @@ def shared(rows: Rows | None, processes: Processes) -> SharedRows | None:
     first = next((rank for rank, count in enumerate(counts) if count is not None), None)
     if first is None:
         return None
-    if None in counts:
-        like = processes.sent_by(first, None if rows is None else rows.some(slice(0, 1)))
-        rows = like.some(slice(0, 0)) if rows is None else rows
-    return SharedRows(rows, processes, [count or 0 for count in counts])
+    like = processes.sent_by(first, None if rows is None else rows.some(slice(0, 1))) if None in counts else rows
+    if rows is None and like is not None:
+        rows = like.some(slice(0, 0))
+    return None if rows is None else SharedRows(rows, processes, [count or 0 for count in counts])

@@ -22,7 +22,6 @@ from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
-from fisherkit.rows.shared import shared
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62
@@ -74,7 +73,7 @@ class Added(ABC):  # noqa: B024  # subclasses have abstract methods
         return replace(self, **{name: _merged(getattr(self, name), getattr(other, name)) for name in self._linear})
 
     def met(self: A, processes: Processes) -> A:
-        """Of what all processes have added up; those that have nothing of a kind yet take its shape from others."""
+        """Of what all processes have added up, each of the same form; every process of the group must ask for it."""
         return replace(self, **{name: _met(getattr(self, name), processes) for name in self._linear})
 
     @property
@@ -104,33 +103,33 @@ def _merged(a: Any, b: Any) -> Any:
 
 def _met(value: Any, processes: Processes) -> Any:
     if isinstance(value, Mapping):
-        return {key: _met(one, processes) for key, one in _everywhere(value, processes).items()}
-    if value is None or isinstance(value, Rows):
-        return shared(value, processes)
+        return everywhere(value, processes)
     if isinstance(value, Tensor):
         return processes.total(value)
     if isinstance(value, (int, float)):
         return type(value)(processes.total(torch.tensor(value, dtype=torch.float64, device=processes.device)))
-    return value.met(processes)
+    return None if value is None else value.met(processes)
 
 
-def _everywhere(units: Mapping[Names, T], processes: Processes) -> dict[Names, T]:
-    """The records of all units that any process has, as zero where this one has none, in an order for all."""
+def everywhere(units: Mapping[Names, A], processes: Processes) -> dict[Names, A]:
+    """The records of all units that any process has, of what all processes have added up."""
     held = processes.gathered({names: type(unit).__name__ for names, unit in units.items()})
-    found: dict[Names, T] = {}
+    found: dict[Names, A] = {}
     for names in sorted({names for one in held for names in one}):
         owners = [rank for rank, one in enumerate(held) if names in one]
-        others = {one[names] for one in held if names in one}
-        if len(others) > 1:
+        forms = {held[rank][names] for rank in owners}
+        if len(forms) > 1:
             raise ProcessError(
-                call="adding up what processes found", got=f"records of {listed(names)} as {' and '.join(others)}",
+                call="adding up what processes found",
+                got=f"records of {listed(names)} as {' and '.join(sorted(forms))}",
                 expected="the same in all processes", why="a layer's rows were made in different ways",
                 try_="batches of the same kind in all processes",
             )  # fmt: skip
-        found[names] = units.get(names)
-        if len(owners) < processes.size:
-            sent = processes.sent_by(owners[0], units.get(names))
-            found[names] = units.get(names) or sent.scaled(0.0)
+        unit = units.get(names)
+        if len(owners) < processes.size:  # those that have none begin with nothing, of the right shapes
+            sent = processes.sent_by(owners[0], unit)
+            unit = sent.scaled(0.0) if unit is None else unit
+        found[names] = unit.met(processes)  # type: ignore[union-attr]
     return found
 
 
@@ -324,7 +323,7 @@ class LayerSums(Sums):
 
     def met(self, processes: Processes) -> LayerSums:
         """Of what all processes added up in this pass; what is done they have alike."""
-        return replace(self, units=_met(self.units, processes))
+        return replace(self, units=everywhere(self.units, processes))
 
     @property
     def whole(self) -> dict[Names, UnitSums]:

@@ -21,14 +21,15 @@ from fisherkit.structures.base import Part, Parts, Structure, Sums
 
 @dataclass(frozen=True)
 class KeptRows(Sums):
-    """Rows in memory, at most ``most`` of them, those of largest norm; None for all."""
+    """Rows in memory, at most ``most``, those of largest norm; None for all. ``everyones``: those of all processes."""
 
-    constant = ("most", "dropped_share")
+    constant = ("most", "dropped_share", "everyones")
 
-    rows: Rows | SharedRows | None = None
+    rows: Rows | None = None
     most: int | None = None
     dropped: int = 0
     dropped_share: float | None = None
+    everyones: SharedRows | None = None
 
     def added(self, chunks: Iterable[Chunk]) -> KeptRows:
         """With more rows, taken as they come so that they exist once."""
@@ -49,30 +50,30 @@ class KeptRows(Sums):
 
     def met(self, processes: Processes) -> KeptRows:
         """All processes' rows, each where it is; of those of largest norm, the largest of all."""
-        rows, share, dropped = self.rows, self.dropped_share or 0.0, self.dropped
-        if self.most is not None:
-            squares = torch.zeros(0) if rows is None else squared_norms(rows).cpu()
-            lost = float(squares.sum()) * share / (1 - share) if share < 1 else 0.0
-            everyone = processes.gathered((squares, dropped, lost))
-            ranked = torch.cat([one[0] for one in everyone]).argsort(descending=True, stable=True)[: self.most]
-            start = sum(len(one[0]) for one in everyone[: processes.rank])
-            own = ranked[(ranked >= start) & (ranked < start + len(squares))].sort().values - start
-            whole = torch.cat([one[0] for one in everyone])
-            total = float(whole.sum()) + sum(one[2] for one in everyone)
-            kept = float(whole[ranked].sum())
-            share = (total - kept) / total if total > 0 else 0.0
-            dropped = sum(one[1] for one in everyone) + len(whole) - len(ranked)
-            if rows is not None and len(own) < rows.count:
-                rows = rows.reordered(own.to(rows.device)).compact()
-            share = share if dropped else 0.0
-        return replace(self, rows=shared(rows, processes), dropped=dropped, dropped_share=None if self.most is None else share)
+        if self.most is None:
+            return replace(self, everyones=shared(self.rows, processes))
+        rows, share = self.rows, self.dropped_share or 0.0
+        squares = torch.zeros(0, dtype=torch.float64) if rows is None else squared_norms(rows).cpu()
+        lost = float(squares.sum()) * share / (1 - share) if share < 1 else 0.0
+        everyone = processes.gathered((squares, self.dropped, lost))
+        whole = torch.cat([one[0] for one in everyone])
+        largest = whole.argsort(descending=True, stable=True)[: self.most]
+        start = sum(len(one[0]) for one in everyone[: processes.rank])
+        own = largest[(largest >= start) & (largest < start + len(squares))].sort().values - start
+        if rows is not None and len(own) < rows.count:
+            rows = rows.reordered(own.to(rows.device)).compact()
+        total, kept = float(whole.sum()) + sum(one[2] for one in everyone), float(whole[largest].sum())
+        dropped = sum(one[1] for one in everyone) + len(whole) - len(largest)
+        share = (total - kept) / total if dropped and total > 0 else 0.0
+        return KeptRows(rows, self.most, dropped, share, shared(rows, processes))
 
     @property
     def whole(self) -> Rows | SharedRows:
         """The rows."""
-        if self.rows is None:
+        found = self.everyones or self.rows
+        if found is None:
             raise LookupError("no rows have been added")
-        return self.rows
+        return found
 
 
 class RowStructure(Structure):
