@@ -599,7 +599,8 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
     sharded = [name for name in names if hasattr(parameters[name], "full_tensor")]  # what DTensors have
     if sharded:
         raise ModelError(
-            call="params", got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
+            call="params",
+            got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
             expected="whole ones", why="rows are made of layers whose weights are at hand",
             try_="a model of the full weights, from torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
             "options=StateDictOptions(full_state_dict=True))",
