@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_choice, check_count, check_number, is_number
-from fisherkit.arithmetic import at_least_single
+from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
@@ -84,19 +84,41 @@ class Curvature:
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping, Factorization] | None = None
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Those that are there, dense, of the parameters that may take part; a forgotten backward pass is warned of."""
-        own = self.capture.model.named_parameters()
-        found = {n: p for n, p in own if n in self.capture.space.slices and p.grad is not None}
+    @property
+    def due(self) -> bool:
+        """Whether the next step updates the Fisher."""
+        return self.steps % self.update_every == 0
+
+    def gradients(self, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Those that are there, dense, of parameters that may take part; a forgotten backward pass is warned of."""
+        found = {n: dense_gradient(p, p.grad) for n, p in own.items() if p.grad is not None}
         if not found:
             self.capture.say_if_forgotten()
-        return {n: dense_gradient(p, p.grad) for n, p in found.items()}
+        return found
 
-    def direction(self, gradients: Mapping[str, Tensor], damping: Damping) -> tuple[ParameterSpace, Direction]:
+    def finite(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether gradients are finite, with one wait for the device for all that a step needs.
+
+        Raises:
+            NonFiniteError: gradients are, and a pass that an update is made of is not.
+        """
+        chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
+        numbers = {id(tensor): tensor for _, chunk in chunks for tensor in chunk.rows.numbers}
+        if all_finite(*gradients.values(), *numbers.values()):
+            return True
+        if all_finite(*gradients.values()):
+            for number, chunk in chunks:
+                chunk.rows.finite(f"{self.call}.step, forward pass {number}")
+        return False
+
+    def direction(
+        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], damping: Damping
+    ) -> tuple[ParameterSpace, Direction]:
         """Δ for the mean gradient, after an update if one is due.
 
         Args:
-            gradients: by name; those that are missing are zero.
+            own: the parameters that may take part.
+            gradients: by name, finite with all that was captured; those that are missing are zero.
             damping: λ.
 
         Returns:
@@ -104,25 +126,21 @@ class Curvature:
 
         Raises:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
-            NonFiniteError: NaN or infinite numbers in a pass; averages stay as they were.
             SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
                 block structures.
         """
         captured = lifted(self.capture.take())
-        due = self.steps % self.update_every == 0
+        due = self.due
         # A summed loss is divided by the number of its own examples, also where no update is due.
         joint = self._joint_space(captured) if due or self.reduction == "sum" else None
         space = self.averages.space(self.capture.space) if joint is None or not due else joint
         if due:
-            self._refuse_strays(gradients, space)
+            self._refuse_strays(own, gradients, space)
         examples = sum(one.counted for one in captured)
         if due and examples == 0:  # every label is ignored
-            nothing = self._mean({}, space, 1)
+            nothing = torch.zeros_like(self._mean(gradients, space, 1))
             return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
         if due:
-            for number, one in enumerate(captured):
-                for chunk in one.chunks:
-                    chunk.rows.finite(f"{self.call}.step, forward pass {number}")
             self.examples, self._operator, self._inverse = examples, None, None
             self._warn_of_ignored(captured, gradients, space)
         if self.averages.structure.keeps_rows:
@@ -142,7 +160,7 @@ class Curvature:
 
     def _expect(self) -> None:
         """Say whether the next step is to be watched."""
-        self.capture.wanted = self.steps % self.update_every == 0 or self.reduction == "sum"
+        self.capture.wanted = self.due or self.reduction == "sum"
 
     def _chunks(self, one: Captured, passes: int) -> list[Chunk]:
         """Rows of one of so many passes, on the scale of the likelihood's own gradient."""
@@ -195,8 +213,9 @@ class Curvature:
         """Beside F = (1/N) Σ: the paper's damping is beside the sum."""
         return damping / self.examples if self.gram and is_number(damping) else damping
 
-    def _refuse_strays(self, gradients: Mapping[str, Tensor], space: ParameterSpace) -> None:
-        own = dict(self.capture.model.named_parameters())
+    def _refuse_strays(
+        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], space: ParameterSpace
+    ) -> None:
         rest = [(n, g) for n, g in gradients.items() if n not in space.slices and own[n].requires_grad]
         strays = [name for name, gradient in rest if bool(gradient.any())]
         if strays:
@@ -240,8 +259,9 @@ class Curvature:
 
     def _mean(self, gradients: Mapping[str, Tensor], space: ParameterSpace, examples: int) -> Float[Tensor, "D"]:
         """The mean gradient, whatever the reduction of the loss."""
-        own = dict(self.capture.model.named_parameters())
-        flat = space.flatten({n: gradients.get(n, torch.zeros_like(own[n])).detach() for n in space.names})
+        like = next(iter(gradients.values()))
+        pairs = zip(space.names, space.sizes, strict=True)
+        flat = torch.cat([gradients[n].reshape(-1) if n in gradients else like.new_zeros(size) for n, size in pairs])
         flat = flat.to(at_least_single(flat.dtype))
         return flat / max(examples, 1) if self.reduction == "sum" else flat
 
@@ -298,8 +318,9 @@ def check_has(state: Any, keys: Iterable[str], call: str) -> None:
 def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
     """What the paper's update asks of each example: ‖∂ℓ/∂z‖^2p."""
     norm = one.seen.squared_norm * one.seen.correction(passes) ** 2
-    owner = torch.cat([chunk.owner for chunk in one.chunks])
-    return torch.where(norm > 0, norm**power, torch.zeros_like(norm))[owner]
+    targets = (norm**power).masked_fill_(norm == 0, 0.0)
+    (chunk,) = one.chunks  # one vector an example
+    return targets if chunk.regular else targets[chunk.owner]
 
 
 # -- what users pass, checked before anything is done ------------------------------------------------------------------

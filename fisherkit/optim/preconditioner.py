@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherkit.arithmetic import all_finite, without_autocast
+from fisherkit.arithmetic import without_autocast
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
 from fisherkit.optim.curvature import Curvature, checked_rule
@@ -102,14 +102,14 @@ class Preconditioner:
             SingularMatrixError: the damping is too small.
         """
         curvature = self._curvature
-        own = dict(curvature.capture.model.named_parameters())
-        gradients = curvature.gradients()
+        own = curvature.capture.parameters()
+        gradients = curvature.gradients(own)
         if not gradients:
             return
-        if not all_finite(*gradients.values()):
+        if not curvature.finite(gradients):
             curvature.capture.forget()
             return
-        space, direction = curvature.direction(gradients, self.damping)
+        space, direction = curvature.direction(own, gradients, self.damping)
         update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad

@@ -94,10 +94,11 @@ class FactoredRows(UnitRows):
                 torch.mm(self.gradients.sum(1).mT, w, out=offset)
             return out
         if w.shape[1] == 1 and isinstance(self.activations, Tensor) and not self.transposed:
-            weighed, size = self._weigh(w).reshape(n * t, self.outputs), self.outputs * i
-            torch.mm(weighed.mT, self.activations.reshape(n * t, i), out=out[:size].view(self.outputs, i))
+            weighed = self.gradients * w.unsqueeze(1) if self.each == 1 else self._weigh(w)
+            weighed, size = weighed.reshape(n * t, self.outputs).mT, self.outputs * i
+            torch.mm(weighed, self.activations.reshape(n * t, i), out=out[:size].view(self.outputs, i))
             if self.bias:
-                torch.sum(weighed, 0, out=out[size:, 0])
+                torch.sum(weighed, 1, keepdim=True, out=out[size:])
             return out
         for span in spans(w.shape[1], self.count * t * self.outputs):
             weighed = self._weigh(w[:, span]).reshape(n, t, -1)  # [N, T, K O]
@@ -111,9 +112,12 @@ class FactoredRows(UnitRows):
         if self.positions == 1 and other.positions == 1:
             mine, theirs = self._inputs(), other._inputs()
             same = other.activations is self.activations
-            left = inner_products(mine, mine if same else theirs, precise) + float(self.bias)
+            left = inner_products(mine, mine if same else theirs, precise)
+            left = left.add_(1.0) if self.bias else left
             mine, theirs = self.gradients[:, 0], other.gradients[:, 0]
             right = inner_products(mine, mine if other is self else theirs, precise)
+            if self.each == other.each == 1:
+                return right.mul_(left)
             if self.each and other.each:
                 # In place: written out for every row, the inputs' part would be gathered twice.
                 by_example = right.unflatten(1, (-1, other.each)).unflatten(0, (-1, self.each))
@@ -206,7 +210,8 @@ class FactoredRows(UnitRows):
 
     def _inputs(self) -> Float[Tensor, "N I"]:
         """The activations of rows without shared positions."""
-        return self.activations[:][:, 0]
+        a = self.activations
+        return (a if isinstance(a, Tensor) else a[:])[:, 0]
 
     def _owner(self) -> Int[Tensor, "R"]:
         """The example of each row."""

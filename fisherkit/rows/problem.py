@@ -146,7 +146,7 @@ class Problem:
             with self._quiet(), torch.no_grad():
                 raw = batch.call(self.plan.model)
             slots = self._slots(batch, raw, start, call)
-            keep = slots.keep(torch.arange(slots.number, device=slots.mask.device))
+            keep = slots.keep(slice(0, slots.number))
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
     def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
@@ -193,10 +193,7 @@ class Problem:
         if not self.looked:
             self.looked = True
             warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
-        # 2²⁴ positions an example keep (example, position) apart in one integer.
-        example = torch.arange(start, start + z.shape[0], device=z.device)
-        keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
-        return Outputs(z, target, mask, keys, self.likelihood)
+        return Outputs.keyed(z, target, mask, start, self.likelihood)
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
