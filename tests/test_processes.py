@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fisherkit as fk
 from tests import ranks
@@ -150,6 +152,62 @@ def subgroups(rank: int, size: int) -> float:
     return float((found - one).norm() / one.norm())
 
 
+STEPS: dict[str, dict[str, Any]] = {
+    "the paper's": {"kind": "ief", "gram_damping": 1e-2, "momentum": 0.9},
+    "the paper's, by module": {"kind": "ef", "gram_damping": 1e-2, "structure": "block"},
+    "exact": {"kind": "exact", "damping": 1e-2, "trust_region": 1e-2},
+    "averaged": {"kind": "truncated:2", "damping": 1e-2, "structure": "kfac", "ema": 0.5},
+    "now and then": {"kind": "ief", "damping": 1e-2, "structure": "ekfac", "ema": 0.9, "update_every": 2},
+    "of a sum": {"kind": "ief", "damping": 1e-2, "structure": "diagonal", "reduction": "sum"},
+}
+
+
+def optimizer_for(model: nn.Module, options: dict[str, Any], group: Any) -> fk.optim.NaturalGradient:
+    return fk.optim.NaturalGradient(model, lr=0.1, group=group, **options)
+
+
+def train(model: nn.Module, optimizer: fk.optim.NaturalGradient, batches: Any, reduction: str) -> Tensor:
+    for x, y in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def batches_of(rank: int = 0, size: int = 1) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(5)
+    x, y = torch.randn(4, 8, 5, generator=g, dtype=torch.float64), torch.randint(0, 4, (4, 8), generator=g)
+    own = slice(rank * 8 // size, (rank + 1) * 8 // size)
+    return list(zip(x[:, own], y[:, own], strict=True))
+
+
+def steps(rank: int, size: int) -> dict[str, float]:
+    found = {}
+    for name, options in STEPS.items():
+        reduction, one, model = options.get("reduction", "mean"), network(), DistributedDataParallel(network())
+        alone, together = optimizer_for(one, options, False), optimizer_for(model, options, None)
+        expected = train(one, alone, batches_of(), reduction)
+        own = batches_of(rank, size)
+        train(model, together, own[:2], reduction)
+        # Two more steps after a way through a checkpoint, which another number of processes may read.
+        state = copy.deepcopy(together.state_dict())  # torch's optimizers share what they load
+        again = DistributedDataParallel(network())
+        again.load_state_dict(model.state_dict())
+        resumed = optimizer_for(again, options, None)
+        resumed.load_state_dict(copy.deepcopy(state))
+        error = (train(again, resumed, own[2:], reduction) - expected).norm() / expected.norm()
+        single = network()
+        single.load_state_dict(model.module.state_dict())
+        resumed = optimizer_for(single, options, False)
+        resumed.load_state_dict(state)
+        other = (train(single, resumed, batches_of()[2:], reduction) - expected).norm() / expected.norm()
+        found[name] = max(float(error), float(other))
+    model = network()  # nobody averages its gradients
+    with pytest.raises(fk.ProcessError):
+        train(model, optimizer_for(model, STEPS["exact"], None), batches_of(rank, size), "mean")
+    return found
+
+
 FAULTS = ("data", "weights", "setting", "questions", "operations")
 """What goes wrong in one process, and leaves the group as it was."""
 
@@ -158,6 +216,7 @@ def everything(rank: int, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {"equal": compare(rank, size, CASES[size])}
     if size == 2:
         found |= {fault: failing(rank, size, fault) for fault in FAULTS}
+        found["steps"] = steps(rank, size)
         found |= {f"expert, {s}": late_expert(rank, size, s) for s in ("full", "kfac", "ekfac")}
     if size == 3:
         found["subgroups"] = subgroups(rank, size)
@@ -180,6 +239,11 @@ def test_fisher__equals_that_of_one_process(found: Any, size: int) -> None:
 @pytest.mark.parametrize("structure", ["full", "kfac", "ekfac"])
 def test_expert__that_one_process_alone_uses(found: Any, structure: str) -> None:
     assert max(one[f"expert, {structure}"] for one in found(2)) < 1e-10
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_optimizer__steps_and_resumes_as_one_process_with_all_batches(found: Any, name: str) -> None:
+    assert max(one["steps"][name] for one in found(2)) < 1e-10
 
 
 def test_group__of_some_processes(found: Any) -> None:

@@ -60,6 +60,9 @@ class Capture:
         reduction: of the user's loss, for likelihoods whose targets do not show in the gradient.
         written_out: whether rows may be written out where that is faster; Kronecker factors need them factored.
         call: the user's class, for errors.
+
+    Attributes:
+        offset: where numbers of examples begin, by which random labels are drawn.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class Capture:
         self.space = ParameterSpace.of(model, (lambda _name, _parameter: True) if params is None else params)
         self.wanted = True
         self.finished: list[Captured] = []
-        self.examples = self._passes = 0
+        self.examples = self.offset = self._passes = 0
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
         self._used: set[str] = set()
@@ -354,7 +357,8 @@ class Capture:
     def _see(self, one: Pass, z: Tensor) -> Seen:
         if one.seen is None:
             gradient = torch.zeros_like(z) if one.gradient is None else one.gradient
-            one.seen = seen_outputs(z, gradient, self.likelihood, self.reduction, self.examples, self.call)
+            place = self.offset + self.examples
+            one.seen = seen_outputs(z, gradient, self.likelihood, self.reduction, place, self.call)
             self.examples += z.shape[0]
         return one.seen
 

@@ -115,7 +115,15 @@ def everywhere(units: Mapping[Names, A], processes: Processes) -> dict[Names, A]
     """The records of all units that any process has, of what all processes have added up."""
     held = processes.gathered({names: type(unit).__name__ for names, unit in units.items()})
     found: dict[Names, A] = {}
-    for names in sorted({names for one in held for names in one}):
+    groups = sorted({names for one in held for names in one})
+    if len(shared := [name for names in groups for name in names]) > len(set(shared)):
+        raise ProcessError(
+            call="adding up what processes found",
+            got=f"other groups of parameters in some processes: {listed(map(str, groups), 4)}",
+            expected="the same in all", why="a layer's rows were made in different ways",
+            try_="batches of the same kind in all processes",
+        )  # fmt: skip
+    for names in groups:
         owners = [rank for rank, one in enumerate(held) if names in one]
         forms = {held[rank][names] for rank in owners}
         if len(forms) > 1:
