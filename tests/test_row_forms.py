@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.data import Source
 from fisherkit.influence import InfluenceScores
-from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
+from fisherkit.operators.kronecker import EigenForm
 from fisherkit.operators.low_rank import GramForm
 from fisherkit.operators.row_forms import BlockForm, SolvedForm
 from fisherkit.rows.base import aligned_product
@@ -55,7 +55,7 @@ def forms(family: str, kind: str) -> tuple[GramForm, SolvedForm, Tensor]:
     inverse: Any = fisher.factorize(fk.RelativeDamping(0.3))
     dense = fisher.to_dense()
     expected = torch.linalg.inv(dense + inverse.damping * torch.eye(fisher.size, dtype=dense.dtype))
-    return inverse._gram_form, SolvedForm(inverse._solve, fisher.size), expected
+    return inverse._gram_form, SolvedForm(inverse._solve_rows, fisher.size), expected
 
 
 @pytest.mark.parametrize("kind", ["ef", "sf5"])
@@ -130,7 +130,7 @@ def test_turned_rows__are_exact_where_bases_leave_something_out() -> None:
     assert [type(part) for _, part in form._forms] == [EigenForm] * 2
     same(form.solve(rows).products(rows), expected)
     back = inverse._row_form(rows, 1, 1_000_000)
-    assert [type(part) for _, part in back._forms] == [TurnedBackForm] * 2
+    assert [type(part) for _, part in back._forms] == [SolvedForm] * 2
     same(back.solve(rows).products(rows), expected)
     same(inverse._row_squares(rows), expected.diagonal())
 

@@ -51,11 +51,15 @@ class Factorization(ABC):
 
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
         """rᵀ(F + λI)⁻¹q in the form that is cheapest for so many queries and other rows."""
-        return SolvedForm(self._solve, self.operator.size)
+        return SolvedForm(self._solve_rows, self.operator.size)
 
     def _column_form(self, probe: Rows) -> RowForm:
         """The same with solutions that can be had by units."""
-        return SolvedForm(self._solve, self.operator.size)
+        return SolvedForm(self._solve_rows, self.operator.size)
+
+    def _solve_rows(self, queries: Rows) -> Float[Tensor, "D Q"]:
+        """(F + λI)⁻¹Qᵀ of rows Q."""
+        return self._solve(queries.dense().mT)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         """rᵀ(F + λI)⁻¹r of each row."""

@@ -117,7 +117,7 @@ class LowRankOperator(FisherOperator):
         small, side = self._small_matrix("eigenvectors", try_)
         if not bool(small.any()):
             return torch.eye(self.size, k, dtype=self.dtype, device=self.device)
-        values, vectors = spectrum(small, "LowRankOperator.eigenvectors")
+        values, vectors, _ = spectrum(small, "LowRankOperator.eigenvectors")
         vectors = vectors[:, values > 0].flip(1)[:, :k]
         if side == "gram":
             # Jᵀ takes the Gram's eigenvectors to F's; the null space, of which it knows nothing, is filled up.

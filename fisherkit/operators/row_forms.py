@@ -64,15 +64,15 @@ class RowForm(ABC):
 
 
 class SolvedForm(RowForm):
-    """Solve for the queries written out, ``[D, Q]``, then products with the other rows as they are kept."""
+    """Solutions for the queries, ``[D, Q]`` by ``solve``, then products with the other rows as they are kept."""
 
-    def __init__(self, solve: Callable[[Tensor], Tensor], size: int) -> None:
+    def __init__(self, solve: Callable[[Rows], Tensor], size: int) -> None:
         super().__init__(size, 3 * size)  # beside the solution the row, and a solver's two temporaries
         self._solve = solve
 
     def solve(self, queries: Rows) -> Solved:
         """One solve for all."""
-        return Solved(self._solve(queries.dense().mT))
+        return Solved(self._solve(queries))
 
 
 class Solved(RowSolution):
