@@ -131,7 +131,7 @@ def test_factorize__an_inverse_that_does_not_exist_is_refused_at_once() -> None:
 def test_scores__of_a_gram_that_float32_made_indefinite(monkeypatch: pytest.MonkeyPatch) -> None:
     f, _, _ = fisher()
     inverse: Any = f.factorize(DAMPINGS["corrected"])
-    expected = f.factorize(DAMPINGS["precise"])._precise_factor  # type: ignore[attr-defined]
+    expected = f.factorize(DAMPINGS["precise"])._precise_gram.factor  # type: ignore[attr-defined]
     assert expected.shape == (2 * N, 2 * N)
     assert inverse._later
     v = torch.ones(f.size)

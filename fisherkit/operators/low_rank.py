@@ -6,8 +6,9 @@ parameters are fewer, by conjugate gradients where neither fits in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -19,21 +20,21 @@ from fisherkit.arithmetic import MatMat
 from fisherkit.errors import MemoryBudgetError, SingularMatrixError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.damped_gram import PRECISE, DampedGram, rounding_of
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
-from fisherkit.operators.linalg import orthonormal, singular, spectrum
+from fisherkit.operators.linalg import damped_cholesky, orthonormal, singular, spectrum
 from fisherkit.operators.row_forms import Part, RowForm, RowSolution
 from fisherkit.rows import restore_rows
-from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
-from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.streamed import StreamedRows, thinned
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62
 
-CORRECTED, PRECISE = 1e-4, 1e-2
-"""Rounding in a solution from which on it is corrected, and from which on its Gram is multiplied in float64."""
+CORRECTED = 1e-4
+"""Rounding in a solution from which on it is corrected."""
 
 MANY, PILOT = 512, 16
 """Rows from which on it is worth asking a few, how many at least, which Gram is needed."""
@@ -253,7 +254,7 @@ class _GramFactorization(Factorization):
         self._least = self._least_rounding() if self._dtype == torch.float32 and rows.count >= MANY else 0.0
         self._later = self._least >= CORRECTED
         if not self._later:
-            _ = self._solver
+            _ = self._gram
 
     def _least_rounding(self) -> float:
         """What rounding leaves at least, as a few rows and the trace tell; 0 if F + λI may have no Cholesky factor."""
@@ -263,43 +264,27 @@ class _GramFactorization(Factorization):
         largest, trace = torch.stack([sums.max(), self._rows.weighted_squares(ones).double().sum()]).tolist()
         # No row sum of the whole exceeds the largest; 0.99 because these few are rounded in another order.
         definite = self.damping >= DEFINITE * self._scale * trace
-        return self._rounding(0.99 * self._scale * largest) if definite else 0.0
-
-    def _rounding(self, largest: float) -> float:
-        """What rounding leaves of a solution, relative to v, without correction; from the largest eigenvalue."""
-        return torch.finfo(self._dtype).eps * (1 + largest / self.damping)
+        return rounding_of(self._dtype, 0.99 * self._scale * largest, self.damping) if definite else 0.0
 
     @cached_property
-    def _solver(self) -> tuple[Float[Tensor, "R R"], bool]:
-        """The factor for solves, and whether they are corrected."""
-        if self._least >= PRECISE:
-            return self._precise_factor, True
-        gram = self._rows.gram(precise=False).mul_(self._scale)
-        # The largest row sum bounds the largest eigenvalue.
-        rounding = self._rounding(float(gram.abs().sum(1).max()) if len(gram) else 0.0)
-        if rounding >= PRECISE and self._dtype == torch.float32:
-            return self._precise_factor, True
-        factor, failed = _damped_cholesky(gram, self.damping)
-        # What float32 made indefinite, float64 may not.
-        return self._precise_factor if failed and self._later else self._definite(factor, failed), rounding >= CORRECTED
+    def _gram(self) -> DampedGram:
+        """For solves."""
+        return self._precise_gram if self._least >= PRECISE else self._damped(None)
 
     @cached_property
-    def _precise_factor(self) -> Float[Tensor, "R R"]:
-        """Of the Gram multiplied in float64."""
-        return self._definite(*_damped_cholesky(self._rows.gram(precise=True).mul_(self._scale), self.damping))
+    def _precise_gram(self) -> DampedGram:
+        """Multiplied in float64."""
+        return self._gram if "_gram" in vars(self) and self._gram.precise else self._damped(True)
 
-    def _definite(self, factor: Float[Tensor, "R R"], failed: bool) -> Float[Tensor, "R R"]:
-        if failed:
-            why = "the rows are linearly dependent and the damping is below rounding"
-            raise SingularMatrixError(**singular("LowRankOperator.factorize", self.damping, why))
-        return factor
+    def _damped(self, precise: bool | None) -> DampedGram:
+        return DampedGram(self._rows, self._scale, self.damping, "LowRankOperator.factorize", precise=precise)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        v, (factor, corrected) = columns.to(self._dtype), self._solver
-        w = _cholesky_solve(factor, self._rows.matmul(v))
+        v, gram = columns.to(self._dtype), self._gram
+        w = gram.solve(self._rows.matmul(v))
         x = self._pull_back(w).neg_().add_(v).div_(self.damping)
-        if corrected:
-            x -= self._pull_back(_cholesky_solve(factor, self._rows.matmul(x) - w))
+        if gram.rounding >= CORRECTED:
+            x -= self._pull_back(gram.solve(self._rows.matmul(x) - w))
         return x.to(columns.dtype)
 
     def _pull_back(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
@@ -308,10 +293,9 @@ class _GramFactorization(Factorization):
     @cached_property
     def _gram_form(self) -> GramForm:
         """Inner products of rows have no later correction: where rounding would show, they are made in float64."""
-        precise = self._later or self._solver[1]
-        # Rows in float64 have one Gram alone.
-        factor = self._precise_factor if precise and self._dtype == torch.float32 else self._solver[0]
-        return GramForm(self._rows, self._scale, self.damping, partial(_cholesky_solve, factor), precise=precise)
+        precise = self._later or self._gram.rounding >= CORRECTED
+        gram = self._precise_gram if precise else self._gram
+        return GramForm(self._rows, self._scale, self.damping, gram.solve, precise=precise)
 
     def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
         form = self._gram_form
@@ -324,20 +308,7 @@ class _GramFactorization(Factorization):
         return self._gram_form.squares(rows) if self._rows.same_units(rows) else super()._row_squares(rows)
 
     def _logdet(self) -> Float[Tensor, ""]:
-        factor = self._solver[0]
-        null = self.operator.size - factor.shape[0]
-        return 2 * factor.diagonal().log().sum() + null * torch.log(factor.new_tensor(self.damping))
-
-
-def _damped_cholesky(gram: Float[Tensor, "R R"], damping: float) -> tuple[Float[Tensor, "R R"], bool]:
-    """Cholesky factor of gram + λI, made in gram's memory, and whether there is none."""
-    gram.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    return factor, bool(failed)
-
-
-def _cholesky_solve(factor: Float[Tensor, "R R"], w: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
-    return torch.cholesky_solve(w.double(), factor)
+        return self._gram.logdet() + (self.operator.size - self._rows.count) * math.log(self.damping)
 
 
 def _square_bytes(side: int) -> int:
@@ -358,7 +329,7 @@ class GramForm(RowForm):
         self, rows: Rows, scale: float, damping: float, solve: Callable[[Tensor], Tensor], *, precise: bool
     ) -> None:
         # Columns of the solution and of the Gram are float64.
-        super().__init__(2 * rows.count + sum(_written_out(slot.rows) for slot in rows.slots), 2 * rows.count)
+        super().__init__(2 * rows.count + sum(slot.rows.written_numbers for slot in rows.slots), 2 * rows.count)
         self.rows, self.scale, self.damping, self.precise = rows, scale, damping, precise
         self._solve = solve
 
@@ -379,12 +350,12 @@ class GramForm(RowForm):
     def operations(self, queries: int, others: int) -> int:
         """Multiplications of this form for so many queries and other rows; J's own Gram is there already."""
         r = self.rows.count
-        entry = sum(_entry_cost(slot.rows) for slot in self.rows.slots)
+        entry = sum(slot.rows.inner_cost for slot in self.rows.slots)
         return (queries * others + r * (queries + others)) * entry + queries * r * (others + r)
 
     def solved_operations(self, queries: int, others: int) -> int:
         """Those of solving for the queries as columns and meeting the others with them."""
-        product = sum(_product_cost(slot.rows, queries) for slot in self.rows.slots)
+        product = sum(slot.rows.product_cost(queries) for slot in self.rows.slots)
         return product * (2 * self.rows.count + others) + queries * self.rows.count**2
 
     def _alike(self, rows: Rows) -> Rows:
@@ -414,30 +385,6 @@ class _GramSolution(RowSolution):
         return rows.cross_gram(self._queries, form.precise).sub_(through).div_(form.damping)
 
 
-def _numbers(rows: UnitRows) -> int:
-    """What one row takes."""
-    return sum(tensor.numel() for tensor in rows.tensors().values()) // max(1, rows.count)
-
-
-def _written_out(rows: UnitRows) -> int:
-    """The same where rows that share positions are written out."""
-    return rows.size if isinstance(rows, FactoredRows) and rows.positions > 1 else _numbers(rows)
-
-
-def _entry_cost(rows: UnitRows) -> int:
-    """Multiplications of one inner product of two rows."""
-    if isinstance(rows, FactoredRows):
-        return rows.inputs + rows.outputs if rows.positions == 1 else rows.size
-    return min(rows.size, _numbers(rows))
-
-
-def _product_cost(rows: UnitRows, columns: int) -> int:
-    """Multiplications of one row with so many columns."""
-    if not isinstance(rows, FactoredRows):
-        return columns * min(rows.size, _numbers(rows))
-    return rows.size * (rows.positions + columns if rows.writes_out(columns) else rows.positions * columns)
-
-
 # -- an approximate inverse for conjugate gradients: the exact one of a sample of the rows ----------------------------
 
 
@@ -452,17 +399,18 @@ class SampledInverse:
 
     def __init__(self, rows: Rows, scale: float, damping: float) -> None:
         self._rows, self._scale = rows, scale
-        values, vectors = torch.linalg.eigh(scale * rows.gram())
-        rounding = values[-1] * torch.finfo(torch.float32).eps
-        noise = values[values > rounding]
+        gram = rows.gram().mul_(scale)
+        values = torch.linalg.eigvalsh(gram)
+        noise = values[values > values[-1] * torch.finfo(torch.float32).eps]
         self.damping = max(damping, float(noise[0]) if len(noise) else 0.0)
-        # 1/λ' − scale · Jᵀ (scale · JJᵀ + λ')⁻¹ J / λ', times λ': a preconditioner's scale does not matter.
-        self._vectors, self._weights = vectors, (scale / (values.clamp_min(0) + self.damping)).unsqueeze(1)
+        self._factor = damped_cholesky(gram, self.damping)
 
     def __call__(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        """λ' (F_s + λ'I)⁻¹ V."""
-        known = self._vectors.mT @ self._rows.matmul(columns).double()
-        return columns - self._rows.rmatmul((self._vectors @ (self._weights * known)).to(columns.dtype))
+        """λ' (F_s + λ'I)⁻¹ V; a preconditioner's scale does not matter."""
+        if self._factor is None:  # rows of zeros
+            return columns
+        known = torch.cholesky_solve(self._rows.matmul(columns).double(), self._factor)
+        return columns - self._rows.rmatmul((self._scale * known).to(columns.dtype))
 
 
 def preconditioner_of_rows(operator: LowRankOperator, damping: float) -> MatMat | None:
