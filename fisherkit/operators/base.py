@@ -77,7 +77,7 @@ class FisherOperator(ABC):
         inherited = next(vars(base)["_matmat"] for base in cls.__mro__[1:] if "_matmat" in vars(base))
         if "_matmat" in vars(cls) and not getattr(inherited, "__isabstractmethod__", False):
             # Another product is another matrix: what a parent class knows of its own is not known of this one.
-            for name in {"tag", *OPTIONAL_HOOKS} - set(vars(cls)):
+            for name in {"tag", "other_tags", *OPTIONAL_HOOKS} - set(vars(cls)):
                 setattr(cls, name, vars(FisherOperator)[name])
 
     @property
