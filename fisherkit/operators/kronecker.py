@@ -226,6 +226,7 @@ class EigenKroneckerOperator(FisherOperator):
         eigenvalues: e [s, r], 0 or more, in the bases' dtype or in float64.
         transposed: the weight is stored as [I, O].
         decomposed: all of these come from a decomposition of finite matrices, and are not checked.
+        leading: A's and G's leading eigenpairs, where F is not 0 on what the bases do not span, but what these say.
     """
 
     tag: ClassVar[str] = "eigen_kronecker"
@@ -235,6 +236,7 @@ class EigenKroneckerOperator(FisherOperator):
     def __init__(
         self, space: ParameterSpace, activation_basis: Float[Tensor, "..."], gradient_basis: Float[Tensor, "..."],
         eigenvalues: Float[Tensor, "..."], transposed: bool = False, *, decomposed: bool = False,
+        leading: tuple[Spectrum, Spectrum] | None = None,
     ) -> None:  # fmt: skip
         name = "EigenKroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
@@ -252,7 +254,7 @@ class EigenKroneckerOperator(FisherOperator):
             )  # fmt: skip
         super().__init__(space, dtype=activation_basis.dtype, device=activation_basis.device)
         self.activation_basis, self.gradient_basis, self._values = activation_basis, gradient_basis, eigenvalues
-        self._truncated: tuple[Spectrum, Spectrum] | None = None
+        self._leading = leading
 
     @classmethod
     def of_spectra(
@@ -264,10 +266,9 @@ class EigenKroneckerOperator(FisherOperator):
         ``values`` are the eigenvalues where both bases span, if they are not the factors' products (ekfac).
         """
         grid = torch.outer(gradient.values, activation.values) if values is None else values
-        made = cls(space, activation.basis, gradient.basis, grid, transposed, decomposed=True)
-        if activation.rest is not None or gradient.rest is not None:
-            made._truncated = activation, gradient
-        return made
+        whole = activation.rest is None and gradient.rest is None
+        leading = None if whole else (activation, gradient)
+        return cls(space, activation.basis, gradient.basis, grid, transposed, decomposed=True, leading=leading)
 
     @property
     def transposed(self) -> bool:
@@ -287,9 +288,9 @@ class EigenKroneckerOperator(FisherOperator):
     @property
     def _outer_values(self) -> tuple[Float[Tensor, "s"], Float[Tensor, "r"], Float[Tensor, ""]] | None:
         """F's eigenvalues where U_G alone spans, where U_A alone does, and where neither does; None where all are 0."""
-        if self._truncated is None:
+        if self._leading is None:
             return None
-        a, g = self._truncated
+        a, g = self._leading
         return (g.values * a.others).double(), (a.values * g.others).double(), (a.others * g.others).double()
 
     def _weights(self, function: Callable[[Tensor], Tensor]) -> _Weights:
@@ -350,24 +351,24 @@ class EigenKroneckerOperator(FisherOperator):
         return _EigenKroneckerFactorization(self, self, damping)
 
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        if self._truncated is None:
+        if self._leading is None:
             noise = torch.randn(count, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
             return self._turned_back(self._values.sqrt().to(self.dtype) * noise)
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return self._apply(noise, self._weights(torch.sqrt))
 
     def _scaled(self, scale: float) -> EigenKroneckerOperator:
-        made = self._with_values(scale * self._values)
-        if self._truncated is not None:
-            made._truncated = self._truncated[0], self._truncated[1].scaled(scale)
-        return made
+        if self._leading is None:
+            return self._with_values(scale * self._values)
+        a, g = self._leading
+        return self.of_spectra(self.space, a, g.scaled(scale), scale * self._values, self._layout.transposed)
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         # Of one eigenbasis, as a matrix and its average over outputs are.
         if not isinstance(other, EigenKroneckerOperator) or other._layout != self._layout:
             return None
         shared = self.activation_basis is other.activation_basis and self.gradient_basis is other.gradient_basis
-        alike = shared and self._truncated is None and other._truncated is None
+        alike = shared and self._leading is None and other._leading is None
         return self._with_values(self._values + other._values) if alike else None
 
     def _with_values(self, values: Float[Tensor, "s r"]) -> EigenKroneckerOperator:
@@ -382,7 +383,7 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]] | None:
         """With F's eigenvectors, and eigenvalues whose outer product has the marginals of F's."""
-        if self._truncated is not None:
+        if self._leading is not None:
             return None
         on_outputs, on_inputs = marginals(self._values.double())
         u_a, u_g = self.activation_basis.double(), self.gradient_basis.double()
@@ -393,7 +394,7 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _average(self) -> FisherOperator:
         outputs = self._layout.outputs
-        if len(self._values) == outputs and self._truncated is None:
+        if len(self._values) == outputs and self._leading is None:
             return self._with_values(self._values.mean(0).expand_as(self._values))
         weights, u = self._weights(_identity), self.activation_basis
         mean = weights.both.sum(0) / outputs
@@ -414,7 +415,7 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
         u_a, u_g, values = self.activation_basis, self.gradient_basis, self._full_grid()
-        if self._truncated is not None:
+        if self._leading is not None:
             u_g, u_a = (orthonormal(u.double(), len(u)) for u in (u_g, u_a))
         places = values.flatten().topk(min(k, values.numel())).indices
         on_outputs, on_inputs = u_g.mT[places // values.shape[1]], u_a.mT[places % values.shape[1]]
@@ -433,7 +434,7 @@ class EigenKroneckerOperator(FisherOperator):
 
     @property
     def _rank_bound(self) -> int:
-        return self._values.numel() if self._truncated is None else self.size
+        return self._values.numel() if self._leading is None else self.size
 
     @property
     def _grid_shape(self) -> tuple[int, int]:
@@ -446,8 +447,8 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _state(self) -> io.State:
         options = {"transposed": self._layout.transposed}
-        if self._truncated is not None:
-            a, g = self._truncated
+        if self._leading is not None:
+            a, g = self._leading
             tensors = a.tensors("activation") | g.tensors("gradient") | {"values": self._values}
             return io.State(self.truncated_tag, self.space.names, tensors, options)
         tensors = {
@@ -477,7 +478,7 @@ class _EigenKroneckerFactorization(Factorization):
         super().__init__(operator, damping)
         self._eigen = eigen
         call = f"{operator._name}.factorize"
-        if damping == 0.0 and eigen._null and eigen._truncated is None:
+        if damping == 0.0 and eigen._null and eigen._leading is None:
             raise SingularMatrixError(**singular(call, damping, f"{eigen._null:,} of its eigenvalues are 0"))
 
         def reciprocal(values: Tensor) -> Tensor:
@@ -505,7 +506,7 @@ class _EigenKroneckerFactorization(Factorization):
     def _factored(self, rows: Rows) -> FactoredRows | None:
         """The rows, if they can be turned so and F is what its bases tell."""
         found, eigen = rows.slots[0].rows, self._eigen
-        turns = len(rows.slots) == 1 and eigen._truncated is None and eigen._values.numel() > 0
+        turns = len(rows.slots) == 1 and eigen._leading is None and eigen._values.numel() > 0
         return found if turns and isinstance(found, FactoredRows) else None
 
     def _turned(self, rows: FactoredRows) -> Iterator[FactoredRows]:
