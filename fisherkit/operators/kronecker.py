@@ -31,7 +31,7 @@ from fisherkit.operators.linalg import (
     singular,
     spectrum,
 )
-from fisherkit.operators.row_forms import Bases, Part, RowForm, RowSolution
+from fisherkit.operators.row_products import Bases, Part, RowProducts, RowSolution
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
@@ -524,15 +524,15 @@ class _EigenKroneckerFactorization(Factorization):
         columns = self._eigen._turned_back(self._weighed(rows).mT.unflatten(1, self._eigen.eigenvalue_grid.shape))
         return columns.add_(rows.dense().mT, alpha=self._outside) if self._outside else columns
 
-    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
+    def _row_products(self, probe: Rows, queries: int, others: int) -> RowProducts:
         rows = self._factored(probe)
-        turned = rows is not None and EigenForm.worthwhile(rows, queries, others)
-        return EigenForm(self) if turned else super()._row_form(probe, queries, others)
+        turned = rows is not None and EigenProducts.worthwhile(rows, queries, others)
+        return EigenProducts(self) if turned else super()._row_products(probe, queries, others)
 
-    def _column_form(self, probe: Rows) -> RowForm:
+    def _unit_products(self, probe: Rows) -> RowProducts:
         # Where the bases leave something out, a solution is not turned columns alone.
         turned = self._factored(probe) is not None and not self._outside
-        return EigenForm(self) if turned else super()._column_form(probe)
+        return EigenProducts(self) if turned else super()._unit_products(probe)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         factored = self._factored(rows)
@@ -545,7 +545,7 @@ class _EigenKroneckerFactorization(Factorization):
         return within + self._outside * factored.weighted_squares(weights.new_ones(factored.size))
 
 
-class EigenForm(RowForm):
+class EigenProducts(RowProducts):
     """rᵀ(F + λI)⁻¹q by queries that are turned into the eigenbasis and weighed, and other rows that are turned."""
 
     def __init__(self, inverse: _EigenKroneckerFactorization) -> None:

@@ -167,13 +167,6 @@ def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
     return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
 
-def damped_cholesky(matrix: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"] | None:
-    """Lower Cholesky factor of A + λI, made in A's memory; None where there is none."""
-    matrix.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return None if bool(failed) else factor
-
-
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:
     """1 / (values + damping) in float64; one that is infinite in ``dtype`` is a `SingularMatrixError`."""
     result = (values.double() + damping).reciprocal()

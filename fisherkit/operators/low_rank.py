@@ -20,11 +20,11 @@ from fisherkit.arithmetic import MatMat
 from fisherkit.errors import MemoryBudgetError, SingularMatrixError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.damped_gram import PRECISE, DampedGram, rounding_of
+from fisherkit.operators.damped_gram import PRECISE, DampedGram, damped_cholesky, damped_grams, rounding_of
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
-from fisherkit.operators.linalg import damped_cholesky, orthonormal, singular, spectrum
-from fisherkit.operators.row_forms import Part, RowForm, RowSolution
+from fisherkit.operators.linalg import orthonormal, singular, spectrum
+from fisherkit.operators.row_products import Part, RowProducts, RowSolution
 from fisherkit.rows import restore_rows
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
@@ -209,7 +209,7 @@ class LowRankOperator(FisherOperator):
                 'structure="kfac" or "diagonal", or a larger memory_budget',
             )  # fmt: skip
         units = tuple(
-            io.State(slot.rows.kind, slot.names, slot.rows.tensors(), slot.rows.options())
+            io.State(slot.rows.form, slot.names, slot.rows.tensors(), slot.rows.options())
             for slot in self.row_source.slots
         )
         return io.State(self.tag, self.space.names, options={"scale": self.scale}, children=units)
@@ -269,15 +269,16 @@ class _GramFactorization(Factorization):
     @cached_property
     def _gram(self) -> DampedGram:
         """For solves."""
-        return self._precise_gram if self._least >= PRECISE else self._damped(None)
+        return self._precise_gram if self._least >= PRECISE else self._damped(precise=False)
 
     @cached_property
     def _precise_gram(self) -> DampedGram:
         """Multiplied in float64."""
-        return self._gram if "_gram" in vars(self) and self._gram.precise else self._damped(True)
+        return self._gram if "_gram" in vars(self) and self._gram.precise else self._damped(precise=True)
 
-    def _damped(self, precise: bool | None) -> DampedGram:
-        return DampedGram(self._rows, self._scale, self.damping, "LowRankOperator.factorize", precise=precise)
+    def _damped(self, *, precise: bool) -> DampedGram:
+        call, try_ = "LowRankOperator.factorize", "a larger damping"
+        return damped_grams([self._rows], self.damping, scale=self._scale, precise=precise, call=call, try_=try_)[0]
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         v, gram = columns.to(self._dtype), self._gram
@@ -291,21 +292,21 @@ class _GramFactorization(Factorization):
         return self._rows.rmatmul((self._scale * w).to(self._dtype))
 
     @cached_property
-    def _gram_form(self) -> GramForm:
+    def _gram_products(self) -> GramProducts:
         """Inner products of rows have no later correction: where rounding would show, they are made in float64."""
         precise = self._later or self._gram.rounding >= CORRECTED
         gram = self._precise_gram if precise else self._gram
-        return GramForm(self._rows, self._scale, self.damping, gram.solve, precise=precise)
+        return GramProducts(self._rows, self._scale, self.damping, gram.solve, precise=precise)
 
-    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
-        form = self._gram_form
-        cheaper = form.operations(queries, others) <= form.solved_operations(queries, others)
+    def _row_products(self, probe: Rows, queries: int, others: int) -> RowProducts:
+        mine = self._gram_products
+        cheaper = mine.operations(queries, others) <= mine.solved_operations(queries, others)
         if cheaper and self._rows.same_units(probe):
-            return form
-        return super()._row_form(probe, queries, others)
+            return mine
+        return super()._row_products(probe, queries, others)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
-        return self._gram_form.squares(rows) if self._rows.same_units(rows) else super()._row_squares(rows)
+        return self._gram_products.squares(rows) if self._rows.same_units(rows) else super()._row_squares(rows)
 
     def _logdet(self) -> Float[Tensor, ""]:
         return self._gram.logdet() + (self.operator.size - self._rows.count) * math.log(self.damping)
@@ -318,7 +319,7 @@ def _square_bytes(side: int) -> int:
 # -- inner products of rows through the inverse, by their Gram matrices ------------------------------------------------
 
 
-class GramForm(RowForm):
+class GramProducts(RowProducts):
     """rᵀ(F + λI)⁻¹q = (k_rq − scale · k_rJ (scale · JJᵀ + λI)⁻¹ k_Jq) / λ, k the inner products of rows.
 
     ``solve`` is (scale · JJᵀ + λI)⁻¹ on ``[R, K]``, in float64. ``precise`` asks for inner products in float64; else
@@ -348,7 +349,7 @@ class GramForm(RowForm):
         return (norms - self.scale * torch.cat(parts)) / self.damping
 
     def operations(self, queries: int, others: int) -> int:
-        """Multiplications of this form for so many queries and other rows; J's own Gram is there already."""
+        """Multiplications for so many queries and other rows; J's own Gram is there already."""
         r = self.rows.count
         entry = sum(slot.rows.inner_cost for slot in self.rows.slots)
         return (queries * others + r * (queries + others)) * entry + queries * r * (others + r)
@@ -367,22 +368,22 @@ class GramForm(RowForm):
 
 
 class _GramSolution(RowSolution):
-    def __init__(self, form: GramForm, queries: Rows) -> None:
+    def __init__(self, by: GramProducts, queries: Rows) -> None:
         # They meet every block of the others.
-        self._form, self._queries = form, queries.written_out()
-        self._w = form.scale * form._solve(form.rows.cross_gram(queries, form.precise))
+        self._by, self._queries = by, queries.written_out()
+        self._w = by.scale * by._solve(by.rows.cross_gram(queries, by.precise))
 
     def parts(self, rows: Rows) -> Iterator[Part]:
-        form, rows = self._form, self._form._alike(rows).written_out()
-        with_queries = rows.cross_gram_by_unit(self._queries, form.precise)
-        with_rows = rows.cross_gram_by_unit(form.rows, form.precise)
+        by, rows = self._by, self._by._alike(rows).written_out()
+        with_queries = rows.cross_gram_by_unit(self._queries, by.precise)
+        with_rows = rows.cross_gram_by_unit(by.rows, by.precise)
         for (names, direct), (_, through) in zip(with_queries, with_rows, strict=True):
-            yield names, direct.sub_(through @ self._w).div_(form.damping)
+            yield names, direct.sub_(through @ self._w).div_(by.damping)
 
     def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
-        form, rows = self._form, self._form._alike(rows).written_out()
-        through = rows.cross_gram(form.rows, form.precise) @ self._w
-        return rows.cross_gram(self._queries, form.precise).sub_(through).div_(form.damping)
+        by, rows = self._by, self._by._alike(rows).written_out()
+        through = rows.cross_gram(by.rows, by.precise) @ self._w
+        return rows.cross_gram(self._queries, by.precise).sub_(through).div_(by.damping)
 
 
 # -- an approximate inverse for conjugate gradients: the exact one of a sample of the rows ----------------------------
@@ -403,13 +404,13 @@ class SampledInverse:
         values = torch.linalg.eigvalsh(gram)
         noise = values[values > values[-1] * torch.finfo(torch.float32).eps]
         self.damping = max(damping, float(noise[0]) if len(noise) else 0.0)
-        self._factor = damped_cholesky(gram, self.damping)
+        self._gram = DampedGram(damped_cholesky(gram, self.damping)[0], 0.0, True) if self.damping else None
 
     def __call__(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """λ' (F_s + λ'I)⁻¹ V; a preconditioner's scale does not matter."""
-        if self._factor is None:  # rows of zeros
+        if self._gram is None:  # rows of zeros
             return columns
-        known = torch.cholesky_solve(self._rows.matmul(columns).double(), self._factor)
+        known = self._gram.solve(self._rows.matmul(columns))
         return columns - self._rows.rmatmul((self._scale * known).to(columns.dtype))
 
 

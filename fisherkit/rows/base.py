@@ -40,7 +40,7 @@ class UnitRows(ABC):
         size: d.
     """
 
-    kind: ClassVar[str]
+    form: ClassVar[str]
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size

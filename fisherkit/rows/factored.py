@@ -39,7 +39,7 @@ class FactoredRows(UnitRows):
         transposed: whether the weight is stored ``[I, O]``.
     """
 
-    kind = "factored"
+    form = "factored"
 
     def __init__(
         self,
