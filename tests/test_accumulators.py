@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fisherkit.operators.truncated_kronecker import Spectrum
+from fisherkit.operators.linalg import Spectrum
 from fisherkit.rows import FactoredRows
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, UnitSlot

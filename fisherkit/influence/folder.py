@@ -114,7 +114,7 @@ def _write(path: Path, block: RowBlock, batch: Batch) -> str:
     units = []
     for number, slot in enumerate(block.rows.slots):
         own = slot.rows.tensors()
-        units.append({"kind": slot.rows.kind, "names": slot.names, "options": slot.rows.options(), "tensors": [*own]})
+        units.append({"kind": slot.rows.form, "names": slot.names, "options": slot.rows.options(), "tensors": [*own]})
         tensors.update({f"{number}.{name}": tensor for name, tensor in own.items()})
     header = {"format": FORMAT, "data": batch.digest(), "examples": str(batch.size), "units": json.dumps(units)}
     return io.replace_checked_file(path, tensors, header)

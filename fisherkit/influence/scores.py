@@ -1,7 +1,7 @@
 """Influence scores: what the removal of a training example does to a query, to first order.
 
 The formula's factors (1/N, sign, what is summed over what) and the loops over queries and training examples. A Fisher's
-damped inverse is asked for its form between rows (`operators.row_forms`) and never how it is kept.
+damped inverse is asked for its form between rows (`operators.row_products`) and never how it is kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
-from fisherkit.operators.row_forms import RowForm
+from fisherkit.operators.row_products import RowProducts
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
 
@@ -312,7 +312,7 @@ class InfluenceScores:
         self._model_rows.begin()
         blocks = self._training(train, token=False)
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
-        form = self._inverse._column_form(sample)
+        form = self._inverse._unit_products(sample)
         live, most = self._model_rows.queries(queries, measurement), self._model_rows.room(form.numbers_per_query)
         live = LiveBlocks(live.problem, min(most, live.limit))
         dtype, device, count = self._model_rows.dtype, self._model_rows.device, live.counted()
@@ -382,16 +382,16 @@ class InfluenceScores:
 
     def _query_blocks(
         self, queries: Data, train: RowBlocks, measurement: Measurement
-    ) -> Iterator[tuple[RowBlock, RowForm, RowBlocks]]:
+    ) -> Iterator[tuple[RowBlock, RowProducts, RowBlocks]]:
         """The queries in blocks that memory has room for, the form that suits them, and the other side."""
         live = self._model_rows.queries(queries, measurement)
         count, others = live.count(), train.count()
-        form = self._inverse._row_form(self._model_rows.probe(train), count, others)
+        form = self._inverse._row_products(self._model_rows.probe(train), count, others)
         most = self._model_rows.room(form.numbers_per_query)
         if count > most:
             # Each block of queries meets all others: what counts is a block's own number.
             train = self._model_rows.kept(train)
-            form = self._inverse._row_form(self._model_rows.probe(train), most, others)
+            form = self._inverse._row_products(self._model_rows.probe(train), most, others)
             most = self._model_rows.room(form.numbers_per_query)
             live = LiveBlocks(live.problem, most)
         for block in in_groups(live, most):
@@ -407,7 +407,7 @@ class InfluenceScores:
         return None if normalize is None else OncePerExample(reciprocal_norms)
 
     def _pieces(
-        self, block: RowBlock, form: RowForm, train: RowBlocks, by: str | None, weights: OncePerExample | None
+        self, block: RowBlock, form: RowProducts, train: RowBlocks, by: str | None, weights: OncePerExample | None
     ) -> Iterator[dict[str, Tensor]]:
         """Scores of a block of queries against each training block, ``[Q, B]`` or ``[Q, B, P]``."""
         solution, start = form.solve(block.rows), 0

@@ -302,7 +302,7 @@ class Rows(RowSource):
 
 def _form(slot: UnitSlot) -> tuple[object, ...]:
     options = {key: value for key, value in slot.rows.options().items() if key.split(".")[-1] != "count"}
-    return slot.names, slot.rows.kind, tuple(options.items())
+    return slot.names, slot.rows.form, tuple(options.items())
 
 
 def _unit_gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor, "R S"]:

@@ -39,7 +39,7 @@ class FactoredRows(UnitRows):
         transposed: whether the weight is stored ``[I, O]``.
     """
 
-    kind = "factored"
+    form = "factored"
 
     def __init__(
         self,
@@ -202,6 +202,20 @@ class FactoredRows(UnitRows):
         """
         t, each = self.positions, self.count / max(1, self.activations.shape[0])
         return 2 * each * (t + columns) <= t * columns
+
+    @property
+    def written_numbers(self) -> int:
+        """Of one row that is written out, or of its factors at a single position."""
+        return self.size if self.positions > 1 else self.row_numbers
+
+    @property
+    def inner_cost(self) -> int:
+        """Multiplications of one inner product of two rows."""
+        return self.inputs + self.outputs if self.positions == 1 else self.size
+
+    def product_cost(self, columns: int) -> int:
+        """Multiplications of one row with so many columns."""
+        return self.size * (self.positions + columns if self.writes_out(columns) else self.positions * columns)
 
     @property
     def each(self) -> int:
