@@ -25,6 +25,7 @@ from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, l
 from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.ownership import Arrangement, coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
+from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
@@ -211,14 +212,14 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-        reference = _Reference(plan, watched, v[0])
+        reference = _Reference(plan, probe, watched, v[0])
         plan.unused = reference.unreached
         plan.units, mixed = _units(plan, watched, v, reference, reference.at_uses)
         if mixed:
             # Layers of what examples share, as positions: perhaps rules hold for what is made of their outputs.
             plan.shared = mixed
             again = forward(plan, probe)
-            units, _ = _units(plan, again, v, reference, _one_by_one(again, v[0], again.edges))
+            units, _ = _units(plan, again, v, reference, _one_by_one(again.z, v[0], again.edges))
             if _numbers_without_rule(units) < _numbers_without_rule(plan.units):
                 plan.units, watched = units, again
             else:
@@ -234,9 +235,18 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
                 probe.size > 1
                 and loop_is_cheaper(model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example)
             )
+        if plan.looped:
+            plan.units = [one for unit in plan.units for one in _by_kernel(unit, plan)]
         if plan.unused:
             refuse_hidden(model, {name: plan.parameters[name] for name in plan.unused}, probe, z)
     return plan
+
+
+def _by_kernel(unit: Unit, plan: Plan) -> list[Unit]:
+    """A unit; of a recurrent layer its parameters, which the loop's passes bring by torch's own kernel."""
+    if not isinstance(unit, RuledUnit) or not isinstance(unit.rule, RecurrentRule):
+        return [unit]
+    return [Unit((name,), "of a recurrent layer beside parameters without a rule", _numbers(plan, (name,))) for name in unit.names]
 
 
 def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:
@@ -269,8 +279,8 @@ OneByOneGradients = Sequence[Sequence[Tensor | None]]
 """Of each example's outputs alone, at every place that was asked for; None where nothing depends on an output."""
 
 
-def _one_by_one(watched: Watched, v: Float[Tensor, "B ..."], inputs: Sequence[Any]) -> OneByOneGradients:
-    return [pulled_back(watched.z[n], inputs, v[n]) if inputs else () for n in range(watched.batch)]
+def _one_by_one(z: Float[Tensor, "B ..."], v: Float[Tensor, "B ..."], inputs: Sequence[Any]) -> OneByOneGradients:
+    return [pulled_back(z[n], inputs, v[n]) if inputs else () for n in range(len(z))]
 
 
 def _combined(found: OneByOneGradients, weights: Float[Tensor, "B"]) -> list[Tensor | None]:
@@ -303,9 +313,14 @@ class _Reference:
         unreached: names of the parameters that no output depends on.
     """
 
-    def __init__(self, plan: Plan, watched: Watched, v: Tensor) -> None:
+    def __init__(self, plan: Plan, probe: Batch, watched: Watched, v: Tensor) -> None:
         own, uses = list(plan.parameters.values()), len(watched.uses)
-        found = _one_by_one(watched, v, [*watched.edges, *own])
+        if any(isinstance(use.rule, RecurrentRule) for use in watched.uses):
+            # Judged by torch's own kernel, and not by the steps that were put in its place.
+            pairs = _one_by_one(watched.z, v, watched.edges), _one_by_one(probe.call(plan.model), v, own)
+            found: OneByOneGradients = [(*at_uses, *rows) for at_uses, rows in zip(*pairs, strict=True)]
+        else:
+            found = _one_by_one(watched.z, v, [*watched.edges, *own])
         self.at_uses: OneByOneGradients = [row[:uses] for row in found]
         self.unreached = {n for i, n in enumerate(plan.parameters) if all(row[uses + i] is None for row in found)}
         self.rows = [

@@ -39,6 +39,9 @@ LONG = 600.0
 """Seconds from which on a run is worth a warning before it."""
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
 """Outputs and K directions in output space to Σ_m v vᵀ times each direction."""
+GRAPH = 1 << 23
+"""Entries of the layer outputs of a pass on a processor: memory that is given back and taken anew costs more time than
+larger matrix products save."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
@@ -357,4 +360,4 @@ def _now(device: torch.device) -> float:
 
 def _graph(device: torch.device) -> int:
     """Entries of the layer outputs that one forward pass may hold; an accelerator wants larger matmuls."""
-    return TILE if device.type == "cpu" else 4 * TILE
+    return GRAPH if device.type == "cpu" else 4 * TILE
