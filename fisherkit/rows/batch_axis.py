@@ -100,11 +100,15 @@ class Tracker:
 
     Args:
         batch: number of examples.
+
+    Attributes:
+        lost: whether something differentiable was written to unseen.
+        crossed: whether numbers without a gradient may have been computed from several examples: order or statistics.
     """
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.lost = False
+        self.lost = self.crossed = False
         self._known: dict[int, tuple[weakref.ref[Tensor], int, bool, Status]] = {}
 
     def mark(self, tensor: Tensor, status: Status) -> None:
@@ -141,6 +145,8 @@ class Tracker:
             self.lost = self.lost or any(t.requires_grad for t in tensors((args, kwargs)))
             if function is torch.Tensor.__setitem__ and self._filled(*args):
                 self.mark(args[0], Axis(0))
+            else:
+                self.crossed = self.crossed or any(isinstance(self.status(t), Axis) for t in tensors((args, kwargs)))
             return
         outputs = [output] if isinstance(output, Tensor) else list(tensors(output))
         if not outputs:
@@ -180,7 +186,10 @@ class Tracker:
             found = None
         if found is not None:
             return found
-        return Mark.UNKNOWN if call.output.requires_grad else Mark.FREE
+        if call.output.requires_grad:
+            return Mark.UNKNOWN
+        self.crossed = True
+        return Mark.FREE
 
 
 def _version(tensor: Tensor) -> int:
@@ -540,7 +549,7 @@ _MORE: tuple[tuple[str, Becomes], ...] = (
     ("linear", _last(1)),
     ("layer_norm rms_norm", _last(0)),
     ("addmm", _addmm),
-    ("embedding", _embedding),
+    ("embedding one_hot", _embedding),
     ("glu sort argsort", _along(1, "dim", -1)),
     ("softmax log_softmax softmin cumsum cumprod logcumsumexp narrow index_select gather", _along(1, "dim", None)),
     ("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split", _along(2, "dim", 0)),

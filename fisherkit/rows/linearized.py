@@ -241,8 +241,8 @@ class Linearized:
     def _refuse_coupled(self, names: list[str]) -> None:
         """Raise unless each example alone has the outputs that it has in this batch."""
         allowed = self._tolerance(self.z.dtype)
-        with torch.no_grad(), untouched_rng([self.z.device]):
-            alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model) for n in range(self.batch.size)]
+        with untouched_rng([self.z.device]):
+            alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model).detach() for n in range(self.batch.size)]
         pairs = [(one[0], z) for one, z in zip(alone, self.z.detach(), strict=True)]
         usual = self.z.detach().norm() / self.batch.size**0.5
         if all(a.shape == z.shape and bool((a - z).norm() <= allowed * z.norm().maximum(usual)) for a, z in pairs):

@@ -7,6 +7,7 @@ seen) goes the generic way. What two examples cannot show is looked at in every 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -44,10 +45,11 @@ class Probe:
 
     Attributes:
         z: their outputs.
+        hooked: as of the forward pass.
     """
 
     def __init__(self, batch: Batch, watched: Watched) -> None:
-        self.batch, self.z = batch, watched.z.detach()
+        self.batch, self.z, self.hooked = batch, watched.z.detach(), watched.hooked
         self.watched: Watched | None = watched
 
 
@@ -202,10 +204,8 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         )
     with untouched_rng([device]), differentiable(model, parameters):
         probe = batch.take(two_of(batch, alone))
-        before = torch.get_rng_state()
-        watched = forward(plan, probe)
+        watched, random = probed(plan, probe)
         z = watched.z
-        random = not torch.equal(before, torch.get_rng_state())
         _check_outputs(z)
         kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
@@ -286,6 +286,18 @@ def _numbers_without_rule(units: Sequence[Unit]) -> int:
     return sum(unit.numbers for unit in units if not isinstance(unit, RuledUnit))
 
 
+def probed(plan: Plan, two: Batch) -> tuple[Watched, bool]:
+    """A forward pass of the probe, and whether it drew random numbers."""
+    device = plan.example_parameter.device
+
+    def states() -> list[bytes]:
+        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return [state.numpy().tobytes() for state in (torch.get_rng_state(), *cuda)]
+
+    before = states()
+    return forward(plan, two), before != states()
+
+
 def forward(plan: Plan, batch: Batch) -> Watched:
     """A forward pass of a batch, watched."""
     names = {id(p): name for name, p in plan.parameters.items()}
@@ -357,30 +369,40 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
     Raises:
         ModelError: they do.
     """
-    scale = tolerance * (z[0].norm() + z[-1].norm())
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)
     pairs = [(n, n) for n in (0, min(1, batch.size - 1))] if len(z) > 1 else [(0,)]  # one alone: once more
     same, *others = [batch.take(torch.tensor(pair, device=z.device)) for pair in pairs]
-    with torch.no_grad():
-        whole, backwards = some.call(model), some.take(order).call(model)
-        twice = [other.call(model) for other in others]
+    # With gradients on, as hooks of the model's own on the graph need it.
+    whole, backwards = some.call(model).detach(), some.take(order).call(model).detach()
     first, kept = kept_numbers(model, same)
-    twice.insert(0, first.detach())
-    fine = (
-        all(one.shape == z.shape and bool((one[0] - z[n]).norm() <= scale) for n, one in enumerate(twice))
-        and whole.shape == backwards.shape
-        and bool((whole - backwards[order]).norm() <= tolerance * whole.norm())
-    )
-    if fine:
-        return kept
+    twice = [first.detach(), *(other.call(model).detach() for other in others)]
+    require_alike(backwards.flip(0), whole, tolerance * whole.norm())
+    for n, one in enumerate(twice):
+        require_alike(one, z.detach()[[n] * len(z)], tolerance * z.norm())
+    return kept
+
+
+def agree(found: Tensor, expected: Tensor, allowed: Tensor) -> bool:
+    """Whether outputs are the same up to an allowed distance."""
+    return found.shape == expected.shape and bool((found - expected).norm() <= allowed)
+
+
+def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
+    """Refuse outputs of the same examples that differ from pass to pass.
+
+    Raises:
+        ModelError: they do.
+    """
+    if agree(found, expected, allowed):
+        return
     raise ModelError(
         call="the Fisher of this model",
-        got="an output for the first example that changes with the rest of its batch",
+        got="an output for an example that changes with the rest of its batch",
         expected="examples that do not influence each other, and a deterministic forward pass",
         why="per-example gradients do not exist otherwise",
-        try_="model.eval(); remove batch statistics, contrastive terms or noise from forward; nodes of a graph are "
-        'positions of one example: inputs (1, nodes, ...), example="token"',
+        try_="model.eval(); remove batch statistics, contrastive terms, noise or a capacity that experts share from "
+        'forward; nodes of a graph are positions of one example: inputs (1, nodes, ...), example="token"',
     )
 
 
@@ -510,9 +532,8 @@ def _vectorised_agrees(
     names = [name for unit in plan.generic for name in unit.names]
     if recurrent(plan.model) or not plan.live_generic:
         return False
-    try:
+    # torch.func refuses some kernels, data-dependent Python and hooks on the graph; the loop over examples does not.
+    with contextlib.suppress(Exception):
         rows = plan.generic_rows(probe, v, z)[0]
         return reference.agrees(names, rows.shape[1], rows.__getitem__)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        # torch.func refuses some kernels and any data-dependent Python; the loop over examples needs neither.
-        return False
+    return False

@@ -31,8 +31,9 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
-from fisherkit.rows.plan import Plan
+from fisherkit.rows.plan import Plan, agree, forward, require_alike, tolerance
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.watched import Watched
 
 LONG = 600.0
 """Seconds from which on a run is worth a warning before it."""
@@ -98,8 +99,10 @@ class Problem:
 
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """One pass over the data; not ``compared`` with other passes where its results stand alone."""
+        largest = 0
         for batch, start, call in self._micro_batches(description, compared=compared):
-            yield from self._micro(batch, start, call)
+            yield from self._micro(batch, start, call, in_company=batch.size > largest)
+            largest = max(largest, batch.size)
 
     def batches(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """The same with a micro-batch's chunks joined, rows ordered by example, position and vector."""
@@ -118,24 +121,27 @@ class Problem:
 
     def counts(self, description: str) -> Iterator[tuple[int, int, Float[Tensor, "n"] | None]]:
         """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
+        largest = 0
         for batch, start, call in self._micro_batches(description):
-            with self._quiet(), torch.no_grad():
-                raw = batch.call(self.plan.model)
-            slots = self._slots(batch, raw, start, call)
+            with self._quiet():
+                watched = forward(self.plan, batch)
+            slots = self._slots(batch, watched.z, start, call)
+            if batch.size > largest:
+                self._refuse_influence(batch, watched)
+            largest = max(largest, batch.size)
             keep = slots.keep(torch.arange(slots.number, device=slots.mask.device))
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
-    def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
-        """The plan's two examples, and their rows for any output vectors."""
-        two = self.plan.probe.batch
+    def probe_rows(self) -> tuple[Linearized, Callable[[Float[Tensor, "k B ..."]], Rows]]:
+        """The model at the plan's two examples, and their rows for any output vectors."""
         with self._quiet():
             linearized = Linearized.probe(self.plan)
 
         def rows(v: Float[Tensor, "k B ..."]) -> Rows:
             with self._quiet():
-                return linearized.rows(v, RowSelection(v.shape[0], two.size, v.device))
+                return linearized.rows(v, RowSelection(*v.shape[:2], v.device))
 
-        return two, rows
+        return linearized, rows
 
     def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
         """Σ_m v (vᵀ w) for K directions in output space."""
@@ -274,7 +280,30 @@ class Problem:
             return OneByOne(self.plan, batch, follow=self.by_owner is False)
         return Linearized.at(self.plan, batch)
 
-    def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
+    def _refuse_influence(self, batch: Batch, seen: Watched | OneByOne) -> None:
+        """Refuse a batch in whose company examples have other outputs than in another's.
+
+        Its first two are compared with the probe's, or with two of the batch. Where functions on the way may have
+        mixed examples, all are compared with themselves in halves of the batch, in another order.
+
+        Raises:
+            ModelError: they do.
+
+        Cost: none, or a forward pass of the batch; of two examples where they are all there are.
+        """
+        plan, z, size = self.plan, seen.z.detach(), batch.size
+        device, some, allowed = z.device, z[:2], tolerance(z.dtype, plan.coarsest)
+        pieces: list[Tensor] = []
+        if (size == 2 and not plan.alone) or not agree(plan.probe.z[: len(some)], some, allowed * some.norm()):
+            pieces = [torch.tensor([0] if plan.alone else [0, int(size > 2)], device=device)]
+        if size > 2 and isinstance(seen, Watched) and not seen.apart:
+            pieces += torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device).chunk(2)
+        for piece in pieces:
+            with self._quiet():
+                again = batch.take(piece).call(plan.model).detach()
+            require_alike(again, z[piece], allowed * z[piece].norm())
+
+    def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
         with self._quiet():
             linearized = self._linearized(batch)
             if self.revisable and linearized.newly_ruled:
@@ -284,6 +313,8 @@ class Problem:
             elif self.by_owner is not None and not linearized.followed:
                 raise BetterPlanError(self.plan, True)
         outputs = self._outputs(batch, linearized.z, start, call)
+        if in_company:
+            self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
         last = last_layer_rows(linearized, outputs) if self.closed and isinstance(linearized, Linearized) else None
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)

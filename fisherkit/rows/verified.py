@@ -25,7 +25,7 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import Plan, Probe, forward, make_plan, tolerance, two_of
+from fisherkit.rows.plan import Plan, Probe, forward, make_plan, probed, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import RULES
 from fisherkit.rows.selection import RowSelection
@@ -140,11 +140,12 @@ def _confirmed(plan: Plan, two: Batch) -> bool:
     parameters = list(plan.parameters.values())
     with untouched_rng([parameters[0].device]), differentiable(plan.model, parameters):
         try:
-            linearized = Linearized.at(plan, two)
+            seen, random = probed(plan, two)
         except ModelError:  # used in another way: what is wrong, if anything, is for a new plan to say
             return False
+        linearized = Linearized(plan, two, seen)
         watched = linearized.watched
-        if not watched.z.requires_grad or linearized.unruled:
+        if random or not watched.z.requires_grad or linearized.unruled:
             return False
         plan.probe = Probe(two, watched)
         v = torch.randn(watched.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(watched.z)
