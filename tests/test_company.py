@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,18 @@ def common(x: Tensor) -> Tensor:
     return x + 0.1 * torch.randn(())
 
 
+def noise_of_numpy(x: Tensor) -> Tensor:
+    return x + 0.1 * torch.from_numpy(np.random.standard_normal(3))  # noqa: NPY002
+
+
+def noise_of_its_own(x: Tensor) -> Tensor:
+    return x + 0.1 * torch.randn(3, generator=OWN)
+
+
+def read(x: Tensor) -> Tensor:
+    return x - torch.from_numpy(x.numpy().mean(0))
+
+
 def neighbours(i: Tensor) -> Tensor:
     return (i + i.sum()) % 6
 
@@ -44,8 +57,9 @@ def replaced(i: Tensor) -> Tensor:
     return torch.where(torch.rand(i.shape) < 0.02, 0, i)
 
 
+OWN = torch.Generator()
 CHANGES = [
-    (linear, (3, 3), X, statistics), (linear, (3, 3), X, noise), (linear, (3, 3), X, common),
+    *[(linear, (3, 3), X, change) for change in (statistics, noise, common, noise_of_numpy, noise_of_its_own, read)],
     (embedded, (6, 3), TOKENS, neighbours), (embedded, (6, 3), TOKENS, replaced),
 ]  # fmt: skip
 

@@ -103,12 +103,12 @@ class Tracker:
 
     Attributes:
         lost: whether something differentiable was written to unseen.
-        crossed: whether numbers without a gradient may have been computed from several examples: order or statistics.
+        mixed: whether numbers without a gradient may be of several examples, as their order or statistics, or drawn.
     """
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.lost = self.crossed = False
+        self.lost = self.mixed = False
         self._known: dict[int, tuple[weakref.ref[Tensor], int, bool, Status]] = {}
 
     def mark(self, tensor: Tensor, status: Status) -> None:
@@ -146,9 +146,10 @@ class Tracker:
             if function is torch.Tensor.__setitem__ and self._filled(*args):
                 self.mark(args[0], Axis(0))
             else:
-                self.crossed = self.crossed or any(isinstance(self.status(t), Axis) for t in tensors((args, kwargs)))
+                self.mixed = self.mixed or self._of_examples((args, kwargs))
             return
         outputs = [output] if isinstance(output, Tensor) else list(tensors(output))
+        self.mixed = self.mixed or function in DRAWS or (function in READS and self._of_examples(args))
         if not outputs:
             return
         operands = tuple(
@@ -165,6 +166,10 @@ class Tracker:
                 self.mark(made, status)
             elif status is not Mark.FREE or made.grad_fn is not None:
                 self.mark(made, status)
+
+    def _of_examples(self, arguments: Any) -> bool:
+        """Whether a batch axis is among them."""
+        return any(isinstance(self.status(tensor), Axis) for tensor in tensors(arguments))
 
     def _filled(self, x: Tensor, index: Any, value: Any) -> bool:
         """Whether each example's entries are written to its own place of a constant, as labels moved by one are."""
@@ -188,7 +193,7 @@ class Tracker:
             return found
         if call.output.requires_grad:
             return Mark.UNKNOWN
-        self.crossed = True
+        self.mixed = True
         return Mark.FREE
 
 
@@ -593,6 +598,22 @@ BECOMES: dict[Callable[..., Any], Becomes] = {
     **{getattr(torch.Tensor, name).__get__: _permuted for name in ("T", "mT")},
 }
 """What becomes of the batch axis in each function of PyTorch that keeps it apart."""
+
+
+READS = set(
+    _functions(
+        "item tolist numpy equal allclose is_nonzero __bool__ __float__ __int__ __index__ __array__ __contains__"
+    )
+)
+"""Functions that hand numbers to Python, which may do with them what it likes."""
+
+DRAWS = set(
+    _functions(
+        "rand randn randint randperm rand_like randn_like randint_like bernoulli normal poisson multinomial "
+        "normal_ uniform_ bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_"
+    )
+)
+"""Functions that draw random numbers, from whatever generator."""
 
 
 def is_elementwise(function: Callable[..., Any]) -> bool:

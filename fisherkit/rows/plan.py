@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError, listed
-from fisherkit.randomness import untouched_rng
+from fisherkit.randomness import rng_places, untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
@@ -289,13 +289,8 @@ def _numbers_without_rule(units: Sequence[Unit]) -> int:
 def probed(plan: Plan, two: Batch) -> tuple[Watched, bool]:
     """A forward pass of the probe, and whether it drew random numbers."""
     device = plan.example_parameter.device
-
-    def states() -> list[bytes]:
-        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-        return [state.numpy().tobytes() for state in (torch.get_rng_state(), *cuda)]
-
-    before = states()
-    return forward(plan, two), before != states()
+    before = rng_places(device)
+    return forward(plan, two), rng_places(device) != before
 
 
 def forward(plan: Plan, batch: Batch) -> Watched:
@@ -383,18 +378,13 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
     return kept
 
 
-def agree(found: Tensor, expected: Tensor, allowed: Tensor) -> bool:
-    """Whether outputs are the same up to an allowed distance."""
-    return found.shape == expected.shape and bool((found - expected).norm() <= allowed)
-
-
 def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
     """Refuse outputs of the same examples that differ from pass to pass.
 
     Raises:
         ModelError: they do.
     """
-    if agree(found, expected, allowed):
+    if found.shape == expected.shape and bool((found - expected).norm() <= allowed):
         return
     raise ModelError(
         call="the Fisher of this model",

@@ -31,7 +31,7 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
-from fisherkit.rows.plan import Plan, agree, forward, require_alike, tolerance
+from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.watched import Watched
 
@@ -139,7 +139,7 @@ class Problem:
 
         def rows(v: Float[Tensor, "k B ..."]) -> Rows:
             with self._quiet():
-                return linearized.rows(v, RowSelection(*v.shape[:2], v.device))
+                return linearized.rows(v, RowSelection(v.shape[0], v.shape[1], v.device))
 
         return linearized, rows
 
@@ -281,27 +281,23 @@ class Problem:
         return Linearized.at(self.plan, batch)
 
     def _refuse_influence(self, batch: Batch, seen: Watched | OneByOne) -> None:
-        """Refuse a batch in whose company examples have other outputs than in another's.
+        """Refuse a batch in which examples have other outputs than in other company.
 
-        Its first two are compared with the probe's, or with two of the batch. Where functions on the way may have
-        mixed examples, all are compared with themselves in halves of the batch, in another order.
+        Where functions on the way may have mixed examples, all are compared with themselves in halves of the batch.
 
         Raises:
             ModelError: they do.
 
-        Cost: none, or a forward pass of the batch; of two examples where they are all there are.
+        Cost: none where the forward pass keeps examples apart, else one more.
         """
-        plan, z, size = self.plan, seen.z.detach(), batch.size
-        device, some, allowed = z.device, z[:2], tolerance(z.dtype, plan.coarsest)
-        pieces: list[Tensor] = []
-        if (size == 2 and not plan.alone) or not agree(plan.probe.z[: len(some)], some, allowed * some.norm()):
-            pieces = [torch.tensor([0] if plan.alone else [0, int(size > 2)], device=device)]
-        if size > 2 and isinstance(seen, Watched) and not seen.apart:
-            pieces += torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device).chunk(2)
-        for piece in pieces:
+        if isinstance(seen, OneByOne) or seen.apart or batch.size == 1:
+            return
+        plan, z = self.plan, seen.z.detach()
+        order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(0)).to(z.device)
+        for piece in order.chunk(2) if batch.size > 2 else [torch.zeros_like(order)]:
             with self._quiet():
                 again = batch.take(piece).call(plan.model).detach()
-            require_alike(again, z[piece], allowed * z[piece].norm())
+            require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
         with self._quiet():

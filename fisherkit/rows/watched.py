@@ -39,7 +39,7 @@ class Watched:
         casts: whether a module was cast in place.
         hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients, or hand them to
             other examples.
-        crossed: whether numbers without a gradient may have been computed from several examples.
+        mixed: whether numbers without a gradient may have been computed from several examples.
     """
 
     batch: int
@@ -52,7 +52,7 @@ class Watched:
     random: bool = False
     casts: bool = False
     hooked: bool = False
-    crossed: bool = False
+    mixed: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, recorder: Recorder, batch: Batch) -> Watched:
@@ -79,7 +79,7 @@ class Watched:
         elsewhere = frozenset(recorder.elsewhere)
         return cls(
             recorder.batch, z, recorder.uses, elsewhere, recorder.coarsest, proven, random=recorder.random,
-            casts=recorder.casts, hooked=recorder.hooked, crossed=recorder.crossed,
+            casts=recorder.casts, hooked=recorder.hooked, mixed=recorder.mixed,
         )  # fmt: skip
 
     @property
@@ -100,7 +100,7 @@ class Watched:
     @property
     def apart(self) -> bool:
         """Whether functions keep examples apart, so that none has another output in other company."""
-        return self.proven and not self.crossed
+        return self.proven and not self.mixed
 
     def backward(self, v: Float[Tensor, "k B ..."], *, batched: bool = False) -> Sequence[Tensor | None]:
         """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output."""
