@@ -64,8 +64,8 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("structure", ["full", "diagonal", "kfac"])
-@pytest.mark.parametrize("size", [8, 4, 2])
+@pytest.mark.parametrize("structure", ["full", "kfac"])
+@pytest.mark.parametrize("size", [8, 2])
 @pytest.mark.parametrize(("function", "shape", "x", "change"), CHANGES)
 def test_second_build__refuses_what_reaches_inputs_without_a_gradient(
     function: Callable[..., Tensor], shape: tuple[int, int], x: Tensor, change: Change, size: int, structure: str

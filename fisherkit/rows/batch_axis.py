@@ -6,8 +6,9 @@ the way keeps the batch's axis apart (elementwise ones, linear maps of other axe
 A function that it does not know, or that may mix examples (indexing by content, products over the batch), ends the
 proof and nothing else: `rows.ownership` then asks automatic differentiation.
 
-Only what is differentiated matters: indices, masks and constants never carry a gradient from one example to another, so
-a tensor without one is free, whatever it was computed from.
+Only what is differentiated matters here: indices, masks and constants never carry a gradient from one example to
+another, so a tensor without one is free, whatever it was computed from. Whether such tensors may mix examples' values
+is noted beside it.
 """
 
 from __future__ import annotations
