@@ -37,7 +37,6 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.first_batch import plan_of_call
 from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.ownership import coarser
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
@@ -145,7 +144,6 @@ class Capture:
         if begun is None or output is None:
             return
         recorder, plan, batch, rng = begun
-        plan.coarsest = coarser(plan.coarsest, recorder.coarsest)
         z = outputs_of(output)
         if not z.requires_grad:
             return
@@ -205,10 +203,8 @@ class Capture:
             finally:
                 for module in training:
                     module.training = True
-            del plan.probe  # a graph that nothing asks any more
-            if anew and key in self._plans:
-                _keep_rules(plan, self._plans[key])
-            self._plans[key] = plan
+            plan.probe.watched = None  # a graph that nothing asks any more
+            self._plans[key] = _with_rules(plan, self._plans[key]) if anew and key in self._plans else plan
         return self._plans[key]
 
     def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:
@@ -410,13 +406,12 @@ def is_checked(step: int) -> bool:
     return step % 64 == 0 or step & (step - 1) == 0
 
 
-def _keep_rules(plan: Plan, old: Plan) -> None:
-    """Keep the rules of parameters that a new plan's batch has not used, as of an expert."""
+def _with_rules(plan: Plan, old: Plan) -> Plan:
+    """With an old plan's rules of parameters that the new one's batch has not used, as of an expert."""
     unseen = {unit.names[0] for unit in plan.generic if unit.unseen}
     kept = [unit for unit in old.ruled if unseen.issuperset(unit.names)]
     known = {name for unit in kept for name in unit.names}
-    plan.units = [*(unit for unit in plan.units if not known.intersection(unit.names)), *kept]
-    plan.units.sort(key=lambda unit: plan.space.names.index(unit.names[0]))
+    return plan.with_units([*(unit for unit in plan.units if not known.intersection(unit.names)), *kept])
 
 
 def _used(watched: Watched) -> set[str]:

@@ -8,8 +8,10 @@ seen) goes the generic way. What two examples cannot show is looked at in every 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -53,45 +55,74 @@ class Probe:
         self.watched: Watched | None = watched
 
 
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What is found out about a model: how rows of some of its parameters are made. Holds no tensor and no model.
+
+    Args:
+        units: a partition of the names, in their order.
+        vectorised: whether ``torch.func`` reproduces the generic units' gradients.
+        shared: parameters of layers whose inputs all examples share, as of positions.
+        unused: names of parameters that the outputs of the two examples do not depend on at all.
+        coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
+        numbers_per_example: entries of all layer outputs for one example.
+        alone: whether the model takes one example at a time, so that it was verified on one.
+        tried: a cache, which all that have these findings share, of what is found out when it is first needed:
+            "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
+            whether products need no rows; "last layer"; and by kind and likelihood, how many vectors an example has.
+    """
+
+    units: tuple[Unit, ...] = ()
+    vectorised: bool = True
+    shared: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+    coarsest: torch.dtype = torch.float64
+    numbers_per_example: int = 1
+    alone: bool = False
+    tried: dict[Hashable, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan(Findings):
     """How the rows of a model are made.
 
     Args:
         model: the model.
         space: the chosen parameters.
-
-    Attributes:
-        parameters: the chosen parameters by name.
-        units: a partition of the names.
-        vectorised: whether ``torch.func`` reproduces the generic units' gradients.
-        tried: what is found out when it is first needed: "batched", whether several output vectors can go through one
-            vectorised backward pass; "matrix-free", whether products need no rows; "last layer"; and by kind and
-            likelihood, how many vectors an example has.
-        shared: parameters of layers whose inputs all examples share, as of positions.
-        unused: names of parameters that the outputs of the two examples do not depend on at all.
-        coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
-        probe: the two examples that the plan was verified on.
-        numbers_per_example: entries of all layer outputs for one example.
+        parameters: the same by name.
+        versions: how often each had been written to.
         key: what the findings are kept under (`rows.verified`); None before.
-        alone: whether the model takes one example at a time, so that it was verified on one.
+        probe: the two examples that the plan was verified on; no plan that is handed on is without.
     """
 
-    probe: Probe
+    model: nn.Module
+    space: ParameterSpace
+    parameters: dict[str, Tensor]
+    versions: dict[str, int]
+    key: Hashable = None
+    probe: Probe = field(repr=False, default=None)  # type: ignore[assignment]
 
-    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
+    @classmethod
+    def of(cls, model: nn.Module, space: ParameterSpace, findings: Findings, key: Hashable = None) -> Plan:
+        """A plan of what was found, which may be nothing, for the model as it is; its units are its own."""
         own = dict(model.named_parameters())
-        self.model, self.space = model, space
-        self.parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
-        self._versions = {name: p._version for name, p in self.parameters.items()}
-        self.units: list[Unit] = []
-        self.vectorised = True
-        self.tried: dict[Hashable, int] = {}
-        self.shared: set[str] = set()
-        self.unused: set[str] = set()
-        self.coarsest = torch.float64
-        self.numbers_per_example = 1
-        self.key: Hashable = None
-        self.alone = False
+        parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
+        versions = {name: p._version for name, p in parameters.items()}
+        units = tuple(map(copy.copy, findings.units))
+        return cls(
+            **{**vars(findings), "units": units}, model=model, space=space, parameters=parameters, versions=versions,
+            key=key,
+        )  # fmt: skip
+
+    @property
+    def findings(self) -> Findings:
+        """What can be kept of the plan; the units are copies."""
+        own = {one.name: getattr(self, one.name) for one in fields(Findings)}
+        return Findings(**{**own, "units": tuple(map(copy.copy, self.units))})
+
+    def with_units(self, units: Iterable[Unit]) -> Plan:
+        """With others, put in the parameters' order."""
+        return replace(self, units=tuple(sorted(units, key=lambda unit: self.space.names.index(unit.names[0]))))
 
     def refuse_changed(self) -> None:
         """Refuse a model whose parameters were written to since the plan was made: its rows would be another Fisher's.
@@ -99,7 +130,7 @@ class Plan:
         Raises:
             ModelError: naming the parameters.
         """
-        changed = [n for n, p in self.parameters.items() if p._version != self._versions[n]]
+        changed = [n for n, p in self.parameters.items() if p._version != self.versions[n]]
         if changed:
             raise ModelError(
                 call="a pass over the data",
@@ -191,8 +222,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         ModelError: dropout or batch statistics in train mode, or examples of a batch that influence each other.
     """
     refuse_train_mode(model)
-    plan = Plan(model, space)
-    plan.alone = alone
+    plan = Plan.of(model, space, Findings(alone=alone))
     parameters = list(plan.parameters.values())
     device = plan.example_parameter.device
     if device.type == "meta":
@@ -205,35 +235,35 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
     with untouched_rng([device]), differentiable(model, parameters):
         probe = batch.take(two_of(batch, alone))
         watched, random = probed(plan, probe)
-        z = watched.z
+        z, plan = watched.z, replace(plan, coarsest=watched.coarsest)
         _check_outputs(z)
         kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
         reference = _Reference(plan, watched, v[0])
-        plan.unused = reference.unreached
-        plan.units, mixed = _units(plan, watched, v, reference, reference.at_uses)
+        units, mixed = _units(plan, watched, v, reference, reference.at_uses)
         if mixed:
             # Layers of what examples share, as positions: perhaps rules hold for what is made of their outputs.
-            plan.shared = mixed
-            again = forward(plan, probe)
-            units, _ = _units(plan, again, v, reference, _one_by_one(again, v[0], again.edges))
-            if _numbers_without_rule(units) < _numbers_without_rule(plan.units):
-                plan.units, watched = units, again
-            else:
-                plan.shared = set()
-        plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
-        plan.probe = Probe(probe, watched)
-        layers = sum(torch.Size(use.output_shape).numel() for use in watched.uses)
-        plan.numbers_per_example = (z.numel() + layers) // probe.size + sum(unit.numbers for unit in plan.generic)
+            other = replace(plan, shared=frozenset(mixed))
+            again = forward(other, probe)
+            others, _ = _units(other, again, v, reference, _one_by_one(again, v[0], again.edges))
+            if _numbers_without_rule(others) < _numbers_without_rule(units):
+                plan, units, watched = other, others, again
+        layers, generic = (
+            sum(torch.Size(use.output_shape).numel() for use in watched.uses),
+            _numbers_without_rule(units),
+        )
+        plan = replace(
+            plan.with_units(units), unused=frozenset(reference.unreached), probe=Probe(probe, watched),
+            numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
+        )  # fmt: skip
         if plan.generic:
-            plan.numbers_per_example += kept
-            plan.vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, z, reference)
-            plan.vectorised = plan.vectorised and not (
-                probe.size > 1
-                and loop_is_cheaper(model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example)
-            )
+            vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, z, reference)
+            loop = probe.size > 1 and vectorised and loop_is_cheaper(
+                model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example
+            )  # fmt: skip
+            plan = replace(plan, vectorised=vectorised and not loop)
         if plan.unused:
             refuse_hidden(model, {name: plan.parameters[name] for name in plan.unused}, probe, z)
     return plan
@@ -296,9 +326,7 @@ def probed(plan: Plan, two: Batch) -> tuple[Watched, bool]:
 def forward(plan: Plan, batch: Batch) -> Watched:
     """A forward pass of a batch, watched."""
     names = {id(p): name for name, p in plan.parameters.items()}
-    watched = Watched.of(plan.model, Recorder(names, batch.size, batch.leaves()[0], plan.shared), batch)
-    plan.coarsest = coarser(plan.coarsest, watched.coarsest)
-    return watched
+    return Watched.of(plan.model, Recorder(names, batch.size, batch.leaves()[0], plan.shared), batch)
 
 
 class _Reference:
