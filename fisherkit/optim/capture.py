@@ -182,8 +182,8 @@ class Capture:
 
     def _new(self, watched: Watched, plan: Plan) -> bool:
         """Whether a pass has used parameters that the plan has no rows or no rule for, as another expert."""
-        unseen = {name for unit in plan.generic if unit.unseen for name in unit.names}
-        new = {name for name in _used(watched) if name not in plan.space.slices or name in unseen} - self._used
+        idle = {name for unit in plan.generic if unit.without_use for name in unit.names}
+        new = {name for name in _used(watched) if name not in plan.space.slices or name in idle} - self._used
         self._used |= new
         return bool(new)
 
@@ -210,7 +210,7 @@ class Capture:
     def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
         plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
-        if plan.unused or any(unit.unseen for unit in plan.generic):
+        if plan.unused or any(unit.without_use for unit in plan.generic):
             with (
                 untouched_rng([plan.example_parameter.device]),
                 differentiable(self.model, list(plan.parameters.values())),
@@ -408,15 +408,15 @@ def is_checked(step: int) -> bool:
 
 def _with_rules(plan: Plan, old: Plan) -> Plan:
     """With an old plan's rules of parameters that the new one's batch has not used, as of an expert."""
-    unseen = {unit.names[0] for unit in plan.generic if unit.unseen}
-    kept = [unit for unit in old.ruled if unseen.issuperset(unit.names)]
+    idle = {unit.names[0] for unit in plan.generic if unit.without_use}
+    kept = [unit for unit in old.ruled if idle.issuperset(unit.names)]
     known = {name for unit in kept for name in unit.names}
     return plan.with_units([*(unit for unit in plan.units if not known.intersection(unit.names)), *kept])
 
 
 def _used(watched: Watched) -> set[str]:
     """The parameters that functions of a pass were given."""
-    return {name for use in watched.uses for name in use.names} | watched.elsewhere
+    return {name for use in watched.uses for name in use.names} | watched.outside_rules
 
 
 def _masks(batch: Batch) -> dict[str, Any]:

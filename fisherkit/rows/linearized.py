@@ -103,8 +103,8 @@ class Linearized:
     @property
     def newly_ruled(self) -> set[str]:
         """Parameters without a rule that this batch uses under one, which the plan's two examples had not used."""
-        unseen = {name for unit in self.plan.generic if unit.unseen for name in unit.names}
-        return {name for use in self.watched.uses for name in use.names if name in unseen}
+        idle = {name for unit in self.plan.generic if unit.without_use for name in unit.names}
+        return {name for use in self.watched.uses for name in use.names if name in idle}
 
     @property
     def numbers_per_vector(self) -> int:

@@ -189,7 +189,7 @@ class Plan(Findings):
         return {
             name
             for unit in self.ruled
-            if watched.elsewhere.intersection(unit.names)
+            if watched.outside_rules.intersection(unit.names)
             or any(unit.differs(watched.uses[i]) for i in unit.of(watched.uses))
             for name in unit.names
         }
@@ -472,17 +472,17 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
         own = [use for member in members for use in seen[member]]
         slices = [use.slices is not None for use in seen[name]]
         ways = {(use.rule, use.turned) for use in seen[name]}
-        if slices and all(slices) and len(ways) == 1 and name not in watched.elsewhere:
+        if slices and all(slices) and len(ways) == 1 and name not in watched.outside_rules:
             units.append(SlicedUnit((name,), own[0].rule, _numbers(plan, (name,)), turned=own[0].turned))
             continue
         free = all(use.slices is None or use.slices.ndim == 0 for use in own)
         plain = bool(own) and free and all(use.plain for use in own)
-        together, free = {form_of(use) for use in own}, free and not watched.elsewhere.intersection(members)
+        together, free = {form_of(use) for use in own}, free and not watched.outside_rules.intersection(members)
         if plain and free and len(together) == 1:
             chosen = own[0].names
             units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen), turned=own[0].turned))
             placed.update(chosen)
-        elif plain and name not in watched.elsewhere:
+        elif plain and name not in watched.outside_rules:
             units.append(_alone(name, list(dict.fromkeys(form_of(use) for use in seen[name])), _numbers(plan, (name,))))
         elif own and free:
             rules = list(dict.fromkeys(use.rule for use in own))
@@ -491,8 +491,8 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             placed.update(chosen)
         else:
             reason = "no rule knows some of its uses" if own else "no layer rule saw it"
-            unseen = not own and name not in watched.elsewhere
-            units.append(Unit((name,), reason, _numbers(plan, (name,)), unseen=unseen))
+            without_use = not own and name not in watched.outside_rules
+            units.append(Unit((name,), reason, _numbers(plan, (name,)), without_use=without_use))
     return units
 
 

@@ -71,10 +71,11 @@ class Problem:
         progress: show a progress bar.
         summed: whether nothing but sums over rows is wanted: squares, or second moments of their factors.
         vectors_per_example: M, found by `measure`.
-        closed: whether those sums need no rows (`rows.last_layer`), found by `measure`.
+        rowless: whether those sums need no rows (`rows.last_layer`), found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
-        looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
+        probabilities_sought: whether outputs have been looked at for probabilities in the place of logits, for which two
+            examples are too few.
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
@@ -90,10 +91,10 @@ class Problem:
     progress: bool
     summed: bool = False
     vectors_per_example: int = 1
-    closed: bool = False
+    rowless: bool = False
     most_examples: int | None = None
     revisable: bool = False
-    looked: bool = True
+    probabilities_sought: bool = True
     by_owner: bool | None = None
     budget: int | None = None
 
@@ -172,8 +173,8 @@ class Problem:
         self.likelihood.check_reading(raw, batch.targets, batch.leaves()[0], call)
         wanted = self.kind.needs_targets or self.likelihood.labels_mask or self.likelihood.hessian_of_targets
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
-        if not self.looked:
-            self.looked = True
+        if not self.probabilities_sought:
+            self.probabilities_sought = True
             warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
         # 2²⁴ positions an example keep (example, position) apart in one integer.
         example = torch.arange(start, start + z.shape[0], device=z.device)
@@ -187,12 +188,12 @@ class Problem:
         if key not in tried:
             tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, "data, batch 0").number
         self.vectors_per_example = tried[key]
-        self.closed = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
-        if self.vectors_per_example > 1 and not self.closed and "batched" not in tried:
+        self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
+        if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
             with self._quiet():
                 _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
-        self.looked = False
+        self.probabilities_sought = False
 
     def _last_layer(self) -> bool:
         """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
@@ -239,7 +240,7 @@ class Problem:
 
     def row_bytes(self, names: Collection[str], *, vectors: int | None = None) -> int:
         """Bytes of one example's rows over some parameters; of M vectors by default, or 1 where sums need none."""
-        vectors = vectors or (1 if self.closed else self.vectors_per_example)
+        vectors = vectors or (1 if self.rowless else self.vectors_per_example)
         item = torch.finfo(self.plan.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
         return item * sum(unit.numbers_per_example(vectors) for unit in units)
@@ -311,7 +312,7 @@ class Problem:
         outputs = self._outputs(batch, linearized.z, start, call)
         if in_company:
             self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
-        last = last_layer_rows(linearized, outputs) if self.closed and isinstance(linearized, Linearized) else None
+        last = last_layer_rows(linearized, outputs) if self.rowless and isinstance(linearized, Linearized) else None
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)
             return

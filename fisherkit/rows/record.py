@@ -71,7 +71,7 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         uses: what was seen.
-        elsewhere: names of parameters that functions without a rule have used, with a gradient.
+        outside_rules: names of parameters that functions without a rule have used, with a gradient.
         without_graph: names of parameters that were used where no gradients are.
         random: whether dropout was active.
         coarsest: the floating dtype that rounds most, of all that is differentiated; autocast may be inside the model.
@@ -93,7 +93,7 @@ class Recorder(TorchFunctionMode):
         self.names, self.batch, self.shared = names, batch, shared
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
-        self.elsewhere: set[str] = set()
+        self.outside_rules: set[str] = set()
         self.without_graph: set[str] = set()
         self.random = self.casts = False
         self.coarsest = torch.float64
@@ -118,7 +118,7 @@ class Recorder(TorchFunctionMode):
         """Whether the pass itself shows whose the entries of uses with an axis are."""
         made = self._derivations.of(z)
         if made is not None:  # outputs that are functions of parameters alone met no example
-            self.elsewhere.update(made.names)
+            self.outside_rules.update(made.names)
         return self._tracker.proves(z)
 
     def __torch_function__(
@@ -191,7 +191,7 @@ class Recorder(TorchFunctionMode):
 
     def _leave(self, operands: Operands) -> None:
         """Parameters are used in a way that there is no rule for."""
-        self.elsewhere.update(name for _, made in operands for name in made.names)
+        self.outside_rules.update(name for _, made in operands for name in made.names)
 
     def _rule(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -31,7 +31,7 @@ class Watched:
         batch: number of examples.
         z: the outputs, ``[B, ...]``.
         uses: of chosen parameters under a rule.
-        elsewhere: chosen parameters that functions without a rule used.
+        outside_rules: chosen parameters that functions without a rule used.
         coarsest: the floating dtype that rounds most, of all that is differentiated.
         proven: whether the pass shows whose the entries of uses with an axis are.
         by_owner: whether it is looked at which entries outputs depend on, whatever the pass shows.
@@ -45,7 +45,7 @@ class Watched:
     batch: int
     z: Tensor
     uses: Sequence[Use]
-    elsewhere: frozenset[str] = frozenset()
+    outside_rules: frozenset[str] = frozenset()
     coarsest: torch.dtype = torch.float64
     proven: bool = False
     by_owner: bool = False
@@ -76,9 +76,9 @@ class Watched:
     def seen(cls, recorder: Recorder, z: Tensor) -> Watched:
         """What a recorder saw until the outputs."""
         proven = recorder.proves(z)
-        elsewhere = frozenset(recorder.elsewhere)
+        outside_rules = frozenset(recorder.outside_rules)
         return cls(
-            recorder.batch, z, recorder.uses, elsewhere, recorder.coarsest, proven, random=recorder.random,
+            recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
             casts=recorder.casts, hooked=recorder.hooked, mixed=recorder.mixed,
         )  # fmt: skip
 
