@@ -222,7 +222,7 @@ class Builder:
     @property
     def _many(self) -> bool:
         """Whether there are so many backward passes that it is worth knowing what they take."""
-        return self.problem.vectors_per_example > MANY and not self.problem.closed
+        return self.problem.vectors_per_example > MANY and not self.problem.rowless
 
     def _cost(self, found: tuple[int, float], readings: int = 1) -> str:
         passes, seconds = readings * found[0], readings * found[1]

@@ -67,6 +67,18 @@ def rng_state() -> RngState:
     return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (users' code draws from it)
 
 
+def rng_places(device: torch.device) -> tuple[Any, ...]:
+    """What moves when numbers are drawn from a global generator, the device's own included; to be compared."""
+    own, of_python, of_numpy = rng_state()
+    cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
+    return (
+        own.numpy().tobytes(),
+        cuda,
+        of_python,
+        *(part.tobytes() if isinstance(part, np.ndarray) else part for part in of_numpy),
+    )
+
+
 def set_rng_state(state: RngState) -> None:
     """Put the global generators of the CPU somewhere."""
     torch.set_rng_state(state[0])

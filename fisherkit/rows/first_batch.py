@@ -143,7 +143,8 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     if isinstance(error, FisherkitError):
         return
     device, dtype = model_device(model, space.names)
-    if first.size > 2 and _works(model, first.to(device)):
+    fails = not _works(model, first.take(slice(0, 2)).to(device))  # else it is the gradient that does
+    if fails and first.size > 2 and _works(model, first.to(device)):
         raise DataError(
             call="data, batch 0",
             got=f"a batch of {first.size} examples that the model takes together and not two at a time",
@@ -159,11 +160,18 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
             expected=f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
         ) from error  # fmt: skip
     usual = type(error).__module__ == "builtins"  # a user's own errors are meant for the user
-    if usual and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
+    if usual and fails and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
         raise DataError(
             call="data, batch 0", got=f"a batch of {first.size} examples for a model that works with the first alone",
             expected="a model of batches, or one example a batch", why=reason,
             try_="batches of one example each, DataLoader(..., batch_size=1)",
+        ) from error  # fmt: skip
+    if isinstance(error, RuntimeError) and "inplace operation" in str(error):
+        raise ModelError(
+            call="the model's forward pass", got="a tensor that is written to in place after a layer has kept it",
+            expected="tensors that stay as they are until the gradient is known",
+            why=f"the backward pass fails: {str(error).splitlines()[0]}",
+            try_="x = x + y instead of x += y, or a layer that reads x.clone()",
         ) from error  # fmt: skip
     # Models may well cast their inputs: only what torch itself says of types is put into our words.
     if not isinstance(error, RuntimeError) or "type" not in str(error):
