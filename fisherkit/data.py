@@ -90,6 +90,7 @@ class Batch:
         targets: labels or values; None for unlabelled data.
         size: B.
         axes: which of the inputs' tensors have the batch axis, by their place; the first batch decides for all.
+        place: its own among all batches, for errors.
     """
 
     args: tuple[Any, ...]
@@ -97,6 +98,7 @@ class Batch:
     targets: Tensor | None
     size: int
     axes: dict[int, bool] = field(default_factory=dict)
+    place: str = "data, batch 0"
 
     @classmethod
     def of(
@@ -162,7 +164,7 @@ class Batch:
                 why="in an earlier batch it had as many as there were examples, so it was taken to have one an example",
                 try_=SHARED,
             )
-        return cls(args, kwargs, targets, size, axes)
+        return cls(args, kwargs, targets, size, axes, call)
 
     @classmethod
     def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
@@ -211,7 +213,8 @@ class Batch:
         """Some of the examples; tensors without the batch's leading size are passed as they are."""
         count = index.shape[0] if isinstance(index, Tensor) else len(range(*index.indices(self.size)))
         targets = None if self.targets is None else self.targets[index]
-        return Batch(*self._map_batched(lambda tensor: tensor[index]), targets, count, self.axes)
+        args, kwargs = self._map_batched(lambda tensor: tensor[index])
+        return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets, size=count)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -220,7 +223,8 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         targets = None if self.targets is None else move(self.targets)
-        return Batch(_map_tensors(self.args, move), _map_tensors(self.kwargs, move), targets, self.size, self.axes)
+        args, kwargs = _map_tensors(self.args, move), _map_tensors(self.kwargs, move)
+        return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets)
 
     def shifted(self, ignore_index: int) -> Batch:
         """Labels moved one position to the left, as a causal language model's loss pairs them with its outputs."""
@@ -383,9 +387,8 @@ class Source:
         self.model = model
         self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
         # A shuffling loader draws its order from the global generator: every pass starts from the same state.
-        self._rng_state = rng_state()
         self._generators = _generators_of(data) if isinstance(data, DataLoader) else []
-        self._own_states = [generator.get_state() for generator in self._generators]
+        self._start = rng_state(self._generators)
         self._axes: dict[int, bool] | None = None
         self._digests: list[str] = []
         self._whole = False
@@ -403,20 +406,19 @@ class Source:
         """A pass that is compared with no other.
 
         Args:
-            state: where the global generators start; None for where they were when the source was made.
+            state: where the generators start; None for where they were when the source was made.
             settled: whether `first` tells of all batches which inputs all examples share; else each for itself.
         """
-        state, own_states = self._rng_state if state is None else state, self._own_states
+        state = self._start if state is None else state
         iterator: Iterator[Any] | None = None
         for number in itertools.count():
-            with torch.inference_mode(False), untouched_rng([], state), self._own(own_states):
+            with torch.inference_mode(False), untouched_rng([], state, self._generators):
                 iterator = iter(self.batches) if iterator is None else iterator
                 try:
                     raw = next(iterator)
                 except StopIteration:
                     return
-                state = rng_state()
-                own_states = [generator.get_state() for generator in self._generators]
+                state = rng_state(self._generators)
             yield Batch.of(raw, f"data, batch {number}", self._axes if settled else None, self._model_inputs)
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -467,20 +469,8 @@ class Source:
         """
         self.refuse_shuffling(call)
         if not _in_order(self.batches):
-            for _ in self._compared(self.once(_elsewhere())):
+            for _ in self._compared(self.once((*_elsewhere(), *self._start[3:]))):
                 pass
-
-    @contextlib.contextmanager
-    def _own(self, states: list[Tensor]) -> Iterator[None]:
-        """The loader's own generators at our place in their streams, and back to the caller's afterwards."""
-        before = [generator.get_state() for generator in self._generators]
-        for generator, state in zip(self._generators, states, strict=True):
-            generator.set_state(state)
-        try:
-            yield
-        finally:
-            for generator, state in zip(self._generators, before, strict=True):
-                generator.set_state(state)
 
     def numbered(self) -> Iterator[tuple[int, Batch]]:
         """One pass over the batches, each with its place among those that the user's data yields, for errors."""

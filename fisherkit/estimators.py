@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_count
+from fisherkit.arguments import check_count, is_number
 from fisherkit.arithmetic import all_finite, checked_product, without_autocast
 from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
 
@@ -139,11 +139,15 @@ def lanczos_logdet(
         InvalidArgumentError: an argument out of range, or a clearly negative eigenvalue.
     """
     why = "products alone do not tell whether F is singular, and then log det F = -inf"
-    mean, error = _damped_mean("lanczos_logdet", torch.log1p, operator, damping, samples, steps, generator, why)
-    # Sign vectors have vᵀv = D: the constant log λ is integrated exactly, and only F/λ is left to chance.
-    return _scaled(operator, math.log(damping) + mean, error)
+
+    def log_damped(x: Tensor) -> Tensor:
+        # Sign vectors have vᵀv = D: the constant log λ is integrated exactly, and only F/λ is left to chance.
+        return math.log(damping) + torch.log1p(x)
+
+    return _damped_sum("lanczos_logdet", log_damped, operator, damping, samples, steps, generator, why)
 
 
+@without_autocast()
 def lanczos_effective_dimension(
     operator: SupportsMatvec,
     *,
@@ -168,8 +172,9 @@ def lanczos_effective_dimension(
         InvalidArgumentError: an argument out of range, or a clearly negative eigenvalue.
     """
     why = "at λ = 0 it is the rank of F, which products alone do not tell"
-    name = "lanczos_effective_dimension"
-    return _scaled(operator, *_damped_mean(name, _share, operator, damping, samples, steps, generator, why))
+    return _damped_sum(
+        "lanczos_effective_dimension", lambda x: x / (1 + x), operator, damping, samples, steps, generator, why
+    )
 
 
 @without_autocast()
@@ -257,17 +262,13 @@ def lanczos_eigenvalues(
     return values.flip(0).to(operator.device, operator.dtype)
 
 
-def _share(x: Tensor) -> Tensor:
-    return x / (1 + x)
-
-
-def _damped_mean(
+def _damped_sum(
     name: str, function: Callable[[Tensor], Tensor], operator: SupportsMatvec, damping: float, samples: int, steps: int,
     generator: torch.Generator | None, why: str,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
-    """Mean of f(F/λ) over its eigenvalues and the error of that; f's derivatives are positive and negative in turn."""
+) -> Estimate:  # fmt: skip
+    """Σ f(F/λ) over its D eigenvalues; f's derivatives are positive and negative in turn."""
     call = f"{name}(damping={damping})"
-    if not (math.isfinite(damping) and damping > 0):
+    if not (is_number(damping) and math.isfinite(damping) and damping > 0):
         raise InvalidArgumentError(call=call, got=str(damping), expected="a finite number > 0", why=why)
     bounds = []
     for diagonal, coupling in _tridiagonal(name, operator, samples, steps, generator):
@@ -278,12 +279,8 @@ def _damped_mean(
             bounds.append((weights * function(nodes.clamp(min=0) / damping)).sum(dim=1))
     high, low = torch.cat(bounds[::2]), torch.cat(bounds[1::2])
     middle = _mean([0.5 * (high + low)])
-    return middle.value, middle.standard_error + 0.5 * (high - low).mean().abs()
-
-
-def _scaled(operator: SupportsMatvec, mean: Tensor, error: Tensor) -> Estimate:
-    """D times a mean over eigenvalues, as the operator's estimate."""
-    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (mean, error)))
+    error = middle.standard_error + 0.5 * (high - low).mean().abs()
+    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (middle.value, error)))
 
 
 def _tridiagonal(

@@ -87,7 +87,7 @@ class Slots:
     def of(cls, outputs: Outputs, rule: OutputRule, token: bool) -> Slots:
         """Those of a kind."""
         flat = token or rule.positionwise
-        found = rule.output_vectors(outputs.positionwise() if flat else outputs)
+        found = rule.vectors(outputs.positionwise() if flat else outputs)
         mask = outputs.mask
         counts = mask if token else mask.any(1)
         # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.

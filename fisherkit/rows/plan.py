@@ -206,12 +206,12 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         watched = forward(plan, probe)
         z = watched.z
         random = not torch.equal(before, torch.get_rng_state())
-        _check_outputs(z)
+        _check_outputs(z, probe.place)
         kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-        reference = _Reference(plan, watched, v[0])
+        reference = _Reference(plan, watched, v[0], probe.place)
         plan.unused = reference.unreached
         plan.units, mixed = _units(plan, watched, v, reference, reference.at_uses)
         if mixed:
@@ -303,7 +303,7 @@ class _Reference:
         unreached: names of the parameters that no output depends on.
     """
 
-    def __init__(self, plan: Plan, watched: Watched, v: Tensor) -> None:
+    def __init__(self, plan: Plan, watched: Watched, v: Tensor, place: str) -> None:
         own, uses = list(plan.parameters.values()), len(watched.uses)
         found = _one_by_one(watched, v, [*watched.edges, *own])
         self.at_uses: OneByOneGradients = [row[:uses] for row in found]
@@ -317,7 +317,7 @@ class _Reference:
         if not all_finite(self.norms) and not all_finite(*(g for row in self.rows for g in row)):
             bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
-                call="data, batch 0",
+                call=place,
                 got=f"gradients with NaN or infinite entries of {listed(map(repr, bad))}",
                 expected="finite gradients",
                 try_="look for √, log or division at 0 in the model",
@@ -384,11 +384,11 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
     )
 
 
-def _check_outputs(z: Tensor) -> None:
+def _check_outputs(z: Tensor, place: str) -> None:
     call = "the model's forward pass"
     if not z.is_floating_point():
         raise ModelError(call=call, got=f"outputs of {z.dtype}", expected="real floating-point outputs")
-    check_finite(z, "data, batch 0")
+    check_finite(z, place)
     if not z.requires_grad:
         raise ModelError(
             call=call,
