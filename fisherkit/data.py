@@ -54,15 +54,6 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, (bool, int, float, np.number, np.bool_))
 
 
-def _are_targets(value: Any) -> bool:
-    """Whether it is targets as they stand beside inputs, which no batch is."""
-    return (
-        value is None
-        or isinstance(value, (Tensor, np.ndarray))
-        or (isinstance(value, (list, tuple)) and _numbers(value))
-    )
-
-
 def _labelled(raw: Any) -> dict[Any, Any] | None:
     """A batch whose fields have names, as a mapping; None of any other."""
     if isinstance(raw, Mapping) or _is_dataclass(raw):
@@ -533,7 +524,7 @@ def _is_batch(data: Data) -> bool:
     if not isinstance(data, (tuple, list)) or len(data) < 2:
         return False
     # No batch is a bare tensor.
-    return all(isinstance(part, (Tensor, np.ndarray)) for part in data) or (len(data) == 2 and _are_targets(data[1]))
+    return any(isinstance(part, (Tensor, np.ndarray)) for part in data) or (len(data) == 2 and (data[1] is None or _numbers(data[1])))
 
 
 def _changed(number: int) -> DataError:

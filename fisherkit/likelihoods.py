@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fisherkit.arguments import check_number, is_integer
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.likelihood import Likelihood, Prepared, setting_text, shape_text
 
@@ -161,7 +162,7 @@ class GaussianNLL(Gaussian):
 
     def __init__(self, eps: float = 1e-6) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = check_number("GaussianNLL", "eps", eps)
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
         """∂ℓ/∂z = (z − y) / σ²."""
@@ -336,19 +337,20 @@ class Categorical(Likelihood):
         weight: Sequence[float] | Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
-        if class_axis not in (None, -1, 1):
-            raise InvalidArgumentError(call="Categorical", got=f"class_axis={class_axis}", expected="-1 or 1")
-        if not 0 <= label_smoothing <= 1:
-            raise InvalidArgumentError(
-                call="Categorical", got=f"label_smoothing={label_smoothing}", expected="a number from 0 to 1"
-            )
-        self.ignore_index, self.label_smoothing = ignore_index, float(label_smoothing)
+        call = "Categorical"
+        if not is_integer(ignore_index):
+            got = f"ignore_index of type {type(ignore_index).__name__}"
+            raise InvalidTypeError(call=call, got=got, expected="an integer, the label of positions that do not count")
+        self.ignore_index = ignore_index
+        self.label_smoothing = check_number(call, "label_smoothing", label_smoothing, most=1)
         if class_axis is not None:
+            if not is_integer(class_axis) or class_axis not in (-1, 1):
+                raise InvalidArgumentError(call=call, got=f"class_axis={class_axis!r}", expected="-1 or 1")
             self.class_axis, self._chosen = class_axis, "by the user"
         if weight is not None:
-            found = _numbers("Categorical", "weight", weight)
+            found = _numbers(call, "weight", weight)
             if not isinstance(found, Tensor) or found.ndim != 1:
-                raise InvalidArgumentError(call="Categorical", got="weight of no axis or several", expected="[C]")
+                raise InvalidArgumentError(call=call, got="weight of no axis or several", expected="[C]")
             self.weight, self.hessian_of_targets = found, True
             self.unlikely = "a weighted loss is no −log p: its exponential does not sum to one over the labels"
 
@@ -576,7 +578,9 @@ class Categorical(Likelihood):
                 call=call,
                 got=f"labels of shape {shape_text(target)} for outputs {shape_text(raw)}",
                 expected=shape_text(z.new_empty(wanted)),
-                why=f"the {'last axis' if axis == raw.ndim - 1 else 'axis 1'} of the outputs holds the classes",
+                why="the last axis of the outputs holds the classes"
+                if axis == raw.ndim - 1
+                else "the classes are on axis 1 of the outputs",
                 try_=advice,
             )
         target = target.reshape(z.shape[:2]).long()
@@ -662,13 +666,20 @@ def _softmax_columns(z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[
 
 def _numbers(call: str, name: str, value: Numbers, *, positive: bool = False) -> Tensor | float:
     """A number, or a tensor that nobody else writes to, without leading axes of size 1."""
-    found = value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    try:
+        found = value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidTypeError(
+            call=call, got=f"{name} of type {type(value).__name__}", expected="a number, a tensor or a list of numbers",
+            why=str(error),
+        ) from error  # fmt: skip
     while found.ndim > 1 and found.shape[0] == 1:
         found = found[0]
     good = not found.is_complex() and bool((torch.isfinite(found) & (found > 0 if positive else found >= 0)).all())
-    if not good or found.shape[1:].numel() > 1:
+    if not good or not found.numel() or found.shape[1:].numel() > 1:
+        values = f" with values {setting_text(found)}" if not good else ""
         raise InvalidArgumentError(
-            call=call, got=f"{name} of shape {list(found.shape)} with values {setting_text(found)}",
+            call=call, got=f"{name} of shape {list(found.shape)}{values}",
             expected=f"finite numbers {'above 0' if positive else 'from 0 on'}, one or one for each output",
             why="all examples share them",
         )  # fmt: skip
@@ -760,9 +771,10 @@ def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
         found.reduction = None if reduction == "none" else reduction
         return found
     if not isinstance(likelihood, str):
+        name = getattr(likelihood, "__name__", "")
         raise InvalidTypeError(
             call="likelihood",
-            got=f"a {type(likelihood).__name__}",
+            got=f"the class or function {name}" if name else f"a {type(likelihood).__name__}",
             expected=f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood",
             try_="an object, as in nn.CrossEntropyLoss(), instead of its class or a function; for a loss of your own, "
             f"{_OWN}",

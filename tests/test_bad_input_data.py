@@ -157,6 +157,15 @@ DATA: dict[str, Case] = {
         ValueError,
         ("got no targets", "fk.ExactFisher"),
     ),
+    "words as labels": Case(
+        lambda: ef(data=(X, ["a"] * 6)),
+        TYPE,
+        TypeError,
+        ("data, batch 0: got targets of type list", "lists of numbers"),
+    ),
+    "two tensors as targets": Case(
+        lambda: ef(data=(X, (Y, Y))), TYPE, TypeError, ("data, batch 0: got targets of type tuple", "a tensor")
+    ),
     "unlabelled mapping": Case(
         lambda: ef(data={"input": X, "labels": None}),
         fk.DataError,
