@@ -524,7 +524,9 @@ def _is_batch(data: Data) -> bool:
     if not isinstance(data, (tuple, list)) or len(data) < 2:
         return False
     # No batch is a bare tensor.
-    return any(isinstance(part, (Tensor, np.ndarray)) for part in data) or (len(data) == 2 and (data[1] is None or _numbers(data[1])))
+    return any(isinstance(part, (Tensor, np.ndarray)) for part in data) or (
+        len(data) == 2 and (data[1] is None or _numbers(data[1]))
+    )
 
 
 def _changed(number: int) -> DataError:

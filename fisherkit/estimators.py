@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisherkit.arguments import check_count, is_number
 from fisherkit.arithmetic import all_finite, checked_product, without_autocast
-from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, NotConvergedWarning
 
 DEFAULT_SEED = 2406
 """Seed of the generator that is made where none is passed."""
@@ -82,8 +82,7 @@ def hutchinson_trace(
     Returns:
         Scalars. Cost: ``samples`` products with F, in batches of columns.
     """
-    check_count("hutchinson_trace", "samples", samples)
-    signs = _signs(operator, samples, generator, vectors_each=3)
+    signs = _signs("hutchinson_trace", operator, samples, generator, vectors_each=3)
     return _mean((v * _product(operator, v)).sum(dim=0) for v in signs)
 
 
@@ -104,8 +103,7 @@ def hutchinson_diagonal(
     Returns:
         Tensors [D]. Cost: ``samples`` products with F, in batches of columns.
     """
-    check_count("hutchinson_diagonal", "samples", samples)
-    signs = _signs(operator, samples, generator, vectors_each=3)
+    signs = _signs("hutchinson_diagonal", operator, samples, generator, vectors_each=3)
     return _mean(v * _product(operator, v) for v in signs)
 
 
@@ -224,10 +222,10 @@ def lanczos_eigenvalues(
 
     Cost: one product with k columns a step, and that many vectors [D] kept.
     """
+    source = _source("lanczos_eigenvalues", operator, generator)
     check_count("lanczos_eigenvalues", "k", k, most=operator.size)
     check_count("lanczos_eigenvalues", "steps", steps, optional=True)
     steps = 100 if steps is None else steps
-    source = _source(generator)
     start = [torch.randn(operator.size, generator=source, device=source.device) for _ in range(k)]
     block = torch.linalg.qr(torch.stack(start, dim=1).to(operator.device, operator.dtype)).Q
     basis: list[Tensor] = []
@@ -287,11 +285,11 @@ def _tridiagonal(
     call: str, operator: SupportsMatvec, samples: int, steps: int, generator: torch.Generator | None
 ) -> Iterator[tuple[Float[Tensor, "K m"], Float[Tensor, "K m"]]]:
     """Yield batches of F's projections on Krylov spaces of sign vectors: diagonals, and couplings to the next step."""
-    for name, value in (("samples", samples), ("steps", steps)):
-        check_count(call, name, value)
+    check_count(call, "steps", steps)
+    source = _source(call, operator, generator)
     steps = min(steps, operator.size)
     eps = torch.finfo(operator.dtype).eps
-    for signs in _signs(operator, samples, generator, vectors_each=steps):
+    for signs in _signs(call, operator, samples, source, vectors_each=steps):
         q = signs / math.sqrt(operator.size)
         basis = torch.zeros(steps, *q.shape, dtype=q.dtype, device=q.device)
         diagonal, coupling = torch.zeros(2, steps, q.shape[1], dtype=q.dtype, device=q.device)
@@ -345,10 +343,11 @@ def _orthogonalize(
 
 
 def _signs(
-    operator: SupportsMatvec, samples: int, generator: torch.Generator | None, *, vectors_each: int
+    call: str, operator: SupportsMatvec, samples: int, generator: torch.Generator | None, *, vectors_each: int
 ) -> Iterator[Float[Tensor, "D _"]]:
     """Yield batches of random sign columns. Each is drawn by itself: neither batches nor dtype change the numbers."""
-    source = _source(generator)
+    check_count(call, "samples", samples)
+    source = _source(call, operator, generator)
     batch = max(1, _WORKSPACE_ENTRIES // (operator.size * vectors_each))
     for start in range(0, samples, batch):
         draws = [
@@ -358,8 +357,18 @@ def _signs(
         yield torch.stack(draws, dim=1).to(operator.device, operator.dtype) * 2 - 1
 
 
-def _source(generator: torch.Generator | None) -> torch.Generator:
-    """The generator passed, or a fresh one on the CPU, so that all devices see the same numbers."""
+def _source(call: str, operator: object, generator: torch.Generator | None) -> torch.Generator:
+    """The generator passed, or a fresh one on the CPU, so that all devices see the same numbers.
+
+    Raises:
+        InvalidTypeError: it is none, or the operator is none.
+    """
+    for name, value, kind, expected in (
+        ("operator", operator, SupportsMatvec, "a Fisher, or an object with size, dtype, device and matvec"),
+        ("generator", generator, torch.Generator | None, "a torch.Generator or None"),
+    ):
+        if not isinstance(value, kind):
+            raise InvalidTypeError(call=call, got=f"a {type(value).__name__} as {name}", expected=expected)
     return torch.Generator().manual_seed(DEFAULT_SEED) if generator is None else generator
 
 
