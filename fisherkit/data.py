@@ -217,36 +217,34 @@ class Batch:
         args, kwargs = _map_tensors(self.args, move), _map_tensors(self.kwargs, move)
         return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets)
 
-    def shifted(self, ignore_index: int) -> Batch:
-        """Labels moved one position to the left, as a causal language model's loss pairs them with its outputs."""
-        if self.targets is None:
-            return self
-        if self.targets.ndim < 2:
-            raise DataError(
-                call="data",
-                got=f"labels of shape {list(self.targets.shape)} to be shifted",
-                expected="[B, T]",
-                why="shift_labels pairs every position with the next label",
-                try_="shift_labels=False",
-            )
-        last = torch.full_like(self.targets[:, :1], ignore_index)
-        return dataclasses.replace(self, targets=torch.cat([self.targets[:, 1:], last], 1))
-
     def aligned(self, model: nn.Module, z: Tensor, *, shift: bool, ignore_index: int) -> Batch:
         """Labels beside the outputs that they belong to.
 
         Args:
             model: the model; positions that its prompt learning put in front have no labels.
             z: its outputs.
-            shift: whether labels belong to the outputs one position before them.
+            shift: whether labels belong to the outputs one position before them, as in causal language models.
             ignore_index: the label of positions that have none.
+
+        Raises:
+            DataError: labels to be shifted that have no positions.
         """
-        batch, extra = self, virtual_tokens(model)
-        positions = self.targets is not None and self.targets.ndim == 2 and z.ndim == 3
-        if self.targets is not None and positions and extra and z.shape[1] == self.targets.shape[1] + extra:
-            front = self.targets.new_full((self.size, extra), ignore_index)
-            batch = dataclasses.replace(self, targets=torch.cat([front, self.targets], 1))
-        return batch.shifted(ignore_index) if shift else batch
+        targets, extra = self.targets, virtual_tokens(model)
+        if targets is None:
+            return self
+        if extra and targets.ndim == 2 and z.ndim == 3 and z.shape[1] == targets.shape[1] + extra:
+            targets = torch.cat([targets.new_full((self.size, extra), ignore_index), targets], 1)
+        if shift and targets.ndim < 2:
+            raise DataError(
+                call="data",
+                got=f"labels of shape {list(targets.shape)} to be shifted",
+                expected="[B, T]",
+                why="with shift_labels every position is paired with the next label",
+                try_="shift_labels=False",
+            )
+        if shift:
+            targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)], 1)
+        return dataclasses.replace(self, targets=targets)
 
     def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
         """The tensors that have the batch axis, and the function that puts others in their place."""

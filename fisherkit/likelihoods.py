@@ -752,6 +752,7 @@ def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
         InvalidArgumentError: an unknown name, or a module with settings that are no likelihood's here.
         InvalidTypeError: none of these.
     """
+    name = getattr(likelihood, "__name__", "")  # of a class or a function
     if isinstance(likelihood, Categorical) and not likelihood._settled:
         return copy.copy(likelihood)  # the first batch settles where classes are, of one model's outputs
     if isinstance(likelihood, Likelihood):
@@ -771,7 +772,6 @@ def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
         found.reduction = None if reduction == "none" else reduction
         return found
     if not isinstance(likelihood, str):
-        name = getattr(likelihood, "__name__", "")
         raise InvalidTypeError(
             call="likelihood",
             got=f"the class or function {name}" if name else f"a {type(likelihood).__name__}",

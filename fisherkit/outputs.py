@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,12 +56,8 @@ class Outputs:
             DataError: there are none.
         """
         if self.target is None:
-            raise DataError(
-                call="the kind's output_vectors",
-                got="no targets",
-                expected="targets",
-                why="this kind uses the observed labels",
-                try_="fk.ExactFisher or fk.SampledFisher for unlabelled data",
+            _refuse_unlabelled(
+                "this kind uses the observed labels", "fk.ExactFisher or fk.SampledFisher for unlabelled data"
             )
         return self.target
 
@@ -94,7 +90,7 @@ class Outputs:
 
     def hessian_inverse_form(self) -> Float[Tensor, "n P"]:
         """uᵀ H⁺ u with u the loss gradient."""
-        self.confirmed()
+        confirm(self.likelihood, self.z, self.target, self.mask)
         return self.likelihood.hessian_inverse_form(self.z, self.observed)
 
     def hessian_vectors(self) -> Float[Tensor, "n M P C"] | Columns:
@@ -116,32 +112,25 @@ class Outputs:
 
         Raises:
             DataError: there are no targets, and H depends on them.
+            InvalidArgumentError: a likelihood of the user's own that contradicts itself.
         """
-        self.confirmed()
+        confirm(self.likelihood, self.z, self.target, self.mask)
         if self.target is None:
             if self.likelihood.hessian_of_targets:
-                raise DataError(
-                    call="the kind's output_vectors",
-                    got="no targets",
-                    expected="targets",
-                    why=f"the Hessian of the loss depends on them: {self.likelihood.recorded}",
-                    try_="data with targets, or a likelihood without weights",
-                )
+                why = f"the Hessian of the loss depends on them: {self.likelihood.recorded}"
+                _refuse_unlabelled(why, "data with targets, or a likelihood without weights")
             return None
         scale = self.likelihood.hessian_scale(self.z, self.target)
         return None if scale is None else scale.sqrt()
 
-    def confirmed(self) -> None:
-        """Refuse a likelihood of the user's own that contradicts itself; looked at once.
-
-        Raises:
-            InvalidArgumentError: it does.
-        """
-        confirm(self.likelihood, self.z, self.target, self.mask)
-
     def masked(self, v: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
         """Zero at positions that do not count, whatever was there (NaN of padding included)."""
         return torch.where(self.mask.unsqueeze(-1), v, torch.zeros((), dtype=v.dtype, device=v.device))
+
+
+def _refuse_unlabelled(why: str, advice: str) -> NoReturn:
+    call = "the kind's output_vectors"
+    raise DataError(call=call, got="no targets", expected="targets", why=why, try_=advice)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fisherkit.arguments import check_number, check_positive, is_integer, is_num
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.randomness import keyed_uniform
-from fisherkit.truncation import Stop, truncated_vectors
+from fisherkit.truncation import truncated_vectors
 
 
 class EmpiricalVectors(OutputRule):
@@ -170,12 +170,7 @@ class TruncatedVectors(OutputRule):
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """Gradient first, then pivots."""
-        return truncated_vectors(outputs, self.stop)
-
-    @property
-    def stop(self) -> Stop:
-        """When no vector is added any more."""
-        return Stop(self.rank, self.tolerance or 0.0)
+        return truncated_vectors(outputs, self.rank, self.tolerance)
 
     @property
     def along_gradient(self) -> bool:
