@@ -182,7 +182,7 @@ class Batch:
 
     @property
     def raw(self) -> tuple[Any, Tensor | None]:
-        """As a pair that a user could have passed."""
+        """Inputs and targets as a pair that a user could have passed."""
         return (self.args if self.args else self.kwargs), self.targets
 
     @property
@@ -445,7 +445,7 @@ class Source:
             )
 
     def keep_order(self, call: str) -> None:
-        """The same, and every pass that follows must have the order of this one.
+        """Refuse what `refuse_shuffling` refuses, and later every pass in another order than this one.
 
         Args:
             call: for errors.

@@ -61,7 +61,7 @@ class Likelihood(ABC):
     arguments: ClassVar[tuple[str, ...]] = ()
     """Attributes that `settings` records, whose defaults are the class's."""
     reduction: str | None = None
-    """Of the torch module that the likelihood was read off, "mean" over all outputs or "sum"; None if there is none."""
+    """"mean" over all outputs or "sum", as the torch module says that the likelihood was read off; else None."""
     _confirmed = False
     built_in: ClassVar[bool] = False
     """Whether the class is the package's own, whose closed forms are tested against its loss."""
@@ -128,7 +128,7 @@ class Likelihood(ABC):
         return outputs
 
     def sample_given(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... channels"], target: Tensor) -> Tensor:
-        """As `sample`, beside an observed target, part of which may be no label but given, as a known variance is."""
+        """Targets drawn beside an observed one, part of which may be given and not drawn, as a known variance is."""
         return self.sample(z, uniform)
 
     def drawn_gradient(self, z: Float[Tensor, "... C"], drawn: Tensor) -> Float[Tensor, "... C"]:
@@ -303,7 +303,8 @@ class Likelihood(ABC):
             InvalidArgumentError: ℓ is no −log p, or a subclass changed the loss and not the draws.
         """
         why, advice = self.unlikely, "fk.ExactFisher or fk.TruncatedFisher"
-        changed = [name for name in ("gradient", "hessian_factor") if _place(type(self), name) < self._sample_place]
+        own = _place(type(self), "sample")
+        changed = [name for name in ("gradient", "hessian_factor") if _place(type(self), name) < own]
         if not why and changed:
             why = f"the class has its own {' and '.join(changed)} and inherits sample, whose labels belong to others"
             advice = f"sample in {type(self).__name__}; sample = fk.likelihoods.….sample if the inherited one is right"
@@ -312,10 +313,6 @@ class Likelihood(ABC):
                 call="SampledFisher", got=f"the likelihood {self.recorded}", expected="a −log p(y | z) to draw y from",
                 why=why, try_=advice,
             )  # fmt: skip
-
-    @property
-    def _sample_place(self) -> int:
-        return _place(type(self), "sample")
 
 
 def _place(cls: type[Likelihood], name: str) -> int:
@@ -343,7 +340,7 @@ _TEMPORARY = 1 << 23
 _TRIED = 4
 """Positions on which a class of a user's own is compared with itself."""
 _QUANTILES = (0.01, 0.2, 0.5, 0.8, 0.99)
-"""Of targets at which a gradient is differentiated where none are observed."""
+"""Where targets are drawn at which a gradient is differentiated, if none are observed."""
 _SMALL = 256
 """Outputs up to which its factor is written out for that."""
 

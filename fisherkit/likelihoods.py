@@ -44,15 +44,15 @@ class _Separate(Likelihood):
         raise NotImplementedError
 
     def _slope(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """μ′."""
+        """The mean's derivative μ′."""
         raise NotImplementedError
 
     def _weight(self, z: Float[Tensor, "... C"]) -> Tensor | float:
-        """w."""
+        """The outputs' weight w."""
         return 1.0
 
     def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Diag H without what the target adds."""
+        """The Hessian's diagonal, without what the target adds."""
         return self._slope(z) * self._weight(z)
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
@@ -68,7 +68,7 @@ class _Separate(Likelihood):
         return torch.diag_embed(self._curvature(z).sqrt())
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """As many columns as outputs."""
+        """The number of outputs."""
         return z.shape[-1]
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
@@ -97,7 +97,7 @@ class _Separate(Likelihood):
         return ratio.square().sum(-1)
 
     def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
-        """As for all likelihoods; settings of each output must fit the outputs.
+        """The model's outputs as positions by outputs, for which settings of each output must fit.
 
         Raises:
             DataError: they do not.
@@ -174,11 +174,11 @@ class GaussianNLL(Gaussian):
         return 1 / target.chunk(2, -1)[1].clamp_min(self.eps)
 
     def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
-        """Never known: the variance is in no gradient."""
+        """None: the variance is in no gradient."""
         return None
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
-        """Refused: there is no label without its variance.
+        """An error: there is no label without its variance.
 
         Raises:
             DataError: always.
@@ -395,11 +395,11 @@ class Categorical(Likelihood):
         return _softmax_columns(rows.reshape(-1, c), index.reshape(-1)).reshape(rows.shape).mT
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """One column less than classes."""
+        """The number of classes less one."""
         return z.shape[-1] - 1
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
-        """As in `hessian_factor`, O(C) each."""
+        """Columns of `hessian_factor`, O(C) each."""
         return _softmax_columns(z, index)
 
     def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
@@ -413,7 +413,7 @@ class Categorical(Likelihood):
         return p * (relative - (p * relative).sum(-1, keepdim=True))
 
     def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Its diagonal, p(1 − p)."""
+        """The Hessian's diagonal, p(1 − p)."""
         p = torch.softmax(z, -1)
         return p * _complement(p)
 
@@ -450,7 +450,7 @@ class Categorical(Likelihood):
         return (cumulative < uniform[..., :1]).sum(-1).clamp_max(z.shape[-1] - 1)
 
     def channels(self, outputs: int) -> int:
-        """One number a draw."""
+        """One uniform number for each draw."""
         return 1
 
     def drawn_gradient(self, z: Float[Tensor, "... C"], label: Tensor) -> Float[Tensor, "... C"]:
@@ -627,7 +627,7 @@ class LogProbabilities(Categorical):
     link = ""
 
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
-        """As for logits, and outputs must be normalised: of others the loss is linear, and has no curvature."""
+        """Log-probabilities and labels as for logits; of outputs that are not normalised the loss has no curvature."""
         found = super().prepare(z, target, call)
         if bool((torch.logsumexp(found[0], -1)[found[2]].abs() > 1e-2).any()):
             raise DataError(

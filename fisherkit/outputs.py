@@ -72,14 +72,14 @@ class Outputs:
     # H of each position, with what the loss has it depend on in the target; of positions that do not count as it comes.
 
     def hessian_matmul(self, w: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
-        """H w."""
+        """Each position's Hessian H times w."""
         root = self.hessian_root()
         if root is None:
             return self.likelihood.hessian_matmul(self.z, w)
         return root * self.likelihood.hessian_matmul(self.z, root * w)
 
     def hessian_diagonal(self) -> Float[Tensor, "n P C"]:
-        """diag H."""
+        """The diagonal of each position's Hessian."""
         root, diagonal = self.hessian_root(), self.likelihood.hessian_diagonal(self.z)
         return diagonal if root is None else root.square() * diagonal
 
@@ -163,7 +163,7 @@ class OutputVectors:
 
     @property
     def number(self) -> int:
-        """M."""
+        """How many vectors a unit has at most, M."""
         return self.v.number if isinstance(self.v, Columns) else self.v.shape[1]
 
     def select(self, unit: Int[Tensor, "k"], vector: Int[Tensor, "k"]) -> Float[Tensor, "k P C"]:
@@ -171,7 +171,7 @@ class OutputVectors:
         return self.v.make(unit, vector) if isinstance(self.v, Columns) else self.v[unit, vector]
 
     def at(self, outputs: Outputs, call: str) -> OutputVectors:
-        """The same with zeros at positions that do not count.
+        """The vectors of these outputs, with zeros at positions that do not count.
 
         Raises:
             InvalidTypeError: parts that are no tensors.

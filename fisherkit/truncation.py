@@ -94,7 +94,7 @@ def _trace(log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]) -> Float[T
 
 
 def _pivoted(outputs: Outputs) -> tuple[Float[Tensor, "n"], Steps]:
-    """The same for any likelihood and for positions joined in one example, by products with H alone."""
+    """Tr H and the vectors for any likelihood and for positions joined in one example, by products with H alone."""
     z, target = outputs.z.double(), outputs.observed
     target = target.double() if target.is_floating_point() else target
     wide = Outputs(z, target, outputs.mask, outputs.keys, outputs.likelihood)

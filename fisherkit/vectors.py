@@ -92,7 +92,7 @@ class SampledVectors(OutputRule):
         self.draws, self.seed = draws, seed
 
     def with_seed(self, seed: int) -> SampledVectors:
-        """As many draws with another seed."""
+        """The same number of draws with another seed."""
         return SampledVectors(self.draws, seed)
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
