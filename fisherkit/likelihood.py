@@ -293,8 +293,15 @@ class Likelihood(ABC):
     @property
     def recorded(self) -> str:
         """The name and the settings: two likelihoods that differ are recorded as different."""
+        return self.name + self._settings_text()
+
+    def __repr__(self) -> str:
+        """The class and the settings that are not the default."""
+        return type(self).__name__ + (self._settings_text() or "()")
+
+    def _settings_text(self) -> str:
         own = ", ".join(f"{name}={value}" for name, value in self.settings().items())
-        return f"{self.name}({own})" if own else self.name
+        return f"({own})" if own else ""
 
     def refuse_sampling(self) -> None:
         """Refuse to draw labels where they would be another distribution's than the loss's.

@@ -36,6 +36,8 @@ __all__ = [
 Numbers = float | Sequence[float] | Tensor
 """One number, or one for each output."""
 
+WEIGHTED = "a weighted loss is no −log p: its exponential does not sum to one over the labels"
+
 
 class _Separate(Likelihood):
     """Sums over outputs of w (A(z) − y z): the gradient is w (μ − y) and H = diag(w μ′) with μ = A′, the mean of y."""
@@ -263,17 +265,15 @@ class Bernoulli(_Separate):
     arguments = ("pos_weight", "weight")
 
     def __init__(self, pos_weight: Numbers | None = None, weight: Numbers | None = None) -> None:
-        found = [
-            None if w is None else _numbers("Bernoulli", name, w)
-            for name, w in (("pos_weight", pos_weight), ("weight", weight))
-        ]
-        axes = {w.ndim for w in found if isinstance(w, Tensor) and w.ndim > 1}
-        if axes:  # (C, 1, 1), as torch has weights of outputs (B, C, H, W)
-            self.class_axis = -max(axes)
-        self.pos_weight, self.weight = (w.flatten() if isinstance(w, Tensor) else w for w in found)
-        if pos_weight is not None or weight is not None:
-            self.hessian_of_targets = pos_weight is not None
-            self.unlikely = "a weighted loss is no −log p: its exponential does not sum to one over y"
+        for name, value in (("pos_weight", pos_weight), ("weight", weight)):
+            if value is None:
+                continue
+            found = _numbers("Bernoulli", name, value)
+            if isinstance(found, Tensor):  # (C, 1, 1), as torch has weights of outputs (B, C, H, W)
+                self.class_axis, found = min(self.class_axis, -found.ndim), found.flatten()
+            setattr(self, name, found)
+            self.unlikely = WEIGHTED
+        self.hessian_of_targets = pos_weight is not None
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
         """∂ℓ/∂z = w (σ(z)(1 − y) − pos_weight y σ(−z)); nothing cancels when the fit is nearly perfect."""
@@ -352,7 +352,7 @@ class Categorical(Likelihood):
             if not isinstance(found, Tensor) or found.ndim != 1:
                 raise InvalidArgumentError(call=call, got="weight of no axis or several", expected="[C]")
             self.weight, self.hessian_of_targets = found, True
-            self.unlikely = "a weighted loss is no −log p: its exponential does not sum to one over the labels"
+            self.unlikely = WEIGHTED
 
     @property
     def hard(self) -> bool:

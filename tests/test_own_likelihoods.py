@@ -270,6 +270,12 @@ def test_other_modules__are_refused_with_advice(loss: nn.Module) -> None:
         fk.EmpiricalFisher(model, (x, y), likelihood=loss)
 
 
+def test_repr__says_the_settings_that_are_not_the_default() -> None:
+    assert repr(Poisson()) == "Poisson()"
+    assert repr(Categorical(ignore_index=3, label_smoothing=0.1)) == "Categorical(ignore_index=3, label_smoothing=0.1)"
+    assert repr(Bernoulli(pos_weight=[1, 2])) == "Bernoulli(pos_weight=[1 2])"
+
+
 def test_functions_and_classes__are_refused_with_advice() -> None:
     model, x, y = data()
     for loss in (F.cross_entropy, nn.CrossEntropyLoss):
