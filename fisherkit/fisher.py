@@ -126,6 +126,7 @@ class FisherApproximation(ForwardingOperator):
         check_choice(call, "example", example, ("sequence", "token"))
         check_choice(call, "normalization", normalization, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
+        check_choice(call, "shift_labels", shift_labels, (None, True, False))
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
         _only_full(call, structure, max_rows)

@@ -132,7 +132,7 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     alike = single and _shared(model, space, first, None)
     if alike:
         raise DataError(
-            call="data, batch 0",
+            call=first.place,
             got=f"input {alike[0]!r} with {first.size} rows in a batch of {first.size} examples, for which the model "
             "fails with one row an example and works with all of them",
             expected="batches that tell which is meant",
@@ -146,7 +146,7 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     fails = not _works(model, first.take(slice(0, 2)).to(device))  # else it is the gradient that does
     if fails and first.size > 2 and _works(model, first.to(device)):
         raise DataError(
-            call="data, batch 0",
+            call=first.place,
             got=f"a batch of {first.size} examples that the model takes together and not two at a time",
             expected="examples along axis 0 that need no others",
             why=f"for the first two it fails with: {(str(error) or type(error).__name__).splitlines()[0]}",
@@ -156,13 +156,13 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     reason = f"the model's forward pass fails: {(str(error) or type(error).__name__).splitlines()[0]}"
     if first.targets is None and is_encoder_decoder(model) and not first.kwargs.keys() & {"labels", *DECODER_INPUTS}:
         raise DataError(
-            call="data, batch 0", got="neither labels nor decoder inputs for an encoder-decoder",
+            call=first.place, got="neither labels nor decoder inputs for an encoder-decoder",
             expected=f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
         ) from error  # fmt: skip
     usual = type(error).__module__ == "builtins"  # a user's own errors are meant for the user
     if usual and fails and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
         raise DataError(
-            call="data, batch 0", got=f"a batch of {first.size} examples for a model that works with the first alone",
+            call=first.place, got=f"a batch of {first.size} examples for a model that works with the first alone",
             expected="a model of batches, or one example a batch", why=reason,
             try_="batches of one example each, DataLoader(..., batch_size=1)",
         ) from error  # fmt: skip
@@ -180,7 +180,7 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     inside = "torch.autocast inside forward, since a caller's is off here"
     if others:
         raise DataError(
-            call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
+            call=first.place, got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
             why=reason, try_=f"x.to({dtype}), the model in the inputs' dtype, or {inside}",
         ) from error  # fmt: skip
     raise ModelError(

@@ -237,7 +237,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         probe = batch.take(two_of(batch, alone))
         watched, random = probed(plan, probe)
         z, plan = watched.z, replace(plan, coarsest=watched.coarsest)
-        _check_outputs(z)
+        _check_outputs(z, probe.place)
         kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
             _refuse_chance(plan, probe, z)
@@ -248,7 +248,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             # Layers of what examples share, as positions: perhaps rules hold for what is made of their outputs.
             other = replace(plan, shared=frozenset(mixed))
             again = forward(other, probe)
-            others, _ = _units(other, again, v, reference, _one_by_one(again, v[0], again.edges))
+            others, _ = _units(other, again, v, reference, _one_by_one(again.z, v[0], again.edges))
             if _numbers_without_rule(others) < _numbers_without_rule(units):
                 plan, units, watched = other, others, again
         layers, generic = (
@@ -367,7 +367,7 @@ class _Reference:
         if not all_finite(self.norms) and not all_finite(*(g for row in self.rows for g in row)):
             bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
-                call="data, batch 0",
+                call=probe.place,
                 got=f"gradients with NaN or infinite entries of {listed(map(repr, bad))}",
                 expected="finite gradients",
                 try_="look for √, log or division at 0 in the model",
@@ -439,11 +439,11 @@ def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
     )
 
 
-def _check_outputs(z: Tensor) -> None:
+def _check_outputs(z: Tensor, place: str) -> None:
     call = "the model's forward pass"
     if not z.is_floating_point():
         raise ModelError(call=call, got=f"outputs of {z.dtype}", expected="real floating-point outputs")
-    check_finite(z, "data, batch 0")
+    check_finite(z, place)
     if not z.requires_grad:
         raise ModelError(
             call=call,

@@ -210,7 +210,7 @@ class Problem:
         plan, tried, kind = self.plan, self.plan.tried, self.kind
         key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
         if key not in tried:
-            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, "data, batch 0").number
+            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place).number
         self.vectors_per_example = tried[key]
         self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
         if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
