@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.influence.evaluation.losses import loss_of
+from examples.influence.evaluation.losses import loss_of
 from tests.test_losses import CASES, KINDS, N, derivatives, error, expected, flat_jacobian
 
 DAMPING = 0.1

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.influence.evaluation import TrainingRecipe, retrain, train_models
-from fisherkit.influence.evaluation.training import epoch_orders
-from tests.retraining_cases import (
+from examples.influence.evaluation import TrainingRecipe, retrain, train_models
+from examples.influence.evaluation.training import epoch_orders
+from tests.examples.retraining_cases import (
     ADAMW,
     F64,
     MASKS,
@@ -170,6 +170,7 @@ def test_retrain__takes_models_of_any_kind_and_measures_them_in_eval_mode() -> N
     torch.testing.assert_close(runs[0].outputs["loss"][3, 1], expected.detach())
 
 
+@pytest.mark.smoke
 def test_retrain__is_deterministic_and_leaves_data_and_generators_alone() -> None:
     torch.manual_seed(3)
     before, x, y = torch.get_rng_state(), TRAIN[0].clone(), TRAIN[1].clone()
@@ -256,6 +257,7 @@ def test_retrain__refuses_a_likelihood_that_does_not_say_its_loss() -> None:
         retrain(mlp, *halves(X, random(N + Q, 3)), MASKS, SGD, likelihood=Own())
 
 
+@pytest.mark.smoke
 def test_retrain__sees_a_subset_and_nothing_else() -> None:
     """Other values outside the subset change nothing."""
     x = torch.where(MASKS[0].unsqueeze(1), TRAIN[0], 1e3)
