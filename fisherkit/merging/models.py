@@ -147,13 +147,15 @@ def open_models(models: Sequence[Model], call: str) -> list[ModelSource]:
     return [open_model(model, f"model {number}", call) for number, model in enumerate(models, 1)]
 
 
-def check_weights(weights: Sequence[float] | Tensor | str, count: int, call: str) -> tuple[float, ...]:
-    """One number for each model.
+def check_weights(weights: Sequence[float] | Tensor | str | None, count: int, call: str) -> tuple[float, ...]:
+    """One number for each model; None for equal ones that add up to 1.
 
     Raises:
         InvalidTypeError: not numbers.
         InvalidArgumentError: too few or too many, negative or not finite, or all 0.
     """
+    if weights is None:
+        return (1 / count,) * count
     if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)):
         raise InvalidTypeError(call=call, got=f"weights={weights!r}", expected="one number for each model, or None")
     values: list[Any] = weights.tolist() if isinstance(weights, Tensor) else list(weights)

@@ -1,6 +1,6 @@
-"""`MergePolicy`, and the plan that it allows: what becomes of every name of the models.
+"""`MergePolicy`, and the decision that it allows: what becomes of every name of the models.
 
-Owns the plan and the refusals, each with its list of names and the setting that allows them. Solves nothing.
+Owns the decision and the refusals, each with its list of names and the setting that allows them. Solves nothing.
 """
 
 from __future__ import annotations
@@ -130,13 +130,13 @@ class Entry:
         return f"tied to {self.owner}" if self.action == "tied" else self.action
 
 
-Plan = dict[str, Entry]
+Entries = dict[str, Entry]
 """Every name of any model to what becomes of it, in the order of the models."""
 
 
-def make_plan(
+def decide(
     models: Sequence[ModelSource], covered: Collection[str], center: ModelSource | None, policy: MergePolicy, call: str
-) -> Plan:
+) -> Entries:
     """Decide on every name before anything is computed.
 
     Args:
@@ -152,18 +152,18 @@ def make_plan(
 
     Cost: reads every tensor that no Fisher covers, of all models, one by one.
     """
-    return _Planner(models, frozenset(covered), center, policy, call).plan()
+    return _Decision(models, frozenset(covered), center, policy, call).entries()
 
 
 @dataclass(frozen=True)
-class _Planner:
+class _Decision:
     models: Sequence[ModelSource]
     covered: frozenset[str]
     center: ModelSource | None
     policy: MergePolicy
     call: str
 
-    def plan(self) -> Plan:
+    def entries(self) -> Entries:
         names = list(dict.fromkeys(name for model in self.models for name in model.shapes))
         self._check_names(names)
         tied = {name: owner for name in names if (owner := self._owner(name))}
@@ -180,9 +180,9 @@ class _Planner:
         for name in mismatched:
             kept = self.policy.mismatched == "first" and name in self.models[0].shapes
             actions[name] = "first" if kept else "skipped"
-        plan = {name: Entry(*self._form(name), actions.get(name, "tied"), tied.get(name, "")) for name in names}
-        lost = [name for name, owner in tied.items() if plan[owner].action == "skipped"]
-        return {**plan, **{name: replace(plan[name], action="skipped", owner="") for name in lost}}
+        found = {name: Entry(*self._form(name), actions.get(name, "tied"), tied.get(name, "")) for name in names}
+        lost = [name for name, owner in tied.items() if found[owner].action == "skipped"]
+        return {**found, **{name: replace(found[name], action="skipped", owner="") for name in lost}}
 
     def _check_names(self, names: Sequence[str]) -> None:
         """Before anything is said of policies, which would not help: models and Fishers go by the same names."""
