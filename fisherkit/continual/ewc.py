@@ -37,7 +37,7 @@ from fisherkit.wrappers import matching, unwrapped
 
 CALL = "EWC.consolidate"
 
-SAME_MOMENT = "θ* is taken from the model, so both must be of the same moment"
+SAME_MOMENT = "the centre θ* is taken from the model, so both must be of the same moment"
 
 
 class EWC(nn.Module):

@@ -137,7 +137,8 @@ def query_rule(measurement: Measurement, shape: torch.Size, *, labelled: bool) -
                 got="no targets",
                 expected="targets",
                 why=f"the {measurement} is that of an observed label",
-                try_="measurement=lambda outputs, targets: -outputs.log_softmax(-1).amax(-1), for the predicted class",
+                try_="a function as measurement; for the predicted class of outputs [B, C] "
+                "measurement=lambda outputs, targets: -outputs.log_softmax(-1).amax(-1)",
             )
         return names[measurement]()
     if not callable(measurement):

@@ -202,10 +202,10 @@ def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherO
         raise InvalidArgumentError(
             call=CALL,
             got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
-            expected="likelihood=, the one of the loss",
+            expected="likelihood=, the loss module or object that the Fisher was built with",
             why="the Fisher does not say which it is"
             if known is None
-            else "files name a likelihood and do not hold it",
+            else "files, sums and multiples of Fishers have a likelihood's name and not its settings",
         ) from error
 
 
