@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_count
+from fisherkit.arguments import check_choice, check_count
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import (
     FisherkitError,
@@ -134,9 +134,8 @@ def audit(
             expected="the same names, shapes and order",
             try_="build the exact one with params=other.space.names",
         )
+    check_choice(call, "compare", compare, ("diagonal", "matrix", None))
     chosen = compare or ("diagonal" if operator.is_diagonal or exact.is_diagonal else "matrix")
-    if chosen not in {"diagonal", "matrix"}:
-        raise InvalidArgumentError(call=call, got=f"compare={compare!r}", expected='"diagonal", "matrix" or None')
     products = _of_diagonals(operator, exact) if chosen == "diagonal" else _of_matrices(operator, exact, call)
     total = [sum(values) for values in zip(*products.values(), strict=True)]
     for square, which in ((total[2], "an exact Fisher"), (total[1], "a Fisher")):

@@ -137,17 +137,7 @@ class Job:
     progress: bool
 
     def result(self, entries: Entries, merged: Merged, **info: Any) -> Any:
-        """What the public call returns.
-
-        Args:
-            entries: what becomes of every name.
-            merged: the tensors of the merged names, in any order; computed when they are asked for.
-            **info: more of the `MergeInfo`; read when all is computed.
-
-        Raises:
-            InvalidArgumentError: the target cannot be written to.
-            InvalidTypeError: a target that is no path.
-        """
+        """What the public call returns; ``info`` is more of the `MergeInfo`, read when all tensors are computed."""
         found = self._assembled(entries, merged)
         if not self.return_info:
             return found

@@ -53,12 +53,7 @@ MOST_LISTED = 5
 
 @dataclass(frozen=True)
 class Scales:
-    """Factors of every block of every Fisher.
-
-    Args:
-        factors: c_t of each block, as many as there are Fishers.
-        damping: λ.
-    """
+    """c_t of each block, one for each Fisher, and λ."""
 
     factors: dict[Names, tuple[float, ...]]
     damping: float
@@ -74,21 +69,7 @@ def measure(
     *,
     progress: bool = False,
 ) -> Scales:
-    """Factors of all blocks and the absolute damping.
-
-    Args:
-        sources: the Fishers.
-        blocks: the joined partition.
-        weights: w_t.
-        normalize: of `BY_BLOCK`, or as in `fisherkit.operators.normalize`.
-        damping: λ, or a multiple of the mean eigenvalue of Σ c_t F_t over all blocks.
-        call: the public call, for errors.
-        progress: show a progress bar.
-
-    Raises:
-        InvalidArgumentError: an unknown normalization, or a Fisher that is 0 and cannot be normalized.
-        NonFiniteError: a Fisher with an infinite or NaN trace or norm.
-        InvalidTypeError: damping is no number.
+    """Factors of all blocks and the absolute damping; a relative one is of the mean eigenvalue of Σ c_t F_t.
 
     Cost: reads every block of every Fisher once, unless nothing is normalized and the damping is absolute.
     """
@@ -228,13 +209,7 @@ class BlockwiseMerge:
 def solve(
     total: FisherOperator, right: Float[Tensor, "d"], damping: float, policy: MergePolicy
 ) -> tuple[Float[Tensor, "d"], SolveInfo]:
-    """δ with (total + λI) δ = right, and how it was found.
-
-    Args:
-        total: Σ c_t F_t, float64.
-        right: Σ c_t F_t (θ_t − θ_c); may be changed.
-        damping: λ.
-        policy: its method, tolerance and max_steps.
+    """δ with (total + λI) δ = right, and how it was found; ``right`` may be changed.
 
     Raises:
         SingularMatrixError: λ is 0 and the method needs an inverse that does not exist.

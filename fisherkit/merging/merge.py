@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fisherkit.arguments import is_number
+from fisherkit.arguments import check_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.merging.assembly import Job
@@ -151,8 +151,7 @@ def regmean(
         Fisher, to know which blocks are such products.
     """
     call = "regmean"
-    if not is_number(shrink) or not 0 <= shrink <= 1:
-        raise InvalidArgumentError(call=call, got=f"shrink={shrink}", expected="a number from 0 to 1")
+    shrink = check_number(call, "shrink", shrink, most=1)
     given, sources = _opened(models, fishers, call)
     job = Job(
         call, given, _weights(weights, sources, None, call), None, checked(policy, call, "average"),
@@ -194,12 +193,7 @@ def _opened(
 def _weights(
     weights: Sequence[float] | str | None, sources: Sequence[FisherSource], normalize: str | None, call: str
 ) -> tuple[float, ...]:
-    """w_t as numbers.
-
-    Raises:
-        InvalidArgumentError: "examples" of Fishers that do not say how many, or that are sums over them already.
-        InvalidTypeError: not numbers.
-    """
+    """w_t as numbers; "examples" is refused of Fishers that do not say how many, or are sums over them already."""
     if weights != "examples":
         return check_weights(weights, len(sources), call)
     counts = [source.metadata.get("examples") for source in sources]
@@ -232,12 +226,7 @@ def _center(center: str | Model, call: str) -> ModelSource | None:
 
 
 def _blocks(entries: Entries, job: Job, sources: Sequence[FisherSource], merged: Sequence[str]) -> list[Names]:
-    """The joined partition of the names that are merged.
-
-    Raises:
-        InvalidArgumentError: a Fisher covers what its model lacks, shapes differ, nothing is left to merge, or the
-            center lacks something.
-    """
+    """The joined partition of the names that are merged, once Fishers and center are known to fit the models."""
     for number, (model, source) in enumerate(zip(job.models, sources, strict=True), 1):
         shapes = dict(zip(source.space.names, source.space.shapes, strict=True))
         unknown = [name for name in shapes if name not in model.shapes]

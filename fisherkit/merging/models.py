@@ -56,17 +56,7 @@ class ModelSource:
 
 
 def open_model(model: Model, label: str, call: str) -> ModelSource:
-    """A source of named tensors.
-
-    Args:
-        model: in one of the forms of `Model`.
-        label: what messages call it.
-        call: the public call, for errors.
-
-    Raises:
-        InvalidTypeError: none of these, or a state dict with entries that are no tensors.
-        FileFormatError: a path without complete safetensors files.
-    """
+    """A source of named tensors; messages call it by the label."""
     if isinstance(model, nn.Module):
         model = unwrapped(model)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -130,13 +120,7 @@ def _plain(source: ModelSource) -> ModelSource:
 
 
 def open_models(models: Sequence[Model], call: str) -> list[ModelSource]:
-    """The sources of a list of models.
-
-    Raises:
-        InvalidTypeError: not a sequence of models.
-        InvalidArgumentError: an empty one.
-        FileFormatError: a path without complete files.
-    """
+    """The sources of a list of models."""
     if isinstance(models, (str, Path)) or not isinstance(models, Sequence):
         raise InvalidTypeError(
             call=call, got=f"models of type {type(models).__name__}", expected="a list of models",
@@ -148,12 +132,7 @@ def open_models(models: Sequence[Model], call: str) -> list[ModelSource]:
 
 
 def check_weights(weights: Sequence[float] | Tensor | str | None, count: int, call: str) -> tuple[float, ...]:
-    """One number for each model; None for equal ones that add up to 1.
-
-    Raises:
-        InvalidTypeError: not numbers.
-        InvalidArgumentError: too few or too many, negative or not finite, or all 0.
-    """
+    """One number for each model, 0 or more and not all 0; None for equal ones that add up to 1."""
     if weights is None:
         return (1 / count,) * count
     if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)):
@@ -181,11 +160,7 @@ def weighted_average(models: Sequence[ModelSource], weights: Sequence[float], na
 
 
 def read_double(model: ModelSource, name: str, device: torch.device | None = None) -> Tensor:
-    """One tensor in float64.
-
-    Raises:
-        NonFiniteError: NaN or infinite entries.
-    """
+    """One tensor in float64, if it is finite."""
     tensor = model.read(name)
     found = tensor.to(tensor.device if device is None else device, torch.float64)
     if not all_finite(found):

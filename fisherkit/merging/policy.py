@@ -91,11 +91,7 @@ class MergePolicy:
 
 
 def checked(policy: MergePolicy | None, call: str, uncovered: str) -> MergePolicy:
-    """The policy, or the default one, with a word for ``uncovered``.
-
-    Raises:
-        InvalidTypeError: it is no `MergePolicy`.
-    """
+    """The policy, or the default one, with a word for ``uncovered``."""
     policy = MergePolicy() if policy is None else policy
     if not isinstance(policy, MergePolicy):
         raise InvalidTypeError(
@@ -137,18 +133,7 @@ Entries = dict[str, Entry]
 def decide(
     models: Sequence[ModelSource], covered: Collection[str], center: ModelSource | None, policy: MergePolicy, call: str
 ) -> Entries:
-    """Decide on every name before anything is computed.
-
-    Args:
-        models: the models.
-        covered: names that all Fishers cover.
-        center: the state that the result is pulled to; None for the average.
-        policy: what is allowed.
-        call: the public call, for errors.
-
-    Raises:
-        InvalidArgumentError: something that no policy allows; the message has the list and the setting.
-        InvalidTypeError: dtypes that differ.
+    """Decide on every name before anything is computed, or refuse with a list and the setting that allows it.
 
     Cost: reads every tensor that no Fisher covers, of all models, one by one.
     """
@@ -277,11 +262,7 @@ class _Decision:
 
 
 def check_center(center: ModelSource, shapes: Mapping[str, tuple[int, ...]], call: str) -> None:
-    """Raise unless the center has these tensors.
-
-    Raises:
-        InvalidArgumentError: some are missing, or have another shape.
-    """
+    """Refuse a center that lacks one of these tensors, or has it in another shape."""
     lost = [name for name, shape in shapes.items() if center.shapes.get(name) != shape]
     if lost:
         raise InvalidArgumentError(
