@@ -93,6 +93,14 @@ def test_retraining__has_the_same_loss(name: str) -> None:
         torch.testing.assert_close(found, right - constant)
 
 
+def test_loss__of_class_probabilities_on_the_last_axis() -> None:
+    """As many positions as classes: nothing but the axis tells them apart."""
+    z, q = (torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    q = q.softmax(-1)
+    found = loss_of(fk.likelihoods.Categorical(class_axis=-1), "test")(z, q)
+    torch.testing.assert_close(found, -(q * z.log_softmax(-1)).sum((1, 2)))
+
+
 def test_margin__of_classes_on_axis_1_and_not_of_probabilities() -> None:
     case = CASES["ce (B, C, L)"]
     model, data = case.model(), (case.x, case.y)

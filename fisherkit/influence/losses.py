@@ -28,11 +28,11 @@ PerExample = Callable[[Tensor, Tensor], Tensor]
 
 def _categorical(z: Tensor, y: Tensor, likelihood: Categorical) -> Float[Tensor, " B"]:
     """Weighted and smoothed cross-entropy, summed over an example's positions that are not ignored."""
-    z = z if likelihood.class_axis == 1 else z.movedim(-1, 1)
-    if z.ndim != y.ndim + 1 and z.shape != y.shape:
+    soft, axis = y.is_floating_point(), likelihood.class_axis
+    fits = z.ndim > 1 and y.shape == (z.shape if soft else z.movedim(axis, 1)[:, 0].shape)
+    if not fits or (likelihood.strict and (soft or z.ndim > 3)):
         raise misfit(z, y)
-    if y.is_floating_point() != (z.shape == y.shape) or (y.is_floating_point() and likelihood.strict):
-        raise misfit(z, y)
+    z, y = z.movedim(axis, 1), y.movedim(axis, 1) if soft else y
     weight = None if likelihood.weight is None else likelihood.weight.to(z)
     losses = F.cross_entropy(
         z, y, weight, reduction="none", ignore_index=likelihood.ignore_index, label_smoothing=likelihood.label_smoothing
@@ -80,7 +80,7 @@ def shaped(y: Tensor, z: Tensor) -> Tensor:
 def misfit(z: Tensor, y: Tensor) -> DataError:
     """The error of classes that do not fit the outputs."""
     return DataError(
-        call="the loss of each example", got=f"outputs of {z.ndim} axes and targets of {y.ndim} axes and {y.dtype}",
+        call="the loss of each example", got=f"outputs {list(z.shape)} and targets {list(y.shape)} of {y.dtype}",
         expected="outputs [B, C] with class indices [B], or [B, T, C] with [B, T]", why="likelihood='categorical'",
         try_="another object of fk.likelihoods, or the loss module, for others",
     )  # fmt: skip

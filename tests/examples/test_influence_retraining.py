@@ -299,6 +299,20 @@ def test_retrain__refuses(change: dict[str, Any], error: type[Exception], messag
         retrain(**arguments)
 
 
+@pytest.mark.parametrize("size", [3, 4], ids=["as many pixels as classes", "more pixels"])
+def test_retrain__refuses_images_whose_axis_of_classes_nothing_tells(size: int) -> None:
+    train, queries = halves(random(N + Q, 1, size, size), torch.zeros(N + Q, size, size, dtype=torch.long))
+
+    def build(seed: int) -> nn.Module:
+        return nn.Conv2d(1, 3, 1).double()
+
+    with pytest.raises(fk.errors.DataError, match=rf"outputs \[\d+, 3, {size}, {size}\].*or the loss module"):
+        retrain(build, train, queries, MASKS, SGD, seeds=(0,))
+    losses = [nn.CrossEntropyLoss(), fk.likelihoods.Categorical(class_axis=1)]
+    runs = [retrain(build, train, queries, MASKS[:1], SGD, seeds=(0,), likelihood=loss) for loss in losses]
+    assert torch.equal(runs[0].outputs["loss"], runs[1].outputs["loss"])
+
+
 def test_retrain__refuses_margins_of_values() -> None:
     train, queries = halves(X, random(N + Q, 3))
     with pytest.raises(fk.errors.InvalidArgumentError, match="for this likelihood"):
