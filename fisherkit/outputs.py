@@ -31,6 +31,7 @@ class Outputs:
         mask: which positions count.
         keys: an integer for each position that depends on the example's place in the data alone, for random draws.
         likelihood: p(y | z).
+        shape: of one example's outputs as the model has them; None where positions stand by themselves.
     """
 
     z: Float[Tensor, "n P C"]
@@ -38,6 +39,7 @@ class Outputs:
     mask: Bool[Tensor, "n P"]
     keys: Int[Tensor, "n P"]
     likelihood: Likelihood
+    shape: torch.Size | None = None
 
     def positionwise(self) -> Outputs:
         """The same outputs with every position as a unit of its own: ``[n·P, 1, C]``."""

@@ -283,11 +283,7 @@ def _add(terms: list[Term], new: Quadratic) -> None:
 
 
 def check_ewc(ewc: object, call: str) -> EWC:
-    """What an adapter was given, once it is known to be an EWC.
-
-    Raises:
-        InvalidTypeError: it is not.
-    """
+    """What an adapter was given, once it is known to be an EWC."""
     if not isinstance(ewc, EWC):
         raise InvalidTypeError(call=call, got=f"a {type(ewc).__name__} as ewc", expected="a fisherkit.continual.EWC")
     return ewc

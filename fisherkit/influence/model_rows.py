@@ -100,16 +100,11 @@ class ModelRows:
     def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
         """Rows of a measurement."""
         source = self._source(data)
-        plan = self._plan(source)
-        rule = query_rule(measurement, plan.probe.z.shape, labelled=source.first().targets is not None)
-        return self._blocks(plan, source, rule, token=False)
+        rule = query_rule(measurement, labelled=source.first().targets is not None)
+        return self._blocks(self._plan(source), source, rule, token=False)
 
     def begin(self) -> None:
-        """Look at the weights once, at the beginning of a call.
-
-        Raises:
-            ModelError: they have changed since the construction.
-        """
+        """Look at the weights once, at the beginning of a call, and refuse ones that have changed."""
         self._recent = None
         if parameters_hash(self.model) != self._weights:
             raise ModelError(

@@ -172,7 +172,7 @@ class Problem:
         # 2²⁴ positions an example keep (example, position) apart in one integer.
         example = torch.arange(start, start + z.shape[0], device=z.device)
         keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
-        return Outputs(z, target, mask, keys, self.likelihood)
+        return Outputs(z, target, mask, keys, self.likelihood, raw.shape[1:])
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
