@@ -202,6 +202,15 @@ def test_ewc__takes_the_fisher_of_a_wrapped_model(wrap: str) -> None:
 
 
 @pytest.mark.parametrize("wrap", WRAP)
+def test_loss_gradient__is_over_the_parameters_of_the_fisher(wrap: str) -> None:
+    wrapped = WRAP[wrap](Net(0))
+    for params in (["head.weight"], [n for n, _ in wrapped.named_parameters()][2:], lambda n, _: n.startswith("head")):
+        space = fk.ExactFisher(wrapped, DATA, params=params, structure="diagonal").space
+        expected = fk.evaluation.loss_gradient(Net(0), DATA, params=space.names)
+        torch.testing.assert_close(fk.evaluation.loss_gradient(wrapped, DATA, params=params), expected)
+
+
+@pytest.mark.parametrize("wrap", WRAP)
 def test_ewc__of_a_wrapped_model_holds_the_module_inside(wrap: str) -> None:
     wrapped = WRAP[wrap](Net(0))
     inner = unwrapped(wrapped)
