@@ -346,10 +346,11 @@ class InfluenceScores:
         """(1/N) tr(S_nᵀJ_n(F + λI)⁻¹J_nᵀS_n), S_nS_nᵀ the loss's Hessian in z: how far an example fits itself.
 
         The leverage of generalized linear models (Pregibon 1981), from 0 to the number of free outputs; it needs no
-        labels but for a loss with weights of classes or of positives. With an exact Fisher of the same data the leverages sum up to its effective dimension tr(F(F + λI)⁻¹).
+        labels but for a loss with weights of classes or of positives. With an exact Fisher of the same data the
+        leverages sum up to its effective dimension tr(F(F + λI)⁻¹).
 
         Args:
-            data: one batch or a re-iterable of batches; targets may be None where H does not depend on them.
+            data: one batch or a re-iterable of batches; targets may be None where the Hessian does not depend on them.
 
         Raises:
             DataError: no example, no targets where they are needed, or data whose order is not known to be fixed.
