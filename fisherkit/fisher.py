@@ -143,7 +143,7 @@ class FisherApproximation(ForwardingOperator):
         rule = rule_of(kind, call=call)
         if generator is not None and rule.random:
             rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))
-        model, params = _within(model, params)
+        model, params = within_wrappers(model, params)
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
         device, dtype = model_device(model, space.names)
@@ -184,7 +184,7 @@ class FisherApproximation(ForwardingOperator):
         }  # fmt: skip
 
 
-def _within(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
+def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
     """The model inside its wrappers, and the selection by its own names."""
     prefix = wrapped_in(model)
     if prefix and isinstance(params, Iterable) and not isinstance(params, str):

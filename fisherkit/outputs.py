@@ -32,6 +32,7 @@ class Outputs:
         mask: which positions count.
         keys: an integer for each position that depends on the example's place in the data alone, for random draws.
         likelihood: p(y | z).
+        shape: of one example's outputs as the model has them; None where positions stand by themselves.
     """
 
     z: Float[Tensor, "n P C"]
@@ -39,15 +40,17 @@ class Outputs:
     mask: Bool[Tensor, "n P"]
     keys: Int[Tensor, "n P"]
     likelihood: Likelihood
+    shape: torch.Size | None = None
 
     @classmethod
     def keyed(
-        cls, z: Float[Tensor, "n P C"], target: Tensor | None, mask: Bool[Tensor, "n P"], start: int, like: Likelihood
-    ) -> Outputs:
+        cls, z: Float[Tensor, "n P C"], target: Tensor | None, mask: Bool[Tensor, "n P"], start: int, like: Likelihood,
+        shape: torch.Size | None = None,
+    ) -> Outputs:  # fmt: skip
         """With keys that count examples from ``start``; 2²⁴ positions keep two examples' apart in one integer."""
         keys = torch.arange(start, start + len(z), device=z.device).unsqueeze(1) << 24
         keys = keys if z.shape[1] == 1 else keys + torch.arange(z.shape[1], device=z.device)
-        return cls(z, target, mask, keys, like)
+        return cls(z, target, mask, keys, like, shape)
 
     def positionwise(self) -> Outputs:
         """The same outputs with every position as a unit of its own: ``[n·P, 1, C]``."""

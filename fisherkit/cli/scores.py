@@ -42,7 +42,7 @@ from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.influence import InfluenceScores
-from fisherkit.influence.evaluation.losses import loss_of
+from fisherkit.influence.losses import loss_of
 from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping

@@ -72,17 +72,12 @@ class RowBlocks(ABC):
         """How many examples there are, as far as the data tell without a pass."""
 
     def counted(self) -> int:
-        """How many there are for sure."""
+        """How many there are for sure, at the price of a pass over the data."""
         return self.count()
 
 
 class LiveBlocks(RowBlocks):
-    """Blocks made from the data in every pass.
-
-    Args:
-        problem: the data and their output vectors, measured.
-        limit: most examples in a block.
-    """
+    """Blocks of at most so many examples, made from the data in every pass."""
 
     def __init__(self, problem: Problem, limit: int) -> None:
         super().__init__(problem.token)
@@ -98,7 +93,7 @@ class LiveBlocks(RowBlocks):
         return self.problem.source.count()
 
     def counted(self) -> int:
-        """By a pass over the data, without the model: a loader may drop or merge examples of its data set."""
+        """Without the model; a loader may drop or merge examples of its data set."""
         return sum(batch.size for batch in self.problem.source)
 
     def row_bytes(self) -> int:

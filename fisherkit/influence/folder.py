@@ -31,14 +31,7 @@ MANIFEST = "manifest.json"
 
 
 class FolderBlocks(RowBlocks):
-    """Blocks in files, read one by one.
-
-    Args:
-        folder: where.
-        space: the parameters of the rows.
-        device: where rows go.
-        manifest: what `write_blocks` left.
-    """
+    """Blocks in the files that a manifest names, read one by one, to a device."""
 
     def __init__(self, folder: Path, space: ParameterSpace, device: torch.device, manifest: dict[str, Any]) -> None:
         super().__init__(bool(manifest["settings"]["token"]))
@@ -58,12 +51,7 @@ class FolderBlocks(RowBlocks):
 
 
 def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any]) -> FolderBlocks:
-    """Write the blocks that are not there yet.
-
-    Args:
-        folder: made if its parent exists; what another run has left there is gone on from.
-        live: makes the blocks.
-        settings: what the rows depend on beside the data; JSON.
+    """Write the blocks that are not there yet; ``settings`` is what the rows depend on beside the data, as JSON.
 
     Raises:
         InvalidArgumentError: no folder can be there, or it holds rows of another model, other data, other batches or

@@ -203,7 +203,7 @@ class Problem:
         if not self.probabilities_sought:
             self.probabilities_sought = True
             warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
-        return Outputs.keyed(z, target, mask, start, self.likelihood)
+        return Outputs.keyed(z, target, mask, start, self.likelihood, raw.shape[1:])
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
