@@ -285,7 +285,7 @@ def test_merge__interrupted_leaves_the_old_model_or_none(paths, tmp_path, monkey
     interrupted(4)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     with monkeypatch.context() as patch:  # between the shards and the index
-        patch.setattr("fisherkit.io.shards.replace_text", interrupt)
+        patch.setattr("fisherkit.io.tensors.replace_text", interrupt)
         if size is not None:
             with pytest.raises(KeyboardInterrupt):
                 merging.merge(paths[:2], paths[2:], out=out, policy=MergePolicy(max_shard_size=size), overwrite=True)

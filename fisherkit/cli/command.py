@@ -28,9 +28,9 @@ from typer.models import OptionInfo
 
 from fisherkit import io
 from fisherkit.cli.flags import error_in_flags, in_flags
-from fisherkit.errors import FisherkitError, InvalidArgumentError, listed
+from fisherkit.errors import FisherkitError, InvalidArgumentError, MissingPackageError, listed
 from fisherkit.memory import readable
-from fisherkit.progress import in_lines
+from fisherkit.progress import duration, in_lines
 
 LINES_EVERY = 10.0
 """Seconds between lines that say how far a command is, where the error stream is no terminal."""
@@ -197,31 +197,23 @@ def _written() -> str:
 
 
 def _tell_leftovers(paths: Iterable[Path]) -> None:
-    found = list(dict.fromkeys(part for path in paths for part in io.leftovers(path)))
-    for path in paths:
-        for part in list(found):
-            # A folder that was killed between taking the old one away and putting the new one in its place.
-            if (part / REPLACED).is_dir() and not path.exists() and part in io.leftovers(path):
-                typer.echo(
-                    f"note: {path} was being replaced by a run that was killed. It is there in full: "
-                    f"mv {shlex.quote(str(part / REPLACED))} {shlex.quote(str(path))}", err=True,
-                )  # fmt: skip
-                found.remove(part)
-    if found:
-        ages = [time.time() - part.stat().st_mtime for part in found]
-        size = sum(file.stat().st_size for part in found for file in (part, *part.rglob("*")) if file.is_file())
-        names = listed((shlex.quote(str(part)) for part in found), 4, " ")
+    found = list(dict.fromkeys((part, path) for path in paths for part in io.leftovers(path)))
+    # A folder that was killed between taking the old one away and putting the new one in its place.
+    away = {part: path for part, path in found if (part / REPLACED).is_dir() and not path.exists()}
+    for part, path in away.items():
+        typer.echo(
+            f"note: {path} was being replaced by a run that was killed. It is there in full: "
+            f"{shlex.join(['mv', str(part / REPLACED), str(path)])}", err=True,
+        )  # fmt: skip
+    left = [part for part in dict.fromkeys(part for part, _ in found) if part not in away]
+    if left:
+        age = min(time.time() - part.stat().st_mtime for part in left)
+        size = sum(file.stat().st_size for part in left for file in (part, *part.rglob("*")) if file.is_file())
+        names = listed((shlex.quote(str(part)) for part in left), 4, " ")
         typer.echo(
             "note: left over from a run that was killed, unless another one is at work "
-            f"({readable(size)}, last changed {_age(min(ages))} ago):\n  rm -r {names}", err=True,
+            f"({readable(size)}, last changed {duration(max(age, 0))} ago):\n  rm -r {names}", err=True,
         )  # fmt: skip
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 @contextmanager
@@ -277,18 +269,9 @@ def make_folder(folder: Path, names: Iterable[str], call: str, *, overwrite: boo
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def require(extra: str, modules: dict[str, str]) -> None:
-    """End with the pip command if a module, by import name, is missing from its distribution."""
-    missing = [distribution for module, distribution in modules.items() if not _importable(module)]
-    if missing:
-        typer.echo(f"error: this command needs {' and '.join(missing)}, which cannot be imported.", err=True)
-        typer.echo(f'Try: pip install "fisherkit[{extra}]"', err=True)
-        raise typer.Exit(1)
-
-
-def _importable(module: str) -> bool:
+def require(extra: str, package: str) -> None:
+    """End with the pip command if a package, which one of fisherkit's extras brings, cannot be imported."""
     try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
+        importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError.of(_now().name, package, extra, error) from error

@@ -26,12 +26,11 @@ from fisherkit.cli.options import (
     structure_check,
 )
 from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_likelihood
-from fisherkit.cli.text import number, table
+from fisherkit.cli.text import number, pairs
 from fisherkit.data import Data
 from fisherkit.errors import InvalidTypeError
 from fisherkit.fisher import FisherApproximation
-from fisherkit.io.reader import index_of
-from fisherkit.io.shards import refuse_weights
+from fisherkit.io.fisher_file import index_of, refuse_others
 from fisherkit.vectors import rule_of
 
 CALL = "fisherkit estimate"
@@ -91,11 +90,9 @@ class Estimate(ModelOptions):
 
     def _model_and_data(self) -> tuple[nn.Module, Data, str]:
         """The model, its data, and the likelihood of its own loss."""
-        files = {"--data": self.data}
-        if Path(self.model).is_dir():
-            texts = self.open_folder(Path(self.model), files, CALL)["--data"]
-            return texts.model, texts, texts.folder.likelihood
-        self.refuse_files(self.model, files, CALL)
+        texts = self.texts(self.model, {"--data": self.data}, CALL)
+        if texts is not None:
+            return texts[0].model, texts[0], texts[0].folder.likelihood
         model, data = load_pair(self.model, CALL)
         return model.to(self.device), data, "categorical"
 
@@ -134,7 +131,6 @@ def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:
     """A model with its data, one batch or a re-iterable of batches, as the user's function returns them.
 
     Raises:
-        InvalidArgumentError: no such module or function.
         InvalidTypeError: it returned something else.
     """
     made = call_factory(spec, call)
@@ -154,7 +150,7 @@ def check_fisher_file(path: Path, call: str, *, overwrite: bool) -> None:
     """
     io.check_folder(path, call)
     refuse_existing((path, index_of(path)), call, overwrite=overwrite)
-    refuse_weights(path, call)
+    refuse_others(path, call)
 
 
 def _size(model: nn.Module, params: list[str] | None, data: Data) -> str:
@@ -177,7 +173,7 @@ def _as_text(found: dict[str, Any]) -> str:
         ("mean eigenvalue", number(found["mean_eigenvalue"])),
         ("time", f"{found['seconds']:.1f} s"),
     ]
-    lines = table(("", ""), cells, left=2).splitlines()[2:]
+    lines = [pairs(cells)]
     if found.get("texts_at_max_length"):
         lines.append(f"{found['texts_at_max_length']:,} texts fill all {found['max_length']} tokens: some may be cut.")
     return "\n".join([*lines, "", f"Wrote {found['file']}."])

@@ -34,8 +34,8 @@ from fisherkit.cli.options import (
 )
 from fisherkit.cli.text import table
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
+from fisherkit.io.fisher_file import index_of
 from fisherkit.io.model_files import FOLDER_NAMES, targets
-from fisherkit.io.reader import index_of
 from fisherkit.memory import readable
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping

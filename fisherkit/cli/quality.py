@@ -82,7 +82,7 @@ class Quality:
     def run(self) -> None:
         """Compare, print, write."""
         if self.out is not None:
-            require("demo", {"matplotlib": "matplotlib"})
+            require("demo", "matplotlib")
             make_folder(self.out, FILES, CALL, overwrite=self.overwrite)
         model, data = load_pair(self.spec, CALL)
         batches = [batch.raw for batch in itertools.islice(Source(data, model).once(), self.batches)]

@@ -1,18 +1,16 @@
 """``fisherkit scores``: the training examples behind a model's predictions, as a table, as JSON or as a page to show.
 
-Owns the command, what a person sees of an example, and the table; the numbers are `InfluenceScores`', the page is
-`scores_page`'s.
+Owns the command and what a person sees of an example; the numbers are `InfluenceScores`', the words `scores_report`'s.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import fill
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -24,20 +22,10 @@ from fisherkit._version import __version__
 from fisherkit.cli.command import Command, make_folder
 from fisherkit.cli.estimate import check_fisher_file
 from fisherkit.cli.options import KIND, STRUCTURE, AsJson, Overwrite, kind_check, one_of, option, structure_check
-from fisherkit.cli.scores_page import (
-    Computed,
-    Example,
-    Query,
-    Result,
-    Scored,
-    data_uri,
-    described,
-    is_image,
-    page,
-    unit,
-)
+from fisherkit.cli.pictures import data_uri, is_image
+from fisherkit.cli.scores_report import Example, Query, Report
 from fisherkit.cli.sources import ModelOptions, call_factory, load_likelihood
-from fisherkit.cli.text import WIDTH, number, table
+from fisherkit.cli.text import number
 from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
@@ -51,9 +39,6 @@ from fisherkit.vectors import rule_of, spelled
 
 CALL = "fisherkit scores"
 FILES = "scores.html", "scores.json"
-
-WIDEST = 60
-"""Characters of a text that a row of the table shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +99,12 @@ class Scores(ModelOptions):
         self._check()
         if self.out is not None:
             make_folder(self.out, FILES, CALL, overwrite=self.overwrite)
-        found = self._result(self._subject())
-        text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
-        typer.echo(text if self.as_json else as_text(found))
+        found = self._report(self._subject())
+        text = found.to_json()
+        typer.echo(text if self.as_json else found.to_text())
         if self.out is not None:
             paths = [self.out / name for name in FILES]
-            io.replace_text(paths[0], page(found))
+            io.replace_text(paths[0], found.to_page())
             io.replace_text(paths[1], text + "\n")
             typer.echo(f"\nWrote {paths[0]} and {paths[1]}.", err=self.as_json)
 
@@ -144,20 +129,19 @@ class Scores(ModelOptions):
 
     def _subject(self) -> Subject:
         """The model with its data."""
-        files = {"--train": self.train, "--queries": self.queries}
-        if Path(self.model).is_dir():
-            train, queries = self.open_folder(Path(self.model), files, CALL).values()
-            texts, folder = {"train": train.texts, "queries": queries.texts}, train.folder
-            names = {} if folder.causal else {int(k): v for k, v in folder.config.id2label.items()}
-            places = {split: [text.place for text in some] for split, some in texts.items()}
+        found = self.texts(self.model, {"--train": self.train, "--queries": self.queries}, CALL)
+        if found is None:
+            return _of_function(self.model, self.device)
+        train, queries = found
+        texts, folder = {"train": train.texts, "queries": queries.texts}, train.folder
+        names = {} if folder.causal else {int(k): v for k, v in folder.config.id2label.items()}
+        places = {split: [text.place for text in some] for split, some in texts.items()}
 
-            def show(split: str, index: int) -> str:
-                text = texts[split][index]
-                return text.text if text.pair is None else f"{text.text}\n{text.pair}"
+        def show(split: str, index: int) -> str:
+            text = texts[split][index]
+            return text.text if text.pair is None else f"{text.text}\n{text.pair}"
 
-            return Subject(train.model, train, queries, folder.likelihood, names, show, places)
-        self.refuse_files(self.model, files, CALL)
-        return _of_function(self.model, self.device)
+        return Subject(train.model, train, queries, folder.likelihood, names, show, places)
 
     def _fisher(self, subject: Subject) -> tuple[FisherOperator, float | None]:
         """The Fisher, and the seconds it took."""
@@ -175,7 +159,7 @@ class Scores(ModelOptions):
             fisher.save(self.save_fisher)
         return fisher, seconds
 
-    def _result(self, subject: Subject) -> Result:
+    def _report(self, subject: Subject) -> Report:
         fisher, fisher_seconds = self._fisher(subject)
         known = fisher.metadata.get("likelihood") if self.fisher is not None else None
         likelihood = load_likelihood(self.likelihood or known or subject.likelihood, CALL)
@@ -190,42 +174,49 @@ class Scores(ModelOptions):
             losses = [seen[-1] for _, batch in subject.numbered("queries") for seen in subject.seen(batch, likelihood)]
             order = sorted(order, key=lambda i: -losses[i])[: self.worst]
         queries, own = self._scored(subject, likelihood, influence, sorted(order), min(self.top, train))
-        computed = Computed(
+        computed = SimpleNamespace(
             model=self.model,
             kind=spelled(fisher.metadata) if self.fisher is not None else self.kind or "truncated:2",
             structure=fisher.metadata.get("structure", type(fisher).__name__),
             likelihood=likelihood.recorded, measurement=self.measurement, normalize=self.normalize,
+            # a multiple of the mean eigenvalue; None if λ was given itself
             relative_damping=damping.scale if isinstance(damping, RelativeDamping) else None,
             damping=float(influence.damping), examples=influence.examples, parameters=fisher.size, train=train,
             queries=count, fisher_seconds=fisher_seconds, score_seconds=time.perf_counter() - start,
             fisher_file=None if self.fisher is None else str(self.fisher),
             versions={"fisherkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )  # fmt: skip
-        return Result(computed, tuple(queries[i] for i in order), own, _notes(computed, fisher, shown=len(order)))
+        notes = {
+            f"Of {count:,} queries the {len(order):,} with the largest loss are shown.": len(order) < count,
+            f"The Fisher was measured on N = {influence.examples:,} examples; {train:,} were scored.":
+                influence.examples != train,
+            "The Fisher does not say at which weights it was measured; other weights would go unnoticed.":
+                "parameters_hash" not in fisher.metadata,
+            "The iEF matrix is not on the Fisher's scale: scores rank, and their unit is not the loss's.":
+                fisher.metadata.get("kind") == "ief",
+        }  # fmt: skip
+        held = tuple(note for note, holds in notes.items() if holds)
+        return Report(computed, tuple(queries[i] for i in order), own, held)
 
     def _scored(
         self, subject: Subject, likelihood: Likelihood, influence: InfluenceScores, kept: list[int], top: int
-    ) -> tuple[dict[int, Query], tuple[Scored, ...]]:
+    ) -> tuple[dict[int, Query], tuple[Example, ...]]:
         """The queries by their place in the data, and the largest self-influences."""
         found = influence.top(
             [some.raw for _, some in subject.chosen("queries", kept)], subject.train, top,
             measurement=self.measurement, normalize=self.normalize,
         )  # fmt: skip
+        helpful = [[p for p in pairs if p[0] > 0] for pairs in map(_pairs, found.helpful, found.helpful_index)]
+        harmful = [[p for p in pairs if p[0] < 0] for pairs in map(_pairs, found.harmful, found.harmful_index)]
         own: list[tuple[float, int]] = []
         if self.own:
             largest = influence.self_influence(subject.train).sort(descending=True, stable=True)
             own = _pairs(largest.values[: self.own], largest.indices[: self.own])
-        helpful = [
-            [p for p in _pairs(*row) if p[0] > 0] for row in zip(found.helpful, found.helpful_index, strict=True)
-        ]
-        harmful = [
-            [p for p in _pairs(*row) if p[0] < 0] for row in zip(found.harmful, found.harmful_index, strict=True)
-        ]
         train = subject.examples("train", {i for pairs in (*helpful, *harmful, own) for _, i in pairs}, likelihood)
         queries = subject.examples("queries", kept, likelihood)
 
-        def scored(pairs: list[tuple[float, int]]) -> tuple[Scored, ...]:
-            return tuple(Scored(score, train[index]) for score, index in pairs)
+        def scored(pairs: list[tuple[float, int]]) -> tuple[Example, ...]:
+            return tuple(replace(train[index], score=score) for score, index in pairs)
 
         rows = zip(kept, helpful, harmful, strict=True)
         return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own)
@@ -244,20 +235,6 @@ SCORES = Command(
 
 def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
     return list(zip(values.tolist(), places.tolist(), strict=True))
-
-
-def _notes(computed: Computed, fisher: FisherOperator, *, shown: int) -> tuple[str, ...]:
-    """What a reader should know about these numbers beside their meaning."""
-    c = computed
-    notes = {
-        f"Of {c.queries:,} queries the {shown:,} with the largest loss are shown.": shown < c.queries,
-        f"The Fisher was measured on N = {c.examples:,} examples; {c.train:,} were scored.": c.examples != c.train,
-        "The Fisher does not say at which weights it was measured; other weights would go unnoticed.":
-            "parameters_hash" not in fisher.metadata,
-        "The iEF matrix is not on the Fisher's scale: scores rank, and their unit is not the loss's.":
-            fisher.metadata.get("kind") == "ief",
-    }  # fmt: skip
-    return tuple(note for note, holds in notes.items() if holds)
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------------
@@ -385,57 +362,3 @@ def _of_function(spec: str, device: str) -> Subject:
     for name, data in (("train", train), ("queries", queries)):
         Source(data, model).refuse_shuffling(CALL, name)
     return Subject(model.to(device), train, queries, "categorical", {}, show, {})
-
-
-# -- as text -----------------------------------------------------------------------------------------------------------
-
-
-def as_text(found: Result) -> str:
-    """All of it, a table for each query."""
-    c = found.computed
-    λ = "" if c.relative_damping is None else f", {c.relative_damping:g} × the mean eigenvalue"
-    seconds = (
-        "" if c.fisher_seconds is None else f"Fisher {c.fisher_seconds:.1f} s, "
-    ) + f"scores {c.score_seconds:.1f} s"
-    lines = [
-        f"{c.model}: {c.queries:,} queries, {c.train:,} training examples, D = {c.parameters:,} parameters.",
-        f"Fisher: {c.kind}, {c.structure}, N = {c.examples:,}, λ = {c.damping:.3g}{λ}; {seconds}.",
-    ]
-    parts = ["\n".join(fill(line, WIDTH) for line in lines)]
-    parts += [fill(text, WIDTH) for text in (unit(c), *found.notes)]
-    for query in found.queries:
-        title = f"{query.example.place}: {described(query.example)}"
-        if query.example.text is not None:
-            title += f"\n{_short(query.example.text)}"
-        rows = [_row("helpful", scored) for scored in query.helpful]
-        rows += [_row("harmful", scored) for scored in query.harmful]
-        parts.append(f"{title}\n\n" + (_table(rows) if rows else f"No training example moves its {c.measurement}."))
-    if found.self_influence:
-        title = (
-            "Training examples whose own loss depends most on themselves. Wrong labels are often among them; so are "
-        )
-        title = fill(title + "rare and hard examples.", WIDTH)
-        parts.append(f"{title}\n\n" + _table([_row("", scored) for scored in found.self_influence]))
-    # Texts come from anywhere: nothing in them may steer the terminal.
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in "\n\n".join(parts))
-
-
-def _row(side: str, scored: Scored) -> tuple[str, ...]:
-    e = scored.example
-    sure = "" if e.probability is None else f" {e.probability:.2f}"
-    predicted = "" if e.prediction is None else f"{e.prediction}{sure}"
-    return side, e.place, e.label or "", predicted, _short(e.text or ""), f"{scored.score:+.3g}", f"{e.loss:.3g}"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Without the columns that no row fills."""
-    header = ("", "training example", "label", "predicted", "text", "score", "loss")
-    filled = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    left = sum(i < header.index("score") for i in filled)
-    return table([header[i] for i in filled], [[row[i] for i in filled] for row in rows], left=left)
-
-
-def _short(text: str) -> str:
-    """The beginning of a text, in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= WIDEST else line[: WIDEST - 1] + "…"

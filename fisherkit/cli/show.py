@@ -53,7 +53,7 @@ class Show:
     def run(self) -> None:
         """Add up, print, write."""
         if self.out is not None:
-            require("demo", {"matplotlib": "matplotlib"})
+            require("demo", "matplotlib")
             make_folder(self.out, ("show.json", "show.png"), "fisherkit show", overwrite=self.overwrite)
         found = summarize(self.file)
         text = json.dumps(asdict(found), indent=2, ensure_ascii=False)
