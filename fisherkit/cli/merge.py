@@ -11,8 +11,8 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -35,23 +35,25 @@ from fisherkit.cli.options import (
 from fisherkit.cli.text import table
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
 from fisherkit.io.fisher_file import index_of
-from fisherkit.io.model_files import FOLDER_NAMES, targets
+from fisherkit.io.model_files import FOLDER_NAMES, ModelFiles, targets
 from fisherkit.memory import readable
+from fisherkit.merging import MergePolicy
+from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
 
 CALL = "fisherkit merge"
 
-NAMES = frozenset({"buffers", "integers", "mismatched", "dtype", "max_shard_size"})
-"""Settings of a `MergePolicy` that every way of merging has."""
+SETTINGS = frozenset({"buffers", "integers", "mismatched", "dtype", "max_shard_size"})
+"""Of a `MergePolicy`, that every way of merging has."""
 
-BY_FISHERS = NAMES | {"other_weights", "device", "tolerance", "max_steps"}
+OF_FISHERS = SETTINGS | {"other_weights", "device", "tolerance", "max_steps"}
 
 METHODS: Mapping[str, tuple[Callable[..., Any], frozenset[str]]] = {
-    **dict.fromkeys(WORDS["method"], (merging.merge, BY_FISHERS | {"method", "uncovered"})),
-    "average": (merging.average, NAMES),
-    "task-arithmetic": (merging.task_arithmetic, NAMES),
-    "regmean": (merging.regmean, BY_FISHERS),
+    **dict.fromkeys(WORDS["method"], (merging.merge, OF_FISHERS | {"method", "uncovered"})),
+    "average": (merging.average, SETTINGS),
+    "task-arithmetic": (merging.task_arithmetic, SETTINGS),
+    "regmean": (merging.regmean, OF_FISHERS),
 }
 """Every --method, what it calls and which settings of a `MergePolicy` it has; those of `merge` are ways to solve."""
 
@@ -61,8 +63,8 @@ NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "tor
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 """What is not copied from the first model's folder: weights and the state of a training run."""
 
-OWN = frozenset({"model", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"})
-"""Options that are not keywords of the functions of `fisherkit.merging`."""
+OWN = frozenset({"model", "fisher", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"})
+"""Options that are not keywords of the functions of `fisherkit.merging`, or of none but those with Fishers."""
 
 
 def weights_check(text: str) -> str:
@@ -78,8 +80,8 @@ def weights_check(text: str) -> str:
 
 
 def choice(text: str, words: Sequence[str], shown: str | None = None) -> Any:
-    """An option that is one of some words, the first by default."""
-    return option("NAME", f"{text}{', '.join(words)}.", shown or words[0], parser=one_of(*words))
+    """An option that is one of some words."""
+    return option("NAME", f"{text}: {', '.join(words)}.", shown, parser=one_of(*words))
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,7 @@ class Merge:
     out: Annotated[Path, option("PATH", "The folder (or, for files, the file) to write.")]
     fisher: Annotated[list[Path] | None, option("FILE", "A Fisher file for each model, in their order.", "none")] = None
     method: Annotated[
-        str,
-        option("NAME", "auto, direct or cg; or average, task-arithmetic, regmean.", parser=one_of(*METHODS)),
+        str, option("NAME", "auto, direct or cg; or average, task-arithmetic, regmean.", parser=one_of(*METHODS))
     ] = "auto"
     weights: Annotated[
         str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=weights_check)
@@ -105,39 +106,37 @@ class Merge:
         option("λ", "A multiple of the mean eigenvalue; see --absolute-damping.", "0.03; regmean: 1e-06", min=0),
     ] = None
     absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
-    output_damping: Annotated[
-        float | None, option("ρ", "How much of each Fisher's average over outputs is added.", "3.0", min=0)
-    ] = None
+    output_damping: Annotated[float, option("ρ", "How much of each Fisher's average over outputs is added.", min=0)] = (
+        DEFAULT_OUTPUT_DAMPING
+    )
     normalize: Annotated[
-        str | None, choice("To the same size before merging: ", ("block", "output", "trace", "norm", "none"))
-    ] = None
-    center: Annotated[str | None, option("PATH", 'Where damping pulls to: "average" or a model.', "average")] = None
+        str, choice("Fishers to one size before merging", ("block", "output", "trace", "norm", "none"))
+    ] = "block"
+    center: Annotated[str, option("PATH", 'Where damping pulls to: "average" or a model.')] = "average"
     base: Annotated[Path | None, option("PATH", "task-arithmetic needs it: the common start.", "none")] = None
     scale: Annotated[float | None, option("S", "task-arithmetic needs it: factor of the sum of changes.", "none")] = (
         None
     )
-    shrink: Annotated[
-        float | None, option("α", "regmean: share of the off-diagonal that is kept.", "0.9", min=0, max=1)
-    ] = None
+    shrink: Annotated[float, option("α", "regmean: share of the off-diagonal that is kept.", min=0, max=1)] = 0.9
     uncovered: Annotated[
-        str | None, choice("Parameters without a Fisher: ", WORDS["uncovered"], "refuse; regmean: average")
+        str | None, choice("Parameters without a Fisher", WORDS["uncovered"], "refuse; regmean: average")
     ] = None
-    buffers: Annotated[str | None, choice("Float buffers: ", WORDS["buffers"])] = None
-    integers: Annotated[str | None, choice("Other tensors: ", WORDS["integers"])] = None
-    mismatched: Annotated[str | None, choice("Names or shapes that differ: ", WORDS["mismatched"])] = None
+    buffers: Annotated[str, choice("Float buffers that differ", WORDS["buffers"])] = MergePolicy.buffers
+    integers: Annotated[str, choice("Other tensors that differ", WORDS["integers"])] = MergePolicy.integers
+    mismatched: Annotated[str, choice("Names or shapes that differ", WORDS["mismatched"])] = MergePolicy.mismatched
     other_weights: Annotated[
-        str | None, choice("Fishers measured at other weights than their models': ", WORDS["other_weights"])
-    ] = None
+        str, choice("Fishers measured at other weights than their models'", WORDS["other_weights"])
+    ] = MergePolicy.other_weights
     config_from_first: Annotated[
         bool, typer.Option("--config-from-first", help="Where configs or vocabularies differ, take the first.")
     ] = False
     dtype: Annotated[
         str | None, option("NAME", "Of the result, such as bfloat16.", "the models'", parser=dtype_check)
     ] = None
-    device: Annotated[str | None, option("NAME", "Where blocks are solved.", "cpu", parser=device_check)] = None
-    tolerance: Annotated[float | None, option("ε", "Largest relative residual of a block's solution.", "1e-12")] = None
-    max_steps: Annotated[int | None, option("N", "Most steps of conjugate gradients in each block.", "2000", min=1)] = (
-        None
+    device: Annotated[str, option("NAME", "Where blocks are solved.", parser=device_check)] = "cpu"
+    tolerance: Annotated[float, option("ε", "Largest relative residual of a block's solution.")] = MergePolicy.tolerance
+    max_steps: Annotated[int, option("N", "Most steps of conjugate gradients in each block.", min=1)] = (
+        MergePolicy.max_steps
     )
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
@@ -174,38 +173,39 @@ class Merge:
         return all(model.is_dir() for model in self.model)
 
     def _options(self) -> dict[str, Any]:
-        """Keywords of the method's function; what was not given is left to its defaults."""
-        given = {name: value for name, value in vars(self).items() if name not in OWN and value is not None}
+        """Keywords of the method's function; what is as by default is left to it."""
         function, settings = METHODS[self.method]
         taken = inspect.signature(function).parameters
-        fishers, method = given.pop("fisher", []), given.pop("method")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN}
+        defaults = {field.name: field.default for field in fields(self)}
+        given = {name: value for name, value in values.items() if value != defaults[name]}
+        method = given.pop("method", "auto")
         unknown = [name for name in given if name not in {*taken, *settings, "base", "scale"}]
         if unknown:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
             _refuse(f"--method {method} with {options}", "options that it has", try_="leave them out")
-        if "fishers" not in taken and fishers:
+        if "fishers" not in taken and self.fisher:
             _refuse(f"--method {method} with --fisher", "no Fishers, which it does not use")
-        if "fishers" in taken and len(fishers) != len(self.model):
+        if "fishers" in taken and len(self.fisher or ()) != len(self.model):
             _refuse(
-                f"{len(self.model)} models and {len(fishers)} Fishers", "a Fisher for each model",
+                f"{len(self.model)} models and {len(self.fisher or ())} Fishers", "a Fisher for each model",
                 try_="--model A --fisher FA --model B --fisher FB, or --method average",
             )  # fmt: skip
         if {self.base is not None, self.scale is not None} != {"base" in taken}:
             _refuse(f"--method {method}", "--base and --scale with task-arithmetic, and with it alone")
-        if self.damping is not None and not self.absolute_damping:
-            given["damping"] = RelativeDamping(self.damping)
-        if self.normalize == "none":
-            given["normalize"] = None
-        if self.weights not in (None, "examples"):
-            given["weights"] = numbers(str(self.weights))
-        if self.dtype is not None:
-            given["dtype"] = getattr(torch, self.dtype)
-        if "method" in settings:
-            given["method"] = method
+        typed: dict[str, Callable[[Any], Any]] = {
+            "damping": float if self.absolute_damping else RelativeDamping,
+            "normalize": lambda word: None if word == "none" else word,
+            "weights": lambda text: text if text == "examples" else numbers(text),
+            "dtype": partial(getattr, torch),
+        }
+        given = {name: typed[name](value) if name in typed else value for name, value in given.items()}
         policy = {name: given.pop(name) for name in settings if name in given}
+        if "method" in settings:
+            policy["method"] = method
         if "fishers" in taken:
-            given["fishers"] = fishers
-        return {**given, "policy": merging.MergePolicy(**policy), "progress": True}
+            given["fishers"] = self.fisher
+        return {**given, "policy": MergePolicy(**policy), "progress": True}
 
     def _check(self) -> None:
         """What can be wrong with paths, before anything is read."""
@@ -220,19 +220,10 @@ class Merge:
 
     def _size(self) -> str:
         """How much is read."""
-
-        def bytes_of(path: Path) -> int:
-            whole = path if path.exists() else index_of(path)
-            stem = whole.name.removesuffix(".index.json").removesuffix(".safetensors")
-            files = (
-                whole.glob("*.safetensors") if whole.is_dir() else {whole, *whole.parent.glob(f"{stem}-*.safetensors")}
-            )
-            return sum(file.stat().st_size for file in files)
-
-        models = f"{len(self.model)} models ({readable(sum(map(bytes_of, self.model)))})"
-        if not self.fisher:
-            return models
-        return f"{models} by their Fishers ({readable(sum(map(bytes_of, self.fisher)))})"
+        files = {file for model in self.model for file in ModelFiles(model, CALL).paths if file.is_file()}
+        models = f"{len(self.model)} models ({readable(sum(file.stat().st_size for file in files))})"
+        fishers = sum(io.read_header(path, CALL).nbytes for path in self.fisher or ())
+        return f"{models} by their Fishers ({readable(fishers)})" if self.fisher else models
 
     def _tell(self, path: Path, info: merging.MergeInfo, seconds: float) -> None:
         if self.as_json:
@@ -355,16 +346,11 @@ def _refuse_sources(out: Path, sources: Sequence[Path], whole: bool) -> None:
     place = out.resolve()
     written = {place} if whole else {place, *(target.resolve() for target in targets(out))}
     for source in sources:
-        for path in _places(source):
+        # A folder's files may be links to elsewhere.
+        files = [path.resolve() for path in source.iterdir() if path.is_file()] if source.is_dir() else []
+        for path in (source.resolve(), *files):
             if path in written or (whole and place in path.parents):
                 _refuse(f"--out {out}, the place of {source}, which is read", "another place", "it would be lost")
-
-
-def _places(source: Path) -> Iterator[Path]:
-    """Where a source and, of a folder, its files lie in truth."""
-    yield source.resolve()
-    if source.is_dir():
-        yield from (path.resolve() for path in source.iterdir() if path.is_file())
 
 
 def _refuse_other_files(folder: Path, first: Path) -> None:

@@ -52,27 +52,21 @@ class ModelOptions:
     text_column: Annotated[str, option("NAME", "Column of the text.")] = "text"
     pair_column: Annotated[str | None, option("NAME", "Column of a second text.", "none")] = None
     label_column: Annotated[str, option("NAME", "Column of the label; causal models need none.")] = "label"
-    examples: Annotated[
-        int | None,
-        option("N", "Draw so many of the (training) texts.", "all", min=1),
-    ] = None
+    examples: Annotated[int | None, option("N", "Draw so many of the (training) texts.", "all", min=1)] = None
     batch_size: Annotated[int, option("N", "Texts in a batch; no effect on the result.", min=1)] = 32
     max_length: Annotated[
-        int | None,
-        option("N", "Tokens that a text is cut to.", "the most that the model allows", min=1),
+        int | None, option("N", "Tokens that a text is cut to.", "the most that the model allows", min=1)
     ] = None
     params: Annotated[
         list[str] | None,
         option("PATTERN", 'Parameters by name, such as "classifier.*"; may be repeated.', "all that require grad"),
     ] = None
     likelihood: Annotated[
-        str | None,
-        option("NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check),
+        str | None, option("NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check)
     ] = None
     device: Annotated[str, option("NAME", DEVICE, parser=device_check)] = "cpu"
     dtype: Annotated[
-        str | None,
-        option("NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check),
+        str | None, option("NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check)
     ] = None
     seed: Annotated[int, option("N", "Seed of drawn texts and sampled labels.", min=0)] = 0
 
@@ -81,39 +75,35 @@ class ModelOptions:
 
         Args:
             spec: a folder, or "package.module:function".
-            files: by the option that names each; of the first only some may be drawn.
+            files: by the option that names each; ``--examples`` is of the first.
             call: the command, for errors.
 
         Raises:
             InvalidArgumentError: neither a folder nor a function; files that are missing, or beside a function.
             DataError: a line or a label that cannot be used.
         """
-        given = [flag for flag, file in files.items() if file is not None]
-        if Path(spec).is_dir():
-            return self._load_folder(Path(spec), files, call)
-        if ":" not in spec:
-            raise InvalidArgumentError(
-                call=call, got=repr(spec), expected='a Hugging Face folder, or "package.module:function"',
-                why="there is no such folder",
-            )  # fmt: skip
-        if given:
-            raise InvalidArgumentError(
-                call=call, got=f"{' and '.join(given)} with a function", expected="one of them",
-                why="the function returns its own data",
-            )  # fmt: skip
-        return None
-
-    def _load_folder(self, path: Path, files: Mapping[str, Path | None], call: str) -> list[TextBatches]:
+        given = {flag: file for flag, file in files.items() if file is not None}
+        if not Path(spec).is_dir():
+            if ":" not in spec:
+                raise InvalidArgumentError(
+                    call=call, got=repr(spec), expected='a Hugging Face folder, or "package.module:function"',
+                    why="there is no such folder",
+                )  # fmt: skip
+            if given:
+                raise InvalidArgumentError(
+                    call=call, got=f"{' and '.join(given)} with a function", expected="one of them",
+                    why="the function returns its own data",
+                )  # fmt: skip
+            return None
         require("hf", "transformers")
-        missing = [f"{flag} FILE" for flag, file in files.items() if file is None]
-        if missing:
+        if missing := [f"{flag} FILE" for flag in files if flag not in given]:
             raise InvalidArgumentError(
-                call=call, got=f"{path} without texts", expected=" and ".join(missing),
+                call=call, got=f"{spec} without texts", expected=" and ".join(missing),
                 try_="a .jsonl with text and label",
             )  # fmt: skip
-        folder = Folder.open(path, call)
+        folder = Folder.open(Path(spec), call)
         columns = [self.text_column, self.pair_column, None if folder.causal else self.label_column]
-        texts = {flag: read_texts(Path(file or ""), columns, f"{call} {flag}") for flag, file in files.items()}
+        texts = {flag: read_texts(file, columns, f"{call} {flag}") for flag, file in given.items()}
         first = next(iter(texts))
         if self.examples is not None and self.examples < len(texts[first]):
             order = torch.randperm(len(texts[first]), generator=torch.Generator().manual_seed(self.seed))
@@ -448,31 +438,23 @@ class TextBatches:
 
     def _label(self, text: Text) -> Tensor:
         """A text's label as the model's loss takes it."""
-        config, label = self.folder.config, text.label
+        config, label, likelihood = self.folder.config, text.label, self.folder.likelihood
+        names, count = config.label2id, config.num_labels
+        expected = f"{count} number(s), as the model's {likelihood} loss takes them"
+        if likelihood == "categorical":
+            expected = f"a class from 0 to {count - 1}, or a name of the model's config: {list(names)[:12]}"
         try:
-            if self.folder.likelihood == "categorical":
-                return torch.tensor(self._class(text, config.label2id, config.num_labels))
-            # A csv file holds a number or a list of numbers as text.
-            numbers = json.loads(label) if isinstance(label, str) else label
-            return torch.tensor(numbers, dtype=next(self.model.parameters()).dtype).reshape(config.num_labels)
-        except DataError:  # says what is wrong by itself
-            raise
+            if likelihood == "categorical" and isinstance(label, str) and label in names:
+                return torch.tensor(int(names[label]))
+            if isinstance(label, str):  # a csv file holds a number or a list of numbers as text
+                label = int(label) if label.strip().isdecimal() else json.loads(label)
+            if likelihood != "categorical":
+                return torch.tensor(label, dtype=next(self.model.parameters()).dtype).reshape(count)
+            if not is_integer(label):
+                raise TypeError("no class")
+            return torch.tensor(range(count).index(label))
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
-                call=self.call, got=f"label {label!r} in {text.place}",
-                expected=f"{config.num_labels} number(s), as the model's {self.folder.likelihood} loss takes them",
-            ) from error  # fmt: skip
-
-    def _class(self, text: Text, names: dict[str, int], count: int) -> int:
-        """The class's number, for its number or its name."""
-        label = text.label
-        if isinstance(label, str) and label in names:
-            return int(names[label])
-        number = int(label) if isinstance(label, str) and label.strip().isdecimal() else label
-        if not is_integer(number) or not 0 <= number < count:
-            raise DataError(
-                call=self.call, got=f"label {label!r} in {text.place}",
-                expected=f"a class from 0 to {count - 1}, or a name of the model's config: {list(names)[:12]}",
+                call=self.call, got=f"label {text.label!r} in {text.place}", expected=expected,
                 try_="--label-column for another column",
-            )  # fmt: skip
-        return number
+            ) from error  # fmt: skip

@@ -216,46 +216,45 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
         raise MissingFileError(
             call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
         )
-    header, described, files, save = _description(found, call)
+    indexed = found.name.endswith(INDEX_SUFFIX)
     try:
-        version = int(header["version"])
-        if not 1 <= version <= SHARDED_VERSION:
-            raise FileFormatError(
-                call=call, got=f"format version {version}", expected=f"at most {SHARDED_VERSION}",
-                try_="a newer fisherkit",
-            )  # fmt: skip
+        save = _stamp(found)
+        header, described, files = _of_index(found) if indexed else _of_file(found)
+        _check_format(header, indexed, call)
+        save = header["save"] if indexed else save
         checksums = unsealed(described, files)
-        space = _space(parse(header["space"]))
-        root = Node.from_json(parse(header["operator"]))
+        space, root = _space(header["space"]), _root(header["operator"], files)
         metadata = dict(parse(header["metadata"])) | ({} if checksums else NO_CHECKSUMS)
-        absent = [key for key in root.all_keys() if key not in files]
     except FileFormatError:
         raise
     except (*UNREADABLE, AttributeError) as error:
-        raise FileFormatError(**damaged(call, error)) from error
-    if absent:
-        raise FileFormatError(**damaged(call, f"{found.name} has no tensor {absent[0]!r}"))
+        # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
+        name = f"an index {found.name}" if indexed else "a file"
+        raise FileFormatError(**damaged(call, error, name=name)) from error
     return FisherHeader(found, space, metadata, root, files, checksums, save, call)
 
 
-def _description(path: Path, call: str) -> tuple[dict[str, str], dict[str, Any], dict[str, Path], str]:
-    """The header of a file or an index, all that its checksum is of, the files, and the save."""
-    indexed = path.name.endswith(INDEX_SUFFIX)
-    try:
-        if indexed:
-            index = parse(path.read_text("utf-8"))
-            described = {**index["metadata"], "weight_map": index["weight_map"]}
-            header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
-            files, save = files_of_index(path), header["save"] if header.get("format") == FORMAT else ""
-        else:
-            save = _stamp(path)
-            with safe_open(path, framework="pt") as file:
-                header, files = file.metadata() or {}, dict.fromkeys(file.keys(), path)
-            described = header
-    except (*UNREADABLE, AttributeError) as error:
-        # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
-        name = f"an index {path.name}" if indexed else "a file"
-        raise FileFormatError(**damaged(call, error, name=name)) from error
+def _stamp(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
+
+def _of_file(path: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Path]]:
+    """The entries of the header, which its checksum is of, and the file of each key."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        return header, header, dict.fromkeys(file.keys(), path)
+
+
+def _of_index(path: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Path]]:
+    """The same of an index; its checksum is of the files' names too."""
+    index = parse(path.read_text("utf-8"))
+    header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
+    return header, {**index["metadata"], "weight_map": index["weight_map"]}, files_of_index(path)
+
+
+def _check_format(header: Mapping[str, str], indexed: bool, call: str) -> None:
+    """Refuse what is no Fisher file, and versions from the future."""
     form = header.get("format")
     if form == SHARD_FORMAT and not indexed:
         raise FileFormatError(
@@ -265,19 +264,24 @@ def _description(path: Path, call: str) -> tuple[dict[str, str], dict[str, Any],
     if form != FORMAT:
         got = "an index of something else" if indexed else "a safetensors file of another kind"
         raise FileFormatError(call=call, got=got, expected="one written by fisher.save", try_="check the path")
-    return header, described, files, save
+    if not 1 <= (version := int(header["version"])) <= SHARDED_VERSION:
+        got, expected = f"format version {version}", f"at most {SHARDED_VERSION}"
+        raise FileFormatError(call=call, got=got, expected=expected, try_="a newer fisherkit")
 
 
-def _stamp(path: Path) -> str:
-    found = path.stat()
-    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
-
-
-def _space(shapes: Mapping[str, list[int]]) -> ParameterSpace:
+def _space(text: str) -> ParameterSpace:
+    shapes = parse(text)
     sides = [side for shape in shapes.values() for side in shape]
     if not all(is_integer(side) and side >= 0 for side in sides):
         raise ValueError(f"parameters of shapes {list(shapes.values())[:4]}")
     return ParameterSpace(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()))
+
+
+def _root(text: str, files: Mapping[str, Path]) -> Node:
+    root = Node.from_json(parse(text))
+    if absent := [key for key in root.all_keys() if key not in files]:
+        raise ValueError(f"it has no tensor {absent[0]!r}")
+    return root
 
 
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State, ParameterSpace, dict[str, str]]:
