@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from fisherkit._version import __version__
 from fisherkit.cli.command import Command, make_folder, require
 from fisherkit.cli.estimate import load_pair
+from fisherkit.cli.info import environment
 from fisherkit.cli.options import (
     KIND,
     LIKELIHOOD,
@@ -52,31 +52,23 @@ class Quality:
     """
 
     spec: Annotated[str, typer.Argument(metavar="SPEC", help='"package.module:function" that returns (model, data).')]
-    kinds: Annotated[
-        str,
-        option(
-            "LIST",
-            f"sgd, {KIND}",
-            parser=each(partial(kind_check, also=("sgd",))),
-        ),
-    ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
+    kinds: Annotated[str, option("LIST", f"sgd, {KIND}", parser=each(partial(kind_check, also=("sgd",))))] = (
+        "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
+    )
     structures: Annotated[str, option("LIST", f"Of {STRUCTURE}", parser=each(structure_check))] = "full"
     dampings: Annotated[
-        str,
-        option("LIST", "Gram dampings λ > 0, beside sums over examples.", parser=each(number_check)),
+        str, option("LIST", "Gram dampings λ > 0, beside sums over examples.", parser=each(number_check))
     ] = "1e-7,1e-5,1e-3,1e-1"
     likelihood: Annotated[str, option("NAME", LIKELIHOOD, parser=likelihood_check)] = "categorical"
     example: Example = "sequence"
     batches: Annotated[int, option("N", "Batches that are averaged over.", min=1)] = 1
     drop_duplicates: Annotated[
-        float | None,
-        option("COSINE", "Leave near-duplicates out of the updates.", "all are kept"),
+        float | None, option("COSINE", "Leave near-duplicates out of the updates.", "all are kept")
     ] = None
     seed: Annotated[int, option("N", "Seed of sampled labels.", min=0)] = 0
-    out: Annotated[
-        Path | None,
-        option("FOLDER", "Write quality.csv, quality.json and quality.png there.", "none"),
-    ] = None
+    out: Annotated[Path | None, option("FOLDER", "Write quality.csv, quality.json and quality.png there.", "none")] = (
+        None
+    )
     overwrite: Overwrite = False
 
     def run(self) -> None:
@@ -101,19 +93,17 @@ class Quality:
 
     def _write(self, tables: Sequence[QualityTable], folder: Path) -> list[Path]:
         paths = [folder / name for name in FILES]
-        lines = ["batch," + ",".join(asdict(tables[0].rows[0]))]
-        for i, found in enumerate(tables):
-            lines += [",".join("" if v is None else str(v) for v in (i, *asdict(row).values())) for row in found.rows]
-        replace_text(paths[0], "\n".join(lines) + "\n")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["batch", *asdict(tables[0].rows[0])])
+        writer.writerows([i, *asdict(row).values()] for i, found in enumerate(tables) for row in found.rows)
+        replace_text(paths[0], text.getvalue())
         lists = {"kinds": words(self.kinds), "structures": words(self.structures), "dampings": numbers(self.dampings)}
         figures = {
-            "environment": {
-                "fisherkit": __version__, "python": platform.python_version(), "torch": torch.__version__,
-                "platform": platform.platform(terse=True), "threads": torch.get_num_threads(),
-            },
+            "environment": environment(),
             "settings": asdict(self) | lists | {"out": str(folder)},
             "batches": [found.to_dict() for found in tables],
-        }  # fmt: skip
+        }
         replace_text(paths[1], json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
         if any(row.damping is not None for row in tables[0].rows):
             plot_damping(tables, paths[2])
