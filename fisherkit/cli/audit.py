@@ -12,7 +12,6 @@ import typer
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.cli.command import Command
 from fisherkit.cli.options import AsJson, one_of, option
 from fisherkit.cli.text import number, table
 from fisherkit.evaluation import audit
@@ -21,9 +20,13 @@ from fisherkit.operators import FisherOperator, load
 
 @dataclass(frozen=True)
 class Audit:
-    """Say how alike two Fishers are, and by which factor one is larger.
+    """Compare a Fisher of any origin with an exact one.
 
-    A penalty's strength that was tuned for one must be divided by that factor for the other.
+    Says how alike they are, and by which factor one is larger: a penalty's strength that was tuned for one must be divided by that factor for the other.
+
+    Examples:
+        fisherkit audit theirs.safetensors exact.safetensors
+        fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32
     """
 
     other: Annotated[
@@ -56,16 +59,6 @@ class Audit:
             for part in (*found.parts, found.total)
         ]
         typer.echo(f"{table(header, rows)}\n\n{found}")
-
-
-AUDIT = Command(
-    Audit,
-    "Compare a Fisher of any origin with an exact one.",
-    (
-        "fisherkit audit theirs.safetensors exact.safetensors",
-        "fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32",
-    ),
-)
 
 
 def _plain(value: Any) -> Any:

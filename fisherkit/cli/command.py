@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -46,7 +46,10 @@ KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self"}
 
 
 class Settings(Protocol):
-    """A command's options as a frozen record; its fields have typer's annotations, its docstring is the help."""
+    """A command's options as a frozen record; its fields have typer's annotations, its docstring is the help.
+
+    The docstring's first paragraph stands in the list of commands, its examples under the options.
+    """
 
     def run(self) -> None:
         """Do the work."""
@@ -54,36 +57,28 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Command:
-    """A command of ``fisherkit``; its name is the settings', in lower case.
-
-    Args:
-        settings: its options, and what it does.
-        short_help: the line in the list of commands.
-        examples: command lines, shown under the options.
-    """
+    """A command of ``fisherkit``: its options, and what it does. Its name is the settings', in lower case."""
 
     settings: type[Settings]
-    short_help: str
-    examples: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """As it is typed."""
+        """The command's name as it is typed."""
         return self.settings.__name__.lower()
 
     @property
     def signature(self) -> inspect.Signature:
-        """Its options for typer, those of its own before those that it shares."""
+        """The command's options for typer, those of its own before those that it shares."""
         hints = get_type_hints(self.settings, include_extras=True)
         fields = inspect.signature(self.settings).parameters.values()
         own = sorted(fields, key=lambda parameter: parameter.name not in self.settings.__annotations__)
-        return inspect.Signature(
-            [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
-        )
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        context = inspect.Parameter("context", keyword, annotation=typer.Context)
+        return inspect.Signature([context, *(p.replace(kind=keyword, annotation=hints[p.name]) for p in own)])
 
     @property
     def flags(self) -> dict[str, str]:
-        """The keywords of the package that its options stand for, and the options."""
+        """The keywords of the package that the command's options stand for, and these options."""
         found = {}
         for name, parameter in self.signature.parameters.items():
             options = [entry for entry in get_args(parameter.annotation) if isinstance(entry, OptionInfo)]
@@ -94,29 +89,40 @@ class Command:
         return {name.removesuffix("s"): flag for name, flag in lists.items()} | found
 
     def add_to(self, app: typer.Typer) -> None:
-        """Register it."""
+        """Register the command with a typer application."""
 
-        def run(**options: Any) -> None:
-            token = _running.set(Running(f"fisherkit {self.name}", self.flags))
+        def run(context: typer.Context, **options: Any) -> None:
+            typed = {name for name in options if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+            token = _running.set(Running(f"fisherkit {self.name}", self.flags, typed))
             try:
                 with readable_errors():
                     self.settings(**options).run()
             finally:
                 _running.reset(token)
 
-        run.__doc__ = self.settings.__doc__
+        text, _, examples = (inspect.getdoc(self.settings) or "").partition("\n\nExamples:\n")
+        run.__doc__ = text
         run.__signature__ = self.signature  # type: ignore[attr-defined]
         # \b keeps the line breaks of the paragraph that follows it.
-        lines = "\n".join(f"  {line}" for example in self.examples for line in _folded(example))
-        app.command(self.name, epilog=f"\b\nExamples:\n{lines}\n", short_help=self.short_help)(run)
+        lines = "\n".join(f"  {line}" for example in examples.splitlines() for line in _folded(example.strip()))
+        short = " ".join(text.partition("\n\n")[0].split())
+        app.command(self.name, epilog=f"\b\nExamples:\n{lines}\n", short_help=short)(run)
 
 
 @dataclass
 class Running:
-    """The command that is at work: its name, keyword to option, and how the places looked that it will write to."""
+    """The command that is at work.
+
+    Args:
+        name: as it is typed.
+        flags: keyword of the package to option.
+        given: settings that were typed.
+        targets: how the places looked that it will write to.
+    """
 
     name: str = "fisherkit"
     flags: Mapping[str, str] = field(default_factory=dict)
+    given: Collection[str] = ()
     targets: dict[Path, tuple[int, ...] | None] = field(default_factory=dict)
 
 
@@ -125,6 +131,11 @@ _running: ContextVar[Running | None] = ContextVar("running", default=None)
 
 def _now() -> Running:
     return _running.get() or Running()
+
+
+def given() -> Collection[str]:
+    """The settings that were typed, be it with the value that they have by default."""
+    return _now().given
 
 
 def _folded(example: str) -> list[str]:

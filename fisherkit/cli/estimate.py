@@ -12,19 +12,8 @@ import typer
 from torch import nn
 
 from fisherkit import io
-from fisherkit.cli.command import Command, refuse_existing, say
-from fisherkit.cli.options import (
-    KIND,
-    STRUCTURE,
-    AsJson,
-    Example,
-    MaxShardSize,
-    Overwrite,
-    kind_check,
-    one_of,
-    option,
-    structure_check,
-)
+from fisherkit.cli.command import refuse_existing, say
+from fisherkit.cli.options import AsJson, Example, Kind, MaxShardSize, Overwrite, Structure, one_of, option
 from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_likelihood
 from fisherkit.cli.text import number, pairs
 from fisherkit.data import Data
@@ -38,9 +27,15 @@ CALL = "fisherkit estimate"
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(ModelOptions):
-    """Estimate the Fisher of a model and write it to a file that needs no model.
+    """Estimate a model's Fisher on a file of texts, or on data of yours.
 
-    Read it with fisherkit.load, look at it with "fisherkit show", merge models by it with "fisherkit merge".
+    What it writes needs no model: read it with fisherkit.load, look at it with "fisherkit show", merge models by it
+    with "fisherkit merge".
+
+    Examples:
+        fisherkit estimate my-model --data train.jsonl --kind ief --structure diagonal --out f.safetensors
+        fisherkit estimate my-model --data train.csv --text-column body --params 'head.*' --out f.safetensors
+        fisherkit estimate mymodule:make --kind truncated:2 --structure full --out f.safetensors
     """
 
     model: Annotated[
@@ -52,19 +47,14 @@ class Estimate(ModelOptions):
         ),
     ]
     out: Annotated[Path, option("FILE", "The Fisher file to write.")]
-    data: Annotated[
-        Path | None,
-        option("FILE", "Texts and labels, .jsonl, .csv or .tsv; a folder needs it.", "none"),
-    ] = None
-    kind: Annotated[str, option("KIND", KIND, parser=kind_check)] = "truncated:2"
-    structure: Annotated[str, option("NAME", STRUCTURE, parser=structure_check)] = "diagonal"
+    data: Annotated[Path | None, option("FILE", "A folder's texts and labels: .jsonl, .csv or .tsv.", "none")] = None
+    kind: Kind = "truncated:2"
+    structure: Structure = "diagonal"
     example: Example = "sequence"
     normalization: Annotated[str, option("NAME", "Mean or sum over examples.", parser=one_of("mean", "sum"))] = "mean"
     kfac_positions: Annotated[
         str,
-        option(
-            "NAME", "What kfac and ekfac do with shared positions: expand or reduce.", parser=one_of("expand", "reduce")
-        ),
+        option("NAME", "Of kfac and ekfac, for shared weights: expand or reduce.", parser=one_of("expand", "reduce")),
     ] = "expand"
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
@@ -114,17 +104,6 @@ class Estimate(ModelOptions):
         if isinstance(data, TextBatches):
             found |= {"texts_at_max_length": data.cut, "max_length": data.max_length}
         return found
-
-
-ESTIMATE = Command(
-    Estimate,
-    "Estimate a model's Fisher on a file of texts, or on data of yours.",
-    (
-        "fisherkit estimate my-model --data train.jsonl --kind ief --structure diagonal --out f.safetensors",
-        "fisherkit estimate my-model --data train.csv --text-column body --params 'head.*' --out f.safetensors",
-        "fisherkit estimate mymodule:make --kind truncated:2 --structure full --out f.safetensors",
-    ),
-)
 
 
 def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:

@@ -13,7 +13,6 @@ import torch
 import typer
 
 from fisherkit._version import __version__
-from fisherkit.cli.command import Command
 from fisherkit.cli.options import AsJson
 from fisherkit.cli.text import pairs, table
 from fisherkit.kinds import KINDS
@@ -30,7 +29,12 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Info:
-    """Show versions, devices, memory, and which kinds and structures there are."""
+    """Show versions, devices, memory, kinds and structures.
+
+    Examples:
+        fisherkit info
+        fisherkit info --json > info.json
+    """
 
     as_json: AsJson = False
 
@@ -38,13 +42,6 @@ class Info:
         """Collect and print."""
         found = collect()
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if self.as_json else as_text(found))
-
-
-INFO = Command(
-    Info,
-    "Versions, devices, memory, kinds and structures.",
-    ("fisherkit info", "fisherkit info --json > info.json"),
-)
 
 
 def environment() -> dict[str, Any]:

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -21,14 +21,15 @@ import torch
 import typer
 
 from fisherkit import io, merging
-from fisherkit.cli.command import REPLACED, Command, expect, refuse_existing, say
+from fisherkit.cli.command import REPLACED, expect, given, refuse_existing, say
 from fisherkit.cli.options import (
     AsJson,
+    Device,
     MaxShardSize,
     Overwrite,
-    device_check,
     dtype_check,
     numbers,
+    numbers_or,
     one_of,
     option,
 )
@@ -63,20 +64,10 @@ NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "tor
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 """What is not copied from the first model's folder: weights and the state of a training run."""
 
-OWN = frozenset({"model", "fisher", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"})
+OWN = frozenset(
+    {"model", "fisher", "method", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"}
+)
 """Options that are not keywords of the functions of `fisherkit.merging`, or of none but those with Fishers."""
-
-
-def weights_check(text: str) -> str:
-    """Of the models.
-
-    Raises:
-        typer.BadParameter: neither "examples" nor numbers.
-    """
-    try:
-        return text if text == "examples" else str(numbers(text) and text)
-    except ValueError as error:
-        raise typer.BadParameter(f'{text!r} is not "examples" or a list of numbers such as 1,2.') from error
 
 
 def choice(text: str, words: Sequence[str], shown: str | None = None) -> Any:
@@ -86,10 +77,15 @@ def choice(text: str, words: Sequence[str], shown: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge models by their Fishers: Σ (θ − θ_t)ᵀF_t(θ − θ_t), damped towards their average, made least.
+    """Merge models by their Fishers into one that loads like the first.
 
-    Reads and writes one block at a time. The folder loads with from_pretrained, like the first model's; merge.json in
-    it says how every block was solved.
+    The result makes Σ (θ − θ_t)ᵀF_t(θ − θ_t) least, damped towards the models' average. Reads and writes one block at a
+    time. The folder loads with from_pretrained; merge.json in it says how every block was solved.
+
+    Examples:
+        fisherkit merge --model A --fisher a.safetensors --model B --fisher b.safetensors --out merged
+        fisherkit merge --model A --model B --method average --out merged
+        fisherkit merge --model A --fisher a --model B --fisher b --uncovered average --weights examples --out new
     """
 
     model: Annotated[list[Path], option("PATH", "A Hugging Face folder, or a safetensors file; twice or more.")]
@@ -99,7 +95,7 @@ class Merge:
         str, option("NAME", "auto, direct or cg; or average, task-arithmetic, regmean.", parser=one_of(*METHODS))
     ] = "auto"
     weights: Annotated[
-        str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=weights_check)
+        str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=numbers_or("examples"))
     ] = None
     damping: Annotated[
         float | None,
@@ -133,7 +129,7 @@ class Merge:
     dtype: Annotated[
         str | None, option("NAME", "Of the result, such as bfloat16.", "the models'", parser=dtype_check)
     ] = None
-    device: Annotated[str, option("NAME", "Where blocks are solved.", parser=device_check)] = "cpu"
+    device: Device = "cpu"
     tolerance: Annotated[float, option("ε", "Largest relative residual of a block's solution.")] = MergePolicy.tolerance
     max_steps: Annotated[int, option("N", "Most steps of conjugate gradients in each block.", min=1)] = (
         MergePolicy.max_steps
@@ -173,50 +169,64 @@ class Merge:
         return all(model.is_dir() for model in self.model)
 
     def _options(self) -> dict[str, Any]:
-        """Keywords of the method's function; what is as by default is left to it."""
+        """Keywords of the method's function, of what was typed."""
         function, settings = METHODS[self.method]
         taken = inspect.signature(function).parameters
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN}
-        defaults = {field.name: field.default for field in fields(self)}
-        given = {name: value for name, value in values.items() if value != defaults[name]}
-        method = given.pop("method", "auto")
-        unknown = [name for name in given if name not in {*taken, *settings, "base", "scale"}]
+        values = {name: value for name, value in vars(self).items() if name in given() and name not in OWN}
+        unknown = [name for name in values if name not in {*taken, *settings, "base", "scale"}]
         if unknown:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
-            _refuse(f"--method {method} with {options}", "options that it has", try_="leave them out")
+            _refuse(f"--method {self.method} with {options}", "options that it has", try_="leave them out")
         if "fishers" not in taken and self.fisher:
-            _refuse(f"--method {method} with --fisher", "no Fishers, which it does not use")
+            _refuse(f"--method {self.method} with --fisher", "no Fishers, which it does not use")
         if "fishers" in taken and len(self.fisher or ()) != len(self.model):
             _refuse(
                 f"{len(self.model)} models and {len(self.fisher or ())} Fishers", "a Fisher for each model",
                 try_="--model A --fisher FA --model B --fisher FB, or --method average",
             )  # fmt: skip
         if {self.base is not None, self.scale is not None} != {"base" in taken}:
-            _refuse(f"--method {method}", "--base and --scale with task-arithmetic, and with it alone")
+            _refuse(f"--method {self.method}", "--base and --scale with task-arithmetic, and with it alone")
         typed: dict[str, Callable[[Any], Any]] = {
             "damping": float if self.absolute_damping else RelativeDamping,
             "normalize": lambda word: None if word == "none" else word,
             "weights": lambda text: text if text == "examples" else numbers(text),
             "dtype": partial(getattr, torch),
         }
-        given = {name: typed[name](value) if name in typed else value for name, value in given.items()}
-        policy = {name: given.pop(name) for name in settings if name in given}
+        values = {name: typed[name](value) if name in typed else value for name, value in values.items()}
+        policy = {name: values.pop(name) for name in settings if name in values}
         if "method" in settings:
-            policy["method"] = method
+            policy["method"] = self.method
         if "fishers" in taken:
-            given["fishers"] = self.fisher
-        return {**given, "policy": MergePolicy(**policy), "progress": True}
+            values["fishers"] = self.fisher
+        return {**values, "policy": MergePolicy(**policy), "progress": True}
 
     def _check(self) -> None:
-        """What can be wrong with paths, before anything is read."""
+        """Refuse paths before anything is read: what is missing, and a target where something would be lost."""
+        fishers, out, folders = list(self.fisher or ()), self.out, self._folders
         others = [Path(path) for path in (self.base, self.center) if path not in (None, "average")]
-        fishers = list(self.fisher or ())
         missing = [str(path) for path in (*self.model, *others) if not path.exists()]
         missing += [str(path) for path in fishers if not path.exists() and not index_of(path).exists()]
         if missing:
             _refuse(f"paths that do not exist: {missing}", "models and Fisher files", try_="check the paths")
-        _check_target(self.out, self.model, [*fishers, *others], overwrite=self.overwrite)
-        expect([self.out] if self._folders else targets(self.out))
+        if not out.absolute().parent.is_dir():
+            _refuse(
+                f"--out in a folder that does not exist: {out.parent}", "an existing folder",
+                try_=f"mkdir -p {shlex.quote(str(out.parent))}",
+            )  # fmt: skip
+        if folders and (out.suffix == ".safetensors" or (out.exists() and not out.is_dir())):
+            _refuse(
+                f"models that are folders and --out {out}, a file", "the name of a folder",
+                "folders are merged with what lies beside the weights",
+                f"--out merged, or files such as --model {self.model[0] / FOLDER_NAMES[0]}",
+            )  # fmt: skip
+        _refuse_sources(out, (*self.model, *fishers, *others), folders)
+        if out.is_dir() and any(out.iterdir()) and not self.overwrite:
+            _refuse(f"--out {out}, a folder that is not empty", "another name", try_="--overwrite replaces it")
+        if out.is_dir() and folders:
+            _refuse_other_files(out, self.model[0])
+        if out.is_file():
+            refuse_existing((out,), f"{CALL} --out", overwrite=self.overwrite)
+        expect([out] if folders else targets(out))
 
     def _size(self) -> str:
         """How much is read."""
@@ -249,17 +259,6 @@ class Merge:
             unverified = ", ".join(map(str, info.unverified))
             typer.echo(f"Not checked: that each Fisher was measured at its model's weights (models {unverified}).")
         typer.echo(f"Wrote {path}.")
-
-
-MERGE = Command(
-    Merge,
-    "Merge models by their Fishers into a folder that loads like the first.",
-    (
-        "fisherkit merge --model A --fisher a.safetensors --model B --fisher b.safetensors --out merged",
-        "fisherkit merge --model A --model B --method average --out merged",
-        "fisherkit merge --model A --fisher a --model B --fisher b --uncovered average --weights examples --out merged",
-    ),
-)
 
 
 def _put_in_place(whole: Path, out: Path, replaced: Path) -> None:
@@ -298,29 +297,6 @@ def _vocabulary(path: Path) -> dict[str, Any]:
     """A fast tokenizer's tokens; nothing if there is none."""
     vocabulary = _read_json(path).get("model", {}).get("vocab", {})
     return vocabulary if isinstance(vocabulary, dict) else {str(i): entry for i, entry in enumerate(vocabulary)}
-
-
-def _check_target(out: Path, models: Sequence[Path], others: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse a place where something would be lost, such as what is read, or that cannot be written to."""
-    whole = all(model.is_dir() for model in models)
-    if not out.absolute().parent.is_dir():
-        _refuse(
-            f"--out in a folder that does not exist: {out.parent}", "an existing folder",
-            try_=f"mkdir -p {shlex.quote(str(out.parent))}",
-        )  # fmt: skip
-    if whole and (out.suffix == ".safetensors" or (out.exists() and not out.is_dir())):
-        _refuse(
-            f"models that are folders and --out {out}, a file", "the name of a folder",
-            "folders are merged with what lies beside the weights", "--out merged, or files such as --model "
-            f"{models[0] / FOLDER_NAMES[0]}",
-        )  # fmt: skip
-    _refuse_sources(out, (*models, *others), whole)
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        _refuse(f"--out {out}, a folder that is not empty", "another name", try_="--overwrite replaces it")
-    if out.is_dir() and whole:
-        _refuse_other_files(out, models[0])
-    if out.is_file():
-        refuse_existing((out,), f"{CALL} --out", overwrite=overwrite)
 
 
 def _beside_weights(folder: Path) -> list[Path]:

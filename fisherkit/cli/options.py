@@ -61,17 +61,19 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, words(text)))
 
 
-def number_check(text: str) -> str:
-    """A number.
+def numbers_or(*words: str) -> Check:
+    """Numbers between commas, or one of some words."""
 
-    Raises:
-        typer.BadParameter: it is none.
-    """
-    try:
-        float(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a number; such a list is 1e-7,1e-3.") from error
-    return text
+    def check(text: str) -> str:
+        try:
+            if text not in words:
+                numbers(text)
+        except ValueError as error:
+            allowed = " or ".join([*(f'"{word}"' for word in words), "a list of numbers such as 1,1e-3"])
+            raise typer.BadParameter(f"{text!r} is not {allowed}.") from error
+        return text
+
+    return check
 
 
 def kind_check(text: str, also: tuple[str, ...] = ()) -> str:
@@ -130,8 +132,10 @@ STRUCTURE = f"{', '.join(structures())}."
 structure_check = one_of(*structures())
 
 LIKELIHOOD = "categorical, gaussian, bernoulli, poisson, or package.module:function that returns a loss module."
-DEVICE = "cpu, cuda, cuda:1, ..."
 
+Kind: TypeAlias = Annotated[str, option("KIND", KIND, parser=kind_check)]
+Structure: TypeAlias = Annotated[str, option("NAME", STRUCTURE, parser=structure_check)]
+Device: TypeAlias = Annotated[str, option("NAME", "Where it is computed: cpu, cuda, cuda:1, ...", parser=device_check)]
 Example: TypeAlias = Annotated[
     str, option("NAME", "What is one example: a sequence or a token.", parser=one_of("sequence", "token"))
 ]

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from fisherkit.cli.command import Command, make_folder, require
+from fisherkit.cli.command import make_folder, require
 from fisherkit.cli.estimate import load_pair
 from fisherkit.cli.info import environment
 from fisherkit.cli.options import (
@@ -26,8 +26,8 @@ from fisherkit.cli.options import (
     each,
     kind_check,
     likelihood_check,
-    number_check,
     numbers,
+    numbers_or,
     option,
     structure_check,
     words,
@@ -46,9 +46,15 @@ FILES = "quality.csv", "quality.json", "quality.png"
 
 @dataclass(frozen=True)
 class Quality:
-    """Compare every kind's preconditioned update with the natural gradient, by γ of Wu and others (NeurIPS 2024).
+    """Say how good each kind's update is on a model of yours.
 
-    The model is any module in eval mode, the data one batch or a list or DataLoader of batches. Prints a table.
+    Every kind's preconditioned update is compared with the natural gradient, by γ of Wu and others (NeurIPS 2024). The
+    model is any module in eval mode, the data one batch or a list or DataLoader of batches. Prints a table.
+
+    Examples:
+        fisherkit quality mymodule:make
+        fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality
+        fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10
     """
 
     spec: Annotated[str, typer.Argument(metavar="SPEC", help='"package.module:function" that returns (model, data).')]
@@ -56,9 +62,9 @@ class Quality:
         "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
     )
     structures: Annotated[str, option("LIST", f"Of {STRUCTURE}", parser=each(structure_check))] = "full"
-    dampings: Annotated[
-        str, option("LIST", "Gram dampings λ > 0, beside sums over examples.", parser=each(number_check))
-    ] = "1e-7,1e-5,1e-3,1e-1"
+    dampings: Annotated[str, option("LIST", "Gram dampings λ > 0, beside sums over examples.", parser=numbers_or())] = (
+        "1e-7,1e-5,1e-3,1e-1"
+    )
     likelihood: Annotated[str, option("NAME", LIKELIHOOD, parser=likelihood_check)] = "categorical"
     example: Example = "sequence"
     batches: Annotated[int, option("N", "Batches that are averaged over.", min=1)] = 1
@@ -109,17 +115,6 @@ class Quality:
             plot_damping(tables, paths[2])
             return paths
         return paths[:2]
-
-
-QUALITY = Command(
-    Quality,
-    "How good each kind's update is on a model of yours.",
-    (
-        "fisherkit quality mymodule:make",
-        "fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality",
-        "fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10",
-    ),
-)
 
 
 def _report(tables: Sequence[QualityTable]) -> str:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from fisherkit import io
 from fisherkit._version import __version__
-from fisherkit.cli.command import Command, make_folder
+from fisherkit.cli.command import given, make_folder
 from fisherkit.cli.estimate import check_fisher_file
-from fisherkit.cli.options import KIND, STRUCTURE, AsJson, Overwrite, kind_check, one_of, option, structure_check
+from fisherkit.cli.options import AsJson, Kind, Overwrite, Structure, one_of, option
 from fisherkit.cli.pictures import data_uri, is_image
 from fisherkit.cli.scores_report import Example, Query, Report
 from fisherkit.cli.sources import ModelOptions, call_factory, load_likelihood
@@ -43,11 +43,17 @@ FILES = "scores.html", "scores.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Scores(ModelOptions):
-    """Say which training examples each prediction depends on: the most helpful and the most harmful ones.
+    """Say which training examples predictions depend on.
 
-    A score is (1/N) ∇ℓ_qᵀ(F + λI)⁻¹∇ℓ_n, about how much the query's loss would rise without the training example. The
-    function's show(split, index) returns example number index of "train" or "queries" as a text, a picture (an array),
-    a pair of both, or None. Inputs of shape [1 or 3, H, W] are pictures without it.
+    For each query the most helpful and the most harmful ones. A score is (1/N) ∇ℓ_qᵀ(F + λI)⁻¹∇ℓ_n, about how much the
+    query's loss would rise without the training example. The function's show(split, index) returns example number
+    index of "train" or "queries" as a text, a picture (an array), a pair of both, or None. Inputs of shape
+    [1 or 3, H, W] are pictures without it.
+
+    Examples:
+        fisherkit scores my-model --train train.jsonl --queries test.jsonl --out scores
+        fisherkit scores my-model --train train.csv --queries test.csv --fisher f.safetensors --worst 20 --json
+        fisherkit scores mymodule:make --kind exact --structure full --top 10 --self 20 --out scores
     """
 
     model: Annotated[
@@ -65,10 +71,8 @@ class Scores(ModelOptions):
         Path | None, option("FILE", "Texts and labels whose predictions are looked at, likewise.", "none")
     ] = None
     fisher: Annotated[Path | None, option("FILE", "A Fisher file of this model.", "one is built")] = None
-    kind: Annotated[
-        str | None, option("KIND", f"Of the Fisher that is built: {KIND}", "truncated:2", parser=kind_check)
-    ] = None
-    structure: Annotated[str | None, option("NAME", STRUCTURE, "ekfac", parser=structure_check)] = None
+    kind: Kind = "truncated:2"
+    structure: Structure = "ekfac"
     save_fisher: Annotated[Path | None, option("FILE", "Write the Fisher that is built.", "none")] = None
     damping: Annotated[
         float | None,
@@ -110,11 +114,8 @@ class Scores(ModelOptions):
 
     def _check(self) -> None:
         """Refuse options that do not go together."""
-        built = {
-            "--kind": self.kind, "--structure": self.structure, "--params": self.params or None,
-            "--save-fisher": self.save_fisher,
-        }  # fmt: skip
-        beside = [name for name, value in built.items() if value is not None]
+        built = {"kind": "--kind", "structure": "--structure", "params": "--params", "save_fisher": "--save-fisher"}
+        beside = [flag for name, flag in built.items() if name in given()]
         if self.fisher is not None and beside:
             raise InvalidArgumentError(
                 call=CALL, got=f"{', '.join(beside)} beside --fisher", expected="--fisher alone",
@@ -149,8 +150,8 @@ class Scores(ModelOptions):
             return load(self.fisher, device=next(subject.model.parameters()).device), None
         start = time.perf_counter()
         fisher = FisherApproximation(
-            subject.model, subject.train, rule_of(self.kind or "truncated:2", call=CALL).with_seed(self.seed),
-            progress=True, structure=self.structure or "ekfac",
+            subject.model, subject.train, rule_of(self.kind, call=CALL).with_seed(self.seed),
+            progress=True, structure=self.structure,
             likelihood=load_likelihood(self.likelihood or subject.likelihood, CALL),
             params=self.selection(subject.model, CALL),
         )  # fmt: skip
@@ -176,7 +177,7 @@ class Scores(ModelOptions):
         queries, own = self._scored(subject, likelihood, influence, sorted(order), min(self.top, train))
         computed = SimpleNamespace(
             model=self.model,
-            kind=spelled(fisher.metadata) if self.fisher is not None else self.kind or "truncated:2",
+            kind=self.kind if self.fisher is None else spelled(fisher.metadata),
             structure=fisher.metadata.get("structure", type(fisher).__name__),
             likelihood=likelihood.recorded, measurement=self.measurement, normalize=self.normalize,
             # a multiple of the mean eigenvalue; None if λ was given itself
@@ -220,17 +221,6 @@ class Scores(ModelOptions):
 
         rows = zip(kept, helpful, harmful, strict=True)
         return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own)
-
-
-SCORES = Command(
-    Scores,
-    "Which training examples predictions depend on, as a table or a page.",
-    (
-        "fisherkit scores my-model --train train.jsonl --queries test.jsonl --out scores",
-        "fisherkit scores my-model --train train.csv --queries test.csv --fisher f.safetensors --worst 20 --json",
-        "fisherkit scores mymodule:make --kind exact --structure full --top 10 --self 20 --out scores",
-    ),
-)
 
 
 def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
@@ -318,7 +308,7 @@ class Subject:
         return zip(labels, predictions, sure, losses, strict=True)
 
     def _on(self, row: list[bool]) -> str:
-        """The outputs that are on."""
+        """The names of the outputs that are on."""
         if len(row) == 1 and not self.classes:
             return str(int(row[0]))
         return ", ".join(self._name(c) for c, on in enumerate(row) if on) or "none"
@@ -327,7 +317,7 @@ class Subject:
         return self.classes.get(index, str(index))
 
     def _shown(self, split: str, index: int, batch: Batch, i: int) -> tuple[str | None, str | None]:
-        """Text and picture."""
+        """An example's text and picture, None where there is none."""
         if self.show is None:
             tensors = [leaf for leaf in (*batch.args, *batch.kwargs.values()) if isinstance(leaf, Tensor)]
             images = len(tensors) == 1 and tensors[0].ndim == 4 and is_image(tensors[0].shape[1:])

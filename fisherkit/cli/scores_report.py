@@ -49,7 +49,7 @@ class Example:
     score: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, without the picture."""
+        """Its entries in the JSON, which has no pictures."""
         entries = {name: value for name, value in vars(self).items() if name not in ("picture", "score")}
         return entries if self.score is None else {"score": self.score, **entries}
 
@@ -81,13 +81,13 @@ class Query:
     harmful: tuple[Example, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Its entries in the JSON."""
         sides = {"helpful": self.helpful, "harmful": self.harmful}
         return self.example.to_dict() | {side: [one.to_dict() for one in some] for side, some in sides.items()}
 
     @property
     def largest(self) -> float:
-        """The largest size of its scores, above 0."""
+        """The largest size of any of its scores; 1 where all are 0, so that bars can be relative to it."""
         return max((abs(one.score or 0.0) for one in (*self.helpful, *self.harmful)), default=0.0) or 1.0
 
     @property
@@ -99,7 +99,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it.
+    """What the command found.
 
     Args:
         computed: what was computed, and of what, under the names that the JSON has.
@@ -114,7 +114,7 @@ class Report:
     notes: tuple[str, ...]
 
     def to_json(self) -> str:
-        """All of it but pictures."""
+        """The report as JSON, without pictures."""
         found = {
             "computed": vars(self.computed),
             "notes": self.notes,
@@ -124,14 +124,14 @@ class Report:
         return json.dumps(found, indent=1, ensure_ascii=False)
 
     def to_page(self) -> str:
-        """A whole HTML document, in UTF-8."""
+        """The report as a whole HTML document."""
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.policies["truncate.leeway"] = 0
         template = environment.from_string(files("fisherkit.cli").joinpath("scores.html").read_text("utf-8"))
         return template.render(vars(self), facts=self.facts, unit=self.unit)
 
     def to_text(self) -> str:
-        """Tables for the terminal, one for each query."""
+        """The report for the terminal, with a table for each query."""
         parts = [pairs(self.facts.items()), *(fill(text, WIDTH) for text in (self.unit, *self.notes))]
         for query in self.queries:
             title = f"{query.example.place}: {query.example.described}"
@@ -187,7 +187,7 @@ def _row(side: str, one: Example) -> tuple[str, ...]:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Without the columns that no row fills."""
+    """A table of examples, without the columns that no row fills."""
     header = ("", "training example", "label", "predicted", "text", "score", "loss")
     filled = [i for i in range(len(header)) if any(row[i] for row in rows)]
     left = sum(i < header.index("score") for i in filled)

@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import Tensor
 
-from fisherkit.cli.command import Command, make_folder, require
+from fisherkit.cli.command import make_folder, require
 from fisherkit.cli.options import AsJson, Overwrite, option
 from fisherkit.cli.text import WIDTH, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
@@ -36,9 +36,15 @@ _BLUE, _ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart with any co
 
 @dataclass(frozen=True)
 class Show:
-    """Show a Fisher file: what was recorded, each layer's trace, and the largest eigenvalues.
+    """Show what a Fisher file holds.
 
-    Reads one block at a time, so that a file need not fit in memory. The picture needs the packages of fisherkit[demo].
+    What was recorded, each layer's trace, and the largest eigenvalues. Reads one block at a time, so that a file need
+    not fit in memory. The picture needs the packages of fisherkit[demo].
+
+    Examples:
+        fisherkit show fisher.safetensors
+        fisherkit show fisher.safetensors.index.json --json > fisher.json
+        fisherkit show fisher.safetensors --out picture
     """
 
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A Fisher file, or the index of one in shards.")]
@@ -58,17 +64,6 @@ class Show:
             replace_text(self.out / "show.json", text + "\n")
             _draw(found, self.out / "show.png")
             typer.echo(f"wrote {self.out / 'show.json'} and {self.out / 'show.png'}", err=self.as_json)
-
-
-SHOW = Command(
-    Show,
-    "What a Fisher file holds: metadata, traces, eigenvalues.",
-    (
-        "fisherkit show fisher.safetensors",
-        "fisherkit show fisher.safetensors.index.json --json > fisher.json",
-        "fisherkit show fisher.safetensors --out picture",
-    ),
-)
 
 
 @dataclass(frozen=True)

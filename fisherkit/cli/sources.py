@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fisherkit.arguments import is_integer
 from fisherkit.cli.command import require
-from fisherkit.cli.options import DEVICE, LIKELIHOOD, device_check, dtype_check, likelihood_check, option
+from fisherkit.cli.options import LIKELIHOOD, Device, dtype_check, likelihood_check, option
 from fisherkit.errors import DataError, InvalidArgumentError, listed
 from fisherkit.likelihoods import Likelihood, resolve
 
@@ -64,7 +64,7 @@ class ModelOptions:
     likelihood: Annotated[
         str | None, option("NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check)
     ] = None
-    device: Annotated[str, option("NAME", DEVICE, parser=device_check)] = "cpu"
+    device: Device = "cpu"
     dtype: Annotated[
         str | None, option("NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check)
     ] = None

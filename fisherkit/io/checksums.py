@@ -56,7 +56,7 @@ class Checksums:
         self._tensors = tensors
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether there are checksums."""
         return self._tensors is not None
 
     def rows_around(self, name: str, start: int, stop: int) -> tuple[int, int]:

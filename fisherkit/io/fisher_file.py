@@ -240,14 +240,14 @@ def _stamp(path: Path) -> str:
 
 
 def _of_file(path: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Path]]:
-    """The entries of the header, which its checksum is of, and the file of each key."""
+    """The entries of a file's header, the same as all that its checksum is of, and the file of each key."""
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         return header, header, dict.fromkeys(file.keys(), path)
 
 
 def _of_index(path: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Path]]:
-    """The same of an index; its checksum is of the files' names too."""
+    """The entries of an index, all that its checksum is of (the files' names too), and the file of each key."""
     index = parse(path.read_text("utf-8"))
     header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
     return header, {**index["metadata"], "weight_map": index["weight_map"]}, files_of_index(path)
@@ -303,7 +303,7 @@ class Reader:
         self._open: tuple[Path, Any] | None = None
 
     def state(self, node: Node) -> State:
-        """A node with all its tensors."""
+        """The state that a node describes, with all its tensors."""
         return node.state(self.tensor)
 
     def tensor(self, place: Place) -> Tensor:

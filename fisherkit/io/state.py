@@ -37,7 +37,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take."""
+        """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.all_tensors())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
@@ -59,7 +59,7 @@ class Place:
     rows: tuple[int, ...] = ()
 
     def to_json(self) -> Any:
-        """A string, or an object with "parts" and "rows"."""
+        """The key, or an object with "parts" and "rows"."""
         return {"parts": list(self.keys), "rows": list(self.rows)} if self.rows else self.keys[0]
 
     @classmethod
@@ -93,12 +93,12 @@ class Node:
         return [*own, *(key for child in self.children for key in child.all_keys())]
 
     def state(self, read: Callable[[Place], Tensor]) -> State:
-        """The same with all tensors, as a function reads them."""
+        """The state that it describes, whose tensors a function reads."""
         tensors = {role: read(place) for role, place in self.places.items()}
         return State(self.kind, self.names, tensors, self.options, tuple(child.state(read) for child in self.children))
 
     def to_json(self) -> dict[str, Any]:
-        """As the header has it."""
+        """The tree as JSON, as a header has it."""
         return {
             "kind": self.kind,
             "names": list(self.names),
