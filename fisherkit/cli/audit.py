@@ -22,7 +22,8 @@ from fisherkit.operators import FisherOperator, load
 class Audit:
     """Compare a Fisher of any origin with an exact one.
 
-    Says how alike they are, and by which factor one is larger: a penalty's strength that was tuned for one must be divided by that factor for the other.
+    Says how alike they are, and by which factor OTHER is larger: a penalty's strength that was tuned for EXACT is
+    divided by it to do the same with OTHER.
 
     Examples:
         fisherkit audit theirs.safetensors exact.safetensors

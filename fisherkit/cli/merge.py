@@ -92,8 +92,12 @@ class Merge:
     out: Annotated[Path, option("PATH", "The folder (or, for files, the file) to write.")]
     fisher: Annotated[list[Path] | None, option("FILE", "A Fisher file for each model, in their order.", "none")] = None
     method: Annotated[
-        str, option("NAME", "auto, direct or cg; or average, task-arithmetic, regmean.", parser=one_of(*METHODS))
-    ] = "auto"
+        str,
+        option(
+            "NAME", "By Fishers, whose blocks are solved by auto, direct or cg; or average, task-arithmetic, regmean.",
+            parser=one_of(*METHODS),
+        ),
+    ] = "auto"  # fmt: skip
     weights: Annotated[
         str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=numbers_or("examples"))
     ] = None
@@ -109,13 +113,12 @@ class Merge:
         str, choice("Fishers to one size before merging", ("block", "output", "trace", "norm", "none"))
     ] = "block"
     center: Annotated[str, option("PATH", 'Where damping pulls to: "average" or a model.')] = "average"
-    base: Annotated[Path | None, option("PATH", "task-arithmetic needs it: the common start.", "none")] = None
-    scale: Annotated[float | None, option("S", "task-arithmetic needs it: factor of the sum of changes.", "none")] = (
-        None
-    )
-    shrink: Annotated[float, option("α", "regmean: share of the off-diagonal that is kept.", min=0, max=1)] = 0.9
+    base: Annotated[Path | None, option("PATH", "For task-arithmetic: the model that all began from.", "none")] = None
+    scale: Annotated[float | None, option("S", "For task-arithmetic: factor of the sum of changes.", "none")] = None
+    shrink: Annotated[float, option("α", "For regmean: share of the off-diagonal that is kept.", min=0, max=1)] = 0.9
     uncovered: Annotated[
-        str | None, choice("Parameters without a Fisher", WORDS["uncovered"], "refuse; regmean: average")
+        str | None,
+        choice("Parameters that differ and some Fisher lacks", WORDS["uncovered"], "refuse; regmean: average"),
     ] = None
     buffers: Annotated[str, choice("Float buffers that differ", WORDS["buffers"])] = MergePolicy.buffers
     integers: Annotated[str, choice("Other tensors that differ", WORDS["integers"])] = MergePolicy.integers

@@ -62,9 +62,9 @@ class Quality:
         "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
     )
     structures: Annotated[str, option("LIST", f"Of {STRUCTURE}", parser=each(structure_check))] = "full"
-    dampings: Annotated[str, option("LIST", "Gram dampings λ > 0, beside sums over examples.", parser=numbers_or())] = (
-        "1e-7,1e-5,1e-3,1e-1"
-    )
+    dampings: Annotated[
+        str, option("LIST", "λ > 0, each compared, on the scale of sums over examples.", parser=numbers_or())
+    ] = "1e-7,1e-5,1e-3,1e-1"
     likelihood: Annotated[str, option("NAME", LIKELIHOOD, parser=likelihood_check)] = "categorical"
     example: Example = "sequence"
     batches: Annotated[int, option("N", "Batches that are averaged over.", min=1)] = 1

@@ -68,7 +68,7 @@ class Scores(ModelOptions):
         Path | None, option("FILE", "A folder's training texts and labels: .jsonl, .csv or .tsv.", "none")
     ] = None
     queries: Annotated[
-        Path | None, option("FILE", "Texts and labels whose predictions are looked at, likewise.", "none")
+        Path | None, option("FILE", "Texts and labels of the predictions to explain, likewise.", "none")
     ] = None
     fisher: Annotated[Path | None, option("FILE", "A Fisher file of this model.", "one is built")] = None
     kind: Kind = "truncated:2"
@@ -172,7 +172,9 @@ class Scores(ModelOptions):
         train, count = (Source(data, subject.model).count() for data in (subject.train, subject.queries))
         order = list(range(count))
         if self.worst is not None:
-            losses = [seen[-1] for _, batch in subject.numbered("queries") for seen in subject.seen(batch, likelihood)]
+            losses = [
+                loss for _, batch in subject.numbered("queries") for *_, loss in subject.outcomes(batch, likelihood)
+            ]
             order = sorted(order, key=lambda i: -losses[i])[: self.worst]
         queries, own = self._scored(subject, likelihood, influence, sorted(order), min(self.top, train))
         computed = SimpleNamespace(
@@ -271,13 +273,13 @@ class Subject:
         """Some of the examples, by their place in the data."""
         found, places = {}, self.places.get(split)
         for inside, batch in self.chosen(split, wanted):
-            for i, (index, seen) in enumerate(zip(inside, self.seen(batch, likelihood), strict=True)):
+            for i, (index, outcome) in enumerate(zip(inside, self.outcomes(batch, likelihood), strict=True)):
                 place = places[index] if places else f"{'train' if split == 'train' else 'query'} {index}"
-                found[index] = Example(index, place, *seen, *self._shown(split, index, batch, i))
+                found[index] = Example(index, place, *outcome, *self._shown(split, index, batch, i))
         return found
 
     @torch.no_grad()
-    def seen(self, batch: Batch, likelihood: Likelihood) -> Iterator[tuple[Any, Any, Any, float]]:
+    def outcomes(self, batch: Batch, likelihood: Likelihood) -> Iterator[tuple[Any, Any, Any, float]]:
         """Label, prediction, its probability and the loss, of each example; None where there is no single one.
 
         Raises:

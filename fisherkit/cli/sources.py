@@ -52,7 +52,7 @@ class ModelOptions:
     text_column: Annotated[str, option("NAME", "Column of the text.")] = "text"
     pair_column: Annotated[str | None, option("NAME", "Column of a second text.", "none")] = None
     label_column: Annotated[str, option("NAME", "Column of the label; causal models need none.")] = "label"
-    examples: Annotated[int | None, option("N", "Draw so many of the (training) texts.", "all", min=1)] = None
+    examples: Annotated[int | None, option("N", "Draw this many of the (training) texts.", "all", min=1)] = None
     batch_size: Annotated[int, option("N", "Texts in a batch; no effect on the result.", min=1)] = 32
     max_length: Annotated[
         int | None, option("N", "Tokens that a text is cut to.", "the most that the model allows", min=1)
