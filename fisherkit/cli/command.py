@@ -150,14 +150,6 @@ def _folded(example: str) -> list[str]:
     return lines
 
 
-class _Stopped(KeyboardInterrupt):
-    """A signal that ends the command, so that everything temporary is removed as after Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """What fisherkit or the file system refuses is a message, not a traceback; what stops the command is told too."""
@@ -173,7 +165,7 @@ def readable_errors() -> Iterator[None]:
             typer.echo(f"error: {text}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
-            number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+            number = stop.args[0] if stop.args else signal.SIGINT
             typer.echo(f"\nstopped: {_written()}", err=True)
             raise typer.Exit(128 + number) from stop
 
@@ -244,7 +236,7 @@ def _stopping() -> Iterator[None]:
     """SIGTERM and SIGHUP as Ctrl-C, unless whoever started the command has them ignored or handled already."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stopped(number)
+        raise KeyboardInterrupt(number)
 
     wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     main = threading.current_thread() is threading.main_thread()
