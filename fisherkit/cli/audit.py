@@ -12,7 +12,7 @@ import typer
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.cli.options import AsJson, one_of, option
+from fisherkit.cli.options import AsJson, argument, choice, option
 from fisherkit.cli.text import number, table
 from fisherkit.evaluation import audit
 from fisherkit.operators import FisherOperator, load
@@ -32,18 +32,14 @@ class Audit:
 
     other: Annotated[
         Path,
-        typer.Argument(
-            metavar="OTHER", help="A Fisher file, or any safetensors file of a diagonal: parameter name -> tensor."
-        ),
+        argument("OTHER", "A Fisher file, or any safetensors file of a diagonal: parameter name -> tensor."),
     ]
-    exact: Annotated[Path, typer.Argument(metavar="EXACT", help="A Fisher file.")]
+    exact: Annotated[Path, argument("EXACT", "A Fisher file.")]
     compare: Annotated[
-        str | None,
-        option("WHAT", "diagonal or matrix.", "the matrix where both have one", parser=one_of("diagonal", "matrix")),
+        str | None, choice("What is compared", ("diagonal", "matrix"), "the matrix where both have one")
     ] = None
     batch_size: Annotated[
-        int | None,
-        option("B", "Size of the batches behind OTHER, to recognise their squares.", "unknown", min=1),
+        int | None, option("B", "Size of the batches behind OTHER, to recognise their squares.", "unknown", min=1)
     ] = None
     as_json: AsJson = False
 

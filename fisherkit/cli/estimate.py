@@ -13,7 +13,7 @@ from torch import nn
 
 from fisherkit import io
 from fisherkit.cli.command import refuse_existing, say
-from fisherkit.cli.options import AsJson, Example, Kind, MaxShardSize, Overwrite, Structure, one_of, option
+from fisherkit.cli.options import AsJson, Example, Kind, MaxShardSize, Overwrite, Structure, argument, choice, option
 from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_likelihood
 from fisherkit.cli.text import number, pairs
 from fisherkit.data import Data
@@ -40,9 +40,9 @@ class Estimate(ModelOptions):
 
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A Hugging Face folder (sequence classification or causal language model), or "
+        argument(
+            "MODEL",
+            "A Hugging Face folder (sequence classification or causal language model), or "
             '"package.module:function" that returns (model, data).',
         ),
     ]
@@ -51,11 +51,8 @@ class Estimate(ModelOptions):
     kind: Kind = "truncated:2"
     structure: Structure = "diagonal"
     example: Example = "sequence"
-    normalization: Annotated[str, option("NAME", "Mean or sum over examples.", parser=one_of("mean", "sum"))] = "mean"
-    kfac_positions: Annotated[
-        str,
-        option("NAME", "Of kfac and ekfac, for shared weights: expand or reduce.", parser=one_of("expand", "reduce")),
-    ] = "expand"
+    normalization: Annotated[str, choice("Over examples", ("mean", "sum"))] = "mean"
+    kfac_positions: Annotated[str, choice("How kfac and ekfac take positions", ("expand", "reduce"))] = "expand"
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
     as_json: AsJson = False

@@ -27,10 +27,10 @@ from fisherkit.cli.options import (
     Device,
     MaxShardSize,
     Overwrite,
+    choice,
     dtype_check,
     numbers,
     numbers_or,
-    one_of,
     option,
 )
 from fisherkit.cli.text import table
@@ -70,11 +70,6 @@ OWN = frozenset(
 """Options that are not keywords of the functions of `fisherkit.merging`, or of none but those with Fishers."""
 
 
-def choice(text: str, words: Sequence[str], shown: str | None = None) -> Any:
-    """An option that is one of some words."""
-    return option("NAME", f"{text}: {', '.join(words)}.", shown, parser=one_of(*words))
-
-
 @dataclass(frozen=True)
 class Merge:
     """Merge models by their Fishers into one that loads like the first.
@@ -92,12 +87,8 @@ class Merge:
     out: Annotated[Path, option("PATH", "The folder (or, for files, the file) to write.")]
     fisher: Annotated[list[Path] | None, option("FILE", "A Fisher file for each model, in their order.", "none")] = None
     method: Annotated[
-        str,
-        option(
-            "NAME", "By Fishers, whose blocks are solved by auto, direct or cg; or average, task-arithmetic, regmean.",
-            parser=one_of(*METHODS),
-        ),
-    ] = "auto"  # fmt: skip
+        str, choice("By Fishers, whose blocks are solved by one of the first three, or another way", tuple(METHODS))
+    ] = "auto"
     weights: Annotated[
         str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=numbers_or("examples"))
     ] = None

@@ -6,7 +6,7 @@ name. So nothing is loaded before all options are right. Owns no option's meanin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeAlias
 
@@ -24,6 +24,16 @@ Check: TypeAlias = Callable[[str], str]
 def option(metavar: str, text: str, shown: str | None = None, **others: Any) -> Any:
     """An option for typer; ``shown`` says the default of one that is None if it is not given."""
     return typer.Option(metavar=metavar, help=text, show_default=shown or True, **others)
+
+
+def argument(metavar: str, text: str) -> Any:
+    """An argument for typer."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+def choice(text: str, words: Sequence[str], shown: str | None = None) -> Any:
+    """An option that is one of some words."""
+    return option("NAME", f"{text}: {', '.join(words)}.", shown, parser=one_of(*words))
 
 
 def one_of(*allowed: str, also: str = "") -> Check:
@@ -133,12 +143,10 @@ structure_check = one_of(*structures())
 
 LIKELIHOOD = "categorical, gaussian, bernoulli, poisson, or package.module:function that returns a loss module."
 
-Kind: TypeAlias = Annotated[str, option("KIND", KIND, parser=kind_check)]
-Structure: TypeAlias = Annotated[str, option("NAME", STRUCTURE, parser=structure_check)]
+Kind: TypeAlias = Annotated[str, option("KIND", f"Which Fisher: {KIND}", parser=kind_check)]
+Structure: TypeAlias = Annotated[str, option("NAME", f"What is kept of it: {STRUCTURE}", parser=structure_check)]
 Device: TypeAlias = Annotated[str, option("NAME", "Where it is computed: cpu, cuda, cuda:1, ...", parser=device_check)]
-Example: TypeAlias = Annotated[
-    str, option("NAME", "What is one example: a sequence or a token.", parser=one_of("sequence", "token"))
-]
+Example: TypeAlias = Annotated[str, choice("What is one example", ("sequence", "token"))]
 MaxShardSize: TypeAlias = Annotated[
     int | None, option("BYTES", "Write several files of at most this size.", "one file of any size", min=1)
 ]

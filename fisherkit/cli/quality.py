@@ -23,6 +23,7 @@ from fisherkit.cli.options import (
     STRUCTURE,
     Example,
     Overwrite,
+    argument,
     each,
     kind_check,
     likelihood_check,
@@ -57,7 +58,7 @@ class Quality:
         fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10
     """
 
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help='"package.module:function" that returns (model, data).')]
+    spec: Annotated[str, argument("SPEC", '"package.module:function" that returns (model, data).')]
     kinds: Annotated[str, option("LIST", f"sgd, {KIND}", parser=each(partial(kind_check, also=("sgd",))))] = (
         "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
     )

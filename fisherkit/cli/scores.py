@@ -21,7 +21,7 @@ from fisherkit import io
 from fisherkit._version import __version__
 from fisherkit.cli.command import given, make_folder
 from fisherkit.cli.estimate import check_fisher_file
-from fisherkit.cli.options import AsJson, Kind, Overwrite, Structure, one_of, option
+from fisherkit.cli.options import AsJson, Kind, Overwrite, Structure, argument, choice, option
 from fisherkit.cli.pictures import data_uri, is_image
 from fisherkit.cli.scores_report import Example, Query, Report
 from fisherkit.cli.sources import ModelOptions, call_factory, load_likelihood
@@ -58,9 +58,9 @@ class Scores(ModelOptions):
 
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help='A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
+        argument(
+            "MODEL",
+            'A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
             "train, queries, show).",
         ),
     ]
@@ -82,13 +82,8 @@ class Scores(ModelOptions):
         ),
     ] = None  # fmt: skip
     absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
-    measurement: Annotated[
-        str, option("NAME", "Of a query: its loss or its margin.", parser=one_of("loss", "margin"))
-    ] = "loss"
-    normalize: Annotated[
-        str | None,
-        option("NAME", "relatif: outliers with large gradients lead no list.", "none", parser=one_of("relatif")),
-    ] = None
+    measurement: Annotated[str, choice("What of a query", ("loss", "margin"))] = "loss"
+    normalize: Annotated[str | None, choice("Against outliers with large gradients", ("relatif",), "none")] = None
     top: Annotated[int, option("K", "Most helpful, and most harmful, for each query.", min=1)] = 5
     worst: Annotated[int | None, option("N", "Only the N queries with the largest loss.", "all", min=1)] = None
     own: Annotated[int, typer.Option("--self", metavar="N", min=0, help="List the N largest self-influences too.")] = 0

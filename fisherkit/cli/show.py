@@ -17,7 +17,7 @@ import typer
 from torch import Tensor
 
 from fisherkit.cli.command import make_folder, require
-from fisherkit.cli.options import AsJson, Overwrite, option
+from fisherkit.cli.options import AsJson, Overwrite, argument, option
 from fisherkit.cli.text import WIDTH, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
 from fisherkit.io import part_of, replace_text
@@ -47,7 +47,7 @@ class Show:
         fisherkit show fisher.safetensors --out picture
     """
 
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Fisher file, or the index of one in shards.")]
+    file: Annotated[Path, argument("FILE", "A Fisher file, or the index of one in shards.")]
     as_json: AsJson = False
     out: Annotated[Path | None, option("FOLDER", "Write show.json and show.png there; made if missing.", "none")] = None
     overwrite: Overwrite = False
