@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.io import fisher_file, tensors
-from fisherkit.operators import FisherOperator, load, open_file, state_of
+from fisherkit.operators import DiagonalOperator, FisherOperator, load, open_file, state_of
+from fisherkit.space import ParameterSpace
 from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker
 
 F64 = torch.float64
@@ -95,6 +96,16 @@ def test_save__keeps_small_operators_in_one_file(path: Path) -> None:
         assert file.metadata()["version"] == "1"
     operator.save(path, max_shard_size=15 * 8 - 1)
     assert len(listing(path)) == 3
+
+
+def test_save__one_row_that_is_larger_than_a_shard_is_one_file(path: Path) -> None:
+    alone = DiagonalOperator(ParameterSpace(("x",), ((1,),)), torch.ones(1, dtype=F64))
+    alone.save(path, max_shard_size=1)
+    assert listing(path) == [path.name]
+    assert same(load(path), alone)
+    kronecker(F64)[0].save(path, max_shard_size=100)
+    alone.save(path, max_shard_size=1)
+    assert listing(path) == [path.name]
 
 
 @pytest.mark.parametrize("name", ["fisher.safetensors", "fisher", "fisher.bin"])

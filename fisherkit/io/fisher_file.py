@@ -89,19 +89,19 @@ def write(
     check_positive(call, "max_shard_size", max_shard_size)
     largest = max_shard_size if max_shard_size is not None and state.nbytes > max_shard_size else None
     node, tensors = pack(state, largest)
+    files, index = in_shards(path, forms_of(tensors), largest), None
+    sharded = len(files) > 1  # a tensor that cannot be cut may be all there is
     header = {
         "format": FORMAT,
-        "version": str(VERSION if largest is None else SHARDED_VERSION),
+        "version": str(SHARDED_VERSION if sharded else VERSION),
         "space": json.dumps({n: list(s) for n, s in zip(space.names, space.shapes, strict=True)}),
         "operator": json.dumps(node.to_json()),
         "metadata": json.dumps({k: v for k, v in metadata.items() if (k, v) not in NO_CHECKSUMS.items()}),
     }
-    refuse_others(path, call, sharded=largest is not None)
-    index = None
-    if largest is None:
-        files, header = {path: forms_of(tensors)}, sealed(header, tensors)
+    refuse_others(path, call, sharded=sharded)
+    if not sharded:
+        header = sealed(header, tensors)
     else:
-        files = in_shards(path, forms_of(tensors), largest)
         # Of what is saved, so that the same is saved as the same bytes.
         save = hashlib.sha256(json.dumps([header, tensors_hash(tensors)], sort_keys=True).encode()).hexdigest()[:32]
         index = index_of(path), _index({**header, "save": save}, tensors, weight_map(files))
