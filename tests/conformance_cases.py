@@ -73,8 +73,13 @@ STRUCTURES: dict[str, Callable[[Rows], Tensor]] = {
 }
 """The structures that are parts of F, as the reference makes them."""
 
+EVERY_KIND_IN = (
+    "mlp", "conv2d_groups", "tied_head_parameter", "token_attention_by_token", "gaussian_tokens", "bernoulli_by_token",
+)  # fmt: skip
+"""Families in which every kind is tested, in every structure: each likelihood, layers, sequences and tokens."""
+
 TWO_KINDS = ("ef", "exact")
-"""Of the families that are not in `EVERY_FORM`: one vector an example from the labels, and several from the outputs.
+"""Of the other families: one vector an example from the labels, and several from the outputs.
 
 A kind knows outputs only, a layer's rule knows no kind, and a structure knows neither.
 """
@@ -100,7 +105,7 @@ def cells(structures: Iterable[str], reduced: Iterable[str] = ()) -> list[Any]:
     found = [
         (family, kind, structure, torch.float64)
         for family in FAMILIES
-        for kind in (KINDS if family in EVERY_FORM else TWO_KINDS)
+        for kind in (KINDS if family in EVERY_KIND_IN else TWO_KINDS)
         for structure in structures
     ]
     found += itertools.product(SHARED_POSITIONS, TWO_KINDS, reduced, [torch.float64])

@@ -30,8 +30,8 @@ def use(fisher: fk.FisherApproximation, *, square: bool = True) -> None:
     fisher.quadratic_form(v)
     fisher.diagonal()
     fisher.trace()
-    fisher.solve(v, damping=0.1)
-    fisher.factorize(0.1).sample(torch.Generator().manual_seed(0))
+    fisher.solve(v, damping=10.0)  # few steps where they are iterations
+    fisher.factorize(10.0).sample(torch.Generator().manual_seed(0))
     fisher.coverage()
     (2.0 * fisher) @ v
     (fisher + fisher) @ v
