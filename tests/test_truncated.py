@@ -107,13 +107,6 @@ def jacobian_norms(of: Problem) -> Tensor:
 OPTIONS: list[dict[str, Any]] = [
     {"rank": 1}, {"rank": 2}, {"rank": 3}, {"tolerance": 0.45}, {"tolerance": 0.1}, {"tolerance": 1e-3},
 ]  # fmt: skip
-    {"rank": 1},
-    {"rank": 2},
-    {"rank": 3},
-    {"tolerance": 0.45},
-    {"tolerance": 0.1},
-    {"tolerance": 1e-3},
-]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
