@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 
 import fisherkit as fk
+from tests.axes import paired
 from tests.conformance_cases import KINDS, annotations_checked, build, problem
 from tests.influence_cases import count, damped_inverse, data, dense, gradients
 from tests.reference.models import EVERY_FORM
@@ -33,7 +33,7 @@ def check(family: str, kind: str, structure: str, dtype: torch.dtype = torch.flo
     assert (own - expected.diagonal()).abs().max() <= rtol * scale
 
 
-@pytest.mark.parametrize(("kind", "structure"), list(itertools.product(KINDS, STRUCTURES)))
+@pytest.mark.parametrize(("kind", "structure"), paired(KINDS, STRUCTURES))
 def test_scores__are_the_formula_s_for_every_kind_and_structure(kind: str, structure: str) -> None:
     check("mlp", kind, structure)
 
