@@ -81,8 +81,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_part_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
+def no_part_is_left(tmp_path: Path) -> Iterator[None]:
     yield
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
 

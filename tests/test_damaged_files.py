@@ -33,11 +33,6 @@ from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kroneck
 from tests.small_data import X, Y, cut, mlp
 
 
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
-
-
 def plain(value: Any) -> Any:
     """What can be compared by ``==``, to the last bit: tensors as their type, shape and bytes."""
     if isinstance(value, Tensor):

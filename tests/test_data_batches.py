@@ -435,8 +435,11 @@ class Checked(Alone):
 PICTURES = [(normal(1, 1, 4 + n, 5, seed=n), Y[n : n + 1]) for n in range(5)]
 
 
-@pytest.mark.parametrize("net", [Alone, Checked])
-@pytest.mark.parametrize("kind", [fk.EmpiricalFisher, fk.ExactFisher, fk.TruncatedFisher, fk.SampledFisher])
+@pytest.mark.parametrize(
+    ("net", "kind"),
+    [(Checked, fk.EmpiricalFisher), (Alone, fk.EmpiricalFisher), (Alone, fk.ExactFisher), (Alone, fk.TruncatedFisher),
+     (Alone, fk.SampledFisher)],
+)  # fmt: skip
 def test_alone__a_model_of_one_example_at_a_time_is_right(net: type[Alone], kind: Any) -> None:
     model = net()
     expected = brute(model, lambda n: model(PICTURES[n][0]), Y[:5])

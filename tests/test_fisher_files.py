@@ -151,11 +151,6 @@ def test_split__of_a_built_fisher(structure: str) -> None:
 SIZES = [None, 200, 8]
 
 
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_read__gives_each_block_as_split_does(name: str, size: int | None, tmp_path: Path) -> None:

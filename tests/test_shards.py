@@ -26,11 +26,6 @@ from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kroneck
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "fisher.safetensors"

@@ -23,6 +23,7 @@ from fisherkit.operators import split
 from fisherkit.operators.persistence import renamed
 from fisherkit.space import ParameterSpace
 from fisherkit.wrappers import matching, plain, unwrapped, wrapped_in
+from tests.axes import paired
 
 F64 = torch.float64
 
@@ -102,8 +103,9 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 PLAIN: dict[str, Any] = {"normalize": None, "output_damping": 0, "damping": 0.1}
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("wrap", [name for name in WRAP if name != "a part compiled"])
+@pytest.mark.parametrize(
+    ("wrap", "structure"), paired([name for name in WRAP if name != "a part compiled"], STRUCTURES)
+)
 def test_fisher__of_a_wrapped_model_is_the_models_own(wrap: str, structure: str) -> None:
     model = Net(0)
     expected = fk.ExactFisher(model, DATA, structure=structure)

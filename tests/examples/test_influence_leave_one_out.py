@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ N, Q, D, C = 120, 5, 4, 3
 DECAY = 0.1
 RECIPE = TrainingRecipe(epochs=400, learning_rate=0.5, momentum=0.9, weight_decay=DECAY)
 """Whole-batch training of a strongly convex loss: it ends at the optimum."""
+NEAR = replace(RECIPE, epochs=150)
+"""It ends near enough for rank correlations."""
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -89,7 +92,7 @@ def test_leave_one_out__is_the_difference_of_optima() -> None:
 @pytest.mark.smoke
 def test_leave_one_out__agrees_with_influence_functions_on_a_convex_model() -> None:
     scores = exact_scores()
-    left_out = leave_one_out(softmax, TRAIN, QUERIES, range(0, N, 3), RECIPE, seeds=(0,))
+    left_out = leave_one_out(softmax, TRAIN, QUERIES, range(0, N, 3), NEAR, seeds=(0,))
     got = left_out.correlation(scores, resamples=50)
     assert float(got.per_query.min()) > 0.95
     assert got.interval[0] > 0.95
@@ -103,8 +106,8 @@ def test_leave_one_out__agrees_with_influence_functions_on_a_convex_model() -> N
 
 
 def test_linear_datamodeling_score__is_near_1_for_influence_functions_on_a_convex_model() -> None:
-    masks = random_subsets(N, 60, fraction=0.8)
-    runs = retrain(softmax, TRAIN, QUERIES, masks, RECIPE, seeds=(0,))
+    masks = random_subsets(N, 30, fraction=0.8)
+    runs = retrain(softmax, TRAIN, QUERIES, masks, NEAR, seeds=(0,))
     got = linear_datamodeling_score(exact_scores(), runs.masks, runs.outputs["loss"], resamples=50)
     assert got.mean > 0.95
 

@@ -131,8 +131,10 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], Any, Tensor, Any, Losses]] = 
 }
 
 
-@pytest.mark.parametrize("recipe", [SGD, ADAMW, WHOLE], ids=["sgd", "adamw", "whole"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "recipe"),
+    [*((case, SGD) for case in CASES), ("mlp", ADAMW), ("mlp", WHOLE), ("tied", ADAMW), ("convolution", WHOLE)],
+)
 def test_retrain__is_training_one_model_at_a_time(case: str, recipe: TrainingRecipe) -> None:
     build, inputs, y, likelihood, loss = CASES[case]
     train, queries = halves(inputs, y)
