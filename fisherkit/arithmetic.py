@@ -54,7 +54,11 @@ def all_finite(*tensors: Tensor) -> bool:
         return True
     with torch.no_grad():
         # Of all at once, and in a kernel of their own on accelerators, as torch's optimizers do.
-        sizes = torch._foreach_norm(tensors) if len(tensors) > 1 else [tensors[0].sum(dtype=at_least_single(tensors[0].dtype))]
+        sizes = (
+            torch._foreach_norm(tensors)
+            if len(tensors) > 1
+            else [tensors[0].sum(dtype=at_least_single(tensors[0].dtype))]
+        )
         total = sizes[0] if len(sizes) == 1 else torch.stack([s.to(sizes[0]) for s in sizes]).sum()
         return math.isfinite(total.item()) or all(bool(torch.isfinite(t).all()) for t in tensors)
 

@@ -47,7 +47,13 @@ def rounding_of(dtype: torch.dtype, largest: float, damping: float) -> float:
 
 
 def damped_grams(
-    parts: Sequence[Rows | SharedRows], damping: float, *, scale: float = 1.0, precise: bool = False, call: str, try_: str
+    parts: Sequence[Rows | SharedRows],
+    damping: float,
+    *,
+    scale: float = 1.0,
+    precise: bool = False,
+    call: str,
+    try_: str,
 ) -> list[DampedGram]:
     """Of the rows of every part; one wait for the device, however many there are.
 

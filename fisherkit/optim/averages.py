@@ -35,9 +35,7 @@ class Averages:
         self.records: dict[tuple[Names, str], UnitSums] = {}
         self.updates = 0
 
-    def update(
-        self, plan: Plan, chunks: Sequence[Chunk], examples: int, processes: Processes | None = None
-    ) -> None:
+    def update(self, plan: Plan, chunks: Sequence[Chunk], examples: int, processes: Processes | None = None) -> None:
         """With the rows of a batch of N examples, of which each of some processes has a part."""
         structure = self.structure.of(plan, **self.settings, processes=processes)
         due = self.updates % self.refresh_every == 0

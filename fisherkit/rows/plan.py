@@ -242,7 +242,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-        reference = _Reference(plan, watched, v[0])
+        reference = _Reference(plan, probe, watched, v[0])
         units, mixed = _units(plan, watched, v, reference, reference.at_uses)
         if mixed:
             # Layers of what examples share, as positions: perhaps rules hold for what is made of their outputs.
@@ -276,7 +276,10 @@ def _by_kernel(unit: Unit, plan: Plan) -> list[Unit]:
     """A unit; of a recurrent layer its parameters, which the loop's passes bring by torch's own kernel."""
     if not isinstance(unit, RuledUnit) or not isinstance(unit.rule, RecurrentRule):
         return [unit]
-    return [Unit((name,), "of a recurrent layer beside parameters without a rule", _numbers(plan, (name,))) for name in unit.names]
+    return [
+        Unit((name,), "of a recurrent layer beside parameters without a rule", _numbers(plan, (name,)))
+        for name in unit.names
+    ]
 
 
 def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:

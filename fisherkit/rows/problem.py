@@ -118,7 +118,9 @@ class Problem:
     def better(self, batch: Batch) -> BetterPlanError:
         """What a batch shows that another process has."""
         try:
-            for _ in self._micro(batch.to(self.plan.example_parameter.device), 0, "data of another process"):
+            for _ in self._micro(
+                batch.to(self.plan.example_parameter.device), 0, "data of another process", in_company=False
+            ):
                 pass
         except BetterPlanError as found:
             return found
