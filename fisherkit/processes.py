@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -213,6 +215,39 @@ class Processes:
                 f"{self.size}",
                 try_="the output of the other processes; a longer timeout= in init_process_group for slow ones",
             ) from error
+
+
+class Share:
+    """Every size-th batch of some data, from the rank-th on.
+
+    Args:
+        batches: a re-iterable.
+        rank: of the process whose share it is.
+        size: how many processes there are.
+    """
+
+    def __init__(self, batches: Iterable[Any], rank: int, size: int) -> None:
+        self.batches, self.rank, self.size = batches, rank, size
+
+    def __iter__(self) -> Iterator[Any]:
+        """One pass."""
+        return itertools.islice(iter(self.batches), self.rank, None, self.size)
+
+
+@contextlib.contextmanager
+def started(device: str) -> Iterator[tuple[int, int]]:
+    """The group of the processes that torchrun has started, while it is needed: this one's rank, and how many there are.
+
+    (0, 1) where nothing says that there are others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
 
 
 class _Packer(pickle.Pickler):

@@ -16,10 +16,12 @@ from fisherkit.cli.command import refuse_existing, say
 from fisherkit.cli.options import AsJson, Example, Kind, MaxShardSize, Overwrite, Structure, argument, choice, option
 from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_likelihood
 from fisherkit.cli.text import number, pairs
-from fisherkit.data import Data
-from fisherkit.errors import InvalidTypeError
+from fisherkit.data import Data, Source
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.io.fisher_file import index_of, refuse_others
+from fisherkit.processes import Share, started
+from fisherkit.structures import structure_named
 from fisherkit.vectors import rule_of
 
 CALL = "fisherkit estimate"
@@ -36,6 +38,7 @@ class Estimate(ModelOptions):
         fisherkit estimate my-model --data train.jsonl --kind ief --structure diagonal --out f.safetensors
         fisherkit estimate my-model --data train.csv --text-column body --params 'head.*' --out f.safetensors
         fisherkit estimate mymodule:make --kind truncated:2 --structure full --out f.safetensors
+        torchrun --nproc-per-node 2 -m fisherkit estimate my-model --data train.jsonl --out f.safetensors
     """
 
     model: Annotated[
@@ -58,22 +61,31 @@ class Estimate(ModelOptions):
     as_json: AsJson = False
 
     def run(self) -> None:
-        """Load, build, save, report."""
+        """Load, build, save, report; in several processes, each with its share of the batches, by the first one."""
         check_fisher_file(self.out, f"{CALL} --out", overwrite=self.overwrite)
-        model, data, likelihood = self._model_and_data()
-        params = self.selection(model, CALL)
-        say(f"{self.model}: {_size(model, params, data)}. Estimating {self.kind}, {self.structure} ...")
-        start = time.perf_counter()
-        fisher = FisherApproximation(
-            model, data, rule_of(self.kind, call=CALL).with_seed(self.seed),
-            likelihood=load_likelihood(self.likelihood or likelihood, CALL),
-            structure=self.structure, params=params, example=self.example, normalization=self.normalization,
-            kfac_positions=self.kfac_positions, progress=True,
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        fisher.save(self.out, max_shard_size=self.max_shard_size)
-        found = self._summary(fisher, data, seconds)
-        typer.echo(json.dumps(found, ensure_ascii=False) if self.as_json else _as_text(found))
+        with started(self.device) as (rank, size):
+            if size > 1 and structure_named(self.structure, CALL).keeps_rows:
+                raise InvalidArgumentError(
+                    call=CALL, got=f"structure={self.structure!r} in {size} processes", expected="one process",
+                    why="each process would keep rows of its own, and one file has all", try_='structure="ekfac"',
+                )  # fmt: skip
+            model, data, likelihood = self._model_and_data()
+            params = self.selection(model, CALL)
+            if rank == 0:
+                say(f"{self.model}: {_size(model, params, data)}. Estimating {self.kind}, {self.structure} ...")
+            start = time.perf_counter()
+            fisher = FisherApproximation(
+                model, data if size == 1 else Share(Source(data).batches, rank, size),
+                rule_of(self.kind, call=CALL).with_seed(self.seed),
+                likelihood=load_likelihood(self.likelihood or likelihood, CALL),
+                structure=self.structure, params=params, example=self.example, normalization=self.normalization,
+                kfac_positions=self.kfac_positions, progress=True,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            if rank == 0:
+                fisher.save(self.out, max_shard_size=self.max_shard_size)
+                found = self._summary(fisher, data, seconds)
+                typer.echo(json.dumps(found, ensure_ascii=False) if self.as_json else _as_text(found))
 
     def _model_and_data(self) -> tuple[nn.Module, Data, str]:
         """The model, its data, and the likelihood of its own loss."""
