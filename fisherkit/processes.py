@@ -236,7 +236,7 @@ class Share:
 
 @contextlib.contextmanager
 def started(device: str) -> Iterator[tuple[int, int]]:
-    """The group of the processes that torchrun has started, while it is needed: this one's rank, and how many there are.
+    """The group of processes that torchrun has started, while it is needed: this one's rank, and how many there are.
 
     (0, 1) where nothing says that there are others.
     """

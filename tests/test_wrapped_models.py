@@ -212,7 +212,12 @@ def test_loss_gradient__is_over_the_parameters_of_the_fisher(wrap: str) -> None:
         torch.testing.assert_close(fk.evaluation.loss_gradient(wrapped, DATA, params=params), expected)
 
 
-@pytest.mark.parametrize("wrap", WRAP)
+def test_ewc__of_averages_is_refused_since_they_are_not_trained() -> None:
+    with pytest.raises(fk.InvalidTypeError, match="got an AveragedModel; expected the model that is trained"):
+        EWC(AveragedModel(Net(0)))
+
+
+@pytest.mark.parametrize("wrap", [name for name in WRAP if name != "averaged"])
 def test_ewc__of_a_wrapped_model_holds_the_module_inside(wrap: str) -> None:
     wrapped = WRAP[wrap](Net(0))
     inner = unwrapped(wrapped)

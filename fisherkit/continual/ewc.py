@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fisherkit.arguments import check_choice, check_number
 from fisherkit.arithmetic import all_finite, without_autocast
@@ -92,6 +93,12 @@ class EWC(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(call="EWC", got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        if isinstance(model, AveragedModel):
+            raise InvalidTypeError(
+                call="EWC", got="an AveragedModel", expected="the model that is trained",
+                why="averages are a copy that no optimizer changes, so its penalty would hold nothing",
+                try_="EWC(model), after the averages were copied into it if they are what is to be kept",
+            )  # fmt: skip
         check_normalize(normalize, "EWC")
         check_choice("EWC", "grown", grown, ("refuse", "leading"))
         self.model = unwrapped(model)

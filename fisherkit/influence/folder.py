@@ -34,7 +34,7 @@ class FolderBlocks(RowBlocks):
     """Blocks in the files that a manifest names, read one by one, to a device."""
 
     def __init__(self, folder: Path, space: ParameterSpace, device: torch.device, manifest: dict[str, Any]) -> None:
-        super().__init__(bool(manifest["settings"]["token"]))
+        super().__init__(manifest["settings"])
         self.folder, self.space, self.device, self.manifest = folder, space, device, manifest
 
     def __iter__(self) -> Iterator[RowBlock]:
@@ -50,8 +50,8 @@ class FolderBlocks(RowBlocks):
         return sum(entry["examples"] for entry in self.manifest["blocks"])
 
 
-def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any]) -> FolderBlocks:
-    """Write the blocks that are not there yet; ``settings`` is what the rows depend on beside the data, as JSON.
+def write_blocks(folder: str | Path, live: LiveBlocks) -> FolderBlocks:
+    """Write the blocks that are not there yet.
 
     Raises:
         InvalidArgumentError: no folder can be there, or it holds rows of another model, other data, other batches or
@@ -62,7 +62,7 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
         time.
     """
     path = _folder(folder)
-    manifest = _begun(path, settings, live.limit)
+    manifest = _begun(path, live.settings, live.limit)
     problem, limit = live.problem, int(manifest["limit"])
     space, device = problem.plan.space, problem.plan.example_parameter.device
     source = LimitedSource(problem.source, limit)
@@ -72,7 +72,7 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
     for number, (place, batch) in enumerate(bar):
         if number not in entries:
             one = replace(problem, source=_OneBatch(batch, place), progress=False)
-            checksum = _write(path / _name(number), joined(list(LiveBlocks(one, limit))), batch)
+            checksum = _write(path / _name(number), joined(list(LiveBlocks(one, limit, live.settings))), batch)
             entries[number] = _entry(number, batch, checksum)
     manifest["blocks"] = [entries[number] for number in sorted(entries)]
     _write_manifest(path, manifest)

@@ -143,13 +143,13 @@ class ModelRows:
         if not isinstance(blocks, LiveBlocks):
             return blocks
         fit = blocks.row_bytes() * blocks.count() <= self.budget // 4
-        return KeptBlocks(list(blocks), blocks.token) if fit else blocks
+        return KeptBlocks(list(blocks), blocks.settings) if fit else blocks
 
     def sample(self, blocks: RowBlocks, stride: int) -> Rows:
         """Rows of every so-many-th example; each has one, if it counts."""
         if isinstance(blocks, LiveBlocks):
             source = ThinnedSource(blocks.problem.source, stride)
-            blocks = LiveBlocks(replace(blocks.problem, source=source), blocks.limit)
+            blocks = LiveBlocks(replace(blocks.problem, source=source), blocks.limit, blocks.settings)
             return Rows.cat([block.rows for block in blocks])
         taken: list[Rows] = []
         seen = 0
@@ -182,7 +182,7 @@ class ModelRows:
         problem.choose(lean=False)
         most = self.budget // 8 // max(1, problem.row_bytes(self.space.names))
         problem.choose(lean=True)
-        return LiveBlocks(problem, max(1, min(MOST, most)))
+        return LiveBlocks(problem, max(1, min(MOST, most)), self.settings(token=token))
 
 
 def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherOperator) -> Likelihood:

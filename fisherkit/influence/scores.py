@@ -134,8 +134,8 @@ class InfluenceScores:
         self._model_rows.begin()
         blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token")
         if folder is not None:
-            return write_blocks(folder, blocks, self._model_rows.settings(token=blocks.token))
-        return KeptBlocks(list(blocks), blocks.token)
+            return write_blocks(folder, blocks)
+        return KeptBlocks(list(blocks), blocks.settings)
 
     @overload
     def scores(
@@ -309,7 +309,7 @@ class InfluenceScores:
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
         form = self._inverse._unit_products(sample)
         live, most = self._model_rows.queries(queries, measurement), self._model_rows.room(form.numbers_per_query)
-        live = LiveBlocks(live.problem, min(most, live.limit))
+        live = LiveBlocks(live.problem, min(most, live.limit), live.settings)
         dtype, device, count = self._model_rows.dtype, self._model_rows.device, live.counted()
         scores = torch.empty(count, blocks.counted(), dtype=dtype, device=device)
         errors, first = torch.empty(count, dtype=dtype, device=device), 0
@@ -367,13 +367,21 @@ class InfluenceScores:
     def _training(self, train: Data | RowBlocks, *, token: bool) -> RowBlocks:
         if not isinstance(train, RowBlocks):
             return self._model_rows.live(train, EmpiricalVectors(), token=token)
-        if train.token != token:
+        own = self._model_rows.settings(token=token)
+        changed = [name for name in own if train.settings.get(name) != own[name]]
+        if changed == ["token"]:
             raise InvalidArgumentError(
                 call="scores(train)",
-                got=f"rows prepared with by={'token' if train.token else None!r}",
+                got=f"rows prepared with by={None if token else 'token'!r}",
                 expected=f"by={'token' if token else None!r}",
                 try_='prepare(train, by="token") for scores by token, prepare(train) for all others',
             )
+        if changed:
+            raise InvalidArgumentError(
+                call="scores(train)", got=f"rows prepared with another {', '.join(changed)}",
+                expected="rows of this model, over the Fisher's parameters, of the same loss",
+                why="∇ℓ and F must be taken at one point", try_="prepare(train) of this InfluenceScores",
+            )  # fmt: skip
         return train
 
     def _query_blocks(
@@ -389,7 +397,7 @@ class InfluenceScores:
             train = self._model_rows.kept(train)
             form = self._inverse._row_products(self._model_rows.probe(train), most, others)
             most = self._model_rows.room(form.numbers_per_query)
-            live = LiveBlocks(live.problem, most)
+            live = LiveBlocks(live.problem, most, live.settings)
         for block in in_groups(live, most):
             yield block, form, train
 
