@@ -37,7 +37,6 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.first_batch import plan_of_call
 from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.ownership import coarser
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
@@ -60,6 +59,9 @@ class Capture:
         reduction: of the user's loss, for likelihoods whose targets do not show in the gradient.
         written_out: whether rows may be written out where that is faster; Kronecker factors need them factored.
         call: the user's class, for errors.
+
+    Attributes:
+        offset: where numbers of examples begin, by which random labels are drawn.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Capture:
         self.wanted = True
         self.finished: list[Captured] = []
         self.first: Tensor | None = None  # the largest output of the first pass
-        self.examples = self._passes = 0
+        self.examples = self.offset = self._passes = 0
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
         self._used: set[str] = set()
@@ -153,7 +155,6 @@ class Capture:
         if begun is None or output is None:
             return
         recorder, plan, batch, coupled, rng = begun
-        plan.coarsest = coarser(plan.coarsest, recorder.coarsest)
         z = outputs_of(output)
         if not z.requires_grad:
             return
@@ -190,8 +191,8 @@ class Capture:
 
     def _new(self, watched: Watched, plan: Plan) -> bool:
         """Whether a pass has used parameters that the plan has no rows or no rule for, as another expert."""
-        unseen = {name for unit in plan.generic if unit.unseen for name in unit.names}
-        new = {name for name in _used(watched) if name not in plan.space.slices or name in unseen} - self._used
+        idle = {name for unit in plan.generic if unit.without_use for name in unit.names}
+        new = {name for name in _used(watched) if name not in plan.space.slices or name in idle} - self._used
         self._used |= new
         return bool(new)
 
@@ -211,16 +212,14 @@ class Capture:
             finally:
                 for module in training:
                     module.training = True
-            del plan.probe  # a graph that nothing asks any more
-            if anew and key in self._plans:
-                _keep_rules(plan, self._plans[key])
-            self._plans[key] = plan
+            plan.probe.watched = None  # a graph that nothing asks any more
+            self._plans[key] = _with_rules(plan, self._plans[key]) if anew and key in self._plans else plan
         return self._plans[key]
 
     def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
         plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
-        if plan.unused or any(unit.unseen for unit in plan.generic):
+        if plan.unused or any(unit.without_use for unit in plan.generic):
             with (
                 untouched_rng([plan.example_parameter.device]),
                 differentiable(self.model, list(plan.parameters.values())),
@@ -357,8 +356,9 @@ class Capture:
             gradient = torch.zeros_like(z) if one.gradient is None else one.gradient
             if self.first is None:
                 self.first = z.detach().abs().max()
+            place = self.offset + self.examples
             try:
-                one.seen = seen_outputs(z, gradient, self.likelihood, self.reduction, self.examples, self.call)
+                one.seen = seen_outputs(z, gradient, self.likelihood, self.reduction, place, self.call)
             except ModelError as error:
                 raise explained(error, [z], self.first) from None
             self.examples += z.shape[0]
@@ -423,18 +423,17 @@ def is_checked(step: int) -> bool:
     return step % 64 == 0 or step & (step - 1) == 0
 
 
-def _keep_rules(plan: Plan, old: Plan) -> None:
-    """Keep the rules of parameters that a new plan's batch has not used, as of an expert."""
-    unseen = {unit.names[0] for unit in plan.generic if unit.unseen}
-    kept = [unit for unit in old.ruled if unseen.issuperset(unit.names)]
+def _with_rules(plan: Plan, old: Plan) -> Plan:
+    """With an old plan's rules of parameters that the new one's batch has not used, as of an expert."""
+    idle = {unit.names[0] for unit in plan.generic if unit.without_use}
+    kept = [unit for unit in old.ruled if idle.issuperset(unit.names)]
     known = {name for unit in kept for name in unit.names}
-    plan.units = [*(unit for unit in plan.units if not known.intersection(unit.names)), *kept]
-    plan.units.sort(key=lambda unit: plan.space.names.index(unit.names[0]))
+    return plan.with_units([*(unit for unit in plan.units if not known.intersection(unit.names)), *kept])
 
 
 def _used(watched: Watched) -> set[str]:
     """The parameters that functions of a pass were given."""
-    return {name for use in watched.uses for name in use.names} | watched.elsewhere
+    return {name for use in watched.uses for name in use.names} | watched.outside_rules
 
 
 def _masks(batch: Batch) -> dict[str, Any]:

@@ -21,89 +21,23 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError,
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping, Factorization, FisherOperator, RelativeDamping
+from fisherkit.optim.averages import Averages
 from fisherkit.optim.capture import Capture, is_checked
 from fisherkit.optim.outputs import check_reduction, explained
 from fisherkit.optim.passes import Captured, lifted
 from fisherkit.optim.sample_space import Direction, damped, gram_direction
 from fisherkit.outputs import OutputRule
+from fisherkit.processes import Group, Processes
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.generic import dense_gradient
-from fisherkit.rows.plan import Plan
+from fisherkit.rows.shared import SharedRows
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.structures import LayerSums, Structure, UnitSums, record_class, structure_named
-from fisherkit.structures.base import Names
+from fisherkit.structures import structure_named
 from fisherkit.vectors import EmpiricalVectors, rule_of
 
 FIT = 1e-4
 """Below this ‖∂ℓ/∂z‖² an example's factor says nothing."""
-
-_OLD = {"activation_values": "kfac", "matrix": "exact block", "diagonal": "exact diagonal"}
-"""By what tensor states before 0.3 are told, which name no record."""
-
-
-class Averages:
-    """F in a structure of layers, averaged over updates: F ← ema · F + (1 − ema) · F_batch, the first as it is.
-
-    Kronecker factors are averaged one by one, as is usual. An eigenbasis is renewed every ``refresh_every`` updates.
-    ``settings`` are the structure's; ``records`` are of the last update, by unit and label.
-    """
-
-    def __init__(self, structure: type[Structure], *, ema: float, refresh_every: int, **settings: Any) -> None:
-        self.structure, self.ema, self.refresh_every = structure, ema, refresh_every
-        self.settings = {**settings, "averaged": ema > 0}
-        self.records: dict[tuple[Names, str], UnitSums] = {}
-        self.updates = 0
-
-    def update(self, plan: Plan, chunks: Sequence[Chunk], examples: int) -> None:
-        """With the rows of a batch of N examples."""
-        structure, due = self.structure.of(plan, **self.settings), self.updates % self.refresh_every == 0
-        records: dict[tuple[Names, str], UnitSums] = {}
-        sums: Any = structure.empty()
-        while sums is not None:
-            found: LayerSums = sums.added(chunks).averaged(self.records, self.ema, 1 / examples, due)
-            records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
-            sums = structure.next_pass(found)
-        self.records = records
-        self.updates += 1
-
-    def operator(self, space: ParameterSpace, like: Tensor) -> FisherOperator:
-        """F over the parameters of the last update; ``like`` has the rows' dtype and device."""
-        structure = self.structure(space, like.dtype, like.device, (), **self.settings)
-        last = {names: unit for (names, _), unit in self.records.items()}
-        return structure.operator(LayerSums(structure, last), 1.0)  # type: ignore[arg-type]  # a structure of layers
-
-    def space(self, whole: ParameterSpace) -> ParameterSpace:
-        """The parameters of the last update."""
-        return whole.restrict(name for names, _ in self.records for name in names)
-
-    def state(self) -> list[dict[str, Any]]:
-        """Of each record, its unit's names, its label and its tensors."""
-        records = self.records.items()
-        return [{"names": list(names), "record": label, "tensors": unit.tensors()} for (names, label), unit in records]
-
-    def load(self, state: Sequence[Mapping[str, Any]], updates: int, own: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`, on the devices of the model's own parameters."""
-        records: dict[tuple[Names, str], UnitSums] = {}
-        for entry in state:
-            names, device = tuple(entry["names"]), own[entry["names"][0]].device
-            tensors = {
-                key: (value.to(device) if value.is_floating_point() else value).clone()
-                for key, value in entry["tensors"].items()
-            }
-            label = entry["record"] if "record" in entry else self._old_label(tensors)
-            before: UnitSums | None = None
-            for one in (label, "ekfac") if label == "kfac" and "values" in tensors else (label,):
-                before = records[names, one] = record_class(one).from_tensors(
-                    tensors, before or records.get((names, "kfac"))
-                )
-        self.records, self.updates = records, updates
-
-    def _old_label(self, tensors: Mapping[str, Tensor]) -> str:
-        """The record of a state that names none."""
-        if self.structure.name == "diagonal":
-            return "diagonal"
-        return next(label for key, label in _OLD.items() if key in tensors)
 
 
 class Curvature:
@@ -115,7 +49,7 @@ class Curvature:
     def __init__(
         self, model: nn.Module, *, params: Selection, rule: OutputRule, likelihood: str | Likelihood | nn.Module,
         structure: str, gram: bool, reduction: str, ema: float, update_every: int, refresh_every: int,
-        kfac_positions: str, max_rank: int | None, call: str,
+        kfac_positions: str, max_rank: int | None, group: Group, call: str,
     ) -> None:  # fmt: skip
         check_choice(call, "reduction", reduction, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
@@ -149,6 +83,9 @@ class Curvature:
         self.averages = Averages(
             chosen, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce", max_rank=max_rank
         )
+        self.processes = Processes.of(group, next(model.parameters()).device, call)
+        if self.processes is not None:  # labels are drawn for each process by itself
+            self.capture.offset = self.processes.rank << 32
         self.steps = self.examples = 0
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping, Factorization] | None = None
@@ -180,6 +117,12 @@ class Curvature:
         Raises:
             NonFiniteError: gradients are, and a pass that an update is made of is not.
         """
+        if self.processes is None:
+            return self._finite(gradients)
+        own = self.processes.each(f"{self.call}.step", lambda: self._finite(gradients))
+        return all(self.processes.gathered(own))
+
+    def _finite(self, gradients: Mapping[str, Tensor]) -> bool:
         chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
         numbers = {id(tensor): tensor for _, chunk in chunks for tensor in chunk.rows.numbers}
         if all_finite(*gradients.values(), *numbers.values()):
@@ -207,14 +150,14 @@ class Curvature:
             SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
                 block structures.
         """
-        captured = lifted(self.capture.take())
         due = self.due
-        # A summed loss is divided by the number of its own examples, also where no update is due.
-        joint = self._joint_space(captured) if due or self.reduction == "sum" else None
-        space = self.averages.space(self.capture.space) if joint is None or not due else joint
-        if due:
-            self._refuse_strays(own, gradients, space)
+        if self.processes is None:
+            captured, space = self._taken(own, gradients)
+        else:
+            captured, space = self.processes.each(f"{self.call}.step", lambda: self._taken(own, gradients))
         examples = sum(one.counted for one in captured)
+        if self.processes is not None:
+            examples = sum(self.processes.gathered(examples))
         if due and examples == 0:  # every label is ignored
             nothing = torch.zeros_like(self._mean(gradients, space, 1))
             return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
@@ -230,11 +173,23 @@ class Curvature:
         else:
             if due:
                 chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
-                self.averages.update(captured[0].plan, chunks, examples)
+                self.averages.update(captured[0].plan, chunks, examples, self.processes)
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
         self._expect()
         return space, direction
+
+    def _taken(
+        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]
+    ) -> tuple[list[Captured], ParameterSpace]:
+        """What was captured, and the parameters that take part."""
+        captured, due = lifted(self.capture.take()), self.due
+        # A summed loss is divided by the number of its own examples, also where no update is due.
+        joint = self._joint_space(captured) if due or self.reduction == "sum" else None
+        space = self.averages.space(self.capture.space) if joint is None or not due else joint
+        if due:
+            self._refuse_strays(own, gradients, space)
+        return captured, space
 
     def _expect(self) -> None:
         """Say whether the next step is to be watched."""
@@ -260,22 +215,29 @@ class Curvature:
         if not is_checked(self.steps + 1) or not all(one.seen.calibrated for one in captured):
             return
         if self._power is None:
-            said = [wrong_reduction(captured, self.reduction, self.examples)]
-        else:
+            said = [wrong_reduction(captured, self.reduction, sum(one.counted for one in captured))]
+        elif self.processes is None:
             mean = self._mean(gradients, space, self.examples)
             said = [ignored_weights(captured), ignored_terms(captured, mean)]
+        else:  # the gradient is made of other processes' examples too
+            said = [ignored_weights(captured)]
         for text in filter(None, said):
             self.capture.warn(text)
 
     def _of_batch(self, captured: list[Captured], gradients: Mapping[str, Tensor], damping: Damping) -> Direction:
         plan = captured[0].plan
-        structure = self.averages.structure.of(plan)
+        processes = self.processes
+        structure = self.averages.structure.of(plan, processes=processes)
         chunks = (chunk for one in captured for chunk in self._chunks(one, len(captured)))
         if self._power is not None and is_number(damping):
             targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
-            rows = Rows.taken_from([chunk.rows for chunk in chunks])
+            rows: Rows | SharedRows = Rows.taken_from([chunk.rows for chunk in chunks])
+            if processes is not None:
+                rows = SharedRows(rows, processes)
+                targets = processes.stacked(targets, rows.sizes)
             return gram_direction(rows, structure.groups, targets, damping, self.examples)
-        operator = structure.operator(structure.empty().added(chunks), 1 / self.examples)
+        sums = structure.empty().added(chunks)
+        operator = structure.operator(sums if processes is None else sums.met(processes), 1 / self.examples)
         inverse = operator.factorize(self._effective(damping))
         return damped(inverse, self._mean(gradients, plan.space, self.examples))
 
@@ -306,13 +268,6 @@ class Curvature:
             )
 
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            processes = torch.distributed.get_world_size()
-            if processes > 1:
-                raise ModelError(
-                    call=f"{self.call}.step", got=f"{processes} processes", expected="one",
-                    why="each would see its own examples alone and go its own way", try_="one process",
-                )  # fmt: skip
         if self.capture.closed:
             raise ModelError(
                 call=f"{self.call}.step", got="a closed optimizer", expected="one that watches its model",
@@ -341,6 +296,9 @@ class Curvature:
         pairs = zip(space.names, space.sizes, strict=True)
         flat = torch.cat([gradients[n].reshape(-1) if n in gradients else like.new_zeros(size) for n, size in pairs])
         flat = flat.to(at_least_single(flat.dtype))
+        if self.processes is not None:
+            self.processes.require_alike(f"{self.call}.step", flat)
+            flat = flat * self.processes.size if self.reduction == "sum" else flat  # what was averaged over processes
         return flat / max(examples, 1) if self.reduction == "sum" else flat
 
     def state_dict(self) -> dict[str, Any]:
@@ -403,6 +361,15 @@ def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
 
 
 # -- what users pass, checked before anything is done ------------------------------------------------------------------
+
+
+def whole_model(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
+    """The module inside `DistributedDataParallel`, which calls it, and parameters by its own names."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return model, params
+    names = isinstance(params, Iterable) and not isinstance(params, str)
+    inner = [n.removeprefix("module.") if isinstance(n, str) else n for n in params] if names else params
+    return model.module, inner
 
 
 def checked_rule(

@@ -16,8 +16,9 @@ from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, l
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has, checked_rule
+from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has, checked_rule, whole_model
 from fisherkit.outputs import OutputRule
+from fisherkit.processes import Group
 from fisherkit.space import ParameterSpace, Selection
 
 CALL = "NaturalGradient"
@@ -74,6 +75,8 @@ class NaturalGradient(torch.optim.Optimizer):
         kfac_positions: "expand" or "reduce".
         max_rank: leading eigenpairs of a Kronecker factor that are kept; all others get their mean eigenvalue. Makes
             wide layers cheap, and the inverse approximate. None for all.
+        group: the processes whose batches a step is made of, as for `fisherkit.FisherApproximation`; for models that
+            `DistributedDataParallel` trains, whose gradients are the mean over processes.
         options: of the kind: ``power=`` (ief), ``draws=, seed=`` (sf), ``rank=`` or ``tolerance=`` (truncated).
 
     Raises:
@@ -110,8 +113,10 @@ class NaturalGradient(torch.optim.Optimizer):
         refresh_every: int = 1,
         kfac_positions: str = "expand",
         max_rank: int | None = None,
+        group: Group = None,
         **options: Any,
     ) -> None:
+        model, params = whole_model(model, params)
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
             if not is_number(value) or not 0 <= value < math.inf:
@@ -120,7 +125,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature = Curvature(
             model, params=selection, rule=rule, likelihood=likelihood, structure=structure,
             gram=gram_damping is not None, reduction=reduction, ema=ema, update_every=update_every,
-            refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank, call=CALL,
+            refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank, group=group, call=CALL,
         )  # fmt: skip
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "damping": damping,

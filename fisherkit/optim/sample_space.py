@@ -12,6 +12,7 @@ from torch import Tensor
 from fisherkit.errors import SingularMatrixError
 from fisherkit.operators import Factorization
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.shared import SharedRows
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Direction:
 
 
 def gram_direction(
-    rows: Rows, blocks: Sequence[Sequence[str]], targets: Float[Tensor, "R"], damping: float, examples: int
+    rows: Rows | SharedRows, blocks: Sequence[Sequence[str]], targets: Float[Tensor, "R"], damping: float, examples: int
 ) -> Direction:
     """Δ = Jᵀ(JJᵀ + λI)⁻¹ t with J the per-example gradients, block by block (arXiv 2406.06420, eq. 5 and 8).
 
@@ -72,7 +73,7 @@ def damped(inverse: Factorization, gradient: Float[Tensor, "D"]) -> Direction:
     return Direction(update, curvature)
 
 
-def _factors(parts: Sequence[Rows], damping: float) -> list[Float[Tensor, "R R"]]:
+def _factors(parts: Sequence[Rows | SharedRows], damping: float) -> list[Float[Tensor, "R R"]]:
     """Cholesky factors of JJᵀ + λI in float64, of products in the rows' dtype where λ hides their rounding.
 
     One wait for the device, however many parts there are.
@@ -80,14 +81,14 @@ def _factors(parts: Sequence[Rows], damping: float) -> list[Float[Tensor, "R R"]
     Raises:
         SingularMatrixError: there is none.
     """
-    grams = [part.cross_gram(part, precise=False) for part in parts]
+    grams = [_gram(part, precise=False) for part in parts]
     largest = [gram.abs().sum(1).max() for gram in grams]  # bounds the eigenvalues
     tried = [_damped_cholesky(gram, damping) for gram in grams]
     told = torch.stack([*largest, *(failed for _, failed in tried)]).tolist()
     factors = []
     for part, (factor, _), size, failed in zip(parts, tried, told[: len(parts)], told[len(parts) :], strict=True):
         if torch.finfo(part.dtype).eps * size >= 1e-2 * damping and part.dtype != torch.float64:
-            factor, again = _damped_cholesky(part.cross_gram(part, precise=True), damping)
+            factor, again = _damped_cholesky(_gram(part, precise=True), damping)
             failed = float(again)
         if failed:
             raise SingularMatrixError(
@@ -98,6 +99,11 @@ def _factors(parts: Sequence[Rows], damping: float) -> list[Float[Tensor, "R R"]
             )  # fmt: skip
         factors.append(factor)
     return factors
+
+
+def _gram(rows: Rows | SharedRows, *, precise: bool) -> Float[Tensor, "R R"]:
+    """JJᵀ, of which a factor reads one half."""
+    return rows.cross_gram(rows, precise) if isinstance(rows, Rows) else rows.gram(precise)
 
 
 def _damped_cholesky(gram: Float[Tensor, "R R"], damping: float) -> tuple[Float[Tensor, "R R"], Int[Tensor, ""]]:

@@ -40,7 +40,7 @@ class UnitRows(ABC):
         size: d.
     """
 
-    kind: ClassVar[str]
+    form: ClassVar[str]
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
@@ -131,6 +131,25 @@ class UnitRows(ABC):
     def numbers(self) -> tuple[Tensor, ...]:
         """All floating-point tensors that the rows are made of, as they are kept."""
         return tuple(t for t in self.tensors().values() if t.is_floating_point())
+
+    @property
+    def row_numbers(self) -> int:
+        """Numbers that one row takes."""
+        return sum(t.numel() for t in self.tensors().values()) // max(1, self.count)
+
+    @property
+    def written_numbers(self) -> int:
+        """The same where rows that share positions are written out."""
+        return self.row_numbers
+
+    @property
+    def inner_cost(self) -> int:
+        """Multiplications of one inner product of two rows."""
+        return min(self.size, self.row_numbers)
+
+    def product_cost(self, columns: int) -> int:
+        """Multiplications of one row with so many columns."""
+        return columns * min(self.size, self.row_numbers)
 
     @property
     def nbytes(self) -> int:

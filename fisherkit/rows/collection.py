@@ -33,7 +33,12 @@ class RowSource(ABC):
     Args:
         space: the parameters.
         count: R.
+
+    Attributes:
+        in_memory: whether reading them again costs no pass over data.
     """
+
+    in_memory = False
 
     def __init__(self, space: ParameterSpace, count: int) -> None:
         self.space, self.count = space, count
@@ -86,6 +91,8 @@ class Rows(RowSource):
         space: the parameters.
         slots: the units, which partition the space's names.
     """
+
+    in_memory = True
 
     def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot]) -> None:
         super().__init__(space, slots[0].rows.count)
@@ -295,7 +302,7 @@ class Rows(RowSource):
 
 def _form(slot: UnitSlot) -> tuple[object, ...]:
     options = {key: value for key, value in slot.rows.options().items() if key.split(".")[-1] != "count"}
-    return slot.names, slot.rows.kind, tuple(options.items())
+    return slot.names, slot.rows.form, tuple(options.items())
 
 
 def _unit_gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor, "R S"]:

@@ -112,11 +112,11 @@ class Owned:
         return whole.reshape(k, self.batch, self.table.shape[1] * t, c)
 
     def owners(self, entries: int) -> Int[Tensor, "E"]:
-        """As in `Regular`."""
+        """The example of each entry."""
         return self.owner
 
     def exists(self, positions: int, each: int) -> Bool[Tensor, "B T"]:
-        """As of `Regular`."""
+        """Which positions of each example there are, where entries have ``each`` of them."""
         return (self.table < len(self.owner)).repeat_interleave(each, 1)
 
     def described(self, lead: torch.Size) -> str:

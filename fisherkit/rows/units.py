@@ -39,11 +39,11 @@ class Unit:
         names: its name; more than one only in ruled units.
         reason: why it is handled as it is, for `coverage`.
         numbers: how many numbers a row takes when it is written out.
-        unseen: whether no function was seen to use it.
+        without_use: whether no function was seen to use it.
     """
 
-    def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, unseen: bool = False) -> None:
-        self.names, self.reason, self.numbers, self.unseen = names, reason, numbers, unseen
+    def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, without_use: bool = False) -> None:
+        self.names, self.reason, self.numbers, self.without_use = names, reason, numbers, without_use
 
     def numbers_per_example(self, vectors: int) -> int:
         """Numbers that the rows of one example take as they are kept, for so many output vectors an example."""

@@ -1,0 +1,89 @@
+"""The Fisher of recent steps in a structure: sums of a step's rows, averaged with what was before.
+
+The records that outlive a step are all that a file must hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fisherkit.operators import FisherOperator
+from fisherkit.processes import Processes
+from fisherkit.rows.chunks import Chunk
+from fisherkit.rows.plan import Plan
+from fisherkit.space import ParameterSpace
+from fisherkit.structures import LayerSums, Structure, UnitSums, record_class
+from fisherkit.structures.base import Names
+
+_OLD = {"activation_values": "kfac", "matrix": "exact block", "diagonal": "exact diagonal"}
+"""By what tensor states before 0.3 are told, which name no record."""
+
+
+class Averages:
+    """F in a structure of layers, averaged over updates: F ← ema · F + (1 − ema) · F_batch, the first as it is.
+
+    Kronecker factors are averaged one by one, as is usual. An eigenbasis is renewed every ``refresh_every`` updates.
+    ``settings`` are the structure's; ``records`` are of the last update, by unit and label.
+    """
+
+    def __init__(self, structure: type[Structure], *, ema: float, refresh_every: int, **settings: Any) -> None:
+        self.structure, self.ema, self.refresh_every = structure, ema, refresh_every
+        self.settings = {**settings, "averaged": ema > 0}
+        self.records: dict[tuple[Names, str], UnitSums] = {}
+        self.updates = 0
+
+    def update(self, plan: Plan, chunks: Sequence[Chunk], examples: int, processes: Processes | None = None) -> None:
+        """With the rows of a batch of N examples, of which each of some processes has a part."""
+        structure = self.structure.of(plan, **self.settings, processes=processes)
+        due = self.updates % self.refresh_every == 0
+        records: dict[tuple[Names, str], UnitSums] = {}
+        sums: Any = structure.empty()
+        while sums is not None:
+            added: LayerSums = sums.added(chunks)
+            added = added if processes is None else added.met(processes)
+            found = added.averaged(self.records, self.ema, 1 / examples, due)
+            records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
+            sums = structure.next_pass(found)
+        self.records = records
+        self.updates += 1
+
+    def operator(self, space: ParameterSpace, like: Tensor) -> FisherOperator:
+        """F over the parameters of the last update; ``like`` has the rows' dtype and device."""
+        structure = self.structure(space, like.dtype, like.device, (), **self.settings)
+        last = {names: unit for (names, _), unit in self.records.items()}
+        return structure.operator(LayerSums(structure, last), 1.0)  # type: ignore[arg-type]  # a structure of layers
+
+    def space(self, whole: ParameterSpace) -> ParameterSpace:
+        """The parameters of the last update."""
+        return whole.restrict(name for names, _ in self.records for name in names)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Of each record, its unit's names, its label and its tensors."""
+        records = self.records.items()
+        return [{"names": list(names), "record": label, "tensors": unit.tensors()} for (names, label), unit in records]
+
+    def load(self, state: Sequence[Mapping[str, Any]], updates: int, own: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`, on the devices of the model's own parameters."""
+        records: dict[tuple[Names, str], UnitSums] = {}
+        for entry in state:
+            names, device = tuple(entry["names"]), own[entry["names"][0]].device
+            tensors = {
+                key: (value.to(device) if value.is_floating_point() else value).clone()
+                for key, value in entry["tensors"].items()
+            }
+            label = entry["record"] if "record" in entry else self._old_label(tensors)
+            before: UnitSums | None = None
+            for one in (label, "ekfac") if label == "kfac" and "values" in tensors else (label,):
+                before = records[names, one] = record_class(one).from_tensors(
+                    tensors, before or records.get((names, "kfac"))
+                )
+        self.records, self.updates = records, updates
+
+    def _old_label(self, tensors: Mapping[str, Tensor]) -> str:
+        """The record of a state that names none."""
+        if self.structure.name == "diagonal":
+            return "diagonal"
+        return next(label for key, label in _OLD.items() if key in tensors)
