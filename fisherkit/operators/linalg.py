@@ -96,10 +96,10 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> Spectrum:
     if not all_finite(matrix):
         raise NonFiniteError(call=call, got="a matrix with NaN or infinite entries", expected="finite numbers")
     values, vectors = torch.linalg.eigh(matrix.double())
-    largest = float(values.abs().max())
-    if float(values.min()) < -(torch.finfo(matrix.dtype).eps ** 0.5) * largest:
+    largest, least = torch.stack([values.abs().max(), values.min()]).tolist()
+    if least < -(torch.finfo(matrix.dtype).eps ** 0.5) * largest:
         raise InvalidArgumentError(
-            call=call, got=f"a matrix with eigenvalue {float(values.min()):.3g} beside {largest:.3g}",
+            call=call, got=f"a matrix with eigenvalue {least:.3g} beside {largest:.3g}",
             expected="no negative eigenvalue", why="a Fisher matrix is positive semi-definite",
         )  # fmt: skip
     # Below this even a float64 decomposition only returns noise, half of it negative.

@@ -117,12 +117,15 @@ class Preconditioner:
                 return
             space, direction = curvature.direction(own, gradients, self.damping)
         update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
+        strided: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad
             if gradient is not None and gradient.layout == torch.strided:
-                gradient.copy_(delta)
+                strided.append((gradient, delta))
             elif gradient is not None:  # an update has entries where a sparse gradient has none
                 own[name].grad = delta.clone()
+        if strided:
+            torch._foreach_copy_([gradient for gradient, _ in strided], [delta for _, delta in strided])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
