@@ -274,9 +274,9 @@ class _File:
             return None
         tensors, settings, numbers = self._read()
         for name, value in self.settings.items():
-            kept = settings.get(name)
-            close = isinstance(value, float) and isinstance(kept, float)
-            if not (math.isclose(value, kept, rel_tol=self.rounding) if close else value == kept):
+            kept: Any = settings.get(name)
+            floats = isinstance(value, float) and isinstance(kept, float)
+            if value != kept and not (floats and math.isclose(value, kept, rel_tol=self.rounding)):
                 raise self._other(f"with {name} = {kept}", f"{name} = {value}")
         self._compare("right-hand side", tensors)
         self.known["matrix"] = product()

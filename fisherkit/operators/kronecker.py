@@ -151,7 +151,7 @@ class KroneckerOperator(FisherOperator):
 
     @property
     def decomposed_side(self) -> int:
-        """The larger factor's."""
+        """The side of the larger factor."""
         return max(len(self.activation), len(self.gradient))
 
     def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
@@ -280,13 +280,13 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _weights(self, function: Callable[[Tensor], Tensor]) -> _Weights:
         """A function of F, by that of its eigenvalues, in the operator's dtype."""
-        both = function(self.eigenvalue_grid.double())
-        if not self._null:
-            return _Weights(both.to(self.dtype))
+        values = self.eigenvalue_grid.double()
         if self._outer_values is None:
-            outside = float(function(torch.zeros((), dtype=torch.float64)))
-            return _Weights((both - outside).to(self.dtype), outside)
-        on_outputs, on_inputs, beyond = map(function, self._outer_values)
+            outside = float(function(torch.zeros((), dtype=torch.float64))) if self._null else 0.0
+            return _Weights((function(values) - outside).to(self.dtype), outside)
+        known = values, *self._outer_values
+        found = function(torch.cat([part.flatten() for part in known])).split([part.numel() for part in known])
+        both, on_outputs, on_inputs, beyond = (f.reshape(part.shape) for f, part in zip(found, known, strict=True))
         parts = both - on_outputs.unsqueeze(1) - on_inputs + beyond, beyond, on_outputs - beyond, on_inputs - beyond
         return _Weights(*(part.to(self.dtype) for part in parts))
 

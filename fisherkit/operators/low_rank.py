@@ -165,7 +165,7 @@ class LowRankOperator(FisherOperator):
 
     @property
     def decomposed_side(self) -> int:
-        """R or D, the smaller."""
+        """The side of the smaller of Gram and F, R or D."""
         return self._rank_bound
 
     @property
@@ -175,7 +175,7 @@ class LowRankOperator(FisherOperator):
 
     @property
     def nbytes(self) -> int:
-        """Of the rows; streamed ones take none."""
+        """Bytes of the rows; 0 for streamed ones."""
         return 0 if self.stored_rows is None else self._state().nbytes
 
     def _approximate_inverse(self, damping: float) -> MatMat | None:
