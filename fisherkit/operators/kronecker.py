@@ -175,13 +175,6 @@ class KroneckerOperator(FisherOperator):
     def _rank_bound(self) -> int:
         return self._eigen._rank_bound
 
-    def _to_dense(self) -> Float[Tensor, "D D"]:
-        layout = self._layout
-        # Entry (o, j) of the grid is parameter place[o, j]; both sides of the product are put in that order.
-        grid = torch.arange(self.size, device=self.device).reshape(1, layout.outputs, layout.width)
-        order = layout.to_flat(grid).squeeze(-1)
-        return torch.kron(self.gradient, self.activation)[order][:, order]
-
     def _state(self) -> io.State:
         tensors = {"activation": self.activation, "gradient": self.gradient}
         return io.State(self.tag, self.space.names, tensors, {"transposed": self._layout.transposed})
