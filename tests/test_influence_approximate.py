@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,11 @@ def test_kronecker_solutions__are_compressed_in_the_eigenbasis(monkeypatch: pyte
         scores.approximate_scores(queries, train, approximation)
 
 
-@pytest.mark.parametrize("budget", [None, 1])
-@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
-@pytest.mark.parametrize("family", ["mlp", "conv2d", "hf_conv1d"])
+@pytest.mark.parametrize(
+    ("family", "structure", "budget"),
+    [*itertools.product(["conv2d"], ["full", "block", "diagonal", "kfac", "ekfac"], [None, 1]),
+     ("mlp", "kfac", 1), ("hf_conv1d", "ekfac", None)],
+)  # fmt: skip
 def test_queries_without_a_label_that_counts__score_0(family: str, structure: str, budget: int | None) -> None:
     of = problem(family)
     scores = InfluenceScores(build(family, "ef", structure), of.model, memory_budget=budget)
@@ -94,8 +97,7 @@ def test_queries_without_a_label_that_counts__score_0(family: str, structure: st
     assert torch.equal(scores.scores((x[:1], ignored[:1]), (x, y)), torch.zeros(1, len(y), dtype=F64))
 
 
-@pytest.mark.parametrize("budget", [1, 30_000, 150_000])
-@pytest.mark.parametrize("structure", ["full", "kfac"])
+@pytest.mark.parametrize(("structure", "budget"), [("full", 30_000), ("full", 150_000), ("kfac", 1), ("kfac", 30_000)])
 def test_queries_that_do_not_fit__are_taken_in_groups(
     structure: str, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

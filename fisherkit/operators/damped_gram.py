@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisherkit.errors import SingularMatrixError
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.shared import SharedRows
 
 PRECISE = 1e-2
 """Rounding in a solution from which on inner products are multiplied in float64."""
@@ -46,7 +47,13 @@ def rounding_of(dtype: torch.dtype, largest: float, damping: float) -> float:
 
 
 def damped_grams(
-    parts: Sequence[Rows], damping: float, *, scale: float = 1.0, precise: bool = False, call: str, try_: str
+    parts: Sequence[Rows | SharedRows],
+    damping: float,
+    *,
+    scale: float = 1.0,
+    precise: bool = False,
+    call: str,
+    try_: str,
 ) -> list[DampedGram]:
     """Of the rows of every part; one wait for the device, however many there are.
 
@@ -62,7 +69,7 @@ def damped_grams(
     Raises:
         SingularMatrixError: there is no factor.
     """
-    grams = [part.cross_gram(part, precise).mul_(scale) for part in parts]
+    grams = [_products(part, precise).mul_(scale) for part in parts]
     largest = [gram.abs().sum(1).max() if len(gram) else gram.sum() for gram in grams]  # bounds the eigenvalues
     tried = [damped_cholesky(gram, damping) for gram in grams]
     told = torch.stack([*largest, *(failed.double() for _, failed in tried)]).tolist()
@@ -71,7 +78,7 @@ def damped_grams(
         rounding, exact = rounding_of(part.dtype, size, damping), precise or part.dtype == torch.float64
         if not exact and (rounding >= PRECISE or failed):
             exact = True
-            factor, again = damped_cholesky(part.cross_gram(part, precise=True).mul_(scale), damping)
+            factor, again = damped_cholesky(_products(part, precise=True).mul_(scale), damping)
             failed = float(again)
         if failed:
             raise SingularMatrixError(
@@ -82,6 +89,11 @@ def damped_grams(
             )  # fmt: skip
         found.append(DampedGram(factor, rounding, exact))
     return found
+
+
+def _products(rows: Rows | SharedRows, precise: bool) -> Float[Tensor, "R R"]:
+    """JJᵀ, of which a factor reads one half."""
+    return rows.cross_gram(rows, precise) if isinstance(rows, Rows) else rows.gram(precise)
 
 
 def damped_cholesky(matrix: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n n"], Tensor]:

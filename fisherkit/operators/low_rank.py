@@ -28,6 +28,7 @@ from fisherkit.operators.row_products import Part, RowProducts, RowSolution
 from fisherkit.rows import restore_rows
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
+from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, thinned
 from fisherkit.space import ParameterSpace
 
@@ -72,7 +73,7 @@ class LowRankOperator(FisherOperator):
         self.row_source, self.scale, self.memory_budget = rows, scale, memory_budget
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        if isinstance(self.row_source, Rows):
+        if isinstance(self.row_source, Rows):  # R numbers are fewer to scale than D
             return self.row_source.rmatmul(self.row_source.matmul(columns).mul_(self.scale))
         return self.row_source.product(columns).mul_(self.scale)
 
@@ -90,7 +91,7 @@ class LowRankOperator(FisherOperator):
     def _small_side(self) -> str:
         """The side whose square matrix is smaller and fits, or "none"."""
         # Streamed rows pay for a Gram with a pass over the data for every batch; conjugate gradients are cheaper.
-        gram = self.row_source.count if isinstance(self.row_source, Rows) else UNBOUNDED
+        gram = self.row_source.count if self.row_source.in_memory else UNBOUNDED
         side = "gram" if gram <= self.size else "dense"
         return side if _square_bytes(min(gram, self.size)) <= self.memory_budget else "none"
 
@@ -99,7 +100,7 @@ class LowRankOperator(FisherOperator):
             why = f"R = {self.row_source.count:,} rows < D = {self.size:,} parameters"
             raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
         side = self._small_side()
-        if side == "gram" and damping > 0 and isinstance(self.row_source, Rows):
+        if side == "gram" and damping > 0 and isinstance(self.row_source, (Rows, SharedRows)):
             return _GramFactorization(self, self.row_source, damping)
         if side != "none":
             return self._as_dense()._factorize(damping, tolerance, max_steps)
@@ -214,10 +215,10 @@ class LowRankOperator(FisherOperator):
 
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):
-            raise self._no_closed_form(
-                "save", "its rows are streamed from the data and lie nowhere",
-                'structure="kfac" or "diagonal", or a larger memory_budget',
-            )  # fmt: skip
+            why, try_ = "its rows are streamed from the data and lie nowhere", ", or a larger memory_budget"
+            if self.row_source.in_memory:
+                why, try_ = "every process has rows of its own", ", or group=False and all data"
+            raise self._no_closed_form("save", why, 'structure="kfac" or "diagonal"' + try_)
         units = tuple(
             io.State(slot.rows.form, slot.names, slot.rows.tensors(), slot.rows.options())
             for slot in self.row_source.slots
@@ -255,23 +256,24 @@ class _GramFactorization(Factorization):
 
     method = "woodbury"
 
-    def __init__(self, operator: LowRankOperator, rows: Rows, damping: float) -> None:
+    def __init__(self, operator: LowRankOperator, rows: Rows | SharedRows, damping: float) -> None:
         super().__init__(operator, damping)
         # Half precision leaves too little for the correction to converge.
         self._rows = rows if operator.dtype in (torch.float32, torch.float64) else rows.double()
         self._dtype = torch.float32 if operator.dtype == torch.float32 else torch.float64
         self._scale = operator.scale
-        self._least = self._least_rounding() if self._dtype == torch.float32 and rows.count >= MANY else 0.0
+        asked = self._dtype == torch.float32 and rows.count >= MANY
+        self._least = self._least_rounding(rows) if asked and isinstance(rows, Rows) else 0.0
         self._later = self._least >= CORRECTED
         if not self._later:
             _ = self._gram
 
-    def _least_rounding(self) -> float:
+    def _least_rounding(self, rows: Rows) -> float:
         """What rounding leaves at least, as a few rows and the trace tell; 0 if F + λI may have no Cholesky factor."""
-        some = thinned(self._rows, self._rows.count // PILOT)
-        sums = self._rows.cross_gram(some, precise=False).abs().sum(0)
-        ones = torch.ones(self._rows.space.size, dtype=self._rows.dtype, device=self._rows.device)
-        largest, trace = torch.stack([sums.max(), self._rows.weighted_squares(ones).double().sum()]).tolist()
+        some = thinned(rows, rows.count // PILOT)
+        sums = rows.cross_gram(some, precise=False).abs().sum(0)
+        ones = torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
+        largest, trace = torch.stack([sums.max(), rows.weighted_squares(ones).double().sum()]).tolist()
         # No row sum of the whole exceeds the largest; 0.99 because these few are rounded in another order.
         definite = self.damping >= DEFINITE * self._scale * trace
         return rounding_of(self._dtype, 0.99 * self._scale * largest, self.damping) if definite else 0.0
@@ -302,21 +304,23 @@ class _GramFactorization(Factorization):
         return self._rows.rmatmul((self._scale * w).to(self._dtype))
 
     @cached_property
-    def _gram_products(self) -> GramProducts:
+    def _gram_products(self) -> GramProducts | None:
         """Inner products of rows have no later correction: where rounding would show, they are made in float64."""
+        if not isinstance(self._rows, Rows):
+            return None
         precise = self._later or self._gram.rounding >= CORRECTED
         gram = self._precise_gram if precise else self._gram
         return GramProducts(self._rows, self._scale, self.damping, gram.solve, precise=precise)
 
     def _row_products(self, probe: Rows, queries: int, others: int) -> RowProducts:
-        mine = self._gram_products
-        cheaper = mine.operations(queries, others) <= mine.solved_operations(queries, others)
-        if cheaper and self._rows.same_units(probe):
+        mine = self._gram_products if self._rows.same_units(probe) else None
+        if mine is not None and mine.operations(queries, others) <= mine.solved_operations(queries, others):
             return mine
         return super()._row_products(probe, queries, others)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
-        return self._gram_products.squares(rows) if self._rows.same_units(rows) else super()._row_squares(rows)
+        mine = self._gram_products if self._rows.same_units(rows) else None
+        return super()._row_squares(rows) if mine is None else mine.squares(rows)
 
     def _logdet(self) -> Float[Tensor, ""]:
         return self._gram.logdet() + (self.operator.size - self._rows.count) * math.log(self.damping)

@@ -200,6 +200,8 @@ def inner_products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bo
 
 
 def _products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -> Float[Tensor, "R S"]:
+    if x.shape[1] <= BLOCK:
+        return x.double() @ y.double().mT if precise else (x @ y.mT).double()
     result = x.new_zeros(x.shape[0], y.shape[0], dtype=torch.float64)
     if precise or x.dtype == torch.float64:
         for span in spans(x.shape[1], x.shape[0] + y.shape[0]):

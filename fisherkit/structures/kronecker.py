@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherkit.operators import EigenKroneckerOperator, FisherOperator, KroneckerOperator
 from fisherkit.operators.linalg import Spectrum, leading_spectrum, spectrum
+from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows, second_moment
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import UnitSlot
@@ -24,7 +25,7 @@ from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.last_layer import LastLayerRows
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
-from fisherkit.structures.base import LayerStructure, LayerSums, UnitSums
+from fisherkit.structures.base import LayerStructure, LayerSums, Names, UnitSums
 from fisherkit.structures.block import NormalMatrix
 from fisherkit.structures.diagonal import Squares
 
@@ -66,6 +67,10 @@ class SecondMoment:
         if other.matrix is None:
             return self.add(*other.vectors) if other.vectors else self
         return replace(self, vectors=(), matrix=other.matrix if self.empty else self.dense() + other.matrix)
+
+    def met(self, processes: Processes) -> SecondMoment:
+        """Of all processes, as a matrix."""
+        return replace(self, vectors=(), matrix=processes.total(self.dense()))
 
     @property
     def empty(self) -> bool:
@@ -332,8 +337,14 @@ class EKFAC(KFAC):
             return None
         factors = {names: u for names, u in sums.units.items() if isinstance(u, KroneckerFactors)}
         others = {names: u for names, u in sums.units.items() if names not in factors}
-        moments = {names: RotatedSquares.zeros(u, self.dtype) for names, u in factors.items()}
-        return LayerSums(self, moments, others)
+
+        def moments(names: Names) -> RotatedSquares:
+            return RotatedSquares.zeros(factors[names], self.dtype)
+
+        if self.processes is None:
+            return LayerSums(self, {names: moments(names) for names in factors}, others)
+        cubes = {n: u.activation.width**3 + u.gradient.width**3 for n, u in factors.items()}
+        return LayerSums(self, self.processes.shared_out(cubes, moments), others)
 
 
 class SmallBlock(NormalMatrix):
