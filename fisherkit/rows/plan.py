@@ -102,7 +102,7 @@ class Plan(Findings):
     parameters: dict[str, Tensor]
     versions: dict[str, int]
     key: Hashable = None
-    probe: Probe = field(repr=False, default=None)  # type: ignore[assignment]
+    probe: Probe = None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, model: nn.Module, space: ParameterSpace, findings: Findings, key: Hashable = None) -> Plan:
