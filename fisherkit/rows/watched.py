@@ -175,8 +175,11 @@ class Watched:
         rest = [one.reshape(entries, -1) for one in multiplied if one is not None]
         numbers = codes(self.batch, self.z).to(gradient.device)
         owner = owners(gradient.reshape(entries, -1), rest, numbers, self.coarsest)
-        expected = self._by_axis(use) if self.exchanging else None
-        if owner is None or expected is None:
-            return None if owner is None else arrangement(owner, lead, self.batch)
-        exchanged = bool(((owner >= 0) & (owner != expected.owners(entries).to(owner.device))).any())
-        return None if exchanged else arrangement(owner, lead, self.batch) if self.by_owner else expected
+        if owner is None:
+            return None
+        found, expected = arrangement(owner, lead, self.batch), self._by_axis(use) if self.exchanging else None
+        if expected is None:
+            return found
+        if bool(((owner >= 0) & (owner != expected.owners(entries).to(owner.device))).any()):
+            return None  # gradients go elsewhere than the outputs come from
+        return found if self.by_owner else expected
