@@ -146,7 +146,7 @@ def agree(model: nn.Module, x: Tensor, mask: Tensor, y: Tensor, cls: Any, **opti
         torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-10 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("seed", range(54))
+@pytest.mark.parametrize("seed", range(27))
 def test_kronecker_factors__do_not_depend_on_how_data_are_cut(seed: int) -> None:
     model, x, mask, y = case(seed, WHOLE[seed % len(WHOLE)])
     cls = (fk.EmpiricalFisher, fk.ExactFisher, fk.ImprovedEmpiricalFisher)[seed % 4 % 3]
@@ -155,7 +155,7 @@ def test_kronecker_factors__do_not_depend_on_how_data_are_cut(seed: int) -> None
 
 
 @pytest.mark.parametrize("example", ["sequence", "token"])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(9))
 def test_kronecker_factors__of_tokens_do_not_depend_on_how_data_are_cut(seed: int, example: str) -> None:
     model, x, mask, y = case(seed, OneHead)
     cls = (fk.EmpiricalFisher, fk.ExactFisher, fk.ImprovedEmpiricalFisher)[seed % 3]

@@ -132,7 +132,8 @@ class Linearized:
         arrangements = self._arrangements(own, gradients, known, counting, alone=alone)
         if known is None:
             self._unrule_silent(gradients)
-        factor = scale if known is None else known.scale.unsqueeze(0)
+        factor = scale if known is None else known.scale
+        factor = None if factor is None else factor.to(dtype).reshape(-1, self.batch.size, 1, 1)
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
             made = None
@@ -208,7 +209,9 @@ class Linearized:
         counting: Float[Tensor, "B ..."] | None, *, alone: bool,
     ) -> Sequence[Arrangement | None]:  # fmt: skip
         """How the entries of each use lie, found once a pass, from vectors that reach what any of its vectors reach."""
-        if self._arranged is None:
+        if self._arranged is None and self.watched.regular:  # no gradient is asked
+            self._arranged = self.watched.arrangements_by(v[0])
+        elif self._arranged is None:
             first = [None if g is None else g[0] for g in gradients]
             if known is not None and known.multiplied is not None:
                 self._arranged = self.watched.arrangements(first, known.multiplied)

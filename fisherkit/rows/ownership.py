@@ -50,6 +50,8 @@ class Regular:
     def arranged(self, x: Shaped[Tensor, "k E t c"]) -> Shaped[Tensor, "k B T c"]:
         """By example, in the entries' order; without a copy where examples come first."""
         k, entries, t, c = x.shape
+        if entries == self.batch and self.inner == 1:
+            return x
         if entries == self.batch * self.inner:
             return x.reshape(k, self.batch, self.inner * t, c)
         whole = x.reshape(k, entries // (self.batch * self.inner), self.batch, self.inner, t, c)

@@ -28,6 +28,7 @@ from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, l
 from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.ownership import Arrangement, coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
+from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
@@ -238,18 +239,18 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         probe = batch.take(two_of(batch, alone))
         watched, random = probed(plan, probe)
         z, plan = watched.z, replace(plan, coarsest=watched.coarsest, draws=random)
-        _check_outputs(z)
+        _check_outputs(z, probe.place)
         kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-        reference = _Reference(plan, watched, v[0])
+        reference = _Reference(plan, probe, watched, v[0])
         units, mixed = _units(plan, watched, v, reference, reference.at_uses)
         if mixed:
             # Layers of what examples share, as positions: perhaps rules hold for what is made of their outputs.
             other = replace(plan, shared=frozenset(mixed))
             again = forward(other, probe)
-            others, _ = _units(other, again, v, reference, _one_by_one(again, v[0], again.edges))
+            others, _ = _units(other, again, v, reference, _one_by_one(again.z, v[0], again.edges))
             if _numbers_without_rule(others) < _numbers_without_rule(units):
                 plan, units, watched = other, others, again
         layers, generic = (
@@ -266,9 +267,21 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
                 model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example
             )  # fmt: skip
             plan = replace(plan, vectorised=vectorised and not loop)
+        if plan.looped:
+            plan = plan.with_units([one for unit in plan.units for one in _by_kernel(unit, plan)])
         if plan.unused:
             refuse_hidden(model, {name: plan.parameters[name] for name in plan.unused}, probe, z)
     return plan
+
+
+def _by_kernel(unit: Unit, plan: Plan) -> list[Unit]:
+    """A unit; of a recurrent layer its parameters, which the loop's passes bring by torch's own kernel."""
+    if not isinstance(unit, RuledUnit) or not isinstance(unit.rule, RecurrentRule):
+        return [unit]
+    return [
+        Unit((name,), "of a recurrent layer beside parameters without a rule", _numbers(plan, (name,)))
+        for name in unit.names
+    ]
 
 
 def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:
@@ -301,8 +314,8 @@ OneByOneGradients = Sequence[Sequence[Tensor | None]]
 """Of each example's outputs alone, at every place that was asked for; None where nothing depends on an output."""
 
 
-def _one_by_one(watched: Watched, v: Float[Tensor, "B ..."], inputs: Sequence[Any]) -> OneByOneGradients:
-    return [pulled_back(watched.z[n], inputs, v[n]) if inputs else () for n in range(watched.batch)]
+def _one_by_one(z: Float[Tensor, "B ..."], v: Float[Tensor, "B ..."], inputs: Sequence[Any]) -> OneByOneGradients:
+    return [pulled_back(z[n], inputs, v[n]) if inputs else () for n in range(len(z))]
 
 
 def _combined(found: OneByOneGradients, weights: Float[Tensor, "B"]) -> list[Tensor | None]:
@@ -340,9 +353,14 @@ class _Reference:
         unreached: names of the parameters that no output depends on.
     """
 
-    def __init__(self, plan: Plan, watched: Watched, v: Tensor) -> None:
+    def __init__(self, plan: Plan, probe: Batch, watched: Watched, v: Tensor) -> None:
         own, uses = list(plan.parameters.values()), len(watched.uses)
-        found = _one_by_one(watched, v, [*watched.edges, *own])
+        if any(isinstance(use.rule, RecurrentRule) for use in watched.uses):
+            # Judged by torch's own kernel, and not by the steps that were put in its place.
+            pairs = _one_by_one(watched.z, v, watched.edges), _one_by_one(probe.call(plan.model), v, own)
+            found: OneByOneGradients = [(*at_uses, *rows) for at_uses, rows in zip(*pairs, strict=True)]
+        else:
+            found = _one_by_one(watched.z, v, [*watched.edges, *own])
         self.at_uses: OneByOneGradients = [row[:uses] for row in found]
         self.unreached = {n for i, n in enumerate(plan.parameters) if all(row[uses + i] is None for row in found)}
         self.rows = [
@@ -354,7 +372,7 @@ class _Reference:
         if not all_finite(self.norms) and not all_finite(*(g for row in self.rows for g in row)):
             bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
-                call="data, batch 0",
+                call=probe.place,
                 got=f"gradients with NaN or infinite entries of {listed(map(repr, bad))}",
                 expected="finite gradients",
                 try_="look for √, log or division at 0 in the model",
@@ -426,11 +444,11 @@ def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
     )
 
 
-def _check_outputs(z: Tensor) -> None:
+def _check_outputs(z: Tensor, place: str) -> None:
     call = "the model's forward pass"
     if not z.is_floating_point():
         raise ModelError(call=call, got=f"outputs of {z.dtype}", expected="real floating-point outputs")
-    check_finite(z, "data, batch 0")
+    check_finite(z, place)
     if not z.requires_grad:
         raise ModelError(
             call=call,

@@ -22,6 +22,7 @@ from fisherkit.errors import DataError
 from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
+from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
@@ -39,6 +40,9 @@ LONG = 600.0
 """Seconds from which on a run is worth a warning before it."""
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
 """Outputs and K directions in output space to Σ_m v vᵀ times each direction."""
+GRAPH = 1 << 23
+"""Entries of the layer outputs of a pass on a processor: memory that is given back and taken anew costs more time than
+larger matrix products save."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
@@ -49,11 +53,12 @@ class BetterPlanError(Exception):
     Args:
         plan: the new one.
         by_owner: as in `Problem`.
+        batch: that has shown it.
     """
 
-    def __init__(self, plan: Plan, by_owner: bool | None) -> None:
+    def __init__(self, plan: Plan, by_owner: bool | None, batch: Batch) -> None:
         super().__init__("a better plan")
-        self.plan, self.by_owner = plan, by_owner
+        self.plan, self.by_owner, self.batch = plan, by_owner, batch
 
 
 @dataclass
@@ -79,6 +84,8 @@ class Problem:
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
+        processes: that each have a part of the data; None for one alone.
+        offset: how many examples the ranks before this one have, where examples are known by their place.
     """
 
     plan: Plan
@@ -97,6 +104,27 @@ class Problem:
     probabilities_sought: bool = True
     by_owner: bool | None = None
     budget: int | None = None
+    processes: Processes | None = None
+    offset: int = 0
+
+    @functools.cached_property
+    def examples(self) -> int:
+        """How many examples the data have; of several processes, those of the one that has most."""
+        count = self.source.count
+        if self.processes is None:
+            return count()
+        return max(self.processes.gathered(self.processes.each("counting examples", count)))
+
+    def better(self, batch: Batch) -> BetterPlanError:
+        """What a batch shows that another process has."""
+        try:
+            for _ in self._micro(
+                batch.to(self.plan.example_parameter.device), 0, "data of another process", in_company=False
+            ):
+                pass
+        except BetterPlanError as found:
+            return found
+        raise LookupError("the batch shows nothing")
 
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """One pass over the data; not ``compared`` with other passes where its results stand alone."""
@@ -113,7 +141,8 @@ class Problem:
                 yield joined(pending)
                 pending = []
             pending.append(chunk)
-        yield joined(pending)
+        if pending:
+            yield joined(pending)
 
     def metrics(self, description: str) -> Iterator[tuple[Batch, Metric]]:
         """One pass over the data that yields each micro-batch with the product of its output metric."""
@@ -130,7 +159,7 @@ class Problem:
             if batch.size > largest:
                 self._refuse_influence(batch, watched)
             largest = max(largest, batch.size)
-            keep = slots.keep(torch.arange(slots.number, device=slots.mask.device))
+            keep = slots.keep(slice(0, slots.number))
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
     def probe_rows(self) -> tuple[Linearized, Callable[[Float[Tensor, "k B ..."]], Rows]]:
@@ -176,17 +205,14 @@ class Problem:
         if not self.probabilities_sought:
             self.probabilities_sought = True
             warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
-        # 2²⁴ positions an example keep (example, position) apart in one integer.
-        example = torch.arange(start, start + z.shape[0], device=z.device)
-        keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
-        return Outputs(z, target, mask, keys, self.likelihood)
+        return Outputs.keyed(z, target, mask, start, self.likelihood, raw.shape[1:])
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
         plan, tried, kind = self.plan, self.plan.tried, self.kind
         key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
         if key not in tried:
-            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, "data, batch 0").number
+            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place).number
         self.vectors_per_example = tried[key]
         self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
         if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
@@ -255,7 +281,7 @@ class Problem:
         self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
-        start = 0
+        start = self.offset
         read = self.source.numbered() if compared else enumerate(self.source.once())
         for number, batch in beside(shown, read):
             step = self._piece(batch.size)
@@ -264,7 +290,7 @@ class Problem:
                 yield micro, start, f"data, batch {number}"
                 start += micro.size
                 shown.update(micro.size / batch.size)
-        if start == 0:
+        if start == 0 and self.processes is None:
             raise DataError(call="data", got="no batch", expected="at least one example")
 
     def _piece(self, size: int) -> int:
@@ -305,11 +331,11 @@ class Problem:
         with self._quiet():
             linearized = self._linearized(batch)
             if self.revisable and linearized.newly_ruled:
-                raise BetterPlanError(linearized.replanned(), self.by_owner)
+                raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             if self.by_owner:
                 linearized.by_owner()
             elif self.by_owner is not None and not linearized.followed:
-                raise BetterPlanError(self.plan, True)
+                raise BetterPlanError(self.plan, True, batch)
         outputs = self._outputs(batch, linearized.z, start, call)
         if in_company:
             self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
@@ -333,7 +359,7 @@ class Problem:
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
                 if self.revisable and linearized.unruled:
-                    raise BetterPlanError(linearized.replanned(), self.by_owner)
+                    raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
                 return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)
@@ -365,4 +391,4 @@ def _now(device: torch.device) -> float:
 
 def _graph(device: torch.device) -> int:
     """Entries of the layer outputs that one forward pass may hold; an accelerator wants larger matmuls."""
-    return TILE if device.type == "cpu" else 4 * TILE
+    return GRAPH if device.type == "cpu" else 4 * TILE

@@ -24,6 +24,7 @@ from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_ex
 from fisherkit.rows.contractions import ContractionRule, contraction
 from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather, mapped
 from fisherkit.rows.ownership import coarser
+from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, unrolled
 from fisherkit.rows.rules import (
     ADDED,
     BATCH_NORM,
@@ -156,6 +157,8 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands
     ) -> Any:
         """A function that was given chosen parameters, or what is made of them alone."""
+        if can_be_unrolled(func, args) and self._derivations.of(args[0]) is None:
+            return self._unrolled(func, args)
         rule, arguments = self._rule(func, args, kwargs)
         seen, versions = len(self.uses), [tensor._version for tensor, _ in own]
         gathered = own[0][0] is args[0] and is_gather(func, args) if args else False
@@ -187,6 +190,18 @@ class Recorder(TorchFunctionMode):
         elif written or any(self._derivations.of(made) is None for made in tensors(output)):
             # What is given back as it is, as by a cast to the dtype that it has, is not used yet.
             self._leave(self._derivations.operands(args, kwargs))
+        return output
+
+    def _unrolled(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """A recurrent layer, as its linear maps."""
+        output, maps = unrolled(func, args)
+        self._tracker.see(func, args, {}, output)
+        status = self._tracker.status(output[0])
+        axis = status if isinstance(status, Axis) else None
+        for one in maps:
+            if any(self._derivations.of(w) is not None for w in (one.weight, one.bias)):
+                arguments = {"input": one.input, "weight": one.weight, "bias": one.bias}
+                self._note(RECURRENT[func], arguments, one.output, axis=axis)
         return output
 
     def _leave(self, operands: Operands) -> None:

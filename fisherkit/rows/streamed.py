@@ -53,10 +53,10 @@ class StreamedRows(RowSource):
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U in one pass."""
         if not self.matrix_free:
-            return self._sum(lambda rows: rows.product(u), "product")
+            return self._sum(lambda rows: rows.product(u), "product", torch.zeros_like(u))
         plan, metrics = self.problem.plan, self.problem.metrics("product")
         parts = (matrix_free_product(plan, self.space, batch, u, metric) for batch, metric in metrics)
-        total = functools.reduce(torch.add, parts)
+        total = functools.reduce(torch.add, parts, torch.zeros_like(u))
         if not all_finite(total):
             for _ in self.problem.chunks("product"):
                 pass  # the rows themselves say which batch and module it is
@@ -64,7 +64,7 @@ class StreamedRows(RowSource):
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U in one pass."""
-        return torch.cat([chunk.rows.matmul(u) for chunk in self.problem.batches("J u")])
+        return torch.cat([u[:0], *(chunk.rows.matmul(u) for chunk in self.problem.batches("J u"))])
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W in one pass."""
@@ -93,14 +93,19 @@ class StreamedRows(RowSource):
 
     def squared_sum(self) -> Float[Tensor, "D"]:
         """Diag JᵀJ in one pass."""
-        return self._sum(lambda rows: rows.squared_sum(), "diagonal")
+        return self._sum(lambda rows: rows.squared_sum(), "diagonal", self._zeros(self.space.size))
 
     def normal_matrix(self) -> Float[Tensor, "D D"]:
         """JᵀJ in one pass."""
-        return self._sum(lambda rows: rows.normal_matrix(), "dense")
+        zero = self._zeros(self.space.size, self.space.size).double()
+        return self._sum(lambda rows: rows.normal_matrix(), "dense", zero)
 
-    def _sum(self, function: Callable[[Rows], Tensor], description: str) -> Tensor:
-        return functools.reduce(torch.add, (function(chunk.rows) for chunk in self.problem.chunks(description)))
+    def _sum(self, function: Callable[[Rows], Tensor], description: str, zero: Tensor) -> Tensor:
+        return functools.reduce(torch.add, (function(chunk.rows) for chunk in self.problem.chunks(description)), zero)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        plan = self.problem.plan
+        return torch.zeros(shape, dtype=plan.dtype, device=plan.example_parameter.device)
 
     def _verified(self) -> bool:
         plan = self.problem.plan
