@@ -68,6 +68,7 @@ class Findings:
         coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
         numbers_per_example: entries of all layer outputs for one example.
         alone: whether the model takes one example at a time, so that it was verified on one.
+        draws: whether a pass draws random numbers, of which no output was seen to depend.
         tried: a cache, which all that have these findings share, of what is found out when it is first needed:
             "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
             whether products need no rows; "last layer"; and by kind and likelihood, how many vectors an example has.
@@ -80,6 +81,7 @@ class Findings:
     coarsest: torch.dtype = torch.float64
     numbers_per_example: int = 1
     alone: bool = False
+    draws: bool = False
     tried: dict[Hashable, int] = field(default_factory=dict)
 
 
@@ -101,7 +103,7 @@ class Plan(Findings):
     parameters: dict[str, Tensor]
     versions: dict[str, int]
     key: Hashable = None
-    probe: Probe = field(repr=False, default=None)  # type: ignore[assignment]
+    probe: Probe = None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, model: nn.Module, space: ParameterSpace, findings: Findings, key: Hashable = None) -> Plan:
@@ -236,7 +238,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
     with untouched_rng([device]), differentiable(model, parameters):
         probe = batch.take(two_of(batch, alone))
         watched, random = probed(plan, probe)
-        z, plan = watched.z, replace(plan, coarsest=watched.coarsest)
+        z, plan = watched.z, replace(plan, coarsest=watched.coarsest, draws=random)
         _check_outputs(z, probe.place)
         kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:

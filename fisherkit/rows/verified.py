@@ -106,7 +106,7 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
             return None
         linearized = Linearized(plan, two, seen)
         watched = linearized.watched
-        if random or not watched.z.requires_grad or linearized.unruled:
+        if random > plan.draws or not watched.z.requires_grad or linearized.unruled:
             return None
         plan = replace(plan, probe=Probe(two, watched), coarsest=watched.coarsest)
         v = torch.randn(watched.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(watched.z)
