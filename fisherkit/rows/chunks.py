@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit.data import Batch
-from fisherkit.outputs import OutputRule, Outputs, OutputVectors
+from fisherkit.outputs import OutputRule, Outputs, OutputVectors, vectors_of
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.selection import RowSelection
 
@@ -87,7 +87,7 @@ class Slots:
     def of(cls, outputs: Outputs, rule: OutputRule, token: bool) -> Slots:
         """Those of a kind."""
         flat = token or rule.positionwise
-        found = rule.vectors(outputs.positionwise() if flat else outputs)
+        found = vectors_of(rule, outputs.positionwise() if flat else outputs)
         mask = outputs.mask
         counts = mask if token else mask.any(1)
         # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.
