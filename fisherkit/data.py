@@ -31,7 +31,7 @@ from torch.utils.data import (
 )
 
 from fisherkit.arithmetic import all_finite
-from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError
+from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError, listed
 from fisherkit.model_inputs import DECODER_INPUTS, ModelInputs, virtual_tokens
 from fisherkit.model_state import tensors_hash
 from fisherkit.randomness import RngState, rng_state, untouched_rng
@@ -471,6 +471,13 @@ class Source:
         Raises:
             DataError: there is none.
         """
+        first = self.beginning()
+        if first is None:
+            raise DataError(call="data", got="no batch", expected="at least one example")
+        return first
+
+    def beginning(self) -> Batch | None:
+        """The same, or None."""
         if self._first is None:
             # Two examples are needed to see whether examples interact.
             for batch in self.once():
@@ -479,7 +486,7 @@ class Source:
                 if batch.size > 1:
                     break
         if self._first is None:
-            raise DataError(call="data", got="no batch", expected="at least one example")
+            return None
         if self._axes is None and self._first.size > 1:  # of one example, nothing tells what all examples share
             self._axes = self._first.axes
         return self._first
@@ -570,6 +577,15 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
         ModelError: they are on several devices or of several dtypes.
     """
     parameters = dict(model.named_parameters())
+    sharded = [name for name in names if hasattr(parameters[name], "full_tensor")]  # what DTensors have
+    if sharded:
+        raise ModelError(
+            call="params",
+            got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
+            expected="whole ones", why="rows are made of layers whose weights are at hand",
+            try_="a model of the full weights, from "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
+        )  # fmt: skip
     found = {(parameters[name].device, parameters[name].dtype) for name in names}
     if len(found) > 1:
         raise ModelError(

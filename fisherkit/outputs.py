@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -31,6 +32,7 @@ class Outputs:
         mask: which positions count.
         keys: an integer for each position that depends on the example's place in the data alone, for random draws.
         likelihood: p(y | z).
+        shape: of one example's outputs as the model has them; None where positions stand by themselves.
     """
 
     z: Float[Tensor, "n P C"]
@@ -38,6 +40,17 @@ class Outputs:
     mask: Bool[Tensor, "n P"]
     keys: Int[Tensor, "n P"]
     likelihood: Likelihood
+    shape: torch.Size | None = None
+
+    @classmethod
+    def keyed(
+        cls, z: Float[Tensor, "n P C"], target: Tensor | None, mask: Bool[Tensor, "n P"], start: int, like: Likelihood,
+        shape: torch.Size | None = None,
+    ) -> Outputs:  # fmt: skip
+        """With keys that count examples from ``start``; 2²⁴ positions keep two examples' apart in one integer."""
+        keys = torch.arange(start, start + len(z), device=z.device).unsqueeze(1) << 24
+        keys = keys if z.shape[1] == 1 else keys + torch.arange(z.shape[1], device=z.device)
+        return cls(z, target, mask, keys, like, shape)
 
     def positionwise(self) -> Outputs:
         """The same outputs with every position as a unit of its own: ``[n·P, 1, C]``."""
@@ -62,11 +75,15 @@ class Outputs:
         return self.target
 
     def gradient(self) -> Float[Tensor, "n P C"]:
-        """∂ℓ/∂z at the observed target; zero at positions that do not count.
+        """∂ℓ/∂z at the observed target; zero at positions that do not count. Computed once: not to be written to.
 
         Raises:
             DataError: there are no targets.
         """
+        return self._gradient
+
+    @cached_property
+    def _gradient(self) -> Float[Tensor, "n P C"]:
         return self.masked(self.likelihood.gradient(self.z, self.observed))
 
     # H of each position, with what the loss has it depend on in the target; of positions that do not count as it comes.
@@ -125,7 +142,7 @@ class Outputs:
 
     def masked(self, v: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
         """Zero at positions that do not count, whatever was there (NaN of padding included)."""
-        return torch.where(self.mask.unsqueeze(-1), v, torch.zeros((), dtype=v.dtype, device=v.device))
+        return torch.where(self.mask.unsqueeze(-1), v, 0.0)
 
 
 def _refuse_unlabelled(why: str, advice: str) -> NoReturn:

@@ -68,6 +68,18 @@ def rng_state(others: Sequence[torch.Generator] = ()) -> RngState:
     return torch.get_rng_state(), random.getstate(), users, *(generator.get_state() for generator in others)
 
 
+def rng_places(device: torch.device) -> tuple[Any, ...]:
+    """What moves when numbers are drawn from a global generator, the device's own included; to be compared."""
+    own, of_python, of_numpy = rng_state()
+    cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
+    return (
+        own.numpy().tobytes(),
+        cuda,
+        of_python,
+        *(part.tobytes() if isinstance(part, np.ndarray) else part for part in of_numpy),
+    )
+
+
 def _set_rng_state(state: RngState, others: Sequence[torch.Generator]) -> None:
     torch.set_rng_state(state[0])
     random.setstate(state[1])
