@@ -583,8 +583,8 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
             call="params",
             got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
             expected="whole ones", why="rows are made of layers whose weights are at hand",
-            try_="a model of the full weights, from "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
+            try_="a model of the full weights: torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "StateDictOptions(full_state_dict=True)",
         )  # fmt: skip
     found = {(parameters[name].device, parameters[name].dtype) for name in names}
     if len(found) > 1:
