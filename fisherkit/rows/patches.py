@@ -82,7 +82,8 @@ class Patches:
         g = gradient.mT.unflatten(1, (self.group, *self.positions)).transpose(0, 1)
         size = g.shape[1], x.shape[1], *self.kernel
         function = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.kernel) - 1]
-        return function(self._padded(x), size, g, self.stride, 0, self.dilation).flatten(1)
+        found: Tensor = function(self._padded(x), size, g, self.stride, 0, self.dilation)  # type: ignore[no-untyped-call]
+        return found.flatten(1)
 
     def _padded(self, x: Tensor) -> Tensor:
         if all(pair == (0, 0) for pair in self.padding):

@@ -226,7 +226,8 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
                 plan.shared = set()
         plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
         plan.probe = Probe(probe, watched)
-        layers = sum(torch.Size(use.output_shape).numel() for use in watched.uses)
+        # Two uses may have one output, as a recurrent layer's linear maps have.
+        layers = sum({use.edge[:2]: torch.Size(use.output_shape).numel() for use in watched.uses}.values())
         plan.numbers_per_example = (z.numel() + layers) // probe.size + sum(unit.numbers for unit in plan.generic)
         if plan.generic:
             plan.numbers_per_example += kept
@@ -246,7 +247,8 @@ def _by_kernel(unit: Unit, plan: Plan) -> list[Unit]:
     """A unit; of a recurrent layer its parameters, which the loop's passes bring by torch's own kernel."""
     if not isinstance(unit, RuledUnit) or not isinstance(unit.rule, RecurrentRule):
         return [unit]
-    return [Unit((name,), "of a recurrent layer beside parameters without a rule", _numbers(plan, (name,))) for name in unit.names]
+    reason = "of a recurrent layer beside parameters without a rule"
+    return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 
 def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:
