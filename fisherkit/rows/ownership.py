@@ -51,6 +51,8 @@ class Regular:
         """By example, in the entries' order; without a copy where examples come first."""
         k, entries, t, c = x.shape
         if entries == self.batch * self.inner:
+            if t > 1 and x.stride(2) == 1:  # channels before positions in memory, where they stay
+                return x.mT.unflatten(1, (self.batch, self.inner)).transpose(2, 3).flatten(3).mT
             return x.reshape(k, self.batch, self.inner * t, c)
         whole = x.reshape(k, entries // (self.batch * self.inner), self.batch, self.inner, t, c)
         return whole.transpose(1, 2).reshape(k, self.batch, entries // self.batch * t, c)
