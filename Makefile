@@ -40,8 +40,9 @@ help: ## show this list
 install: $(DEV_STAMP) ## set up .venv with everything that development needs
 	@echo "$(VENV) is ready"
 
-# The order matters: pytest comes last, so that its summary is the last line printed.
-test: lint docs ## check everything: lint, types, layers, docs, tests
+# The order matters: pytest comes last, so that its summary is the last line printed. Types and site are checked side by side.
+test: $(DEV_STAMP) ## check everything: lint, types, layers, docs, tests
+	$(MAKE) --no-print-directory --jobs 2 lint docs
 	$(RUN_TESTS) -m 'not examples' $(PYTEST_ARGS)
 
 test-examples: $(DEV_STAMP) ## test the scripts of examples/ (of which `make test` runs one test each)

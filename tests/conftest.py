@@ -1,6 +1,8 @@
 """Settings shared by every test, and the conformance table at the end of a run."""
 
+import gc
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import jaxtyping
@@ -24,6 +26,19 @@ Together they call every annotated module. Checking takes as long as the work on
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     jaxtyping.config.update("jaxtyping_disable", item.path.stem not in ANNOTATIONS_CHECKED)
+
+
+def pytest_collection_finish() -> None:
+    # What thousands of tests and their imports hold would be looked through again and again.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.arithmetic import without_autocast
+from tests.axes import paired
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 KINDS: dict[str, Callable[..., fk.FisherApproximation]] = {
@@ -77,8 +78,7 @@ def same(inside: Any, outside: Any) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "structure"), paired(KINDS, STRUCTURES))
 def test_build__is_the_same_inside(kind: str, structure: str) -> None:
     own, own_data = model(), data()
     outside = KINDS[kind](own, own_data, structure=structure)
@@ -227,8 +227,7 @@ def test_evaluation_and_merging__are_the_same_inside() -> None:
     same(inside, outside)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", ["ief", "exact"])
+@pytest.mark.parametrize(("kind", "structure"), paired(["ief", "exact"], STRUCTURES))
 def test_optimizers__step_inside_as_outside(kind: str, structure: str) -> None:
     """The user's own forward and backward pass are theirs; what is made of them is the same wherever it is made."""
     results = []

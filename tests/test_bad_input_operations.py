@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fisherkit as fk
@@ -329,51 +327,6 @@ def test_operations__refuse_bad_numbers_and_sums(name: str) -> None:
 @pytest.mark.parametrize("name", ids(MEMORY))
 def test_memory_budget__what_does_not_fit_is_refused_with_its_size(name: str) -> None:
     check(MEMORY[name])
-
-
-def not_a_file(path: Path) -> None:
-    """Nothing there."""
-
-
-def garbage(path: Path) -> None:
-    path.write_bytes(b"\x00garbage" * 40)
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def pickled(path: Path) -> None:
-    torch.save({"weight": torch.ones(2)}, path)
-
-
-def weights(path: Path) -> None:
-    save_file({"weight": torch.ones(2)}, path)
-
-
-def truncated(path: Path) -> None:
-    built("kfac").save(path)
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def folder(path: Path) -> None:
-    path.mkdir()
-
-
-@pytest.mark.parametrize(
-    "write", [not_a_file, garbage, empty, pickled, weights, truncated, folder], ids=lambda f: f.__name__
-)
-def test_load__refuses_what_is_not_a_fisher_file(write: Callable[[Path], None], tmp_path: Path) -> None:
-    path = tmp_path / "fisher.safetensors"
-    write(path)
-    check(
-        Case(
-            lambda: fk.load(path),
-            fk.FileFormatError,
-            ValueError,
-            (f"load({str(path)!r})", "written by fisher.save", "Try:"),
-        )
-    )
 
 
 def test_save__of_streamed_rows_is_refused_and_writes_nothing(tmp_path: Path) -> None:

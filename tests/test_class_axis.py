@@ -46,9 +46,11 @@ def images() -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.randn(5, 2, 4, 3, dtype=torch.float64), torch.randint(3, (5, 4, 3))
 
 
-@pytest.mark.parametrize("example", ["sequence", "token"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["(B, C, L)", "(B, C, C)", "(B, C, H, W)"])
+@pytest.mark.parametrize(
+    ("case", "kind", "example"),
+    [*(("(B, C, L)", kind, "sequence") for kind in KINDS), *(("(B, C, H, W)", kind, "token") for kind in KINDS),
+     ("(B, C, C)", "truncated", "sequence"), ("(B, C, C)", "exact", "token")],
+)  # fmt: skip
 def test_axis_1__is_what_the_model_with_its_classes_moved_last_has(case: str, kind: str, example: str) -> None:
     model, x, y = {"(B, C, L)": lambda: conv(9), "(B, C, C)": lambda: conv(5), "(B, C, H, W)": images}[case]()
     make, options, needs = KINDS[kind]

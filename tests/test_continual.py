@@ -15,6 +15,7 @@ import fisherkit as fk
 from fisherkit.continual import EWC
 from fisherkit.errors import NoClosedFormError
 from fisherkit.operators import SumOperator
+from tests.axes import paired
 from tests.operator_cases import DTYPES, TOLERANCE, normal
 from tests.small_data import mlp
 from tests.snapshot import untouched
@@ -86,8 +87,7 @@ def written_out(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "structure"), paired(KINDS, STRUCTURES))
 def test_penalty__is_the_sum_over_tasks_for_every_kind_and_structure(
     kind: str, structure: str, dtype: torch.dtype
 ) -> None:

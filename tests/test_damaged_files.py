@@ -21,21 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fisherkit as fk
+from examples.influence.evaluation.retraining import Retraining, RunsFile
 from fisherkit import io, solvers
 from fisherkit.continual import EWC
 from fisherkit.errors import FileFormatError, FisherkitError
 from fisherkit.influence import InfluenceScores
-from fisherkit.influence.evaluation.retraining import Retraining, RunsFile
 from fisherkit.model_state import state_hash
 from fisherkit.operators import DiagonalOperator, FisherOperator, load, open_file, state_of
 from fisherkit.space import ParameterSpace
 from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker, normal
 from tests.small_data import X, Y, cut, mlp
-
-
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
 
 
 def plain(value: Any) -> Any:

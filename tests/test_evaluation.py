@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.evaluation import approximation_quality, loss_gradient, quality_floor
-from fisherkit.operators import DenseOperator, DiagonalOperator, FisherOperator
+from fisherkit.operators import DenseOperator, FisherOperator
 from fisherkit.space import ParameterSpace
 
 F64 = torch.float64
@@ -53,13 +52,6 @@ def test_approximation_quality__takes_dicts_and_columns() -> None:
     torch.testing.assert_close(approximation_quality(SPACE.unflatten(updates[:, 0]), operator, gradient), singly[0])
 
 
-def test_approximation_quality__takes_any_operator() -> None:
-    diagonal, update, gradient = random(8).square(), random(8, seed=1), random(8, seed=2)
-    expected = (diagonal * update.square()).sum().sqrt() / abs(update @ gradient)
-    for operator in (DiagonalOperator(SPACE, diagonal), DenseOperator(SPACE, diagonal.diag())):
-        torch.testing.assert_close(approximation_quality(update, operator, gradient), expected)
-
-
 @given(scale=st.floats(1e-6, 1e6), sign=st.sampled_from([-1, 1]), seed=st.integers(0, 1000))
 def test_approximation_quality__ignores_length_and_sign_of_the_update(scale: float, sign: int, seed: int) -> None:
     operator, _ = dense()
@@ -88,26 +80,6 @@ def line(slope: float, intercept: float) -> tuple[nn.Module, tuple[Tensor, Tenso
     return model, (torch.tensor([[0.0], [1.0]], dtype=F64), torch.zeros(2, 1, dtype=F64))
 
 
-@pytest.mark.parametrize(
-    ("theta", "natural", "empirical"), [((1.0, -0.9), 0.746, 3.77), ((0.5, 1.0), 0.981, 1.63)], ids=str
-)
-def test_approximation_quality__is_the_papers_on_its_toy_example(
-    theta: tuple[float, float], natural: float, empirical: float
-) -> None:
-    model, data = line(slope=theta[1], intercept=theta[0])
-    exact = fk.ExactFisher(model, data, likelihood="gaussian")
-    gradient = loss_gradient(model, data, likelihood="gaussian")
-    at_gradient = approximation_quality(gradient, exact, gradient)
-
-    def relative(kind: Callable[..., fk.FisherApproximation]) -> float:
-        update = kind(model, data, likelihood="gaussian").solve(gradient, damping=1e-9)
-        return float(approximation_quality(update, exact, gradient) / at_gradient)
-
-    assert relative(fk.ExactFisher) == pytest.approx(natural, abs=5e-4)
-    assert relative(fk.ImprovedEmpiricalFisher) == pytest.approx(natural, abs=5e-4)
-    assert relative(fk.EmpiricalFisher) == pytest.approx(empirical, abs=5e-3)
-
-
 def test_approximation_quality__of_a_mean_is_root_n_times_that_of_a_sum() -> None:
     model, data = line(slope=-0.9, intercept=1.0)
     mean, total = (
@@ -130,15 +102,6 @@ def test_quality_floor__is_its_formula() -> None:
     expected = (gradient @ torch.linalg.solve(matrix + 0.3 * torch.eye(8, dtype=F64), gradient)).rsqrt()
     torch.testing.assert_close(quality_floor(operator, gradient, damping=0.3), expected)
     torch.testing.assert_close(quality_floor(operator, SPACE.unflatten(gradient), damping=0.3), expected)
-
-
-def test_quality_floor__is_the_natural_gradients_quality_without_damping() -> None:
-    operator, _ = dense()
-    gradient = random(8, seed=2)
-    natural = operator.solve(gradient, damping=0.0)
-    torch.testing.assert_close(
-        quality_floor(operator, gradient, 0.0), approximation_quality(natural, operator, gradient)
-    )
 
 
 def test_quality_floor__falls_with_the_damping() -> None:

@@ -180,7 +180,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("product", ALL)
 def test_rows__equal_autograd_s_and_are_kept_by_slice(product: Products, kind: str) -> None:
-    for seed in range(ALL.index(product), 3 * len(ALL), len(ALL)):
+    for seed in range(ALL.index(product), (2 if kind == "ef" else 1) * len(ALL), len(ALL)):
         model, data = made(product, seed)
         expected = rows(model, data, kind).flatten(0, 1)
         whole = expected.T @ expected / 9

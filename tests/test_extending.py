@@ -1,4 +1,4 @@
-"""What a user adds: a likelihood, a kind, an operator, each a small class, and everything else works with it."""
+"""What a user adds: a likelihood, a kind, a structure, each a small class, and everything else works with it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from typer.testing import CliRunner
 
 import fisherkit as fk
 from fisherkit.cli import app
-from fisherkit.io import State
-from fisherkit.operators import DiagonalOperator, Factorization
-from fisherkit.operators.factorization import IterativeFactorization
+from fisherkit.operators import DiagonalOperator
 from fisherkit.rows.base import UnitRows
 from fisherkit.space import ParameterSpace
 from tests.reference.fisher import Problem
@@ -136,6 +134,19 @@ def test_likelihood__may_refuse_targets(counts: tuple[nn.Module, Tensor, Tensor]
         fk.EmpiricalFisher(model, (x, -1 - y), likelihood=Counts())
     with pytest.raises(fk.DataError, match="NaN or infinite"):
         fk.EmpiricalFisher(model, (x, y / 0), likelihood=Counts())
+
+
+def test_likelihood__derived_from_a_built_in_one_is_asked_for_its_own_factor() -> None:
+    """The built-in's way to single columns belongs to the built-in's factor alone."""
+
+    class Doubled(fk.likelihoods.Categorical):
+        def hessian_factor(self, z: Tensor) -> Tensor:
+            return 2 * super().hessian_factor(z)
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 4).double(), torch.randn(5, 3, dtype=torch.float64)
+    plain, ours = (fk.ExactFisher(model, (x, None), likelihood=own) for own in ("categorical", Doubled()))
+    torch.testing.assert_close(ours.to_dense(), 4 * plain.to_dense())
 
 
 # -- a kind ------------------------------------------------------------------------------------------------------------
@@ -324,135 +335,3 @@ def test_structure__is_what_applications_take() -> None:
     rows = [torch.autograd.grad(loss, list(of.model.parameters()), retain_graph=True) for loss in losses]
     J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     assert error(found, J[:2] @ (J / (other.diagonal() + 0.1)).T / other.examples) < 1e-10
-
-
-# -- an operator -------------------------------------------------------------------------------------------------------
-
-
-class Spiked(fk.FisherOperator):
-    """level · I + w wᵀ, known by its products alone."""
-
-    tag = "spiked"
-
-    def __init__(self, space: ParameterSpace, level: float, w: Tensor) -> None:
-        super().__init__(space, dtype=w.dtype, device=w.device)
-        self.level, self.w = level, w
-
-    def _matmat(self, columns: Tensor) -> Tensor:
-        return self.level * columns + self.w[:, None] * (self.w @ columns)
-
-    def _diagonal(self) -> Tensor:
-        return self.level + self.w.square()
-
-    def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        return IterativeFactorization(self, damping, tolerance, max_steps)
-
-    def _draw(self, generator: torch.Generator | None, count: int) -> Tensor:
-        noise = torch.randn(self.size + 1, count, dtype=self.dtype, generator=generator)
-        return self.level**0.5 * noise[1:] + self.w[:, None] * noise[0]
-
-    def _scaled(self, scale: float) -> Spiked:
-        return Spiked(self.space, scale * self.level, scale**0.5 * self.w)
-
-    def _state(self) -> State:
-        return State(self.tag, self.space.names, {"w": self.w}, {"level": self.level})
-
-    @classmethod
-    def _from_state(cls, space: ParameterSpace, state: State) -> Spiked:
-        return cls(space, state.options["level"], state.tensors["w"])
-
-
-@pytest.fixture
-def fisher() -> fk.FisherApproximation:
-    return build(fk.EmpiricalFisher, problem("mlp"))
-
-
-@pytest.fixture
-def spiked(fisher: fk.FisherApproximation) -> Spiked:
-    w = torch.randn(fisher.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return Spiked(fisher.space, 0.5, w)
-
-
-def test_operator__answers_what_its_hooks_imply(spiked: Spiked) -> None:
-    dense = 0.5 * torch.eye(spiked.size, dtype=torch.float64) + torch.outer(spiked.w, spiked.w)
-    v = torch.randn(spiked.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert error(spiked.to_dense(), dense) < 1e-14
-    assert error(spiked @ v, dense @ v) < 1e-14
-    assert error(spiked.quadratic_form(v), (v * (dense @ v)).sum(0)) < 1e-14
-    assert float(spiked.trace()) == pytest.approx(float(dense.trace()))
-    assert error((3 * spiked).to_dense(), 3 * dense) < 1e-14
-    assert error(torch.from_numpy(spiked.to_scipy() @ v.numpy()), dense @ v) < 1e-14
-    assert set(spiked @ spiked.space.unflatten(v[:, 0])) == set(spiked.space.names)
-    with pytest.raises(fk.NoClosedFormError, match="lanczos_eigenvalues"):
-        spiked.eigenvalues(2)
-
-
-def test_operator__is_solved_by_conjugate_gradients_that_report(spiked: Spiked) -> None:
-    v = torch.ones(spiked.size, dtype=torch.float64)
-    x, info = spiked.solve(v, damping=0.1, return_info=True, tolerance=1e-10)
-    assert info.converged
-    assert info.method == "conjugate_gradient"
-    assert error(spiked @ x + 0.1 * x, v) < 1e-9
-    with pytest.raises(fk.NoClosedFormError, match="lanczos_logdet"):
-        spiked.logdet(damping=0.1)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_operator__adds_to_every_structure_and_is_solved_with_it(structure: str, spiked: Spiked) -> None:
-    part = build(fk.ExactFisher, problem("mlp"), structure=structure)
-    total = 0.25 * part + 2 * spiked
-    dense = 0.25 * part.to_dense() + 2 * spiked.to_dense()
-    assert error(total.to_dense(), dense) < 1e-13
-    assert error((spiked + part).to_dense(), part.to_dense() + spiked.to_dense()) < 1e-13
-    v = torch.ones(total.size, dtype=torch.float64)
-    x, info = total.solve(v, damping=1e-2, return_info=True, tolerance=1e-10)
-    assert info.converged
-    assert error(x, torch.linalg.solve(dense + 1e-2 * torch.eye(total.size, dtype=torch.float64), v)) < 1e-8
-
-
-def test_operator__draws_have_its_covariance_in_a_sum(spiked: Spiked, fisher: fk.FisherApproximation) -> None:
-    """For x from N(0, A⁻¹) the mean of xᵀAx is D; over 60 draws it scatters by √(2 / 60D), here 2.6 %."""
-    total = spiked + fisher
-    inverse = total.factorize(damping=1.0, tolerance=1e-6)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([inverse.sample(generator) for _ in range(60)], 1)
-    forms = total.quadratic_form(draws) + draws.square().sum(0)
-    assert float(forms.mean()) == pytest.approx(total.size, rel=0.1)
-    # Draws without the damping's noise, or with the sum's terms drawn alike, would show along the spike.
-    along = spiked.w / spiked.w.norm()
-    assert float((draws.T @ along).square().mean()) == pytest.approx(float(along @ inverse.matvec(along)), rel=0.6)
-
-
-def test_operator__may_fold_with_its_like(spiked: Spiked) -> None:
-    class Folding(Spiked):
-        tag = "folding"
-
-        def _plus(self, other: fk.FisherOperator) -> fk.FisherOperator | None:
-            return DiagonalOperator(self.space, other._diagonal() + self.level) if not self.w.any() else None
-
-    ridge = Folding(spiked.space, 0.5, torch.zeros_like(spiked.w))
-    diagonal = DiagonalOperator(spiked.space, spiked.w.square())
-    for total in (ridge + diagonal, diagonal + ridge):
-        assert isinstance(total, DiagonalOperator)
-        assert error(total.diagonal(), spiked.w.square() + 0.5) < 1e-14
-
-
-def test_operator__comes_back_from_a_file_alone_and_in_a_sum(
-    spiked: Spiked, fisher: fk.FisherApproximation, tmp_path: Path
-) -> None:
-    for name, operator in (("alone", spiked), ("sum", spiked + fisher)):
-        operator.save(tmp_path / name)
-        assert error(fk.load(tmp_path / name).to_dense(), operator.to_dense()) < 1e-14
-
-
-def test_likelihood__derived_from_a_built_in_one_is_asked_for_its_own_factor() -> None:
-    """The built-in's way to single columns belongs to the built-in's factor alone."""
-
-    class Doubled(fk.likelihoods.Categorical):
-        def hessian_factor(self, z: Tensor) -> Tensor:
-            return 2 * super().hessian_factor(z)
-
-    torch.manual_seed(0)
-    model, x = torch.nn.Linear(3, 4).double(), torch.randn(5, 3, dtype=torch.float64)
-    plain, ours = (fk.ExactFisher(model, (x, None), likelihood=own) for own in ("categorical", Doubled()))
-    torch.testing.assert_close(ours.to_dense(), 4 * plain.to_dense())

@@ -151,11 +151,6 @@ def test_split__of_a_built_fisher(structure: str) -> None:
 SIZES = [None, 200, 8]
 
 
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_read__gives_each_block_as_split_does(name: str, size: int | None, tmp_path: Path) -> None:
@@ -207,8 +202,11 @@ class Recorder:
         recorder = self
 
         class File:
+            def __init__(self) -> None:
+                self.file = safe_open(path, **options)
+
             def __enter__(self) -> Any:
-                self.file = safe_open(path, **options).__enter__()
+                self.file.__enter__()
                 return self
 
             def __exit__(self, *error: Any) -> None:
@@ -245,7 +243,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
-    monkeypatch.setattr("fisherkit.io.reader.safe_open", found)
+    monkeypatch.setattr("fisherkit.io.fisher_file.safe_open", found)
     return found
 
 
@@ -282,7 +280,7 @@ def test_read__reads_a_diagonals_slice_alone(
 def test_read__needs_no_shard_but_its_own(tmp_path: Path) -> None:
     operator, matrix = block_diagonal(F64)
     operator.save(tmp_path / "f.safetensors", max_shard_size=130)
-    index = open_file(tmp_path / "f.safetensors").header.archive
+    index = open_file(tmp_path / "f.safetensors").header
     own = index.files["1.matrix"]
     for other in {*index.files.values()} - {own}:
         other.unlink()

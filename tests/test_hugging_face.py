@@ -291,23 +291,6 @@ def test_kinds__equal_the_reference(name: str, kind: str) -> None:
     close(KINDS[ours](model, batch, **options).to_dense(), expected, FORWARD_TOLERANCE.get(name, 1e-8))
 
 
-def test_kinds__sampled_tends_to_exact() -> None:
-    model, batch = bert_classifier()
-    exact = fk.ExactFisher(model, batch).to_dense()
-    few, many = (fk.SampledFisher(model, batch, draws=draws).to_dense() for draws in (2, 512))
-    assert float((many - exact).norm()) < 0.2 * float(exact.norm()) < float((few - exact).norm())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_streamed__products_equal_stored_ones(name: str) -> None:
-    model, batch = MODELS[name]()
-    parts = [one(batch, n) for n in range(3)]
-    stored = fk.TruncatedFisher(model, batch)
-    streamed = fk.TruncatedFisher(model, parts, memory_budget=1)
-    v = torch.randn(stored.size, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    close(streamed @ v, stored @ v, FORWARD_TOLERANCE.get(name, 1e-9))
-
-
 def test_coverage__layers_and_tied_weights_have_rules() -> None:
     model, batch = gpt2()
     rules = {

@@ -258,13 +258,15 @@ def test_kind__is_that_of_the_module_with_its_loss_summed_over_one_example(name:
     assert error(make(model, data, likelihood=case.loss("mean"), **options).to_dense(), right) < 1e-10
     diagonal = make(model, data, likelihood=case.named or case.loss("sum"), structure="diagonal", **options)
     assert error(diagonal.diagonal(), right.diagonal()) < 1e-10
-    if kind in ("ief", "exact"):
+    if kind == "exact":
         streamed = make(model, data, likelihood=case.loss("none"), memory_budget=1, **options)
         v = normal(len(right), 2, seed=9)
         assert error(streamed @ v, right @ v) < 1e-10
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["ce weighted smoothed ignoring", "ce (B, C, L)", "nll", "bce pos_weight", "mse images", "poisson"]
+)
 def test_truncated__is_a_chain_below_the_exact_matrix_that_ends_there(name: str) -> None:
     case = CASES[name]
     model, data, loss = case.model(), (case.x, case.y), case.loss("mean")

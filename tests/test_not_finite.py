@@ -17,6 +17,7 @@ import fisherkit as fk
 from fisherkit.arithmetic import all_finite
 from fisherkit.operators import LowRankOperator, unwrap
 from fisherkit.rows.collection import Rows
+from tests.axes import paired
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
 KINDS: dict[str, Callable[..., fk.FisherApproximation]] = {
@@ -104,8 +105,7 @@ def test_build__names_batch_and_module(family: str, structure: str) -> None:
     assert all((caught.value.expected, caught.value.why, caught.value.try_))
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "structure"), paired(KINDS, STRUCTURES))
 def test_build__of_every_kind_refuses(kind: str, structure: str) -> None:
     model, data, _ = case("saturating")
     with pytest.raises(fk.NonFiniteError, match="data, batch 2"):

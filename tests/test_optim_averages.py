@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
+from tests.axes import paired
 from tests.optim_cases import (
     OPTIONS,
     backward,
@@ -131,8 +132,10 @@ def test_update_every__beside_a_summed_loss_divides_by_each_steps_own_examples()
 # -- beside another optimizer ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
-@pytest.mark.parametrize("kind", ["ef", "ief", "exact", "truncated"])
+@pytest.mark.parametrize(
+    ("kind", "structure"),
+    paired(["ef", "ief", "exact", "truncated"], ["full", "block", "diagonal", "kfac", "ekfac"]),
+)
 def test_preconditioner__puts_the_direction_where_the_gradient_was(kind: str, structure: str) -> None:
     of = problem("mlp")
     expected = damped(fisher(of, kind, structure), jacobian(of)[0].mean(0), LAMBDA)

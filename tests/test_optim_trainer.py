@@ -77,11 +77,10 @@ def run(
     return flat(model)
 
 
-@pytest.mark.parametrize("make", [bert, gpt2, llama])
-@pytest.mark.parametrize(
-    "setting", [{"kind": "ief", "gram_damping": 1e-2}, {"kind": "ief", "damping": 1e-1, "structure": "kfac"}],
-    ids=["ief-gram", "ief-kfac"],
-)  # fmt: skip
+GRAM, KFAC = {"kind": "ief", "gram_damping": 1e-2}, {"kind": "ief", "damping": 1e-1, "structure": "kfac"}
+
+
+@pytest.mark.parametrize(("make", "setting"), [(bert, GRAM), (gpt2, GRAM), (gpt2, KFAC), (llama, KFAC)])
 def test_trainer__trains_with_accumulation_evaluation_and_dropout(
     make: Callable[[], Any], setting: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def refused(path: Path, match: str) -> None:
     with pytest.raises(FileFormatError, match=match) as caught:
         load(path)
     assert str(caught.value).startswith(f"load({str(path)!r})")
+    assert "Try: " in str(caught.value)
     assert isinstance(caught.value, ValueError)
 
 

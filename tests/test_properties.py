@@ -25,7 +25,7 @@ DTYPES = [torch.float64, torch.float32]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 few = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explanations cost minutes and say little of tensors

@@ -1,4 +1,7 @@
-"""The reference's zoo, rows and dense matrices against themselves and against textbook facts."""
+"""The reference's zoo, vectors, rows and Kronecker factors against textbook facts.
+
+What the reference computes is compared with the package everywhere else; here is what both could have wrong together.
+"""
 
 import itertools
 
@@ -8,66 +11,55 @@ from torch import Tensor, nn
 
 from tests.reference.capture import capture, kronecker_layers, patches
 from tests.reference.checks import assert_below, assert_close, outer, output_case
-from tests.reference.fisher import Problem, block, block_indices, diagonal, elements, forward_one, full, layout, rows
-from tests.reference.kronecker import Method, Sharing, determined_layers, kronecker, layer_blocks
+from tests.reference.fisher import Problem, block, elements, forward_one, full, rows
+from tests.reference.kronecker import Method, Sharing, kronecker
 from tests.reference.models import EVERY_FORM, FAMILIES, Family
 from tests.reference.outputs import (
     EF,
     EXACT,
+    IEF,
     IGNORE_INDEX,
     SAMPLED,
-    Example,
+    Kind,
     Likelihood,
+    example_vectors,
     gradient,
     hessian,
     loss,
+    truncated,
     truncated_kind,
+    vectors,
 )
 from tests.reference.zoo import Compose
 
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
-every_form = pytest.mark.parametrize("family", [FAMILIES[name] for name in EVERY_FORM], ids=str)
 SOME = ("mlp", "conv2d_groups", "hf_conv1d", "embedding", "token_mlp", "token_attention_by_token", "gaussian_tokens")
 some_families = pytest.mark.parametrize("family", [FAMILIES[name] for name in SOME], ids=str)
-"""The reference is compared with the package on every family; with textbook facts on these."""
+every_likelihood = pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
+every_shape = pytest.mark.parametrize("shape", [(4,), (3, 4)], ids=["C", "TC"])
 
-METHODS: tuple[Method, Method] = ("kfac", "ekfac")
-SHARINGS: tuple[Sharing, Sharing] = ("expand", "reduce")
-
-every_sharing = pytest.mark.parametrize("sharing", SHARINGS)
+# --- the zoo ---------------------------------------------------------------------------------------------------------
 
 
-def test_zoo__is_large_enough() -> None:
-    assert len(FAMILIES) >= 22
-
-
-@every_family
-def test_zoo__is_tiny_and_deterministic_and_every_parameter_matters(family: Family) -> None:
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+def test_zoo__is_tiny_and_deterministic_in_any_dtype_and_every_parameter_matters(family: Family) -> None:
     state = torch.get_rng_state()
     problem, again, other = family.problem(), family.problem(), family.problem(seed=1)
+    single = family.problem(torch.float32)
     assert torch.equal(state, torch.get_rng_state())
-    z = [forward_one(problem, n) for n in range(len(problem.targets))]
+    z, narrow = (torch.stack([forward_one(of, n) for n in range(len(of.targets))]) for of in (problem, single))
     assert torch.equal(z[0], forward_one(again, 0))
     assert not torch.equal(z[0], forward_one(other, 0))
-    assert z[0].dtype == torch.float64
+    assert (z.dtype, narrow.dtype) == (torch.float64, torch.float32)
+    assert_close(narrow.double(), z, 1e-4)
+    inputs = problem.inputs
+    output = problem.model(inputs) if isinstance(inputs, Tensor) else problem.model(**inputs)
+    assert_close(getattr(output, "logits", output), z)
     assert not any(module.training for module in problem.model.modules())
     assert sum(p.numel() for p in problem.chosen().values()) <= 400
     assert len(problem.targets) <= 6
-    weights = torch.randn(len(z), *z[0].shape, dtype=z[0].dtype, generator=torch.Generator().manual_seed(0))
-    gradients = torch.autograd.grad((weights * torch.stack(z)).sum(), list(problem.chosen().values()))
+    weights = torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(0))
+    gradients = torch.autograd.grad((weights * z).sum(), list(problem.chosen().values()))
     assert all(g.isfinite().all() and g.norm() > 1e-3 for g in gradients)
-
-
-@every_family
-def test_zoo__float32_and_whole_batches_are_the_same_problem(family: Family) -> None:
-    double, single = family.problem(torch.float64), family.problem(torch.float32)
-    z = torch.stack([forward_one(double, n) for n in range(len(double.targets))])
-    narrow = torch.stack([forward_one(single, n) for n in range(len(double.targets))])
-    assert narrow.dtype == torch.float32
-    assert_close(narrow.double(), z, 1e-4)
-    inputs = double.inputs
-    output = double.model(inputs) if isinstance(inputs, Tensor) else double.model(**inputs)
-    assert_close(getattr(output, "logits", output), z)
 
 
 def smallest_pivot_gap(h: Tensor, first: Tensor) -> float:
@@ -84,16 +76,91 @@ def smallest_pivot_gap(h: Tensor, first: Tensor) -> float:
     return gap
 
 
-@every_form
-def test_zoo__pivots_of_the_truncated_kind_are_not_close_to_a_tie(family: Family) -> None:
+@pytest.mark.parametrize("name", EVERY_FORM)
+def test_zoo__pivots_of_the_truncated_kind_are_not_close_to_a_tie(name: str) -> None:
     """Tied pivots would let rounding choose between different, equally valid matrices."""
-    problem = family.problem()
+    problem = FAMILIES[name].problem()
     by_kind = [[v for _, _, found in elements(problem, kind) for v in found] for kind in (EXACT, truncated_kind(1))]
     for exact, first in zip(*by_kind, strict=True):
         assert smallest_pivot_gap(outer(exact), outer(first)) > 2e-5
 
 
-# --- rows and dense matrices -----------------------------------------------------------------------------------------
+# --- output vectors --------------------------------------------------------------------------------------------------
+
+
+@every_shape
+def test_loss_gradient_and_hessian__are_torchs_and_the_closed_forms(shape: tuple[int, ...]) -> None:
+    z, y = output_case("gaussian", shape)
+    assert_close(loss(z, y, "gaussian"), 0.5 * nn.functional.mse_loss(z, y, reduction="sum"))
+    assert_close(gradient(z, y, "gaussian"), z - y)
+    assert_close(hessian(z, y, "gaussian"), torch.eye(z.numel(), dtype=z.dtype))
+    z, y = output_case("bernoulli", shape)
+    assert_close(loss(z, y, "bernoulli"), nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum"))
+    p = z.sigmoid()
+    assert_close(gradient(z, y, "bernoulli"), p - y)
+    assert_close(hessian(z, y, "bernoulli"), (p * (1 - p)).reshape(-1).diag())
+    z, y = output_case("categorical", shape)
+    p, y = z.reshape(-1, 4).softmax(-1), y.reshape(-1)
+    counts = (y != IGNORE_INDEX).double().unsqueeze(1)
+    assert_close(loss(z, y.reshape(shape[:-1]), "categorical"), nn.functional.cross_entropy(z, y, reduction="sum"))
+    expected = counts * (p - nn.functional.one_hot(y.clamp_min(0), 4))
+    assert_close(gradient(z, y.reshape(shape[:-1]), "categorical").reshape(-1, 4), expected)
+    blocks = torch.block_diag(*(c * (q.diag() - q.outer(q)) for c, q in zip(counts, p, strict=True)))
+    assert_close(hessian(z, y.reshape(shape[:-1]), "categorical"), blocks)
+
+
+def test_hessian__bernoulli_survives_a_saturated_logit() -> None:
+    z = torch.tensor([25.0, -25.0], dtype=torch.float64)
+    found = hessian(z, torch.tensor([0.0, 1.0]), "bernoulli").diagonal()
+    assert_close(found, z.sigmoid() * (-z).sigmoid())
+
+
+@every_likelihood
+@every_shape
+def test_vectors__of_every_kind_have_their_definition(likelihood: Likelihood, shape: tuple[int, ...]) -> None:
+    z, y = output_case(likelihood, shape)
+    h, u = hessian(z, y, likelihood), gradient(z, y, likelihood)
+    assert_close(vectors(EF, z, y, likelihood)[0], u)
+    assert_close(vectors(IEF, z, y, likelihood)[0] * u.norm(), u)
+    assert_close(vectors(Kind("ief", power=0.5), z, y, likelihood)[0] * u.norm().sqrt(), u)
+    assert_close(outer(vectors(EXACT, z, y, likelihood)), h)
+    u = u.reshape(-1)
+    chain = [outer(truncated(u, h, r)) for r in range(1, int(torch.linalg.matrix_rank(h)) + 1)]
+    for lower, upper in itertools.pairwise([*chain, h]):
+        assert_below(lower, upper)
+    assert_close(chain[-1], h)
+    assert_close(chain[0] / chain[0].trace(), u.outer(u) / u.dot(u))
+    assert torch.linalg.eigvalsh(h - 1.001 * chain[0])[0] < -1e-6 * h.trace()  # no larger multiple is below
+    for tolerance in (0.5, 0.2, 0.05, 1e-3):
+        found = truncated(u, h, tolerance=tolerance)
+        assert (h - outer(found)).trace() <= tolerance * h.trace() + 1e-12
+        assert len(found) == 1 or (h - outer(found[:-1])).trace() > tolerance * h.trace()
+
+
+def test_vectors__sampled_are_the_mean_over_draws_and_keep_the_mask() -> None:
+    z, y = output_case("categorical", (3, 4))
+    draws = torch.tensor([[0, 1, 2], [3, 3, 3], [1, 0, IGNORE_INDEX]])
+    found = vectors(SAMPLED, z, y, "categorical", draws)
+    assert found[:, 1].norm() == 0
+    masked = draws.masked_fill(y == IGNORE_INDEX, IGNORE_INDEX)
+    assert_close(outer(found), torch.stack([outer(vectors(EF, z, draw, "categorical")) for draw in masked]).mean(0))
+
+
+@pytest.mark.parametrize("kind", [EF, IEF, EXACT, truncated_kind(1), truncated_kind(tolerance=1e-2)], ids=str)
+@every_likelihood
+def test_example_vectors__token_is_each_position_that_counts_by_itself(kind: Kind, likelihood: Likelihood) -> None:
+    z, y = output_case(likelihood, (3, 4))
+    counted = [0, 2] if likelihood == "categorical" else [0, 1, 2]
+    by_token = example_vectors(kind, z, y, likelihood, "token")
+    for t, found in zip(counted, by_token, strict=True):
+        assert_close(found[:, t], vectors(kind, z[t], y[t], likelihood))
+        assert int(found.count_nonzero()) == int(found[:, t].count_nonzero())
+    if likelihood == "categorical":
+        for example in ("sequence", "token"):
+            assert example_vectors(kind, z, torch.full_like(y, IGNORE_INDEX), likelihood, example) == []
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 @some_families
@@ -101,16 +168,10 @@ def test_rows__empirical_is_the_gradient_of_each_loss(family: Family) -> None:
     problem = family.problem()
     found = rows(problem, EF)
     assert len(found.matrix) == found.count
-    assert torch.equal(found.example, torch.arange(found.count))
-    summed = torch.zeros_like(found.matrix[0])
     for n in range(len(problem.targets)):
         total = loss(forward_one(problem, n), problem.targets[n], problem.likelihood)
         grads = torch.autograd.grad(total, list(problem.chosen().values()))
-        expected = torch.cat([g.reshape(-1) for g in grads])
-        assert_close(found.matrix[found.element == n].sum(0), expected)
-        summed += expected
-    assert_close(found.matrix.sum(0), summed)
-    assert_close(full(found).trace(), found.matrix.square().sum() / found.count)
+        assert_close(found.matrix[found.element == n].sum(0), torch.cat([g.reshape(-1) for g in grads]))
 
 
 @some_families
@@ -131,92 +192,6 @@ def test_full__exact_is_the_gauss_newton_matrix(family: Family) -> None:
     assert_close(full(rows(problem, EXACT), "sum"), total)
 
 
-@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
-def test_full__exact_is_the_loss_hessian_of_a_linear_model(likelihood: Likelihood) -> None:
-    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    cases = [output_case(likelihood, (4,), seed) for seed in range(5)]
-    targets = torch.stack([y for _, y in cases])
-    model = nn.Linear(3, 4, dtype=torch.float64)
-
-    def mean_loss(flat: Tensor) -> Tensor:
-        z = x @ flat[:12].reshape(4, 3).T + flat[12:]
-        return torch.stack([loss(z[n], targets[n], likelihood) for n in range(5)]).mean()
-
-    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    expected = torch.autograd.functional.hessian(mean_loss, flat)  # type: ignore[no-untyped-call]
-    assert_close(full(rows(Problem(model, x, targets, likelihood), EXACT)), expected)
-
-
-@some_families
-def test_rows__kinds_are_ordered(family: Family) -> None:
-    problem = family.problem()
-    chain = [full(rows(problem, kind)) for kind in (*map(truncated_kind, (1, 2, 3)), EXACT)]
-    for lower, upper in itertools.pairwise(chain):
-        assert_below(lower, upper)
-    everything = truncated_kind(rank=forward_one(problem, 0).numel())
-    assert_close(full(rows(problem, everything)), chain[-1], 1e-9)
-
-
-def test_rows__sampled_is_the_mean_of_empirical_fishers() -> None:
-    problem = FAMILIES["token_mlp"].problem()
-    draws = torch.randint(3, (2, *problem.targets.shape), generator=torch.Generator().manual_seed(0))
-    masked = draws.masked_fill(problem.targets == IGNORE_INDEX, IGNORE_INDEX)
-    each = [full(rows(Problem(problem.model, problem.inputs, draw), EF)) for draw in masked]
-    assert_close(full(rows(problem, SAMPLED, draws)), torch.stack(each).mean(0))
-
-
-def test_rows__tokens_and_sequences_are_counted() -> None:
-    sequence, token = (rows(FAMILIES[name].problem(), EF) for name in ("token_mlp", "token_mlp_by_token"))
-    targets = FAMILIES["token_mlp"].problem().targets
-    assert sequence.count == len(targets) - 1
-    assert token.count == int((targets != IGNORE_INDEX).sum())
-    assert 2 not in sequence.element
-    for example, element in enumerate(sequence.element):
-        assert_close(token.matrix[token.element == element].sum(0), sequence.matrix[example])
-
-
-@some_families
-def test_block_and_diagonal__are_parts_of_full(family: Family) -> None:
-    found = rows(family.problem(), EF)
-    blocks = block_indices(found)
-    assert torch.equal(torch.cat(list(blocks.values())).sort().values, torch.arange(found.matrix.shape[1]))
-    assert_close(diagonal(found), block(found).diagonal())
-    assert_close(block(found, "sum"), found.count * block(found))
-    for index in blocks.values():
-        assert_close(block(found)[index[:, None], index], full(found)[index[:, None], index])
-    inside = sum(len(index) ** 2 for index in blocks.values())
-    assert int(block(found).count_nonzero()) <= inside
-
-
-def test_layout__tied_and_frozen_parameters() -> None:
-    assert list(layout(FAMILIES["tied_head_parameter"].problem())) == [
-        "position",
-        "emb.weight",
-        "body.weight",
-        "body.bias",
-        "head.bias",
-    ]
-    assert list(layout(FAMILIES["shared_module"].problem())) == ["0.weight", "0.bias", "4.weight", "4.bias"]
-    assert list(layout(FAMILIES["frozen_weight"].problem())) == ["0.bias", "2.bias", "4.weight", "4.bias"]
-    assert set(block_indices(rows(FAMILIES["tied_linears"].problem(), EF))) == {"0", "2", "4"}
-
-
-def test_rows__padding_row_of_an_embedding_is_zero() -> None:
-    exact = rows(FAMILIES["embedding"].problem(), EXACT)
-    weight = exact.matrix[:, exact.layout["emb.weight"]].reshape(-1, 6, 4)
-    assert weight[:, 1].norm() == 0
-    assert weight[:, 3].norm() > 0
-
-
-def test_rows__chosen_names_pick_columns() -> None:
-    family = FAMILIES["mlp"]
-    everything = rows(family.problem(), EXACT)
-    some = rows(Problem(*family.build(), params=("2.bias", "0.weight")), EXACT)
-    assert list(some.layout) == ["0.weight", "2.bias"]
-    picked = [everything.matrix[:, everything.layout[name]] for name in some.layout]
-    assert_close(some.matrix, torch.cat(picked, dim=1))
-
-
 # --- Kronecker factors -----------------------------------------------------------------------------------------------
 
 
@@ -227,8 +202,7 @@ def test_capture__inputs_and_gradients_make_the_weight_rows(family: Family) -> N
         found = rows(problem, kind)
         for layer in capture(problem, kind).values():
             for r, g in enumerate(layer.gradients):
-                expected = g.T @ layer.inputs[int(found.example[r])]
-                assert_close(found.matrix[r, layer.index], expected)
+                assert_close(found.matrix[r, layer.index], g.T @ layer.inputs[int(found.example[r])])
 
 
 @some_families
@@ -266,50 +240,22 @@ def test_kronecker_layers__only_where_the_rule_holds() -> None:
     assert {name: kronecker_layers(FAMILIES[name].problem()) for name in expected} == expected
 
 
-@some_families
-@every_sharing
-def test_kronecker__ekfac_keeps_the_trace_and_is_no_farther_than_kfac(family: Family, sharing: Sharing) -> None:
-    problem = family.problem()
-    dense = full(rows(problem, EXACT))
-    by_method = [layer_blocks(problem, EXACT, method, sharing) for method in METHODS]
-    for name, (index, ekfac) in by_method[1].items():
-        truth = dense[index[:, None], index]
-        assert_close(ekfac.trace(), truth.trace())
-        assert (ekfac - truth).norm() <= (by_method[0][name][1] - truth).norm() + 1e-12 * truth.norm()
-
-
-@pytest.mark.parametrize("method", METHODS)
-@every_sharing
-def test_kronecker__is_exact_for_a_deep_linear_net_with_squared_error(method: Method, sharing: Sharing) -> None:
-    problem = FAMILIES["deep_linear"].problem()
-    found = kronecker(problem, EXACT, method, sharing)
-    assert_close(found, block(rows(problem, EXACT)))
-
-
-@pytest.mark.parametrize("example", ["sequence", "token"])
-def test_kronecker__expand_is_exact_for_a_deep_linear_net_at_every_position(example: Example) -> None:
+@pytest.mark.parametrize(
+    ("shape", "pooled", "method", "sharing"),
+    [((6, 4), False, "kfac", "expand"), ((6, 4), False, "ekfac", "reduce"), ((3, 2, 4), False, "kfac", "expand"),
+     ((3, 2, 4), True, "kfac", "reduce")],
+    ids=["plain", "ekfac", "every position", "mean of positions"],
+)  # fmt: skip
+def test_kronecker__is_exact_for_a_deep_linear_net_with_squared_error(
+    shape: tuple[int, ...], pooled: bool, method: Method, sharing: Sharing
+) -> None:
     model, inputs, _ = FAMILIES["deep_linear"].build()
     assert isinstance(inputs, Tensor)
-    sequences = inputs.reshape(3, 2, 4)
-    problem = Problem(model, sequences, torch.zeros(3, 2, 3, dtype=torch.float64), "gaussian", example)
-    assert_close(kronecker(problem, EXACT), block(rows(problem, EXACT)))
-
-
-def test_kronecker__reduce_is_exact_for_a_deep_linear_net_with_mean_pooling() -> None:
-    model, inputs, _ = FAMILIES["deep_linear"].build()
-    assert isinstance(inputs, Tensor)
-    pooled = Compose(lambda m, x: m.body(x).mean(1), body=model)
-    problem = Problem(pooled, inputs.reshape(3, 2, 4), torch.zeros(3, 3, dtype=torch.float64), "gaussian")
-    assert_close(kronecker(problem, EXACT, sharing="reduce"), block(rows(problem, EXACT)))
-
-
-@pytest.mark.parametrize("name", ["mlp", "residual", "frozen_bias", "inplace_relu_linear", "batchnorm1d"])
-def test_kronecker__is_exact_for_one_example_without_shared_positions(name: str) -> None:
-    model, inputs, targets = FAMILIES[name].build()
-    assert isinstance(inputs, Tensor)
-    problem = Problem(model, inputs[:1], targets[:1])
-    for kind, sharing in itertools.product((EF, EXACT), SHARINGS):
-        assert_close(kronecker(problem, kind, "kfac", sharing), block(rows(problem, kind)))
+    if pooled:
+        model = Compose(lambda m, x: m.body(x).mean(1), body=model)
+    x = inputs.reshape(shape)
+    of = Problem(model, x, torch.zeros_like(model(x)), "gaussian")
+    assert_close(kronecker(of, EXACT, method, sharing), block(rows(of, EXACT)))
 
 
 def test_kronecker__reduce_is_exact_for_one_sequence_of_equal_positions() -> None:
@@ -326,26 +272,3 @@ def test_kronecker__factor_order_on_one_layer_by_hand() -> None:
     u = gradient(model(x)[0], y[0], "categorical")
     by_hand = torch.cat([torch.stack([u[o] * x[0, i] for o in range(3) for i in range(2)]), u])
     assert_close(kronecker(Problem(model, x, y), EF), by_hand.outer(by_hand))
-
-
-def test_kronecker__fallback_and_normalization() -> None:
-    problem = FAMILIES["layernorm"].problem()
-    found = rows(problem, EF)
-    norm = block_indices(found)["1"]
-    by_block, by_diagonal = kronecker(problem, EF), kronecker(problem, EF, fallback="diagonal")
-    assert_close(by_block[norm[:, None], norm], full(found)[norm[:, None], norm])
-    assert_close(by_diagonal[norm[:, None], norm], diagonal(found)[norm].diag())
-    assert_close(kronecker(problem, EF, normalization="sum"), found.count * by_block)
-    assert_close(kronecker(problem, EF, layers=[]), block(found))
-
-
-@some_families
-def test_determined_layers__expand_leaves_no_choice_in_the_zoo(family: Family) -> None:
-    problem = family.problem()
-    assert determined_layers(problem, EXACT) == kronecker_layers(problem)
-
-
-def test_determined_layers__reduce_leaves_one_where_the_inputs_means_do_not_span() -> None:
-    """Four mean inputs of five features and a bias: A has a null space that the rows still reach."""
-    problem = FAMILIES["token_mlp"].problem()
-    assert determined_layers(problem, EXACT, "reduce") == ["0"]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
 from fisherkit.randomness import keyed_uniform
@@ -82,60 +81,6 @@ def test_merge__leaves_continuous_draws_alone() -> None:
 
 
 # -- reproducible ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["mlp", "bernoulli_multilabel", "gaussian_vector", "token_mlp"])
-def test_seed__decides_the_draws_and_nothing_else_does(family: str) -> None:
-    of = problem(family)
-    first, again, other, negative = (
-        build(fk.SampledFisher, of, seed=seed).to_dense() for seed in (3, 3, 4, -(1 << 70))
-    )
-    assert torch.equal(first, again)
-    assert error(other, first) > 0.01
-    assert error(negative, first) > 0.01
-
-
-def test_generator__seeds_the_draws_and_moves_on() -> None:
-    of = problem("mlp")
-
-    def pair(seed: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return [build(fk.SampledFisher, of, generator=generator, seed=0).to_dense() for _ in range(2)]
-
-    first, second = pair(1)
-    assert torch.equal(torch.stack(pair(1)), torch.stack([first, second]))
-    assert error(second, first) > 0.01
-    assert error(pair(2)[0], first) > 0.01
-
-
-def test_generators__global_one_neither_matters_nor_moves() -> None:
-    of = problem("mlp")
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    first = build(fk.SampledFisher, of, draws=2).to_dense()
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(1)
-    assert torch.equal(build(fk.SampledFisher, of, draws=2).to_dense(), first)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 6])
-@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
-def test_split__draws_belong_to_the_place_in_the_data(structure: str, batch_size: int) -> None:
-    of = problem("mlp")
-    loader = DataLoader(TensorDataset(of.inputs, of.targets), batch_size=batch_size)
-    expected = build(fk.SampledFisher, of, draws=2, structure=structure)
-    fisher = fk.SampledFisher(of.model, loader, draws=2, structure=structure, chunk_size=batch_size)
-    assert error(fisher.to_dense(), expected.to_dense()) < 1e-12
-
-
-def test_streamed__rows_draw_the_same_labels_in_every_pass() -> None:
-    of = problem("mlp")
-    stored = build(fk.SampledFisher, of, draws=3)
-    streamed = build(fk.SampledFisher, of, draws=3, memory_budget=1000)
-    assert "streamed" in str(streamed.coverage())
-    v = torch.randn(stored.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for _ in range(2):
-        assert error(streamed @ v, stored @ v) < 1e-12
 
 
 def test_targets__are_not_needed() -> None:
@@ -228,10 +173,10 @@ def test_examples__draw_independently_of_their_neighbours_even_if_they_are_the_s
     drawn = labels(LOGITS.expand(2000, 4).clone())
     for distance in (1, 2, 64):
         assert stats.chi2_contingency(counts(drawn[:-distance], drawn[distance:])).pvalue > RARE
-    alike = torch.stack([labels(LOGITS.expand(2, 4).clone(), seed=seed) for seed in range(100)])
+    alike = torch.stack([labels(LOGITS.expand(2, 4).clone(), seed=seed) for seed in range(40)])
     p = torch.softmax(LOGITS, 0)
     agreeing = int((alike[:, 0] == alike[:, 1]).sum())
-    assert stats.binomtest(agreeing, 100, float(p.square().sum())).pvalue > RARE
+    assert stats.binomtest(agreeing, 40, float(p.square().sum())).pvalue > RARE
 
 
 # -- the numbers behind it ---------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ The numbers of the empirical and improved kinds are those of Wu, Yu, Zhang, Wood
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,7 +112,7 @@ def test_sampled__is_unbiased(family: str) -> None:
     of = problem(family)
     exact = build(fk.ExactFisher, of)
     v = torch.randn(exact.size, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    forms = torch.stack([build(fk.SampledFisher, of, seed=s).quadratic_form(v) for s in range(100)])
+    forms = torch.stack([build(fk.SampledFisher, of, seed=s).quadratic_form(v) for s in range(60)])
     z = (forms.mean(0) - exact.quadratic_form(v)) / (forms.std(0) / len(forms) ** 0.5)
     assert bool((z.abs() < 4).all()), z
 
@@ -198,44 +196,6 @@ def test_perfect_fit__the_fisher_vanishes_and_the_improved_empirical_does_not() 
     assert traces["ief"][-1] > 0.5 * traces["ief"][0]
 
 
-# -- the paper's toy, figure 1 -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("theta", "natural", "empirical"),
-    [((1.0, -0.9), 0.746, 3.77), ((0.5, 1.0), 0.981, 1.63)],
-    ids=["(1,-.9)", "(.5,1)"],
-)
-def test_toy__quality_of_each_update_is_the_papers(
-    theta: tuple[float, float], natural: float, empirical: float
-) -> None:
-    """f = θ₀ + θ₁x on (0, 0) and (1, 0) with loss Σ½(y − f)²; γ = √(ΔᵀFΔ) / |Δᵀ∇L| relative to gradient descent's."""
-    model = nn.Linear(1, 1).double()
-    with torch.no_grad():
-        model.bias.fill_(theta[0])
-        model.weight.fill_(theta[1])
-    x, y = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
-    options: dict[str, Any] = {"likelihood": "gaussian", "normalization": "sum"}
-    exact, ef, ief = (
-        kind(model, (x, y), **options) for kind in (fk.ExactFisher, fk.EmpiricalFisher, fk.ImprovedEmpiricalFisher)
-    )
-    grads = torch.autograd.grad(0.5 * (model(x) - y).square().sum(), [model.weight, model.bias])
-    slope = torch.cat([g.reshape(-1) for g in grads])
-
-    def quality(update: Tensor) -> float:
-        return float(exact.quadratic_form(update).sqrt() / (update @ slope).abs())
-
-    sgd = quality(slope)
-    found = {
-        name: quality(f.solve(slope, damping=TINY)) / sgd for name, f in (("ngd", exact), ("ief", ief), ("ef", ef))
-    }
-    assert float(f"{found['ngd']:.3g}") == natural
-    assert float(f"{found['ef']:.3g}") == empirical
-    assert found["ief"] == pytest.approx(found["ngd"], rel=1e-6)
-    # Nothing is better than the natural gradient, whose γ is 1 / √(∇Lᵀ F⁻¹ ∇L).
-    assert found["ngd"] * sgd == pytest.approx(float((slope @ exact.solve(slope, damping=TINY)) ** -0.5), rel=1e-6)
-
-
 # -- Gauss-Newton ------------------------------------------------------------------------------------------------------
 
 
@@ -286,40 +246,7 @@ def _jacobian(of: Problem, n: int) -> Tensor:
     return torch.stack([torch.cat([g.reshape(-1) for g in grads]) for grads in found])
 
 
-# -- the data: how it is cut and in which order it comes ---------------------------------------------------------------
-
-
-def cut(of: Problem, index: Tensor) -> tuple[Any, Tensor]:
-    """Some of the examples as a batch."""
-    if isinstance(of.inputs, Tensor):
-        return of.inputs[index], of.targets[index]
-    return {name: value[index] for name, value in of.inputs.items()}, of.targets[index]
-
-
-@pytest.mark.parametrize(
-    ("kind", "structure"),
-    [("ef", "full"), ("ief", "block"), ("sf", "diagonal"), ("sf", "ekfac"), ("truncated", "kfac"), ("exact", "full"),
-     ("exact", "block"), ("exact", "diagonal"), ("exact", "kfac"), ("exact", "ekfac")],
-)  # fmt: skip
-@pytest.mark.parametrize("family", ["conv_pooled", "mapping_batch_by_token"])
-def test_data__batch_split_order_and_chunks_do_not_change_f(family: str, structure: str, kind: str) -> None:
-    of = problem(family)
-    cls, options = KINDS[kind]
-    options = options | {"structure": structure, "likelihood": of.likelihood, "example": of.example}
-    n = len(of.targets)
-    expected = build(cls, of, **options)
-    pieces = [torch.arange(n)[:1], torch.arange(n)[1 : n - 1], torch.arange(n)[n - 1 :]]
-    variants = {
-        "split": ([cut(of, piece) for piece in pieces], {}),
-        "chunk 1": (cut(of, torch.arange(n)), {"chunk_size": 1}),
-        "chunk 2, split": ([cut(of, piece) for piece in pieces], {"chunk_size": 2}),
-    }
-    if kind != "sf":  # its draws belong to an example's place in the data, so that another order draws anew
-        variants["reversed"] = [cut(of, piece.flip(0)) for piece in reversed(pieces)], {}
-    for name, (data, more) in variants.items():
-        fisher = cls(of.model, data, **options, **more)
-        assert error(fisher.to_dense(), expected.to_dense()) < 1e-11, name
-        assert (fisher.examples, fisher.rows) == (expected.examples, expected.rows), name
+# -- what is kept ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac"])

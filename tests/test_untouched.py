@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import fisherkit as fk
 from fisherkit.kinds import KINDS
+from tests.axes import paired
 from tests.reference.models import EVERY_FORM, FAMILIES
 from tests.rich_model import Calls, batches, rich
 from tests.snapshot import of_model, untouched
@@ -30,8 +31,8 @@ def use(fisher: fk.FisherApproximation, *, square: bool = True) -> None:
     fisher.quadratic_form(v)
     fisher.diagonal()
     fisher.trace()
-    fisher.solve(v, damping=0.1)
-    fisher.factorize(0.1).sample(torch.Generator().manual_seed(0))
+    fisher.solve(v, damping=10.0)  # few steps where they are iterations
+    fisher.factorize(10.0).sample(torch.Generator().manual_seed(0))
     fisher.coverage()
     (2.0 * fisher) @ v
     (fisher + fisher) @ v
@@ -41,8 +42,7 @@ def use(fisher: fk.FisherApproximation, *, square: bool = True) -> None:
         fisher.logdet(0.1)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "structure"), paired(KINDS, STRUCTURES))
 def test_construction__touches_nothing(kind: str, structure: str) -> None:
     model, data = rich(), batches()
     with untouched(model, data):

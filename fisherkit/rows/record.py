@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
@@ -71,12 +72,11 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         uses: what was seen.
-        elsewhere: names of parameters that functions without a rule have used, with a gradient.
+        outside_rules: names of parameters that functions without a rule have used, with a gradient.
         without_graph: names of parameters that were used where no gradients are.
         random: whether dropout was active.
         coarsest: the floating dtype that rounds most, of all that is differentiated; autocast may be inside the model.
         casts: whether a module was cast in place, which ``torch.func`` does not survive.
-        hooked: whether a hook was put on a tensor, which may change its gradient.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
     """
 
@@ -94,21 +94,32 @@ class Recorder(TorchFunctionMode):
         self.names, self.batch, self.shared = names, batch, shared
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
-        self.elsewhere: set[str] = set()
+        self.outside_rules: set[str] = set()
         self.without_graph: set[str] = set()
-        self.random = self.casts = self.hooked = False
+        self.random = self.casts = False
         self.coarsest = torch.float64
         self.muted = 0
+        self._hooks = RemovableHandle.next_id
         self._tracker = Tracker(batch)
         self._derivations = Derivations(names)
         for tensor in inputs:
             self._tracker.mark(tensor, Axis(0))
 
+    @property
+    def hooked(self) -> bool:
+        """Whether a hook was registered since, on a tensor or a node of the graph: it may change gradients."""
+        return RemovableHandle.next_id != self._hooks
+
+    @property
+    def mixed(self) -> bool:
+        """Whether numbers without a gradient may have been computed from several examples."""
+        return self._tracker.mixed
+
     def proves(self, z: Tensor) -> bool:
         """Whether the pass itself shows whose the entries of uses with an axis are."""
         made = self._derivations.of(z)
         if made is not None:  # outputs that are functions of parameters alone met no example
-            self.elsewhere.update(made.names)
+            self.outside_rules.update(made.names)
         return self._tracker.proves(z)
 
     def __torch_function__(
@@ -129,7 +140,7 @@ class Recorder(TorchFunctionMode):
                 return _ATTENTION(*args, **kwargs)
         if func is F.batch_norm and self.constant_statistics:
             args, kwargs = _with_constants(args, kwargs)
-        self.casts, self.hooked = self.casts or func == _SET_DATA, self.hooked or func is Tensor.register_hook
+        self.casts = self.casts or func == _SET_DATA
         own = self._derivations.operands(args, kwargs)
         if own and not torch.is_grad_enabled():
             self.without_graph.update(name for _, made in own for name in made.names)
@@ -195,7 +206,7 @@ class Recorder(TorchFunctionMode):
 
     def _leave(self, operands: Operands) -> None:
         """Parameters are used in a way that there is no rule for."""
-        self.elsewhere.update(name for _, made in operands for name in made.names)
+        self.outside_rules.update(name for _, made in operands for name in made.names)
 
     def _rule(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

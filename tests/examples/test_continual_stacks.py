@@ -14,7 +14,6 @@ from examples.continual.methods import KINDS, METHODS, STRUCTURES, Method
 from examples.continual.penalties import FactoredTerm, LinearizedTerm, Penalty
 from examples.continual.stacked import Pass, Perceptron, Stack, with_ones
 from examples.continual.training import Training, initial, learn, orders, sequence
-from fisherkit.continual import EWC
 
 F64 = torch.float64
 WIDTHS, SEEDS, EACH = (6, 5, 4, 3), (0, 1), 3
@@ -133,29 +132,6 @@ def test_penalty__is_the_definition(key: str, normalize: str | None, stack: Stac
             value = value + 0.5 * STRENGTHS[member] * difference @ matrix @ difference
         (expected,) = torch.autograd.grad(value, theta)
         torch.testing.assert_close((out.flat() - before)[member], expected, rtol=1e-8, atol=1e-9)
-
-
-@pytest.mark.parametrize("normalize", [None, "trace"], ids=["raw", "trace"])
-@pytest.mark.parametrize("key", [key for key, method in METHODS.items() if method.kind in KINDS])
-def test_penalty__is_ewcs(key: str, normalize: str | None, stack: Stack, tasks: list[TaskData]) -> None:
-    """The package's own module, for one member and two tasks."""
-    method, count, member = METHODS[key], 20, 4
-    model, own = module(stack, member), member // EACH
-    ewc = EWC(model, strength=float(STRENGTHS[member]), normalize=normalize)
-    builder, penalty = Builder(method, STRENGTHS, normalize), Penalty()
-    for number, at in enumerate([stack, stack.like(stack.storage + 0.1 * normal(len(stack.storage), seed=2))]):
-        data = tasks[number]
-        penalty.terms.append(builder.term(at, data.train, data.train_labels, data.window, count=count, seed=number))
-        _, kind, options = KINDS[method.kind]
-        if method.kind == "sf":
-            options = {"seed": 1000 * number + own}
-        batch = data.train[own, :count], data.train_labels[own, :count]
-        ewc.consolidate(kind(model.load(at.flat()[member]), batch, structure=method.structure, **options))
-    now, out = stack.like(stack.storage + normal(len(stack.storage), seed=3)), stack.like()
-    penalty.add_gradient(now, out)
-    model.load(now.flat()[member])
-    expected = nn.utils.parameters_to_vector(torch.autograd.grad(ewc.penalty(), list(model.parameters())))
-    torch.testing.assert_close(out.flat()[member], expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["truncated-2", "exact"])

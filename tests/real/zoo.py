@@ -20,7 +20,7 @@ from torch import Tensor, nn
 IGNORE = -100
 EXAMPLES = 4
 POSITIONS = 5
-VOCABULARY = 12
+VOCABULARY = 8
 CLASSES = 3
 
 Inputs = dict[str, Tensor]

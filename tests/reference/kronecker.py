@@ -1,22 +1,21 @@
 """KFAC and EKFAC by brute force.
 
 Owns the dense matrices made of captured inputs and output gradients. Layers without a Kronecker rule keep their exact
-block or diagonal.
+block.
 """
 
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from tests.reference.capture import Captured, capture, kronecker_layers
-from tests.reference.fisher import Normalization, Problem, Rows, block, block_indices, diagonal, rows
+from tests.reference.capture import Captured, capture
+from tests.reference.fisher import Problem, block, rows
 from tests.reference.outputs import Kind
 
 Sharing = Literal["expand", "reduce"]
 Method = Literal["kfac", "ekfac"]
-Fallback = Literal["block", "diagonal"]
 
 
 def factors(layer: Captured, sharing: Sharing = "expand") -> tuple[Float[Tensor, "I I"], Float[Tensor, "O O"]]:
@@ -48,88 +47,24 @@ def ekfac_block(
     return dense
 
 
-def layer_blocks(
-    problem: Problem,
-    kind: Kind,
-    method: Method = "kfac",
-    sharing: Sharing = "expand",
-    layers: list[str] | None = None,
-    draws: Shaped[Tensor, "M B *Y"] | None = None,
-) -> dict[str, tuple[Int[Tensor, " d"], Float[Tensor, "d d"]]]:
-    """Each Kronecker layer's flat indices and its dense block over them, "mean" normalization."""
-    exact = rows(problem, kind, draws)
-    found = {}
-    for name, layer in capture(problem, kind, layers, draws).items():
-        a, g = factors(layer, sharing)
-        dense = torch.kron(g, a)
-        if method == "ekfac":
-            dense = ekfac_block(exact.matrix[:, layer.index], _eigenbasis(a), _eigenbasis(g), exact.count)
-        found[name] = layer.index.reshape(-1), dense
-    return found
-
-
 def kronecker(
     problem: Problem,
     kind: Kind,
     method: Method = "kfac",
     sharing: Sharing = "expand",
-    fallback: Fallback = "block",
-    normalization: Normalization = "mean",
-    layers: list[str] | None = None,
     draws: Shaped[Tensor, "M B *Y"] | None = None,
 ) -> Float[Tensor, "D D"]:
-    """The dense KFAC or EKFAC matrix in flat order; modules outside ``layers`` keep their exact block or diagonal."""
+    """The dense KFAC or EKFAC matrix in flat order, "mean"; modules without a Kronecker rule keep their exact block."""
     exact = rows(problem, kind, draws)
-    dense = block(exact) if fallback == "block" else torch.diag(diagonal(exact))
-    for index, values in layer_blocks(problem, kind, method, sharing, layers, draws).values():
+    dense = block(exact)
+    for layer in capture(problem, kind, draws=draws).values():
+        a, g = factors(layer, sharing)
+        values = torch.kron(g, a)
+        if method == "ekfac":
+            bases = torch.linalg.eigh(a).eigenvectors, torch.linalg.eigh(g).eigenvectors
+            values = ekfac_block(exact.matrix[:, layer.index], *bases, exact.count)
+        index = layer.index.reshape(-1)
         dense[index] = 0.0
         dense[:, index] = 0.0
         dense[index[:, None], index] = values
-    return dense * (1 if normalization == "mean" else exact.count)
-
-
-def determined_layers(
-    problem: Problem,
-    kind: Kind,
-    sharing: Sharing = "expand",
-    layers: list[str] | None = None,
-    draws: Shaped[Tensor, "M B *Y"] | None = None,
-) -> list[str]:
-    """Names of the layers whose EKFAC block is one matrix, whichever eigenvectors span a repeated eigenvalue's space.
-
-    Others are defined only up to that choice ("reduce" with fewer examples than inputs, say): compare their trace.
-    """
-    exact, found = rows(problem, kind, draws), []
-    for name, layer in capture(problem, kind, layers, draws).items():
-        a, g = factors(layer, sharing)
-        plain, rotated = (
-            ekfac_block(exact.matrix[:, layer.index], _eigenbasis(a, rotate), _eigenbasis(g, rotate), exact.count)
-            for rotate in (False, True)
-        )
-        if (plain - rotated).norm() <= 1e-9 * plain.norm():
-            found.append(name)
-    return found
-
-
-def uncovered(problem: Problem, exact: Rows, layers: list[str] | None = None) -> list[str]:
-    """Names of the modules with chosen parameters and no Kronecker rule."""
-    names = kronecker_layers(problem) if layers is None else layers
-    return [name for name in block_indices(exact) if name not in names]
-
-
-def _eigenbasis(factor: Float[Tensor, "P P"], rotate: bool = False) -> Float[Tensor, "P P"]:
-    """Eigenvectors of a factor, those of (almost) repeated eigenvalues in another basis of their space if asked."""
-    values: Tensor
-    basis: Tensor
-    values, basis = torch.linalg.eigh(factor)
-    if rotate:
-        apart = values.diff() > 1e-6 * values[-1]
-        cluster = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
-        for group in range(int(cluster[-1]) + 1):
-            members = cluster == group
-            size = int(members.sum())
-            # Any fixed matrix without structure will do: its Q mixes the group.
-            mixing = torch.linspace(-1, 2, size * size, dtype=factor.dtype).cos().reshape(size, size)
-            mixing = torch.linalg.qr(mixing + torch.eye(size, dtype=factor.dtype)).Q
-            basis[:, members] = basis[:, members] @ mixing
-    return basis
+    return dense

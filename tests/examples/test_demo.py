@@ -65,6 +65,7 @@ def test_project__is_the_kinds_theory_without_damping() -> None:
         torch.testing.assert_close(got, share / share.sum(), rtol=0.02, atol=1e-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("command", "words"), [("quality", "1,600 examples"), ("scores", "in truth")])
 def test_commands__take_the_demos_network_and_digits(command: str, words: str) -> None:
     options = {"quality": ("--kinds", "sgd,ief", "--batches", "10"), "scores": ("--worst", "3", "--self", "5")}
