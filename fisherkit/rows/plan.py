@@ -253,10 +253,9 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             others, _ = _units(other, again, v, reference, _one_by_one(again.z, v[0], again.edges))
             if _numbers_without_rule(others) < _numbers_without_rule(units):
                 plan, units, watched = other, others, again
-        layers, generic = (
-            sum(torch.Size(use.output_shape).numel() for use in watched.uses),
-            _numbers_without_rule(units),
-        )
+        # Two uses may have one output, as a recurrent layer's linear maps have.
+        layers = sum({use.edge[:2]: torch.Size(use.output_shape).numel() for use in watched.uses}.values())
+        generic = _numbers_without_rule(units)
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probe=Probe(probe, watched),
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
