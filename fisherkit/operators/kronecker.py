@@ -296,7 +296,8 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _apply(self, columns: Float[Tensor, "D K"], weights: _Weights) -> Float[Tensor, "D K"]:
         """A function of F times V."""
-        grid, u_a, u_g = self._layout.to_grid(columns), self.activation_basis, self.gradient_basis
+        grids, u_a, u_g = self._layout.to_grid(columns), self.activation_basis, self.gradient_basis
+        grid = grids[0] if len(grids) == 1 else grids  # one matrix needs no batched products, which are many calls
         turned = u_g.mT @ grid
         inner = aligned_product(weights.both * aligned_product(turned, u_a), u_a.mT)
         if weights.on_outputs is not None:
@@ -306,7 +307,7 @@ class EigenKroneckerOperator(FisherOperator):
             result += aligned_product(weights.on_inputs * aligned_product(grid, u_a), u_a.mT)
         if weights.on_inputs is not None or weights.outside:
             result += weights.outside * grid
-        return self._layout.to_flat(result)
+        return self._layout.to_flat(result.reshape(grids.shape))
 
     def _turned_back(self, grid: Float[Tensor, "K s r"]) -> Float[Tensor, "D K"]:
         """(U_G ⊗ U_A) times columns over the eigenvectors."""

@@ -149,13 +149,22 @@ def _described(module: nn.Module) -> Iterator[Hashable]:
     """A module's class, mode, hooks, plain attributes, and functions put in the place of its own."""
     yield id(type(module))
     for name, value in module.__dict__.items():
-        plain = value if isinstance(value, (tuple, list)) else (value,)
-        if name.endswith("_hooks"):
-            yield name, tuple(value)
-        elif all(isinstance(v, (bool, int, float, str, type(None))) for v in plain):
-            yield name, tuple(plain)
+        kind = type(value)
+        if kind in _PLAIN:
+            yield name, value
+        elif name.endswith("_hooks"):
+            if value:
+                yield name, tuple(value)
+        elif isinstance(value, (tuple, list)):
+            if all(isinstance(v, _PLAIN) for v in value):
+                yield name, tuple(value)
         elif callable(value):
             yield name, id(value)
+        elif isinstance(value, _PLAIN):
+            yield name, value
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def _form(tree: Any) -> Iterator[Hashable]:
