@@ -63,7 +63,7 @@ class Linearized:
     def __init__(self, plan: Plan, batch: Batch, watched: Watched) -> None:
         dtype = plan.dtype
         self.plan, self.batch = plan, batch
-        known = plan.probe is not None and plan.probe.hooked
+        known = plan.probed is not None and plan.probed.hooked
         uses, exchanging = [in_dtype(use, dtype) for use in watched.uses], watched.exchanging and not known
         self.watched = replace(watched, uses=uses, exchanging=exchanging)
         self.unruled = plan.unruled(self.watched)

@@ -95,7 +95,7 @@ class Plan(Findings):
         parameters: the same by name.
         versions: how often each had been written to.
         key: what the findings are kept under (`rows.verified`); None before.
-        probe: the two examples that the plan was verified on; no plan that is handed on is without.
+        probed: the examples that it was verified on; None while it is being made.
     """
 
     model: nn.Module
@@ -103,7 +103,7 @@ class Plan(Findings):
     parameters: dict[str, Tensor]
     versions: dict[str, int]
     key: Hashable = None
-    probe: Probe = None  # type: ignore[assignment]
+    probed: Probe | None = None
 
     @classmethod
     def of(cls, model: nn.Module, space: ParameterSpace, findings: Findings, key: Hashable = None) -> Plan:
@@ -116,6 +116,13 @@ class Plan(Findings):
             **{**vars(findings), "units": units}, model=model, space=space, parameters=parameters, versions=versions,
             key=key,
         )  # fmt: skip
+
+    @property
+    def probe(self) -> Probe:
+        """The examples that the plan was verified on."""
+        if self.probed is None:
+            raise LookupError("a plan that is being made")
+        return self.probed
 
     @property
     def findings(self) -> Findings:
@@ -257,7 +264,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         layers = sum({use.edge[:2]: torch.Size(use.output_shape).numel() for use in watched.uses}.values())
         generic = _numbers_without_rule(units)
         plan = replace(
-            plan.with_units(units), unused=frozenset(reference.unreached), probe=Probe(probe, watched),
+            plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched),
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
         if plan.generic:
