@@ -31,6 +31,7 @@ from fisherkit.errors import (
     NonFiniteError,
     NotConvergedError,
     NotConvergedWarning,
+    ProcessError,
     SingularMatrixError,
     UnknownParameterError,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "OutputVectors",
     "Outputs",
     "ParameterSpace",
+    "ProcessError",
     "RelativeDamping",
     "SampledFisher",
     "SingularMatrixError",

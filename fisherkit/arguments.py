@@ -75,8 +75,8 @@ def check_number(call: str, name: str, value: object, *, most: float = math.inf)
     if not is_number(value):
         raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="a number")
     if not (math.isfinite(value) and 0 <= value <= most):
-        upper = "0 or more" if most == math.inf else f"from 0 to {most:g}"
-        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected=f"a finite number, {upper}")
+        expected = "a finite number, 0 or more" if most == math.inf else f"a number from 0 to {most:g}"
+        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected=expected)
     return float(value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,15 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.coverage import Coverage, CoverageEntry
+from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError
 from fisherkit.memory import available_memory, readable
 from fisherkit.operators import FisherOperator
 from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
-from fisherkit.rows.collection import Rows
+from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.problem import LONG, BetterPlanError, Problem
+from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows
 from fisherkit.rows.verified import remember
 from fisherkit.structures import Part, Parts, Structure, Sums
@@ -53,9 +56,13 @@ class Builder:
     ) -> None:  # fmt: skip
         self.normalization = normalization
         device = problem.plan.example_parameter.device
+        self.processes = problem.processes
         self.budget = available_memory(device) // 2 if memory_budget is None else memory_budget
+        if self.processes is not None:  # what is decided by it must be decided alike
+            self.budget = min(self.processes.gathered(self.budget))
         self.settings = {
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
+            "processes": self.processes,
         }  # fmt: skip
         self.problem = replace(problem, revisable=True, budget=self.budget)
         self._restart()
@@ -111,24 +118,63 @@ class Builder:
         description, empty = structure.name, structure.empty(self.problem)
         kept: list[Chunk] = []
         if structure.keeps_rows:
-            return empty.added(self._counted(self.problem.batches(description, compared=False)))
+            return self._met(lambda: empty.added(self._counted(self.problem.batches(description, compared=False))))
         rows = self.problem.row_bytes(self.problem.plan.space.names) if structure.passes > 1 else 0
-        keep = rows > 0 and self.needed + rows * self.problem.source.count() <= self.budget
+        keep = rows > 0 and self.needed + rows * self.problem.examples <= self.budget
         readings = 1 if keep else structure.passes
         chunks = self._counted(self.problem.chunks(description, compared=readings > 1), readings)
-        sums: Sums | None = empty.added(_noting(chunks, kept) if keep else chunks)
+        sums: Sums | None = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
         while sums is not None:
-            found, sums = sums, structure.next_pass(sums)
-            if sums is not None:
-                sums = sums.added(kept if keep else self.problem.chunks(description))
+            found, going = sums, structure.next_pass(sums)
+            sums = None if going is None else self._added(going, kept if keep else self.problem.chunks(description))
         return found
+
+    def _added(self, sums: Sums, chunks: Iterable[Chunk]) -> Sums:
+        """With another pass's, of examples that have been counted."""
+        return self._met(lambda: sums.added(chunks), counted=True)
+
+    def _met(self, add: Callable[[], Sums], counted: bool = False) -> Sums:
+        """What a pass adds up; of several processes, what all of them add up, and the examples of all."""
+        if self.processes is None:
+            return add()
+
+        def tried() -> tuple[Sums | None, Batch | None]:
+            try:
+                return add(), None
+            except BetterPlanError as found:
+                return None, found.batch
+
+        sums, batch = self.processes.each("a pass over the data", tried)
+        for better in self.processes.gathered(batch):
+            if better is not None:
+                raise self.problem.better(better)
+        if sums is None:
+            raise LookupError("neither sums nor a reason to begin again")
+        if not counted:
+            self._count_all(self.processes)
+        return sums.met(self.processes)
+
+    def _count_all(self, processes: Processes) -> None:
+        """Examples, rows and dropped traces of all processes, in the order of the ranks."""
+        everyone = processes.gathered((self.examples, self.rows, torch.cat(self.dropped) if self.dropped else None))
+        self.examples, self.rows = sum(one[0] for one in everyone), sum(one[1] for one in everyone)
+        self.dropped = [dropped for _, _, dropped in everyone if dropped is not None]
+        self._require_examples()
 
     def _streamed(self, structure: Structure) -> tuple[FisherOperator, Parts]:
         """Rows that are made anew for every product."""
-        for counted, rows_here, dropped in self.problem.counts("count"):
-            self._count(counted, rows_here, dropped)
-        self._require_examples()
-        rows = StreamedRows(replace(self.problem, revisable=False), self.rows)
+
+        def counted() -> RowSource:
+            for examples, rows_here, dropped in self.problem.counts("count"):
+                self._count(examples, rows_here, dropped)
+            return StreamedRows(replace(self.problem, revisable=False), self.rows)
+
+        rows: RowSource = counted() if self.processes is None else self.processes.each("counting", counted)
+        if self.processes is None:
+            self._require_examples()
+        else:
+            self._count_all(self.processes)
+            rows = SharedRows(rows, self.processes)
         whole = LowRankOperator(
             rows, self.scale, dtype=structure.dtype, device=structure.device, memory_budget=self.budget
         )  # fmt: skip
@@ -149,7 +195,8 @@ class Builder:
         for chunk in chunks:
             self._count(chunk.counted, chunk.rows.count, chunk.dropped)
             yield chunk
-        self._require_examples()
+        if self.processes is None:
+            self._require_examples()
 
     def _count(self, examples: int, rows: int, dropped: Tensor | None) -> None:
         self.examples += examples
@@ -175,7 +222,7 @@ class Builder:
     @property
     def _many(self) -> bool:
         """Whether there are so many backward passes that it is worth knowing what they take."""
-        return self.problem.vectors_per_example > MANY and not self.problem.closed
+        return self.problem.vectors_per_example > MANY and not self.problem.rowless
 
     def _cost(self, found: tuple[int, float], readings: int = 1) -> str:
         passes, seconds = readings * found[0], readings * found[1]

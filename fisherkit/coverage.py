@@ -45,7 +45,7 @@ class Coverage:
     __repr__ = __str__
 
     def to_json(self) -> str:
-        """As recorded in Fisher files."""
+        """The table as Fisher files record it."""
         return json.dumps([asdict(entry) for entry in self.entries])
 
     @classmethod

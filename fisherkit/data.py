@@ -31,7 +31,7 @@ from torch.utils.data import (
 )
 
 from fisherkit.arithmetic import all_finite
-from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError
+from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError, listed
 from fisherkit.model_inputs import DECODER_INPUTS, ModelInputs, virtual_tokens
 from fisherkit.model_state import tensors_hash
 from fisherkit.randomness import RngState, rng_state, untouched_rng
@@ -52,15 +52,6 @@ def _numbers(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(_numbers(v) for v in value)
     return isinstance(value, (bool, int, float, np.number, np.bool_))
-
-
-def _are_targets(value: Any) -> bool:
-    """Whether it is targets as they stand beside inputs, which no batch is."""
-    return (
-        value is None
-        or isinstance(value, (Tensor, np.ndarray))
-        or (isinstance(value, (list, tuple)) and _numbers(value))
-    )
 
 
 def _labelled(raw: Any) -> dict[Any, Any] | None:
@@ -90,6 +81,7 @@ class Batch:
         targets: labels or values; None for unlabelled data.
         size: B.
         axes: which of the inputs' tensors have the batch axis, by their place; the first batch decides for all.
+        place: its own among all batches, for errors.
     """
 
     args: tuple[Any, ...]
@@ -97,6 +89,7 @@ class Batch:
     targets: Tensor | None
     size: int
     axes: dict[int, bool] = field(default_factory=dict)
+    place: str = "data, batch 0"
 
     @classmethod
     def of(
@@ -162,7 +155,7 @@ class Batch:
                 why="in an earlier batch it had as many as there were examples, so it was taken to have one an example",
                 try_=SHARED,
             )
-        return cls(args, kwargs, targets, size, axes)
+        return cls(args, kwargs, targets, size, axes, call)
 
     @classmethod
     def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
@@ -189,7 +182,7 @@ class Batch:
 
     @property
     def raw(self) -> tuple[Any, Tensor | None]:
-        """As a pair that a user could have passed."""
+        """Inputs and targets as a pair that a user could have passed."""
         return (self.args if self.args else self.kwargs), self.targets
 
     @property
@@ -211,7 +204,8 @@ class Batch:
         """Some of the examples; tensors without the batch's leading size are passed as they are."""
         count = index.shape[0] if isinstance(index, Tensor) else len(range(*index.indices(self.size)))
         targets = None if self.targets is None else self.targets[index]
-        return Batch(*self._map_batched(lambda tensor: tensor[index]), targets, count, self.axes)
+        args, kwargs = self._map_batched(lambda tensor: tensor[index])
+        return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets, size=count)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -220,22 +214,8 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         targets = None if self.targets is None else move(self.targets)
-        return Batch(_map_tensors(self.args, move), _map_tensors(self.kwargs, move), targets, self.size, self.axes)
-
-    def shifted(self, ignore_index: int) -> Batch:
-        """Labels moved one position to the left, as a causal language model's loss pairs them with its outputs."""
-        if self.targets is None:
-            return self
-        if self.targets.ndim < 2:
-            raise DataError(
-                call="data",
-                got=f"labels of shape {list(self.targets.shape)} to be shifted",
-                expected="[B, T]",
-                why="shift_labels pairs every position with the next label",
-                try_="shift_labels=False",
-            )
-        last = torch.full_like(self.targets[:, :1], ignore_index)
-        return dataclasses.replace(self, targets=torch.cat([self.targets[:, 1:], last], 1))
+        args, kwargs = _map_tensors(self.args, move), _map_tensors(self.kwargs, move)
+        return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets)
 
     def aligned(self, model: nn.Module, z: Tensor, *, shift: bool, ignore_index: int) -> Batch:
         """Labels beside the outputs that they belong to.
@@ -243,15 +223,28 @@ class Batch:
         Args:
             model: the model; positions that its prompt learning put in front have no labels.
             z: its outputs.
-            shift: whether labels belong to the outputs one position before them.
+            shift: whether labels belong to the outputs one position before them, as in causal language models.
             ignore_index: the label of positions that have none.
+
+        Raises:
+            DataError: labels to be shifted that have no positions.
         """
-        batch, extra = self, virtual_tokens(model)
-        positions = self.targets is not None and self.targets.ndim == 2 and z.ndim == 3
-        if self.targets is not None and positions and extra and z.shape[1] == self.targets.shape[1] + extra:
-            front = self.targets.new_full((self.size, extra), ignore_index)
-            batch = dataclasses.replace(self, targets=torch.cat([front, self.targets], 1))
-        return batch.shifted(ignore_index) if shift else batch
+        targets, extra = self.targets, virtual_tokens(model)
+        if targets is None:
+            return self
+        if extra and targets.ndim == 2 and z.ndim == 3 and z.shape[1] == targets.shape[1] + extra:
+            targets = torch.cat([targets.new_full((self.size, extra), ignore_index), targets], 1)
+        if shift and targets.ndim < 2:
+            raise DataError(
+                call="data",
+                got=f"labels of shape {list(targets.shape)} to be shifted",
+                expected="[B, T]",
+                why="with shift_labels every position is paired with the next label",
+                try_="shift_labels=False",
+            )
+        if shift:
+            targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)], 1)
+        return dataclasses.replace(self, targets=targets)
 
     def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
         """The tensors that have the batch axis, and the function that puts others in their place."""
@@ -383,9 +376,8 @@ class Source:
         self.model = model
         self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
         # A shuffling loader draws its order from the global generator: every pass starts from the same state.
-        self._rng_state = rng_state()
         self._generators = _generators_of(data) if isinstance(data, DataLoader) else []
-        self._own_states = [generator.get_state() for generator in self._generators]
+        self._start = rng_state(self._generators)
         self._axes: dict[int, bool] | None = None
         self._digests: list[str] = []
         self._whole = False
@@ -403,20 +395,19 @@ class Source:
         """A pass that is compared with no other.
 
         Args:
-            state: where the global generators start; None for where they were when the source was made.
+            state: where the generators start; None for where they were when the source was made.
             settled: whether `first` tells of all batches which inputs all examples share; else each for itself.
         """
-        state, own_states = self._rng_state if state is None else state, self._own_states
+        state = self._start if state is None else state
         iterator: Iterator[Any] | None = None
         for number in itertools.count():
-            with torch.inference_mode(False), untouched_rng([], state), self._own(own_states):
+            with torch.inference_mode(False), untouched_rng([], state, self._generators):
                 iterator = iter(self.batches) if iterator is None else iterator
                 try:
                     raw = next(iterator)
                 except StopIteration:
                     return
-                state = rng_state()
-                own_states = [generator.get_state() for generator in self._generators]
+                state = rng_state(self._generators)
             yield Batch.of(raw, f"data, batch {number}", self._axes if settled else None, self._model_inputs)
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -454,7 +445,7 @@ class Source:
             )
 
     def keep_order(self, call: str) -> None:
-        """The same, and every pass that follows must have the order of this one.
+        """Refuse what `refuse_shuffling` refuses, and later every pass in another order than this one.
 
         Args:
             call: for errors.
@@ -467,20 +458,8 @@ class Source:
         """
         self.refuse_shuffling(call)
         if not _in_order(self.batches):
-            for _ in self._compared(self.once(_elsewhere())):
+            for _ in self._compared(self.once((*_elsewhere(), *self._start[3:]))):
                 pass
-
-    @contextlib.contextmanager
-    def _own(self, states: list[Tensor]) -> Iterator[None]:
-        """The loader's own generators at our place in their streams, and back to the caller's afterwards."""
-        before = [generator.get_state() for generator in self._generators]
-        for generator, state in zip(self._generators, states, strict=True):
-            generator.set_state(state)
-        try:
-            yield
-        finally:
-            for generator, state in zip(self._generators, before, strict=True):
-                generator.set_state(state)
 
     def numbered(self) -> Iterator[tuple[int, Batch]]:
         """One pass over the batches, each with its place among those that the user's data yields, for errors."""
@@ -492,6 +471,13 @@ class Source:
         Raises:
             DataError: there is none.
         """
+        first = self.beginning()
+        if first is None:
+            raise DataError(call="data", got="no batch", expected="at least one example")
+        return first
+
+    def beginning(self) -> Batch | None:
+        """The same, or None."""
         if self._first is None:
             # Two examples are needed to see whether examples interact.
             for batch in self.once():
@@ -500,7 +486,7 @@ class Source:
                 if batch.size > 1:
                     break
         if self._first is None:
-            raise DataError(call="data", got="no batch", expected="at least one example")
+            return None
         if self._axes is None and self._first.size > 1:  # of one example, nothing tells what all examples share
             self._axes = self._first.axes
         return self._first
@@ -543,7 +529,9 @@ def _is_batch(data: Data) -> bool:
     if not isinstance(data, (tuple, list)) or len(data) < 2:
         return False
     # No batch is a bare tensor.
-    return all(isinstance(part, (Tensor, np.ndarray)) for part in data) or (len(data) == 2 and _are_targets(data[1]))
+    return any(isinstance(part, (Tensor, np.ndarray)) for part in data) or (
+        len(data) == 2 and (data[1] is None or _numbers(data[1]))
+    )
 
 
 def _changed(number: int) -> DataError:
@@ -589,6 +577,15 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
         ModelError: they are on several devices or of several dtypes.
     """
     parameters = dict(model.named_parameters())
+    sharded = [name for name in names if hasattr(parameters[name], "full_tensor")]  # what DTensors have
+    if sharded:
+        raise ModelError(
+            call="params",
+            got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
+            expected="whole ones", why="rows are made of layers whose weights are at hand",
+            try_="a model of the full weights: torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "StateDictOptions(full_state_dict=True)",
+        )  # fmt: skip
     found = {(parameters[name].device, parameters[name].dtype) for name in names}
     if len(found) > 1:
         raise ModelError(

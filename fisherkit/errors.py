@@ -115,6 +115,10 @@ class MissingPackageError(FisherkitError, ImportError):
         return cls(call=call, got=f"no {package} ({error})", expected=expected, try_=advice)
 
 
+class ProcessError(FisherkitError, RuntimeError):
+    """Another process of the group failed, ended, or computes something else; the message names its rank."""
+
+
 class NotConvergedError(FisherkitError, RuntimeError):
     """An iterative solver stopped before its tolerance and the caller asked for an error."""
 

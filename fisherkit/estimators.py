@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_count
+from fisherkit.arguments import check_count, is_number
 from fisherkit.arithmetic import all_finite, checked_product, without_autocast
-from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, NotConvergedWarning
 
 DEFAULT_SEED = 2406
 """Seed of the generator that is made where none is passed."""
@@ -82,8 +82,7 @@ def hutchinson_trace(
     Returns:
         Scalars. Cost: ``samples`` products with F, in batches of columns.
     """
-    check_count("hutchinson_trace", "samples", samples)
-    signs = _signs(operator, samples, generator, vectors_each=3)
+    signs = _signs("hutchinson_trace", operator, samples, generator, vectors_each=3)
     return _mean((v * _product(operator, v)).sum(dim=0) for v in signs)
 
 
@@ -104,8 +103,7 @@ def hutchinson_diagonal(
     Returns:
         Tensors [D]. Cost: ``samples`` products with F, in batches of columns.
     """
-    check_count("hutchinson_diagonal", "samples", samples)
-    signs = _signs(operator, samples, generator, vectors_each=3)
+    signs = _signs("hutchinson_diagonal", operator, samples, generator, vectors_each=3)
     return _mean(v * _product(operator, v) for v in signs)
 
 
@@ -139,11 +137,15 @@ def lanczos_logdet(
         InvalidArgumentError: an argument out of range, or a clearly negative eigenvalue.
     """
     why = "products alone do not tell whether F is singular, and then log det F = -inf"
-    mean, error = _damped_mean("lanczos_logdet", torch.log1p, operator, damping, samples, steps, generator, why)
-    # Sign vectors have vᵀv = D: the constant log λ is integrated exactly, and only F/λ is left to chance.
-    return _scaled(operator, math.log(damping) + mean, error)
+
+    def log_damped(x: Tensor) -> Tensor:
+        # Sign vectors have vᵀv = D: the constant log λ is integrated exactly, and only F/λ is left to chance.
+        return math.log(damping) + torch.log1p(x)
+
+    return _damped_sum("lanczos_logdet", log_damped, operator, damping, samples, steps, generator, why)
 
 
+@without_autocast()
 def lanczos_effective_dimension(
     operator: SupportsMatvec,
     *,
@@ -168,8 +170,9 @@ def lanczos_effective_dimension(
         InvalidArgumentError: an argument out of range, or a clearly negative eigenvalue.
     """
     why = "at λ = 0 it is the rank of F, which products alone do not tell"
-    name = "lanczos_effective_dimension"
-    return _scaled(operator, *_damped_mean(name, _share, operator, damping, samples, steps, generator, why))
+    return _damped_sum(
+        "lanczos_effective_dimension", lambda x: x / (1 + x), operator, damping, samples, steps, generator, why
+    )
 
 
 @without_autocast()
@@ -219,10 +222,10 @@ def lanczos_eigenvalues(
 
     Cost: one product with k columns a step, and that many vectors [D] kept.
     """
+    source = _source("lanczos_eigenvalues", operator, generator)
     check_count("lanczos_eigenvalues", "k", k, most=operator.size)
     check_count("lanczos_eigenvalues", "steps", steps, optional=True)
     steps = 100 if steps is None else steps
-    source = _source(generator)
     start = [torch.randn(operator.size, generator=source, device=source.device) for _ in range(k)]
     block = torch.linalg.qr(torch.stack(start, dim=1).to(operator.device, operator.dtype)).Q
     basis: list[Tensor] = []
@@ -257,17 +260,13 @@ def lanczos_eigenvalues(
     return values.flip(0).to(operator.device, operator.dtype)
 
 
-def _share(x: Tensor) -> Tensor:
-    return x / (1 + x)
-
-
-def _damped_mean(
+def _damped_sum(
     name: str, function: Callable[[Tensor], Tensor], operator: SupportsMatvec, damping: float, samples: int, steps: int,
     generator: torch.Generator | None, why: str,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
-    """Mean of f(F/λ) over its eigenvalues and the error of that; f's derivatives are positive and negative in turn."""
+) -> Estimate:  # fmt: skip
+    """Σ f(F/λ) over its D eigenvalues; f's derivatives are positive and negative in turn."""
     call = f"{name}(damping={damping})"
-    if not (math.isfinite(damping) and damping > 0):
+    if not (is_number(damping) and math.isfinite(damping) and damping > 0):
         raise InvalidArgumentError(call=call, got=str(damping), expected="a finite number > 0", why=why)
     bounds = []
     for diagonal, coupling in _tridiagonal(name, operator, samples, steps, generator):
@@ -278,23 +277,19 @@ def _damped_mean(
             bounds.append((weights * function(nodes.clamp(min=0) / damping)).sum(dim=1))
     high, low = torch.cat(bounds[::2]), torch.cat(bounds[1::2])
     middle = _mean([0.5 * (high + low)])
-    return middle.value, middle.standard_error + 0.5 * (high - low).mean().abs()
-
-
-def _scaled(operator: SupportsMatvec, mean: Tensor, error: Tensor) -> Estimate:
-    """D times a mean over eigenvalues, as the operator's estimate."""
-    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (mean, error)))
+    error = middle.standard_error + 0.5 * (high - low).mean().abs()
+    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (middle.value, error)))
 
 
 def _tridiagonal(
     call: str, operator: SupportsMatvec, samples: int, steps: int, generator: torch.Generator | None
 ) -> Iterator[tuple[Float[Tensor, "K m"], Float[Tensor, "K m"]]]:
     """Yield batches of F's projections on Krylov spaces of sign vectors: diagonals, and couplings to the next step."""
-    for name, value in (("samples", samples), ("steps", steps)):
-        check_count(call, name, value)
+    check_count(call, "steps", steps)
+    source = _source(call, operator, generator)
     steps = min(steps, operator.size)
     eps = torch.finfo(operator.dtype).eps
-    for signs in _signs(operator, samples, generator, vectors_each=steps):
+    for signs in _signs(call, operator, samples, source, vectors_each=steps):
         q = signs / math.sqrt(operator.size)
         basis = torch.zeros(steps, *q.shape, dtype=q.dtype, device=q.device)
         diagonal, coupling = torch.zeros(2, steps, q.shape[1], dtype=q.dtype, device=q.device)
@@ -348,10 +343,11 @@ def _orthogonalize(
 
 
 def _signs(
-    operator: SupportsMatvec, samples: int, generator: torch.Generator | None, *, vectors_each: int
+    call: str, operator: SupportsMatvec, samples: int, generator: torch.Generator | None, *, vectors_each: int
 ) -> Iterator[Float[Tensor, "D _"]]:
     """Yield batches of random sign columns. Each is drawn by itself: neither batches nor dtype change the numbers."""
-    source = _source(generator)
+    check_count(call, "samples", samples)
+    source = _source(call, operator, generator)
     batch = max(1, _WORKSPACE_ENTRIES // (operator.size * vectors_each))
     for start in range(0, samples, batch):
         draws = [
@@ -361,8 +357,18 @@ def _signs(
         yield torch.stack(draws, dim=1).to(operator.device, operator.dtype) * 2 - 1
 
 
-def _source(generator: torch.Generator | None) -> torch.Generator:
-    """The generator passed, or a fresh one on the CPU, so that all devices see the same numbers."""
+def _source(call: str, operator: object, generator: torch.Generator | None) -> torch.Generator:
+    """The generator passed, or a fresh one on the CPU, so that all devices see the same numbers.
+
+    Raises:
+        InvalidTypeError: it is none, or the operator is none.
+    """
+    for name, value, kind, expected in (
+        ("operator", operator, SupportsMatvec, "a Fisher, or an object with size, dtype, device and matvec"),
+        ("generator", generator, torch.Generator | None, "a torch.Generator or None"),
+    ):
+        if not isinstance(value, kind):
+            raise InvalidTypeError(call=call, got=f"a {type(value).__name__} as {name}", expected=expected)
     return torch.Generator().manual_seed(DEFAULT_SEED) if generator is None else generator
 
 

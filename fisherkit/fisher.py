@@ -23,7 +23,8 @@ from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import weight_hashes
 from fisherkit.operators import ForwardingOperator
 from fisherkit.outputs import OutputRule
-from fisherkit.rows.first_batch import plan_of
+from fisherkit.processes import Group, Processes
+from fisherkit.rows.first_batch import joint_plan, plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import structure_named
@@ -74,6 +75,10 @@ class FisherApproximation(ForwardingOperator):
             below F in the Loewner order and its rows are in the data's order; of rows of equal norm the earlier one
             is kept, so that neither batches nor chunk_size matter, up to rounding. `dropped_share` says what is
             missing. Kept rows are never streamed: twice as many must fit in memory_budget.
+        group: the processes that each have a part of the data (`torch.distributed`): None for the default group where
+            one is initialised, False for this process alone. The Fisher is that of all their examples, in the order of
+            the ranks, and the same in every process. Of the full structure (and of block where it keeps rows), every
+            process keeps its own rows, and what is asked of the Fisher must be asked in all processes alike.
 
     Attributes:
         likelihood: of the loss.
@@ -112,6 +117,7 @@ class FisherApproximation(ForwardingOperator):
         shift_labels: bool | None = None,
         kfac_positions: str = "expand",
         max_rows: int | None = None,
+        group: Group = None,
     ) -> None:
         call = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -120,6 +126,7 @@ class FisherApproximation(ForwardingOperator):
         check_choice(call, "example", example, ("sequence", "token"))
         check_choice(call, "normalization", normalization, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
+        check_choice(call, "shift_labels", shift_labels, (None, True, False))
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
         _only_full(call, structure, max_rows)
@@ -136,16 +143,24 @@ class FisherApproximation(ForwardingOperator):
         rule = rule_of(kind, call=call)
         if generator is not None and rule.random:
             rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))
-        model, params = _within(model, params)
+        model, params = within_wrappers(model, params)
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
         device, dtype = model_device(model, space.names)
         super().__init__(space, dtype=at_least_single(dtype), device=device)
-        source = Source(data, model)
-        plan = plan_of(model, space, source)
+        whole, covered = weight_hashes(model, space.names)
+        source, processes = Source(data, model), Processes.of(group, device, call)
+        if processes is not None:
+            processes.require_same(call, {
+                "parameters": space.names, "dtype": dtype, "weights": whole, "likelihood": resolved.recorded,
+                "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
+                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget),
+            })  # fmt: skip
         problem = Problem(
-            plan, source, resolved, rule, example == "token",
-            is_causal(model) if shift_labels is None else shift_labels, chunk_size, progress,
+            plan_of(model, space, source) if processes is None else joint_plan(model, space, source, processes),
+            source, resolved, rule, example == "token", is_causal(model) if shift_labels is None else shift_labels,
+            chunk_size, progress and (processes is None or processes.rank == 0), processes=processes,
+            offset=0 if processes is None or not rule.random else processes.before(source.count),
         )  # fmt: skip
         builder = Builder(
             problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
@@ -156,7 +171,6 @@ class FisherApproximation(ForwardingOperator):
         self.likelihood = resolved
         self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
         self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
-        whole, covered = weight_hashes(model, space.names)
         self.metadata = {
             "kind": rule.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
             "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
@@ -170,7 +184,7 @@ class FisherApproximation(ForwardingOperator):
         }  # fmt: skip
 
 
-def _within(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
+def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
     """The model inside its wrappers, and the selection by its own names."""
     prefix = wrapped_in(model)
     if prefix and isinstance(params, Iterable) and not isinstance(params, str):

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit.arithmetic import all_finite
-from fisherkit.errors import DataError, InvalidArgumentError
+from fisherkit.errors import DataError, InvalidArgumentError, listed
 
 Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
 
@@ -58,8 +58,10 @@ class Likelihood(ABC):
     """Least and largest target, and what they are; no words where all numbers are targets."""
     strict = False
     """Whether outputs and targets of unusual form are taken for mistakes, as where the likelihood is a bare word."""
+    arguments: ClassVar[tuple[str, ...]] = ()
+    """Attributes that `settings` records, whose defaults are the class's."""
     reduction: str | None = None
-    """Of the torch module that the likelihood was read off, "mean" over all outputs or "sum"; None if there is none."""
+    """"mean" over all outputs or "sum", as the torch module says that the likelihood was read off; else None."""
     _confirmed = False
     built_in: ClassVar[bool] = False
     """Whether the class is the package's own, whose closed forms are tested against its loss."""
@@ -126,7 +128,7 @@ class Likelihood(ABC):
         return outputs
 
     def sample_given(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... channels"], target: Tensor) -> Tensor:
-        """As `sample`, beside an observed target, part of which may be no label but given, as a known variance is."""
+        """Targets drawn beside an observed one, part of which may be given and not drawn, as a known variance is."""
         return self.sample(z, uniform)
 
     def drawn_gradient(self, z: Float[Tensor, "... C"], drawn: Tensor) -> Float[Tensor, "... C"]:
@@ -189,12 +191,20 @@ class Likelihood(ABC):
         """The model's outputs, or numbers of their shape, as positions by outputs.
 
         Raises:
-            DataError: too many axes for a likelihood that is a bare word.
+            DataError: too many axes for a likelihood that does not say which one has the outputs.
         """
         if z.ndim == 1:
             return z.reshape(-1, 1, 1)
-        if z.ndim > 3 and self.strict:
-            refuse_images(z, call)
+        if z.ndim > 3 and self.few_axes:
+            raise DataError(
+                call=call,
+                got=f"outputs of shape {shape_text(z)}",
+                expected="(B, C) or (B, T, C)",
+                why="outputs are positions by classes, the classes last",
+                try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W), or a likelihood "
+                "that says how to read them: fk.likelihoods.Categorical(class_axis=1), or torch's own loss, "
+                "nn.CrossEntropyLoss(), nn.MSELoss() and others",
+            )
         moved = z.movedim(self.class_axis, -1)
         return moved.reshape(z.shape[0], -1, moved.shape[-1])
 
@@ -262,21 +272,36 @@ class Likelihood(ABC):
         if not all_finite(target):
             raise DataError(call=call, got="targets with NaN or infinite entries", expected="finite numbers")
         least, most, allowed = self.support
-        if allowed and bool(((target < least) | (target > most)).any()):
-            got = f"targets from {target.min().item():.4g} to {target.max().item():.4g}"
+        wrong = target[(target < least) | (target > most)].unique().tolist() if allowed else []
+        if wrong:
+            got = f"target{'s' if len(wrong) > 1 else ''} {listed(f'{value:.4g}' for value in wrong)}"
             raise DataError(call=call, got=got, expected=allowed, why=f"the likelihood is {self.name}")
 
     # -- what the package asks -----------------------------------------------------------------------------------------
 
+    @property
+    def few_axes(self) -> bool:
+        """Whether outputs of more than three axes are refused."""
+        return self.strict
+
     def settings(self) -> dict[str, str]:
         """What differs from the default, by argument; recorded in files."""
-        return {}
+        found = {name: getattr(self, name) for name in self.arguments}
+        own = {n: v for n, v in found.items() if isinstance(v, Tensor) or v != getattr(type(self), n)}
+        return {name: setting_text(value) for name, value in own.items()}
 
     @property
     def recorded(self) -> str:
         """The name and the settings: two likelihoods that differ are recorded as different."""
+        return self.name + self._settings_text()
+
+    def __repr__(self) -> str:
+        """The class and the settings that are not the default."""
+        return type(self).__name__ + (self._settings_text() or "()")
+
+    def _settings_text(self) -> str:
         own = ", ".join(f"{name}={value}" for name, value in self.settings().items())
-        return f"{self.name}({own})" if own else self.name
+        return f"({own})" if own else ""
 
     def refuse_sampling(self) -> None:
         """Refuse to draw labels where they would be another distribution's than the loss's.
@@ -285,7 +310,8 @@ class Likelihood(ABC):
             InvalidArgumentError: ℓ is no −log p, or a subclass changed the loss and not the draws.
         """
         why, advice = self.unlikely, "fk.ExactFisher or fk.TruncatedFisher"
-        changed = [name for name in ("gradient", "hessian_factor") if _place(type(self), name) < self._sample_place]
+        own = _place(type(self), "sample")
+        changed = [name for name in ("gradient", "hessian_factor") if _place(type(self), name) < own]
         if not why and changed:
             why = f"the class has its own {' and '.join(changed)} and inherits sample, whose labels belong to others"
             advice = f"sample in {type(self).__name__}; sample = fk.likelihoods.….sample if the inherited one is right"
@@ -295,23 +321,19 @@ class Likelihood(ABC):
                 why=why, try_=advice,
             )  # fmt: skip
 
-    @property
-    def _sample_place(self) -> int:
-        return _place(type(self), "sample")
-
 
 def _place(cls: type[Likelihood], name: str) -> int:
     """How far up the classes a method is defined; 0 for the class itself."""
     return next((i for i, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
 
 
-def label_advice(z: Tensor, target: Tensor) -> str:
-    """What would make labels of a wrong shape fit outputs, as the user might have meant them."""
-    if target.shape == z.shape:
-        return "labels.argmax(-1) if they are one-hot"
-    if target.shape == (*z.shape[:-1], 1):
-        return "labels.squeeze(-1)"
-    return "fk.likelihoods.Categorical(class_axis=1), or logits.movedim(1, -1) in the model, if classes come second"
+def setting_text(value: object) -> str:
+    """Enough of a setting to tell two apart, and short."""
+    if not isinstance(value, Tensor):
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+    numbers = value.flatten().tolist()
+    shown = " ".join(f"{number:.6g}" for number in numbers[:32])
+    return f"[{shown}]" if len(numbers) <= 32 else f"[{shown} ...; sum of {len(numbers)}: {sum(numbers):.9g}]"
 
 
 def shape_text(x: Tensor) -> str:
@@ -320,29 +342,12 @@ def shape_text(x: Tensor) -> str:
     return f"({', '.join(['B', *map(str, x.shape[1:])])})"
 
 
-def refuse_images(z: Tensor, call: str) -> NoReturn:
-    """Refuse outputs with more axes than positions and outputs.
-
-    Raises:
-        DataError: always.
-    """
-    raise DataError(
-        call=call,
-        got=f"outputs of shape {shape_text(z)}",
-        expected="(B, C) or (B, T, C)",
-        why="outputs are positions by classes, the classes last",
-        try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W), or a likelihood that "
-        "says how to read them: fk.likelihoods.Categorical(class_axis=1), or torch's own loss, nn.CrossEntropyLoss(), "
-        "nn.MSELoss() and others",
-    )
-
-
 _TEMPORARY = 1 << 23
 """Entries of the largest temporary of a sum of Hessians that has no closed form."""
 _TRIED = 4
 """Positions on which a class of a user's own is compared with itself."""
 _QUANTILES = (0.01, 0.2, 0.5, 0.8, 0.99)
-"""Of targets at which a gradient is differentiated where none are observed."""
+"""Where targets are drawn at which a gradient is differentiated, if none are observed."""
 _SMALL = 256
 """Outputs up to which its factor is written out for that."""
 

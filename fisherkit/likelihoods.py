@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
-from fisherkit.likelihood import Likelihood, Prepared, label_advice, refuse_images, shape_text
+from fisherkit.arguments import check_number, is_integer
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, listed
+from fisherkit.likelihood import Likelihood, Prepared, setting_text, shape_text
 
 __all__ = [
     "Bernoulli",
@@ -35,26 +36,25 @@ __all__ = [
 Numbers = float | Sequence[float] | Tensor
 """One number, or one for each output."""
 
+WEIGHTED = "a weighted loss is no −log p: its exponential does not sum to one over the labels"
+
 
 class _Separate(Likelihood):
     """Sums over outputs of w (A(z) − y z): the gradient is w (μ − y) and H = diag(w μ′) with μ = A′, the mean of y."""
-
-    per_output: ClassVar[tuple[str, ...]] = ()
-    """Settings that are one number or one for each output."""
 
     def _mean(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         raise NotImplementedError
 
     def _slope(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """μ′."""
+        """The mean's derivative μ′."""
         raise NotImplementedError
 
     def _weight(self, z: Float[Tensor, "... C"]) -> Tensor | float:
-        """w."""
+        """The outputs' weight w."""
         return 1.0
 
     def _curvature(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Diag H without what the target adds."""
+        """The Hessian's diagonal, without what the target adds."""
         return self._slope(z) * self._weight(z)
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
@@ -70,7 +70,7 @@ class _Separate(Likelihood):
         return torch.diag_embed(self._curvature(z).sqrt())
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """As many columns as outputs."""
+        """The number of outputs."""
         return z.shape[-1]
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
@@ -99,20 +99,22 @@ class _Separate(Likelihood):
         return ratio.square().sum(-1)
 
     def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
-        """As for all likelihoods; settings of each output must fit the outputs."""
-        found = super().positions(z, call)
-        for name in self.per_output:
-            value, outputs = getattr(self, name), found.shape[-1]
-            if isinstance(value, Tensor) and value.numel() not in (1, outputs):
-                got = f"{outputs} outputs and {name} of {value.numel()}"
-                raise DataError(call=call, got=got, expected="one, or one for each output")
-        return found
+        """The model's outputs as positions by outputs, for which settings of each output must fit.
 
-    def settings(self) -> dict[str, str]:
-        """Those of each output that are not the default."""
-        found = {name: getattr(self, name) for name in self.per_output}
-        own = {n: v for n, v in found.items() if isinstance(v, Tensor) or v != getattr(type(self), n)}
-        return {name: _text(value) for name, value in own.items()}
+        Raises:
+            DataError: they do not.
+        """
+        there = self.class_axis == -1 or z.ndim > -self.class_axis
+        found = super().positions(z, call) if there else z
+        for name in self.arguments:
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and not (there and value.numel() in (1, found.shape[-1])):
+                raise DataError(
+                    call=call,
+                    got=f"outputs of shape {shape_text(z)} and a {name} of {value.numel()} for axis {self.class_axis}",
+                    expected="one number, or one for each output; all examples share them",
+                )
+        return found
 
 
 class Gaussian(_Separate):
@@ -124,7 +126,7 @@ class Gaussian(_Separate):
 
     name = "gaussian"
     variance: Tensor | float = 1.0
-    per_output = ("variance",)
+    arguments = ("variance",)
 
     def __init__(self, variance: Numbers = 1.0) -> None:
         found = _numbers("Gaussian", "variance", variance, positive=True)
@@ -157,10 +159,12 @@ class GaussianNLL(Gaussian):
 
     name = "gaussian_nll"
     hessian_of_targets = True
+    eps = 1e-6
+    arguments = ("eps",)
 
     def __init__(self, eps: float = 1e-6) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = check_number("GaussianNLL", "eps", eps)
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
         """∂ℓ/∂z = (z − y) / σ²."""
@@ -172,11 +176,11 @@ class GaussianNLL(Gaussian):
         return 1 / target.chunk(2, -1)[1].clamp_min(self.eps)
 
     def target_from_gradient(self, z: Float[Tensor, "... C"], gradient: Float[Tensor, "... C"]) -> Tensor | None:
-        """Never known: the variance is in no gradient."""
+        """None: the variance is in no gradient."""
         return None
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
-        """Refused: there is no label without its variance.
+        """An error: there is no label without its variance.
 
         Raises:
             DataError: always.
@@ -215,10 +219,6 @@ class GaussianNLL(Gaussian):
         if not bool((torch.isfinite(variance) & (variance >= 0)).all()):
             raise DataError(call=call, got="variances below 0, NaN or infinite", expected="finite ones, 0 or more")
         return out, torch.cat([y, variance], -1), mask
-
-    def settings(self) -> dict[str, str]:
-        """The least variance."""
-        return {} if self.eps == 1e-6 else {"eps": str(self.eps)}
 
 
 class Poisson(_Separate):
@@ -262,20 +262,18 @@ class Bernoulli(_Separate):
     support = (0, 1, "probabilities between 0 and 1")
     pos_weight: Tensor | float | None = None
     weight: Tensor | float | None = None
-    per_output = ("pos_weight", "weight")
+    arguments = ("pos_weight", "weight")
 
     def __init__(self, pos_weight: Numbers | None = None, weight: Numbers | None = None) -> None:
-        found = [
-            None if w is None else _numbers("Bernoulli", name, w)
-            for name, w in (("pos_weight", pos_weight), ("weight", weight))
-        ]
-        axes = {w.ndim for w in found if isinstance(w, Tensor) and w.ndim > 1}
-        if axes:  # (C, 1, 1), as torch has weights of outputs (B, C, H, W)
-            self.class_axis = -max(axes)
-        self.pos_weight, self.weight = (w.flatten() if isinstance(w, Tensor) else w for w in found)
-        if pos_weight is not None or weight is not None:
-            self.hessian_of_targets = pos_weight is not None
-            self.unlikely = "a weighted loss is no −log p: its exponential does not sum to one over y"
+        for name, value in (("pos_weight", pos_weight), ("weight", weight)):
+            if value is None:
+                continue
+            found = _numbers("Bernoulli", name, value)
+            if isinstance(found, Tensor):  # (C, 1, 1), as torch has weights of outputs (B, C, H, W)
+                self.class_axis, found = min(self.class_axis, -found.ndim), found.flatten()
+            setattr(self, name, found)
+            self.unlikely = WEIGHTED
+        self.hessian_of_targets = pos_weight is not None
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
         """∂ℓ/∂z = w (σ(z)(1 − y) − pos_weight y σ(−z)); nothing cancels when the fit is nearly perfect."""
@@ -304,19 +302,6 @@ class Bernoulli(_Separate):
         """1 with probability σ(z), else 0."""
         return (uniform < torch.sigmoid(z.double())).to(z.dtype)
 
-    def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
-        """As for all likelihoods; the weights must fit the outputs.
-
-        Raises:
-            DataError: they do not.
-        """
-        if self.class_axis != -1 and z.ndim <= -self.class_axis:
-            raise DataError(
-                call=call, got=f"outputs of shape {shape_text(z)} for weights of {-self.class_axis} axes",
-                expected="weights that all examples share, one for each output",
-            )  # fmt: skip
-        return super().positions(z, call)
-
 
 class Categorical(Likelihood):
     """ℓ = −Σ_c w_c q_c log softmax(z)_c over an example's positions that are not ignored; q is e_y for a label y.
@@ -341,6 +326,7 @@ class Categorical(Likelihood):
     labels_mask = True
     weight: Tensor | None = None
     label_smoothing = 0.0
+    arguments = ("ignore_index", "class_axis", "weight", "label_smoothing")
     _chosen: str = ""
     _settled = False
 
@@ -351,21 +337,22 @@ class Categorical(Likelihood):
         weight: Sequence[float] | Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
-        if class_axis not in (None, -1, 1):
-            raise InvalidArgumentError(call="Categorical", got=f"class_axis={class_axis}", expected="-1 or 1")
-        if not 0 <= label_smoothing <= 1:
-            raise InvalidArgumentError(
-                call="Categorical", got=f"label_smoothing={label_smoothing}", expected="a number from 0 to 1"
-            )
-        self.ignore_index, self.label_smoothing = ignore_index, float(label_smoothing)
+        call = "Categorical"
+        if not is_integer(ignore_index):
+            got = f"ignore_index of type {type(ignore_index).__name__}"
+            raise InvalidTypeError(call=call, got=got, expected="an integer, the label of positions that do not count")
+        self.ignore_index = ignore_index
+        self.label_smoothing = check_number(call, "label_smoothing", label_smoothing, most=1)
         if class_axis is not None:
+            if not is_integer(class_axis) or class_axis not in (-1, 1):
+                raise InvalidArgumentError(call=call, got=f"class_axis={class_axis!r}", expected="-1 or 1")
             self.class_axis, self._chosen = class_axis, "by the user"
         if weight is not None:
-            found = _numbers("Categorical", "weight", weight)
+            found = _numbers(call, "weight", weight)
             if not isinstance(found, Tensor) or found.ndim != 1:
-                raise InvalidArgumentError(call="Categorical", got="weight of no axis or several", expected="[C]")
+                raise InvalidArgumentError(call=call, got="weight of no axis or several", expected="[C]")
             self.weight, self.hessian_of_targets = found, True
-            self.unlikely = "a weighted loss is no −log p: its exponential does not sum to one over the labels"
+            self.unlikely = WEIGHTED
 
     @property
     def hard(self) -> bool:
@@ -408,11 +395,11 @@ class Categorical(Likelihood):
         return _softmax_columns(rows.reshape(-1, c), index.reshape(-1)).reshape(rows.shape).mT
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """One column less than classes."""
+        """The number of classes less one."""
         return z.shape[-1] - 1
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
-        """As in `hessian_factor`, O(C) each."""
+        """Columns of `hessian_factor`, O(C) each."""
         return _softmax_columns(z, index)
 
     def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
@@ -426,7 +413,7 @@ class Categorical(Likelihood):
         return p * (relative - (p * relative).sum(-1, keepdim=True))
 
     def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Its diagonal, p(1 − p)."""
+        """The Hessian's diagonal, p(1 − p)."""
         p = torch.softmax(z, -1)
         return p * _complement(p)
 
@@ -463,7 +450,7 @@ class Categorical(Likelihood):
         return (cumulative < uniform[..., :1]).sum(-1).clamp_max(z.shape[-1] - 1)
 
     def channels(self, outputs: int) -> int:
-        """One number a draw."""
+        """One uniform number for each draw."""
         return 1
 
     def drawn_gradient(self, z: Float[Tensor, "... C"], label: Tensor) -> Float[Tensor, "... C"]:
@@ -510,11 +497,10 @@ class Categorical(Likelihood):
 
     # -- shapes --------------------------------------------------------------------------------------------------------
 
-    def positions(self, z: Float[Tensor, "B ..."], call: str) -> Float[Tensor, "B P C"]:
-        """The classes last, from wherever they are."""
-        if z.ndim > 3 and not self._chosen:
-            refuse_images(z, call)
-        return super().positions(z, call)
+    @property
+    def few_axes(self) -> bool:
+        """Whether the user has not said where the classes are."""
+        return not self._chosen
 
     def check_reading(self, z: Tensor, target: Tensor | None, inputs: list[Tensor], call: str) -> None:
         """Where labels leave it open whether (B, A, A') has its classes last, only the inputs' positions can tell."""
@@ -545,22 +531,14 @@ class Categorical(Likelihood):
         Raises:
             DataError: shapes or values that do not fit.
         """
-        if z.ndim == 1:
-            raise DataError(
-                call=call,
-                got="outputs of shape (B,)",
-                expected="(B, C) or (B, T, C)",
-                why="a categorical likelihood needs one output for each class",
-                try_='likelihood="bernoulli" for one logit',
-            )
-        raw = z
-        z = self.positions(raw, call)
+        raw, z = z, self.positions(z, call)
         c = z.shape[-1]
         if c < 2:
             raise DataError(
                 call=call,
-                got="one output a position",
-                expected="at least two classes",
+                got=f"outputs of shape {shape_text(raw)}",
+                expected="(B, C) or (B, T, C) with at least two classes",
+                why="a categorical likelihood needs one output for each class",
                 try_='likelihood="bernoulli" for one logit',
             )
         if self.weight is not None and len(self.weight) != c:
@@ -584,36 +562,39 @@ class Categorical(Likelihood):
                     if target.shape == raw.shape else ""
                 ),
             )  # fmt: skip
-        wanted = torch.Size(n for i, n in enumerate(raw.shape) if i != self.class_axis % raw.ndim)
+        axis = self.class_axis % raw.ndim
+        wanted = raw.shape[:axis] + raw.shape[axis + 1 :]
         if target.shape != wanted:
-            last = self.class_axis % raw.ndim == raw.ndim - 1
-            other = target.shape == raw.shape[:-1]
+            if target.shape == raw.shape[:-1]:
+                advice = "fk.likelihoods.Categorical(class_axis=-1), for classes on the last axis"
+            elif target.shape == raw.shape:
+                advice = "labels.argmax(-1) if they are one-hot"
+            elif target.shape == (*raw.shape[:-1], 1):
+                advice = "labels.squeeze(-1)"
+            else:
+                advice = "fk.likelihoods.Categorical(class_axis=1), or logits.movedim(1, -1) in the model, if classes "
+                advice += "come second"
             raise DataError(
                 call=call,
                 got=f"labels of shape {shape_text(target)} for outputs {shape_text(raw)}",
-                expected=f"({', '.join(['B', *map(str, wanted[1:])])})",
-                why=f"the {'last axis' if last else 'axis 1'} of the outputs holds the classes",
-                try_="fk.likelihoods.Categorical(class_axis=-1), for classes on the last axis"
-                if other
-                else label_advice(raw, target),
+                expected=shape_text(z.new_empty(wanted)),
+                why="the last axis of the outputs holds the classes"
+                if axis == raw.ndim - 1
+                else "the classes are on axis 1 of the outputs",
+                try_=advice,
             )
         target = target.reshape(z.shape[:2]).long()
         mask = target != self.ignore_index
-        if bool((mask & ((target < 0) | (target >= c))).any()):
+        wrong = target[mask & ((target < 0) | (target >= c))].unique().tolist()
+        if wrong:
             raise DataError(
                 call=call,
-                got=f"labels from {int(target[mask].min())} to {int(target[mask].max())}",
+                got=f"label{'s' if len(wrong) > 1 else ''} {listed(map(str, wrong))}",
                 expected=f"0 to {c - 1}, or ignore_index = {self.ignore_index}",
+                why=f"the outputs {shape_text(raw)} have {c} classes on axis {self.class_axis}",
                 try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'",
             )
         return z, target, mask
-
-    def settings(self) -> dict[str, str]:
-        """What is not the default."""
-        found = {} if self.ignore_index == -100 else {"ignore_index": str(self.ignore_index)}
-        found |= {} if self.class_axis == -1 else {"class_axis": str(self.class_axis)}
-        found |= {} if self.weight is None else {"weight": _text(self.weight)}
-        return found | ({} if self.hard else {"label_smoothing": str(self.label_smoothing)})
 
     def _probabilities(self, target: Tensor, call: str) -> Float[Tensor, "B P C"]:
         q = self.positions(target, call)
@@ -646,7 +627,7 @@ class LogProbabilities(Categorical):
     link = ""
 
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
-        """As for logits, and outputs must be normalised: of others the loss is linear, and has no curvature."""
+        """Log-probabilities and labels as for logits; of outputs that are not normalised the loss has no curvature."""
         found = super().prepare(z, target, call)
         if bool((torch.logsumexp(found[0], -1)[found[2]].abs() > 1e-2).any()):
             raise DataError(
@@ -685,13 +666,20 @@ def _softmax_columns(z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[
 
 def _numbers(call: str, name: str, value: Numbers, *, positive: bool = False) -> Tensor | float:
     """A number, or a tensor that nobody else writes to, without leading axes of size 1."""
-    found = value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    try:
+        found = value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidTypeError(
+            call=call, got=f"{name} of type {type(value).__name__}", expected="a number, a tensor or a list of numbers",
+            why=str(error),
+        ) from error  # fmt: skip
     while found.ndim > 1 and found.shape[0] == 1:
         found = found[0]
     good = not found.is_complex() and bool((torch.isfinite(found) & (found > 0 if positive else found >= 0)).all())
-    if not good or found.shape[1:].numel() > 1:
+    if not good or not found.numel() or found.shape[1:].numel() > 1:
+        values = f" with values {setting_text(found)}" if not good else ""
         raise InvalidArgumentError(
-            call=call, got=f"{name} of shape {list(found.shape)} with values {_text(found)}",
+            call=call, got=f"{name} of shape {list(found.shape)}{values}",
             expected=f"finite numbers {'above 0' if positive else 'from 0 on'}, one or one for each output",
             why="all examples share them",
         )  # fmt: skip
@@ -707,28 +695,13 @@ def _some_zero(value: Tensor | float | None) -> bool:
     return value is not None and bool((torch.as_tensor(value) == 0).any())
 
 
-def _text(value: Tensor | float) -> str:
-    """Enough to tell two settings apart, and short."""
-    if not isinstance(value, Tensor):
-        return f"{value:.6g}"
-    numbers = value.flatten().tolist()
-    shown = " ".join(f"{number:.6g}" for number in numbers[:32])
-    return f"[{shown}]" if len(numbers) <= 32 else f"[{shown} ...; sum of {len(numbers)}: {sum(numbers):.9g}]"
-
-
 # -- names and torch's own modules -------------------------------------------------------------------------------------
 
 
-def _cross_entropy(module: Any) -> Likelihood:
-    found = Categorical(module.ignore_index, 1, module.weight, module.label_smoothing)
-    found._chosen = "by torch"
-    return found
-
-
-def _nll(module: Any) -> Likelihood:
-    found = LogProbabilities(module.ignore_index, 1, module.weight)
-    found._chosen = "by torch"
-    return found
+def _as_torch_reads(likelihood: Categorical) -> Categorical:
+    """With classes on axis 1, until a batch says otherwise."""
+    likelihood._chosen = "by torch"
+    return likelihood
 
 
 def _poisson(module: Any) -> Likelihood:
@@ -749,8 +722,10 @@ _NAMED: dict[str, type[Categorical] | type[Gaussian] | type[Bernoulli] | type[Po
 }
 
 _MODULES: dict[type[nn.Module], Callable[[Any], Likelihood]] = {
-    nn.CrossEntropyLoss: _cross_entropy,
-    nn.NLLLoss: _nll,
+    nn.CrossEntropyLoss: lambda module: _as_torch_reads(
+        Categorical(module.ignore_index, 1, module.weight, module.label_smoothing)
+    ),
+    nn.NLLLoss: lambda module: _as_torch_reads(LogProbabilities(module.ignore_index, 1, module.weight)),
     nn.BCEWithLogitsLoss: lambda module: Bernoulli(module.pos_weight, module.weight),
     nn.MSELoss: lambda module: Gaussian(variance=0.5),
     nn.GaussianNLLLoss: lambda module: GaussianNLL(module.eps),
@@ -777,6 +752,7 @@ def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
         InvalidArgumentError: an unknown name, or a module with settings that are no likelihood's here.
         InvalidTypeError: none of these.
     """
+    name = getattr(likelihood, "__name__", "")  # of a class or a function
     if isinstance(likelihood, Categorical) and not likelihood._settled:
         return copy.copy(likelihood)  # the first batch settles where classes are, of one model's outputs
     if isinstance(likelihood, Likelihood):
@@ -798,7 +774,7 @@ def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
     if not isinstance(likelihood, str):
         raise InvalidTypeError(
             call="likelihood",
-            got=f"a {type(likelihood).__name__}",
+            got=f"the class or function {name}" if name else f"a {type(likelihood).__name__}",
             expected=f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood",
             try_="an object, as in nn.CrossEntropyLoss(), instead of its class or a function; for a loss of your own, "
             f"{_OWN}",

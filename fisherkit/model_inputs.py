@@ -139,7 +139,7 @@ class ModelInputs:
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Of the forward pass; none if it has no signature, as scripted models."""
+    """The forward pass's parameters; none if it has no signature, as scripted models."""
     try:
         return inspect.signature(model.forward).parameters
     except (TypeError, ValueError):

@@ -81,7 +81,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | 
 
 
 def _hash(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
-    """Of names, dtypes, shapes and digests."""
+    """SHA-256 of names, dtypes, shapes and digests."""
     state = sorted(tensors.items())
     listed = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in state]
     digest = hashlib.sha256(json.dumps(listed).encode())
@@ -112,7 +112,7 @@ def _digests(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None
 
 
 def state_hash(state: Any) -> str:
-    """The same of nested containers with tensors in them, such as a state dict: SHA-256 of all that they hold.
+    """SHA-256 of all that nested containers with tensors in them hold, such as a state dict.
 
     Args:
         state: mappings and sequences of tensors, numbers, strings and None. The order of a mapping does not count, nor

@@ -8,13 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fisherkit.errors import DataError
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihood import confirm
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Outputs:
         mask: which positions count.
         keys: an integer for each position that depends on the example's place in the data alone, for random draws.
         likelihood: p(y | z).
+        shape: of one example's outputs as the model has them; None where positions stand by themselves.
     """
 
     z: Float[Tensor, "n P C"]
@@ -38,6 +40,17 @@ class Outputs:
     mask: Bool[Tensor, "n P"]
     keys: Int[Tensor, "n P"]
     likelihood: Likelihood
+    shape: torch.Size | None = None
+
+    @classmethod
+    def keyed(
+        cls, z: Float[Tensor, "n P C"], target: Tensor | None, mask: Bool[Tensor, "n P"], start: int, like: Likelihood,
+        shape: torch.Size | None = None,
+    ) -> Outputs:  # fmt: skip
+        """With keys that count examples from ``start``; 2²⁴ positions keep two examples' apart in one integer."""
+        keys = torch.arange(start, start + len(z), device=z.device).unsqueeze(1) << 24
+        keys = keys if z.shape[1] == 1 else keys + torch.arange(z.shape[1], device=z.device)
+        return cls(z, target, mask, keys, like, shape)
 
     def positionwise(self) -> Outputs:
         """The same outputs with every position as a unit of its own: ``[n·P, 1, C]``."""
@@ -56,34 +69,34 @@ class Outputs:
             DataError: there are none.
         """
         if self.target is None:
-            raise DataError(
-                call="the kind's output_vectors",
-                got="no targets",
-                expected="targets",
-                why="this kind uses the observed labels",
-                try_="fk.ExactFisher or fk.SampledFisher for unlabelled data",
+            _refuse_unlabelled(
+                "this kind uses the observed labels", "fk.ExactFisher or fk.SampledFisher for unlabelled data"
             )
         return self.target
 
     def gradient(self) -> Float[Tensor, "n P C"]:
-        """∂ℓ/∂z at the observed target; zero at positions that do not count.
+        """∂ℓ/∂z at the observed target; zero at positions that do not count. Computed once: not to be written to.
 
         Raises:
             DataError: there are no targets.
         """
+        return self._gradient
+
+    @cached_property
+    def _gradient(self) -> Float[Tensor, "n P C"]:
         return self.masked(self.likelihood.gradient(self.z, self.observed))
 
     # H of each position, with what the loss has it depend on in the target; of positions that do not count as it comes.
 
     def hessian_matmul(self, w: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
-        """H w."""
+        """Each position's Hessian H times w."""
         root = self.hessian_root()
         if root is None:
             return self.likelihood.hessian_matmul(self.z, w)
         return root * self.likelihood.hessian_matmul(self.z, root * w)
 
     def hessian_diagonal(self) -> Float[Tensor, "n P C"]:
-        """diag H."""
+        """The diagonal of each position's Hessian."""
         root, diagonal = self.hessian_root(), self.likelihood.hessian_diagonal(self.z)
         return diagonal if root is None else root.square() * diagonal
 
@@ -94,7 +107,7 @@ class Outputs:
 
     def hessian_inverse_form(self) -> Float[Tensor, "n P"]:
         """uᵀ H⁺ u with u the loss gradient."""
-        self.confirmed()
+        confirm(self.likelihood, self.z, self.target, self.mask)
         return self.likelihood.hessian_inverse_form(self.z, self.observed)
 
     def hessian_vectors(self) -> Float[Tensor, "n M P C"] | Columns:
@@ -116,32 +129,25 @@ class Outputs:
 
         Raises:
             DataError: there are no targets, and H depends on them.
+            InvalidArgumentError: a likelihood of the user's own that contradicts itself.
         """
-        self.confirmed()
+        confirm(self.likelihood, self.z, self.target, self.mask)
         if self.target is None:
             if self.likelihood.hessian_of_targets:
-                raise DataError(
-                    call="the kind's output_vectors",
-                    got="no targets",
-                    expected="targets",
-                    why=f"the Hessian of the loss depends on them: {self.likelihood.recorded}",
-                    try_="data with targets, or a likelihood without weights",
-                )
+                why = f"the Hessian of the loss depends on them: {self.likelihood.recorded}"
+                _refuse_unlabelled(why, "data with targets, or a likelihood without weights")
             return None
         scale = self.likelihood.hessian_scale(self.z, self.target)
         return None if scale is None else scale.sqrt()
 
-    def confirmed(self) -> None:
-        """Refuse a likelihood of the user's own that contradicts itself; looked at once.
-
-        Raises:
-            InvalidArgumentError: it does.
-        """
-        confirm(self.likelihood, self.z, self.target, self.mask)
-
     def masked(self, v: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
         """Zero at positions that do not count, whatever was there (NaN of padding included)."""
-        return torch.where(self.mask.unsqueeze(-1), v, torch.zeros((), dtype=v.dtype, device=v.device))
+        return torch.where(self.mask.unsqueeze(-1), v, 0.0)
+
+
+def _refuse_unlabelled(why: str, advice: str) -> NoReturn:
+    call = "the kind's output_vectors"
+    raise DataError(call=call, got="no targets", expected="targets", why=why, try_=advice)
 
 
 @dataclass(frozen=True)
@@ -174,12 +180,61 @@ class OutputVectors:
 
     @property
     def number(self) -> int:
-        """M."""
+        """How many vectors a unit has at most, M."""
         return self.v.number if isinstance(self.v, Columns) else self.v.shape[1]
 
     def select(self, unit: Int[Tensor, "k"], vector: Int[Tensor, "k"]) -> Float[Tensor, "k P C"]:
         """Some of the vectors."""
         return self.v.make(unit, vector) if isinstance(self.v, Columns) else self.v[unit, vector]
+
+    def at(self, outputs: Outputs, call: str) -> OutputVectors:
+        """The vectors of these outputs, with zeros at positions that do not count.
+
+        Raises:
+            InvalidTypeError: parts that are no tensors.
+            InvalidArgumentError: parts of another shape or dtype than the outputs', or no vector.
+        """
+        z, mask, v = outputs.z, outputs.mask, self.v
+        n, *each = z.shape
+        why = f"the outputs are n = {n} units of P = {each[0]} positions and C = {each[1]} outputs"
+        if isinstance(v, Columns):
+            make = v.make
+
+            def masked(unit: Tensor, vector: Tensor) -> Tensor:
+                found = make(unit, vector)
+                _check_tensor("Columns.make's answer", found, z.dtype, (len(unit), *each), "k, P, C", call, why)
+                return torch.where(mask[unit].unsqueeze(-1), found, found.new_zeros(()))
+
+            v = Columns(v.number, masked)
+        else:
+            advice = "v.unsqueeze(1) for one vector a unit" if getattr(v, "shape", None) == z.shape else ""
+            _check_tensor("v", v, z.dtype, (n, None, *each), "n, M, P, C", call, why, advice)
+            v = torch.where(mask[:, None, :, None], v, v.new_zeros(()))
+        if self.number < 1:
+            advice = "a vector of zeros for units without a row"
+            raise InvalidArgumentError(call=call, got="no vector", expected="M from 1 on", why=why, try_=advice)
+        if self.keep is not None:
+            _check_tensor("keep", self.keep, torch.bool, (n, self.number), "n, M", call, why)
+        if self.dropped is not None:
+            _check_tensor("dropped", self.dropped, self.dropped.dtype, (n,), "n", call, why)
+        return OutputVectors(v, self.keep, self.dropped)
+
+
+def _check_tensor(
+    name: str, value: object, dtype: torch.dtype, shape: tuple[int | None, ...], axes: str, call: str, why: str,
+    advice: str = "",
+) -> None:  # fmt: skip
+    """Refuse a part of a kind's answer that is no tensor of that dtype and shape, where None is any size."""
+    if not isinstance(value, Tensor):
+        raise InvalidTypeError(call=call, got=f"a {type(value).__name__} as {name}", expected="a tensor")
+    sizes = ", ".join("M" if size is None else str(size) for size in shape)
+    fits = value.ndim == len(shape) and all(b is None or a == b for a, b in zip(value.shape, shape, strict=True))
+    if not fits or value.dtype != dtype:
+        cast = "" if value.dtype == dtype else f"{name}.to({dtype})"
+        raise InvalidArgumentError(
+            call=call, got=f"{name} of {value.dtype} and shape {list(value.shape)}",
+            expected=f"{dtype} and [{axes}] = [{sizes}]", why=why, try_=advice or cast,
+        )  # fmt: skip
 
 
 class OutputRule(ABC):
@@ -187,11 +242,12 @@ class OutputRule(ABC):
 
     Attributes:
         kind_name: short name, as recorded in metadata.
-        settings: names of the settings that a string may give after a colon, as "ief:POWER" does.
+        settings: arguments and attributes, in capitals, that a string may give after a colon, as "ief:POWER" does.
         positionwise: whether every position has vectors of its own (kinds whose output Fisher is block-diagonal).
         needs_targets: whether observed labels are used.
         random: whether vectors depend on a seed, which `with_seed` then takes.
         scale_free: whether vectors stay what they are when the loss is multiplied, or change as `gradient_power` says.
+        gradient_power: p of kinds with v = u / ‖u‖ᵖ, u = ∂ℓ/∂z, whose Gram-space update is the paper's; None of others.
     """
 
     kind_name: ClassVar[str] = "custom"
@@ -200,14 +256,33 @@ class OutputRule(ABC):
     needs_targets: ClassVar[bool] = True
     random: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
+    gradient_power: float | None = None
 
     @abstractmethod
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """The vectors v of this kind for a batch of outputs; all that tells kinds apart."""
+        """The vectors v of this kind for a batch of outputs; all that tells kinds apart.
+
+        What they are at positions that do not count has no effect: `vectors` puts zeros there.
+        """
+
+    def vectors(self, outputs: Outputs) -> OutputVectors:
+        """`output_vectors`, checked, and zero at positions that do not count.
+
+        Raises:
+            InvalidTypeError: no `OutputVectors`.
+            InvalidArgumentError: one with tensors of another shape or dtype.
+        """
+        found, call = self.output_vectors(outputs), f"{type(self).__name__}.output_vectors"
+        if isinstance(found, OutputVectors):
+            return found.at(outputs, call)
+        raise InvalidTypeError(
+            call=call, got=f"a {type(found).__name__}", expected="an fk.OutputVectors",
+            why="it says which of the vectors count, too", try_="fk.OutputVectors(v), v of shape [n, M, P, C]",
+        )  # fmt: skip
 
     def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
         """Σ_m v (vᵀ w) for K directions w; overridden where the output Fisher has a cheaper product."""
-        found = self.output_vectors(outputs)
+        found = self.vectors(outputs)
         n = torch.arange(len(outputs.z), device=outputs.z.device).unsqueeze(1).expand(-1, found.number)
         v = found.select(n.flatten(), torch.arange(found.number, device=n.device).expand_as(n).flatten())
         v = v.reshape(*n.shape, *outputs.z.shape[1:])
@@ -229,33 +304,38 @@ class OutputRule(ABC):
         """Whether v is one vector, a multiple of the loss gradient, whose row any training step's backward pass has."""
         return self.gradient_power is not None
 
-    @property
-    def gradient_power(self) -> float | None:
-        """p of kinds with v = u / ‖u‖ᵖ, u = ∂ℓ/∂z: the paper's Gram-space update is that of these; None of others."""
-        return None
-
     def with_seed(self, seed: int) -> OutputRule:
         """The same kind with another seed; itself where nothing is random."""
         return self
 
+    # Settings, by default the attributes and arguments that `settings` names.
+
     def kind_options(self) -> dict[str, str]:
-        """The kind's own settings, as recorded in metadata."""
-        return {}
+        """The kind's own settings that are not None, as recorded in metadata."""
+        found = {name.lower(): getattr(self, name.lower(), None) for name in self.settings}
+        return {name: str(value) for name, value in found.items() if value is not None}
 
     @classmethod
     def options_of(cls, setting: str) -> dict[str, Any]:
-        """Arguments for the setting that follows the colon in a string such as "ief:0.5".
+        """Arguments for the setting after the colon of a string such as "ief:0.5".
+
+        Of several settings the first is an integer and the last a number that is none.
 
         Raises:
             ValueError: the kind has no setting, or this is none.
         """
-        raise ValueError(f"{cls.kind_name!r} has no setting")
+        if not cls.settings:
+            raise ValueError(f"{cls.kind_name!r} has no setting")
+        if setting.isdecimal():
+            return {cls.settings[0].lower(): int(setting)}
+        return {cls.settings[-1].lower(): float(setting)}
 
     @classmethod
     def spelled(cls, options: Mapping[str, str]) -> str:
-        """The kind with its settings as a string that is read back as the same kind.
+        """The kind with its setting as a string that is read back as the same kind.
 
         Args:
             options: as `kind_options` gives them; others may be among them.
         """
-        return cls.kind_name
+        written = [options[name.lower()] for name in cls.settings if name.lower() in options]
+        return ":".join([cls.kind_name, *written[:1]])

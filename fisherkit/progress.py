@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total:.4g} {unit} [{elapsed}<{remaining}]"
 SHARE = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-"""Of bars whose end is known."""
+"""What bars whose end is known look like, with how many pieces there are or with the share alone."""
 
 _lines_every: ContextVar[float | None] = ContextVar("lines_every", default=None)
 

@@ -8,7 +8,7 @@ for.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -58,36 +58,53 @@ def keyed_uniform(
     return (_shift(state, 11).double() + 0.5) * 2.0**-53
 
 
-RngState = tuple[Tensor, Any, Any]
-"""States of the global CPU generators of torch, Python and NumPy."""
+RngState = tuple[Any, ...]
+"""States of the global CPU generators of torch, Python and NumPy, then of others."""
 
 
-def rng_state() -> RngState:
-    """Where the global generators of the CPU stand."""
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (users' code draws from it)
+def rng_state(others: Sequence[torch.Generator] = ()) -> RngState:
+    """Where the global generators of the CPU stand, and some others."""
+    users = np.random.get_state()  # noqa: NPY002  (users' code draws from it)
+    return torch.get_rng_state(), random.getstate(), users, *(generator.get_state() for generator in others)
 
 
-def set_rng_state(state: RngState) -> None:
-    """Put the global generators of the CPU somewhere."""
+def rng_places(device: torch.device) -> tuple[Any, ...]:
+    """What moves when numbers are drawn from a global generator, the device's own included; to be compared."""
+    own, of_python, of_numpy = rng_state()
+    cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
+    return (
+        own.numpy().tobytes(),
+        cuda,
+        of_python,
+        *(part.tobytes() if isinstance(part, np.ndarray) else part for part in of_numpy),
+    )
+
+
+def _set_rng_state(state: RngState, others: Sequence[torch.Generator]) -> None:
     torch.set_rng_state(state[0])
     random.setstate(state[1])
     np.random.set_state(state[2])  # noqa: NPY002
+    for generator, own in zip(others, state[3:], strict=True):
+        generator.set_state(own)
 
 
 @contextmanager
-def untouched_rng(devices: list[torch.device], state: RngState | None = None) -> Iterator[None]:
+def untouched_rng(
+    devices: list[torch.device], state: RngState | None = None, others: Sequence[torch.Generator] = ()
+) -> Iterator[None]:
     """Run foreign code and restore the global random generators afterwards, also after an exception.
 
     Args:
         devices: devices beside the CPU whose generators to restore.
-        state: a CPU generator state to start from, so that a shuffling loader gives the same order in every pass.
+        state: of `rng_state` to start from, so that a shuffling loader gives the same order in every pass.
+        others: generators beside the global ones that are restored, too.
     """
     cuda = [device for device in devices if device.type == "cuda"]
-    before = rng_state()
+    before = rng_state(others)
     with torch.random.fork_rng(devices=cuda) if cuda else nullcontext():
         try:
             if state is not None:
-                set_rng_state(state)
+                _set_rng_state(state, others)
             yield
         finally:
-            set_rng_state(before)
+            _set_rng_state(before, others)

@@ -7,6 +7,7 @@ tied parameter once), the blocks (one a module, its own parameters together) and
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -147,14 +148,22 @@ class ParameterSpace:
         blocks = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
         return sorted(blocks, key=lambda names: order[names[0]])
 
+    def span(self, names: Iterable[str]) -> slice | None:
+        """Where some parameters lie one after the other in a flat vector; None if not in one piece."""
+        slices = [self.slices[name] for name in names]
+        whole = all(left.stop == right.start for left, right in itertools.pairwise(slices))
+        return slice(slices[0].start, slices[-1].stop) if whole else None
+
     def take(self, flat: Tensor, names: Iterable[str]) -> Tensor:
-        """The entries of some parameters, one after the other in the names' order.
+        """The entries of some parameters, one after the other in the names' order; a view where they lie like that.
 
         Args:
             flat: ``[D]`` or ``[D, K]``.
             names: some of the space's.
         """
-        return torch.cat([flat[self.slices[name]] for name in names])
+        names = tuple(names)
+        span = self.span(names)
+        return torch.cat([flat[self.slices[name]] for name in names]) if span is None else flat[span]
 
     def put(self, flat: Tensor, names: Iterable[str], part: Tensor) -> None:
         """Write what `take` gave, or as much, back in place.
@@ -164,6 +173,11 @@ class ParameterSpace:
             names: some of the space's.
             part: their entries.
         """
+        names = tuple(names)
+        span = self.span(names)
+        if span is not None:
+            flat[span] = part
+            return
         start = 0
         for name in names:
             place = self.slices[name]
@@ -220,7 +234,8 @@ class ParameterSpace:
         """
         self._check_flat(vector, "space.unflatten")
         tail = vector.shape[1:]
-        return {n: vector[self.slices[n]].reshape((*s, *tail)) for n, s in zip(self.names, self.shapes, strict=True)}
+        parts = zip(self.names, self.shapes, vector.split(self.sizes), strict=True)
+        return {name: part.reshape((*shape, *tail)) for name, shape, part in parts}
 
     def to_columns(
         self, vector: Vector, call: str, *, dtype: torch.dtype, device: torch.device

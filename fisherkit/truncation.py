@@ -10,7 +10,8 @@ Zanon, arXiv 2605.06081); all ranks are the exact Cholesky factor of the multino
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -19,45 +20,37 @@ from torch import Tensor
 from fisherkit.likelihoods import Categorical
 from fisherkit.outputs import Outputs, OutputVectors
 
-
-@dataclass(frozen=True)
-class Stop:
-    """When to stop adding vectors.
-
-    Args:
-        rank: vectors an example; None to go by tolerance.
-        tolerance: largest share of tr H that an example may lack.
-    """
-
-    rank: int | None
-    tolerance: float
-
-    def reached(self, count: int, full: int, left: Float[Tensor, "n"], total: Float[Tensor, "n"]) -> bool:
-        """Whether count vectors are enough for every example."""
-        if count >= full or (self.rank is not None and count >= self.rank):
-            return True
-        return self.rank is None and not bool((left > self.tolerance * total).any())
+Steps = Iterator[tuple[Float[Tensor, "n P C"], Float[Tensor, "n"]]]
+"""Each next vector, and the trace that is left then."""
 
 
-def truncated_vectors(outputs: Outputs, stop: Stop) -> OutputVectors:
+def truncated_vectors(outputs: Outputs, rank: int | None, tolerance: float | None) -> OutputVectors:
     """The vectors of `fisherkit.TruncatedFisher`.
 
     Args:
         outputs: with targets.
-        stop: rank or tolerance.
+        rank: vectors an example; None to go by tolerance.
+        tolerance: largest share of tr H that an example may lack.
     """
     known = outputs.likelihood
     labels = outputs.target is None or not outputs.target.is_floating_point()
     one_softmax = (
         outputs.z.shape[1] == 1 and isinstance(known, Categorical) and known.built_in and known.hard and labels
     )
-    vectors, left, total = (_softmax if one_softmax else _pivoted)(outputs, stop)
+    total, steps = (_softmax if one_softmax else _pivoted)(outputs)
+    allowed = total * (tolerance or 0.0)
+    vectors: list[Tensor] = []
+    left: list[Tensor] = []
+    for vector, trace in itertools.islice(steps, rank):
+        vectors.append(vector)
+        left.append(trace)
+        if rank is None and not bool((trace > allowed).any()):
+            break
     v = torch.stack(vectors, 1)
     keep = v.flatten(2).ne(0).any(-1)
-    if stop.rank is None:
+    if rank is None:
         # An example keeps the shortest prefix whose remainder is within its own tolerance; never less than one vector.
-        before = torch.stack([total, *left[:-1]], 1)
-        needed = before > stop.tolerance * total.unsqueeze(1)
+        needed = torch.stack([total, *left[:-1]], 1) > allowed.unsqueeze(1)
         needed[:, 0] = True
         keep = keep & needed
     kept = keep.long().cumsum(1).argmax(1)
@@ -65,69 +58,66 @@ def truncated_vectors(outputs: Outputs, stop: Stop) -> OutputVectors:
     return OutputVectors(v.to(outputs.z.dtype), keep, dropped)
 
 
-Steps = tuple[list[Float[Tensor, "n P C"]], list[Float[Tensor, "n"]], Float[Tensor, "n"]]
-"""Vectors, the trace left after each, and tr H."""
-
-
-def _softmax(outputs: Outputs, stop: Stop) -> Steps:
+def _softmax(outputs: Outputs) -> tuple[Float[Tensor, "n"], Steps]:
+    """Tr H and the vectors of labels under one softmax each, in closed form."""
     z = outputs.z[:, 0].double()
     target = torch.zeros_like(z[:, 0], dtype=torch.long) if outputs.target is None else outputs.target[:, 0]
     label = torch.where(outputs.mask[:, 0], target, torch.zeros_like(target))
     log_p = torch.log_softmax(z, -1)
-    total = _remainder(log_p, torch.zeros_like(log_p[:, 0]))
-    remaining, log_mass = log_p, torch.zeros_like(log_p[:, 0])
-    vectors: list[Tensor] = []
-    left: list[Tensor] = []
-    pivot = label
-    while not vectors or not stop.reached(len(vectors), z.shape[1] - 1, left[-1], total):
-        chosen = remaining.gather(1, pivot.unsqueeze(1))
-        remaining = remaining.scatter(1, pivot.unsqueeze(1), float("-inf"))
-        log_rest = torch.logsumexp(remaining, -1)
-        scale = (0.5 * (chosen.squeeze(1) + log_rest - log_mass)).exp()
-        rest = (remaining - log_rest.unsqueeze(1)).exp()
-        vectors.append((scale.unsqueeze(1) * (-rest).scatter(1, pivot.unsqueeze(1), 1.0)).unsqueeze(1))
-        log_mass = log_rest
-        left.append(_remainder(remaining, log_mass))
-        pivot = remaining.argmax(1)  # the most likely class left has the largest q(1 − q)
     root = outputs.hessian_root()
-    if root is None:
-        return vectors, left, total
     # A weight of the label multiplies H as a whole: pivots and their order are the same.
-    weight = root.double()[:, 0, 0].square()
-    return [root.double() * v for v in vectors], [weight * trace for trace in left], weight * total
+    root = torch.ones_like(z[:, :1]) if root is None else root.double()[:, 0]
+    weight = root.square().squeeze(1)
+
+    def steps() -> Steps:
+        pivot, remaining, log_mass = label, log_p, torch.zeros_like(log_p[:, 0])
+        for _ in range(z.shape[1] - 1):
+            chosen = remaining.gather(1, pivot.unsqueeze(1))
+            remaining = remaining.scatter(1, pivot.unsqueeze(1), float("-inf"))
+            log_rest = torch.logsumexp(remaining, -1)
+            scale = root * (0.5 * (chosen.squeeze(1) + log_rest - log_mass)).exp().unsqueeze(1)
+            rest = (remaining - log_rest.unsqueeze(1)).exp()
+            log_mass = log_rest
+            yield (
+                (scale * (-rest).scatter(1, pivot.unsqueeze(1), 1.0)).unsqueeze(1),
+                weight * _trace(remaining, log_mass),
+            )
+            pivot = remaining.argmax(1)  # the most likely class left has the largest q(1 − q)
+
+    return weight * _trace(log_p, torch.zeros_like(weight)), steps()
 
 
-def _remainder(log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+def _trace(log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     """Trace of mass · (diag q − q qᵀ) with q = p / mass, without cancellation."""
     log_q = log_p - log_mass.unsqueeze(1)
     return log_mass.exp() * (log_q.exp() * -torch.expm1(log_q)).sum(-1)
 
 
-def _pivoted(outputs: Outputs, stop: Stop) -> Steps:
-    """The same for any likelihood and for positions joined in one example, by products with H alone."""
+def _pivoted(outputs: Outputs) -> tuple[Float[Tensor, "n"], Steps]:
+    """Tr H and the vectors for any likelihood and for positions joined in one example, by products with H alone."""
     z, target = outputs.z.double(), outputs.observed
     target = target.double() if target.is_floating_point() else target
     wide = Outputs(z, target, outputs.mask, outputs.keys, outputs.likelihood)
-    u = wide.gradient()
     form = torch.where(outputs.mask, wide.hessian_inverse_form().double(), 0.0).sum(1)
-    first = torch.where(form > 0, form.rsqrt(), torch.zeros_like(form))
-    diagonal = wide.masked(wide.hessian_diagonal())
-    # What is below rounding of where an entry started is nothing; pivoting on it would make vectors of noise.
-    noise = diagonal * (z.shape[1] * z.shape[2] * torch.finfo(torch.float64).eps * 16)
-    total = diagonal.flatten(1).sum(1)
+    first = torch.where(form > 0, form.rsqrt(), torch.zeros_like(form))[:, None, None]
+    whole = wide.masked(wide.hessian_diagonal())
     full = z.shape[1] * z.shape[2]
-    vectors: list[Tensor] = []
-    left: list[Tensor] = []
-    # Where the gradient is exactly zero, or leaves H's range, no multiple of it counts: the first vector is a pivot.
-    v = torch.where((first > 0)[:, None, None], first[:, None, None] * u, _next(wide, vectors, diagonal))
-    while True:
-        vectors.append(v)
-        diagonal = diagonal - v.square()
-        diagonal = torch.where(diagonal > noise, diagonal, torch.zeros_like(diagonal))
-        left.append(diagonal.flatten(1).sum(1))
-        if stop.reached(len(vectors), full, left[-1], total):
-            return vectors, left, total
-        v = _next(wide, vectors, diagonal)
+    # What is below rounding of where an entry started is nothing; pivoting on it would make vectors of noise.
+    noise = whole * (full * torch.finfo(torch.float64).eps * 16)
+
+    def steps() -> Steps:
+        vectors: list[Tensor] = []
+        diagonal = whole
+        # Where the gradient is zero, or leaves H's range, no multiple of it counts: the first vector is a pivot.
+        v = torch.where(first > 0, first * wide.gradient(), _next(wide, vectors, diagonal))
+        for _ in range(full):
+            vectors.append(v)
+            diagonal = diagonal - v.square()
+            diagonal = torch.where(diagonal > noise, diagonal, torch.zeros_like(diagonal))
+            yield v, diagonal.flatten(1).sum(1)
+            v = _next(wide, vectors, diagonal)
+
+    return whole.flatten(1).sum(1), steps()
 
 
 def _next(outputs: Outputs, vectors: list[Tensor], diagonal: Float[Tensor, "n P C"]) -> Float[Tensor, "n P C"]:

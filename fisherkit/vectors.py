@@ -14,26 +14,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_positive, is_integer, is_number
+from fisherkit.arguments import check_number, check_positive, is_integer, is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.randomness import keyed_uniform
-from fisherkit.truncation import Stop, truncated_vectors
+from fisherkit.truncation import truncated_vectors
 
 
 class EmpiricalVectors(OutputRule):
     """v = ∂ℓ/∂z at the observed label."""
 
     kind_name = "ef"
+    gradient_power = 0.0
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """The loss gradient."""
         return OutputVectors(outputs.gradient().unsqueeze(1))
-
-    @property
-    def gradient_power(self) -> float:
-        """0: the loss gradient itself."""
-        return 0.0
 
 
 class ImprovedVectors(OutputRule):
@@ -51,12 +47,7 @@ class ImprovedVectors(OutputRule):
     settings = ("POWER",)
 
     def __init__(self, power: float = 1.0) -> None:
-        call = "ImprovedEmpiricalFisher"
-        if not is_number(power):
-            raise InvalidTypeError(call=call, got=f"power of type {type(power).__name__}", expected="a number")
-        if not 0 <= power <= 1:
-            raise InvalidArgumentError(call=call, got=f"power={power}", expected="a number from 0 to 1")
-        self.power = float(power)
+        self.power = self.gradient_power = check_number("ImprovedEmpiricalFisher", "power", power, most=1)
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """The loss gradient over a power of its norm."""
@@ -68,25 +59,10 @@ class ImprovedVectors(OutputRule):
         norm = direction.flatten(1).norm(dim=1)[:, None, None].clamp_min(1)  # at least 1 unless the gradient is zero
         return OutputVectors((direction / norm**self.power * safe ** (1 - self.power)).unsqueeze(1))
 
-    @property
-    def gradient_power(self) -> float:
-        """The power."""
-        return self.power
-
-    def kind_options(self) -> dict[str, str]:
-        """The power."""
-        return {"power": str(self.power)}
-
-    @classmethod
-    def options_of(cls, setting: str) -> dict[str, Any]:
-        """The power."""
-        return {"power": float(setting)}
-
     @classmethod
     def spelled(cls, options: Mapping[str, str]) -> str:
         """With the power, unless it is 1."""
-        power = options.get("power", "1")
-        return cls.kind_name if float(power) == 1 else f"{cls.kind_name}:{power}"
+        return cls.kind_name if float(options.get("power", 1)) == 1 else super().spelled(options)
 
 
 class SampledVectors(OutputRule):
@@ -116,7 +92,7 @@ class SampledVectors(OutputRule):
         self.draws, self.seed = draws, seed
 
     def with_seed(self, seed: int) -> SampledVectors:
-        """As many draws with another seed."""
+        """The same number of draws with another seed."""
         return SampledVectors(self.draws, seed)
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
@@ -134,26 +110,14 @@ class SampledVectors(OutputRule):
             labels = likelihood.sample(repeated, uniform)
         else:
             labels = likelihood.sample_given(repeated, uniform, outputs.target.unsqueeze(1))
-        mask = outputs.mask[:, None, :, None]
-        v = torch.where(
-            mask, likelihood.drawn_gradient(repeated, labels), torch.zeros((), dtype=z.dtype, device=z.device)
-        )
-        weight = _repeats(labels.masked_fill(~(mask if labels.ndim == 4 else mask.squeeze(-1)), 0))
+        mask = outputs.mask.unsqueeze(1)
+        v = likelihood.drawn_gradient(repeated, labels)
+        weight = _repeats(labels.masked_fill(~(mask.unsqueeze(-1) if labels.ndim == 4 else mask), 0))
         return OutputVectors(v * (weight / self.draws).sqrt().to(z.dtype)[:, :, None, None], weight > 0)
 
     def kind_options(self) -> dict[str, str]:
         """Draws and seed."""
-        return {"draws": str(self.draws), "seed": str(self.seed)}
-
-    @classmethod
-    def options_of(cls, setting: str) -> dict[str, Any]:
-        """The number of draws."""
-        return {"draws": int(setting)}
-
-    @classmethod
-    def spelled(cls, options: Mapping[str, str]) -> str:
-        """With the number of draws."""
-        return f"{cls.kind_name}:{options['draws']}" if "draws" in options else cls.kind_name
+        return {**super().kind_options(), "seed": str(self.seed)}
 
 
 class ExactVectors(OutputRule):
@@ -169,7 +133,7 @@ class ExactVectors(OutputRule):
 
     @property
     def of_hessian(self) -> bool:
-        """Yes, unless a subclass has other vectors."""
+        """Whether the vectors are those of this class and not a subclass's."""
         return type(self).output_vectors is ExactVectors.output_vectors
 
     def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
@@ -202,37 +166,16 @@ class TruncatedVectors(OutputRule):
         if tolerance is not None and not 0 <= tolerance < 1:
             raise InvalidArgumentError(call=call, got=f"tolerance={tolerance}", expected="a number from 0 to below 1")
         self.rank = 2 if rank is None and tolerance is None else rank
-        self.tolerance = tolerance
+        self.tolerance = None if tolerance is None else float(tolerance)
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """Gradient first, then pivots."""
-        return truncated_vectors(outputs, self.stop)
-
-    @property
-    def stop(self) -> Stop:
-        """When no vector is added any more."""
-        return Stop(self.rank, self.tolerance or 0.0)
+        return truncated_vectors(outputs, self.rank, self.tolerance)
 
     @property
     def along_gradient(self) -> bool:
-        """For rank 1."""
+        """Whether the rank is 1."""
         return self.rank == 1
-
-    def kind_options(self) -> dict[str, str]:
-        """Rank or tolerance."""
-        return {"rank": str(self.rank)} if self.tolerance is None else {"tolerance": str(self.tolerance)}
-
-    @classmethod
-    def options_of(cls, setting: str) -> dict[str, Any]:
-        """A rank if it is written as an integer, else a tolerance."""
-        return {"rank": int(setting)} if setting.isdecimal() else {"tolerance": float(setting)}
-
-    @classmethod
-    def spelled(cls, options: Mapping[str, str]) -> str:
-        """With the rank, or with the tolerance and a point in it."""
-        if "tolerance" in options:
-            return f"{cls.kind_name}:{float(options['tolerance'])}"
-        return f"{cls.kind_name}:{options['rank']}" if "rank" in options else cls.kind_name
 
 
 RULES: dict[str, type[OutputRule]] = {
@@ -292,7 +235,7 @@ def rule_of(
         raise InvalidArgumentError(call=call, got=f"kind={kind!r} and {twice[0]}=", expected="one of them")
     try:
         return RULES[name](**written, **options)
-    except InvalidArgumentError as error:
+    except (InvalidArgumentError, InvalidTypeError) as error:
         if not written:
             raise
         why = f"the setting is {error.got}, not {error.expected}"

@@ -74,6 +74,9 @@ ARGUMENTS: dict[str, Case] = {
     "unknown example": Case(
         lambda: ef(example="tokens"), ARGUMENT, ValueError, ("got example='tokens'", "one of ['sequence', 'token']")
     ),
+    "shift_labels text": Case(
+        lambda: ef(shift_labels="no"), ARGUMENT, ValueError, ("got shift_labels='no'", "one of [None, True, False]")
+    ),
     "unknown normalization": Case(
         lambda: ef(normalization="average"),
         ARGUMENT,

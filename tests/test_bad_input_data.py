@@ -157,6 +157,15 @@ DATA: dict[str, Case] = {
         ValueError,
         ("got no targets", "fk.ExactFisher"),
     ),
+    "words as labels": Case(
+        lambda: ef(data=(X, ["a"] * 6)),
+        TYPE,
+        TypeError,
+        ("data, batch 0: got targets of type list", "lists of numbers"),
+    ),
+    "two tensors as targets": Case(
+        lambda: ef(data=(X, (Y, Y))), TYPE, TypeError, ("data, batch 0: got targets of type tuple", "a tensor")
+    ),
     "unlabelled mapping": Case(
         lambda: ef(data={"input": X, "labels": None}),
         fk.DataError,
@@ -201,14 +210,31 @@ LABELS: dict[str, Case] = {
         lambda: ef(data=(X, Y + 1)),
         fk.DataError,
         ValueError,
-        ("data, batch 0: got labels from 1 to 3", RANGE, "fk.likelihoods.Categorical(ignore_index="),
+        (
+            "data, batch 0: got label 3;",
+            RANGE,
+            "The outputs (B, 3) have 3 classes on axis -1",
+            "fk.likelihoods.Categorical(ignore_index=",
+        ),
     ),
-    "negative label": Case(lambda: ef(data=(X, Y - 1)), fk.DataError, ValueError, ("got labels from -1 to 1", RANGE)),
+    "negative label": Case(lambda: ef(data=(X, Y - 1)), fk.DataError, ValueError, ("got label -1;", RANGE)),
     "bad label in a later batch": Case(
         lambda: ef(data=[(X, Y), (X, Y + 5)]),
         fk.DataError,
         ValueError,
-        ("data, batch 1: got labels from 5 to 7", RANGE),
+        ("data, batch 1: got labels 5, 6, 7;", RANGE),
+    ),
+    "bad label after the first two examples": Case(
+        lambda: ef(data=(X, torch.tensor([0, 1, 2, 0, 9, 1]))),
+        fk.DataError,
+        ValueError,
+        ("data, batch 0: got label 9;", RANGE),
+    ),
+    "bad label among the first two examples of a later batch": Case(
+        lambda: ef(data=[(X[:1], Y[:1]), (X[1:2], Y[1:2]), (X, Y + 1)]),
+        fk.DataError,
+        ValueError,
+        ("data, batch 2: got label 3;", RANGE),
     ),
     "float labels": Case(
         lambda: ef(data=(X, Y.double())), fk.DataError, ValueError, ("got labels of torch.float64", *INTEGERS)
@@ -290,10 +316,10 @@ LABELS: dict[str, Case] = {
         lambda: bernoulli(with_entry(2.0)),
         fk.DataError,
         ValueError,
-        ("got targets from 0.", "to 2", "between 0 and 1", "bernoulli"),
+        ("got target 2;", "between 0 and 1", "bernoulli"),
     ),
     "bernoulli target below 0": Case(
-        lambda: bernoulli(with_entry(-1.0)), fk.DataError, ValueError, ("got targets from -1 to 0.", "between 0 and 1")
+        lambda: bernoulli(with_entry(-1.0)), fk.DataError, ValueError, ("got target -1;", "between 0 and 1")
     ),
     "bernoulli target NaN": Case(
         lambda: bernoulli(with_entry(float("nan"))), fk.DataError, ValueError, ("targets with NaN or infinite entries",)

@@ -205,13 +205,13 @@ OUTPUTS: dict[str, Case] = {
         lambda: outputs(lambda m, x: m.body(x).sum(1)),
         DATA,
         ValueError,
-        ("got outputs of shape (B,)", "one output for each class", 'Try: likelihood="bernoulli" for one logit'),
+        ("got outputs of shape (B);", "one output for each class", 'Try: likelihood="bernoulli" for one logit'),
     ),
     "one class": Case(
         lambda: ef(mlp(outputs=1).eval(), (X, 0 * Y)),
         DATA,
         ValueError,
-        ("got one output a position", "at least two classes", 'Try: likelihood="bernoulli"'),
+        ("got outputs of shape (B, 1)", "at least two classes", 'Try: likelihood="bernoulli"'),
     ),
     "one number a batch": Case(
         lambda: outputs(lambda m, x: m.body(x).sum()),

@@ -186,7 +186,7 @@ def test_estimate__a_functions_model_and_data(function: str, tmp_path: Path) -> 
         (("{classifier}", "--data", "missing.jsonl", "--out", "f"), ("no file at missing.jsonl",)),
         (("{classifier}", "--data", "{data}", "--out", "no/f"), ("a folder that does not exist",)),
         (("{classifier}", "--data", "{data}", "--params", "head.*", "--out", "f"), ("matches no parameter",)),
-        (("{classifier}", "--data", "{data}", "--text-column", "body", "--out", "f"), ("['body']", "--text-column")),
+        (("{classifier}", "--data", "{data}", "--text-column", "body", "--out", "f"), ("'body'", "--text-column")),
         (("{classifier}", "--data", "bad.jsonl", "--out", "f"), ("line 2 of bad.jsonl", "not JSON")),
         (("{classifier}", "--data", "empty.csv", "--out", "f"), ("has no line",)),
         (("{classifier}", "--data", "other.jsonl", "--out", "f"), ("label 'poetry' in line 1", "linalg")),

@@ -24,13 +24,13 @@ import fisherkit as fk
 from fisherkit import merging
 from fisherkit.cli import COMMANDS, app
 from fisherkit.cli.flags import error_in_flags, in_flags
-from fisherkit.cli.merge import MERGE
 from fisherkit.cli.text import pairs, table
 from tests.text_models import LABELS, TEXTS, jsonl, make_classifier, make_tokenizer, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
 NAMES = [command.name for command in COMMANDS]
+MERGE = COMMANDS[NAMES.index("merge")]
 
 
 def run(*arguments: str | Path) -> Result:

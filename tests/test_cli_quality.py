@@ -120,7 +120,7 @@ def test_quality__says_what_is_wrong(arguments: list[str], message: str) -> None
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--dampings", "small", "'small' is not a number"),
+        ("--dampings", "small", "'small' is not a list of numbers"),
         ("--kinds", "newton", "there is no kind 'newton'"),
         ("--structures", "full,dense", "'dense' is not one of full"),
         ("--likelihood", "weibull", "'weibull' is not one of categorical"),

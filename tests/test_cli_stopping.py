@@ -45,13 +45,13 @@ def make():
 
 
 def save_slowly():
-    from fisherkit.io import atomic
+    from fisherkit.io import tensors
 
     def wait(part):
         pathlib.Path("running").touch()
         time.sleep(60)
 
-    atomic.flush = wait
+    tensors.flush = wait
     return nn.Linear(3, 2), [(torch.randn(4, 3), torch.randint(2, (4,)))]
 """
 

@@ -38,7 +38,6 @@ from tests.test_compare import PerPosition, data, network
         ({"gram_dampings": ()}, fk.InvalidArgumentError, "no gram_dampings"),
         ({"drop_duplicates": 1.0}, fk.InvalidArgumentError, "a cosine between 0 and 1"),
         ({"drop_duplicates": "yes"}, fk.InvalidTypeError, "drop_duplicates of type str"),
-        ({"draws": 0}, fk.InvalidArgumentError, "draws=0"),
         ({"seed": 0.5}, fk.InvalidTypeError, "seed of type float"),
         ({"likelihood": "weibull"}, fk.InvalidArgumentError, "weibull"),
         ({"example": "word"}, fk.InvalidArgumentError, "example='word'"),
@@ -77,3 +76,14 @@ def test_compare__takes_one_batch_and_says_so() -> None:
     for batches in ([(x, y)], [(x, y), (x, y)]):
         with pytest.raises(fk.InvalidTypeError, match=r"a list of \d batches; expected one batch"):
             compare(PerPosition(), batches)
+
+
+def test_compare__says_which_kind_a_loss_does_not_have() -> None:
+    """SF is among the default kinds, and a weighted loss has no labels to draw."""
+    x, y = data()
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype))
+    with pytest.raises(
+        fk.InvalidArgumentError, match=r"^compare, kind 'sf', structure 'full': .*kinds= or structures="
+    ):
+        compare(network(), (x, y), likelihood=weighted)
+    assert len(compare(network(), (x, y), likelihood=weighted, kinds=("sgd", "ef"), gram_dampings=(0.1,)).rows) == 2

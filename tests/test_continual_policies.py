@@ -74,18 +74,6 @@ def zero(model: nn.Module) -> DiagonalOperator:
 
 WIDE = nn.Linear(5, 4).double()
 TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Exception], tuple[str, ...]]] = {
-    "a parallel model": (
-        lambda: EWC(nn.DataParallel(mlp())),
-        InvalidTypeError,
-        TypeError,
-        ("EWC: got a wrapped or compiled model (DataParallel)", "Try: EWC(model.module), the very module"),
-    ),
-    "a compiled model": (
-        lambda: EWC(torch.compile(mlp(), backend="eager")),
-        InvalidTypeError,
-        TypeError,
-        ("a wrapped or compiled model (OptimizedModule)", "Try: EWC(model._orig_mod)"),
-    ),
     "no model": (lambda: EWC([1]), InvalidTypeError, TypeError, ("a list as model", "torch.nn.Module")),
     "negative strength": (lambda: EWC(mlp(), -1.0), InvalidArgumentError, ValueError, ("strength=-1.0", "0 or more")),
     "infinite strength": (lambda: EWC(mlp(), float("inf")), InvalidArgumentError, ValueError, ("strength=inf",)),

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fisherkit as fk
+from examples.influence.evaluation.retraining import Retraining, RunsFile
 from fisherkit import io, solvers
 from fisherkit.continual import EWC
 from fisherkit.errors import FileFormatError, FisherkitError
 from fisherkit.influence import InfluenceScores
-from fisherkit.influence.evaluation.retraining import Retraining, RunsFile
 from fisherkit.model_state import state_hash
 from fisherkit.operators import DiagonalOperator, FisherOperator, load, open_file, state_of
 from fisherkit.space import ParameterSpace

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
+from examples.influence.evaluation import plain_rankings
 
 N = 12
 F64 = torch.float64
@@ -369,7 +370,7 @@ def test_shared__batches_of_several_lengths_tell(sizes: tuple[int, ...]) -> None
     whole = fk.evaluation.loss_gradient(model, data)
     rows = [fk.evaluation.loss_gradient(model, ((X[n : n + 1], scale), Y[n : n + 1])) for n in range(N)]
     same(whole, torch.stack(rows).mean(0))
-    norms = fk.influence.evaluation.plain_rankings(model, data)["gradient norm"]
+    norms = plain_rankings(model, data)["gradient norm"]
     same(norms, torch.stack(rows).norm(dim=1))
 
 

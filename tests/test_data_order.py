@@ -27,6 +27,7 @@ from torch.utils.data import (
 )
 
 import fisherkit as fk
+from examples.influence.evaluation import plain_rankings
 from fisherkit.data import Batch, Source
 
 N = 24
@@ -171,7 +172,7 @@ def test_influence__refuses_data_in_an_order_that_is_not_fixed(name: str, tmp_pa
         with pytest.raises(fk.DataError, match=r"order|shuffles"):
             operation(scores, DISORDERED[name](), tmp_path / str(number))
     with pytest.raises(fk.DataError, match=r"order|shuffles"):
-        fk.influence.evaluation.plain_rankings(net, DISORDERED[name]())
+        plain_rankings(net, DISORDERED[name]())
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

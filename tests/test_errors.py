@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fisherkit as fk
+from examples.influence.evaluation import Retraining
 from fisherkit import errors
 from fisherkit.errors import FisherkitError, MissingFileError, listed
-from fisherkit.influence.evaluation import Retraining
 from fisherkit.operators import open_file
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fisherkit import estimators
-from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, NotConvergedWarning
 
 D = 60
 
@@ -339,6 +340,15 @@ def test_logdet__refuses_damping_that_is_not_positive(damping: float) -> None:
 def test_logdet__refuses_an_indefinite_operator() -> None:
     with pytest.raises(InvalidArgumentError, match=r"an eigenvalue of -.*expected a positive semi-definite one"):
         estimators.lanczos_logdet(symmetric(torch.linspace(-1, 1, D)), damping=2.0)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_estimators__refuse_what_is_no_operator_or_generator(call: str) -> None:
+    operator: Any = torch.eye(D)
+    with pytest.raises(InvalidTypeError, match=rf"{call}: got a Tensor as operator; .*matvec"):
+        CALLS[call](operator)
+    with pytest.raises(InvalidTypeError, match=rf"{call}: got a int as generator"):
+        CALLS[call](symmetric(SPECTRA["full"]), generator=3)
 
 
 def test_supports_matvec__is_a_structural_type() -> None:

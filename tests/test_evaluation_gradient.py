@@ -131,7 +131,7 @@ X, Y = torch.ones(2, 3), torch.tensor([0, 1])
         (nn.Linear(3, 2), (X, None), {}, fk.DataError, "got no targets"),
         (nn.Linear(3, 2), [], {}, fk.DataError, "no example with a label that counts"),
         (nn.Linear(3, 2), (X, Y * 0 - 100), {}, fk.DataError, "no example with a label that counts"),
-        (nn.Linear(3, 2), (X, Y + 5), {}, fk.DataError, "labels from 5 to 6"),
+        (nn.Linear(3, 2), (X, Y + 5), {}, fk.DataError, "got labels 5, 6; expected 0 to 1"),
         (nn.Linear(3, 2), (X / 0, Y), {}, fk.NonFiniteError, "NaN or infinite"),
         (nn.Sequential(nn.Linear(3, 2), nn.Dropout()), (X, Y), {}, fk.ModelError, "Dropout '1' in train mode"),
         (NoGraph(3, 2), (X, Y), {}, fk.ModelError, "outputs that do not depend on the parameters"),

@@ -202,8 +202,11 @@ class Recorder:
         recorder = self
 
         class File:
+            def __init__(self) -> None:
+                self.file = safe_open(path, **options)
+
             def __enter__(self) -> Any:
-                self.file = safe_open(path, **options).__enter__()
+                self.file.__enter__()
                 return self
 
             def __exit__(self, *error: Any) -> None:
@@ -240,7 +243,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
-    monkeypatch.setattr("fisherkit.io.reader.safe_open", found)
+    monkeypatch.setattr("fisherkit.io.fisher_file.safe_open", found)
     return found
 
 
@@ -277,7 +280,7 @@ def test_read__reads_a_diagonals_slice_alone(
 def test_read__needs_no_shard_but_its_own(tmp_path: Path) -> None:
     operator, matrix = block_diagonal(F64)
     operator.save(tmp_path / "f.safetensors", max_shard_size=130)
-    index = open_file(tmp_path / "f.safetensors").header.archive
+    index = open_file(tmp_path / "f.safetensors").header
     own = index.files["1.matrix"]
     for other in {*index.files.values()} - {own}:
         other.unlink()

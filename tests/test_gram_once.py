@@ -45,14 +45,14 @@ def eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def made(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[bool]:
     """Whether in float64, for every Gram that a call makes."""
     found: list[bool] = []
-    original = Rows.gram
+    original = Rows.cross_gram
 
-    def gram(rows: Rows, precise: bool = True) -> Tensor:
-        found.append(precise)
-        return original(rows, precise)
+    def gram(rows: Rows, other: Rows, precise: bool = True) -> Tensor:
+        found.extend([precise] if other is rows else [])
+        return original(rows, other, precise)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Rows, "gram", gram)
+        patch.setattr(Rows, "cross_gram", gram)
         run()
     return found
 
@@ -131,17 +131,18 @@ def test_factorize__an_inverse_that_does_not_exist_is_refused_at_once() -> None:
 def test_scores__of_a_gram_that_float32_made_indefinite(monkeypatch: pytest.MonkeyPatch) -> None:
     f, _, _ = fisher()
     inverse: Any = f.factorize(DAMPINGS["corrected"])
-    expected = f.factorize(DAMPINGS["precise"])._precise_factor  # type: ignore[attr-defined]
+    expected = f.factorize(DAMPINGS["precise"])._precise_gram.factor  # type: ignore[attr-defined]
     assert expected.shape == (2 * N, 2 * N)
     assert inverse._later
     v = torch.ones(f.size)
     solved = inverse @ v
-    original = Rows.gram
+    original = Rows.cross_gram
 
-    def gram(rows: Rows, precise: bool = True) -> Tensor:
-        return original(rows, precise) if precise else -original(rows, precise)
+    def gram(rows: Rows, other: Rows, precise: bool = True) -> Tensor:
+        found = original(rows, other, precise)
+        return -found if other is rows and not precise else found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Rows, "gram", gram)
+        patch.setattr(Rows, "cross_gram", gram)
         fallen_back = f.factorize(DAMPINGS["corrected"]) @ v
     torch.testing.assert_close(fallen_back, solved, rtol=1e-3, atol=1e-3 * float(solved.abs().max()))

@@ -243,7 +243,7 @@ def test_scores__do_not_depend_on_batches_budget_or_preparation(structure: str) 
 
 def test_a_small_budget__cuts_the_queries() -> None:
     scores, _ = influence(memory_budget=10_000)
-    form = scores._inverse._row_form(scores._model_rows.probe(scores._model_rows.queries((X, Y), "loss")), 7, 7)
+    form = scores._inverse._row_products(scores._model_rows.probe(scores._model_rows.queries((X, Y), "loss")), 7, 7)
     room = max(1, 2_500 // (8 * form.numbers_per_query))
     blocks = [block.size for block, _, _ in scores._query_blocks((X, Y), scores.prepare((X, Y)), "loss")]
     assert len(blocks) > 1

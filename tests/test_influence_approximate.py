@@ -15,7 +15,7 @@ import fisherkit as fk
 from fisherkit.influence import InfluenceScores, LowRankQueries
 from fisherkit.influence.blocks import KeptBlocks, RowBlock
 from fisherkit.operators.kronecker import EigenKroneckerOperator
-from fisherkit.operators.row_forms import SolvedForm
+from fisherkit.operators.row_products import SolvedProducts
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
 from tests.small_data import F64, X, Y, mlp, same
@@ -65,12 +65,15 @@ def test_kronecker_solutions__are_compressed_in_the_eigenbasis(monkeypatch: pyte
     inverse: Any = scores._inverse
     with monkeypatch.context() as patch:
         # The same from solutions that are written out.
-        patch.setattr(type(inverse), "_column_form", lambda self, _: SolvedForm(self._solve, self.operator.size))
+        patch.setattr(type(inverse), "_solve_rows", lambda self, rows: self._solve(rows.dense().mT))
+        patch.setattr(
+            type(inverse), "_unit_products", lambda self, _: SolvedProducts(self._solve_rows, self.operator.size)
+        )
         expected = scores.approximate_scores(queries, train, approximation)
     exact = scores.scores(queries, train)  # their range finders start elsewhere
     assert max(float((both.scores - exact).norm() / exact.norm()) for both in (found, expected)) < 1e-2
     with monkeypatch.context() as patch:
-        patch.setattr(EigenKroneckerOperator, "_rotate_scale_rotate", None)
+        patch.setattr(EigenKroneckerOperator, "_apply", None)
         scores.approximate_scores(queries, train, approximation)
 
 

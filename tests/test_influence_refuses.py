@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,24 @@ def test_bad_input__is_refused_with_a_reason(case: str) -> None:
     call, error, message = CASES[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_prepared_rows__of_another_model_parameters_or_loss_are_refused(tmp_path: Path) -> None:
+    own, other = made(), mlp()
+    with torch.no_grad():
+        next(other.parameters()).add_(0.1)
+    part = fk.EmpiricalFisher(own._model_rows.model, DATA, params=["0.weight"])
+    smooth = fk.likelihoods.Categorical(label_smoothing=0.1)
+    for scores, named in (
+        (InfluenceScores(fk.EmpiricalFisher(other, DATA), other), "parameters_hash"),
+        (InfluenceScores(part, own._model_rows.model), "space"),
+        (made(likelihood=smooth), "likelihood"),
+    ):
+        for rows in (own.prepare(DATA), own.prepare(DATA, folder=tmp_path / "rows")):
+            with pytest.raises(fk.InvalidArgumentError, match=f"rows prepared with another {named};"):
+                scores.scores(DATA, rows)
+            with pytest.raises(fk.InvalidArgumentError, match=f"another {named}"):
+                scores.self_influence(rows)
 
 
 def test_groups_of_a_wrong_number__are_refused_before_anything_is_computed() -> None:

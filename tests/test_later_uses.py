@@ -33,7 +33,7 @@ def reference(model: nn.Module, x: Tensor) -> Tensor:
     """JᵀJ/N by one autograd call an output."""
     rows = []
     for n in range(len(x)):
-        for z in model(x[n : n + 1]).flatten():
+        for z in model(x[n : n + 1].clone()).flatten():
             found = torch.autograd.grad(z, list(model.parameters()), retain_graph=True, materialize_grads=True)
             rows.append(torch.cat([g.flatten() for g in found]))
     j = torch.stack(rows)

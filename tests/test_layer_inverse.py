@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from fisherkit.operators import EigenKroneckerOperator
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.operators.truncated_kronecker import Spectrum, TruncatedKroneckerOperator, leading_spectrum
+from fisherkit.operators.linalg import Spectrum, leading_spectrum
 from fisherkit.space import ParameterSpace
 from fisherkit.testing import check_fisher
 
@@ -72,7 +73,7 @@ def test_inverse__is_that_of_the_dense_matrix(ranks: tuple[int | None, int | Non
     grid = layout.to_grid(flat.unsqueeze(1))[0]
     matrix = torch.kron(dense(g), dense(a)) + DAMPING * torch.eye(OUTPUTS * WIDTH, dtype=torch.float64)
     expected = torch.linalg.solve(matrix, grid.flatten()).reshape(OUTPUTS, WIDTH)
-    operator = TruncatedKroneckerOperator(space, a, g, None, transposed)
+    operator = EigenKroneckerOperator.of_spectra(space, a, g, None, transposed)
     inverse = operator.factorize(DAMPING)
     found = layout.to_grid(inverse.matvec(flat).unsqueeze(1))[0]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -88,14 +89,14 @@ def test_inverse__with_measured_eigenvalues() -> None:
     basis = torch.kron(g.basis, a.basis)
     matrix = basis @ torch.diag(values.flatten()) @ basis.T + DAMPING * torch.eye(OUTPUTS * WIDTH, dtype=torch.float64)
     expected = torch.linalg.solve(matrix, layout.to_grid(flat.unsqueeze(1)).flatten())
-    found = TruncatedKroneckerOperator(space, a, g, values).factorize(DAMPING).matvec(flat)
+    found = EigenKroneckerOperator.of_spectra(space, a, g, values, False).factorize(DAMPING).matvec(flat)
     torch.testing.assert_close(layout.to_grid(found.unsqueeze(1)).flatten(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_inverse__of_a_singular_matrix_is_refused() -> None:
     zero = Spectrum(*(torch.zeros(n, dtype=torch.float64) for n in ((2,), (3, 2), ())))
     with pytest.raises(fk.SingularMatrixError, match="damping > 0"):
-        TruncatedKroneckerOperator(ParameterSpace(("w",), ((3, 3),)), zero, zero).factorize(0.0)
+        EigenKroneckerOperator.of_spectra(ParameterSpace(("w",), ((3, 3),)), zero, zero, None, False).factorize(0.0)
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])

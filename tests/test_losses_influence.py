@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.influence.evaluation.losses import loss_of
+from examples.influence.evaluation.losses import loss_of
 from tests.test_losses import CASES, KINDS, N, derivatives, error, expected, flat_jacobian
 
 DAMPING = 0.1
@@ -75,6 +75,30 @@ def test_measurement__of_a_users_function_gets_outputs_and_targets_as_they_are(n
     assert seen[0] == (model(case.x).shape[1:], case.y.shape[1:])
 
 
+def test_measurement__of_a_users_function_gets_images_of_each_batch_in_their_own_shape() -> None:
+    """As many pixels in other rows and columns: their order tells which is which."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 3, 3, padding=1)).double()
+    sizes = ((4, 6), (6, 4), (5, 5))
+    data = [(torch.randn(3, 1, h, w).double(), torch.randint(3, (3, h, w))) for h, w in sizes]
+
+    def first_row(z: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        assert y.shape == z[:, 0].shape
+        return (z[:, 0, 0] * (1 + y[:, 0])).sum(1)
+
+    def gradient(value: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+
+    each = [(x[n : n + 1], y[n : n + 1]) for x, y in data for n in range(len(x))]
+    train = torch.stack([gradient(nn.functional.cross_entropy(model(x), y, reduction="sum")) for x, y in each])
+    asked = torch.stack([gradient(first_row(model(x), y).sum()) for x, y in each])
+    fisher = fk.ExactFisher(model, data, likelihood=nn.CrossEntropyLoss())
+    matrix = fisher.to_dense() + DAMPING * torch.eye(fisher.size, dtype=torch.float64)
+    found = fk.influence.InfluenceScores(fisher, model, damping=DAMPING).scores(data, data, measurement=first_row)
+    torch.testing.assert_close(found, asked @ torch.linalg.solve(matrix, train.T) / len(each))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_retraining__has_the_same_loss(name: str) -> None:
     case = CASES[name]
@@ -91,6 +115,14 @@ def test_retraining__has_the_same_loss(name: str) -> None:
             found = found - loss_of(likelihood, "test")(other, case.y)
             constant = torch.stack([case.example_loss(other[n : n + 1], n) for n in range(N)])  # type: ignore[assignment]
         torch.testing.assert_close(found, right - constant)
+
+
+def test_loss__of_class_probabilities_on_the_last_axis() -> None:
+    """As many positions as classes: nothing but the axis tells them apart."""
+    z, q = (torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    q = q.softmax(-1)
+    found = loss_of(fk.likelihoods.Categorical(class_axis=-1), "test")(z, q)
+    torch.testing.assert_close(found, -(q * z.log_softmax(-1)).sum((1, 2)))
 
 
 def test_margin__of_classes_on_axis_1_and_not_of_probabilities() -> None:

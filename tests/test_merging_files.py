@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 from collections import Counter
@@ -110,6 +111,22 @@ def test_average_and_task_arithmetic__write_files_too(paths, tmp_path) -> None:
     merging.task_arithmetic(paths[:2], paths[0], 0.4, out=tmp_path / "arithmetic")
     for name, tensor in load_folder(tmp_path / "arithmetic").items():
         assert torch.allclose(tensor, state(0)[name] + 0.4 * (state(1)[name] - state(0)[name]), atol=1e-6)
+
+
+def test_average__writes_more_shards_than_files_may_be_open(tmp_path) -> None:
+    resource = pytest.importorskip("resource")
+    states = [{f"{i}.weight": torch.full((2,), float(seed + i)) for i in range(120)} for seed in (0, 2)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(2)  # the lowest number that no open file has
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 60, hard))
+    try:
+        merging.average(states, out=tmp_path / "out", policy=MergePolicy(max_shard_size=8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    got = load_folder(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 120
+    assert all(torch.equal(got[f"{i}.weight"], torch.full((2,), i + 1.0)) for i in range(120))
 
 
 def test_merge__tied_weights_are_written_once(tmp_path) -> None:
@@ -285,7 +302,7 @@ def test_merge__interrupted_leaves_the_old_model_or_none(paths, tmp_path, monkey
     interrupted(4)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     with monkeypatch.context() as patch:  # between the shards and the index
-        patch.setattr("fisherkit.io.shards.replace_text", interrupt)
+        patch.setattr("fisherkit.io.tensors.replace_text", interrupt)
         if size is not None:
             with pytest.raises(KeyboardInterrupt):
                 merging.merge(paths[:2], paths[2:], out=out, policy=MergePolicy(max_shard_size=size), overwrite=True)

@@ -273,14 +273,6 @@ def test_training__refuses_what_would_be_wrong(name: str) -> None:
     check(Case(*TRAINING[name]))
 
 
-def test_step__in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each would make an update of its own examples, and the replicas would drift apart."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ModelError, match=r"NaturalGradient.step: got 2 processes"):
-        fit(mlp(), cross_entropy)()
-
-
 @pytest.mark.parametrize("cls", [Natural, Beside], ids=["NaturalGradient", "Preconditioner"])
 def test_copies__of_an_optimizer_are_refused(cls: Any) -> None:
     import copy

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from fisherkit.likelihoods import Bernoulli, Categorical, Gaussian, GaussianNLL, Likelihood, Poisson
 
 F64 = torch.float64
 
@@ -226,11 +226,38 @@ def test_optimizer__asks_a_subclass_for_its_own_targets() -> None:
         (lambda: Gaussian(variance=[1.0, float("nan")]), "above 0"),
         (lambda: Bernoulli(pos_weight=torch.ones(5, 2)), "All examples share"),
         (lambda: fk.likelihoods.resolve(nn.PoissonNLLLoss(log_input=False)), "log-rates"),
+        (lambda: Categorical(class_axis="last"), "class_axis='last'.*-1 or 1"),  # type: ignore[arg-type]
+        (lambda: Categorical(class_axis=True), "class_axis=True.*-1 or 1"),
+        (lambda: Bernoulli(pos_weight=[]), r"shape \[0\]"),
+        (lambda: GaussianNLL(eps=-1.0), "eps=-1.0"),
     ],
-    ids=["axis", "smoothing", "negative weight", "weights by example", "variance", "nan", "pos_weight", "rates"],
-)
+    ids=[
+        "axis", "smoothing", "negative weight", "weights by example", "variance", "nan", "pos_weight", "rates",
+        "axis in words", "axis True", "no weight", "negative eps",
+    ],
+)  # fmt: skip
 def test_settings__that_are_none_are_refused(make: Any, words: str) -> None:
     with pytest.raises(fk.InvalidArgumentError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Categorical(weight="balanced"), "weight of type str"),  # type: ignore[arg-type]
+        (lambda: Bernoulli(pos_weight=[1.0, None]), "pos_weight of type list"),  # type: ignore[list-item]
+        (lambda: Gaussian(variance=None), "variance of type NoneType"),  # type: ignore[arg-type]
+        (lambda: Gaussian(variance=[[1.0], [2.0, 3.0]]), "variance of type list"),  # type: ignore[list-item]
+        (lambda: Gaussian(variance=1j), "variance of type complex"),  # type: ignore[arg-type]
+        (lambda: GaussianNLL(eps="small"), "eps of type str"),  # type: ignore[arg-type]
+        (lambda: Categorical(label_smoothing=None), "label_smoothing of type NoneType"),  # type: ignore[arg-type]
+        (lambda: Categorical(ignore_index=None), "ignore_index of type NoneType"),  # type: ignore[arg-type]
+        (lambda: Categorical(ignore_index="pad"), "ignore_index of type str"),  # type: ignore[arg-type]
+    ],
+    ids=["weight", "pos_weight", "None", "ragged", "complex", "eps", "smoothing", "no index", "index"],
+)
+def test_settings__of_another_type_are_refused(make: Any, words: str) -> None:
+    with pytest.raises(fk.InvalidTypeError, match=words):
         make()
 
 
@@ -243,8 +270,14 @@ def test_other_modules__are_refused_with_advice(loss: nn.Module) -> None:
         fk.EmpiricalFisher(model, (x, y), likelihood=loss)
 
 
+def test_repr__says_the_settings_that_are_not_the_default() -> None:
+    assert repr(Poisson()) == "Poisson()"
+    assert repr(Categorical(ignore_index=3, label_smoothing=0.1)) == "Categorical(ignore_index=3, label_smoothing=0.1)"
+    assert repr(Bernoulli(pos_weight=[1, 2])) == "Bernoulli(pos_weight=[1 2])"
+
+
 def test_functions_and_classes__are_refused_with_advice() -> None:
     model, x, y = data()
     for loss in (F.cross_entropy, nn.CrossEntropyLoss):
-        with pytest.raises(fk.InvalidTypeError, match=r"as in nn.CrossEntropyLoss\(\)"):
+        with pytest.raises(fk.InvalidTypeError, match=r"got the .*as in nn.CrossEntropyLoss\(\)"):
             fk.EmpiricalFisher(model, (x, y), likelihood=loss)  # type: ignore[arg-type]

@@ -168,7 +168,7 @@ def test_own_diagonal__is_taken_for_what_it_says_it_is(make) -> None:
     close((other + flat).to_dense(), dense + 0.5 * torch.eye(15, dtype=F64))
 
 
-def test_class_derived_from_a_structure__with_another_product_is_asked_for_itself() -> None:
+def test_class_derived_from_a_structure__with_another_product_is_asked_for_itself(tmp_path: Path) -> None:
     """What a parent class knows of its matrix is not known of a child's."""
 
     class Doubled(DenseOperator):
@@ -181,8 +181,15 @@ def test_class_derived_from_a_structure__with_another_product_is_asked_for_itsel
     close(operator.to_dense(), 2 * matrix)
     close(frobenius_norm(operator), 2 * matrix.norm())
     close((operator + operator).to_dense(), 4 * matrix)
-    with pytest.raises(fk.NoClosedFormError):
-        usual_damping(operator)
+    for refused in (usual_damping, FisherOperator.eigenvalues):
+        with pytest.raises(fk.NoClosedFormError):
+            refused(operator)
+    v = normal(15)
+    close(operator.solve(v, 0.1), torch.linalg.solve(2 * matrix + 0.1 * torch.eye(15, dtype=F64), v))
+    with pytest.raises(fk.NoClosedFormError, match=r"Doubled.save.*no tag"):
+        operator.save(tmp_path / "f")
+    DenseOperator(oc.LAYER, matrix).save(tmp_path / "f")
+    close(fk.load(tmp_path / "f").to_dense(), matrix)
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------

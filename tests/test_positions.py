@@ -161,3 +161,26 @@ def test_kronecker_factors__of_tokens_do_not_depend_on_how_data_are_cut(seed: in
     cls = (fk.EmpiricalFisher, fk.ExactFisher, fk.ImprovedEmpiricalFisher)[seed % 3]
     options = ({"structure": "kfac"}, {"structure": "ekfac"}, {"structure": "kfac", "kfac_positions": "reduce"})
     agree(model, x, mask, y, cls, example=example, **options[seed // 3 % 3])
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_kfac__counts_all_positions_where_the_axis_is_followed_and_else_those_that_are_read(hidden: bool) -> None:
+    """The two definitions, on one model whose last positions alone are read."""
+    torch.manual_seed(0)
+    model = LastOfAll(random.Random(0)).double()
+    model.hidden = hidden
+    x, mask = torch.randn(4, LENGTH, WIDTH).double(), torch.arange(LENGTH) < torch.tensor([[3], [5], [1], [2]])
+    y = torch.randint(CLASSES, (4,))
+    found = fk.EmpiricalFisher(model, ((x, mask), y), structure="kfac", params=["first.weight"]).to_dense()
+    where = torch.zeros(4, LENGTH, dtype=torch.bool)
+    where[torch.arange(4), mask.sum(1) - 1] = True
+    inputs = x[where] if hidden else x.flatten(0, 1)
+    moment = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    for n in range(4):
+        h = model.first(x[n : n + 1])
+        read = torch.tanh(model.second(torch.tanh(h)))[:, int(mask[n].sum()) - 1]
+        z = model.head(2 * read if hidden else read)  # what `Doubled` does
+        (g,) = torch.autograd.grad(torch.nn.functional.cross_entropy(z, y[n : n + 1]), h)
+        moment += g[0].mT @ g[0] / 4
+    expected = torch.kron(moment, inputs.mT @ inputs / len(inputs))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.data import Source
 from fisherkit.influence import InfluenceScores
-from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
-from fisherkit.operators.low_rank import GramForm
-from fisherkit.operators.row_forms import BlockForm, SolvedForm
+from fisherkit.operators.kronecker import EigenProducts
+from fisherkit.operators.low_rank import GramProducts
+from fisherkit.operators.row_products import BlockProducts, SolvedProducts
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.factored import FactoredRows
@@ -49,13 +49,13 @@ def written_out(rows: Rows) -> Rows:
     return Rows(rows.space, [UnitSlot(slot.names, StoredRows(slot.rows.dense())) for slot in rows.slots])
 
 
-def forms(family: str, kind: str) -> tuple[GramForm, SolvedForm, Tensor]:
+def forms(family: str, kind: str) -> tuple[GramProducts, SolvedProducts, Tensor]:
     """Both forms of a full Fisher, and (F + λI)⁻¹."""
     fisher = build(family, kind, "full")
     inverse: Any = fisher.factorize(fk.RelativeDamping(0.3))
     dense = fisher.to_dense()
     expected = torch.linalg.inv(dense + inverse.damping * torch.eye(fisher.size, dtype=dense.dtype))
-    return inverse._gram_form, SolvedForm(inverse._solve, fisher.size), expected
+    return inverse._gram_products, SolvedProducts(inverse._solve_rows, fisher.size), expected
 
 
 @pytest.mark.parametrize("kind", ["ef", "sf5"])
@@ -111,9 +111,9 @@ def test_turned_rows__give_what_solved_columns_do(
     inverse: Any = build(family, "ef", method).factorize(fk.RelativeDamping(0.3))
     lean, fast = loss_rows(family, lean=True), loss_rows(family, lean=False)
     expected = fast.dense() @ inverse._solve(fast.dense().mT)
-    monkeypatch.setattr(EigenForm, "worthwhile", lambda *_: turned)
+    monkeypatch.setattr(EigenProducts, "worthwhile", lambda *_: turned)
     for probe in (lean, fast):
-        form = inverse._row_form(probe, 1, 1)
+        form = inverse._row_products(probe, 1, 1)
         for queries, rows in itertools.product((lean, fast, written_out(lean)), repeat=2):
             same(form.solve(queries).products(rows), expected.mT)
     same(inverse._row_squares(lean), expected.diagonal())
@@ -126,11 +126,11 @@ def test_turned_rows__are_exact_where_bases_leave_something_out() -> None:
     inverse: Any = fisher.factorize(fk.RelativeDamping(1.0))
     rows = fk.EmpiricalFisher(model, (x.double(), y))._built.operator.row_source  # type: ignore[attr-defined]
     expected = rows.dense() @ inverse._solve(rows.dense().mT)
-    form = inverse._row_form(rows, 1_000_000, 1)
-    assert [type(part) for _, part in form._forms] == [EigenForm] * 2
+    form = inverse._row_products(rows, 1_000_000, 1)
+    assert [type(part) for _, part in form._parts] == [EigenProducts] * 2
     same(form.solve(rows).products(rows), expected)
-    back = inverse._row_form(rows, 1, 1_000_000)
-    assert [type(part) for _, part in back._forms] == [TurnedBackForm] * 2
+    back = inverse._row_products(rows, 1, 1_000_000)
+    assert [type(part) for _, part in back._parts] == [SolvedProducts] * 2
     same(back.solve(rows).products(rows), expected)
     same(inverse._row_squares(rows), expected.diagonal())
     # Rows of other examples lie in part where the bases have nothing, which is divided by λ.
@@ -152,10 +152,10 @@ def test_the_form__is_the_one_with_fewer_operations() -> None:
     fisher = fk.EmpiricalFisher(model, (x, y))
     inverse = fisher.factorize(1e-2)
     probe = fisher._built.operator.row_source  # type: ignore[attr-defined]
-    assert isinstance(inverse._row_form(probe, queries=1, others=1_000_000), SolvedForm)
-    assert isinstance(inverse._row_form(probe, queries=1_000, others=1_000), GramForm)
+    assert isinstance(inverse._row_products(probe, queries=1, others=1_000_000), SolvedProducts)
+    assert isinstance(inverse._row_products(probe, queries=1_000, others=1_000), GramProducts)
     blocks = fk.EmpiricalFisher(model, (x, y), structure="block").factorize(1e-2)
-    assert isinstance(blocks._row_form(probe, queries=1_000, others=1_000), BlockForm)
+    assert isinstance(blocks._row_products(probe, queries=1_000, others=1_000), BlockProducts)
 
 
 def test_sample_space__never_writes_a_row_over_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +248,6 @@ def test_a_block_diagonal__solves_one_block_at_a_time_and_keeps_all_solutions() 
     model, x, y = wide()
     inverse = fk.EmpiricalFisher(model, (x, y), structure="kfac").factorize(1e-2)
     probe = fk.EmpiricalFisher(model, (x, y))._built.operator.row_source  # type: ignore[attr-defined]
-    form = inverse._row_form(probe, queries=1, others=1_000_000)
+    form = inverse._row_products(probe, queries=1, others=1_000_000)
     first, last = 64 * 65, 10 * 65
     assert (form.kept, form.passing) == (first + last, 3 * first)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.io import shards
-from fisherkit.io.atomic import save_tensors
-from fisherkit.operators import FisherOperator, load, open_file, state_of
+from fisherkit.io import fisher_file, tensors
+from fisherkit.operators import DiagonalOperator, FisherOperator, load, open_file, state_of
+from fisherkit.space import ParameterSpace
 from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker
 
 F64 = torch.float64
@@ -93,6 +93,16 @@ def test_save__keeps_small_operators_in_one_file(path: Path) -> None:
     assert len(listing(path)) == 3
 
 
+def test_save__one_row_that_is_larger_than_a_shard_is_one_file(path: Path) -> None:
+    alone = DiagonalOperator(ParameterSpace(("x",), ((1,),)), torch.ones(1, dtype=F64))
+    alone.save(path, max_shard_size=1)
+    assert listing(path) == [path.name]
+    assert same(load(path), alone)
+    kronecker(F64)[0].save(path, max_shard_size=100)
+    alone.save(path, max_shard_size=1)
+    assert listing(path) == [path.name]
+
+
 @pytest.mark.parametrize("name", ["fisher.safetensors", "fisher", "fisher.bin"])
 def test_load__takes_the_index_and_the_path_of_saving(name: str, tmp_path: Path) -> None:
     operator, _ = kronecker(F64)
@@ -162,7 +172,7 @@ def steps(before: Any) -> Iterator[None]:
 @contextmanager
 def failing(step: int, error: BaseException) -> Iterator[None]:
     """Raise at a step: after writing a safetensors file, or instead of putting a file in place."""
-    replace, save, count = os.replace, save_tensors, itertools.count()
+    replace, flush, count = os.replace, tensors.flush, itertools.count()
 
     def reach() -> None:
         if next(count) == step:
@@ -170,7 +180,7 @@ def failing(step: int, error: BaseException) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", lambda *a: (reach(), replace(*a))[1])
-        patch.setattr("fisherkit.io.atomic.save_tensors", lambda *a, **k: (save(*a, **k), reach())[0])
+        patch.setattr(tensors, "flush", lambda part: (flush(part), reach())[0])
         yield
 
 
@@ -236,7 +246,7 @@ def test_save__interrupted_right_after_the_index_keeps_the_new_shards(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "replace_text", interrupted)
+        patch.setattr(tensors, "replace_text", interrupted)
         with pytest.raises(KeyboardInterrupt):
             second.save(path, max_shard_size=200)
     assert same(load(path), second)
@@ -248,13 +258,14 @@ def test_save__needs_no_more_memory_than_one_shard_beside_the_operator(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
-    save = save_tensors
+    new_files = tensors.new_files
 
-    def record(tensors: dict[str, Tensor], *rest: Any, **options: Any) -> None:
-        held.append(sum(t.numel() * t.element_size() for t in tensors.values()))
-        save(tensors, *rest, **options)
+    @contextmanager
+    def recorded(*arguments: Any, **options: Any) -> Iterator[Any]:
+        with new_files(*arguments, **options) as put:
+            yield lambda name, tensor: (held.append(tensor.nbytes), put(name, tensor))
 
-    monkeypatch.setattr("fisherkit.io.atomic.save_tensors", record)
+    monkeypatch.setattr(fisher_file, "new_files", recorded)
     block_diagonal(F64)[0].save(path, max_shard_size=96)
     assert max(held) <= 96
 

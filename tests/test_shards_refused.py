@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
-from fisherkit.io import shards
 from fisherkit.operators import load, open_file
 from tests.operator_cases import diagonal, kronecker
 from tests.test_shards import index_of, listing
@@ -29,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("size", "error", "match"),
     [
-        (0, InvalidArgumentError, "max_shard_size=0; expected bytes, 1 or more"),
+        (0, InvalidArgumentError, "max_shard_size=0; expected 1 or more"),
         (1.5, InvalidTypeError, "max_shard_size of type float"),
         (True, InvalidTypeError, "max_shard_size of type bool"),
     ],
@@ -38,12 +37,6 @@ def test_save__refuses_a_size_that_is_none(size: Any, error: type[Exception], ma
     with pytest.raises(error, match=match):
         diagonal(F64)[0].save(path, max_shard_size=size)
     assert listing(path) == []
-
-
-def test_save__refuses_more_shards_than_names(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MOST_SHARDS", 10)
-    with pytest.raises(InvalidArgumentError, match="a need of 15 shards; expected at most 10"):
-        diagonal(F64)[0].save(path, max_shard_size=8)
 
 
 def test_save__refuses_the_name_of_an_index(path: Path) -> None:
@@ -131,12 +124,12 @@ def change_index(path: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda i: i["weight_map"].pop("gradient"), r"fisher.safetensors.index.json has no tensor 'gradient'"),
+        (lambda i: i["weight_map"].pop("gradient"), r"an index .* that .* \(it has no tensor 'gradient'\)"),
         (lambda i: i.pop("weight_map"), "an index fisher.safetensors.index.json that cannot be read"),
         (lambda i: i["weight_map"].update(gradient="../x.safetensors"), "an index .* that cannot be read"),
         (lambda i: i["weight_map"].update(gradient=3), "an index .* that cannot be read"),
         (lambda i: i["metadata"].pop("save"), "an index .* that cannot be read"),
-        (lambda i: i["metadata"].pop("space"), "a file that cannot be read"),
+        (lambda i: i["metadata"].pop("space"), "an index .* that cannot be read"),
         (lambda i: i["metadata"].pop("format"), "an index of something else"),
         (lambda i: i["metadata"].update(version="3"), "format version 3; expected at most 2"),
     ],

@@ -203,6 +203,38 @@ def test_ewc__takes_the_fisher_of_a_wrapped_model(wrap: str) -> None:
     torch.testing.assert_close(ewc.penalty(), other.penalty())
 
 
+@pytest.mark.parametrize("wrap", WRAP)
+def test_loss_gradient__is_over_the_parameters_of_the_fisher(wrap: str) -> None:
+    wrapped = WRAP[wrap](Net(0))
+    for params in (["head.weight"], [n for n, _ in wrapped.named_parameters()][2:], lambda n, _: n.startswith("head")):
+        space = fk.ExactFisher(wrapped, DATA, params=params, structure="diagonal").space
+        expected = fk.evaluation.loss_gradient(Net(0), DATA, params=space.names)
+        torch.testing.assert_close(fk.evaluation.loss_gradient(wrapped, DATA, params=params), expected)
+
+
+def test_ewc__of_averages_is_refused_since_they_are_not_trained() -> None:
+    with pytest.raises(fk.InvalidTypeError, match="got an AveragedModel; expected the model that is trained"):
+        EWC(AveragedModel(Net(0)))
+
+
+@pytest.mark.parametrize("wrap", [name for name in WRAP if name != "averaged"])
+def test_ewc__of_a_wrapped_model_holds_the_module_inside(wrap: str) -> None:
+    wrapped = WRAP[wrap](Net(0))
+    inner = unwrapped(wrapped)
+    fisher = fk.ExactFisher(wrapped, DATA, structure="kfac")
+    ewc, expected = EWC(wrapped), EWC(inner)
+    for own in (ewc, expected):
+        own.consolidate(fisher)
+    with torch.no_grad():
+        inner.head.weight += 0.1
+    assert ewc.model is inner
+    assert list(ewc.state_dict()) == list(expected.state_dict())
+    parameters = list(wrapped.parameters())
+    found, right = (torch.autograd.grad(own.penalty(), parameters) for own in (ewc, expected))
+    torch.testing.assert_close(found, right)
+    assert any(bool(gradient.any()) for gradient in found)
+
+
 def test_merge__files_of_a_compiled_model_make_files_of_a_plain_one(tmp_path: Path) -> None:
     models = [Net(0), Net(1)]
     for name, model in zip("ab", (compiled(models[0]), models[1]), strict=True):

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fisherkit.cli.text import progress
-from fisherkit.influence.evaluation import flip_labels
+from examples.influence.evaluation import flip_labels
 from fisherkit.randomness import untouched_rng
 
 Batch = tuple[Tensor, Tensor]

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from examples.benchmarks.environment import environment
+from examples.influence.evaluation import Retraining, linear_datamodeling_score, noise_ceiling
+from examples.influence.evaluation.datamodeling import RankCorrelation
 from examples.influence.methods import methods
 from examples.influence.outcomes import SCORED, accuracy
 from examples.influence.scoring import Scored, scored
 from examples.influence.settings import SETTINGS, Setting
 from examples.shared import results
-from fisherkit.influence.evaluation import Retraining, linear_datamodeling_score, noise_ceiling
-from fisherkit.influence.evaluation.datamodeling import RankCorrelation
 
 MEASUREMENT = "loss"
 REFERENCES = ("full, EF", "full, exact")

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from examples.influence.evaluation import Retraining, random_subsets, retrain, train_models
 from examples.influence.settings import Setting
-from fisherkit.influence.evaluation import Retraining, random_subsets, retrain, train_models
 
 SCORED = 3
 """Models whose scores are averaged."""

@@ -15,10 +15,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from examples.influence import peers
+from examples.influence.evaluation import average_scores
 from examples.influence.methods import UNDAMPED, methods
 from examples.influence.settings import Setting
 from fisherkit import io
-from fisherkit.influence.evaluation import average_scores
 from fisherkit.model_state import tensors_hash
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fisherkit.influence.evaluation import TrainingRecipe
+from examples.influence.evaluation import TrainingRecipe
 
 Pair = tuple[Tensor, Tensor]
 QUERIES = 180

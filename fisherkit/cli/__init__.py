@@ -1,6 +1,6 @@
 """The command line: ``fisherkit`` and ``python -m fisherkit``.
 
-A command is a `Command` of a module of its own, in `COMMANDS`.
+A command is a record of options in a module of its own, named in `COMMANDS`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Annotated
 import typer
 
 from fisherkit._version import __version__
-from fisherkit.cli.audit import AUDIT
-from fisherkit.cli.estimate import ESTIMATE
-from fisherkit.cli.info import INFO
-from fisherkit.cli.merge import MERGE
-from fisherkit.cli.quality import QUALITY
-from fisherkit.cli.scores import SCORES
-from fisherkit.cli.show import SHOW
+from fisherkit.cli.audit import Audit
+from fisherkit.cli.command import Command
+from fisherkit.cli.estimate import Estimate
+from fisherkit.cli.info import Info
+from fisherkit.cli.merge import Merge
+from fisherkit.cli.quality import Quality
+from fisherkit.cli.scores import Scores
+from fisherkit.cli.show import Show
 
 app = typer.Typer(
     help="Fisher information matrices of PyTorch models.",
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-COMMANDS = (INFO, QUALITY, ESTIMATE, SHOW, MERGE, AUDIT, SCORES)
+COMMANDS = tuple(map(Command, (Estimate, Show, Merge, Scores, Audit, Quality, Info)))
 
 
 @app.callback(invoke_without_command=True)

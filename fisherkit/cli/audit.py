@@ -12,8 +12,7 @@ import typer
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.cli.command import Command
-from fisherkit.cli.options import AsJson, one_of, option
+from fisherkit.cli.options import AsJson, argument, choice, option
 from fisherkit.cli.text import number, table
 from fisherkit.evaluation import audit
 from fisherkit.operators import FisherOperator, load
@@ -21,25 +20,26 @@ from fisherkit.operators import FisherOperator, load
 
 @dataclass(frozen=True)
 class Audit:
-    """Say how alike two Fishers are, and by which factor one is larger.
+    """Compare a Fisher of any origin with an exact one.
 
-    A penalty's strength that was tuned for one must be divided by that factor for the other.
+    Says how alike they are, and by which factor OTHER is larger: a penalty's strength that was tuned for EXACT is
+    divided by it to do the same with OTHER.
+
+    Examples:
+        fisherkit audit theirs.safetensors exact.safetensors
+        fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32
     """
 
     other: Annotated[
         Path,
-        typer.Argument(
-            metavar="OTHER", help="A Fisher file, or any safetensors file of a diagonal: parameter name -> tensor."
-        ),
+        argument("OTHER", "A Fisher file, or any safetensors file of a diagonal: parameter name -> tensor."),
     ]
-    exact: Annotated[Path, typer.Argument(metavar="EXACT", help="A Fisher file.")]
+    exact: Annotated[Path, argument("EXACT", "A Fisher file.")]
     compare: Annotated[
-        str | None,
-        option("WHAT", "diagonal or matrix.", "the matrix where both have one", parser=one_of("diagonal", "matrix")),
+        str | None, choice("What is compared", ("diagonal", "matrix"), "the matrix where both have one")
     ] = None
     batch_size: Annotated[
-        int | None,
-        option("B", "Size of the batches behind OTHER, to recognise their squares.", "unknown", min=1),
+        int | None, option("B", "Size of the batches behind OTHER, to recognise their squares.", "unknown", min=1)
     ] = None
     as_json: AsJson = False
 
@@ -56,16 +56,6 @@ class Audit:
             for part in (*found.parts, found.total)
         ]
         typer.echo(f"{table(header, rows)}\n\n{found}")
-
-
-AUDIT = Command(
-    Audit,
-    "Compare a Fisher of any origin with an exact one.",
-    (
-        "fisherkit audit theirs.safetensors exact.safetensors",
-        "fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32",
-    ),
-)
 
 
 def _plain(value: Any) -> Any:

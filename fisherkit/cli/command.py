@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,9 +28,9 @@ from typer.models import OptionInfo
 
 from fisherkit import io
 from fisherkit.cli.flags import error_in_flags, in_flags
-from fisherkit.errors import FisherkitError, InvalidArgumentError, listed
+from fisherkit.errors import FisherkitError, InvalidArgumentError, MissingPackageError, listed
 from fisherkit.memory import readable
-from fisherkit.progress import in_lines
+from fisherkit.progress import duration, in_lines
 
 LINES_EVERY = 10.0
 """Seconds between lines that say how far a command is, where the error stream is no terminal."""
@@ -46,7 +46,10 @@ KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self"}
 
 
 class Settings(Protocol):
-    """A command's options as a frozen record; its fields have typer's annotations, its docstring is the help."""
+    """A command's options as a frozen record; its fields have typer's annotations, its docstring is the help.
+
+    The docstring's first paragraph stands in the list of commands, its examples under the options.
+    """
 
     def run(self) -> None:
         """Do the work."""
@@ -54,36 +57,28 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Command:
-    """A command of ``fisherkit``; its name is the settings', in lower case.
-
-    Args:
-        settings: its options, and what it does.
-        short_help: the line in the list of commands.
-        examples: command lines, shown under the options.
-    """
+    """A command of ``fisherkit``: its options, and what it does. Its name is the settings', in lower case."""
 
     settings: type[Settings]
-    short_help: str
-    examples: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """As it is typed."""
+        """The command's name as it is typed."""
         return self.settings.__name__.lower()
 
     @property
     def signature(self) -> inspect.Signature:
-        """Its options for typer, those of its own before those that it shares."""
+        """The command's options for typer, those of its own before those that it shares."""
         hints = get_type_hints(self.settings, include_extras=True)
         fields = inspect.signature(self.settings).parameters.values()
         own = sorted(fields, key=lambda parameter: parameter.name not in self.settings.__annotations__)
-        return inspect.Signature(
-            [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
-        )
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        context = inspect.Parameter("context", keyword, annotation=typer.Context)
+        return inspect.Signature([context, *(p.replace(kind=keyword, annotation=hints[p.name]) for p in own)])
 
     @property
     def flags(self) -> dict[str, str]:
-        """The keywords of the package that its options stand for, and the options."""
+        """The keywords of the package that the command's options stand for, and these options."""
         found = {}
         for name, parameter in self.signature.parameters.items():
             options = [entry for entry in get_args(parameter.annotation) if isinstance(entry, OptionInfo)]
@@ -94,29 +89,40 @@ class Command:
         return {name.removesuffix("s"): flag for name, flag in lists.items()} | found
 
     def add_to(self, app: typer.Typer) -> None:
-        """Register it."""
+        """Register the command with a typer application."""
 
-        def run(**options: Any) -> None:
-            token = _running.set(Running(f"fisherkit {self.name}", self.flags))
+        def run(context: typer.Context, **options: Any) -> None:
+            typed = {name for name in options if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+            token = _running.set(Running(f"fisherkit {self.name}", self.flags, typed))
             try:
                 with readable_errors():
                     self.settings(**options).run()
             finally:
                 _running.reset(token)
 
-        run.__doc__ = self.settings.__doc__
+        text, _, examples = (inspect.getdoc(self.settings) or "").partition("\n\nExamples:\n")
+        run.__doc__ = text
         run.__signature__ = self.signature  # type: ignore[attr-defined]
         # \b keeps the line breaks of the paragraph that follows it.
-        lines = "\n".join(f"  {line}" for example in self.examples for line in _folded(example))
-        app.command(self.name, epilog=f"\b\nExamples:\n{lines}\n", short_help=self.short_help)(run)
+        lines = "\n".join(f"  {line}" for example in examples.splitlines() for line in _folded(example.strip()))
+        short = " ".join(text.partition("\n\n")[0].split())
+        app.command(self.name, epilog=f"\b\nExamples:\n{lines}\n", short_help=short)(run)
 
 
 @dataclass
 class Running:
-    """The command that is at work: its name, keyword to option, and how the places looked that it will write to."""
+    """The command that is at work.
+
+    Args:
+        name: as it is typed.
+        flags: keyword of the package to option.
+        given: settings that were typed.
+        targets: how the places looked that it will write to.
+    """
 
     name: str = "fisherkit"
     flags: Mapping[str, str] = field(default_factory=dict)
+    given: Collection[str] = ()
     targets: dict[Path, tuple[int, ...] | None] = field(default_factory=dict)
 
 
@@ -125,6 +131,11 @@ _running: ContextVar[Running | None] = ContextVar("running", default=None)
 
 def _now() -> Running:
     return _running.get() or Running()
+
+
+def given() -> Collection[str]:
+    """The settings that were typed, be it with the value that they have by default."""
+    return _now().given
 
 
 def _folded(example: str) -> list[str]:
@@ -137,14 +148,6 @@ def _folded(example: str) -> list[str]:
         else:
             lines[-1] += f" {part}" if lines[-1] else part
     return lines
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal that ends the command, so that everything temporary is removed as after Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 @contextmanager
@@ -162,7 +165,7 @@ def readable_errors() -> Iterator[None]:
             typer.echo(f"error: {text}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
-            number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+            number = stop.args[0] if stop.args else signal.SIGINT
             typer.echo(f"\nstopped: {_written()}", err=True)
             raise typer.Exit(128 + number) from stop
 
@@ -197,31 +200,23 @@ def _written() -> str:
 
 
 def _tell_leftovers(paths: Iterable[Path]) -> None:
-    found = list(dict.fromkeys(part for path in paths for part in io.leftovers(path)))
-    for path in paths:
-        for part in list(found):
-            # A folder that was killed between taking the old one away and putting the new one in its place.
-            if (part / REPLACED).is_dir() and not path.exists() and part in io.leftovers(path):
-                typer.echo(
-                    f"note: {path} was being replaced by a run that was killed. It is there in full: "
-                    f"mv {shlex.quote(str(part / REPLACED))} {shlex.quote(str(path))}", err=True,
-                )  # fmt: skip
-                found.remove(part)
-    if found:
-        ages = [time.time() - part.stat().st_mtime for part in found]
-        size = sum(file.stat().st_size for part in found for file in (part, *part.rglob("*")) if file.is_file())
-        names = listed((shlex.quote(str(part)) for part in found), 4, " ")
+    found = list(dict.fromkeys((part, path) for path in paths for part in io.leftovers(path)))
+    # A folder that was killed between taking the old one away and putting the new one in its place.
+    away = {part: path for part, path in found if (part / REPLACED).is_dir() and not path.exists()}
+    for part, path in away.items():
+        typer.echo(
+            f"note: {path} was being replaced by a run that was killed. It is there in full: "
+            f"{shlex.join(['mv', str(part / REPLACED), str(path)])}", err=True,
+        )  # fmt: skip
+    left = [part for part in dict.fromkeys(part for part, _ in found) if part not in away]
+    if left:
+        age = min(time.time() - part.stat().st_mtime for part in left)
+        size = sum(file.stat().st_size for part in left for file in (part, *part.rglob("*")) if file.is_file())
+        names = listed((shlex.quote(str(part)) for part in left), 4, " ")
         typer.echo(
             "note: left over from a run that was killed, unless another one is at work "
-            f"({readable(size)}, last changed {_age(min(ages))} ago):\n  rm -r {names}", err=True,
+            f"({readable(size)}, last changed {duration(max(age, 0))} ago):\n  rm -r {names}", err=True,
         )  # fmt: skip
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 @contextmanager
@@ -241,7 +236,7 @@ def _stopping() -> Iterator[None]:
     """SIGTERM and SIGHUP as Ctrl-C, unless whoever started the command has them ignored or handled already."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stopped(number)
+        raise KeyboardInterrupt(number)
 
     wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     main = threading.current_thread() is threading.main_thread()
@@ -277,18 +272,9 @@ def make_folder(folder: Path, names: Iterable[str], call: str, *, overwrite: boo
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def require(extra: str, modules: dict[str, str]) -> None:
-    """End with the pip command if a module, by import name, is missing from its distribution."""
-    missing = [distribution for module, distribution in modules.items() if not _importable(module)]
-    if missing:
-        typer.echo(f"error: this command needs {' and '.join(missing)}, which cannot be imported.", err=True)
-        typer.echo(f'Try: pip install "fisherkit[{extra}]"', err=True)
-        raise typer.Exit(1)
-
-
-def _importable(module: str) -> bool:
+def require(extra: str, package: str) -> None:
+    """End with the pip command if a package, which one of fisherkit's extras brings, cannot be imported."""
     try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
+        importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError.of(_now().name, package, extra, error) from error

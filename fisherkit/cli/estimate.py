@@ -12,26 +12,16 @@ import typer
 from torch import nn
 
 from fisherkit import io
-from fisherkit.cli.command import Command, refuse_existing, say
-from fisherkit.cli.options import (
-    KIND,
-    STRUCTURE,
-    AsJson,
-    Example,
-    MaxShardSize,
-    Overwrite,
-    kind_check,
-    one_of,
-    option,
-    structure_check,
-)
+from fisherkit.cli.command import refuse_existing, say
+from fisherkit.cli.options import AsJson, Example, Kind, MaxShardSize, Overwrite, Structure, argument, choice, option
 from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_likelihood
-from fisherkit.cli.text import number, table
-from fisherkit.data import Data
-from fisherkit.errors import InvalidTypeError
+from fisherkit.cli.text import number, pairs
+from fisherkit.data import Data, Source
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
-from fisherkit.io.reader import index_of
-from fisherkit.io.shards import refuse_weights
+from fisherkit.io.fisher_file import index_of, refuse_others
+from fisherkit.processes import Share, started
+from fisherkit.structures import structure_named
 from fisherkit.vectors import rule_of
 
 CALL = "fisherkit estimate"
@@ -39,63 +29,69 @@ CALL = "fisherkit estimate"
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(ModelOptions):
-    """Estimate the Fisher of a model and write it to a file that needs no model.
+    """Estimate a model's Fisher on a file of texts, or on data of yours.
 
-    Read it with fisherkit.load, look at it with "fisherkit show", merge models by it with "fisherkit merge".
+    What it writes needs no model: read it with fisherkit.load, look at it with "fisherkit show", merge models by it
+    with "fisherkit merge".
+
+    Examples:
+        fisherkit estimate my-model --data train.jsonl --kind ief --structure diagonal --out f.safetensors
+        fisherkit estimate my-model --data train.csv --text-column body --params 'head.*' --out f.safetensors
+        fisherkit estimate mymodule:make --kind truncated:2 --structure full --out f.safetensors
+        torchrun --nproc-per-node 2 -m fisherkit estimate my-model --data train.jsonl --out f.safetensors
     """
 
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A Hugging Face folder (sequence classification or causal language model), or "
+        argument(
+            "MODEL",
+            "A Hugging Face folder (sequence classification or causal language model), or "
             '"package.module:function" that returns (model, data).',
         ),
     ]
     out: Annotated[Path, option("FILE", "The Fisher file to write.")]
-    data: Annotated[
-        Path | None,
-        option("FILE", "Texts and labels, .jsonl, .csv or .tsv; a folder needs it.", "none"),
-    ] = None
-    kind: Annotated[str, option("KIND", KIND, parser=kind_check)] = "truncated:2"
-    structure: Annotated[str, option("NAME", STRUCTURE, parser=structure_check)] = "diagonal"
+    data: Annotated[Path | None, option("FILE", "A folder's texts and labels: .jsonl, .csv or .tsv.", "none")] = None
+    kind: Kind = "truncated:2"
+    structure: Structure = "diagonal"
     example: Example = "sequence"
-    normalization: Annotated[str, option("NAME", "Mean or sum over examples.", parser=one_of("mean", "sum"))] = "mean"
-    kfac_positions: Annotated[
-        str,
-        option(
-            "NAME", "What kfac and ekfac do with shared positions: expand or reduce.", parser=one_of("expand", "reduce")
-        ),
-    ] = "expand"
+    normalization: Annotated[str, choice("Over examples", ("mean", "sum"))] = "mean"
+    kfac_positions: Annotated[str, choice("How kfac and ekfac take positions", ("expand", "reduce"))] = "expand"
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
     as_json: AsJson = False
 
     def run(self) -> None:
-        """Load, build, save, report."""
+        """Load, build, save, report; in several processes, each with its share of the batches, by the first one."""
         check_fisher_file(self.out, f"{CALL} --out", overwrite=self.overwrite)
-        model, data, likelihood = self._model_and_data()
-        params = self.selection(model, CALL)
-        say(f"{self.model}: {_size(model, params, data)}. Estimating {self.kind}, {self.structure} ...")
-        start = time.perf_counter()
-        fisher = FisherApproximation(
-            model, data, rule_of(self.kind, call=CALL).with_seed(self.seed),
-            likelihood=load_likelihood(self.likelihood or likelihood, CALL),
-            structure=self.structure, params=params, example=self.example, normalization=self.normalization,
-            kfac_positions=self.kfac_positions, progress=True,
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        fisher.save(self.out, max_shard_size=self.max_shard_size)
-        found = self._summary(fisher, data, seconds)
-        typer.echo(json.dumps(found, ensure_ascii=False) if self.as_json else _as_text(found))
+        with started(self.device) as (rank, size):
+            if size > 1 and structure_named(self.structure, CALL).keeps_rows:
+                raise InvalidArgumentError(
+                    call=CALL, got=f"structure={self.structure!r} in {size} processes", expected="one process",
+                    why="each process would keep rows of its own, and one file has all", try_='structure="ekfac"',
+                )  # fmt: skip
+            model, data, likelihood = self._model_and_data()
+            params = self.selection(model, CALL)
+            if rank == 0:
+                say(f"{self.model}: {_size(model, params, data)}. Estimating {self.kind}, {self.structure} ...")
+            start = time.perf_counter()
+            fisher = FisherApproximation(
+                model, data if size == 1 else Share(Source(data).batches, rank, size),
+                rule_of(self.kind, call=CALL).with_seed(self.seed),
+                likelihood=load_likelihood(self.likelihood or likelihood, CALL),
+                structure=self.structure, params=params, example=self.example, normalization=self.normalization,
+                kfac_positions=self.kfac_positions, progress=True,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            if rank == 0:
+                fisher.save(self.out, max_shard_size=self.max_shard_size)
+                found = self._summary(fisher, data, seconds)
+                typer.echo(json.dumps(found, ensure_ascii=False) if self.as_json else _as_text(found))
 
     def _model_and_data(self) -> tuple[nn.Module, Data, str]:
         """The model, its data, and the likelihood of its own loss."""
-        files = {"--data": self.data}
-        if Path(self.model).is_dir():
-            texts = self.open_folder(Path(self.model), files, CALL)["--data"]
-            return texts.model, texts, texts.folder.likelihood
-        self.refuse_files(self.model, files, CALL)
+        texts = self.texts(self.model, {"--data": self.data}, CALL)
+        if texts is not None:
+            return texts[0].model, texts[0], texts[0].folder.likelihood
         model, data = load_pair(self.model, CALL)
         return model.to(self.device), data, "categorical"
 
@@ -119,22 +115,10 @@ class Estimate(ModelOptions):
         return found
 
 
-ESTIMATE = Command(
-    Estimate,
-    "Estimate a model's Fisher on a file of texts, or on data of yours.",
-    (
-        "fisherkit estimate my-model --data train.jsonl --kind ief --structure diagonal --out f.safetensors",
-        "fisherkit estimate my-model --data train.csv --text-column body --params 'head.*' --out f.safetensors",
-        "fisherkit estimate mymodule:make --kind truncated:2 --structure full --out f.safetensors",
-    ),
-)
-
-
 def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:
     """A model with its data, one batch or a re-iterable of batches, as the user's function returns them.
 
     Raises:
-        InvalidArgumentError: no such module or function.
         InvalidTypeError: it returned something else.
     """
     made = call_factory(spec, call)
@@ -154,7 +138,7 @@ def check_fisher_file(path: Path, call: str, *, overwrite: bool) -> None:
     """
     io.check_folder(path, call)
     refuse_existing((path, index_of(path)), call, overwrite=overwrite)
-    refuse_weights(path, call)
+    refuse_others(path, call)
 
 
 def _size(model: nn.Module, params: list[str] | None, data: Data) -> str:
@@ -177,7 +161,7 @@ def _as_text(found: dict[str, Any]) -> str:
         ("mean eigenvalue", number(found["mean_eigenvalue"])),
         ("time", f"{found['seconds']:.1f} s"),
     ]
-    lines = table(("", ""), cells, left=2).splitlines()[2:]
+    lines = [pairs(cells)]
     if found.get("texts_at_max_length"):
         lines.append(f"{found['texts_at_max_length']:,} texts fill all {found['max_length']} tokens: some may be cut.")
     return "\n".join([*lines, "", f"Wrote {found['file']}."])

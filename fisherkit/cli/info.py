@@ -13,11 +13,10 @@ import torch
 import typer
 
 from fisherkit._version import __version__
-from fisherkit.cli.command import Command
 from fisherkit.cli.options import AsJson
 from fisherkit.cli.text import pairs, table
 from fisherkit.kinds import KINDS
-from fisherkit.memory import available_memory
+from fisherkit.memory import available_memory, readable
 from fisherkit.structures import structures
 
 EXTRAS = {
@@ -30,7 +29,12 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Info:
-    """Show versions, devices, memory, and which kinds and structures there are."""
+    """Show versions, devices, memory, kinds and structures.
+
+    Examples:
+        fisherkit info
+        fisherkit info --json > info.json
+    """
 
     as_json: AsJson = False
 
@@ -40,26 +44,25 @@ class Info:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if self.as_json else as_text(found))
 
 
-INFO = Command(
-    Info,
-    "Versions, devices, memory, kinds and structures.",
-    ("fisherkit info", "fisherkit info --json > info.json"),
-)
-
-
-def collect() -> dict[str, Any]:
-    """All that the command shows, ready for JSON."""
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    devices = [{"name": "cpu", "description": f"{torch.get_num_threads()} threads"}]
-    devices += [{"name": str(gpu), "description": torch.cuda.get_device_name(gpu)} for gpu in gpus]
+def environment() -> dict[str, Any]:
+    """Versions and what they run on, for JSON."""
     return {
         "fisherkit": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(terse=True),
         "threads": torch.get_num_threads(),
+    }
+
+
+def collect() -> dict[str, Any]:
+    """All that the command shows, ready for JSON."""
+    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return environment() | {
         "devices": [
-            {**device, "available_bytes": available_memory(torch.device(device["name"]))} for device in devices
+            {"name": name, "description": text, "available_bytes": available_memory(torch.device(name))}
+            for name, text in devices.items()
         ],
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "kinds": {name: {"class": kind.__name__, "meaning": _first_line(kind)} for name, kind in KINDS.items()},
@@ -69,22 +72,15 @@ def collect() -> dict[str, Any]:
 
 def as_text(found: dict[str, Any]) -> str:
     """What was collected, for people."""
-    versions = [(key, found[key]) for key in ("fisherkit", "python", "torch", "platform")]
-    versions += [
-        (device["name"], f"{device['description']}, {device['available_bytes'] / 1e9:.1f} GB available")
-        for device in found["devices"]
-    ]
-    versions += [
-        (f"[{extra}]", ", ".join(_state(*item) for item in names.items())) for extra, names in found["extras"].items()
-    ]
-    kinds = [(name, kind["class"], kind["meaning"]) for name, kind in found["kinds"].items()]
-    return "\n\n".join(
-        [
-            pairs(versions),
-            table(("kind", "class", "meaning"), kinds, left=3),
-            table(("structure", "meaning"), list(found["structures"].items()), left=2),
-        ]
-    )
+    lines = {key: found[key] for key in ("fisherkit", "python", "torch", "platform")}
+    for device in found["devices"]:
+        lines[device["name"]] = f"{device['description']}, {readable(device['available_bytes'])} available"
+    for extra, names in found["extras"].items():
+        lines[f"[{extra}]"] = ", ".join(f"{name} {version or 'not installed'}" for name, version in names.items())
+    rows = [(name, kind["class"], kind["meaning"]) for name, kind in found["kinds"].items()]
+    kinds = table(("kind", "class", "meaning"), rows, left=3)
+    meanings = table(("structure", "meaning"), list(found["structures"].items()), left=2)
+    return f"{pairs(lines.items())}\n\n{kinds}\n\n{meanings}"
 
 
 def _version(distribution: str) -> str | None:
@@ -92,10 +88,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _state(name: str, version: str | None) -> str:
-    return f"{name} {version}" if version else f"{name} not installed"
 
 
 def _first_line(kind: type) -> str:

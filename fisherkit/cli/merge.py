@@ -11,7 +11,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,37 +21,40 @@ import torch
 import typer
 
 from fisherkit import io, merging
-from fisherkit.cli.command import REPLACED, Command, expect, refuse_existing, say
+from fisherkit.cli.command import REPLACED, expect, given, refuse_existing, say
 from fisherkit.cli.options import (
     AsJson,
+    Device,
     MaxShardSize,
     Overwrite,
-    device_check,
+    choice,
     dtype_check,
     numbers,
-    one_of,
+    numbers_or,
     option,
 )
 from fisherkit.cli.text import table
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
-from fisherkit.io.model_files import FOLDER_NAMES, targets
-from fisherkit.io.reader import index_of
+from fisherkit.io.fisher_file import index_of
+from fisherkit.io.model_files import FOLDER_NAMES, ModelFiles, targets
 from fisherkit.memory import readable
+from fisherkit.merging import MergePolicy
+from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
 
 CALL = "fisherkit merge"
 
-NAMES = frozenset({"buffers", "integers", "mismatched", "dtype", "max_shard_size"})
-"""Settings of a `MergePolicy` that every way of merging has."""
+SETTINGS = frozenset({"buffers", "integers", "mismatched", "dtype", "max_shard_size"})
+"""Of a `MergePolicy`, that every way of merging has."""
 
-BY_FISHERS = NAMES | {"other_weights", "device", "tolerance", "max_steps"}
+OF_FISHERS = SETTINGS | {"other_weights", "device", "tolerance", "max_steps"}
 
 METHODS: Mapping[str, tuple[Callable[..., Any], frozenset[str]]] = {
-    **dict.fromkeys(WORDS["method"], (merging.merge, BY_FISHERS | {"method", "uncovered"})),
-    "average": (merging.average, NAMES),
-    "task-arithmetic": (merging.task_arithmetic, NAMES),
-    "regmean": (merging.regmean, BY_FISHERS),
+    **dict.fromkeys(WORDS["method"], (merging.merge, OF_FISHERS | {"method", "uncovered"})),
+    "average": (merging.average, SETTINGS),
+    "task-arithmetic": (merging.task_arithmetic, SETTINGS),
+    "regmean": (merging.regmean, OF_FISHERS),
 }
 """Every --method, what it calls and which settings of a `MergePolicy` it has; those of `merge` are ways to solve."""
 
@@ -61,83 +64,69 @@ NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "tor
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 """What is not copied from the first model's folder: weights and the state of a training run."""
 
-OWN = frozenset({"model", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"})
-"""Options that are not keywords of the functions of `fisherkit.merging`."""
-
-
-def weights_check(text: str) -> str:
-    """Of the models.
-
-    Raises:
-        typer.BadParameter: neither "examples" nor numbers.
-    """
-    try:
-        return text if text == "examples" else str(numbers(text) and text)
-    except ValueError as error:
-        raise typer.BadParameter(f'{text!r} is not "examples" or a list of numbers such as 1,2.') from error
-
-
-def choice(text: str, words: Sequence[str], shown: str | None = None) -> Any:
-    """An option that is one of some words, the first by default."""
-    return option("NAME", f"{text}{', '.join(words)}.", shown or words[0], parser=one_of(*words))
+OWN = frozenset(
+    {"model", "fisher", "method", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"}
+)
+"""Options that are not keywords of the functions of `fisherkit.merging`, or of none but those with Fishers."""
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge models by their Fishers: Σ (θ − θ_t)ᵀF_t(θ − θ_t), damped towards their average, made least.
+    """Merge models by their Fishers into one that loads like the first.
 
-    Reads and writes one block at a time. The folder loads with from_pretrained, like the first model's; merge.json in
-    it says how every block was solved.
+    The result makes Σ (θ − θ_t)ᵀF_t(θ − θ_t) least, damped towards the models' average. Reads and writes one block at a
+    time. The folder loads with from_pretrained; merge.json in it says how every block was solved.
+
+    Examples:
+        fisherkit merge --model A --fisher a.safetensors --model B --fisher b.safetensors --out merged
+        fisherkit merge --model A --model B --method average --out merged
+        fisherkit merge --model A --fisher a --model B --fisher b --uncovered average --weights examples --out new
     """
 
     model: Annotated[list[Path], option("PATH", "A Hugging Face folder, or a safetensors file; twice or more.")]
     out: Annotated[Path, option("PATH", "The folder (or, for files, the file) to write.")]
     fisher: Annotated[list[Path] | None, option("FILE", "A Fisher file for each model, in their order.", "none")] = None
     method: Annotated[
-        str,
-        option("NAME", "auto, direct or cg; or average, task-arithmetic, regmean.", parser=one_of(*METHODS)),
+        str, choice("By Fishers, whose blocks are solved by one of the first three, or another way", tuple(METHODS))
     ] = "auto"
     weights: Annotated[
-        str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=weights_check)
+        str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=numbers_or("examples"))
     ] = None
     damping: Annotated[
         float | None,
         option("λ", "A multiple of the mean eigenvalue; see --absolute-damping.", "0.03; regmean: 1e-06", min=0),
     ] = None
     absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
-    output_damping: Annotated[
-        float | None, option("ρ", "How much of each Fisher's average over outputs is added.", "3.0", min=0)
-    ] = None
-    normalize: Annotated[
-        str | None, choice("To the same size before merging: ", ("block", "output", "trace", "norm", "none"))
-    ] = None
-    center: Annotated[str | None, option("PATH", 'Where damping pulls to: "average" or a model.', "average")] = None
-    base: Annotated[Path | None, option("PATH", "task-arithmetic needs it: the common start.", "none")] = None
-    scale: Annotated[float | None, option("S", "task-arithmetic needs it: factor of the sum of changes.", "none")] = (
-        None
+    output_damping: Annotated[float, option("ρ", "How much of each Fisher's average over outputs is added.", min=0)] = (
+        DEFAULT_OUTPUT_DAMPING
     )
-    shrink: Annotated[
-        float | None, option("α", "regmean: share of the off-diagonal that is kept.", "0.9", min=0, max=1)
-    ] = None
+    normalize: Annotated[
+        str, choice("Fishers to one size before merging", ("block", "output", "trace", "norm", "none"))
+    ] = "block"
+    center: Annotated[str, option("PATH", 'Where damping pulls to: "average" or a model.')] = "average"
+    base: Annotated[Path | None, option("PATH", "For task-arithmetic: the model that all began from.", "none")] = None
+    scale: Annotated[float | None, option("S", "For task-arithmetic: factor of the sum of changes.", "none")] = None
+    shrink: Annotated[float, option("α", "For regmean: share of the off-diagonal that is kept.", min=0, max=1)] = 0.9
     uncovered: Annotated[
-        str | None, choice("Parameters without a Fisher: ", WORDS["uncovered"], "refuse; regmean: average")
+        str | None,
+        choice("Parameters that differ and some Fisher lacks", WORDS["uncovered"], "refuse; regmean: average"),
     ] = None
-    buffers: Annotated[str | None, choice("Float buffers: ", WORDS["buffers"])] = None
-    integers: Annotated[str | None, choice("Other tensors: ", WORDS["integers"])] = None
-    mismatched: Annotated[str | None, choice("Names or shapes that differ: ", WORDS["mismatched"])] = None
+    buffers: Annotated[str, choice("Float buffers that differ", WORDS["buffers"])] = MergePolicy.buffers
+    integers: Annotated[str, choice("Other tensors that differ", WORDS["integers"])] = MergePolicy.integers
+    mismatched: Annotated[str, choice("Names or shapes that differ", WORDS["mismatched"])] = MergePolicy.mismatched
     other_weights: Annotated[
-        str | None, choice("Fishers measured at other weights than their models': ", WORDS["other_weights"])
-    ] = None
+        str, choice("Fishers measured at other weights than their models'", WORDS["other_weights"])
+    ] = MergePolicy.other_weights
     config_from_first: Annotated[
         bool, typer.Option("--config-from-first", help="Where configs or vocabularies differ, take the first.")
     ] = False
     dtype: Annotated[
         str | None, option("NAME", "Of the result, such as bfloat16.", "the models'", parser=dtype_check)
     ] = None
-    device: Annotated[str | None, option("NAME", "Where blocks are solved.", "cpu", parser=device_check)] = None
-    tolerance: Annotated[float | None, option("ε", "Largest relative residual of a block's solution.", "1e-12")] = None
-    max_steps: Annotated[int | None, option("N", "Most steps of conjugate gradients in each block.", "2000", min=1)] = (
-        None
+    device: Device = "cpu"
+    tolerance: Annotated[float, option("ε", "Largest relative residual of a block's solution.")] = MergePolicy.tolerance
+    max_steps: Annotated[int, option("N", "Most steps of conjugate gradients in each block.", min=1)] = (
+        MergePolicy.max_steps
     )
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
@@ -174,65 +163,71 @@ class Merge:
         return all(model.is_dir() for model in self.model)
 
     def _options(self) -> dict[str, Any]:
-        """Keywords of the method's function; what was not given is left to its defaults."""
-        given = {name: value for name, value in vars(self).items() if name not in OWN and value is not None}
+        """Keywords of the method's function, of what was typed."""
         function, settings = METHODS[self.method]
         taken = inspect.signature(function).parameters
-        fishers, method = given.pop("fisher", []), given.pop("method")
-        unknown = [name for name in given if name not in {*taken, *settings, "base", "scale"}]
+        values = {name: value for name, value in vars(self).items() if name in given() and name not in OWN}
+        unknown = [name for name in values if name not in {*taken, *settings, "base", "scale"}]
         if unknown:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
-            _refuse(f"--method {method} with {options}", "options that it has", try_="leave them out")
-        if "fishers" not in taken and fishers:
-            _refuse(f"--method {method} with --fisher", "no Fishers, which it does not use")
-        if "fishers" in taken and len(fishers) != len(self.model):
+            _refuse(f"--method {self.method} with {options}", "options that it has", try_="leave them out")
+        if "fishers" not in taken and self.fisher:
+            _refuse(f"--method {self.method} with --fisher", "no Fishers, which it does not use")
+        if "fishers" in taken and len(self.fisher or ()) != len(self.model):
             _refuse(
-                f"{len(self.model)} models and {len(fishers)} Fishers", "a Fisher for each model",
+                f"{len(self.model)} models and {len(self.fisher or ())} Fishers", "a Fisher for each model",
                 try_="--model A --fisher FA --model B --fisher FB, or --method average",
             )  # fmt: skip
         if {self.base is not None, self.scale is not None} != {"base" in taken}:
-            _refuse(f"--method {method}", "--base and --scale with task-arithmetic, and with it alone")
-        if self.damping is not None and not self.absolute_damping:
-            given["damping"] = RelativeDamping(self.damping)
-        if self.normalize == "none":
-            given["normalize"] = None
-        if self.weights not in (None, "examples"):
-            given["weights"] = numbers(str(self.weights))
-        if self.dtype is not None:
-            given["dtype"] = getattr(torch, self.dtype)
+            _refuse(f"--method {self.method}", "--base and --scale with task-arithmetic, and with it alone")
+        typed: dict[str, Callable[[Any], Any]] = {
+            "damping": float if self.absolute_damping else RelativeDamping,
+            "normalize": lambda word: None if word == "none" else word,
+            "weights": lambda text: text if text == "examples" else numbers(text),
+            "dtype": partial(getattr, torch),
+        }
+        values = {name: typed[name](value) if name in typed else value for name, value in values.items()}
+        policy = {name: values.pop(name) for name in settings if name in values}
         if "method" in settings:
-            given["method"] = method
-        policy = {name: given.pop(name) for name in settings if name in given}
+            policy["method"] = self.method
         if "fishers" in taken:
-            given["fishers"] = fishers
-        return {**given, "policy": merging.MergePolicy(**policy), "progress": True}
+            values["fishers"] = self.fisher
+        return {**values, "policy": MergePolicy(**policy), "progress": True}
 
     def _check(self) -> None:
-        """What can be wrong with paths, before anything is read."""
+        """Refuse paths before anything is read: what is missing, and a target where something would be lost."""
+        fishers, out, folders = list(self.fisher or ()), self.out, self._folders
         others = [Path(path) for path in (self.base, self.center) if path not in (None, "average")]
-        fishers = list(self.fisher or ())
         missing = [str(path) for path in (*self.model, *others) if not path.exists()]
         missing += [str(path) for path in fishers if not path.exists() and not index_of(path).exists()]
         if missing:
             _refuse(f"paths that do not exist: {missing}", "models and Fisher files", try_="check the paths")
-        _check_target(self.out, self.model, [*fishers, *others], overwrite=self.overwrite)
-        expect([self.out] if self._folders else targets(self.out))
+        if not out.absolute().parent.is_dir():
+            _refuse(
+                f"--out in a folder that does not exist: {out.parent}", "an existing folder",
+                try_=f"mkdir -p {shlex.quote(str(out.parent))}",
+            )  # fmt: skip
+        if folders and (out.suffix == ".safetensors" or (out.exists() and not out.is_dir())):
+            _refuse(
+                f"models that are folders and --out {out}, a file", "the name of a folder",
+                "folders are merged with what lies beside the weights",
+                f"--out merged, or files such as --model {self.model[0] / FOLDER_NAMES[0]}",
+            )  # fmt: skip
+        _refuse_sources(out, (*self.model, *fishers, *others), folders)
+        if out.is_dir() and any(out.iterdir()) and not self.overwrite:
+            _refuse(f"--out {out}, a folder that is not empty", "another name", try_="--overwrite replaces it")
+        if out.is_dir() and folders:
+            _refuse_other_files(out, self.model[0])
+        if out.is_file():
+            refuse_existing((out,), f"{CALL} --out", overwrite=self.overwrite)
+        expect([out] if folders else targets(out))
 
     def _size(self) -> str:
         """How much is read."""
-
-        def bytes_of(path: Path) -> int:
-            whole = path if path.exists() else index_of(path)
-            stem = whole.name.removesuffix(".index.json").removesuffix(".safetensors")
-            files = (
-                whole.glob("*.safetensors") if whole.is_dir() else {whole, *whole.parent.glob(f"{stem}-*.safetensors")}
-            )
-            return sum(file.stat().st_size for file in files)
-
-        models = f"{len(self.model)} models ({readable(sum(map(bytes_of, self.model)))})"
-        if not self.fisher:
-            return models
-        return f"{models} by their Fishers ({readable(sum(map(bytes_of, self.fisher)))})"
+        files = {file for model in self.model for file in ModelFiles(model, CALL).paths if file.is_file()}
+        models = f"{len(self.model)} models ({readable(sum(file.stat().st_size for file in files))})"
+        fishers = sum(io.read_header(path, CALL).nbytes for path in self.fisher or ())
+        return f"{models} by their Fishers ({readable(fishers)})" if self.fisher else models
 
     def _tell(self, path: Path, info: merging.MergeInfo, seconds: float) -> None:
         if self.as_json:
@@ -258,17 +253,6 @@ class Merge:
             unverified = ", ".join(map(str, info.unverified))
             typer.echo(f"Not checked: that each Fisher was measured at its model's weights (models {unverified}).")
         typer.echo(f"Wrote {path}.")
-
-
-MERGE = Command(
-    Merge,
-    "Merge models by their Fishers into a folder that loads like the first.",
-    (
-        "fisherkit merge --model A --fisher a.safetensors --model B --fisher b.safetensors --out merged",
-        "fisherkit merge --model A --model B --method average --out merged",
-        "fisherkit merge --model A --fisher a --model B --fisher b --uncovered average --weights examples --out merged",
-    ),
-)
 
 
 def _put_in_place(whole: Path, out: Path, replaced: Path) -> None:
@@ -309,29 +293,6 @@ def _vocabulary(path: Path) -> dict[str, Any]:
     return vocabulary if isinstance(vocabulary, dict) else {str(i): entry for i, entry in enumerate(vocabulary)}
 
 
-def _check_target(out: Path, models: Sequence[Path], others: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse a place where something would be lost, such as what is read, or that cannot be written to."""
-    whole = all(model.is_dir() for model in models)
-    if not out.absolute().parent.is_dir():
-        _refuse(
-            f"--out in a folder that does not exist: {out.parent}", "an existing folder",
-            try_=f"mkdir -p {shlex.quote(str(out.parent))}",
-        )  # fmt: skip
-    if whole and (out.suffix == ".safetensors" or (out.exists() and not out.is_dir())):
-        _refuse(
-            f"models that are folders and --out {out}, a file", "the name of a folder",
-            "folders are merged with what lies beside the weights", "--out merged, or files such as --model "
-            f"{models[0] / FOLDER_NAMES[0]}",
-        )  # fmt: skip
-    _refuse_sources(out, (*models, *others), whole)
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        _refuse(f"--out {out}, a folder that is not empty", "another name", try_="--overwrite replaces it")
-    if out.is_dir() and whole:
-        _refuse_other_files(out, models[0])
-    if out.is_file():
-        refuse_existing((out,), f"{CALL} --out", overwrite=overwrite)
-
-
 def _beside_weights(folder: Path) -> list[Path]:
     """Config, tokenizer and whatever else is no weight of a model's folder."""
     return sorted(
@@ -355,16 +316,11 @@ def _refuse_sources(out: Path, sources: Sequence[Path], whole: bool) -> None:
     place = out.resolve()
     written = {place} if whole else {place, *(target.resolve() for target in targets(out))}
     for source in sources:
-        for path in _places(source):
+        # A folder's files may be links to elsewhere.
+        files = [path.resolve() for path in source.iterdir() if path.is_file()] if source.is_dir() else []
+        for path in (source.resolve(), *files):
             if path in written or (whole and place in path.parents):
                 _refuse(f"--out {out}, the place of {source}, which is read", "another place", "it would be lost")
-
-
-def _places(source: Path) -> Iterator[Path]:
-    """Where a source and, of a folder, its files lie in truth."""
-    yield source.resolve()
-    if source.is_dir():
-        yield from (path.resolve() for path in source.iterdir() if path.is_file())
 
 
 def _refuse_other_files(folder: Path, first: Path) -> None:

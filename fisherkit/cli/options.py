@@ -6,7 +6,7 @@ name. So nothing is loaded before all options are right. Owns no option's meanin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeAlias
 
@@ -24,6 +24,16 @@ Check: TypeAlias = Callable[[str], str]
 def option(metavar: str, text: str, shown: str | None = None, **others: Any) -> Any:
     """An option for typer; ``shown`` says the default of one that is None if it is not given."""
     return typer.Option(metavar=metavar, help=text, show_default=shown or True, **others)
+
+
+def argument(metavar: str, text: str) -> Any:
+    """An argument for typer."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+def choice(text: str, words: Sequence[str], shown: str | None = None) -> Any:
+    """An option that is one of some words."""
+    return option("NAME", f"{text}: {', '.join(words)}.", shown, parser=one_of(*words))
 
 
 def one_of(*allowed: str, also: str = "") -> Check:
@@ -61,17 +71,19 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, words(text)))
 
 
-def number_check(text: str) -> str:
-    """A number.
+def numbers_or(*words: str) -> Check:
+    """Numbers between commas, or one of some words."""
 
-    Raises:
-        typer.BadParameter: it is none.
-    """
-    try:
-        float(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a number; such a list is 1e-7,1e-3.") from error
-    return text
+    def check(text: str) -> str:
+        try:
+            if text not in words:
+                numbers(text)
+        except ValueError as error:
+            allowed = " or ".join([*(f'"{word}"' for word in words), "a list of numbers such as 1,1e-3"])
+            raise typer.BadParameter(f"{text!r} is not {allowed}.") from error
+        return text
+
+    return check
 
 
 def kind_check(text: str, also: tuple[str, ...] = ()) -> str:
@@ -130,11 +142,11 @@ STRUCTURE = f"{', '.join(structures())}."
 structure_check = one_of(*structures())
 
 LIKELIHOOD = "categorical, gaussian, bernoulli, poisson, or package.module:function that returns a loss module."
-DEVICE = "cpu, cuda, cuda:1, ..."
 
-Example: TypeAlias = Annotated[
-    str, option("NAME", "What is one example: a sequence or a token.", parser=one_of("sequence", "token"))
-]
+Kind: TypeAlias = Annotated[str, option("KIND", f"Which Fisher: {KIND}", parser=kind_check)]
+Structure: TypeAlias = Annotated[str, option("NAME", f"What is kept of it: {STRUCTURE}", parser=structure_check)]
+Device: TypeAlias = Annotated[str, option("NAME", "Where it is computed: cpu, cuda, cuda:1, ...", parser=device_check)]
+Example: TypeAlias = Annotated[str, choice("What is one example", ("sequence", "token"))]
 MaxShardSize: TypeAlias = Annotated[
     int | None, option("BYTES", "Write several files of at most this size.", "one file of any size", min=1)
 ]

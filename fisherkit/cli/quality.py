@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from fisherkit._version import __version__
-from fisherkit.cli.command import Command, make_folder, require
+from fisherkit.cli.command import make_folder, require
 from fisherkit.cli.estimate import load_pair
+from fisherkit.cli.info import environment
 from fisherkit.cli.options import (
     KIND,
     LIKELIHOOD,
     STRUCTURE,
     Example,
     Overwrite,
+    argument,
     each,
     kind_check,
     likelihood_check,
-    number_check,
     numbers,
+    numbers_or,
     option,
     structure_check,
     words,
@@ -46,43 +47,41 @@ FILES = "quality.csv", "quality.json", "quality.png"
 
 @dataclass(frozen=True)
 class Quality:
-    """Compare every kind's preconditioned update with the natural gradient, by γ of Wu and others (NeurIPS 2024).
+    """Say how good each kind's update is on a model of yours.
 
-    The model is any module in eval mode, the data one batch or a list or DataLoader of batches. Prints a table.
+    Every kind's preconditioned update is compared with the natural gradient, by γ of Wu and others (NeurIPS 2024). The
+    model is any module in eval mode, the data one batch or a list or DataLoader of batches. Prints a table.
+
+    Examples:
+        fisherkit quality mymodule:make
+        fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality
+        fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10
     """
 
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help='"package.module:function" that returns (model, data).')]
-    kinds: Annotated[
-        str,
-        option(
-            "LIST",
-            f"sgd, {KIND}",
-            parser=each(partial(kind_check, also=("sgd",))),
-        ),
-    ] = "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
+    spec: Annotated[str, argument("SPEC", '"package.module:function" that returns (model, data).')]
+    kinds: Annotated[str, option("LIST", f"sgd, {KIND}", parser=each(partial(kind_check, also=("sgd",))))] = (
+        "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
+    )
     structures: Annotated[str, option("LIST", f"Of {STRUCTURE}", parser=each(structure_check))] = "full"
     dampings: Annotated[
-        str,
-        option("LIST", "Gram dampings λ > 0, beside sums over examples.", parser=each(number_check)),
+        str, option("LIST", "λ > 0, each compared, on the scale of sums over examples.", parser=numbers_or())
     ] = "1e-7,1e-5,1e-3,1e-1"
     likelihood: Annotated[str, option("NAME", LIKELIHOOD, parser=likelihood_check)] = "categorical"
     example: Example = "sequence"
     batches: Annotated[int, option("N", "Batches that are averaged over.", min=1)] = 1
     drop_duplicates: Annotated[
-        float | None,
-        option("COSINE", "Leave near-duplicates out of the updates.", "all are kept"),
+        float | None, option("COSINE", "Leave near-duplicates out of the updates.", "all are kept")
     ] = None
     seed: Annotated[int, option("N", "Seed of sampled labels.", min=0)] = 0
-    out: Annotated[
-        Path | None,
-        option("FOLDER", "Write quality.csv, quality.json and quality.png there.", "none"),
-    ] = None
+    out: Annotated[Path | None, option("FOLDER", "Write quality.csv, quality.json and quality.png there.", "none")] = (
+        None
+    )
     overwrite: Overwrite = False
 
     def run(self) -> None:
         """Compare, print, write."""
         if self.out is not None:
-            require("demo", {"matplotlib": "matplotlib"})
+            require("demo", "matplotlib")
             make_folder(self.out, FILES, CALL, overwrite=self.overwrite)
         model, data = load_pair(self.spec, CALL)
         batches = [batch.raw for batch in itertools.islice(Source(data, model).once(), self.batches)]
@@ -101,35 +100,22 @@ class Quality:
 
     def _write(self, tables: Sequence[QualityTable], folder: Path) -> list[Path]:
         paths = [folder / name for name in FILES]
-        lines = ["batch," + ",".join(asdict(tables[0].rows[0]))]
-        for i, found in enumerate(tables):
-            lines += [",".join("" if v is None else str(v) for v in (i, *asdict(row).values())) for row in found.rows]
-        replace_text(paths[0], "\n".join(lines) + "\n")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["batch", *asdict(tables[0].rows[0])])
+        writer.writerows([i, *asdict(row).values()] for i, found in enumerate(tables) for row in found.rows)
+        replace_text(paths[0], text.getvalue())
         lists = {"kinds": words(self.kinds), "structures": words(self.structures), "dampings": numbers(self.dampings)}
         figures = {
-            "environment": {
-                "fisherkit": __version__, "python": platform.python_version(), "torch": torch.__version__,
-                "platform": platform.platform(terse=True), "threads": torch.get_num_threads(),
-            },
+            "environment": environment(),
             "settings": asdict(self) | lists | {"out": str(folder)},
             "batches": [found.to_dict() for found in tables],
-        }  # fmt: skip
+        }
         replace_text(paths[1], json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
         if any(row.damping is not None for row in tables[0].rows):
             plot_damping(tables, paths[2])
             return paths
         return paths[:2]
-
-
-QUALITY = Command(
-    Quality,
-    "How good each kind's update is on a model of yours.",
-    (
-        "fisherkit quality mymodule:make",
-        "fisherkit quality mymodule:make --kinds sgd,ef,ief,truncated:2 --out quality",
-        "fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10",
-    ),
-)
 
 
 def _report(tables: Sequence[QualityTable]) -> str:

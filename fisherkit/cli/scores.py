@@ -1,18 +1,16 @@
 """``fisherkit scores``: the training examples behind a model's predictions, as a table, as JSON or as a page to show.
 
-Owns the command, what a person sees of an example, and the table; the numbers are `InfluenceScores`', the page is
-`scores_page`'s.
+Owns the command and what a person sees of an example; the numbers are `InfluenceScores`', the words `scores_report`'s.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import fill
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -21,28 +19,18 @@ from torch import Tensor, nn
 
 from fisherkit import io
 from fisherkit._version import __version__
-from fisherkit.cli.command import Command, make_folder
+from fisherkit.cli.command import given, make_folder
 from fisherkit.cli.estimate import check_fisher_file
-from fisherkit.cli.options import KIND, STRUCTURE, AsJson, Overwrite, kind_check, one_of, option, structure_check
-from fisherkit.cli.scores_page import (
-    Computed,
-    Example,
-    Query,
-    Result,
-    Scored,
-    data_uri,
-    described,
-    is_image,
-    page,
-    unit,
-)
+from fisherkit.cli.options import AsJson, Kind, Overwrite, Structure, argument, choice, option
+from fisherkit.cli.pictures import data_uri, is_image
+from fisherkit.cli.scores_report import Example, Query, Report
 from fisherkit.cli.sources import ModelOptions, call_factory, load_likelihood
-from fisherkit.cli.text import WIDTH, number, table
+from fisherkit.cli.text import number
 from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.influence import InfluenceScores
-from fisherkit.influence.evaluation.losses import loss_of
+from fisherkit.influence.losses import loss_of
 from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
@@ -52,24 +40,27 @@ from fisherkit.vectors import rule_of, spelled
 CALL = "fisherkit scores"
 FILES = "scores.html", "scores.json"
 
-WIDEST = 60
-"""Characters of a text that a row of the table shows."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Scores(ModelOptions):
-    """Say which training examples each prediction depends on: the most helpful and the most harmful ones.
+    """Say which training examples predictions depend on.
 
-    A score is (1/N) ∇ℓ_qᵀ(F + λI)⁻¹∇ℓ_n, about how much the query's loss would rise without the training example. The
-    function's show(split, index) returns example number index of "train" or "queries" as a text, a picture (an array),
-    a pair of both, or None. Inputs of shape [1 or 3, H, W] are pictures without it.
+    For each query the most helpful and the most harmful ones. A score is (1/N) ∇ℓ_qᵀ(F + λI)⁻¹∇ℓ_n, about how much the
+    query's loss would rise without the training example. The function's show(split, index) returns example number
+    index of "train" or "queries" as a text, a picture (an array), a pair of both, or None. Inputs of shape
+    [1 or 3, H, W] are pictures without it.
+
+    Examples:
+        fisherkit scores my-model --train train.jsonl --queries test.jsonl --out scores
+        fisherkit scores my-model --train train.csv --queries test.csv --fisher f.safetensors --worst 20 --json
+        fisherkit scores mymodule:make --kind exact --structure full --top 10 --self 20 --out scores
     """
 
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help='A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
+        argument(
+            "MODEL",
+            'A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
             "train, queries, show).",
         ),
     ]
@@ -77,13 +68,11 @@ class Scores(ModelOptions):
         Path | None, option("FILE", "A folder's training texts and labels: .jsonl, .csv or .tsv.", "none")
     ] = None
     queries: Annotated[
-        Path | None, option("FILE", "Texts and labels whose predictions are looked at, likewise.", "none")
+        Path | None, option("FILE", "Texts and labels of the predictions to explain, likewise.", "none")
     ] = None
     fisher: Annotated[Path | None, option("FILE", "A Fisher file of this model.", "one is built")] = None
-    kind: Annotated[
-        str | None, option("KIND", f"Of the Fisher that is built: {KIND}", "truncated:2", parser=kind_check)
-    ] = None
-    structure: Annotated[str | None, option("NAME", STRUCTURE, "ekfac", parser=structure_check)] = None
+    kind: Kind = "truncated:2"
+    structure: Structure = "ekfac"
     save_fisher: Annotated[Path | None, option("FILE", "Write the Fisher that is built.", "none")] = None
     damping: Annotated[
         float | None,
@@ -93,13 +82,8 @@ class Scores(ModelOptions):
         ),
     ] = None  # fmt: skip
     absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
-    measurement: Annotated[
-        str, option("NAME", "Of a query: its loss or its margin.", parser=one_of("loss", "margin"))
-    ] = "loss"
-    normalize: Annotated[
-        str | None,
-        option("NAME", "relatif: outliers with large gradients lead no list.", "none", parser=one_of("relatif")),
-    ] = None
+    measurement: Annotated[str, choice("What of a query", ("loss", "margin"))] = "loss"
+    normalize: Annotated[str | None, choice("Against outliers with large gradients", ("relatif",), "none")] = None
     top: Annotated[int, option("K", "Most helpful, and most harmful, for each query.", min=1)] = 5
     worst: Annotated[int | None, option("N", "Only the N queries with the largest loss.", "all", min=1)] = None
     own: Annotated[int, typer.Option("--self", metavar="N", min=0, help="List the N largest self-influences too.")] = 0
@@ -114,22 +98,19 @@ class Scores(ModelOptions):
         self._check()
         if self.out is not None:
             make_folder(self.out, FILES, CALL, overwrite=self.overwrite)
-        found = self._result(self._subject())
-        text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
-        typer.echo(text if self.as_json else as_text(found))
+        found = self._report(self._subject())
+        text = found.to_json()
+        typer.echo(text if self.as_json else found.to_text())
         if self.out is not None:
             paths = [self.out / name for name in FILES]
-            io.replace_text(paths[0], page(found))
+            io.replace_text(paths[0], found.to_page())
             io.replace_text(paths[1], text + "\n")
             typer.echo(f"\nWrote {paths[0]} and {paths[1]}.", err=self.as_json)
 
     def _check(self) -> None:
         """Refuse options that do not go together."""
-        built = {
-            "--kind": self.kind, "--structure": self.structure, "--params": self.params or None,
-            "--save-fisher": self.save_fisher,
-        }  # fmt: skip
-        beside = [name for name, value in built.items() if value is not None]
+        built = {"kind": "--kind", "structure": "--structure", "params": "--params", "save_fisher": "--save-fisher"}
+        beside = [flag for name, flag in built.items() if name in given()]
         if self.fisher is not None and beside:
             raise InvalidArgumentError(
                 call=CALL, got=f"{', '.join(beside)} beside --fisher", expected="--fisher alone",
@@ -144,20 +125,19 @@ class Scores(ModelOptions):
 
     def _subject(self) -> Subject:
         """The model with its data."""
-        files = {"--train": self.train, "--queries": self.queries}
-        if Path(self.model).is_dir():
-            train, queries = self.open_folder(Path(self.model), files, CALL).values()
-            texts, folder = {"train": train.texts, "queries": queries.texts}, train.folder
-            names = {} if folder.causal else {int(k): v for k, v in folder.config.id2label.items()}
-            places = {split: [text.place for text in some] for split, some in texts.items()}
+        found = self.texts(self.model, {"--train": self.train, "--queries": self.queries}, CALL)
+        if found is None:
+            return _of_function(self.model, self.device)
+        train, queries = found
+        texts, folder = {"train": train.texts, "queries": queries.texts}, train.folder
+        names = {} if folder.causal else {int(k): v for k, v in folder.config.id2label.items()}
+        places = {split: [text.place for text in some] for split, some in texts.items()}
 
-            def show(split: str, index: int) -> str:
-                text = texts[split][index]
-                return text.text if text.pair is None else f"{text.text}\n{text.pair}"
+        def show(split: str, index: int) -> str:
+            text = texts[split][index]
+            return text.text if text.pair is None else f"{text.text}\n{text.pair}"
 
-            return Subject(train.model, train, queries, folder.likelihood, names, show, places)
-        self.refuse_files(self.model, files, CALL)
-        return _of_function(self.model, self.device)
+        return Subject(train.model, train, queries, folder.likelihood, names, show, places)
 
     def _fisher(self, subject: Subject) -> tuple[FisherOperator, float | None]:
         """The Fisher, and the seconds it took."""
@@ -165,8 +145,8 @@ class Scores(ModelOptions):
             return load(self.fisher, device=next(subject.model.parameters()).device), None
         start = time.perf_counter()
         fisher = FisherApproximation(
-            subject.model, subject.train, rule_of(self.kind or "truncated:2", call=CALL).with_seed(self.seed),
-            progress=True, structure=self.structure or "ekfac",
+            subject.model, subject.train, rule_of(self.kind, call=CALL).with_seed(self.seed),
+            progress=True, structure=self.structure,
             likelihood=load_likelihood(self.likelihood or subject.likelihood, CALL),
             params=self.selection(subject.model, CALL),
         )  # fmt: skip
@@ -175,7 +155,7 @@ class Scores(ModelOptions):
             fisher.save(self.save_fisher)
         return fisher, seconds
 
-    def _result(self, subject: Subject) -> Result:
+    def _report(self, subject: Subject) -> Report:
         fisher, fisher_seconds = self._fisher(subject)
         known = fisher.metadata.get("likelihood") if self.fisher is not None else None
         likelihood = load_likelihood(self.likelihood or known or subject.likelihood, CALL)
@@ -187,77 +167,61 @@ class Scores(ModelOptions):
         train, count = (Source(data, subject.model).count() for data in (subject.train, subject.queries))
         order = list(range(count))
         if self.worst is not None:
-            losses = [seen[-1] for _, batch in subject.numbered("queries") for seen in subject.seen(batch, likelihood)]
+            losses = [
+                loss for _, batch in subject.numbered("queries") for *_, loss in subject.outcomes(batch, likelihood)
+            ]
             order = sorted(order, key=lambda i: -losses[i])[: self.worst]
         queries, own = self._scored(subject, likelihood, influence, sorted(order), min(self.top, train))
-        computed = Computed(
+        computed = SimpleNamespace(
             model=self.model,
-            kind=spelled(fisher.metadata) if self.fisher is not None else self.kind or "truncated:2",
+            kind=self.kind if self.fisher is None else spelled(fisher.metadata),
             structure=fisher.metadata.get("structure", type(fisher).__name__),
             likelihood=likelihood.recorded, measurement=self.measurement, normalize=self.normalize,
+            # a multiple of the mean eigenvalue; None if λ was given itself
             relative_damping=damping.scale if isinstance(damping, RelativeDamping) else None,
             damping=float(influence.damping), examples=influence.examples, parameters=fisher.size, train=train,
             queries=count, fisher_seconds=fisher_seconds, score_seconds=time.perf_counter() - start,
             fisher_file=None if self.fisher is None else str(self.fisher),
             versions={"fisherkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )  # fmt: skip
-        return Result(computed, tuple(queries[i] for i in order), own, _notes(computed, fisher, shown=len(order)))
+        notes = {
+            f"Of {count:,} queries the {len(order):,} with the largest loss are shown.": len(order) < count,
+            f"The Fisher was measured on N = {influence.examples:,} examples; {train:,} were scored.":
+                influence.examples != train,
+            "The Fisher does not say at which weights it was measured; other weights would go unnoticed.":
+                "parameters_hash" not in fisher.metadata,
+            "The iEF matrix is not on the Fisher's scale: scores rank, and their unit is not the loss's.":
+                fisher.metadata.get("kind") == "ief",
+        }  # fmt: skip
+        held = tuple(note for note, holds in notes.items() if holds)
+        return Report(computed, tuple(queries[i] for i in order), own, held)
 
     def _scored(
         self, subject: Subject, likelihood: Likelihood, influence: InfluenceScores, kept: list[int], top: int
-    ) -> tuple[dict[int, Query], tuple[Scored, ...]]:
+    ) -> tuple[dict[int, Query], tuple[Example, ...]]:
         """The queries by their place in the data, and the largest self-influences."""
         found = influence.top(
             [some.raw for _, some in subject.chosen("queries", kept)], subject.train, top,
             measurement=self.measurement, normalize=self.normalize,
         )  # fmt: skip
+        helpful = [[p for p in pairs if p[0] > 0] for pairs in map(_pairs, found.helpful, found.helpful_index)]
+        harmful = [[p for p in pairs if p[0] < 0] for pairs in map(_pairs, found.harmful, found.harmful_index)]
         own: list[tuple[float, int]] = []
         if self.own:
             largest = influence.self_influence(subject.train).sort(descending=True, stable=True)
             own = _pairs(largest.values[: self.own], largest.indices[: self.own])
-        helpful = [
-            [p for p in _pairs(*row) if p[0] > 0] for row in zip(found.helpful, found.helpful_index, strict=True)
-        ]
-        harmful = [
-            [p for p in _pairs(*row) if p[0] < 0] for row in zip(found.harmful, found.harmful_index, strict=True)
-        ]
         train = subject.examples("train", {i for pairs in (*helpful, *harmful, own) for _, i in pairs}, likelihood)
         queries = subject.examples("queries", kept, likelihood)
 
-        def scored(pairs: list[tuple[float, int]]) -> tuple[Scored, ...]:
-            return tuple(Scored(score, train[index]) for score, index in pairs)
+        def scored(pairs: list[tuple[float, int]]) -> tuple[Example, ...]:
+            return tuple(replace(train[index], score=score) for score, index in pairs)
 
         rows = zip(kept, helpful, harmful, strict=True)
         return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own)
 
 
-SCORES = Command(
-    Scores,
-    "Which training examples predictions depend on, as a table or a page.",
-    (
-        "fisherkit scores my-model --train train.jsonl --queries test.jsonl --out scores",
-        "fisherkit scores my-model --train train.csv --queries test.csv --fisher f.safetensors --worst 20 --json",
-        "fisherkit scores mymodule:make --kind exact --structure full --top 10 --self 20 --out scores",
-    ),
-)
-
-
 def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
     return list(zip(values.tolist(), places.tolist(), strict=True))
-
-
-def _notes(computed: Computed, fisher: FisherOperator, *, shown: int) -> tuple[str, ...]:
-    """What a reader should know about these numbers beside their meaning."""
-    c = computed
-    notes = {
-        f"Of {c.queries:,} queries the {shown:,} with the largest loss are shown.": shown < c.queries,
-        f"The Fisher was measured on N = {c.examples:,} examples; {c.train:,} were scored.": c.examples != c.train,
-        "The Fisher does not say at which weights it was measured; other weights would go unnoticed.":
-            "parameters_hash" not in fisher.metadata,
-        "The iEF matrix is not on the Fisher's scale: scores rank, and their unit is not the loss's.":
-            fisher.metadata.get("kind") == "ief",
-    }  # fmt: skip
-    return tuple(note for note, holds in notes.items() if holds)
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------------
@@ -304,13 +268,13 @@ class Subject:
         """Some of the examples, by their place in the data."""
         found, places = {}, self.places.get(split)
         for inside, batch in self.chosen(split, wanted):
-            for i, (index, seen) in enumerate(zip(inside, self.seen(batch, likelihood), strict=True)):
+            for i, (index, outcome) in enumerate(zip(inside, self.outcomes(batch, likelihood), strict=True)):
                 place = places[index] if places else f"{'train' if split == 'train' else 'query'} {index}"
-                found[index] = Example(index, place, *seen, *self._shown(split, index, batch, i))
+                found[index] = Example(index, place, *outcome, *self._shown(split, index, batch, i))
         return found
 
     @torch.no_grad()
-    def seen(self, batch: Batch, likelihood: Likelihood) -> Iterator[tuple[Any, Any, Any, float]]:
+    def outcomes(self, batch: Batch, likelihood: Likelihood) -> Iterator[tuple[Any, Any, Any, float]]:
         """Label, prediction, its probability and the loss, of each example; None where there is no single one.
 
         Raises:
@@ -341,7 +305,7 @@ class Subject:
         return zip(labels, predictions, sure, losses, strict=True)
 
     def _on(self, row: list[bool]) -> str:
-        """The outputs that are on."""
+        """The names of the outputs that are on."""
         if len(row) == 1 and not self.classes:
             return str(int(row[0]))
         return ", ".join(self._name(c) for c, on in enumerate(row) if on) or "none"
@@ -350,7 +314,7 @@ class Subject:
         return self.classes.get(index, str(index))
 
     def _shown(self, split: str, index: int, batch: Batch, i: int) -> tuple[str | None, str | None]:
-        """Text and picture."""
+        """An example's text and picture, None where there is none."""
         if self.show is None:
             tensors = [leaf for leaf in (*batch.args, *batch.kwargs.values()) if isinstance(leaf, Tensor)]
             images = len(tensors) == 1 and tensors[0].ndim == 4 and is_image(tensors[0].shape[1:])
@@ -385,57 +349,3 @@ def _of_function(spec: str, device: str) -> Subject:
     for name, data in (("train", train), ("queries", queries)):
         Source(data, model).refuse_shuffling(CALL, name)
     return Subject(model.to(device), train, queries, "categorical", {}, show, {})
-
-
-# -- as text -----------------------------------------------------------------------------------------------------------
-
-
-def as_text(found: Result) -> str:
-    """All of it, a table for each query."""
-    c = found.computed
-    λ = "" if c.relative_damping is None else f", {c.relative_damping:g} × the mean eigenvalue"
-    seconds = (
-        "" if c.fisher_seconds is None else f"Fisher {c.fisher_seconds:.1f} s, "
-    ) + f"scores {c.score_seconds:.1f} s"
-    lines = [
-        f"{c.model}: {c.queries:,} queries, {c.train:,} training examples, D = {c.parameters:,} parameters.",
-        f"Fisher: {c.kind}, {c.structure}, N = {c.examples:,}, λ = {c.damping:.3g}{λ}; {seconds}.",
-    ]
-    parts = ["\n".join(fill(line, WIDTH) for line in lines)]
-    parts += [fill(text, WIDTH) for text in (unit(c), *found.notes)]
-    for query in found.queries:
-        title = f"{query.example.place}: {described(query.example)}"
-        if query.example.text is not None:
-            title += f"\n{_short(query.example.text)}"
-        rows = [_row("helpful", scored) for scored in query.helpful]
-        rows += [_row("harmful", scored) for scored in query.harmful]
-        parts.append(f"{title}\n\n" + (_table(rows) if rows else f"No training example moves its {c.measurement}."))
-    if found.self_influence:
-        title = (
-            "Training examples whose own loss depends most on themselves. Wrong labels are often among them; so are "
-        )
-        title = fill(title + "rare and hard examples.", WIDTH)
-        parts.append(f"{title}\n\n" + _table([_row("", scored) for scored in found.self_influence]))
-    # Texts come from anywhere: nothing in them may steer the terminal.
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in "\n\n".join(parts))
-
-
-def _row(side: str, scored: Scored) -> tuple[str, ...]:
-    e = scored.example
-    sure = "" if e.probability is None else f" {e.probability:.2f}"
-    predicted = "" if e.prediction is None else f"{e.prediction}{sure}"
-    return side, e.place, e.label or "", predicted, _short(e.text or ""), f"{scored.score:+.3g}", f"{e.loss:.3g}"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Without the columns that no row fills."""
-    header = ("", "training example", "label", "predicted", "text", "score", "loss")
-    filled = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    left = sum(i < header.index("score") for i in filled)
-    return table([header[i] for i in filled], [[row[i] for i in filled] for row in rows], left=left)
-
-
-def _short(text: str) -> str:
-    """The beginning of a text, in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= WIDEST else line[: WIDEST - 1] + "…"

@@ -16,14 +16,13 @@ import torch
 import typer
 from torch import Tensor
 
-from fisherkit.cli.command import Command, make_folder, require
-from fisherkit.cli.options import AsJson, Overwrite, option
+from fisherkit.cli.command import make_folder, require
+from fisherkit.cli.options import AsJson, Overwrite, argument, option
 from fisherkit.cli.text import WIDTH, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
 from fisherkit.io import part_of, replace_text
 from fisherkit.memory import readable
-from fisherkit.operators import FisherOperator, open_file
-from fisherkit.space import ParameterSpace
+from fisherkit.operators import open_file
 
 SHOWN = 10
 """Eigenvalues in the text; the JSON has more."""
@@ -37,23 +36,26 @@ _BLUE, _ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart with any co
 
 @dataclass(frozen=True)
 class Show:
-    """Show a Fisher file: what was recorded, each layer's trace, and the largest eigenvalues.
+    """Show what a Fisher file holds.
 
-    Reads one block at a time, so that a file need not fit in memory. The picture needs the packages of fisherkit[demo].
+    What was recorded, each layer's trace, and the largest eigenvalues. Reads one block at a time, so that a file need
+    not fit in memory. The picture needs the packages of fisherkit[demo].
+
+    Examples:
+        fisherkit show fisher.safetensors
+        fisherkit show fisher.safetensors.index.json --json > fisher.json
+        fisherkit show fisher.safetensors --out picture
     """
 
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Fisher file, or the index of one in shards.")]
+    file: Annotated[Path, argument("FILE", "A Fisher file, or the index of one in shards.")]
     as_json: AsJson = False
-    out: Annotated[
-        Path | None,
-        option("FOLDER", "Write show.json and show.png there; made if missing.", "none"),
-    ] = None
+    out: Annotated[Path | None, option("FOLDER", "Write show.json and show.png there; made if missing.", "none")] = None
     overwrite: Overwrite = False
 
     def run(self) -> None:
         """Add up, print, write."""
         if self.out is not None:
-            require("demo", {"matplotlib": "matplotlib"})
+            require("demo", "matplotlib")
             make_folder(self.out, ("show.json", "show.png"), "fisherkit show", overwrite=self.overwrite)
         found = summarize(self.file)
         text = json.dumps(asdict(found), indent=2, ensure_ascii=False)
@@ -62,17 +64,6 @@ class Show:
             replace_text(self.out / "show.json", text + "\n")
             _draw(found, self.out / "show.png")
             typer.echo(f"wrote {self.out / 'show.json'} and {self.out / 'show.png'}", err=self.as_json)
-
-
-SHOW = Command(
-    Show,
-    "What a Fisher file holds: metadata, traces, eigenvalues.",
-    (
-        "fisherkit show fisher.safetensors",
-        "fisherkit show fisher.safetensors.index.json --json > fisher.json",
-        "fisherkit show fisher.safetensors --out picture",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -117,6 +108,7 @@ def summarize(path: Path) -> Summary:
         FileFormatError: no such file, damaged, or not a Fisher file.
     """
     file = open_file(path)
+    layer_of = {name: layer for layer, names in file.space.blocks.items() for name in names}
     traces: dict[str, float] = {}
     kinds: dict[str, str] = {}
     spectra: list[Tensor] = []
@@ -125,12 +117,18 @@ def summarize(path: Path) -> Summary:
     for names in progress(file.blocks):
         block = file.read(names)
         dtype = str(block.dtype).removeprefix("torch.")
-        kinds.update(dict.fromkeys(names, block.tag))
+        joint = len({layer_of[name] for name in names}) > 1
+        kinds.update(dict.fromkeys(names, f"{block.tag}, joint" if joint else block.tag))
         pieces = block.space.unflatten(block.diagonal().double())
-        sums = torch.stack([pieces[name].sum() for name in block.space.names])
-        traces.update(zip(block.space.names, sums.tolist(), strict=True))
+        traces.update({name: float(piece.sum()) for name, piece in pieces.items()})
+        if block.decomposed_side > LARGEST_SIDE:
+            refused.append(
+                f"a {block.tag} block would have to decompose a matrix of side {block.decomposed_side:,}, above "
+                f"{LARGEST_SIDE:,} (fk.estimators.lanczos_eigenvalues needs products alone)"
+            )
+            continue
         try:
-            spectra.append(_largest(block))
+            spectra.append(block.eigenvalues(min(KEPT, block.size)).cpu())
         except (NoClosedFormError, MemoryBudgetError) as error:
             refused.append(error.why or error.got)
     largest = torch.cat(spectra).sort(descending=True).values[:KEPT] if spectra else torch.zeros(0)
@@ -138,51 +136,23 @@ def summarize(path: Path) -> Summary:
         f"none in closed form for {len(refused)} of {len(file.blocks)} blocks, because {refused[0]}" if refused else ""
     )
     total = sum(traces.values())
+    sizes = dict(zip(file.space.names, file.space.sizes, strict=True))
+    layers = []
+    for layer, names in file.space.blocks.items():
+        trace, size = sum(traces[name] for name in names), sum(sizes[name] for name in names)
+        kind = " + ".join(dict.fromkeys(kinds[name] for name in names))
+        share = trace / total if total else 0.0
+        layers.append(Layer(layer or ", ".join(names), names, kind, size, trace, share, trace / size))
     return Summary(
         file=str(path), files=len(file.files), bytes=file.nbytes, operator=file.header.root.kind,
         blocks=len(file.blocks), size=file.space.size, dtype=dtype, metadata=file.metadata,
-        checksums=file.has_checksums, trace=total, layers=_layers(file.space, file.blocks, kinds, traces, total),
+        checksums=file.has_checksums, trace=total, layers=tuple(layers),
         eigenvalues=None if refused else tuple(largest.tolist()), no_eigenvalues=reason,
     )  # fmt: skip
 
 
-def _largest(block: FisherOperator) -> Tensor:
-    side = block.decomposed_side
-    if side > LARGEST_SIDE:
-        why = (
-            f"a {block.tag} block would have to decompose a matrix of side {side:,}, above {LARGEST_SIDE:,} "
-            "(fk.estimators.lanczos_eigenvalues needs products alone)"
-        )
-        raise NoClosedFormError(
-            call="show", got=f"a matrix of side {side:,}", expected=f"{LARGEST_SIDE:,} or less", why=why
-        )
-    return block.eigenvalues(min(KEPT, block.size)).cpu()
-
-
-def _layers(
-    space: ParameterSpace,
-    blocks: tuple[tuple[str, ...], ...],
-    kinds: dict[str, str],
-    traces: dict[str, float],
-    total: float,
-) -> tuple[Layer, ...]:
-    sizes = dict(zip(space.names, space.sizes, strict=True))
-    block_of = {name: names for names in blocks for name in names}
-    found = []
-    for module, names in space.blocks.items():
-        seen: dict[str, None] = {}
-        for name in names:
-            joint = not set(block_of[name]) <= set(names)
-            seen[f"{kinds[name]}, joint" if joint else kinds[name]] = None
-        trace, size = sum(traces[name] for name in names), sum(sizes[name] for name in names)
-        share = trace / total if total else 0.0
-        found.append(Layer(module or ", ".join(names), names, " + ".join(seen), size, trace, share, trace / size))
-    return tuple(found)
-
-
 def _as_text(found: Summary) -> str:
     """The summary, for people."""
-    recorded = {key: value for key, value in found.metadata.items() if key not in ("coverage", "checksums")}
     files = "1 file" if found.files == 1 else f"{found.files} files"
     lines = {
         "file": f"{found.file} ({readable(found.bytes)} in {files})",
@@ -190,27 +160,21 @@ def _as_text(found: Summary) -> str:
         "D": f"{found.size:,} parameters, {found.dtype}",
         "trace": f"{found.trace:.4g}, mean eigenvalue {found.trace / found.size:.3g}",
         "checksums": "those of all values compared" if found.checksums else "none, so that damage may go unnoticed",
-        **recorded,
+        **{key: value for key, value in found.metadata.items() if key not in ("coverage", "checksums")},
     }
     rows = [
         (
-            layer.name, layer.kind, f"{layer.size:,}", f"{layer.trace:.3g}", f"{100 * layer.share:.1f} %",
+            layer.name, layer.kind, f"{layer.size:,}", f"{layer.trace:.3g}", f"{layer.share:.1%}",
             f"{layer.mean_eigenvalue:.3g}",
         )
         for layer in found.layers
     ]  # fmt: skip
-    if found.eigenvalues is None:
-        spectrum = f"Eigenvalues: {found.no_eigenvalues}."
-    else:
-        largest = ", ".join(f"{value:.3g}" for value in found.eigenvalues[:SHOWN])
-        spectrum = fill(f"Largest eigenvalues: {largest}", WIDTH)
-    return "\n\n".join(
-        [
-            pairs(lines.items()),
-            table(("layer", "block", "parameters", "trace", "share", "mean eigenvalue"), rows, left=2),
-            spectrum,
-        ]
-    )
+    spectrum = f"Eigenvalues: {found.no_eigenvalues}."
+    if found.eigenvalues is not None:
+        spectrum = "Largest eigenvalues: " + ", ".join(f"{value:.3g}" for value in found.eigenvalues[:SHOWN])
+        spectrum = fill(spectrum, WIDTH)
+    layers = table(("layer", "block", "parameters", "trace", "share", "mean eigenvalue"), rows, left=2)
+    return f"{pairs(lines.items())}\n\n{layers}\n\n{spectrum}"
 
 
 def _draw(found: Summary, path: Path) -> None:

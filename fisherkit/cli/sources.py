@@ -8,6 +8,7 @@ there is.
 from __future__ import annotations
 
 import csv
+import fnmatch
 import importlib
 import inspect
 import json
@@ -15,7 +16,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fisherkit.arguments import is_integer
 from fisherkit.cli.command import require
-from fisherkit.cli.options import DEVICE, LIKELIHOOD, device_check, dtype_check, likelihood_check, option
+from fisherkit.cli.options import LIKELIHOOD, Device, dtype_check, likelihood_check, option
 from fisherkit.errors import DataError, InvalidArgumentError, listed
 from fisherkit.likelihoods import Likelihood, resolve
 
@@ -52,73 +52,67 @@ class ModelOptions:
     text_column: Annotated[str, option("NAME", "Column of the text.")] = "text"
     pair_column: Annotated[str | None, option("NAME", "Column of a second text.", "none")] = None
     label_column: Annotated[str, option("NAME", "Column of the label; causal models need none.")] = "label"
-    examples: Annotated[
-        int | None,
-        option("N", "Draw so many of the (training) texts.", "all", min=1),
-    ] = None
+    examples: Annotated[int | None, option("N", "Draw this many of the (training) texts.", "all", min=1)] = None
     batch_size: Annotated[int, option("N", "Texts in a batch; no effect on the result.", min=1)] = 32
     max_length: Annotated[
-        int | None,
-        option("N", "Tokens that a text is cut to.", "the most that the model allows", min=1),
+        int | None, option("N", "Tokens that a text is cut to.", "the most that the model allows", min=1)
     ] = None
     params: Annotated[
         list[str] | None,
         option("PATTERN", 'Parameters by name, such as "classifier.*"; may be repeated.', "all that require grad"),
     ] = None
     likelihood: Annotated[
-        str | None,
-        option("NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check),
+        str | None, option("NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check)
     ] = None
-    device: Annotated[str, option("NAME", DEVICE, parser=device_check)] = "cpu"
+    device: Device = "cpu"
     dtype: Annotated[
-        str | None,
-        option("NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check),
+        str | None, option("NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check)
     ] = None
     seed: Annotated[int, option("N", "Seed of drawn texts and sampled labels.", min=0)] = 0
 
-    def open_folder(self, path: Path, files: Mapping[str, Path | None], call: str) -> dict[str, TextBatches]:
-        """The batches of each file of texts, by the option that names it; of the first only some may be drawn.
+    def texts(self, spec: str, files: Mapping[str, Path | None], call: str) -> list[TextBatches] | None:
+        """The batches of each file of texts, if the model is a folder; None if it is a user's function.
+
+        Args:
+            spec: a folder, or "package.module:function".
+            files: by the option that names each; ``--examples`` is of the first.
+            call: the command, for errors.
 
         Raises:
-            InvalidArgumentError: a file is not named, or the folder cannot be used.
+            InvalidArgumentError: neither a folder nor a function; files that are missing, or beside a function.
             DataError: a line or a label that cannot be used.
         """
-        require("hf", {"transformers": "transformers"})
-        missing = [f"{flag} FILE" for flag, file in files.items() if file is None]
-        if missing:
+        given = {flag: file for flag, file in files.items() if file is not None}
+        if not Path(spec).is_dir():
+            if ":" not in spec:
+                raise InvalidArgumentError(
+                    call=call, got=repr(spec), expected='a Hugging Face folder, or "package.module:function"',
+                    why="there is no such folder",
+                )  # fmt: skip
+            if given:
+                raise InvalidArgumentError(
+                    call=call, got=f"{' and '.join(given)} with a function", expected="one of them",
+                    why="the function returns its own data",
+                )  # fmt: skip
+            return None
+        require("hf", "transformers")
+        if missing := [f"{flag} FILE" for flag in files if flag not in given]:
             raise InvalidArgumentError(
-                call=call, got=f"{path} without texts", expected=" and ".join(missing),
+                call=call, got=f"{spec} without texts", expected=" and ".join(missing),
                 try_="a .jsonl with text and label",
             )  # fmt: skip
-        folder = Folder.open(path, call)
-        texts: dict[str, list[Text]] = {}
-        names = [self.text_column, self.pair_column, None if folder.causal else self.label_column]
-        for flag, file in files.items():
-            drawn = None if texts else self.examples
-            texts[flag] = read_texts(Path(file or ""), names, f"{call} {flag}", drawn, self.seed)
+        folder = Folder.open(Path(spec), call)
+        columns = [self.text_column, self.pair_column, None if folder.causal else self.label_column]
+        texts = {flag: read_texts(file, columns, f"{call} {flag}") for flag, file in given.items()}
+        first = next(iter(texts))
+        if self.examples is not None and self.examples < len(texts[first]):
+            order = torch.randperm(len(texts[first]), generator=torch.Generator().manual_seed(self.seed))
+            texts[first] = [texts[first][i] for i in sorted(order[: self.examples].tolist())]
         model = folder.load(self.device, self.dtype)
-        return {
-            flag: TextBatches(folder, model, found, self.batch_size, self.max_length, f"{call} {flag}")
+        return [
+            TextBatches(folder, model, found, self.batch_size, self.max_length, f"{call} {flag}")
             for flag, found in texts.items()
-        }
-
-    def refuse_files(self, spec: str, files: Mapping[str, Path | None], call: str) -> None:
-        """Refuse a name that is neither a folder nor a function, and files of texts beside a function.
-
-        Raises:
-            InvalidArgumentError: as above.
-        """
-        given = [flag for flag, file in files.items() if file is not None]
-        if ":" not in spec:
-            raise InvalidArgumentError(
-                call=call, got=repr(spec), expected='a Hugging Face folder, or "package.module:function"',
-                why="there is no such folder",
-            )  # fmt: skip
-        if given:
-            raise InvalidArgumentError(
-                call=call, got=f"{' and '.join(given)} with a function", expected="one of them",
-                why="the function returns its own data",
-            )  # fmt: skip
+        ]
 
     def selection(self, model: nn.Module, call: str) -> list[str] | None:
         """The parameters whose names match one of the patterns; None without patterns.
@@ -128,13 +122,13 @@ class ModelOptions:
         """
         names = [name for name, _ in model.named_parameters()]
         for pattern in self.params or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not fnmatch.filter(names, pattern):
                 raise InvalidArgumentError(
                     call=call, got=f"--params {pattern!r}, which matches no parameter",
                     expected=f"a pattern of names such as {names[-1]!r}",
                     try_="quotes, so that the shell leaves * alone",
                 )  # fmt: skip
-        return [n for n in names if any(fnmatchcase(n, p) for p in self.params)] if self.params else None
+        return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in self.params)] if self.params else None
 
 
 # -- a user's function -------------------------------------------------------------------------------------------------
@@ -173,7 +167,7 @@ def call_factory(spec: str, call: str) -> Any:
     function = getattr(_module(module, call), name, None)
     if not callable(function):
         raise InvalidArgumentError(
-            call=call, got=f"{spec!r}", expected=f"a function {name!r} in the module {module!r}",
+            call=call, got=repr(spec), expected=f"a function {name!r} in the module {module!r}",
             why=f"the module has {'no such name' if function is None else f'a {type(function).__name__} there'}",
         )  # fmt: skip
     try:
@@ -197,10 +191,10 @@ def _module(name: str, call: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # A module that is there and cannot import something else says so itself.
-        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise InvalidArgumentError(
-            call=call, got=f"{name!r}", expected="a module that can be imported",
+            call=call, got=repr(name), expected="a module that can be imported",
             why=f"there is no {error.name!r} in the current folder or among the installed packages",
             try_="run the command in the folder that holds it",
         ) from error  # fmt: skip
@@ -226,106 +220,87 @@ class Text:
     place: str
 
 
-def read_texts(path: Path, columns: Sequence[str | None], call: str, examples: int | None, seed: int) -> list[Text]:
+def read_texts(path: Path, columns: Sequence[str | None], call: str) -> list[Text]:
     """The lines of a .jsonl, .csv or .tsv file.
 
     Args:
         path: the file.
         columns: of the text, of a second text and of the label; the last two may be None.
         call: the command, for errors.
-        examples: how many to draw, without repetition and in the file's order; None for all.
-        seed: of the draw.
 
     Raises:
         InvalidArgumentError: no such file, or another ending.
         DataError: a line that cannot be used, or no line at all.
     """
+    suffix = path.suffix.lower()
     if not path.is_file():
         raise InvalidArgumentError(call=call, got=f"no file at {path}", expected="a .jsonl, .csv or .tsv file")
-    wanted = [name for name in columns if name is not None]
-    texts = []
-    for record, place in _records(path, wanted, call):
-        _check_record(record, wanted, place, call)
+    if suffix not in {".jsonl", ".json", *SEPARATORS}:
+        raise InvalidArgumentError(
+            call=call, got=f"{path}", expected="a .jsonl, .csv or .tsv file", try_="another file, or rename it"
+        )
+    wanted, texts = [name for name in columns if name is not None], []
+    for number, record in _table(path, wanted, call) if suffix in SEPARATORS else _objects(path, call):
+        place = f"line {number} of {path.name}"
+        absent = [repr(name) for name in wanted if record.get(name) is None]
+        if absent:
+            raise DataError(
+                call=call, got=f"{place}, where {' and '.join(absent)} is null or not there",
+                expected="a value in every line", why="a line without it is no example",
+                try_="leave the line out; --text-column, --pair-column, --label-column for other columns",
+            )  # fmt: skip
         text, pair, label = (None if name is None else record[name] for name in columns)
         if not isinstance(text, str) or not isinstance(pair, (str, type(None))):
             raise DataError(call=call, got=f"a text that is no string in {place}", expected="strings")
         texts.append(Text(text, pair, label, place))
     if not texts:
         raise DataError(call=call, got=f"{path}, which has no line", expected="a text a line")
-    if examples is None or examples >= len(texts):
-        return texts
-    drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:examples]
-    return [texts[i] for i in sorted(drawn.tolist())]
+    return texts
 
 
-def _records(path: Path, wanted: list[str], call: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Objects with where they stand."""
-    suffix = path.suffix.lower()
-    if suffix not in {".jsonl", ".json", *SEPARATORS}:
-        raise InvalidArgumentError(
-            call=call, got=f"{path}", expected="a .jsonl, .csv or .tsv file", try_="another file, or rename it"
-        )
+def _objects(path: Path, call: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers of lines and their JSON objects."""
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            got = f"line {number} of {path.name}, which is not JSON ({error})"
+            raise DataError(call=call, got=got, expected="an object a line") from error
+        if not isinstance(found, dict):
+            got = f"a {type(found).__name__} in line {number} of {path.name}"
+            raise DataError(call=call, got=got, expected="an object a line")
+        yield number, found
+
+
+def _table(path: Path, wanted: list[str], call: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers of lines and their cells by the header's names, each of which is there once."""
+    separator = SEPARATORS[path.suffix.lower()]
     with path.open(encoding="utf-8-sig", newline="") as file:
-        if suffix in SEPARATORS:
-            reader = csv.DictReader(file, delimiter=SEPARATORS[suffix])
-            _check_header(reader.fieldnames or [], path, wanted, call)
-            for record in reader:
-                yield record, f"line {reader.line_num} of {path.name}"
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _object(line, f"line {number} of {path.name}", call), f"line {number} of {path.name}"
-
-
-def _check_header(names: Sequence[str], path: Path, wanted: list[str], call: str) -> None:
-    """Refuse a table whose first line does not name each wanted column once."""
-    if not names:
-        raise DataError(call=call, got=f"{path}, which is empty", expected="a header and a text a line")
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        shown = listed((repr(name if len(name) <= 40 else f"{name[:39]}…") for name in names), 4)
-        raise DataError(
-            call=call, got=f"{path}, whose first line is {shown}",
-            expected=f"a header with the columns {wanted}, of which {missing} are missing",
-            why="the first line of a table names its columns; without a header it would be lost as a text",
-            try_=f"a first line with {SEPARATORS[path.suffix.lower()].join(wanted)!r} if there is no header; else "
-            "--text-column, --pair-column, --label-column",
-        )  # fmt: skip
-    twice = [name for name in wanted if list(names).count(name) > 1]
-    if twice:
-        raise DataError(call=call, got=f"{path} with two columns {twice[0]!r}", expected="one of each name")
-
-
-def _object(line: str, place: str, call: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise DataError(call=call, got=f"{place}, which is not JSON ({error})", expected="an object a line") from error
-    if not isinstance(found, dict):
-        raise DataError(call=call, got=f"a {type(found).__name__} in {place}", expected="an object a line")
-    return found
-
-
-def _check_record(record: dict[str, Any], wanted: list[str], place: str, call: str) -> None:
-    """Refuse a line with cells beyond the header, or without one of the wanted entries."""
-    beyond: Any = record.get(None)  # type: ignore[call-overload]  # where csv's reader puts them
-    if beyond:
-        raise DataError(
-            call=call, got=f"{place} with {len(beyond)} more cells than the header", expected="as many",
-            why="the separator parts cells unless the cell is in quotes", try_='"…" around texts that have one',
-        )  # fmt: skip
-    missing = [name for name in wanted if name not in record]
-    if missing:
-        raise DataError(
-            call=call, got=f"{place} with columns {sorted(record)}",
-            expected=f"{wanted}, of which {missing} are missing", try_="--text-column, --pair-column, --label-column",
-        )  # fmt: skip
-    null = [name for name in wanted if record[name] is None]
-    if null:
-        raise DataError(
-            call=call, got=f"{place}, where {null[0]!r} is null or not there", expected="a value in every line",
-            why="a line without it is no example", try_="leave the line out",
-        )  # fmt: skip
+        reader = csv.DictReader(file, delimiter=separator)
+        names = list(reader.fieldnames or [])
+        if not names:
+            raise DataError(call=call, got=f"{path}, which is empty", expected="a header and a text a line")
+        if absent := [name for name in wanted if name not in names]:
+            shown = listed((repr(name if len(name) <= 40 else f"{name[:39]}…") for name in names), 4)
+            raise DataError(
+                call=call, got=f"{path}, whose first line is {shown}",
+                expected=f"a header with the columns {wanted}, of which {absent} are missing",
+                why="the first line of a table names its columns; without a header it would be lost as a text",
+                try_=f"a first line with {separator.join(wanted)!r} if there is no header; else --text-column, "
+                "--pair-column, --label-column",
+            )  # fmt: skip
+        if twice := [name for name in wanted if names.count(name) > 1]:
+            raise DataError(call=call, got=f"{path} with two columns {twice[0]!r}", expected="one of each name")
+        for record in reader:
+            if beyond := record.pop(None, None):  # where csv's reader puts them
+                place = f"line {reader.line_num} of {path.name}"
+                raise DataError(
+                    call=call, got=f"{place} with {len(beyond)} more cells than the header", expected="as many",
+                    why="the separator parts cells unless the cell is in quotes", try_='"…" around texts that have one',
+                )  # fmt: skip
+            yield reader.line_num, record
 
 
 # -- a Hugging Face folder ---------------------------------------------------------------------------------------------
@@ -463,31 +438,23 @@ class TextBatches:
 
     def _label(self, text: Text) -> Tensor:
         """A text's label as the model's loss takes it."""
-        config, label = self.folder.config, text.label
+        config, label, likelihood = self.folder.config, text.label, self.folder.likelihood
+        names, count = config.label2id, config.num_labels
+        expected = f"{count} number(s), as the model's {likelihood} loss takes them"
+        if likelihood == "categorical":
+            expected = f"a class from 0 to {count - 1}, or a name of the model's config: {list(names)[:12]}"
         try:
-            if self.folder.likelihood == "categorical":
-                return torch.tensor(self._class(text, config.label2id, config.num_labels))
-            # A csv file holds a number or a list of numbers as text.
-            numbers = json.loads(label) if isinstance(label, str) else label
-            return torch.tensor(numbers, dtype=next(self.model.parameters()).dtype).reshape(config.num_labels)
-        except DataError:  # says what is wrong by itself
-            raise
+            if likelihood == "categorical" and isinstance(label, str) and label in names:
+                return torch.tensor(int(names[label]))
+            if isinstance(label, str):  # a csv file holds a number or a list of numbers as text
+                label = int(label) if label.strip().isdecimal() else json.loads(label)
+            if likelihood != "categorical":
+                return torch.tensor(label, dtype=next(self.model.parameters()).dtype).reshape(count)
+            if not is_integer(label):
+                raise TypeError("no class")
+            return torch.tensor(range(count).index(label))
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
-                call=self.call, got=f"label {label!r} in {text.place}",
-                expected=f"{config.num_labels} number(s), as the model's {self.folder.likelihood} loss takes them",
-            ) from error  # fmt: skip
-
-    def _class(self, text: Text, names: dict[str, int], count: int) -> int:
-        """The class's number, for its number or its name."""
-        label = text.label
-        if isinstance(label, str) and label in names:
-            return int(names[label])
-        number = int(label) if isinstance(label, str) and label.strip().isdecimal() else label
-        if not is_integer(number) or not 0 <= number < count:
-            raise DataError(
-                call=self.call, got=f"label {label!r} in {text.place}",
-                expected=f"a class from 0 to {count - 1}, or a name of the model's config: {list(names)[:12]}",
+                call=self.call, got=f"label {text.label!r} in {text.place}", expected=expected,
                 try_="--label-column for another column",
-            )  # fmt: skip
-        return number
+            ) from error  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fisherkit.continual.ewc import EWC
+from fisherkit.continual.ewc import EWC, check_ewc
 from fisherkit.errors import InvalidTypeError, MissingPackageError
 from fisherkit.operators import FisherOperator
 
@@ -38,14 +38,12 @@ class EWCPlugin(SupervisedPlugin):  # type: ignore[misc]  # Any where Avalanche 
 
     def __init__(self, ewc: EWC, fisher: Callable[[Any], FisherOperator], **consolidate: Any) -> None:
         super().__init__()
-        if not isinstance(ewc, EWC):
-            raise InvalidTypeError(call="EWCPlugin", got=f"a {type(ewc).__name__} as ewc", expected="an EWC")
         if not callable(fisher):
             raise InvalidTypeError(
                 call="EWCPlugin", got=f"a {type(fisher).__name__} as fisher", expected="a function of the strategy",
                 why="each experience needs a Fisher of its own",
             )  # fmt: skip
-        self.ewc, self._fisher, self._consolidate = ewc, fisher, consolidate
+        self.ewc, self._fisher, self._consolidate = check_ewc(ewc, "EWCPlugin"), fisher, consolidate
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the batch's loss."""

@@ -109,8 +109,13 @@ def _multiple(convention: Convention, batch_size: int | None, examples: int | No
 
 def _needed(name: str, value: int | None) -> int:
     """A count that the other library's Fisher depends on."""
+    if value is None:
+        raise InvalidArgumentError(
+            call=CALL, got=f"{name}=None", expected="an integer, 1 or more", why="the size of its Fisher depends on it",
+            try_=f"{name}= as you have it there",
+        )  # fmt: skip
     check_count(CALL, name, value)
-    return int(value or 0)
+    return value
 
 
 def _normalization(normalize: str | None, fisher: FisherOperator | None, kinds: tuple[str, ...]) -> float:

@@ -1,7 +1,7 @@
 """`EWC`: elastic weight consolidation, a quadratic penalty that keeps what earlier tasks need.
 
-Owns the terms, their decay and their state; the algebra of quadratic forms is `operators.quadratic`'s. Asks a Fisher
-for neither kind nor structure.
+Owns the terms, their decay and their state, and what must hold between a model, a Fisher and what was consolidated
+before; the algebra of quadratic forms is `operators.quadratic`'s. Asks a Fisher for neither kind nor structure.
 """
 
 from __future__ import annotations
@@ -14,19 +14,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fisherkit.arguments import check_choice, check_number
-from fisherkit.arithmetic import without_autocast
-from fisherkit.continual.checks import CALL, check_fisher, check_held, check_model
+from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.continual.terms import Term, penalty_of
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NoClosedFormError
-from fisherkit.model_state import check_checksum, with_checksum
+from fisherkit.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    ModelError,
+    NoClosedFormError,
+    NonFiniteError,
+    UnknownParameterError,
+    listed,
+)
+from fisherkit.model_state import check_checksum, measured_at, with_checksum
 from fisherkit.operators import FisherOperator, Quadratic, normalize, state_of
 from fisherkit.operators.normalization import check_normalize
 from fisherkit.operators.persistence import renamed
 from fisherkit.operators.quadratic import atoms, join
-from fisherkit.space import Selection
-from fisherkit.wrappers import matching
+from fisherkit.space import ParameterSpace, Selection
+from fisherkit.wrappers import matching, unwrapped
+
+CALL = "EWC.consolidate"
+
+SAME_MOMENT = "the centre θ* is taken from the model, so both must be of the same moment"
 
 
 class EWC(nn.Module):
@@ -49,7 +61,7 @@ class EWC(nn.Module):
     copy of an EWC alone is bound to the same model; within a deep copy of what holds both, to the copied model.
 
     Args:
-        model: the model that is trained; not wrapped (DDP, compile), since it goes by its own names, as Fishers do.
+        model: the model that is trained; within a wrapper (DDP, compile) the one inside is taken.
         strength: factor of the penalty; may be set later.
         decay: factor on older terms at each consolidation, from 0 to 1.
         normalize: "trace" divides each Fisher by its mean eigenvalue, "norm" by its root mean square eigenvalue, so
@@ -59,7 +71,7 @@ class EWC(nn.Module):
         drop_below: terms that could not be joined and whose weight, decay^age, is not above this are dropped.
 
     Attributes:
-        model: the model.
+        model: the model, without wrappers.
         consolidations: T.
 
     Raises:
@@ -79,10 +91,17 @@ class EWC(nn.Module):
         drop_below: float = 0.0,
     ) -> None:
         super().__init__()
-        check_model(model)
+        if not isinstance(model, nn.Module):
+            raise InvalidTypeError(call="EWC", got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        if isinstance(model, AveragedModel):
+            raise InvalidTypeError(
+                call="EWC", got="an AveragedModel", expected="the model that is trained",
+                why="averages are a copy that no optimizer changes, so its penalty would hold nothing",
+                try_="EWC(model), after the averages were copied into it if they are what is to be kept",
+            )  # fmt: skip
         check_normalize(normalize, "EWC")
         check_choice("EWC", "grown", grown, ("refuse", "leading"))
-        self.model = model
+        self.model = unwrapped(model)
         self.strength = strength
         self.decay = check_number("EWC", "decay", decay, most=1)
         self.drop_below = check_number("EWC", "drop_below", drop_below, most=1)
@@ -124,7 +143,7 @@ class EWC(nn.Module):
         parameters = dict(self.model.named_parameters())
         if isinstance(fisher, FisherOperator):
             fisher = renamed(fisher, matching(fisher.space.names, parameters))
-        check_fisher(fisher, self.model, uncovered, free)
+        _check_fisher(fisher, self.model, uncovered, free)
         try:
             state_of(fisher)
         except NoClosedFormError as error:  # rows that are streamed from the data would follow the model
@@ -157,7 +176,7 @@ class EWC(nn.Module):
 
     def _check(self, call: str, terms: tuple[Term, ...], parameters: Mapping[str, nn.Parameter]) -> None:
         for term in terms:
-            check_held(term.shapes, term.quadratic.operator.device, parameters, self.grown, call)
+            _check_held(term.shapes, term.quadratic.operator.device, parameters, self.grown, call)
 
     @property
     def nbytes(self) -> int:
@@ -268,3 +287,143 @@ def _add(terms: list[Term], new: Quadratic) -> None:
                 terms[i] = Term(1.0, joined)
                 return
     terms.append(Term(1.0, new))
+
+
+def check_ewc(ewc: object, call: str) -> EWC:
+    """What an adapter was given, once it is known to be an EWC."""
+    if not isinstance(ewc, EWC):
+        raise InvalidTypeError(call=call, got=f"a {type(ewc).__name__} as ewc", expected="a fisherkit.continual.EWC")
+    return ewc
+
+
+def _check_fisher(fisher: object, model: nn.Module, uncovered: str, free: Selection) -> None:
+    """Refuse a Fisher that is not of the model as it is now, or that leaves out what nobody named as free."""
+    if not isinstance(fisher, FisherOperator):
+        raise InvalidTypeError(
+            call=CALL, got=f"a {type(fisher).__name__}", expected="a FisherOperator",
+            try_='fk.ImprovedEmpiricalFisher(model, data, structure="kfac"), or fk.load(path)',
+        )  # fmt: skip
+    _check_form(fisher, dict(model.named_parameters()))
+    _check_values(fisher, model)
+    _check_uncovered(fisher, model, uncovered, free)
+
+
+def _check_form(fisher: FisherOperator, parameters: Mapping[str, nn.Parameter]) -> None:
+    """The model has the Fisher's parameters, in these shapes, on this device and in a dtype that loses nothing."""
+    space = fisher.space
+    if unknown := [name for name in space.names if name not in parameters]:
+        raise UnknownParameterError(
+            call=CALL, got=f"a Fisher over {listed(map(repr, unknown))}, which the model does not have",
+            expected=f"some of {listed(map(repr, parameters))}",
+            why="it may be of another model, or of a wrapped or compiled one",
+            try_="EWC of the very module that the Fisher was built from",
+        )  # fmt: skip
+    changed = [
+        f"{name!r}: {list(shape)} in the Fisher, {list(parameters[name].shape)} in the model"
+        for name, shape in zip(space.names, space.shapes, strict=True) if tuple(parameters[name].shape) != shape
+    ]  # fmt: skip
+    if changed:
+        raise InvalidArgumentError(
+            call=CALL, got="; ".join(changed), expected="a Fisher of the model as it is", why=SAME_MOMENT,
+            try_="consolidating before a layer grows, or building the Fisher again",
+        )  # fmt: skip
+    for name in space.names:
+        parameter = parameters[name]
+        if parameter.device != fisher.device:
+            raise InvalidArgumentError(
+                call=CALL, got=f"a Fisher on {fisher.device} and {name!r} on {parameter.device}",
+                expected="one device", try_=f'fk.load(path, device="{parameter.device}")',
+            )  # fmt: skip
+        if torch.promote_types(parameter.dtype, fisher.dtype) != fisher.dtype:
+            raise InvalidTypeError(
+                call=CALL, got=f"a Fisher of {fisher.dtype} and {name!r} of {parameter.dtype}",
+                expected=f"one of {parameter.dtype}", why="θ − θ* is formed in the Fisher's dtype",
+            )  # fmt: skip
+
+
+def _check_values(fisher: FisherOperator, model: nn.Module) -> None:
+    """The model has the weights that were measured, as far as can be told."""
+    # A model of another dtype, which a Fisher of a wider copy may serve, cannot be compared.
+    dtype = fisher.metadata.get("covered_hash", str(fisher.dtype).removeprefix("torch.")).partition(":")[0]
+    comparable = all(str(parameter.dtype) == f"torch.{dtype}" for parameter in model.parameters())
+    if comparable and measured_at(model, fisher.metadata) is False:
+        raise ModelError(
+            call=CALL, got="a Fisher that was measured at other parameters or buffers than the model has now",
+            expected="the same values", why=SAME_MOMENT,
+            try_="consolidating before training goes on, loading those weights, or building the Fisher again",
+        )  # fmt: skip
+
+
+def _check_uncovered(fisher: FisherOperator, model: nn.Module, uncovered: str, free: Selection) -> None:
+    """Every trainable parameter is in the Fisher, which is not 0 on it, or named as free to change."""
+    check_choice(CALL, "uncovered", uncovered, ("refuse", "free"))
+    space, allowed = fisher.space, _chosen(model, free)
+    if held := [name for name in space.names if name in allowed]:
+        raise InvalidArgumentError(
+            call=CALL, got=f"free=[{listed(map(repr, held))}], which the Fisher covers",
+            expected="names that it does not cover",
+            try_='a predicate with "and name not in fisher.space.names", or uncovered="free" in place of free=; to let '
+            "these change leave them out of the Fisher with params=",
+        )  # fmt: skip
+    if uncovered == "free":
+        return
+    covered = {*space.names, *allowed}
+    if loose := [name for name, p in model.named_parameters() if p.requires_grad and name not in covered]:
+        raise InvalidArgumentError(
+            call=CALL, got=f"a Fisher that leaves out {listed(map(repr, loose))}, which the model trains",
+            expected="all trainable parameters", why="nothing would keep them near their values",
+            try_='free=[names] or free=lambda name, parameter: ... for other tasks\' heads, uncovered="free" for all',
+        )  # fmt: skip
+    diagonal = fisher.diagonal()
+    if not all_finite(diagonal):
+        raise NonFiniteError(
+            call=CALL, got="a Fisher with NaN or infinite entries on its diagonal", expected="finite numbers",
+            why="the penalty would be NaN", try_="building the Fisher again, on data that are finite",
+        )  # fmt: skip
+    some = torch.stack([diagonal[place].any() for place in space.slices.values()]).tolist()
+    unused = [name for name, used in zip(space.names, some, strict=True) if not used]
+    if 0 < len(unused) < len(some):  # a Fisher that is 0 altogether is a matter of normalization
+        raise InvalidArgumentError(
+            call=CALL, got=f"a Fisher that is 0 on {listed(map(repr, unused))}",
+            expected="one that says something of each",
+            why="the data never reach them: nothing would keep them near their values, and they would count in D",
+            try_='params= without them and free=[names], or uncovered="free"',
+        )  # fmt: skip
+
+
+def _check_held(
+    shapes: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    parameters: Mapping[str, nn.Parameter],
+    grown: str,
+    call: str,
+) -> None:
+    """The model still has what was consolidated, on the device, in the same shapes or, where allowed, larger ones."""
+    for name, shape in shapes.items():
+        if name not in parameters:
+            raise ModelError(
+                call=call, got=f"a model without {name!r}, which was consolidated", expected="every consolidated name",
+                try_="keeping the old module, or a new EWC",
+            )  # fmt: skip
+        now = tuple(parameters[name].shape)
+        larger = len(now) == len(shape) and all(a >= b for a, b in zip(now, shape, strict=True))
+        if now != shape and not (larger and grown == "leading"):
+            raise ModelError(
+                call=call, got=f"{name!r} of shape {list(now)}, consolidated as {list(shape)}",
+                expected="the same shape" if grown == "refuse" else "that shape, or a larger one, old entries first",
+                why="entries would be compared with others' values",
+                try_='grown="leading" if it has grown and its old entries come first' if larger else "a new EWC",
+            )  # fmt: skip
+        if parameters[name].device != device:
+            raise InvalidArgumentError(
+                call=call, got=f"{name!r} on {parameters[name].device} and its term on {device}",
+                expected="one device", try_=f'ewc.to("{parameters[name].device}")',
+            )  # fmt: skip
+
+
+def _chosen(model: nn.Module, selection: Selection) -> set[str]:
+    """The names of a selection, which may be empty."""
+    if callable(selection):
+        return {name for name, parameter in model.named_parameters() if selection(name, parameter)}
+    names = [selection] if isinstance(selection, str) else list(selection or ())
+    return set(ParameterSpace.of(model, names).names) if names else set()

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fisherkit.continual.ewc import EWC
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.continual.ewc import EWC, check_ewc
+from fisherkit.errors import InvalidArgumentError
+from fisherkit.wrappers import unwrapped
 
 CALL = "EWCTrainerMixin"
 
@@ -38,13 +39,10 @@ class EWCTrainerMixin:
     """
 
     def __init__(self, *args: Any, ewc: EWC, **kwargs: Any) -> None:
-        if not isinstance(ewc, EWC):
-            raise InvalidTypeError(
-                call=CALL, got=f"a {type(ewc).__name__} as ewc", expected="a fisherkit.continual.EWC"
-            )
+        check_ewc(ewc, CALL)
         super().__init__(*args, **kwargs)
         trained: Any = getattr(self, "model")  # noqa: B009 - the Trainer's attribute
-        if ewc.model is not trained:
+        if ewc.model is not unwrapped(trained):
             raise InvalidArgumentError(
                 call=CALL, got="an EWC of another model", expected="the model that is trained",
                 why="the penalty would stay constant", try_="Trainer(model, ..., ewc=EWC(model, ...))",

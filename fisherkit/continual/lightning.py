@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fisherkit.continual.ewc import EWC
-from fisherkit.errors import InvalidTypeError, MissingPackageError
+from fisherkit.continual.ewc import EWC, check_ewc
+from fisherkit.errors import MissingPackageError
 
 try:
     from lightning.pytorch import Callback
@@ -39,9 +39,7 @@ class EWCCallback(Callback):  # type: ignore[misc]  # Any where Lightning is not
     """
 
     def __init__(self, ewc: EWC) -> None:
-        if not isinstance(ewc, EWC):
-            raise InvalidTypeError(call="EWCCallback", got=f"a {type(ewc).__name__}", expected="an EWC")
-        self.ewc = ewc
+        self.ewc = check_ewc(ewc, "EWCCallback")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Terms go where the model is."""

@@ -24,12 +24,7 @@ from fisherkit.space import ParameterSpace
 
 @dataclass(frozen=True)
 class Term:
-    """weight · q, q over some parameters.
-
-    Args:
-        weight: what decay has left of 1.
-        quadratic: q.
-    """
+    """weight · q, q a quadratic form over some parameters and the weight what decay has left of 1."""
 
     weight: float
     quadratic: Quadratic
@@ -85,9 +80,7 @@ def leading(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def evaluate(terms: Sequence[Term], tensors: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Σ weight · q, float64, and half its gradient by name, in the operators' dtype and the tensors' shapes.
 
-    Args:
-        terms: at least one.
-        tensors: name to the parameter's value, at least as large as the terms' along each axis.
+    Tensors are at least as large as the terms' along each axis.
     """
     values: list[Tensor] = []
     gradients: dict[str, Tensor] = {}
@@ -108,13 +101,7 @@ def evaluate(terms: Sequence[Term], tensors: Mapping[str, Tensor]) -> tuple[Floa
 
 
 def penalty_of(terms: Sequence[Term], strength: float, parameters: Mapping[str, Tensor]) -> Tensor:
-    """½ · strength · Σ weight · q as a differentiable scalar in the first parameter's dtype.
-
-    Args:
-        terms: any number; 0 without any.
-        strength: the factor.
-        parameters: those that the terms are over; at least one.
-    """
+    """½ · strength · Σ weight · q as a differentiable scalar in the first parameter's dtype; 0 without terms."""
     return _Penalty.apply(tuple(terms), strength, tuple(parameters), *parameters.values())  # type: ignore[no-untyped-call]
 
 

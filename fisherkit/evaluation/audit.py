@@ -8,14 +8,14 @@ operators by their diagonals and blocks only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_count
+from fisherkit.arguments import check_choice, check_count
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import (
     FisherkitError,
@@ -26,6 +26,7 @@ from fisherkit.errors import (
     listed,
 )
 from fisherkit.operators import DiagonalOperator, FisherOperator, split
+from fisherkit.wrappers import matching
 
 LARGEST_BLOCK = 4096
 """Parameters of a block that is still written out to be compared: 134 MB in float64."""
@@ -133,66 +134,51 @@ def audit(
             expected="the same names, shapes and order",
             try_="build the exact one with params=other.space.names",
         )
+    check_choice(call, "compare", compare, ("diagonal", "matrix", None))
     chosen = compare or ("diagonal" if operator.is_diagonal or exact.is_diagonal else "matrix")
-    if chosen not in {"diagonal", "matrix"}:
-        raise InvalidArgumentError(call=call, got=f"compare={compare!r}", expected='"diagonal", "matrix" or None')
     products = _of_diagonals(operator, exact) if chosen == "diagonal" else _of_matrices(operator, exact, call)
-    total = _Products("all", *(sum(values) for values in zip(*(p.values for p in products), strict=True)))
-    for norm, which in ((total.exact, "an exact Fisher"), (total.other, "a Fisher")):
-        if norm == 0:
+    total = [sum(values) for values in zip(*products.values(), strict=True)]
+    for square, which in ((total[2], "an exact Fisher"), (total[1], "a Fisher")):
+        if square == 0:
             raise InvalidArgumentError(
                 call=call, got=f"{which} that is zero", expected="one that is not",
                 why="zero has no direction and is no multiple of anything",
                 try_="looking whether gradients were zeroed before they were squared, or the loss is exactly 0",
             )  # fmt: skip
-    found = total.likeness()
-    examples = int(exact.metadata.get("examples", 0))
-    why = _explanations(found, examples, batch_size)
-    return Audit(chosen, found, tuple(p.likeness() for p in products), why)
+    found = _likeness("all", total)
+    why = _explanations(found, int(exact.metadata.get("examples", 0)), batch_size)
+    return Audit(chosen, found, tuple(_likeness(name, own) for name, own in products.items()), why)
 
 
-@dataclass(frozen=True)
-class _Products:
-    """⟨A, F⟩, ⟨A, A⟩, ⟨F, F⟩, tr A and tr F of one part."""
-
-    name: str
-    mixed: float
-    other: float
-    exact: float
-    other_trace: float
-    exact_trace: float
-
-    @classmethod
-    def of(cls, name: str, a: Tensor, f: Tensor, traces: tuple[Tensor, Tensor]) -> _Products:
-        a, f = a.double(), f.double()
-        values = torch.stack([(a * f).sum(), a.square().sum(), f.square().sum(), *traces])
-        return cls(name, *values.tolist())
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        return self.mixed, self.other, self.exact, self.other_trace, self.exact_trace
-
-    def likeness(self) -> Likeness:
-        norms = math.sqrt(self.other) * math.sqrt(self.exact)
-        return Likeness(
-            self.name,
-            self.mixed / norms if norms else math.nan,
-            self.mixed / self.exact if self.exact else math.nan,
-            self.other_trace / self.exact_trace if self.exact_trace else math.nan,
-        )
+def _products(a: Tensor, f: Tensor) -> list[float]:
+    """⟨A, F⟩, ⟨A, A⟩, ⟨F, F⟩, tr A and tr F of matrices, or of diagonals."""
+    a, f = a.double(), f.double()
+    traces = [x.sum() if x.ndim == 1 else x.trace() for x in (a, f)]
+    found: list[float] = torch.stack([(a * f).sum(), a.square().sum(), f.square().sum(), *traces]).tolist()
+    return found
 
 
-def _of_diagonals(other: FisherOperator, exact: FisherOperator) -> list[_Products]:
-    """One a parameter."""
-    a, f = other.diagonal().double(), exact.diagonal().to(other.device).double()
-    slices = exact.space.slices.items()
-    return [_Products.of(n, a[place], f[place], (a[place].sum(), f[place].sum())) for n, place in slices]
+def _likeness(name: str, products: Sequence[float]) -> Likeness:
+    mixed, other, exact, other_trace, exact_trace = products
+    norms = math.sqrt(other) * math.sqrt(exact)
+    return Likeness(
+        name,
+        mixed / norms if norms else math.nan,
+        mixed / exact if exact else math.nan,
+        other_trace / exact_trace if exact_trace else math.nan,
+    )
 
 
-def _of_matrices(other: FisherOperator, exact: FisherOperator, call: str) -> list[_Products]:
-    """One a block of the coarsest partition that either couples; what lies outside of both's blocks is 0 in both."""
+def _of_diagonals(other: FisherOperator, exact: FisherOperator) -> dict[str, list[float]]:
+    """The products of each parameter."""
+    a, f = other.diagonal(), exact.diagonal().to(other.device)
+    return {name: _products(a[place], f[place]) for name, place in exact.space.slices.items()}
+
+
+def _of_matrices(other: FisherOperator, exact: FisherOperator, call: str) -> dict[str, list[float]]:
+    """Those of each block of the coarsest partition that either couples; what lies outside is 0 in both."""
     blocks = exact.space.joined_blocks([part.space.names for f in (other, exact) for part in split(f)])
-    found = []
+    found = {}
     for names in blocks:
         space = exact.space.restrict(names)
         if space.size > LARGEST_BLOCK:
@@ -201,8 +187,7 @@ def _of_matrices(other: FisherOperator, exact: FisherOperator, call: str) -> lis
                 expected=f"at most {LARGEST_BLOCK:,}", try_='compare="diagonal"',
             )  # fmt: skip
         a, f = (_dense(operator, set(names)) for operator in (other, exact))
-        f = f.to(a.device)
-        found.append(_Products.of(", ".join(names), a, f, (a.trace().double(), f.trace().double())))
+        found[", ".join(names)] = _products(a, f.to(a.device))
     return found
 
 
@@ -226,6 +211,8 @@ def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOpera
             call=call, got=f"a {type(diagonal).__name__}", expected="a FisherOperator, a diagonal [D] or a dict"
         )
     if isinstance(diagonal, Mapping):
+        short = matching(map(str, diagonal), exact.space.names)  # without the prefix of a wrapper
+        diagonal = {short[str(name)]: tensor for name, tensor in diagonal.items()}
         _check_names(diagonal, exact, call)
     try:
         flat = diagonal if isinstance(diagonal, Tensor) else exact.space.flatten(diagonal)
@@ -238,15 +225,12 @@ def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: st
     """Refuse other names or shapes in the words of two matrices that should be of one model."""
     space = exact.space
     missing = [name for name in space.names if name not in diagonal]
-    extra = [str(name) for name in diagonal if name not in space.slices]
+    extra = [name for name in diagonal if name not in space.slices]
     if missing or extra:
-        lacking = [f"without {_some(missing)}"] * bool(missing) + [f"with {_some(extra)} beside"] * bool(extra)
-        # What stands before a name where a wrapper has renamed it.
-        prefixes = [n.removesuffix(missing[0]) for n in extra if missing and n.endswith(f".{missing[0]}")]
+        without, beside = (listed(map(repr, names), 4) for names in (missing, extra))
+        lacking = [f"without {without}"] * bool(missing) + [f"with {beside} beside"] * bool(extra)
         advice = f"the exact Fisher {'of that part, ' * (not extra)}built with params=list(other)"
-        if prefixes:
-            advice = f"{{name.removeprefix({prefixes[0]!r}): tensor for name, tensor in other.items()}}"
-        elif extra:
+        if extra:
             advice = f"a dict of the exact Fisher's names alone, or {advice}"
         raise UnknownParameterError(
             call=call, got=f"a dict {' and '.join(lacking)}",
@@ -259,10 +243,6 @@ def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: st
                 expected=f"{list(shape)}, as the parameter", why="a diagonal has one number for each of its entries",
                 try_="the exact Fisher of the very model that it was computed from",
             )  # fmt: skip
-
-
-def _some(names: list[str]) -> str:
-    return listed(map(repr, names), 4)
 
 
 def _names(operator: FisherOperator) -> str:

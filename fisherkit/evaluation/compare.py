@@ -52,7 +52,6 @@ def compare(
     shift_labels: bool | None = None,
     drop_duplicates: float | None = None,
     seed: int = 0,
-    draws: int = 1,
 ) -> QualityTable:
     """γ and γ/γ_SGD of the update of every kind, in every structure, at every damping.
 
@@ -72,7 +71,7 @@ def compare(
         model: any module; read, never changed.
         batch: one batch with targets, (inputs, targets) or a mapping with "labels".
         kinds: "sgd", "ef", "ief", "sf", "truncated" and "exact", with a setting after a colon: "ief:0.5" (power),
-            "sf:4" (draws), "truncated:3" (rank; 2 if none), "truncated:0.01" (tolerance: written with a point).
+            "sf:4" (draws; 1 if none), "truncated:3" (rank; 2 if none), "truncated:0.01" (tolerance, with a point).
         structures: of "full", "block", "diagonal", "kfac" and "ekfac".
         gram_dampings: λ > 0, each for every kind and structure but "sgd".
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
@@ -86,7 +85,6 @@ def compare(
             kinds depends on it, so the table says how many were dropped. Of tokens only "ef" and "ief" in "full" and
             "block" can leave some out.
         seed: of sampled labels.
-        draws: of "sf" without a setting.
 
     Returns:
         A table: the gradient's row first, if asked for, then one for each structure, kind and damping, nested in that
@@ -105,17 +103,11 @@ def compare(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-    for name, number in (("draws", draws), ("seed", seed)):
-        if not is_integer(number):
-            raise InvalidTypeError(call=CALL, got=f"{name} of type {type(number).__name__}", expected="an integer")
-    if draws < 1:
-        raise InvalidArgumentError(call=CALL, got=f"draws={draws}", expected="1 or more")
+    if not is_integer(seed):
+        raise InvalidTypeError(call=CALL, got=f"seed of type {type(seed).__name__}", expected="an integer")
     _check_cosine(drop_duplicates)
-    # "sf" without a setting has as many draws as the argument says.
     rules = {
-        text: rule_of(f"sf:{draws}" if text == "sf" else text, call=CALL, also=(SGD,)).with_seed(seed)
-        for text in _listed("kinds", kinds)
-        if text != SGD
+        text: rule_of(text, call=CALL, also=(SGD,)).with_seed(seed) for text in _listed("kinds", kinds) if text != SGD
     }
     dampings = _positive(gram_dampings)
     for structure in _listed("structures", structures):
@@ -244,7 +236,13 @@ class _Comparison:
                 why="single tokens cannot be taken out of the data that a Fisher is built from",
             )  # fmt: skip
         data = self.data if whole else self.kept_data
-        return FisherApproximation(self.model, data, rule, structure=structure, normalization="sum", **self.options)
+        try:
+            return FisherApproximation(self.model, data, rule, structure=structure, normalization="sum", **self.options)
+        except InvalidArgumentError as error:  # of this kind or structure: the gradients' Fisher has the same options
+            raise InvalidArgumentError(
+                call=f"{CALL}, kind {kind!r}, structure {structure!r}", got=error.got, expected=error.expected,
+                why=error.why, try_="kinds= or structures= without it",
+            ) from error  # fmt: skip
 
 
 def in_span(
@@ -286,14 +284,11 @@ def _by_block(
     rows: Rows, gradient: Float[Tensor, "D"], blocks: Sequence[tuple[str, ...]], formula: Callable[..., Tensor]
 ) -> Float[Tensor, "D K"]:
     """Each block's own update, put together."""
-    parts, places = [], []
-    everywhere = torch.arange(rows.space.size, device=gradient.device)
-    for names in blocks:
-        index = torch.cat([everywhere[rows.space.slices[name]] for name in names])
-        parts.append(formula(rows.part(names), gradient[index]))
-        places.append(index)
-    whole = torch.empty_like(torch.cat(parts))
-    whole[torch.cat(places)] = torch.cat(parts)
+    space = rows.space
+    parts = {names: formula(rows.part(names), space.take(gradient, names)) for names in blocks}
+    whole = torch.empty_like(torch.cat(list(parts.values())))
+    for names, part in parts.items():
+        space.put(whole, names, part)
     return whole
 
 

@@ -1,6 +1,6 @@
 """∇L with the same conventions as a Fisher: the loss, the count N, the masks and the flat order.
 
-Owns one loop over the data. Knows likelihoods and batches, and no Fisher.
+Owns one loop over the data. Knows likelihoods and batches, and no Fisher matrix.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from fisherkit.arguments import check_choice
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, Data, Source, check_finite, model_device
 from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError, listed
+from fisherkit.fisher import within_wrappers
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.randomness import untouched_rng
@@ -68,6 +69,7 @@ def loss_gradient(
         raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
     check_choice(CALL, "example", example, ("sequence", "token"))
     check_choice(CALL, "normalization", normalization, ("mean", "sum"))
+    model, params = within_wrappers(model, params)
     resolved = likelihoods.resolve(likelihood)
     space = ParameterSpace.of(model, params)
     device, dtype = model_device(model, space.names)

@@ -3,7 +3,6 @@
 `InfluenceScores` takes a built Fisher, its model and two sets of data. Knows no other application.
 """
 
-from fisherkit.influence import evaluation
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries
 from fisherkit.influence.blocks import RowBlocks
 from fisherkit.influence.scores import InfluenceScores, TopScores
@@ -14,5 +13,4 @@ __all__ = [
     "LowRankQueries",
     "RowBlocks",
     "TopScores",
-    "evaluation",
 ]

@@ -19,7 +19,7 @@ from fisherkit.arguments import check_count, is_integer
 from fisherkit.errors import InvalidTypeError
 from fisherkit.influence.blocks import RowBlock
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.operators.row_forms import Bases, RowSolution
+from fisherkit.operators.row_products import Bases, RowSolution
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
@@ -161,12 +161,8 @@ def compressed_groups(
 ) -> Iterator[tuple[CompressedQueries, Float[Tensor, "Q"]]]:
     """All queries, compressed, in groups of neighbours of at most so many bytes, and the error of each query.
 
-    Args:
-        solutions: blocks of queries, solved.
-        count: of all queries.
-        approximation: compresses them.
-        sample: rows on which the error is measured.
-        most_bytes: of a group; one block of queries there is at least. Queries without a label that counts are 0.
+    A group has one block of queries at least; the error is measured on the sample, and 0 of queries without a label
+    that counts.
     """
     whole: CompressedQueries | None = None
     errors = torch.empty(0)

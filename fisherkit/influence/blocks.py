@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -57,11 +58,11 @@ class RowBlocks(ABC):
     """Blocks in the order of the data, as often as they are asked for.
 
     Args:
-        token: whether each position has a row of its own.
+        settings: what the rows depend on beside the data, as JSON has it (`ModelRows.settings`).
     """
 
-    def __init__(self, token: bool) -> None:
-        self.token = token
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
 
     @abstractmethod
     def __iter__(self) -> Iterator[RowBlock]:
@@ -72,20 +73,15 @@ class RowBlocks(ABC):
         """How many examples there are, as far as the data tell without a pass."""
 
     def counted(self) -> int:
-        """How many there are for sure."""
+        """How many there are for sure, at the price of a pass over the data."""
         return self.count()
 
 
 class LiveBlocks(RowBlocks):
-    """Blocks made from the data in every pass.
+    """Blocks of at most so many examples, made from the data in every pass."""
 
-    Args:
-        problem: the data and their output vectors, measured.
-        limit: most examples in a block.
-    """
-
-    def __init__(self, problem: Problem, limit: int) -> None:
-        super().__init__(problem.token)
+    def __init__(self, problem: Problem, limit: int, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
         self.problem, self.limit = problem, limit
 
     def __iter__(self) -> Iterator[RowBlock]:
@@ -98,7 +94,7 @@ class LiveBlocks(RowBlocks):
         return self.problem.source.count()
 
     def counted(self) -> int:
-        """By a pass over the data, without the model: a loader may drop or merge examples of its data set."""
+        """Without the model; a loader may drop or merge examples of its data set."""
         return sum(batch.size for batch in self.problem.source)
 
     def row_bytes(self) -> int:
@@ -109,8 +105,8 @@ class LiveBlocks(RowBlocks):
 class KeptBlocks(RowBlocks):
     """All blocks, in memory."""
 
-    def __init__(self, blocks: Sequence[RowBlock], token: bool) -> None:
-        super().__init__(token)
+    def __init__(self, blocks: Sequence[RowBlock], settings: dict[str, Any]) -> None:
+        super().__init__(settings)
         self.blocks = blocks
 
     def __iter__(self) -> Iterator[RowBlock]:

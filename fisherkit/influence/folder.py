@@ -31,17 +31,10 @@ MANIFEST = "manifest.json"
 
 
 class FolderBlocks(RowBlocks):
-    """Blocks in files, read one by one.
-
-    Args:
-        folder: where.
-        space: the parameters of the rows.
-        device: where rows go.
-        manifest: what `write_blocks` left.
-    """
+    """Blocks in the files that a manifest names, read one by one, to a device."""
 
     def __init__(self, folder: Path, space: ParameterSpace, device: torch.device, manifest: dict[str, Any]) -> None:
-        super().__init__(bool(manifest["settings"]["token"]))
+        super().__init__(manifest["settings"])
         self.folder, self.space, self.device, self.manifest = folder, space, device, manifest
 
     def __iter__(self) -> Iterator[RowBlock]:
@@ -57,13 +50,8 @@ class FolderBlocks(RowBlocks):
         return sum(entry["examples"] for entry in self.manifest["blocks"])
 
 
-def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any]) -> FolderBlocks:
+def write_blocks(folder: str | Path, live: LiveBlocks) -> FolderBlocks:
     """Write the blocks that are not there yet.
-
-    Args:
-        folder: made if its parent exists; what another run has left there is gone on from.
-        live: makes the blocks.
-        settings: what the rows depend on beside the data; JSON.
 
     Raises:
         InvalidArgumentError: no folder can be there, or it holds rows of another model, other data, other batches or
@@ -74,7 +62,7 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
         time.
     """
     path = _folder(folder)
-    manifest = _begun(path, settings, live.limit)
+    manifest = _begun(path, live.settings, live.limit)
     problem, limit = live.problem, int(manifest["limit"])
     space, device = problem.plan.space, problem.plan.example_parameter.device
     source = LimitedSource(problem.source, limit)
@@ -84,7 +72,7 @@ def write_blocks(folder: str | Path, live: LiveBlocks, settings: dict[str, Any])
     for number, (place, batch) in enumerate(bar):
         if number not in entries:
             one = replace(problem, source=_OneBatch(batch, place), progress=False)
-            checksum = _write(path / _name(number), joined(list(LiveBlocks(one, limit))), batch)
+            checksum = _write(path / _name(number), joined(list(LiveBlocks(one, limit, live.settings))), batch)
             entries[number] = _entry(number, batch, checksum)
     manifest["blocks"] = [entries[number] for number in sorted(entries)]
     _write_manifest(path, manifest)
@@ -114,7 +102,7 @@ def _write(path: Path, block: RowBlock, batch: Batch) -> str:
     units = []
     for number, slot in enumerate(block.rows.slots):
         own = slot.rows.tensors()
-        units.append({"kind": slot.rows.kind, "names": slot.names, "options": slot.rows.options(), "tensors": [*own]})
+        units.append({"kind": slot.rows.form, "names": slot.names, "options": slot.rows.options(), "tensors": [*own]})
         tensors.update({f"{number}.{name}": tensor for name, tensor in own.items()})
     header = {"format": FORMAT, "data": batch.digest(), "examples": str(batch.size), "units": json.dumps(units)}
     return io.replace_checked_file(path, tensors, header)

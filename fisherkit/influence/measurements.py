@@ -27,11 +27,7 @@ class MarginVectors(OutputRule):
     kind_name = "margin"
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """The others' distribution minus e_y; for a binary output minus the label's sign.
-
-        Raises:
-            DataError: a likelihood without labels.
-        """
+        """The others' distribution minus e_y; for a binary output minus the label's sign."""
         known = isinstance(outputs.likelihood, (Categorical, Bernoulli)) and outputs.target is not None
         soft = isinstance(outputs.likelihood, Categorical) and known and outputs.observed.is_floating_point()
         if outputs.target is None or not known or soft:
@@ -50,30 +46,19 @@ class MarginVectors(OutputRule):
 
 
 class FunctionVectors(OutputRule):
-    """v = ∂m/∂z of a user's function.
-
-    Args:
-        function: outputs and targets, as the model and the data have them, to ``[B]``.
-        shape: of the model's outputs for some examples.
-    """
+    """v = ∂m/∂z of a user's function of outputs and targets, as the model and the data have them, to ``[B]``."""
 
     kind_name = "function"
 
-    def __init__(self, function: Callable[[Tensor, Tensor | None], Tensor], shape: torch.Size) -> None:
-        self.function, self.shape = function, shape
+    def __init__(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        self.function = function
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """By automatic differentiation in the outputs.
-
-        Raises:
-            InvalidTypeError: the function does not return a tensor.
-            InvalidArgumentError: one of another shape than ``[B]``, or one that does not depend on the outputs.
-            NonFiniteError: gradients with NaN or infinite entries.
-        """
+        """By automatic differentiation in the outputs."""
         call = "measurement(outputs, targets)"
         with torch.enable_grad():
             z = outputs.z.detach().requires_grad_()
-            values = self.function(self._as_given(z, outputs), self._target(outputs))
+            values = self.function(_as_given(z, outputs), _target_as_given(outputs))
             if not isinstance(values, Tensor):
                 raise InvalidTypeError(call=call, got=f"a {type(values).__name__}", expected="a tensor")
             if values.shape != z.shape[:1]:
@@ -89,29 +74,29 @@ class FunctionVectors(OutputRule):
             raise NonFiniteError(call=call, got="gradients with NaN or infinite entries", expected="finite ones")
         return OutputVectors(v.unsqueeze(1))
 
-    def _as_given(self, x: Tensor, outputs: Outputs) -> Tensor:
-        """Numbers of the outputs' shape in the model's form."""
-        n, positions, c = x.shape
-        if len(self.shape) != 3:
-            return outputs.likelihood.as_outputs(x, torch.Size((n, *self.shape[1:])))
-        last = outputs.likelihood.class_axis in (-1, 2)  # the number of positions may change with the batch
-        return outputs.likelihood.as_outputs(x, torch.Size((n, positions, c) if last else (n, c, positions)))
 
-    def _target(self, outputs: Outputs) -> Tensor | None:
-        """Targets without the axes that were added to them."""
-        target, axes = outputs.target, len(self.shape)
-        if target is None:
-            return None
-        if target.shape == outputs.z.shape:
-            return self._as_given(target, outputs)
-        if isinstance(outputs.likelihood, GaussianNLL):
-            return torch.stack([self._as_given(part, outputs) for part in target.chunk(2, -1)], -1)
-        if axes > 3 and target.ndim == 2:
-            axis = outputs.likelihood.class_axis % axes
-            return target.reshape(len(target), *(size for i, size in enumerate(self.shape) if i not in (0, axis)))
-        if axes >= 3:
-            return target
-        return target.squeeze(1) if axes == 2 else target.reshape(target.shape[0])
+def _as_given(x: Tensor, outputs: Outputs) -> Tensor:
+    """Numbers of the outputs' shape in the model's form."""
+    return outputs.likelihood.as_outputs(x, torch.Size((len(x), *_shape(outputs))))
+
+
+def _target_as_given(outputs: Outputs) -> Tensor | None:
+    """Targets without the axes that were added to them."""
+    target, shape = outputs.target, _shape(outputs)
+    if target is None:
+        return None
+    if target.shape == outputs.z.shape:
+        return _as_given(target, outputs)
+    if isinstance(outputs.likelihood, GaussianNLL):
+        return torch.stack([_as_given(part, outputs) for part in target.chunk(2, -1)], -1)
+    classes = outputs.likelihood.class_axis % (len(shape) + 1) - 1
+    return target.reshape(len(target), *(size for axis, size in enumerate(shape) if axis != classes))
+
+
+def _shape(outputs: Outputs) -> torch.Size:
+    if outputs.shape is None:
+        raise LookupError("positions of their own have no outputs as the model has them")
+    return outputs.shape
 
 
 class UnlabelledFunctionVectors(FunctionVectors):
@@ -120,8 +105,8 @@ class UnlabelledFunctionVectors(FunctionVectors):
     needs_targets: ClassVar[bool] = False
 
 
-def query_rule(measurement: Measurement, shape: torch.Size, *, labelled: bool) -> OutputRule:
-    """The output vectors of a measurement, for outputs of this shape, of queries with targets or without."""
+def query_rule(measurement: Measurement, *, labelled: bool) -> OutputRule:
+    """The output vectors of a measurement, of queries with targets or without."""
     if isinstance(measurement, str):
         names: dict[str, type[OutputRule]] = {"loss": EmpiricalVectors, "margin": MarginVectors}
         if measurement not in names:
@@ -137,11 +122,12 @@ def query_rule(measurement: Measurement, shape: torch.Size, *, labelled: bool) -
                 got="no targets",
                 expected="targets",
                 why=f"the {measurement} is that of an observed label",
-                try_="measurement=lambda outputs, targets: -outputs.log_softmax(-1).amax(-1), for the predicted class",
+                try_="a function as measurement; for the predicted class of outputs [B, C] "
+                "measurement=lambda outputs, targets: -outputs.log_softmax(-1).amax(-1)",
             )
         return names[measurement]()
     if not callable(measurement):
         raise InvalidTypeError(
             call="measurement", got=f"a {type(measurement).__name__}", expected="a name or a function"
         )
-    return (FunctionVectors if labelled else UnlabelledFunctionVectors)(measurement, shape)
+    return (FunctionVectors if labelled else UnlabelledFunctionVectors)(measurement)

@@ -100,16 +100,11 @@ class ModelRows:
     def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
         """Rows of a measurement."""
         source = self._source(data)
-        plan = self._plan(source)
-        rule = query_rule(measurement, plan.probe.z.shape, labelled=source.first().targets is not None)
-        return self._blocks(plan, source, rule, token=False)
+        rule = query_rule(measurement, labelled=source.first().targets is not None)
+        return self._blocks(self._plan(source), source, rule, token=False)
 
     def begin(self) -> None:
-        """Look at the weights once, at the beginning of a call.
-
-        Raises:
-            ModelError: they have changed since the construction.
-        """
+        """Look at the weights once, at the beginning of a call, and refuse ones that have changed."""
         self._recent = None
         if parameters_hash(self.model) != self._weights:
             raise ModelError(
@@ -148,13 +143,13 @@ class ModelRows:
         if not isinstance(blocks, LiveBlocks):
             return blocks
         fit = blocks.row_bytes() * blocks.count() <= self.budget // 4
-        return KeptBlocks(list(blocks), blocks.token) if fit else blocks
+        return KeptBlocks(list(blocks), blocks.settings) if fit else blocks
 
     def sample(self, blocks: RowBlocks, stride: int) -> Rows:
         """Rows of every so-many-th example; each has one, if it counts."""
         if isinstance(blocks, LiveBlocks):
             source = ThinnedSource(blocks.problem.source, stride)
-            blocks = LiveBlocks(replace(blocks.problem, source=source), blocks.limit)
+            blocks = LiveBlocks(replace(blocks.problem, source=source), blocks.limit, blocks.settings)
             return Rows.cat([block.rows for block in blocks])
         taken: list[Rows] = []
         seen = 0
@@ -187,7 +182,7 @@ class ModelRows:
         problem.choose(lean=False)
         most = self.budget // 8 // max(1, problem.row_bytes(self.space.names))
         problem.choose(lean=True)
-        return LiveBlocks(problem, max(1, min(MOST, most)))
+        return LiveBlocks(problem, max(1, min(MOST, most)), self.settings(token=token))
 
 
 def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherOperator) -> Likelihood:
@@ -202,10 +197,10 @@ def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherO
         raise InvalidArgumentError(
             call=CALL,
             got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
-            expected="likelihood=, the one of the loss",
+            expected="likelihood=, the loss module or object that the Fisher was built with",
             why="the Fisher does not say which it is"
             if known is None
-            else "files name a likelihood and do not hold it",
+            else "files, sums and multiples of Fishers have a likelihood's name and not its settings",
         ) from error
 
 

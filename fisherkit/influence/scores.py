@@ -1,7 +1,7 @@
 """Influence scores: what the removal of a training example does to a query, to first order.
 
 The formula's factors (1/N, sign, what is summed over what) and the loops over queries and training examples. A Fisher's
-damped inverse is asked for its form between rows (`operators.row_forms`) and never how it is kept.
+damped inverse is asked for its form between rows (`operators.row_products`) and never how it is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fisherkit.arguments import check_count
+from fisherkit.arguments import check_choice, check_count
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
@@ -26,7 +26,7 @@ from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
-from fisherkit.operators.row_forms import RowForm
+from fisherkit.operators.row_products import RowProducts
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
 
@@ -118,7 +118,7 @@ class InfluenceScores:
             train: one batch or a re-iterable of batches, with targets.
             folder: keep them there, a file a block, instead of in memory. A call that was interrupted, given the same
                 batches, goes on from what it left, to the same bytes; damaged blocks are made again.
-            by: "token" for calls with ``by="token"``.
+            by: "token" for calls with ``by="token"``; rows without it are for all others, also ``by="module"``.
 
         Raises:
             DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
@@ -130,17 +130,12 @@ class InfluenceScores:
         Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form; a
         reading of the blocks that are there.
         """
-        if by not in (None, "token"):
-            raise InvalidArgumentError(
-                call="prepare", got=f"by={by!r}", expected="one of [None, 'token']",
-                why="rows are of whole examples or of their tokens",
-                try_="prepare(train), which is for by=\"module\" too",
-            )  # fmt: skip
+        check_choice("prepare", "by", by, (None, "token"))
         self._model_rows.begin()
         blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token")
         if folder is not None:
-            return write_blocks(folder, blocks, self._model_rows.settings(token=blocks.token))
-        return KeptBlocks(list(blocks), blocks.token)
+            return write_blocks(folder, blocks)
+        return KeptBlocks(list(blocks), blocks.settings)
 
     @overload
     def scores(
@@ -259,15 +254,15 @@ class InfluenceScores:
         weights = self._weights(normalize)
         for block, form, others in self._query_blocks(queries, train, measurement):
             none = torch.empty(block.size, 0, dtype=self._model_rows.dtype, device=self._model_rows.device)
-            helpful, harmful = (_RunningTop(k, none, largest=largest) for largest in (True, False))
+            helpful = harmful = none, none.long()
+            seen = 0
             for pieces in self._pieces(block, form, others, None, weights):
-                helpful.add(pieces[""])
-                harmful.add(pieces[""])
-            if helpful.seen < k:
-                raise InvalidArgumentError(
-                    call=call, got=f"{helpful.seen} training examples", expected=f"at least k = {k}"
-                )
-            tops.append((*helpful.result(), *harmful.result()))
+                helpful = _first(k, helpful, pieces[""], seen, largest=True)
+                harmful = _first(k, harmful, pieces[""], seen, largest=False)
+                seen += pieces[""].shape[1]
+            if seen < k:
+                raise InvalidArgumentError(call=call, got=f"{seen} training examples", expected=f"at least k = {k}")
+            tops.append((*helpful, *harmful))
         scores = TopScores(*(torch.cat(parts) for parts in zip(*tops, strict=True)))
         _finite(scores.helpful, call)  # NaN comes first among the largest
         _finite(scores.harmful, call)
@@ -312,9 +307,9 @@ class InfluenceScores:
         self._model_rows.begin()
         blocks = self._training(train, token=False)
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
-        form = self._inverse._column_form(sample)
+        form = self._inverse._unit_products(sample)
         live, most = self._model_rows.queries(queries, measurement), self._model_rows.room(form.numbers_per_query)
-        live = LiveBlocks(live.problem, min(most, live.limit))
+        live = LiveBlocks(live.problem, min(most, live.limit), live.settings)
         dtype, device, count = self._model_rows.dtype, self._model_rows.device, live.counted()
         scores = torch.empty(count, blocks.counted(), dtype=dtype, device=device)
         errors, first = torch.empty(count, dtype=dtype, device=device), 0
@@ -351,13 +346,14 @@ class InfluenceScores:
         """(1/N) tr(S_nᵀJ_n(F + λI)⁻¹J_nᵀS_n), S_nS_nᵀ the loss's Hessian in z: how far an example fits itself.
 
         The leverage of generalized linear models (Pregibon 1981), from 0 to the number of free outputs; it needs no
-        labels. With an exact Fisher of the same data the leverages sum up to its effective dimension tr(F(F + λI)⁻¹).
+        labels but for a loss with weights of classes or of positives. With an exact Fisher of the same data the
+        leverages sum up to its effective dimension tr(F(F + λI)⁻¹).
 
         Args:
-            data: one batch or a re-iterable of batches; targets may be None.
+            data: one batch or a re-iterable of batches; targets may be None where the Hessian does not depend on them.
 
         Raises:
-            DataError: no example, or data whose order is not known to be fixed.
+            DataError: no example, no targets where they are needed, or data whose order is not known to be fixed.
             ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
 
         Cost: the rows of an exact Fisher, as many for each example as it has free outputs.
@@ -371,29 +367,37 @@ class InfluenceScores:
     def _training(self, train: Data | RowBlocks, *, token: bool) -> RowBlocks:
         if not isinstance(train, RowBlocks):
             return self._model_rows.live(train, EmpiricalVectors(), token=token)
-        if train.token != token:
+        own = self._model_rows.settings(token=token)
+        changed = [name for name in own if train.settings.get(name) != own[name]]
+        if changed == ["token"]:
             raise InvalidArgumentError(
                 call="scores(train)",
-                got=f"rows prepared with by={'token' if train.token else None!r}",
+                got=f"rows prepared with by={None if token else 'token'!r}",
                 expected=f"by={'token' if token else None!r}",
                 try_='prepare(train, by="token") for scores by token, prepare(train) for all others',
             )
+        if changed:
+            raise InvalidArgumentError(
+                call="scores(train)", got=f"rows prepared with another {', '.join(changed)}",
+                expected="rows of this model, over the Fisher's parameters, of the same loss",
+                why="∇ℓ and F must be taken at one point", try_="prepare(train) of this InfluenceScores",
+            )  # fmt: skip
         return train
 
     def _query_blocks(
         self, queries: Data, train: RowBlocks, measurement: Measurement
-    ) -> Iterator[tuple[RowBlock, RowForm, RowBlocks]]:
+    ) -> Iterator[tuple[RowBlock, RowProducts, RowBlocks]]:
         """The queries in blocks that memory has room for, the form that suits them, and the other side."""
         live = self._model_rows.queries(queries, measurement)
         count, others = live.count(), train.count()
-        form = self._inverse._row_form(self._model_rows.probe(train), count, others)
+        form = self._inverse._row_products(self._model_rows.probe(train), count, others)
         most = self._model_rows.room(form.numbers_per_query)
         if count > most:
             # Each block of queries meets all others: what counts is a block's own number.
             train = self._model_rows.kept(train)
-            form = self._inverse._row_form(self._model_rows.probe(train), most, others)
+            form = self._inverse._row_products(self._model_rows.probe(train), most, others)
             most = self._model_rows.room(form.numbers_per_query)
-            live = LiveBlocks(live.problem, most)
+            live = LiveBlocks(live.problem, most, live.settings)
         for block in in_groups(live, most):
             yield block, form, train
 
@@ -407,7 +411,7 @@ class InfluenceScores:
         return None if normalize is None else OncePerExample(reciprocal_norms)
 
     def _pieces(
-        self, block: RowBlock, form: RowForm, train: RowBlocks, by: str | None, weights: OncePerExample | None
+        self, block: RowBlock, form: RowProducts, train: RowBlocks, by: str | None, weights: OncePerExample | None
     ) -> Iterator[dict[str, Tensor]]:
         """Scores of a block of queries against each training block, ``[Q, B]`` or ``[Q, B, P]``."""
         solution, start = form.solve(block.rows), 0
@@ -448,24 +452,14 @@ def _finite(scores: Tensor, call: str) -> Tensor:
     return scores
 
 
-class _RunningTop:
-    """The k largest or smallest scores of each query so far."""
-
-    def __init__(self, k: int, none: Float[Tensor, "Q 0"], *, largest: bool) -> None:
-        self.k, self.largest = k, largest
-        self.seen = 0
-        self._values, self._index = none, none.long()
-
-    def add(self, scores: Float[Tensor, "Q B"]) -> None:
-        index = torch.arange(self.seen, self.seen + scores.shape[1], device=scores.device).expand_as(scores)
-        self.seen += scores.shape[1]
-        # Earlier ones come first, so that a tie goes to the earlier example wherever blocks end.
-        scores, index = torch.cat([self._values, scores], 1), torch.cat([self._index, index], 1)
-        values, order = torch.sort(scores, dim=1, descending=self.largest, stable=True)
-        self._values, self._index = values[:, : self.k], index.gather(1, order[:, : self.k])
-
-    def result(self) -> tuple[Float[Tensor, "Q k"], Int[Tensor, "Q k"]]:
-        return self._values, self._index
+def _first(
+    k: int, kept: tuple[Tensor, Tensor], scores: Float[Tensor, "Q B"], seen: int, *, largest: bool
+) -> tuple[Float[Tensor, "Q k"], Int[Tensor, "Q k"]]:
+    """The k largest or smallest of what was kept and of the next scores, with their places; ties go to the earlier."""
+    index = torch.arange(seen, seen + scores.shape[1], device=scores.device).expand_as(scores)
+    scores, index = torch.cat([kept[0], scores], 1), torch.cat([kept[1], index], 1)
+    values, order = torch.sort(scores, dim=1, descending=largest, stable=True)
+    return values[:, :k], index.gather(1, order[:, :k])
 
 
 def _check_options(by: Any, groups: Any, normalize: Any) -> None:
@@ -477,9 +471,8 @@ def _check_options(by: Any, groups: Any, normalize: Any) -> None:
         raise InvalidTypeError(call=call, got=f"groups of {groups.dtype}", expected="a tensor of integers")
     if groups is not None and groups.numel() and int(groups.long().min()) < 0:
         raise InvalidArgumentError(call=call, got=f"group {int(groups.long().min())}", expected="0 or more")
-    for name, value, allowed in (("by", by, (None, "module", "token")), ("normalize", normalize, (None, "relatif"))):
-        if value not in allowed:
-            raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+    check_choice(call, "by", by, (None, "module", "token"))
+    check_choice(call, "normalize", normalize, (None, "relatif"))
     if by == "token" and (groups is not None or normalize is not None):
         raise InvalidArgumentError(
             call=call,
@@ -519,7 +512,7 @@ def _stacked(parts: list[Tensor]) -> Tensor:
 
 
 def _check_group_count(groups: Tensor, examples: int) -> None:
-    """Refuse other than one group for each example."""
+    """One group for each example."""
     if groups.shape != (examples,):
         raise InvalidArgumentError(
             call="scores(groups)",

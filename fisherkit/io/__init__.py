@@ -1,34 +1,23 @@
 """Files: safetensors with a JSON description in the header, written whole or not at all.
 
-`atomic` puts a finished file under its name, `checksums` tells it from a damaged one, `reader` describes an operator as
-a tree of named tensors and reads only those that are asked for, `shards` writes one file or many, `fisher_file` is the
-format itself; `model_files` reads and writes models' weights, which have no description. Nothing here knows what an
-operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle is never used.
+`atomic` puts a finished file under its name, `checksums` tells it from a damaged one, `tensors` writes one safetensors
+file or many; `state` describes an operator as a tree of named tensors, `fisher_file` is the format of it, of which only
+those tensors are read that are asked for; `model_files` reads and writes models' weights, which have no description.
+Nothing here knows what an operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle is
+never used.
 """
 
-from fisherkit.io.atomic import (
-    FORMAT,
-    as_path,
-    check_folder,
-    leftovers,
-    part_folder,
-    part_of,
-    read_tensors,
-    replace_checked_file,
-    replace_text,
-)
+from fisherkit.io.atomic import as_path, check_folder, leftovers, part_folder, part_of, replace_text
 from fisherkit.io.checksums import CHECKSUM, parse, seal
-from fisherkit.io.fisher_file import SHARDED_VERSION, VERSION, FisherHeader, read, read_header, write
-from fisherkit.io.reader import Node, Place, Reader, State
+from fisherkit.io.fisher_file import FisherHeader, Reader, read, read_header, write
+from fisherkit.io.state import Node, State
+from fisherkit.io.tensors import FORMAT, read_tensors, replace_checked_file
 
 __all__ = [
     "CHECKSUM",
     "FORMAT",
-    "SHARDED_VERSION",
-    "VERSION",
     "FisherHeader",
     "Node",
-    "Place",
     "Reader",
     "State",
     "as_path",

@@ -9,11 +9,11 @@ for.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ CHECKSUM = "checksum"
 _DIGITS = 8
 
 
-@dataclass(frozen=True)
-class TensorChecksum:
+class Written(NamedTuple):
     """What a tensor was when it was written.
 
     Args:
@@ -43,66 +42,62 @@ class TensorChecksum:
     shape: tuple[int, ...]
     crc32: str
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorChecksum:
-        """That of a tensor on the CPU."""
-        return cls(_dtype(tensor), tuple(tensor.shape), "".join(_pieces(_raw(tensor))))
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row along the first axis."""
+        size: int = getattr(torch, self.dtype).itemsize
+        return size * math.prod(self.shape[1:])
 
-    def check(self, tensor: Tensor) -> None:
-        """Compare a whole tensor.
 
-        Raises:
-            ValueError: it is another.
-        """
-        self._check_form(tensor, tuple(tensor.shape))
-        self._check_pieces(_raw(tensor), 0)
+class Checksums:
+    """The checksums of a file's tensors by their names, or none, where nothing is known to compare with."""
 
-    def rows_around(self, start: int, stop: int) -> tuple[int, int]:
-        """The rows along the first axis that must be read to compare those from start to stop."""
-        width = self._row_bytes
-        if width == 0:
+    def __init__(self, tensors: Mapping[str, Written] | None) -> None:
+        self._tensors = tensors
+
+    def __bool__(self) -> bool:
+        """Whether there are checksums."""
+        return self._tensors is not None
+
+    def rows_around(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        """The rows of a tensor along its first axis that must be read to compare those from start to stop."""
+        if self._tensors is None or (width := self._tensors[name].row_bytes) == 0:
             return start, stop
         first, end = start * width // PIECE * PIECE, -(-stop * width // PIECE) * PIECE
-        return first // width, min(-(-end // width), self.shape[0])
+        return first // width, min(-(-end // width), self._tensors[name].shape[0])
 
-    def check_rows(self, rows: Tensor, first: int, shape: tuple[int, ...]) -> None:
-        """Compare the pieces that lie in some rows as a whole.
+    def check(self, name: str, found: Tensor, first: int = 0, shape: tuple[int, ...] | None = None) -> None:
+        """Compare a tensor, or the pieces that lie in some of its rows as a whole.
 
         Args:
-            rows: as many as `rows_around` said.
-            first: the place of the first of them.
-            shape: the whole tensor's, as the file has it.
+            name: the tensor's.
+            found: all of it, or as many rows as `rows_around` said.
+            first: the place of the first of these.
+            shape: the whole tensor's, as the file has it; None for that of what was found.
 
         Raises:
-            ValueError: they are others.
+            ValueError: it is another than was written.
         """
-        self._check_form(rows, shape)
-        begin = first * self._row_bytes
+        if self._tensors is None:
+            return
+        written, whole = self._tensors[name], tuple(found.shape) if shape is None else shape
+        if (_dtype(found), whole) != (written.dtype, written.shape):
+            read = f"{_dtype(found)} {list(whole)}"
+            raise ValueError(f"tensor {name!r}: {read} where {written.dtype} {list(written.shape)} was written")
+        begin = first * written.row_bytes
         number = -(-begin // PIECE)
-        raw = _raw(rows)[number * PIECE - begin :]
-        whole = first + len(rows) == self.shape[0]
-        self._check_pieces(raw if whole else raw[: len(raw) // PIECE * PIECE], number)
-
-    @property
-    def _row_bytes(self) -> int:
-        size: int = getattr(torch, self.dtype).itemsize
-        for side in self.shape[1:]:
-            size *= side
-        return size
-
-    def _check_form(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        if (_dtype(tensor), shape) != (self.dtype, self.shape):
-            raise ValueError(f"{_dtype(tensor)} {list(shape)} where {self.dtype} {list(self.shape)} was written")
-
-    def _check_pieces(self, raw: memoryview, number: int) -> None:
-        found = "".join(_pieces(raw))
-        if found != self.crc32[number * _DIGITS : number * _DIGITS + len(found)]:
-            raise ValueError("its values are not those that were written, by their checksum")
+        raw = _raw(found)[number * PIECE - begin :]
+        if whole and first + len(found) < whole[0]:
+            raw = raw[: len(raw) // PIECE * PIECE]
+        digits = _crc32(raw)
+        if digits != written.crc32[number * _DIGITS : number * _DIGITS + len(digits)]:
+            raise ValueError(f"tensor {name!r}: its values are not those that were written, by their checksum")
 
 
-def sealed(entries: Mapping[str, str], checksums: Mapping[str, TensorChecksum]) -> dict[str, str]:
-    """A description with the checksums of its tensors, by name, and its own."""
-    whole = {**entries, CHECKSUMS: json.dumps({name: asdict(found) for name, found in checksums.items()})}
+def sealed(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """A description with the checksums of its tensors, which may lie anywhere, and its own."""
+    written = {name: Written(_dtype(t), tuple(t.shape), _crc32(_raw(t)))._asdict() for name, t in tensors.items()}
+    whole = {**entries, CHECKSUMS: json.dumps(written)}
     return {**whole, CHECKSUM: seal(whole)}
 
 
@@ -112,29 +107,29 @@ def seal(entries: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(text.encode()):0{_DIGITS}x}"
 
 
-def unsealed(entries: Mapping[str, Any], names: Iterable[str]) -> dict[str, TensorChecksum] | None:
+def unsealed(entries: Mapping[str, Any], names: Iterable[str]) -> Checksums:
     """The checksums of the named tensors, once a description has been found to be as it was written.
 
-    None if the description has none, as before they were introduced.
+    Without any if the description has none, as before they were introduced.
 
     Raises:
         ValueError: it is not what was written, or not of these tensors.
     """
     if CHECKSUM not in entries and CHECKSUMS not in entries:
-        return None
+        return Checksums(None)
     # With one alone, the other's name was damaged.
     if CHECKSUM not in entries or CHECKSUMS not in entries or seal(entries) != entries[CHECKSUM]:
         raise ValueError("its description is not what was written, by its checksum")
     try:
         found = {
-            name: TensorChecksum(entry["dtype"], tuple(entry["shape"]), entry["crc32"])
+            name: Written(entry["dtype"], tuple(entry["shape"]), entry["crc32"])
             for name, entry in parse(entries[CHECKSUMS]).items()
         }
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"checksums that are none ({error!r})") from error
     if differing := sorted(found.keys() ^ set(names)):
         raise ValueError(f"tensors and checksums differ in {differing[:4]}")
-    return found
+    return Checksums(found)
 
 
 def parse(text: str | bytes) -> Any:
@@ -161,10 +156,11 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _pieces(raw: memoryview) -> list[str]:
+def _crc32(raw: memoryview) -> str:
+    """The checksums of all pieces, one behind the other."""
     starts = range(0, len(raw), PIECE)
 
     def of(start: int) -> str:
@@ -172,6 +168,6 @@ def _pieces(raw: memoryview) -> list[str]:
 
     threads = min(torch.get_num_threads(), len(starts))
     if threads < 2:
-        return [of(start) for start in starts]
+        return "".join(map(of, starts))
     with ThreadPoolExecutor(threads) as pool:  # zlib lets go of the interpreter's lock
-        return list(pool.map(of, starts))
+        return "".join(pool.map(of, starts))

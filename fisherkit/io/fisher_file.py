@@ -1,23 +1,42 @@
-"""The format of Fisher files: what the header says, in which version.
+"""The format of Fisher files: one safetensors file, or several beside an index, and a header that describes them.
 
-Owns the header's keys and the format's versions; `shards` and `reader` own the bytes. Knows nothing of what an operator
+Owns the header's keys, the format's versions, the checks that all files are of one save and as they were written, and
+what a save may replace. `state` owns the tree in the header, `tensors` the bytes. Knows nothing of what an operator
 means.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from fisherkit.arguments import is_integer
-from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
-from fisherkit.io.atomic import FORMAT, UNREADABLE, as_path, check_folder, unreadable
-from fisherkit.io.checksums import CHECKSUMS, TensorChecksum, parse, unsealed
-from fisherkit.io.reader import INDEX_SUFFIX, Archive, Node, Reader, State
-from fisherkit.io.shards import fill, nbytes, pack, refuse_weights, write_sharded, write_single
+from fisherkit.arguments import check_positive, is_integer
+from fisherkit.errors import FileFormatError, InvalidArgumentError, MissingFileError
+from fisherkit.io.atomic import as_path, check_folder, delete
+from fisherkit.io.checksums import CHECKSUM, CHECKSUMS, Checksums, parse, seal, sealed, unsealed
+from fisherkit.io.state import Node, Place, State, pack
+from fisherkit.io.tensors import (
+    FORMAT,
+    INDEX_SUFFIX,
+    SUFFIX,
+    UNREADABLE,
+    damaged,
+    files_of_index,
+    forms_of,
+    in_shards,
+    new_files,
+    weight_map,
+)
+from fisherkit.model_state import tensors_hash
 from fisherkit.space import ParameterSpace
 
 VERSION = 1
@@ -26,6 +45,15 @@ SHARDED_VERSION = 2
 """Of an index, whose tensors may be cut; the highest that is read."""
 NO_CHECKSUMS = {CHECKSUMS: "none"}
 """Recorded with what comes from a file without checksums, and not written again."""
+SHARD_FORMAT = f"{FORMAT}-shard"
+
+
+def index_of(path: Path) -> Path:
+    """The index of a Fisher file that is kept in shards."""
+    return path.with_name(f"{path.name.removesuffix(SUFFIX)}{SUFFIX}{INDEX_SUFFIX}")
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def write(
@@ -58,10 +86,11 @@ def write(
             call=call, got="the name of an index", expected="the name of the file",
             try_=repr(path.name.removesuffix(INDEX_SUFFIX)),
         )  # fmt: skip
-    _check_size(max_shard_size, call)
-    total = sum(nbytes(tensor) for tensor in state.all_tensors())
-    sharded = max_shard_size is not None and total > max_shard_size
-    node, tensors = pack(state, max_shard_size if sharded else None)
+    check_positive(call, "max_shard_size", max_shard_size)
+    largest = max_shard_size if max_shard_size is not None and state.nbytes > max_shard_size else None
+    node, tensors = pack(state, largest)
+    files, index = in_shards(path, forms_of(tensors), largest), None
+    sharded = len(files) > 1  # a tensor that cannot be cut may be all there is
     header = {
         "format": FORMAT,
         "version": str(SHARDED_VERSION if sharded else VERSION),
@@ -69,85 +98,290 @@ def write(
         "operator": json.dumps(node.to_json()),
         "metadata": json.dumps({k: v for k, v in metadata.items() if (k, v) not in NO_CHECKSUMS.items()}),
     }
-    if max_shard_size is not None and sharded:
-        shards = fill({key: nbytes(tensor) for key, tensor in tensors.items()}, max_shard_size)
-        write_sharded(path, [{key: tensors[key] for key in keys} for keys in shards], header, call)
+    refuse_others(path, call, sharded=sharded)
+    if not sharded:
+        header = sealed(header, tensors)
     else:
-        refuse_weights(path, call)
-        write_single(path, tensors, header)
+        # Of what is saved, so that the same is saved as the same bytes.
+        save = hashlib.sha256(json.dumps([header, tensors_hash(tensors)], sort_keys=True).encode()).hexdigest()[:32]
+        index = index_of(path), _index({**header, "save": save}, tensors, weight_map(files))
+        header = {"format": SHARD_FORMAT, "save": save}
+    with new_files(files, header, call, index=index) as put:
+        for name, tensor in tensors.items():
+            put(name, tensor)
+    replaced = [found for found in (path, index_of(path)) if _is_fisher_file(found)] + _shards_of(path)
+    delete(found for found in replaced if found not in files and (index is None or found != index[0]))
+
+
+def _index(header: dict[str, str], tensors: dict[str, Tensor], files: dict[str, str]) -> str:
+    """The text of an index: the header is in it, its checksum is of the files' names too."""
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    metadata: dict[str, Any] = {"total_size": total, **sealed(header, tensors)}
+    metadata[CHECKSUM] = seal({**metadata, "weight_map": files})
+    return json.dumps({"metadata": metadata, "weight_map": files}, indent=1)
+
+
+def refuse_others(path: Path, call: str, *, sharded: bool = False) -> None:
+    """Refuse to replace a model's weights, and anything that is in the way of shards but a Fisher file.
+
+    Raises:
+        InvalidArgumentError: there is such a thing at the path or at the index.
+    """
+    for there in (path, index_of(path)) if sharded else (path,):
+        in_the_way = there.exists() if sharded else _header_at(there) is not None
+        if in_the_way and not _is_fisher_file(there):
+            raise InvalidArgumentError(
+                call=call, got=f"a path where {there.name} is something else than a Fisher file",
+                expected="a free path, or that of an older Fisher file",
+                why="it would be lost, and models' weights and their index have such names", try_="another name",
+            )  # fmt: skip
+
+
+def _shards_of(path: Path) -> list[Path]:
+    """The shards of any save under this name, interrupted ones too; told by their headers, not their names alone."""
+    stem = re.escape(path.name.removesuffix(SUFFIX))
+    pattern = re.compile(rf"{stem}(-[0-9a-f]{{8}}|-\d+)?-\d{{5,}}-of-\d{{5,}}\.safetensors")
+    named = (found for found in path.parent.iterdir() if pattern.fullmatch(found.name))
+    return [found for found in named if (_header_at(found) or {}).get("format") == SHARD_FORMAT]
+
+
+def _is_fisher_file(path: Path) -> bool:
+    return (_header_at(path) or {}).get("format") == FORMAT
+
+
+def _header_at(path: Path) -> dict[str, str] | None:
+    """What a safetensors file or an index says of itself; None if it is not there or of another kind."""
+    try:
+        if path.name.endswith(INDEX_SUFFIX):
+            return dict(json.loads(path.read_text("utf-8"))["metadata"])
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, RuntimeError, OSError, LookupError, TypeError, ValueError):
+        return None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FisherHeader:
-    """What a Fisher file says of itself.
+    """All of a Fisher file but its tensors.
 
     Args:
+        path: the file or the index.
         space: the parameters.
         metadata: what was recorded.
         root: the operator, its tensors still in the file.
-        archive: where they are.
-        checksums: of the tensors; None if the file has none.
+        files: which file holds the tensor of each key.
+        checksums: of the tensors, if the file has any.
+        save: what tells this save's files from others': an entry of each shard's header, or a single file's place on
+            the disk and time.
+        call: the public call, for errors.
     """
 
+    path: Path
     space: ParameterSpace
     metadata: dict[str, str]
     root: Node
-    archive: Archive
-    checksums: dict[str, TensorChecksum] | None
+    files: dict[str, Path]
+    checksums: Checksums
+    save: str
+    call: str
 
     def reader(self, device: torch.device | str) -> Reader:
         """A reader of its tensors, which compares their checksums."""
-        return Reader(self.archive, self.checksums, device)
+        return Reader(self, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, of all files that are there."""
+        return sum(path.stat().st_size for path in {self.path, *self.files.values()} if path.is_file())
 
 
 def read_header(path: str | Path, call: str) -> FisherHeader:
-    """All of a Fisher file but its tensors; the path is as in `Archive.open`.
+    """All of a Fisher file but its tensors.
+
+    Args:
+        path: of the file, of its index, or the one that was given to ``save`` of a sharded file.
+        call: the public call, for errors.
 
     Raises:
         InvalidTypeError: not a path.
-        FileFormatError: no such file, damaged, not a Fisher file, or a version from the future.
+        MissingFileError: no such file.
+        FileFormatError: damaged, not a Fisher file, or a version from the future.
     """
-    archive = Archive.open(as_path(path, call), call)
+    path = as_path(path, call)
+    found = path if path.is_file() else index_of(path)
+    if not found.is_file():
+        raise MissingFileError(
+            call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
+        )
+    indexed = found.name.endswith(INDEX_SUFFIX)
     try:
-        version = int(archive.header["version"])
-        if not 1 <= version <= SHARDED_VERSION:
-            raise FileFormatError(
-                call=call, got=f"format version {version}", expected=f"at most {SHARDED_VERSION}",
-                try_="a newer fisherkit",
-            )  # fmt: skip
-        checksums = unsealed(archive.sealed, archive.files)
-        space = _space(parse(archive.header["space"]))
-        root = Node.from_json(parse(archive.header["operator"]))
-        metadata = dict(parse(archive.header["metadata"])) | (NO_CHECKSUMS if checksums is None else {})
-        absent = [key for key in root.all_keys() if key not in archive.files]
+        save = _stamp(found)
+        header, described, files = _of_index(found) if indexed else _of_file(found)
+        _check_format(header, indexed, call)
+        save = header["save"] if indexed else save
+        checksums = unsealed(described, files)
+        space, root = _space(header["space"]), _root(header["operator"], files)
+        metadata = dict(parse(header["metadata"])) | ({} if checksums else NO_CHECKSUMS)
     except FileFormatError:
         raise
     except (*UNREADABLE, AttributeError) as error:
-        raise FileFormatError(**unreadable(call, error)) from error
-    if absent:
-        raise FileFormatError(**unreadable(call, f"{archive.path.name} has no tensor {absent[0]!r}"))
-    return FisherHeader(space, metadata, root, archive, checksums)
+        # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
+        name = f"an index {found.name}" if indexed else "a file"
+        raise FileFormatError(**damaged(call, error, name=name)) from error
+    return FisherHeader(found, space, metadata, root, files, checksums, save, call)
 
 
-def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State, ParameterSpace, dict[str, str]]:
-    """The operator's state, its space and the recorded metadata, as `read_header` finds them."""
-    header = read_header(path, f"load({str(path)!r})")
-    with header.reader(device) as reader:
-        return reader.state(header.root), header.space, header.metadata
+def _stamp(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
 
-def _space(shapes: dict[str, list[int]]) -> ParameterSpace:
+def _of_file(path: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Path]]:
+    """The entries of a file's header, the same as all that its checksum is of, and the file of each key."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        return header, header, dict.fromkeys(file.keys(), path)
+
+
+def _of_index(path: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Path]]:
+    """The entries of an index, all that its checksum is of (the files' names too), and the file of each key."""
+    index = parse(path.read_text("utf-8"))
+    header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
+    return header, {**index["metadata"], "weight_map": index["weight_map"]}, files_of_index(path)
+
+
+def _check_format(header: Mapping[str, str], indexed: bool, call: str) -> None:
+    """Refuse what is no Fisher file, and versions from the future."""
+    form = header.get("format")
+    if form == SHARD_FORMAT and not indexed:
+        raise FileFormatError(
+            call=call, got="one shard of a Fisher file", expected="its index, which knows the others",
+            try_=f"the file that ends with {INDEX_SUFFIX}, beside it",
+        )  # fmt: skip
+    if form != FORMAT:
+        got = "an index of something else" if indexed else "a safetensors file of another kind"
+        raise FileFormatError(call=call, got=got, expected="one written by fisher.save", try_="check the path")
+    if not 1 <= (version := int(header["version"])) <= SHARDED_VERSION:
+        got, expected = f"format version {version}", f"at most {SHARDED_VERSION}"
+        raise FileFormatError(call=call, got=got, expected=expected, try_="a newer fisherkit")
+
+
+def _space(text: str) -> ParameterSpace:
+    shapes = parse(text)
     sides = [side for shape in shapes.values() for side in shape]
     if not all(is_integer(side) and side >= 0 for side in sides):
         raise ValueError(f"parameters of shapes {list(shapes.values())[:4]}")
     return ParameterSpace(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()))
 
 
-def _check_size(size: int | None, call: str) -> None:
-    if size is None:
-        return
-    if not is_integer(size):
-        got = f"max_shard_size of type {type(size).__name__}"
-        raise InvalidTypeError(call=call, got=got, expected="bytes, an integer", try_="5 * 10**9")
-    if size < 1:
-        raise InvalidArgumentError(call=call, got=f"max_shard_size={size}", expected="bytes, 1 or more")
+def _root(text: str, files: Mapping[str, Path]) -> Node:
+    root = Node.from_json(parse(text))
+    if absent := [key for key in root.all_keys() if key not in files]:
+        raise ValueError(f"it has no tensor {absent[0]!r}")
+    return root
+
+
+def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State, ParameterSpace, dict[str, str]]:
+    """The operator's state, its space and the recorded metadata, as `read_header` finds them."""
+    header = read_header(path, f"load({str(path)!r})")
+    return header.reader(device).state(header.root), header.space, header.metadata
+
+
+class Reader:
+    """Tensors of a Fisher file, compared with their checksums where it has them; the file read last stays open.
+
+    Args:
+        header: of the file.
+        device: where tensors go.
+    """
+
+    def __init__(self, header: FisherHeader, device: torch.device | str) -> None:
+        self._header, self._device = header, device
+        self._open: tuple[Path, Any] | None = None
+
+    def state(self, node: Node) -> State:
+        """The state that a node describes, with all its tensors."""
+        return node.state(self.tensor)
+
+    def tensor(self, place: Place) -> Tensor:
+        """A whole tensor.
+
+        Raises:
+            MissingFileError: a file is not there; which one is said.
+            FileFormatError: a file is damaged, of another save, or lacks the tensor.
+        """
+        if not place.rows:
+            return self._read(place.keys[0], None)
+        return self.rows(place, 0, sum(place.rows))
+
+    def rows(self, place: Place, start: int, stop: int) -> Tensor:
+        """A tensor's entries from start to stop along its first axis; nothing is read but what their checksums are of.
+
+        Raises:
+            FileFormatError: as `tensor`, or the tensor is not that long.
+        """
+        if not place.rows:
+            return self._read(place.keys[0], (start, stop))
+        parts, first = [], 0
+        for key, rows in zip(place.keys, place.rows, strict=True):
+            low, high = max(start, first) - first, min(stop, first + rows) - first
+            if low < high:
+                parts.append(self._read(key, (low, high), rows))
+            first += rows
+        if not parts or stop > first:
+            raise self._wrong(self._header.path, f"{first} numbers under {list(place.keys)}, {stop} are needed")
+        return torch.cat(parts)
+
+    def _read(self, key: str, span: tuple[int, int] | None, rows: int | None = None) -> Tensor:
+        path = self._header.files.get(key)
+        if path is None:
+            raise self._wrong(self._header.path, f"no tensor {key!r}")
+        file, checksums = self._file(path), self._header.checksums
+        try:
+            if span is None:
+                whole = file.get_tensor(key)
+                checksums.check(key, whole)
+                return whole.to(self._device)
+            found = file.get_slice(key)
+            shape = tuple(found.get_shape())
+            length = shape[0] if shape else 0
+            if length < span[1] or (rows is not None and length != rows):
+                raise ValueError(f"{key!r} has {length} rows, {rows or span[1]} are needed")
+            first, end = checksums.rows_around(key, *span)
+            part = found[first:end]
+            checksums.check(key, part, first, shape)
+            return part[span[0] - first : span[1] - first].to(self._device)
+        except UNREADABLE as error:
+            raise self._wrong(path, error) from error
+
+    def _file(self, path: Path) -> Any:
+        if self._open is not None and self._open[0] == path:
+            return self._open[1]
+        call, origin = self._header.call, self._header.path
+        if not path.is_file():
+            raise MissingFileError(
+                call=call, got=f"no file {path.name}", expected=f"every file that {origin.name} names",
+                why="it was not copied along, or the Fisher file was replaced after it was opened",
+                try_="copy all of them, or open it again",
+            )  # fmt: skip
+        try:
+            # On the CPU, whatever the device: checksums are of bytes in memory.
+            file: Any = safe_open(path, framework="pt")
+            header = file.metadata() or {}
+        except UNREADABLE as error:
+            raise self._wrong(path, error) from error
+        if self._header.save != (_stamp(path) if path == origin else header.get("save")):
+            raise FileFormatError(
+                call=call, got=f"{path.name} of another save", expected=f"the one {origin.name} names",
+                why="files of two saves are mixed, or the Fisher file was replaced after it was opened",
+                try_="copy all files of one save, or open it again",
+            )  # fmt: skip
+        self._open = path, file
+        return file
+
+    def _wrong(self, path: Path, error: Exception | str) -> FileFormatError:
+        name = "a file" if path == self._header.path else f"a file {path.name}"
+        return FileFormatError(**damaged(self._header.call, error, name=name))

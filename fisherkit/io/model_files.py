@@ -7,22 +7,30 @@ shapes and bytes, and no format of this package.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from fisherkit.errors import FileFormatError, InvalidArgumentError, MissingFileError
-from fisherkit.io.atomic import DTYPES, FORMAT, UNREADABLE, Forms, form_nbytes, lay_out, part_of
-from fisherkit.io.checksums import parse
-from fisherkit.io.shards import delete, fill, free_names, publish
+from fisherkit.io.atomic import delete, require_folder
+from fisherkit.io.tensors import (
+    DTYPES,
+    FORMAT,
+    INDEX_SUFFIX,
+    SUFFIX,
+    UNREADABLE,
+    Form,
+    files_of_index,
+    form_nbytes,
+    in_shards,
+    new_files,
+    weight_map,
+)
 
 FOLDER_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -44,19 +52,19 @@ class ModelFiles:
 
     def __init__(self, path: Path, call: str) -> None:
         self._path, self._call = path, f"{call} ({str(path)!r})"
-        self.forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.forms: dict[str, Form] = {}
         self._places: dict[str, Path] = {}
         self._open: tuple[Path, Any] | None = None
-        for file, wanted in self._files():
-            with self._opened(file) as opened:
-                present = set(opened.keys())
-                if missing := sorted(set(wanted or present) - present):
-                    raise self._refused(f"an index that names {missing[:5]}, which {file.name} does not have")
-                for name in wanted if wanted is not None else opened.keys():
-                    part = opened.get_slice(name)
-                    if (dtype := part.get_dtype()) not in DTYPES:
-                        raise self._refused(f"{name!r} of dtype {dtype}")
-                    self.forms[name], self._places[name] = (tuple(part.get_shape()), DTYPES[dtype]), file
+        for file, wanted in self._files().items():
+            opened = self._opened(file)
+            present = list(opened.keys())
+            if missing := sorted(set(wanted) - set(present)):
+                raise self._refused(f"an index that names {missing[:5]}, which {file.name} does not have")
+            for name in wanted or present:
+                part = opened.get_slice(name)
+                if (dtype := part.get_dtype()) not in DTYPES:
+                    raise self._refused(f"{name!r} of dtype {dtype}")
+                self.forms[name], self._places[name] = (tuple(part.get_shape()), DTYPES[dtype]), file
 
     @property
     def paths(self) -> list[Path]:
@@ -80,8 +88,8 @@ class ModelFiles:
             raise self._refused(f"{place.name}, of which {name!r} cannot be read ({error})") from error
         return tensor
 
-    def _files(self) -> Iterator[tuple[Path, list[str] | None]]:
-        """The files and the names to take from each; None for all."""
+    def _files(self) -> dict[Path, list[str]]:
+        """The files and, of an index, the names to take from each."""
         path = self._path
         if path.is_dir():
             found = [path / name for name in FOLDER_NAMES if (path / name).is_file()]
@@ -91,16 +99,16 @@ class ModelFiles:
         if not path.is_file():
             raise self._refused("no such file or folder", error=MissingFileError)
         if path.suffix != ".json":
-            yield path, None
-            return
+            return {path: []}
+        shards: dict[Path, list[str]] = {}
         try:
-            shards = _shards_of(path)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            for name, file in files_of_index(path).items():
+                shards.setdefault(file, []).append(name)
+        except (*UNREADABLE, AttributeError) as error:
             raise self._refused(f"an index that cannot be read ({error!r})") from error
-        for file, names in shards.items():
-            if not file.is_file():
-                raise self._refused(f"an index that names {file.name}, which is not there", error=MissingFileError)
-            yield file, names
+        if missing := [file.name for file in shards if not file.is_file()]:
+            raise self._refused(f"an index that names {missing[0]}, which is not there", error=MissingFileError)
+        return shards
 
     def _opened(self, file: Path) -> Any:
         try:
@@ -129,14 +137,6 @@ class ModelFiles:
         )  # fmt: skip
 
 
-def _shards_of(index: Path) -> dict[Path, list[str]]:
-    """The files that an index names, with the names in each."""
-    shards: dict[Path, list[str]] = {}
-    for name, file in dict(parse(index.read_text("utf-8"))["weight_map"]).items():
-        shards.setdefault(index.with_name(file), []).append(name)
-    return shards
-
-
 def _pickled(file: Path) -> bool:
     """Whether a file begins as those of torch.save do, now zip archives, once pickles."""
     if not file.is_file():
@@ -148,15 +148,21 @@ def _pickled(file: Path) -> bool:
 
 def targets(out: Path) -> tuple[Path, Path]:
     """The names of a single file and of an index."""
-    single = out if out.suffix == ".safetensors" else out / FOLDER_NAMES[0]
-    return single, single.with_name(f"{single.name}.index.json")
+    single = out if out.suffix == SUFFIX else out / FOLDER_NAMES[0]
+    return single, single.with_name(f"{single.name}{INDEX_SUFFIX}")
 
 
 @contextmanager
 def written(
-    out: Path, forms: Forms, ties: Mapping[str, str], max_shard_size: int | None, *, overwrite: bool, call: str
+    out: Path,
+    forms: Mapping[str, Form],
+    ties: Mapping[str, str],
+    max_shard_size: int | None,
+    *,
+    overwrite: bool,
+    call: str,
 ) -> Iterator[Callable[[str, Tensor], None]]:
-    """Files that appear under their names, whole, when the block ends without an exception.
+    """A model's files that appear under their names, whole, when the block ends without an exception.
 
     Args:
         out: a folder, made if need be, or a file's name that ends in ``.safetensors``.
@@ -175,45 +181,27 @@ def written(
     """
     single, index = targets(out)
     _check(out, overwrite, call)
-    sizes = {name: form_nbytes(form) for name, form in forms.items()}
-    shards, header = fill(sizes, max_shard_size) or [[]], {"format": "pt", **ties}
-    with ExitStack() as stack:
-        if not single.parent.exists():
-            single.parent.mkdir()
-            stack.callback(_remove_if_empty, single.parent)
-        finals = [single]
-        if len(shards) > 1:
-            finals = free_names(single, len(shards), (f"-{i}" if i else "" for i in itertools.count()))
-        parts = [stack.enter_context(part_of(final)) for final in finals]
-        files, puts = [], dict[str, Callable[[str, Tensor], None]]()
-        for part, names in zip(parts, shards, strict=True):
-            files.append(stack.enter_context(open(part, "rb+")))
-            puts |= dict.fromkeys(names, lay_out(files[-1], {n: forms[n] for n in names}, header, call))
-        yield lambda name, tensor: puts[name](name, tensor)
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        old = [path for path in (single, index) if path.is_file()] + _replaced_shards(index)
-        if len(shards) == 1:
-            os.replace(parts[0], single)
-        else:
-            weight_map = {name: final.name for final, names in zip(finals, shards, strict=True) for name in names}
-            text = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            publish(parts, finals, index, json.dumps(text, indent=2), lambda final: True)
-            finals.append(index)
+    made = not single.parent.exists()
+    single.parent.mkdir(exist_ok=True)
+    try:
+        files = in_shards(single, forms, max_shard_size)
+        text = {"metadata": {"total_size": sum(map(form_nbytes, forms.values()))}, "weight_map": weight_map(files)}
+        indexed = (index, json.dumps(text, indent=2)) if len(files) > 1 else None
+        replaced = {path for path in (single, index, *_shards_at(index)) if path.is_file()}
+        with new_files(files, {"format": "pt", **ties}, call, index=indexed) as put:
+            yield put
         # Now the new model is complete; what it replaces goes last.
-        delete([path for path in old if path not in finals])
+        delete(replaced - {*files} - ({index} if indexed else set()))
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # where there is a model
+                single.parent.rmdir()
 
 
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _replaced_shards(index: Path) -> list[Path]:
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        return [path for path in _shards_of(index) if path.is_file()]
+def _shards_at(index: Path) -> list[Path]:
+    """The files of an index; none where there is none, or it cannot be read."""
+    with contextlib.suppress(*UNREADABLE, AttributeError):
+        return list(files_of_index(index).values())
     return []
 
 
@@ -222,12 +210,8 @@ def _check(out: Path, overwrite: bool, call: str) -> None:
     folder = single.parent
     if folder.exists() and not folder.is_dir():
         raise InvalidArgumentError(call=call, got=f"out={str(out)!r}, where {folder} is a file", expected="a folder")
-    if not folder.exists() and (single == out or not folder.parent.is_dir()):
-        missing = folder if single == out else folder.parent
-        raise InvalidArgumentError(
-            call=call, got=f"a folder that does not exist: {missing}", expected="an existing folder",
-            try_=f"Path({str(missing)!r}).mkdir(parents=True)",
-        )  # fmt: skip
+    if not folder.exists():
+        require_folder(folder if single == out else folder.parent, call)
     there = [path.name for path in (single, index) if path.exists()]
     if there and not overwrite:
         raise InvalidArgumentError(

@@ -3,8 +3,8 @@
 Knows operators by their blocks and solves, models by their tensors; no other application.
 """
 
+from fisherkit.merging.assembly import BlockInfo, MergeInfo
 from fisherkit.merging.baselines import average, task_arithmetic
-from fisherkit.merging.info import BlockInfo, MergeInfo
 from fisherkit.merging.merge import merge, regmean
 from fisherkit.merging.policy import MergePolicy
 

@@ -1,28 +1,113 @@
-"""From a plan to a result: every name gets its tensor and goes where the result goes, one after the other.
+"""From what was decided of every name to a result, a state dict or files, and the `MergeInfo` that reports it.
 
-Owns what all ways of merging share: the names that are not merged, and the choice between a state dict and files.
-Knows no Fisher.
+Owns what all ways of merging share. Knows no Fisher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.io.model_files import targets, written
-from fisherkit.merging.info import MergeInfo
 from fisherkit.merging.models import ModelSource, weighted_average
-from fisherkit.merging.policy import MergePolicy, Plan
+from fisherkit.merging.policy import Entries, MergePolicy
 from fisherkit.progress import bar
 
 Merged = Iterable[tuple[str, Tensor]]
 """Names and float64 tensors that a way of merging computes."""
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """How one independent block was solved.
+
+    Args:
+        names: its parameters.
+        size: d, how many numbers they are.
+        method: "closed_form", "direct", "woodbury" or "conjugate_gradient".
+        steps: products of an iterative method; 0 for others.
+        residual: ‖(S + λI)δ − b‖₂ / ‖b‖₂ with S = Σ w_t F_t and b = Σ w_t F_t (θ_t − θ_c); 0 where b is 0.
+            A diagonal block is divided entry by entry, and has the bound of one rounding, 1.1e-16.
+        converged: whether the residual met the tolerance.
+        factors: what each Fisher was multiplied by, weight and normalization together.
+    """
+
+    names: tuple[str, ...]
+    size: int
+    method: str
+    steps: int
+    residual: float
+    converged: bool
+    factors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MergeInfo:
+    """What a merge did.
+
+    Args:
+        method: "merge", "average", "task_arithmetic" or "regmean".
+        weights: w_t of each model.
+        names: each name of the models to what it became: "merged", "averaged", "first", "center", "equal" (the same in
+            all models), "tied to NAME" or "skipped".
+        normalize: how Fishers were normalized.
+        damping: λ, in absolute terms.
+        output_damping: ρ.
+        blocks: how each block was solved, in the order of solving.
+        unverified: numbers of models, from 1, that could not be told to be the ones their Fishers were measured at.
+    """
+
+    method: str
+    weights: tuple[float, ...]
+    names: dict[str, str]
+    normalize: str | None = None
+    damping: float = 0.0
+    output_damping: float = 0.0
+    blocks: tuple[BlockInfo, ...] = ()
+    unverified: tuple[int, ...] = ()
+
+    @property
+    def converged(self) -> bool:
+        """Whether every block's residual met the tolerance."""
+        return all(block.converged for block in self.blocks)
+
+    @property
+    def residual(self) -> float:
+        """The largest relative residual of any block."""
+        return max((block.residual for block in self.blocks), default=0.0)
+
+    def counts(self) -> dict[str, int]:
+        """How many names became what."""
+        found: dict[str, int] = {}
+        for what in self.names.values():
+            kind = what.partition(" ")[0]
+            found[kind] = found.get(kind, 0) + 1
+        return found
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        return json.dumps(asdict(self))
+
+    def __str__(self) -> str:
+        """A table of the blocks under a line on the whole."""
+        counted = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
+        lines = [f"{self.method} of {len(self.weights)} models: {counted}; damping {self.damping:.3g}"]
+        if self.blocks:
+            lines.append(f"{'size':>12}  {'method':<20}{'steps':>6}  {'residual':>9}  parameters")
+        for block in self.blocks:
+            mark = "" if block.converged else "  NOT CONVERGED"
+            names = listed(block.names, 2)
+            lines.append(
+                f"{block.size:>12,}  {block.method:<20}{block.steps:>6}  {block.residual:>9.1e}  {names}{mark}"
+            )
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -51,29 +136,18 @@ class Job:
     return_info: bool
     progress: bool
 
-    def result(self, plan: Plan, merged: Merged, costs: Mapping[str, float] | None = None, **info: Any) -> Any:
-        """What the public call returns.
-
-        Args:
-            plan: what becomes of every name.
-            merged: the tensors of the merged names, in any order; computed when they are asked for.
-            costs: what a name's tensor costs; by default the numbers that it has.
-            **info: more of the `MergeInfo`; read when all is computed.
-
-        Raises:
-            InvalidArgumentError: the target cannot be written to.
-            InvalidTypeError: a target that is no path.
-        """
-        found = self._assembled(plan, merged, costs or {})
+    def result(self, entries: Entries, merged: Merged, **info: Any) -> Any:
+        """What the public call returns; ``info`` is more of the `MergeInfo`, read when all tensors are computed."""
+        found = self._assembled(entries, merged)
         if not self.return_info:
             return found
-        names = {name: str(entry) for name, entry in plan.items()}
+        names = {name: str(entry) for name, entry in entries.items()}
         info["blocks"] = tuple(info.get("blocks", ()))
         return found, MergeInfo(**{"method": self.call, "weights": self.weights, "names": names, **info})
 
-    def _assembled(self, plan: Plan, merged: Merged, costs: Mapping[str, float]) -> dict[str, Tensor] | Path:
-        ties = {name: entry.owner for name, entry in plan.items() if entry.action == "tied"}
-        made = {name: entry for name, entry in plan.items() if entry.action not in ("tied", "skipped")}
+    def _assembled(self, entries: Entries, merged: Merged) -> dict[str, Tensor] | Path:
+        ties = {name: entry.owner for name, entry in entries.items() if entry.action == "tied"}
+        made = {name: entry for name, entry in entries.items() if entry.action not in ("tied", "skipped")}
         found: dict[str, Tensor] = {}
         put: Callable[[str, Tensor], None] = found.__setitem__
         with ExitStack() as stack:
@@ -82,21 +156,20 @@ class Job:
                 forms = {name: (entry.shape, entry.dtype) for name, entry in made.items()}
                 size = self.policy.max_shard_size
                 put = stack.enter_context(written(out, forms, ties, size, overwrite=self.overwrite, call=self.call))
-            costs = {name: costs.get(name, entry.size) for name, entry in made.items()}
-            title = f"{self.call}, {sum(entry.size for entry in made.values()):,} numbers"
-            with bar(sum(costs.values()), title, "", shown=self.progress, steps=False) as shown:
-                for name, tensor in self._all(plan, merged):
+            total = sum(entry.size for entry in made.values())
+            with bar(total, f"{self.call}, {total:,} numbers", "", shown=self.progress, steps=False) as shown:
+                for name, tensor in self._all(entries, merged):
                     entry, device = made[name], self.models[0].devices.get(name, tensor.device)
                     put(name, tensor.reshape(entry.shape).to(device, entry.dtype))
-                    shown.update(costs[name])
+                    shown.update(entry.size)
         if self.out is None:
-            return {name: found[ties.get(name, name)] for name in plan if name in made or name in ties}
+            return {name: found[ties.get(name, name)] for name in entries if name in made or name in ties}
         return next(path for path in targets(out) if path.exists())
 
-    def _all(self, plan: Plan, merged: Merged) -> Iterator[tuple[str, Tensor]]:
+    def _all(self, entries: Entries, merged: Merged) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the result, none of which shares memory with a model."""
         yield from merged
-        for name, entry in plan.items():
+        for name, entry in entries.items():
             if entry.action == "averaged":
                 yield name, weighted_average(self.models, self.weights, name)
             elif entry.action in ("equal", "first"):

@@ -17,7 +17,7 @@ from fisherkit.arguments import is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.merging.assembly import Job
 from fisherkit.merging.models import Model, check_weights, open_model, open_models, read_double
-from fisherkit.merging.policy import MergePolicy, checked, make_plan
+from fisherkit.merging.policy import MergePolicy, checked, decide
 
 
 def average(
@@ -51,10 +51,10 @@ def average(
     """
     call = "average"
     allowed, sources = checked(policy, call, "average"), open_models(models, call)
-    equal = (1 / len(sources),) * len(sources)
-    resolved = equal if weights is None else check_weights(weights, len(sources), call)
-    job = Job(call, sources, resolved, None, allowed, out, overwrite, return_info, progress)
-    return job.result(make_plan(sources, (), None, allowed, call), ())
+    job = Job(
+        call, sources, check_weights(weights, len(sources), call), None, allowed, out, overwrite, return_info, progress
+    )
+    return job.result(decide(sources, (), None, allowed, call), ())
 
 
 def task_arithmetic(
@@ -98,20 +98,17 @@ def task_arithmetic(
         raise InvalidTypeError(call=call, got=f"scale={scale!r}", expected="a number")
     if not math.isfinite(scale):
         raise InvalidArgumentError(call=call, got=f"scale={scale}", expected="a finite number")
-    allowed, sources, start = (
-        checked(policy, call, "average"),
-        open_models(models, call),
-        open_model(base, "base", call),
-    )
+    allowed, sources = checked(policy, call, "average"), open_models(models, call)
+    start = open_model(base, "base", call)
     everything = [*sources, start]
     parameters = [
         name for name in sources[0].shapes
         if all(name not in m.buffers and m.dtypes.get(name, torch.float32).is_floating_point for m in everything)
     ]  # fmt: skip
-    plan = make_plan(everything, parameters, start, allowed, call)
+    entries = decide(everything, parameters, start, allowed, call)
 
     def merged() -> Iterator[tuple[str, Tensor]]:
-        for name in (name for name, entry in plan.items() if entry.action == "merged"):
+        for name in (name for name, entry in entries.items() if entry.action == "merged"):
             origin = read_double(start, name)
             total = torch.zeros_like(origin)
             for model in sources:
@@ -120,4 +117,4 @@ def task_arithmetic(
 
     equal = (1.0,) * len(sources)
     job = Job(call, sources, equal, start, allowed, out, overwrite, return_info, progress)
-    return job.result(plan, merged(), weights=(float(scale),) * len(sources))
+    return job.result(entries, merged(), weights=(float(scale),) * len(sources))

@@ -51,13 +51,7 @@ class FisherSource:
 
 
 def open_fishers(fishers: Sequence[Fisher], models: Sequence[ModelSource], call: str) -> list[FisherSource]:
-    """One source of blocks for each model, by the model's names.
-
-    Raises:
-        InvalidTypeError: not a sequence of Fishers, or something else among them.
-        InvalidArgumentError: too few or too many.
-        FileFormatError: a file is missing, damaged or no Fisher file.
-    """
+    """One source of blocks for each model, by the model's names."""
     if isinstance(fishers, (str, Path)) or not isinstance(fishers, Sequence):
         raise InvalidTypeError(
             call=call, got=f"fishers of type {type(fishers).__name__}", expected="a list of Fishers, one for each model"
@@ -118,15 +112,7 @@ def _named_as(source: FisherSource, known: Collection[str]) -> FisherSource:
 
 
 def activations(source: FisherSource, shrink: float) -> FisherSource:
-    """The Kronecker products of a Fisher with I in the place of their gradient factors; its other blocks left out.
-
-    Args:
-        source: the Fisher.
-        shrink: the share of A's entries off the diagonal that is kept.
-
-    Raises:
-        InvalidArgumentError: it has no Kronecker product.
-    """
+    """I ⊗ A of each of a Fisher's Kronecker products; of A's entries off the diagonal only the share is kept."""
     blocks = tuple(names for names in source.blocks if source.read(names).factors is not None)
     if not blocks:
         raise InvalidArgumentError(
@@ -151,15 +137,7 @@ def activations(source: FisherSource, shrink: float) -> FisherSource:
 
 
 def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str], call: str) -> list[Names]:
-    """The finest partition of some names in which no block of any source is torn apart.
-
-    Args:
-        sources: the Fishers.
-        names: in the order that the blocks' names shall have.
-        call: the public call, for errors.
-
-    Returns:
-        Blocks in the order of their first names.
+    """The finest partition of some names in which no block of any source is torn apart, in the names' order.
 
     Raises:
         InvalidArgumentError: a block reaches beyond the names, or the sources order its names differently.
@@ -197,14 +175,8 @@ def check_measured(
 ) -> tuple[int, ...]:
     """Numbers of the models, from 1, that cannot be told to be those that were measured.
 
-    Args:
-        models: the models.
-        sources: the Fisher of each.
-        other_weights: what becomes of a Fisher that was measured at another model: "warn" or "refuse".
-        call: the public call, for errors.
-
     Raises:
-        InvalidArgumentError: there is one, and it is refused.
+        InvalidArgumentError: a Fisher was measured at another model, and ``other_weights`` is "refuse".
 
     Cost: reads each model's covered parameters once, one at a time.
     """

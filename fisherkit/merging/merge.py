@@ -1,7 +1,7 @@
 """Merging by Fishers: `merge`, one model that stays close to several as their Fishers measure it, and `regmean`.
 
-Owns the arguments and the order of the work: open, plan, measure, then solve block by block and put everything in its
-place.
+Owns the arguments and the order of the work: open, decide on every name, measure, then solve block by block and put
+everything in its place.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from fisherkit.arguments import is_number
+from fisherkit.arguments import check_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.merging.assembly import Job
-from fisherkit.merging.blocks import BlockwiseMerge
+from fisherkit.merging.blocks import BlockwiseMerge, measure
 from fisherkit.merging.fishers import (
     Fisher,
     FisherSource,
@@ -27,8 +27,7 @@ from fisherkit.merging.fishers import (
     open_fishers,
 )
 from fisherkit.merging.models import Model, ModelSource, check_weights, open_model, open_models
-from fisherkit.merging.policy import MergePolicy, Plan, check_center, checked, make_plan
-from fisherkit.merging.scales import measure
+from fisherkit.merging.policy import Entries, MergePolicy, check_center, checked, decide
 from fisherkit.operators import Damping, RelativeDamping
 
 DEFAULT_DAMPING = RelativeDamping(0.03)
@@ -152,8 +151,7 @@ def regmean(
         Fisher, to know which blocks are such products.
     """
     call = "regmean"
-    if not is_number(shrink) or not 0 <= shrink <= 1:
-        raise InvalidArgumentError(call=call, got=f"shrink={shrink}", expected="a number from 0 to 1")
+    shrink = check_number(call, "shrink", shrink, most=1)
     given, sources = _opened(models, fishers, call)
     job = Job(
         call, given, _weights(weights, sources, None, call), None, checked(policy, call, "average"),
@@ -175,16 +173,12 @@ def _merged(
     call = job.call
     unverified = check_measured(job.models, measured, job.policy.other_weights, call)
     covered = [name for name in sources[0].space.names if all(name in source.space.slices for source in sources)]
-    plan = make_plan(job.models, covered, job.center, job.policy, call)
-    blocks = _blocks(plan, job, sources, [name for name in covered if plan[name].action == "merged"])
+    entries = decide(job.models, covered, job.center, job.policy, call)
+    blocks = _blocks(entries, job, sources, [name for name in covered if entries[name].action == "merged"])
     scales = measure(sources, blocks, job.weights, normalize, damping, call, progress=job.progress)
     problem = BlockwiseMerge(job, sources, scales, output_damping)
-    sizes = {names: sum(plan[name].size for name in names) for names in blocks}
-    costs = {
-        name: plan[name].size * work / max(1, sizes[names]) for names, work in scales.work.items() for name in names
-    }
     return job.result(
-        plan, problem.solutions(), costs, normalize=normalize, damping=scales.damping, output_damping=output_damping,
+        entries, problem.solutions(), normalize=normalize, damping=scales.damping, output_damping=output_damping,
         blocks=problem.infos, unverified=unverified,
     )  # fmt: skip
 
@@ -199,14 +193,7 @@ def _opened(
 def _weights(
     weights: Sequence[float] | str | None, sources: Sequence[FisherSource], normalize: str | None, call: str
 ) -> tuple[float, ...]:
-    """w_t as numbers.
-
-    Raises:
-        InvalidArgumentError: "examples" of Fishers that do not say how many, or that are sums over them already.
-        InvalidTypeError: not numbers.
-    """
-    if weights is None:
-        return (1 / len(sources),) * len(sources)
+    """w_t as numbers; "examples" is refused of Fishers that do not say how many, or are sums over them already."""
     if weights != "examples":
         return check_weights(weights, len(sources), call)
     counts = [source.metadata.get("examples") for source in sources]
@@ -238,13 +225,8 @@ def _center(center: str | Model, call: str) -> ModelSource | None:
     return open_model(center, "center", call)
 
 
-def _blocks(plan: Plan, job: Job, sources: Sequence[FisherSource], merged: Sequence[str]) -> list[Names]:
-    """The joined partition of the names that are merged.
-
-    Raises:
-        InvalidArgumentError: a Fisher covers what its model lacks, shapes differ, nothing is left to merge, or the
-            center lacks something.
-    """
+def _blocks(entries: Entries, job: Job, sources: Sequence[FisherSource], merged: Sequence[str]) -> list[Names]:
+    """The joined partition of the names that are merged, once Fishers and center are known to fit the models."""
     for number, (model, source) in enumerate(zip(job.models, sources, strict=True), 1):
         shapes = dict(zip(source.space.names, source.space.shapes, strict=True))
         unknown = [name for name in shapes if name not in model.shapes]
@@ -266,5 +248,5 @@ def _blocks(plan: Plan, job: Job, sources: Sequence[FisherSource], merged: Seque
             try_="fk.merging.average(models)",
         )  # fmt: skip
     if job.center is not None:
-        check_center(job.center, {name: plan[name].shape for name in merged}, job.call)
+        check_center(job.center, {name: entries[name].shape for name in merged}, job.call)
     return joined_blocks(sources, merged, job.call)

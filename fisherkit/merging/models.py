@@ -7,8 +7,8 @@ a tensor is asked for; and averages of such tensors. Changes no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,30 +56,22 @@ class ModelSource:
 
 
 def open_model(model: Model, label: str, call: str) -> ModelSource:
-    """A source of named tensors.
-
-    Args:
-        model: in one of the forms of `Model`.
-        label: what messages call it.
-        call: the public call, for errors.
-
-    Raises:
-        InvalidTypeError: none of these, or a state dict with entries that are no tensors.
-        FileFormatError: a path without complete safetensors files.
-    """
+    """A source of named tensors; messages call it by the label."""
     if isinstance(model, nn.Module):
         model = unwrapped(model)
+        state = model.state_dict()
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        source = _of_tensors(model.state_dict(), label, call)
-        return _plain(replace(source, buffers=frozenset(source.shapes.keys() - parameters)))
+        return _of_tensors(state, label, call, buffers=state.keys() - parameters)
     if isinstance(model, Mapping):
-        return _plain(_of_tensors(model, label, call))
+        return _of_tensors(model, label, call)
     if isinstance(model, (str, Path)):
         found = ModelFiles(Path(model), f"{call}, {label}")
-        shapes = {name: shape for name, (shape, _) in found.forms.items()}
-        dtypes = {name: dtype for name, (_, dtype) in found.forms.items()}
-        files = tuple(found.paths)
-        return _plain(ModelSource(label, call, shapes, dtypes, found.read, _statistics(shapes), files=files))
+        own = _own_names(found.forms)
+        shapes = {name: found.forms[own[name]][0] for name in own}
+        dtypes = {name: found.forms[own[name]][1] for name in own}
+        return ModelSource(
+            label, call, shapes, dtypes, lambda name: found.read(own[name]), _statistics(own), files=tuple(found.paths)
+        )
     raise InvalidTypeError(
         call=f"{call}, {label}",
         got=f"a {type(model).__name__}",
@@ -87,14 +79,17 @@ def open_model(model: Model, label: str, call: str) -> ModelSource:
     )
 
 
-def _of_tensors(tensors: Mapping[str, Tensor], label: str, call: str) -> ModelSource:
+def _of_tensors(
+    tensors: Mapping[str, Tensor], label: str, call: str, buffers: Collection[str] | None = None
+) -> ModelSource:
     odd = sorted(str(name) for name, t in tensors.items() if not isinstance(t, Tensor) or not isinstance(name, str))
     if odd:
         raise InvalidTypeError(
             call=f"{call}, {label}", got=f"entries that are no named tensors: {odd}",
             expected="a state dict of name -> tensor", try_="leave them out",
         )  # fmt: skip
-    kept = {name: tensor.detach() for name, tensor in tensors.items()}
+    own = _own_names(tensors)
+    kept = {name: tensors[own[name]].detach() for name in own}
     first: dict[tuple[Any, ...], str] = {}
     aliases = {}
     for name, tensor in kept.items():
@@ -104,39 +99,24 @@ def _of_tensors(tensors: Mapping[str, Tensor], label: str, call: str) -> ModelSo
             aliases[name] = owner
     return ModelSource(
         label, call, {name: tuple(tensor.shape) for name, tensor in kept.items()},
-        {name: tensor.dtype for name, tensor in kept.items()}, kept.__getitem__, _statistics(kept), aliases,
-        {name: tensor.device for name, tensor in kept.items()},
+        {name: tensor.dtype for name, tensor in kept.items()}, kept.__getitem__,
+        _statistics(kept) if buffers is None else frozenset(name for name in own if own[name] in buffers),
+        aliases, {name: tensor.device for name, tensor in kept.items()},
     )  # fmt: skip
 
 
-def _statistics(names: Mapping[str, Any]) -> frozenset[str]:
+def _statistics(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in names if name.rpartition(".")[2] in STATISTICS)
 
 
-def _plain(source: ModelSource) -> ModelSource:
-    """The model by the names that its tensors have where nothing is compiled."""
-    old = {plain(name): name for name in source.shapes}
-    if len(old) < len(source.shapes) or all(new == name for new, name in old.items()):
-        return source
-    return replace(
-        source,
-        shapes={new: source.shapes[name] for new, name in old.items()},
-        dtypes={new: source.dtypes[name] for new, name in old.items()},
-        read=lambda new: source.read(old[new]),
-        buffers=frozenset(map(plain, source.buffers)),
-        aliases={plain(name): plain(owner) for name, owner in source.aliases.items()},
-        devices={plain(name): device for name, device in source.devices.items()},
-    )
+def _own_names(names: Collection[str]) -> dict[str, str]:
+    """The names that tensors have where nothing is compiled, to those that they have here."""
+    found = {plain(name): name for name in names}
+    return found if len(found) == len(names) else {name: name for name in names}
 
 
 def open_models(models: Sequence[Model], call: str) -> list[ModelSource]:
-    """The sources of a list of models.
-
-    Raises:
-        InvalidTypeError: not a sequence of models.
-        InvalidArgumentError: an empty one.
-        FileFormatError: a path without complete files.
-    """
+    """The sources of a list of models."""
     if isinstance(models, (str, Path)) or not isinstance(models, Sequence):
         raise InvalidTypeError(
             call=call, got=f"models of type {type(models).__name__}", expected="a list of models",
@@ -147,13 +127,10 @@ def open_models(models: Sequence[Model], call: str) -> list[ModelSource]:
     return [open_model(model, f"model {number}", call) for number, model in enumerate(models, 1)]
 
 
-def check_weights(weights: Sequence[float] | Tensor | str, count: int, call: str) -> tuple[float, ...]:
-    """One number for each model.
-
-    Raises:
-        InvalidTypeError: not numbers.
-        InvalidArgumentError: too few or too many, negative or not finite, or all 0.
-    """
+def check_weights(weights: Sequence[float] | Tensor | str | None, count: int, call: str) -> tuple[float, ...]:
+    """One number for each model, 0 or more and not all 0; None for equal ones that add up to 1."""
+    if weights is None:
+        return (1 / count,) * count
     if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)):
         raise InvalidTypeError(call=call, got=f"weights={weights!r}", expected="one number for each model, or None")
     values: list[Any] = weights.tolist() if isinstance(weights, Tensor) else list(weights)
@@ -179,11 +156,7 @@ def weighted_average(models: Sequence[ModelSource], weights: Sequence[float], na
 
 
 def read_double(model: ModelSource, name: str, device: torch.device | None = None) -> Tensor:
-    """One tensor in float64.
-
-    Raises:
-        NonFiniteError: NaN or infinite entries.
-    """
+    """One tensor in float64, if it is finite."""
     tensor = model.read(name)
     found = tensor.to(tensor.device if device is None else device, torch.float64)
     if not all_finite(found):

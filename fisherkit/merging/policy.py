@@ -1,6 +1,6 @@
-"""`MergePolicy`, and the plan that it allows: what becomes of every name of the models.
+"""`MergePolicy`, and the decision that it allows: what becomes of every name of the models.
 
-Owns the plan and the refusals, each with its list of names and the setting that allows them. Solves nothing.
+Owns the decision and the refusals, each with its list of names and the setting that allows them. Solves nothing.
 """
 
 from __future__ import annotations
@@ -91,11 +91,7 @@ class MergePolicy:
 
 
 def checked(policy: MergePolicy | None, call: str, uncovered: str) -> MergePolicy:
-    """The policy, or the default one, with a word for ``uncovered``.
-
-    Raises:
-        InvalidTypeError: it is no `MergePolicy`.
-    """
+    """The policy, or the default one, with a word for ``uncovered``."""
     policy = MergePolicy() if policy is None else policy
     if not isinstance(policy, MergePolicy):
         raise InvalidTypeError(
@@ -130,40 +126,29 @@ class Entry:
         return f"tied to {self.owner}" if self.action == "tied" else self.action
 
 
-Plan = dict[str, Entry]
+Entries = dict[str, Entry]
 """Every name of any model to what becomes of it, in the order of the models."""
 
 
-def make_plan(
+def decide(
     models: Sequence[ModelSource], covered: Collection[str], center: ModelSource | None, policy: MergePolicy, call: str
-) -> Plan:
-    """Decide on every name before anything is computed.
-
-    Args:
-        models: the models.
-        covered: names that all Fishers cover.
-        center: the state that the result is pulled to; None for the average.
-        policy: what is allowed.
-        call: the public call, for errors.
-
-    Raises:
-        InvalidArgumentError: something that no policy allows; the message has the list and the setting.
-        InvalidTypeError: dtypes that differ.
+) -> Entries:
+    """Decide on every name before anything is computed, or refuse with a list and the setting that allows it.
 
     Cost: reads every tensor that no Fisher covers, of all models, one by one.
     """
-    return _Planner(models, frozenset(covered), center, policy, call).plan()
+    return _Decision(models, frozenset(covered), center, policy, call).entries()
 
 
 @dataclass(frozen=True)
-class _Planner:
+class _Decision:
     models: Sequence[ModelSource]
     covered: frozenset[str]
     center: ModelSource | None
     policy: MergePolicy
     call: str
 
-    def plan(self) -> Plan:
+    def entries(self) -> Entries:
         names = list(dict.fromkeys(name for model in self.models for name in model.shapes))
         self._check_names(names)
         tied = {name: owner for name in names if (owner := self._owner(name))}
@@ -180,9 +165,9 @@ class _Planner:
         for name in mismatched:
             kept = self.policy.mismatched == "first" and name in self.models[0].shapes
             actions[name] = "first" if kept else "skipped"
-        plan = {name: Entry(*self._form(name), actions.get(name, "tied"), tied.get(name, "")) for name in names}
-        lost = [name for name, owner in tied.items() if plan[owner].action == "skipped"]
-        return {**plan, **{name: replace(plan[name], action="skipped", owner="") for name in lost}}
+        found = {name: Entry(*self._form(name), actions.get(name, "tied"), tied.get(name, "")) for name in names}
+        lost = [name for name, owner in tied.items() if found[owner].action == "skipped"]
+        return {**found, **{name: replace(found[name], action="skipped", owner="") for name in lost}}
 
     def _check_names(self, names: Sequence[str]) -> None:
         """Before anything is said of policies, which would not help: models and Fishers go by the same names."""
@@ -277,11 +262,7 @@ class _Planner:
 
 
 def check_center(center: ModelSource, shapes: Mapping[str, tuple[int, ...]], call: str) -> None:
-    """Raise unless the center has these tensors.
-
-    Raises:
-        InvalidArgumentError: some are missing, or have another shape.
-    """
+    """Refuse a center that lacks one of these tensors, or has it in another shape."""
     lost = [name for name, shape in shapes.items() if center.shapes.get(name) != shape]
     if lost:
         raise InvalidArgumentError(

@@ -107,11 +107,6 @@ class SumOperator(CompositeOperator):
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return _total(term._to_dense() for term in self.terms)
 
-    def _frobenius(self) -> Float[Tensor, ""]:
-        raise self._no_closed_form(
-            "norm", "its parts do not share eigenvectors", 'normalize="trace", or the norm of to_dense()'
-        )
-
     def _terms(self) -> tuple[FisherOperator, ...]:
         return self.terms
 

@@ -42,6 +42,14 @@ DEFAULT_TOLERANCE = 1e-10
 AT_ONCE = 256
 """Columns of a default that multiplies with all of I."""
 
+OPTIONAL_HOOKS = (
+    "_factorize", "_plus", "_gram", "_trace", "_frobenius", "_eigenvalues", "_eigenvectors", "_effective_dimension",
+    "_rank_bound", "_to_dense", "_converted", "_made_of", "_terms", "_blocks", "_blocks_of_node", "is_diagonal",
+    "is_dense", "inversion", "decomposed_side", "nbytes", "stored_rows", "layout", "factors", "_nearest_kronecker",
+    "_approximate_inverse", "_usual_damping", "_average", "_moment",
+)  # fmt: skip
+"""What a structure may override, each with a default; beside these are the abstract methods."""
+
 
 class FisherOperator(ABC):
     """A symmetric positive semi-definite matrix over a parameter space.
@@ -55,6 +63,9 @@ class FisherOperator(ABC):
     tag: ClassVar[str] = ""
     """The structure's name in files; empty for what is never saved under a name of its own."""
 
+    other_tags: ClassVar[tuple[str, ...]] = ()
+    """Further names under which files hold it."""
+
     def __init__(self, space: ParameterSpace, *, dtype: torch.dtype, device: torch.device) -> None:
         self.space = space
         self.dtype = dtype
@@ -66,9 +77,8 @@ class FisherOperator(ABC):
         inherited = next(vars(base)["_matmat"] for base in cls.__mro__[1:] if "_matmat" in vars(base))
         if "_matmat" in vars(cls) and not getattr(inherited, "__isabstractmethod__", False):
             # Another product is another matrix: what a parent class knows of its own is not known of this one.
-            for name in STRUCTURAL:
-                if name not in vars(cls):
-                    setattr(cls, name, vars(FisherOperator)[name])
+            for name in {"tag", "other_tags", *OPTIONAL_HOOKS} - set(vars(cls)):
+                setattr(cls, name, vars(FisherOperator)[name])
 
     @property
     @final
@@ -323,7 +333,10 @@ class FisherOperator(ABC):
             InvalidTypeError: not a path, or a size that is not an integer.
             NoClosedFormError: the rows are streamed from the data and lie nowhere.
         """
-        io.write(path, self._state(), self.space, self.metadata, max_shard_size=max_shard_size)
+        state = self._state()
+        if not state.kind:
+            raise self._no_closed_form("save", "it has no tag that a file could name", f'{self._name}.tag = "..."')
+        io.write(path, state, self.space, self.metadata, max_shard_size=max_shard_size)
 
     @final
     @without_autocast()
@@ -449,9 +462,8 @@ class FisherOperator(ABC):
         """‖F‖_F, float64; by default from D products."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, self.space.size, AT_ONCE):
-            total += (
-                self._matmat(self._unit_columns(start, min(start + AT_ONCE, self.space.size))).double().square().sum()
-            )
+            columns = self._unit_columns(start, min(start + AT_ONCE, self.space.size))
+            total += self._matmat(columns).double().square().sum()
         return total.sqrt()
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
@@ -630,26 +642,7 @@ class FisherOperator(ABC):
         return check_damping(damping, f"{self._name}.{operation}")
 
 
-STRUCTURAL = (
-    "_plus", "_to_dense", "_terms", "_blocks", "_blocks_of_node", "is_diagonal", "is_dense", "inversion",
-    "decomposed_side", "stored_rows", "layout", "factors", "_frobenius", "_converted", "_nearest_kronecker",
-    "_approximate_inverse", "_usual_damping", "_average", "_moment",
-)  # fmt: skip
-"""Hooks that say what a matrix is made of."""
-
-SHARED = {
-    "_name", "_title", "_made_of", "_inverse", "_columns", "_resolve", "_checked_count", "_unit_columns",
-    "_no_closed_form",
-}  # fmt: skip
-
-HOOKS = tuple(
-    name
-    for name, value in vars(FisherOperator).items()
-    if (name.startswith("_") and name[1] not in "_a" and name not in SHARED and not isinstance(value, classmethod))
-    or (name in STRUCTURAL and not isinstance(value, classmethod))
-    or name == "nbytes"
-)
-"""All of them that can be asked of an operator."""
+HOOKS = (*FisherOperator.__abstractmethods__, *OPTIONAL_HOOKS)
 
 
 def _grouped(count: str) -> str:

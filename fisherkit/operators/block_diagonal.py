@@ -21,7 +21,7 @@ from fisherkit.operators.base import FisherOperator, Makers, fold
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.persistence import blocks_of_node, restore
-from fisherkit.operators.row_forms import BlockForm, RowForm, aligned
+from fisherkit.operators.row_products import BlockProducts, RowProducts, aligned
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace
@@ -242,19 +242,19 @@ class _BlockFactorization(Factorization):
         parts = self._whole._gather(columns)
         return self._whole._scatter([f._solve(part) for f, part in zip(self._inverses, parts, strict=True)])
 
-    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
+    def _row_products(self, probe: Rows, queries: int, others: int) -> RowProducts:
         if not aligned(self._spaces, probe):
-            return super()._row_form(probe, queries, others)
-        return self._joined(lambda own, part: own._row_form(part, queries, others), probe)
+            return super()._row_products(probe, queries, others)
+        return self._joined(lambda own, part: own._row_products(part, queries, others), probe)
 
-    def _column_form(self, probe: Rows) -> RowForm:
+    def _unit_products(self, probe: Rows) -> RowProducts:
         if not aligned(self._spaces, probe):
-            return super()._column_form(probe)
-        return self._joined(lambda own, part: own._column_form(part), probe)
+            return super()._unit_products(probe)
+        return self._joined(lambda own, part: own._unit_products(part), probe)
 
-    def _joined(self, form: Callable[[Factorization, Rows], RowForm], probe: Rows) -> BlockForm:
+    def _joined(self, of: Callable[[Factorization, Rows], RowProducts], probe: Rows) -> BlockProducts:
         pairs = zip(self._spaces, self._inverses, strict=True)
-        return BlockForm([(space, form(own, probe.restrict(space))) for space, own in pairs])
+        return BlockProducts([(space, of(own, probe.restrict(space))) for space, own in pairs])
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         if not aligned(self._spaces, rows):

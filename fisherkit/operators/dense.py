@@ -14,6 +14,7 @@ from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import DirectFactorization, Factorization
 from fisherkit.operators.linalg import (
+    Spectrum,
     check_symmetric,
     check_tensor,
     damped_reciprocal,
@@ -42,7 +43,7 @@ class DenseOperator(FisherOperator):
         self._matrix = matrix
 
     @cached_property
-    def _spectrum(self) -> tuple[Float[Tensor, "D"], Float[Tensor, "D D"]]:
+    def _spectrum(self) -> Spectrum:
         return spectrum(self._matrix, "DenseOperator(matrix)")
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -63,7 +64,7 @@ class DenseOperator(FisherOperator):
                 **singular("DenseOperator.factorize", damping, f"its rank is below D = {self.size:,}")
             )
         # F + λI is positive definite, only not to Cholesky in float64: the spectrum still gives the null space λ.
-        values, vectors = self._spectrum
+        values, vectors, _ = self._spectrum
         reciprocal = damped_reciprocal(values, damping, torch.float64, "DenseOperator.factorize").unsqueeze(-1)
         return DirectFactorization(
             self, damping, lambda v: (vectors @ (reciprocal * (vectors.mT @ v.double()))).to(v.dtype),
@@ -81,7 +82,7 @@ class DenseOperator(FisherOperator):
         return factor if sound else None
 
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        values, vectors = self._spectrum
+        values, vectors, _ = self._spectrum
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return (vectors @ (values.sqrt().unsqueeze(-1) * noise.double())).to(self.dtype)
 
@@ -115,10 +116,10 @@ class DenseOperator(FisherOperator):
         return torch.stack([self._matrix[row.unsqueeze(-1), row] for row in places]).mean(0)
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
-        return self._spectrum[0].flip(0)[:k]
+        return self._spectrum.values.flip(0)[:k]
 
     def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
-        return self._spectrum[1].flip(1)[:, :k].to(self.dtype)
+        return self._spectrum.basis.flip(1)[:, :k].to(self.dtype)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         return self._matrix.clone()

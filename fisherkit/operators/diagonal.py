@@ -101,9 +101,8 @@ class _DiagonalFactorization(Factorization):
     def __init__(self, operator: DiagonalOperator, damping: float) -> None:
         super().__init__(operator, damping)
         self._shifted = operator._entries.double() + damping
-        self._reciprocal = damped_reciprocal(
-            operator._entries, damping, operator.dtype, "DiagonalOperator.factorize"
-        ).unsqueeze(-1)
+        reciprocal = damped_reciprocal(operator._entries, damping, operator.dtype, "DiagonalOperator.factorize")
+        self._reciprocal = reciprocal.to(operator.dtype).unsqueeze(-1)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         return self._reciprocal * columns

@@ -18,7 +18,7 @@ from torch import Tensor
 from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.operators.row_forms import RowForm, SolvedForm, solved_squares
+from fisherkit.operators.row_products import RowProducts, SolvedProducts, solved_squares
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient
 from fisherkit.space import Vector
@@ -49,13 +49,17 @@ class Factorization(ABC):
     def _logdet(self) -> Float[Tensor, ""]:
         """log det(F + λI)."""
 
-    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
-        """rᵀ(F + λI)⁻¹q in the form that is cheapest for so many queries and other rows."""
-        return SolvedForm(self._solve, self.operator.size)
+    def _row_products(self, probe: Rows, queries: int, others: int) -> RowProducts:
+        """rᵀ(F + λI)⁻¹q in the way that is cheapest for so many queries and other rows."""
+        return SolvedProducts(self._solve_rows, self.operator.size)
 
-    def _column_form(self, probe: Rows) -> RowForm:
+    def _unit_products(self, probe: Rows) -> RowProducts:
         """The same with solutions that can be had by units."""
-        return SolvedForm(self._solve, self.operator.size)
+        return SolvedProducts(self._solve_rows, self.operator.size)
+
+    def _solve_rows(self, queries: Rows) -> Float[Tensor, "D Q"]:
+        """(F + λI)⁻¹Qᵀ of rows Q."""
+        return self._solve(queries.dense().mT)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
         """rᵀ(F + λI)⁻¹r of each row."""

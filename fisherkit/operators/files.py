@@ -63,17 +63,17 @@ class FisherFile:
     @property
     def has_checksums(self) -> bool:
         """Whether what is read is compared with checksums; files from before they were introduced have none."""
-        return self.header.checksums is not None
+        return bool(self.header.checksums)
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files that hold the tensors."""
-        return tuple(sorted({*self.header.archive.files.values()}))
+        return tuple(sorted({*self.header.files.values()}))
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk, of the index and all shards if it has some."""
-        return self.header.archive.nbytes
+        return self.header.nbytes
 
     @cached_property
     def blocks(self) -> tuple[tuple[str, ...], ...]:
@@ -93,9 +93,9 @@ class FisherFile:
         """
         wanted = {names} if isinstance(names, str) else set(names)
         chosen = self._chosen(wanted)
-        call = self.header.archive.call
-        with self.header.reader(self.device) as reader, parts_fit(call):
-            blocks = blocks_of_node(self.header.root, self.space, reader)
+        call = self.header.call
+        with parts_fit(call):
+            blocks = blocks_of_node(self.header.root, self.space, self.header.reader(self.device))
             made = [blocks[block]() for block in chosen]
         return made[0] if len(made) == 1 else BlockDiagonalOperator(self.space.restrict(wanted), made)
 
@@ -104,7 +104,7 @@ class FisherFile:
         unknown = sorted(wanted - set(self.space.names))
         if unknown:
             raise UnknownParameterError(
-                call=call, got=f"unknown names {unknown}", expected=f"names of {self.header.archive.path.name}",
+                call=call, got=f"unknown names {unknown}", expected=f"names of {self.header.path.name}",
                 try_="FisherFile.space.names",
             )  # fmt: skip
         chosen = [block for block in self.blocks if wanted & set(block)]

@@ -40,7 +40,8 @@ class ForwardingOperator(FisherOperator):
 
 
 for _name in HOOKS:
-    setattr(ForwardingOperator, _name, _forwarded(_name))
+    if not isinstance(vars(FisherOperator)[_name], classmethod):  # a class holds nothing
+        setattr(ForwardingOperator, _name, _forwarded(_name))
 
 
 def unwrap(operator: FisherOperator) -> FisherOperator:

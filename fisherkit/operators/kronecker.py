@@ -2,16 +2,15 @@
 
 F = G ⊗ A, with A the second moment of the layer's inputs (a 1 appended for the bias) and G that of the gradients at its
 outputs (Martens and Grosse, arXiv 1503.05671); F = (U_G ⊗ U_A) diag(e) (U_G ⊗ U_A)ᵀ with e measured in that basis
-(George et al., arXiv 1806.03884). Owns the algebra of both, which is the same: a damped inverse of the first is one of
-the second. `layer_layout` owns which parameter lies where.
+(George et al., arXiv 1806.03884). Owns the algebra of both, which is the same: a function of the first, its damped
+inverse above all, is one of the second. `layer_layout` owns which parameter lies where.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,10 +19,10 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.eigen_form import EigenForm, TurnedBackForm
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout, marginals
 from fisherkit.operators.linalg import (
+    Spectrum,
     check_symmetric,
     check_tensor,
     damped_reciprocal,
@@ -32,24 +31,11 @@ from fisherkit.operators.linalg import (
     singular,
     spectrum,
 )
-from fisherkit.operators.row_forms import RowForm
+from fisherkit.operators.row_products import Bases, Part, RowProducts, RowSolution
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.space import ParameterSpace
-
-Spectrum: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
-"""Eigenvalues [r] and eigenvectors [n, r] of a factor, when called."""
-
-
-def scaled_spectrum(known: Spectrum, scale: float) -> Spectrum:
-    """The spectrum of a multiple of a factor, from the factor's, which is decomposed once each time it is called."""
-
-    def scaled() -> tuple[Tensor, Tensor]:
-        values, vectors = known()
-        return scale * values, vectors
-
-    return scaled
 
 
 class KroneckerOperator(FisherOperator):
@@ -62,7 +48,7 @@ class KroneckerOperator(FisherOperator):
         transposed: the weight is stored as [I, O].
         symmetric: the factors are known to be symmetric up to rounding and not checked.
         activation_spectrum: a cheaper way than from the matrix to A's eigenvalues [r] and orthonormal eigenvectors
-            [I, r], r the rank; used when they are first needed.
+            [I, r], r the rank, as a pair; used when they are first needed.
         gradient_spectrum: the same for G.
     """
 
@@ -70,8 +56,9 @@ class KroneckerOperator(FisherOperator):
 
     def __init__(
         self, space: ParameterSpace, activation: Float[Tensor, "..."], gradient: Float[Tensor, "..."],
-        transposed: bool = False, *, symmetric: bool = False, activation_spectrum: Spectrum | None = None,
-        gradient_spectrum: Spectrum | None = None,
+        transposed: bool = False, *, symmetric: bool = False,
+        activation_spectrum: Callable[[], tuple[Tensor, Tensor] | Spectrum] | None = None,
+        gradient_spectrum: Callable[[], tuple[Tensor, Tensor] | Spectrum] | None = None,
     ) -> None:  # fmt: skip
         name = "KroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
@@ -90,16 +77,15 @@ class KroneckerOperator(FisherOperator):
     @cached_property
     def _eigen(self) -> EigenKroneckerOperator:
         # The product of the factors' eigenvalues stays in float64: its reciprocals are what a solve consists of.
-        (on_inputs, activation_basis), (on_outputs, gradient_basis) = (
-            spectrum(matrix, f"KroneckerOperator({name})") if known is None else known()
+        on_inputs, on_outputs = (
+            spectrum(matrix, f"KroneckerOperator({name})") if known is None else Spectrum(*known())
             for known, matrix, name in zip(
                 self._spectra, (self._activation, self._gradient), ("activation", "gradient"), strict=True
             )
         )
-        return EigenKroneckerOperator(
-            self.space, activation_basis.to(self.dtype), gradient_basis.to(self.dtype),
-            torch.outer(on_outputs, on_inputs), self._layout.transposed,
-        )  # fmt: skip
+        return EigenKroneckerOperator.of_spectra(
+            self.space, on_inputs.to(self.dtype), on_outputs.to(self.dtype), None, self._layout.transposed
+        )
 
     @property
     def activation(self) -> Float[Tensor, "J J"]:
@@ -141,7 +127,7 @@ class KroneckerOperator(FisherOperator):
         return KroneckerOperator(
             self.space, self._activation, scale * self._gradient, self._layout.transposed, symmetric=True,
             activation_spectrum=on_inputs,
-            gradient_spectrum=None if on_outputs is None else scaled_spectrum(on_outputs, scale),
+            gradient_spectrum=on_outputs and (lambda: Spectrum(*on_outputs()).scaled(scale)),
         )  # fmt: skip
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
@@ -159,12 +145,11 @@ class KroneckerOperator(FisherOperator):
         return self._activation.double().norm() * self._gradient.double().norm()
 
     def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
-        a, on_inputs = nearest_semidefinite(self._activation, "KroneckerOperator(activation)")
-        g, on_outputs = nearest_semidefinite(self._gradient, "KroneckerOperator(gradient)")
+        a, on_inputs = nearest_semidefinite(self._activation.to(device), "KroneckerOperator(activation)")
+        g, on_outputs = nearest_semidefinite(self._gradient.to(device), "KroneckerOperator(gradient)")
         return KroneckerOperator(
-            self.space, a.to(device, dtype), g.to(device, dtype), self._layout.transposed, symmetric=True,
-            activation_spectrum=lambda: (on_inputs[0].to(device), on_inputs[1].to(device)),
-            gradient_spectrum=lambda: (on_outputs[0].to(device), on_outputs[1].to(device)),
+            self.space, a.to(dtype), g.to(dtype), self._layout.transposed, symmetric=True,
+            activation_spectrum=lambda: on_inputs, gradient_spectrum=lambda: on_outputs,
         )  # fmt: skip
 
     @property
@@ -217,6 +202,19 @@ class KroneckerOperator(FisherOperator):
         return cls(space, tensors["activation"], tensors["gradient"], bool(state.options["transposed"]))
 
 
+class _Weights(NamedTuple):
+    """A function of F by what it has in the eigenbasis.
+
+    ``outside`` times I, and what is added where both bases span, where U_G alone does and where U_A alone does; None
+    where that adds nothing.
+    """
+
+    both: Float[Tensor, "s r"]
+    outside: float | Float[Tensor, ""] = 0.0
+    on_outputs: Float[Tensor, "s"] | None = None
+    on_inputs: Float[Tensor, "r"] | None = None
+
+
 class EigenKroneckerOperator(FisherOperator):
     """F = (U_G ⊗ U_A) diag(e) (U_G ⊗ U_A)ᵀ over one layer's weight, or weight and then bias.
 
@@ -228,33 +226,49 @@ class EigenKroneckerOperator(FisherOperator):
         eigenvalues: e [s, r], 0 or more, in the bases' dtype or in float64.
         transposed: the weight is stored as [I, O].
         decomposed: all of these come from a decomposition of finite matrices, and are not checked.
+        leading: A's and G's leading eigenpairs, where F is not 0 on what the bases do not span, but what these say.
     """
 
     tag: ClassVar[str] = "eigen_kronecker"
+    truncated_tag: ClassVar[str] = "truncated_kronecker"
+    other_tags: ClassVar[tuple[str, ...]] = (truncated_tag,)
 
     def __init__(
         self, space: ParameterSpace, activation_basis: Float[Tensor, "..."], gradient_basis: Float[Tensor, "..."],
         eigenvalues: Float[Tensor, "..."], transposed: bool = False, *, decomposed: bool = False,
+        leading: tuple[Spectrum, Spectrum] | None = None,
     ) -> None:  # fmt: skip
         name = "EigenKroneckerOperator"
         self._layout = LayerLayout.of(space, transposed, f"{name}(space)")
-        if decomposed:
-            super().__init__(space, dtype=activation_basis.dtype, device=activation_basis.device)
-            self.activation_basis, self.gradient_basis, self._values = activation_basis, gradient_basis, eigenvalues
-            return
-        width, outputs = self._layout.width, self._layout.outputs
-        rank_in, rank_out = _columns(activation_basis, width), _columns(gradient_basis, outputs)
-        basis = check_tensor(activation_basis, [width, rank_in], f"{name}(activation_basis)")
-        dtype, device = basis.dtype, basis.device
-        super().__init__(space, dtype=dtype, device=device)
-        self.activation_basis = basis
-        self.gradient_basis = check_tensor(
-            gradient_basis, [outputs, rank_out], f"{name}(gradient_basis)", dtypes=(dtype,), device=device
-        )
-        self._values = check_tensor(
-            eigenvalues, [rank_out, rank_in], f"{name}(eigenvalues)", dtypes=(dtype, torch.float64), device=device,
-            nonnegative=True,
-        )  # fmt: skip
+        if not decomposed:
+            width, outputs = self._layout.width, self._layout.outputs
+            rank_in, rank_out = _columns(activation_basis, width), _columns(gradient_basis, outputs)
+            activation_basis = check_tensor(activation_basis, [width, rank_in], f"{name}(activation_basis)")
+            dtype, device = activation_basis.dtype, activation_basis.device
+            gradient_basis = check_tensor(
+                gradient_basis, [outputs, rank_out], f"{name}(gradient_basis)", dtypes=(dtype,), device=device
+            )
+            eigenvalues = check_tensor(
+                eigenvalues, [rank_out, rank_in], f"{name}(eigenvalues)", dtypes=(dtype, torch.float64), device=device,
+                nonnegative=True,
+            )  # fmt: skip
+        super().__init__(space, dtype=activation_basis.dtype, device=activation_basis.device)
+        self.activation_basis, self.gradient_basis, self._values = activation_basis, gradient_basis, eigenvalues
+        self._leading = leading
+
+    @classmethod
+    def of_spectra(
+        cls, space: ParameterSpace, activation: Spectrum, gradient: Spectrum, values: Float[Tensor, "s r"] | None,
+        transposed: bool,
+    ) -> EigenKroneckerOperator:  # fmt: skip
+        """G ⊗ A of two factors' eigenpairs, which may be the leading ones alone.
+
+        ``values`` are the eigenvalues where both bases span, if they are not the factors' products (ekfac).
+        """
+        grid = torch.outer(gradient.values, activation.values) if values is None else values
+        whole = activation.rest is None and gradient.rest is None
+        leading = None if whole else (activation, gradient)
+        return cls(space, activation.basis, gradient.basis, grid, transposed, decomposed=True, leading=leading)
 
     @property
     def transposed(self) -> bool:
@@ -271,53 +285,106 @@ class EigenKroneckerOperator(FisherOperator):
         """e, one for each pair of basis vectors; not to be changed."""
         return self._values
 
-    def _rotate_scale_rotate(self, columns: Float[Tensor, "D K"], scales: Float[Tensor, "O J"]) -> Float[Tensor, "D K"]:
-        """(U_G ⊗ U_A) diag(scales) (U_G ⊗ U_A)ᵀ V."""
-        inner = aligned_product(self.gradient_basis.mT @ self._layout.to_grid(columns), self.activation_basis)
-        return self._rotate_back(scales * inner)
+    @property
+    def _outer_values(self) -> tuple[Float[Tensor, "s"], Float[Tensor, "r"], Float[Tensor, ""]] | None:
+        """F's eigenvalues where U_G alone spans, where U_A alone does, and where neither does; None where all are 0."""
+        if self._leading is None:
+            return None
+        a, g = self._leading
+        return (g.values * a.others).double(), (a.values * g.others).double(), (a.others * g.others).double()
 
-    def _rotate_back(self, grid: Float[Tensor, "K O J"]) -> Float[Tensor, "D K"]:
+    def _weights(self, function: Callable[[Tensor], Tensor]) -> _Weights:
+        """A function of F, by that of its eigenvalues, in the operator's dtype."""
+        both = function(self._values.double())
+        if not self._null:
+            return _Weights(both.to(self.dtype))
+        if self._outer_values is None:
+            outside = float(function(torch.zeros((), dtype=torch.float64)))
+            return _Weights((both - outside).to(self.dtype), outside)
+        on_outputs, on_inputs, beyond = map(function, self._outer_values)
+        parts = both - on_outputs.unsqueeze(1) - on_inputs + beyond, beyond, on_outputs - beyond, on_inputs - beyond
+        return _Weights(*(part.to(self.dtype) for part in parts))
+
+    def _trace_of(self, function: Callable[[Tensor], Tensor]) -> Float[Tensor, ""]:
+        """The trace of a function of F, float64."""
+        both = function(self._values.double()).sum()
+        if not self._null:
+            return both
+        if self._outer_values is None:
+            return both + self._null * float(function(torch.zeros((), dtype=torch.float64)))
+        on_outputs, on_inputs, beyond = map(function, self._outer_values)
+        rows, columns = (side - rank for side, rank in zip(self._grid_shape, self._values.shape, strict=True))
+        return both + columns * on_outputs.sum() + rows * on_inputs.sum() + rows * columns * beyond
+
+    def _apply(self, columns: Float[Tensor, "D K"], weights: _Weights) -> Float[Tensor, "D K"]:
+        """A function of F times V."""
+        grid, u_a, u_g = self._layout.to_grid(columns), self.activation_basis, self.gradient_basis
+        turned = u_g.mT @ grid
+        inner = aligned_product(weights.both * aligned_product(turned, u_a), u_a.mT)
+        if weights.on_outputs is not None:
+            inner = inner + weights.on_outputs.unsqueeze(1) * turned
+        result = u_g @ inner
+        if weights.on_inputs is not None:
+            result += aligned_product(weights.on_inputs * aligned_product(grid, u_a), u_a.mT)
+        if weights.on_inputs is not None or weights.outside:
+            result += weights.outside * grid
+        return self._layout.to_flat(result)
+
+    def _turned_back(self, grid: Float[Tensor, "K s r"]) -> Float[Tensor, "D K"]:
+        """(U_G ⊗ U_A) times columns over the eigenvectors."""
         return self._layout.to_flat(aligned_product(self.gradient_basis @ grid, self.activation_basis.mT))
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        return self._rotate_scale_rotate(columns, self._values.to(self.dtype))
+        return self._apply(columns, self._weights(_identity))
 
     def _diagonal(self) -> Float[Tensor, "D"]:
-        grid = self.gradient_basis.square() @ self._values.to(self.dtype) @ self.activation_basis.square().mT
+        weights, a, g = self._weights(_identity), self.activation_basis.square(), self.gradient_basis.square()
+        grid = g @ weights.both @ a.mT
+        if weights.on_outputs is not None and weights.on_inputs is not None:
+            grid += (g @ weights.on_outputs).unsqueeze(1) + a @ weights.on_inputs + weights.outside
         return self._layout.to_flat(grid.unsqueeze(0)).squeeze(-1)
 
     def _trace(self) -> Float[Tensor, ""]:
-        return self._values.double().sum()
+        return self._trace_of(_identity)
 
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _EigenKroneckerFactorization(self, self, damping)
 
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        noise = torch.randn(count, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
-        return self._rotate_back(self._values.sqrt().to(self.dtype) * noise)
+        if self._leading is None:
+            noise = torch.randn(count, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
+            return self._turned_back(self._values.sqrt().to(self.dtype) * noise)
+        noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
+        return self._apply(noise, self._weights(torch.sqrt))
 
     def _scaled(self, scale: float) -> EigenKroneckerOperator:
-        return self._with_values(scale * self._values)
+        if self._leading is None:
+            return self._with_values(scale * self._values)
+        a, g = self._leading
+        return self.of_spectra(self.space, a, g.scaled(scale), scale * self._values, self._layout.transposed)
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         # Of one eigenbasis, as a matrix and its average over outputs are.
         if not isinstance(other, EigenKroneckerOperator) or other._layout != self._layout:
             return None
         shared = self.activation_basis is other.activation_basis and self.gradient_basis is other.gradient_basis
-        return self._with_values(self._values + other._values) if shared else None
+        alike = shared and self._leading is None and other._leading is None
+        return self._with_values(self._values + other._values) if alike else None
 
     def _with_values(self, values: Float[Tensor, "s r"]) -> EigenKroneckerOperator:
         return EigenKroneckerOperator(
-            self.space, self.activation_basis, self.gradient_basis, values, self._layout.transposed
+            self.space, self.activation_basis, self.gradient_basis, values, self._layout.transposed, decomposed=True
         )
 
     def _frobenius(self) -> Float[Tensor, ""]:
-        return self._values.double().norm()
+        return self._trace_of(torch.square).sqrt()
 
     inversion = "cheap"
 
-    def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
+    def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]] | None:
         """With F's eigenvectors, and eigenvalues whose outer product has the marginals of F's."""
+        if self._leading is not None:
+            return None
         on_outputs, on_inputs = marginals(self._values.double())
         u_a, u_g = self.activation_basis.double(), self.gradient_basis.double()
         return (u_a * on_inputs) @ u_a.mT, (u_g * on_outputs) @ u_g.mT
@@ -327,51 +394,81 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _average(self) -> FisherOperator:
         outputs = self._layout.outputs
-        if len(self._values) == outputs:
+        if len(self._values) == outputs and self._leading is None:
             return self._with_values(self._values.mean(0).expand_as(self._values))
-        u = self.activation_basis
-        moment = (u * (self._values.to(self.dtype).sum(0) / outputs)) @ u.mT
+        weights, u = self._weights(_identity), self.activation_basis
+        mean = weights.both.sum(0) / outputs
+        if weights.on_inputs is not None:
+            mean = mean + weights.on_inputs
+        moment = (u * mean) @ u.mT
+        if weights.on_outputs is not None:
+            moment.diagonal().add_(weights.outside + weights.on_outputs.sum() / outputs)
         identity = torch.eye(outputs, dtype=self.dtype, device=self.device)
         return KroneckerOperator(
             self.space, (moment + moment.mT) / 2, identity, self._layout.transposed, symmetric=True
         )
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
-        values = self._values.double().flatten()
+        values = self._full_grid().flatten()
         known = values.topk(min(k, len(values))).values
         return torch.nn.functional.pad(known, (0, k - len(known)))
 
     def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
-        places = self._values.double().flatten().topk(min(k, self._values.numel())).indices
-        on_outputs = self.gradient_basis.mT[places // self._values.shape[1]]
-        on_inputs = self.activation_basis.mT[places % self._values.shape[1]]
+        u_a, u_g, values = self.activation_basis, self.gradient_basis, self._full_grid()
+        if self._leading is not None:
+            u_g, u_a = (orthonormal(u.double(), len(u)) for u in (u_g, u_a))
+        places = values.flatten().topk(min(k, values.numel())).indices
+        on_outputs, on_inputs = u_g.mT[places // values.shape[1]], u_a.mT[places % values.shape[1]]
         columns = self._layout.to_flat(on_outputs.unsqueeze(2) * on_inputs.unsqueeze(1))
-        return columns if len(places) == k else orthonormal(columns.double(), k).to(self.dtype)
+        return (columns if len(places) == k else orthonormal(columns.double(), k)).to(self.dtype)
+
+    def _full_grid(self) -> Float[Tensor, "_ _"]:
+        """Eigenvalues on the grid of bases that are filled up; as they are where F is 0 on what is filled up."""
+        if self._outer_values is None:
+            return self._values.double()
+        on_outputs, on_inputs, beyond = self._outer_values
+        grid, (s, r) = beyond.repeat(self._grid_shape), self._values.shape
+        grid[:s], grid[:, :r] = on_outputs.unsqueeze(1), on_inputs
+        grid[:s, :r] = self._values
+        return grid
 
     @property
     def _rank_bound(self) -> int:
-        return self._values.numel()
+        return self._values.numel() if self._leading is None else self.size
+
+    @property
+    def _grid_shape(self) -> tuple[int, int]:
+        return self._layout.outputs, self._layout.width
 
     @property
     def _null(self) -> int:
-        """Dimensions of the null space that the bases do not span."""
+        """Dimensions that the bases do not span together."""
         return self.size - self._values.numel()
 
     def _state(self) -> io.State:
+        options = {"transposed": self._layout.transposed}
+        if self._leading is not None:
+            a, g = self._leading
+            tensors = a.tensors("activation") | g.tensors("gradient") | {"values": self._values}
+            return io.State(self.truncated_tag, self.space.names, tensors, options)
         tensors = {
             "activation_basis": self.activation_basis,
             "gradient_basis": self.gradient_basis,
             "eigenvalues": self._values,
         }
-        return io.State(self.tag, self.space.names, tensors, {"transposed": self._layout.transposed})
+        return io.State(self.tag, self.space.names, tensors, options)
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> EigenKroneckerOperator:
-        tensors = state.tensors
-        return cls(
-            space, tensors["activation_basis"], tensors["gradient_basis"], tensors["eigenvalues"],
-            bool(state.options["transposed"]),
-        )  # fmt: skip
+        tensors, transposed = state.tensors, bool(state.options["transposed"])
+        if state.kind == cls.truncated_tag:
+            a, g = (Spectrum.from_tensors(tensors, name) for name in ("activation", "gradient"))
+            return cls.of_spectra(space, a, g, tensors.get("values"), transposed)
+        return cls(space, tensors["activation_basis"], tensors["gradient_basis"], tensors["eigenvalues"], transposed)
+
+
+def _identity(values: Tensor) -> Tensor:
+    return values
 
 
 class _EigenKroneckerFactorization(Factorization):
@@ -380,65 +477,119 @@ class _EigenKroneckerFactorization(Factorization):
     def __init__(self, operator: FisherOperator, eigen: EigenKroneckerOperator, damping: float) -> None:
         super().__init__(operator, damping)
         self._eigen = eigen
-        values = eigen._values.double()
         call = f"{operator._name}.factorize"
-        if damping == 0.0 and eigen._null:
+        if damping == 0.0 and eigen._null and eigen._leading is None:
             raise SingularMatrixError(**singular(call, damping, f"{eigen._null:,} of its eigenvalues are 0"))
-        if damping == 0.0:
-            # Eigenvalues are squares of projections that carry the bases' rounding: below its square they are nothing.
-            noise = values.numel() * torch.finfo(eigen.dtype).eps ** 2 * values.max()
-            values = torch.where(values > noise, values, 0)
-        self._reciprocal = damped_reciprocal(values, damping, eigen.dtype, call)
+
+        def reciprocal(values: Tensor) -> Tensor:
+            if damping == 0.0:
+                # Eigenvalues are squares of projections that carry the bases' rounding: below its square they are 0.
+                noise = eigen._values.numel() * torch.finfo(eigen.dtype).eps ** 2 * eigen._values.max()
+                values = torch.where(values > noise, values, 0)
+            return damped_reciprocal(values, damping, eigen.dtype, call)
+
+        self._weights = eigen._weights(reciprocal)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        eigen = self._eigen
-        if not eigen._null:
-            return eigen._rotate_scale_rotate(columns, self._reciprocal)
-        # What the bases do not span is divided by λ.
-        return columns / self.damping + eigen._rotate_scale_rotate(columns, self._reciprocal - 1 / self.damping)
-
-    @property
-    def _empty(self) -> bool:
-        """Whether there is no eigenvalue above zero, as of a Fisher without rows: there is nothing to turn into."""
-        return self._eigen._values.numel() == 0
-
-    @cached_property
-    def _eigen_form(self) -> EigenForm:
-        eigen = self._eigen
-        outside = 1 / self.damping if eigen._null else 0.0
-        return EigenForm(eigen.activation_basis, eigen.gradient_basis, self._reciprocal, outside, self._solve)
-
-    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
-        if self._empty:
-            return super()._row_form(probe, queries, others)
-        if EigenForm.worthwhile(probe, queries, others):
-            return self._eigen_form
-        return self._turned_back_form
-
-    def _column_form(self, probe: Rows) -> RowForm:
-        if self._empty:
-            return super()._column_form(probe)
-        # Where the bases leave something out, a solution is not turned columns alone.
-        turned = len(probe.slots) == 1 and isinstance(probe.slots[0].rows, FactoredRows) and not self._eigen._null
-        return self._eigen_form if turned else self._turned_back_form
-
-    @property
-    def _turned_back_form(self) -> TurnedBackForm:
-        return TurnedBackForm(self._eigen_form, self._turned_back, self.operator.size)
-
-    def _turned_back(self, columns: Float[Tensor, "e Q"]) -> Float[Tensor, "D Q"]:
-        return self._eigen._rotate_back(columns.mT.unflatten(1, self._eigen.eigenvalue_grid.shape))
-
-    def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
-        slot, *others = rows.slots
-        if others or self._empty or not isinstance(slot.rows, FactoredRows):
-            return super()._row_squares(rows)
-        return self._eigen_form.squares(slot.rows)
+        return self._eigen._apply(columns, self._weights)
 
     def _logdet(self) -> Float[Tensor, ""]:
-        values = self._eigen._values.double()
-        null = self._eigen._null * math.log(self.damping) if self._eigen._null else 0.0
-        return (values + self.damping).log().sum() + null
+        return self._eigen._trace_of(lambda values: (values + self.damping).log())
+
+    # Rows that are kept as two factors are turned into the eigenbasis factor by factor, which takes far less than
+    # turning solutions [outputs, inputs] there and back.
+
+    @property
+    def _outside(self) -> float:
+        return float(self._weights.outside)
+
+    def _factored(self, rows: Rows) -> FactoredRows | None:
+        """The rows, if they can be turned so and F is what its bases tell."""
+        found, eigen = rows.slots[0].rows, self._eigen
+        turns = len(rows.slots) == 1 and eigen._leading is None and eigen._values.numel() > 0
+        return found if turns and isinstance(found, FactoredRows) else None
+
+    def _turned(self, rows: FactoredRows) -> Iterator[FactoredRows]:
+        return rows.rotated(self._eigen.activation_basis, self._eigen.gradient_basis)
+
+    def _weighed(self, rows: FactoredRows) -> Float[Tensor, "e Q"]:
+        """diag(w) (U_G ⊗ U_A)ᵀ Q, over the eigenvectors."""
+        parts = [part.dense() for part in self._turned(rows)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).mul_(self._weights.both.flatten()).mT
+
+    def _solve_rows(self, queries: Rows) -> Float[Tensor, "D Q"]:
+        rows = self._factored(queries)
+        if rows is None:
+            return super()._solve_rows(queries)
+        columns = self._eigen._turned_back(self._weighed(rows).mT.unflatten(1, self._eigen.eigenvalue_grid.shape))
+        return columns.add_(rows.dense().mT, alpha=self._outside) if self._outside else columns
+
+    def _row_products(self, probe: Rows, queries: int, others: int) -> RowProducts:
+        rows = self._factored(probe)
+        turned = rows is not None and EigenProducts.worthwhile(rows, queries, others)
+        return EigenProducts(self) if turned else super()._row_products(probe, queries, others)
+
+    def _unit_products(self, probe: Rows) -> RowProducts:
+        # Where the bases leave something out, a solution is not turned columns alone.
+        turned = self._factored(probe) is not None and not self._outside
+        return EigenProducts(self) if turned else super()._unit_products(probe)
+
+    def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
+        factored = self._factored(rows)
+        if factored is None:
+            return super()._row_squares(rows)
+        weights = self._weights.both.flatten()
+        within = torch.cat([part.weighted_squares(weights) for part in self._turned(factored)])
+        if not self._outside:
+            return within
+        return within + self._outside * factored.weighted_squares(weights.new_ones(factored.size))
+
+
+class EigenProducts(RowProducts):
+    """rᵀ(F + λI)⁻¹q by queries that are turned into the eigenbasis and weighed, and other rows that are turned."""
+
+    def __init__(self, inverse: _EigenKroneckerFactorization) -> None:
+        numbers = inverse._weights.both.numel()
+        super().__init__(numbers, 2 * numbers)
+        self._inverse = inverse
+
+    @staticmethod
+    def worthwhile(rows: FactoredRows, queries: int, others: int) -> bool:
+        """Whether turning the others' rows takes fewer multiplications than turning the queries' solutions back."""
+        width, outputs = rows.inputs + rows.bias, rows.outputs
+        turned = others * rows.positions * (width**2 + outputs**2)
+        return turned <= queries * width * outputs * (width + outputs)
+
+    def solve(self, queries: Rows) -> RowSolution:
+        """Queries turned, written out and weighed."""
+        return _EigenSolution(self._inverse, queries)
+
+
+class _EigenSolution(RowSolution):
+    def __init__(self, inverse: _EigenKroneckerFactorization, queries: Rows) -> None:
+        self._inverse, self._queries, self._factored = inverse, queries, inverse._factored(queries)
+        self._weighed = None if self._factored is None else inverse._weighed(self._factored)
+
+    @cached_property
+    def _solved(self) -> Float[Tensor, "D Q"]:
+        """For rows that are not factored, if there are such."""
+        return self._inverse._solve_rows(self._queries)
+
+    def parts(self, rows: Rows) -> Iterator[Part]:
+        (slot,), factored, outside = rows.slots, self._inverse._factored(rows), self._inverse._outside
+        if self._weighed is None or factored is None:
+            yield slot.names, slot.rows.matmul(self._solved)
+            return
+        within = torch.cat([part.matmul(self._weighed) for part in self._inverse._turned(factored)])
+        if outside and self._factored is not None:
+            within += outside * factored.gram(self._factored, precise=False).to(within.dtype)
+        yield slot.names, within
+
+    def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
+        """Turned; only of bases that leave nothing out."""
+        if self._weighed is None:
+            return self._solved, None
+        return self._weighed, (self._inverse._eigen.gradient_basis, self._inverse._eigen.activation_basis)
 
 
 def _ratio(a: Float[Tensor, "n n"], b: Float[Tensor, "n n"]) -> float | None:

@@ -1,4 +1,4 @@
-"""What several structures need of a small matrix: checks when it is handed in, its spectrum, safe reciprocals.
+"""What several structures need of a small matrix: checks when it is handed in, its eigenpairs, damped solves.
 
 Decompositions and reciprocals are in float64, whatever the operator's dtype: with small damping they decide the digits
 of a solve.
@@ -6,7 +6,8 @@ of a solve.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, SingularMatrixError
+
+FIRST, LATER, MORE = 4, 1, 16
+"""Subspace iterations from random vectors, of which there are so many more, and from the last eigenvectors."""
 
 
 def check_tensor(
@@ -51,8 +55,44 @@ def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n
     return matrix
 
 
-def spectrum(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:
-    """Eigenvalues in ascending order, those within rounding of 0 as 0, and eigenvectors in columns; float64."""
+class Spectrum(NamedTuple):
+    """A symmetric matrix as Q diag(values) Qᵀ + rest · (I − QQᵀ), Q the orthonormal columns of ``basis``.
+
+    ``rest`` None stands for 0.
+    """
+
+    values: Float[Tensor, "r"]
+    basis: Float[Tensor, "w r"]
+    rest: Float[Tensor, ""] | None = None
+
+    @property
+    def others(self) -> Float[Tensor, ""]:
+        """The eigenvalue of what the basis does not span."""
+        return self.values.new_zeros(()) if self.rest is None else self.rest
+
+    def scaled(self, scale: float) -> Spectrum:
+        """Of a multiple of the matrix."""
+        if scale == 1:
+            return self
+        return Spectrum(scale * self.values, self.basis, None if self.rest is None else scale * self.rest)
+
+    def to(self, dtype: torch.dtype) -> Spectrum:
+        """With the basis in a dtype, in one piece."""
+        return self._replace(basis=self.basis.to(dtype).contiguous())
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What a file must hold; ``name`` is the matrix's."""
+        return {f"{name}_values": self.values, f"{name}_basis": self.basis, f"{name}_rest": self.others}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> Spectrum:
+        """The inverse of `tensors`."""
+        rest = tensors[f"{name}_rest"]
+        return cls(tensors[f"{name}_values"], tensors[f"{name}_basis"], rest if bool(rest) else None)
+
+
+def spectrum(matrix: Float[Tensor, "n n"], call: str) -> Spectrum:
+    """All eigenpairs, values in ascending order, those within rounding of 0 as 0; float64."""
     if not all_finite(matrix):
         raise NonFiniteError(call=call, got="a matrix with NaN or infinite entries", expected="finite numbers")
     values, vectors = torch.linalg.eigh(matrix.double())
@@ -64,20 +104,57 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n"
         )  # fmt: skip
     # Below this even a float64 decomposition only returns noise, half of it negative.
     noise = len(values) * torch.finfo(torch.float64).eps * largest
-    return torch.where(values > noise, values, 0), vectors
+    return Spectrum(torch.where(values > noise, values, 0), vectors)
 
 
-def nearest_semidefinite(
-    matrix: Float[Tensor, "n n"], call: str
-) -> tuple[Float[Tensor, "n n"], tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]]:
-    """The nearest positive semi-definite matrix in float64, and its spectrum.
+def leading_spectrum(
+    matrix: Float[Tensor, "w w"], rank: int | None, start: Float[Tensor, "w r"] | None, call: str
+) -> Spectrum:
+    """The leading eigenpairs, all if ``rank`` is None; what they do not span gets the mean of what is left.
+
+    So the trace is kept. By subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061). Kronecker factors of low
+    rank: Puiu, arXiv 2206.15397.
+
+    Args:
+        matrix: a Kronecker factor.
+        rank: how many.
+        start: where to start from, as the last basis; None for random vectors from a fixed seed.
+        call: for errors.
+
+    Raises:
+        NonFiniteError: NaN or infinite entries.
+    """
+    width = len(matrix)
+    if rank is None or rank >= width:
+        return spectrum(matrix, call).to(matrix.dtype)
+    if not all_finite(matrix):
+        raise NonFiniteError(
+            call=call, got="Kronecker factors with NaN or infinite entries", expected="finite ones",
+            why="activations or gradients have grown out of range", try_="a smaller lr, or a trust_region",
+        )  # fmt: skip
+    if start is not None and start.shape == (width, rank):
+        q, iterations = start, LATER
+    else:
+        shape, generator = (width, min(width, rank + MORE)), torch.Generator().manual_seed(0)
+        q, iterations = torch.randn(shape, generator=generator, dtype=torch.float64).to(matrix), FIRST
+    for _ in range(iterations):
+        q = torch.linalg.qr(matrix @ q)[0]
+    small = (q.mT @ (matrix @ q)).double()
+    values, turn = torch.linalg.eigh((small + small.mT) / 2)
+    values, turn = values[-rank:].clamp_min(0), turn[:, -rank:]
+    rest = (matrix.diagonal().double().sum() - values.sum()).clamp_min(0) / (width - rank)
+    return Spectrum(values, q @ turn.to(q.dtype), rest)
+
+
+def nearest_semidefinite(matrix: Float[Tensor, "n n"], call: str) -> tuple[Float[Tensor, "n n"], Spectrum]:
+    """The nearest positive semi-definite matrix in float64, and its eigenpairs.
 
     In float32 a matrix that is semi-definite has eigenvalues down to minus 1e-7 of its largest. With a damping below
     that, a sum of such matrices would have no minimiser.
     """
-    values, vectors = spectrum((matrix + matrix.mT) / 2, call)
-    nearest = (vectors * values) @ vectors.mT
-    return (nearest + nearest.mT) / 2, (values, vectors)
+    found = spectrum((matrix + matrix.mT) / 2, call)
+    nearest = (found.basis * found.values) @ found.basis.mT
+    return (nearest + nearest.mT) / 2, found
 
 
 def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
@@ -91,9 +168,9 @@ def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
 
 
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:
-    """1 / (values + damping) in ``dtype``, computed in float64; an infinite one is a `SingularMatrixError`."""
-    result = (values.double() + damping).reciprocal().to(dtype)
-    infinite = int(result.isinf().sum())
+    """1 / (values + damping) in float64; one that is infinite in ``dtype`` is a `SingularMatrixError`."""
+    result = (values.double() + damping).reciprocal()
+    infinite = int(result.to(dtype).isinf().sum())
     if infinite:
         why = f"{infinite:,} of its {result.numel():,} eigenvalues are 0, or too small for {dtype}"
         raise SingularMatrixError(**singular(call, damping, why))

@@ -6,8 +6,9 @@ parameters are fewer, by conjugate gradients where neither fits in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -19,21 +20,22 @@ from fisherkit.arithmetic import MatMat
 from fisherkit.errors import MemoryBudgetError, SingularMatrixError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.damped_gram import PRECISE, DampedGram, damped_cholesky, damped_grams, rounding_of
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.linalg import orthonormal, singular, spectrum
-from fisherkit.operators.row_forms import Part, RowForm, RowSolution
+from fisherkit.operators.row_products import Part, RowProducts, RowSolution
 from fisherkit.rows import restore_rows
-from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
-from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, thinned
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62
 
-CORRECTED, PRECISE = 1e-4, 1e-2
-"""Rounding in a solution from which on it is corrected, and from which on its Gram is multiplied in float64."""
+CORRECTED = 1e-4
+"""Rounding in a solution from which on it is corrected."""
 
 MANY, PILOT = 512, 16
 """Rows from which on it is worth asking a few, how many at least, which Gram is needed."""
@@ -71,7 +73,7 @@ class LowRankOperator(FisherOperator):
         self.row_source, self.scale, self.memory_budget = rows, scale, memory_budget
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        if isinstance(self.row_source, Rows):
+        if isinstance(self.row_source, Rows):  # R numbers are fewer to scale than D
             return self.row_source.rmatmul(self.row_source.matmul(columns).mul_(self.scale))
         return self.row_source.product(columns).mul_(self.scale)
 
@@ -89,7 +91,7 @@ class LowRankOperator(FisherOperator):
     def _small_side(self) -> str:
         """The side whose square matrix is smaller and fits, or "none"."""
         # Streamed rows pay for a Gram with a pass over the data for every batch; conjugate gradients are cheaper.
-        gram = self.row_source.count if isinstance(self.row_source, Rows) else UNBOUNDED
+        gram = self.row_source.count if self.row_source.in_memory else UNBOUNDED
         side = "gram" if gram <= self.size else "dense"
         return side if _square_bytes(min(gram, self.size)) <= self.memory_budget else "none"
 
@@ -98,7 +100,7 @@ class LowRankOperator(FisherOperator):
             why = f"R = {self.row_source.count:,} rows < D = {self.size:,} parameters"
             raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
         side = self._small_side()
-        if side == "gram" and damping > 0 and isinstance(self.row_source, Rows):
+        if side == "gram" and damping > 0 and isinstance(self.row_source, (Rows, SharedRows)):
             return _GramFactorization(self, self.row_source, damping)
         if side != "none":
             return self._as_dense()._factorize(damping, tolerance, max_steps)
@@ -117,7 +119,7 @@ class LowRankOperator(FisherOperator):
         small, side = self._small_matrix("eigenvectors", try_)
         if not bool(small.any()):
             return torch.eye(self.size, k, dtype=self.dtype, device=self.device)
-        values, vectors = spectrum(small, "LowRankOperator.eigenvectors")
+        values, vectors, _ = spectrum(small, "LowRankOperator.eigenvectors")
         vectors = vectors[:, values > 0].flip(1)[:, :k]
         if side == "gram":
             # Jᵀ takes the Gram's eigenvectors to F's; the null space, of which it knows nothing, is filled up.
@@ -203,12 +205,12 @@ class LowRankOperator(FisherOperator):
 
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):
-            raise self._no_closed_form(
-                "save", "its rows are streamed from the data and lie nowhere",
-                'structure="kfac" or "diagonal", or a larger memory_budget',
-            )  # fmt: skip
+            why, try_ = "its rows are streamed from the data and lie nowhere", ", or a larger memory_budget"
+            if self.row_source.in_memory:
+                why, try_ = "every process has rows of its own", ", or group=False and all data"
+            raise self._no_closed_form("save", why, 'structure="kfac" or "diagonal"' + try_)
         units = tuple(
-            io.State(slot.rows.kind, slot.names, slot.rows.tensors(), slot.rows.options())
+            io.State(slot.rows.form, slot.names, slot.rows.tensors(), slot.rows.options())
             for slot in self.row_source.slots
         )
         return io.State(self.tag, self.space.names, options={"scale": self.scale}, children=units)
@@ -244,100 +246,74 @@ class _GramFactorization(Factorization):
 
     method = "woodbury"
 
-    def __init__(self, operator: LowRankOperator, rows: Rows, damping: float) -> None:
+    def __init__(self, operator: LowRankOperator, rows: Rows | SharedRows, damping: float) -> None:
         super().__init__(operator, damping)
         # Half precision leaves too little for the correction to converge.
         self._rows = rows if operator.dtype in (torch.float32, torch.float64) else rows.double()
         self._dtype = torch.float32 if operator.dtype == torch.float32 else torch.float64
         self._scale = operator.scale
-        self._least = self._least_rounding() if self._dtype == torch.float32 and rows.count >= MANY else 0.0
+        asked = self._dtype == torch.float32 and rows.count >= MANY
+        self._least = self._least_rounding(rows) if asked and isinstance(rows, Rows) else 0.0
         self._later = self._least >= CORRECTED
         if not self._later:
-            _ = self._solver
+            _ = self._gram
 
-    def _least_rounding(self) -> float:
+    def _least_rounding(self, rows: Rows) -> float:
         """What rounding leaves at least, as a few rows and the trace tell; 0 if F + λI may have no Cholesky factor."""
-        some = thinned(self._rows, self._rows.count // PILOT)
-        sums = self._rows.cross_gram(some, precise=False).abs().sum(0)
-        ones = torch.ones(self._rows.space.size, dtype=self._rows.dtype, device=self._rows.device)
-        largest, trace = torch.stack([sums.max(), self._rows.weighted_squares(ones).double().sum()]).tolist()
+        some = thinned(rows, rows.count // PILOT)
+        sums = rows.cross_gram(some, precise=False).abs().sum(0)
+        ones = torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
+        largest, trace = torch.stack([sums.max(), rows.weighted_squares(ones).double().sum()]).tolist()
         # No row sum of the whole exceeds the largest; 0.99 because these few are rounded in another order.
         definite = self.damping >= DEFINITE * self._scale * trace
-        return self._rounding(0.99 * self._scale * largest) if definite else 0.0
-
-    def _rounding(self, largest: float) -> float:
-        """What rounding leaves of a solution, relative to v, without correction; from the largest eigenvalue."""
-        return torch.finfo(self._dtype).eps * (1 + largest / self.damping)
+        return rounding_of(self._dtype, 0.99 * self._scale * largest, self.damping) if definite else 0.0
 
     @cached_property
-    def _solver(self) -> tuple[Float[Tensor, "R R"], bool]:
-        """The factor for solves, and whether they are corrected."""
-        if self._least >= PRECISE:
-            return self._precise_factor, True
-        gram = self._rows.gram(precise=False).mul_(self._scale)
-        # The largest row sum bounds the largest eigenvalue.
-        rounding = self._rounding(float(gram.abs().sum(1).max()) if len(gram) else 0.0)
-        if rounding >= PRECISE and self._dtype == torch.float32:
-            return self._precise_factor, True
-        factor, failed = _damped_cholesky(gram, self.damping)
-        # What float32 made indefinite, float64 may not.
-        return self._precise_factor if failed and self._later else self._definite(factor, failed), rounding >= CORRECTED
+    def _gram(self) -> DampedGram:
+        """For solves."""
+        return self._precise_gram if self._least >= PRECISE else self._damped(precise=False)
 
     @cached_property
-    def _precise_factor(self) -> Float[Tensor, "R R"]:
-        """Of the Gram multiplied in float64."""
-        return self._definite(*_damped_cholesky(self._rows.gram(precise=True).mul_(self._scale), self.damping))
+    def _precise_gram(self) -> DampedGram:
+        """Multiplied in float64."""
+        return self._gram if "_gram" in vars(self) and self._gram.precise else self._damped(precise=True)
 
-    def _definite(self, factor: Float[Tensor, "R R"], failed: bool) -> Float[Tensor, "R R"]:
-        if failed:
-            why = "the rows are linearly dependent and the damping is below rounding"
-            raise SingularMatrixError(**singular("LowRankOperator.factorize", self.damping, why))
-        return factor
+    def _damped(self, *, precise: bool) -> DampedGram:
+        call, try_ = "LowRankOperator.factorize", "a larger damping"
+        return damped_grams([self._rows], self.damping, scale=self._scale, precise=precise, call=call, try_=try_)[0]
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        v, (factor, corrected) = columns.to(self._dtype), self._solver
-        w = _cholesky_solve(factor, self._rows.matmul(v))
+        v, gram = columns.to(self._dtype), self._gram
+        w = gram.solve(self._rows.matmul(v))
         x = self._pull_back(w).neg_().add_(v).div_(self.damping)
-        if corrected:
-            x -= self._pull_back(_cholesky_solve(factor, self._rows.matmul(x) - w))
+        if gram.rounding >= CORRECTED:
+            x -= self._pull_back(gram.solve(self._rows.matmul(x) - w))
         return x.to(columns.dtype)
 
     def _pull_back(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         return self._rows.rmatmul((self._scale * w).to(self._dtype))
 
     @cached_property
-    def _gram_form(self) -> GramForm:
+    def _gram_products(self) -> GramProducts | None:
         """Inner products of rows have no later correction: where rounding would show, they are made in float64."""
-        precise = self._later or self._solver[1]
-        # Rows in float64 have one Gram alone.
-        factor = self._precise_factor if precise and self._dtype == torch.float32 else self._solver[0]
-        return GramForm(self._rows, self._scale, self.damping, partial(_cholesky_solve, factor), precise=precise)
+        if not isinstance(self._rows, Rows):
+            return None
+        precise = self._later or self._gram.rounding >= CORRECTED
+        gram = self._precise_gram if precise else self._gram
+        return GramProducts(self._rows, self._scale, self.damping, gram.solve, precise=precise)
 
-    def _row_form(self, probe: Rows, queries: int, others: int) -> RowForm:
-        form = self._gram_form
-        cheaper = form.operations(queries, others) <= form.solved_operations(queries, others)
-        if cheaper and self._rows.same_units(probe):
-            return form
-        return super()._row_form(probe, queries, others)
+    def _row_products(self, probe: Rows, queries: int, others: int) -> RowProducts:
+        mine = self._gram_products if self._rows.same_units(probe) else None
+        if mine is not None and mine.operations(queries, others) <= mine.solved_operations(queries, others):
+            return mine
+        return super()._row_products(probe, queries, others)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
-        return self._gram_form.squares(rows) if self._rows.same_units(rows) else super()._row_squares(rows)
+        mine = self._gram_products if self._rows.same_units(rows) else None
+        return super()._row_squares(rows) if mine is None else mine.squares(rows)
 
     def _logdet(self) -> Float[Tensor, ""]:
-        factor = self._solver[0]
-        null = self.operator.size - factor.shape[0]
-        return 2 * factor.diagonal().log().sum() + null * torch.log(factor.new_tensor(self.damping))
-
-
-def _damped_cholesky(gram: Float[Tensor, "R R"], damping: float) -> tuple[Float[Tensor, "R R"], bool]:
-    """Cholesky factor of gram + λI, made in gram's memory, and whether there is none."""
-    gram.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    return factor, bool(failed)
-
-
-def _cholesky_solve(factor: Float[Tensor, "R R"], w: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
-    return torch.cholesky_solve(w.double(), factor)
+        return self._gram.logdet() + (self.operator.size - self._rows.count) * math.log(self.damping)
 
 
 def _square_bytes(side: int) -> int:
@@ -347,7 +323,7 @@ def _square_bytes(side: int) -> int:
 # -- inner products of rows through the inverse, by their Gram matrices ------------------------------------------------
 
 
-class GramForm(RowForm):
+class GramProducts(RowProducts):
     """rᵀ(F + λI)⁻¹q = (k_rq − scale · k_rJ (scale · JJᵀ + λI)⁻¹ k_Jq) / λ, k the inner products of rows.
 
     ``solve`` is (scale · JJᵀ + λI)⁻¹ on ``[R, K]``, in float64. ``precise`` asks for inner products in float64; else
@@ -358,7 +334,7 @@ class GramForm(RowForm):
         self, rows: Rows, scale: float, damping: float, solve: Callable[[Tensor], Tensor], *, precise: bool
     ) -> None:
         # Columns of the solution and of the Gram are float64.
-        super().__init__(2 * rows.count + sum(_written_out(slot.rows) for slot in rows.slots), 2 * rows.count)
+        super().__init__(2 * rows.count + sum(slot.rows.written_numbers for slot in rows.slots), 2 * rows.count)
         self.rows, self.scale, self.damping, self.precise = rows, scale, damping, precise
         self._solve = solve
 
@@ -377,14 +353,14 @@ class GramForm(RowForm):
         return (norms - self.scale * torch.cat(parts)) / self.damping
 
     def operations(self, queries: int, others: int) -> int:
-        """Multiplications of this form for so many queries and other rows; J's own Gram is there already."""
+        """Multiplications for so many queries and other rows; J's own Gram is there already."""
         r = self.rows.count
-        entry = sum(_entry_cost(slot.rows) for slot in self.rows.slots)
+        entry = sum(slot.rows.inner_cost for slot in self.rows.slots)
         return (queries * others + r * (queries + others)) * entry + queries * r * (others + r)
 
     def solved_operations(self, queries: int, others: int) -> int:
         """Those of solving for the queries as columns and meeting the others with them."""
-        product = sum(_product_cost(slot.rows, queries) for slot in self.rows.slots)
+        product = sum(slot.rows.product_cost(queries) for slot in self.rows.slots)
         return product * (2 * self.rows.count + others) + queries * self.rows.count**2
 
     def _alike(self, rows: Rows) -> Rows:
@@ -396,46 +372,22 @@ class GramForm(RowForm):
 
 
 class _GramSolution(RowSolution):
-    def __init__(self, form: GramForm, queries: Rows) -> None:
+    def __init__(self, by: GramProducts, queries: Rows) -> None:
         # They meet every block of the others.
-        self._form, self._queries = form, queries.written_out()
-        self._w = form.scale * form._solve(form.rows.cross_gram(queries, form.precise))
+        self._by, self._queries = by, queries.written_out()
+        self._w = by.scale * by._solve(by.rows.cross_gram(queries, by.precise))
 
     def parts(self, rows: Rows) -> Iterator[Part]:
-        form, rows = self._form, self._form._alike(rows).written_out()
-        with_queries = rows.cross_gram_by_unit(self._queries, form.precise)
-        with_rows = rows.cross_gram_by_unit(form.rows, form.precise)
+        by, rows = self._by, self._by._alike(rows).written_out()
+        with_queries = rows.cross_gram_by_unit(self._queries, by.precise)
+        with_rows = rows.cross_gram_by_unit(by.rows, by.precise)
         for (names, direct), (_, through) in zip(with_queries, with_rows, strict=True):
-            yield names, direct.sub_(through @ self._w).div_(form.damping)
+            yield names, direct.sub_(through @ self._w).div_(by.damping)
 
     def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
-        form, rows = self._form, self._form._alike(rows).written_out()
-        through = rows.cross_gram(form.rows, form.precise) @ self._w
-        return rows.cross_gram(self._queries, form.precise).sub_(through).div_(form.damping)
-
-
-def _numbers(rows: UnitRows) -> int:
-    """What one row takes."""
-    return sum(tensor.numel() for tensor in rows.tensors().values()) // max(1, rows.count)
-
-
-def _written_out(rows: UnitRows) -> int:
-    """The same where rows that share positions are written out."""
-    return rows.size if isinstance(rows, FactoredRows) and rows.positions > 1 else _numbers(rows)
-
-
-def _entry_cost(rows: UnitRows) -> int:
-    """Multiplications of one inner product of two rows."""
-    if isinstance(rows, FactoredRows):
-        return rows.inputs + rows.outputs if rows.positions == 1 else rows.size
-    return min(rows.size, _numbers(rows))
-
-
-def _product_cost(rows: UnitRows, columns: int) -> int:
-    """Multiplications of one row with so many columns."""
-    if not isinstance(rows, FactoredRows):
-        return columns * min(rows.size, _numbers(rows))
-    return rows.size * (rows.positions + columns if rows.writes_out(columns) else rows.positions * columns)
+        by, rows = self._by, self._by._alike(rows).written_out()
+        through = rows.cross_gram(by.rows, by.precise) @ self._w
+        return rows.cross_gram(self._queries, by.precise).sub_(through).div_(by.damping)
 
 
 # -- an approximate inverse for conjugate gradients: the exact one of a sample of the rows ----------------------------
@@ -452,17 +404,18 @@ class SampledInverse:
 
     def __init__(self, rows: Rows, scale: float, damping: float) -> None:
         self._rows, self._scale = rows, scale
-        values, vectors = torch.linalg.eigh(scale * rows.gram())
-        rounding = values[-1] * torch.finfo(torch.float32).eps
-        noise = values[values > rounding]
+        gram = rows.gram().mul_(scale)
+        values = torch.linalg.eigvalsh(gram)
+        noise = values[values > values[-1] * torch.finfo(torch.float32).eps]
         self.damping = max(damping, float(noise[0]) if len(noise) else 0.0)
-        # 1/λ' − scale · Jᵀ (scale · JJᵀ + λ')⁻¹ J / λ', times λ': a preconditioner's scale does not matter.
-        self._vectors, self._weights = vectors, (scale / (values.clamp_min(0) + self.damping)).unsqueeze(1)
+        self._gram = DampedGram(damped_cholesky(gram, self.damping)[0], 0.0, True) if self.damping else None
 
     def __call__(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        """λ' (F_s + λ'I)⁻¹ V."""
-        known = self._vectors.mT @ self._rows.matmul(columns).double()
-        return columns - self._rows.rmatmul((self._vectors @ (self._weights * known)).to(columns.dtype))
+        """λ' (F_s + λ'I)⁻¹ V; a preconditioner's scale does not matter."""
+        if self._gram is None:  # rows of zeros
+            return columns
+        known = self._gram.solve(self._rows.matmul(columns))
+        return columns - self._rows.rmatmul((self._scale * known).to(columns.dtype))
 
 
 def preconditioner_of_rows(operator: LowRankOperator, damping: float) -> MatMat | None:

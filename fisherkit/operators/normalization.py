@@ -37,10 +37,10 @@ def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOper
         InvalidTypeError: not a FisherOperator.
         InvalidArgumentError: another ``how``, or F = 0.
         NonFiniteError: the trace or norm is infinite or NaN.
-        NoClosedFormError: "norm" of a sum that does not fold.
+        NoClosedFormError: "norm" of rows whose Gram matrix does not fit the memory budget.
 
-    Cost: "trace" that of the trace; "norm" that of a Gram matrix for rows, of D products for an operator of your own
-        that does not tell its norm.
+    Cost: "trace" that of the trace; "norm" that of a Gram matrix for rows, of D products for a sum that does not fold
+        and for an operator of your own that does not tell its norm.
     """
     call = f"normalize({how!r})"
     check_normalize(how, call)

@@ -112,7 +112,7 @@ def _renamed(state: io.State, names: Mapping[str, str]) -> io.State:
 
 
 def _registry() -> dict[str, type[FisherOperator]]:
-    return {cls.tag: cls for cls in _subclasses(FisherOperator) if cls.tag}
+    return {tag: cls for cls in _subclasses(FisherOperator) for tag in (cls.tag, *cls.other_tags) if tag}
 
 
 def _subclasses(cls: Any) -> Iterator[type[FisherOperator]]:

@@ -1,6 +1,6 @@
 """Sums of quadratic forms Σ_t (θ − θ_t)ᵀF_t(θ − θ_t), joined into one where the operators fold into one.
 
-Owns the form in which a joined sum is kept, so that its value is a sum of what is not negative and does not cancel:
+Owns how a joined sum is kept, so that its value is a sum of what is not negative and does not cancel:
 
 | operators | kept as | memory beside F |
 |---|---|---|

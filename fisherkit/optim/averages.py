@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fisherkit.operators import FisherOperator
+from fisherkit.processes import Processes
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.plan import Plan
 from fisherkit.space import ParameterSpace
@@ -34,13 +35,16 @@ class Averages:
         self.records: dict[tuple[Names, str], UnitSums] = {}
         self.updates = 0
 
-    def update(self, plan: Plan, chunks: Sequence[Chunk], examples: int) -> None:
-        """With the rows of a batch of N examples."""
-        structure, due = self.structure.of(plan, **self.settings), self.updates % self.refresh_every == 0
+    def update(self, plan: Plan, chunks: Sequence[Chunk], examples: int, processes: Processes | None = None) -> None:
+        """With the rows of a batch of N examples, of which each of some processes has a part."""
+        structure = self.structure.of(plan, **self.settings, processes=processes)
+        due = self.updates % self.refresh_every == 0
         records: dict[tuple[Names, str], UnitSums] = {}
         sums: Any = structure.empty()
         while sums is not None:
-            found: LayerSums = sums.added(chunks).averaged(self.records, self.ema, 1 / examples, due)
+            added: LayerSums = sums.added(chunks)
+            added = added if processes is None else added.met(processes)
+            found = added.averaged(self.records, self.ema, 1 / examples, due)
             records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
             sums = structure.next_pass(found)
         self.records = records

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fisherkit.arithmetic import all_finite, without_autocast
@@ -37,7 +37,6 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.first_batch import plan_of_call
 from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.ownership import coarser
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
@@ -60,6 +59,9 @@ class Capture:
         reduction: of the user's loss, for likelihoods whose targets do not show in the gradient.
         written_out: whether rows may be written out where that is faster; Kronecker factors need them factored.
         call: the user's class, for errors.
+
+    Attributes:
+        offset: where numbers of examples begin, by which random labels are drawn.
     """
 
     def __init__(
@@ -71,14 +73,15 @@ class Capture:
         self.space = ParameterSpace.of(model, (lambda _name, _parameter: True) if params is None else params)
         self.wanted = True
         self.finished: list[Captured] = []
-        self.examples = self._passes = 0
+        self.examples = self.offset = self._passes = 0
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
         self._used: set[str] = set()
         self._seen: set[int] = set()
         self._through: dict[int, bool] = {}
         self._open: list[Pass] = []
-        self._begun: tuple[Recorder, Plan, Batch, RngState | None] | None = None
+        self._begun: tuple[Recorder, Plan, Batch, list[str], RngState | None] | None = None
+        self._parameters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, tuple[int, int]] = {}
         self._warned: set[str] = set()
         self._watch = Watch(model, self)
@@ -89,6 +92,10 @@ class Capture:
             call=f"a copy or pickle of {self.call}", got="hooks on one model", expected="its state_dict()",
             try_=f"a new {self.call} for the copied model, and load_state_dict",
         )  # fmt: skip
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's, of those that may take part."""
+        return {n: p for n, p in self.model.named_parameters() if n in self.space.slices}
 
     def take(self) -> list[Captured]:
         """What has been captured since the last time; unfinished passes are forgotten."""
@@ -129,14 +136,16 @@ class Capture:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder | None:
         """A call of the model begins."""
-        names = tuple(n for n, p in self.model.named_parameters() if n in self.space.slices and p.requires_grad)
-        if not names or not self.wanted:
+        if not self.wanted:
+            return None
+        self._parameters = self.parameters()
+        own = {id(p): n for n, p in self._parameters.items() if p.requires_grad}
+        if not own:
             return None
         batch = Batch.of_call(args, kwargs)
-        plan = self._plan(names, batch)
-        own = {id(p): n for n, p in self.model.named_parameters() if n in names}
+        plan, coupled = self._plan(tuple(own.values()), batch), self._training(_BatchNorm)
         recorder = Recorder(own, batch.size, batch.leaves()[0], plan.shared, training=True)
-        self._begun = recorder, plan, batch, rng_state() if self._coupled() else None
+        self._begun = recorder, plan, batch, coupled, rng_state() if coupled else None
         return recorder
 
     def end(self, output: Any) -> None:
@@ -144,8 +153,7 @@ class Capture:
         begun, self._begun = self._begun, None
         if begun is None or output is None:
             return
-        recorder, plan, batch, rng = begun
-        plan.coarsest = coarser(plan.coarsest, recorder.coarsest)
+        recorder, plan, batch, coupled, rng = begun
         z = outputs_of(output)
         if not z.requires_grad:
             return
@@ -158,15 +166,13 @@ class Capture:
             self._seen.add(id(plan))
             nodes = [use.edge.node for use in watched.uses]
             refuse_reentrant(z, nodes, cut or hidden, f"{self.call}, forward pass", cut=bool(cut))
-        coupled = self._coupled()
-        averaging = [*coupled, *self._tracking()]
-        if plan.generic and (recorder.random or averaging):
-            raise self._unfit(plan, averaging)
+        if plan.generic:
+            self._refuse_unfit(plan, coupled, random=recorder.random)
         again = bool(plan.generic or coupled or not watched.regular or plan.unruled(watched))
         keep = batch if again else Batch((), _masks(batch), None, batch.size)
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         watched = replace(watched, uses=with_own_inputs(own, batch.leaves()[0]))
-        one = Pass(plan, keep, watched, coupled, rng, frozenset(recorder.names.values()))
+        one = Pass(plan, keep, watched, coupled, again, rng, frozenset(recorder.names.values()))
         if coupled:
             self.warn(
                 f"{listed(map(repr, coupled), 3)} in train mode: the batch's statistics are taken as constants for "
@@ -184,8 +190,8 @@ class Capture:
 
     def _new(self, watched: Watched, plan: Plan) -> bool:
         """Whether a pass has used parameters that the plan has no rows or no rule for, as another expert."""
-        unseen = {name for unit in plan.generic if unit.unseen for name in unit.names}
-        new = {name for name in _used(watched) if name not in plan.space.slices or name in unseen} - self._used
+        idle = {name for unit in plan.generic if unit.without_use for name in unit.names}
+        new = {name for name in _used(watched) if name not in plan.space.slices or name in idle} - self._used
         self._used |= new
         return bool(new)
 
@@ -205,16 +211,14 @@ class Capture:
             finally:
                 for module in training:
                     module.training = True
-            del plan.probe  # a graph that nothing asks any more
-            if anew and key in self._plans:
-                _keep_rules(plan, self._plans[key])
-            self._plans[key] = plan
+            plan.probe.watched = None  # a graph that nothing asks any more
+            self._plans[key] = _with_rules(plan, self._plans[key]) if anew and key in self._plans else plan
         return self._plans[key]
 
     def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
         plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
-        if plan.unused or any(unit.unseen for unit in plan.generic):
+        if plan.unused or any(unit.without_use for unit in plan.generic):
             with (
                 untouched_rng([plan.example_parameter.device]),
                 differentiable(self.model, list(plan.parameters.values())),
@@ -228,14 +232,10 @@ class Capture:
             return plan
         return self._verified(tuple(used), batch)
 
-    def _coupled(self) -> list[str]:
-        """Modules that use statistics of the batch."""
-        return [name for name, m in self.model.named_modules() if isinstance(m, _BatchNorm) and m.training]
-
-    def _tracking(self) -> list[str]:
-        """Modules whose every pass in train mode moves running statistics, without coupling examples."""
-        own = [(name, m) for name, m in self.model.named_modules() if isinstance(m, _InstanceNorm) and m.training]
-        return [name for name, module in own if module.track_running_stats]
+    def _training(self, kind: type[_NormBase]) -> list[str]:
+        """Norms of a kind that are in train mode: batch norms couple examples, and others' running statistics move."""
+        own = ((name, m) for name, m in self.model.named_modules() if isinstance(m, kind) and m.training)
+        return [name for name, m in own if kind is _BatchNorm or m.track_running_stats]
 
     def warn(self, text: str) -> None:
         """Say something once."""
@@ -243,11 +243,14 @@ class Capture:
             self._warned.add(text)
             warnings.warn(f"{self.call}: {text}", UserWarning, stacklevel=2)
 
-    def _unfit(self, plan: Plan, coupled: list[str]) -> ModelError:
+    def _refuse_unfit(self, plan: Plan, coupled: list[str], *, random: bool) -> None:
+        averaging = [*coupled, *self._training(_InstanceNorm)]
+        if not random and not averaging:
+            return
         names = [name for unit in plan.generic for name in unit.names]
-        return ModelError(
+        raise ModelError(
             call=f"{self.call}, forward pass in train mode",
-            got=f"{coupled[0] if coupled else 'active dropout'!r} beside parameters without a layer rule: {names[:4]}",
+            got=f"{averaging[0] if averaging else 'active dropout'!r} beside parameters without a layer rule: {names[:4]}",
             expected="either one of the two",
             why="rows of such parameters come from a pass of their own, which would draw or average anew",
             try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
@@ -270,7 +273,7 @@ class Capture:
             )
         one.refuse_rewritten(self.call)
         self._forget_zeroed()
-        one.gradient = gradient.detach()
+        one.gradient = gradient.detach() if gradient.requires_grad else gradient
         if not one.coupled and self.rule.along_gradient and not one.watched.regular:
             with self._watch.quiet():
                 one.multiplied = one.watched.multiplied(one.gradient)
@@ -294,7 +297,7 @@ class Capture:
 
     def _accumulating(self) -> bool:
         """Whether the backward pass that runs adds to ``.grad``: what torch.autograd.grad finds leads to no step."""
-        leaves = [p for n, p in self.model.named_parameters() if p.requires_grad and n in self.space.slices]
+        leaves = (p for p in self._parameters.values() if p.requires_grad)
         try:
             return any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in leaves)
         except RuntimeError:  # asked about a leaf, torch says in this way that autograd.grad runs
@@ -304,7 +307,7 @@ class Capture:
         """Batches whose gradients were set to zero since are no part of the step."""
         if not self.finished or not self._gradients or self._gradients == self._versions():
             return
-        now = {name: self.model.get_parameter(name).grad for name in self._gradients}
+        now = {name: self._parameters[name].grad for name in self._gradients}
         # Set to None since, and perhaps filled by another backward pass; or set to zero where they were.
         replaced = any(g is None or id(g) != self._gradients[name][0] for name, g in now.items())
         if replaced or not any(g is not None and bool(g.to_dense().any()) for g in now.values()):
@@ -312,8 +315,7 @@ class Capture:
 
     def _versions(self) -> dict[str, tuple[int, int]]:
         """What shows that gradients were replaced or written to, of those that exist."""
-        own = self.model.named_parameters()
-        return {n: (id(p.grad), p.grad._version) for n, p in own if p.grad is not None and n in self.space.slices}
+        return {n: (id(p.grad), p.grad._version) for n, p in self._parameters.items() if p.grad is not None}
 
     @without_autocast()
     def _finish(self, one: Pass) -> None:
@@ -351,7 +353,8 @@ class Capture:
     def _see(self, one: Pass, z: Tensor) -> Seen:
         if one.seen is None:
             gradient = torch.zeros_like(z) if one.gradient is None else one.gradient
-            one.seen = seen_outputs(z, gradient, self.likelihood, self.reduction, self.examples, self.call)
+            place = self.offset + self.examples
+            one.seen = seen_outputs(z, gradient, self.likelihood, self.reduction, place, self.call)
             self.examples += z.shape[0]
         return one.seen
 
@@ -359,22 +362,26 @@ class Capture:
         """Rows of vectors that are multiples of the loss gradient: the user's backward pass, scaled by example."""
         linearized = Linearized(one.plan, one.batch, replace(one.watched, z=one.z.detach()))
         seen = self._see(one, one.z)
-        slots = Slots.of(seen.outputs, self.rule, False)
+        slots = Slots.of(seen.outputs, self.rule, False, seen.counts)
         self._choose(one.plan, slots)
         found = [one.found.get(id(edge)) for edge in linearized.edges]
         gradients = [None if g is None else g.unsqueeze(0) for g in found]
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             known = Known(gradients, seen.scale_of(v[0]), one.multiplied)
+            shaped = self.likelihood.as_outputs(v, one.z.shape)
+            if not one.again:
+                return linearized.rows(shaped, selection, known)
             # The engine switches gradients off in callbacks; rows of parameters without a rule need them.
             with self._watch.quiet(), differentiable(self.model, ()):
-                return linearized.rows(self.likelihood.as_outputs(v, one.z.shape), selection, known)
+                return linearized.rows(shaped, selection, known)
 
         return list(slots.chunks(one.batch, 1, rows))
 
     def _own_rows(self, one: Pass, linearized: Linearized) -> list[Chunk]:
         """Rows by a backward pass of our own."""
-        slots = Slots.of(self._see(one, linearized.z).outputs, self.rule, False)
+        seen = self._see(one, linearized.z)
+        slots = Slots.of(seen.outputs, self.rule, False, seen.counts)
         self._choose(one.plan, slots)
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
@@ -410,18 +417,17 @@ def is_checked(step: int) -> bool:
     return step % 64 == 0 or step & (step - 1) == 0
 
 
-def _keep_rules(plan: Plan, old: Plan) -> None:
-    """Keep the rules of parameters that a new plan's batch has not used, as of an expert."""
-    unseen = {unit.names[0] for unit in plan.generic if unit.unseen}
-    kept = [unit for unit in old.ruled if unseen.issuperset(unit.names)]
+def _with_rules(plan: Plan, old: Plan) -> Plan:
+    """With an old plan's rules of parameters that the new one's batch has not used, as of an expert."""
+    idle = {unit.names[0] for unit in plan.generic if unit.without_use}
+    kept = [unit for unit in old.ruled if idle.issuperset(unit.names)]
     known = {name for unit in kept for name in unit.names}
-    plan.units = [*(unit for unit in plan.units if not known.intersection(unit.names)), *kept]
-    plan.units.sort(key=lambda unit: plan.space.names.index(unit.names[0]))
+    return plan.with_units([*(unit for unit in plan.units if not known.intersection(unit.names)), *kept])
 
 
 def _used(watched: Watched) -> set[str]:
     """The parameters that functions of a pass were given."""
-    return {name for use in watched.uses for name in use.names} | watched.elsewhere
+    return {name for use in watched.uses for name in use.names} | watched.outside_rules
 
 
 def _masks(batch: Batch) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_choice, check_count, check_number, is_number
-from fisherkit.arithmetic import at_least_single
+from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
@@ -26,9 +26,11 @@ from fisherkit.optim.outputs import check_reduction
 from fisherkit.optim.passes import Captured, lifted
 from fisherkit.optim.sample_space import Direction, damped, gram_direction
 from fisherkit.outputs import OutputRule
+from fisherkit.processes import Group, Processes
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.generic import dense_gradient
+from fisherkit.rows.shared import SharedRows
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import structure_named
 from fisherkit.vectors import EmpiricalVectors, rule_of
@@ -46,7 +48,7 @@ class Curvature:
     def __init__(
         self, model: nn.Module, *, params: Selection, rule: OutputRule, likelihood: str | Likelihood | nn.Module,
         structure: str, gram: bool, reduction: str, ema: float, update_every: int, refresh_every: int,
-        kfac_positions: str, max_rank: int | None, call: str,
+        kfac_positions: str, max_rank: int | None, group: Group, call: str,
     ) -> None:  # fmt: skip
         check_choice(call, "reduction", reduction, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
@@ -80,23 +82,54 @@ class Curvature:
         self.averages = Averages(
             chosen, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce", max_rank=max_rank
         )
+        self.processes = Processes.of(group, next(model.parameters()).device, call)
+        if self.processes is not None:  # labels are drawn for each process by itself
+            self.capture.offset = self.processes.rank << 32
         self.steps = self.examples = 0
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping, Factorization] | None = None
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Those that are there, dense, of the parameters that may take part; a forgotten backward pass is warned of."""
-        own = self.capture.model.named_parameters()
-        found = {n: p for n, p in own if n in self.capture.space.slices and p.grad is not None}
+    @property
+    def due(self) -> bool:
+        """Whether the next step updates the Fisher."""
+        return self.steps % self.update_every == 0
+
+    def gradients(self, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Those that are there, dense, of parameters that may take part; a forgotten backward pass is warned of."""
+        found = {n: dense_gradient(p, p.grad) for n, p in own.items() if p.grad is not None}
         if not found:
             self.capture.say_if_forgotten()
-        return {n: dense_gradient(p, p.grad) for n, p in found.items()}
+        return found
 
-    def direction(self, gradients: Mapping[str, Tensor], damping: Damping) -> tuple[ParameterSpace, Direction]:
+    def finite(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether gradients are finite, with one wait for the device for all that a step needs.
+
+        Raises:
+            NonFiniteError: gradients are, and a pass that an update is made of is not.
+        """
+        if self.processes is None:
+            return self._finite(gradients)
+        own = self.processes.each(f"{self.call}.step", lambda: self._finite(gradients))
+        return all(self.processes.gathered(own))
+
+    def _finite(self, gradients: Mapping[str, Tensor]) -> bool:
+        chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
+        numbers = {id(tensor): tensor for _, chunk in chunks for tensor in chunk.rows.numbers}
+        if all_finite(*gradients.values(), *numbers.values()):
+            return True
+        if all_finite(*gradients.values()):
+            for number, chunk in chunks:
+                chunk.rows.finite(f"{self.call}.step, forward pass {number}")
+        return False
+
+    def direction(
+        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], damping: Damping
+    ) -> tuple[ParameterSpace, Direction]:
         """Δ for the mean gradient, after an update if one is due.
 
         Args:
-            gradients: by name; those that are missing are zero.
+            own: the parameters that may take part.
+            gradients: by name, finite with all that was captured; those that are missing are zero.
             damping: λ.
 
         Returns:
@@ -104,25 +137,21 @@ class Curvature:
 
         Raises:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
-            NonFiniteError: NaN or infinite numbers in a pass; averages stay as they were.
             SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
                 block structures.
         """
-        captured = lifted(self.capture.take())
-        due = self.steps % self.update_every == 0
-        # A summed loss is divided by the number of its own examples, also where no update is due.
-        joint = self._joint_space(captured) if due or self.reduction == "sum" else None
-        space = self.averages.space(self.capture.space) if joint is None or not due else joint
-        if due:
-            self._refuse_strays(gradients, space)
+        due = self.due
+        if self.processes is None:
+            captured, space = self._taken(own, gradients)
+        else:
+            captured, space = self.processes.each(f"{self.call}.step", lambda: self._taken(own, gradients))
         examples = sum(one.counted for one in captured)
+        if self.processes is not None:
+            examples = sum(self.processes.gathered(examples))
         if due and examples == 0:  # every label is ignored
-            nothing = self._mean({}, space, 1)
+            nothing = torch.zeros_like(self._mean(gradients, space, 1))
             return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
         if due:
-            for number, one in enumerate(captured):
-                for chunk in one.chunks:
-                    chunk.rows.finite(f"{self.call}.step, forward pass {number}")
             self.examples, self._operator, self._inverse = examples, None, None
             self._warn_of_ignored(captured, gradients, space)
         if self.averages.structure.keeps_rows:
@@ -134,15 +163,27 @@ class Curvature:
         else:
             if due:
                 chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
-                self.averages.update(captured[0].plan, chunks, examples)
+                self.averages.update(captured[0].plan, chunks, examples, self.processes)
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
         self._expect()
         return space, direction
 
+    def _taken(
+        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]
+    ) -> tuple[list[Captured], ParameterSpace]:
+        """What was captured, and the parameters that take part."""
+        captured, due = lifted(self.capture.take()), self.due
+        # A summed loss is divided by the number of its own examples, also where no update is due.
+        joint = self._joint_space(captured) if due or self.reduction == "sum" else None
+        space = self.averages.space(self.capture.space) if joint is None or not due else joint
+        if due:
+            self._refuse_strays(own, gradients, space)
+        return captured, space
+
     def _expect(self) -> None:
         """Say whether the next step is to be watched."""
-        self.capture.wanted = self.steps % self.update_every == 0 or self.reduction == "sum"
+        self.capture.wanted = self.due or self.reduction == "sum"
 
     def _chunks(self, one: Captured, passes: int) -> list[Chunk]:
         """Rows of one of so many passes, on the scale of the likelihood's own gradient."""
@@ -164,22 +205,29 @@ class Curvature:
         if not is_checked(self.steps + 1) or not all(one.seen.calibrated for one in captured):
             return
         if self._power is None:
-            said = [wrong_reduction(captured, self.reduction, self.examples)]
-        else:
+            said = [wrong_reduction(captured, self.reduction, sum(one.counted for one in captured))]
+        elif self.processes is None:
             mean = self._mean(gradients, space, self.examples)
             said = [ignored_weights(captured), ignored_terms(captured, mean)]
+        else:  # the gradient is made of other processes' examples too
+            said = [ignored_weights(captured)]
         for text in filter(None, said):
             self.capture.warn(text)
 
     def _of_batch(self, captured: list[Captured], gradients: Mapping[str, Tensor], damping: Damping) -> Direction:
         plan = captured[0].plan
-        structure = self.averages.structure.of(plan)
+        processes = self.processes
+        structure = self.averages.structure.of(plan, processes=processes)
         chunks = (chunk for one in captured for chunk in self._chunks(one, len(captured)))
         if self._power is not None and is_number(damping):
             targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
-            rows = Rows.taken_from([chunk.rows for chunk in chunks])
+            rows: Rows | SharedRows = Rows.taken_from([chunk.rows for chunk in chunks])
+            if processes is not None:
+                rows = SharedRows(rows, processes)
+                targets = processes.stacked(targets, rows.sizes)
             return gram_direction(rows, structure.groups, targets, damping, self.examples)
-        operator = structure.operator(structure.empty().added(chunks), 1 / self.examples)
+        sums = structure.empty().added(chunks)
+        operator = structure.operator(sums if processes is None else sums.met(processes), 1 / self.examples)
         inverse = operator.factorize(self._effective(damping))
         return damped(inverse, self._mean(gradients, plan.space, self.examples))
 
@@ -195,8 +243,9 @@ class Curvature:
         """Beside F = (1/N) Σ: the paper's damping is beside the sum."""
         return damping / self.examples if self.gram and is_number(damping) else damping
 
-    def _refuse_strays(self, gradients: Mapping[str, Tensor], space: ParameterSpace) -> None:
-        own = dict(self.capture.model.named_parameters())
+    def _refuse_strays(
+        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], space: ParameterSpace
+    ) -> None:
         rest = [(n, g) for n, g in gradients.items() if n not in space.slices and own[n].requires_grad]
         strays = [name for name, gradient in rest if bool(gradient.any())]
         if strays:
@@ -209,13 +258,6 @@ class Curvature:
             )
 
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            processes = torch.distributed.get_world_size()
-            if processes > 1:
-                raise ModelError(
-                    call=f"{self.call}.step", got=f"{processes} processes", expected="one",
-                    why="each would see its own examples alone and go its own way", try_="one process",
-                )  # fmt: skip
         if self.capture.closed:
             raise ModelError(
                 call=f"{self.call}.step", got="a closed optimizer", expected="one that watches its model",
@@ -240,9 +282,13 @@ class Curvature:
 
     def _mean(self, gradients: Mapping[str, Tensor], space: ParameterSpace, examples: int) -> Float[Tensor, "D"]:
         """The mean gradient, whatever the reduction of the loss."""
-        own = dict(self.capture.model.named_parameters())
-        flat = space.flatten({n: gradients.get(n, torch.zeros_like(own[n])).detach() for n in space.names})
+        like = next(iter(gradients.values()))
+        pairs = zip(space.names, space.sizes, strict=True)
+        flat = torch.cat([gradients[n].reshape(-1) if n in gradients else like.new_zeros(size) for n, size in pairs])
         flat = flat.to(at_least_single(flat.dtype))
+        if self.processes is not None:
+            self.processes.require_alike(f"{self.call}.step", flat)
+            flat = flat * self.processes.size if self.reduction == "sum" else flat  # what was averaged over processes
         return flat / max(examples, 1) if self.reduction == "sum" else flat
 
     def state_dict(self) -> dict[str, Any]:
@@ -298,11 +344,21 @@ def check_has(state: Any, keys: Iterable[str], call: str) -> None:
 def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
     """What the paper's update asks of each example: ‖∂ℓ/∂z‖^2p."""
     norm = one.seen.squared_norm * one.seen.correction(passes) ** 2
-    owner = torch.cat([chunk.owner for chunk in one.chunks])
-    return torch.where(norm > 0, norm**power, torch.zeros_like(norm))[owner]
+    targets = (norm**power).masked_fill_(norm == 0, 0.0)
+    (chunk,) = one.chunks  # one vector an example
+    return targets if chunk.regular else targets[chunk.owner]
 
 
 # -- what users pass, checked before anything is done ------------------------------------------------------------------
+
+
+def whole_model(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
+    """The module inside `DistributedDataParallel`, which calls it, and parameters by its own names."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return model, params
+    names = isinstance(params, Iterable) and not isinstance(params, str)
+    inner = [n.removeprefix("module.") if isinstance(n, str) else n for n in params] if names else params
+    return model.module, inner
 
 
 def checked_rule(

@@ -16,8 +16,9 @@ from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, l
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has, checked_rule
+from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has, checked_rule, whole_model
 from fisherkit.outputs import OutputRule
+from fisherkit.processes import Group
 from fisherkit.space import ParameterSpace, Selection
 
 CALL = "NaturalGradient"
@@ -74,6 +75,8 @@ class NaturalGradient(torch.optim.Optimizer):
         kfac_positions: "expand" or "reduce".
         max_rank: leading eigenpairs of a Kronecker factor that are kept; all others get their mean eigenvalue. Makes
             wide layers cheap, and the inverse approximate. None for all.
+        group: the processes whose batches a step is made of, as for `fisherkit.FisherApproximation`; for models that
+            `DistributedDataParallel` trains, whose gradients are the mean over processes.
         options: of the kind: ``power=`` (ief), ``draws=, seed=`` (sf), ``rank=`` or ``tolerance=`` (truncated).
 
     Raises:
@@ -110,8 +113,10 @@ class NaturalGradient(torch.optim.Optimizer):
         refresh_every: int = 1,
         kfac_positions: str = "expand",
         max_rank: int | None = None,
+        group: Group = None,
         **options: Any,
     ) -> None:
+        model, params = whole_model(model, params)
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
             if not is_number(value) or not 0 <= value < math.inf:
@@ -120,7 +125,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._curvature = Curvature(
             model, params=selection, rule=rule, likelihood=likelihood, structure=structure,
             gram=gram_damping is not None, reduction=reduction, ema=ema, update_every=update_every,
-            refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank, call=CALL,
+            refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank, group=group, call=CALL,
         )  # fmt: skip
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "damping": damping,
@@ -148,13 +153,12 @@ class NaturalGradient(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        own = dict(self._curvature.capture.model.named_parameters())
-        grouped = {id(p): group for group in self.param_groups for p in group["params"]}
-        gradients = self._curvature.gradients()
+        own = self._curvature.capture.parameters()
+        gradients = self._curvature.gradients(own)
         if not gradients:
             return loss
         first = self.param_groups[0]
-        if not all_finite(*gradients.values()):
+        if not self._curvature.finite(gradients):
             bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
             raise NonFiniteError(
                 call=f"{CALL}.step", got=f"gradients with NaN or infinite entries of {bad}",
@@ -164,34 +168,35 @@ class NaturalGradient(torch.optim.Optimizer):
         check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
         with without_autocast():  # the closure above is the user's own
-            space, direction = self._curvature.direction(gradients, damping)
+            space, direction = self._curvature.direction(own, gradients, damping)
             if first["normalize_update"]:
                 direction = direction.normalized()
             longest = max(group["lr"] for group in self.param_groups)
-            self._apply(own, grouped, space, direction.within(first["trust_region"], longest))
+            self._apply(own, space, direction.within(first["trust_region"], longest))
         return loss
 
-    def _apply(
-        self,
-        own: Mapping[str, nn.Parameter],
-        grouped: Mapping[int, Mapping[str, Any]],
-        space: ParameterSpace,
-        update: Tensor,
-    ) -> None:
-        for name, delta in space.unflatten(update).items():
-            p, group = own[name], grouped[id(own[name])]
-            if p.grad is None:  # frozen since the last update
+    def _apply(self, own: Mapping[str, nn.Parameter], space: ParameterSpace, update: Tensor) -> None:
+        pieces = {own[name]: delta for name, delta in space.unflatten(update).items()}
+        for group in self.param_groups:
+            # Those without a gradient were frozen since the last update.
+            chosen = [p for p in group["params"] if p in pieces and p.grad is not None]
+            if not chosen:
                 continue
+            deltas = [pieces[p] for p in chosen]
             if group["momentum"]:
-                state = self.state[p]
-                known = state.get("momentum_buffer")
-                # In the parameter's dtype, in which torch loads it.
-                delta = delta.to(p.dtype, copy=True)
-                state["momentum_buffer"] = delta if known is None else known.mul_(group["momentum"]).add_(delta)
-                delta = state["momentum_buffer"]
+                deltas = [self._buffered(p, delta, group["momentum"]) for p, delta in zip(chosen, deltas, strict=True)]
             if group["weight_decay"]:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(delta, alpha=-group["lr"])
+                torch._foreach_mul_(chosen, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(chosen, deltas, alpha=-group["lr"])
+
+    def _buffered(self, p: nn.Parameter, delta: Tensor, momentum: float) -> Tensor:
+        """The parameter's m with Δ added, in its dtype, in which torch loads it."""
+        state = self.state[p]
+        known = state.get("momentum_buffer")
+        state["momentum_buffer"] = (
+            delta.to(p.dtype, copy=True) if known is None else known.mul_(momentum).add_(delta.to(p.dtype))
+        )
+        return state["momentum_buffer"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what was captured for the gradients goes with them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherkit.errors import DataError, InvalidArgumentError, ModelError
@@ -24,29 +24,28 @@ class Seen:
 
     Args:
         outputs: outputs and targets; positions without a gradient do not count.
-        gradient: u = ∂ℓ/∂z, the likelihood's own.
+        gradient: u = ∂ℓ/∂z, the likelihood's own, an example a row.
+        squared_norm: s = ‖u‖².
         multiple: the user's gradient is this times u; 0 for examples that do not count.
+        counts: examples and positions that count.
         calibrated: whether the multiple is known, by comparison or because the loss is a sum; else it is that of a mean
             over this pass's examples alone.
     """
 
     outputs: Outputs
-    gradient: Float[Tensor, "B P C"]
+    gradient: Float[Tensor, "B PC"]
+    squared_norm: Float[Tensor, "B"]
     multiple: Float[Tensor, "B"]
+    counts: tuple[int, int]
     calibrated: bool
 
     def scale_of(self, v: Float[Tensor, "B P C"]) -> Float[Tensor, "B"]:
         """What turns the user's gradient into vectors v along u, by example; 0 where there is no gradient."""
-        return _ratio(_dot(v, self.gradient), _dot(self.gradient, self.gradient) * self.multiple)
+        return _ratio(_dot(v.double().flatten(1), self.gradient), self.squared_norm * self.multiple)
 
     def correction(self, passes: int) -> int:
         """What is missing in u after so many passes before a step, each with the mean of its own examples."""
         return 1 if self.calibrated else passes
-
-    @property
-    def squared_norm(self) -> Float[Tensor, "B"]:
-        """s = ‖∂ℓ/∂z‖², float64."""
-        return _dot(self.gradient, self.gradient)
 
 
 def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reduction: str, start: int, call: str) -> Seen:
@@ -65,15 +64,13 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     found = likelihood.gradient_at(z, likelihood.positions(gradient, place).to(z.dtype))
     # A gradient of zero is a position that does not count where labels say so; elsewhere it is a perfect fit.
     counts = likelihood.labels_mask
-    mask = (found != 0).any(-1) if counts else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-    example = torch.arange(start, start + z.shape[0], device=z.device)
-    keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
-    multiple = torch.ones(len(z), dtype=torch.float64, device=z.device)
+    mask = found.ne(0).any(-1) if counts else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+    known = 1.0
     if not likelihood.gradient_scale_free and reduction == "mean":
         # A module of torch's takes the mean over all outputs, and not over examples.
-        multiple = multiple / (z.numel() if likelihood.reduction == "mean" else len(z))
+        known = 1 / (z.numel() if likelihood.reduction == "mean" else len(z))
     try:
-        target = likelihood.target_from_gradient(z, found / multiple.to(z.dtype)[:, None, None])
+        target = likelihood.target_from_gradient(z, found if known == 1 else found / known)
     except DataError as error:
         raise error.at(place) from error
     if target is None:
@@ -85,45 +82,58 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
             try_="weights above 0, no smoothing, a variance that is the same for all; or target_from_gradient in a "
             "likelihood of your own",
         )  # fmt: skip
-    outputs = Outputs(z, target, mask, keys, likelihood)
-    u = outputs.gradient()
+    outputs = Outputs.keyed(z, target, mask, start, likelihood)
+    u = outputs.gradient().double().flatten(1)
+    squared_norm = _dot(u, u)
     if likelihood.gradient_scale_free:
-        multiple = _ratio(_dot(found, u), _dot(u, u))
-        _refuse_other_loss(found, outputs, u, multiple, raw.dtype, call)
-    return Seen(outputs, u, multiple, likelihood.gradient_scale_free or reduction == "sum")
+        own = found.double().flatten(1)
+        multiple = _ratio(_dot(own, u), squared_norm)
+        strange = _strange(own, outputs, u, multiple, raw.dtype).any()
+    else:
+        multiple, strange = torch.full_like(squared_norm, known), mask.new_zeros(())
+    # The one wait for the device in a pass.
+    wrong, examples, positions = torch.stack([strange, mask.any(1).sum(), mask.sum()]).tolist()
+    if wrong:
+        raise _other_loss(likelihood, call)
+    calibrated = likelihood.gradient_scale_free or reduction == "sum"
+    return Seen(outputs, u, squared_norm, multiple, (examples, positions), calibrated)
 
 
-def _refuse_other_loss(
-    found: Tensor, outputs: Outputs, u: Tensor, multiple: Tensor, dtype: torch.dtype, call: str
-) -> None:
-    """The gradient must be a multiple of the likelihood's in each example, up to the rounding of p − 1."""
-    expected = u * multiple.to(u.dtype)[:, None, None]
+def _strange(
+    found: Float[Tensor, "B PC"], outputs: Outputs, u: Float[Tensor, "B PC"], multiple: Float[Tensor, "B"],
+    dtype: torch.dtype,
+) -> Bool[Tensor, "B"]:  # fmt: skip
+    """Examples whose gradient is no positive multiple of the likelihood's, up to the rounding of p − 1."""
     rounding = 16 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     # Losses are often computed in float32, whatever the model's dtype is.
     relative = 16 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    scale, root = multiple.abs().to(u.dtype), outputs.hessian_root()
+    scale, root = multiple.abs(), outputs.hessian_root()
     if root is not None:  # a weight multiplies what rounding leaves
         scale = scale * root.flatten(1).amax(1).square().clamp_min(1)
-    allowed = relative * found.flatten(1).norm(dim=1) + rounding * scale * u.shape[1] ** 0.5
-    wrong = (found - expected).flatten(1).norm(dim=1) > allowed
-    if bool((wrong | (multiple < 0)).any()):
-        raise ModelError(
-            call=f"{call}, backward pass",
-            got="a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
-            expected=f"the loss of the {outputs.likelihood.recorded} likelihood with hard targets, times a factor for "
-            "each example", why="the Fisher is that of the likelihood",
-            try_="a loss without label smoothing or terms in the outputs, of the outputs that the model returns; or "
-            "likelihood= to match it: the loss module that you train with, nn.CrossEntropyLoss(...), nn.NLLLoss() or "
-            "others, or fk.likelihoods.Categorical(class_axis=...) for classes on another axis",
-        )  # fmt: skip
+    rest = torch.addcmul(found, u, multiple.unsqueeze(1), value=-1).norm(dim=1)
+    allowed = relative * found.norm(dim=1) + rounding * outputs.z.shape[1] ** 0.5 * scale
+    return (rest > allowed) | (multiple < 0)
 
 
-def _dot(a: Float[Tensor, "B P C"], b: Float[Tensor, "B P C"]) -> Float[Tensor, "B"]:
-    return (a.double() * b.double()).flatten(1).sum(1)
+def _other_loss(likelihood: Likelihood, call: str) -> ModelError:
+    return ModelError(
+        call=f"{call}, backward pass",
+        got="a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
+        expected=f"the loss of the {likelihood.recorded} likelihood with hard targets, times a factor for each example",
+        why="the Fisher is that of the likelihood",
+        try_="a loss without label smoothing or terms in the outputs, of the outputs that the model returns; or "
+        "likelihood= to match it: the loss module that you train with, nn.CrossEntropyLoss(...), nn.NLLLoss() or "
+        "others, or fk.likelihoods.Categorical(class_axis=...) for classes on another axis",
+    )  # fmt: skip
+
+
+def _dot(a: Float[Tensor, "B PC"], b: Float[Tensor, "B PC"]) -> Float[Tensor, "B"]:
+    return (a * b).sum(1)
 
 
 def _ratio(a: Float[Tensor, "B"], b: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-    return torch.where(b != 0, a / torch.where(b != 0, b, torch.ones_like(b)), torch.zeros_like(a))
+    """a / b, 0 where b is."""
+    return (a / b).masked_fill_(b == 0, 0.0)
 
 
 def check_reduction(likelihood: Likelihood, reduction: str, call: str) -> None:

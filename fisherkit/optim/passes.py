@@ -91,6 +91,7 @@ class Pass:
         batch: the arguments of the call; without examples if nothing asks for them again.
         watched: the pass, with its graph.
         coupled: modules that couple the examples of a batch.
+        again: whether rows may need more passes of the model.
         rng: where the random generators were before the pass; None if it is not run again.
         names: as in `Captured`.
         gradient: of the user's loss at the outputs.
@@ -105,6 +106,7 @@ class Pass:
     batch: Batch
     watched: Watched
     coupled: list[str]
+    again: bool
     rng: RngState | None
     names: frozenset[str] = frozenset()
     gradient: Tensor | None = None
@@ -182,7 +184,7 @@ class _Receiver:
             return
         gradient = gradients[self.place]
         if gradient is not None:
-            one.found[self.edge] = gradient.detach()
+            one.found[self.edge] = gradient.detach() if gradient.requires_grad else gradient
 
 
 def with_own_inputs(uses: Sequence[Use], arguments: Sequence[Tensor]) -> list[Use]:
@@ -193,6 +195,8 @@ def with_own_inputs(uses: Sequence[Use], arguments: Sequence[Tensor]) -> list[Us
         x: Any = use.arguments[use.rule.input_name]
         if not isinstance(x, Tensor) or x.untyped_storage().data_ptr() not in theirs:
             return use
-        return replace(use, arguments={**use.arguments, use.rule.input_name: x.detach().clone()})
+        return replace(
+            use, arguments={**use.arguments, use.rule.input_name: x.detach().clone() if x.requires_grad else x.clone()}
+        )
 
     return [own(use) for use in uses]

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherkit.arithmetic import all_finite, without_autocast
+from fisherkit.arithmetic import without_autocast
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
-from fisherkit.optim.curvature import Curvature, checked_rule
+from fisherkit.optim.curvature import Curvature, checked_rule, whole_model
 from fisherkit.outputs import OutputRule
+from fisherkit.processes import Group
 from fisherkit.space import Selection
 from fisherkit.structures import structure_named
 
@@ -51,6 +52,8 @@ class Preconditioner:
         params: names, or a predicate; other gradients are left as they are.
         kfac_positions: "expand" or "reduce".
         max_rank: leading eigenpairs of a Kronecker factor that are kept; None for all.
+        group: the processes whose batches a step is made of, as for `fisherkit.FisherApproximation`; for models that
+            `DistributedDataParallel` trains, whose gradients are the mean over processes.
         options: of the kind.
 
     Raises:
@@ -78,8 +81,10 @@ class Preconditioner:
         lr: float | Callable[[], float] = 1.0,
         kfac_positions: str = "expand",
         max_rank: int | None = None,
+        group: Group = None,
         **options: Any,
     ) -> None:
+        model, params = whole_model(model, params)
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
         self.trust_region, self._lr = trust_region, lr
@@ -88,7 +93,7 @@ class Preconditioner:
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
             ema=ema if ema is not None else 0.0 if structure_named(structure, CALL).keeps_rows else 0.95,
             update_every=update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank,
-            call=CALL,
+            group=group, call=CALL,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -102,14 +107,14 @@ class Preconditioner:
             SingularMatrixError: the damping is too small.
         """
         curvature = self._curvature
-        own = dict(curvature.capture.model.named_parameters())
-        gradients = curvature.gradients()
+        own = curvature.capture.parameters()
+        gradients = curvature.gradients(own)
         if not gradients:
             return
-        if not all_finite(*gradients.values()):
+        if not curvature.finite(gradients):
             curvature.capture.forget()
             return
-        space, direction = curvature.direction(gradients, self.damping)
+        space, direction = curvature.direction(own, gradients, self.damping)
         update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad

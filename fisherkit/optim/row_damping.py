@@ -55,7 +55,7 @@ class RowDamped(OutputRule):
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """The kind's vectors, the first of them lengthened or one more."""
-        found = self.rule.output_vectors(outputs)
+        found = self.rule.vectors(outputs)
         units = torch.arange(len(outputs.z), device=outputs.z.device)
         direction = ImprovedVectors().output_vectors(outputs).select(units, torch.zeros_like(units)).unsqueeze(1)
         there = direction.flatten(2).ne(0).any(-1)

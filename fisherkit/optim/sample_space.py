@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.errors import SingularMatrixError
 from fisherkit.operators import Factorization
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.shared import SharedRows
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,27 @@ class Direction:
 
 
 def gram_direction(
-    rows: Rows, blocks: Sequence[Sequence[str]], targets: Float[Tensor, "R"], damping: float, examples: int
+    rows: Rows | SharedRows, blocks: Sequence[Sequence[str]], targets: Float[Tensor, "R"], damping: float, examples: int
 ) -> Direction:
     """Δ = Jᵀ(JJᵀ + λI)⁻¹ t with J the per-example gradients, block by block (arXiv 2406.06420, eq. 5 and 8).
 
     ``targets`` t are what each example is asked for: 1 for EF, ‖∂ℓ/∂z‖² for iEF.
     """
-    update = torch.empty(rows.space.size, dtype=_dtype(rows), device=targets.device)
-    curvature = targets.new_zeros(())
-    for names in blocks:
-        part = rows if len(names) == len(rows.space.names) else rows.part(names)
-        w = _damped(part, damping, targets.unsqueeze(1))
-        own = part.rmatmul(w.to(_dtype(part)))
-        rows.space.put(update, part.space.names, own.squeeze(1))
+    parts = [rows] if len(blocks) == 1 else [rows.part(names) for names in blocks]
+    solved = [torch.cholesky_solve(targets.unsqueeze(1), factor) for factor in _factors(parts, damping)]
+    found = [part.rmatmul(w.to(rows.dtype)).squeeze(1) for part, w in zip(parts, solved, strict=True)]
+    update = found[0]
+    if len(parts) > 1:
+        update = torch.empty(rows.space.size, dtype=rows.dtype, device=targets.device)
+        for part, own in zip(parts, found, strict=True):
+            rows.space.put(update, part.space.names, own)
+
+    def curvature() -> Float[Tensor, ""]:
         # J Δ = t − λ w, and F = (1/N) Jᵀ diag(1/t) J for every kind that this is an update of.
-        change = targets - damping * w.squeeze(1)
-        curvature = curvature + torch.where(targets > 0, change.square() / targets, torch.zeros_like(targets)).sum()
-    return Direction(update, lambda: curvature / examples)
+        change = targets - damping * torch.cat(solved, 1).mT
+        return (change.square() / targets).masked_fill_(targets <= 0, 0.0).sum() / examples
+
+    return Direction(update, curvature)
 
 
 def damped(inverse: Factorization, gradient: Float[Tensor, "D"]) -> Direction:
@@ -68,26 +73,38 @@ def damped(inverse: Factorization, gradient: Float[Tensor, "D"]) -> Direction:
     return Direction(update, curvature)
 
 
-def _damped(rows: Rows, damping: float, right: Float[Tensor, "R 1"]) -> Float[Tensor, "R 1"]:
-    """(JJᵀ + λI)⁻¹ t in float64; products in the rows' dtype where λ hides their rounding."""
-    gram = rows.gram(precise=False)
-    if len(gram) == 0:
-        return right
-    rounding = torch.finfo(_dtype(rows)).eps * gram.abs().sum(1).max()
-    if bool(rounding >= 1e-2 * damping):
-        gram = rows.gram(precise=True)
+def _factors(parts: Sequence[Rows | SharedRows], damping: float) -> list[Float[Tensor, "R R"]]:
+    """Cholesky factors of JJᵀ + λI in float64, of products in the rows' dtype where λ hides their rounding.
+
+    One wait for the device, however many parts there are.
+    """
+    grams = [_gram(part, precise=False) for part in parts]
+    largest = [gram.abs().sum(1).max() for gram in grams]  # bounds the eigenvalues
+    tried = [_damped_cholesky(gram, damping) for gram in grams]
+    told = torch.stack([*largest, *(failed for _, failed in tried)]).tolist()
+    factors = []
+    for part, (factor, _), size, failed in zip(parts, tried, told[: len(parts)], told[len(parts) :], strict=True):
+        if torch.finfo(part.dtype).eps * size >= 1e-2 * damping and part.dtype != torch.float64:
+            factor, again = _damped_cholesky(_gram(part, precise=True), damping)
+            failed = float(again)
+        if failed:
+            raise SingularMatrixError(
+                call=f"a step with gram_damping={damping}", got="a Gram matrix that is singular to working precision",
+                expected="a positive definite one",
+                why="examples' gradients are linearly dependent, as those of repeated examples are",
+                try_="a larger gram_damping",
+            )  # fmt: skip
+        factors.append(factor)
+    return factors
+
+
+def _gram(rows: Rows | SharedRows, *, precise: bool) -> Float[Tensor, "R R"]:
+    """JJᵀ, of which a factor reads one half."""
+    return rows.cross_gram(rows, precise) if isinstance(rows, Rows) else rows.gram(precise)
+
+
+def _damped_cholesky(gram: Float[Tensor, "R R"], damping: float) -> tuple[Float[Tensor, "R R"], Int[Tensor, ""]]:
+    """Of gram + λI, made in gram's memory; the second is 0 where there is a factor."""
     gram.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed) != 0:
-        raise SingularMatrixError(
-            call=f"a step with gram_damping={damping}", got="a Gram matrix that is singular to working precision",
-            expected="a positive definite one",
-            why="examples' gradients are linearly dependent, as those of repeated examples are",
-            try_="a larger gram_damping",
-        )  # fmt: skip
-    return torch.cholesky_solve(right, factor)
-
-
-def _dtype(rows: Rows) -> torch.dtype:
-    tensors = rows.slots[0].rows.tensors().values()
-    return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    return factor, failed

@@ -19,7 +19,7 @@ from fisherkit.rows.summed import SumRows
 from fisherkit.space import ParameterSpace
 
 REPRESENTATIONS: dict[str, type[UnitRows]] = {
-    c.kind: c for c in (FactoredRows, SlicedRows, SparseRows, StoredRows, SumRows)
+    c.form: c for c in (FactoredRows, SlicedRows, SparseRows, StoredRows, SumRows)
 }
 
 

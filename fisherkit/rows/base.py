@@ -40,7 +40,7 @@ class UnitRows(ABC):
         size: d.
     """
 
-    kind: ClassVar[str]
+    form: ClassVar[str]
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
@@ -133,6 +133,25 @@ class UnitRows(ABC):
         return tuple(t for t in self.tensors().values() if t.is_floating_point())
 
     @property
+    def row_numbers(self) -> int:
+        """Numbers that one row takes."""
+        return sum(t.numel() for t in self.tensors().values()) // max(1, self.count)
+
+    @property
+    def written_numbers(self) -> int:
+        """The same where rows that share positions are written out."""
+        return self.row_numbers
+
+    @property
+    def inner_cost(self) -> int:
+        """Multiplications of one inner product of two rows."""
+        return min(self.size, self.row_numbers)
+
+    def product_cost(self, columns: int) -> int:
+        """Multiplications of one row with so many columns."""
+        return columns * min(self.size, self.row_numbers)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the tensors take."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
@@ -181,6 +200,8 @@ def inner_products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bo
 
 
 def _products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -> Float[Tensor, "R S"]:
+    if x.shape[1] <= BLOCK:
+        return x.double() @ y.double().mT if precise else (x @ y.mT).double()
     result = x.new_zeros(x.shape[0], y.shape[0], dtype=torch.float64)
     if precise or x.dtype == torch.float64:
         for span in spans(x.shape[1], x.shape[0] + y.shape[0]):

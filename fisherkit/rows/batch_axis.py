@@ -6,8 +6,9 @@ the way keeps the batch's axis apart (elementwise ones, linear maps of other axe
 A function that it does not know, or that may mix examples (indexing by content, products over the batch), ends the
 proof and nothing else: `rows.ownership` then asks automatic differentiation.
 
-Only what is differentiated matters: indices, masks and constants never carry a gradient from one example to another, so
-a tensor without one is free, whatever it was computed from.
+Only what is differentiated matters here: indices, masks and constants never carry a gradient from one example to
+another, so a tensor without one is free, whatever it was computed from. Whether such tensors may mix examples' values
+is noted beside it.
 """
 
 from __future__ import annotations
@@ -100,11 +101,15 @@ class Tracker:
 
     Args:
         batch: number of examples.
+
+    Attributes:
+        lost: whether something differentiable was written to unseen.
+        mixed: whether numbers without a gradient may be of several examples, as their order or statistics, or drawn.
     """
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.lost = False
+        self.lost = self.mixed = False
         self._known: dict[int, tuple[weakref.ref[Tensor], int, bool, Status]] = {}
 
     def mark(self, tensor: Tensor, status: Status) -> None:
@@ -141,8 +146,11 @@ class Tracker:
             self.lost = self.lost or any(t.requires_grad for t in tensors((args, kwargs)))
             if function is torch.Tensor.__setitem__ and self._filled(*args):
                 self.mark(args[0], Axis(0))
+            else:
+                self.mixed = self.mixed or self._of_examples((args, kwargs))
             return
         outputs = [output] if isinstance(output, Tensor) else list(tensors(output))
+        self.mixed = self.mixed or function in DRAWS or (function in READS and self._of_examples(args))
         if not outputs:
             return
         operands = tuple(
@@ -159,6 +167,10 @@ class Tracker:
                 self.mark(made, status)
             elif status is not Mark.FREE or made.grad_fn is not None:
                 self.mark(made, status)
+
+    def _of_examples(self, arguments: Any) -> bool:
+        """Whether a batch axis is among them."""
+        return any(isinstance(self.status(tensor), Axis) for tensor in tensors(arguments))
 
     def _filled(self, x: Tensor, index: Any, value: Any) -> bool:
         """Whether each example's entries are written to its own place of a constant, as labels moved by one are."""
@@ -180,7 +192,10 @@ class Tracker:
             found = None
         if found is not None:
             return found
-        return Mark.UNKNOWN if call.output.requires_grad else Mark.FREE
+        if call.output.requires_grad:
+            return Mark.UNKNOWN
+        self.mixed = True
+        return Mark.FREE
 
 
 def _version(tensor: Tensor) -> int:
@@ -540,7 +555,7 @@ _MORE: tuple[tuple[str, Becomes], ...] = (
     ("linear", _last(1)),
     ("layer_norm rms_norm", _last(0)),
     ("addmm", _addmm),
-    ("embedding", _embedding),
+    ("embedding one_hot", _embedding),
     ("glu sort argsort", _along(1, "dim", -1)),
     ("softmax log_softmax softmin cumsum cumprod logcumsumexp narrow index_select gather", _along(1, "dim", None)),
     ("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split", _along(2, "dim", 0)),
@@ -584,6 +599,22 @@ BECOMES: dict[Callable[..., Any], Becomes] = {
     **{getattr(torch.Tensor, name).__get__: _permuted for name in ("T", "mT")},
 }
 """What becomes of the batch axis in each function of PyTorch that keeps it apart."""
+
+
+READS = set(
+    _functions(
+        "item tolist numpy equal allclose is_nonzero __bool__ __float__ __int__ __index__ __array__ __contains__"
+    )
+)
+"""Functions that hand numbers to Python, which may do with them what it likes."""
+
+DRAWS = set(
+    _functions(
+        "rand randn randint randperm rand_like randn_like randint_like bernoulli normal poisson multinomial "
+        "normal_ uniform_ bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_"
+    )
+)
+"""Functions that draw random numbers, from whatever generator."""
 
 
 def is_elementwise(function: Callable[..., Any]) -> bool:

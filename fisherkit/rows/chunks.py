@@ -84,20 +84,22 @@ class Slots:
     dropped: Float[Tensor, "n"] | None
 
     @classmethod
-    def of(cls, outputs: Outputs, rule: OutputRule, token: bool) -> Slots:
-        """Those of a kind."""
-        flat = token or rule.positionwise
-        found = rule.output_vectors(outputs.positionwise() if flat else outputs)
+    def of(cls, outputs: Outputs, rule: OutputRule, token: bool, counts: tuple[int, int] | None = None) -> Slots:
+        """Those of a kind; ``counts`` are how many examples and positions count, where that is known."""
+        flat = (token or rule.positionwise) and outputs.z.shape[1] > 1
+        found = rule.vectors(outputs.positionwise() if flat else outputs)
         mask = outputs.mask
-        counts = mask if token else mask.any(1)
         # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.
-        counted, positions = torch.stack([counts.sum(), mask.sum()]).tolist()
+        counted, positions = counts or torch.stack([(mask if token else mask.any(1)).sum(), mask.sum()]).tolist()
         dropped = None if found.dropped is None else found.dropped[mask.flatten() if flat else mask.any(1)]
         number = found.number * (mask.shape[1] if flat else 1)
         return cls(found, mask, flat, number, counted, positions == mask.numel(), dropped)
 
-    def vectors(self, index: Int[Tensor, "k"]) -> Float[Tensor, "k B P C"]:
+    def vectors(self, some: slice) -> Float[Tensor, "k B P C"]:
         """The output vectors of some slots."""
+        if isinstance(self.found.v, Tensor) and not self.flat:
+            return self.found.v[:, some].transpose(0, 1)
+        index = torch.arange(some.start, some.stop, device=self.mask.device)
         batch, positions = self.mask.shape
         examples, found = torch.arange(batch, device=index.device), self.found
         if not self.flat:
@@ -107,21 +109,20 @@ class Slots:
         position, vector = (index // found.number).unsqueeze(1), (index % found.number).unsqueeze(1)
         unit = examples * positions + position
         own = found.select(unit.flatten(), vector.expand_as(unit).flatten()).unflatten(0, unit.shape)
-        if positions == 1:
-            return own
         whole = own.new_zeros(*unit.shape, positions, own.shape[-1])
         whole[torch.arange(len(index), device=index.device).unsqueeze(1), examples, position] = own.squeeze(2)
         return whole
 
-    def keep(self, index: Int[Tensor, "k"]) -> Bool[Tensor, "B k"] | None:
+    def keep(self, some: slice) -> Bool[Tensor, "B k"] | None:
         """Which of some slots are rows; None for all."""
         found, mask = self.found, self.mask
         if self.whole and found.keep is None:
             return None
         if not self.flat:
-            keep = mask.any(1, keepdim=True).expand(-1, len(index))
-            keep = keep if found.keep is None else keep & found.keep[:, index]
+            keep = mask.any(1, keepdim=True).expand(-1, some.stop - some.start)
+            keep = keep if found.keep is None else keep & found.keep[:, some]
         else:
+            index = torch.arange(some.start, some.stop, device=mask.device)
             position, vector = index // found.number, index % found.number
             keep = mask[:, position]
             if found.keep is not None:
@@ -134,8 +135,8 @@ class Slots:
         """Rows of all slots, of so many vectors an example at a time (``step``)."""
         positions = _counting(self.mask, batch)
         for first in range(0, self.number, step):
-            index = torch.arange(first, min(first + step, self.number), device=self.mask.device)
-            v, keep = self.vectors(index), self.keep(index)
+            some = slice(first, min(first + step, self.number))
+            v, keep = self.vectors(some), self.keep(some)
             selection = RowSelection(v.shape[0], batch.size, v.device, keep)
             yield Chunk(
                 make_rows(v, selection), selection.owner, keep is None, first == 0,

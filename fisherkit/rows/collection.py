@@ -33,7 +33,12 @@ class RowSource(ABC):
     Args:
         space: the parameters.
         count: R.
+
+    Attributes:
+        in_memory: whether reading them again costs no pass over data.
     """
+
+    in_memory = False
 
     def __init__(self, space: ParameterSpace, count: int) -> None:
         self.space, self.count = space, count
@@ -87,20 +92,11 @@ class Rows(RowSource):
         slots: the units, which partition the space's names.
     """
 
+    in_memory = True
+
     def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot]) -> None:
         super().__init__(space, slots[0].rows.count)
         self.slots = tuple(slots)
-
-    def _part(self, u: Float[Tensor, "D ..."], slot: UnitSlot) -> Float[Tensor, "d ..."]:
-        span = self._span(slot)
-        return self.space.take(u, slot.names) if span is None else u[span]
-
-    def _span(self, slot: UnitSlot) -> slice | None:
-        """Where a unit lies in a flat vector; None if not in one piece."""
-        slices = [self.space.slices[name] for name in slot.names]
-        if all(left.stop == right.start for left, right in itertools.pairwise(slices)):
-            return slice(slices[0].start, slices[-1].stop)
-        return None
 
     def _whole(self, parts: Iterable[Tensor]) -> Float[Tensor, "D ..."]:
         """The units' parts in flat order; taken one by one, so that only one exists beside the result."""
@@ -118,15 +114,16 @@ class Rows(RowSource):
     def matmul_by_unit(self, u: Float[Tensor, "D K"]) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "R K"]]]:
         """The units' summands of J U, each with the names of its parameters."""
         for slot in self.slots:
-            yield slot.names, slot.rows.matmul(self._part(u, slot))
+            yield slot.names, slot.rows.matmul(self.space.take(u, slot.names))
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W."""
-        if any(self._span(slot) is None for slot in self.slots):
+        places = [self.space.span(slot.names) for slot in self.slots]
+        if None in places:
             return self._whole(slot.rows.rmatmul(w) for slot in self.slots)
         whole = w.new_empty(self.space.size, w.shape[1])
-        for slot in self.slots:
-            slot.rows.rmatmul(w, whole[self._span(slot)])
+        for slot, span in zip(self.slots, places, strict=True):
+            slot.rows.rmatmul(w, whole[span])
         return whole
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -159,7 +156,7 @@ class Rows(RowSource):
 
     def weighted_squares(self, weights: Float[Tensor, "D"]) -> Float[Tensor, "R"]:
         """Σ_d w_d J_rd² of every row."""
-        parts = (slot.rows.weighted_squares(self._part(weights, slot)) for slot in self.slots)
+        parts = (slot.rows.weighted_squares(self.space.take(weights, slot.names)) for slot in self.slots)
         return functools.reduce(torch.add, parts)
 
     def dense(self) -> Float[Tensor, "R D"]:
@@ -276,7 +273,7 @@ class Rows(RowSource):
 
         Cost: one reading.
         """
-        if all_finite(*(tensor for slot in self.slots for tensor in slot.rows.numbers)):
+        if all_finite(*self.numbers):
             return self
         # Of a convolution's input, what no window sees does not count.
         bad = [slot.names for slot in self.slots if not all_finite(*slot.rows.tensors().values())]
@@ -293,6 +290,11 @@ class Rows(RowSource):
         return self
 
     @property
+    def numbers(self) -> list[Tensor]:
+        """All floating-point tensors that the rows are made of, as they are kept."""
+        return [tensor for slot in self.slots for tensor in slot.rows.numbers]
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         return sum(slot.rows.nbytes for slot in self.slots)
@@ -300,7 +302,7 @@ class Rows(RowSource):
 
 def _form(slot: UnitSlot) -> tuple[object, ...]:
     options = {key: value for key, value in slot.rows.options().items() if key.split(".")[-1] != "count"}
-    return slot.names, slot.rows.kind, tuple(options.items())
+    return slot.names, slot.rows.form, tuple(options.items())
 
 
 def _unit_gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor, "R S"]:

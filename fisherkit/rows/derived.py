@@ -58,13 +58,13 @@ class Derived:
         """Which slice of so many axes each entry of the others is, None for the whole, and whether it is turned."""
         if self.layout == TURNED and trailing == tensor.ndim == 2:
             return None, True
+        if self.layout == SAME and tensor.ndim >= trailing and tensor.shape[: tensor.ndim - trailing].numel() == 1:
+            return None, False
         known = self.slices if self.layout is None else (torch.zeros((), dtype=torch.long, device=tensor.device), False)
         if known is None or self.layout == TURNED or known[0].ndim > tensor.ndim - trailing:
             return None
         index, turned = known
         more = tensor.shape[index.ndim : tensor.ndim - trailing]
-        if self.layout == SAME and more.numel() == 1:
-            return None, False
         within = torch.arange(more.numel(), device=index.device)
         return (index.unsqueeze(-1) * len(within) + within).reshape(tensor.shape[: tensor.ndim - trailing]), turned
 

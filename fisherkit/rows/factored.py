@@ -15,10 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.rows.base import TILE, UnitRows, aligned_product, inner_products, product, spans, sum_by
-from fisherkit.rows.patches import Activations, padded, stacked
+from fisherkit.rows.patches import Activations, Patches, padded, stacked
 
 CACHED = 1 << 21
 """Entries of a temporary that should stay in the processor's cache: 8 MiB in float32."""
+
+LARGE = 1 << 18
+"""Entries of an example's patches from which on a convolution's own kernel makes its row faster, on a processor."""
 
 WRITTEN = 1 << 23
 """Entries of rows that are written out at a time for a product: 32 MiB in float32, memory that is used again."""
@@ -39,7 +42,7 @@ class FactoredRows(UnitRows):
         transposed: whether the weight is stored ``[I, O]``.
     """
 
-    kind = "factored"
+    form = "factored"
 
     def __init__(
         self,
@@ -94,10 +97,11 @@ class FactoredRows(UnitRows):
                 torch.mm(self.gradients.sum(1).mT, w, out=offset)
             return out
         if w.shape[1] == 1 and isinstance(self.activations, Tensor) and not self.transposed:
-            weighed, size = self._weigh(w).reshape(n * t, self.outputs), self.outputs * i
-            torch.mm(weighed.mT, self.activations.reshape(n * t, i), out=out[:size].view(self.outputs, i))
+            weighed = self.gradients * w.unsqueeze(1) if self.each == 1 else self._weigh(w)
+            weighed, size = weighed.reshape(n * t, self.outputs).mT, self.outputs * i
+            torch.mm(weighed, self.activations.reshape(n * t, i), out=out[:size].view(self.outputs, i))
             if self.bias:
-                torch.sum(weighed, 0, out=out[size:, 0])
+                torch.sum(weighed, 1, keepdim=True, out=out[size:])
             return out
         for span in spans(w.shape[1], self.count * t * self.outputs):
             weighed = self._weigh(w[:, span]).reshape(n, t, -1)  # [N, T, K O]
@@ -111,9 +115,12 @@ class FactoredRows(UnitRows):
         if self.positions == 1 and other.positions == 1:
             mine, theirs = self._inputs(), other._inputs()
             same = other.activations is self.activations
-            left = inner_products(mine, mine if same else theirs, precise) + float(self.bias)
+            left = inner_products(mine, mine if same else theirs, precise)
+            left = left.add_(1.0) if self.bias else left
             mine, theirs = self.gradients[:, 0], other.gradients[:, 0]
             right = inner_products(mine, mine if other is self else theirs, precise)
+            if self.each == other.each == 1:
+                return right.mul_(left)
             if self.each and other.each:
                 # In place: written out for every row, the inputs' part would be gathered twice.
                 by_example = right.unflatten(1, (-1, other.each)).unflatten(0, (-1, self.each))
@@ -200,13 +207,28 @@ class FactoredRows(UnitRows):
         return 2 * each * (t + columns) <= t * columns
 
     @property
+    def written_numbers(self) -> int:
+        """Of one row that is written out, or of its factors at a single position."""
+        return self.size if self.positions > 1 else self.row_numbers
+
+    @property
+    def inner_cost(self) -> int:
+        """Multiplications of one inner product of two rows."""
+        return self.inputs + self.outputs if self.positions == 1 else self.size
+
+    def product_cost(self, columns: int) -> int:
+        """Multiplications of one row with so many columns."""
+        return self.size * (self.positions + columns if self.writes_out(columns) else self.positions * columns)
+
+    @property
     def each(self) -> int:
         """How many rows every example has; 0 if they are listed one by one."""
         return self.count // max(1, self.activations.shape[0]) if self.example is None else 0
 
     def _inputs(self) -> Float[Tensor, "N I"]:
         """The activations of rows without shared positions."""
-        return self.activations[:][:, 0]
+        a = self.activations
+        return (a if isinstance(a, Tensor) else a[:])[:, 0]
 
     def _owner(self) -> Int[Tensor, "R"]:
         """The example of each row."""
@@ -230,9 +252,20 @@ class FactoredRows(UnitRows):
             else:
                 yield span, self.activations[self.example[span]]
 
+    @property
+    def _by_kernel(self) -> bool:
+        """Whether a convolution's own kernel writes rows out."""
+        a = self.activations
+        large = isinstance(a, Patches) and a.shape[1:].numel() > LARGE and a.device.type == "cpu"
+        return large and self.each <= 1 and self.count > 0
+
     def _tiles(self, outputs: slice) -> Iterator[tuple[slice, Float[Tensor, "r o I"]]]:
         """Spans of rows with their weight rows of some outputs, written out, as many as the processor's cache holds."""
-        width, each = len(range(*outputs.indices(self.outputs))), max(1, self.each)
+        width, each, a = len(range(*outputs.indices(self.outputs))), max(1, self.each), self.activations
+        if self._by_kernel and isinstance(a, Patches):
+            for row, n in enumerate(self._owner().tolist()):
+                yield slice(row, row + 1), a.weight_gradient(n, self.gradients[row, :, outputs]).unsqueeze(0)
+            return
         for span, a in self._owners(max(each * width, self.positions) * self.inputs):
             # All rows of an example in one product, which reads the activations once.
             left = self.gradients[span, :, outputs].unflatten(0, (len(a), each)).transpose(2, 3).flatten(1, 2)
@@ -252,7 +285,7 @@ class FactoredRows(UnitRows):
     def _write(self, rows: Float[Tensor, "R e"], outputs: slice, transposed: bool = False) -> None:
         """The same, to where it shall be."""
         shape = (self.inputs, -1) if transposed else (-1, self.inputs)
-        if self.each > 1:
+        if self.each > 1 or self._by_kernel:
             for span, tile in self._tiles(outputs):
                 rows[span].unflatten(1, shape).copy_(tile.mT if transposed else tile)
             return

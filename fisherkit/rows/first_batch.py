@@ -18,6 +18,7 @@ from torch import nn
 from fisherkit.data import SHARED, Batch, Source, model_device
 from fisherkit.errors import DataError, FisherkitError, ModelError
 from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
+from fisherkit.processes import Processes
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.verified import plan_for
@@ -48,6 +49,26 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
             return plan
         _tell(error, model, space, first, single=other is None)
         raise
+
+
+def joint_plan(model: nn.Module, space: ParameterSpace, source: Source, processes: Processes) -> Plan:
+    """The same in all processes, of the first batch of the first rank that has more than one example.
+
+    Raises:
+        DataError: no process has an example; else as `plan_of`.
+        ProcessError: in processes other than the one that fails.
+    """
+    first = processes.each("reading the data", source.beginning)
+    sizes = processes.gathered(0 if first is None else first.size)
+    if not any(sizes):
+        raise DataError(call="data", got="no batch in any process", expected="at least one example")
+    owner = next((rank for rank, size in enumerate(sizes) if size > 1), sizes.index(1) if 1 in sizes else 0)
+    own = processes.rank == owner
+    plan = processes.each("a first pass of the model", lambda: plan_of(model, space, source) if own else None)
+    probe = processes.sent_by(owner, None if plan is None else plan.probe.batch)
+    if plan is None:
+        source.shared(probe)
+    return processes.each("a first pass of the model", lambda: plan or plan_of(model, space, source))
 
 
 def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
@@ -111,7 +132,7 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     alike = single and _shared(model, space, first, None)
     if alike:
         raise DataError(
-            call="data, batch 0",
+            call=first.place,
             got=f"input {alike[0]!r} with {first.size} rows in a batch of {first.size} examples, for which the model "
             "fails with one row an example and works with all of them",
             expected="batches that tell which is meant",
@@ -122,9 +143,10 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     if isinstance(error, FisherkitError):
         return
     device, dtype = model_device(model, space.names)
-    if first.size > 2 and _works(model, first.to(device)):
+    fails = not _works(model, first.take(slice(0, 2)).to(device))  # else it is the gradient that does
+    if fails and first.size > 2 and _works(model, first.to(device)):
         raise DataError(
-            call="data, batch 0",
+            call=first.place,
             got=f"a batch of {first.size} examples that the model takes together and not two at a time",
             expected="examples along axis 0 that need no others",
             why=f"for the first two it fails with: {(str(error) or type(error).__name__).splitlines()[0]}",
@@ -134,15 +156,22 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     reason = f"the model's forward pass fails: {(str(error) or type(error).__name__).splitlines()[0]}"
     if first.targets is None and is_encoder_decoder(model) and not first.kwargs.keys() & {"labels", *DECODER_INPUTS}:
         raise DataError(
-            call="data, batch 0", got="neither labels nor decoder inputs for an encoder-decoder",
+            call=first.place, got="neither labels nor decoder inputs for an encoder-decoder",
             expected=f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
         ) from error  # fmt: skip
     usual = type(error).__module__ == "builtins"  # a user's own errors are meant for the user
-    if usual and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
+    if usual and fails and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
         raise DataError(
-            call="data, batch 0", got=f"a batch of {first.size} examples for a model that works with the first alone",
+            call=first.place, got=f"a batch of {first.size} examples for a model that works with the first alone",
             expected="a model of batches, or one example a batch", why=reason,
             try_="batches of one example each, DataLoader(..., batch_size=1)",
+        ) from error  # fmt: skip
+    if isinstance(error, RuntimeError) and "inplace operation" in str(error):
+        raise ModelError(
+            call="the model's forward pass", got="a tensor that is written to in place after a layer has kept it",
+            expected="tensors that stay as they are until the gradient is known",
+            why=f"the backward pass fails: {str(error).splitlines()[0]}",
+            try_="x = x + y instead of x += y, or a layer that reads x.clone()",
         ) from error  # fmt: skip
     # Models may well cast their inputs: only what torch itself says of types is put into our words.
     if not isinstance(error, RuntimeError) or "type" not in str(error):
@@ -151,7 +180,7 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     inside = "torch.autocast inside forward, since a caller's is off here"
     if others:
         raise DataError(
-            call="data, batch 0", got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
+            call=first.place, got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
             why=reason, try_=f"x.to({dtype}), the model in the inputs' dtype, or {inside}",
         ) from error  # fmt: skip
     raise ModelError(

@@ -33,8 +33,8 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
         name: p.detach() + (0.1 + p.detach().abs()) * torch.randn(p.shape, generator=generator).to(p)
         for name, p in unused.items()
     }
-    with torch.no_grad(), kept_whole(model):
-        again = batch.call(lambda *args, **kwargs: functional_call(model, moved, args, kwargs))
+    with kept_whole(model):
+        again = batch.call(lambda *args, **kwargs: functional_call(model, moved, args, kwargs)).detach()
     if again.shape == z.shape and bool((again - z).norm() <= 1e-6 * z.norm()):
         return
     raise ModelError(

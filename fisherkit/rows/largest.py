@@ -35,7 +35,7 @@ class LargestRows:
         """More rows, behind those that came before."""
         self.seen += rows.count
         self._held.append(rows)
-        self._squares.append(_squared_norms(rows))
+        self._squares.append(squared_norms(rows))
         if sum(held.count for held in self._held) > 2 * self.most:
             self._trim()
 
@@ -55,7 +55,7 @@ class LargestRows:
         self._dropped.append(squares[ranked[self.most :]].sum())
 
 
-def _squared_norms(rows: Rows) -> Float[Tensor, "R"]:
+def squared_norms(rows: Rows) -> Float[Tensor, "R"]:
     """In float64 of rows in their own dtype, or of float64 ones where that is a half."""
     wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.double()
     return wide.weighted_squares(torch.ones(rows.space.size, dtype=wide.dtype, device=rows.device)).double()

@@ -44,7 +44,7 @@ class LastLayerRows(FactoredRows):
         transposed: whether the weight is stored ``[I, O]``.
     """
 
-    kind = "closed form"
+    form = "closed form"
 
     def __init__(self, activations: Float[Tensor, "B P I"], z: Outputs, *, bias: bool, transposed: bool) -> None:
         self.inputs, self.outputs = activations.shape[2], z.z.shape[2]

@@ -103,8 +103,8 @@ class Linearized:
     @property
     def newly_ruled(self) -> set[str]:
         """Parameters without a rule that this batch uses under one, which the plan's two examples had not used."""
-        unseen = {name for unit in self.plan.generic if unit.unseen for name in unit.names}
-        return {name for use in self.watched.uses for name in use.names if name in unseen}
+        idle = {name for unit in self.plan.generic if unit.without_use for name in unit.names}
+        return {name for use in self.watched.uses for name in use.names if name in idle}
 
     @property
     def numbers_per_vector(self) -> int:
@@ -130,7 +130,8 @@ class Linearized:
         arrangements = self._arrangements(own, gradients, known, counting, alone=alone)
         if known is None:
             self._unrule_silent(gradients)
-        factor = scale if known is None else known.scale.unsqueeze(0)
+        factor = scale if known is None else known.scale
+        factor = None if factor is None else factor.to(dtype).reshape(-1, self.batch.size, 1, 1)
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
             made = None
@@ -169,20 +170,19 @@ class Linearized:
         Units whose rule does not hold here lose it; parameters that are used for the first time get a rule, if the sum
         of their rows is what autograd finds.
         """
-        plan, newly_ruled = copy.copy(self.plan), self.newly_ruled
-        plan.units = [unit for unit in self.plan.units if not {*self.unruled, *newly_ruled}.intersection(unit.names)]
+        plan, newly_ruled = self.plan, self.newly_ruled
+        units = [unit for unit in plan.units if not {*self.unruled, *newly_ruled}.intersection(unit.names)]
         names = [name for name in plan.space.names if name in self.unruled]
         why = "in some batch its positions belong to several examples, or it is used in another way"
-        plan.units += [Unit((name,), why, plan.parameters[name].numel()) for name in names]
-        plan.vectorised, plan.unused = plan.vectorised and not names, plan.unused - newly_ruled
+        units += [Unit((name,), why, plan.parameters[name].numel()) for name in names]
         if newly_ruled:
             v = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
             gradients = self.watched.backward(v.unsqueeze(0))
             arrangements = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
             for unit in propose(plan, self.watched, [name for name in plan.space.names if name in newly_ruled]):
-                plan.units.append(self._adopted(unit, gradients, arrangements, v))
-        plan.units.sort(key=lambda unit: plan.space.names.index(unit.names[0]))
-        return plan
+                units.append(self._adopted(unit, gradients, arrangements, v))
+        plan = replace(plan, vectorised=plan.vectorised and not names, unused=plan.unused - newly_ruled)
+        return plan.with_units(map(copy.copy, units))
 
     def _adopted(
         self, unit: Unit, gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None], v: Tensor
@@ -207,7 +207,9 @@ class Linearized:
         counting: Float[Tensor, "B ..."] | None, *, alone: bool,
     ) -> Sequence[Arrangement | None]:  # fmt: skip
         """How the entries of each use lie, found once a pass, from vectors that reach what any of its vectors reach."""
-        if self._arranged is None:
+        if self._arranged is None and self.watched.regular:  # no gradient is asked
+            self._arranged = self.watched.arrangements_by(v[0])
+        elif self._arranged is None:
             first = [None if g is None else g[0] for g in gradients]
             if known is not None and known.multiplied is not None:
                 self._arranged = self.watched.arrangements(first, known.multiplied)
@@ -241,8 +243,8 @@ class Linearized:
     def _refuse_coupled(self, names: list[str]) -> None:
         """Raise unless each example alone has the outputs that it has in this batch."""
         allowed = self._tolerance(self.z.dtype)
-        with torch.no_grad(), untouched_rng([self.z.device]):
-            alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model) for n in range(self.batch.size)]
+        with untouched_rng([self.z.device]):
+            alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model).detach() for n in range(self.batch.size)]
         pairs = [(one[0], z) for one, z in zip(alone, self.z.detach(), strict=True)]
         usual = self.z.detach().norm() / self.batch.size**0.5
         if all(a.shape == z.shape and bool((a - z).norm() <= allowed * z.norm().maximum(usual)) for a, z in pairs):
@@ -263,7 +265,7 @@ class Linearized:
         self, v: Float[Tensor, "k B ..."], known: Known | None
     ) -> tuple[Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"], Float[Tensor, "k B"] | None]:
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
-        for scale in scales(v) if self.plan.coarsest in HALF or self.z.dtype in HALF else (None,):
+        for scale in scales(v) if self.watched.coarsest in HALF or self.z.dtype in HALF else (None,):
             own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
             arrived, generic = self._back(own) if known is None else (known.gradients, self._generic(own))
             made = [*(arrived if known is None else ()), generic]

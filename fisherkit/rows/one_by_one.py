@@ -225,7 +225,7 @@ def _by_example(plan: Plan, batch: Batch, follow: bool) -> list[Watched]:
         or any(type(unit) is not RuledUnit or unit.form or isinstance(unit.rule, asking) for unit in plan.ruled)
     ):
         return [forward(plan, one) for one in examples]
-    wanted = {name for unit in plan.units if isinstance(unit, RuledUnit) or unit.unseen for name in unit.names}
+    wanted = {name for unit in plan.units if isinstance(unit, RuledUnit) or unit.without_use for name in unit.names}
     names = {id(plan.parameters[name]): name for name in wanted}
     return [Watched.of(plan.model, _SeenOnce(names, plan.coarsest), one) for one in examples]
 
@@ -236,7 +236,7 @@ def _form(watched: Watched) -> tuple[Any, ...]:
     first = all(
         use.rule.lead(use)[:1] == _input(use).shape[:1] != () and use.slices is None for use in watched.uses
     )  # fmt: skip
-    return *uses, watched.elsewhere, watched.random, None if first else id(watched)
+    return *uses, watched.outside_rules, watched.random, None if first else id(watched)
 
 
 def _input(use: Use) -> Tensor:

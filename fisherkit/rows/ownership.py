@@ -50,6 +50,8 @@ class Regular:
     def arranged(self, x: Shaped[Tensor, "k E t c"]) -> Shaped[Tensor, "k B T c"]:
         """By example, in the entries' order; without a copy where examples come first."""
         k, entries, t, c = x.shape
+        if entries == self.batch and self.inner == 1:
+            return x
         if entries == self.batch * self.inner:
             return x.reshape(k, self.batch, self.inner * t, c)
         whole = x.reshape(k, entries // (self.batch * self.inner), self.batch, self.inner, t, c)
@@ -110,11 +112,11 @@ class Owned:
         return whole.reshape(k, self.batch, self.table.shape[1] * t, c)
 
     def owners(self, entries: int) -> Int[Tensor, "E"]:
-        """As in `Regular`."""
+        """The example of each entry."""
         return self.owner
 
     def exists(self, positions: int, each: int) -> Bool[Tensor, "B T"]:
-        """As of `Regular`."""
+        """Which positions of each example there are, where entries have ``each`` of them."""
         return (self.table < len(self.owner)).repeat_interleave(each, 1)
 
     def described(self, lead: torch.Size) -> str:

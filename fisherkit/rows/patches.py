@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +64,30 @@ class Patches:
         Windows lie along the last axis of memory, where runs of pixels are copied whole.
         """
         x = self.x[index] if self.group == 1 else self.x.unflatten(0, (-1, self.group))[index].flatten(0, 1)
-        if any(pair != (0, 0) for pair in self.padding):
-            x = F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
+        x = self._padded(x)
         inner = x.stride()[2:]
         size = (*x.shape[:2], *self.kernel, *self.positions)
         windows = [step * s for step, s in zip(inner, self.dilation, strict=True)]
         moves = [step * s for step, s in zip(inner, self.stride, strict=True)]
         every = x.as_strided(size, (*x.stride()[:2], *windows, *moves), x.storage_offset())
-        t, i = torch.Size(self.positions).numel(), self.shape[2]
-        result = x.new_empty(x.shape[0], i + constant, t)
-        result[:, :i].unflatten(2, self.positions).unflatten(1, size[1 : 2 + len(inner)]).copy_(every)
+        channels, i = size[1 : 2 + len(inner)], self.shape[2]
+        result = x.new_empty(x.shape[0] // self.group, i + constant, self.group, *self.positions)
+        result[:, :i].movedim(2, 1).unflatten(2, channels).copy_(every.unflatten(0, (-1, self.group)))
         result[:, i:] = 1.0
-        return result.mT if self.group == 1 else result.mT.reshape(-1, self.group * t, i + constant)
+        return result.flatten(2).mT
+
+    def weight_gradient(self, n: int, gradient: Float[Tensor, "T O"]) -> Float[Tensor, "O I"]:
+        """Σ_t g_t p_tᵀ over the windows p of example n, by the convolution's own kernel, which makes no windows."""
+        x = self.x[n * self.group : (n + 1) * self.group]
+        g = gradient.mT.unflatten(1, (self.group, *self.positions)).transpose(0, 1)
+        size = g.shape[1], x.shape[1], *self.kernel
+        function = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.kernel) - 1]
+        return function(self._padded(x), size, g, self.stride, 0, self.dilation).flatten(1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        if all(pair == (0, 0) for pair in self.padding):
+            return x
+        return F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
 
     def grouped(self, group: int) -> Patches:
         """So many neighbours as one example."""

@@ -7,8 +7,11 @@ seen) goes the generic way. What two examples cannot show is looked at in every 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -18,13 +21,14 @@ from torch import Tensor, nn
 from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError, listed
-from fisherkit.randomness import untouched_rng
+from fisherkit.randomness import rng_places, untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
 from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.ownership import Arrangement, coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
+from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
@@ -44,52 +48,82 @@ class Probe:
 
     Attributes:
         z: their outputs.
+        hooked: as of the forward pass.
     """
 
     def __init__(self, batch: Batch, watched: Watched) -> None:
-        self.batch, self.z = batch, watched.z.detach()
+        self.batch, self.z, self.hooked = batch, watched.z.detach(), watched.hooked
         self.watched: Watched | None = watched
 
 
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What is found out about a model: how rows of some of its parameters are made. Holds no tensor and no model.
+
+    Args:
+        units: a partition of the names, in their order.
+        vectorised: whether ``torch.func`` reproduces the generic units' gradients.
+        shared: parameters of layers whose inputs all examples share, as of positions.
+        unused: names of parameters that the outputs of the two examples do not depend on at all.
+        coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
+        numbers_per_example: entries of all layer outputs for one example.
+        alone: whether the model takes one example at a time, so that it was verified on one.
+        tried: a cache, which all that have these findings share, of what is found out when it is first needed:
+            "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
+            whether products need no rows; "last layer"; and by kind and likelihood, how many vectors an example has.
+    """
+
+    units: tuple[Unit, ...] = ()
+    vectorised: bool = True
+    shared: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+    coarsest: torch.dtype = torch.float64
+    numbers_per_example: int = 1
+    alone: bool = False
+    tried: dict[Hashable, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan(Findings):
     """How the rows of a model are made.
 
     Args:
         model: the model.
         space: the chosen parameters.
-
-    Attributes:
-        parameters: the chosen parameters by name.
-        units: a partition of the names.
-        vectorised: whether ``torch.func`` reproduces the generic units' gradients.
-        tried: what is found out when it is first needed: "batched", whether several output vectors can go through one
-            vectorised backward pass; "matrix-free", whether products need no rows; "last layer"; and by kind and
-            likelihood, how many vectors an example has.
-        shared: parameters of layers whose inputs all examples share, as of positions.
-        unused: names of parameters that the outputs of the two examples do not depend on at all.
-        coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
-        probe: the two examples that the plan was verified on.
-        numbers_per_example: entries of all layer outputs for one example.
+        parameters: the same by name.
+        versions: how often each had been written to.
         key: what the findings are kept under (`rows.verified`); None before.
-        alone: whether the model takes one example at a time, so that it was verified on one.
+        probe: the two examples that the plan was verified on; no plan that is handed on is without.
     """
 
-    probe: Probe
+    model: nn.Module
+    space: ParameterSpace
+    parameters: dict[str, Tensor]
+    versions: dict[str, int]
+    key: Hashable = None
+    probe: Probe = field(repr=False, default=None)  # type: ignore[assignment]
 
-    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
+    @classmethod
+    def of(cls, model: nn.Module, space: ParameterSpace, findings: Findings, key: Hashable = None) -> Plan:
+        """A plan of what was found, which may be nothing, for the model as it is; its units are its own."""
         own = dict(model.named_parameters())
-        self.model, self.space = model, space
-        self.parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
-        self._versions = {name: p._version for name, p in self.parameters.items()}
-        self.units: list[Unit] = []
-        self.vectorised = True
-        self.tried: dict[Hashable, int] = {}
-        self.shared: set[str] = set()
-        self.unused: set[str] = set()
-        self.coarsest = torch.float64
-        self.numbers_per_example = 1
-        self.key: Hashable = None
-        self.alone = False
+        parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
+        versions = {name: p._version for name, p in parameters.items()}
+        units = tuple(map(copy.copy, findings.units))
+        return cls(
+            **{**vars(findings), "units": units}, model=model, space=space, parameters=parameters, versions=versions,
+            key=key,
+        )  # fmt: skip
+
+    @property
+    def findings(self) -> Findings:
+        """What can be kept of the plan; the units are copies."""
+        own = {one.name: getattr(self, one.name) for one in fields(Findings)}
+        return Findings(**{**own, "units": tuple(map(copy.copy, self.units))})
+
+    def with_units(self, units: Iterable[Unit]) -> Plan:
+        """With others, put in the parameters' order."""
+        return replace(self, units=tuple(sorted(units, key=lambda unit: self.space.names.index(unit.names[0]))))
 
     def refuse_changed(self) -> None:
         """Refuse a model whose parameters were written to since the plan was made: its rows would be another Fisher's.
@@ -97,7 +131,7 @@ class Plan:
         Raises:
             ModelError: naming the parameters.
         """
-        changed = [n for n, p in self.parameters.items() if p._version != self._versions[n]]
+        changed = [n for n, p in self.parameters.items() if p._version != self.versions[n]]
         if changed:
             raise ModelError(
                 call="a pass over the data",
@@ -156,7 +190,7 @@ class Plan:
         return {
             name
             for unit in self.ruled
-            if watched.elsewhere.intersection(unit.names)
+            if watched.outside_rules.intersection(unit.names)
             or any(unit.differs(watched.uses[i]) for i in unit.of(watched.uses))
             for name in unit.names
         }
@@ -189,8 +223,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         ModelError: dropout or batch statistics in train mode, or examples of a batch that influence each other.
     """
     refuse_train_mode(model)
-    plan = Plan(model, space)
-    plan.alone = alone
+    plan = Plan.of(model, space, Findings(alone=alone))
     parameters = list(plan.parameters.values())
     device = plan.example_parameter.device
     if device.type == "meta":
@@ -202,41 +235,51 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         )
     with untouched_rng([device]), differentiable(model, parameters):
         probe = batch.take(two_of(batch, alone))
-        before = torch.get_rng_state()
-        watched = forward(plan, probe)
-        z = watched.z
-        random = not torch.equal(before, torch.get_rng_state())
-        _check_outputs(z)
+        watched, random = probed(plan, probe)
+        z, plan = watched.z, replace(plan, coarsest=watched.coarsest)
+        _check_outputs(z, probe.place)
         kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-        reference = _Reference(plan, watched, v[0])
-        plan.unused = reference.unreached
-        plan.units, mixed = _units(plan, watched, v, reference, reference.at_uses)
+        reference = _Reference(plan, probe, watched, v[0])
+        units, mixed = _units(plan, watched, v, reference, reference.at_uses)
         if mixed:
             # Layers of what examples share, as positions: perhaps rules hold for what is made of their outputs.
-            plan.shared = mixed
-            again = forward(plan, probe)
-            units, _ = _units(plan, again, v, reference, _one_by_one(again, v[0], again.edges))
-            if _numbers_without_rule(units) < _numbers_without_rule(plan.units):
-                plan.units, watched = units, again
-            else:
-                plan.shared = set()
-        plan.units.sort(key=lambda unit: space.names.index(unit.names[0]))
-        plan.probe = Probe(probe, watched)
-        layers = sum(torch.Size(use.output_shape).numel() for use in watched.uses)
-        plan.numbers_per_example = (z.numel() + layers) // probe.size + sum(unit.numbers for unit in plan.generic)
+            other = replace(plan, shared=frozenset(mixed))
+            again = forward(other, probe)
+            others, _ = _units(other, again, v, reference, _one_by_one(again.z, v[0], again.edges))
+            if _numbers_without_rule(others) < _numbers_without_rule(units):
+                plan, units, watched = other, others, again
+        layers, generic = (
+            sum(torch.Size(use.output_shape).numel() for use in watched.uses),
+            _numbers_without_rule(units),
+        )
+        plan = replace(
+            plan.with_units(units), unused=frozenset(reference.unreached), probe=Probe(probe, watched),
+            numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
+        )  # fmt: skip
         if plan.generic:
-            plan.numbers_per_example += kept
-            plan.vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, z, reference)
-            plan.vectorised = plan.vectorised and not (
-                probe.size > 1
-                and loop_is_cheaper(model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example)
-            )
+            vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, z, reference)
+            loop = probe.size > 1 and vectorised and loop_is_cheaper(
+                model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example
+            )  # fmt: skip
+            plan = replace(plan, vectorised=vectorised and not loop)
+        if plan.looped:
+            plan = plan.with_units([one for unit in plan.units for one in _by_kernel(unit, plan)])
         if plan.unused:
             refuse_hidden(model, {name: plan.parameters[name] for name in plan.unused}, probe, z)
     return plan
+
+
+def _by_kernel(unit: Unit, plan: Plan) -> list[Unit]:
+    """A unit; of a recurrent layer its parameters, which the loop's passes bring by torch's own kernel."""
+    if not isinstance(unit, RuledUnit) or not isinstance(unit.rule, RecurrentRule):
+        return [unit]
+    return [
+        Unit((name,), "of a recurrent layer beside parameters without a rule", _numbers(plan, (name,)))
+        for name in unit.names
+    ]
 
 
 def two_of(batch: Batch, alone: bool = False) -> Int[Tensor, "n"]:
@@ -269,8 +312,8 @@ OneByOneGradients = Sequence[Sequence[Tensor | None]]
 """Of each example's outputs alone, at every place that was asked for; None where nothing depends on an output."""
 
 
-def _one_by_one(watched: Watched, v: Float[Tensor, "B ..."], inputs: Sequence[Any]) -> OneByOneGradients:
-    return [pulled_back(watched.z[n], inputs, v[n]) if inputs else () for n in range(watched.batch)]
+def _one_by_one(z: Float[Tensor, "B ..."], v: Float[Tensor, "B ..."], inputs: Sequence[Any]) -> OneByOneGradients:
+    return [pulled_back(z[n], inputs, v[n]) if inputs else () for n in range(len(z))]
 
 
 def _combined(found: OneByOneGradients, weights: Float[Tensor, "B"]) -> list[Tensor | None]:
@@ -286,12 +329,17 @@ def _numbers_without_rule(units: Sequence[Unit]) -> int:
     return sum(unit.numbers for unit in units if not isinstance(unit, RuledUnit))
 
 
+def probed(plan: Plan, two: Batch) -> tuple[Watched, bool]:
+    """A forward pass of the probe, and whether it drew random numbers."""
+    device = plan.example_parameter.device
+    before = rng_places(device)
+    return forward(plan, two), rng_places(device) != before
+
+
 def forward(plan: Plan, batch: Batch) -> Watched:
     """A forward pass of a batch, watched."""
     names = {id(p): name for name, p in plan.parameters.items()}
-    watched = Watched.of(plan.model, Recorder(names, batch.size, batch.leaves()[0], plan.shared), batch)
-    plan.coarsest = coarser(plan.coarsest, watched.coarsest)
-    return watched
+    return Watched.of(plan.model, Recorder(names, batch.size, batch.leaves()[0], plan.shared), batch)
 
 
 class _Reference:
@@ -303,9 +351,14 @@ class _Reference:
         unreached: names of the parameters that no output depends on.
     """
 
-    def __init__(self, plan: Plan, watched: Watched, v: Tensor) -> None:
+    def __init__(self, plan: Plan, probe: Batch, watched: Watched, v: Tensor) -> None:
         own, uses = list(plan.parameters.values()), len(watched.uses)
-        found = _one_by_one(watched, v, [*watched.edges, *own])
+        if any(isinstance(use.rule, RecurrentRule) for use in watched.uses):
+            # Judged by torch's own kernel, and not by the steps that were put in its place.
+            pairs = _one_by_one(watched.z, v, watched.edges), _one_by_one(probe.call(plan.model), v, own)
+            found: OneByOneGradients = [(*at_uses, *rows) for at_uses, rows in zip(*pairs, strict=True)]
+        else:
+            found = _one_by_one(watched.z, v, [*watched.edges, *own])
         self.at_uses: OneByOneGradients = [row[:uses] for row in found]
         self.unreached = {n for i, n in enumerate(plan.parameters) if all(row[uses + i] is None for row in found)}
         self.rows = [
@@ -317,7 +370,7 @@ class _Reference:
         if not all_finite(self.norms) and not all_finite(*(g for row in self.rows for g in row)):
             bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
-                call="data, batch 0",
+                call=probe.place,
                 got=f"gradients with NaN or infinite entries of {listed(map(repr, bad))}",
                 expected="finite gradients",
                 try_="look for √, log or division at 0 in the model",
@@ -357,38 +410,43 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
     Raises:
         ModelError: they do.
     """
-    scale = tolerance * (z[0].norm() + z[-1].norm())
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)
     pairs = [(n, n) for n in (0, min(1, batch.size - 1))] if len(z) > 1 else [(0,)]  # one alone: once more
     same, *others = [batch.take(torch.tensor(pair, device=z.device)) for pair in pairs]
-    with torch.no_grad():
-        whole, backwards = some.call(model), some.take(order).call(model)
-        twice = [other.call(model) for other in others]
+    # With gradients on, as hooks of the model's own on the graph need it.
+    whole, backwards = some.call(model).detach(), some.take(order).call(model).detach()
     first, kept = kept_numbers(model, same)
-    twice.insert(0, first.detach())
-    fine = (
-        all(one.shape == z.shape and bool((one[0] - z[n]).norm() <= scale) for n, one in enumerate(twice))
-        and whole.shape == backwards.shape
-        and bool((whole - backwards[order]).norm() <= tolerance * whole.norm())
-    )
-    if fine:
-        return kept
+    twice = [first.detach(), *(other.call(model).detach() for other in others)]
+    require_alike(backwards.flip(0), whole, tolerance * whole.norm())
+    for n, one in enumerate(twice):
+        require_alike(one, z.detach()[[n] * len(z)], tolerance * z.norm())
+    return kept
+
+
+def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
+    """Refuse outputs of the same examples that differ from pass to pass.
+
+    Raises:
+        ModelError: they do.
+    """
+    if found.shape == expected.shape and bool((found - expected).norm() <= allowed):
+        return
     raise ModelError(
         call="the Fisher of this model",
-        got="an output for the first example that changes with the rest of its batch",
+        got="an output for an example that changes with the rest of its batch",
         expected="examples that do not influence each other, and a deterministic forward pass",
         why="per-example gradients do not exist otherwise",
-        try_="model.eval(); remove batch statistics, contrastive terms or noise from forward; nodes of a graph are "
-        'positions of one example: inputs (1, nodes, ...), example="token"',
+        try_="model.eval(); remove batch statistics, contrastive terms, noise or a capacity that experts share from "
+        'forward; nodes of a graph are positions of one example: inputs (1, nodes, ...), example="token"',
     )
 
 
-def _check_outputs(z: Tensor) -> None:
+def _check_outputs(z: Tensor, place: str) -> None:
     call = "the model's forward pass"
     if not z.is_floating_point():
         raise ModelError(call=call, got=f"outputs of {z.dtype}", expected="real floating-point outputs")
-    check_finite(z, "data, batch 0")
+    check_finite(z, place)
     if not z.requires_grad:
         raise ModelError(
             call=call,
@@ -432,17 +490,17 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
         own = [use for member in members for use in seen[member]]
         slices = [use.slices is not None for use in seen[name]]
         ways = {(use.rule, use.turned) for use in seen[name]}
-        if slices and all(slices) and len(ways) == 1 and name not in watched.elsewhere:
+        if slices and all(slices) and len(ways) == 1 and name not in watched.outside_rules:
             units.append(SlicedUnit((name,), own[0].rule, _numbers(plan, (name,)), turned=own[0].turned))
             continue
         free = all(use.slices is None or use.slices.ndim == 0 for use in own)
         plain = bool(own) and free and all(use.plain for use in own)
-        together, free = {form_of(use) for use in own}, free and not watched.elsewhere.intersection(members)
+        together, free = {form_of(use) for use in own}, free and not watched.outside_rules.intersection(members)
         if plain and free and len(together) == 1:
             chosen = own[0].names
             units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen), turned=own[0].turned))
             placed.update(chosen)
-        elif plain and name not in watched.elsewhere:
+        elif plain and name not in watched.outside_rules:
             units.append(_alone(name, list(dict.fromkeys(form_of(use) for use in seen[name])), _numbers(plan, (name,))))
         elif own and free:
             rules = list(dict.fromkeys(use.rule for use in own))
@@ -451,8 +509,8 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             placed.update(chosen)
         else:
             reason = "no rule knows some of its uses" if own else "no layer rule saw it"
-            unseen = not own and name not in watched.elsewhere
-            units.append(Unit((name,), reason, _numbers(plan, (name,)), unseen=unseen))
+            without_use = not own and name not in watched.outside_rules
+            units.append(Unit((name,), reason, _numbers(plan, (name,)), without_use=without_use))
     return units
 
 
@@ -510,9 +568,8 @@ def _vectorised_agrees(
     names = [name for unit in plan.generic for name in unit.names]
     if recurrent(plan.model) or not plan.live_generic:
         return False
-    try:
+    # torch.func refuses some kernels, data-dependent Python and hooks on the graph; the loop over examples does not.
+    with contextlib.suppress(Exception):
         rows = plan.generic_rows(probe, v, z)[0]
         return reference.agrees(names, rows.shape[1], rows.__getitem__)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        # torch.func refuses some kernels and any data-dependent Python; the loop over examples needs neither.
-        return False
+    return False

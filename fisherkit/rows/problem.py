@@ -22,6 +22,7 @@ from fisherkit.errors import DataError
 from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
+from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
@@ -31,13 +32,17 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
-from fisherkit.rows.plan import Plan
+from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.watched import Watched
 
 LONG = 600.0
 """Seconds from which on a run is worth a warning before it."""
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
 """Outputs and K directions in output space to Σ_m v vᵀ times each direction."""
+GRAPH = 1 << 23
+"""Entries of the layer outputs of a pass on a processor: memory that is given back and taken anew costs more time than
+larger matrix products save."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
@@ -48,11 +53,12 @@ class BetterPlanError(Exception):
     Args:
         plan: the new one.
         by_owner: as in `Problem`.
+        batch: that has shown it.
     """
 
-    def __init__(self, plan: Plan, by_owner: bool | None) -> None:
+    def __init__(self, plan: Plan, by_owner: bool | None, batch: Batch) -> None:
         super().__init__("a better plan")
-        self.plan, self.by_owner = plan, by_owner
+        self.plan, self.by_owner, self.batch = plan, by_owner, batch
 
 
 @dataclass
@@ -70,13 +76,16 @@ class Problem:
         progress: show a progress bar.
         summed: whether nothing but sums over rows is wanted: squares, or second moments of their factors.
         vectors_per_example: M, found by `measure`.
-        closed: whether those sums need no rows (`rows.last_layer`), found by `measure`.
+        rowless: whether those sums need no rows (`rows.last_layer`), found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
-        looked: whether outputs have been looked at for probabilities in the place of logits; two examples are too few.
+        probabilities_sought: whether outputs have been looked at for probabilities in the place of logits; two examples
+            are too few.
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
+        processes: that each have a part of the data; None for one alone.
+        offset: how many examples the ranks before this one have, where examples are known by their place.
     """
 
     plan: Plan
@@ -89,17 +98,40 @@ class Problem:
     progress: bool
     summed: bool = False
     vectors_per_example: int = 1
-    closed: bool = False
+    rowless: bool = False
     most_examples: int | None = None
     revisable: bool = False
-    looked: bool = True
+    probabilities_sought: bool = True
     by_owner: bool | None = None
     budget: int | None = None
+    processes: Processes | None = None
+    offset: int = 0
+
+    @functools.cached_property
+    def examples(self) -> int:
+        """How many examples the data have; of several processes, those of the one that has most."""
+        count = self.source.count
+        if self.processes is None:
+            return count()
+        return max(self.processes.gathered(self.processes.each("counting examples", count)))
+
+    def better(self, batch: Batch) -> BetterPlanError:
+        """What a batch shows that another process has."""
+        try:
+            for _ in self._micro(
+                batch.to(self.plan.example_parameter.device), 0, "data of another process", in_company=False
+            ):
+                pass
+        except BetterPlanError as found:
+            return found
+        raise LookupError("the batch shows nothing")
 
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """One pass over the data; not ``compared`` with other passes where its results stand alone."""
+        largest = 0
         for batch, start, call in self._micro_batches(description, compared=compared):
-            yield from self._micro(batch, start, call)
+            yield from self._micro(batch, start, call, in_company=batch.size > largest)
+            largest = max(largest, batch.size)
 
     def batches(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """The same with a micro-batch's chunks joined, rows ordered by example, position and vector."""
@@ -109,7 +141,8 @@ class Problem:
                 yield joined(pending)
                 pending = []
             pending.append(chunk)
-        yield joined(pending)
+        if pending:
+            yield joined(pending)
 
     def metrics(self, description: str) -> Iterator[tuple[Batch, Metric]]:
         """One pass over the data that yields each micro-batch with the product of its output metric."""
@@ -118,24 +151,27 @@ class Problem:
 
     def counts(self, description: str) -> Iterator[tuple[int, int, Float[Tensor, "n"] | None]]:
         """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
+        largest = 0
         for batch, start, call in self._micro_batches(description):
-            with self._quiet(), torch.no_grad():
-                raw = batch.call(self.plan.model)
-            slots = self._slots(batch, raw, start, call)
-            keep = slots.keep(torch.arange(slots.number, device=slots.mask.device))
+            with self._quiet():
+                watched = forward(self.plan, batch)
+            slots = self._slots(batch, watched.z, start, call)
+            if batch.size > largest:
+                self._refuse_influence(batch, watched)
+            largest = max(largest, batch.size)
+            keep = slots.keep(slice(0, slots.number))
             yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
 
-    def probe_rows(self) -> tuple[Batch, Callable[[Float[Tensor, "k B ..."]], Rows]]:
-        """The plan's two examples, and their rows for any output vectors."""
-        two = self.plan.probe.batch
+    def probe_rows(self) -> tuple[Linearized, Callable[[Float[Tensor, "k B ..."]], Rows]]:
+        """The model at the plan's two examples, and their rows for any output vectors."""
         with self._quiet():
             linearized = Linearized.probe(self.plan)
 
         def rows(v: Float[Tensor, "k B ..."]) -> Rows:
             with self._quiet():
-                return linearized.rows(v, RowSelection(v.shape[0], two.size, v.device))
+                return linearized.rows(v, RowSelection(v.shape[0], v.shape[1], v.device))
 
-        return two, rows
+        return linearized, rows
 
     def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
         """Σ_m v (vᵀ w) for K directions in output space."""
@@ -166,27 +202,24 @@ class Problem:
         self.likelihood.check_reading(raw, batch.targets, batch.leaves()[0], call)
         wanted = self.kind.needs_targets or self.likelihood.labels_mask or self.likelihood.hessian_of_targets
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
-        if not self.looked:
-            self.looked = True
+        if not self.probabilities_sought:
+            self.probabilities_sought = True
             warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
-        # 2²⁴ positions an example keep (example, position) apart in one integer.
-        example = torch.arange(start, start + z.shape[0], device=z.device)
-        keys = example.unsqueeze(1) * (1 << 24) + torch.arange(z.shape[1], device=z.device)
-        return Outputs(z, target, mask, keys, self.likelihood)
+        return Outputs.keyed(z, target, mask, start, self.likelihood, raw.shape[1:])
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
         plan, tried, kind = self.plan, self.plan.tried, self.kind
         key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
         if key not in tried:
-            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, "data, batch 0").number
+            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place).number
         self.vectors_per_example = tried[key]
-        self.closed = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
-        if self.vectors_per_example > 1 and not self.closed and "batched" not in tried:
+        self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
+        if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
             with self._quiet():
                 _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
-        self.looked = False
+        self.probabilities_sought = False
 
     def _last_layer(self) -> bool:
         """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
@@ -233,7 +266,7 @@ class Problem:
 
     def row_bytes(self, names: Collection[str], *, vectors: int | None = None) -> int:
         """Bytes of one example's rows over some parameters; of M vectors by default, or 1 where sums need none."""
-        vectors = vectors or (1 if self.closed else self.vectors_per_example)
+        vectors = vectors or (1 if self.rowless else self.vectors_per_example)
         item = torch.finfo(self.plan.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
         return item * sum(unit.numbers_per_example(vectors) for unit in units)
@@ -248,7 +281,7 @@ class Problem:
         self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
-        start = 0
+        start = self.offset
         read = self.source.numbered() if compared else enumerate(self.source.once())
         for number, batch in beside(shown, read):
             step = self._piece(batch.size)
@@ -257,7 +290,7 @@ class Problem:
                 yield micro, start, f"data, batch {number}"
                 start += micro.size
                 shown.update(micro.size / batch.size)
-        if start == 0:
+        if start == 0 and self.processes is None:
             raise DataError(call="data", got="no batch", expected="at least one example")
 
     def _piece(self, size: int) -> int:
@@ -274,17 +307,38 @@ class Problem:
             return OneByOne(self.plan, batch, follow=self.by_owner is False)
         return Linearized.at(self.plan, batch)
 
-    def _micro(self, batch: Batch, start: int, call: str) -> Iterator[Chunk]:
+    def _refuse_influence(self, batch: Batch, seen: Watched | OneByOne) -> None:
+        """Refuse a batch in which examples have other outputs than in other company.
+
+        Where functions on the way may have mixed examples, all are compared with themselves in halves of the batch.
+
+        Raises:
+            ModelError: they do.
+
+        Cost: none where the forward pass keeps examples apart, else one more.
+        """
+        if isinstance(seen, OneByOne) or seen.apart or batch.size == 1:
+            return
+        plan, z = self.plan, seen.z.detach()
+        order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(0)).to(z.device)
+        for piece in order.chunk(2) if batch.size > 2 else [torch.zeros_like(order)]:
+            with self._quiet():
+                again = batch.take(piece).call(plan.model).detach()
+            require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
+
+    def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
         with self._quiet():
             linearized = self._linearized(batch)
             if self.revisable and linearized.newly_ruled:
-                raise BetterPlanError(linearized.replanned(), self.by_owner)
+                raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             if self.by_owner:
                 linearized.by_owner()
             elif self.by_owner is not None and not linearized.followed:
-                raise BetterPlanError(self.plan, True)
+                raise BetterPlanError(self.plan, True, batch)
         outputs = self._outputs(batch, linearized.z, start, call)
-        last = last_layer_rows(linearized, outputs) if self.closed and isinstance(linearized, Linearized) else None
+        if in_company:
+            self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
+        last = last_layer_rows(linearized, outputs) if self.rowless and isinstance(linearized, Linearized) else None
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)
             return
@@ -304,7 +358,7 @@ class Problem:
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
                 if self.revisable and linearized.unruled:
-                    raise BetterPlanError(linearized.replanned(), self.by_owner)
+                    raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
                 return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)
@@ -336,4 +390,4 @@ def _now(device: torch.device) -> float:
 
 def _graph(device: torch.device) -> int:
     """Entries of the layer outputs that one forward pass may hold; an accelerator wants larger matmuls."""
-    return TILE if device.type == "cpu" else 4 * TILE
+    return GRAPH if device.type == "cpu" else 4 * TILE

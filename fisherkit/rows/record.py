@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
 from fisherkit.rows.contractions import ContractionRule, contraction
 from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather, mapped
 from fisherkit.rows.ownership import coarser
+from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, unrolled
 from fisherkit.rows.rules import (
     ADDED,
     BATCH_NORM,
@@ -70,12 +72,11 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         uses: what was seen.
-        elsewhere: names of parameters that functions without a rule have used, with a gradient.
+        outside_rules: names of parameters that functions without a rule have used, with a gradient.
         without_graph: names of parameters that were used where no gradients are.
         random: whether dropout was active.
         coarsest: the floating dtype that rounds most, of all that is differentiated; autocast may be inside the model.
         casts: whether a module was cast in place, which ``torch.func`` does not survive.
-        hooked: whether a hook was put on a tensor, which may change its gradient.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
     """
 
@@ -93,21 +94,32 @@ class Recorder(TorchFunctionMode):
         self.names, self.batch, self.shared = names, batch, shared
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
-        self.elsewhere: set[str] = set()
+        self.outside_rules: set[str] = set()
         self.without_graph: set[str] = set()
-        self.random = self.casts = self.hooked = False
+        self.random = self.casts = False
         self.coarsest = torch.float64
         self.muted = 0
+        self._hooks = RemovableHandle.next_id
         self._tracker = Tracker(batch)
         self._derivations = Derivations(names)
         for tensor in inputs:
             self._tracker.mark(tensor, Axis(0))
 
+    @property
+    def hooked(self) -> bool:
+        """Whether a hook was registered since, on a tensor or a node of the graph: it may change gradients."""
+        return RemovableHandle.next_id != self._hooks
+
+    @property
+    def mixed(self) -> bool:
+        """Whether numbers without a gradient may have been computed from several examples."""
+        return self._tracker.mixed
+
     def proves(self, z: Tensor) -> bool:
         """Whether the pass itself shows whose the entries of uses with an axis are."""
         made = self._derivations.of(z)
         if made is not None:  # outputs that are functions of parameters alone met no example
-            self.elsewhere.update(made.names)
+            self.outside_rules.update(made.names)
         return self._tracker.proves(z)
 
     def __torch_function__(
@@ -128,7 +140,7 @@ class Recorder(TorchFunctionMode):
                 return _ATTENTION(*args, **kwargs)
         if func is F.batch_norm and self.constant_statistics:
             args, kwargs = _with_constants(args, kwargs)
-        self.casts, self.hooked = self.casts or func == _SET_DATA, self.hooked or func is Tensor.register_hook
+        self.casts = self.casts or func == _SET_DATA
         own = self._derivations.operands(args, kwargs)
         if own and not torch.is_grad_enabled():
             self.without_graph.update(name for _, made in own for name in made.names)
@@ -145,6 +157,8 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands
     ) -> Any:
         """A function that was given chosen parameters, or what is made of them alone."""
+        if can_be_unrolled(func, args) and self._derivations.of(args[0]) is None:
+            return self._unrolled(func, args)
         rule, arguments = self._rule(func, args, kwargs)
         seen, versions = len(self.uses), [tensor._version for tensor, _ in own]
         gathered = own[0][0] is args[0] and is_gather(func, args) if args else False
@@ -178,9 +192,21 @@ class Recorder(TorchFunctionMode):
             self._leave(self._derivations.operands(args, kwargs))
         return output
 
+    def _unrolled(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """A recurrent layer, as its linear maps."""
+        output, maps = unrolled(func, args)
+        self._tracker.see(func, args, {}, output)
+        status = self._tracker.status(output[0])
+        axis = status if isinstance(status, Axis) else None
+        for one in maps:
+            if any(self._derivations.of(w) is not None for w in (one.weight, one.bias)):
+                arguments = {"input": one.input, "weight": one.weight, "bias": one.bias}
+                self._note(RECURRENT[func], arguments, one.output, axis=axis)
+        return output
+
     def _leave(self, operands: Operands) -> None:
         """Parameters are used in a way that there is no rule for."""
-        self.elsewhere.update(name for _, made in operands for name in made.names)
+        self.outside_rules.update(name for _, made in operands for name in made.names)
 
     def _rule(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

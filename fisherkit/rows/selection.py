@@ -40,9 +40,10 @@ class RowSelection:
         """The example of each row, spelled out."""
         if self.example is not None:
             return self.example
-        return torch.arange(self.batch, device=self.device).repeat_interleave(self.vectors)
+        examples = torch.arange(self.batch, device=self.device)
+        return examples if self.vectors == 1 else examples.repeat_interleave(self.vectors)
 
     def take(self, x: Shaped[Tensor, "k B ..."]) -> Shaped[Tensor, "R ..."]:
         """The rows of something that there is for every slot."""
-        by_example = x.transpose(0, 1).flatten(0, 1)
+        by_example = x[0] if len(x) == 1 else x.transpose(0, 1).flatten(0, 1)
         return by_example if self._kept is None else by_example[self._kept]

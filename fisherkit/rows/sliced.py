@@ -30,7 +30,7 @@ class SlicedRows(UnitRows):
         none: rows of no slice, ``[0]``, which have its size, orientation, dtype and device.
     """
 
-    kind = "sliced"
+    form = "sliced"
 
     def __init__(self, parts: Mapping[int, Part], *, count: int, slices: int, none: FactoredRows) -> None:
         super().__init__(count, slices * none.size)

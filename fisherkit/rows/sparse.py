@@ -26,7 +26,7 @@ class SparseRows(UnitRows):
         vocabulary: V.
     """
 
-    kind = "sparse"
+    form = "sparse"
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ class StoredRows(UnitRows):
         values: ``[R, d]``.
     """
 
-    kind = "stored"
+    form = "stored"
 
     def __init__(self, values: Float[Tensor, "R d"]) -> None:
         super().__init__(*values.shape)

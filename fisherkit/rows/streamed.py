@@ -8,6 +8,7 @@ is tried first.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -25,9 +26,9 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.differentiable import differentiable, functional_call
-from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.rows.problem import Metric, Problem
+from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
 FEW_VECTORS = 2
@@ -52,10 +53,10 @@ class StreamedRows(RowSource):
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U in one pass."""
         if not self.matrix_free:
-            return self._sum(lambda rows: rows.product(u), "product")
+            return self._sum(lambda rows: rows.product(u), "product", torch.zeros_like(u))
         plan, metrics = self.problem.plan, self.problem.metrics("product")
         parts = (matrix_free_product(plan, self.space, batch, u, metric) for batch, metric in metrics)
-        total = functools.reduce(torch.add, parts)
+        total = functools.reduce(torch.add, parts, torch.zeros_like(u))
         if not all_finite(total):
             for _ in self.problem.chunks("product"):
                 pass  # the rows themselves say which batch and module it is
@@ -63,7 +64,7 @@ class StreamedRows(RowSource):
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U in one pass."""
-        return torch.cat([chunk.rows.matmul(u) for chunk in self.problem.batches("J u")])
+        return torch.cat([u[:0], *(chunk.rows.matmul(u) for chunk in self.problem.batches("J u"))])
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W in one pass."""
@@ -92,20 +93,27 @@ class StreamedRows(RowSource):
 
     def squared_sum(self) -> Float[Tensor, "D"]:
         """Diag JᵀJ in one pass."""
-        return self._sum(lambda rows: rows.squared_sum(), "diagonal")
+        return self._sum(lambda rows: rows.squared_sum(), "diagonal", self._zeros(self.space.size))
 
     def normal_matrix(self) -> Float[Tensor, "D D"]:
         """JᵀJ in one pass."""
-        return self._sum(lambda rows: rows.normal_matrix(), "dense")
+        zero = self._zeros(self.space.size, self.space.size).double()
+        return self._sum(lambda rows: rows.normal_matrix(), "dense", zero)
 
-    def _sum(self, function: Callable[[Rows], Tensor], description: str) -> Tensor:
-        return functools.reduce(torch.add, (function(chunk.rows) for chunk in self.problem.chunks(description)))
+    def _sum(self, function: Callable[[Rows], Tensor], description: str, zero: Tensor) -> Tensor:
+        return functools.reduce(torch.add, (function(chunk.rows) for chunk in self.problem.chunks(description)), zero)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        plan = self.problem.plan
+        return torch.zeros(shape, dtype=plan.dtype, device=plan.example_parameter.device)
 
     def _verified(self) -> bool:
         plan = self.problem.plan
+        if plan.probe.hooked:
+            return False  # forward-mode derivatives do not know of hooks
         if "matrix-free" not in plan.tried:
-            batch, rows = self.problem.probe_rows()
-            agrees = not _pads(plan) and _agrees(plan, self.space, batch, lambda v, u: rows(v).product(u))
+            probe, rows = self.problem.probe_rows()
+            agrees = not _pads(plan, probe.watched) and _agrees(plan, self.space, lambda v, u: rows(v).product(u))
             plan.tried["matrix-free"] = agrees
         return bool(plan.tried["matrix-free"])
 
@@ -192,23 +200,20 @@ def _columns(
     return torch.cat(parts, 1)
 
 
-def _pads(plan: Plan) -> bool:
+def _pads(plan: Plan, watched: Watched) -> bool:
     """Whether a table has a padding token, whose vector is a constant backward and is none forward."""
-    uses = Linearized.probe(plan).watched.uses
     tables = any(getattr(module, "padding_idx", None) is not None for module in plan.model.modules())
-    return tables or any(use.arguments.get("padding_idx") is not None for use in uses)
+    return tables or any(use.arguments.get("padding_idx") is not None for use in watched.uses)
 
 
-def _agrees(plan: Plan, space: ParameterSpace, batch: Batch, row_products: Callable[[Tensor, Tensor], Tensor]) -> bool:
+def _agrees(plan: Plan, space: ParameterSpace, row_products: Callable[[Tensor, Tensor], Tensor]) -> bool:
     """Whether products are those of the verified rows, for one column and for two.
 
     Both sides are asked for Jᵀ r (rᵀ J u) with random output vectors r, which takes one row of each example, however
     many vectors the kind has.
     """
-    like, generator = plan.example_parameter, torch.Generator().manual_seed(0)
+    like, generator, batch, z = plan.example_parameter, torch.Generator().manual_seed(0), plan.probe.batch, plan.probe.z
     u = torch.randn(space.size, 2, generator=generator, dtype=torch.float64).to(like)
-    with untouched_rng([u.device]), torch.no_grad():
-        z = batch.call(plan.model)
     r = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
 
     def metric(_: Tensor, w: Float[Tensor, "K B ..."]) -> Float[Tensor, "K B ..."]:
@@ -216,13 +221,12 @@ def _agrees(plan: Plan, space: ParameterSpace, batch: Batch, row_products: Calla
         return r * inner.reshape(*inner.shape, *[1] * (w.ndim - 2))
 
     expected = row_products(r.unsqueeze(0), u)
-    try:
+    # Some operations have no forward-mode derivative or batching rule; rows do without both.
+    with contextlib.suppress(Exception):
         one, two = (matrix_free_product(plan, space, batch, columns, metric) for columns in (u[:, :1], u))
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        # An operation without forward-mode derivative or batching rule; rows do without both.
-        return False
-    tolerance = TOLERANCE.get(like.dtype, 5e-2) * expected.norm()
-    return bool((two - expected).norm() <= tolerance) and bool((one - expected[:, :1]).norm() <= tolerance)
+        tolerance = TOLERANCE.get(like.dtype, 5e-2) * expected.norm()
+        return bool((two - expected).norm() <= tolerance) and bool((one - expected[:, :1]).norm() <= tolerance)
+    return False
 
 
 def _forward(

@@ -33,7 +33,7 @@ class SumRows(UnitRows):
         parts: of equally many rows over the same parameters.
     """
 
-    kind = "summed"
+    form = "summed"
 
     def __init__(self, parts: Sequence[UnitRows]) -> None:
         super().__init__(parts[0].count, parts[0].size)

@@ -39,11 +39,11 @@ class Unit:
         names: its name; more than one only in ruled units.
         reason: why it is handled as it is, for `coverage`.
         numbers: how many numbers a row takes when it is written out.
-        unseen: whether no function was seen to use it.
+        without_use: whether no function was seen to use it.
     """
 
-    def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, unseen: bool = False) -> None:
-        self.names, self.reason, self.numbers, self.unseen = names, reason, numbers, unseen
+    def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, without_use: bool = False) -> None:
+        self.names, self.reason, self.numbers, self.without_use = names, reason, numbers, without_use
 
     def numbers_per_example(self, vectors: int) -> int:
         """Numbers that the rows of one example take as they are kept, for so many output vectors an example."""
@@ -97,7 +97,7 @@ class RuledUnit(Unit):
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B 1 1"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """The unit's rows in a batch; None where an entry of a use belongs to several examples.
 
@@ -108,7 +108,8 @@ class RuledUnit(Unit):
             v: the output vectors, in the parameters' dtype.
             selection: which of them are rows.
             cache: activations of the units, for other vectors of the same pass that lie in the same way.
-            scale: by vector and example, what turns the gradients into those of v; by example alone for all vectors.
+            scale: by vector and example, or by example alone for all vectors, what turns the gradients into those of v;
+                as for entries, in their dtype.
         """
         own = self.of(uses)
         if not own:
@@ -121,7 +122,7 @@ class RuledUnit(Unit):
         entries = [self._entries(uses[i], gradients[i], v) for i in own]
         found = [one.arranged(g) for g, one in zip(entries, places, strict=True)]
         g = found[0] if len(found) == 1 else torch.cat(found, 2)
-        g = g if scale is None else g * scale.to(g.dtype)[:, :, None, None]
+        g = g if scale is None else g * scale
         key = self.names if self.form is None else (*self.names, repr(self.form[1:]), str(id(self.rule)))
         a = None if cache is None else cache.get(key)
         if a is None:
@@ -216,7 +217,7 @@ class SharedUnit(RuledUnit):
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B 1 1"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """As in `RuledUnit`; a part that the batch does not use has rows of zeros."""
         found = [part.made(uses, gradients, arrangements, v, selection, cache, scale) for part in self.parts]
@@ -266,7 +267,7 @@ class DerivedUnit(RuledUnit):
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B 1 1"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """As in `RuledUnit`; rows are sums over all that was made."""
         own = self.of(uses)
@@ -315,7 +316,7 @@ class SlicedUnit(RuledUnit):
     def made(
         self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
         v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B"] | None = None,
+        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B 1 1"] | None = None,
     ) -> UnitSlot | None:  # fmt: skip
         """As in `RuledUnit`."""
         own = self.of(uses)
@@ -336,7 +337,7 @@ class SlicedUnit(RuledUnit):
         some = ((which >= 0) & (whose >= 0)).nonzero().squeeze(1)
         g, a, which, whose = g[:, some], a[some], which[some], whose[some]
         if scale is not None:
-            g = g * scale.to(g.dtype)[:, whose].unsqueeze(2)
+            g = g * scale[:, whose, 0]
         use = self._restricted(uses[own[0]])
         if isinstance(use.rule, LinearRule) and use.weight is not None:
             known = {} if cache is None else cache.setdefault(self.names, {})
@@ -404,8 +405,10 @@ def form_of(use: Use) -> Form:
 
 def _by_example(x: Activations, arrangement: Arrangement) -> Activations:
     """Entries ``[E, t, i]`` as ``[B, T, i]``; patches are made only where they are not neighbours."""
-    if isinstance(x, Patches) and isinstance(arrangement, Regular):
+    if isinstance(arrangement, Regular) and arrangement.batch * arrangement.inner == x.shape[0]:
         inner = arrangement.inner
-        if arrangement.batch * inner == x.shape[0]:
-            return x if inner == 1 else x.grouped(inner)
+        if inner == 1:
+            return x
+        if isinstance(x, Patches):
+            return x.grouped(inner)
     return arrangement.arranged(x[:].unsqueeze(0)).squeeze(0)

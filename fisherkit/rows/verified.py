@@ -10,9 +10,8 @@ examples, whose weight gradients must be the sum of their rows. Only findings ar
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,38 +24,14 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import Plan, Probe, forward, make_plan, tolerance, two_of
+from fisherkit.rows.plan import Findings, Plan, Probe, forward, make_plan, probed, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.rules import RULES
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.units import Unit
 from fisherkit.space import ParameterSpace
 
 MOST = 32
 """Findings kept of one model; a model that changes all the time starts over."""
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What `make_plan` found.
-
-    Args:
-        units: how rows are made.
-        vectorised: as in `Plan`, like all that follow.
-        shared: see there.
-        unused: see there.
-        numbers_per_example: see there.
-        tried: what else is tried once.
-        alone: as in `Plan`.
-    """
-
-    units: tuple[Unit, ...]
-    vectorised: bool
-    shared: frozenset[str]
-    unused: frozenset[str]
-    numbers_per_example: int
-    tried: dict[Hashable, int]
-    alone: bool
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
@@ -72,17 +47,14 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     key, known = _key(model, space, batch), _KNOWN.setdefault(model, {})
     if key in known and known[key].alone and batch.size > 1:
         del known[key]  # of one example nothing was learnt about two
-    if key not in known:
-        plan = _made(model, space, batch)
-        plan.key = key
-        remember(plan)
-        return plan
-    plan = _again(known[key], model, space)
-    plan.key = key
-    if _confirmed(plan, batch.take(two_of(batch, plan.alone))):
-        return plan
-    del known[key]
-    return plan_for(model, space, batch)
+    if key in known:
+        plan = _confirmed(Plan.of(model, space, known[key], key), batch)
+        if plan is not None:
+            return plan
+        del known[key]
+    plan = replace(_made(model, space, batch), key=key)
+    remember(plan)
+    return plan
 
 
 def plan_again(plan: Plan, batch: Batch) -> Plan | None:
@@ -96,12 +68,10 @@ def plan_again(plan: Plan, batch: Batch) -> Plan | None:
     """
     if plan.alone or _key(plan.model, plan.space, batch) != plan.key:
         return None
-    again = copy.copy(plan)
-    again.units = [copy.copy(unit) for unit in plan.units]
+    again = replace(plan, units=plan.findings.units)
     with untouched_rng([plan.example_parameter.device]), differentiable(plan.model, [*plan.parameters.values()]):
         two = batch.take(two_of(batch, plan.alone))
-        again.probe = Probe(two, forward(again, two))
-    return again
+        return replace(again, probe=Probe(two, forward(again, two)))
 
 
 def remember(plan: Plan) -> None:
@@ -109,10 +79,7 @@ def remember(plan: Plan) -> None:
     known = _KNOWN.setdefault(plan.model, {})
     if plan.key not in known and len(known) >= MOST:
         known.clear()
-    known[plan.key] = Findings(
-        tuple(map(copy.copy, plan.units)), plan.vectorised, frozenset(plan.shared), frozenset(plan.unused),
-        plan.numbers_per_example, plan.tried, plan.alone,
-    )  # fmt: skip
+    known[plan.key] = plan.findings
 
 
 def _made(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
@@ -126,27 +93,22 @@ def _made(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
         raise
 
 
-def _again(found: Findings, model: nn.Module, space: ParameterSpace) -> Plan:
-    plan = Plan(model, space)
-    plan.units = [copy.copy(unit) for unit in found.units]
-    plan.vectorised, plan.shared, plan.tried = found.vectorised, set(found.shared), found.tried
-    plan.unused, plan.numbers_per_example = set(found.unused), found.numbers_per_example
-    plan.alone = found.alone
-    return plan
+def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
+    """The plan with its probe, if it holds for the model as it is now; None if not.
 
-
-def _confirmed(plan: Plan, two: Batch) -> bool:
-    """Whether findings hold for a model as it is now: rows of two examples add up to autograd's gradients for both."""
-    parameters = list(plan.parameters.values())
+    Rows of two examples must add up to autograd's gradients for both.
+    """
+    parameters, two = list(plan.parameters.values()), batch.take(two_of(batch, plan.alone))
     with untouched_rng([parameters[0].device]), differentiable(plan.model, parameters):
         try:
-            linearized = Linearized.at(plan, two)
+            seen, random = probed(plan, two)
         except ModelError:  # used in another way: what is wrong, if anything, is for a new plan to say
-            return False
+            return None
+        linearized = Linearized(plan, two, seen)
         watched = linearized.watched
-        if not watched.z.requires_grad or linearized.unruled:
-            return False
-        plan.probe = Probe(two, watched)
+        if random or not watched.z.requires_grad or linearized.unruled:
+            return None
+        plan = replace(plan, probe=Probe(two, watched), coarsest=watched.coarsest)
         v = torch.randn(watched.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(watched.z)
         inputs: list[Any] = [*watched.edges, *parameters]
         found = pulled_back(watched.z, inputs, v)
@@ -154,10 +116,10 @@ def _confirmed(plan: Plan, two: Batch) -> bool:
         selection = RowSelection(1, two.size, v.device)
         rows = linearized.rows(v.unsqueeze(0), selection, Known(at_uses, v.new_ones(two.size)))
         if linearized.unruled:
-            return False
+            return None
     sizes = dict(zip(plan.space.names, plan.space.sizes, strict=True))
     if any(slot.rows.size != sum(sizes[name] for name in slot.names) for slot in rows.slots):
-        return False  # parameters are used in another way
+        return None  # parameters are used in another way
     total = plan.space.unflatten(rows.rmatmul(torch.ones(rows.count, 1, dtype=rows.dtype, device=v.device))[:, 0])
     pairs = [
         (own, dense_gradient(own, g).to(own.dtype))
@@ -165,7 +127,7 @@ def _confirmed(plan: Plan, two: Batch) -> bool:
     ]
     norms, errors = (torch.stack(x) for x in ([g.norm() for _, g in pairs], [(own - g).norm() for own, g in pairs]))
     allowed = tolerance(parameters[0].dtype, plan.coarsest)
-    return bool((errors <= allowed * torch.maximum(norms, 1e-2 * norms.norm())).all())
+    return plan if bool((errors <= allowed * torch.maximum(norms, 1e-2 * norms.norm())).all()) else None
 
 
 def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:

@@ -31,25 +31,28 @@ class Watched:
         batch: number of examples.
         z: the outputs, ``[B, ...]``.
         uses: of chosen parameters under a rule.
-        elsewhere: chosen parameters that functions without a rule used.
+        outside_rules: chosen parameters that functions without a rule used.
         coarsest: the floating dtype that rounds most, of all that is differentiated.
         proven: whether the pass shows whose the entries of uses with an axis are.
         by_owner: whether it is looked at which entries outputs depend on, whatever the pass shows.
         random: whether dropout was active.
         casts: whether a module was cast in place.
-        hooked: whether a hook was put on a tensor, which may change its gradient.
+        hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients, or hand them to
+            other examples.
+        mixed: whether numbers without a gradient may have been computed from several examples.
     """
 
     batch: int
     z: Tensor
     uses: Sequence[Use]
-    elsewhere: frozenset[str] = frozenset()
+    outside_rules: frozenset[str] = frozenset()
     coarsest: torch.dtype = torch.float64
     proven: bool = False
     by_owner: bool = False
     random: bool = False
     casts: bool = False
     hooked: bool = False
+    mixed: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, recorder: Recorder, batch: Batch) -> Watched:
@@ -73,10 +76,10 @@ class Watched:
     def seen(cls, recorder: Recorder, z: Tensor) -> Watched:
         """What a recorder saw until the outputs."""
         proven = recorder.proves(z)
-        elsewhere = frozenset(recorder.elsewhere)
+        outside_rules = frozenset(recorder.outside_rules)
         return cls(
-            recorder.batch, z, recorder.uses, elsewhere, recorder.coarsest, proven, random=recorder.random,
-            casts=recorder.casts, hooked=recorder.hooked,
+            recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
+            casts=recorder.casts, hooked=recorder.hooked, mixed=recorder.mixed,
         )  # fmt: skip
 
     @property
@@ -93,6 +96,11 @@ class Watched:
     def followed(self) -> bool:
         """Whether functions keep the batch's axis apart on the way to and from all uses, be it of one example."""
         return self.proven and all(self._by_axis(use) is not None for use in self.uses)
+
+    @property
+    def apart(self) -> bool:
+        """Whether functions keep examples apart, so that none has another output in other company."""
+        return self.proven and not self.mixed
 
     def backward(self, v: Float[Tensor, "k B ..."], *, batched: bool = False) -> Sequence[Tensor | None]:
         """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output."""
@@ -144,7 +152,9 @@ class Watched:
         """By the pass itself."""
         if self.by_owner:
             return None
-        return Regular(1, use.rule.lead(use).numel()) if self.batch == 1 else self._by_axis(use)
+        if self.batch == 1:
+            return Regular(1, use.rule.lead(use).numel())
+        return None if self.hooked else self._by_axis(use)
 
     def _by_axis(self, use: Use) -> Regular | None:
         lead = use.rule.lead(use)
@@ -164,4 +174,8 @@ class Watched:
         rest = [one.reshape(entries, -1) for one in multiplied if one is not None]
         numbers = codes(self.batch, self.z).to(gradient.device)
         owner = owners(gradient.reshape(entries, -1), rest, numbers, self.coarsest)
-        return None if owner is None else arrangement(owner, lead, self.batch)
+        expected = self._by_axis(use) if self.hooked else None
+        if owner is None or expected is None:
+            return None if owner is None else arrangement(owner, lead, self.batch)
+        exchanged = bool(((owner >= 0) & (owner != expected.owners(entries).to(owner.device))).any())
+        return None if exchanged else arrangement(owner, lead, self.batch) if self.by_owner else expected

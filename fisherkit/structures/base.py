@@ -14,8 +14,9 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fisherkit.errors import InvalidArgumentError
+from fisherkit.errors import InvalidArgumentError, ProcessError, listed
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
+from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, UnitSlot
@@ -71,6 +72,10 @@ class Added(ABC):  # noqa: B024  # subclasses have abstract methods
         """Of the sum of both Fishers: with what another pass, step or process added up."""
         return replace(self, **{name: _merged(getattr(self, name), getattr(other, name)) for name in self._linear})
 
+    def met(self: A, processes: Processes) -> A:
+        """Of what all processes have added up, each of the same form; every process of the group must ask for it."""
+        return replace(self, **{name: _met(getattr(self, name), processes) for name in self._linear})
+
     @property
     def _linear(self) -> list[str]:
         return [f.name for f in fields(self) if f.name not in self.constant]
@@ -94,6 +99,46 @@ def _merged(a: Any, b: Any) -> Any:
     if isinstance(a, Rows):
         return Rows.cat([a, b])
     return a + b if isinstance(a, (int, float, Tensor)) else a.merge(b)
+
+
+def _met(value: Any, processes: Processes) -> Any:
+    if isinstance(value, Mapping):
+        return everywhere(value, processes)
+    if isinstance(value, Tensor):
+        return processes.total(value)
+    if isinstance(value, (int, float)):
+        return type(value)(processes.total(torch.tensor(value, dtype=torch.float64, device=processes.device)))
+    return None if value is None else value.met(processes)
+
+
+def everywhere(units: Mapping[Names, A], processes: Processes) -> dict[Names, A]:
+    """The records of all units that any process has, of what all processes have added up."""
+    held = processes.gathered({names: type(unit).__name__ for names, unit in units.items()})
+    found: dict[Names, A] = {}
+    groups = sorted({names for one in held for names in one})
+    if len(shared := [name for names in groups for name in names]) > len(set(shared)):
+        raise ProcessError(
+            call="adding up what processes found",
+            got=f"other groups of parameters in some processes: {listed(map(str, groups), 4)}",
+            expected="the same in all", why="a layer's rows were made in different ways",
+            try_="batches of the same kind in all processes",
+        )  # fmt: skip
+    for names in groups:
+        owners = [rank for rank, one in enumerate(held) if names in one]
+        forms = {held[rank][names] for rank in owners}
+        if len(forms) > 1:
+            raise ProcessError(
+                call="adding up what processes found",
+                got=f"records of {listed(names)} as {' and '.join(sorted(forms))}",
+                expected="the same in all processes", why="a layer's rows were made in different ways",
+                try_="batches of the same kind in all processes",
+            )  # fmt: skip
+        unit = units.get(names)
+        if len(owners) < processes.size:  # those that have none begin with nothing, of the right shapes
+            sent = processes.sent_by(owners[0], unit)
+            unit = sent.scaled(0.0) if unit is None else unit
+        found[names] = unit.met(processes)  # type: ignore[union-attr]
+    return found
 
 
 class Sums(Added):
@@ -127,6 +172,7 @@ class Structure(ABC):
         max_rank: eigenpairs of a Kronecker factor to keep; None for all.
         averaged: whether the sums will be merged with those of other examples after they were decomposed.
         memory_budget: bytes.
+        processes: that each add up a part of the data; None for one alone.
     """
 
     name: ClassVar[str] = ""
@@ -155,6 +201,7 @@ class Structure(ABC):
     max_rank: int | None = None
     averaged: bool = False
     memory_budget: int = UNBOUNDED
+    processes: Processes | None = None
 
     def __init_subclass__(cls) -> None:
         """Register a class that has a name of its own, in the order of definition."""
@@ -281,6 +328,10 @@ class LayerSums(Sums):
                 elif self.done is None:
                     units[slot.names] = self.structure.start(slot, chunk)
         return replace(self, units=units)
+
+    def met(self, processes: Processes) -> LayerSums:
+        """Of what all processes added up in this pass; what is done they have alike."""
+        return replace(self, units=everywhere(self.units, processes))
 
     @property
     def whole(self) -> dict[Names, UnitSums]:

@@ -9,12 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.operators import BlockDiagonalOperator, DenseOperator, FisherOperator
+from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.problem import Problem
+from fisherkit.rows.shared import SharedRows, shared
 from fisherkit.space import ParameterSpace
-from fisherkit.structures.base import Names, Part, Parts, Sums, UnitSums
+from fisherkit.structures.base import Names, Part, Parts, Sums, UnitSums, everywhere
 from fisherkit.structures.full import RowStructure
 
 
@@ -39,14 +41,15 @@ class NormalMatrix(UnitSums):
 
 @dataclass(frozen=True)
 class BlockSums(Sums):
-    """Matrices of the modules in ``spaces``, and the rows of the ``others``."""
+    """Matrices of the modules in ``spaces``, and the rows of the ``others``: this process's and all processes'."""
 
-    constant = ("spaces", "others")
+    constant = ("spaces", "others", "everyones")
 
     spaces: Mapping[Names, ParameterSpace]
     others: ParameterSpace
     matrices: Mapping[Names, NormalMatrix] = field(default_factory=dict)
     kept: Rows | None = None
+    everyones: SharedRows | None = None
 
     def added(self, chunks: Iterable[Chunk]) -> BlockSums:
         """With more rows."""
@@ -59,6 +62,17 @@ class BlockSums(Sums):
                 kept.append(chunk.rows.restrict(self.others))
             del chunk
         return replace(self, matrices=matrices, kept=Rows.taken_from(kept) if kept else None)
+
+    def met(self, processes: Processes) -> BlockSums:
+        """Of what all processes have added up; their rows, each where it is."""
+        return replace(
+            self, matrices=everywhere(self.matrices, processes), everyones=shared(self.kept, processes)
+        )  # fmt: skip
+
+    @property
+    def whole(self) -> Rows | SharedRows | None:
+        """The rows."""
+        return self.everyones or self.kept
 
 
 class Block(RowStructure):
@@ -79,7 +93,7 @@ class Block(RowStructure):
 
     def _sizes(self, problem: Problem) -> dict[Names, tuple[int, int]]:
         """Bytes of each module's rows and of its matrix."""
-        examples, space = problem.source.count(), self.space
+        examples, space = problem.examples, self.space
         return {
             names: (examples * problem.row_bytes(names), self.item * space.restrict(names).size ** 2)
             for names in self.modules
@@ -98,8 +112,8 @@ class Block(RowStructure):
         for names in self.modules:
             if names in sums.matrices:
                 blocks.append(sums.matrices[names].operator(self.space.restrict(names), scale))
-            elif sums.kept is not None:
-                blocks.append(self.by_rows(sums.kept.part(names), scale))
+            elif sums.whole is not None:
+                blocks.append(self.by_rows(sums.whole.part(names), scale))
         return BlockDiagonalOperator(self.space, blocks)
 
     def parts(self, sums: BlockSums, operator: BlockDiagonalOperator) -> Parts:

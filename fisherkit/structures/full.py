@@ -2,47 +2,78 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from fisherkit.operators import FisherOperator
 from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.processes import Processes
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
-from fisherkit.rows.largest import LargestRows
+from fisherkit.rows.largest import LargestRows, squared_norms
 from fisherkit.rows.problem import Problem
+from fisherkit.rows.shared import SharedRows, shared
 from fisherkit.structures.base import Part, Parts, Structure, Sums
 
 
 @dataclass(frozen=True)
 class KeptRows(Sums):
-    """Rows in memory, at most ``most`` of them, those of largest norm; None for all."""
+    """Rows in memory, at most ``most``, those of largest norm; None for all. ``everyones``: those of all processes."""
 
-    constant = ("most", "dropped_share")
+    constant = ("most", "dropped_share", "everyones")
 
     rows: Rows | None = None
     most: int | None = None
     dropped: int = 0
     dropped_share: float | None = None
+    everyones: SharedRows | None = None
 
     def added(self, chunks: Iterable[Chunk]) -> KeptRows:
         """With more rows, taken as they come so that they exist once."""
-        parts = (chunk.rows for chunk in chunks)
+        known = () if self.rows is None else (self.rows,)
+        parts = itertools.chain(known, (chunk.rows for chunk in chunks))
+        first = next(parts, None)
+        if first is None:
+            return self
+        parts = itertools.chain([first], parts)
+        del first
         if self.most is None:
-            rows = Rows.gathered(parts if self.rows is None else (self.rows, *parts))
-            return KeptRows(rows)
+            return KeptRows(Rows.gathered(parts))
         largest = LargestRows(self.most)
-        for part in parts if self.rows is None else (self.rows, *parts):
+        for part in parts:
             largest.add(part)
         rows, share = largest.result()
         return KeptRows(rows, self.most, self.dropped + largest.seen - rows.count, share)
 
+    def met(self, processes: Processes) -> KeptRows:
+        """All processes' rows, each where it is; of those of largest norm, the largest of all."""
+        if self.most is None:
+            return replace(self, everyones=shared(self.rows, processes))
+        rows, share = self.rows, self.dropped_share or 0.0
+        squares = torch.zeros(0, dtype=torch.float64) if rows is None else squared_norms(rows).cpu()
+        lost = float(squares.sum()) * share / (1 - share) if share < 1 else 0.0
+        everyone = processes.gathered((squares, self.dropped, lost))
+        whole = torch.cat([one[0] for one in everyone])
+        largest = whole.argsort(descending=True, stable=True)[: self.most]
+        start = sum(len(one[0]) for one in everyone[: processes.rank])
+        own = largest[(largest >= start) & (largest < start + len(squares))].sort().values - start
+        if rows is not None and len(own) < rows.count:
+            rows = rows.reordered(own.to(rows.device)).compact()
+        total, kept = float(whole.sum()) + sum(one[2] for one in everyone), float(whole[largest].sum())
+        dropped = sum(one[1] for one in everyone) + len(whole) - len(largest)
+        share = (total - kept) / total if dropped and total > 0 else 0.0
+        return KeptRows(rows, self.most, dropped, share, shared(rows, processes))
+
     @property
-    def whole(self) -> Rows:
+    def whole(self) -> Rows | SharedRows:
         """The rows."""
-        if self.rows is None:
+        found = self.everyones or self.rows
+        if found is None:
             raise LookupError("no rows have been added")
-        return self.rows
+        return found
 
 
 class RowStructure(Structure):
@@ -70,7 +101,7 @@ class Full(RowStructure):
     def bytes(self, problem: Problem) -> int:
         """All rows; of those of largest norm, twice as many as are kept and those of one example."""
         example = problem.row_bytes(self.space.names)
-        whole = example * problem.source.count()
+        whole = example * problem.examples
         return whole if self.max_rows is None else min(whole, self._held(problem) + example)
 
     def fitted(self, problem: Problem) -> int:
@@ -85,7 +116,7 @@ class Full(RowStructure):
     def most_examples(self, problem: Problem) -> int | None:
         """Where not all rows fit, as many as fit beside those that are held."""
         example = problem.row_bytes(self.space.names)
-        if self.max_rows is None or example * problem.source.count() <= self.memory_budget:
+        if self.max_rows is None or example * problem.examples <= self.memory_budget:
             return None
         return (self.memory_budget - self._held(problem)) // example
 
@@ -108,5 +139,5 @@ class Full(RowStructure):
         parts: Parts = {}
         for slot in rows.slots:
             own = self.by_rows(rows.part(slot.names), operator.scale)
-            parts[slot.names] = Part(own, f"full, {slot.rows.kind} rows", note, kept=True)
+            parts[slot.names] = Part(own, f"full, {slot.rows.form} rows", note, kept=True)
         return parts

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.operators import EigenKroneckerOperator, FisherOperator, KroneckerOperator
-from fisherkit.operators.kronecker import scaled_spectrum
-from fisherkit.operators.linalg import spectrum
-from fisherkit.operators.truncated_kronecker import Spectrum, TruncatedKroneckerOperator, leading_spectrum
+from fisherkit.operators.linalg import Spectrum, leading_spectrum, spectrum
+from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows, second_moment
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import UnitSlot
@@ -27,7 +25,7 @@ from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.last_layer import LastLayerRows
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
-from fisherkit.structures.base import LayerStructure, LayerSums, UnitSums
+from fisherkit.structures.base import LayerStructure, LayerSums, Names, UnitSums
 from fisherkit.structures.block import NormalMatrix
 from fisherkit.structures.diagonal import Squares
 
@@ -70,6 +68,10 @@ class SecondMoment:
             return self.add(*other.vectors) if other.vectors else self
         return replace(self, vectors=(), matrix=other.matrix if self.empty else self.dense() + other.matrix)
 
+    def met(self, processes: Processes) -> SecondMoment:
+        """Of all processes, as a matrix."""
+        return replace(self, vectors=(), matrix=processes.total(self.dense()))
+
     @property
     def empty(self) -> bool:
         """Whether nothing has been added."""
@@ -79,10 +81,10 @@ class SecondMoment:
         """Σ x xᵀ."""
         return second_moment(self._stacked()) if self.matrix is None else self.matrix
 
-    def at(self, scale: float) -> tuple[Float[Tensor, "w w"], Callable[[], tuple[Tensor, Tensor]] | None]:
+    def at(self, scale: float) -> tuple[Float[Tensor, "w w"], Callable[[], Spectrum] | None]:
         """``scale`` times the sum, and how to decompose it by its vectors where these are few."""
         few = self.matrix is None
-        return scale * self.dense(), scaled_spectrum(partial(self.spectrum, "kfac"), scale) if few else None
+        return scale * self.dense(), (lambda: self.spectrum("kfac").scaled(scale)) if few else None
 
     def leading(self, rank: int | None, known: Spectrum | None, due: bool, scale: float) -> Spectrum:
         """The leading eigenpairs of ``scale`` times the sum, going on from those that are known.
@@ -91,21 +93,20 @@ class SecondMoment:
         (None for all), new ones where it is ``due``.
         """
         if self.matrix is None:
-            values, basis = self.spectrum("Kronecker factors")
-            return Spectrum(values, basis.contiguous()).scaled(scale)
+            return self.spectrum("Kronecker factors").scaled(scale)
         if known is not None and not due:
             return known
         start = None if known is None else known.basis
         return leading_spectrum(self.matrix, rank, start, "Kronecker factors").scaled(scale)
 
-    def spectrum(self, call: str) -> tuple[Float[Tensor, "r"], Float[Tensor, "w r"]]:
+    def spectrum(self, call: str) -> Spectrum:
         """Eigenvalues and orthonormal eigenvectors, without those of the null space of few vectors."""
         if self.matrix is not None:
             return spectrum(self.matrix, call)
         # xᵀ = q r, so Σ x xᵀ = q (r rᵀ) qᵀ; forming no w × w matrix, and orthonormal at any condition.
         q, r = torch.linalg.qr(self._stacked().mT)
         values, vectors = torch.linalg.eigh(r.double() @ r.double().mT)
-        return values.clamp_min(0), q @ vectors.to(q.dtype)
+        return Spectrum(values.clamp_min(0), (q @ vectors.to(q.dtype)).contiguous())
 
     def _stacked(self) -> Float[Tensor, "n w"]:
         return torch.cat([x.reshape(-1, self.width) for x in self.vectors])
@@ -207,7 +208,9 @@ class KroneckerFactors(UnitSums):
     def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
         """G ⊗ A; of spectra that are kept, the product of what they say."""
         if self.spectra is not None:
-            return by_spectra(space, self.spectra[0], self.spectra[1].scaled(scale), None, self.transposed)
+            return EigenKroneckerOperator.of_spectra(
+                space, self.spectra[0], self.spectra[1].scaled(scale), None, self.transposed
+            )
         (a, on_inputs), (g, on_outputs) = self.activation.at(1 / (self.count or 1)), self.gradient.at(scale)
         return KroneckerOperator(
             space, a, g, self.transposed, symmetric=True, activation_spectrum=on_inputs, gradient_spectrum=on_outputs
@@ -233,16 +236,6 @@ class KroneckerFactors(UnitSums):
 
 
 _SIDES = ("activation", "gradient")
-
-
-def by_spectra(
-    space: ParameterSpace, activation: Spectrum, gradient: Spectrum, values: Tensor | None, transposed: bool
-) -> FisherOperator:
-    """The Kronecker product of two spectra, with measured eigenvalues where both bases span if there are such."""
-    if activation.complete and gradient.complete:
-        grid = torch.outer(gradient.values, activation.values) if values is None else values
-        return EigenKroneckerOperator(space, activation.basis, gradient.basis, grid, transposed, decomposed=True)
-    return TruncatedKroneckerOperator(space, activation, gradient, values, transposed)
 
 
 @dataclass(frozen=True)
@@ -291,7 +284,9 @@ class RotatedSquares(UnitSums):
 
     def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
         """Diagonal in the eigenbasis."""
-        return by_spectra(space, self.activation, self.gradient.scaled(scale), scale * self.total, self.transposed)
+        return EigenKroneckerOperator.of_spectra(
+            space, self.activation, self.gradient.scaled(scale), scale * self.total, self.transposed
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The bases are the factors' own."""
@@ -342,8 +337,14 @@ class EKFAC(KFAC):
             return None
         factors = {names: u for names, u in sums.units.items() if isinstance(u, KroneckerFactors)}
         others = {names: u for names, u in sums.units.items() if names not in factors}
-        moments = {names: RotatedSquares.zeros(u, self.dtype) for names, u in factors.items()}
-        return LayerSums(self, moments, others)
+
+        def moments(names: Names) -> RotatedSquares:
+            return RotatedSquares.zeros(factors[names], self.dtype)
+
+        if self.processes is None:
+            return LayerSums(self, {names: moments(names) for names in factors}, others)
+        cubes = {n: u.activation.width**3 + u.gradient.width**3 for n, u in factors.items()}
+        return LayerSums(self, self.processes.shared_out(cubes, moments), others)
 
 
 class SmallBlock(NormalMatrix):

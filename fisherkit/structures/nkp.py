@@ -70,6 +70,7 @@ class HalfStep(UnitSums):
     """
 
     label = "nkp"
+    constant = ("layout", "fixed", "before", "passes")
 
     layout: LayerLayout
     fixed: Float[Tensor, "k k"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherkit.influence.evaluation import TrainingRecipe
+from examples.influence.evaluation import TrainingRecipe
 
 F64 = torch.float64
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.influence.evaluation import TrainingRecipe, retrain, train_models
-from fisherkit.influence.evaluation.training import epoch_orders
-from tests.retraining_cases import (
+from examples.influence.evaluation import TrainingRecipe, retrain, train_models
+from examples.influence.evaluation.training import epoch_orders
+from tests.examples.retraining_cases import (
     ADAMW,
     F64,
     MASKS,
@@ -172,6 +172,7 @@ def test_retrain__takes_models_of_any_kind_and_measures_them_in_eval_mode() -> N
     torch.testing.assert_close(runs[0].outputs["loss"][3, 1], expected.detach())
 
 
+@pytest.mark.smoke
 def test_retrain__is_deterministic_and_leaves_data_and_generators_alone() -> None:
     torch.manual_seed(3)
     before, x, y = torch.get_rng_state(), TRAIN[0].clone(), TRAIN[1].clone()
@@ -258,6 +259,7 @@ def test_retrain__refuses_a_likelihood_that_does_not_say_its_loss() -> None:
         retrain(mlp, *halves(X, random(N + Q, 3)), MASKS, SGD, likelihood=Own())
 
 
+@pytest.mark.smoke
 def test_retrain__sees_a_subset_and_nothing_else() -> None:
     """Other values outside the subset change nothing."""
     x = torch.where(MASKS[0].unsqueeze(1), TRAIN[0], 1e3)
@@ -297,6 +299,20 @@ def test_retrain__refuses(change: dict[str, Any], error: type[Exception], messag
     }  # fmt: skip
     with pytest.raises(error, match=re.escape(message)):
         retrain(**arguments)
+
+
+@pytest.mark.parametrize("size", [3, 4], ids=["as many pixels as classes", "more pixels"])
+def test_retrain__refuses_images_whose_axis_of_classes_nothing_tells(size: int) -> None:
+    train, queries = halves(random(N + Q, 1, size, size), torch.zeros(N + Q, size, size, dtype=torch.long))
+
+    def build(seed: int) -> nn.Module:
+        return nn.Conv2d(1, 3, 1).double()
+
+    with pytest.raises(fk.errors.DataError, match=rf"outputs \[\d+, 3, {size}, {size}\].*or the loss module"):
+        retrain(build, train, queries, MASKS, SGD, seeds=(0,))
+    losses = [nn.CrossEntropyLoss(), fk.likelihoods.Categorical(class_axis=1)]
+    runs = [retrain(build, train, queries, MASKS[:1], SGD, seeds=(0,), likelihood=loss) for loss in losses]
+    assert torch.equal(runs[0].outputs["loss"], runs[1].outputs["loss"])
 
 
 def test_retrain__refuses_margins_of_values() -> None:

@@ -1,7 +1,7 @@
 """rᵀ(F + λI)⁻¹r' between many rows: what an inverse needs to know of rows, and the way that works for all.
 
-A `RowForm` is the bilinear form of a damped inverse, ready for rows; it takes one side (queries) once and meets the
-other in blocks. Inverses with something better than solving for the queries supply it (`Factorization._row_form`).
+A `RowProducts` is the bilinear map of a damped inverse, ready for rows; it takes one side (queries) once and meets the
+other in blocks. Inverses with something better than solving for the queries supply it (`Factorization._row_products`).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class RowSolution(ABC):
         return functools.reduce(torch.add, (part for _, part in self.parts(rows)))
 
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
-        """A unit's part X of (F + λI)⁻¹Q; with bases, W of X = (U_G ⊗ U_A) W. Not of all forms."""
+        """A unit's part X of (F + λI)⁻¹Q; with bases, W of X = (U_G ⊗ U_A) W. Not of all."""
         raise NotImplementedError(f"{type(self).__name__} has no solutions by unit")
 
 
-class RowForm(ABC):
-    """The form r, q ↦ rᵀ(F + λI)⁻¹q.
+class RowProducts(ABC):
+    """The map r, q ↦ rᵀ(F + λI)⁻¹q.
 
     Args:
         kept: how many numbers a solution holds for one query.
@@ -63,16 +63,16 @@ class RowForm(ABC):
         """The queries' side."""
 
 
-class SolvedForm(RowForm):
-    """Solve for the queries written out, ``[D, Q]``, then products with the other rows as they are kept."""
+class SolvedProducts(RowProducts):
+    """Solutions for the queries, ``[D, Q]`` by ``solve``, then products with the other rows as they are kept."""
 
-    def __init__(self, solve: Callable[[Tensor], Tensor], size: int) -> None:
+    def __init__(self, solve: Callable[[Rows], Tensor], size: int) -> None:
         super().__init__(size, 3 * size)  # beside the solution the row, and a solver's two temporaries
         self._solve = solve
 
     def solve(self, queries: Rows) -> Solved:
         """One solve for all."""
-        return Solved(self._solve(queries.dense().mT))
+        return Solved(self._solve(queries))
 
 
 class Solved(RowSolution):
@@ -90,16 +90,16 @@ class Solved(RowSolution):
         return space.take(self.columns, names), None
 
 
-class BlockForm(RowForm):
-    """The sum of forms, one for each part of the parameters."""
+class BlockProducts(RowProducts):
+    """Sums of others, one for each part of the parameters."""
 
-    def __init__(self, forms: Sequence[tuple[ParameterSpace, RowForm]]) -> None:
-        super().__init__(sum(form.kept for _, form in forms), max(form.passing for _, form in forms))
-        self._forms = forms
+    def __init__(self, parts: Sequence[tuple[ParameterSpace, RowProducts]]) -> None:
+        super().__init__(sum(part.kept for _, part in parts), max(part.passing for _, part in parts))
+        self._parts = parts
 
     def solve(self, queries: Rows) -> RowSolution:
         """Each block by itself."""
-        return _BlockSolution([(space, form.solve(queries.restrict(space))) for space, form in self._forms])
+        return _BlockSolution([(space, part.solve(queries.restrict(space))) for space, part in self._parts])
 
 
 class _BlockSolution(RowSolution):

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from examples.influence.evaluation.checks import check_examples, check_scores
+from examples.influence.evaluation.datamodeling import RankCorrelation, rank_correlation
+from examples.influence.evaluation.retraining import Retraining, retrain
+from examples.influence.evaluation.training import Build, TrainingRecipe
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.influence.evaluation.checks import check_examples, check_scores
-from fisherkit.influence.evaluation.datamodeling import RankCorrelation, rank_correlation
-from fisherkit.influence.evaluation.retraining import Retraining, retrain
-from fisherkit.influence.evaluation.training import Build, TrainingRecipe
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.influence.evaluation import flip_labels, mislabel_detection, plain_rankings
-from fisherkit.influence.evaluation.statistics import multiplicities
+from examples.influence.evaluation import flip_labels, mislabel_detection, plain_rankings
+from examples.influence.evaluation.statistics import multiplicities
 
 F64 = torch.float64
 QUICK = settings(max_examples=20, deadline=None)
@@ -26,6 +26,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
+@pytest.mark.smoke
 @QUICK
 @given(seed=st.integers(0, 1000), ties=st.booleans(), wrong=st.integers(1, 19))
 def test_mislabel_detection__is_scikit_learns(seed: int, ties: bool, wrong: int) -> None:

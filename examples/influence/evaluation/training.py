@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fisherkit.arguments import is_integer, is_number
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.influence.evaluation.losses import PerExample
+from fisherkit.influence.losses import PerExample
 from fisherkit.randomness import untouched_rng
 
 OPTIMIZERS = ("sgd", "adamw")

@@ -4,17 +4,17 @@ Scores are a ``[Q, N]`` tensor, positive = the training example helps the query.
 larger is better. Nothing here takes a Fisher or makes scores.
 """
 
-from fisherkit.influence.evaluation.datamodeling import (
+from examples.influence.evaluation.datamodeling import (
     NoiseCeiling,
     RankCorrelation,
     average_scores,
     linear_datamodeling_score,
     noise_ceiling,
 )
-from fisherkit.influence.evaluation.leave_one_out import LeaveOneOut, leave_one_out
-from fisherkit.influence.evaluation.mislabelled import Detection, flip_labels, mislabel_detection, plain_rankings
-from fisherkit.influence.evaluation.retraining import Retraining, random_subsets, retrain, train_models
-from fisherkit.influence.evaluation.training import TrainingRecipe
+from examples.influence.evaluation.leave_one_out import LeaveOneOut, leave_one_out
+from examples.influence.evaluation.mislabelled import Detection, flip_labels, mislabel_detection, plain_rankings
+from examples.influence.evaluation.retraining import Retraining, random_subsets, retrain, train_models
+from examples.influence.evaluation.training import TrainingRecipe
 
 __all__ = [
     "Detection",

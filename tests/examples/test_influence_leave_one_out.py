@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.influence.evaluation import (
+from examples.influence.evaluation import (
     TrainingRecipe,
     leave_one_out,
     linear_datamodeling_score,
@@ -75,6 +75,7 @@ def exact_scores() -> Tensor:
     return gradients[N:] @ torch.linalg.solve(hessian, gradients[:N].mT) / N
 
 
+@pytest.mark.smoke
 def test_leave_one_out__is_the_difference_of_optima() -> None:
     everything = torch.ones(N, dtype=torch.bool)
     got = leave_one_out(softmax, TRAIN, QUERIES, [3, 0, 17], RECIPE, seeds=(0, 1))
@@ -88,6 +89,7 @@ def test_leave_one_out__is_the_difference_of_optima() -> None:
     assert float(got.noise.max()) < 1e-9  # seeds start elsewhere and end at the same optimum
 
 
+@pytest.mark.smoke
 def test_leave_one_out__agrees_with_influence_functions_on_a_convex_model() -> None:
     scores = exact_scores()
     left_out = leave_one_out(softmax, TRAIN, QUERIES, range(0, N, 3), NEAR, seeds=(0,))

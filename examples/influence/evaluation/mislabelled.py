@@ -10,17 +10,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from fisherkit.data import Data, Source
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
-from fisherkit.influence.evaluation.checks import check_floats
-from fisherkit.influence.evaluation.losses import Loss, loss_of
-from fisherkit.influence.evaluation.statistics import (
+from examples.influence.evaluation.checks import check_floats
+from examples.influence.evaluation.losses import Loss, loss_of
+from examples.influence.evaluation.statistics import (
     Interval,
     Ranking,
     check_bootstrap,
     multiplicities,
     percentile_interval,
 )
+from fisherkit.data import Data, Source
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.rows.differentiable import functional_call, kept_whole
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.space import ParameterSpace

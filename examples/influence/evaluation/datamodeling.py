@@ -14,15 +14,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fisherkit.arguments import check_count
-from fisherkit.errors import InvalidArgumentError
-from fisherkit.influence.evaluation.checks import (
+from examples.influence.evaluation.checks import (
     check_floats,
     check_masks,
     check_outputs,
     check_scores,
 )
-from fisherkit.influence.evaluation.statistics import (
+from examples.influence.evaluation.statistics import (
     Interval,
     Ranking,
     check_bootstrap,
@@ -31,6 +29,8 @@ from fisherkit.influence.evaluation.statistics import (
     resampled_spearman,
     spearman,
 )
+from fisherkit.arguments import check_count
+from fisherkit.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)

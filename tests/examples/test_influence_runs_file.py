@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fisherkit as fk
-from fisherkit.influence.evaluation import Retraining, retrain
-from fisherkit.influence.evaluation import retraining as module
-from tests.retraining_cases import ADAMW, MASKS, QUERIES, SGD, TRAIN, mlp
+from examples.influence.evaluation import Retraining, retrain
+from examples.influence.evaluation import retraining as module
+from tests.examples.retraining_cases import ADAMW, MASKS, QUERIES, SGD, TRAIN, mlp
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, path: Path, models: int, **options: Any) -> None:
@@ -32,6 +32,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, path: Path, models: int, **opti
             retrain(mlp, TRAIN, QUERIES, MASKS, SGD, path=path, **options)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("save_every", [0.0, 1e9])
 def test_retrain__goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, save_every: float) -> None:
     options: dict[str, Any] = {"seeds": (0, 5), "save_every": save_every}

@@ -15,8 +15,8 @@ from scipy import stats
 from torch import Tensor
 
 import fisherkit as fk
-from fisherkit.influence.evaluation import average_scores, linear_datamodeling_score, noise_ceiling, random_subsets
-from fisherkit.influence.evaluation.statistics import (
+from examples.influence.evaluation import average_scores, linear_datamodeling_score, noise_ceiling, random_subsets
+from examples.influence.evaluation.statistics import (
     Ranking,
     average_ranks,
     multiplicities,
@@ -81,6 +81,7 @@ def test_multiplicities__are_draws_with_replacement() -> None:
 # -- the score -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_linear_datamodeling_score__is_the_definition() -> None:
     scores, masks, outputs = random(4, 20), random_subsets(20, 15, seed=1), random(15, 3, 4, seed=2)
     got = linear_datamodeling_score(scores, masks, outputs, resamples=10)

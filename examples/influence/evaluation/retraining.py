@@ -19,6 +19,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.influence.evaluation.checks import check_masks
+from examples.influence.evaluation.losses import (
+    Loss,
+    Measurements,
+    loss_of,
+    measurements_of,
+    resolved_loss,
+)
+from examples.influence.evaluation.training import Build, TrainingRecipe, built, train_model
 from fisherkit import io
 from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import all_finite
@@ -31,16 +40,7 @@ from fisherkit.errors import (
     MissingFileError,
     NonFiniteError,
 )
-from fisherkit.influence.evaluation.checks import check_masks
-from fisherkit.influence.evaluation.losses import (
-    Loss,
-    Measurements,
-    PerExample,
-    loss_of,
-    measurements_of,
-    resolved_loss,
-)
-from fisherkit.influence.evaluation.training import Build, TrainingRecipe, built, train_model
+from fisherkit.influence.losses import PerExample
 from fisherkit.model_state import tensors_hash
 
 FORMAT = "fisherkit-retraining"

@@ -1,0 +1,102 @@
+"""(s · JJᵀ + λI)⁻¹ of rows J: what Woodbury's identity and updates in the rows' span, Jᵀ(JJᵀ + λI)⁻¹c, are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fisherkit.errors import SingularMatrixError
+from fisherkit.rows.collection import Rows
+from fisherkit.rows.shared import SharedRows
+
+PRECISE = 1e-2
+"""Rounding in a solution from which on inner products are multiplied in float64."""
+
+
+@dataclass(frozen=True)
+class DampedGram:
+    """s · JJᵀ + λI, R × R, by its Cholesky factor.
+
+    Args:
+        factor: lower, float64.
+        rounding: what it leaves of a solution where inner products are multiplied in the rows' dtype.
+        precise: whether they were multiplied in float64.
+    """
+
+    factor: Float[Tensor, "R R"]
+    rounding: float
+    precise: bool
+
+    def solve(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "R K"]:
+        """(s · JJᵀ + λI)⁻¹ W, float64."""
+        return torch.cholesky_solve(w.double(), self.factor)
+
+    def logdet(self) -> Float[Tensor, ""]:
+        """log det(s · JJᵀ + λI)."""
+        return 2 * self.factor.diagonal().log().sum()
+
+
+def rounding_of(dtype: torch.dtype, largest: float, damping: float) -> float:
+    """What rounding leaves of a solution, relative to it; from the Gram's largest eigenvalue."""
+    return torch.finfo(dtype).eps * (1 + largest / damping) if damping else math.inf
+
+
+def damped_grams(
+    parts: Sequence[Rows | SharedRows],
+    damping: float,
+    *,
+    scale: float = 1.0,
+    precise: bool = False,
+    call: str,
+    try_: str,
+) -> list[DampedGram]:
+    """Of the rows of every part; one wait for the device, however many there are.
+
+    Args:
+        parts: rows in float32 or float64.
+        damping: λ.
+        scale: s.
+        precise: multiply inner products in float64 at once; else only where λ does not hide rounding, or where without
+            it there is no factor.
+        call: for the error.
+        try_: for the error.
+
+    Raises:
+        SingularMatrixError: there is no factor.
+    """
+    grams = [_products(part, precise).mul_(scale) for part in parts]
+    largest = [gram.abs().sum(1).max() if len(gram) else gram.sum() for gram in grams]  # bounds the eigenvalues
+    tried = [damped_cholesky(gram, damping) for gram in grams]
+    told = torch.stack([*largest, *(failed.double() for _, failed in tried)]).tolist()
+    found = []
+    for part, (factor, _), size, failed in zip(parts, tried, told[: len(parts)], told[len(parts) :], strict=True):
+        rounding, exact = rounding_of(part.dtype, size, damping), precise or part.dtype == torch.float64
+        if not exact and (rounding >= PRECISE or failed):
+            exact = True
+            factor, again = damped_cholesky(_products(part, precise=True).mul_(scale), damping)
+            failed = float(again)
+        if failed:
+            raise SingularMatrixError(
+                call=call, got="a Gram matrix that is singular to working precision",
+                expected="a positive definite one",
+                why="the rows are linearly dependent, as repeated examples are, and the damping is below rounding",
+                try_=try_,
+            )  # fmt: skip
+        found.append(DampedGram(factor, rounding, exact))
+    return found
+
+
+def _products(rows: Rows | SharedRows, precise: bool) -> Float[Tensor, "R R"]:
+    """JJᵀ, of which a factor reads one half."""
+    return rows.cross_gram(rows, precise) if isinstance(rows, Rows) else rows.gram(precise)
+
+
+def damped_cholesky(matrix: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n n"], Tensor]:
+    """Of A + λI, made in A's memory; the second is 0 where there is a factor."""
+    matrix.diagonal().add_(damping)
+    return torch.linalg.cholesky_ex(matrix)

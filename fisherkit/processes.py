@@ -1,0 +1,298 @@
+"""Processes of a `torch.distributed` group that compute one thing together, each with its part of the data.
+
+What they exchange goes through here: sums that add up, objects that one has and others need, and errors, so that what
+goes wrong in one process is an error in all of them and not a wait without end. Nothing here knows what is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fisherkit.errors import FisherkitError, InvalidTypeError, ProcessError, listed
+
+T = TypeVar("T")
+
+Group = Any
+"""None for the default group where there is one, False for this process alone, or a ``torch.distributed`` group."""
+
+
+class Processes:
+    """The processes of a group, this one among them.
+
+    Args:
+        group: as `torch.distributed` takes it; None for the default group.
+        device: of the tensors that are exchanged.
+
+    Attributes:
+        rank: of this process in the group.
+        size: how many there are.
+        sent: bytes that this process has put into exchanges so far.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent = 0
+
+    @classmethod
+    def of(cls, group: Group, device: torch.device, call: str) -> Processes | None:
+        """Those of a group; None where this process is alone.
+
+        Raises:
+            InvalidTypeError: not a group, or one that this process is not in.
+        """
+        if group is False or not (dist.is_available() and dist.is_initialized()):
+            if group not in (None, False):
+                raise InvalidTypeError(
+                    call=call, got=f"group={group!r}, and no process group is initialised",
+                    expected="a group, None or False", try_="torch.distributed.init_process_group(...) first",
+                )  # fmt: skip
+            return None
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise InvalidTypeError(
+                call=call, got=f"group={group!r}", expected="a torch.distributed group that this process is in, None "
+                "for the default group, or False for this process alone",
+            )  # fmt: skip
+        return cls(group, device) if dist.get_world_size(group) > 1 else None
+
+    # -- exchanges; every process of the group must come to the same ones in the same order ----------------------------
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors of one shape, the same to the last bit on each; in place if it can be."""
+        tensor = tensor.contiguous()
+        with self._connected():
+            dist.all_reduce(tensor, group=self.group)
+        self.sent += tensor.nbytes
+        return tensor
+
+    def gathered(self, value: T) -> list[T]:
+        """Everyone's value, by rank; small objects and tensors on any device."""
+        data = pickle.dumps(_on_cpu(value))
+        found: list[Any] = [None] * self.size
+        with self._connected():
+            dist.all_gather_object(found, data, group=self.group)
+        self.sent += len(data)
+        return [_on_device(pickle.loads(one), self.device) for one in found]
+
+    def stacked(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Everyone's rows, by rank, of which each rank has so many (``sizes``)."""
+        whole = rows.new_zeros(sum(sizes), *rows.shape[1:])
+        start = sum(sizes[: self.rank])
+        whole[start : start + sizes[self.rank]] = rows
+        return self.total(whole)
+
+    def sent_by(self, rank: int, value: T | None) -> T:
+        """One process's object, its tensors sent as they are and not by way of pickle."""
+        source = rank if self.group is None else dist.get_global_rank(self.group, rank)
+        tensors: list[Tensor] = []
+        packed: list[Any] = [None]
+        if rank == self.rank:
+            packed = [_packed(value, tensors)]
+        with self._connected():
+            dist.broadcast_object_list(packed, source, group=self.group)
+            data, forms = packed[0]
+            for place, (shape, dtype) in enumerate(forms):
+                if rank != self.rank:
+                    tensors.append(torch.empty(shape, dtype=dtype, device=self.device))
+                dist.broadcast(tensors[place], source, group=self.group)
+        if rank == self.rank:
+            self.sent += len(data) + sum(t.nbytes for t in tensors)
+            return value  # type: ignore[return-value]
+        return _Unpickler(io.BytesIO(data), tensors).load()
+
+    # -- working together ----------------------------------------------------------------------------------------------
+
+    def each(self, what: str, function: Callable[[], T]) -> T:
+        """Call a function that exchanges nothing in every process; an error in one is an error in all.
+
+        Args:
+            what: is being done, for the others' errors.
+            function: whose own error each process that has one raises.
+
+        Raises:
+            ProcessError: naming the other ranks and what they said.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = function()
+        except Exception as own:  # noqa: BLE001  raised below, and told
+            error = own
+        told = self.gathered(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = {rank: text for rank, text in enumerate(told) if text is not None}
+        if failed:
+            raise self._failed(what, failed)
+        return result  # type: ignore[return-value]
+
+    def before(self, count: Callable[[], int]) -> int:
+        """The sum of what the ranks before this one count."""
+        return sum(self.gathered(self.each("counting examples", count))[: self.rank])
+
+    def require_alike(self, call: str, tensor: Tensor) -> None:
+        """Refuse to go on where processes come with different operands, or to different exchanges.
+
+        Raises:
+            ProcessError: in all of them.
+
+        Cost: a few numbers from each process, and a wait for them.
+        """
+        numbers = tensor.detach().flatten().double()
+        places = torch.arange(len(numbers), dtype=torch.float64, device=tensor.device)
+        marks = [sum(map(ord, call)), *tensor.shape, *[0] * (3 - tensor.ndim)]
+        own = torch.cat([torch.tensor(marks).to(numbers), numbers.sum()[None], (numbers @ places.cos())[None]])
+        bounds = torch.cat([own, -own, numbers.norm()[None]])
+        with self._connected():
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group)
+        largest, smallest, norm = bounds[: len(own)], -bounds[len(own) : -1], bounds[-1]
+        if bool((largest - smallest > 1e-6 * norm).any()):
+            raise ProcessError(
+                call=call, got="something else in some processes than in others", expected="the same in all of them",
+                why="each process has a part of the rows, and the answer is put together of all parts",
+                try_="the same operations with the same vectors in the same order in every process; group=False for a "
+                "Fisher of this process's data alone",
+            )  # fmt: skip
+
+    def require_same(self, call: str, values: Mapping[str, object]) -> None:
+        """Refuse to go on where processes differ in something that all must have alike.
+
+        Raises:
+            ProcessError: naming the first such thing, and the ranks that have other than the first rank.
+        """
+        everyone = self.gathered({name: str(value) for name, value in values.items()})
+        for name in values:
+            others = {rank: one[name] for rank, one in enumerate(everyone) if one[name] != everyone[0][name]}
+            if others:
+                got = "; ".join(f"rank {rank}: {text[:200]}" for rank, text in list(others.items())[:3])
+                raise ProcessError(
+                    call=call, got=f"another {name} in some processes (rank 0: {everyone[0][name][:200]}; {got})",
+                    expected="the same in all of them", why="they compute one thing together",
+                    try_="group=False for a result of this process alone",
+                )  # fmt: skip
+
+    def shared_out(self, costs: Mapping[Any, float], function: Callable[[Any], T]) -> dict[Any, T]:
+        """A function of every key, each computed by one process, the costliest first, and sent to the others."""
+        load = [0.0] * self.size
+        owner: dict[Any, int] = {}
+        for key, cost in sorted(costs.items(), key=lambda one: -one[1]):
+            owner[key] = load.index(min(load))
+            load[owner[key]] += cost
+        own = self.each("sharing out work", lambda: {k: function(k) for k in costs if owner[k] == self.rank})
+        return {key: self.sent_by(owner[key], own.get(key)) for key in costs}
+
+    def _failed(self, what: str, failed: Mapping[int, str]) -> ProcessError:
+        texts = [f"rank {rank}: {text}" for rank, text in failed.items()]
+        return ProcessError(
+            call=what, got=f"an error in {listed(f'rank {rank}' for rank in failed)} of {self.size}; {texts[0][:2000]}",
+            expected="no error in any process", why="the result is that of all processes together",
+            try_="what that process's own error says",
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _connected(self) -> Any:
+        """What a lost connection raises, said in words."""
+        try:
+            yield
+        except FisherkitError:
+            raise
+        except RuntimeError as error:  # torch has no other class for all of them
+            raise ProcessError(
+                call="an exchange between processes",
+                got=f"a connection that failed: {(str(error) or type(error).__name__).splitlines()[0]}",
+                expected="an answer from every process of the group",
+                why=f"a process has ended, or did not come to this exchange in time; this is rank {self.rank} of "
+                f"{self.size}",
+                try_="the output of the other processes; a longer timeout= in init_process_group for slow ones",
+            ) from error
+
+
+class Share:
+    """Every size-th batch of some data, from the rank-th on.
+
+    Args:
+        batches: a re-iterable.
+        rank: of the process whose share it is.
+        size: how many processes there are.
+    """
+
+    def __init__(self, batches: Iterable[Any], rank: int, size: int) -> None:
+        self.batches, self.rank, self.size = batches, rank, size
+
+    def __iter__(self) -> Iterator[Any]:
+        """One pass."""
+        return itertools.islice(iter(self.batches), self.rank, None, self.size)
+
+
+@contextlib.contextmanager
+def started(device: str) -> Iterator[tuple[int, int]]:
+    """The group of processes that torchrun has started, while it is needed: this one's rank, and how many there are.
+
+    (0, 1) where nothing says that there are others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+class _Packer(pickle.Pickler):
+    """A pickler that leaves tensors out."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors, self._places = tensors, dict[int, int]()
+
+    def persistent_id(self, obj: object) -> int | None:
+        if type(obj) is not Tensor:
+            return None
+        if id(obj) not in self._places:
+            self._places[id(obj)] = len(self._tensors)
+            self._tensors.append(obj.detach().contiguous())
+        return self._places[id(obj)]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Its inverse."""
+
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: int) -> Tensor:
+        return self._tensors[pid]
+
+
+def _packed(value: object, tensors: list[Tensor]) -> tuple[bytes, list[tuple[torch.Size, torch.dtype]]]:
+    """An object without its tensors, which go into the list, and what these look like."""
+    file = io.BytesIO()
+    _Packer(file, tensors).dump(value)
+    return file.getvalue(), [(t.shape, t.dtype) for t in tensors]
+
+
+def _moved(value: T, device: torch.device) -> T:
+    tensors: list[Tensor] = []
+    data, _ = _packed(value, tensors)
+    return _Unpickler(io.BytesIO(data), [t.to(device) for t in tensors]).load()
+
+
+def _on_cpu(value: T) -> T:
+    return _moved(value, torch.device("cpu"))
+
+
+def _on_device(value: T, device: torch.device) -> T:
+    return value if device.type == "cpu" else _moved(value, device)

@@ -1,0 +1,179 @@
+"""Recurrent layers step by step, so that the linear maps are seen which an LSTM's, a GRU's or an RNN's kernel hides.
+
+The gradients of a layer's weights are Σ_t δ_t x_tᵀ and Σ_t δ_t h_{t−1}ᵀ, where δ_t are those at the sums in front of
+the gates: a linear layer's, steps being positions. Owns the layers' arithmetic as torch defines it, and knows no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisherkit.rows.rules import LinearRule
+
+
+class RecurrentRule(LinearRule):
+    """A linear map inside of a recurrent layer's kernel; its bias is the layer's own."""
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """Output = input Wᵀ + b at all steps of one layer in one direction, as far as gradients go.
+
+    Args:
+        input: ``[B, T, I]``, ``[T, B, I]`` where steps come first, or ``[E, I]`` of packed sequences; without a graph.
+        weight: ``[O, I]``.
+        bias: ``[O]``, or None.
+        output: what has the gradient of the output, which lies as the input does.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    output: Tensor
+
+
+def can_be_unrolled(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call is a recurrent layer's that draws no random numbers and casts nothing."""
+    if function not in RECURRENT or len(args) != 9:
+        return False
+    dropout, training = args[6:8] if _packed(args) else args[5:7]
+    return not (dropout > 0 and training) and not torch.is_autocast_enabled(args[0].device.type)
+
+
+def unrolled(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], list[LinearMap]]:
+    """What the function returns, computed step by step, and the linear maps on the way."""
+    steps: _Steps = _Steps(1 if args[8] else 0)
+    x, states, flat, biased, layers, _, _, both = args[:8]
+    if _packed(args):
+        steps = _Packed(args[1].tolist())
+        x, _, states, flat, biased, layers, _, _, both = args
+    paired = isinstance(states, (tuple, list))  # an LSTM's h and c
+    starts = [tuple(pair) for pair in zip(*states, strict=True)] if paired else [(h, h) for h in states]
+    name, each, maps, ends = RECURRENT[function].name, len(flat) // len(starts), [], []
+    for layer in range(layers):
+        outputs = []
+        for i in range(layer * (1 + both), (layer + 1) * (1 + both)):
+            weights, backwards = flat[i * each : (i + 1) * each], i % (1 + both) == 1
+            found, end, own = _layer(name, x, starts[i], weights, steps, biased=biased, backwards=backwards)
+            outputs.append(found)
+            ends.append(end)
+            maps += own
+        x = torch.cat(outputs, -1) if both else outputs[0]
+    last = [torch.stack(same) for same in zip(*ends, strict=True)]
+    return (x, *(last if paired else last[:1])), maps
+
+
+def _packed(args: tuple[Any, ...]) -> bool:
+    """Whether a call is of packed sequences, of which it says how many have each step."""
+    return isinstance(args[1], Tensor) and args[1].ndim == 1
+
+
+class _Steps:
+    """How steps lie: along an axis."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+    def apart(self, x: Tensor) -> Sequence[Tensor]:
+        """The steps of a tensor."""
+        return x.unbind(self.axis)
+
+    def joined(self, steps: Sequence[Tensor]) -> Tensor:
+        """A tensor of its steps."""
+        return torch.stack(steps, self.axis)
+
+
+class _Packed(_Steps):
+    """How steps lie: one behind the other, of as many sequences as have them."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+
+    def apart(self, x: Tensor) -> Sequence[Tensor]:
+        """As of `_Steps`."""
+        return x.split(self.sizes)
+
+    def joined(self, steps: Sequence[Tensor]) -> Tensor:
+        """As of `_Steps`."""
+        return torch.cat(steps)
+
+
+def _layer(
+    name: str, x: Tensor, start: tuple[Tensor, Tensor], weights: Sequence[Tensor], steps: _Steps,
+    *, biased: bool, backwards: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor], list[LinearMap]]:  # fmt: skip
+    """One layer in one direction: outputs, last h and c, linear maps."""
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if biased else (None, None)
+    w_hr = rest[-1] if len(rest) % 2 else None
+    if name == "gru":  # its reset gate lies between the two sums, which have gradients of their own
+        given, added = _with_graph(F.linear(x, w_ih, b_ih)), _repeated(b_hh, w_hh, x)
+    else:
+        given = added = _with_graph(F.linear(x, w_ih, b_ih + b_hh if biased else None))
+    projected = None if w_hr is None else _repeated(None, w_hr, x)
+    sums = list(zip(steps.apart(given), steps.apart(added), strict=True))
+    places = [] if projected is None else steps.apart(projected)
+    (h, c), turned = start, w_hh.t()
+    outputs, before, inner = [h] * len(sums), [h] * len(sums), [h] * len(sums)
+    for t in reversed(range(len(sums))) if backwards else range(len(sums)):
+        count, some = len(sums[t][0]), (h, c)
+        if count < len(h):  # packed sequences that are over, or have not begun, keep their states
+            some = h[:count], c[:count]
+        before[t] = some[0].detach()
+        new, memory = _STEPS[name](*sums[t], *some, turned)
+        if w_hr is not None:
+            inner[t] = new.detach()
+            new = torch.addmm(places[t], new, w_hr.t())
+        outputs[t] = new
+        h, c = (new, memory) if count == len(h) else (torch.cat([new, h[count:]]), torch.cat([memory, c[count:]]))
+    maps = [
+        LinearMap(x.detach(), w_ih, b_ih, given),
+        LinearMap(steps.joined(before), w_hh, b_hh, added),
+    ]
+    if projected is not None and w_hr is not None:
+        maps.append(LinearMap(steps.joined(inner), w_hr, None, projected))
+    return steps.joined(outputs), (h, c), maps
+
+
+def _repeated(bias: Tensor | None, weight: Tensor, x: Tensor) -> Tensor:
+    """A bias, or zeros, at all steps, where a gradient can be asked for."""
+    one = weight.new_zeros(len(weight)) if bias is None else bias
+    return _with_graph(one).expand(*x.shape[:-1], -1)
+
+
+def _with_graph(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _lstm(given: Tensor, added: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, n, o = torch.addmm(given, h, w).chunk(4, 1)
+    c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), n.tanh())
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru(given: Tensor, added: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    own, gates = torch.addmm(added, h, w), 2 * h.shape[1]
+    r, z = (given[:, :gates] + own[:, :gates]).sigmoid().chunk(2, 1)
+    n = torch.addcmul(given[:, gates:], r, own[:, gates:]).tanh()
+    return n + z * (h - n), c
+
+
+def _tanh(given: Tensor, added: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.addmm(given, h, w).tanh(), c
+
+
+def _relu(given: Tensor, added: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.addmm(given, h, w).relu(), c
+
+
+_STEPS = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _tanh, "rnn_relu": _relu}
+"""What the input brings, what is added to it, h, c and the turned weight of h, to the next h and c."""
+
+RECURRENT = {getattr(torch._VF, name): RecurrentRule(name, "input weight bias") for name in _STEPS}
+"""The rule of the linear maps in each function."""

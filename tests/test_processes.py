@@ -1,0 +1,271 @@
+"""Fishers of several processes: equal to that of one process with all the data, and an error in all where one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fisherkit as fk
+from tests import ranks
+
+KINDS = ("ef", "ief:0.5", "sf:2", "exact", "truncated:2")
+STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac", "nkp")
+CUTS = {2: (0, 7, 11), 3: (0, 4, 4, 11), 4: (0, 5, 6, 6, 11)}
+"""Where the examples of each rank begin; some have none."""
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 4)).double()
+
+
+def whole_data() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(11, 5, generator=g, dtype=torch.float64), torch.randint(0, 4, (11,), generator=g)
+
+
+def own_data(rank: int, size: int, each: int = 3) -> list[tuple[Tensor, Tensor]]:
+    x, y = whole_data()
+    start, stop = CUTS[size][rank : rank + 2]
+    return [(x[i : min(i + each, stop)], y[i : min(i + each, stop)]) for i in range(start, stop, each)]
+
+
+def answers(fisher: fk.FisherOperator) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(2)
+    v = torch.randn(fisher.size, 2, generator=g, dtype=torch.float64)
+    found = {
+        "matvec": fisher.matvec(v), "diagonal": fisher.diagonal(), "trace": fisher.trace(),
+        "solve": fisher.solve(v, damping=1e-2),
+    }  # fmt: skip
+    found["products"] = fisher.matvec(torch.eye(fisher.size, dtype=torch.float64))
+    asked = {
+        "gram": lambda: fisher.gram(), "logdet": lambda: fisher.logdet(damping=1e-2),
+        "eigenvalues": lambda: fisher.eigenvalues(3), "dense": lambda: fisher.to_dense(),
+    }  # fmt: skip
+    for name, ask in asked.items():
+        with contextlib.suppress(fk.NoClosedFormError, fk.MemoryBudgetError):
+            found[name] = ask()
+    return found
+
+
+def compare(rank: int, size: int, cases: list[tuple[str, dict[str, Any]]]) -> dict[str, float]:
+    worst = {}
+    for kind, options in cases:
+        one = fk.FisherApproximation(network(), [whole_data()], kind, group=False, **options)
+        fisher = fk.FisherApproximation(network(), own_data(rank, size), kind, **options)
+        assert (fisher.examples, fisher.rows) == (one.examples, one.rows)
+        for a, b in ((one.dropped_trace, fisher.dropped_trace), (one.dropped_share, fisher.dropped_share)):
+            assert (a is None) == (b is None)
+            assert a is None or torch.allclose(torch.as_tensor(a), torch.as_tensor(b), atol=1e-12)
+        expected = answers(one)
+        everything = answers(fisher)
+        assert everything.keys() == expected.keys()
+        for name, found in everything.items():
+            error = (found - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)
+            worst[f"{kind} {options} {name}"] = float(error)
+    return worst
+
+
+CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
+    2: [(kind, {"structure": "ekfac"}) for kind in KINDS] + [("exact", {"normalization": "sum"})],
+    3: [(kind, {"structure": s}) for kind in KINDS for s in STRUCTURES]
+    + [("ef", {"memory_budget": 1}), ("exact", {"memory_budget": 1}), ("truncated:2", {"max_rows": 5})],
+    4: [("sf:2", {"structure": s}) for s in ("full", "ekfac")],
+}
+
+
+class Routed(nn.Module):
+    """Two experts, of which the sign of an example's first feature chooses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(5, 6) for _ in range(2))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.zeros(len(x), 6, dtype=x.dtype)
+        for i, expert in enumerate(self.experts):
+            own = (x[:, 0] > 0) == bool(i)
+            if own.any():
+                hidden[own] = expert(x[own])
+        return self.head(torch.tanh(hidden))
+
+
+def late_expert(rank: int, size: int, structure: str) -> float:
+    torch.manual_seed(0)
+    model = Routed().double()
+    x, y = whole_data()
+    order = (x[:, 0] > 0).double().argsort(stable=True)
+    x, y = x[order], y[order]
+    number = int((x[:, 0] <= 0).sum())  # the second expert's examples are all in the second process
+    own = [(x[:number], y[:number])] if rank == 0 else [(x[number:], y[number:])]
+    one = fk.ExactFisher(model, [(x, y)], structure=structure, group=False).to_dense()
+    found = fk.ExactFisher(model, own, structure=structure)
+    return float((found.to_dense() - one).norm() / one.norm())
+
+
+def failing(rank: int, size: int, fault: str) -> tuple[str, float] | None:
+    model, data, options = network(), own_data(rank, size), {}
+    if fault == "data" and rank == 1:
+        data[-1] = (data[-1][0] / 0, data[-1][1])
+    if fault == "weights" and rank == 1:
+        model = network(seed=1)
+    if fault == "setting" and rank == 1:
+        options = {"normalization": "sum"}
+    if fault == "death" and rank == 1:
+
+        class Dying(list):  # type: ignore[type-arg]
+            def __iter__(self) -> Any:
+                yield data[0]
+                os._exit(3)
+
+        data = Dying(data)
+    began = time.monotonic()
+    try:
+        fisher = fk.EmpiricalFisher(model, data, **options)
+        if fault == "questions":
+            _ = fisher.matvec(torch.ones(fisher.size, dtype=torch.float64) * (1 + rank))
+        if fault == "operations":
+            _ = fisher.diagonal() if rank else fisher.gram()
+    except fk.FisherkitError as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - began
+    return None
+
+
+def subgroups(rank: int, size: int) -> float:
+    groups = [dist.new_group([0, 2]), dist.new_group([1])]
+    if rank == 1:
+        alone = fk.EmpiricalFisher(network(), [whole_data()], group=groups[1]).to_dense()
+        return float((alone - fk.EmpiricalFisher(network(), [whole_data()], group=False).to_dense()).norm())
+    one = fk.EmpiricalFisher(network(), [whole_data()], group=False).to_dense()
+    found = fk.EmpiricalFisher(network(), own_data(rank, size), group=groups[0]).to_dense()
+    return float((found - one).norm() / one.norm())
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "the paper's": {"kind": "ief", "gram_damping": 1e-2, "momentum": 0.9},
+    "the paper's, by module": {"kind": "ef", "gram_damping": 1e-2, "structure": "block"},
+    "exact": {"kind": "exact", "damping": 1e-2, "trust_region": 1e-2},
+    "averaged": {"kind": "truncated:2", "damping": 1e-2, "structure": "kfac", "ema": 0.5},
+    "now and then": {"kind": "ief", "damping": 1e-2, "structure": "ekfac", "ema": 0.9, "update_every": 2},
+    "of a sum": {"kind": "ief", "damping": 1e-2, "structure": "diagonal", "reduction": "sum"},
+}
+
+
+def optimizer_for(model: nn.Module, options: dict[str, Any], group: Any) -> fk.optim.NaturalGradient:
+    return fk.optim.NaturalGradient(model, lr=0.1, group=group, **options)
+
+
+def train(model: nn.Module, optimizer: fk.optim.NaturalGradient, batches: Any, reduction: str) -> Tensor:
+    for x, y in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def batches_of(rank: int = 0, size: int = 1) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(5)
+    x, y = torch.randn(4, 8, 5, generator=g, dtype=torch.float64), torch.randint(0, 4, (4, 8), generator=g)
+    own = slice(rank * 8 // size, (rank + 1) * 8 // size)
+    return list(zip(x[:, own], y[:, own], strict=True))
+
+
+def steps(rank: int, size: int) -> dict[str, float]:
+    found = {}
+    for name, options in STEPS.items():
+        reduction, one, model = options.get("reduction", "mean"), network(), DistributedDataParallel(network())
+        alone, together = optimizer_for(one, options, False), optimizer_for(model, options, None)
+        expected = train(one, alone, batches_of(), reduction)
+        own = batches_of(rank, size)
+        train(model, together, own[:2], reduction)
+        # Two more steps after a way through a checkpoint, which another number of processes may read.
+        state = copy.deepcopy(together.state_dict())  # torch's optimizers share what they load
+        again = DistributedDataParallel(network())
+        again.load_state_dict(model.state_dict())
+        resumed = optimizer_for(again, options, None)
+        resumed.load_state_dict(copy.deepcopy(state))
+        error = (train(again, resumed, own[2:], reduction) - expected).norm() / expected.norm()
+        single = network()
+        single.load_state_dict(model.module.state_dict())
+        resumed = optimizer_for(single, options, False)
+        resumed.load_state_dict(state)
+        other = (train(single, resumed, batches_of()[2:], reduction) - expected).norm() / expected.norm()
+        found[name] = max(float(error), float(other))
+    model = network()  # nobody averages its gradients
+    with pytest.raises(fk.ProcessError):
+        train(model, optimizer_for(model, STEPS["exact"], None), batches_of(rank, size), "mean")
+    return found
+
+
+FAULTS = ("data", "weights", "setting", "questions", "operations")
+"""What goes wrong in one process, and leaves the group as it was."""
+
+
+def everything(rank: int, size: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"equal": compare(rank, size, CASES[size])}
+    if size == 2:
+        found |= {fault: failing(rank, size, fault) for fault in FAULTS}
+        found["steps"] = steps(rank, size)
+        found |= {f"expert, {s}": late_expert(rank, size, s) for s in ("full", "kfac", "ekfac")}
+    if size == 3:
+        found["subgroups"] = subgroups(rank, size)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """What the processes of a group of some size find; one group of each size for all tests, as starting it is slow."""
+    return functools.lru_cache(lambda size: ranks.run(size, everything))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_fisher__equals_that_of_one_process(found: Any, size: int) -> None:
+    for one in found(size):
+        assert isinstance(one, dict), one
+        assert max(one["equal"].values()) < 1e-10, {case: e for case, e in one["equal"].items() if e >= 1e-10}
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac", "ekfac"])
+def test_expert__that_one_process_alone_uses(found: Any, structure: str) -> None:
+    assert max(one[f"expert, {structure}"] for one in found(2)) < 1e-10
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_optimizer__steps_and_resumes_as_one_process_with_all_batches(found: Any, name: str) -> None:
+    assert max(one["steps"][name] for one in found(2)) < 1e-10
+
+
+def test_group__of_some_processes(found: Any) -> None:
+    assert max(one["subgroups"] for one in found(3)) < 1e-10
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault__in_one_process_is_an_error_in_all(found: Any, fault: str) -> None:
+    (first, _), (second, _) = (one[fault] for one in found(2))
+    assert first.startswith("ProcessError"), first
+    assert second.startswith("NonFiniteError" if fault == "data" else "ProcessError"), second
+    if fault in ("data", "weights", "setting"):
+        assert "rank 1" in first
+
+
+def test_fault__a_process_that_ends_is_an_error_in_the_others() -> None:
+    first, second = ranks.run(2, failing, "death", alive=False)
+    assert first[0].startswith("ProcessError"), first
+    assert first[1] < ranks.TIMEOUT
+    assert second is None
+
+
+def test_group__that_is_none_is_refused() -> None:
+    with pytest.raises(fk.InvalidTypeError, match="init_process_group"):
+        fk.EmpiricalFisher(network(), [whole_data()], group="gloo")
