@@ -38,9 +38,13 @@ class ForwardingOperator(FisherOperator):
     _scaled = _forwarded("_scaled")
     _state = _forwarded("_state")
 
+    def _made_of(self) -> str:
+        return ""  # its own metadata say it
+
 
 for _name in HOOKS:
-    if not isinstance(vars(FisherOperator)[_name], classmethod):  # a class holds nothing
+    original = vars(FisherOperator)[_name]
+    if _name not in vars(ForwardingOperator) and not isinstance(original, classmethod):  # a class holds nothing
         setattr(ForwardingOperator, _name, _forwarded(_name))
 
 
