@@ -135,6 +135,75 @@ def test_kfac__has_a_pair_for_each_linear_map() -> None:
     assert {e.structure for e in fisher.coverage().entries} == {"kfac"}
 
 
+def by_hand(rnn: nn.RNNBase, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Outputs of one example and one layer, step by step; both maps' inputs, with 1 for the bias, and outputs."""
+    w, u, b, c = (getattr(rnn, f"{name}_l0") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    one, h, cell = x.new_ones(1), x.new_zeros(4), x.new_zeros(4)
+    of_inputs, of_states, from_inputs, from_states, found = [], [], [], [], []
+    for x_t in x:
+        i, s = w @ x_t + b, u @ h + c
+        of_inputs.append(torch.cat([x_t, one]))
+        of_states.append(torch.cat([h.detach(), one]))
+        from_inputs.append(i)
+        from_states.append(s)
+        if isinstance(rnn, nn.LSTM):
+            keep, forget, new, out = (i + s).chunk(4)
+            cell = forget.sigmoid() * cell + keep.sigmoid() * new.tanh()
+            h = out.sigmoid() * cell.tanh()
+        elif isinstance(rnn, nn.GRU):
+            (r, z, new), (r_h, z_h, new_h) = i.chunk(3), s.chunk(3)
+            r, z = (r + r_h).sigmoid(), (z + z_h).sigmoid()
+            h = (1 - z) * (new + r * new_h).tanh() + z * h
+        else:
+            h = (i + s).tanh()
+        found.append(h)
+    return torch.stack(found), of_inputs, of_states, from_inputs, from_states
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+def test_kfac__factors_are_those_of_the_unrolled_maps(layer: type[nn.RNNBase], structure: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.rnn, model.head = layer(3, 4, batch_first=True), nn.Linear(4, 3)
+        model.forward = lambda x: model.head(model.rnn(x)[0].sum(1))
+        model.double()
+    x, _, y = data()
+    inputs, states, at_inputs, at_states, per_example = [], [], [], [], []
+    for n in range(N):
+        found, of_inputs, of_states, from_inputs, from_states = by_hand(model.rnn, x[n])
+        loss = F.cross_entropy(model.head(found.sum(0))[None], y[n : n + 1])
+        gradients = torch.autograd.grad(loss, [*from_inputs, *from_states])
+        inputs, states = [*inputs, *of_inputs], [*states, *of_states]
+        at_inputs += gradients[: len(of_inputs)]
+        at_states += gradients[len(of_inputs) :]
+        per_example.append(gradients)
+    fisher = fk.EmpiricalFisher(model, (x, y), structure=structure)
+    steps = x.shape[1]
+    for kind, a, g, first in (("ih", inputs, at_inputs, 0), ("hh", states, at_states, steps)):
+        names = (f"rnn.weight_{kind}_l0", f"rnn.bias_{kind}_l0")
+        assert fisher.coverage().entries[["ih", "hh"].index(kind)].parameters == names
+        stacked, back = torch.stack(a), torch.stack(g)
+        on_inputs, on_outputs = stacked.mT @ stacked / len(a), back.mT @ back / N
+        expected = torch.kron(on_outputs, on_inputs)  # rows of the weight with their bias behind them
+        if structure == "ekfac":
+            u, v = (torch.linalg.eigh(factor).eigenvectors for factor in (on_outputs, on_inputs))
+            basis = torch.kron(u, v)
+            whole = torch.stack([
+                sum(torch.outer(one[first + t], stacked[n * steps + t]) for t in range(steps)).flatten()
+                for n, one in enumerate(per_example)
+            ])  # fmt: skip
+            expected = basis @ (basis.mT @ whole.mT).square().mean(1).diag() @ basis.mT
+        place = torch.cat([torch.arange(fisher.size)[fisher.space.slices[name]] for name in names])
+        width = stacked.shape[1]
+        order = torch.cat([  # weights, then biases
+            torch.arange(len(expected)).reshape(-1, width)[:, :-1].flatten(),
+            torch.arange(len(expected)).reshape(-1, width)[:, -1],
+        ])  # fmt: skip
+        torch.testing.assert_close(fisher.to_dense()[place][:, place], expected[order][:, order])
+
+
 def test_steps__are_judged_by_torch_s_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps with the kernel's outputs and other gradients have no rule."""
     step = recurrent._STEPS["rnn_tanh"]
