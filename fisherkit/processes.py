@@ -234,13 +234,18 @@ class Share:
         return itertools.islice(iter(self.batches), self.rank, None, self.size)
 
 
+def world_size() -> int:
+    """How many processes torchrun says that it has started; 1 where it has not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def started(device: str) -> Iterator[tuple[int, int]]:
     """The group of processes that torchrun has started, while it is needed: this one's rank, and how many there are.
 
     (0, 1) where nothing says that there are others.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         yield 0, 1
         return
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

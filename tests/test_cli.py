@@ -94,6 +94,13 @@ def test_out__replaces_nothing_unless_told(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("quality.json", "mine")]
 
 
+def test_torchrun__is_for_estimate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("quality", "m:f")
+    assert result.exit_code == 1
+    assert "got 2 processes of torchrun; expected one process" in " ".join(result.stderr.split())
+
+
 def test_module__is_the_same_program() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "fisherkit", "--version"], capture_output=True, text=True, timeout=120, check=False

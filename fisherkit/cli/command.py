@@ -30,6 +30,7 @@ from fisherkit import io
 from fisherkit.cli.flags import error_in_flags, in_flags
 from fisherkit.errors import FisherkitError, InvalidArgumentError, MissingPackageError, listed
 from fisherkit.memory import readable
+from fisherkit.processes import world_size
 from fisherkit.progress import duration, in_lines
 
 LINES_EVERY = 10.0
@@ -88,6 +89,14 @@ class Command:
         lists = {name: flag for name, flag in found.items() if name in ("kinds", "structures")}
         return {name.removesuffix("s"): flag for name, flag in lists.items()} | found
 
+    def _refuse_others(self) -> None:
+        """Refuse torchrun before a command that is for one process: all would write the same files."""
+        if world_size() > 1 and self.name != "estimate":
+            raise InvalidArgumentError(
+                call=f"fisherkit {self.name}", got=f"{world_size()} processes of torchrun", expected="one process",
+                why="only estimate shares its work among processes", try_="the command without torchrun",
+            )  # fmt: skip
+
     def add_to(self, app: typer.Typer) -> None:
         """Register the command with a typer application."""
 
@@ -96,6 +105,7 @@ class Command:
             token = _running.set(Running(f"fisherkit {self.name}", self.flags, typed))
             try:
                 with readable_errors():
+                    self._refuse_others()
                     self.settings(**options).run()
             finally:
                 _running.reset(token)

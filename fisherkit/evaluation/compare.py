@@ -119,7 +119,10 @@ def compare(
             try_="[compare(model, batch) for batch in batches], and fk.evaluation.average",
         )  # fmt: skip
     start = time.perf_counter()
-    options = {"likelihood": likelihood, "params": params, "example": example, "shift_labels": shift_labels}
+    options = {
+        "likelihood": likelihood, "params": params, "example": example, "shift_labels": shift_labels,
+        "group": False,  # one batch, in this process
+    }  # fmt: skip
     own = Batch.of(batch, "batch", model_inputs=ModelInputs.of(model))
     comparison = _Comparison(model, own, options, drop_duplicates)
     updates = [
