@@ -68,6 +68,7 @@ class Findings:
         coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
         numbers_per_example: entries of all layer outputs for one example.
         alone: whether the model takes one example at a time, so that it was verified on one.
+        calls: what its uses on two examples were given, to be compared; None before it is kept.
         draws: whether a pass draws random numbers, of which no output was seen to depend.
         tried: a cache, which all that have these findings share, of what is found out when it is first needed:
             "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
@@ -81,6 +82,7 @@ class Findings:
     coarsest: torch.dtype = torch.float64
     numbers_per_example: int = 1
     alone: bool = False
+    calls: Hashable = None
     draws: bool = False
     tried: dict[Hashable, int] = field(default_factory=dict)
 

@@ -23,6 +23,7 @@ from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
 from fisherkit.rows.contractions import ContractionRule, contraction
 from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather, mapped
+from fisherkit.rows.differentiable import version_of
 from fisherkit.rows.ownership import coarser
 from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, unrolled
 from fisherkit.rows.rules import (
@@ -299,6 +300,7 @@ class Recorder(TorchFunctionMode):
         use = Use(
             rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
             shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned, slices,
+            version_of(arguments[rule.input_name]),
         )  # fmt: skip
         if (slices is not None or by_bias is not None) and None not in use.sources:
             self.uses += [replace(use, bias=None), replace(use, weight=None, turned=False, slices=by_bias)]
