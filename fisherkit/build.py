@@ -100,6 +100,7 @@ class Builder:
         self.needed = structure.fitted(self.problem)
         share = None
         if self.needed > self.budget and structure.streams:
+            self.problem.confirm()
             operator, parts = self._streamed(structure)
         else:
             self._require(structure)

@@ -157,7 +157,7 @@ class FisherApproximation(ForwardingOperator):
                 "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget),
             })  # fmt: skip
         problem = Problem(
-            plan_of(model, space, source) if processes is None else joint_plan(model, space, source, processes),
+            plan_of(model, space, source, assume=True) if processes is None else joint_plan(model, space, source, processes),
             source, resolved, rule, example == "token", is_causal(model) if shift_labels is None else shift_labels,
             chunk_size, progress and (processes is None or processes.rank == 0), processes=processes,
             offset=0 if processes is None or not rule.random else processes.before(source.count),

@@ -44,16 +44,25 @@ class Probe:
 
     Args:
         batch: two examples, or the one that a model takes alone.
-        watched: their forward pass, with its graph; dropped when rows of the data are made.
+        watched: their forward pass, with its graph; dropped when rows of the data are made. None of a plan that is
+            known from before and has yet to be confirmed, by the first pass over the data.
 
     Attributes:
-        z: their outputs.
         hooked: as of the forward pass.
+        assumed: whether nothing has confirmed the plan yet.
     """
 
-    def __init__(self, batch: Batch, watched: Watched) -> None:
-        self.batch, self.z, self.hooked = batch, watched.z.detach(), watched.hooked
-        self.watched: Watched | None = watched
+    def __init__(self, batch: Batch, watched: Watched | None) -> None:
+        self.batch, self.watched = batch, watched
+        self._z = None if watched is None else watched.z.detach()
+        self.hooked, self.assumed = watched is not None and watched.hooked, watched is None
+
+    @property
+    def z(self) -> Tensor:
+        """Their outputs."""
+        if self._z is None:
+            raise LookupError("a plan that nothing has confirmed")
+        return self._z
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -24,16 +25,18 @@ from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
-from fisherkit.randomness import untouched_rng
+from fisherkit.randomness import Draws, untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.verified import is_shown
 from fisherkit.rows.watched import Watched
 
 LONG = 600.0
@@ -129,7 +132,7 @@ class Problem:
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """One pass over the data; not ``compared`` with other passes where its results stand alone."""
         largest = 0
-        for batch, start, call in self._micro_batches(description, compared=compared):
+        for batch, start, call in self._micro_batches(description, compared=compared, shows=True):
             yield from self._micro(batch, start, call, in_company=batch.size > largest)
             largest = max(largest, batch.size)
 
@@ -212,6 +215,7 @@ class Problem:
         plan, tried, kind = self.plan, self.plan.tried, self.kind
         key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
         if key not in tried:
+            self.confirm()
             tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place).number
         self.vectors_per_example = tried[key]
         self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
@@ -275,9 +279,26 @@ class Problem:
     def _flat(self) -> bool:
         return self.token or self.kind.positionwise
 
-    def _micro_batches(self, description: str, *, compared: bool = True) -> Iterator[tuple[Batch, int, str]]:
-        """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
+    def confirm(self) -> None:
+        """Begin again with a plan that two examples confirm, where nothing has confirmed this one.
+
+        Raises:
+            BetterPlanError: with that plan.
+        """
+        if self.plan.probe.assumed:
+            plan = plan_of(self.plan.model, self.plan.space, self.source)
+            raise BetterPlanError(plan, self.by_owner, self.source.first())
+
+    def _micro_batches(
+        self, description: str, *, compared: bool = True, shows: bool = False
+    ) -> Iterator[tuple[Batch, int, str]]:
+        """Pieces of batches on the model's device, their first example's place in the data, and a name for errors.
+
+        With ``shows``, what is done with the first confirms the plan.
+        """
         self.plan.refuse_changed()
+        if not shows:
+            self.confirm()
         self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
@@ -307,6 +328,20 @@ class Problem:
             return OneByOne(self.plan, batch, follow=self.by_owner is False)
         return Linearized.at(self.plan, batch)
 
+    def _confirming(self, batch: Batch) -> Linearized:
+        """The same of a plan that nothing has confirmed, by this pass if it can."""
+        plan = self.plan
+        try:
+            with self._quiet() as draws:
+                watched = forward(plan, batch)
+            shown = is_shown(plan, watched) and (plan.draws or not draws.happened)
+        except Exception:  # models raise what they like; two examples tell what it means
+            shown = False
+        if not shown:
+            self.confirm()
+        plan.probe.assumed = False
+        return Linearized(plan, batch, watched)
+
     def _refuse_influence(self, batch: Batch, seen: Watched | OneByOne) -> None:
         """Refuse a batch in which examples have other outputs than in other company.
 
@@ -328,8 +363,9 @@ class Problem:
             require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
-        with self._quiet():
-            linearized = self._linearized(batch)
+        linearized = self._confirming(batch) if self.plan.probe.assumed else None
+        with self._quiet() if linearized is None else contextlib.nullcontext():
+            linearized = self._linearized(batch) if linearized is None else linearized
             if self.revisable and linearized.newly_ruled:
                 raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             if self.by_owner:
@@ -375,11 +411,11 @@ class Problem:
         return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
 
     @contextmanager
-    def _quiet(self) -> Iterator[None]:
+    def _quiet(self) -> Iterator[Draws]:
         """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""
         parameters = list(self.plan.parameters.values())
-        with untouched_rng([parameters[0].device]), differentiable(self.plan.model, parameters):
-            yield
+        with untouched_rng([parameters[0].device]) as draws, differentiable(self.plan.model, parameters):
+            yield draws
 
 
 def _now(device: torch.device) -> float:

@@ -42,8 +42,14 @@ MOST = 32
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
 
 
-def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: bool = False) -> Plan:
     """How rows are made: as verified before, or verified now.
+
+    Args:
+        model: the model.
+        space: the chosen parameters.
+        batch: a first batch on the model's device.
+        assume: whether what is known may be confirmed later, by the graph of the first pass over the data.
 
     Raises:
         ModelError: as `make_plan`.
@@ -53,13 +59,16 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     if key in known and known[key].alone and batch.size > 1:
         del known[key]  # of one example nothing was learnt about two
     if key in known:
-        plan = _confirmed(Plan.of(model, space, known[key], key), batch)
+        plan: Plan | None = Plan.of(model, space, known[key], key)
+        if assume and known[key].calls is not None:
+            return replace(plan, probed=Probe(batch.take(two_of(batch, known[key].alone)), None))
+        plan = _confirmed(plan, batch)
         if plan is not None:
             return plan
         del known[key]
     plan = replace(_made(model, space, batch), key=key)
     if plan.probe.watched is not None:
-        plan = replace(plan, calls=_calls(plan.probe.watched.uses))
+        plan = replace(plan, calls=_calls(plan, plan.probe.watched.uses))
     remember(plan)
     return plan
 
@@ -117,7 +126,7 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
         if random > plan.draws or not watched.z.requires_grad or linearized.unruled:
             return None
         plan = replace(plan, probed=Probe(two, watched), coarsest=watched.coarsest)
-        if _is_shown(plan, seen):
+        if is_shown(plan, seen):
             return plan
         v = torch.randn(watched.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(watched.z)
         inputs: list[Any] = [*watched.edges, *parameters]
@@ -140,20 +149,20 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
     return plan if bool((errors <= allowed * torch.maximum(norms, 1e-2 * norms.norm())).all()) else None
 
 
-def _is_shown(plan: Plan, watched: Watched) -> bool:
+def is_shown(plan: Plan, watched: Watched) -> bool:
     """Whether a pass's own graph tells that uses are those that were verified, and that there are no others."""
-    simple = plan.calls is not None and all(type(unit) in (RuledUnit, SharedUnit) for unit in plan.units)
-    if not simple or watched.hooked or _calls(watched.uses) != plan.calls:
+    if plan.calls is None or watched.hooked or watched.coarsest != plan.coarsest or not watched.z.requires_grad:
         return False
-    return uses_are_all(watched.z, watched.uses, plan.parameters)
+    return _calls(plan, watched.uses) == plan.calls and uses_are_all(watched.z, watched.uses, plan.parameters)
 
 
-def _calls(uses: Sequence[Use]) -> Hashable:
-    """What rules and rows may depend on of uses, but for numbers in tensors; None if some are of no simple form."""
-    if not all(use.plain and use.slices is None and not isinstance(use.rule, RecurrentRule) for use in uses):
+def _calls(plan: Plan, uses: Sequence[Use]) -> Hashable:
+    """What rules depend on of uses, but for sizes and numbers of tensors; None if a graph does not tell all of them."""
+    simple = all(use.plain and use.slices is None and not isinstance(use.rule, RecurrentRule) for use in uses)
+    if not simple or not all(type(unit) in (RuledUnit, SharedUnit) for unit in plan.units):
         return None
     return tuple(
-        (id(use.rule), use.sources, use.turned, use.axis, use.output_shape, *_form(use.arguments)) for use in uses
+        (id(use.rule), use.sources, use.turned, use.axis, *_form(use.arguments, sizes=False)) for use in uses
     )
 
 
@@ -194,14 +203,14 @@ def _described(module: nn.Module) -> Iterator[Hashable]:
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def _form(tree: Any) -> Iterator[Hashable]:
-    """Shapes behind the batch axis, dtypes, names and plain values."""
+def _form(tree: Any, *, sizes: bool = True) -> Iterator[Hashable]:
+    """Shapes behind the batch axis, or how many axes there are, dtypes, names and plain values."""
     if isinstance(tree, torch.Tensor):
-        yield tuple(tree.shape[1:]), tree.dtype
+        yield tuple(tree.shape[1:]) if sizes else tree.ndim, tree.dtype
     elif isinstance(tree, Mapping):
         for name, value in tree.items():
-            yield name, *_form(value)
+            yield name, *_form(value, sizes=sizes)
     elif isinstance(tree, (list, tuple)):
-        yield type(tree).__name__, *(entry for value in tree for entry in _form(value))
+        yield type(tree).__name__, *(entry for value in tree for entry in _form(value, sizes=sizes))
     else:
         yield repr(tree)
