@@ -203,6 +203,8 @@ class Batch:
     def take(self, index: Tensor | slice) -> Batch:
         """Some of the examples; tensors without the batch's leading size are passed as they are."""
         count = index.shape[0] if isinstance(index, Tensor) else len(range(*index.indices(self.size)))
+        if isinstance(index, slice) and count == self.size and (index.step or 1) > 0:
+            return self
         targets = None if self.targets is None else self.targets[index]
         args, kwargs = self._map_batched(lambda tensor: tensor[index])
         return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets, size=count)

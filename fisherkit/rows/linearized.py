@@ -22,7 +22,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.differentiable import scales
+from fisherkit.rows.differentiable import differentiable, scales
 from fisherkit.rows.generic import looped_rows, unreached
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.plan import Plan, forward, propose, tolerance
@@ -239,14 +239,15 @@ class Linearized:
                 why="their rows come from a pass of their own, which would draw anew",
                 try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
             )
-        self._refuse_coupled(list(own))
-        return looped_rows(self.plan.model, own, self.batch, v)
+        model, parameters = self.plan.model, [*self.plan.parameters.values()]
+        with untouched_rng([self.z.device]), differentiable(model, parameters):
+            self._refuse_coupled(list(own))
+            return looped_rows(model, own, self.batch, v)
 
     def _refuse_coupled(self, names: list[str]) -> None:
         """Raise unless each example alone has the outputs that it has in this batch."""
         allowed = self._tolerance(self.z.dtype)
-        with untouched_rng([self.z.device]):
-            alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model).detach() for n in range(self.batch.size)]
+        alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model).detach() for n in range(self.batch.size)]
         pairs = [(one[0], z) for one, z in zip(alone, self.z.detach(), strict=True)]
         usual = self.z.detach().norm() / self.batch.size**0.5
         if all(a.shape == z.shape and bool((a - z).norm() <= allowed * z.norm().maximum(usual)) for a, z in pairs):

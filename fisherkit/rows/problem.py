@@ -389,14 +389,17 @@ class Problem:
             counting = outputs.mask.unsqueeze(2).expand(outputs.z.shape).to(outputs.z)
             counting = self.likelihood.as_outputs(counting, linearized.z.shape)
 
+        bare = isinstance(linearized, Linearized) and linearized.watched.bare and not self.plan.generic
+
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
-            with self._quiet():
+            with torch.inference_mode(False) if bare else self._quiet(), torch.enable_grad():
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
-                if self.revisable and linearized.unruled:
+            if self.revisable and linearized.unruled:
+                with self._quiet():
                     raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
-                return found.finite(call)
+            return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)
 
