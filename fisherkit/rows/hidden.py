@@ -50,7 +50,11 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
 
 def has_custom_function(z: Tensor) -> bool:
     """Whether an autograd function written in Python is among what outputs were computed with."""
-    return any(isinstance(node, BackwardCFunction) for node in graph_nodes(z.grad_fn))
+    return any(map(_is_custom, graph_nodes(z.grad_fn)))
+
+
+def _is_custom(node: object) -> bool:
+    return isinstance(node, BackwardCFunction)
 
 
 def refuse_reentrant(
@@ -88,7 +92,7 @@ def refuse_reentrant(
 
 
 def uses_are_all(z: Tensor, uses: Sequence[Use], parameters: Mapping[str, Tensor]) -> bool:
-    """Whether the graph shows that outputs depend on parameters through these uses alone, with the inputs that they had.
+    """Whether the graph shows that outputs depend on parameters through these uses alone, whose inputs are unchanged.
 
     Args:
         z: outputs, with their graph.
@@ -113,7 +117,7 @@ def uses_are_all(z: Tensor, uses: Sequence[Use], parameters: Mapping[str, Tensor
 
     between = graph_nodes(z.grad_fn, *(node for read in inputs.values() for node in read), stops=own)
     return all(name(node) is None for node in between) and all(
-        node not in own and not isinstance(node, BackwardCFunction) and (name(node) is None or name(node) in chosen)
+        node not in own and not _is_custom(node) and (name(node) is None or name(node) in chosen)
         for use, chosen in own.items()
         for node in graph_nodes(*(following for following, _ in use.next_functions), stops=inputs[use])
     )

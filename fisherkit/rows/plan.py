@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError, listed
-from fisherkit.randomness import rng_places, untouched_rng
+from fisherkit.randomness import Draws, rng_places, untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
@@ -161,6 +161,13 @@ class Plan(Findings):
                 try_="build the Fisher anew, or a larger memory_budget, which keeps the rows",
             )
 
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[Draws]:
+        """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""
+        own = list(self.parameters.values())
+        with untouched_rng([self.example_parameter.device]) as draws, differentiable(self.model, own):
+            yield draws
+
     @property
     def example_parameter(self) -> Tensor:
         """Any of the parameters, for dtype and device."""
@@ -244,7 +251,6 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
     """
     refuse_train_mode(model)
     plan = Plan.of(model, space, Findings(alone=alone))
-    parameters = list(plan.parameters.values())
     device = plan.example_parameter.device
     if device.type == "meta":
         raise ModelError(
@@ -253,7 +259,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             expected="parameters with values",
             try_="model.to_empty(device=...) and load its weights",
         )
-    with untouched_rng([device]), differentiable(model, parameters):
+    with plan.quiet():
         probe = batch.take(two_of(batch, alone))
         watched, random = probed(plan, probe)
         z, plan = watched.z, replace(plan, coarsest=watched.coarsest, draws=random)

@@ -6,12 +6,10 @@ else.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +23,9 @@ from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
-from fisherkit.randomness import Draws, untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
@@ -156,7 +152,7 @@ class Problem:
         """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
         largest = 0
         for batch, start, call in self._micro_batches(description):
-            with self._quiet():
+            with self.plan.quiet():
                 watched = forward(self.plan, batch)
             slots = self._slots(batch, watched.z, start, call)
             if batch.size > largest:
@@ -167,11 +163,11 @@ class Problem:
 
     def probe_rows(self) -> tuple[Linearized, Callable[[Float[Tensor, "k B ..."]], Rows]]:
         """The model at the plan's two examples, and their rows for any output vectors."""
-        with self._quiet():
+        with self.plan.quiet():
             linearized = Linearized.probe(self.plan)
 
         def rows(v: Float[Tensor, "k B ..."]) -> Rows:
-            with self._quiet():
+            with self.plan.quiet():
                 return linearized.rows(v, RowSelection(v.shape[0], v.shape[1], v.device))
 
         return linearized, rows
@@ -220,7 +216,7 @@ class Problem:
         self.vectors_per_example = tried[key]
         self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
         if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
-            with self._quiet():
+            with self.plan.quiet():
                 _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
         self.probabilities_sought = False
@@ -228,7 +224,7 @@ class Problem:
     def _last_layer(self) -> bool:
         """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
         if "last layer" not in self.plan.tried:
-            with self._quiet():
+            with self.plan.quiet():
                 self.plan.tried["last layer"] = is_last_layer(Linearized.probe(self.plan))
         return bool(self.plan.tried["last layer"])
 
@@ -243,19 +239,18 @@ class Problem:
             return None
         each = self._piece(first.size)
         passes = max(1, examples / each) * self.vectors_per_example
-        with self._quiet():
+        with self.plan.quiet():
             probe = Linearized.probe(self.plan)
         seconds = self._pass_seconds(probe) * examples / two.size * self.vectors_per_example
         if seconds > LONG and each > two.size:
             micro = first.take(slice(0, each)).to(self.plan.example_parameter.device)
-            with self._quiet():
-                linearized = self._linearized(micro)
+            linearized = self._linearized(micro)
             seconds = min(seconds, self._pass_seconds(linearized) * passes)
         return math.ceil(passes), seconds
 
     def _pass_seconds(self, linearized: Linearized | OneByOne) -> float:
         """Of a backward pass of one output vector an example, measured."""
-        with self._quiet():
+        with self.plan.quiet():
             v = torch.ones(1, *linearized.z.shape, device=linearized.z.device, dtype=linearized.z.dtype)
             selection = RowSelection(1, len(linearized.z), v.device)
             linearized.rows(v, selection)  # the first one finds out whose the entries are
@@ -295,6 +290,9 @@ class Problem:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors.
 
         With ``shows``, what is done with the first confirms the plan.
+
+        Raises:
+            DataError: there is no batch.
         """
         self.plan.refuse_changed()
         if not shows:
@@ -323,21 +321,18 @@ class Problem:
         return -(-size // -(-size // step))
 
     def _linearized(self, batch: Batch) -> Linearized | OneByOne:
-        """The model at a batch, as a whole or example by example."""
-        if self.plan.looped:
-            return OneByOne(self.plan, batch, follow=self.by_owner is False)
-        return Linearized.at(self.plan, batch)
-
-    def _confirming(self, batch: Batch) -> Linearized:
-        """The same of a plan that nothing has confirmed, by this pass if it can."""
-        plan = self.plan
+        """The model at a batch, as a whole or example by example; a first one confirms what nothing has."""
+        plan, assumed = self.plan, self.plan.probe.assumed
         try:
-            with self._quiet() as draws:
+            with plan.quiet() as draws:
+                if plan.looped:
+                    return OneByOne(plan, batch, follow=self.by_owner is False)
                 watched = forward(plan, batch)
-            shown = is_shown(plan, watched) and (plan.draws or not draws.happened)
-        except Exception:  # models raise what they like; two examples tell what it means
-            shown = False
-        if not shown:
+        except Exception:
+            if assumed:  # two examples tell what it means
+                self.confirm()
+            raise
+        if assumed and not (is_shown(plan, watched) and (plan.draws or not draws.happened)):
             self.confirm()
         plan.probe.assumed = False
         return Linearized(plan, batch, watched)
@@ -357,21 +352,19 @@ class Problem:
         plan, z = self.plan, seen.z.detach()
         order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(0)).to(z.device)
         for piece in order.chunk(2) if batch.size > 2 else [torch.zeros_like(order)]:
-            with self._quiet():
+            with self.plan.quiet():
                 torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
                 again = batch.take(piece).call(plan.model).detach()
             require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
-        linearized = self._confirming(batch) if self.plan.probe.assumed else None
-        with self._quiet() if linearized is None else contextlib.nullcontext():
-            linearized = self._linearized(batch) if linearized is None else linearized
-            if self.revisable and linearized.newly_ruled:
-                raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
-            if self.by_owner:
-                linearized.by_owner()
-            elif self.by_owner is not None and not linearized.followed:
-                raise BetterPlanError(self.plan, True, batch)
+        linearized = self._linearized(batch)
+        if self.revisable and linearized.newly_ruled:
+            raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
+        if self.by_owner:
+            linearized.by_owner()
+        elif self.by_owner is not None and not linearized.followed:
+            raise BetterPlanError(self.plan, True, batch)
         outputs = self._outputs(batch, linearized.z, start, call)
         if in_company:
             self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
@@ -392,13 +385,12 @@ class Problem:
         bare = isinstance(linearized, Linearized) and linearized.watched.bare and not self.plan.generic
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
-            with torch.inference_mode(False) if bare else self._quiet(), torch.enable_grad():
+            with torch.inference_mode(False) if bare else self.plan.quiet(), torch.enable_grad():
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
             if self.revisable and linearized.unruled:
-                with self._quiet():
-                    raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
+                raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)
@@ -412,13 +404,6 @@ class Problem:
 
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
-
-    @contextmanager
-    def _quiet(self) -> Iterator[Draws]:
-        """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""
-        parameters = list(self.plan.parameters.values())
-        with untouched_rng([parameters[0].device]) as draws, differentiable(self.plan.model, parameters):
-            yield draws
 
 
 def _now(device: torch.device) -> float:

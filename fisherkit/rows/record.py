@@ -78,7 +78,7 @@ class Recorder(TorchFunctionMode):
         random: whether dropout was active.
         coarsest: the floating dtype that rounds most, of all that is differentiated; autocast may be inside the model.
         casts: whether a module was cast in place, which ``torch.func`` does not survive.
-        packed: whether a function's tensors were kept by code of another's, as checkpoints do, which a backward pass runs.
+        packed: whether tensors were kept for a backward pass by someone's code, as by checkpoints, which it then runs.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
     """
 

@@ -21,8 +21,7 @@ from torch import nn
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
-from fisherkit.randomness import untouched_rng
-from fisherkit.rows.differentiable import differentiable, pulled_back
+from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.hidden import uses_are_all
 from fisherkit.rows.linearized import Known, Linearized
@@ -59,16 +58,16 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: b
     if key in known and known[key].alone and batch.size > 1:
         del known[key]  # of one example nothing was learnt about two
     if key in known:
-        plan: Plan | None = Plan.of(model, space, known[key], key)
-        if assume and known[key].calls is not None:
-            return replace(plan, probed=Probe(batch.take(two_of(batch, known[key].alone)), None))
-        plan = _confirmed(plan, batch)
+        old = Plan.of(model, space, known[key], key)
+        if assume and _is_simple(old):
+            return replace(old, probed=Probe(batch.take(two_of(batch, old.alone)), None))
+        plan = _confirmed(old, batch)
         if plan is not None:
             return plan
         del known[key]
     plan = replace(_made(model, space, batch), key=key)
     if plan.probe.watched is not None:
-        plan = replace(plan, calls=_calls(plan, plan.probe.watched.uses))
+        plan = replace(plan, calls=_calls(plan.probe.watched.uses))
     remember(plan)
     return plan
 
@@ -85,7 +84,7 @@ def plan_again(plan: Plan, batch: Batch) -> Plan | None:
     if plan.alone or _key(plan.model, plan.space, batch) != plan.key:
         return None
     again = replace(plan, units=plan.findings.units)
-    with untouched_rng([plan.example_parameter.device]), differentiable(plan.model, [*plan.parameters.values()]):
+    with plan.quiet():
         two = batch.take(two_of(batch, plan.alone))
         return replace(again, probed=Probe(two, forward(again, two)))
 
@@ -116,7 +115,7 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
     gradients for both.
     """
     parameters, two = list(plan.parameters.values()), batch.take(two_of(batch, plan.alone))
-    with untouched_rng([parameters[0].device]), differentiable(plan.model, parameters):
+    with plan.quiet():
         try:
             seen, random = probed(plan, two)
         except ModelError:  # used in another way: what is wrong, if anything, is for a new plan to say
@@ -151,19 +150,21 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
 
 def is_shown(plan: Plan, watched: Watched) -> bool:
     """Whether a pass's own graph tells that uses are those that were verified, and that there are no others."""
-    if plan.calls is None or watched.hooked or watched.coarsest != plan.coarsest or not watched.z.requires_grad:
+    if not _is_simple(plan) or watched.hooked or watched.coarsest != plan.coarsest or not watched.z.requires_grad:
         return False
-    return _calls(plan, watched.uses) == plan.calls and uses_are_all(watched.z, watched.uses, plan.parameters)
+    return _calls(watched.uses) == plan.calls and uses_are_all(watched.z, watched.uses, plan.parameters)
 
 
-def _calls(plan: Plan, uses: Sequence[Use]) -> Hashable:
+def _is_simple(plan: Plan) -> bool:
+    """Whether a graph can tell that a plan holds: functions of parameters themselves that met data."""
+    return plan.calls is not None and all(type(unit) in (RuledUnit, SharedUnit) for unit in plan.units)
+
+
+def _calls(uses: Sequence[Use]) -> Hashable:
     """What rules depend on of uses, but for sizes and numbers of tensors; None if a graph does not tell all of them."""
-    simple = all(use.plain and use.slices is None and not isinstance(use.rule, RecurrentRule) for use in uses)
-    if not simple or not all(type(unit) in (RuledUnit, SharedUnit) for unit in plan.units):
+    if not all(use.plain and use.slices is None and not isinstance(use.rule, RecurrentRule) for use in uses):
         return None
-    return tuple(
-        (id(use.rule), use.sources, use.turned, use.axis, *_form(use.arguments, sizes=False)) for use in uses
-    )
+    return tuple((id(use.rule), use.sources, use.turned, use.axis, *_form(use.arguments, sizes=False)) for use in uses)
 
 
 def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
