@@ -161,8 +161,9 @@ class FisherApproximation(ForwardingOperator):
         else:
             plan = joint_plan(model, space, source, processes)
         problem = Problem(
-            plan, source, resolved, rule, example == "token", is_causal(model) if shift_labels is None else shift_labels,
-            chunk_size, progress and (processes is None or processes.rank == 0), processes=processes,
+            plan, source, resolved, rule, example == "token",
+            is_causal(model) if shift_labels is None else shift_labels, chunk_size,
+            progress and (processes is None or processes.rank == 0), processes=processes,
             offset=0 if processes is None or not rule.random else processes.before(source.count),
         )  # fmt: skip
         builder = Builder(
