@@ -15,6 +15,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError
 from fisherkit.memory import available_memory, readable
 from fisherkit.operators import FisherOperator
+from fisherkit.operators.linalg import checked_together
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
@@ -100,14 +101,16 @@ class Builder:
         self.needed = structure.fitted(self.problem)
         share = None
         if self.needed > self.budget and structure.streams:
+            self.problem.confirm()
             operator, parts = self._streamed(structure)
         else:
             self._require(structure)
             self.problem = replace(self.problem, most_examples=structure.most_examples(self.problem))
             sums = self._summed(structure)
             self.rows, share = self.rows - sums.dropped, sums.dropped_share
-            operator = structure.operator(sums, self.scale)
-            parts = structure.parts(sums, operator)
+            with checked_together():
+                operator = structure.operator(sums, self.scale)
+                parts = structure.parts(sums, operator)
             del sums
         coverage = Coverage(tuple(self._entry(names, part) for names, part in parts.items()))
         dropped = torch.cat(self.dropped) if self.dropped else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from fisherkit.memory import readable
 
@@ -46,7 +46,7 @@ class Coverage:
 
     def to_json(self) -> str:
         """The table as Fisher files record it."""
-        return json.dumps([asdict(entry) for entry in self.entries])
+        return json.dumps([vars(entry) for entry in self.entries])
 
     @classmethod
     def from_json(cls, text: str) -> Coverage:

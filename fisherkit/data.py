@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,6 +203,8 @@ class Batch:
     def take(self, index: Tensor | slice) -> Batch:
         """Some of the examples; tensors without the batch's leading size are passed as they are."""
         count = index.shape[0] if isinstance(index, Tensor) else len(range(*index.indices(self.size)))
+        if isinstance(index, slice) and count == self.size and (index.step or 1) > 0:
+            return self
         targets = None if self.targets is None else self.targets[index]
         args, kwargs = self._map_batched(lambda tensor: tensor[index])
         return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets, size=count)
@@ -377,7 +379,9 @@ class Source:
         self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
         # A shuffling loader draws its order from the global generator: every pass starts from the same state.
         self._generators = _generators_of(data) if isinstance(data, DataLoader) else []
-        self._start = rng_state(self._generators)
+        # What a list hands over runs nobody's code, and so moves no generator.
+        self._listed = type(self.batches) is list or type(self.batches) is tuple
+        self._start = None if self._listed else rng_state(self._generators)
         self._axes: dict[int, bool] | None = None
         self._digests: list[str] = []
         self._whole = False
@@ -401,13 +405,14 @@ class Source:
         state = self._start if state is None else state
         iterator: Iterator[Any] | None = None
         for number in itertools.count():
-            with torch.inference_mode(False), untouched_rng([], state, self._generators):
+            quiet = contextlib.nullcontext() if self._listed else untouched_rng([], state, self._generators)
+            with torch.inference_mode(False), quiet:
                 iterator = iter(self.batches) if iterator is None else iterator
                 try:
                     raw = next(iterator)
                 except StopIteration:
                     return
-                state = rng_state(self._generators)
+                state = None if self._listed else rng_state(self._generators)
             yield Batch.of(raw, f"data, batch {number}", self._axes if settled else None, self._model_inputs)
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -458,7 +463,7 @@ class Source:
         """
         self.refuse_shuffling(call)
         if not _in_order(self.batches):
-            for _ in self._compared(self.once((*_elsewhere(), *self._start[3:]))):
+            for _ in self._compared(self.once(_elsewhere(self._generators))):
                 pass
 
     def numbered(self) -> Iterator[tuple[int, Batch]]:
@@ -545,14 +550,14 @@ def _changed(number: int) -> DataError:
     )
 
 
-def _elsewhere() -> RngState:
-    """A state of the global generators that has nothing to do with where they are."""
+def _elsewhere(others: Sequence[torch.Generator]) -> RngState:
+    """A state of the global generators that has nothing to do with where they are, and of others as they are."""
     with untouched_rng([]):
         seed = int(torch.randint(2**31, ()))
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators too
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  users' code draws from it
-        return rng_state()
+        return rng_state(others)
 
 
 def check_finite(z: Tensor, call: str) -> None:

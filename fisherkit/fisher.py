@@ -156,10 +156,14 @@ class FisherApproximation(ForwardingOperator):
                 "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
                 "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget),
             })  # fmt: skip
+        if processes is None:
+            plan = plan_of(model, space, source, assume=True)
+        else:
+            plan = joint_plan(model, space, source, processes)
         problem = Problem(
-            plan_of(model, space, source) if processes is None else joint_plan(model, space, source, processes),
-            source, resolved, rule, example == "token", is_causal(model) if shift_labels is None else shift_labels,
-            chunk_size, progress and (processes is None or processes.rank == 0), processes=processes,
+            plan, source, resolved, rule, example == "token",
+            is_causal(model) if shift_labels is None else shift_labels, chunk_size,
+            progress and (processes is None or processes.rank == 0), processes=processes,
             offset=0 if processes is None or not rule.random else processes.before(source.count),
         )  # fmt: skip
         builder = Builder(

@@ -585,11 +585,12 @@ class Categorical(Likelihood):
             )
         target = target.reshape(z.shape[:2]).long()
         mask = target != self.ignore_index
-        wrong = target[mask & ((target < 0) | (target >= c))].unique().tolist()
-        if wrong:
+        wrong = mask & ((target < 0) | (target >= c))
+        if bool(wrong.any()):
+            bad = target[wrong].unique().tolist()
             raise DataError(
                 call=call,
-                got=f"label{'s' if len(wrong) > 1 else ''} {listed(map(str, wrong))}",
+                got=f"label{'s' if len(bad) > 1 else ''} {listed(map(str, bad))}",
                 expected=f"0 to {c - 1}, or ignore_index = {self.ignore_index}",
                 why=f"the outputs {shape_text(raw)} have {c} classes on axis {self.class_axis}",
                 try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -21,9 +22,8 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device now, as far as the system tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    report = Path("/proc/meminfo")
-    if report.exists():
-        for line in report.read_text().splitlines():
+    with contextlib.suppress(OSError), Path("/proc/meminfo").open() as report:
+        for line in report:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     if "SC_PHYS_PAGES" in os.sysconf_names:

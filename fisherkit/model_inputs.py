@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -140,7 +141,16 @@ class ModelInputs:
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """The forward pass's parameters; none if it has no signature, as scripted models."""
+    function = getattr(model.forward, "__func__", None)  # of a class, which is looked at once
+    if function in _PARAMETERS:
+        return _PARAMETERS[function]
     try:
-        return inspect.signature(model.forward).parameters
+        found = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
         return {}
+    if inspect.isfunction(function):
+        _PARAMETERS[function] = found
+    return found
+
+
+_PARAMETERS: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()

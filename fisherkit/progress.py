@@ -36,13 +36,15 @@ def bar(total: float | None, description: str, unit: str, *, shown: bool, steps:
     Returns:
         A `tqdm.tqdm`, a context manager.
     """
+    if not shown:
+        return tqdm(disable=True)
     options: dict[str, Any] = {} if total is None else {"bar_format": FORMAT if steps else SHARE, "smoothing": 0.1}
     every = _lines_every.get()
     if every is not None:
         options |= {"file": _Lines(sys.stderr), "delay": every, "mininterval": every, "maxinterval": every, "ncols": 80}
     elif _columns() == 0:  # a terminal that does not tell its size, where a bar would have none
         options |= {"ncols": 80, "nrows": 24}
-    return tqdm(total=total, desc=description, unit=unit, disable=not shown, leave=False, **options)
+    return tqdm(total=total, desc=description, unit=unit, leave=False, **options)
 
 
 def say(text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -88,10 +89,24 @@ def _set_rng_state(state: RngState, others: Sequence[torch.Generator]) -> None:
         generator.set_state(own)
 
 
+def _same(one: RngState, other: RngState) -> bool:
+    """Whether generators stand where they stood; what moves most often is looked at first."""
+    states = zip((one[0], *one[3:]), (other[0], *other[3:]), strict=True)
+    alike = all(np.array_equal(a.numpy(), b.numpy()) for a, b in states)
+    return alike and one[1] == other[1] and all(map(np.array_equal, one[2], other[2]))
+
+
+@dataclass
+class Draws:
+    """Whether numbers were drawn, known when it is over."""
+
+    happened: bool = False
+
+
 @contextmanager
 def untouched_rng(
     devices: list[torch.device], state: RngState | None = None, others: Sequence[torch.Generator] = ()
-) -> Iterator[None]:
+) -> Iterator[Draws]:
     """Run foreign code and restore the global random generators afterwards, also after an exception.
 
     Args:
@@ -100,11 +115,15 @@ def untouched_rng(
         others: generators beside the global ones that are restored, too.
     """
     cuda = [device for device in devices if device.type == "cuda"]
-    before = rng_state(others)
+    before, draws = rng_state(others), Draws()
     with torch.random.fork_rng(devices=cuda) if cuda else nullcontext():
+        places = [torch.cuda.get_rng_state(device) for device in cuda]
         try:
             if state is not None:
                 _set_rng_state(state, others)
-            yield
+            yield draws
         finally:
-            _set_rng_state(before, others)
+            after = [torch.cuda.get_rng_state(device) for device in cuda]
+            draws.happened = not (_same(before, rng_state(others)) and all(map(torch.equal, places, after)))
+            if draws.happened:
+                _set_rng_state(before, others)

@@ -127,24 +127,28 @@ def counted(model: nn.Module, batches: Any, structure: str) -> Kernels:
 @pytest.mark.parametrize(
     ("make", "structure", "most"),
     [
-        (perceptron, "diagonal", 425), (perceptron, "full", 340), (perceptron, "kfac", 390),
-        (convolutions, "diagonal", 345), (Attention, "diagonal", 1050),
+        (perceptron, "diagonal", 155), (perceptron, "full", 90), (perceptron, "kfac", 125),
+        (convolutions, "diagonal", 150), (Attention, "diagonal", 370),
     ],
 )  # fmt: skip
 def test_build__kernel_calls_on_a_known_model(make: Callable[[], nn.Module], structure: str, most: int) -> None:
     assert counted(make().eval(), data(), structure).calls <= most
 
 
-def test_build__kernel_calls_grow_with_batches_and_layers_by_little() -> None:
-    x, y = data()
-    one, three = (counted(perceptron(), [(x, y)] * n, "diagonal") for n in (1, 3))
-    deep = counted(perceptron(4), [(x, y)], "diagonal")
-    assert (three.calls - one.calls) / 2 <= 160
-    assert (deep.calls - one.calls) / 2 <= 110
-    assert (three.reads - one.reads) / 2 <= 4
-    assert one.reads <= 13
-    full = [counted(perceptron(n), [(x, y)], "full").reads for n in (2, 4)]
-    assert full[0] == full[1] <= 5
+@pytest.mark.parametrize(
+    ("structure", "a_batch", "a_layer", "reads"), [("diagonal", 95, 28, 7), ("kfac", 76, 21, 6), ("full", 84, 11, 5)]
+)
+def test_build__kernel_calls_grow_by_little_and_reads_by_batches_alone(
+    structure: str, a_batch: int, a_layer: int, reads: int
+) -> None:
+    batch = data()
+    one, three = (counted(perceptron(), [batch] * n, structure) for n in (1, 3))
+    deep = counted(perceptron(4), [batch], structure)
+    assert (three.calls - one.calls) / 2 <= a_batch
+    assert (deep.calls - one.calls) / 2 <= a_layer
+    # Outputs, labels and rows of each batch must be finite and in range before anything is added up.
+    assert (three.reads - one.reads) / 2 <= 3
+    assert deep.reads == one.reads <= reads
 
 
 @pytest.mark.parametrize("make", [perceptron, convolutions, Attention, Recurrent, Looped])
@@ -163,9 +167,10 @@ def test_build__two_examples_are_probed_once(
     assert len(backwards) == 2 + 2 * kernel + own
     with passes(model, monkeypatch) as (forwards, backwards):
         fk.EmpiricalFisher(model, batch, structure=structure)
-    assert forwards == {2: 1, 1: 26} if loop else forwards == {2: 1, 24: 1}
-    # One confirms what is known. In a loop, two more show whose its entries are, and each of its examples has its own.
-    assert len(backwards) == own + (5 if loop else 1)
+    # The graph of the pass over the data confirms what is known of layers; of recurrent ones, passes of two examples.
+    assert forwards == {24: 1, **({2: 1} if kernel else {})} or (loop and forwards == {2: 1, 1: 26})
+    # In a loop, two more show whose its entries are, and each of its examples has its own.
+    assert len(backwards) == own + (5 if loop else int(kernel))
 
 
 @pytest.mark.parametrize("kind", [fk.ExactFisher, fk.TruncatedFisher, fk.SampledFisher])

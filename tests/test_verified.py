@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +142,77 @@ def test_verified__keeps_no_model_alive(data: tuple[Tensor, Tensor]) -> None:
     del model
     gc.collect()
     assert known() is None
+
+
+class Doubled(torch.autograd.Function):
+    """Twice a weight, out of sight of function modes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return 2 * g[0]
+
+
+class Hidden(Switched):
+    """Two layers; what is done with them is decided where no comparison of models looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.config = nn.Linear(3, 3), {"way": ""}
+
+    def forward(self, x: Tensor) -> Tensor:
+        way, w, b = self.config["way"], self.last.weight, self.last.bias
+        h = self.layer(x).tanh()
+        if way == "input":
+            h = h + x @ Doubled.apply(w)
+        if way == "weight":
+            w = Doubled.apply(w)
+        if way == "sum":
+            w = w + Doubled.apply(w)
+        if way == "bias of both":
+            b = b + Doubled.apply(self.layer.bias)
+        z = nn.functional.linear(h, w, b)
+        return z + (h.mul_(2) if way == "written" else 0)
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+@pytest.mark.parametrize("way", ["input", "weight", "sum", "bias of both"])
+def test_verified__anew_for_what_hides_in_a_known_pass(
+    way: str, structure: str, data: tuple[Tensor, Tensor], verifications: list[nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model = Hidden().double()
+    for _ in range(2):
+        fk.EmpiricalFisher(model, data, structure=structure)
+    model.config["way"] = way
+    for _ in range(2):
+        found, expected = fk.EmpiricalFisher(model, data, structure=structure), dense(model, data)
+        expected = expected if structure == "full" else expected.diagonal().diag()
+        torch.testing.assert_close(found.to_dense(), expected, rtol=1e-10, atol=1e-14)
+    assert len(verifications) == 2
+
+
+def test_verified__a_known_layers_input_that_is_written_to_since_is_named(data: tuple[Tensor, Tensor]) -> None:
+    model = Hidden().double()
+    fk.EmpiricalFisher(model, data)
+    model.config["way"] = "written"
+    for _ in range(2):
+        with pytest.raises(fk.ModelError, match="in place"):
+            fk.EmpiricalFisher(model, data)
+
+
+@pytest.mark.parametrize("options", [{"structure": "kfac"}, {"structure": "ekfac"}, {"memory_budget": 1}], ids=str)
+def test_verified__the_first_pass_confirms_whatever_is_made_of_it(
+    options: dict[str, Any], data: tuple[Tensor, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    known, fresh = Hidden().double(), Hidden().double()
+    fresh.load_state_dict(known.state_dict())
+    fk.EmpiricalFisher(known, data, **options)
+    known.config["way"] = fresh.config["way"] = "input"
+    eye = torch.eye(24, dtype=torch.float64)
+    found, expected = (fk.EmpiricalFisher(model, data, **options) @ eye for model in (known, fresh))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)

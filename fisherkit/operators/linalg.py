@@ -6,7 +6,9 @@ of a solve.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -34,14 +36,42 @@ def check_tensor(
         raise InvalidArgumentError(call=call, got=f"shape {list(tensor.shape)}", expected=str(list(shape)))
     if device is not None and tensor.device != device:
         raise InvalidArgumentError(call=call, got=f"a tensor on {tensor.device}", expected=str(device))
-    if not all_finite(tensor):
-        raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
-    if nonnegative and tensor.numel() and float(tensor.min()) < 0:
-        raise InvalidArgumentError(
-            call=call, got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
-            expected="numbers that are 0 or more", why="a Fisher matrix is positive semi-definite",
-        )  # fmt: skip
+    pending = _PENDING.get()
+    if pending is None:
+        _check_values([(tensor, call, nonnegative)])
+    else:
+        pending.append((tensor, call, nonnegative))
     return tensor.detach()
+
+
+_Pending = tuple[Tensor, str, bool]
+_PENDING: ContextVar[list[_Pending] | None] = ContextVar("pending", default=None)
+
+
+@contextmanager
+def checked_together() -> Iterator[None]:
+    """Operators that are made in here have their numbers looked at in the end, with one or two waits for the device."""
+    pending: list[_Pending] = []
+    token = _PENDING.set(pending)
+    try:
+        yield
+    finally:
+        _PENDING.reset(token)
+    lows = [tensor.min() for tensor, _, nonnegative in pending if nonnegative and tensor.numel()]
+    if not all_finite(*(tensor for tensor, _, _ in pending)) or (lows and float(torch.stack(lows).min()) < 0):
+        _check_values(pending)
+
+
+def _check_values(pending: Sequence[_Pending]) -> None:
+    """Refuse NaN and infinity, and where it is said, negative numbers."""
+    for tensor, call, nonnegative in pending:
+        if not all_finite(tensor):
+            raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
+        if nonnegative and tensor.numel() and float(tensor.min()) < 0:
+            raise InvalidArgumentError(
+                call=call, got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
+                expected="numbers that are 0 or more", why="a Fisher matrix is positive semi-definite",
+            )  # fmt: skip
 
 
 def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n n"]:

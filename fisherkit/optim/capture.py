@@ -220,10 +220,7 @@ class Capture:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
         plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
         if plan.unused or any(unit.without_use for unit in plan.generic):
-            with (
-                untouched_rng([plan.example_parameter.device]),
-                differentiable(self.model, list(plan.parameters.values())),
-            ):
+            with plan.quiet():
                 linearized = Linearized.at(plan, batch)
                 self._used |= _used(linearized.watched)
                 plan = linearized.replanned() if linearized.newly_ruled else plan

@@ -200,12 +200,12 @@ class _Kept:
                     with torch.no_grad():
                         copies[id(tensor)] = tensor.clone()
                 own = held[name] = copies[id(tensor)]
-                self.copies.append((held, name, own, _version(own)))
+                self.copies.append((held, name, own, version_of(own)))
 
     def put_back(self) -> None:
         """As it was where tensors were written; a module's own counts of its calls are its own business."""
         copied = {(id(held), name) for held, name, _, _ in self.copies}
-        written = any(held.get(name) is not own or _version(own) != known for held, name, own, known in self.copies)
+        written = any(held.get(name) is not own or version_of(own) != known for held, name, own, known in self.copies)
         written = written or any(h.get(n) is not t for h, n, t in self.places if (id(h), n) not in copied)
         for held, name, tensor in self.places:
             if written or held.get(name) is not tensor:
@@ -219,7 +219,7 @@ class _Kept:
                     getattr(container, "extend" if isinstance(container, (list, deque)) else "update")(content)
 
 
-def _version(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor) -> int | None:
     """What in-place changes count up; an inference tensor has none."""
     return None if tensor.is_inference() else tensor._version
 

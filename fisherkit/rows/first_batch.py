@@ -25,8 +25,14 @@ from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
 
 
-def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
+def plan_of(model: nn.Module, space: ParameterSpace, source: Source, *, assume: bool = False) -> Plan:
     """How the rows of a model on these data are made.
+
+    Args:
+        model: the model.
+        space: the chosen parameters.
+        source: the data.
+        assume: as of `plan_for`.
 
     Raises:
         DataError: the model fails over its inputs, and what is wrong with them can be told.
@@ -39,7 +45,7 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source) -> Plan:
     first = source.first()
     try:
         own = first.to(device)
-        return plan_for(model, space, own)
+        return plan_for(model, space, own, assume=assume)
     except Exception as error:
         other = _another(source, first)
         found = None if other is None else _shared(model, space, first, other)

@@ -1,7 +1,8 @@
 """Parameters that act on the outputs behind autograd's back.
 
 A custom ``autograd.Function`` that calls layers inside, as checkpoints and reversible blocks of other libraries do,
-shows none of their parameters: they would count as unused, and their rows as zeros. Owns telling the two apart.
+shows none of their parameters: they would count as unused, and their rows as zeros. Owns telling the two apart, and
+telling from a graph that nothing else reaches a parameter.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError, listed
-from fisherkit.rows.differentiable import functional_call, kept_whole
+from fisherkit.rows.differentiable import functional_call, kept_whole, version_of
+from fisherkit.rows.rules import Use
 
 
 def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, z: Tensor) -> None:
@@ -48,7 +50,11 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
 
 def has_custom_function(z: Tensor) -> bool:
     """Whether an autograd function written in Python is among what outputs were computed with."""
-    return any(isinstance(node, BackwardCFunction) for node in graph_nodes(z.grad_fn))
+    return any(map(_is_custom, graph_nodes(z.grad_fn)))
+
+
+def _is_custom(node: object) -> bool:
+    return isinstance(node, BackwardCFunction)
 
 
 def refuse_reentrant(
@@ -85,10 +91,43 @@ def refuse_reentrant(
     )
 
 
-def graph_nodes(start: Node | None) -> Iterator[Node]:
-    """All nodes of a graph, each once."""
-    pending: list[Node] = [] if start is None else [start]
-    seen = set(pending)
+def uses_are_all(z: Tensor, uses: Sequence[Use], parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the graph shows that outputs depend on parameters through these uses alone, whose inputs are unchanged.
+
+    Args:
+        z: outputs, with their graph.
+        uses: that a recorder saw on the way to them.
+        parameters: the chosen ones, by name.
+
+    Cost: a look at the graph.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    own: dict[Node, set[str]] = {}
+    inputs: dict[Node, list[Node]] = {}
+    for use in uses:
+        if version_of(use.input) != use.version:
+            return False
+        own.setdefault(use.edge.node, set()).update(use.names)
+        read = [get_gradient_edge(use.input).node] if use.input.requires_grad else []
+        inputs.setdefault(use.edge.node, []).extend(read)
+
+    def name(node: Node) -> str | None:
+        """Of a parameter's own node."""
+        return names.get(id(getattr(node, "variable", None)))
+
+    between = graph_nodes(z.grad_fn, *(node for read in inputs.values() for node in read), stops=own)
+    return all(name(node) is None for node in between) and all(
+        node not in own and not _is_custom(node) and (name(node) is None or name(node) in chosen)
+        for use, chosen in own.items()
+        for node in graph_nodes(*(following for following, _ in use.next_functions), stops=inputs[use])
+    )
+
+
+def graph_nodes(*starts: Node | None, stops: Collection[Node] = ()) -> Iterator[Node]:
+    """All nodes of a graph before some others, each once."""
+    seen = set(stops)
+    pending = [node for node in dict.fromkeys(starts) if node is not None and node not in seen]
+    seen.update(pending)
     while pending:
         node = pending.pop()
         yield node

@@ -20,7 +20,6 @@ from torch.autograd.graph import GradientEdge
 from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
-from fisherkit.randomness import untouched_rng
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.differentiable import scales
 from fisherkit.rows.generic import looped_rows, unreached
@@ -90,7 +89,8 @@ class Linearized:
         """Whether the forward pass shows whose all entries are, or would of two examples."""
         if self.watched.followed or self.batch.size > 1 or self.plan.alone:
             return self.watched.followed
-        return forward(self.plan, self.batch.take(torch.tensor([0, 0]))).followed
+        with self.plan.quiet():
+            return forward(self.plan, self.batch.take(torch.tensor([0, 0]))).followed
 
     @property
     def z(self) -> Tensor:
@@ -179,10 +179,11 @@ class Linearized:
         units += [Unit((name,), why, plan.parameters[name].numel()) for name in names]
         if newly_ruled:
             v = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
-            gradients = self.watched.backward(v.unsqueeze(0))
-            arrangements = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
-            for unit in propose(plan, self.watched, [name for name in plan.space.names if name in newly_ruled]):
-                units.append(self._adopted(unit, gradients, arrangements, v))
+            with plan.quiet():
+                gradients = self.watched.backward(v.unsqueeze(0))
+                arrangements = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
+                for unit in propose(plan, self.watched, [name for name in plan.space.names if name in newly_ruled]):
+                    units.append(self._adopted(unit, gradients, arrangements, v))
         plan = replace(plan, vectorised=plan.vectorised and not names, unused=plan.unused - newly_ruled)
         return plan.with_units(map(copy.copy, units))
 
@@ -239,14 +240,14 @@ class Linearized:
                 why="their rows come from a pass of their own, which would draw anew",
                 try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
             )
-        self._refuse_coupled(list(own))
-        return looped_rows(self.plan.model, own, self.batch, v)
+        with self.plan.quiet():
+            self._refuse_coupled(list(own))
+            return looped_rows(self.plan.model, own, self.batch, v)
 
     def _refuse_coupled(self, names: list[str]) -> None:
         """Raise unless each example alone has the outputs that it has in this batch."""
         allowed = self._tolerance(self.z.dtype)
-        with untouched_rng([self.z.device]):
-            alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model).detach() for n in range(self.batch.size)]
+        alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model).detach() for n in range(self.batch.size)]
         pairs = [(one[0], z) for one, z in zip(alone, self.z.detach(), strict=True)]
         usual = self.z.detach().norm() / self.batch.size**0.5
         if all(a.shape == z.shape and bool((a - z).norm() <= allowed * z.norm().maximum(usual)) for a, z in pairs):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError, listed
-from fisherkit.randomness import rng_places, untouched_rng
+from fisherkit.randomness import Draws, rng_places, untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
@@ -44,16 +44,25 @@ class Probe:
 
     Args:
         batch: two examples, or the one that a model takes alone.
-        watched: their forward pass, with its graph; dropped when rows of the data are made.
+        watched: their forward pass, with its graph; dropped when rows of the data are made. None of a plan that is
+            known from before and has yet to be confirmed, by the first pass over the data.
 
     Attributes:
-        z: their outputs.
         hooked: as of the forward pass.
+        assumed: whether nothing has confirmed the plan yet.
     """
 
-    def __init__(self, batch: Batch, watched: Watched) -> None:
-        self.batch, self.z, self.hooked = batch, watched.z.detach(), watched.hooked
-        self.watched: Watched | None = watched
+    def __init__(self, batch: Batch, watched: Watched | None) -> None:
+        self.batch, self.watched = batch, watched
+        self._z = None if watched is None else watched.z.detach()
+        self.hooked, self.assumed = watched is not None and watched.hooked, watched is None
+
+    @property
+    def z(self) -> Tensor:
+        """Their outputs."""
+        if self._z is None:
+            raise LookupError("a plan that nothing has confirmed")
+        return self._z
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +77,7 @@ class Findings:
         coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
         numbers_per_example: entries of all layer outputs for one example.
         alone: whether the model takes one example at a time, so that it was verified on one.
+        calls: what its uses on two examples were given, to be compared; None before it is kept.
         draws: whether a pass draws random numbers, of which no output was seen to depend.
         tried: a cache, which all that have these findings share, of what is found out when it is first needed:
             "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
@@ -81,6 +91,7 @@ class Findings:
     coarsest: torch.dtype = torch.float64
     numbers_per_example: int = 1
     alone: bool = False
+    calls: Hashable = None
     draws: bool = False
     tried: dict[Hashable, int] = field(default_factory=dict)
 
@@ -149,6 +160,13 @@ class Plan(Findings):
                 why="rows that are streamed are made from the live model",
                 try_="build the Fisher anew, or a larger memory_budget, which keeps the rows",
             )
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[Draws]:
+        """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""
+        own = list(self.parameters.values())
+        with untouched_rng([self.example_parameter.device]) as draws, differentiable(self.model, own):
+            yield draws
 
     @property
     def example_parameter(self) -> Tensor:
@@ -233,7 +251,6 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
     """
     refuse_train_mode(model)
     plan = Plan.of(model, space, Findings(alone=alone))
-    parameters = list(plan.parameters.values())
     device = plan.example_parameter.device
     if device.type == "meta":
         raise ModelError(
@@ -242,7 +259,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             expected="parameters with values",
             try_="model.to_empty(device=...) and load its weights",
         )
-    with untouched_rng([device]), differentiable(model, parameters):
+    with plan.quiet():
         probe = batch.take(two_of(batch, alone))
         watched, random = probed(plan, probe)
         z, plan = watched.z, replace(plan, coarsest=watched.coarsest, draws=random)

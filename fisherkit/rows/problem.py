@@ -10,7 +10,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,16 +23,16 @@ from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
-from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.differentiable import differentiable
+from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.verified import is_shown
 from fisherkit.rows.watched import Watched
 
 LONG = 600.0
@@ -129,7 +128,7 @@ class Problem:
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """One pass over the data; not ``compared`` with other passes where its results stand alone."""
         largest = 0
-        for batch, start, call in self._micro_batches(description, compared=compared):
+        for batch, start, call in self._micro_batches(description, compared=compared, shows=True):
             yield from self._micro(batch, start, call, in_company=batch.size > largest)
             largest = max(largest, batch.size)
 
@@ -153,7 +152,7 @@ class Problem:
         """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
         largest = 0
         for batch, start, call in self._micro_batches(description):
-            with self._quiet():
+            with self.plan.quiet():
                 watched = forward(self.plan, batch)
             slots = self._slots(batch, watched.z, start, call)
             if batch.size > largest:
@@ -164,11 +163,11 @@ class Problem:
 
     def probe_rows(self) -> tuple[Linearized, Callable[[Float[Tensor, "k B ..."]], Rows]]:
         """The model at the plan's two examples, and their rows for any output vectors."""
-        with self._quiet():
+        with self.plan.quiet():
             linearized = Linearized.probe(self.plan)
 
         def rows(v: Float[Tensor, "k B ..."]) -> Rows:
-            with self._quiet():
+            with self.plan.quiet():
                 return linearized.rows(v, RowSelection(v.shape[0], v.shape[1], v.device))
 
         return linearized, rows
@@ -212,11 +211,12 @@ class Problem:
         plan, tried, kind = self.plan, self.plan.tried, self.kind
         key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
         if key not in tried:
+            self.confirm()
             tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place).number
         self.vectors_per_example = tried[key]
         self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
         if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
-            with self._quiet():
+            with self.plan.quiet():
                 _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
         self.probabilities_sought = False
@@ -224,7 +224,7 @@ class Problem:
     def _last_layer(self) -> bool:
         """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
         if "last layer" not in self.plan.tried:
-            with self._quiet():
+            with self.plan.quiet():
                 self.plan.tried["last layer"] = is_last_layer(Linearized.probe(self.plan))
         return bool(self.plan.tried["last layer"])
 
@@ -239,19 +239,18 @@ class Problem:
             return None
         each = self._piece(first.size)
         passes = max(1, examples / each) * self.vectors_per_example
-        with self._quiet():
+        with self.plan.quiet():
             probe = Linearized.probe(self.plan)
         seconds = self._pass_seconds(probe) * examples / two.size * self.vectors_per_example
         if seconds > LONG and each > two.size:
             micro = first.take(slice(0, each)).to(self.plan.example_parameter.device)
-            with self._quiet():
-                linearized = self._linearized(micro)
+            linearized = self._linearized(micro)
             seconds = min(seconds, self._pass_seconds(linearized) * passes)
         return math.ceil(passes), seconds
 
     def _pass_seconds(self, linearized: Linearized | OneByOne) -> float:
         """Of a backward pass of one output vector an example, measured."""
-        with self._quiet():
+        with self.plan.quiet():
             v = torch.ones(1, *linearized.z.shape, device=linearized.z.device, dtype=linearized.z.dtype)
             selection = RowSelection(1, len(linearized.z), v.device)
             linearized.rows(v, selection)  # the first one finds out whose the entries are
@@ -275,9 +274,29 @@ class Problem:
     def _flat(self) -> bool:
         return self.token or self.kind.positionwise
 
-    def _micro_batches(self, description: str, *, compared: bool = True) -> Iterator[tuple[Batch, int, str]]:
-        """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
+    def confirm(self) -> None:
+        """Begin again with a plan that two examples confirm, where nothing has confirmed this one.
+
+        Raises:
+            BetterPlanError: with that plan.
+        """
+        if self.plan.probe.assumed:
+            plan = plan_of(self.plan.model, self.plan.space, self.source)
+            raise BetterPlanError(plan, self.by_owner, self.source.first())
+
+    def _micro_batches(
+        self, description: str, *, compared: bool = True, shows: bool = False
+    ) -> Iterator[tuple[Batch, int, str]]:
+        """Pieces of batches on the model's device, their first example's place in the data, and a name for errors.
+
+        With ``shows``, what is done with the first confirms the plan.
+
+        Raises:
+            DataError: there is no batch.
+        """
         self.plan.refuse_changed()
+        if not shows:
+            self.confirm()
         self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
@@ -302,10 +321,21 @@ class Problem:
         return -(-size // -(-size // step))
 
     def _linearized(self, batch: Batch) -> Linearized | OneByOne:
-        """The model at a batch, as a whole or example by example."""
-        if self.plan.looped:
-            return OneByOne(self.plan, batch, follow=self.by_owner is False)
-        return Linearized.at(self.plan, batch)
+        """The model at a batch, as a whole or example by example; a first one confirms what nothing has."""
+        plan, assumed = self.plan, self.plan.probe.assumed
+        try:
+            with plan.quiet() as draws:
+                if plan.looped:
+                    return OneByOne(plan, batch, follow=self.by_owner is False)
+                watched = forward(plan, batch)
+        except Exception:
+            if assumed:  # two examples tell what it means
+                self.confirm()
+            raise
+        if assumed and not (is_shown(plan, watched) and (plan.draws or not draws.happened)):
+            self.confirm()
+        plan.probe.assumed = False
+        return Linearized(plan, batch, watched)
 
     def _refuse_influence(self, batch: Batch, seen: Watched | OneByOne) -> None:
         """Refuse a batch in which examples have other outputs than in other company.
@@ -322,20 +352,19 @@ class Problem:
         plan, z = self.plan, seen.z.detach()
         order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(0)).to(z.device)
         for piece in order.chunk(2) if batch.size > 2 else [torch.zeros_like(order)]:
-            with self._quiet():
+            with self.plan.quiet():
                 torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
                 again = batch.take(piece).call(plan.model).detach()
             require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
-        with self._quiet():
-            linearized = self._linearized(batch)
-            if self.revisable and linearized.newly_ruled:
-                raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
-            if self.by_owner:
-                linearized.by_owner()
-            elif self.by_owner is not None and not linearized.followed:
-                raise BetterPlanError(self.plan, True, batch)
+        linearized = self._linearized(batch)
+        if self.revisable and linearized.newly_ruled:
+            raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
+        if self.by_owner:
+            linearized.by_owner()
+        elif self.by_owner is not None and not linearized.followed:
+            raise BetterPlanError(self.plan, True, batch)
         outputs = self._outputs(batch, linearized.z, start, call)
         if in_company:
             self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
@@ -353,14 +382,16 @@ class Problem:
             counting = outputs.mask.unsqueeze(2).expand(outputs.z.shape).to(outputs.z)
             counting = self.likelihood.as_outputs(counting, linearized.z.shape)
 
+        bare = isinstance(linearized, Linearized) and linearized.watched.bare and not self.plan.generic
+
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
-            with self._quiet():
+            with torch.inference_mode(False) if bare else self.plan.quiet(), torch.enable_grad():
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
-                if self.revisable and linearized.unruled:
-                    raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
-                return found.finite(call)
+            if self.revisable and linearized.unruled:
+                raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
+            return found.finite(call)
 
         yield from slots.chunks(batch, step, rows)
 
@@ -373,13 +404,6 @@ class Problem:
 
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
-
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""
-        parameters = list(self.plan.parameters.values())
-        with untouched_rng([parameters[0].device]), differentiable(self.plan.model, parameters):
-            yield
 
 
 def _now(device: torch.device) -> float:

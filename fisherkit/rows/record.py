@@ -23,6 +23,7 @@ from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
 from fisherkit.rows.contractions import ContractionRule, contraction
 from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather, mapped
+from fisherkit.rows.differentiable import version_of
 from fisherkit.rows.ownership import coarser
 from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, unrolled
 from fisherkit.rows.rules import (
@@ -77,6 +78,7 @@ class Recorder(TorchFunctionMode):
         random: whether dropout was active.
         coarsest: the floating dtype that rounds most, of all that is differentiated; autocast may be inside the model.
         casts: whether a module was cast in place, which ``torch.func`` does not survive.
+        packed: whether tensors were kept for a backward pass by someone's code, as by checkpoints, which it then runs.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
     """
 
@@ -96,7 +98,7 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.outside_rules: set[str] = set()
         self.without_graph: set[str] = set()
-        self.random = self.casts = False
+        self.random = self.casts = self.packed = False
         self.coarsest = torch.float64
         self.muted = 0
         self._hooks = RemovableHandle.next_id
@@ -133,6 +135,7 @@ class Recorder(TorchFunctionMode):
             self.random = True
             if not self.training:
                 raise _refused_chance(func)
+        self.packed = self.packed or _packs()
         _refuse_max_norm(func, args, kwargs)
         _refuse_offsets(func, args, kwargs)
         if func is F.multi_head_attention_forward:
@@ -299,6 +302,7 @@ class Recorder(TorchFunctionMode):
         use = Use(
             rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
             shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned, slices,
+            version_of(arguments[rule.input_name]),
         )  # fmt: skip
         if (slices is not None or by_bias is not None) and None not in use.sources:
             self.uses += [replace(use, bias=None), replace(use, weight=None, turned=False, slices=by_bias)]
@@ -351,8 +355,7 @@ class Recorder(TorchFunctionMode):
         known = func is F.scaled_dot_product_attention or is_elementwise(func)
         target = args[0] if args and _in_place(func, kwargs) else None
         # A checkpoint computes again without us, and then saves tensors of other shapes.
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        if not known or hooked or any(tensor is target for tensor, _ in own):
+        if not known or _packs() or any(tensor is target for tensor, _ in own):
             return args, kwargs
         most = max(tensor.ndim for tensor in tensors((args, kwargs)))
         tracked = {
@@ -385,6 +388,11 @@ def _in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     marked = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
     return marked or name.startswith("__i") or func is Tensor.__setitem__ or kwargs.get("out") is not None
+
+
+def _packs() -> bool:
+    """Whether someone's code keeps the tensors that functions save for a backward pass."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -47,6 +47,7 @@ class Use:
         turned: whether the function saw the named weight transposed.
         slices: where it saw slices of a parameter, as of experts, which one each entry used, to be broadcast over the
             lead from the right; -1 for none.
+        version: how often the input had been written to.
     """
 
     rule: Rule
@@ -58,6 +59,13 @@ class Use:
     axis: Axis | None = None
     turned: bool = False
     slices: Int[Tensor, "..."] | None = None
+    version: int | None = None
+
+    @property
+    def input(self) -> Tensor:
+        """The input, as it is now."""
+        found: Tensor = self.arguments[self.rule.input_name]
+        return found
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -3,14 +3,15 @@
 Rules are verified on two examples (`rows.plan`), which costs a few passes over the weights. What they say holds for a
 model and not for its parameters' values, so it is used again while nothing else about the model has changed, its
 modules, their plain attributes, hooks and modes, its parameters' identities and shapes, the form of a batch, and the
-layer rules that there are; what no such comparison sees is looked for by one forward and one backward pass of two
-examples, whose weight gradients must be the sum of their rows. Only findings are kept here, no tensor and no model.
+layer rules that there are. What no such comparison sees is looked for by a forward pass of two examples: its graph must
+lead to chosen parameters through the uses that were verified and in no other way; where it does not show that, a
+backward pass must bring weight gradients that are the sum of rows. Only findings are kept here, no tensor and no model.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,14 +21,17 @@ from torch import nn
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
-from fisherkit.randomness import untouched_rng
-from fisherkit.rows.differentiable import differentiable, pulled_back
+from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.generic import dense_gradient
+from fisherkit.rows.hidden import uses_are_all
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Findings, Plan, Probe, forward, make_plan, probed, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
-from fisherkit.rows.rules import RULES
+from fisherkit.rows.recurrent import RecurrentRule
+from fisherkit.rows.rules import RULES, Use
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.units import RuledUnit, SharedUnit
+from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
 MOST = 32
@@ -37,8 +41,14 @@ MOST = 32
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
 
 
-def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
+def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: bool = False) -> Plan:
     """How rows are made: as verified before, or verified now.
+
+    Args:
+        model: the model.
+        space: the chosen parameters.
+        batch: a first batch on the model's device.
+        assume: whether what is known may be confirmed later, by the graph of the first pass over the data.
 
     Raises:
         ModelError: as `make_plan`.
@@ -48,11 +58,16 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     if key in known and known[key].alone and batch.size > 1:
         del known[key]  # of one example nothing was learnt about two
     if key in known:
-        plan = _confirmed(Plan.of(model, space, known[key], key), batch)
+        old = Plan.of(model, space, known[key], key)
+        if assume and _is_simple(old):
+            return replace(old, probed=Probe(batch.take(two_of(batch, old.alone)), None))
+        plan = _confirmed(old, batch)
         if plan is not None:
             return plan
         del known[key]
     plan = replace(_made(model, space, batch), key=key)
+    if plan.probe.watched is not None:
+        plan = replace(plan, calls=_calls(plan.probe.watched.uses))
     remember(plan)
     return plan
 
@@ -69,7 +84,7 @@ def plan_again(plan: Plan, batch: Batch) -> Plan | None:
     if plan.alone or _key(plan.model, plan.space, batch) != plan.key:
         return None
     again = replace(plan, units=plan.findings.units)
-    with untouched_rng([plan.example_parameter.device]), differentiable(plan.model, [*plan.parameters.values()]):
+    with plan.quiet():
         two = batch.take(two_of(batch, plan.alone))
         return replace(again, probed=Probe(two, forward(again, two)))
 
@@ -96,10 +111,11 @@ def _made(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
 def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
     """The plan with its probe, if it holds for the model as it is now; None if not.
 
-    Rows of two examples must add up to autograd's gradients for both.
+    The graph must show the same uses and no other; where it cannot, rows of two examples must add up to autograd's
+    gradients for both.
     """
     parameters, two = list(plan.parameters.values()), batch.take(two_of(batch, plan.alone))
-    with untouched_rng([parameters[0].device]), differentiable(plan.model, parameters):
+    with plan.quiet():
         try:
             seen, random = probed(plan, two)
         except ModelError:  # used in another way: what is wrong, if anything, is for a new plan to say
@@ -109,6 +125,8 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
         if random > plan.draws or not watched.z.requires_grad or linearized.unruled:
             return None
         plan = replace(plan, probed=Probe(two, watched), coarsest=watched.coarsest)
+        if is_shown(plan, seen):
+            return plan
         v = torch.randn(watched.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(watched.z)
         inputs: list[Any] = [*watched.edges, *parameters]
         found = pulled_back(watched.z, inputs, v)
@@ -128,6 +146,25 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
     norms, errors = (torch.stack(x) for x in ([g.norm() for _, g in pairs], [(own - g).norm() for own, g in pairs]))
     allowed = tolerance(parameters[0].dtype, plan.coarsest)
     return plan if bool((errors <= allowed * torch.maximum(norms, 1e-2 * norms.norm())).all()) else None
+
+
+def is_shown(plan: Plan, watched: Watched) -> bool:
+    """Whether a pass's own graph tells that uses are those that were verified, and that there are no others."""
+    if not _is_simple(plan) or watched.hooked or watched.coarsest != plan.coarsest or not watched.z.requires_grad:
+        return False
+    return _calls(watched.uses) == plan.calls and uses_are_all(watched.z, watched.uses, plan.parameters)
+
+
+def _is_simple(plan: Plan) -> bool:
+    """Whether a graph can tell that a plan holds: functions of parameters themselves that met data."""
+    return plan.calls is not None and all(type(unit) in (RuledUnit, SharedUnit) for unit in plan.units)
+
+
+def _calls(uses: Sequence[Use]) -> Hashable:
+    """What rules depend on of uses, but for sizes and numbers of tensors; None if a graph does not tell all of them."""
+    if not all(use.plain and use.slices is None and not isinstance(use.rule, RecurrentRule) for use in uses):
+        return None
+    return tuple((id(use.rule), use.sources, use.turned, use.axis, *_form(use.arguments, sizes=False)) for use in uses)
 
 
 def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
@@ -167,14 +204,14 @@ def _described(module: nn.Module) -> Iterator[Hashable]:
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def _form(tree: Any) -> Iterator[Hashable]:
-    """Shapes behind the batch axis, dtypes, names and plain values."""
+def _form(tree: Any, *, sizes: bool = True) -> Iterator[Hashable]:
+    """Shapes behind the batch axis, or how many axes there are, dtypes, names and plain values."""
     if isinstance(tree, torch.Tensor):
-        yield tuple(tree.shape[1:]), tree.dtype
+        yield tuple(tree.shape[1:]) if sizes else tree.ndim, tree.dtype
     elif isinstance(tree, Mapping):
         for name, value in tree.items():
-            yield name, *_form(value)
+            yield name, *_form(value, sizes=sizes)
     elif isinstance(tree, (list, tuple)):
-        yield type(tree).__name__, *(entry for value in tree for entry in _form(value))
+        yield type(tree).__name__, *(entry for value in tree for entry in _form(value, sizes=sizes))
     else:
         yield repr(tree)

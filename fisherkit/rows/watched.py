@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.differentiable import pulled_back
+from fisherkit.rows.hidden import has_custom_function
 from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, owners
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
@@ -39,6 +40,7 @@ class Watched:
         casts: whether a module was cast in place.
         hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients.
         exchanging: whether hooks may hand gradients to other examples; not if the probe's were seen not to.
+        packed: as of a `Recorder`.
         mixed: whether numbers without a gradient may have been computed from several examples.
     """
 
@@ -54,6 +56,7 @@ class Watched:
     hooked: bool = False
     exchanging: bool = False
     mixed: bool = False
+    packed: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, recorder: Recorder, batch: Batch) -> Watched:
@@ -81,6 +84,7 @@ class Watched:
         return cls(
             recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
             casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, mixed=recorder.mixed,
+            packed=recorder.packed,
         )  # fmt: skip
 
     @property
@@ -97,6 +101,11 @@ class Watched:
     def followed(self) -> bool:
         """Whether functions keep the batch's axis apart on the way to and from all uses, be it of one example."""
         return self.proven and all(self._by_axis(use) is not None for use in self.uses)
+
+    @property
+    def bare(self) -> bool:
+        """Whether a backward pass runs torch's own code alone, which draws nothing and writes to no module."""
+        return not (self.hooked or self.packed or has_custom_function(self.z))
 
     @property
     def apart(self) -> bool:

@@ -42,17 +42,17 @@ class Diagonal(LayerStructure):
         """One diagonal for all."""
         pieces: dict[str, Tensor] = {}
         for names, unit in sums.units.items():
-            own, entries = self.space.restrict(names), unit.tensors()["diagonal"]
-            pieces |= {name: entries[own.slices[name]] for name in own.names}
+            own = self.space.restrict(names)
+            pieces |= zip(own.names, unit.tensors()["diagonal"].split(own.sizes), strict=True)
         whole = torch.cat([pieces[name] for name in self.space.names])
         return DiagonalOperator(self.space, whole if scale == 1 else whole.mul_(scale))
 
     def parts(self, sums: LayerSums, operator: DiagonalOperator) -> Parts:
         """Each unit's entries."""
-        whole = operator.diagonal()
+        whole = dict(zip(self.space.names, operator.diagonal().split(self.space.sizes), strict=True))
         parts: Parts = {}
         for names in sums.whole:
             own = self.space.restrict(names)
-            entries = torch.cat([whole[self.space.slices[name]] for name in own.names])
+            entries = torch.cat([whole[name] for name in own.names])
             parts[names] = Part(DiagonalOperator(own, entries), Squares.label, "")
         return parts
