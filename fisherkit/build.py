@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,9 +23,10 @@ from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.later import FEWEST, LaterRows, products_before_rows
 from fisherkit.rows.problem import LONG, BetterPlanError, Problem
 from fisherkit.rows.shared import SharedRows
-from fisherkit.rows.streamed import StreamedRows
+from fisherkit.rows.streamed import StreamedRows, matrix_free
 from fisherkit.rows.verified import remember
 from fisherkit.structures import Part, Parts, Structure, Sums
 
@@ -48,13 +51,18 @@ class Built:
 
 
 class Builder:
-    """Builds structures of one problem; a ``memory_budget`` of None is half of what is available."""
+    """Builds structures of one problem; a ``memory_budget`` of None is half of what is available.
+
+    ``weights`` is the `parameters_hash` that the model must have where rows are made after the build, and ``told`` then
+    gets the new coverage.
+    """
 
     def __init__(
         self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
-        max_rows: int | None = None,
+        max_rows: int | None = None, storage: str = "auto", weights: str | None = None,
+        told: Callable[[Coverage], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.normalization = normalization
+        self.normalization, self.storage, self.weights, self.told = normalization, storage, weights, told
         device = problem.plan.example_parameter.device
         self.processes = problem.processes
         self.budget = available_memory(device) // 2 if memory_budget is None else memory_budget
@@ -99,8 +107,10 @@ class Builder:
             unit.stored = unit.stored and structure.keeps_rows
         self.needed = structure.fitted(self.problem)
         share = None
-        if self.needed > self.budget and structure.streams:
-            operator, parts = self._streamed(structure)
+        fits, free = self.needed <= self.budget, structure.streams and self.storage != "rows"
+        later = self._products_before_rows() if fits and free else None
+        if free and (later is not None or self.storage == "stream" or not fits):
+            operator, parts = self._streamed(structure, later)
         else:
             self._require(structure)
             self.problem = replace(self.problem, most_examples=structure.most_examples(self.problem))
@@ -118,7 +128,8 @@ class Builder:
         description, empty = structure.name, structure.empty(self.problem)
         kept: list[Chunk] = []
         if structure.keeps_rows:
-            return self._met(lambda: empty.added(self._counted(self.problem.batches(description, compared=False))))
+            compared = self.problem.source.recorded
+            return self._met(lambda: empty.added(self._counted(self.problem.batches(description, compared=compared))))
         rows = self.problem.row_bytes(self.problem.plan.space.names) if structure.passes > 1 else 0
         keep = rows > 0 and self.needed + rows * self.problem.examples <= self.budget
         readings = 1 if keep else structure.passes
@@ -161,13 +172,35 @@ class Builder:
         self.dropped = [dropped for _, _, dropped in everyone if dropped is not None]
         self._require_examples()
 
-    def _streamed(self, structure: Structure) -> tuple[FisherOperator, Parts]:
-        """Rows that are made anew for every product."""
+    def _products_before_rows(self) -> float | None:
+        """How many products to make before rows that fit in memory; None to make rows at once."""
+        if self.storage != "auto" or self.processes is not None or not matrix_free(self.problem):
+            return None
+        found = products_before_rows(self.problem.plan, self.problem.vectors_per_example)
+        return found if found >= FEWEST else None
+
+    def _made_later(self, kind_of_structure: type[Structure]) -> RowSource:
+        """The rows, of what was counted at first; streamed, if a batch shows that they do not fit."""
+        self.storage, self.problem = "now", replace(self.problem, weights=self.weights)
+        counted = self.examples, self.rows
+        self._restart()
+        built = self.build(kind_of_structure)
+        if (built.examples, built.rows) != counted or not isinstance(built.operator, LowRankOperator):
+            raise DataError(
+                call="a pass over the data", got=f"N, R = {built.examples:,}, {built.rows:,}",
+                expected=f"{counted[0]:,}, {counted[1]:,}, as when the Fisher was built",
+                why="rows that were made later are those of another Fisher", try_='storage="rows"',
+            )  # fmt: skip
+        self.told(built.coverage)
+        return built.operator.row_source
+
+    def _streamed(self, structure: Structure, later: float | None) -> tuple[FisherOperator, Parts]:
+        """Rows that are made anew for every product; or, after so many products, once and for all."""
 
         def counted() -> RowSource:
             for examples, rows_here, dropped in self.problem.counts("count"):
                 self._count(examples, rows_here, dropped)
-            return StreamedRows(replace(self.problem, revisable=False), self.rows)
+            return StreamedRows(replace(self.problem, revisable=False, weights=self.weights), self.rows)
 
         rows: RowSource = counted() if self.processes is None else self.processes.each("counting", counted)
         if self.processes is None:
@@ -175,11 +208,18 @@ class Builder:
         else:
             self._count_all(self.processes)
             rows = SharedRows(rows, self.processes)
+        if later is not None:
+            rows = LaterRows(rows, functools.partial(self._made_later, type(structure)), later)
         whole = LowRankOperator(
             rows, self.scale, dtype=structure.dtype, device=structure.device, memory_budget=self.budget
         )  # fmt: skip
-        reason = f"rows would take {readable(self.needed)}, the budget is {readable(self.budget)}"
-        part = Part(whole, "full, streamed rows", reason)
+        reason = f"rows would take {readable(self.needed)}, "
+        if later is not None:
+            after = "products never need" if later == math.inf else f"they pay from {later + 1:,.0f} products on; first"
+            reason += f"{after} none"
+        else:
+            reason += f"the budget is {readable(self.budget)}" if self.needed > self.budget else 'storage="stream"'
+        part = Part(whole, "full, streamed rows" if later is None else "full, rows later", reason)
         return whole, {unit.names: part for unit in self.problem.plan.units}
 
     # -- shared --------------------------------------------------------------------------------------------------------

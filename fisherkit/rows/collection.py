@@ -43,6 +43,10 @@ class RowSource(ABC):
     def __init__(self, space: ParameterSpace, count: int) -> None:
         self.space, self.count = space, count
 
+    def settled(self, columns: int | None = None) -> RowSource:
+        """What answers a product with so many columns, or with None any other question: itself, or rows made of it."""
+        return self
+
     @abstractmethod
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U."""

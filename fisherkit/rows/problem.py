@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.data import Batch, Source, check_finite
-from fisherkit.errors import DataError
+from fisherkit.errors import DataError, ModelError
 from fisherkit.likelihood import Likelihood
+from fisherkit.model_state import parameters_hash
 from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.processes import Processes
@@ -33,6 +34,7 @@ from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
+from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.watched import Watched
 
@@ -86,6 +88,7 @@ class Problem:
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
         processes: that each have a part of the data; None for one alone.
         offset: how many examples the ranks before this one have, where examples are known by their place.
+        weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
     """
 
     plan: Plan
@@ -106,6 +109,7 @@ class Problem:
     budget: int | None = None
     processes: Processes | None = None
     offset: int = 0
+    weights: str | None = None
 
     @functools.cached_property
     def examples(self) -> int:
@@ -277,7 +281,7 @@ class Problem:
 
     def _micro_batches(self, description: str, *, compared: bool = True) -> Iterator[tuple[Batch, int, str]]:
         """Pieces of batches on the model's device, their first example's place in the data, and a name for errors."""
-        self.plan.refuse_changed()
+        self._refuse_changed()
         self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
         shown = bar(self.source.steps(), description, "it", shown=self.progress)
@@ -292,6 +296,25 @@ class Problem:
                 shown.update(micro.size / batch.size)
         if start == 0 and self.processes is None:
             raise DataError(call="data", got="no batch", expected="at least one example")
+
+    def _refuse_changed(self) -> None:
+        """Refuse a model that is not what it was when the Fisher was built: its rows would be another Fisher's.
+
+        Raises:
+            ModelError: naming the parameters where it is known which; or dropout or batch statistics in train mode.
+        """
+        changed = [n for n, p in self.plan.parameters.items() if p._version != self.plan.versions[n]]
+        if not changed and (self.weights is None or parameters_hash(self.plan.model) == self.weights):
+            refuse_train_mode(self.plan.model)
+            return
+        which = f"parameters that have changed since the Fisher was built: {changed[:4]}"
+        raise ModelError(
+            call="a pass over the data",
+            got=which if changed else "parameters or buffers that have changed since the Fisher was built",
+            expected="the model as it was",
+            why="rows that are not kept are made from the live model",
+            try_='build the Fisher anew, or with storage="rows", which keeps them from the start',
+        )
 
     def _piece(self, size: int) -> int:
         """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""

@@ -46,9 +46,7 @@ class StreamedRows(RowSource):
     def __init__(self, problem: Problem, count: int) -> None:
         super().__init__(problem.plan.space, count)
         self.problem = problem
-        # In half precision tangents would have no more digits than the weights; rows are made in float32.
-        half = problem.plan.example_parameter.dtype in HALF
-        self.matrix_free = problem.vectors_per_example > FEW_VECTORS and not half and self._verified()
+        self.matrix_free = matrix_free(problem)
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U in one pass."""
@@ -107,16 +105,6 @@ class StreamedRows(RowSource):
         plan = self.problem.plan
         return torch.zeros(shape, dtype=plan.dtype, device=plan.example_parameter.device)
 
-    def _verified(self) -> bool:
-        plan = self.problem.plan
-        if plan.probe.hooked:
-            return False  # forward-mode derivatives do not know of hooks
-        if "matrix-free" not in plan.tried:
-            probe, rows = self.problem.probe_rows()
-            agrees = not _pads(plan, probe.watched) and _agrees(plan, self.space, lambda v, u: rows(v).product(u))
-            plan.tried["matrix-free"] = agrees
-        return bool(plan.tried["matrix-free"])
-
 
 class ThinnedSource(Source):
     """Every k-th example of the data.
@@ -156,6 +144,20 @@ def thinned(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
 
 
 # -- products without rows -------------------------------------------------------------------------------------------
+
+
+def matrix_free(problem: Problem) -> bool:
+    """Whether products can do without rows, and take less for it; tried on two examples, once a plan."""
+    plan = problem.plan
+    # In half precision tangents would have no more digits than the weights; rows are made in float32. And forward-mode
+    # derivatives do not know of hooks.
+    if problem.vectors_per_example <= FEW_VECTORS or plan.example_parameter.dtype in HALF or plan.probe.hooked:
+        return False
+    if "matrix-free" not in plan.tried:
+        probe, rows = problem.probe_rows()
+        agrees = not _pads(plan, probe.watched) and _agrees(plan, plan.space, lambda v, u: rows(v).product(u))
+        plan.tried["matrix-free"] = agrees
+    return bool(plan.tried["matrix-free"])
 
 
 def matrix_free_product(

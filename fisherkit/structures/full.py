@@ -91,7 +91,12 @@ class Full(RowStructure):
 
     name = "full"
     meaning = "the whole matrix by its rows, JᵀJ/N; solved through the rows' Gram matrix"
-    instead = "max_rows below {0.max_rows:,}, or None, which streams all rows"
+
+    @property
+    def instead(self) -> str:  # type: ignore[override]
+        """As in `Structure`."""
+        stream = 'storage="stream", which makes all rows anew for every product'
+        return stream if self.max_rows is None else f"max_rows below {self.max_rows:,}, or None with {stream}"
 
     @property
     def streams(self) -> bool:
