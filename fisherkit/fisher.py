@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit._version import __version__
@@ -173,29 +174,59 @@ class FisherApproximation(ForwardingOperator):
         builder = Builder(
             problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
             max_rows=max_rows, storage=storage, weights=whole,
-            told=lambda coverage: self.metadata.update(coverage=coverage.to_json()),
+            told=self._built_later,
         )  # fmt: skip
-        self._built: Built = builder.build(chosen)
-        self.held = self._built.operator
-        self.likelihood = resolved
-        self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
-        self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
+        built = builder.build(chosen)
+        self.held, self._tally = built.operator, built.tally
+        self.likelihood, self.structure, self.dropped_share = resolved, structure, built.dropped_share
         self.metadata = {
-            "kind": rule.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
+            "kind": rule.kind_name, "structure": structure, "examples": "", "rows": "",
             "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
             "parameters_hash": whole,
             "covered_hash": f"{dtype}:{covered}".removeprefix("torch."),
-            "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
+            "coverage": built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
             **rule.kind_options(),
             **({} if max_rows is None else {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}),
         }  # fmt: skip
 
+    def _built_later(self, built: Built) -> None:
+        """Record the rows that were made; the model and the data are let go."""
+        self._tally = built.tally
+        self._metadata["coverage"] = built.coverage.to_json()
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return self._tally().examples
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self._tally().rows
+
+    @property
+    def dropped_trace(self) -> Float[Tensor, "n"] | None:
+        """What a truncated kind left out of each output Fisher."""
+        dropped = self._tally().dropped
+        return torch.cat(dropped) if dropped else None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What is recorded."""
+        if self._metadata.get("rows") == "":
+            self._metadata |= {"examples": str(self.examples), "rows": str(self.rows)}
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, value: dict[str, str]) -> None:
+        self._metadata = value
+
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: with the rows that were to be made later, and what that records."""
-        _ = self.held.stored_rows
-        return self.__dict__
+        _ = self.held.stored_rows, self.metadata
+        return {**self.__dict__, "_tally": self._tally().some}
 
 
 def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:

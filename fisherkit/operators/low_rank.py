@@ -58,7 +58,7 @@ class LowRankOperator(FisherOperator):
 
     Args:
         rows: J, R rows over D parameters.
-        scale: 1/N, or whatever the normalization is.
+        scale: 1/N, or whatever the normalization is; a function where it is not known before the first product.
         dtype: of the rows.
         device: of the rows.
         memory_budget: bytes that a Gram or normal matrix may take; beyond it solves are by conjugate gradients.
@@ -67,15 +67,23 @@ class LowRankOperator(FisherOperator):
     tag: ClassVar[str] = "low_rank"
 
     def __init__(
-        self, rows: RowSource, scale: float, *, dtype: torch.dtype, device: torch.device, memory_budget: int = UNBOUNDED
-    ) -> None:
+        self, rows: RowSource, scale: float | Callable[[], float], *, dtype: torch.dtype, device: torch.device,
+        memory_budget: int = UNBOUNDED,
+    ) -> None:  # fmt: skip
         super().__init__(rows.space, dtype=dtype, device=device)
-        self._rows, self.scale, self.memory_budget = rows, scale, memory_budget
+        self._rows, self._scale, self.memory_budget = rows, scale, memory_budget
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles, which hold rows and no model that rows are made of later."""
-        self._rows = self._rows.settled()
+        _ = self.row_source, self.scale
         return self.__dict__
+
+    @property
+    def scale(self) -> float:
+        """What JᵀJ is multiplied with."""
+        if callable(self._scale):
+            self._scale = self._scale()
+        return self._scale
 
     @property
     def row_source(self) -> RowSource:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherkit.rows.collection import RowSource
 from fisherkit.rows.plan import Plan
+from fisherkit.rows.streamed import StreamedRows
 from fisherkit.rows.units import RuledUnit
 
 FEWEST = 2
@@ -48,14 +49,19 @@ class LaterRows(RowSource):
     """Rows that do not exist yet.
 
     Args:
-        streamed: products without them.
+        streamed: products without them, and how many there are.
         make: makes them.
         products: how many columns may be multiplied without them.
     """
 
-    def __init__(self, streamed: RowSource, make: Callable[[], RowSource], products: float) -> None:
-        super().__init__(streamed.space, streamed.count)
+    def __init__(self, streamed: StreamedRows, make: Callable[[], RowSource], products: float) -> None:
+        super().__init__(streamed.space)
         self.streamed, self.make, self.left = streamed, make, products
+
+    @property
+    def count(self) -> int:
+        """R, for which a forward pass over the data is made if there was no product."""
+        return self.streamed.count
 
     def settled(self, columns: int | None = None) -> RowSource:
         """Itself as long as products are fewer than pay, else the rows."""

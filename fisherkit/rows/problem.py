@@ -7,11 +7,13 @@ else.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -47,6 +49,37 @@ GRAPH = 1 << 23
 larger matrix products save."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
+
+
+class Tally(NamedTuple):
+    """What a pass over data counts.
+
+    ``dropped`` is, by batch, for each example or token the trace that the kind left out of the output Fisher; empty if
+    nothing.
+    """
+
+    examples: int = 0
+    rows: int = 0
+    dropped: tuple[Float[Tensor, "n"], ...] = ()
+
+    @classmethod
+    def of(cls, parts: Iterable[Tally]) -> Tally:
+        """Of all parts."""
+        examples, rows, dropped = zip(cls(), *parts, strict=True)
+        return cls(sum(examples), sum(rows), tuple(itertools.chain(*dropped)))
+
+    def some(self) -> Tally:
+        """Itself, if there is an example.
+
+        Raises:
+            DataError: no example counts.
+        """
+        if self.examples == 0:
+            raise DataError(
+                call="data", got="no example with a label that counts", expected="at least one",
+                why="all labels are ignore_index", try_="check the labels",
+            )  # fmt: skip
+        return self
 
 
 class BetterPlanError(Exception):
@@ -148,23 +181,28 @@ class Problem:
         if pending:
             yield joined(pending)
 
-    def metrics(self, description: str) -> Iterator[tuple[Batch, Metric]]:
-        """One pass over the data that yields each micro-batch with the product of its output metric."""
-        for batch, start, call in self._micro_batches(description):
-            yield batch, functools.partial(self._metric, batch, start, call)
-
-    def counts(self, description: str) -> Iterator[tuple[int, int, Float[Tensor, "n"] | None]]:
-        """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
+    def metrics(self, description: str) -> Iterator[tuple[Batch, Metric, Callable[[Watched], Tally]]]:
+        """One pass over the data: each micro-batch, the product of its output metric, and what counts its rows."""
         largest = 0
         for batch, start, call in self._micro_batches(description):
+            count = functools.partial(self._tally, batch, start, call, in_company=batch.size > largest)
+            yield batch, functools.partial(self._metric, batch, start, call), count
+            largest = max(largest, batch.size)
+
+    def counts(self, description: str) -> Iterator[Tally]:
+        """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
+        for batch, _, count in self.metrics(description):
             with self._quiet():
                 watched = forward(self.plan, batch)
-            slots = self._slots(batch, watched.z, start, call)
-            if batch.size > largest:
-                self._refuse_influence(batch, watched)
-            largest = max(largest, batch.size)
-            keep = slots.keep(slice(0, slots.number))
-            yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
+            yield count(watched)
+
+    def _tally(self, batch: Batch, start: int, call: str, watched: Watched, *, in_company: bool) -> Tally:
+        slots = self._slots(batch, watched.z, start, call)
+        if in_company:
+            self._refuse_influence(batch, watched)
+        keep = slots.keep(slice(0, slots.number))
+        rows = batch.size * slots.number if keep is None else int(keep.sum())
+        return Tally(slots.counted, rows, () if slots.dropped is None else (slots.dropped,))
 
     def probe_rows(self) -> tuple[Linearized, Callable[[Float[Tensor, "k B ..."]], Rows]]:
         """The model at the plan's two examples, and their rows for any output vectors."""
