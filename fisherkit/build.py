@@ -163,10 +163,11 @@ class Builder:
 
     def _products_before_rows(self) -> float | None:
         """How many products to make before rows that fit in memory; None to make rows at once."""
-        if self.storage != "auto" or self.processes is not None or not matrix_free(self.problem):
+        if self.storage != "auto" or self.processes is not None:
             return None
-        found = products_before_rows(self.problem.plan, self.problem.vectors_per_example)
-        return found if found >= FEWEST else None
+        problem = self.problem
+        found = products_before_rows(problem.plan, problem.vectors_per_example, problem.examples)
+        return found if found >= FEWEST and matrix_free(problem) else None
 
     def _streamed(self, structure: Structure, later: float | None) -> tuple[FisherOperator, Parts, Callable[[], Tally]]:
         """Rows that are made anew for every product; or, after so many products, once and for all."""
@@ -228,7 +229,9 @@ class Builder:
         """Count examples, rows and dropped traces on the way; foretell first what so many readings will cost."""
         self._foretell(readings)
         for chunk in chunks:
-            self.counted.append(Tally(chunk.counted, chunk.rows.count, () if chunk.dropped is None else (chunk.dropped,)))
+            self.counted.append(
+                Tally(chunk.counted, chunk.rows.count, () if chunk.dropped is None else (chunk.dropped,))
+            )
             yield chunk
         if self.processes is None:
             Tally.of(self.counted).some()

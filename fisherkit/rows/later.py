@@ -20,14 +20,17 @@ from fisherkit.rows.plan import Plan
 from fisherkit.rows.streamed import StreamedRows
 from fisherkit.rows.units import RuledUnit
 
-FEWEST = 2
+FEWEST = 3
 """Products from which on it is worth beginning without rows."""
 
 MOVED = 20
-"""Multiplications in the time that it takes to write or read one number of rows, about, on processors as on cards."""
+"""Multiplications in the time that it takes to write or read a number of rows, about."""
+
+PASS = 50_000_000
+"""Multiplications in the time that a pass over the data takes beside its arithmetic, about."""
 
 
-def products_before_rows(plan: Plan, vectors: int) -> float:
+def products_before_rows(plan: Plan, vectors: int, examples: int) -> float:
     """After how many products rows of so many vectors an example, kept as chosen, have paid; infinite if never.
 
     For one example, with F the multiplications of a forward pass: a product without rows takes 5F (forward with a
@@ -42,6 +45,7 @@ def products_before_rows(plan: Plan, vectors: int) -> float:
         forward, numbers = math.prod(shape or [unit.numbers]), unit.numbers_per_example(vectors)
         making += (1 + (1 if factored else 2) * vectors) * forward + MOVED * numbers
         saved += 5 * forward - 2 * (forward if factored else numbers) - 2 * MOVED * numbers
+    making, saved = examples * making + PASS, examples * saved + PASS
     return math.ceil(making / saved) if saved > 0 else math.inf
 
 

@@ -72,7 +72,8 @@ class StreamedRows(RowSource):
             return self._sum(lambda rows: rows.product(u), "product", torch.zeros_like(u))
         if u.shape[1] > 1:
             _ = self.tally  # what is vectorised cannot be watched
-        plan, counts, total = self.problem.plan, None if self.counted else [], None
+        counts: list[Tally] | None = None if self.counted else []
+        plan, total = self.problem.plan, None
         for batch, metric, count in self.problem.metrics("product"):
             part, seen = matrix_free_product(plan, self.space, batch, u, metric, watch=counts is not None)
             total = part if total is None else total.add_(part)

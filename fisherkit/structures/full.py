@@ -95,8 +95,9 @@ class Full(RowStructure):
     @property
     def instead(self) -> str:  # type: ignore[override]
         """As in `Structure`."""
-        stream = 'storage="stream", which makes all rows anew for every product'
-        return stream if self.max_rows is None else f"max_rows below {self.max_rows:,}, or None with {stream}"
+        if self.max_rows is None:
+            return 'storage="stream", which makes all rows anew for every product'
+        return f"max_rows below {self.max_rows:,}, or None, which streams all rows"
 
     @property
     def streams(self) -> bool:
