@@ -48,8 +48,8 @@ class Built:
 class Builder:
     """Builds structures of one problem; a ``memory_budget`` of None is half of what is available.
 
-    ``weights`` is the `parameters_hash` that the model must have where rows are made after the build; ``told`` then gets
-    what was built of them.
+    ``weights`` is the `parameters_hash` that the model must have where rows are made after the build; ``told`` then
+    gets what was built of them.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from examples.benchmarks.contestants import DAMPING, Case, Contestant, Values
 
 NAME = "fisherkit"
 
+
 def contestants(case: Case) -> dict[str, Contestant]:
     """By operation."""
     ef, ief, exact = fk.EmpiricalFisher, fk.ImprovedEmpiricalFisher, fk.ExactFisher
