@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import cast
 
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
@@ -22,9 +21,10 @@ from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.problem import LONG, BetterPlanError, Problem
+from fisherkit.rows.later import FEWEST, LaterRows, products_before_rows
+from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally
 from fisherkit.rows.shared import SharedRows
-from fisherkit.rows.streamed import StreamedRows
+from fisherkit.rows.streamed import StreamedRows, matrix_free
 from fisherkit.rows.verified import remember
 from fisherkit.structures import Part, Parts, Structure, Sums
 
@@ -36,26 +36,29 @@ MANY = 64
 class Built:
     """An operator and how it came about.
 
-    ``dropped`` is, for each example or token, the trace that the kind left out of the output Fisher; None if nothing.
+    ``tally`` says how many examples and rows there are; where rows are made later it may take a forward pass.
     ``dropped_share`` is, of the trace of F, what went with the rows that were left out; None if none were to be.
     """
 
     operator: FisherOperator
-    examples: int
-    rows: int
+    tally: Callable[[], Tally]
     coverage: Coverage
-    dropped: Float[Tensor, "n"] | None
     dropped_share: float | None
 
 
 class Builder:
-    """Builds structures of one problem; a ``memory_budget`` of None is half of what is available."""
+    """Builds structures of one problem; a ``memory_budget`` of None is half of what is available.
+
+    ``weights`` is the `parameters_hash` that the model must have where rows are made after the build; ``told`` then
+    gets what was built of them.
+    """
 
     def __init__(
         self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
-        max_rows: int | None = None,
+        max_rows: int | None = None, storage: str = "auto", weights: str | None = None,
+        told: Callable[[Built], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.normalization = normalization
+        self.normalization, self.storage, self.weights, self.told = normalization, storage, weights, told
         device = problem.plan.example_parameter.device
         self.processes = problem.processes
         self.budget = available_memory(device) // 2 if memory_budget is None else memory_budget
@@ -66,13 +69,9 @@ class Builder:
             "processes": self.processes,
         }  # fmt: skip
         self.problem = replace(problem, revisable=True, budget=self.budget)
-        self._restart()
+        self.counted: list[Tally] = []
         self.needed = 0
         self.foretold = False
-
-    def _restart(self) -> None:
-        self.examples = self.rows = 0
-        self.dropped: list[Tensor] = []
 
     def build(self, structure: type[Structure]) -> Built:
         """The operator of a structure.
@@ -87,7 +86,7 @@ class Builder:
             if found.plan is not self.problem.plan:
                 remember(found.plan)
             self.problem = replace(self.problem, plan=found.plan, by_owner=found.by_owner)
-            self._restart()
+            self.counted.clear()
         return self.build(structure)
 
     def _built(self, kind_of_structure: type[Structure]) -> Built:
@@ -100,28 +99,31 @@ class Builder:
             unit.stored = unit.stored and structure.keeps_rows
         self.needed = structure.fitted(self.problem)
         share = None
-        if self.needed > self.budget and structure.streams:
+        fits, free = self.needed <= self.budget, structure.streams and self.storage != "rows"
+        later = self._products_before_rows() if fits and free else None
+        if free and (later is not None or self.storage == "stream" or not fits):
             self.problem.confirm()
-            operator, parts = self._streamed(structure)
+            operator, parts, tally = self._streamed(structure, later)
         else:
             self._require(structure)
             self.problem = replace(self.problem, most_examples=structure.most_examples(self.problem))
             sums = self._summed(structure)
-            self.rows, share = self.rows - sums.dropped, sums.dropped_share
+            self.counted.append(Tally(rows=-sums.dropped))
+            share, tally = sums.dropped_share, Tally.of(self.counted).some
             with checked_together():
-                operator = structure.operator(sums, self.scale)
+                operator = structure.operator(sums, self._scale(tally()))
                 parts = structure.parts(sums, operator)
             del sums
         coverage = Coverage(tuple(self._entry(names, part) for names, part in parts.items()))
-        dropped = torch.cat(self.dropped) if self.dropped else None
-        return Built(operator, self.examples, self.rows, coverage, dropped, share)
+        return Built(operator, tally, coverage, share)
 
     def _summed(self, structure: Structure) -> Sums:
         """The sums of all passes over the rows, which are read again where they do not fit in memory."""
         description, empty = structure.name, structure.empty(self.problem)
         kept: list[Chunk] = []
         if structure.keeps_rows:
-            return self._met(lambda: empty.added(self._counted(self.problem.batches(description, compared=False))))
+            compared = self.problem.source.recorded
+            return self._met(lambda: empty.added(self._counted(self.problem.batches(description, compared=compared))))
         rows = self.problem.row_bytes(self.problem.plan.space.names) if structure.passes > 1 else 0
         keep = rows > 0 and self.needed + rows * self.problem.examples <= self.budget
         readings = 1 if keep else structure.passes
@@ -159,53 +161,83 @@ class Builder:
 
     def _count_all(self, processes: Processes) -> None:
         """Examples, rows and dropped traces of all processes, in the order of the ranks."""
-        everyone = processes.gathered((self.examples, self.rows, torch.cat(self.dropped) if self.dropped else None))
-        self.examples, self.rows = sum(one[0] for one in everyone), sum(one[1] for one in everyone)
-        self.dropped = [dropped for _, _, dropped in everyone if dropped is not None]
-        self._require_examples()
+        self.counted = list(processes.gathered(Tally.of(self.counted)))
+        Tally.of(self.counted).some()
 
-    def _streamed(self, structure: Structure) -> tuple[FisherOperator, Parts]:
-        """Rows that are made anew for every product."""
+    def _products_before_rows(self) -> float | None:
+        """How many products to make before rows that fit in memory; None to make rows at once."""
+        if self.storage != "auto" or self.processes is not None:
+            return None
+        problem = self.problem
+        found = products_before_rows(problem.plan, problem.vectors_per_example, problem.examples)
+        return found if found >= FEWEST and matrix_free(problem) else None
 
-        def counted() -> RowSource:
-            for examples, rows_here, dropped in self.problem.counts("count"):
-                self._count(examples, rows_here, dropped)
-            return StreamedRows(replace(self.problem, revisable=False), self.rows)
+    def _streamed(self, structure: Structure, later: float | None) -> tuple[FisherOperator, Parts, Callable[[], Tally]]:
+        """Rows that are made anew for every product; or, after so many products, once and for all."""
+        problem, source = replace(self.problem, revisable=False, weights=self.weights), self.problem.source
 
-        rows: RowSource = counted() if self.processes is None else self.processes.each("counting", counted)
-        if self.processes is None:
-            self._require_examples()
+        def counted() -> StreamedRows:
+            streamed = StreamedRows(problem)
+            self.counted.append(streamed.tally)
+            return streamed
+
+        rows: RowSource
+        scale: float | Callable[[], float]
+        need = f"rows would take {readable(self.needed)}"
+        if later is not None:
+            streamed = StreamedRows(problem)
+            rows = LaterRows(streamed, functools.partial(self._made_later, type(structure), streamed), later)
+            for _ in source:  # so that data that change until they are used are refused
+                pass
+            tally, scale = streamed.some, lambda: self._scale(streamed.some())
+            after = f"they pay from {later + 1:,.0f} products on" if later < math.inf else "products need none"
+            part, reason = "full, rows later", f"{need} and are not made yet: {after}"
         else:
-            self._count_all(self.processes)
-            rows = SharedRows(rows, self.processes)
+            rows = counted() if self.processes is None else self.processes.each("counting", counted)
+            if self.processes is not None:
+                self._count_all(self.processes)
+                rows = SharedRows(rows, self.processes)
+            tally = Tally.of(self.counted).some
+            part, scale = "full, streamed rows", self._scale(tally())
+            fits = self.needed <= self.budget
+            reason = f'{need}, storage="stream"' if fits else f"{need}, the budget is {readable(self.budget)}"
         whole = LowRankOperator(
-            rows, self.scale, dtype=structure.dtype, device=structure.device, memory_budget=self.budget
+            rows, scale, dtype=structure.dtype, device=structure.device, memory_budget=self.budget
         )  # fmt: skip
-        reason = f"rows would take {readable(self.needed)}, the budget is {readable(self.budget)}"
-        part = Part(whole, "full, streamed rows", reason)
-        return whole, {unit.names: part for unit in self.problem.plan.units}
+        return whole, dict.fromkeys((unit.names for unit in self.problem.plan.units), Part(whole, part, reason)), tally
+
+    def _made_later(self, kind_of_structure: type[Structure], streamed: StreamedRows) -> RowSource:
+        """The rows that products were made without; streamed, if a batch shows that they do not fit."""
+        self.storage, self.problem = "now", replace(self.problem, weights=self.weights)
+        self.counted.clear()
+        built = self.build(kind_of_structure)
+        tally = built.tally()
+        if streamed.counted is not None and streamed.counted[:2] != tally[:2]:
+            raise DataError(
+                call="a pass over the data", got=f"N, R = {tally.examples:,}, {tally.rows:,}",
+                expected=f"{streamed.counted.examples:,}, {streamed.counted.rows:,}, as in the first product",
+                why="rows that are made later must be of the same Fisher", try_='storage="rows"',
+            )  # fmt: skip
+        streamed.counted = tally
+        self.told(built)
+        return cast(LowRankOperator, built.operator).row_source
 
     # -- shared --------------------------------------------------------------------------------------------------------
 
-    @property
-    def scale(self) -> float:
+    def _scale(self, tally: Tally) -> float:
         """1/N or 1."""
-        return 1.0 if self.normalization == "sum" else 1.0 / self.examples
+        return 1.0 if self.normalization == "sum" else 1.0 / tally.examples
 
     def _counted(self, chunks: Iterable[Chunk], readings: int = 1) -> Iterator[Chunk]:
         """Count examples, rows and dropped traces on the way; foretell first what so many readings will cost."""
         self._foretell(readings)
         for chunk in chunks:
-            self._count(chunk.counted, chunk.rows.count, chunk.dropped)
+            self.counted.append(
+                Tally(chunk.counted, chunk.rows.count, () if chunk.dropped is None else (chunk.dropped,))
+            )
             yield chunk
         if self.processes is None:
-            self._require_examples()
-
-    def _count(self, examples: int, rows: int, dropped: Tensor | None) -> None:
-        self.examples += examples
-        self.rows += rows
-        if dropped is not None:
-            self.dropped.append(dropped)
+            Tally.of(self.counted).some()
 
     def _foretell(self, readings: int) -> None:
         """Say what a run of many output vectors will take: on the error stream, or in a warning where it is long."""
@@ -239,13 +271,6 @@ class Builder:
         few = "fk.TruncatedFisher(rank=2) or fk.SampledFisher(draws=1), two vectors an example and one"
         head = ', or params= of the last layer alone, whose structure="kfac" or "diagonal" needs no backward pass'
         return few + (head if self.problem.kind.of_hessian else "")
-
-    def _require_examples(self) -> None:
-        if self.examples == 0:
-            raise DataError(
-                call="data", got="no example with a label that counts", expected="at least one",
-                why="all labels are ignore_index", try_="check the labels",
-            )  # fmt: skip
 
     def _require(self, structure: Structure) -> None:
         """Refuse what does not fit."""

@@ -504,6 +504,11 @@ class Source:
         """
         self._first, self._axes = batch, batch.axes
 
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a pass to compare others with."""
+        return self._whole
+
     def count(self) -> int:
         """Number of examples, read off the loader where it says it, else by a pass over the data."""
         if self._count is None:
@@ -545,8 +550,8 @@ def _changed(number: int) -> DataError:
         got="data that change between passes: other examples than before, or in another order",
         expected="the same in every pass",
         why="this is computed in several passes over the data, whose results belong together",
-        try_="list(data), which keeps what was drawn; a data set without random augmentation, shuffle=False; or a "
-        "larger memory_budget, with which more is done in one pass",
+        try_="list(data), which keeps what was drawn; a data set without random augmentation, shuffle=False; or, of a "
+        'full Fisher, storage="rows" or a larger memory_budget, with which one pass is enough',
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit._version import __version__
@@ -65,8 +66,14 @@ class FisherApproximation(ForwardingOperator):
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory. No effect on the
             result.
         memory_budget: bytes that the operator may take; None for half of what is available. Rows of the full
-            structure that do not fit are streamed from the data for each product; other structures that do not fit
-            are refused.
+            structure that do not fit are streamed from the data for each product, unless ``storage`` is "rows"; other
+            structures that do not fit are refused.
+        storage: of the rows of the full structure. "rows": kept from the start. "stream": never kept, but made anew
+            from model and data for every product. "auto": kept from the start where that is as cheap as one product,
+            or where there are several processes; else a few products are made without them (kinds of three vectors an
+            example or more), and rows once so many products have been asked for that rows pay, or with the first
+            question that needs them. Until then the model and data must stay as they are; a change is refused.
+            `coverage` says what was chosen. Others than "auto" only for ``structure="full"``.
         progress: show a progress bar.
         shift_labels: labels belong to the outputs one position before them (causal language models). None: as the model
             says of itself, for Hugging Face's ForCausalLM and their ``loss_type``; else no.
@@ -113,6 +120,7 @@ class FisherApproximation(ForwardingOperator):
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
+        storage: str = "auto",
         progress: bool = False,
         shift_labels: bool | None = None,
         kfac_positions: str = "expand",
@@ -129,7 +137,8 @@ class FisherApproximation(ForwardingOperator):
         check_choice(call, "shift_labels", shift_labels, (None, True, False))
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
-        _only_full(call, structure, max_rows)
+        check_choice(call, "storage", storage, ("auto", "rows", "stream"))
+        _only_full(call, structure, max_rows, storage)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
@@ -154,7 +163,7 @@ class FisherApproximation(ForwardingOperator):
             processes.require_same(call, {
                 "parameters": space.names, "dtype": dtype, "weights": whole, "likelihood": resolved.recorded,
                 "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
-                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget),
+                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget, storage),
             })  # fmt: skip
         if processes is None:
             plan = plan_of(model, space, source, assume=True)
@@ -168,24 +177,60 @@ class FisherApproximation(ForwardingOperator):
         )  # fmt: skip
         builder = Builder(
             problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
-            max_rows=max_rows,
+            max_rows=max_rows, storage=storage, weights=whole,
+            told=self._built_later,
         )  # fmt: skip
-        self._built: Built = builder.build(chosen)
-        self.held = self._built.operator
-        self.likelihood = resolved
-        self.structure, self.examples, self.rows = structure, self._built.examples, self._built.rows
-        self.dropped_trace, self.dropped_share = self._built.dropped, self._built.dropped_share
+        built = builder.build(chosen)
+        self.held, self._tally = built.operator, built.tally
+        self.likelihood, self.structure, self.dropped_share = resolved, structure, built.dropped_share
         self.metadata = {
-            "kind": rule.kind_name, "structure": structure, "examples": str(self.examples), "rows": str(self.rows),
+            "kind": rule.kind_name, "structure": structure, "examples": "", "rows": "",
             "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
             # At build and not at save: by then the model may have moved on.
             "parameters_hash": whole,
             "covered_hash": f"{dtype}:{covered}".removeprefix("torch."),
-            "coverage": self._built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
+            "coverage": built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
             **rule.kind_options(),
             **({} if max_rows is None else {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}),
         }  # fmt: skip
+
+    def _built_later(self, built: Built) -> None:
+        """Record the rows that were made; the model and the data are let go."""
+        self._tally = built.tally
+        self._metadata["coverage"] = built.coverage.to_json()
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return self._tally().examples
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self._tally().rows
+
+    @property
+    def dropped_trace(self) -> Float[Tensor, "n"] | None:
+        """What a truncated kind left out of each output Fisher."""
+        dropped = self._tally().dropped
+        return torch.cat(dropped) if dropped else None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What is recorded."""
+        if self._metadata.get("rows") == "":
+            self._metadata |= {"examples": str(self.examples), "rows": str(self.rows)}
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, value: dict[str, str]) -> None:
+        self._metadata = value
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles: with the rows that were to be made later, and what that records."""
+        _ = self.held.stored_rows, self.metadata
+        return {**self.__dict__, "_tally": self._tally().some}
 
 
 def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
@@ -196,7 +241,17 @@ def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Sel
     return unwrapped(model), params
 
 
-def _only_full(call: str, structure: str, max_rows: int | None) -> None:
+def _only_full(call: str, structure: str, max_rows: int | None, storage: str) -> None:
+    if storage == "stream" and max_rows is not None:
+        raise InvalidArgumentError(
+            call=call, got=f'storage="stream" with max_rows={max_rows}', expected='storage="auto" or "rows"',
+            why="which rows are the largest is known when all have been made, once", try_="max_rows=None",
+        )  # fmt: skip
+    if storage != "auto" and structure != "full":
+        raise InvalidArgumentError(
+            call=call, got=f"storage={storage!r} with structure={structure!r}", expected='storage="auto"',
+            why="no other structure is made of the rows of the whole matrix", try_='structure="full"',
+        )  # fmt: skip
     if max_rows is not None and structure != "full":
         raise InvalidArgumentError(
             call=call, got=f"max_rows={max_rows} with structure={structure!r}", expected='structure="full"',

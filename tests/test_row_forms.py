@@ -122,9 +122,9 @@ def test_turned_rows__give_what_solved_columns_do(
 def test_turned_rows__are_exact_where_bases_leave_something_out() -> None:
     model, x, y = wide()
     fisher = fk.EmpiricalFisher(model.double(), (x.double(), y), structure="ekfac")
-    assert any(block._null for block in fisher._built.operator.blocks)  # type: ignore[attr-defined]
+    assert any(block._null for block in fisher.held.blocks)  # type: ignore[attr-defined]
     inverse: Any = fisher.factorize(fk.RelativeDamping(1.0))
-    rows = fk.EmpiricalFisher(model, (x.double(), y))._built.operator.row_source  # type: ignore[attr-defined]
+    rows = fk.EmpiricalFisher(model, (x.double(), y)).held.row_source  # type: ignore[attr-defined]
     expected = rows.dense() @ inverse._solve(rows.dense().mT)
     form = inverse._row_products(rows, 1_000_000, 1)
     assert [type(part) for _, part in form._parts] == [EigenProducts] * 2
@@ -151,7 +151,7 @@ def test_the_form__is_the_one_with_fewer_operations() -> None:
     model, x, y = wide()
     fisher = fk.EmpiricalFisher(model, (x, y))
     inverse = fisher.factorize(1e-2)
-    probe = fisher._built.operator.row_source  # type: ignore[attr-defined]
+    probe = fisher.held.row_source  # type: ignore[attr-defined]
     assert isinstance(inverse._row_products(probe, queries=1, others=1_000_000), SolvedProducts)
     assert isinstance(inverse._row_products(probe, queries=1_000, others=1_000), GramProducts)
     blocks = fk.EmpiricalFisher(model, (x, y), structure="block").factorize(1e-2)
@@ -247,7 +247,7 @@ def test_aligned_product__is_the_product(columns: int) -> None:
 def test_a_block_diagonal__solves_one_block_at_a_time_and_keeps_all_solutions() -> None:
     model, x, y = wide()
     inverse = fk.EmpiricalFisher(model, (x, y), structure="kfac").factorize(1e-2)
-    probe = fk.EmpiricalFisher(model, (x, y))._built.operator.row_source  # type: ignore[attr-defined]
+    probe = fk.EmpiricalFisher(model, (x, y)).held.row_source  # type: ignore[attr-defined]
     form = inverse._row_products(probe, queries=1, others=1_000_000)
     first, last = 64 * 65, 10 * 65
     assert (form.kept, form.passing) == (first + last, 3 * first)

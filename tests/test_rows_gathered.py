@@ -25,10 +25,10 @@ def test_rows__gathered_by_groups_are_those_of_the_batches(
 ) -> None:
     model, (x, y) = problem(family).model, data(problem(family))
     batches = [(x[i : i + 2], y[i : i + 2]) for i in range(0, len(y), 2)]
-    alone = [fk.EmpiricalFisher(model, batch)._built.operator.row_source.dense() for batch in batches]  # type: ignore[attr-defined]
+    alone = [fk.EmpiricalFisher(model, batch).held.row_source.dense() for batch in batches]  # type: ignore[attr-defined]
     monkeypatch.setattr(collection, "GROUP", size)
     fisher = fk.EmpiricalFisher(model, batches)
-    torch.testing.assert_close(fisher._built.operator.row_source.dense(), torch.cat(alone))  # type: ignore[attr-defined]
+    torch.testing.assert_close(fisher.held.row_source.dense(), torch.cat(alone))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("size", [1, 100, 1 << 30])

@@ -44,7 +44,7 @@ def work(case: Case, kind: type[fk.FisherApproximation], stored: bool | None) ->
 
     def run() -> None:
         with forced(stored):
-            fisher = build(case, kind)
+            fisher = build(case, kind, storage="rows")
         fisher @ case.vector
         if fisher.rows <= GRAM_ROWS:
             fisher.gram()
@@ -56,12 +56,12 @@ def work(case: Case, kind: type[fk.FisherApproximation], stored: bool | None) ->
 def representation(case: Case, kind: type[fk.FisherApproximation], stored: bool | None) -> tuple[str, ...]:
     """How each unit's rows are kept."""
     with forced(stored):
-        return tuple(entry.structure for entry in build(case, kind).coverage().entries)
+        return tuple(entry.structure for entry in build(case, kind, storage="rows").coverage().entries)
 
 
 def written_out_bytes(case: Case, kind: type[fk.FisherApproximation]) -> int:
     """What rows that are all written out take."""
-    rows = build(case, kind, memory_budget=1).rows  # streamed: counted, not kept
+    rows = build(case, kind, storage="stream").rows  # counted, not kept
     return 4 * rows * case.vector.numel()
 
 

@@ -160,7 +160,7 @@ def _ief_solve(inputs: tuple[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _streamed(model: nn.Module, data: tuple[Tensor, Tensor]) -> Any:
-    return fk.ExactFisher(model, data, memory_budget=1)
+    return fk.ExactFisher(model, data, storage="stream")
 
 
 def _rows(s: Sizes) -> float:

@@ -11,8 +11,6 @@ import fisherkit as fk
 from examples.benchmarks.contestants import DAMPING, Case, Contestant, Values
 
 NAME = "fisherkit"
-STREAMED = 1
-"""A memory budget in bytes that no rows fit in."""
 
 
 def contestants(case: Case) -> dict[str, Contestant]:
@@ -24,9 +22,9 @@ def contestants(case: Case) -> dict[str, Contestant]:
         "sf_product_cached": _cached_product(case, fk.SampledFisher),
         "ef_product": _product(case, ef),
         "exact_product": _product(case, exact),
-        "exact_product_unkept": _product(case, exact, memory_budget=STREAMED),
-        "exact_product_cached": _cached_product(case, exact),
-        "exact_product_streamed": _cached_product(case, exact, memory_budget=STREAMED),
+        "exact_product_unkept": _product(case, exact, storage="stream"),
+        "exact_product_cached": _cached_product(case, exact, storage="rows"),
+        "exact_product_streamed": _cached_product(case, exact, storage="stream"),
         "ef_diagonal": _diagonal(case, ef),
         "exact_diagonal": _diagonal(case, exact),
         "ef_gram": _timed("gram()", lambda: build(case, ef).gram(), lambda m: {"gram": m}),

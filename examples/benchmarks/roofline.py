@@ -131,7 +131,7 @@ def least_bytes(case: Case, names: Collection[str]) -> dict[str, float]:
     vector = 4.0 * case.vector.numel()
     passes = vector + 2 * activation_bytes(case.workload)  # read parameters, write activations and read them again
     rows, product, gram = _memory(build(case, fk.EmpiricalFisher)), 2 * vector, 8.0 * case.workload.examples**2
-    exact = _memory(build(case, fk.ExactFisher)) if "exact_product_cached" in names else 0
+    exact = _memory(build(case, fk.ExactFisher, storage="rows")) if "exact_product_cached" in names else 0
     factors = _memory(build(case, fk.EmpiricalFisher, structure="kfac"))
     cached = rows + product
     needed = {

@@ -23,12 +23,13 @@ _PHRASES = (
     (r"fk\.merging\.average\(models\)", "--method average"),
     (r"fk\.load\(path, device=\"([^\"]*)\"\)", r"--device \1"),
     (r"written by fisher\.save\b", "that fisherkit estimate wrote"),
-    (r",? or a larger memory_budget=?(, which keeps the rows)?", ""),
+    (r",? or a larger memory_budget=?(?!, with)", ""),
     (r"(a cosine between 0 and 1), or None", r"\1"),
     (r"the setting is (\w+)=(.*?)(, or None)?$", r"the \1 is \2"),
     (r"\bmemory_budget = ", "the memory that may be used, "),
     (r"another out=, or overwrite=True", "another --out, or --overwrite"),
     (r"(one of .*)\bNone\b", r"\1'none'"),
+    (r"[;,] or(, of a full Fisher,| with)? storage=[^.]*", ""),
 )
 """What no rule turns into options; patterns and what stands in their place."""
 

@@ -210,9 +210,8 @@ class _Comparison:
         lengths = columns.norm(dim=0)
         # γ does not depend on the length, which could overflow the operator's dtype.
         unit = (columns / torch.where(lengths > 0, lengths, 1.0)).to(self.dtype)
-        # A budget of one byte streams: products by passes, no rows.
         exact = self.fishers.get(EXACT) or FisherApproximation(
-            self.model, self.data, EXACT, normalization="sum", memory_budget=1, **self.options
+            self.model, self.data, EXACT, normalization="sum", storage="stream", **self.options
         )
         gamma = approximation_quality(unit, exact, self.whole.to(self.dtype))
         norms = self.gram.diagonal().clamp_min(0).sqrt()

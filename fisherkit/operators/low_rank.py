@@ -58,7 +58,7 @@ class LowRankOperator(FisherOperator):
 
     Args:
         rows: J, R rows over D parameters.
-        scale: 1/N, or whatever the normalization is.
+        scale: 1/N, or whatever the normalization is; a function where it is not known before the first product.
         dtype: of the rows.
         device: of the rows.
         memory_budget: bytes that a Gram or normal matrix may take; beyond it solves are by conjugate gradients.
@@ -67,21 +67,41 @@ class LowRankOperator(FisherOperator):
     tag: ClassVar[str] = "low_rank"
 
     def __init__(
-        self, rows: RowSource, scale: float, *, dtype: torch.dtype, device: torch.device, memory_budget: int = UNBOUNDED
-    ) -> None:
+        self, rows: RowSource, scale: float | Callable[[], float], *, dtype: torch.dtype, device: torch.device,
+        memory_budget: int = UNBOUNDED,
+    ) -> None:  # fmt: skip
         super().__init__(rows.space, dtype=dtype, device=device)
-        self.row_source, self.scale, self.memory_budget = rows, scale, memory_budget
+        self._rows, self._scale, self.memory_budget = rows, scale, memory_budget
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles, which hold rows and no model that rows are made of later."""
+        _ = self.row_source, self.scale
+        return self.__dict__
+
+    @property
+    def scale(self) -> float:
+        """What JᵀJ is multiplied with."""
+        if callable(self._scale):
+            self._scale = self._scale()
+        return self._scale
+
+    @property
+    def row_source(self) -> RowSource:
+        """The rows; made now, if they were to be made later."""
+        self._rows = self._rows.settled()
+        return self._rows
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        if isinstance(self.row_source, Rows):  # R numbers are fewer to scale than D
-            return self.row_source.rmatmul(self.row_source.matmul(columns).mul_(self.scale))
-        return self.row_source.product(columns).mul_(self.scale)
+        self._rows = rows = self._rows.settled(columns.shape[1])
+        if isinstance(rows, Rows):  # R numbers are fewer to scale than D
+            return rows.rmatmul(rows.matmul(columns).mul_(self.scale))
+        return rows.product(columns).mul_(self.scale)
 
     def _diagonal(self) -> Float[Tensor, "D"]:
         return self.scale * self.row_source.squared_sum()
 
     def _gram(self) -> Float[Tensor, "R R"]:
-        self._check_square(self.row_source.count, "gram", "R")
+        self._check_square(self._rows.count, "gram", "R")
         return self.row_source.gram(precise=False).mul_(self.scale)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
@@ -96,8 +116,8 @@ class LowRankOperator(FisherOperator):
         return side if _square_bytes(min(gram, self.size)) <= self.memory_budget else "none"
 
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-        if damping == 0.0 and self.row_source.count < self.size:
-            why = f"R = {self.row_source.count:,} rows < D = {self.size:,} parameters"
+        if damping == 0.0 and self._rows.count < self.size:
+            why = f"R = {self._rows.count:,} rows < D = {self.size:,} parameters"
             raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
         side = self._small_side()
         if side == "gram" and damping > 0 and isinstance(self.row_source, (Rows, SharedRows)):
@@ -128,7 +148,7 @@ class LowRankOperator(FisherOperator):
 
     @property
     def _rank_bound(self) -> int:
-        return min(self.row_source.count, self.size)
+        return min(self._rows.count, self.size)
 
     def _small_matrix(self, operation: str, try_: str) -> tuple[Float[Tensor, "n n"], str]:
         """The Gram or F itself, whichever is smaller, in float64, and which it is; refused where neither fits."""
@@ -176,8 +196,8 @@ class LowRankOperator(FisherOperator):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows; 0 for streamed ones."""
-        return 0 if self.stored_rows is None else self._state().nbytes
+        """Bytes of the rows; 0 of those that are streamed, or not made yet."""
+        return self._state().nbytes if isinstance(self._rows, Rows) else 0
 
     def _approximate_inverse(self, damping: float) -> MatMat | None:
         """Of a sample of the rows, where enough of them fit; else of the diagonal, with no fewer rows than parameters.
@@ -211,7 +231,7 @@ class LowRankOperator(FisherOperator):
         return scale / len(places) * (flat.mT @ flat)
 
     def _made_of(self) -> str:
-        return "" if "rows" in self.metadata else f"R = {self.row_source.count:,}"
+        return "" if "rows" in self.metadata else f"R = {self._rows.count:,}"
 
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):

@@ -32,7 +32,6 @@ class RowSource(ABC):
 
     Args:
         space: the parameters.
-        count: R.
 
     Attributes:
         in_memory: whether reading them again costs no pass over data.
@@ -40,8 +39,17 @@ class RowSource(ABC):
 
     in_memory = False
 
-    def __init__(self, space: ParameterSpace, count: int) -> None:
-        self.space, self.count = space, count
+    def __init__(self, space: ParameterSpace) -> None:
+        self.space = space
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """R."""
+
+    def settled(self, columns: int | None = None) -> RowSource:
+        """What answers a product with so many columns, or with None any other question: itself, or rows made of it."""
+        return self
 
     @abstractmethod
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -95,8 +103,13 @@ class Rows(RowSource):
     in_memory = True
 
     def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot]) -> None:
-        super().__init__(space, slots[0].rows.count)
+        super().__init__(space)
         self.slots = tuple(slots)
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return self.slots[0].rows.count
 
     def _whole(self, parts: Iterable[Tensor]) -> Float[Tensor, "D ..."]:
         """The units' parts in flat order; taken one by one, so that only one exists beside the result."""

@@ -145,22 +145,6 @@ class Plan(Findings):
         """With others, put in the parameters' order."""
         return replace(self, units=tuple(sorted(units, key=lambda unit: self.space.names.index(unit.names[0]))))
 
-    def refuse_changed(self) -> None:
-        """Refuse a model whose parameters were written to since the plan was made: its rows would be another Fisher's.
-
-        Raises:
-            ModelError: naming the parameters.
-        """
-        changed = [n for n, p in self.parameters.items() if p._version != self.versions[n]]
-        if changed:
-            raise ModelError(
-                call="a pass over the data",
-                got=f"parameters that have changed since the Fisher was built: {changed[:4]}",
-                expected="the model as it was",
-                why="rows that are streamed are made from the live model",
-                try_="build the Fisher anew, or a larger memory_budget, which keeps the rows",
-            )
-
     @contextlib.contextmanager
     def quiet(self) -> Iterator[Draws]:
         """Around the model's own code, never around a yield: between chunks the caller sees an unchanged model."""

@@ -7,18 +7,21 @@ else.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.data import Batch, Source, check_finite
-from fisherkit.errors import DataError
+from fisherkit.errors import DataError, ModelError
 from fisherkit.likelihood import Likelihood
+from fisherkit.model_state import parameters_hash
 from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.processes import Processes
@@ -31,6 +34,7 @@ from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
+from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.verified import is_shown
 from fisherkit.rows.watched import Watched
@@ -44,6 +48,37 @@ GRAPH = 1 << 23
 larger matrix products save."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
+
+
+class Tally(NamedTuple):
+    """What a pass over data counts.
+
+    ``dropped`` is, by batch, for each example or token the trace that the kind left out of the output Fisher; empty if
+    nothing.
+    """
+
+    examples: int = 0
+    rows: int = 0
+    dropped: tuple[Float[Tensor, "n"], ...] = ()
+
+    @classmethod
+    def of(cls, parts: Iterable[Tally]) -> Tally:
+        """Of all parts."""
+        examples, rows, dropped = zip(cls(), *parts, strict=True)
+        return cls(sum(examples), sum(rows), tuple(itertools.chain(*dropped)))
+
+    def some(self) -> Tally:
+        """Itself, if there is an example.
+
+        Raises:
+            DataError: no example counts.
+        """
+        if self.examples == 0:
+            raise DataError(
+                call="data", got="no example with a label that counts", expected="at least one",
+                why="all labels are ignore_index", try_="check the labels",
+            )  # fmt: skip
+        return self
 
 
 class BetterPlanError(Exception):
@@ -85,6 +120,7 @@ class Problem:
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
         processes: that each have a part of the data; None for one alone.
         offset: how many examples the ranks before this one have, where examples are known by their place.
+        weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
     """
 
     plan: Plan
@@ -105,6 +141,7 @@ class Problem:
     budget: int | None = None
     processes: Processes | None = None
     offset: int = 0
+    weights: str | None = None
 
     @functools.cached_property
     def examples(self) -> int:
@@ -143,23 +180,28 @@ class Problem:
         if pending:
             yield joined(pending)
 
-    def metrics(self, description: str) -> Iterator[tuple[Batch, Metric]]:
-        """One pass over the data that yields each micro-batch with the product of its output metric."""
-        for batch, start, call in self._micro_batches(description):
-            yield batch, functools.partial(self._metric, batch, start, call)
-
-    def counts(self, description: str) -> Iterator[tuple[int, int, Float[Tensor, "n"] | None]]:
-        """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
+    def metrics(self, description: str) -> Iterator[tuple[Batch, Metric, Callable[[Watched], Tally]]]:
+        """One pass over the data: each micro-batch, the product of its output metric, and what counts its rows."""
         largest = 0
         for batch, start, call in self._micro_batches(description):
+            count = functools.partial(self._tally, batch, start, call, in_company=batch.size > largest)
+            yield batch, functools.partial(self._metric, batch, start, call), count
+            largest = max(largest, batch.size)
+
+    def counts(self, description: str) -> Iterator[Tally]:
+        """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
+        for batch, _, count in self.metrics(description):
             with self.plan.quiet():
                 watched = forward(self.plan, batch)
-            slots = self._slots(batch, watched.z, start, call)
-            if batch.size > largest:
-                self._refuse_influence(batch, watched)
-            largest = max(largest, batch.size)
-            keep = slots.keep(slice(0, slots.number))
-            yield slots.counted, batch.size * slots.number if keep is None else int(keep.sum()), slots.dropped
+            yield count(watched)
+
+    def _tally(self, batch: Batch, start: int, call: str, watched: Watched, *, in_company: bool) -> Tally:
+        slots = self._slots(batch, watched.z, start, call)
+        if in_company:
+            self._refuse_influence(batch, watched)
+        keep = slots.keep(slice(0, slots.number))
+        rows = batch.size * slots.number if keep is None else int(keep.sum())
+        return Tally(slots.counted, rows, () if slots.dropped is None else (slots.dropped,))
 
     def probe_rows(self) -> tuple[Linearized, Callable[[Float[Tensor, "k B ..."]], Rows]]:
         """The model at the plan's two examples, and their rows for any output vectors."""
@@ -294,7 +336,7 @@ class Problem:
         Raises:
             DataError: there is no batch.
         """
-        self.plan.refuse_changed()
+        self._refuse_changed()
         if not shows:
             self.confirm()
         self.plan.probe.watched = None  # its graph has served
@@ -311,6 +353,25 @@ class Problem:
                 shown.update(micro.size / batch.size)
         if start == 0 and self.processes is None:
             raise DataError(call="data", got="no batch", expected="at least one example")
+
+    def _refuse_changed(self) -> None:
+        """Refuse a model that is not what it was when the Fisher was built: its rows would be another Fisher's.
+
+        Raises:
+            ModelError: naming the parameters where it is known which; or dropout or batch statistics in train mode.
+        """
+        changed = [n for n, p in self.plan.parameters.items() if p._version != self.plan.versions[n]]
+        if not changed and (self.weights is None or parameters_hash(self.plan.model) == self.weights):
+            refuse_train_mode(self.plan.model)
+            return
+        which = f"parameters that have changed since the Fisher was built: {changed[:4]}"
+        raise ModelError(
+            call="a pass over the data",
+            got=which if changed else "parameters or buffers that have changed since the Fisher was built",
+            expected="the model as it was",
+            why="rows that are not kept are made from the live model",
+            try_='build the Fisher anew, or with storage="rows", which keeps them from the start',
+        )
 
     def _piece(self, size: int) -> int:
         """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""

@@ -26,11 +26,16 @@ class SharedRows(RowSource):
 
     def __init__(self, own: RowSource, processes: Processes, sizes: Sequence[int] | None = None) -> None:
         sizes = processes.gathered(own.count) if sizes is None else sizes
-        super().__init__(own.space, sum(sizes))
+        super().__init__(own.space)
         self.own, self.processes, self.sizes = own, processes, list(sizes)
         self.in_memory = own.in_memory
         start = sum(self.sizes[: processes.rank])
         self._place = slice(start, start + own.count)
+
+    @property
+    def count(self) -> int:
+        """R, of all processes."""
+        return sum(self.sizes)
 
     @property
     def slots(self) -> tuple[UnitSlot, ...]:

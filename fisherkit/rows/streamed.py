@@ -12,6 +12,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,8 @@ from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.differentiable import differentiable, functional_call
 from fisherkit.rows.plan import TOLERANCE, Plan
-from fisherkit.rows.problem import Metric, Problem
+from fisherkit.rows.problem import Metric, Problem, Tally
+from fisherkit.rows.record import Recorder
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
@@ -40,23 +42,45 @@ class StreamedRows(RowSource):
 
     Args:
         problem: model, data and kind.
-        count: R, counted by the builder in a pass over the data.
     """
 
-    def __init__(self, problem: Problem, count: int) -> None:
-        super().__init__(problem.plan.space, count)
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.plan.space)
         self.problem = problem
-        # In half precision tangents would have no more digits than the weights; rows are made in float32.
-        half = problem.plan.example_parameter.dtype in HALF
-        self.matrix_free = problem.vectors_per_example > FEW_VECTORS and not half and self._verified()
+        self.matrix_free = matrix_free(problem)
+        self.counted: Tally | None = None
+
+    @property
+    def tally(self) -> Tally:
+        """N, R and what the kind left out; counted by forward passes, unless a product has."""
+        if self.counted is None:
+            self.counted = Tally.of(self.problem.counts("count"))
+        return self.counted
+
+    def some(self) -> Tally:
+        """The same, refused where there is no example."""
+        return self.tally.some()
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return self.tally.rows
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        """JᵀJ U in one pass."""
+        """JᵀJ U in one pass, which also counts if that has not been done."""
         if not self.matrix_free:
             return self._sum(lambda rows: rows.product(u), "product", torch.zeros_like(u))
-        plan, metrics = self.problem.plan, self.problem.metrics("product")
-        parts = (matrix_free_product(plan, self.space, batch, u, metric) for batch, metric in metrics)
-        total = functools.reduce(torch.add, parts, torch.zeros_like(u))
+        if u.shape[1] > 1:
+            _ = self.tally  # what is vectorised cannot be watched
+        counts: list[Tally] | None = None if self.counted else []
+        plan, total = self.problem.plan, None
+        for batch, metric, count in self.problem.metrics("product"):
+            part, seen = matrix_free_product(plan, self.space, batch, u, metric, watch=counts is not None)
+            total = part if total is None else total.add_(part)
+            if counts is not None and seen is not None:
+                counts.append(count(seen))
+        total = torch.zeros_like(u) if total is None else total
+        self.counted = self.counted or Tally.of(counts or [])
         if not all_finite(total):
             for _ in self.problem.chunks("product"):
                 pass  # the rows themselves say which batch and module it is
@@ -107,16 +131,6 @@ class StreamedRows(RowSource):
         plan = self.problem.plan
         return torch.zeros(shape, dtype=plan.dtype, device=plan.example_parameter.device)
 
-    def _verified(self) -> bool:
-        plan = self.problem.plan
-        if plan.probe.hooked:
-            return False  # forward-mode derivatives do not know of hooks
-        if "matrix-free" not in plan.tried:
-            probe, rows = self.problem.probe_rows()
-            agrees = not _pads(plan, probe.watched) and _agrees(plan, self.space, lambda v, u: rows(v).product(u))
-            plan.tried["matrix-free"] = agrees
-        return bool(plan.tried["matrix-free"])
-
 
 class ThinnedSource(Source):
     """Every k-th example of the data.
@@ -158,38 +172,63 @@ def thinned(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
 # -- products without rows -------------------------------------------------------------------------------------------
 
 
+def matrix_free(problem: Problem) -> bool:
+    """Whether products can do without rows, and take less for it; tried on two examples, once a plan."""
+    plan = problem.plan
+    # In half precision tangents would have no more digits than the weights; rows are made in float32. And forward-mode
+    # derivatives do not know of hooks.
+    if problem.vectors_per_example <= FEW_VECTORS or plan.example_parameter.dtype in HALF or plan.probe.hooked:
+        return False
+    if "matrix-free" not in plan.tried:
+        probe, rows = problem.probe_rows()
+        agrees = not _pads(plan, probe.watched) and _agrees(plan, plan.space, lambda v, u: rows(v).product(u))
+        plan.tried["matrix-free"] = agrees
+    return bool(plan.tried["matrix-free"])
+
+
 def matrix_free_product(
-    plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D K"], metric: Metric
-) -> Float[Tensor, "D K"]:
-    """Jᵀ M J U over a batch, for parameters that may be some of the plan's, and M = Σ_m v vᵀ of each example."""
-    one = u.shape[1] == 1
+    plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D K"], metric: Metric, *, watch: bool = False
+) -> tuple[Float[Tensor, "D K"], Watched | None]:
+    """Jᵀ M J U over a batch, for parameters that may be some of the plan's, and M = Σ_m v vᵀ of each example.
+
+    Of one column also the forward pass, if it is to be watched.
+    """
     # The fused attention kernels have no forward-mode derivative.
     with untouched_rng([u.device]), differentiable(plan.model, ()), sdpa_kernel(SDPBackend.MATH):
-        return (_one_column if one else _columns)(plan, space, batch, u, metric)
+        if u.shape[1] == 1:
+            return _one_column(plan, space, batch, u, metric, watch)
+        return _columns(plan, space, batch, u, metric), None
 
 
 def _one_column(
-    plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D 1"], metric: Metric
-) -> Float[Tensor, "D 1"]:
+    plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D 1"], metric: Metric, watch: bool
+) -> tuple[Float[Tensor, "D 1"], Watched | None]:
     """One forward pass carries the tangents and leaves the graph to go back through."""
-    forward, parameters = _forward(plan, space, batch)
-    leaves = {name: p.requires_grad_() for name, p in parameters.items()}
+    forward, parameters = _forward(plan, space)
     with forward_ad.dual_level():
         tangents = space.unflatten(u[:, 0])
-        z = forward({name: forward_ad.make_dual(p, tangents[name]) for name, p in leaves.items()})
+        # Leaves themselves, so that what watches sees parameters and not something made of them.
+        leaves = {n: forward_ad.make_dual(p, tangents[n]).requires_grad_() for n, p in parameters.items()}
+        model = forward(leaves)
+        seen = Watched.of(model, Recorder({}, batch.size, batch.leaves()[0]), batch) if watch else None
+        z = batch.call(model) if seen is None else seen.z
         tangent = forward_ad.unpack_dual(z).tangent
         pushed = torch.zeros_like(z) if tangent is None else tangent.detach().clone()
     # Outside of the dual level, where going back would carry tangents too.
     weighed = metric(z.detach(), pushed.unsqueeze(0)).squeeze(0).to(z.dtype)
     found = torch.autograd.grad(z, list(leaves.values()), weighed, allow_unused=True, materialize_grads=True)
-    return space.flatten(dict(zip(leaves, found, strict=True))).unsqueeze(1)
+    return space.flatten(dict(zip(leaves, found, strict=True))).unsqueeze(1), seen
 
 
 def _columns(
     plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D K"], metric: Metric
 ) -> Float[Tensor, "D K"]:
     """Tangents and cotangents vectorised over the columns."""
-    forward, parameters = _forward(plan, space, batch)
+    of, parameters = _forward(plan, space)
+
+    def forward(values: Mapping[str, Tensor]) -> Tensor:
+        return batch.call(of(values))
+
     z, pull = vjp(forward, parameters)[:2]
     parts = []
     for span in spans(u.shape[1], z.numel()):
@@ -223,18 +262,19 @@ def _agrees(plan: Plan, space: ParameterSpace, row_products: Callable[[Tensor, T
     expected = row_products(r.unsqueeze(0), u)
     # Some operations have no forward-mode derivative or batching rule; rows do without both.
     with contextlib.suppress(Exception):
-        one, two = (matrix_free_product(plan, space, batch, columns, metric) for columns in (u[:, :1], u))
+        one, two = (matrix_free_product(plan, space, batch, columns, metric)[0] for columns in (u[:, :1], u))
         tolerance = TOLERANCE.get(like.dtype, 5e-2) * expected.norm()
         return bool((two - expected).norm() <= tolerance) and bool((one - expected[:, :1]).norm() <= tolerance)
     return False
 
 
 def _forward(
-    plan: Plan, space: ParameterSpace, batch: Batch
-) -> tuple[Callable[[Mapping[str, Tensor]], Tensor], dict[str, Tensor]]:
+    plan: Plan, space: ParameterSpace
+) -> tuple[Callable[[Mapping[str, Tensor]], Callable[..., Any]], dict[str, Tensor]]:
+    """The model as a function of its parameters, and their values."""
     parameters = {name: plan.parameters[name].detach() for name in space.names}
 
-    def forward(values: Mapping[str, Tensor]) -> Tensor:
-        return batch.call(lambda *args, **kwargs: functional_call(plan.model, values, args, kwargs))
+    def forward(values: Mapping[str, Tensor]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: functional_call(plan.model, values, args, kwargs)
 
     return forward, parameters

@@ -7,12 +7,13 @@ through the graph together share. Knows rules by their entries alone, and no row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fisherkit.data import Batch
@@ -59,7 +60,7 @@ class Watched:
     packed: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, recorder: Recorder, batch: Batch) -> Watched:
+    def of(cls, model: Callable[..., Any], recorder: Recorder, batch: Batch) -> Watched:
         """By a forward pass.
 
         Raises:

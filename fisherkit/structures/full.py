@@ -91,7 +91,13 @@ class Full(RowStructure):
 
     name = "full"
     meaning = "the whole matrix by its rows, JᵀJ/N; solved through the rows' Gram matrix"
-    instead = "max_rows below {0.max_rows:,}, or None, which streams all rows"
+
+    @property
+    def instead(self) -> str:  # type: ignore[override]
+        """As in `Structure`."""
+        if self.max_rows is None:
+            return 'storage="stream", which makes all rows anew for every product'
+        return f"max_rows below {self.max_rows:,}, or None, which streams all rows"
 
     @property
     def streams(self) -> bool:
