@@ -170,7 +170,10 @@ class Builder:
             return None
         problem = self.problem
         found = products_before_rows(problem.plan, problem.vectors_per_example, problem.examples)
-        return found if found >= FEWEST and matrix_free(problem) else None
+        if found < FEWEST:
+            return None
+        problem.confirm()
+        return found if matrix_free(problem) else None
 
     def _streamed(self, structure: Structure, later: float | None) -> tuple[FisherOperator, Parts, Callable[[], Tally]]:
         """Rows that are made anew for every product; or, after so many products, once and for all."""
