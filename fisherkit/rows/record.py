@@ -157,7 +157,7 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands
     ) -> Any:
         """A function that was given chosen parameters, or what is made of them alone."""
-        if can_be_unrolled(func, args) and self._derivations.of(args[0]) is None:
+        if can_be_unrolled(func, args) and self._derivations.of(args[0]) is None and not _computed_again():
             return self._unrolled(func, args)
         rule, arguments = self._rule(func, args, kwargs)
         seen, versions = len(self.uses), [tensor._version for tensor, _ in own]
@@ -350,9 +350,7 @@ class Recorder(TorchFunctionMode):
         """The arguments, with a copy for each example of what the function broadcasts over examples."""
         known = func is F.scaled_dot_product_attention or is_elementwise(func)
         target = args[0] if args and _in_place(func, kwargs) else None
-        # A checkpoint computes again without us, and then saves tensors of other shapes.
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        if not known or hooked or any(tensor is target for tensor, _ in own):
+        if not known or _computed_again() or any(tensor is target for tensor, _ in own):
             return args, kwargs
         most = max(tensor.ndim for tensor in tensors((args, kwargs)))
         tracked = {
@@ -379,6 +377,11 @@ class Recorder(TorchFunctionMode):
 def _named(made: Derived | None, *, turned: bool = False) -> str | Derived | None:
     """The parameter's name, where rows over what is made of it are rows over the parameter."""
     return made.names[0] if made is not None and (turned or made.layout == SAME) else made
+
+
+def _computed_again() -> bool:
+    """Whether a checkpoint computes this again, without us: what it then saves must be what was saved here."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
