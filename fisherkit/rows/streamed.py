@@ -22,6 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch, Source
+from fisherkit.errors import ModelError
+from fisherkit.model_state import parameters_hash
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
@@ -45,7 +47,7 @@ class StreamedRows(RowSource):
 
     def __init__(self, problem: Problem, count: int) -> None:
         super().__init__(problem.plan.space, count)
-        self.problem = problem
+        self.problem, self._weights = problem, parameters_hash(problem.plan.model)
         # In half precision tangents would have no more digits than the weights; rows are made in float32.
         half = problem.plan.example_parameter.dtype in HALF
         self.matrix_free = problem.vectors_per_example > FEW_VECTORS and not half and self._verified()
@@ -54,7 +56,7 @@ class StreamedRows(RowSource):
         """JᵀJ U in one pass."""
         if not self.matrix_free:
             return self._sum(lambda rows: rows.product(u), "product", torch.zeros_like(u))
-        plan, metrics = self.problem.plan, self.problem.metrics("product")
+        plan, metrics = self.problem.plan, self._live().metrics("product")
         parts = (matrix_free_product(plan, self.space, batch, u, metric) for batch, metric in metrics)
         total = functools.reduce(torch.add, parts, torch.zeros_like(u))
         if not all_finite(total):
@@ -64,12 +66,12 @@ class StreamedRows(RowSource):
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U in one pass."""
-        return torch.cat([u[:0], *(chunk.rows.matmul(u) for chunk in self.problem.batches("J u"))])
+        return torch.cat([u[:0], *(chunk.rows.matmul(u) for chunk in self._live().batches("J u"))])
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
         """Jᵀ W in one pass."""
         total, start = w.new_zeros(self.space.size, w.shape[1]), 0
-        for chunk in self.problem.batches("Jᵀ w"):
+        for chunk in self._live().batches("Jᵀ w"):
             stop = start + chunk.rows.count
             total += chunk.rows.rmatmul(w[start:stop])
             start = stop
@@ -80,7 +82,7 @@ class StreamedRows(RowSource):
         device = self.problem.plan.example_parameter.device
         result = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
         start = 0
-        for outer in self.problem.batches("Gram"):
+        for outer in self._live().batches("Gram"):
             mine, other = slice(start, start + outer.rows.count), 0
             for inner in self.problem.batches("Gram, inner"):
                 result[mine, other : other + inner.rows.count] = outer.rows.cross_gram(inner.rows, precise)
@@ -101,7 +103,25 @@ class StreamedRows(RowSource):
         return self._sum(lambda rows: rows.normal_matrix(), "dense", zero)
 
     def _sum(self, function: Callable[[Rows], Tensor], description: str, zero: Tensor) -> Tensor:
-        return functools.reduce(torch.add, (function(chunk.rows) for chunk in self.problem.chunks(description)), zero)
+        return functools.reduce(torch.add, (function(chunk.rows) for chunk in self._live().chunks(description)), zero)
+
+    def _live(self) -> Problem:
+        """The problem, of the model that was counted.
+
+        Raises:
+            ModelError: its weights or buffers are others now.
+        """
+        plan = self.problem.plan
+        plan.refuse_changed()  # which says their names
+        if parameters_hash(plan.model) != self._weights:
+            raise ModelError(
+                call="a pass over the data",
+                got="weights or buffers that have changed since the Fisher was built",
+                expected="the model as it was",
+                why="rows that are streamed are made from the live model",
+                try_="build the Fisher anew, or a larger memory_budget, which keeps the rows",
+            )
+        return self.problem
 
     def _zeros(self, *shape: int) -> Tensor:
         plan = self.problem.plan
