@@ -28,6 +28,8 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
+    default_convert,
 )
 
 from fisherkit.arithmetic import all_finite
@@ -458,8 +460,8 @@ class Source:
         Raises:
             DataError: as `refuse_shuffling`; later, in the pass that differs.
 
-        Cost: none for lists and loaders; for other iterables, whose order nothing tells, reading the data once, with
-        the global random generators elsewhere than in the passes to come.
+        Cost: none for lists and loaders without a collator of the user's own; for others, whose order nothing tells,
+        reading the data once, with the global random generators elsewhere than in the passes to come.
         """
         self.refuse_shuffling(call)
         if not _in_order(self.batches):
@@ -698,8 +700,11 @@ def _disorder(data: object) -> str:
 
 def _in_order(data: object) -> bool:
     """Whether data that `_disorder` allows have an order that nothing can change."""
-    loader = isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset)
-    return loader or isinstance(data, (list, tuple))
+    if isinstance(data, DataLoader):
+        # A collator of the user's own may put the examples of a batch in any order.
+        plain = data.collate_fn in (default_collate, default_convert)
+        return plain and not isinstance(data.dataset, IterableDataset)
+    return isinstance(data, (list, tuple))
 
 
 def _loaded(data: object) -> int | None:

@@ -251,3 +251,12 @@ def test_model_that_draws_without_use__is_verified_once_and_its_noise_is_still_r
     torch.manual_seed(0)
     with pytest.raises(fk.ModelError, match="change"):
         fk.ExactFisher(model, (X, None), likelihood="gaussian")
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac"])
+def test_outputs_that_depend_on_the_batchs_size__are_refused(structure: str) -> None:
+    def shared_out(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, w, b).tanh() / len(x)
+
+    with pytest.raises(fk.ModelError, match="changes with the rest of its batch"):
+        fk.ExactFisher(Model(shared_out, (3, 3), (3,)), (X, None), likelihood="gaussian", structure=structure)

@@ -24,6 +24,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 import fisherkit as fk
@@ -79,6 +80,10 @@ class Iterated:
         return iter([(X[part], Y[part]) for part in torch.tensor(self.draw()).split(8)])
 
 
+def permuting(examples: list[tuple[Tensor, Tensor]]) -> Any:
+    return default_collate([examples[i] for i in torch.randperm(len(examples))])
+
+
 def by_generator() -> Callable[[], list[int]]:
     rng = np.random.default_rng(0)
     return lambda: rng.permutation(N).tolist()
@@ -122,6 +127,7 @@ DISORDERED: dict[str, Callable[[], Any]] = {
     "an iterable by torch's generator": lambda: Iterated(lambda: torch.randperm(N).tolist()),
     "an iterable by Python's generator": lambda: Iterated(globally),
     "an iterable by NumPy's generator": lambda: Iterated(lambda: np.random.permutation(N).tolist()),  # noqa: NPY002
+    "a collator that permutes": lambda: DataLoader(DATASET, 8, collate_fn=permuting),
     "a wrapped loader": lambda: Iterated(lambda: list(RandomSampler(range(N)))),
 }
 
@@ -138,6 +144,7 @@ ORDERED: dict[str, Callable[[], Any]] = {
     "one process": lambda: DataLoader(DATASET, 8, sampler=DistributedSampler(DATASET, 1, 0, shuffle=False)),
     "stream": lambda: DataLoader(Shuffled(lambda: list(range(N))), 8),
     "iterable": lambda: Iterated(lambda: list(range(N))),
+    "a collator": lambda: DataLoader(DATASET, 8, collate_fn=lambda examples: default_collate(examples)),
     "batches in a loader": lambda: DataLoader([(X[:8], Y[:8]), (X[8:], Y[8:])], batch_size=None),  # type: ignore[arg-type]
 }
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fisherkit as fk
 from fisherkit.rows import recurrent
@@ -253,3 +254,33 @@ def test_optimizer__the_gradient_and_rows_are_those_of_the_model(form: str) -> N
     step = torch.linalg.solve(j.mT @ j / N + 0.1 * torch.eye(len(before), dtype=F64), grad)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.testing.assert_close(before - after, step)
+
+
+class Checkpointed(Net):
+    """Computed again in the backward pass."""
+
+    def __init__(self, form: str, embedded: bool) -> None:
+        super().__init__(form)
+        self.before = nn.Linear(3, 3) if embedded else nn.Identity()
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if not hasattr(self, "before"):
+            return super().forward(x)
+        z: Tensor = checkpoint(super().forward, self.before(x), use_reentrant=False)
+        return z
+
+
+@pytest.mark.parametrize("form", ["lstm", "gru", "tanh", "lstm projected"])
+@pytest.mark.parametrize("embedded", [False, True])
+def test_rows__of_a_checkpointed_layer(embedded: bool, form: str) -> None:
+    model, (x, _, y) = Checkpointed(form, embedded).double(), data()
+    expected = rows(model, (x,), y).square().mean(0)
+    for structure in ("full", "diagonal"):
+        fisher = fk.EmpiricalFisher(model, (x, y), structure=structure)
+        torch.testing.assert_close(fisher.diagonal(), expected)
+    fisher = fk.EmpiricalFisher(model, (x, y), structure="ekfac")
+    found = fisher.space.unflatten(fisher.diagonal())
+    for name, right in fisher.space.unflatten(expected).items():
+        if name.startswith("rnn"):
+            torch.testing.assert_close(found[name], right)
+    torch.testing.assert_close(fisher.trace(), expected.sum())

@@ -1,5 +1,7 @@
 """Layer rules: which function gets which rule, that autograd has the last word, and how rows are kept."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,6 @@ from fisherkit.rows import rules
 from tests.reference.fisher import full, rows
 from tests.reference.models import FAMILIES
 from tests.reference.outputs import EF
-
-# Family -> every parameter that may go the generic way; all others must be covered by the rule of their function.
-GENERIC = {
-    "gru_sequence_first": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
-    "lstm": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
-    "rnn": {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"},
-}
 
 
 def build(name: str, **options: object) -> fk.EmpiricalFisher:
@@ -32,9 +27,9 @@ def generic_names(fisher: fk.FisherApproximation) -> set[str]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_coverage__only_what_has_no_rule_goes_the_generic_way(name: str) -> None:
+def test_coverage__nothing_goes_the_generic_way(name: str) -> None:
     """A broken rule is replaced, not believed, so that only the coverage shows it."""
-    assert generic_names(build(name)) == GENERIC.get(name, set())
+    assert generic_names(build(name)) == set()
 
 
 @pytest.mark.parametrize(
@@ -171,6 +166,38 @@ def test_streamed_fisher__refuses_a_model_that_was_trained_on() -> None:
         model.weight.add_(1.0)
     with pytest.raises(fk.ModelError, match=r"changed since the Fisher was built: \['weight'\]"):
         fisher.diagonal()
+
+
+def through_data(model: nn.Module) -> None:
+    model[0].weight.data.mul_(2)
+
+
+def other_data(model: nn.Module) -> None:
+    model[0].weight.data = 2 * model[0].weight.data
+
+
+def other_parameter(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(2 * model[0].weight.detach())
+
+
+def buffer(model: nn.Module) -> None:
+    model[1].running_mean.add_(1)
+
+
+@pytest.mark.parametrize("kind", [fk.EmpiricalFisher, fk.ExactFisher])
+@pytest.mark.parametrize("change", [through_data, other_data, other_parameter, buffer])
+def test_streamed_fisher__refuses_weights_that_were_replaced(
+    change: Callable[[nn.Module], None], kind: type[fk.FisherApproximation]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).eval()
+    fisher = kind(model, (torch.randn(6, 4), torch.randint(0, 4, (6,))), memory_budget=1)
+    v = torch.ones(fisher.size)
+    torch.testing.assert_close(fisher @ v, fisher @ v)
+    change(model)
+    for operation in (lambda: fisher @ v, fisher.diagonal):
+        with pytest.raises(fk.ModelError, match="changed since the Fisher was built"):
+            operation()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 64])

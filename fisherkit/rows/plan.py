@@ -412,9 +412,9 @@ def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
 
 
 def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> int:
-    """Refuse outputs that change with company or order; how many numbers a graph keeps for one example.
+    """Refuse outputs that change with company, its size or order; how many numbers a graph keeps for one example.
 
-    Some of the batch go forwards and backwards, and each of the two beside itself.
+    Some of the batch, the two among them, go forwards and backwards, and each of the two beside itself.
 
     Raises:
         ModelError: they do.
@@ -428,6 +428,7 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
     first, kept = kept_numbers(model, same)
     twice = [first.detach(), *(other.call(model).detach() for other in others)]
     require_alike(backwards.flip(0), whole, tolerance * whole.norm())
+    require_alike(whole[two_of(batch, len(z) == 1)], z.detach(), tolerance * z.norm())
     for n, one in enumerate(twice):
         require_alike(one, z.detach()[[n] * len(z)], tolerance * z.norm())
     return kept

@@ -160,7 +160,7 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands
     ) -> Any:
         """A function that was given chosen parameters, or what is made of them alone."""
-        if can_be_unrolled(func, args) and self._derivations.of(args[0]) is None:
+        if can_be_unrolled(func, args) and self._derivations.of(args[0]) is None and not _packs():
             return self._unrolled(func, args)
         rule, arguments = self._rule(func, args, kwargs)
         seen, versions = len(self.uses), [tensor._version for tensor, _ in own]
