@@ -7,5 +7,6 @@ from fisherkit.merging.assembly import BlockInfo, MergeInfo
 from fisherkit.merging.baselines import average, task_arithmetic
 from fisherkit.merging.merge import merge, regmean
 from fisherkit.merging.policy import MergePolicy
+from fisherkit.merging.second_moment import from_optimizer
 
-__all__ = ["BlockInfo", "MergeInfo", "MergePolicy", "average", "merge", "regmean", "task_arithmetic"]
+__all__ = ["BlockInfo", "MergeInfo", "MergePolicy", "average", "from_optimizer", "merge", "regmean", "task_arithmetic"]

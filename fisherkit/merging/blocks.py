@@ -23,17 +23,20 @@ from fisherkit.merging.assembly import BlockInfo, Job
 from fisherkit.merging.fishers import FisherSource, Names
 from fisherkit.merging.models import read_double, weighted_average
 from fisherkit.merging.policy import MergePolicy
+from fisherkit.merging.two_products import solve_two_products
 from fisherkit.operators import (
     Damping,
     DenseOperator,
     Factorization,
     FisherOperator,
+    KroneckerOperator,
     RelativeDamping,
     SumOperator,
     add,
 )
 from fisherkit.operators.base import convert
 from fisherkit.operators.damping import check_damping
+from fisherkit.operators.linalg import nearest_semidefinite
 from fisherkit.operators.normalization import check_normalize, factor_of_size, frobenius_norm
 from fisherkit.operators.outputs_average import mix_with_average
 from fisherkit.progress import bar
@@ -184,7 +187,7 @@ class BlockwiseMerge:
             if factor == 0:
                 continue
             theta = torch.cat([read_double(model, name, device).reshape(-1) for name in names])
-            block = convert(source.read(names), torch.float64, device)
+            block = _in_double(source.read(names), device)
             yield factor * mix_with_average(block, self.output_damping), theta.sub_(center)
             del theta, block  # before the next are made
 
@@ -204,6 +207,18 @@ class BlockwiseMerge:
                 NotConvergedWarning,
                 stacklevel=2,
             )
+
+
+def _in_double(block: FisherOperator, device: torch.device) -> FisherOperator:
+    """`convert` to float64, which decomposes no Kronecker factor that is positive definite as it is."""
+    if block.factors is None or block.layout is None or block.dtype == torch.float64:
+        return convert(block, torch.float64, device)
+    wide = [factor.to(device, torch.float64) for factor in block.factors]
+    a, g = (
+        nearest_semidefinite(matrix, "merge")[0] if bool(torch.linalg.cholesky_ex(matrix)[1]) else matrix
+        for matrix in wide
+    )
+    return KroneckerOperator(block.space, a, g, block.layout.transposed, symmetric=True)
 
 
 def solve(
@@ -228,6 +243,8 @@ def solve(
         total = DenseOperator(total.space, matrix.add(matrix.mT).mul_(0.5))
     elif policy.method == "cg":
         total = SumOperator([total])  # which is always iterated
+    elif (found := solve_two_products(total, right, damping, policy.tolerance, policy.max_steps)) is not None:
+        return found
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConvergedWarning)  # said once, for all blocks, by the merge
         inverse = total.factorize(damping, tolerance=policy.tolerance, max_steps=policy.max_steps)
