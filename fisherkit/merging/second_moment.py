@@ -161,4 +161,8 @@ def _hashes(parameters: Parameters, own: Mapping[str, Tensor]) -> dict[str, str]
     if not isinstance(parameters, nn.Module):
         return {"covered_hash": f"{dtype}:{tensors_hash(own)}"}
     whole, covered = weight_hashes(unwrapped(parameters), tuple(own))
-    return {"model": type(unwrapped(parameters)).__name__, "parameters_hash": whole, "covered_hash": f"{dtype}:{covered}"}
+    return {
+        "model": type(unwrapped(parameters)).__name__,
+        "parameters_hash": whole,
+        "covered_hash": f"{dtype}:{covered}",
+    }

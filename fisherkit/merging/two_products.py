@@ -1,7 +1,7 @@
 """(G₁ ⊗ A₁ + G₂ ⊗ A₂ + λI) x = b by conjugate gradients in a basis where a step is two matrix products, not eight.
 
-With PᵀSP = I for S = a₁G₁ + a₂G₂ + floor · I, and PᵀCP = Δ diagonal for C = a₂G₂ − a₁G₁, both PᵀG_tP are a diagonal minus
-a multiple of K = PᵀP. The same on the inputs' side, with L = QᵀQ. Of X = P Y Qᵀ the whole sum is then
+With PᵀSP = I for S = a₁G₁ + a₂G₂ + floor · I, and PᵀCP = Δ diagonal for C = a₂G₂ − a₁G₁, both PᵀG_tP are a diagonal
+minus a multiple of K = PᵀP. The same on the inputs' side, with L = QᵀQ. Of X = P Y Qᵀ the whole sum is then
 
     W ∘ Y − d ∘ (Y L) + K (s Y L − Y ∘ e)
 
@@ -11,12 +11,14 @@ is exact; the residual is recomputed with the matrix itself.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.errors import NotConvergedWarning
 from fisherkit.operators import FisherOperator
 from fisherkit.operators.kronecker_sum import FLOOR_POWER, LEAST_FLOOR, MOST_NUMBERS
 from fisherkit.solvers import SolveInfo, conjugate_gradient, relative_residual
@@ -57,10 +59,12 @@ def solve_two_products(
     residual = torch.ones(1, dtype=b.dtype, device=b.device)
     for _ in range(PASSES):
         part = on_outputs.basis.mT @ layout.to_grid(left)[0] @ on_inputs.basis
-        found, info = conjugate_gradient(
-            system.product, part.reshape(-1, 1), preconditioner=system.precondition,
-            tolerance=min(tolerance / float(residual), 0.1), max_steps=max(max_steps - steps, 1),
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotConvergedWarning)  # said once, for all blocks, by the merge
+            found, info = conjugate_gradient(
+                system.product, part.reshape(-1, 1), preconditioner=system.precondition,
+                tolerance=min(tolerance / float(residual), 0.1), max_steps=max_steps - steps,
+            )  # fmt: skip
         grid = on_outputs.basis @ found.reshape(part.shape) @ on_inputs.basis.mT
         better = solution + layout.to_flat(grid.unsqueeze(0))
         steps += info.steps
