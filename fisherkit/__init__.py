@@ -12,8 +12,7 @@ conventions, `fisherkit.operators` the operations.
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fisherkit import errors, likelihoods, structures
 from fisherkit._version import __version__
@@ -51,6 +50,7 @@ from fisherkit.space import ParameterSpace
 
 if TYPE_CHECKING:
     from fisherkit import continual, estimators, evaluation, influence, merging, optim, testing
+    from fisherkit.merging import from_optimizer
 
 __all__ = [
     "KINDS",
@@ -87,6 +87,7 @@ __all__ = [
     "errors",
     "estimators",
     "evaluation",
+    "from_optimizer",
     "influence",
     "likelihoods",
     "load",
@@ -101,10 +102,12 @@ _WHEN_ASKED = frozenset({"continual", "estimators", "evaluation", "influence", "
 """What a Fisher itself does not need is imported at its first use: most of the package, and of the import's time."""
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """A part of the package that is imported when it is asked for."""
     if name in _WHEN_ASKED:
         return importlib.import_module(f"fisherkit.{name}")
+    if name == "from_optimizer":
+        return importlib.import_module("fisherkit.merging").from_optimizer
     raise AttributeError(f"module 'fisherkit' has no attribute {name!r}")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.merging import MergePolicy
+from fisherkit.merging import MergePolicy, blocks, two_products
 from fisherkit.operators import DiagonalOperator, KroneckerOperator
 from tests import merging_cases as mc
 from tests import operator_cases as oc
@@ -86,6 +87,43 @@ def test_merge__output_damping_mixes_in_the_average_over_outputs(name, ratio) ->
     expected = mc.brute_force(models, mixed, space, [0.5, 0.5], 1e-3)
     result = merge(models, mc.operators(pairs), damping=1e-3, normalize=None, output_damping=ratio)
     check(result, expected, space)
+
+
+@pytest.mark.parametrize("center", ["average", "other"])
+@pytest.mark.parametrize("name", ["kronecker", "kronecker_transposed", "eigen_kronecker"])
+def test_merge__says_how_far_outputs_move_beside_the_plain_average(name, center) -> None:
+    pairs = mc.STRUCTURES[name]()
+    space, transposed = pairs[0][0].space, name == "kronecker_transposed"
+    models, weights = mc.states(space, 2), [0.3, 0.7]
+    where = "average" if center == "average" else mc.states(space, 1, seed=7)[0]
+    result, info = merge(models, mc.operators(pairs), weights, damping=0.5, center=where, return_info=True)
+    mean = sum(w * mc.flat(model, space) for w, model in zip(weights, models, strict=True))
+    for model, matrix, ratio in zip(models, mc.matrices(pairs), info.blocks[0].against_average, strict=True):
+        metric = mc.averaged(matrix, 4, 3, True, transposed)
+        a, b = mc.flat(result, space) - mc.flat(model, space), mean - mc.flat(model, space)
+        assert ratio == pytest.approx(float(a @ metric @ a) / float(b @ metric @ b), rel=1e-9)
+    assert info.blocks[0].worst == max(info.blocks[0].against_average)
+
+
+def test_merge__warns_where_the_plain_average_keeps_outputs_nearer() -> None:
+    """Each Fisher knows one output alone, and the other model's says of it what it never saw."""
+    space = fk.ParameterSpace(("l.weight",), ((2, 2),))
+    inputs = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=F64)
+    other = torch.tensor([[1.0, -0.9], [-0.9, 1.0]], dtype=F64)
+    fishers = [
+        KroneckerOperator(space, inputs, torch.diag(torch.tensor([1.0, 1e-6], dtype=F64))),
+        KroneckerOperator(space, other, torch.diag(torch.tensor([1e-6, 1.0], dtype=F64))),
+    ]
+    models = [
+        {"l.weight": torch.tensor([[1.0, 0.0], [9.0, 9.0]], dtype=F64)},
+        {"l.weight": torch.zeros(2, 2, dtype=F64)},
+    ]
+    with pytest.warns(UserWarning, match=r"in 1 of 1 blocks .* l\.weight \(4 times, model 1\).*output_damping=3"):
+        merge(models, fishers, damping=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(models, fishers, damping=fk.RelativeDamping(1e4))  # the average
+        fk.merging.regmean(models, fishers)
 
 
 def test_merge__damping_pulls_to_the_center_and_never_to_zero() -> None:
@@ -269,6 +307,34 @@ def test_merge__conjugate_gradients_converge_on_kronecker_sums(count, damping, d
     if dtype == F64:
         direct, _ = merge(models, fishers, policy=MergePolicy(method="direct"), **settings)
         check(result, mc.flat(direct, fishers[0].space), fishers[0].space, 1e-4)
+
+
+@pytest.mark.parametrize("make", ["hard", "kronecker", "kronecker_transposed", "kronecker_convolution"])
+@pytest.mark.parametrize("damping", [1e-1, 1e-3, 1e-6])
+def test_merge__two_kronecker_products_of_a_large_layer_are_solved_in_a_basis_of_their_own(
+    make: str, damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fishers = hard_layers(2, F64) if make == "hard" else mc.operators(mc.STRUCTURES[make]())
+    models, settings = mc.states(fishers[0].space, 2), {"damping": fk.RelativeDamping(damping), "return_info": True}
+    direct, _ = merge(models, fishers, policy=MergePolicy(method="direct"), **settings)
+    other, _ = merge(models, fishers, policy=MergePolicy(method="cg"), **settings)
+    monkeypatch.setattr(blocks, "DENSE_SIZE", 0)
+    monkeypatch.setattr(two_products, "MOST_NUMBERS", 0)
+    result, info = merge(models, fishers, **settings)
+    assert info.converged
+    assert info.residual <= 1e-12
+    assert info.blocks[0].method == "conjugate_gradient"
+    assert any(not torch.equal(result[name], other[name]) for name in result)  # another way was taken
+    check(result, mc.flat(direct, fishers[0].space), fishers[0].space, 1e-6 if damping < 1e-3 else 1e-8)
+
+
+def test_merge__two_products_that_run_out_of_steps_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_products, "MOST_NUMBERS", 0)
+    fishers = hard_layers(2, F64)
+    monkeypatch.setattr(blocks, "DENSE_SIZE", 0)
+    with pytest.warns(fk.NotConvergedWarning, match="1 of 1 blocks missed tolerance"):
+        _, info = merge(mc.states(fishers[0].space, 2), fishers, policy=MergePolicy(max_steps=3), return_info=True)
+    assert info.blocks[0].steps == 3
 
 
 def test_merge__a_block_that_misses_its_tolerance_is_warned_of_by_name() -> None:

@@ -15,6 +15,7 @@ from fisherkit._version import __version__
 from fisherkit.cli.audit import Audit
 from fisherkit.cli.command import Command
 from fisherkit.cli.estimate import Estimate
+from fisherkit.cli.export import Export
 from fisherkit.cli.info import Info
 from fisherkit.cli.merge import Merge
 from fisherkit.cli.quality import Quality
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-COMMANDS = tuple(map(Command, (Estimate, Show, Merge, Scores, Audit, Quality, Info)))
+COMMANDS = tuple(map(Command, (Estimate, Show, Merge, Export, Scores, Audit, Quality, Info)))
 
 
 @app.callback(invoke_without_command=True)

@@ -34,8 +34,8 @@ _PHRASES = (
 """What no rule turns into options; patterns and what stands in their place."""
 
 _CALLS = {
-    "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "MergePolicy", "likelihood", "params",
-    "RelativeDamping", "FisherApproximation", *_KINDS,
+    "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "to_mergekit", "MergePolicy", "likelihood",
+    "params", "RelativeDamping", "FisherApproximation", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
 

@@ -39,6 +39,7 @@ from fisherkit.io.fisher_file import index_of
 from fisherkit.io.model_files import FOLDER_NAMES, ModelFiles, targets
 from fisherkit.memory import readable
 from fisherkit.merging import MergePolicy
+from fisherkit.merging.export import beside_weights
 from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
@@ -60,9 +61,6 @@ METHODS: Mapping[str, tuple[Callable[..., Any], frozenset[str]]] = {
 
 NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 """Entries of config.json that say nothing about what the weights mean."""
-
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
-"""What is not copied from the first model's folder: weights and the state of a training run."""
 
 OWN = frozenset(
     {"model", "fisher", "method", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"}
@@ -152,7 +150,7 @@ class Merge:
             whole = part / out.name
             whole.mkdir()
             _, info = function(out=whole)
-            for path in _beside_weights(self.model[0]):
+            for path in beside_weights(self.model[0]):
                 shutil.copy2(path, whole / path.name)
             (whole / "merge.json").write_text(info.to_json() + "\n", encoding="utf-8")
             _put_in_place(whole, out, part / REPLACED)
@@ -236,10 +234,11 @@ class Merge:
         if self.verbose and info.blocks:
             rows = [
                 (listed(block.names, 2), block.method, f"{block.size:,}", f"{block.steps}",
-                 f"{block.residual:.1e}" + ("" if block.converged else " not converged"))
+                 f"{block.residual:.1e}" + ("" if block.converged else " not converged"),
+                 f"{block.worst:.2g}" if block.against_average else "-")
                 for block in info.blocks
             ]  # fmt: skip
-            typer.echo(table(("parameters", "method", "numbers", "steps", "residual"), rows, left=2) + "\n")
+            typer.echo(table(("parameters", "method", "numbers", "steps", "residual", "/average"), rows, left=2) + "\n")
         counted = ", ".join(f"{count:,} {kind}" for kind, count in info.counts().items())
         what = f"{len(info.weights)} models, {seconds:.1f} s: {counted}"
         typer.echo(f"{self.method if self.method not in WORDS['method'] else 'merge'} of {what}")
@@ -293,14 +292,6 @@ def _vocabulary(path: Path) -> dict[str, Any]:
     return vocabulary if isinstance(vocabulary, dict) else {str(i): entry for i, entry in enumerate(vocabulary)}
 
 
-def _beside_weights(folder: Path) -> list[Path]:
-    """Config, tokenizer and whatever else is no weight of a model's folder."""
-    return sorted(
-        path for path in folder.iterdir()
-        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHT_FILES)
-    )  # fmt: skip
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; nothing if there is no file, or no object in it."""
     if not path.exists():
@@ -327,7 +318,7 @@ def _refuse_other_files(folder: Path, first: Path) -> None:
     """A folder is replaced whole, so it may hold a model's weights, and else only what the first model's has too."""
     shards = _read_json(folder / FOLDER_NAMES[1]).get("weight_map")
     weights = [*FOLDER_NAMES, *(shards.values() if isinstance(shards, dict) else ())]
-    known = ["merge.json", *weights, *(path.name for path in _beside_weights(first))]
+    known = ["merge.json", *weights, *(path.name for path in beside_weights(first))]
     others = sorted(path.name for path in folder.iterdir() if path.is_dir() or path.name not in known)
     if others:
         _refuse(

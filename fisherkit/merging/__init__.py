@@ -5,7 +5,19 @@ Knows operators by their blocks and solves, models by their tensors; no other ap
 
 from fisherkit.merging.assembly import BlockInfo, MergeInfo
 from fisherkit.merging.baselines import average, task_arithmetic
+from fisherkit.merging.export import to_mergekit
 from fisherkit.merging.merge import merge, regmean
 from fisherkit.merging.policy import MergePolicy
+from fisherkit.merging.second_moment import from_optimizer
 
-__all__ = ["BlockInfo", "MergeInfo", "MergePolicy", "average", "merge", "regmean", "task_arithmetic"]
+__all__ = [
+    "BlockInfo",
+    "MergeInfo",
+    "MergePolicy",
+    "average",
+    "from_optimizer",
+    "merge",
+    "regmean",
+    "task_arithmetic",
+    "to_mergekit",
+]

@@ -37,6 +37,10 @@ class BlockInfo:
             A diagonal block is divided entry by entry, and has the bound of one rounding, 1.1e-16.
         converged: whether the residual met the tolerance.
         factors: what each Fisher was multiplied by, weight and normalization together.
+        against_average: for each model (θ − θ_t)ᵀR_t(θ − θ_t) of the merged θ over the same of the models' plain
+            average, R_t being F_t averaged over each layer's outputs: how much the layer's outputs on the model's own
+            inputs have moved. Above 1 the average is nearer. Empty for blocks without inputs, such as a lone bias,
+            and where R_t takes more than a block's factors: rows and dense matrices with no output damping.
     """
 
     names: tuple[str, ...]
@@ -46,6 +50,12 @@ class BlockInfo:
     residual: float
     converged: bool
     factors: tuple[float, ...]
+    against_average: tuple[float, ...] = ()
+
+    @property
+    def worst(self) -> float:
+        """The largest of `against_average`; 0 if there is none."""
+        return max(self.against_average, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -100,13 +110,13 @@ class MergeInfo:
         counted = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
         lines = [f"{self.method} of {len(self.weights)} models: {counted}; damping {self.damping:.3g}"]
         if self.blocks:
-            lines.append(f"{'size':>12}  {'method':<20}{'steps':>6}  {'residual':>9}  parameters")
+            lines.append(f"{'size':>12}  {'method':<20}{'steps':>6}  {'residual':>9}  {'/average':>8}  parameters")
         for block in self.blocks:
             mark = "" if block.converged else "  NOT CONVERGED"
             names = listed(block.names, 2)
-            lines.append(
-                f"{block.size:>12,}  {block.method:<20}{block.steps:>6}  {block.residual:>9.1e}  {names}{mark}"
-            )
+            against = f"{block.worst:.2g}" if block.against_average else "-"
+            numbers = f"{block.steps:>6}  {block.residual:>9.1e}  {against:>8}"
+            lines.append(f"{block.size:>12,}  {block.method:<20}{numbers}  {names}{mark}")
         return "\n".join(lines)
 
 

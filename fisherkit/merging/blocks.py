@@ -23,19 +23,22 @@ from fisherkit.merging.assembly import BlockInfo, Job
 from fisherkit.merging.fishers import FisherSource, Names
 from fisherkit.merging.models import read_double, weighted_average
 from fisherkit.merging.policy import MergePolicy
+from fisherkit.merging.two_products import solve_two_products
 from fisherkit.operators import (
     Damping,
     DenseOperator,
     Factorization,
     FisherOperator,
+    KroneckerOperator,
     RelativeDamping,
     SumOperator,
     add,
 )
 from fisherkit.operators.base import convert
 from fisherkit.operators.damping import check_damping
+from fisherkit.operators.linalg import nearest_semidefinite
 from fisherkit.operators.normalization import check_normalize, factor_of_size, frobenius_norm
-from fisherkit.operators.outputs_average import mix_with_average
+from fisherkit.operators.outputs_average import average_over_outputs, mix_with_average
 from fisherkit.progress import bar
 from fisherkit.solvers import SolveInfo, relative_residual
 
@@ -46,6 +49,9 @@ factor of a Kronecker product, of the block itself where it is no such product."
 DENSE_SIZE = 3000
 """A matrix without a direct inverse is written out and factored up to this d: d³/3 operations and 24 d² bytes, at most
 a second and 216 MB; above it, conjugate gradients are cheaper."""
+
+MARGIN = 0.01
+"""How far above 1 a block's largest ratio to the plain average is warned of."""
 
 REFINEMENTS = 5
 MOST_LISTED = 5
@@ -155,11 +161,14 @@ class BlockwiseMerge:
 
     def _solve(self, names: Names, center: Float[Tensor, "d"], device: torch.device) -> Float[Tensor, "d"]:
         total: FisherOperator | None = None
-        right = torch.zeros_like(center)
-        for operator, difference in self._terms(names, center, device):
+        right, outputs = torch.zeros_like(center), list[tuple[FisherOperator, Tensor]]()
+        for block, factor, difference in self._terms(names, center, device):
+            operator = factor * mix_with_average(block, self.output_damping)
             right += operator.matvec(difference)
             total = operator if total is None else add(total, operator)
-            del operator, difference  # before the next are made
+            if self._looks_at_outputs(block):
+                outputs.append((average_over_outputs(block), difference))
+            del block, operator, difference  # before the next are made
         if total is None:
             raise InvalidArgumentError(call=self.job.call, got="no Fisher with a weight", expected="at least one")
         try:
@@ -173,19 +182,44 @@ class BlockwiseMerge:
                 try_="damping=fk.RelativeDamping(1e-6), which leaves them at the center",
             ) from error
         size, residual, factors = len(center), float(found.residual.max()), self.scales.factors[names]
-        self.infos.append(BlockInfo(names, size, found.method, found.steps, residual, found.converged, factors))
+        against = self._against_average(delta, outputs, factors)
+        self.infos.append(
+            BlockInfo(names, size, found.method, found.steps, residual, found.converged, factors, against)
+        )
         return delta
+
+    def _looks_at_outputs(self, block: FisherOperator) -> bool:
+        """Whether R says more than I does, and costs no more than the solve."""
+        lone = len(block.space.names) == 1 and len(block.space.shapes[0]) < 2
+        return self.job.call == "merge" and not lone and (block.inversion == "cheap" or self.output_damping > 0)
+
+    def _against_average(
+        self, delta: Float[Tensor, "d"], outputs: Sequence[tuple[FisherOperator, Tensor]], factors: Sequence[float]
+    ) -> tuple[float, ...]:
+        """For each model that counts (θ − θ_t)ᵀR_t(θ − θ_t) over the same of the plain average; see `BlockInfo`."""
+        if not outputs or len(outputs) < len(factors):
+            return ()
+        weights = [weight / sum(self.job.weights) for weight in self.job.weights]
+        average = torch.zeros_like(delta)
+        if self.job.center is not None:  # else the average is the center
+            for weight, (_, difference) in zip(weights, outputs, strict=True):
+                average += weight * difference
+        found = []
+        for metric, difference in outputs:
+            away = torch.stack([delta - difference, average - difference], 1)
+            found.append((away * metric.matvec(away)).sum(0))
+        return tuple(one / other if other > 0 else 1.0 for one, other in torch.stack(found).tolist())
 
     def _terms(
         self, names: Names, center: Float[Tensor, "d"], device: torch.device
-    ) -> Iterator[tuple[FisherOperator, Float[Tensor, "d"]]]:
-        """c_t F_t and θ_t − θ_c of every model that counts, made when they are asked for."""
+    ) -> Iterator[tuple[FisherOperator, float, Float[Tensor, "d"]]]:
+        """F_t, c_t and θ_t − θ_c of every model that counts, made when they are asked for."""
         for model, source, factor in zip(self.job.models, self.sources, self.scales.factors[names], strict=True):
             if factor == 0:
                 continue
             theta = torch.cat([read_double(model, name, device).reshape(-1) for name in names])
-            block = convert(source.read(names), torch.float64, device)
-            yield factor * mix_with_average(block, self.output_damping), theta.sub_(center)
+            block = _in_double(source.read(names), device)
+            yield block, factor, theta.sub_(center)
             del theta, block  # before the next are made
 
     def _center(self, name: str, device: torch.device) -> Tensor:
@@ -196,6 +230,7 @@ class BlockwiseMerge:
     def _warn(self) -> None:
         missed = sorted((info for info in self.infos if not info.converged), key=lambda info: -info.residual)
         worst = (f"{listed(i.names, 2)} (residual {i.residual:.1e} after {i.steps} steps)" for i in missed)
+        self._warn_of_outputs()
         if missed:
             warnings.warn(
                 f"{self.job.call}: {len(missed)} of {len(self.infos)} blocks missed "
@@ -204,6 +239,36 @@ class BlockwiseMerge:
                 NotConvergedWarning,
                 stacklevel=2,
             )
+
+    def _warn_of_outputs(self) -> None:
+        """Say which layers the plain average would have left nearer to a model."""
+        worse = sorted((i for i in self.infos if i.worst > 1 + MARGIN), key=lambda info: -info.worst)
+        if not worse:
+            return
+        shown = (
+            f"{listed(i.names, 2)} ({i.worst:.2g} times, model {i.against_average.index(i.worst) + 1})" for i in worse
+        )
+        warnings.warn(
+            f"{self.job.call}: in {len(worse)} of {len(self.infos)} blocks the outputs on a model's own inputs are "
+            f"farther from that model's than those of the plain average: {listed(shown, 4, '; ')}. The merged model "
+            "may be worse than the average. Why: Fishers say little of some outputs, such as labels that a model did "
+            'not see, and what they do not say is free. Try: Fishers with structure="kfac" and output_damping=3, a '
+            "larger damping, or a comparison with fk.merging.average(models) on a few examples.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _in_double(block: FisherOperator, device: torch.device) -> FisherOperator:
+    """`convert` to float64, which decomposes no Kronecker factor that is positive definite as it is."""
+    if block.factors is None or block.layout is None or block.dtype == torch.float64:
+        return convert(block, torch.float64, device)
+    found = []
+    for factor in block.factors:
+        matrix = factor.to(device, torch.float64)
+        indefinite = bool(torch.linalg.cholesky_ex(matrix)[1])
+        found.append(nearest_semidefinite(factor.to(device), "merge")[0] if indefinite else matrix)
+    return KroneckerOperator(block.space, *found, block.layout.transposed, symmetric=True)
 
 
 def solve(
@@ -228,6 +293,8 @@ def solve(
         total = DenseOperator(total.space, matrix.add(matrix.mT).mul_(0.5))
     elif policy.method == "cg":
         total = SumOperator([total])  # which is always iterated
+    elif (found := solve_two_products(total, right, damping, policy.tolerance, policy.max_steps)) is not None:
+        return found
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConvergedWarning)  # said once, for all blocks, by the merge
         inverse = total.factorize(damping, tolerance=policy.tolerance, max_steps=policy.max_steps)
