@@ -35,7 +35,7 @@ from fisherkit.errors import (
     SingularMatrixError,
     UnknownParameterError,
 )
-from fisherkit.fisher import FisherApproximation
+from fisherkit.fisher import FisherApproximation, build_file, plan
 from fisherkit.kinds import (
     KINDS,
     EmpiricalFisher,
@@ -83,6 +83,7 @@ __all__ = [
     "TruncatedFisher",
     "UnknownParameterError",
     "__version__",
+    "build_file",
     "continual",
     "errors",
     "estimators",
@@ -93,6 +94,7 @@ __all__ = [
     "merging",
     "optim",
     "parameters_hash",
+    "plan",
     "structures",
     "testing",
 ]

@@ -133,6 +133,11 @@ class Builder:
         self.needed = 0
         self.foretold = False
 
+    def set_budget(self, budget: int) -> None:
+        """Have another one, as of the run that is gone on with."""
+        self.budget = self.settings["memory_budget"] = budget
+        self.problem = replace(self.problem, budget=budget)
+
     def _restart(self) -> None:
         self.examples = self.rows = 0
         self.share: float | None = None
@@ -150,20 +155,20 @@ class Builder:
         """What `build` will take, or `build_into` if parts go to a file; costs two batches of one of the parts."""
         return self._planned(lambda: self._foreseen(structure, to_file))
 
-    def build_into(self, structure: type[Structure], keeper: PartsKeeper) -> None:
-        """Hand every part over when it is finished, so that no two of them are in memory."""
-        self._planned(lambda: self._kept(structure, keeper))
+    def build_into(self, structure: type[Structure], keeper: PartsKeeper) -> Built | None:
+        """Hand every part over when it is finished, so that no two are in memory; what fits at once is returned."""
+        return self._planned(lambda: self._kept(structure, keeper))
 
     def _planned(self, work: Callable[[], T]) -> T:
-        """Work that begins anew where a later batch uses parameters that the first examples do not, or otherwise."""
-        while True:
-            try:
-                return work()
-            except BetterPlanError as found:
-                if found.plan is not self.problem.plan:
-                    remember(found.plan)
-                self.problem = replace(self.problem, plan=found.plan, by_owner=found.by_owner)
-                self._restart()
+        """The result of work that begins anew where a later batch uses parameters otherwise than the first examples."""
+        try:
+            return work()
+        except BetterPlanError as found:
+            if found.plan is not self.problem.plan:
+                remember(found.plan)
+            self.problem = replace(self.problem, plan=found.plan, by_owner=found.by_owner)
+            self._restart()
+        return self._planned(work)
 
     def _chosen(self, kind: type[Structure]) -> Structure:
         """The structure of all parameters, and the problem as it wants it."""
@@ -193,15 +198,25 @@ class Builder:
         blocks = [part.operator for part in whole.values()]
         return self._result(BlockDiagonalOperator(self.problem.plan.space, blocks), whole)
 
-    def _kept(self, kind: type[Structure], keeper: PartsKeeper) -> None:
+    def _kept(self, kind: type[Structure], keeper: PartsKeeper) -> Built | None:
         structure = self._chosen(kind)
         rules = [(unit.names, self.problem.plan.rule_name(unit), unit.reason) for unit in self.problem.plan.units]
         groups = keeper.begin(self._groups(structure), f"{self.problem.by_owner} {rules}")
+        for names in groups if structure.in_parts else ():
+            self._require(*self._restricted(structure, names))
+        if len(groups) == 1 and not keeper.finished(0):
+            return self._built(kind)
+        made = False
         for number, names in enumerate(groups):
             if not keeper.finished(number):
+                made = True
                 operator, parts = self._part(structure, 0, names, len(groups))
                 keeper.keep(number, [part.operator for part in parts.values()], self._result(operator, parts))
                 del operator, parts
+        if not made:
+            for _ in self.problem.source:  # which compares the data with those of the parts
+                pass
+        return None
 
     def _foreseen(self, kind: type[Structure], to_file: bool) -> BuildPlan:
         structure = self._chosen(kind)
@@ -215,13 +230,15 @@ class Builder:
             peaks.append(beside + own.peak(problem))
             readings += 1 if streams else self._readings(own, problem, beside + own.peak(problem))
         largest = groups[peaks.index(max(peaks))]
-        backward, seconds = self._measured(*self._restricted(structure, largest), readings, len(groups))
+        backward, seconds = self._measured(*self._restricted(structure, largest), readings)
         return BuildPlan(
             structure.name, tuple(groups), readings, backward, seconds, 0 if streams else self.needed,
             (0 if streams else max(peaks)) + self.problem.pass_bytes, self.budget,
         )  # fmt: skip
 
-    def _measured(self, structure: Structure, problem: Problem, readings: int, parts: int) -> tuple[int | None, float | None]:
+    def _measured(
+        self, structure: Structure, problem: Problem, readings: int
+    ) -> tuple[int | None, float | None]:  # fmt: skip
         """Backward passes and seconds of so many readings, by a first batch; None where N is not known."""
         examples = problem.source.expected()
         if examples is None:
@@ -246,7 +263,7 @@ class Builder:
         return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False)
 
     def _groups(self, structure: Structure, held: int = 0) -> list[Names]:
-        """The parameters of each part: as many layers, one after another, as fit beside what is ``held`` at the end."""
+        """The parameters of each part: a layer is of the first where it fits beside what is ``held`` at the end."""
 
         def fits(names: Names) -> bool:
             own, problem = self._restricted(structure, names)
@@ -256,13 +273,13 @@ class Builder:
         if not structure.in_parts or fits(whole):
             return [whole]
         groups: list[Names] = []
+        idle = self.problem.plan.unused.issuperset
         for layer in self.problem.layers():
-            last = groups[-1] if groups else ()
-            idle = self.problem.plan.unused.issuperset
-            if groups and (idle(last) or idle(layer) or fits((*last, *layer))):
-                groups[-1] = (*last, *layer)
-            else:
+            own = (i for i, others in enumerate(groups) if idle(others) or idle(layer) or fits((*others, *layer)))
+            if (place := next(own, None)) is None:
                 groups.append(layer)
+            else:
+                groups[place] = structure.space.restrict((*groups[place], *layer)).names
         return groups
 
     def _part(
@@ -429,18 +446,23 @@ class Builder:
                 why="all labels are ignore_index", try_="check the labels",
             )  # fmt: skip
 
-    def _require(self, structure: Structure) -> None:
-        """Refuse what does not fit."""
-        if self.needed <= self.budget:
+    def _require(self, structure: Structure, problem: Problem | None = None) -> None:
+        """Refuse what does not fit; of a part, as its problem is given, what does not fit by itself."""
+        needed = self.needed if problem is None else structure.bytes(problem)
+        if needed <= self.budget:
             return
+        of = "" if problem is None else f" for {listed(structure.space.names, 4)} alone"
         why, try_ = "nothing has been computed yet", structure.instead.format(structure)
         found = self.problem.forecast() if self._many else None
         if found is not None:
             why += f"; {self._cost(found)}"
         if self._many and structure.keeps_rows:  # the others' results are as large for any kind
             try_ += f", or {self._instead()}"
+        if structure.in_parts and problem is None:
+            try_ += ", or fk.build_file, which writes part after part to a file"
         raise MemoryBudgetError(
-            call=f'structure="{structure.name}"', got=f"a need of {readable(self.needed)}",
+            call=f'structure="{structure.name}"',
+            got=f"a need of {readable(needed)}{of}",
             expected=f"at most memory_budget = {readable(self.budget)}", why=why,
             try_=f"{try_}, or a larger memory_budget",
         )  # fmt: skip
