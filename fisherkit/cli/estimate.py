@@ -73,7 +73,8 @@ class Estimate(ModelOptions):
     def run(self) -> None:
         """Load, build, save, report; in several processes, each with its share of the batches, by the first one."""
         if self.plan:
-            return self._plan()
+            self._plan()
+            return
         if self.out is None:
             raise InvalidArgumentError(
                 call=CALL, got="no --out", expected="the file to write", try_="--out f.safetensors"
