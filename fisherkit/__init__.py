@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from fisherkit import errors, likelihoods, structures
 from fisherkit._version import __version__
+from fisherkit.build import BuildPlan
 from fisherkit.errors import (
     DataError,
     FileFormatError,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KINDS",
+    "BuildPlan",
     "DataError",
     "EmpiricalFisher",
     "ExactFisher",

@@ -76,9 +76,7 @@ class Estimate(ModelOptions):
             self._plan()
             return
         if self.out is None:
-            raise InvalidArgumentError(
-                call=CALL, got="no --out", expected="the file to write", try_="--out f.safetensors"
-            )
+            raise typer.BadParameter("Missing option '--out', the file to write; --plan needs none.")
         check_fisher_file(self.out, f"{CALL} --out", overwrite=self.overwrite)
         with started(self.device) as (rank, size):
             if size > 1 and structure_named(self.structure, CALL).keeps_rows:
