@@ -34,7 +34,7 @@ _PHRASES = (
 
 _CALLS = {
     "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "MergePolicy", "likelihood", "params",
-    "RelativeDamping", "FisherApproximation", *_KINDS,
+    "RelativeDamping", "FisherApproximation", "build_file", "plan", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
 

@@ -71,7 +71,6 @@ class PartsFile:
         self._settings = {**settings, "max_shard_size": str(largest)}
         self._known: dict[str, Any] = {} if overwrite and not self._ours() else self._read()
         self._record = self._known
-        refuse_others(path, call, sharded=True)
 
     def _ours(self) -> bool:
         try:
@@ -111,6 +110,8 @@ class PartsFile:
 
     def begin(self, parts: Sequence[tuple[str, ...]], plan: str, budget: int) -> list[tuple[str, ...]]:
         """The parts to make, those of the interrupted run if it made rows in the same way."""
+        if len(parts) > 1:
+            refuse_others(self.path, self._call, sharded=True)
         if self._known.get("plan") == plan:
             self._record = self._known
         else:
