@@ -50,17 +50,16 @@ def all_finite(*tensors: Tensor) -> bool:
     By norms, which read each number once and make no mask; a norm may overflow where no entry does, so entries are
     looked at where one is not finite.
     """
-    if not tensors:
+    floating = [t for t in tensors if t.is_floating_point()]
+    if not floating:
         return True
     with torch.no_grad():
-        # Of all at once, and in a kernel of their own on accelerators, as torch's optimizers do.
-        sizes = (
-            torch._foreach_norm(tensors)
-            if len(tensors) > 1
-            else [tensors[0].sum(dtype=at_least_single(tensors[0].dtype))]
-        )
-        total = sizes[0] if len(sizes) == 1 else torch.stack([s.to(sizes[0]) for s in sizes]).sum()
-        return math.isfinite(total.item()) or all(bool(torch.isfinite(t).all()) for t in tensors)
+        if len(floating) == 1:
+            total = floating[0].sum(dtype=at_least_single(floating[0].dtype))
+        else:  # a kernel for many of them on accelerators, as in torch's own optimizers
+            norms = torch._foreach_norm(floating)
+            total = torch.stack([norm.to(norms[0]) for norm in norms]).sum()
+        return math.isfinite(total.item()) or all(bool(torch.isfinite(t).all()) for t in floating)
 
 
 def checked_product(

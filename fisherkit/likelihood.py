@@ -205,7 +205,7 @@ class Likelihood(ABC):
                 "that says how to read them: fk.likelihoods.Categorical(class_axis=1), or torch's own loss, "
                 "nn.CrossEntropyLoss(), nn.MSELoss() and others",
             )
-        moved = z.movedim(self.class_axis, -1)
+        moved = z if self.class_axis in (-1, z.ndim - 1) else z.movedim(self.class_axis, -1)
         return moved.reshape(z.shape[0], -1, moved.shape[-1])
 
     def as_outputs(self, v: Float[Tensor, "*lead B P C"], shape: torch.Size) -> Float[Tensor, "..."]:

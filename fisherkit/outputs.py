@@ -262,27 +262,12 @@ class OutputRule(ABC):
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """The vectors v of this kind for a batch of outputs; all that tells kinds apart.
 
-        What they are at positions that do not count has no effect: `vectors` puts zeros there.
+        What they are at positions that do not count has no effect.
         """
-
-    def vectors(self, outputs: Outputs) -> OutputVectors:
-        """`output_vectors`, checked, and zero at positions that do not count.
-
-        Raises:
-            InvalidTypeError: no `OutputVectors`.
-            InvalidArgumentError: one with tensors of another shape or dtype.
-        """
-        found, call = self.output_vectors(outputs), f"{type(self).__name__}.output_vectors"
-        if isinstance(found, OutputVectors):
-            return found.at(outputs, call)
-        raise InvalidTypeError(
-            call=call, got=f"a {type(found).__name__}", expected="an fk.OutputVectors",
-            why="it says which of the vectors count, too", try_="fk.OutputVectors(v), v of shape [n, M, P, C]",
-        )  # fmt: skip
 
     def output_product(self, outputs: Outputs, w: Float[Tensor, "K n P C"]) -> Float[Tensor, "K n P C"]:
         """Σ_m v (vᵀ w) for K directions w; overridden where the output Fisher has a cheaper product."""
-        found = self.vectors(outputs)
+        found = vectors_of(self, outputs)
         n = torch.arange(len(outputs.z), device=outputs.z.device).unsqueeze(1).expand(-1, found.number)
         v = found.select(n.flatten(), torch.arange(found.number, device=n.device).expand_as(n).flatten())
         v = v.reshape(*n.shape, *outputs.z.shape[1:])
@@ -339,3 +324,19 @@ class OutputRule(ABC):
         """
         written = [options[name.lower()] for name in cls.settings if name.lower() in options]
         return ":".join([cls.kind_name, *written[:1]])
+
+
+def vectors_of(rule: OutputRule, outputs: Outputs) -> OutputVectors:
+    """What a rule answers, checked, with zeros at positions that do not count.
+
+    Raises:
+        InvalidTypeError: no `OutputVectors`.
+        InvalidArgumentError: vectors of another shape or dtype than the outputs'.
+    """
+    found, call = rule.output_vectors(outputs), f"{type(rule).__name__}.output_vectors"
+    if not isinstance(found, OutputVectors):
+        raise InvalidTypeError(
+            call=call, got=f"a {type(found).__name__}", expected="an fk.OutputVectors",
+            why="it says which of the vectors count, too", try_="fk.OutputVectors(v), v of shape [n, M, P, C]",
+        )  # fmt: skip
+    return found.at(outputs, call)

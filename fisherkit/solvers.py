@@ -269,19 +269,19 @@ class _File:
 
     def load(self, product: Callable[[], Tensor]) -> tuple[Float[Tensor, "D K"], int, int] | None:
         """Solution, steps and products of the file's last writing, for the same problem; None if there is no file."""
-        found = self._read() if self.path.exists() else None
-        for name, value in self.settings.items():
-            kept = value if found is None else found[1]["settings"].get(name)
-            close = isinstance(value, float) and isinstance(kept, float)
-            if not (math.isclose(value, kept, rel_tol=self.rounding) if close else value == kept):
-                raise self._other(f"with {name} = {kept}", f"{name} = {value}")
-        self._compare("right-hand side", found)
-        self.known["matrix"] = product()
-        self._compare("matrix", found)
-        if found is None:
+        if not self.path.exists():
+            self.known["matrix"] = product()
             return None
-        tensors, header = found
-        return tensors["solution"], header["numbers"]["steps"], header["numbers"]["products"]
+        tensors, settings, numbers = self._read()
+        for name, value in self.settings.items():
+            kept: Any = settings.get(name)
+            floats = isinstance(value, float) and isinstance(kept, float)
+            if value != kept and not (floats and math.isclose(value, kept, rel_tol=self.rounding)):
+                raise self._other(f"with {name} = {kept}", f"{name} = {value}")
+        self._compare("right-hand side", tensors)
+        self.known["matrix"] = product()
+        self._compare("matrix", tensors)
+        return tensors["solution"], numbers["steps"], numbers["products"]
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -296,44 +296,33 @@ class _File:
         io.replace_checked_file(self.path, {"solution": solution, **self.known}, header)
         self._last = time.monotonic()
 
-    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, int]]:
         header, tensors = io.read_tensors(self.path, self.known["right-hand side"].device, self.call, "a solve")
         if header.get("format") != self.FORMAT:
-            raise FileFormatError(
-                call=self.call,
-                got="a file of another kind, which has been left as it is",
-                expected="no file yet, or one written by a solve",
-                try_="another path",
-            )
+            got, expected = "a file of another kind, which has been left as it is", "no file yet, or one of a solve"
+            raise FileFormatError(call=self.call, got=got, expected=expected, try_="another path")
+        version, instead = header.get("version", ""), "another path, or delete the file"
+        if version.isdecimal() and int(version) != self.VERSION:
+            got, expected = f"format version {version}", f"version {self.VERSION}"
+            try_ = "a newer fisherkit" if int(version) > self.VERSION else instead
+            raise FileFormatError(call=self.call, got=got, expected=expected, try_=try_)
         try:
-            if (version := int(header["version"])) != self.VERSION:
-                advice = "a newer fisherkit" if version > self.VERSION else "another path, or delete the file"
-                raise FileFormatError(
-                    call=self.call, got=f"format version {version}", expected=f"version {self.VERSION}", try_=advice
-                )
-            found = {key: dict(io.parse(header[key])) for key in ("settings", "numbers")}
-            if not all(is_integer(found["numbers"][name]) for name in ("steps", "products")):
-                raise ValueError(f"numbers {found['numbers']}")
-            names = ("solution", "right-hand side", "matrix")
-            if len({(tensors[name].shape, tensors[name].dtype) for name in names}) > 1:
+            if not version.isdecimal():
+                raise ValueError(f"version {version!r}")
+            settings, numbers = (dict(io.parse(header[key])) for key in ("settings", "numbers"))
+            if not all(is_integer(numbers[name]) for name in ("steps", "products")):
+                raise ValueError(f"numbers {numbers}")
+            if len({(tensors[name].shape, tensors[name].dtype) for name in ("solution", *self.known, "matrix")}) > 1:
                 raise ValueError("tensors of different shapes or types")
-        except FileFormatError:
-            raise
         except (LookupError, ValueError, TypeError) as error:
-            raise FileFormatError(
-                call=self.call,
-                got=f"a file that cannot be read ({error})",
-                expected="one written by a solve",
-                try_="another path, or delete the file",
-            ) from error
-        return tensors, found
+            got = f"a file that cannot be read ({error})"
+            raise FileFormatError(call=self.call, got=got, expected="one written by a solve", try_=instead) from error
+        return tensors, settings, numbers
 
-    def _compare(self, name: str, found: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
-        if found is None:
-            return
+    def _compare(self, name: str, tensors: dict[str, Tensor]) -> None:
         value = self.known[name]
         scale = _column_scale(value)
-        difference = _norm((found[0][name] - value) / scale)
+        difference = _norm((tensors[name] - value) / scale)
         if not bool((difference <= self.rounding * _norm(value / scale)).all()):
             raise self._other(f"with another {name}", f"the {name} of this call")
 

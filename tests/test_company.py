@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from fisherkit.rows import verified
+from fisherkit.rows.plan import make_plan
 from tests.test_later_uses import TOKENS, Model, X, check
 
 Change = Callable[[Tensor], Tensor]
@@ -231,3 +233,21 @@ class Two(nn.Module):
 def test_forward_that_puts_examples_in_another_order_in_place__is_named() -> None:
     with pytest.raises(fk.ModelError, match="changes with the rest of its batch"):
         fk.ExactFisher(Two(), ((X.clone(), X[:, :1].clone()), None), likelihood="gaussian")
+
+
+def test_model_that_draws_without_use__is_verified_once_and_its_noise_is_still_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drawing(x: Tensor, w: Tensor, b: Tensor, *, noise: float) -> Tensor:
+        z = F.linear(x, w, b).tanh()
+        return z + noise if float(torch.rand(())) < noise else z
+
+    model, found = Model(drawing, (3, 3), (3,), noise=0.0), []
+    monkeypatch.setattr(verified, "make_plan", lambda *args, **kw: found.append(args) or make_plan(*args, **kw))
+    for _ in range(2):
+        check(model, X)
+    assert len(found) == 1
+    model.settings["noise"] = 0.5
+    torch.manual_seed(0)
+    with pytest.raises(fk.ModelError, match="change"):
+        fk.ExactFisher(model, (X, None), likelihood="gaussian")

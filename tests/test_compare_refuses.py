@@ -24,7 +24,7 @@ from tests.test_compare import PerPosition, data, network
         ({"kinds": ("truncated:0",)}, fk.InvalidArgumentError, "rank=0, not 1 or more"),
         ({"kinds": ("truncated:1.5",)}, fk.InvalidArgumentError, "tolerance=1.5, not a number from 0 to below 1"),
         ({"kinds": ("truncated:",)}, fk.InvalidArgumentError, "got kind='truncated:'"),
-        ({"kinds": ("ief:2",)}, fk.InvalidArgumentError, "power=2.0, not a number from 0 to 1"),
+        ({"kinds": ("ief:2",)}, fk.InvalidArgumentError, "power=2, not a number from 0 to 1"),
         ({"kinds": "ef"}, fk.InvalidTypeError, 'kinds=("...",)'),
         ({"kinds": ("ef", "ief", "ef")}, fk.InvalidArgumentError, "kinds with 'ef' twice"),
         ({"gram_dampings": (1e-3, 1e-3)}, fk.InvalidArgumentError, "gram_dampings with 0.001 twice"),

@@ -87,7 +87,9 @@ def added_by_hand(ewc: EWC, data: list[dict[str, Any]], folder: Path, batch: int
 
 
 @pytest.mark.parametrize(
-    ("make", "batch", "accumulate"), [(bert, 4, 1), (bert, 4, 3), (llama, 2, 2), (bert, 1, 4)], ids=str
+    ("make", "batch", "accumulate"),
+    [(bert, 4, 1), (bert, 4, 3), (llama, 2, 2), (bert, 1, 4)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_trainer__the_penalty_counts_once_a_step(
     make: Callable[[], Any], batch: int, accumulate: int, tmp_path: Path

@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer, whose rows are made example by example, under a linear one."""
+    """A recurrent layer under a linear one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,6 +91,19 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z: Tensor = self.head(self.rnn(x[..., None])[0][:, -1])
+        return z
+
+
+class Looped(Recurrent):
+    """The same beside a parameter without a rule, so that rows are made example by example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(10, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.rnn(x[..., None])[0][:, -1]
+        z: Tensor = self.head(h) + nn.functional.bilinear(h, h, self.mix)
         return z
 
 
@@ -134,23 +147,25 @@ def test_build__kernel_calls_grow_with_batches_and_layers_by_little() -> None:
     assert full[0] == full[1] <= 5
 
 
-@pytest.mark.parametrize("make", [perceptron, convolutions, Attention, Recurrent])
+@pytest.mark.parametrize("make", [perceptron, convolutions, Attention, Recurrent, Looped])
 @pytest.mark.parametrize("structure", ["full", "diagonal"])
 def test_build__two_examples_are_probed_once(
     structure: str, make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = make().eval(), data()
-    loop = make is Recurrent
+    loop, kernel = make is Looped, make in (Recurrent, Looped)
     own = 24 if loop else 1  # passes over the data themselves
     with passes(model, monkeypatch) as (forwards, backwards):
         fk.EmpiricalFisher(model, batch, structure=structure)
     # The probe; each example beside itself; forwards and backwards, where company and order must not matter.
-    assert forwards == {2: 3, 8: 2, 1: 24} if loop else forwards == {2: 3, 8: 2, 24: 1}
-    assert len(backwards) == 2 + own
+    # A recurrent layer's steps are judged by its own kernel, in a pass more.
+    assert forwards == {2: 3 + kernel, 8: 2, **({1: 24} if loop else {24: 1})}
+    assert len(backwards) == 2 + 2 * kernel + own
     with passes(model, monkeypatch) as (forwards, backwards):
         fk.EmpiricalFisher(model, batch, structure=structure)
     assert forwards == {2: 1, 1: 26} if loop else forwards == {2: 1, 24: 1}
-    assert len(backwards) == own + (3 if loop else 1)  # one confirms what is known, and one an example in a loop
+    # One confirms what is known. In a loop, two more show whose its entries are, and each of its examples has its own.
+    assert len(backwards) == own + (5 if loop else 1)
 
 
 @pytest.mark.parametrize("kind", [fk.ExactFisher, fk.TruncatedFisher, fk.SampledFisher])

@@ -302,6 +302,56 @@ def test_step__without_gradients_does_nothing() -> None:
     assert torch.equal(flat(model), before)
 
 
+def blown_up(factor: float, **options: Any) -> tuple[nn.Module, Any]:
+    """A model whose outputs are so many times what they were in the first step."""
+    model = mlp()
+    optimizer = natural(model, lr=0.0, **options)
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model[2].weight.mul_(factor)
+    return model, optimizer
+
+
+def other_loss(model: nn.Module, optimizer: Any) -> None:
+    F.cross_entropy(model(X), Y, label_smoothing=0.1).backward()
+
+
+def plain_step(model: nn.Module, optimizer: Any) -> None:
+    F.cross_entropy(model(X), Y).backward()
+    if optimizer.param_groups[0]["gram_damping"] is not None:
+        optimizer.param_groups[0]["gram_damping"] = 0.0
+    optimizer.step()
+
+
+DIVERGED: dict[str, tuple[Callable[[nn.Module, Any], None], dict[str, Any], float, type[fk.FisherkitError], str]] = {
+    "singular": (plain_step, {"kind": "ef", "params": ["2.bias"]}, 1e9, SingularMatrixError, "a Gram matrix that is"),
+    "nan": (plain_step, {}, float("nan"), NonFiniteError, "gradients with NaN or infinite entries"),
+    "another loss": (other_loss, {}, 1e9, ModelError, "a loss whose gradient at the outputs is no positive"),
+    "kfac": (
+        plain_step, {"structure": "kfac", "gram_damping": None, "damping": 0.1, "ema": 0.5}, float("inf"),
+        NonFiniteError, "gradients with NaN",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ids(DIVERGED))
+def test_step__of_a_diverged_run_says_so(name: str) -> None:
+    act, options, factor, error, met = DIVERGED[name]
+    model, optimizer = blown_up(factor, **options)
+    before = flat(model)
+    with pytest.raises(error, match=r"a loss that has diverged: outputs of up to .*smaller learning rate") as told:
+        act(model, optimizer)
+    assert met in str(told.value)
+    assert torch.equal(flat(model).nan_to_num(), before.nan_to_num())
+    model, optimizer = blown_up(1.0, **options)
+    if name in {"singular", "another loss"}:  # the same without it
+        with pytest.raises(error) as told:
+            act(model, optimizer)
+        assert "diverged" not in str(told.value)
+
+
 @pytest.mark.parametrize("structure", ["full", "block"])
 def test_step__refused_for_too_little_damping_can_be_tried_again(structure: str) -> None:
     found = []

@@ -100,6 +100,21 @@ def test_step__of_an_example_that_is_certain_right_or_wrong_is_finite(options: d
     assert bool(model.weight.isfinite().all())
 
 
+def test_step__of_an_example_whose_gradient_is_lost_to_rounding_has_the_others_rows() -> None:
+    """A logit that is 95 ahead leaves a gradient of 5e-42, whose unit vector cannot be made of it in float32."""
+    model = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[95.0, 0.5, 0.2], [0.0, 0.1, 0.3]]))
+    before = model.weight.detach().double()
+    optimizer = natural(model, 1.0, kind="ief", gram_damping=None, damping=0.1)
+    y = torch.tensor([0, 1, 0])
+    F.cross_entropy(model(torch.eye(3)), y).backward()
+    optimizer.step()
+    # The inputs are unit vectors, so that of each example (ûûᵀ / 3 + λI)⁻¹ u / 3 is left, û = u / ‖u‖.
+    u = torch.softmax(before.mT, 1) - F.one_hot(y, 2)
+    torch.testing.assert_close(before - model.weight.detach(), (u / (1 + 0.3)).mT, atol=1e-6, rtol=1e-6)
+
+
 def no_ops(act: Callable[[nn.Module, Any], None], kind: str) -> list[str]:
     """What three steps without gradients say."""
     model = mlp()

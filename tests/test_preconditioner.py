@@ -16,7 +16,6 @@ from fisherkit.operators.low_rank import (
     MOST,
     LowRankOperator,
     SampledInverse,
-    preconditioner_of_rows,
     sample_stride,
 )
 from fisherkit.rows.streamed import ThinnedSource, thinned
@@ -122,7 +121,7 @@ def test_without_room_for_a_sample__fewer_rows_than_parameters_go_without() -> N
     """The diagonal would tear the null space, which has the one eigenvalue λ, apart."""
     few = low_rank(fk.EmpiricalFisher(model(), cut(100)[:2], memory_budget=1))
     assert few.row_source.count < few.size
-    assert preconditioner_of_rows(few, 0.1) is None
+    assert few._approximate_inverse(0.1) is None
     many = low_rank(fk.ExactFisher(model(), cut(100), memory_budget=1))
     assert many.row_source.count > many.size
-    assert preconditioner_of_rows(many, 0.1) is not None
+    assert many._approximate_inverse(0.1) is not None

@@ -133,6 +133,11 @@ def test_turned_rows__are_exact_where_bases_leave_something_out() -> None:
     assert [type(part) for _, part in back._parts] == [SolvedProducts] * 2
     same(back.solve(rows).products(rows), expected)
     same(inverse._row_squares(rows), expected.diagonal())
+    # Rows of other examples lie in part where the bases have nothing, which is divided by λ.
+    others = fk.EmpiricalFisher(model, (x.double().flip(0) + x.double().roll(1, 1), y))._built.operator.row_source  # type: ignore[attr-defined]
+    outside = others.dense() @ inverse._solve(others.dense().mT)
+    same(form.solve(others).products(others), outside)
+    same(inverse._row_squares(others), outside.diagonal())
 
 
 def wide() -> tuple[nn.Module, Tensor, Tensor]:

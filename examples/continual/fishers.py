@@ -112,8 +112,8 @@ def _kfac(operators: list[FisherOperator], stack: Stack, weights: Tensor) -> Ter
     activations, gradients = [], []
     for blocks in zip(*(_as(BlockDiagonalOperator, operator).blocks for operator in operators), strict=True):
         factors = [_as(KroneckerOperator, block) for block in blocks]
-        activations.append(torch.stack([f._activation for f in factors]))
-        gradients.append(torch.stack([f._gradient for f in factors]))
+        activations.append(torch.stack([f.activation for f in factors]))
+        gradients.append(torch.stack([f.gradient for f in factors]))
     activations[0] = activations[0][:: stack.each]  # of the inputs, which a seed's members share
     return KroneckerTerm(stack, activations, gradients, weights)
 

@@ -27,6 +27,7 @@ from fisherkit.evaluation.table import QualityRow, QualityTable
 from fisherkit.fisher import FisherApproximation
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import ModelInputs
+from fisherkit.operators.damped_gram import damped_cholesky
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.rows.collection import Rows
 from fisherkit.space import Selection
@@ -308,10 +309,8 @@ def _sum(rows: Rows) -> Float[Tensor, "D"]:
 
 def _solve(matrix: Float[Tensor, "n n"], c: Float[Tensor, "n"], damping: float) -> Float[Tensor, "n"]:
     """(A + λI)⁻¹c; through the eigenvalues where λ is below the rounding of a singular A."""
-    damped = matrix.clone()
-    damped.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) == 0:
+    factor, failed = damped_cholesky(matrix.clone(), damping)
+    if not bool(failed):
         return torch.cholesky_solve(c.unsqueeze(1), factor)[:, 0]
     values, vectors = torch.linalg.eigh(matrix)
     return vectors @ ((vectors.mT @ c) / (values.clamp_min(0) + damping))

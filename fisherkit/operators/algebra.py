@@ -112,7 +112,8 @@ class SumOperator(CompositeOperator):
 
     def _blocks(self) -> tuple[FisherOperator, ...]:
         terms: list[Makers] = [
-            {block.space.names: functools.partial(_itself, block) for block in term._blocks()} for term in self.terms
+            {block.space.names: lambda block=block: block for block in term._blocks()}  # type: ignore[misc]
+            for term in self.terms
         ]
         return tuple(make() for make in _joined(self.space, terms).values())
 
@@ -135,10 +136,6 @@ def _total(tensors: Iterable[Tensor]) -> Tensor:
 
 def _flatten(operators: Iterable[FisherOperator]) -> list[FisherOperator]:
     return [term for operator in operators for term in operator._terms()]
-
-
-def _itself(block: FisherOperator) -> FisherOperator:
-    return block
 
 
 def _joined(space: ParameterSpace, terms: Sequence[Makers]) -> Makers:

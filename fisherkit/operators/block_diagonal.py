@@ -47,12 +47,12 @@ class CompositeOperator(FisherOperator):
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether all parts are."""
+        """Whether all parts are diagonal."""
         return all(part.is_diagonal for part in self.parts)
 
     @property
     def nbytes(self) -> int:
-        """Of all parts."""
+        """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
 
     def _usual_damping(self) -> float:
@@ -172,13 +172,13 @@ class BlockDiagonalOperator(CompositeOperator):
 
     @property
     def inversion(self) -> Literal["cheap", "direct", "iterative"]:
-        """The most expensive of the blocks'."""
+        """How the block that takes most is inverted."""
         found = {block.inversion for block in self.blocks}
         return "iterative" if "iterative" in found else "direct" if "direct" in found else "cheap"
 
     @property
     def decomposed_side(self) -> int:
-        """The largest of the blocks'."""
+        """The side of the largest matrix that a block decomposes."""
         return max(block.decomposed_side for block in self.blocks)
 
     def _made_of(self) -> str:

@@ -106,7 +106,7 @@ class DenseOperator(FisherOperator):
 
     @property
     def decomposed_side(self) -> int:
-        """D."""
+        """The side of the matrix itself, D."""
         return self.size
 
     def _usual_damping(self) -> float:

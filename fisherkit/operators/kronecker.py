@@ -71,7 +71,7 @@ class KroneckerOperator(FisherOperator):
         if not symmetric:
             check_symmetric(activation, f"{name}(activation)")
             check_symmetric(gradient, f"{name}(gradient)")
-        self._activation, self._gradient = activation, gradient
+        self.activation, self.gradient = activation, gradient
         self._spectra = activation_spectrum, gradient_spectrum
 
     @cached_property
@@ -80,22 +80,12 @@ class KroneckerOperator(FisherOperator):
         on_inputs, on_outputs = (
             spectrum(matrix, f"KroneckerOperator({name})") if known is None else Spectrum(*known())
             for known, matrix, name in zip(
-                self._spectra, (self._activation, self._gradient), ("activation", "gradient"), strict=True
+                self._spectra, (self.activation, self.gradient), ("activation", "gradient"), strict=True
             )
         )
         return EigenKroneckerOperator.of_spectra(
             self.space, on_inputs.to(self.dtype), on_outputs.to(self.dtype), None, self._layout.transposed
         )
-
-    @property
-    def activation(self) -> Float[Tensor, "J J"]:
-        """A; not to be changed."""
-        return self._activation
-
-    @property
-    def gradient(self) -> Float[Tensor, "O O"]:
-        """G; not to be changed."""
-        return self._gradient
 
     @property
     def layout(self) -> LayerLayout:
@@ -107,14 +97,14 @@ class KroneckerOperator(FisherOperator):
         return self._eigen
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        return self._layout.to_flat(self._gradient @ self._layout.to_grid(columns) @ self._activation)
+        return self._layout.to_flat(self.gradient @ self._layout.to_grid(columns) @ self.activation)
 
     def _diagonal(self) -> Float[Tensor, "D"]:
-        grid = torch.outer(self._gradient.diagonal(), self._activation.diagonal())
+        grid = torch.outer(self.gradient.diagonal(), self.activation.diagonal())
         return self._layout.to_flat(grid.unsqueeze(0)).squeeze(-1)
 
     def _trace(self) -> Float[Tensor, ""]:
-        return self._gradient.diagonal().double().sum() * self._activation.diagonal().double().sum()
+        return self.gradient.diagonal().double().sum() * self.activation.diagonal().double().sum()
 
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         return _EigenKroneckerFactorization(self, self._eigen, damping)
@@ -125,7 +115,7 @@ class KroneckerOperator(FisherOperator):
     def _scaled(self, scale: float) -> KroneckerOperator:
         on_inputs, on_outputs = self._spectra
         return KroneckerOperator(
-            self.space, self._activation, scale * self._gradient, self._layout.transposed, symmetric=True,
+            self.space, self.activation, scale * self.gradient, self._layout.transposed, symmetric=True,
             activation_spectrum=on_inputs,
             gradient_spectrum=on_outputs and (lambda: Spectrum(*on_outputs()).scaled(scale)),
         )  # fmt: skip
@@ -142,11 +132,11 @@ class KroneckerOperator(FisherOperator):
         return None
 
     def _frobenius(self) -> Float[Tensor, ""]:
-        return self._activation.double().norm() * self._gradient.double().norm()
+        return self.activation.double().norm() * self.gradient.double().norm()
 
     def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
-        a, on_inputs = nearest_semidefinite(self._activation.to(device), "KroneckerOperator(activation)")
-        g, on_outputs = nearest_semidefinite(self._gradient.to(device), "KroneckerOperator(gradient)")
+        a, on_inputs = nearest_semidefinite(self.activation.to(device), "KroneckerOperator(activation)")
+        g, on_outputs = nearest_semidefinite(self.gradient.to(device), "KroneckerOperator(gradient)")
         return KroneckerOperator(
             self.space, a.to(dtype), g.to(dtype), self._layout.transposed, symmetric=True,
             activation_spectrum=lambda: on_inputs, gradient_spectrum=lambda: on_outputs,
@@ -155,25 +145,25 @@ class KroneckerOperator(FisherOperator):
     @property
     def factors(self) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
         """A and G; not to be changed."""
-        return self._activation, self._gradient
+        return self.activation, self.gradient
 
     inversion = "cheap"
 
     @property
     def decomposed_side(self) -> int:
-        """The larger factor's."""
-        return max(len(self._activation), len(self._gradient))
+        """The side of the larger factor."""
+        return max(len(self.activation), len(self.gradient))
 
     def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
-        return self._activation.double(), self._gradient.double()
+        return self.activation.double(), self.gradient.double()
 
     def _usual_damping(self) -> float:
         return 0.1
 
     def _average(self) -> FisherOperator:
-        identity = torch.eye(len(self._gradient), dtype=self.dtype, device=self.device)
-        mean = self._gradient.diagonal().mean()
-        return KroneckerOperator(self.space, self._activation, mean * identity, self._layout.transposed, symmetric=True)
+        identity = torch.eye(len(self.gradient), dtype=self.dtype, device=self.device)
+        mean = self.gradient.diagonal().mean()
+        return KroneckerOperator(self.space, self.activation, mean * identity, self._layout.transposed, symmetric=True)
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         return self._eigen._eigenvalues(k)
@@ -185,15 +175,8 @@ class KroneckerOperator(FisherOperator):
     def _rank_bound(self) -> int:
         return self._eigen._rank_bound
 
-    def _to_dense(self) -> Float[Tensor, "D D"]:
-        layout = self._layout
-        # Entry (o, j) of the grid is parameter place[o, j]; both sides of the product are put in that order.
-        grid = torch.arange(self.size, device=self.device).reshape(1, layout.outputs, layout.width)
-        order = layout.to_flat(grid).squeeze(-1)
-        return torch.kron(self._gradient, self._activation)[order][:, order]
-
     def _state(self) -> io.State:
-        tensors = {"activation": self._activation, "gradient": self._gradient}
+        tensors = {"activation": self.activation, "gradient": self.gradient}
         return io.State(self.tag, self.space.names, tensors, {"transposed": self._layout.transposed})
 
     @classmethod
@@ -253,7 +236,7 @@ class EigenKroneckerOperator(FisherOperator):
                 nonnegative=True,
             )  # fmt: skip
         super().__init__(space, dtype=activation_basis.dtype, device=activation_basis.device)
-        self.activation_basis, self.gradient_basis, self._values = activation_basis, gradient_basis, eigenvalues
+        self.activation_basis, self.gradient_basis, self.eigenvalue_grid = activation_basis, gradient_basis, eigenvalues
         self._leading = leading
 
     @classmethod
@@ -281,11 +264,6 @@ class EigenKroneckerOperator(FisherOperator):
         return self._layout
 
     @property
-    def eigenvalue_grid(self) -> Float[Tensor, "s r"]:
-        """e, one for each pair of basis vectors; not to be changed."""
-        return self._values
-
-    @property
     def _outer_values(self) -> tuple[Float[Tensor, "s"], Float[Tensor, "r"], Float[Tensor, ""]] | None:
         """F's eigenvalues where U_G alone spans, where U_A alone does, and where neither does; None where all are 0."""
         if self._leading is None:
@@ -295,30 +273,31 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _weights(self, function: Callable[[Tensor], Tensor]) -> _Weights:
         """A function of F, by that of its eigenvalues, in the operator's dtype."""
-        both = function(self._values.double())
-        if not self._null:
-            return _Weights(both.to(self.dtype))
+        values = self.eigenvalue_grid.double()
         if self._outer_values is None:
-            outside = float(function(torch.zeros((), dtype=torch.float64)))
-            return _Weights((both - outside).to(self.dtype), outside)
-        on_outputs, on_inputs, beyond = map(function, self._outer_values)
+            outside = float(function(torch.zeros((), dtype=torch.float64))) if self._null else 0.0
+            return _Weights((function(values) - outside).to(self.dtype), outside)
+        known = values, *self._outer_values
+        found = function(torch.cat([part.flatten() for part in known])).split([part.numel() for part in known])
+        both, on_outputs, on_inputs, beyond = (f.reshape(part.shape) for f, part in zip(found, known, strict=True))
         parts = both - on_outputs.unsqueeze(1) - on_inputs + beyond, beyond, on_outputs - beyond, on_inputs - beyond
         return _Weights(*(part.to(self.dtype) for part in parts))
 
     def _trace_of(self, function: Callable[[Tensor], Tensor]) -> Float[Tensor, ""]:
         """The trace of a function of F, float64."""
-        both = function(self._values.double()).sum()
+        both = function(self.eigenvalue_grid.double()).sum()
         if not self._null:
             return both
         if self._outer_values is None:
             return both + self._null * float(function(torch.zeros((), dtype=torch.float64)))
         on_outputs, on_inputs, beyond = map(function, self._outer_values)
-        rows, columns = (side - rank for side, rank in zip(self._grid_shape, self._values.shape, strict=True))
+        rows, columns = (side - rank for side, rank in zip(self._grid_shape, self.eigenvalue_grid.shape, strict=True))
         return both + columns * on_outputs.sum() + rows * on_inputs.sum() + rows * columns * beyond
 
     def _apply(self, columns: Float[Tensor, "D K"], weights: _Weights) -> Float[Tensor, "D K"]:
         """A function of F times V."""
-        grid, u_a, u_g = self._layout.to_grid(columns), self.activation_basis, self.gradient_basis
+        grids, u_a, u_g = self._layout.to_grid(columns), self.activation_basis, self.gradient_basis
+        grid = grids[0] if len(grids) == 1 else grids  # one matrix needs no batched products, which are many calls
         turned = u_g.mT @ grid
         inner = aligned_product(weights.both * aligned_product(turned, u_a), u_a.mT)
         if weights.on_outputs is not None:
@@ -328,7 +307,7 @@ class EigenKroneckerOperator(FisherOperator):
             result += aligned_product(weights.on_inputs * aligned_product(grid, u_a), u_a.mT)
         if weights.on_inputs is not None or weights.outside:
             result += weights.outside * grid
-        return self._layout.to_flat(result)
+        return self._layout.to_flat(result.reshape(grids.shape))
 
     def _turned_back(self, grid: Float[Tensor, "K s r"]) -> Float[Tensor, "D K"]:
         """(U_G ⊗ U_A) times columns over the eigenvectors."""
@@ -352,16 +331,18 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         if self._leading is None:
-            noise = torch.randn(count, *self._values.shape, dtype=self.dtype, device=self.device, generator=generator)
-            return self._turned_back(self._values.sqrt().to(self.dtype) * noise)
+            noise = torch.randn(
+                count, *self.eigenvalue_grid.shape, dtype=self.dtype, device=self.device, generator=generator
+            )
+            return self._turned_back(self.eigenvalue_grid.sqrt().to(self.dtype) * noise)
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return self._apply(noise, self._weights(torch.sqrt))
 
     def _scaled(self, scale: float) -> EigenKroneckerOperator:
         if self._leading is None:
-            return self._with_values(scale * self._values)
+            return self._with_values(scale * self.eigenvalue_grid)
         a, g = self._leading
-        return self.of_spectra(self.space, a, g.scaled(scale), scale * self._values, self._layout.transposed)
+        return self.of_spectra(self.space, a, g.scaled(scale), scale * self.eigenvalue_grid, self._layout.transposed)
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         # Of one eigenbasis, as a matrix and its average over outputs are.
@@ -369,7 +350,7 @@ class EigenKroneckerOperator(FisherOperator):
             return None
         shared = self.activation_basis is other.activation_basis and self.gradient_basis is other.gradient_basis
         alike = shared and self._leading is None and other._leading is None
-        return self._with_values(self._values + other._values) if alike else None
+        return self._with_values(self.eigenvalue_grid + other.eigenvalue_grid) if alike else None
 
     def _with_values(self, values: Float[Tensor, "s r"]) -> EigenKroneckerOperator:
         return EigenKroneckerOperator(
@@ -385,7 +366,7 @@ class EigenKroneckerOperator(FisherOperator):
         """With F's eigenvectors, and eigenvalues whose outer product has the marginals of F's."""
         if self._leading is not None:
             return None
-        on_outputs, on_inputs = marginals(self._values.double())
+        on_outputs, on_inputs = marginals(self.eigenvalue_grid.double())
         u_a, u_g = self.activation_basis.double(), self.gradient_basis.double()
         return (u_a * on_inputs) @ u_a.mT, (u_g * on_outputs) @ u_g.mT
 
@@ -394,8 +375,8 @@ class EigenKroneckerOperator(FisherOperator):
 
     def _average(self) -> FisherOperator:
         outputs = self._layout.outputs
-        if len(self._values) == outputs and self._leading is None:
-            return self._with_values(self._values.mean(0).expand_as(self._values))
+        if len(self.eigenvalue_grid) == outputs and self._leading is None:
+            return self._with_values(self.eigenvalue_grid.mean(0).expand_as(self.eigenvalue_grid))
         weights, u = self._weights(_identity), self.activation_basis
         mean = weights.both.sum(0) / outputs
         if weights.on_inputs is not None:
@@ -425,16 +406,16 @@ class EigenKroneckerOperator(FisherOperator):
     def _full_grid(self) -> Float[Tensor, "_ _"]:
         """Eigenvalues on the grid of bases that are filled up; as they are where F is 0 on what is filled up."""
         if self._outer_values is None:
-            return self._values.double()
+            return self.eigenvalue_grid.double()
         on_outputs, on_inputs, beyond = self._outer_values
-        grid, (s, r) = beyond.repeat(self._grid_shape), self._values.shape
+        grid, (s, r) = beyond.repeat(self._grid_shape), self.eigenvalue_grid.shape
         grid[:s], grid[:, :r] = on_outputs.unsqueeze(1), on_inputs
-        grid[:s, :r] = self._values
+        grid[:s, :r] = self.eigenvalue_grid
         return grid
 
     @property
     def _rank_bound(self) -> int:
-        return self._values.numel() if self._leading is None else self.size
+        return self.eigenvalue_grid.numel() if self._leading is None else self.size
 
     @property
     def _grid_shape(self) -> tuple[int, int]:
@@ -443,18 +424,18 @@ class EigenKroneckerOperator(FisherOperator):
     @property
     def _null(self) -> int:
         """Dimensions that the bases do not span together."""
-        return self.size - self._values.numel()
+        return self.size - self.eigenvalue_grid.numel()
 
     def _state(self) -> io.State:
         options = {"transposed": self._layout.transposed}
         if self._leading is not None:
             a, g = self._leading
-            tensors = a.tensors("activation") | g.tensors("gradient") | {"values": self._values}
+            tensors = a.tensors("activation") | g.tensors("gradient") | {"values": self.eigenvalue_grid}
             return io.State(self.truncated_tag, self.space.names, tensors, options)
         tensors = {
             "activation_basis": self.activation_basis,
             "gradient_basis": self.gradient_basis,
-            "eigenvalues": self._values,
+            "eigenvalues": self.eigenvalue_grid,
         }
         return io.State(self.tag, self.space.names, tensors, options)
 
@@ -484,7 +465,7 @@ class _EigenKroneckerFactorization(Factorization):
         def reciprocal(values: Tensor) -> Tensor:
             if damping == 0.0:
                 # Eigenvalues are squares of projections that carry the bases' rounding: below its square they are 0.
-                noise = eigen._values.numel() * torch.finfo(eigen.dtype).eps ** 2 * eigen._values.max()
+                noise = eigen.eigenvalue_grid.numel() * torch.finfo(eigen.dtype).eps ** 2 * eigen.eigenvalue_grid.max()
                 values = torch.where(values > noise, values, 0)
             return damped_reciprocal(values, damping, eigen.dtype, call)
 
@@ -506,7 +487,7 @@ class _EigenKroneckerFactorization(Factorization):
     def _factored(self, rows: Rows) -> FactoredRows | None:
         """The rows, if they can be turned so and F is what its bases tell."""
         found, eigen = rows.slots[0].rows, self._eigen
-        turns = len(rows.slots) == 1 and eigen._leading is None and eigen._values.numel() > 0
+        turns = len(rows.slots) == 1 and eigen._leading is None and eigen.eigenvalue_grid.numel() > 0
         return found if turns and isinstance(found, FactoredRows) else None
 
     def _turned(self, rows: FactoredRows) -> Iterator[FactoredRows]:

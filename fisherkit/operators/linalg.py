@@ -96,10 +96,10 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> Spectrum:
     if not all_finite(matrix):
         raise NonFiniteError(call=call, got="a matrix with NaN or infinite entries", expected="finite numbers")
     values, vectors = torch.linalg.eigh(matrix.double())
-    largest = float(values.abs().max())
-    if float(values.min()) < -(torch.finfo(matrix.dtype).eps ** 0.5) * largest:
+    largest, least = torch.stack([values.abs().max(), values.min()]).tolist()
+    if least < -(torch.finfo(matrix.dtype).eps ** 0.5) * largest:
         raise InvalidArgumentError(
-            call=call, got=f"a matrix with eigenvalue {float(values.min()):.3g} beside {largest:.3g}",
+            call=call, got=f"a matrix with eigenvalue {least:.3g} beside {largest:.3g}",
             expected="no negative eigenvalue", why="a Fisher matrix is positive semi-definite",
         )  # fmt: skip
     # Below this even a float64 decomposition only returns noise, half of it negative.
@@ -170,7 +170,8 @@ def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:
     """1 / (values + damping) in float64; one that is infinite in ``dtype`` is a `SingularMatrixError`."""
     result = (values.double() + damping).reciprocal()
-    infinite = int(result.to(dtype).isinf().sum())
+    # Of a damping that is no denormal number none is, and the host need not wait to see it.
+    infinite = 0 if damping >= torch.finfo(dtype).tiny else int(result.to(dtype).isinf().sum())
     if infinite:
         why = f"{infinite:,} of its {result.numel():,} eigenvalues are 0, or too small for {dtype}"
         raise SingularMatrixError(**singular(call, damping, why))

@@ -166,7 +166,7 @@ class LowRankOperator(FisherOperator):
 
     @property
     def decomposed_side(self) -> int:
-        """R or D, the smaller."""
+        """The side of the smaller of Gram and F, R or D."""
         return self._rank_bound
 
     @property
@@ -176,11 +176,21 @@ class LowRankOperator(FisherOperator):
 
     @property
     def nbytes(self) -> int:
-        """Of the rows; streamed ones take none."""
+        """Bytes of the rows; 0 for streamed ones."""
         return 0 if self.stored_rows is None else self._state().nbytes
 
     def _approximate_inverse(self, damping: float) -> MatMat | None:
-        return preconditioner_of_rows(self, damping)
+        """Of a sample of the rows, where enough of them fit; else of the diagonal, with no fewer rows than parameters.
+
+        Below that F has a null space, which its diagonal would tear apart.
+        """
+        rows = self.row_source
+        if isinstance(rows, (Rows, StreamedRows)):
+            stride = sample_stride(rows.count, self.size, _row_bytes(rows), self.memory_budget)
+            if stride is not None:
+                sample = thinned(rows, stride)
+                return SampledInverse(sample, self.scale * rows.count / sample.count, damping)
+        return None if rows.count < self.size else diagonal_inverse(self, damping)
 
     def _usual_damping(self) -> float:
         return 1.0
@@ -416,21 +426,6 @@ class SampledInverse:
             return columns
         known = self._gram.solve(self._rows.matmul(columns))
         return columns - self._rows.rmatmul((self._scale * known).to(columns.dtype))
-
-
-def preconditioner_of_rows(operator: LowRankOperator, damping: float) -> MatMat | None:
-    """An approximate inverse of F + λI for a Fisher that has rows.
-
-    A sample's inverse where enough of a sample fits. Else the diagonal's, but only if rows are no fewer than
-    parameters: below that F has a null space, which its diagonal would tear apart.
-    """
-    rows = operator.row_source
-    if isinstance(rows, (Rows, StreamedRows)):
-        stride = sample_stride(rows.count, operator.size, _row_bytes(rows), operator.memory_budget)
-        if stride is not None:
-            sample = thinned(rows, stride)
-            return SampledInverse(sample, operator.scale * rows.count / sample.count, damping)
-    return None if rows.count < operator.size else diagonal_inverse(operator, damping)
 
 
 def sample_stride(count: int, size: int, row_bytes: float, budget: int) -> int | None:

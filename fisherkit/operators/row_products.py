@@ -71,7 +71,7 @@ class SolvedProducts(RowProducts):
         self._solve = solve
 
     def solve(self, queries: Rows) -> Solved:
-        """One solve for all."""
+        """Solve for all queries at once."""
         return Solved(self._solve(queries))
 
 
@@ -82,11 +82,11 @@ class Solved(RowSolution):
         self.columns = columns
 
     def parts(self, rows: Rows) -> Iterator[Part]:
-        """J X by unit."""
+        """Products of the other rows with the solutions, unit by unit."""
         yield from rows.matmul_by_unit(self.columns)
 
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], None]:
-        """As they are."""
+        """The unit's part of the solutions, written out."""
         return space.take(self.columns, names), None
 
 
@@ -98,7 +98,7 @@ class BlockProducts(RowProducts):
         self._parts = parts
 
     def solve(self, queries: Rows) -> RowSolution:
-        """Each block by itself."""
+        """Solve for the queries block by block."""
         return _BlockSolution([(space, part.solve(queries.restrict(space))) for space, part in self._parts])
 
 

@@ -25,7 +25,7 @@ from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError, listed
 from fisherkit.likelihoods import Likelihood
-from fisherkit.optim.outputs import Seen, seen_outputs
+from fisherkit.optim.outputs import Seen, explained, seen_outputs
 from fisherkit.optim.passes import Captured, Pass, with_own_inputs
 from fisherkit.optim.watch import Watch
 from fisherkit.outputs import OutputRule
@@ -73,6 +73,7 @@ class Capture:
         self.space = ParameterSpace.of(model, (lambda _name, _parameter: True) if params is None else params)
         self.wanted = True
         self.finished: list[Captured] = []
+        self.first: Tensor | None = None  # the largest output of the first pass
         self.examples = self.offset = self._passes = 0
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
@@ -250,7 +251,7 @@ class Capture:
         names = [name for unit in plan.generic for name in unit.names]
         raise ModelError(
             call=f"{self.call}, forward pass in train mode",
-            got=f"{averaging[0] if averaging else 'active dropout'!r} beside parameters without a layer rule: {names[:4]}",
+            got=f"{[*averaging, 'active dropout'][0]!r} beside parameters without a layer rule: {names[:4]}",
             expected="either one of the two",
             why="rows of such parameters come from a pass of their own, which would draw or average anew",
             try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
@@ -353,8 +354,13 @@ class Capture:
     def _see(self, one: Pass, z: Tensor) -> Seen:
         if one.seen is None:
             gradient = torch.zeros_like(z) if one.gradient is None else one.gradient
+            if self.first is None:
+                self.first = z.detach().abs().max()
             place = self.offset + self.examples
-            one.seen = seen_outputs(z, gradient, self.likelihood, self.reduction, place, self.call)
+            try:
+                one.seen = seen_outputs(z, gradient, self.likelihood, self.reduction, place, self.call)
+            except ModelError as error:
+                raise explained(error, [z], self.first) from None
             self.examples += z.shape[0]
         return one.seen
 

@@ -5,7 +5,8 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from fisherkit import likelihoods
 from fisherkit.arguments import check_choice, check_count, check_number, is_number
 from fisherkit.arithmetic import all_finite, at_least_single
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, SingularMatrixError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, SingularMatrixError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping, Factorization, FisherOperator, RelativeDamping
 from fisherkit.optim.averages import Averages
 from fisherkit.optim.capture import Capture, is_checked
-from fisherkit.optim.outputs import check_reduction
+from fisherkit.optim.outputs import check_reduction, explained
 from fisherkit.optim.passes import Captured, lifted
 from fisherkit.optim.sample_space import Direction, damped, gram_direction
 from fisherkit.outputs import OutputRule
@@ -100,6 +101,15 @@ class Curvature:
         if not found:
             self.capture.say_if_forgotten()
         return found
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Errors over numbers in here say so if the loss has diverged."""
+        outputs = [one.seen.outputs.z for one in self.capture.finished]
+        try:
+            yield
+        except (NonFiniteError, SingularMatrixError) as error:
+            raise explained(error, outputs, self.capture.first) from error
 
     def finite(self, gradients: Mapping[str, Tensor]) -> bool:
         """Whether gradients are finite, with one wait for the device for all that a step needs.
@@ -343,7 +353,8 @@ def check_has(state: Any, keys: Iterable[str], call: str) -> None:
 
 def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
     """What the paper's update asks of each example: ‖∂ℓ/∂z‖^2p."""
-    norm = one.seen.squared_norm * one.seen.correction(passes) ** 2
+    norm, missing = one.seen.squared_norm, one.seen.correction(passes)
+    norm = norm if missing == 1 else norm * missing**2
     targets = (norm**power).masked_fill_(norm == 0, 0.0)
     (chunk,) = one.chunks  # one vector an example
     return targets if chunk.regular else targets[chunk.owner]

@@ -158,16 +158,16 @@ class NaturalGradient(torch.optim.Optimizer):
         if not gradients:
             return loss
         first = self.param_groups[0]
-        if not self._curvature.finite(gradients):
-            bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
-            raise NonFiniteError(
-                call=f"{CALL}.step", got=f"gradients with NaN or infinite entries of {bad}",
-                expected="finite gradients",
-                try_="skipping the step, as torch.amp.GradScaler does, or a smaller lr",
-            )  # fmt: skip
         check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
-        with without_autocast():  # the closure above is the user's own
+        with without_autocast(), self._curvature.explaining():  # the closure above is the user's own
+            if not self._curvature.finite(gradients):
+                bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
+                raise NonFiniteError(
+                    call=f"{CALL}.step", got=f"gradients with NaN or infinite entries of {bad}",
+                    expected="finite gradients",
+                    try_="skipping the step, as torch.amp.GradScaler does, or a smaller lr",
+                )  # fmt: skip
             space, direction = self._curvature.direction(own, gradients, damping)
             if first["normalize_update"]:
                 direction = direction.normalized()

@@ -7,15 +7,23 @@ the likelihood's own gradient is computed from it and the multiple is found by c
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fisherkit.errors import DataError, InvalidArgumentError, ModelError
+from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, ModelError
 from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import Outputs
+
+BLOWN_UP = 1e3
+"""Outputs of so many times their first size, or 1, make errors a diverged loss's; confident ones are below 100."""
+
+E = TypeVar("E", bound=FisherkitError)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,9 @@ class Seen:
 
     def scale_of(self, v: Float[Tensor, "B P C"]) -> Float[Tensor, "B"]:
         """What turns the user's gradient into vectors v along u, by example; 0 where there is no gradient."""
-        return _ratio(_dot(v.double().flatten(1), self.gradient), self.squared_norm * self.multiple)
+        # Of an example that is fit so well that the rows' dtype does not hold it, the gradient is rounding or zero.
+        most = torch.finfo(v.dtype).max
+        return _ratio(_dot(v.double().flatten(1), self.gradient), self.squared_norm * self.multiple, most)
 
     def correction(self, passes: int) -> int:
         """What is missing in u after so many passes before a step, each with the mean of its own examples."""
@@ -63,8 +73,7 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     z, _, _ = likelihood.prepare(precise, None, place)
     found = likelihood.gradient_at(z, likelihood.positions(gradient, place).to(z.dtype))
     # A gradient of zero is a position that does not count where labels say so; elsewhere it is a perfect fit.
-    counts = likelihood.labels_mask
-    mask = found.ne(0).any(-1) if counts else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+    mask = found.ne(0).any(-1) if likelihood.labels_mask else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     known = 1.0
     if not likelihood.gradient_scale_free and reduction == "mean":
         # A module of torch's takes the mean over all outputs, and not over examples.
@@ -92,11 +101,21 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     else:
         multiple, strange = torch.full_like(squared_norm, known), mask.new_zeros(())
     # The one wait for the device in a pass.
-    wrong, examples, positions = torch.stack([strange, mask.any(1).sum(), mask.sum()]).tolist()
+    several = [mask.any(1).sum()] if mask.shape[1] > 1 else []
+    wrong, *examples, positions = torch.stack([strange, *several, mask.sum()]).tolist()
     if wrong:
-        raise _other_loss(likelihood, call)
+        raise ModelError(
+            call=f"{call}, backward pass",
+            got="a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
+            expected=f"the loss of the {likelihood.recorded} likelihood with hard targets, times a factor for each "
+            "example", why="the Fisher is that of the likelihood",
+            try_="a loss without label smoothing or terms in the outputs, of the outputs that the model returns; or "
+            "likelihood= to match it: the loss module that you train with, nn.CrossEntropyLoss(...), nn.NLLLoss() or "
+            "others, or fk.likelihoods.Categorical(class_axis=...) for classes on another axis",
+        )  # fmt: skip
     calibrated = likelihood.gradient_scale_free or reduction == "sum"
-    return Seen(outputs, u, squared_norm, multiple, (examples, positions), calibrated)
+    counts = examples[0] if examples else positions, positions
+    return Seen(outputs, u, squared_norm, multiple, counts, calibrated)
 
 
 def _strange(
@@ -115,25 +134,32 @@ def _strange(
     return (rest > allowed) | (multiple < 0)
 
 
-def _other_loss(likelihood: Likelihood, call: str) -> ModelError:
-    return ModelError(
-        call=f"{call}, backward pass",
-        got="a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
-        expected=f"the loss of the {likelihood.recorded} likelihood with hard targets, times a factor for each example",
-        why="the Fisher is that of the likelihood",
-        try_="a loss without label smoothing or terms in the outputs, of the outputs that the model returns; or "
-        "likelihood= to match it: the loss module that you train with, nn.CrossEntropyLoss(...), nn.NLLLoss() or "
-        "others, or fk.likelihoods.Categorical(class_axis=...) for classes on another axis",
-    )  # fmt: skip
-
-
 def _dot(a: Float[Tensor, "B PC"], b: Float[Tensor, "B PC"]) -> Float[Tensor, "B"]:
     return (a * b).sum(1)
 
 
-def _ratio(a: Float[Tensor, "B"], b: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-    """a / b, 0 where b is."""
-    return (a / b).masked_fill_(b == 0, 0.0)
+def _ratio(a: Float[Tensor, "B"], b: Float[Tensor, "B"], most: float = math.inf) -> Float[Tensor, "B"]:
+    """a / b, 0 where b is or where it is more than ``most``."""
+    found = a / b
+    return found.masked_fill_(b == 0 if most == math.inf else (b == 0) | (found > most), 0.0)
+
+
+def explained(error: E, outputs: Sequence[Tensor], first: Tensor | None) -> E:
+    """The error; or that the loss has diverged, where outputs have blown up since the first pass, or are not finite.
+
+    ``first`` is the largest output of that pass. For where there is an error already: it waits for the device.
+    """
+    if not outputs or first is None:
+        return error
+    largest = float(torch.stack([z.detach().abs().max().to(first) for z in outputs]).max())
+    if largest <= BLOWN_UP * max(1.0, float(first)):
+        return error
+    return type(error)(
+        call=error.call,
+        got=f"a loss that has diverged: outputs of up to {largest:.3g}, after {float(first):.3g} at first",
+        expected="outputs that stay in range", why=f"met as {error.got}",
+        try_="a smaller learning rate, a larger damping, or trust_region=",
+    )  # fmt: skip
 
 
 def check_reduction(likelihood: Likelihood, reduction: str, call: str) -> None:

@@ -195,8 +195,7 @@ def with_own_inputs(uses: Sequence[Use], arguments: Sequence[Tensor]) -> list[Us
         x: Any = use.arguments[use.rule.input_name]
         if not isinstance(x, Tensor) or x.untyped_storage().data_ptr() not in theirs:
             return use
-        return replace(
-            use, arguments={**use.arguments, use.rule.input_name: x.detach().clone() if x.requires_grad else x.clone()}
-        )
+        copied = (x.detach() if x.requires_grad else x).clone()
+        return replace(use, arguments={**use.arguments, use.rule.input_name: copied})
 
     return [own(use) for use in uses]

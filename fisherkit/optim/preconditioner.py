@@ -111,17 +111,21 @@ class Preconditioner:
         gradients = curvature.gradients(own)
         if not gradients:
             return
-        if not curvature.finite(gradients):
-            curvature.capture.forget()
-            return
-        space, direction = curvature.direction(own, gradients, self.damping)
+        with curvature.explaining():
+            if not curvature.finite(gradients):
+                curvature.capture.forget()
+                return
+            space, direction = curvature.direction(own, gradients, self.damping)
         update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
+        strided: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad
             if gradient is not None and gradient.layout == torch.strided:
-                gradient.copy_(delta)
+                strided.append((gradient, delta))
             elif gradient is not None:  # an update has entries where a sparse gradient has none
                 own[name].grad = delta.clone()
+        if strided:
+            torch._foreach_copy_([gradient for gradient, _ in strided], [delta for _, delta in strided])
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherkit.arguments import is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors
+from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors, vectors_of
 from fisherkit.vectors import ImprovedVectors, rule_of
 
 
@@ -55,7 +55,7 @@ class RowDamped(OutputRule):
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """The kind's vectors, the first of them lengthened or one more."""
-        found = self.rule.vectors(outputs)
+        found = vectors_of(self.rule, outputs)
         units = torch.arange(len(outputs.z), device=outputs.z.device)
         direction = ImprovedVectors().output_vectors(outputs).select(units, torch.zeros_like(units)).unsqueeze(1)
         there = direction.flatten(2).ne(0).any(-1)

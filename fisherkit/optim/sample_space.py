@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.errors import SingularMatrixError
 from fisherkit.operators import Factorization
+from fisherkit.operators.damped_gram import damped_grams
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.shared import SharedRows
 
@@ -46,7 +46,8 @@ def gram_direction(
     ``targets`` t are what each example is asked for: 1 for EF, ‖∂ℓ/∂z‖² for iEF.
     """
     parts = [rows] if len(blocks) == 1 else [rows.part(names) for names in blocks]
-    solved = [torch.cholesky_solve(targets.unsqueeze(1), factor) for factor in _factors(parts, damping)]
+    call, try_ = f"a step with gram_damping={damping}", "a larger gram_damping"
+    solved = [gram.solve(targets.unsqueeze(1)) for gram in damped_grams(parts, damping, call=call, try_=try_)]
     found = [part.rmatmul(w.to(rows.dtype)).squeeze(1) for part, w in zip(parts, solved, strict=True)]
     update = found[0]
     if len(parts) > 1:
@@ -71,40 +72,3 @@ def damped(inverse: Factorization, gradient: Float[Tensor, "D"]) -> Direction:
         return (precise @ gradient.double() - inverse.damping * precise.square().sum()).clamp_min(0)
 
     return Direction(update, curvature)
-
-
-def _factors(parts: Sequence[Rows | SharedRows], damping: float) -> list[Float[Tensor, "R R"]]:
-    """Cholesky factors of JJᵀ + λI in float64, of products in the rows' dtype where λ hides their rounding.
-
-    One wait for the device, however many parts there are.
-    """
-    grams = [_gram(part, precise=False) for part in parts]
-    largest = [gram.abs().sum(1).max() for gram in grams]  # bounds the eigenvalues
-    tried = [_damped_cholesky(gram, damping) for gram in grams]
-    told = torch.stack([*largest, *(failed for _, failed in tried)]).tolist()
-    factors = []
-    for part, (factor, _), size, failed in zip(parts, tried, told[: len(parts)], told[len(parts) :], strict=True):
-        if torch.finfo(part.dtype).eps * size >= 1e-2 * damping and part.dtype != torch.float64:
-            factor, again = _damped_cholesky(_gram(part, precise=True), damping)
-            failed = float(again)
-        if failed:
-            raise SingularMatrixError(
-                call=f"a step with gram_damping={damping}", got="a Gram matrix that is singular to working precision",
-                expected="a positive definite one",
-                why="examples' gradients are linearly dependent, as those of repeated examples are",
-                try_="a larger gram_damping",
-            )  # fmt: skip
-        factors.append(factor)
-    return factors
-
-
-def _gram(rows: Rows | SharedRows, *, precise: bool) -> Float[Tensor, "R R"]:
-    """JJᵀ, of which a factor reads one half."""
-    return rows.cross_gram(rows, precise) if isinstance(rows, Rows) else rows.gram(precise)
-
-
-def _damped_cholesky(gram: Float[Tensor, "R R"], damping: float) -> tuple[Float[Tensor, "R R"], Int[Tensor, ""]]:
-    """Of gram + λI, made in gram's memory; the second is 0 where there is a factor."""
-    gram.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    return factor, failed

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit.data import Batch
-from fisherkit.outputs import OutputRule, Outputs, OutputVectors
+from fisherkit.outputs import OutputRule, Outputs, OutputVectors, vectors_of
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.selection import RowSelection
 
@@ -87,7 +87,7 @@ class Slots:
     def of(cls, outputs: Outputs, rule: OutputRule, token: bool, counts: tuple[int, int] | None = None) -> Slots:
         """Those of a kind; ``counts`` are how many examples and positions count, where that is known."""
         flat = (token or rule.positionwise) and outputs.z.shape[1] > 1
-        found = rule.vectors(outputs.positionwise() if flat else outputs)
+        found = vectors_of(rule, outputs.positionwise() if flat else outputs)
         mask = outputs.mask
         # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.
         counted, positions = counts or torch.stack([(mask if token else mask.any(1)).sum(), mask.sum()]).tolist()

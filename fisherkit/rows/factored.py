@@ -15,13 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.rows.base import TILE, UnitRows, aligned_product, inner_products, product, spans, sum_by
-from fisherkit.rows.patches import Activations, Patches, padded, stacked
+from fisherkit.rows.patches import Activations, padded, stacked
 
 CACHED = 1 << 21
 """Entries of a temporary that should stay in the processor's cache: 8 MiB in float32."""
-
-LARGE = 1 << 18
-"""Entries of an example's patches from which on a convolution's own kernel makes its row faster, on a processor."""
 
 WRITTEN = 1 << 23
 """Entries of rows that are written out at a time for a product: 32 MiB in float32, memory that is used again."""
@@ -252,20 +249,9 @@ class FactoredRows(UnitRows):
             else:
                 yield span, self.activations[self.example[span]]
 
-    @property
-    def _by_kernel(self) -> bool:
-        """Whether a convolution's own kernel writes rows out."""
-        a = self.activations
-        large = isinstance(a, Patches) and a.shape[1:].numel() > LARGE and a.device.type == "cpu"
-        return large and self.each <= 1 and self.count > 0
-
     def _tiles(self, outputs: slice) -> Iterator[tuple[slice, Float[Tensor, "r o I"]]]:
         """Spans of rows with their weight rows of some outputs, written out, as many as the processor's cache holds."""
-        width, each, a = len(range(*outputs.indices(self.outputs))), max(1, self.each), self.activations
-        if self._by_kernel and isinstance(a, Patches):
-            for row, n in enumerate(self._owner().tolist()):
-                yield slice(row, row + 1), a.weight_gradient(n, self.gradients[row, :, outputs]).unsqueeze(0)
-            return
+        width, each = len(range(*outputs.indices(self.outputs))), max(1, self.each)
         for span, a in self._owners(max(each * width, self.positions) * self.inputs):
             # All rows of an example in one product, which reads the activations once.
             left = self.gradients[span, :, outputs].unflatten(0, (len(a), each)).transpose(2, 3).flatten(1, 2)
@@ -285,7 +271,7 @@ class FactoredRows(UnitRows):
     def _write(self, rows: Float[Tensor, "R e"], outputs: slice, transposed: bool = False) -> None:
         """The same, to where it shall be."""
         shape = (self.inputs, -1) if transposed else (-1, self.inputs)
-        if self.each > 1 or self._by_kernel:
+        if self.each > 1:
             for span, tile in self._tiles(outputs):
                 rows[span].unflatten(1, shape).copy_(tile.mT if transposed else tile)
             return

@@ -63,7 +63,9 @@ class Linearized:
     def __init__(self, plan: Plan, batch: Batch, watched: Watched) -> None:
         dtype = plan.dtype
         self.plan, self.batch = plan, batch
-        self.watched = replace(watched, uses=[in_dtype(use, dtype) for use in watched.uses])
+        known = plan.probed is not None and plan.probed.hooked
+        uses, exchanging = [in_dtype(use, dtype) for use in watched.uses], watched.exchanging and not known
+        self.watched = replace(watched, uses=uses, exchanging=exchanging)
         self.unruled = plan.unruled(self.watched)
         self._activations: dict[tuple[str, ...], Any] = {}
         self._arranged: Sequence[Arrangement | None] | None = None

@@ -53,6 +53,8 @@ class Regular:
         if entries == self.batch and self.inner == 1:
             return x
         if entries == self.batch * self.inner:
+            if t > 1 and x.stride(2) == 1:  # channels before positions in memory, where they stay
+                return x.mT.unflatten(1, (self.batch, self.inner)).transpose(2, 3).flatten(3).mT
             return x.reshape(k, self.batch, self.inner * t, c)
         whole = x.reshape(k, entries // (self.batch * self.inner), self.batch, self.inner, t, c)
         return whole.transpose(1, 2).reshape(k, self.batch, entries // self.batch * t, c)

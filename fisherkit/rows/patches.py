@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +63,8 @@ class Patches:
         Windows lie along the last axis of memory, where runs of pixels are copied whole.
         """
         x = self.x[index] if self.group == 1 else self.x.unflatten(0, (-1, self.group))[index].flatten(0, 1)
-        x = self._padded(x)
+        if any(pair != (0, 0) for pair in self.padding):
+            x = F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
         inner = x.stride()[2:]
         size = (*x.shape[:2], *self.kernel, *self.positions)
         windows = [step * s for step, s in zip(inner, self.dilation, strict=True)]
@@ -75,19 +75,6 @@ class Patches:
         result[:, :i].movedim(2, 1).unflatten(2, channels).copy_(every.unflatten(0, (-1, self.group)))
         result[:, i:] = 1.0
         return result.flatten(2).mT
-
-    def weight_gradient(self, n: int, gradient: Float[Tensor, "T O"]) -> Float[Tensor, "O I"]:
-        """Σ_t g_t p_tᵀ over the windows p of example n, by the convolution's own kernel, which makes no windows."""
-        x = self.x[n * self.group : (n + 1) * self.group]
-        g = gradient.mT.unflatten(1, (self.group, *self.positions)).transpose(0, 1)
-        size = g.shape[1], x.shape[1], *self.kernel
-        function = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.kernel) - 1]
-        return function(self._padded(x), size, g, self.stride, 0, self.dilation).flatten(1)
-
-    def _padded(self, x: Tensor) -> Tensor:
-        if all(pair == (0, 0) for pair in self.padding):
-            return x
-        return F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
 
     def grouped(self, group: int) -> Patches:
         """So many neighbours as one example."""

@@ -68,6 +68,7 @@ class Findings:
         coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
         numbers_per_example: entries of all layer outputs for one example.
         alone: whether the model takes one example at a time, so that it was verified on one.
+        draws: whether a pass draws random numbers, of which no output was seen to depend.
         tried: a cache, which all that have these findings share, of what is found out when it is first needed:
             "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
             whether products need no rows; "last layer"; and by kind and likelihood, how many vectors an example has.
@@ -80,6 +81,7 @@ class Findings:
     coarsest: torch.dtype = torch.float64
     numbers_per_example: int = 1
     alone: bool = False
+    draws: bool = False
     tried: dict[Hashable, int] = field(default_factory=dict)
 
 
@@ -93,7 +95,7 @@ class Plan(Findings):
         parameters: the same by name.
         versions: how often each had been written to.
         key: what the findings are kept under (`rows.verified`); None before.
-        probe: the two examples that the plan was verified on; no plan that is handed on is without.
+        probed: the examples that it was verified on; None while it is being made.
     """
 
     model: nn.Module
@@ -101,7 +103,7 @@ class Plan(Findings):
     parameters: dict[str, Tensor]
     versions: dict[str, int]
     key: Hashable = None
-    probe: Probe = field(repr=False, default=None)  # type: ignore[assignment]
+    probed: Probe | None = None
 
     @classmethod
     def of(cls, model: nn.Module, space: ParameterSpace, findings: Findings, key: Hashable = None) -> Plan:
@@ -114,6 +116,13 @@ class Plan(Findings):
             **{**vars(findings), "units": units}, model=model, space=space, parameters=parameters, versions=versions,
             key=key,
         )  # fmt: skip
+
+    @property
+    def probe(self) -> Probe:
+        """The examples that the plan was verified on."""
+        if self.probed is None:
+            raise LookupError("a plan that is being made")
+        return self.probed
 
     @property
     def findings(self) -> Findings:
@@ -251,7 +260,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
     with untouched_rng([device]), differentiable(model, parameters):
         probe = batch.take(two_of(batch, alone))
         watched, random = probed(plan, probe)
-        z, plan = watched.z, replace(plan, coarsest=watched.coarsest)
+        z, plan = watched.z, replace(plan, coarsest=watched.coarsest, draws=random)
         _check_outputs(z, probe.place)
         kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
@@ -266,12 +275,11 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             others, _ = _units(other, again, v, reference, _one_by_one(again.z, v[0], again.edges))
             if _numbers_without_rule(others) < _numbers_without_rule(units):
                 plan, units, watched = other, others, again
-        layers, generic = (
-            sum(torch.Size(use.output_shape).numel() for use in watched.uses),
-            _numbers_without_rule(units),
-        )
+        # Two uses may have one output, as a recurrent layer's linear maps have.
+        layers = sum({use.edge[:2]: torch.Size(use.output_shape).numel() for use in watched.uses}.values())
+        generic = _numbers_without_rule(units)
         plan = replace(
-            plan.with_units(units), unused=frozenset(reference.unreached), probe=Probe(probe, watched),
+            plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched),
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
         if plan.generic:

@@ -79,8 +79,8 @@ class Problem:
         rowless: whether those sums need no rows (`rows.last_layer`), found by `measure`.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
-        probabilities_sought: whether outputs have been looked at for probabilities in the place of logits; two examples
-            are too few.
+        probabilities_sought: whether outputs have been looked at for probabilities in the place of logits, for which
+            two examples are too few.
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
@@ -343,6 +343,7 @@ class Problem:
         order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(0)).to(z.device)
         for piece in order.chunk(2) if batch.size > 2 else [torch.zeros_like(order)]:
             with self._quiet():
+                torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
                 again = batch.take(piece).call(plan.model).detach()
             require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
 

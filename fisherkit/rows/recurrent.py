@@ -84,7 +84,7 @@ class _Steps:
         """The steps of a tensor."""
         return x.unbind(self.axis)
 
-    def joined(self, steps: Sequence[Tensor]) -> Tensor:
+    def joined(self, steps: list[Tensor]) -> Tensor:
         """A tensor of its steps."""
         return torch.stack(steps, self.axis)
 
@@ -99,7 +99,7 @@ class _Packed(_Steps):
         """As of `_Steps`."""
         return x.split(self.sizes)
 
-    def joined(self, steps: Sequence[Tensor]) -> Tensor:
+    def joined(self, steps: list[Tensor]) -> Tensor:
         """As of `_Steps`."""
         return torch.cat(steps)
 
@@ -110,12 +110,13 @@ def _layer(
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[LinearMap]]:  # fmt: skip
     """One layer in one direction: outputs, last h and c, linear maps."""
     w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if biased else (None, None)
+    b_ih: Any = rest[0] if biased else None
+    b_hh: Any = rest[1] if biased else None
     w_hr = rest[-1] if len(rest) % 2 else None
     if name == "gru":  # its reset gate lies between the two sums, which have gradients of their own
         given, added = _with_graph(F.linear(x, w_ih, b_ih)), _repeated(b_hh, w_hh, x)
     else:
-        given = added = _with_graph(F.linear(x, w_ih, b_ih + b_hh if biased else None))
+        given = added = _with_graph(F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh))
     projected = None if w_hr is None else _repeated(None, w_hr, x)
     sums = list(zip(steps.apart(given), steps.apart(added), strict=True))
     places = [] if projected is None else steps.apart(projected)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Use:
     turned: bool = False
     slices: Int[Tensor, "..."] | None = None
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The chosen parameters that take part."""
         parts = [() if one is None else (one,) if isinstance(one, str) else one.names for one in self.sources]

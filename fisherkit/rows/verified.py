@@ -71,7 +71,7 @@ def plan_again(plan: Plan, batch: Batch) -> Plan | None:
     again = replace(plan, units=plan.findings.units)
     with untouched_rng([plan.example_parameter.device]), differentiable(plan.model, [*plan.parameters.values()]):
         two = batch.take(two_of(batch, plan.alone))
-        return replace(again, probe=Probe(two, forward(again, two)))
+        return replace(again, probed=Probe(two, forward(again, two)))
 
 
 def remember(plan: Plan) -> None:
@@ -106,9 +106,9 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
             return None
         linearized = Linearized(plan, two, seen)
         watched = linearized.watched
-        if random or not watched.z.requires_grad or linearized.unruled:
+        if random > plan.draws or not watched.z.requires_grad or linearized.unruled:
             return None
-        plan = replace(plan, probe=Probe(two, watched), coarsest=watched.coarsest)
+        plan = replace(plan, probed=Probe(two, watched), coarsest=watched.coarsest)
         v = torch.randn(watched.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(watched.z)
         inputs: list[Any] = [*watched.edges, *parameters]
         found = pulled_back(watched.z, inputs, v)
@@ -149,13 +149,22 @@ def _described(module: nn.Module) -> Iterator[Hashable]:
     """A module's class, mode, hooks, plain attributes, and functions put in the place of its own."""
     yield id(type(module))
     for name, value in module.__dict__.items():
-        plain = value if isinstance(value, (tuple, list)) else (value,)
-        if name.endswith("_hooks"):
-            yield name, tuple(value)
-        elif all(isinstance(v, (bool, int, float, str, type(None))) for v in plain):
-            yield name, tuple(plain)
+        kind = type(value)
+        if kind in _PLAIN:
+            yield name, value
+        elif name.endswith("_hooks"):
+            if value:
+                yield name, tuple(value)
+        elif isinstance(value, (tuple, list)):
+            if all(isinstance(v, _PLAIN) for v in value):
+                yield name, tuple(value)
         elif callable(value):
             yield name, id(value)
+        elif isinstance(value, _PLAIN):
+            yield name, value
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def _form(tree: Any) -> Iterator[Hashable]:

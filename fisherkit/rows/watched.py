@@ -37,8 +37,8 @@ class Watched:
         by_owner: whether it is looked at which entries outputs depend on, whatever the pass shows.
         random: whether dropout was active.
         casts: whether a module was cast in place.
-        hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients, or hand them to
-            other examples.
+        hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients.
+        exchanging: whether hooks may hand gradients to other examples; not if the probe's were seen not to.
         mixed: whether numbers without a gradient may have been computed from several examples.
     """
 
@@ -52,6 +52,7 @@ class Watched:
     random: bool = False
     casts: bool = False
     hooked: bool = False
+    exchanging: bool = False
     mixed: bool = False
 
     @classmethod
@@ -79,7 +80,7 @@ class Watched:
         outside_rules = frozenset(recorder.outside_rules)
         return cls(
             recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
-            casts=recorder.casts, hooked=recorder.hooked, mixed=recorder.mixed,
+            casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, mixed=recorder.mixed,
         )  # fmt: skip
 
     @property
@@ -154,7 +155,7 @@ class Watched:
             return None
         if self.batch == 1:
             return Regular(1, use.rule.lead(use).numel())
-        return None if self.hooked else self._by_axis(use)
+        return None if self.exchanging else self._by_axis(use)
 
     def _by_axis(self, use: Use) -> Regular | None:
         lead = use.rule.lead(use)
@@ -174,8 +175,11 @@ class Watched:
         rest = [one.reshape(entries, -1) for one in multiplied if one is not None]
         numbers = codes(self.batch, self.z).to(gradient.device)
         owner = owners(gradient.reshape(entries, -1), rest, numbers, self.coarsest)
-        expected = self._by_axis(use) if self.hooked else None
-        if owner is None or expected is None:
-            return None if owner is None else arrangement(owner, lead, self.batch)
-        exchanged = bool(((owner >= 0) & (owner != expected.owners(entries).to(owner.device))).any())
-        return None if exchanged else arrangement(owner, lead, self.batch) if self.by_owner else expected
+        if owner is None:
+            return None
+        found, expected = arrangement(owner, lead, self.batch), self._by_axis(use) if self.exchanging else None
+        if expected is None:
+            return found
+        if bool(((owner >= 0) & (owner != expected.owners(entries).to(owner.device))).any()):
+            return None  # gradients go elsewhere than the outputs come from
+        return found if self.by_owner else expected

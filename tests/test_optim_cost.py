@@ -1,0 +1,84 @@
+"""What a training step costs beside its arithmetic: calls of kernels, and reads for which the host waits.
+
+Counts and no times, so that they are the same on every machine. Bounds have a few calls of room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fisherkit as fk
+from tests.test_fixed_cost import Kernels, data, perceptron
+
+STEPS: dict[str, Callable[[nn.Module], Any]] = {
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), 0.01),
+    "ief": lambda m: fk.optim.NaturalGradient(m, 0.01, kind="ief", gram_damping=0.1),
+    "block": lambda m: fk.optim.NaturalGradient(m, 0.01, kind="ief", gram_damping=0.1, structure="block"),
+    "truncated": lambda m: fk.optim.NaturalGradient(m, 0.01, kind="truncated:2", damping=0.1),
+    "diagonal": lambda m: fk.optim.NaturalGradient(m, 0.01, damping=0.1, structure="diagonal", ema=0.9),
+    "kronecker": lambda m: fk.optim.Preconditioner(m, structure="kfac", damping=0.1),
+    "between updates": lambda m: fk.optim.Preconditioner(m, structure="kfac", damping=0.1, update_every=100),
+}
+
+
+def counted(name: str, hidden: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Kernel calls and host reads of some steps, none of which looks at the loss more closely."""
+    model, (x, y) = perceptron(hidden), data()
+    optimizer = STEPS[name](model)
+    for _ in range(8):
+        _step(model, optimizer, x, y)
+    reads = 0
+    tolist = Tensor.tolist
+
+    def counting(tensor: Tensor) -> Any:
+        nonlocal reads
+        reads += 1
+        return tolist(tensor)
+
+    with monkeypatch.context() as patch, Kernels() as found:
+        patch.setattr(Tensor, "tolist", counting)  # which no dispatch mode sees on the CPU
+        for _ in range(steps):
+            _step(model, optimizer, x, y)
+    return found.calls, found.reads + reads
+
+
+def _step(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> None:
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "a_layer", "reads"),
+    [("ief", 205, 50, 3), ("block", 220, 62, 3), ("truncated", 390, 96, 4), ("diagonal", 220, 48, 4),
+     ("between updates", 110, 50, 1)],
+)  # fmt: skip
+def test_step__kernel_calls_and_host_reads(
+    name: str, calls: int, a_layer: int, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shallow, two, four = (counted(name, hidden, 1, monkeypatch) for hidden in (1, 2, 4))
+    assert shallow[0] <= calls
+    assert (four[0] - two[0]) / 2 <= a_layer
+    assert shallow[1] == two[1] == four[1] <= reads
+    several = counted(name, 1, 3, monkeypatch)
+    assert several == (3 * shallow[0], 3 * shallow[1])
+
+
+def test_step__of_kronecker_factors_waits_for_decompositions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each factor is looked at before and after it is decomposed."""
+    two, four = (counted("kronecker", hidden, 1, monkeypatch) for hidden in (2, 4))
+    assert (four[1] - two[1]) / 2 <= 4
+    assert (four[0] - two[0]) / 2 <= 100
+
+
+def test_step__plain_for_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the bounds above contain of a plain step: about 41 calls, and 18 a layer."""
+    calls, reads = counted("sgd", 1, 1, monkeypatch)
+    assert calls <= 45
+    assert reads == 0

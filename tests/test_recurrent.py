@@ -1,0 +1,186 @@
+"""LSTM, GRU and RNN by rule: their linear maps, which the kernels hide, against one autograd call an example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fisherkit as fk
+from fisherkit.rows import recurrent
+from tests.snapshot import untouched
+
+F64 = torch.float64
+N = 7
+
+FORMS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
+    "lstm": (nn.LSTM, {}),
+    "lstm both ways": (nn.LSTM, {"bidirectional": True, "num_layers": 2}),
+    "lstm projected": (nn.LSTM, {"proj_size": 2, "bidirectional": True, "num_layers": 2}),
+    "lstm without bias": (nn.LSTM, {"bias": False, "proj_size": 3}),
+    "gru": (nn.GRU, {}),
+    "gru both ways": (nn.GRU, {"bidirectional": True, "num_layers": 2}),
+    "gru without bias": (nn.GRU, {"bias": False, "num_layers": 2}),
+    "tanh": (nn.RNN, {"num_layers": 2}),
+    "relu both ways": (nn.RNN, {"nonlinearity": "relu", "bidirectional": True}),
+}
+
+
+class Net(nn.Module):
+    """A recurrent layer over padded sequences, which are packed if their lengths are given; states may be learned."""
+
+    def __init__(self, form: str, *, first: bool = True, learned: bool = False) -> None:
+        super().__init__()
+        layer, options = FORMS[form]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.rnn = layer(3, 4, batch_first=first, **options)
+            self.head = nn.LazyLinear(3)
+            self.start = nn.Parameter(torch.randn(1, 1, 4)) if learned else None
+            self.first = first
+            self(torch.randn(2, 5, 3))
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x = x if self.first else x.transpose(0, 1)
+        state: Any = None
+        if self.start is not None:
+            h = self.start.expand(1, x.shape[1 - int(self.first)], 4)
+            state = (h.contiguous(), h.tanh()) if isinstance(self.rnn, nn.LSTM) else h.contiguous()
+        if lengths is None:
+            found, end = self.rnn(x, state)
+        else:
+            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=self.first, enforce_sorted=False)
+            found, end = self.rnn(packed, state)
+            found = pad_packed_sequence(found, batch_first=self.first)[0]
+        last = end[0] if isinstance(end, tuple) else end
+        whole = found.tanh().sum(int(self.first))
+        z: Tensor = self.head(torch.cat([whole, last.transpose(0, 1).flatten(1)], 1))
+        return z
+
+
+def data() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, 5, 3, generator=generator, dtype=F64)
+    return x, torch.randint(1, 6, (N,), generator=generator), torch.randint(3, (N,), generator=generator)
+
+
+def rows(model: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    found = []
+    for n in range(N):
+        loss = F.cross_entropy(model(*(one[n : n + 1] for one in inputs)), y[n : n + 1])
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_rows__are_those_of_single_examples(structure: str, form: str, packed: bool) -> None:
+    model, (x, lengths, y) = Net(form).double(), data()
+    inputs = (x, lengths) if packed else (x,)
+    j = rows(model, inputs, y)
+    batches = [(tuple(one[some] for one in inputs), y[some]) for some in (slice(4), slice(4, N))]
+    with untouched(model, batches):
+        fisher = fk.EmpiricalFisher(model, batches, structure=structure)
+    torch.testing.assert_close(fisher.diagonal(), j.square().mean(0))
+    if structure == "full":
+        torch.testing.assert_close(fisher.to_dense(), j.mT @ j / N)
+    assert {e.rule for e in fisher.coverage().entries} <= {"lstm", "gru", "rnn_tanh", "rnn_relu", "linear"}
+
+
+@pytest.mark.parametrize("form", ["lstm", "gru", "tanh"])
+@pytest.mark.parametrize(("first", "learned"), [(False, False), (True, True)])
+def test_rows__with_steps_first_and_with_learned_states(form: str, first: bool, learned: bool) -> None:
+    if form == "tanh" and learned:
+        pytest.skip("two layers, one state")
+    model, (x, _, y) = Net(form, first=first, learned=learned).double(), data()
+    j = rows(model, (x,), y)
+    fisher = fk.EmpiricalFisher(model, (x, y), structure="full")
+    torch.testing.assert_close(fisher.to_dense(), j.mT @ j / N)
+
+
+@pytest.mark.parametrize("form", ["lstm projected", "gru both ways"])
+def test_exact__is_the_reference_s(form: str) -> None:
+    model, (x, _, y) = Net(form).double(), data()
+    own, parameters = [], list(model.parameters())
+    for n in range(N):
+        z = model(x[n : n + 1])[0]
+        p = z.detach().softmax(0)
+        outputs = [torch.autograd.grad(one, parameters, retain_graph=True) for one in z]
+        j = torch.stack([torch.cat([g.flatten() for g in found]) for found in outputs])
+        own.append(j.mT @ (p.diag() - p.outer(p)) @ j)
+    fisher = fk.ExactFisher(model, (x, y), structure="full")
+    torch.testing.assert_close(fisher.to_dense(), torch.stack(own).mean(0))
+
+
+@pytest.mark.parametrize("names", [["rnn.weight_hh_l0"], ["rnn.bias_ih_l0"], ["rnn.weight_ih_l1", "rnn.bias_hh_l0"]])
+def test_rows__of_some_parameters(names: list[str]) -> None:
+    model, (x, _, y) = Net("gru both ways").double(), data()
+    j = rows(model, (x,), y)
+    space = fk.EmpiricalFisher(model, (x, y), structure="diagonal").space
+    fisher = fk.EmpiricalFisher(model, (x, y), structure="diagonal", params=lambda name, _: name in names)
+    expected = [j[:, space.slices[name]] for name in fisher.space.names]
+    torch.testing.assert_close(fisher.diagonal(), torch.cat(expected, 1).square().mean(0))
+
+
+def test_kfac__has_a_pair_for_each_linear_map() -> None:
+    model, (x, _, y) = Net("lstm").double(), data()
+    fisher = fk.EmpiricalFisher(model, (x[:1], y[:1]), structure="kfac", params=lambda name, _: name.endswith("hh_l0"))
+    assert [e.parameters for e in fisher.coverage().entries] == [("rnn.weight_hh_l0", "rnn.bias_hh_l0")]
+    assert {e.structure for e in fisher.coverage().entries} == {"kfac"}
+
+
+def test_steps__are_judged_by_torch_s_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with the kernel's outputs and other gradients have no rule."""
+    step = recurrent._STEPS["rnn_tanh"]
+
+    def wrong(*args: Tensor) -> tuple[Tensor, Tensor]:
+        h, c = step(*args)
+        return h.detach() + 0.5 * (h - h.detach()), c
+
+    monkeypatch.setitem(recurrent._STEPS, "rnn_tanh", wrong)
+    model, (x, _, y) = Net("tanh").double(), data()
+    fisher = fk.EmpiricalFisher(model, (x, y), structure="diagonal")
+    torch.testing.assert_close(fisher.diagonal(), rows(model, (x,), y).square().mean(0))
+    assert "loop" in {e.rule for e in fisher.coverage().entries}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func._overloadpacket) in ("aten.mm", "aten.addmm", "aten.bmm", "aten.matmul")
+        return func(*args, **(kwargs or {}))
+
+
+def test_cost__does_not_grow_with_examples() -> None:
+    model, (x, _, y) = Net("gru").double(), data()
+    fk.EmpiricalFisher(model, (x, y), structure="diagonal")
+    counts = []
+    for times in (1, 5):
+        with Products() as found:
+            fk.EmpiricalFisher(model, (x.repeat(times, 1, 1), y.repeat(times)), structure="diagonal")
+        counts.append(found.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("form", ["lstm", "gru without bias"])
+def test_optimizer__the_gradient_and_rows_are_those_of_the_model(form: str) -> None:
+    model, (x, _, y) = Net(form).double(), data()
+    j = rows(model, (x,), y)
+    optimizer = fk.optim.NaturalGradient(model, 1.0, kind="ef", damping=0.1)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    F.cross_entropy(model(x), y).backward()
+    grad = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(grad, j.mean(0))
+    optimizer.step()
+    step = torch.linalg.solve(j.mT @ j / N + 0.1 * torch.eye(len(before), dtype=F64), grad)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(before - after, step)
