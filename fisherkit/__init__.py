@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fisherkit import errors, likelihoods, structures
 from fisherkit._version import __version__
+from fisherkit.build import BuildPlan
 from fisherkit.errors import (
     DataError,
     FileFormatError,
@@ -34,7 +35,7 @@ from fisherkit.errors import (
     SingularMatrixError,
     UnknownParameterError,
 )
-from fisherkit.fisher import FisherApproximation
+from fisherkit.fisher import FisherApproximation, build_file, plan
 from fisherkit.kinds import (
     KINDS,
     EmpiricalFisher,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KINDS",
+    "BuildPlan",
     "DataError",
     "EmpiricalFisher",
     "ExactFisher",
@@ -83,6 +85,7 @@ __all__ = [
     "TruncatedFisher",
     "UnknownParameterError",
     "__version__",
+    "build_file",
     "continual",
     "errors",
     "estimators",
@@ -94,6 +97,7 @@ __all__ = [
     "merging",
     "optim",
     "parameters_hash",
+    "plan",
     "structures",
     "testing",
 ]

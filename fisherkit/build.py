@@ -1,19 +1,22 @@
-"""From rows to an operator: adds the problem's chunks up by structure, within the memory budget, and divides by N."""
+"""From rows to an operator: adds the problem's chunks up by structure, within the memory budget, and divides by N.
+
+Where all layers at once would not fit, some are taken after others, each part with passes of its own over the data.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Protocol, TypeVar, cast
 
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
-from fisherkit.errors import DataError, MemoryBudgetError
+from fisherkit.errors import DataError, MemoryBudgetError, listed
 from fisherkit.memory import available_memory, readable
-from fisherkit.operators import FisherOperator
+from fisherkit.operators import BlockDiagonalOperator, FisherOperator
 from fisherkit.operators.linalg import checked_together
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes
@@ -22,14 +25,19 @@ from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.later import FEWEST, LaterRows, products_before_rows
-from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally
+from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally, now
 from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, matrix_free
 from fisherkit.rows.verified import remember
-from fisherkit.structures import Part, Parts, Structure, Sums
+from fisherkit.structures import Names, Part, Parts, Structure, Sums
 
 MANY = 64
 """Output vectors an example from which on a run's cost is told before it."""
+
+SHOWN = 12
+"""Parts that a plan names."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,61 @@ class Built:
     tally: Callable[[], Tally]
     coverage: Coverage
     dropped_share: float | None
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build takes, told before its first pass; ``str`` is for people.
+
+    Attributes:
+        structure: by name.
+        parts: the parameters of the layers that are taken together, one part after the other.
+        passes: over the data, all parts' together; of structures that go on until they change no more, about.
+        backward_passes: in all of them; None where the number of examples is not known.
+        seconds: of all passes, by a first batch that was measured; None likewise.
+        result_bytes: of the operator.
+        peak_bytes: about, of memory beyond what the model and the data have: the operator, or only a part of it where
+            parts go to a file, beside the sums of the largest part and a batch's activations.
+        memory_budget: bytes that operator and sums may take.
+    """
+
+    structure: str
+    parts: tuple[tuple[str, ...], ...]
+    passes: int
+    backward_passes: int | None
+    seconds: float | None
+    result_bytes: int
+    peak_bytes: int
+    memory_budget: int
+
+    def __str__(self) -> str:
+        """One fact a line, then the first parts."""
+        number = len(self.parts)
+        parts = f"{number:,} part{'s' * (number > 1)}, {self.passes:,} pass{'es' * (self.passes > 1)} over the data"
+        time = "of a time that is not known, since the data do not say how many examples they have"
+        if self.seconds is not None:
+            time = f"{self.backward_passes:,} backward passes, about {duration(self.seconds)} by a first batch"
+        lines = [
+            f"{self.structure} in {parts}", time,
+            f"result {readable(self.result_bytes)}, peak {readable(self.peak_bytes)} beside model and data, "
+            f"memory_budget {readable(self.memory_budget)}",
+        ]  # fmt: skip
+        shown = [f"part {i}: {listed(names, 4)}" for i, names in enumerate(self.parts[:SHOWN], 1)] if number > 1 else []
+        more = [f"and {number - SHOWN:,} more"] if number > SHOWN else []
+        return "\n".join([*lines, *shown, *more])
+
+
+class PartsKeeper(Protocol):
+    """Where finished parts go, if not into one operator in memory."""
+
+    def begin(self, parts: Sequence[Names], plan: str) -> Sequence[Names]:
+        """The parts that are taken, which may be those of an earlier run; ``plan`` says how rows are made."""
+
+    def finished(self, number: int) -> bool:
+        """Whether a part need not be made."""
+
+    def keep(self, number: int, blocks: Sequence[FisherOperator], built: Built) -> None:
+        """Take a part's blocks; ``built`` has what belongs to it but the operator."""
 
 
 class Builder:
@@ -73,24 +136,41 @@ class Builder:
         self.needed = 0
         self.foretold = False
 
+    def set_budget(self, budget: int) -> None:
+        """Have another one, as of the run that is gone on with."""
+        self.budget = self.settings["memory_budget"] = budget
+        self.problem = replace(self.problem, budget=budget)
+
     def build(self, structure: type[Structure]) -> Built:
         """The operator of a structure.
 
         Raises:
             MemoryBudgetError, DataError: the structure cannot fit, before the pass over the data; no example counts.
         """
+        return self._planned(lambda: self._built(structure))
+
+    def plan(self, structure: type[Structure], *, to_file: bool = False) -> BuildPlan:
+        """What `build` will take, or `build_into` if parts go to a file; costs two batches of one of the parts."""
+        return self._planned(lambda: self._foreseen(structure, to_file))
+
+    def build_into(self, structure: type[Structure], keeper: PartsKeeper) -> Built | None:
+        """Hand every part over when it is finished, so that no two are in memory; what fits at once is returned."""
+        return self._planned(lambda: self._kept(structure, keeper))
+
+    def _planned(self, work: Callable[[], T]) -> T:
+        """The result of work that begins anew where a later batch uses parameters otherwise than the first examples."""
         try:
-            return self._built(structure)
+            return work()
         except BetterPlanError as found:
-            # A later batch used parameters that the first examples do not, or used some in another way.
             if found.plan is not self.problem.plan:
                 remember(found.plan)
             self.problem = replace(self.problem, plan=found.plan, by_owner=found.by_owner)
             self.counted.clear()
-        return self.build(structure)
+        return self._planned(work)
 
-    def _built(self, kind_of_structure: type[Structure]) -> Built:
-        structure = kind_of_structure.of(self.problem.plan, **self.settings)
+    def _chosen(self, kind: type[Structure]) -> Structure:
+        """The structure of all parameters, and the problem as it wants it."""
+        structure = kind.of(self.problem.plan, **self.settings)
         by_owner = bool(self.problem.by_owner) if structure.counts_positions else self.problem.by_owner
         self.problem = replace(self.problem, summed=not structure.needs_rows, by_owner=by_owner)
         self.problem.measure()
@@ -98,41 +178,167 @@ class Builder:
             # Only rows that are kept gain from being written out; sums are taken from the factors.
             unit.stored = unit.stored and structure.keeps_rows
         self.needed = structure.fitted(self.problem)
-        share = None
+        return structure
+
+    def _built(self, kind: type[Structure]) -> Built:
+        structure = self._chosen(kind)
         fits, free = self.needed <= self.budget, structure.streams and self.storage != "rows"
         later = self._products_before_rows() if fits and free else None
         if free and (later is not None or self.storage == "stream" or not fits):
             self.problem.confirm()
-            operator, parts, tally = self._streamed(structure, later)
-        else:
-            self._require(structure)
+            return self._result(*self._streamed(structure, later))
+        self._require(structure)
+        groups = self._groups(structure, held=self.needed)
+        if len(groups) == 1:
+            return self._result(*self._part(structure, self.needed))
+        whole: Parts = {}
+        for names in groups:
+            _, parts, tally, _ = self._part(structure, self.needed, names, len(groups))
+            whole |= parts
+        place = self.problem.plan.space.names.index
+        whole = dict(sorted(whole.items(), key=lambda part: place(part[0][0])))
+        blocks = [part.operator for part in whole.values()]
+        return self._result(BlockDiagonalOperator(self.problem.plan.space, blocks), whole, tally)
+
+    def _kept(self, kind: type[Structure], keeper: PartsKeeper) -> Built | None:
+        structure = self._chosen(kind)
+        rules = [(unit.names, self.problem.plan.rule_name(unit), unit.reason) for unit in self.problem.plan.units]
+        groups = keeper.begin(self._groups(structure), f"{self.problem.by_owner} {rules}")
+        for names in groups if structure.in_parts else ():
+            self._require(*self._restricted(structure, names))
+        if len(groups) == 1 and not keeper.finished(0):
+            return self._built(kind)
+        made = False
+        for number, names in enumerate(groups):
+            if not keeper.finished(number):
+                made = True
+                operator, parts, tally, _ = self._part(structure, 0, names, len(groups))
+                keeper.keep(number, [part.operator for part in parts.values()], self._result(operator, parts, tally))
+                del operator, parts
+        if not made:
+            for _ in self.problem.source:  # which compares the data with those of the parts
+                pass
+        return None
+
+    def _foreseen(self, kind: type[Structure], to_file: bool) -> BuildPlan:
+        structure = self._chosen(kind)
+        self.problem.confirm()
+        held = 0 if to_file else self.needed
+        streams = structure.streams and (self.needed > self.budget or self.storage == "stream")
+        groups = [structure.space.names] if streams else self._groups(structure, held)
+        peaks, readings = [], 0
+        for names in groups:
+            own, problem = self._restricted(structure, names)
+            beside = held - own.bytes(problem) if held and len(groups) > 1 else 0
+            peaks.append(beside + own.peak(problem))
+            readings += 1 if streams else self._readings(own, problem, beside + own.peak(problem))
+        largest = groups[peaks.index(max(peaks))]
+        backward, seconds = self._measured(*self._restricted(structure, largest), readings)
+        return BuildPlan(
+            structure.name, tuple(groups), readings, backward, seconds, 0 if streams else self.needed,
+            (0 if streams else max(peaks)) + self.problem.pass_bytes, self.budget,
+        )  # fmt: skip
+
+    def _measured(
+        self, structure: Structure, problem: Problem, readings: int
+    ) -> tuple[int | None, float | None]:  # fmt: skip
+        """Backward passes and seconds of so many readings, by a first batch; None where N is not known."""
+        examples = problem.source.expected()
+        if examples is None:
+            return None, None
+        seconds = []
+        for _ in range(2):  # the first time is longer
+            start = now(structure.device)
+            size, chunks = problem.first_chunks()
+            structure.empty(problem).added(chunks)
+            seconds.append(now(structure.device) - start)
+        micro = -(-examples // size)
+        vectors = 0 if problem.rowless else problem.vectors_per_example
+        return readings * micro * vectors, readings * min(seconds) * examples / size
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _restricted(self, structure: Structure, names: Names) -> tuple[Structure, Problem]:
+        """The structure and the problem of some layers' parameters."""
+        if len(names) == len(structure.space.names):
+            return structure, self.problem
+        plan = self.problem.plan.restricted(names)
+        return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False)
+
+    def _groups(self, structure: Structure, held: int = 0) -> list[Names]:
+        """The parameters of each part: a layer is of the first where it fits beside what is ``held`` at the end."""
+
+        def fits(names: Names) -> bool:
+            own, problem = self._restricted(structure, names)
+            return (held and held - own.bytes(problem)) + own.peak(problem) <= self.budget
+
+        whole = structure.space.names
+        if not structure.in_parts or fits(whole):
+            return [whole]
+        self.problem.confirm()
+        groups: list[Names] = []
+        idle = self.problem.plan.unused.issuperset
+        for layer in self.problem.layers():
+            own = (i for i, others in enumerate(groups) if idle(others) or idle(layer) or fits((*others, *layer)))
+            if (place := next(own, None)) is None:
+                groups.append(layer)
+            else:
+                groups[place] = structure.space.restrict((*groups[place], *layer)).names
+        return groups
+
+    def _part(
+        self, structure: Structure, held: int, names: Names | None = None, of: int = 1
+    ) -> tuple[FisherOperator, Parts, Callable[[], Tally], float | None]:
+        """As `_result` takes it, of some parameters, which are one of so many parts."""
+        whole = self.problem
+        self.counted.clear()
+        if names is not None:
+            whole.refuse_changed()
+            structure, self.problem = self._restricted(structure, names)
+            held = (held and held - structure.bytes(self.problem)) + structure.peak(self.problem)
+        try:
             self.problem = replace(self.problem, most_examples=structure.most_examples(self.problem))
-            sums = self._summed(structure)
-            self.counted.append(Tally(rows=-sums.dropped))
-            share, tally = sums.dropped_share, Tally.of(self.counted).some
+            sums = self._summed(structure, held, of)
+            tally = Tally.of([*self.counted, Tally(rows=-sums.dropped)]).some
             with checked_together():
                 operator = structure.operator(sums, self._scale(tally()))
-                parts = structure.parts(sums, operator)
-            del sums
+                return operator, structure.parts(sums, operator), tally, sums.dropped_share
+        except BetterPlanError as found:
+            if names is None:
+                raise
+            raise BetterPlanError(whole.plan.revised(found.plan), found.by_owner, found.batch) from found
+        finally:
+            self.problem = whole
+
+    def _result(
+        self, operator: FisherOperator, parts: Parts, tally: Callable[[], Tally], share: float | None = None
+    ) -> Built:
         coverage = Coverage(tuple(self._entry(names, part) for names, part in parts.items()))
         return Built(operator, tally, coverage, share)
 
-    def _summed(self, structure: Structure) -> Sums:
+    def _readings(self, structure: Structure, problem: Problem, taken: int) -> int:
+        """How often the rows are made, which are kept where they fit beside what is ``taken``."""
+        rows = 0 if structure.keeps_rows or structure.passes == 1 else problem.row_bytes(structure.space.names)
+        return structure.passes if rows == 0 or taken + rows * problem.examples > self.budget else 1
+
+    def _summed(self, structure: Structure, taken: int, parts: int) -> Sums:
         """The sums of all passes over the rows, which are read again where they do not fit in memory."""
         description, empty = structure.name, structure.empty(self.problem)
         kept: list[Chunk] = []
         if structure.keeps_rows:
-            compared = self.problem.source.recorded
-            return self._met(lambda: empty.added(self._counted(self.problem.batches(description, compared=compared))))
-        rows = self.problem.row_bytes(self.problem.plan.space.names) if structure.passes > 1 else 0
-        keep = rows > 0 and self.needed + rows * self.problem.examples <= self.budget
-        readings = 1 if keep else structure.passes
-        chunks = self._counted(self.problem.chunks(description, compared=readings > 1), readings)
-        sums: Sums | None = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
-        while sums is not None:
-            found, going = sums, structure.next_pass(sums)
-            sums = None if going is None else self._added(going, kept if keep else self.problem.chunks(description))
-        return found
+            compared = parts > 1 or self.problem.source.recorded
+            rows = self._counted(self.problem.batches(description, compared=compared), parts)
+            return self._met(lambda: empty.added(rows))
+        readings = self._readings(structure, self.problem, taken)
+        keep = readings < structure.passes
+        chunks = self._counted(self.problem.chunks(description, compared=readings * parts > 1), readings * parts)
+        sums: Sums = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
+        going = structure.next_pass(sums)
+        while going is not None:
+            del sums  # of which the next pass has what it needs
+            sums = self._added(going, kept if keep else self.problem.chunks(description))
+            going = structure.next_pass(sums)
+        return sums
 
     def _added(self, sums: Sums, chunks: Iterable[Chunk]) -> Sums:
         """With another pass's, of examples that have been counted."""
@@ -275,18 +481,23 @@ class Builder:
         head = ', or params= of the last layer alone, whose structure="kfac" or "diagonal" needs no backward pass'
         return few + (head if self.problem.kind.of_hessian else "")
 
-    def _require(self, structure: Structure) -> None:
-        """Refuse what does not fit."""
-        if self.needed <= self.budget:
+    def _require(self, structure: Structure, problem: Problem | None = None) -> None:
+        """Refuse what does not fit; of a part, as its problem is given, what does not fit by itself."""
+        needed = self.needed if problem is None else structure.bytes(problem)
+        if needed <= self.budget:
             return
+        of = "" if problem is None else f" for {listed(structure.space.names, 4)} alone"
         why, try_ = "nothing has been computed yet", structure.instead.format(structure)
         found = self.problem.forecast() if self._many else None
         if found is not None:
             why += f"; {self._cost(found)}"
         if self._many and structure.keeps_rows:  # the others' results are as large for any kind
             try_ += f", or {self._instead()}"
+        if structure.in_parts and problem is None:
+            try_ += ", or fk.build_file, which writes part after part to a file"
         raise MemoryBudgetError(
-            call=f'structure="{structure.name}"', got=f"a need of {readable(self.needed)}",
+            call=f'structure="{structure.name}"',
+            got=f"a need of {readable(needed)}{of}",
             expected=f"at most memory_budget = {readable(self.budget)}", why=why,
             try_=f"{try_}, or a larger memory_budget",
         )  # fmt: skip

@@ -386,7 +386,7 @@ class Source:
         self._start = None if self._listed else rng_state(self._generators)
         self._axes: dict[int, bool] | None = None
         self._digests: list[str] = []
-        self._whole = False
+        self._whole, self._origin = False, ""
         self._count: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -424,11 +424,20 @@ class Source:
             if number > len(self._digests) and not self._whole:
                 self._digests.append(digest)
             elif number > len(self._digests) or digest != self._digests[number - 1]:
-                raise _changed(number - 1)
+                raise _changed(number - 1, self._origin)
             yield batch
         if number < len(self._digests):
-            raise _changed(number)
+            raise _changed(number, self._origin)
         self._whole = True
+
+    @property
+    def digests(self) -> list[str]:
+        """Of all batches, once a pass that is compared has read them."""
+        return list(self._digests)
+
+    def expect(self, digests: list[str], origin: str) -> None:
+        """Compare the next passes with these digests, which something of that name (``origin``) has from before."""
+        self._digests, self._whole, self._origin = list(digests), True, origin
 
     def refuse_shuffling(self, call: str, role: str = "") -> None:
         """Refuse a loader whose order is not known to be fixed, where results are in the order of the data.
@@ -546,7 +555,13 @@ def _is_batch(data: Data) -> bool:
     )
 
 
-def _changed(number: int) -> DataError:
+def _changed(number: int, origin: str) -> DataError:
+    if origin:
+        return DataError(
+            call=f"data, batch {number}", got=f"other examples, or in another order, than those that {origin} is of",
+            expected="the same data in the same batches", why="finished parts and those to come belong together",
+            try_=f"the data as they were; else remove {origin}, and all parts are made again",
+        )  # fmt: skip
     return DataError(
         call=f"data, batch {number}",
         got="data that change between passes: other examples than before, or in another order",

@@ -6,29 +6,35 @@ operator by `build`. As an operator it forwards to the one that was built.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fisherkit import likelihoods
+from fisherkit import io, likelihoods
 from fisherkit._version import __version__
 from fisherkit.arguments import check_choice, check_positive
 from fisherkit.arithmetic import at_least_single, without_autocast
-from fisherkit.build import Builder, Built
+from fisherkit.build import Builder, BuildPlan, Built
+from fisherkit.coverage import Coverage
 from fisherkit.data import Data, Source, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import weight_hashes
-from fisherkit.operators import ForwardingOperator
+from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ForwardingOperator, open_file, state_of
+from fisherkit.operators.files import FisherFile
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group, Processes
 from fisherkit.rows.first_batch import joint_plan, plan_of
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.structures import structure_named
+from fisherkit.structures import Names, Structure, structure_named
 from fisherkit.vectors import rule_of
 from fisherkit.wrappers import unwrapped, wrapped_in
 
@@ -127,73 +133,18 @@ class FisherApproximation(ForwardingOperator):
         max_rows: int | None = None,
         group: Group = None,
     ) -> None:
-        call = type(self).__name__
-        if not isinstance(model, nn.Module):
-            raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-        chosen = structure_named(structure, call)
-        check_choice(call, "example", example, ("sequence", "token"))
-        check_choice(call, "normalization", normalization, ("mean", "sum"))
-        check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
-        check_choice(call, "shift_labels", shift_labels, (None, True, False))
-        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
-            check_positive(call, name, value)
-        check_choice(call, "storage", storage, ("auto", "rows", "stream"))
-        _only_full(call, structure, max_rows, storage)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise InvalidTypeError(
-                call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
-            )
-        if kind is None:
-            raise InvalidTypeError(
-                call=call, got="no kind", expected='one such as "exact", or an fk.OutputRule',
-                why="a Fisher does not say its vectors itself: its kind does",
-                try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
-            )  # fmt: skip
-        rule = rule_of(kind, call=call)
-        if generator is not None and rule.random:
-            rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))
-        model, params = within_wrappers(model, params)
-        resolved = likelihoods.resolve(likelihood)
-        space = ParameterSpace.of(model, params)
-        device, dtype = model_device(model, space.names)
-        super().__init__(space, dtype=at_least_single(dtype), device=device)
-        whole, covered = weight_hashes(model, space.names)
-        source, processes = Source(data, model), Processes.of(group, device, call)
-        if processes is not None:
-            processes.require_same(call, {
-                "parameters": space.names, "dtype": dtype, "weights": whole, "likelihood": resolved.recorded,
-                "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
-                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget, storage),
-            })  # fmt: skip
-        if processes is None:
-            plan = plan_of(model, space, source, assume=True)
-        else:
-            plan = joint_plan(model, space, source, processes)
-        problem = Problem(
-            plan, source, resolved, rule, example == "token",
-            is_causal(model) if shift_labels is None else shift_labels, chunk_size,
-            progress and (processes is None or processes.rank == 0), processes=processes,
-            offset=0 if processes is None or not rule.random else processes.before(source.count),
+        asked = _Asked.of(
+            type(self).__name__, model, data, kind, likelihood=likelihood, structure=structure, params=params,
+            example=example, normalization=normalization, generator=generator, chunk_size=chunk_size,
+            memory_budget=memory_budget, storage=storage, progress=progress, shift_labels=shift_labels,
+            kfac_positions=kfac_positions, max_rows=max_rows, group=group,
         )  # fmt: skip
-        builder = Builder(
-            problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
-            max_rows=max_rows, storage=storage, weights=whole,
-            told=self._built_later,
-        )  # fmt: skip
-        built = builder.build(chosen)
+        super().__init__(asked.space, dtype=asked.dtype, device=asked.device)
+        asked.builder.told = self._built_later
+        built = asked.builder.build(asked.structure)
         self.held, self._tally = built.operator, built.tally
-        self.likelihood, self.structure, self.dropped_share = resolved, structure, built.dropped_share
-        self.metadata = {
-            "kind": rule.kind_name, "structure": structure, "examples": "", "rows": "",
-            "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
-            "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
-            # At build and not at save: by then the model may have moved on.
-            "parameters_hash": whole,
-            "covered_hash": f"{dtype}:{covered}".removeprefix("torch."),
-            "coverage": built.coverage.to_json(), "fisherkit": __version__, "torch": torch.__version__,
-            **rule.kind_options(),
-            **({} if max_rows is None else {"max_rows": str(max_rows), "dropped_share": repr(self.dropped_share)}),
-        }  # fmt: skip
+        self.likelihood, self.structure, self.dropped_share = asked.likelihood, structure, built.dropped_share
+        self.metadata = asked.recorded | _described(built)
 
     def _built_later(self, built: Built) -> None:
         """Record the rows that were made; the model and the data are let go."""
@@ -231,6 +182,232 @@ class FisherApproximation(ForwardingOperator):
         """For copies and pickles: with the rows that were to be made later, and what that records."""
         _ = self.held.stored_rows, self.metadata
         return {**self.__dict__, "_tally": self._tally().some}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A Fisher that has been asked for, its arguments checked and nothing computed but the model's probe.
+
+    Args:
+        builder: that can build it.
+        structure: that was chosen.
+        likelihood: of the loss.
+        space: the parameters.
+        dtype: of the operator.
+        device: of the operator.
+        recorded: what is known of it before it is built.
+    """
+
+    builder: Builder
+    structure: type[Structure]
+    likelihood: Likelihood
+    space: ParameterSpace
+    dtype: torch.dtype
+    device: torch.device
+    recorded: dict[str, str]
+
+    @classmethod
+    def of(
+        cls, call: str, model: nn.Module, data: Data, kind: str | OutputRule | None, *,
+        likelihood: str | Likelihood | nn.Module, structure: str, params: Selection, example: str, normalization: str,
+        generator: torch.Generator | None, chunk_size: int | None, memory_budget: int | None, storage: str,
+        progress: bool, shift_labels: bool | None, kfac_positions: str, max_rows: int | None, group: Group,
+    ) -> _Asked:  # fmt: skip
+        """Check all arguments, and find out how the model's rows are made."""
+        if not isinstance(model, nn.Module):
+            raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        chosen = structure_named(structure, call)
+        check_choice(call, "example", example, ("sequence", "token"))
+        check_choice(call, "normalization", normalization, ("mean", "sum"))
+        check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
+        check_choice(call, "shift_labels", shift_labels, (None, True, False))
+        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
+            check_positive(call, name, value)
+        check_choice(call, "storage", storage, ("auto", "rows", "stream"))
+        _only_full(call, structure, max_rows, storage)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise InvalidTypeError(
+                call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
+            )
+        if kind is None:
+            raise InvalidTypeError(
+                call=call, got="no kind", expected='one such as "exact", or an fk.OutputRule',
+                why="a Fisher does not say its vectors itself: its kind does",
+                try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
+            )  # fmt: skip
+        rule = rule_of(kind, call=call)
+        if generator is not None and rule.random:
+            rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))
+        model, params = within_wrappers(model, params)
+        resolved = likelihoods.resolve(likelihood)
+        space = ParameterSpace.of(model, params)
+        device, parameters_dtype = model_device(model, space.names)
+        dtype = at_least_single(parameters_dtype)
+        whole, covered = weight_hashes(model, space.names)
+        source, processes = Source(data, model), Processes.of(group, device, call)
+        if processes is not None:
+            processes.require_same(call, {
+                "parameters": space.names, "dtype": parameters_dtype, "weights": whole, "likelihood": resolved.recorded,
+                "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
+                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget, storage),
+            })  # fmt: skip
+        if processes is None:
+            plan = plan_of(model, space, source, assume=True)
+        else:
+            plan = joint_plan(model, space, source, processes)
+        problem = Problem(
+            plan, source, resolved, rule, example == "token",
+            is_causal(model) if shift_labels is None else shift_labels, chunk_size,
+            progress and (processes is None or processes.rank == 0), processes=processes,
+            offset=0 if processes is None or not rule.random else processes.before(source.count),
+        )  # fmt: skip
+        builder = Builder(
+            problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
+            max_rows=max_rows, storage=storage, weights=whole,
+        )  # fmt: skip
+        recorded = {
+            "kind": rule.kind_name, "structure": structure, "examples": "", "rows": "",
+            "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
+            "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
+            # At build and not at save: by then the model may have moved on.
+            "parameters_hash": whole,
+            "covered_hash": f"{parameters_dtype}:{covered}".removeprefix("torch."),
+            "fisherkit": __version__, "torch": torch.__version__, **rule.kind_options(),
+            **({} if max_rows is None else {"max_rows": str(max_rows)}),
+        }  # fmt: skip
+        return cls(builder, chosen, resolved, space, dtype, device, recorded)
+
+
+def _described(built: Built) -> dict[str, str]:
+    """What a build adds to what is recorded, but for its numbers of examples and rows."""
+    share = {} if built.dropped_share is None else {"dropped_share": repr(built.dropped_share)}
+    return {"coverage": built.coverage.to_json(), **share}
+
+
+def _counted(built: Built) -> dict[str, str]:
+    """All that it adds."""
+    tally = built.tally()
+    return {"examples": str(tally.examples), "rows": str(tally.rows), **_described(built)}
+
+
+def plan(
+    model: nn.Module, data: Data, kind: str | OutputRule = "ef", *, to_file: bool = False, **options: Any
+) -> BuildPlan:  # fmt: skip
+    """What estimating a Fisher will take, before the first pass over the data: parts, passes, bytes and time.
+
+    Args:
+        model: as in `FisherApproximation`.
+        data: as in `FisherApproximation`.
+        kind: as in `FisherApproximation`; the number of its vectors decides how many backward passes there are.
+        to_file: of `build_file`, which keeps no finished part in memory.
+        options: the keywords of `FisherApproximation`, as ``structure=`` and ``memory_budget=``.
+
+    Returns:
+        A record whose ``str`` is for people. A structure that is refused for its size is planned all the same:
+        ``result_bytes`` is then above ``memory_budget``.
+
+    Raises:
+        FisherkitError: as `FisherApproximation` before its first pass.
+
+    Cost: the model's probe on two examples, and the first batch twice, with all backward passes of one part.
+    """
+    asked = _asked("plan", model, data, kind, options)
+    return asked.builder.plan(asked.structure, to_file=to_file)
+
+
+def build_file(
+    path: str | Path, model: nn.Module, data: Data, kind: str | OutputRule, *, max_shard_size: int | None = None,
+    overwrite: bool = False, **options: Any,
+) -> FisherFile:  # fmt: skip
+    """Estimate a Fisher into a file, in parts where it does not fit in memory.
+
+    Of kfac, ekfac, nkp and block, as many layers are taken at once as fit in ``memory_budget``, with passes of their
+    own over the data, and written as shards before the next ones are begun. `load` and `open_file` find the file when
+    all parts are there. A run that was killed goes on after its last finished part if it is called again in the same
+    way, with the budget that it had, and gives the same bytes.
+
+    Args:
+        path: as in `FisherOperator.save`.
+        model: as in `FisherApproximation`.
+        data: as in `FisherApproximation`.
+        kind: as in `FisherApproximation`.
+        max_shard_size: bytes of a file at most; None for one file a part.
+        overwrite: discard what an interrupted run with other settings has left.
+        options: the keywords of `FisherApproximation`.
+
+    Returns:
+        The open file.
+
+    Raises:
+        InvalidArgumentError: several processes; the path cannot be written, or parts of another run are there.
+        DataError: data that change between passes, or since the interrupted run.
+        FisherkitError: as `FisherApproximation`.
+    """
+    call = "build_file"
+    path = io.as_path(path, f"{call}(path)")
+    io.check_folder(path, call)
+    asked = _asked(call, model, data, kind, options)
+    builder, source = asked.builder, asked.builder.problem.source
+    if builder.processes is not None:
+        raise InvalidArgumentError(
+            call=call, got=f"{builder.processes.size} processes", expected="one process",
+            why="one file has all parts", try_="group=False in one of them, or FisherApproximation in all",
+        )  # fmt: skip
+    settings = asked.recorded | {
+        "space": str(dict(zip(asked.space.names, asked.space.shapes, strict=True))), "dtype": str(asked.dtype),
+        "threads": str(torch.get_num_threads()), "chunk_size": str(options.get("chunk_size")),
+        "shift_labels": str(builder.problem.shift_labels),
+    }  # fmt: skip
+    file = io.PartsFile(
+        path, settings, lambda: source.digests, largest=max_shard_size, overwrite=overwrite, call=call
+    )  # fmt: skip
+    if file.known:
+        builder.set_budget(file.known["budget"])
+        source.expect(file.known["data"], io.record_of(path).name)
+    with without_autocast():
+        built = builder.build_into(asked.structure, _Parts(file, builder))
+    if built is None:
+        file.close(BlockDiagonalOperator.tag, asked.space, asked.recorded | _joint(file.records, asked.space))
+    else:
+        built.operator.metadata = asked.recorded | _counted(built)
+        built.operator.save(path, max_shard_size=max_shard_size)
+    return open_file(path)
+
+
+def _joint(records: Sequence[Mapping[str, Any]], space: ParameterSpace) -> dict[str, str]:
+    """What is recorded of all parts; N and R are those of each."""
+    entries = [entry for one in records for entry in Coverage.from_json(one["coverage"]).entries]
+    entries.sort(key=lambda entry: space.names.index(entry.parameters[0]))
+    return {**records[0], "coverage": Coverage(tuple(entries)).to_json()}
+
+
+class _Parts(NamedTuple):
+    """Finished parts go to a file."""
+
+    file: io.PartsFile
+    builder: Builder
+
+    def begin(self, parts: Sequence[Names], plan: str) -> Sequence[Names]:
+        """As the file knows them."""
+        return self.file.begin(parts, plan, self.builder.budget)
+
+    def finished(self, number: int) -> bool:
+        """Whether it is in the file."""
+        return self.file.finished(number)
+
+    def keep(self, number: int, blocks: Sequence[FisherOperator], built: Built) -> None:
+        """Write it."""
+        self.file.put(number, [state_of(block) for block in blocks], _counted(built))
+
+
+def _asked(
+    call: str, model: nn.Module, data: Data, kind: str | OutputRule, options: Mapping[str, Any]
+) -> _Asked:  # fmt: skip
+    """With the defaults of `FisherApproximation`."""
+    bound = inspect.signature(FisherApproximation).bind(model, data, kind, **options)
+    bound.apply_defaults()
+    with without_autocast():
+        return _Asked.of(call, *bound.args, **bound.kwargs)
 
 
 def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:

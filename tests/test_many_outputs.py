@@ -428,7 +428,7 @@ def test_warning__is_not_given_for_short_runs_few_vectors_and_sums_in_closed_for
 
 
 def test_warning__counts_both_readings_of_ekfac(wide: Callable[..., Any]) -> None:
-    needed = 4 * (100**2 + 4**2)
+    needed = 4 * (100**2 + 4**2 + 100 * 4)
     with pytest.warns(UserWarning, match="198 backward passes: about 3.3 hours"):
         wide(seconds=60.0, structure="ekfac", memory_budget=needed)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +20,9 @@ from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_
 from fisherkit.cli.text import number, pairs
 from fisherkit.data import Data, Source
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.fisher import FisherApproximation
+from fisherkit.fisher import FisherApproximation, build_file, plan
 from fisherkit.io.fisher_file import index_of, refuse_others
+from fisherkit.operators import FisherFile, open_file
 from fisherkit.processes import Share, started
 from fisherkit.structures import structure_named
 from fisherkit.vectors import rule_of
@@ -38,6 +41,7 @@ class Estimate(ModelOptions):
         fisherkit estimate my-model --data train.jsonl --kind ief --structure diagonal --out f.safetensors
         fisherkit estimate my-model --data train.csv --text-column body --params 'head.*' --out f.safetensors
         fisherkit estimate mymodule:make --kind truncated:2 --structure full --out f.safetensors
+        fisherkit estimate my-model --data train.jsonl --structure ekfac --memory-budget 8e9 --plan
         torchrun --nproc-per-node 2 -m fisherkit estimate my-model --data train.jsonl --out f.safetensors
     """
 
@@ -49,19 +53,30 @@ class Estimate(ModelOptions):
             '"package.module:function" that returns (model, data).',
         ),
     ]
-    out: Annotated[Path, option("FILE", "The Fisher file to write.")]
+    out: Annotated[Path | None, option("FILE", "The Fisher file to write.", "none, with --plan")] = None
     data: Annotated[Path | None, option("FILE", "A folder's texts and labels: .jsonl, .csv or .tsv.", "none")] = None
     kind: Kind = "truncated:2"
     structure: Structure = "diagonal"
     example: Example = "sequence"
     normalization: Annotated[str, choice("Over examples", ("mean", "sum"))] = "mean"
     kfac_positions: Annotated[str, choice("How kfac and ekfac take positions", ("expand", "reduce"))] = "expand"
+    memory_budget: Annotated[
+        float | None, option("BYTES", "For result and sums; beyond it in parts.", "half of what is available", min=1)
+    ] = None
+    plan: Annotated[bool, typer.Option("--plan", help="Say parts, passes, bytes and time, and estimate nothing.")] = (
+        False
+    )
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
     as_json: AsJson = False
 
     def run(self) -> None:
         """Load, build, save, report; in several processes, each with its share of the batches, by the first one."""
+        if self.plan:
+            self._plan()
+            return
+        if self.out is None:
+            raise typer.BadParameter("Missing option '--out', the file to write; --plan needs none.")
         check_fisher_file(self.out, f"{CALL} --out", overwrite=self.overwrite)
         with started(self.device) as (rank, size):
             if size > 1 and structure_named(self.structure, CALL).keeps_rows:
@@ -69,23 +84,40 @@ class Estimate(ModelOptions):
                     call=CALL, got=f"structure={self.structure!r} in {size} processes", expected="one process",
                     why="each process would keep rows of its own, and one file has all", try_='structure="ekfac"',
                 )  # fmt: skip
-            model, data, likelihood = self._model_and_data()
-            params = self.selection(model, CALL)
+            model, data, options = self._asked()
             if rank == 0:
-                say(f"{self.model}: {_size(model, params, data)}. Estimating {self.kind}, {self.structure} ...")
+                named = _size(model, options["params"], data)
+                say(f"{self.model}: {named}. Estimating {self.kind}, {self.structure} ...")
             start = time.perf_counter()
-            fisher = FisherApproximation(
-                model, data if size == 1 else Share(Source(data).batches, rank, size),
-                rule_of(self.kind, call=CALL).with_seed(self.seed),
-                likelihood=load_likelihood(self.likelihood or likelihood, CALL),
-                structure=self.structure, params=params, example=self.example, normalization=self.normalization,
-                kfac_positions=self.kfac_positions, progress=True,
-            )  # fmt: skip
-            seconds = time.perf_counter() - start
+            if size == 1:
+                with _parts_are_told(self.out):
+                    found = build_file(
+                        self.out, model, data, max_shard_size=self.max_shard_size, overwrite=self.overwrite, **options
+                    )  # fmt: skip
+            else:
+                fisher = FisherApproximation(model, Share(Source(data).batches, rank, size), **options)
+                if rank == 0:
+                    fisher.save(self.out, max_shard_size=self.max_shard_size)
+                    found = open_file(self.out)
             if rank == 0:
-                fisher.save(self.out, max_shard_size=self.max_shard_size)
-                found = self._summary(fisher, data, seconds)
-                typer.echo(json.dumps(found, ensure_ascii=False) if self.as_json else _as_text(found))
+                summary = self._summary(found, data, time.perf_counter() - start)
+                typer.echo(json.dumps(summary, ensure_ascii=False) if self.as_json else _as_text(summary))
+
+    def _plan(self) -> None:
+        model, data, options = self._asked()
+        found = plan(model, data, to_file=True, **options)
+        typer.echo(json.dumps(asdict(found)) if self.as_json else str(found))
+
+    def _asked(self) -> tuple[nn.Module, Data, dict[str, Any]]:
+        """The model, its data, and the keywords of the package that the options stand for."""
+        model, data, likelihood = self._model_and_data()
+        return model, data, {
+            "kind": rule_of(self.kind, call=CALL).with_seed(self.seed),
+            "likelihood": load_likelihood(self.likelihood or likelihood, CALL),
+            "structure": self.structure, "params": self.selection(model, CALL), "example": self.example,
+            "normalization": self.normalization, "kfac_positions": self.kfac_positions, "progress": True,
+            "memory_budget": None if self.memory_budget is None else int(self.memory_budget),
+        }  # fmt: skip
 
     def _model_and_data(self) -> tuple[nn.Module, Data, str]:
         """The model, its data, and the likelihood of its own loss."""
@@ -95,24 +127,38 @@ class Estimate(ModelOptions):
         model, data = load_pair(self.model, CALL)
         return model.to(self.device), data, "categorical"
 
-    def _summary(self, fisher: FisherApproximation, data: Data, seconds: float) -> dict[str, Any]:
-        trace = float(fisher.trace())
+    def _summary(self, file: FisherFile, data: Data, seconds: float) -> dict[str, Any]:
+        blocks = (file.read(names) for names in file.blocks)  # one by one, as they may not fit together
+        traces = [(float(block.trace()), block.dtype) for block in blocks]
+        trace, size = sum(own for own, _ in traces), file.space.size
         found = {
             "file": str(self.out),
             "kind": self.kind,
-            "structure": fisher.structure,
-            "examples": fisher.examples,
-            "rows": fisher.rows,
-            "parameters": fisher.size,
+            "structure": file.metadata["structure"],
+            "examples": int(file.metadata["examples"]),
+            "rows": int(file.metadata["rows"]),
+            "parameters": size,
             "trace": trace,
-            "mean_eigenvalue": trace / fisher.size,
-            "dtype": str(fisher.dtype).removeprefix("torch."),
+            "mean_eigenvalue": trace / size,
+            "dtype": str(traces[0][1]).removeprefix("torch."),
             "seconds": seconds,
-            "likelihood": fisher.metadata["likelihood"],
+            "likelihood": file.metadata["likelihood"],
         }
         if isinstance(data, TextBatches):
             found |= {"texts_at_max_length": data.cut, "max_length": data.max_length}
         return found
+
+
+@contextmanager
+def _parts_are_told(path: Path) -> Iterator[None]:
+    """Whoever stops a run in parts is told that it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if io.record_of(path).exists():
+            parts, finished = io.parts_finished(path)
+            typer.echo(f"\n{finished} of {parts} parts are finished: the same command goes on from there.", err=True)
+        raise
 
 
 def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:

@@ -35,7 +35,7 @@ _PHRASES = (
 
 _CALLS = {
     "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "to_mergekit", "MergePolicy", "likelihood",
-    "params", "RelativeDamping", "FisherApproximation", *_KINDS,
+    "params", "RelativeDamping", "FisherApproximation", "build_file", "plan", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
 
@@ -65,6 +65,8 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
     known = "|".join(sorted(flags, key=len, reverse=True))
     if known:
         text = re.sub(rf"(?<![\w.-])({known})=({_VALUE})?", lambda found: _option(flags[found[1]], found[2]), text)
+    if "memory_budget" in flags:
+        text = text.replace("memory_budget", flags["memory_budget"])
     for pattern, words in _PHRASES[5:]:
         text = re.sub(pattern, words, text)
     return text

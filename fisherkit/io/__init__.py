@@ -2,7 +2,8 @@
 
 `atomic` puts a finished file under its name, `checksums` tells it from a damaged one, `tensors` writes one safetensors
 file or many; `state` describes an operator as a tree of named tensors, `fisher_file` is the format of it, of which only
-those tensors are read that are asked for; `model_files` reads and writes models' weights, which have no description.
+those tensors are read that are asked for, and `parts` writes such a file part by part; `model_files` reads and writes
+models' weights, which have no description.
 Nothing here knows what an operator means; ``operators.persistence`` turns a `State` back into an operator. Pickle is
 never used.
 """
@@ -10,6 +11,7 @@ never used.
 from fisherkit.io.atomic import as_path, check_folder, leftovers, part_folder, part_of, replace_text
 from fisherkit.io.checksums import CHECKSUM, parse, seal
 from fisherkit.io.fisher_file import FisherHeader, Reader, read, read_header, write
+from fisherkit.io.parts import PartsFile, parts_finished, record_of
 from fisherkit.io.state import Node, State
 from fisherkit.io.tensors import FORMAT, read_tensors, replace_checked_file
 
@@ -18,6 +20,7 @@ __all__ = [
     "FORMAT",
     "FisherHeader",
     "Node",
+    "PartsFile",
     "Reader",
     "State",
     "as_path",
@@ -26,9 +29,11 @@ __all__ = [
     "parse",
     "part_folder",
     "part_of",
+    "parts_finished",
     "read",
     "read_header",
     "read_tensors",
+    "record_of",
     "replace_checked_file",
     "replace_text",
     "seal",

@@ -80,7 +80,7 @@ def leftovers(path: Path) -> list[Path]:
     """Temporary files and folders of this path that are there: another process is at work, or one was killed."""
     stem = re.escape(path.name.removesuffix(".safetensors"))
     shard = r"(-[0-9a-f]{8}|-\d+)?(-\d{5,}-of-\d{5,})?"
-    pattern = re.compile(rf"\.?{stem}{shard}(\.safetensors)?(\.index\.json)?\.[0-9a-f]{{8}}\.part")
+    pattern = re.compile(rf"\.?{stem}{shard}(\.safetensors)?(\.(index|parts)\.json)?\.[0-9a-f]{{8}}\.part")
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     return sorted(found for found in beside if pattern.fullmatch(found.name))
 

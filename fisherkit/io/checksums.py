@@ -42,11 +42,22 @@ class Written(NamedTuple):
     shape: tuple[int, ...]
     crc32: str
 
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Written:
+        """The inverse of ``_asdict``, as JSON gives it back."""
+        return cls(entry["dtype"], tuple(entry["shape"]), entry["crc32"])
+
     @property
     def row_bytes(self) -> int:
         """Bytes of a row along the first axis."""
         size: int = getattr(torch, self.dtype).itemsize
         return size * math.prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole tensor."""
+        size: int = getattr(torch, self.dtype).itemsize
+        return size * math.prod(self.shape)
 
 
 class Checksums:
@@ -94,10 +105,14 @@ class Checksums:
             raise ValueError(f"tensor {name!r}: its values are not those that were written, by their checksum")
 
 
-def sealed(entries: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """A description with the checksums of its tensors, which may lie anywhere, and its own."""
-    written = {name: Written(_dtype(t), tuple(t.shape), _crc32(_raw(t)))._asdict() for name, t in tensors.items()}
-    whole = {**entries, CHECKSUMS: json.dumps(written)}
+def written(tensors: Mapping[str, Tensor]) -> dict[str, Written]:
+    """What tensors are, with the checksums of their bytes; they may lie anywhere."""
+    return {name: Written(_dtype(t), tuple(t.shape), _crc32(_raw(t))) for name, t in tensors.items()}
+
+
+def sealed(entries: Mapping[str, str], tensors: Mapping[str, Written]) -> dict[str, str]:
+    """A description with the checksums of its tensors, and its own."""
+    whole = {**entries, CHECKSUMS: json.dumps({name: one._asdict() for name, one in tensors.items()})}
     return {**whole, CHECKSUM: seal(whole)}
 
 
@@ -121,10 +136,7 @@ def unsealed(entries: Mapping[str, Any], names: Iterable[str]) -> Checksums:
     if CHECKSUM not in entries or CHECKSUMS not in entries or seal(entries) != entries[CHECKSUM]:
         raise ValueError("its description is not what was written, by its checksum")
     try:
-        found = {
-            name: Written(entry["dtype"], tuple(entry["shape"]), entry["crc32"])
-            for name, entry in parse(entries[CHECKSUMS]).items()
-        }
+        found = {name: Written.from_json(entry) for name, entry in parse(entries[CHECKSUMS]).items()}
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"checksums that are none ({error!r})") from error
     if differing := sorted(found.keys() ^ set(names)):

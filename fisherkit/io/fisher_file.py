@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from fisherkit.arguments import check_positive, is_integer
 from fisherkit.errors import FileFormatError, InvalidArgumentError, MissingFileError
 from fisherkit.io.atomic import as_path, check_folder, delete
-from fisherkit.io.checksums import CHECKSUM, CHECKSUMS, Checksums, parse, seal, sealed, unsealed
+from fisherkit.io.checksums import CHECKSUM, CHECKSUMS, Checksums, Written, parse, seal, sealed, unsealed, written
 from fisherkit.io.state import Node, Place, State, pack
 from fisherkit.io.tensors import (
     FORMAT,
@@ -91,34 +91,45 @@ def write(
     node, tensors = pack(state, largest)
     files, index = in_shards(path, forms_of(tensors), largest), None
     sharded = len(files) > 1  # a tensor that cannot be cut may be all there is
-    header = {
-        "format": FORMAT,
-        "version": str(SHARDED_VERSION if sharded else VERSION),
-        "space": json.dumps({n: list(s) for n, s in zip(space.names, space.shapes, strict=True)}),
-        "operator": json.dumps(node.to_json()),
-        "metadata": json.dumps({k: v for k, v in metadata.items() if (k, v) not in NO_CHECKSUMS.items()}),
-    }
+    header = described(node, space, metadata, SHARDED_VERSION if sharded else VERSION)
     refuse_others(path, call, sharded=sharded)
     if not sharded:
-        header = sealed(header, tensors)
+        header = sealed(header, written(tensors))
     else:
         # Of what is saved, so that the same is saved as the same bytes.
         save = hashlib.sha256(json.dumps([header, tensors_hash(tensors)], sort_keys=True).encode()).hexdigest()[:32]
-        index = index_of(path), _index({**header, "save": save}, tensors, weight_map(files))
+        index = index_of(path), index_text({**header, "save": save}, written(tensors), weight_map(files))
         header = {"format": SHARD_FORMAT, "save": save}
     with new_files(files, header, call, index=index) as put:
         for name, tensor in tensors.items():
             put(name, tensor)
-    replaced = [found for found in (path, index_of(path)) if _is_fisher_file(found)] + _shards_of(path)
-    delete(found for found in replaced if found not in files and (index is None or found != index[0]))
+    delete_replaced(path, files, index is not None)
 
 
-def _index(header: dict[str, str], tensors: dict[str, Tensor], files: dict[str, str]) -> str:
+def described(node: Node, space: ParameterSpace, metadata: Mapping[str, str], version: int) -> dict[str, str]:
+    """A header, without checksums."""
+    return {
+        "format": FORMAT,
+        "version": str(version),
+        "space": json.dumps({n: list(s) for n, s in zip(space.names, space.shapes, strict=True)}),
+        "operator": json.dumps(node.to_json()),
+        "metadata": json.dumps({k: v for k, v in metadata.items() if (k, v) not in NO_CHECKSUMS.items()}),
+    }
+
+
+def index_text(header: dict[str, str], tensors: Mapping[str, Written], files: Mapping[str, str]) -> str:
     """The text of an index: the header is in it, its checksum is of the files' names too."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     metadata: dict[str, Any] = {"total_size": total, **sealed(header, tensors)}
     metadata[CHECKSUM] = seal({**metadata, "weight_map": files})
     return json.dumps({"metadata": metadata, "weight_map": files}, indent=1)
+
+
+def delete_replaced(path: Path, files: Collection[Path], sharded: bool) -> None:
+    """Remove what another save under this name has left, once the files of this one are in place."""
+    kept = {*files, *([index_of(path)] if sharded else [])}
+    found = [one for one in (path, index_of(path)) if _is_fisher_file(one)] + _shards_of(path)
+    delete(one for one in found if one not in kept)
 
 
 def refuse_others(path: Path, call: str, *, sharded: bool = False) -> None:
@@ -128,7 +139,7 @@ def refuse_others(path: Path, call: str, *, sharded: bool = False) -> None:
         InvalidArgumentError: there is such a thing at the path or at the index.
     """
     for there in (path, index_of(path)) if sharded else (path,):
-        in_the_way = there.exists() if sharded else _header_at(there) is not None
+        in_the_way = there.exists() if sharded else header_at(there) is not None
         if in_the_way and not _is_fisher_file(there):
             raise InvalidArgumentError(
                 call=call, got=f"a path where {there.name} is something else than a Fisher file",
@@ -142,14 +153,14 @@ def _shards_of(path: Path) -> list[Path]:
     stem = re.escape(path.name.removesuffix(SUFFIX))
     pattern = re.compile(rf"{stem}(-[0-9a-f]{{8}}|-\d+)?-\d{{5,}}-of-\d{{5,}}\.safetensors")
     named = (found for found in path.parent.iterdir() if pattern.fullmatch(found.name))
-    return [found for found in named if (_header_at(found) or {}).get("format") == SHARD_FORMAT]
+    return [found for found in named if (header_at(found) or {}).get("format") == SHARD_FORMAT]
 
 
 def _is_fisher_file(path: Path) -> bool:
-    return (_header_at(path) or {}).get("format") == FORMAT
+    return (header_at(path) or {}).get("format") == FORMAT
 
 
-def _header_at(path: Path) -> dict[str, str] | None:
+def header_at(path: Path) -> dict[str, str] | None:
     """What a safetensors file or an index says of itself; None if it is not there or of another kind."""
     try:
         if path.name.endswith(INDEX_SUFFIX):

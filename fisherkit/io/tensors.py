@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fisherkit.errors import FileFormatError, InvalidTypeError
 from fisherkit.io.atomic import delete, flush, part_of, replace_text
-from fisherkit.io.checksums import CHECKSUM, Checksums, parse, sealed, unsealed
+from fisherkit.io.checksums import CHECKSUM, Checksums, parse, sealed, unsealed, written
 
 FORMAT = "fisherkit"
 """How the formats of this package's files begin; that of a Fisher file is this alone."""
@@ -137,14 +137,7 @@ def in_shards(path: Path, forms: Mapping[str, Form], largest: int | None) -> dic
         forms: every tensor's.
         largest: bytes of tensors in a file; None for one file.
     """
-    shards: list[dict[str, Form]] = [{}]
-    room = math.inf if largest is None else largest
-    for name, form in forms.items():
-        if shards[-1] and form_nbytes(form) > room:
-            shards.append({})
-            room = largest or 0
-        shards[-1][name] = form
-        room -= form_nbytes(form)
+    shards = cut(forms, largest)
     if len(shards) == 1:
         return {path: shards[0]}
     for tag in itertools.chain([""], (f"-{number}" for number in itertools.count(1))):
@@ -154,6 +147,19 @@ def in_shards(path: Path, forms: Mapping[str, Form], largest: int | None) -> dic
         if not any(found.exists() for found in paths):
             break
     return dict(zip(paths, shards, strict=True))
+
+
+def cut(forms: Mapping[str, Form], largest: int | None) -> list[dict[str, Form]]:
+    """Tensors in their order, at most so many bytes together where none has more; ``largest`` None for all together."""
+    shards: list[dict[str, Form]] = [{}]
+    room = math.inf if largest is None else largest
+    for name, form in forms.items():
+        if shards[-1] and form_nbytes(form) > room:
+            shards.append({})
+            room = largest or 0
+        shards[-1][name] = form
+        room -= form_nbytes(form)
+    return shards
 
 
 def weight_map(files: Mapping[Path, Mapping[str, Form]]) -> dict[str, str]:
@@ -174,7 +180,7 @@ def replace_checked_file(path: str | Path, tensors: Mapping[str, Tensor], header
     Returns:
         The header's checksum, which is one of all that the file holds.
     """
-    whole = sealed(header, tensors)
+    whole = sealed(header, written(tensors))
     with new_files({Path(path): forms_of(tensors)}, whole) as put:
         for name, tensor in tensors.items():
             put(name, tensor)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -152,6 +152,25 @@ class Plan(Findings):
         with untouched_rng([self.example_parameter.device]) as draws, differentiable(self.model, own):
             yield draws
 
+    def restricted(self, names: Collection[str]) -> Plan:
+        """The same for the parameters of some of the units alone, with those that are used beside them."""
+        space = self.space.restrict(names)
+        return replace(
+            self, space=space, parameters={name: self.parameters[name] for name in space.names},
+            versions={name: self.versions[name] for name in space.names}, unused=self.unused.intersection(space.names),
+            units=tuple(unit for unit in self.units if unit.names[0] in space.names),
+            tried=self.tried | {"last layer": 0},  # by rows, as beside other layers
+        )  # fmt: skip
+
+    def revised(self, part: Plan) -> Plan:
+        """With what a later batch has shown of some units' parameters, as `restricted` made a plan of them."""
+        own = set(part.space.names)
+        units = [unit for unit in self.units if unit.names[0] not in own]
+        changed = replace(
+            self, vectorised=self.vectorised and part.vectorised, unused=(self.unused - own) | part.unused
+        )  # fmt: skip
+        return changed.with_units([*units, *part.units])
+
     @property
     def example_parameter(self) -> Tensor:
         """Any of the parameters, for dtype and device."""
@@ -205,10 +224,6 @@ class Plan(Findings):
             or any(unit.differs(watched.uses[i]) for i in unit.of(watched.uses))
             for name in unit.names
         }
-
-    def factor_numbers(self) -> int:
-        """Entries of all Kronecker factors."""
-        return sum(unit.shape[1] ** 2 + unit.shape[2] ** 2 for unit in self.ruled if unit.shape is not None)
 
     def generic_rows(
         self, batch: Batch, v: Float[Tensor, "k B ..."], z: Float[Tensor, "B ..."]

@@ -214,6 +214,26 @@ class Problem:
 
         return linearized, rows
 
+    def layers(self) -> list[tuple[str, ...]]:
+        """The parameters of each module, joined with those that are used beside them: what can be handled apart."""
+        with self.plan.quiet():
+            uses = Linearized.probe(self.plan).watched.uses
+        return self.plan.space.joined_blocks([*(unit.names for unit in self.plan.units), *(use.names for use in uses)])
+
+    def first_chunks(self) -> tuple[int, Iterator[Chunk]]:
+        """A first micro-batch's number of examples, and its chunks."""
+        first = self.source.first()
+        micro = first.take(slice(0, self._piece(first.size))).to(self.plan.example_parameter.device)
+        return micro.size, self._micro(micro, self.offset, first.place, in_company=False)
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes of a pass beside what it adds up, about: layers' outputs, and as many gradients at them."""
+        examples = self._piece(self.source.first().size)
+        numbers = examples * self.plan.numbers_per_example
+        gradients = min(self.vectors_per_example * numbers, max(numbers, self._room(TILE)))
+        return (numbers + gradients) * self.plan.example_parameter.dtype.itemsize
+
     def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
         """Σ_m v (vᵀ w) for K directions in output space."""
         outputs = self._outputs(batch, raw, start, call)
@@ -296,9 +316,9 @@ class Problem:
             v = torch.ones(1, *linearized.z.shape, device=linearized.z.device, dtype=linearized.z.dtype)
             selection = RowSelection(1, len(linearized.z), v.device)
             linearized.rows(v, selection)  # the first one finds out whose the entries are
-            start = _now(v.device)
+            start = now(v.device)
             linearized.rows(v, selection)
-            return _now(v.device) - start
+            return now(v.device) - start
 
     def choose(self, *, lean: bool) -> None:
         """Choose how each unit's rows are kept: with the fewest numbers if memory is short, else for speed."""
@@ -336,7 +356,7 @@ class Problem:
         Raises:
             DataError: there is no batch.
         """
-        self._refuse_changed()
+        self.refuse_changed()
         if not shows:
             self.confirm()
         self.plan.probe.watched = None  # its graph has served
@@ -354,7 +374,7 @@ class Problem:
         if start == 0 and self.processes is None:
             raise DataError(call="data", got="no batch", expected="at least one example")
 
-    def _refuse_changed(self) -> None:
+    def refuse_changed(self) -> None:
         """Refuse a model that is not what it was when the Fisher was built: its rows would be another Fisher's.
 
         Raises:
@@ -467,7 +487,7 @@ class Problem:
         return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, when all that was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

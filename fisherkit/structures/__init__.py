@@ -3,6 +3,7 @@
 from fisherkit.structures.base import (
     LayerStructure,
     LayerSums,
+    Names,
     Part,
     Parts,
     Structure,
@@ -27,6 +28,7 @@ __all__ = [
     "Full",
     "LayerStructure",
     "LayerSums",
+    "Names",
     "Part",
     "Parts",
     "RowStructure",

@@ -186,6 +186,8 @@ class Structure(ABC):
     exact kind has without a backward pass."""
     counts_positions: ClassVar[bool] = False
     """Whether it asks which positions outputs that count depend on, as Kronecker factors do."""
+    in_parts: ClassVar[bool] = False
+    """Whether layers can be handled one after the other: whether no block of the operator is of several layers."""
     passes: ClassVar[int] = 1
     """Over the rows, about."""
     instead: ClassVar[str] = "params= to choose fewer parameters"
@@ -217,6 +219,10 @@ class Structure(ABC):
     def bytes(self, problem: Problem) -> int:
         """What the sums take, before anything is computed; ``problem`` knows the examples and what their rows take."""
         return self.item * self.space.size
+
+    def peak(self, problem: Problem) -> int:
+        """What adding up and the operator take at most, the operator included: by default, both whole."""
+        return 2 * self.bytes(problem)
 
     def fitted(self, problem: Problem) -> int:
         """The same, once it is chosen how rows are kept so that they fit."""

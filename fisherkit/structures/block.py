@@ -81,6 +81,7 @@ class Block(RowStructure):
     name = "block"
     meaning = "one exact block a module, nothing between modules"
     instead = 'structure="kfac" or "diagonal"'
+    in_parts = True
 
     @property
     def groups(self) -> tuple[Names, ...]:
@@ -90,6 +91,10 @@ class Block(RowStructure):
     def bytes(self, problem: Problem) -> int:
         """Of each module, its rows or its matrix, whichever is smaller."""
         return sum(min(sizes) for sizes in self._sizes(problem).values())
+
+    def peak(self, problem: Problem) -> int:
+        """Rows exist once, a matrix as the sum and as the operator's."""
+        return sum(min(rows, 2 * matrix) for rows, matrix in self._sizes(problem).values())
 
     def _sizes(self, problem: Problem) -> dict[Names, tuple[int, int]]:
         """Bytes of each module's rows and of its matrix."""

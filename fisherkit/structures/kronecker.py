@@ -24,6 +24,7 @@ from fisherkit.rows.collection import UnitSlot
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.last_layer import LastLayerRows
 from fisherkit.rows.problem import Problem
+from fisherkit.rows.units import RuledUnit
 from fisherkit.space import ParameterSpace
 from fisherkit.structures.base import LayerStructure, LayerSums, Names, UnitSums
 from fisherkit.structures.block import NormalMatrix
@@ -31,6 +32,9 @@ from fisherkit.structures.diagonal import Squares
 
 SMALL_BLOCK = 256
 """Units without a Kronecker rule get an exact block up to this many parameters and an exact diagonal above."""
+
+EIGH_BYTES = 32
+"""For each entry of a matrix while it is decomposed in float64: itself, its eigenvectors, and twice as much work."""
 
 
 @dataclass(frozen=True)
@@ -307,11 +311,21 @@ class KFAC(LayerStructure):
     meaning = "a Kronecker product a layer: activations' factor ⊗ output gradients' factor"
     needs_rows = False
     counts_positions = True
+    in_parts = True
     instead = 'structure="diagonal", or params= without the widest layers'
 
     def bytes(self, problem: Problem) -> int:
-        """The factors."""
-        return self.item * problem.plan.factor_numbers()
+        """The factors, and what units without factors have."""
+        return self.item * sum(inputs**2 + outputs**2 for inputs, outputs in _sides(problem)) + self._others(problem)
+
+    def _others(self, problem: Problem) -> int:
+        """Bytes of blocks and diagonals of units without factors."""
+        sizes = [
+            sum(self.space.restrict(unit.names).sizes)
+            for unit in problem.plan.units
+            if not (isinstance(unit, RuledUnit) and unit.shape)
+        ]
+        return self.item * sum(size**2 if size <= SMALL_BLOCK else size for size in sizes)
 
     def record(self, rows: UnitRows) -> UnitSums:
         """Of a unit without factors: its block, or its diagonal."""
@@ -331,6 +345,19 @@ class EKFAC(KFAC):
     meaning = "kfac's eigenvectors with eigenvalues measured along them"
     passes = 2
 
+    def bytes(self, problem: Problem) -> int:
+        """Two eigenbases and the values of each layer."""
+        return super().bytes(problem) + self.item * sum(i * o for i, o in _sides(problem))
+
+    def peak(self, problem: Problem) -> int:
+        """All factors beside the eigenvectors found so far and the float64 work on the next ones."""
+        sides, known, most = _sides(problem), 0, 0
+        for i, o in sides:
+            most = max(most, known + EIGH_BYTES * max(i, o) ** 2)
+            known += self.item * (i**2 + o**2 + i * o)
+        factors = self.item * sum(i**2 + o**2 for i, o in sides)
+        return 2 * self._others(problem) + max(factors + most, factors + known, 2 * known - factors)
+
     def next_pass(self, sums: LayerSums) -> LayerSums | None:
         """The moments, after the factors."""
         if sums.done is not None:
@@ -345,6 +372,11 @@ class EKFAC(KFAC):
             return LayerSums(self, {names: moments(names) for names in factors}, others)
         cubes = {n: u.activation.width**3 + u.gradient.width**3 for n, u in factors.items()}
         return LayerSums(self, self.processes.shared_out(cubes, moments), others)
+
+
+def _sides(problem: Problem) -> list[tuple[int, int]]:
+    """Widths of both factors of every unit that has them."""
+    return [unit.shape[1:] for unit in problem.plan.ruled if unit.shape is not None]
 
 
 class SmallBlock(NormalMatrix):

@@ -25,6 +25,7 @@ from fisherkit.rows.base import spans
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import UnitSlot
 from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
 from fisherkit.structures.base import LayerStructure, LayerSums, UnitSums
 from fisherkit.structures.kronecker import KFAC, KroneckerFactors, SecondMoment
@@ -153,6 +154,10 @@ class NKP(KFAC):
     meaning = "the Kronecker product nearest to each layer's exact block"
     needs_rows = True
     passes = 10
+
+    def peak(self, problem: Problem) -> int:
+        """A half-step beside the next one, and what was found two passes ago."""
+        return 3 * self.bytes(problem)
 
     def start(self, slot: UnitSlot, chunk: Chunk) -> UnitSums:
         """A first half-step of factored rows."""

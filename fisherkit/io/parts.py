@@ -1,0 +1,195 @@
+"""A Fisher file in the making: shards that are written one part after the other, by a run that may be killed and go on.
+
+A shard appears under its name when it is whole, and the index, without which they are no Fisher file, when all parts
+are there. Until then a record beside them says what has been finished, and of what: a run of anything else is refused.
+The same run gives the same bytes, whether it was interrupted or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
+from fisherkit.io.atomic import delete, replace_text
+from fisherkit.io.checksums import CHECKSUM, Checksums, Written, parse, seal, written
+from fisherkit.io.fisher_file import (
+    SHARD_FORMAT,
+    SHARDED_VERSION,
+    delete_replaced,
+    described,
+    header_at,
+    index_of,
+    index_text,
+    refuse_others,
+)
+from fisherkit.io.state import Node, State, pack
+from fisherkit.io.tensors import FORMAT, SUFFIX, UNREADABLE, cut, forms_of, new_files
+from fisherkit.space import ParameterSpace
+
+PARTS_FORMAT = f"{FORMAT}-parts"
+
+
+def record_of(path: Path) -> Path:
+    """What says which parts of a Fisher file in the making are finished."""
+    return path.with_name(f"{path.name}.parts.json")
+
+
+def parts_finished(path: Path) -> tuple[int, int]:
+    """How many parts a Fisher file in the making has, and how many of them are finished."""
+    found = json.loads(record_of(path).read_text("utf-8"))
+    return len(found["parts"]), len(found["finished"])
+
+
+class PartsFile:
+    """The parts of a Fisher file, of which some may be there from a run that was interrupted.
+
+    Args:
+        path: of the Fisher file.
+        settings: what the result depends on beside the data, as JSON; another run's parts are not gone on with.
+        data: gives what tells the data from others, known once a part has been made.
+        largest: bytes of a file where no tensor has more; None for one file a part.
+        overwrite: discard parts of another run.
+        call: the public call, for errors.
+
+    Raises:
+        InvalidArgumentError: parts of another run are there.
+        FileFormatError: their record is damaged.
+    """
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, str], data: Callable[[], list[str]], *, largest: int | None,
+        overwrite: bool, call: str,
+    ) -> None:  # fmt: skip
+        self.path, self._data, self._largest, self._call = path, data, largest, call
+        self._settings = {**settings, "max_shard_size": str(largest)}
+        self._known: dict[str, Any] = {} if overwrite and not self._ours() else self._read()
+        self._record = self._known
+
+    def _ours(self) -> bool:
+        try:
+            return bool(self._read())
+        except (InvalidArgumentError, FileFormatError):
+            return False
+
+    def _read(self) -> dict[str, Any]:
+        """The record of an interrupted run; empty if there is none."""
+        file = record_of(self.path)
+        if not file.exists():
+            return {}
+        advice = f"overwrite=True, which makes all parts again, another name, or rm {file}"
+        try:
+            found = dict(parse(file.read_text("utf-8")))
+            if found.get("format") != PARTS_FORMAT or found[CHECKSUM] != seal(found):
+                raise ValueError("it is not what was written, by its checksum")
+            known = dict(found["settings"])
+        except (OSError, LookupError, ValueError, TypeError) as error:
+            raise FileFormatError(
+                call=self._call, got=f"{file.name}, which cannot be read ({error})",
+                expected="what an interrupted run has written", try_=advice,
+            ) from error  # fmt: skip
+        names = sorted(known.keys() | self._settings.keys())
+        if changed := [name for name in names if known.get(name) != self._settings.get(name)]:
+            raise InvalidArgumentError(
+                call=self._call, got=f"{file.name} of an interrupted run with another {listed(changed)}",
+                expected="no such file, or the same run again, which goes on from there",
+                why="its finished parts belong to another result", try_=advice,
+            )  # fmt: skip
+        return found
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the interrupted run depended on beside the settings: "budget" and "data"; empty if there is none."""
+        return self._known
+
+    def begin(self, parts: Sequence[tuple[str, ...]], plan: str, budget: int) -> list[tuple[str, ...]]:
+        """The parts to make, those of the interrupted run if it made rows in the same way."""
+        if len(parts) > 1:
+            refuse_others(self.path, self._call, sharded=True)
+        if self._known.get("plan") == plan:
+            self._record = self._known
+        else:
+            # The record on the disk stays until a part is finished: a later batch may yet show what that run knew.
+            self._record = {
+                "format": PARTS_FORMAT, "settings": self._settings, "plan": plan, "budget": budget,
+                "parts": [list(names) for names in parts], "finished": {},
+            }  # fmt: skip
+        return [tuple(names) for names in self._record["parts"]]
+
+    @property
+    def number(self) -> int:
+        """Of parts."""
+        return len(self._record.get("parts", ()))
+
+    def finished(self, number: int) -> bool:
+        """Whether a part is there, as it was written; one that is damaged is to be made again."""
+        entry = self._record["finished"].get(str(number))
+        if entry is None:
+            return False
+        checksums = Checksums({key: Written.from_json(one) for key, one in entry["tensors"].items()})
+        try:
+            for name in set(entry["files"].values()):
+                with safe_open(self.path.with_name(name), framework="pt") as file:
+                    if (file.metadata() or {}).get("save") != self._record["save"]:
+                        raise ValueError("of another save")
+                    for key in file.keys():  # noqa: SIM118  the handle is no mapping
+                        checksums.check(key, file.get_tensor(key))
+        except UNREADABLE:
+            del self._record["finished"][str(number)]
+            return False
+        return True
+
+    def put(self, number: int, blocks: Sequence[State], record: Mapping[str, Any]) -> None:
+        """Write a finished part: its blocks, and what is to be known of it at the end."""
+        if "save" not in self._record:
+            self._record["data"] = self._data()
+            own = {key: self._record[key] for key in ("settings", "plan", "budget", "parts", "data")}
+            self._record["save"] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32]
+            # A finished file of the same run keeps its shards until this one is whole.
+            there = (header_at(index_of(self.path)) or {}).get("save") == self._record["save"]
+            self._record["names"] = "again" if there else ""
+        nodes: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for place, state in enumerate(blocks):
+            node, own_tensors = pack(state, self._largest, f"{number}.{place}.")
+            nodes.append(node.to_json())
+            tensors |= own_tensors
+        tag = hashlib.sha256(f"{self._record['save']} {number} {self._record['names']}".encode()).hexdigest()[:8]
+        shards = cut(forms_of(tensors), self._largest)
+        stem = f"{self.path.name.removesuffix(SUFFIX)}-{tag}"
+        files = {
+            self.path.with_name(f"{stem}-{i:05}-of-{len(shards):05}{SUFFIX}"): forms
+            for i, forms in enumerate(shards, 1)
+        }
+        with new_files(files, {"format": SHARD_FORMAT, "save": self._record["save"]}, self._call) as write:
+            for name, tensor in tensors.items():
+                write(name, tensor)
+        self._record["finished"][str(number)] = {
+            "files": {key: file.name for file, forms in files.items() for key in forms}, "nodes": nodes,
+            "tensors": {name: one._asdict() for name, one in written(tensors).items()}, "record": dict(record),
+        }  # fmt: skip
+        replace_text(record_of(self.path), json.dumps({**self._record, CHECKSUM: seal(self._record)}))
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Of all parts."""
+        return [self._record["finished"][str(number)]["record"] for number in range(self.number)]
+
+    def close(self, kind: str, space: ParameterSpace, metadata: Mapping[str, str]) -> None:
+        """Write the index, an operator of this kind whose children are all parts' blocks, and remove the record."""
+        entries = [self._record["finished"][str(number)] for number in range(self.number)]
+        place = {name: i for i, name in enumerate(space.names)}
+        children = [Node.from_json(node) for entry in entries for node in entry["nodes"]]
+        root = Node(kind, space.names, {}, {}, tuple(sorted(children, key=lambda node: place[node.names[0]])))
+        files = {key: name for entry in entries for key, name in entry["files"].items()}
+        tensors = {key: Written.from_json(one) for entry in entries for key, one in entry["tensors"].items()}
+        header = described(root, space, metadata, SHARDED_VERSION) | {"save": self._record["save"]}
+        replace_text(index_of(self.path), index_text(header, tensors, files))
+        delete_replaced(self.path, [self.path.with_name(name) for name in files.values()], sharded=True)
+        delete([record_of(self.path)])

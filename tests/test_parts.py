@@ -1,0 +1,401 @@
+"""Builds in parts: the whole build's matrix, the same bytes after an interruption, and the plan before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import fisherkit as fk
+from fisherkit.cli import app
+from tests.conformance_cases import KINDS, build, problem
+
+STRUCTURES = ("kfac", "ekfac", "nkp", "block")
+SHARED = ("tied_head_parameter", "tied_head_functional", "reused_module", "lstm", "attention_cross", "masked_weight")
+TOLERANCE = 1e-12
+
+GENERATOR = torch.Generator().manual_seed(0)
+DATA = [
+    (torch.randn(16, 6, generator=GENERATOR, dtype=torch.float64), torch.randint(4, (16,), generator=GENERATOR))
+    for _ in range(3)
+]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 4))
+    return nn.Sequential(*layers).double()
+
+
+def same(found: fk.FisherOperator, expected: fk.FisherOperator) -> None:
+    columns = torch.randn(expected.size, 3, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
+    error = (found @ columns - expected @ columns).norm()
+    assert float(error) <= TOLERANCE * float((expected @ columns).norm())
+
+
+def needed(model: nn.Module, data: Any, structure: str, **options: Any) -> int:
+    """Bytes of the whole result, beside which no two layers' sums fit."""
+    return fk.plan(model, data, structure=structure, **options).result_bytes
+
+
+# -- in memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "nkp"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["mlp", "tied_head_parameter"])
+def test_build__in_parts_is_the_whole_build(family: str, kind: str, structure: str) -> None:
+    of = problem(family)
+    conventions = {"likelihood": of.likelihood, "example": of.example, "structure": structure}
+    budget = needed(of.model, (of.inputs, of.targets), **conventions)
+    plan = fk.plan(of.model, (of.inputs, of.targets), memory_budget=budget, **conventions)
+    assert len(plan.parts) > 1
+    whole, found = build(family, kind, structure), build(family, kind, structure, memory_budget=budget)
+    same(found, whole)
+    assert (found.examples, found.rows) == (whole.examples, whole.rows)
+    assert found.coverage() == whole.coverage()
+    assert [block.space for block in found.held.blocks] == [block.space for block in whole.held.blocks]
+    if whole.dropped_trace is not None:
+        assert torch.equal(found.dropped_trace, whole.dropped_trace)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("family", SHARED)
+def test_build__in_parts_of_shared_and_unusual_layers(family: str, structure: str) -> None:
+    of = problem(family)
+    conventions = {"likelihood": of.likelihood, "example": of.example, "structure": structure}
+    budget = needed(of.model, (of.inputs, of.targets), **conventions)
+    whole, found = build(family, "ef", structure), build(family, "ef", structure, memory_budget=budget)
+    same(found, whole)
+    assert found.coverage() == whole.coverage()
+
+
+class Gated(nn.Module):
+    """A second layer that only inputs above 2 go through, and a head that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.expert, self.head, self.spare = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 2
+        h = self.first(x)
+        if bool(chosen.any()):
+            h = h.index_add(0, chosen.nonzero()[:, 0], self.expert(h[chosen]).tanh())
+        return self.head(h)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "nkp"])
+def test_build__in_parts_of_layers_that_some_batches_do_not_use(structure: str) -> None:
+    model, x = Gated().double(), torch.randn(3, 8, 6, generator=GENERATOR, dtype=torch.float64)
+    x[1, :3, 0] += 5
+    data = [(one, torch.arange(8) % 6) for one in x.clamp_max(1.9) + (x > 2) * x]
+    budget = needed(model, data, structure)
+    whole = fk.EmpiricalFisher(Gated().double(), data, structure=structure)
+    same(fk.EmpiricalFisher(model, data, structure=structure, memory_budget=budget), whole)
+
+
+def test_build__refuses_data_that_change_between_parts() -> None:
+    class Drawn(list[Any]):
+        """Other inputs in every pass."""
+
+        passes = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.passes += 1
+            return iter([(x + self.passes, y) for x, y in DATA])
+
+    budget = needed(network(), DATA, "kfac")
+    with pytest.raises(fk.DataError, match="change between passes"):
+        fk.EmpiricalFisher(network(), Drawn(), structure="kfac", memory_budget=budget)
+
+
+def test_build__refuses_a_result_that_does_not_fit_and_names_the_file() -> None:
+    budget = needed(network(), DATA, "ekfac") - 1
+    with pytest.raises(fk.MemoryBudgetError, match=r"fk\.build_file"):
+        fk.EmpiricalFisher(network(), DATA, structure="ekfac", memory_budget=budget)
+
+
+# -- into a file -------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if "safe" in p.name}
+
+
+@pytest.mark.parametrize("max_shard_size", [None, 2000])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_build_file__larger_than_the_budget_is_the_whole_build(
+    structure: str, max_shard_size: int | None, tmp_path: Path
+) -> None:
+    whole = fk.ExactFisher(network(), DATA, structure=structure)
+    budget = whole.held.nbytes - 1
+    assert len(fk.plan(network(), DATA, "exact", structure=structure, memory_budget=budget, to_file=True).parts) > 1
+    path = tmp_path / "f.safetensors"
+    file = fk.build_file(
+        path, network(), DATA, "exact", structure=structure, memory_budget=budget, max_shard_size=max_shard_size
+    )  # fmt: skip
+    assert set(file.blocks) == {block.space.names for block in whole.held.blocks}
+    found = fk.load(path)
+    same(found, whole)
+    assert found.metadata == whole.metadata
+    assert found.coverage() == whole.coverage()
+    assert not list(tmp_path.glob("*.json.*")) + list(tmp_path.glob("*.parts.json")) + list(tmp_path.glob("*.part"))
+    if max_shard_size is not None:
+        tensors = max(max_shard_size, 8 * 24)
+        assert all(p.stat().st_size < tensors + 2000 for p in tmp_path.glob("*.safetensors"))
+
+
+def test_build_file__what_fits_is_one_file(tmp_path: Path) -> None:
+    fk.build_file(tmp_path / "f", network(), DATA, "ef", structure="kfac")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    same(fk.load(tmp_path / "f"), fk.EmpiricalFisher(network(), DATA, structure="kfac"))
+
+
+def interrupted(path: Path, data: Any = DATA, parts: int = 1, **options: Any) -> dict[str, Any]:
+    """A run that ends right after so many parts, and its options."""
+    options = {"structure": "ekfac", "memory_budget": needed(network(), DATA, "ekfac") * 3 // 4} | options
+
+    class Ending(list[Any]):
+        """Data that end the run in the pass after those parts, of two passes each."""
+
+        passes = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.passes += 1
+            if (path.parent / f"{path.name}.parts.json").exists():
+                raise KeyboardInterrupt
+            return super().__iter__()
+
+    with pytest.raises(KeyboardInterrupt):
+        fk.build_file(path, network(), Ending(data), "ef", **options)
+    assert not path.exists()
+    assert not (path.parent / f"{path.name}.safetensors.index.json").exists()
+    return options
+
+
+def test_build_file__goes_on_with_the_finished_parts_and_the_budget_of_then(tmp_path: Path) -> None:
+    options = interrupted(tmp_path / "f")
+    (done,) = tmp_path.glob("f-*")
+    before = done.stat().st_mtime_ns
+    fk.build_file(tmp_path / "f", network(), DATA, "ef", **options | {"memory_budget": None})
+    assert done.stat().st_mtime_ns == before
+    (tmp_path / "other").mkdir()
+    fk.build_file(tmp_path / "other" / "f", network(), DATA, "ef", **options)
+    assert contents(tmp_path) == contents(tmp_path / "other")
+    same(fk.load(tmp_path / "f"), fk.EmpiricalFisher(network(), DATA, structure="ekfac"))
+
+
+def test_build_file__makes_a_damaged_part_again(tmp_path: Path) -> None:
+    options = interrupted(tmp_path / "f")
+    (done,) = tmp_path.glob("f-*")
+    raw = bytearray(done.read_bytes())
+    raw[-3] ^= 1
+    done.write_bytes(raw)
+    fk.build_file(tmp_path / "f", network(), DATA, "ef", **options)
+    same(fk.load(tmp_path / "f"), fk.EmpiricalFisher(network(), DATA, structure="ekfac"))
+
+
+@pytest.mark.parametrize("changed", ["data", "model", "kind"])
+def test_build_file__parts_of_another_run_are_refused_and_may_be_overwritten(changed: str, tmp_path: Path) -> None:
+    options = interrupted(tmp_path / "f")
+    model, data, kind = network(), DATA, "ief" if changed == "kind" else "ef"
+    if changed == "data":
+        data = [(x + 1, y) for x, y in DATA]
+    if changed == "model":
+        nn.init.zeros_(model[0].bias)
+    before = contents(tmp_path)
+    error = fk.DataError if changed == "data" else fk.InvalidArgumentError
+    with pytest.raises(error, match=r"f\.parts\.json"):
+        fk.build_file(tmp_path / "f", model, data, kind, **options)
+    assert contents(tmp_path) == before
+    if changed != "data":
+        fk.build_file(tmp_path / "f", model, data, kind, **options, overwrite=True)
+        same(fk.load(tmp_path / "f"), fk.FisherApproximation(model, data, kind, structure="ekfac"))
+        assert len(list(tmp_path.glob("f-*"))) == len({*fk.operators.open_file(tmp_path / "f").files})
+
+
+def test_build_file__replaces_a_finished_file_only_when_it_is_whole(tmp_path: Path) -> None:
+    options = {"structure": "kfac", "memory_budget": needed(network(), DATA, "kfac") * 3 // 4}
+    fk.build_file(tmp_path / "f", network(), DATA, "ef", **options)
+    expected = fk.load(tmp_path / "f")
+    with pytest.raises(fk.NonFiniteError):
+        fk.build_file(tmp_path / "f", network(), [*DATA[:2], (DATA[2][0] / 0, DATA[2][1])], "ef", **options)
+    same(fk.load(tmp_path / "f"), expected)
+    fk.build_file(tmp_path / "f", network(), DATA, "ef", **options)
+    same(fk.load(tmp_path / "f"), expected)
+    fk.build_file(tmp_path / "f", network(), DATA, "ief", **options)
+    same(fk.load(tmp_path / "f"), fk.ImprovedEmpiricalFisher(network(), DATA, structure="kfac"))
+    assert len(list(tmp_path.glob("f-*"))) == len({*fk.operators.open_file(tmp_path / "f").files})
+
+
+def test_build_file__refuses_a_layer_that_does_not_fit_alone(tmp_path: Path) -> None:
+    with pytest.raises(fk.MemoryBudgetError, match=r"for 0\.weight, 0\.bias alone"):
+        fk.build_file(tmp_path / "f", network(), DATA, "ef", structure="kfac", memory_budget=100)
+    assert not list(tmp_path.iterdir())
+
+
+# -- commands that are killed ------------------------------------------------------------------------------------------
+
+SLOW = """
+import torch
+from torch import nn
+
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 4)).double()
+    return model, [(torch.randn(16, 6).double(), torch.randint(4, (16,))) for _ in range(30)]
+"""
+
+
+def command(folder: Path) -> subprocess.Popen[str]:
+    (folder / "slow_parts.py").write_text(SLOW)
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from fisherkit.cli import app; app()"
+    arguments = ["estimate", "slow_parts:make", "--kind", "exact", "--structure", "ekfac", "--memory-budget", "13000"]
+    environment = os.environ | {"PYTHONPATH": str(Path(fk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, "--out", "f.safetensors"], cwd=folder, env=environment,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = command(folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, (out, err)
+    found = contents(folder)
+    assert len(found) > 2
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_estimate__stopped_after_a_part_goes_on_to_the_same_bytes(
+    number: signal.Signals, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    process = command(tmp_path)
+    while not (tmp_path / "f.safetensors.parts.json").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    if number == signal.SIGTERM and process.returncode:
+        assert "parts are finished: the same command goes on from there." in err
+    again = command(tmp_path)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0 or process.returncode == 0, (out, err)
+    assert contents(tmp_path) == undisturbed
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def test_plan__says_parts_passes_bytes_and_time() -> None:
+    budget = needed(network(), DATA, "ekfac")
+    found = fk.plan(network(), DATA, "exact", structure="ekfac", memory_budget=budget)
+    assert found.structure == "ekfac"
+    assert found.parts == tuple((f"{i}.weight", f"{i}.bias") for i in (0, 2, 4))
+    assert (found.passes, found.backward_passes) == (6, 6 * 3 * 3)
+    assert found.result_bytes == budget == found.memory_budget
+    whole = fk.ExactFisher(network(), DATA, structure="ekfac")
+    assert found.result_bytes == whole.held.nbytes
+    assert found.peak_bytes > budget
+    lines = str(found).splitlines()
+    assert lines[0] == "ekfac in 3 parts, 6 passes over the data"
+    assert lines[1].startswith("54 backward passes, about ")
+    assert lines[2].startswith("result ")
+    assert lines[3:] == [f"part {i}: {2 * i - 2}.weight, {2 * i - 2}.bias" for i in (1, 2, 3)]
+
+
+def test_plan__of_data_whose_length_is_not_known_has_no_time() -> None:
+    class Unknown:
+        def __iter__(self) -> Iterator[Any]:
+            return iter(DATA)
+
+    found = fk.plan(network(), Unknown(), structure="kfac")
+    assert (found.seconds, found.backward_passes, found.passes) == (None, None, 1)
+    assert "not known" in str(found)
+
+
+def test_estimate__plan_computes_nothing_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "planned_parts.py").write_text(SLOW)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["estimate", "planned_parts:make", "--structure", "ekfac", "--memory-budget", "13e3", "--plan"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == "ekfac in 3 parts, 6 passes over the data"
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert (found["passes"], found["memory_budget"], len(found["parts"])) == (6, 13000, 3)
+    assert [p.name for p in tmp_path.iterdir() if p.suffix] == ["planned_parts.py"]
+    assert CliRunner().invoke(app, arguments[:-1]).exit_code == 2
+
+
+MEMORY = """
+import sys
+
+import torch
+from torch import nn
+
+import fisherkit as fk
+
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+
+small = nn.Linear(3, 2)
+fk.EmpiricalFisher(small, (torch.randn(4, 3), torch.tensor([0, 1, 0, 1])), structure=sys.argv[2])
+torch.manual_seed(0)
+widths = {"even": [800, 800, 800, 800], "wide": [100, 1600, 400, 600]}[sys.argv[1]]
+layers = [nn.Linear(i, o) for i, o in zip(widths, widths[1:])]
+model, x = nn.Sequential(*layers), torch.randn(900, widths[0])
+data = [(x[i : i + 64], torch.arange(len(x[i : i + 64]))) for i in range(0, 900, 64)]
+if len(sys.argv) == 3:
+    options = {} if sys.argv[2] == "kfac" else {"memory_budget": 1 << 40}
+    print(fk.plan(model, data, structure=sys.argv[2], **options).peak_bytes)
+else:
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    fk.EmpiricalFisher(model, data, structure=sys.argv[2])
+    print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process's peak")
+@pytest.mark.parametrize("shape", ["even", "wide"])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_plan__foretells_the_peak_of_memory(structure: str, shape: str) -> None:
+    """Where the allocator gives freed blocks back; by default, glibc keeps some of them."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(fk.__file__).parents[1]), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # fmt: skip
+    told, measured = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", MEMORY, shape, structure, *others],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for others in ([], ["measured"])
+    )
+    assert 0.7 * measured < told < 1.4 * measured
