@@ -230,8 +230,11 @@ class Builder:
         for names in groups:
             own, problem = self._restricted(structure, names)
             beside = held - own.bytes(problem) if held and len(groups) > 1 else 0
-            peaks.append(beside + own.peak(problem))
-            readings += 1 if streams else self._readings(own, problem, beside + own.peak(problem))
+            taken = beside + own.peak(problem)
+            times = 1 if streams else self._readings(own, problem, taken)
+            readings += times
+            kept = problem.row_bytes(names) * problem.examples if times < own.passes else 0
+            peaks.append(taken + kept)
         largest = groups[peaks.index(max(peaks))]
         backward, seconds = self._measured(*self._restricted(structure, largest), readings)
         return BuildPlan(

@@ -364,8 +364,8 @@ fk.EmpiricalFisher(small, (torch.randn(4, 3), torch.tensor([0, 1, 0, 1])), struc
 torch.manual_seed(0)
 widths = {"even": [800, 800, 800, 800], "wide": [100, 1600, 400, 600]}[sys.argv[1]]
 layers = [nn.Linear(i, o) for i, o in zip(widths, widths[1:])]
-model, x = nn.Sequential(*layers), torch.randn(900, widths[0])
-data = [(x[i : i + 64], torch.arange(len(x[i : i + 64]))) for i in range(0, 900, 64)]
+model, x = nn.Sequential(*layers), torch.randn(1800, widths[0])  # more than any factor is wide
+data = [(x[i : i + 64], torch.arange(len(x[i : i + 64]))) for i in range(0, 1800, 64)]
 if len(sys.argv) == 3:
     options = {} if sys.argv[2] == "kfac" else {"memory_budget": 1 << 40}
     print(fk.plan(model, data, structure=sys.argv[2], **options).peak_bytes)

@@ -76,8 +76,12 @@ def compare(rank: int, size: int, cases: list[tuple[str, dict[str, Any]]]) -> di
     return worst
 
 
+IN_PARTS, PARTED = 2760, ("kfac", "ekfac")
+"""Bytes of the network's ekfac, beside which the sums of no two layers fit, nor of its kfac."""
+
 CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
-    2: [(kind, {"structure": "ekfac"}) for kind in KINDS] + [("exact", {"normalization": "sum"})],
+    2: [(kind, {"structure": "ekfac"}) for kind in KINDS]
+    + [("exact", {"normalization": "sum"}), *(("exact", {"structure": s, "memory_budget": IN_PARTS}) for s in PARTED)],
     3: [(kind, {"structure": s}) for kind in KINDS for s in STRUCTURES]
     + [("ef", {"memory_budget": 1}), ("exact", {"memory_budget": 1}), ("truncated:2", {"max_rows": 5})],
     4: [("sf:2", {"structure": s}) for s in ("full", "ekfac")],
