@@ -156,6 +156,18 @@ class Doubled(torch.autograd.Function):
         return 2 * g[0]
 
 
+class Beside(torch.autograd.Function):
+    """Its input, with a gradient for a weight that no function was given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> tuple[Tensor, Tensor]:
+        return g[0], g[0].sum().expand(3, 3)
+
+
 class Hidden(Switched):
     """Two layers; what is done with them is decided where no comparison of models looks."""
 
@@ -175,11 +187,14 @@ class Hidden(Switched):
         if way == "bias of both":
             b = b + Doubled.apply(self.layer.bias)
         z = nn.functional.linear(h, w, b)
-        return z + (h.mul_(2) if way == "written" else 0)
+        if way == "graph alone":
+            z = Beside.apply(z, w)
+        written = {"layer's": h, "data": x}.get(way)
+        return z if written is None else z + written.mul_(2)
 
 
 @pytest.mark.parametrize("structure", ["full", "diagonal"])
-@pytest.mark.parametrize("way", ["input", "weight", "sum", "bias of both"])
+@pytest.mark.parametrize("way", ["input", "weight", "sum", "bias of both", "graph alone"])
 def test_verified__anew_for_what_hides_in_a_known_pass(
     way: str, structure: str, data: tuple[Tensor, Tensor], verifications: list[nn.Module]
 ) -> None:
@@ -195,10 +210,13 @@ def test_verified__anew_for_what_hides_in_a_known_pass(
     assert len(verifications) == 2
 
 
-def test_verified__a_known_layers_input_that_is_written_to_since_is_named(data: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("way", ["layer's", "data"])
+def test_verified__a_known_layers_input_that_is_written_to_since_is_named(
+    way: str, data: tuple[Tensor, Tensor]
+) -> None:
     model = Hidden().double()
     fk.EmpiricalFisher(model, data)
-    model.config["way"] = "written"
+    model.config["way"] = way
     for _ in range(2):
         with pytest.raises(fk.ModelError, match="in place"):
             fk.EmpiricalFisher(model, data)
