@@ -40,7 +40,8 @@ class ForwardingOperator(FisherOperator):
 
 
 for _name in HOOKS:
-    if not isinstance(vars(FisherOperator)[_name], classmethod):  # a class holds nothing
+    # A class holds nothing, and the metadata say what is held.
+    if _name != "_made_of" and not isinstance(vars(FisherOperator)[_name], classmethod):
         setattr(ForwardingOperator, _name, _forwarded(_name))
 
 
