@@ -40,8 +40,7 @@ class ForwardingOperator(FisherOperator):
 
 
 for _name in HOOKS:
-    # A class holds nothing, and the metadata say what is held.
-    if _name != "_made_of" and not isinstance(vars(FisherOperator)[_name], classmethod):
+    if not isinstance(vars(FisherOperator)[_name], classmethod):  # a class holds nothing
         setattr(ForwardingOperator, _name, _forwarded(_name))
 
 
