@@ -44,12 +44,12 @@ T = TypeVar("T")
 class Built:
     """An operator and how it came about.
 
-    ``tally`` says how many examples and rows there are; where rows are made later it may take a forward pass.
+    ``tally`` is how many examples and rows there are, or who counts them when asked for it, where rows are made later.
     ``dropped_share`` is, of the trace of F, what went with the rows that were left out; None if none were to be.
     """
 
     operator: FisherOperator
-    tally: Callable[[], Tally]
+    tally: Tally | StreamedRows
     coverage: Coverage
     dropped_share: float | None
 
@@ -291,7 +291,7 @@ class Builder:
 
     def _part(
         self, structure: Structure, held: int, names: Names | None = None, of: int = 1
-    ) -> tuple[FisherOperator, Parts, Callable[[], Tally], float | None]:
+    ) -> tuple[FisherOperator, Parts, Tally, float | None]:
         """As `_result` takes it, of some parameters, which are one of so many parts."""
         whole = self.problem
         self.counted.clear()
@@ -302,9 +302,9 @@ class Builder:
         try:
             self.problem = replace(self.problem, most_examples=structure.most_examples(self.problem))
             sums = self._summed(structure, held, of)
-            tally = Tally.of([*self.counted, Tally(rows=-sums.dropped)]).some
+            tally = Tally.of([*self.counted, Tally(rows=-sums.dropped)]).some()
             with checked_together():
-                operator = structure.operator(sums, self._scale(tally()))
+                operator = structure.operator(sums, self._scale(tally))
                 return operator, structure.parts(sums, operator), tally, sums.dropped_share
         except BetterPlanError as found:
             if names is None:
@@ -314,7 +314,7 @@ class Builder:
             self.problem = whole
 
     def _result(
-        self, operator: FisherOperator, parts: Parts, tally: Callable[[], Tally], share: float | None = None
+        self, operator: FisherOperator, parts: Parts, tally: Tally | StreamedRows, share: float | None = None
     ) -> Built:
         coverage = Coverage(tuple(self._entry(names, part) for names, part in parts.items()))
         return Built(operator, tally, coverage, share)
@@ -384,7 +384,9 @@ class Builder:
         problem.confirm()
         return found if matrix_free(problem) else None
 
-    def _streamed(self, structure: Structure, later: float | None) -> tuple[FisherOperator, Parts, Callable[[], Tally]]:
+    def _streamed(
+        self, structure: Structure, later: float | None
+    ) -> tuple[FisherOperator, Parts, Tally | StreamedRows]:
         """Rows that are made anew for every product; or, after so many products, once and for all."""
         problem, source = replace(self.problem, revisable=False, weights=self.weights), self.problem.source
 
@@ -394,6 +396,7 @@ class Builder:
             return streamed
 
         rows: RowSource
+        tally: Tally | StreamedRows
         scale: float | Callable[[], float]
         need = f"rows would take {readable(self.needed)}"
         if later is not None:
@@ -401,7 +404,7 @@ class Builder:
             rows = LaterRows(streamed, functools.partial(self._made_later, type(structure), streamed), later)
             for _ in source:  # so that data that change until they are used are refused
                 pass
-            tally, scale = streamed.some, lambda: self._scale(streamed.some())
+            tally, scale = streamed, lambda: self._scale(streamed.some())
             after = f"they pay from {later + 1:,.0f} products on" if later < math.inf else "products need none"
             part, reason = "full, rows later", f"{need} and are not made yet: {after}"
         else:
@@ -409,8 +412,8 @@ class Builder:
             if self.processes is not None:
                 self._count_all(self.processes)
                 rows = SharedRows(rows, self.processes)
-            tally = Tally.of(self.counted).some
-            part, scale = "full, streamed rows", self._scale(tally())
+            tally = Tally.of(self.counted).some()
+            part, scale = "full, streamed rows", self._scale(tally)
             fits = self.needed <= self.budget
             reason = f'{need}, storage="stream"' if fits else f"{need}, the budget is {readable(self.budget)}"
         whole = LowRankOperator(
@@ -423,7 +426,7 @@ class Builder:
         self.storage, self.problem = "now", replace(self.problem, weights=self.weights)
         self.counted.clear()
         built = self.build(kind_of_structure)
-        tally = built.tally()
+        tally = built.tally.some()
         if streamed.counted is not None and streamed.counted[:2] != tally[:2]:
             raise DataError(
                 call="a pass over the data", got=f"N, R = {tally.examples:,}, {tally.rows:,}",

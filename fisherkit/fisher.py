@@ -154,17 +154,17 @@ class FisherApproximation(ForwardingOperator):
     @property
     def examples(self) -> int:
         """N."""
-        return self._tally().examples
+        return self._tally.some().examples
 
     @property
     def rows(self) -> int:
         """R."""
-        return self._tally().rows
+        return self._tally.some().rows
 
     @property
     def dropped_trace(self) -> Float[Tensor, "n"] | None:
         """What a truncated kind left out of each output Fisher."""
-        dropped = self._tally().dropped
+        dropped = self._tally.some().dropped
         return torch.cat(dropped) if dropped else None
 
     @property
@@ -178,10 +178,17 @@ class FisherApproximation(ForwardingOperator):
     def metadata(self, value: dict[str, str]) -> None:
         self._metadata = value
 
+    @property
+    def _recorded(self) -> dict[str, str]:
+        return self._metadata if self._tally.counted is None else self.metadata
+
+    def _made_of(self) -> str:
+        return ""  # the metadata say it
+
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: with the rows that were to be made later, and what that records."""
         _ = self.held.stored_rows, self.metadata
-        return {**self.__dict__, "_tally": self._tally().some}
+        return {**self.__dict__, "_tally": self._tally.some()}
 
 
 @dataclass(frozen=True)
@@ -286,7 +293,7 @@ def _described(built: Built) -> dict[str, str]:
 
 def _counted(built: Built) -> dict[str, str]:
     """All that it adds."""
-    tally = built.tally()
+    tally = built.tally.some()
     return {"examples": str(tally.examples), "rows": str(tally.rows), **_described(built)}
 
 

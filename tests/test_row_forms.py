@@ -134,7 +134,7 @@ def test_turned_rows__are_exact_where_bases_leave_something_out() -> None:
     same(back.solve(rows).products(rows), expected)
     same(inverse._row_squares(rows), expected.diagonal())
     # Rows of other examples lie in part where the bases have nothing, which is divided by λ.
-    others = fk.EmpiricalFisher(model, (x.double().flip(0) + x.double().roll(1, 1), y))._built.operator.row_source  # type: ignore[attr-defined]
+    others = fk.EmpiricalFisher(model, (x.double().flip(0) + x.double().roll(1, 1), y)).held.row_source  # type: ignore[attr-defined]
     outside = others.dense() @ inverse._solve(others.dense().mT)
     same(form.solve(others).products(others), outside)
     same(inverse._row_squares(others), outside.diagonal())

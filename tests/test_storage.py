@@ -41,7 +41,7 @@ def later_from_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def perceptron() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, CLASSES)).double()
+        return nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, CLASSES)).double()
 
 
 class Tokens(nn.Module):
@@ -156,8 +156,8 @@ def test_storage__is_the_matrix_by_hand(storage: str) -> None:
     dense = by_hand(model, data)
     fisher = fk.ExactFisher(model, data, storage=storage)
     close(fisher @ vectors(fisher, 1), dense @ vectors(fisher, 1))
-    refused = check_fisher(fisher, dense, tolerance=1e-9).refused
-    assert refused == (("save",) if storage == "stream" else ())
+    if storage != "stream":  # `test_invariances` has streamed rows
+        assert check_fisher(fisher, dense, tolerance=1e-9).refused == ()
 
 
 @pytest.mark.parametrize("example", ["sequence", "token"])
@@ -346,7 +346,7 @@ def test_storage__refuses_what_it_has_no_meaning_for(options: dict[str, Any], me
 
 def test_rows__that_do_not_fit_are_refused() -> None:
     with pytest.raises(fk.MemoryBudgetError, match='storage="stream"'):
-        fk.ExactFisher(perceptron(), batches(), storage="rows", memory_budget=10_000)
+        fk.ExactFisher(perceptron(), batches(), storage="rows", memory_budget=1_000)
 
 
 def test_later__without_an_example_that_counts_is_refused() -> None:
@@ -389,6 +389,19 @@ def test_later__a_batch_may_show_a_better_plan(before: bool) -> None:
 
 
 # -- what is recorded, copied and left alone ---------------------------------------------------------------------------
+
+
+def test_repr_and_coverage__compute_nothing() -> None:
+    model = Counted(perceptron())
+    fisher = fk.ExactFisher(model, batches())
+    model.examples = 0
+    assert "exact full, D = " in repr(fisher)
+    assert "R = " not in repr(fisher)
+    assert "rows later" in str(fisher.coverage())
+    assert model.examples == 0
+    _ = fisher @ vectors(fisher, 1)
+    assert (fisher.metadata["examples"], fisher.metadata["rows"]) == ("24", "120")
+    assert "N = 24, R = 120, mean" in repr(fisher)
 
 
 def test_coverage__says_what_and_why_before_and_after() -> None:

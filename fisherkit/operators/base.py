@@ -393,19 +393,19 @@ class FisherOperator(ABC):
         Raises:
             NoClosedFormError: the operator was not built from a model, or is a sum of such.
         """
-        if "coverage" not in self.metadata:
+        if "coverage" not in self._recorded:
             raise self._no_closed_form(
                 "coverage", "it was not built from a model", "the coverage of each term of a sum"
             )
-        return Coverage.from_json(self.metadata["coverage"])
+        return Coverage.from_json(self._recorded["coverage"])
 
     def __repr__(self) -> str:
         """What it is, its sizes, and at which parameters it was measured, on one line."""
-        known = self.metadata
+        known = self._recorded
         parts = [] if self._title == self._name else [self._title]
         parts.append(f"D = {self.size:,}")
         parts += [
-            f"{sign} = {_grouped(known[key])}" for sign, key in (("N", "examples"), ("R", "rows")) if key in known
+            f"{sign} = {_grouped(known[key])}" for sign, key in (("N", "examples"), ("R", "rows")) if known.get(key)
         ]
         parts += [text for text in (self._made_of(), known.get("normalization", "")) if text]
         if "parameters_hash" in known:
@@ -615,11 +615,17 @@ class FisherOperator(ABC):
         )  # fmt: skip
 
     @property
+    def _recorded(self) -> dict[str, str]:
+        """The metadata as far as they are known without computing anything."""
+        return self.metadata
+
+    @property
     def _title(self) -> str:
-        known = [self.metadata[key] for key in ("kind", "structure") if key in self.metadata]
-        share = float(self.metadata.get("dropped_share", 0))
+        recorded = self._recorded
+        known = [recorded[key] for key in ("kind", "structure") if key in recorded]
+        share = float(recorded.get("dropped_share", 0))
         note = f" without {100 * share:.3g}% of its trace" if share else ""
-        return self.metadata.get("terms") or " ".join(known) + note or self._name
+        return recorded.get("terms") or " ".join(known) + note or self._name
 
     def _inverse(
         self, damping: Damping, operation: str, tolerance: float | None, max_steps: int | None

@@ -46,7 +46,7 @@ def products_before_rows(plan: Plan, vectors: int, examples: int) -> float:
         making += (1 + (1 if factored else 2) * vectors) * forward + MOVED * numbers
         saved += 5 * forward - 2 * (forward if factored else numbers) - 2 * MOVED * numbers
     making, saved = examples * making + PASS, examples * saved + PASS
-    return math.ceil(making / saved) if saved > 0 else math.inf
+    return float(math.ceil(making / saved)) if saved > 0 else math.inf
 
 
 class LaterRows(RowSource):

@@ -67,6 +67,11 @@ class Tally(NamedTuple):
         examples, rows, dropped = zip(cls(), *parts, strict=True)
         return cls(sum(examples), sum(rows), tuple(itertools.chain(*dropped)))
 
+    @property
+    def counted(self) -> Tally | None:
+        """Itself: nothing is left to be counted."""
+        return self
+
     def some(self) -> Tally:
         """Itself, if there is an example.
 
