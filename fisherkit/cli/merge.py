@@ -234,11 +234,10 @@ class Merge:
         if self.verbose and info.blocks:
             rows = [
                 (listed(block.names, 2), block.method, f"{block.size:,}", f"{block.steps}",
-                 f"{block.residual:.1e}" + ("" if block.converged else " not converged"),
-                 f"{block.worst:.2g}" if block.against_average else "-")
+                 f"{block.residual:.1e}" + ("" if block.converged else " not converged"))
                 for block in info.blocks
             ]  # fmt: skip
-            typer.echo(table(("parameters", "method", "numbers", "steps", "residual", "/average"), rows, left=2) + "\n")
+            typer.echo(table(("parameters", "method", "numbers", "steps", "residual"), rows, left=2) + "\n")
         counted = ", ".join(f"{count:,} {kind}" for kind, count in info.counts().items())
         what = f"{len(info.weights)} models, {seconds:.1f} s: {counted}"
         typer.echo(f"{self.method if self.method not in WORDS['method'] else 'merge'} of {what}")

@@ -268,8 +268,8 @@ def _in_double(block: FisherOperator, device: torch.device) -> FisherOperator:
         matrix = factor.to(device, torch.float64)
         indefinite = bool(torch.linalg.cholesky_ex(matrix)[1])
         found.append(nearest_semidefinite(factor.to(device), "merge")[0] if indefinite else matrix)
-    activation, gradient = found
-    return KroneckerOperator(block.space, activation, gradient, block.layout.transposed, symmetric=True)
+    a, g = found
+    return KroneckerOperator(block.space, a, g, block.layout.transposed, symmetric=True)
 
 
 def solve(
