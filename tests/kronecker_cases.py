@@ -31,6 +31,9 @@ Unit = tuple[str, ...]
 USED_TWICE = {"reused_module": ["body"], "shared_module": ["0"]}
 """Layers that the reference leaves out, and that have a rule: their uses are positions of one use."""
 
+RECURRENT = ("gru_sequence_first", "lstm", "rnn")
+"""Families whose linear maps no hook of the reference sees: `tests/test_recurrent.py` has their factors by hand."""
+
 
 class Held(nn.Module):
     """Parameters with their names and no function."""

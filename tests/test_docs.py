@@ -88,7 +88,8 @@ def test_pages__have_code() -> None:
     found = {name(page): [b for b in blocks(page.read_text("utf-8")) if b.language == "python"] for page in PAGES}
     silent = {page for page, code in found.items() if not code}
     without = {
-        "docs/design.md", "docs/several-processes.md",
+        "docs/design.md",
+        "docs/several-processes.md",
         *(f"docs/results/{page}.md" for page in ("optimisation", "continual", "merging", "influence")),
     }
     assert silent <= without | {page for page in found if page.startswith("docs/api/")}

@@ -11,6 +11,7 @@ import fisherkit as fk
 from tests.axes import paired
 from tests.conformance_cases import KINDS, annotations_checked, build, problem
 from tests.influence_cases import count, damped_inverse, data, dense, gradients
+from tests.kronecker_cases import RECURRENT
 from tests.reference.models import EVERY_FORM
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
@@ -41,7 +42,7 @@ def test_scores__are_the_formula_s_for_every_kind_and_structure(kind: str, struc
 @pytest.mark.parametrize("family", EVERY_FORM)
 def test_scores__are_the_formula_s_for_every_form_of_rows(family: str) -> None:
     """What a layer's rows are is tested with the rows; scores know them alone."""
-    for structure in STRUCTURES if family in FEW else ("full", "ekfac"):
+    for structure in STRUCTURES if family in FEW else ("full",) if family in RECURRENT else ("full", "ekfac"):
         check(family, "ef", structure)
 
 

@@ -13,7 +13,7 @@ from fisherkit import EmpiricalFisher, ExactFisher, SingularMatrixError
 from fisherkit.structures.kronecker import SMALL_BLOCK
 from fisherkit.testing import check_fisher
 from tests.conformance_cases import annotations_checked, build, cells, check, entry, reference_rows, relative_error
-from tests.kronecker_cases import captured, expected_matrix
+from tests.kronecker_cases import RECURRENT, captured, expected_matrix
 from tests.reference import fisher as reference
 from tests.reference.fisher import Problem
 from tests.reference.kronecker import Sharing
@@ -24,10 +24,6 @@ Record = Callable[[str, Any], None]
 
 METHODS = ("kfac", "ekfac")
 SHARING: dict[str, Sharing] = {"kfac": "expand", "ekfac": "expand", "kfac_reduce": "reduce", "ekfac_reduce": "reduce"}
-
-
-RECURRENT = ("gru_sequence_first", "lstm", "rnn")
-"""Families whose linear maps no hook of the reference sees: `tests/test_recurrent.py` has their factors by hand."""
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fisherkit as fk
-from fisherkit.rows import generic, plan
+from fisherkit.rows import plan
 from tests.snapshot import of_model, untouched
 
 F64 = torch.float64
@@ -392,12 +392,11 @@ def test_snapshot__notices_attributes() -> None:
         assert of_model(model), name
 
 
-def test_loop__is_what_recurrent_kernels_get() -> None:
-    assert generic.recurrent(build("Recurrent"))
+def test_recurrent_layers__have_a_rule() -> None:
     rules = {
         n: e.rule for e in fk.EmpiricalFisher(build("Recurrent"), batches()).coverage().entries for n in e.parameters
     }
-    assert rules["rnn.weight_hh_l0"] == "loop"
+    assert rules["rnn.weight_hh_l0"] == "lstm"
 
 
 def test_counts__of_a_module_without_tensors_of_its_own_go_on() -> None:
