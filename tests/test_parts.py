@@ -379,8 +379,7 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process's peak")
-@pytest.mark.parametrize("shape", ["even", "wide"])
-@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize(("structure", "shape"), [("kfac", "wide"), ("ekfac", "even")])
 def test_plan__foretells_the_peak_of_memory(structure: str, shape: str) -> None:
     """Where the allocator gives freed blocks back; by default, glibc keeps some of them."""
     environment = os.environ | {
