@@ -355,6 +355,7 @@ def build_file(
     io.check_folder(path, call)
     asked = _asked(call, model, data, kind, options)
     builder, source = asked.builder, asked.builder.problem.source
+    builder.storage = "rows"  # a file has them
     if builder.processes is not None:
         raise InvalidArgumentError(
             call=call, got=f"{builder.processes.size} processes", expected="one process",

@@ -398,3 +398,11 @@ def test_plan__foretells_the_peak_of_memory(structure: str, shape: str) -> None:
         for others in ([], ["measured"])
     )
     assert 0.7 * measured < told < 1.4 * measured
+
+
+def test_file__of_the_full_structure_has_rows_and_says_so(tmp_path: Path) -> None:
+    model, data = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)), (torch.randn(40, 6), torch.arange(40) % 5)
+    opened = fk.build_file(tmp_path / "f", model, data, "exact")
+    entries = fk.load(tmp_path / "f").coverage().entries
+    assert all("later" not in entry.structure and entry.memory > 0 for entry in entries)
+    assert repr(opened) == "<FisherFile: exact full, D = 101, 1 file(s)>"

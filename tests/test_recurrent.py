@@ -284,3 +284,13 @@ def test_rows__of_a_checkpointed_layer(embedded: bool, form: str) -> None:
         if name.startswith("rnn"):
             torch.testing.assert_close(found[name], right)
     torch.testing.assert_close(fisher.trace(), expected.sum())
+
+
+def test_dropout__between_layers_is_named_by_an_optimizer() -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = Net("gru without bias").train()
+        model.rnn.dropout = 0.3
+        optimizer = fk.optim.NaturalGradient(model, lr=0.1, gram_damping=1e-2)
+        x, _, y = data()
+        with pytest.raises(fk.ModelError, match="active dropout"):
+            F.cross_entropy(model(x.float()), y).backward()

@@ -50,9 +50,6 @@ DENSE_SIZE = 3000
 """A matrix without a direct inverse is written out and factored up to this d: d³/3 operations and 24 d² bytes, at most
 a second and 216 MB; above it, conjugate gradients are cheaper."""
 
-MARGIN = 0.01
-"""How far above 1 a block's largest ratio to the plain average is warned of."""
-
 REFINEMENTS = 5
 MOST_LISTED = 5
 
@@ -230,7 +227,6 @@ class BlockwiseMerge:
     def _warn(self) -> None:
         missed = sorted((info for info in self.infos if not info.converged), key=lambda info: -info.residual)
         worst = (f"{listed(i.names, 2)} (residual {i.residual:.1e} after {i.steps} steps)" for i in missed)
-        self._warn_of_outputs()
         if missed:
             warnings.warn(
                 f"{self.job.call}: {len(missed)} of {len(self.infos)} blocks missed "
@@ -239,24 +235,6 @@ class BlockwiseMerge:
                 NotConvergedWarning,
                 stacklevel=2,
             )
-
-    def _warn_of_outputs(self) -> None:
-        """Say which layers the plain average would have left nearer to a model."""
-        worse = sorted((i for i in self.infos if i.worst > 1 + MARGIN), key=lambda info: -info.worst)
-        if not worse:
-            return
-        shown = (
-            f"{listed(i.names, 2)} ({i.worst:.2g} times, model {i.against_average.index(i.worst) + 1})" for i in worse
-        )
-        warnings.warn(
-            f"{self.job.call}: in {len(worse)} of {len(self.infos)} blocks the outputs on a model's own inputs are "
-            f"farther from that model's than those of the plain average: {listed(shown, 4, '; ')}. The merged model "
-            "may be worse than the average. Why: Fishers say little of some outputs, such as labels that a model did "
-            'not see, and what they do not say is free. Try: Fishers with structure="kfac" and output_damping=3, a '
-            "larger damping, or a comparison with fk.merging.average(models) on a few examples.",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 def _in_double(block: FisherOperator, device: torch.device) -> FisherOperator:

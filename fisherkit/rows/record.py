@@ -25,7 +25,7 @@ from fisherkit.rows.contractions import ContractionRule, contraction
 from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather, mapped
 from fisherkit.rows.differentiable import version_of
 from fisherkit.rows.ownership import coarser
-from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, unrolled
+from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, drops_out, unrolled
 from fisherkit.rows.rules import (
     ADDED,
     BATCH_NORM,
@@ -403,7 +403,7 @@ def _random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         return bool(training) and (func is F.rrelu or rate > 0)
     if func is F.scaled_dot_product_attention:
         return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0)
-    return False
+    return drops_out(func, args)
 
 
 def _refused_chance(func: Callable[..., Any]) -> ModelError:

@@ -38,12 +38,18 @@ class LinearMap:
     output: Tensor
 
 
-def can_be_unrolled(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether a call is a recurrent layer's that draws no random numbers and casts nothing."""
+def drops_out(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call is a recurrent layer's with active dropout between its layers."""
     if function not in RECURRENT or len(args) != 9:
         return False
-    dropout, training = args[6:8] if _packed(args) else args[5:7]
-    return not (dropout > 0 and training) and not torch.is_autocast_enabled(args[0].device.type)
+    layers, dropout, training = args[5:8] if _packed(args) else args[4:7]
+    return layers > 1 and dropout > 0 and bool(training)
+
+
+def can_be_unrolled(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call is a recurrent layer's that draws no random numbers and casts nothing."""
+    known = function in RECURRENT and len(args) == 9 and not drops_out(function, args)
+    return known and not torch.is_autocast_enabled(args[0].device.type)
 
 
 def unrolled(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], list[LinearMap]]:
