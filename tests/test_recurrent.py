@@ -294,3 +294,4 @@ def test_dropout__between_layers_is_named_by_an_optimizer() -> None:
         x, _, y = data()
         with pytest.raises(fk.ModelError, match="active dropout"):
             F.cross_entropy(model(x.float()), y).backward()
+        optimizer.close()
