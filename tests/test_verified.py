@@ -210,6 +210,21 @@ def test_verified__anew_for_what_hides_in_a_known_pass(
     assert len(verifications) == 2
 
 
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_verified__anew_for_a_parameters_hook_that_does_something_else_now(
+    structure: str, data: tuple[Tensor, Tensor], verifications: list[nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model, scale = Hidden().double(), {"of gradients": 1.0}
+    model.last.weight.register_hook(lambda g: g * scale["of gradients"])
+    fk.EmpiricalFisher(model, data, structure=structure)
+    scale["of gradients"] = 3.0
+    found, expected = fk.EmpiricalFisher(model, data, structure=structure), dense(model, data)
+    expected = expected if structure == "full" else expected.diagonal().diag()
+    torch.testing.assert_close(found.to_dense(), expected, rtol=1e-10, atol=1e-14)
+    assert len(verifications) == 2
+
+
 @pytest.mark.parametrize("way", ["layer's", "data"])
 def test_verified__a_known_layers_input_that_is_written_to_since_is_named(
     way: str, data: tuple[Tensor, Tensor]

@@ -152,6 +152,8 @@ def is_shown(plan: Plan, watched: Watched) -> bool:
     """Whether a pass's own graph tells that uses are those that were verified, and that there are no others."""
     if not _is_simple(plan) or watched.hooked or watched.coarsest != plan.coarsest or not watched.z.requires_grad:
         return False
+    if any(p._backward_hooks for p in plan.parameters.values()):
+        return False  # what a hook does to a gradient is no part of the graph
     return _calls(watched.uses) == plan.calls and uses_are_all(watched.z, watched.uses, plan.parameters)
 
 
