@@ -168,6 +168,18 @@ class Beside(torch.autograd.Function):
         return g[0], g[0].sum().expand(3, 3)
 
 
+class Unbatched(torch.autograd.Function):
+    """Its input; its gradient, of which a number is read, cannot be vectorised or carried forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return g[0] if g[0].sum().isfinite().item() else g[0] * 0
+
+
 class Hidden(Switched):
     """Two layers; what is done with them is decided where no comparison of models looks."""
 
@@ -178,6 +190,8 @@ class Hidden(Switched):
     def forward(self, x: Tensor) -> Tensor:
         way, w, b = self.config["way"], self.last.weight, self.last.bias
         h = self.layer(x).tanh()
+        if way == "unbatched":
+            h = Unbatched.apply(h)
         if way == "input":
             h = h + x @ Doubled.apply(w)
         if way == "weight":
@@ -208,6 +222,21 @@ def test_verified__anew_for_what_hides_in_a_known_pass(
         expected = expected if structure == "full" else expected.diagonal().diag()
         torch.testing.assert_close(found.to_dense(), expected, rtol=1e-10, atol=1e-14)
     assert len(verifications) == 2
+
+
+@pytest.mark.parametrize("storage", ["rows", "stream"])
+def test_verified__anew_for_a_custom_function_that_forbids_what_was_tried(
+    storage: str, data: tuple[Tensor, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Hidden().double()
+    model.last = nn.Linear(3, 9).double()  # so many outputs that products would be made without rows
+    eye = torch.eye(48, dtype=torch.float64)
+    expected = fk.ExactFisher(model, data, storage=storage) @ eye
+    model.config["way"] = "unbatched"
+    for _ in range(2):
+        found = fk.ExactFisher(model, data, storage=storage) @ eye
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("structure", ["full", "diagonal"])

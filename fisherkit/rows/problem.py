@@ -385,7 +385,12 @@ class Problem:
         Raises:
             ModelError: naming the parameters where it is known which; or dropout or batch statistics in train mode.
         """
-        changed = [n for n, p in self.plan.parameters.items() if p._version != self.plan.versions[n]]
+        own = dict(self.plan.model.named_parameters())
+        changed = [
+            name
+            for name, p in self.plan.parameters.items()
+            if own.get(name) is not p or p._version != self.plan.versions[name]
+        ]
         if not changed and (self.weights is None or parameters_hash(self.plan.model) == self.weights):
             refuse_train_mode(self.plan.model)
             return

@@ -23,7 +23,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.generic import dense_gradient
-from fisherkit.rows.hidden import uses_are_all
+from fisherkit.rows.hidden import custom_functions, uses_are_all
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Findings, Plan, Probe, forward, make_plan, probed, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
@@ -124,6 +124,8 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
         watched = linearized.watched
         if random > plan.draws or not watched.z.requires_grad or linearized.unruled:
             return None
+        if custom_functions(watched.z) != plan.custom:
+            return None
         plan = replace(plan, probed=Probe(two, watched), coarsest=watched.coarsest)
         if is_shown(plan, seen):
             return plan
@@ -154,7 +156,8 @@ def is_shown(plan: Plan, watched: Watched) -> bool:
         return False
     if any(p._backward_hooks for p in plan.parameters.values()):
         return False  # what a hook does to a gradient is no part of the graph
-    return _calls(watched.uses) == plan.calls and uses_are_all(watched.z, watched.uses, plan.parameters)
+    alike = _calls(watched.uses) == plan.calls and custom_functions(watched.z) == plan.custom
+    return alike and uses_are_all(watched.z, watched.uses, plan.parameters)
 
 
 def _is_simple(plan: Plan) -> bool:
