@@ -203,6 +203,9 @@ class Hidden(Switched):
         z = nn.functional.linear(h, w, b)
         if way == "graph alone":
             z = Beside.apply(z, w)
+        if way == "behind a layer":
+            h = h.sigmoid()
+            z = nn.functional.linear(h, w) + h.mul_(2)
         written = {"layer's": h, "data": x}.get(way)
         return z if written is None else z + written.mul_(2)
 
@@ -264,6 +267,15 @@ def test_verified__a_known_layers_input_that_is_written_to_since_is_named(
     for _ in range(2):
         with pytest.raises(fk.ModelError, match="in place"):
             fk.EmpiricalFisher(model, data)
+
+
+def test_verified__an_input_of_a_layer_that_was_not_chosen_is_written_to(data: tuple[Tensor, Tensor]) -> None:
+    model, chosen = Hidden().double(), ["layer.weight"]
+    fk.EmpiricalFisher(model, data, params=chosen)
+    model.config["way"] = "behind a layer"
+    for _ in range(2):
+        with pytest.raises(fk.ModelError, match="in place"):
+            fk.EmpiricalFisher(model, data, params=chosen)
 
 
 @pytest.mark.parametrize("options", [{"structure": "kfac"}, {"structure": "ekfac"}, {"memory_budget": 1}], ids=str)

@@ -36,7 +36,7 @@ from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.verified import is_shown
+from fisherkit.rows.verified import forget, is_shown
 from fisherkit.rows.watched import Watched
 
 LONG = 600.0
@@ -449,6 +449,7 @@ class Problem:
             require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
+        assumed = self.plan.probe.assumed
         linearized = self._linearized(batch)
         if self.revisable and linearized.newly_ruled:
             raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
@@ -479,7 +480,14 @@ class Problem:
             with torch.inference_mode(False) if bare else self.plan.quiet(), torch.enable_grad():
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
-                found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
+                try:
+                    found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
+                except RuntimeError:
+                    if assumed:  # two examples tell what it means
+                        forget(self.plan)
+                        self.plan.probe.assumed = True
+                        self.confirm()
+                    raise
             if self.revisable and linearized.unruled:
                 raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             return found.finite(call)

@@ -97,6 +97,11 @@ def remember(plan: Plan) -> None:
     known[plan.key] = plan.findings
 
 
+def forget(plan: Plan) -> None:
+    """Have the next plan verified anew, as a pass by this one has failed."""
+    _KNOWN.get(plan.model, {}).pop(plan.key, None)
+
+
 def _made(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     """A new plan; on one example alone if there is but one and the model fails for it twice."""
     try:
