@@ -264,7 +264,7 @@ MEMORY: dict[str, Case] = {
         lambda: of_wide("ekfac", 100_000),
         BUDGET,
         MemoryError,
-        ('structure="ekfac": got a need of 1.04 MB', "memory_budget = 100 kB", "Try:"),
+        ('structure="ekfac": got a need of 1.53 MB', "memory_budget = 100 kB", "Try:"),
     ),
     "block": Case(
         lambda: of_wide("block", 5_000),
