@@ -413,11 +413,11 @@ def test_later__a_batch_may_show_a_better_plan(before: bool) -> None:
 def test_repr_and_coverage__compute_nothing() -> None:
     model = Counted(perceptron())
     fisher = fk.ExactFisher(model, batches())
-    model.examples = 0
+    model.counter.examples = 0
     assert "exact full, D = " in repr(fisher)
     assert "R = " not in repr(fisher)
     assert "rows later" in str(fisher.coverage())
-    assert model.examples == 0
+    assert model.counter.examples == 0
     _ = fisher @ vectors(fisher, 1)
     assert (fisher.metadata["examples"], fisher.metadata["rows"]) == ("24", "120")
     assert "N = 24, R = 120, mean" in repr(fisher)
