@@ -156,6 +156,11 @@ def subgroups(rank: int, size: int) -> float:
     return float((found - one).norm() / one.norm())
 
 
+def streamed_gram(rank: int, size: int) -> None:
+    with pytest.raises(fk.NoClosedFormError, match='storage="rows"'):
+        fk.EmpiricalFisher(network(), own_data(rank, size), storage="stream").gram()
+
+
 STEPS: dict[str, dict[str, Any]] = {
     "the paper's": {"kind": "ief", "gram_damping": 1e-2, "momentum": 0.9},
     "the paper's, by module": {"kind": "ef", "gram_damping": 1e-2, "structure": "block"},
@@ -224,6 +229,7 @@ def everything(rank: int, size: int) -> dict[str, Any]:
         found |= {f"expert, {s}": late_expert(rank, size, s) for s in ("full", "kfac", "ekfac")}
     if size == 3:
         found["subgroups"] = subgroups(rank, size)
+        found["streamed"] = streamed_gram(rank, size)
     return found
 
 
@@ -252,6 +258,10 @@ def test_optimizer__steps_and_resumes_as_one_process_with_all_batches(found: Any
 
 def test_group__of_some_processes(found: Any) -> None:
     assert max(one["subgroups"] for one in found(3)) < 1e-10
+
+
+def test_gram__of_streamed_rows_is_refused_by_name(found: Any) -> None:
+    assert all(one["streamed"] is None for one in found(3))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -8,6 +8,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,24 +181,24 @@ class Counted(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.examples = model, 0
+        self.model, self.counter = model, SimpleNamespace(examples=0)  # no attribute of a model that has changed
 
     def forward(self, x: Tensor) -> Tensor:
-        self.examples += len(x)
+        self.counter.examples += len(x)
         return self.model(x)
 
 
 def test_later__a_build_reads_no_batch_through_the_model_and_a_product_each_once() -> None:
     model, data = Counted(perceptron()), batches((30, 30))
     _ = fk.ExactFisher(model, data)
-    model.examples = 0
+    model.counter.examples = 0
     fisher = fk.ExactFisher(model, data)
-    assert model.examples == 2  # what is known of the model is confirmed
-    model.examples = 0
+    assert model.counter.examples == 2  # what is known of the model is confirmed
+    model.counter.examples = 0
     for _ in range(2):
         _ = fisher @ vectors(fisher, 1)
         assert (fisher.examples, len(fisher.metadata["rows"])) == (60, 3)
-    assert model.examples == 120
+    assert model.counter.examples == 120
     assert isinstance(state(fisher), LaterRows)
 
 
@@ -270,6 +271,15 @@ def unseen(model: nn.Module) -> None:
     model[0].weight.data.mul_(1.1)  # type: ignore[index, operator, union-attr]
 
 
+def replaced(model: nn.Module) -> None:
+    """By the same numbers in another tensor, which nothing that was kept knows."""
+    model.load_state_dict({name: w.clone() for name, w in model.state_dict().items()}, assign=True)
+
+
+def hooked(model: nn.Module) -> None:
+    model.register_forward_hook(lambda module, inputs, z: z * 2)
+
+
 USES: dict[str, Callable[[fk.FisherApproximation], object]] = {
     "product": lambda f: f @ vectors(f, 1),
     "columns": lambda f: f @ vectors(f),
@@ -281,7 +291,7 @@ USES: dict[str, Callable[[fk.FisherApproximation], object]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("change", [in_place, unseen], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", [in_place, unseen, replaced, hooked], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("before", [False, True], ids=["at once", "after a product"])
 def test_later__a_changed_model_is_refused(use: str, change: Callable[[nn.Module], None], before: bool) -> None:
     model = perceptron()
@@ -294,6 +304,15 @@ def test_later__a_changed_model_is_refused(use: str, change: Callable[[nn.Module
         return
     with pytest.raises(fk.ModelError, match=r'changed since the Fisher was built.*storage="rows"'):
         USES[use](fisher)
+
+
+def test_later__hooks_and_attributes_that_change_nothing_are_none() -> None:
+    model = perceptron()
+    fisher = fk.ExactFisher(model, batches())
+    expected = fisher @ vectors(fisher)
+    model.register_forward_hook(lambda module, inputs, z: None)
+    model.name = "other"  # type: ignore[assignment]
+    torch.testing.assert_close(fisher @ vectors(fisher), expected)
 
 
 def test_later__a_model_that_draws_numbers_is_refused() -> None:
@@ -394,11 +413,11 @@ def test_later__a_batch_may_show_a_better_plan(before: bool) -> None:
 def test_repr_and_coverage__compute_nothing() -> None:
     model = Counted(perceptron())
     fisher = fk.ExactFisher(model, batches())
-    model.examples = 0
+    model.counter.examples = 0
     assert "exact full, D = " in repr(fisher)
     assert "R = " not in repr(fisher)
     assert "rows later" in str(fisher.coverage())
-    assert model.examples == 0
+    assert model.counter.examples == 0
     _ = fisher @ vectors(fisher, 1)
     assert (fisher.metadata["examples"], fisher.metadata["rows"]) == ("24", "120")
     assert "N = 24, R = 120, mean" in repr(fisher)

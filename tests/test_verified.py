@@ -168,6 +168,18 @@ class Beside(torch.autograd.Function):
         return g[0], g[0].sum().expand(3, 3)
 
 
+class Unbatched(torch.autograd.Function):
+    """Its input; its gradient, of which a number is read, cannot be vectorised or carried forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return g[0] if g[0].sum().isfinite().item() else g[0] * 0
+
+
 class Hidden(Switched):
     """Two layers; what is done with them is decided where no comparison of models looks."""
 
@@ -178,6 +190,8 @@ class Hidden(Switched):
     def forward(self, x: Tensor) -> Tensor:
         way, w, b = self.config["way"], self.last.weight, self.last.bias
         h = self.layer(x).tanh()
+        if way == "unbatched":
+            h = Unbatched.apply(h)
         if way == "input":
             h = h + x @ Doubled.apply(w)
         if way == "weight":
@@ -189,6 +203,9 @@ class Hidden(Switched):
         z = nn.functional.linear(h, w, b)
         if way == "graph alone":
             z = Beside.apply(z, w)
+        if way == "behind a layer":
+            h = h.sigmoid()
+            z = nn.functional.linear(h, w) + h.mul_(2)
         written = {"layer's": h, "data": x}.get(way)
         return z if written is None else z + written.mul_(2)
 
@@ -210,6 +227,36 @@ def test_verified__anew_for_what_hides_in_a_known_pass(
     assert len(verifications) == 2
 
 
+@pytest.mark.parametrize("storage", ["rows", "stream"])
+def test_verified__anew_for_a_custom_function_that_forbids_what_was_tried(
+    storage: str, data: tuple[Tensor, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Hidden().double()
+    model.last = nn.Linear(3, 9).double()  # so many outputs that products would be made without rows
+    eye = torch.eye(48, dtype=torch.float64)
+    expected = fk.ExactFisher(model, data, storage=storage) @ eye
+    model.config["way"] = "unbatched"
+    for _ in range(2):
+        found = fk.ExactFisher(model, data, storage=storage) @ eye
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_verified__anew_for_a_parameters_hook_that_does_something_else_now(
+    structure: str, data: tuple[Tensor, Tensor], verifications: list[nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model, scale = Hidden().double(), {"of gradients": 1.0}
+    model.last.weight.register_hook(lambda g: g * scale["of gradients"])
+    fk.EmpiricalFisher(model, data, structure=structure)
+    scale["of gradients"] = 3.0
+    found, expected = fk.EmpiricalFisher(model, data, structure=structure), dense(model, data)
+    expected = expected if structure == "full" else expected.diagonal().diag()
+    torch.testing.assert_close(found.to_dense(), expected, rtol=1e-10, atol=1e-14)
+    assert len(verifications) == 2
+
+
 @pytest.mark.parametrize("way", ["layer's", "data"])
 def test_verified__a_known_layers_input_that_is_written_to_since_is_named(
     way: str, data: tuple[Tensor, Tensor]
@@ -220,6 +267,15 @@ def test_verified__a_known_layers_input_that_is_written_to_since_is_named(
     for _ in range(2):
         with pytest.raises(fk.ModelError, match="in place"):
             fk.EmpiricalFisher(model, data)
+
+
+def test_verified__an_input_of_a_layer_that_was_not_chosen_is_written_to(data: tuple[Tensor, Tensor]) -> None:
+    model, chosen = Hidden().double(), ["layer.weight"]
+    fk.EmpiricalFisher(model, data, params=chosen)
+    model.config["way"] = "behind a layer"
+    for _ in range(2):
+        with pytest.raises(fk.ModelError, match="in place"):
+            fk.EmpiricalFisher(model, data, params=chosen)
 
 
 @pytest.mark.parametrize("options", [{"structure": "kfac"}, {"structure": "ekfac"}, {"memory_budget": 1}], ids=str)

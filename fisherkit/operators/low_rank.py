@@ -102,6 +102,9 @@ class LowRankOperator(FisherOperator):
 
     def _gram(self) -> Float[Tensor, "R R"]:
         self._check_square(self._rows.count, "gram", "R")
+        if isinstance(self.row_source, SharedRows) and not self.row_source.in_memory:
+            why = "every process makes its rows anew, and none has those of the others to meet"
+            raise self._no_closed_form("gram", why, 'storage="rows", or group=False on all data')
         return self.row_source.gram(precise=False).mul_(self.scale)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:

@@ -53,6 +53,11 @@ def has_custom_function(z: Tensor) -> bool:
     return any(map(_is_custom, graph_nodes(z.grad_fn)))
 
 
+def custom_functions(z: Tensor) -> frozenset[str]:
+    """Names of the autograd functions written in Python that outputs were computed with."""
+    return frozenset(node.name() for node in graph_nodes(z.grad_fn) if _is_custom(node))
+
+
 def _is_custom(node: object) -> bool:
     return isinstance(node, BackwardCFunction)
 

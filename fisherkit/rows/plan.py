@@ -25,7 +25,7 @@ from fisherkit.randomness import Draws, rng_places, untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
-from fisherkit.rows.hidden import refuse_hidden
+from fisherkit.rows.hidden import custom_functions, refuse_hidden
 from fisherkit.rows.ownership import Arrangement, coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
@@ -78,6 +78,7 @@ class Findings:
         numbers_per_example: entries of all layer outputs for one example.
         alone: whether the model takes one example at a time, so that it was verified on one.
         calls: what its uses on two examples were given, to be compared; None before it is kept.
+        custom: names of the autograd functions written in Python in their graph, which may forbid what was tried.
         draws: whether a pass draws random numbers, of which no output was seen to depend.
         tried: a cache, which all that have these findings share, of what is found out when it is first needed:
             "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
@@ -92,6 +93,7 @@ class Findings:
     numbers_per_example: int = 1
     alone: bool = False
     calls: Hashable = None
+    custom: frozenset[str] = frozenset()
     draws: bool = False
     tried: dict[Hashable, int] = field(default_factory=dict)
 
@@ -281,6 +283,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         generic = _numbers_without_rule(units)
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched),
+            custom=custom_functions(watched.z),
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
         if plan.generic:

@@ -36,7 +36,7 @@ from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.verified import is_shown
+from fisherkit.rows.verified import fingerprint, forget, is_shown
 from fisherkit.rows.watched import Watched
 
 LONG = 600.0
@@ -385,18 +385,38 @@ class Problem:
         Raises:
             ModelError: naming the parameters where it is known which; or dropout or batch statistics in train mode.
         """
-        changed = [n for n, p in self.plan.parameters.items() if p._version != self.plan.versions[n]]
-        if not changed and (self.weights is None or parameters_hash(self.plan.model) == self.weights):
+        own = dict(self.plan.model.named_parameters())
+        changed = [
+            name
+            for name, p in self.plan.parameters.items()
+            if own.get(name) is not p or p._version != self.plan.versions[name]
+        ]
+        if changed:
+            got = f"parameters that have changed since the Fisher was built: {changed[:4]}"
+        elif self.weights is not None and parameters_hash(self.plan.model) != self.weights:
+            got = "parameters or buffers that have changed since the Fisher was built"
+        else:
             refuse_train_mode(self.plan.model)
-            return
-        which = f"parameters that have changed since the Fisher was built: {changed[:4]}"
+            if not self._says_otherwise():
+                return
+            got = "outputs that have changed since the Fisher was built, by a hook or an attribute"
         raise ModelError(
             call="a pass over the data",
-            got=which if changed else "parameters or buffers that have changed since the Fisher was built",
+            got=got,
             expected="the model as it was",
             why="rows that are not kept are made from the live model",
             try_='build the Fisher anew, or with storage="rows", which keeps them from the start',
         )
+
+    def _says_otherwise(self) -> bool:
+        """Whether a model that is not what was verified, by its hooks or attributes, has other outputs than then."""
+        plan = self.plan
+        if self.weights is None or not isinstance(plan.key, tuple) or fingerprint(plan.model) == plan.key[-1]:
+            return False
+        with plan.quiet():
+            z = plan.probe.batch.call(plan.model).detach()
+        before = plan.probe.z
+        return z.shape != before.shape or bool((z - before).norm() > tolerance(z.dtype, plan.coarsest) * z.norm())
 
     def _piece(self, size: int) -> int:
         """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""
@@ -444,6 +464,7 @@ class Problem:
             require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
+        assumed = self.plan.probe.assumed
         linearized = self._linearized(batch)
         if self.revisable and linearized.newly_ruled:
             raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
@@ -474,7 +495,14 @@ class Problem:
             with torch.inference_mode(False) if bare else self.plan.quiet(), torch.enable_grad():
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
-                found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
+                try:
+                    found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
+                except RuntimeError:
+                    if assumed:  # two examples tell what it means
+                        forget(self.plan)
+                        self.plan.probe.assumed = True
+                        self.confirm()
+                    raise
             if self.revisable and linearized.unruled:
                 raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             return found.finite(call)

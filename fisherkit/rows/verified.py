@@ -23,7 +23,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.generic import dense_gradient
-from fisherkit.rows.hidden import uses_are_all
+from fisherkit.rows.hidden import custom_functions, uses_are_all
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Findings, Plan, Probe, forward, make_plan, probed, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
@@ -97,6 +97,11 @@ def remember(plan: Plan) -> None:
     known[plan.key] = plan.findings
 
 
+def forget(plan: Plan) -> None:
+    """Have the next plan verified anew, as a pass by this one has failed."""
+    _KNOWN.get(plan.model, {}).pop(plan.key, None)
+
+
 def _made(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     """A new plan; on one example alone if there is but one and the model fails for it twice."""
     try:
@@ -123,6 +128,8 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
         linearized = Linearized(plan, two, seen)
         watched = linearized.watched
         if random > plan.draws or not watched.z.requires_grad or linearized.unruled:
+            return None
+        if custom_functions(watched.z) != plan.custom:
             return None
         plan = replace(plan, probed=Probe(two, watched), coarsest=watched.coarsest)
         if is_shown(plan, seen):
@@ -152,7 +159,10 @@ def is_shown(plan: Plan, watched: Watched) -> bool:
     """Whether a pass's own graph tells that uses are those that were verified, and that there are no others."""
     if not _is_simple(plan) or watched.hooked or watched.coarsest != plan.coarsest or not watched.z.requires_grad:
         return False
-    return _calls(watched.uses) == plan.calls and uses_are_all(watched.z, watched.uses, plan.parameters)
+    if any(p._backward_hooks for p in plan.parameters.values()):
+        return False  # what a hook does to a gradient is no part of the graph
+    alike = _calls(watched.uses) == plan.calls and custom_functions(watched.z) == plan.custom
+    return alike and uses_are_all(watched.z, watched.uses, plan.parameters)
 
 
 def _is_simple(plan: Plan) -> bool:
