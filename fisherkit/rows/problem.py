@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.data import Batch, Source, check_finite
-from fisherkit.errors import DataError, ModelError
+from fisherkit.errors import DataError, ModelError, ProcessError
 from fisherkit.likelihood import Likelihood
 from fisherkit.model_state import parameters_hash
 from fisherkit.outputs import OutputRule, Outputs
@@ -165,7 +165,11 @@ class Problem:
                 pass
         except BetterPlanError as found:
             return found
-        raise LookupError("the batch shows nothing")
+        raise ProcessError(
+            call="a pass over the data", got="a batch whose rows are made in another way in another process than here",
+            expected="models that behave alike in all processes", why="they compute one Fisher together",
+            try_="the same settings of the model in all of them",
+        )  # fmt: skip
 
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """One pass over the data; not ``compared`` with other passes where its results stand alone."""
