@@ -287,7 +287,8 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
         if plan.generic:
-            vectorised = not watched.casts and _vectorised_agrees(plan, probe, v, z, reference)
+            hooked = any(plan.parameters[name]._backward_hooks for unit in plan.generic for name in unit.names)
+            vectorised = not watched.casts and not hooked and _vectorised_agrees(plan, probe, v, z, reference)
             loop = probe.size > 1 and vectorised and loop_is_cheaper(
                 model, plan.live_generic, probe, v, batch.size, plan.numbers_per_example
             )  # fmt: skip
@@ -503,8 +504,9 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
     """Units by what was seen: a weight and a bias that only ever occur together, under one rule and nowhere else.
 
     A parameter that is used in several ways, each of them under a rule, is a unit of its own, and so is what it is used
-    with.
+    with. One with a hook has none: what the hook does to an example's gradient, no two examples tell.
     """
+    outside = watched.outside_rules | {name for name in names if plan.parameters[name]._backward_hooks}
     seen: dict[str, list[Use]] = {name: [] for name in plan.space.names}
     for use in watched.uses:
         for name in use.names:
@@ -518,17 +520,17 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
         own = [use for member in members for use in seen[member]]
         slices = [use.slices is not None for use in seen[name]]
         ways = {(use.rule, use.turned) for use in seen[name]}
-        if slices and all(slices) and len(ways) == 1 and name not in watched.outside_rules:
+        if slices and all(slices) and len(ways) == 1 and name not in outside:
             units.append(SlicedUnit((name,), own[0].rule, _numbers(plan, (name,)), turned=own[0].turned))
             continue
         free = all(use.slices is None or use.slices.ndim == 0 for use in own)
         plain = bool(own) and free and all(use.plain for use in own)
-        together, free = {form_of(use) for use in own}, free and not watched.outside_rules.intersection(members)
+        together, free = {form_of(use) for use in own}, free and not outside.intersection(members)
         if plain and free and len(together) == 1:
             chosen = own[0].names
             units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen), turned=own[0].turned))
             placed.update(chosen)
-        elif plain and name not in watched.outside_rules:
+        elif plain and name not in outside:
             units.append(_alone(name, list(dict.fromkeys(form_of(use) for use in seen[name])), _numbers(plan, (name,))))
         elif own and free:
             rules = list(dict.fromkeys(use.rule for use in own))
@@ -537,7 +539,8 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             placed.update(chosen)
         else:
             reason = "no rule knows some of its uses" if own else "no layer rule saw it"
-            without_use = not own and name not in watched.outside_rules
+            reason = "a hook on its gradient" if plan.parameters[name]._backward_hooks else reason
+            without_use = not own and name not in outside
             units.append(Unit((name,), reason, _numbers(plan, (name,)), without_use=without_use))
     return units
 

@@ -117,28 +117,25 @@ def everywhere(units: Mapping[Names, A], processes: Processes) -> dict[Names, A]
     found: dict[Names, A] = {}
     groups = sorted({names for one in held for names in one})
     if len(shared := [name for names in groups for name in names]) > len(set(shared)):
-        raise ProcessError(
-            call="adding up what processes found",
-            got=f"other groups of parameters in some processes: {listed(map(str, groups), 4)}",
-            expected="the same in all", why="a layer's rows were made in different ways",
-            try_="batches of the same kind in all processes",
-        )  # fmt: skip
+        raise _different(f"groups of parameters {listed(map(str, groups), 4)}")
     for names in groups:
         owners = [rank for rank, one in enumerate(held) if names in one]
         forms = {held[rank][names] for rank in owners}
         if len(forms) > 1:
-            raise ProcessError(
-                call="adding up what processes found",
-                got=f"records of {listed(names)} as {' and '.join(sorted(forms))}",
-                expected="the same in all processes", why="a layer's rows were made in different ways",
-                try_="batches of the same kind in all processes",
-            )  # fmt: skip
+            raise _different(f"records of {listed(names)} as {' and '.join(sorted(forms))}")
         unit = units.get(names)
         if len(owners) < processes.size:  # those that have none begin with nothing, of the right shapes
             sent = processes.sent_by(owners[0], unit)
             unit = sent.scaled(0.0) if unit is None else unit
         found[names] = unit.met(processes)  # type: ignore[union-attr]
     return found
+
+
+def _different(got: str) -> ProcessError:
+    return ProcessError(
+        call="adding up what processes found", got=got, expected="the same in all processes",
+        why="a layer's rows were made in different ways", try_="batches of the same kind in all processes",
+    )  # fmt: skip
 
 
 class Sums(Added):
