@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from examples.continual import members
 from examples.continual.benches import Bench, TaskData
 from examples.continual.fishers import Builder
-from examples.continual.methods import METHODS, Method
+from examples.continual.methods import MAMMOTH, METHODS, SQUARED, Method
+from examples.continual.modules import ModuleBench
 from examples.continual.penalties import Term
 from examples.continual.stacked import Stack
 from examples.continual.training import Outcome, Training, initial, joint, sequence
@@ -57,6 +59,7 @@ class Plan:
         seeds: of data, initialization and order of the examples.
         strengths: by normalization.
         full: fewer of them for the full structure, which costs most, by bench and regime; there, normalized alone.
+        short: of benches of modules, which cost more, by kind; Fishers have those of "".
         examples: that a Fisher of the full structure is of; the other structures take all of the task's.
         epochs: by regime, instead of the bench's.
         tasks: the first ones of each bench; None for all.
@@ -69,6 +72,11 @@ class Plan:
     full: Mapping[tuple[str, str], tuple[float, ...]] = field(
         default_factory=lambda: {("permuted-digits", "fit"): half_decades(-2, 3)}
     )
+    short: Mapping[str, tuple[float, ...]] = field(
+        default_factory=lambda: {
+            "": half_decades(-3, 1), "l2": half_decades(-4, 0), SQUARED: half_decades(1, 5), MAMMOTH: half_decades(0, 4)
+        }
+    )  # fmt: skip
     examples: int = 256
     epochs: Mapping[str, int] = field(default_factory=dict)
     tasks: int | None = None
@@ -77,8 +85,18 @@ class Plan:
         """How a regime trains."""
         return Training(self.epochs.get(regime) or bench.epochs[regime])
 
-    def settings(self, bench: Bench) -> dict[str, Any]:
+    def settings(self, bench: Bench | ModuleBench) -> dict[str, Any]:
         """What results of one table must agree in."""
+        if isinstance(bench, ModuleBench):
+            return {
+                "title": bench.title,
+                "model": bench.model,
+                "seeds": list(self.seeds[: bench.seeds]),
+                "epochs": {"fit": self.epochs.get("fit") or bench.epochs["fit"]},
+                "rate": bench.rate,
+                "batch": bench.batch,
+                "tasks": self.tasks,
+            }
         training = {regime: self.training(bench, regime) for regime in REGIMES}
         return {
             "title": bench.title,
@@ -91,44 +109,58 @@ class Plan:
             "tasks": self.tasks,
         }
 
-    def strengths_of(self, bench: Bench, cell: Cell) -> tuple[float, ...]:
+    def strengths_of(self, bench: Bench | ModuleBench, cell: Cell) -> tuple[float, ...]:
         """The sweep of a cell; empty if there is none."""
         if not cell.method.swept:
             return ()
+        if isinstance(bench, ModuleBench):
+            return self.short.get(cell.method.kind, self.short[""])
         few = self.full.get((bench.name, cell.regime)) if cell.method.structure == "full" else None
         return few or self.strengths[cell.normalization]
 
-    def cells(self, bench: Bench, keys: tuple[str, ...] | None = None) -> list[Cell]:
+    def cells(self, bench: Bench | ModuleBench, keys: tuple[str, ...] | None = None) -> list[Cell]:
         """Every cell of a bench, the structures in the order of what they cost."""
         found = []
         for method in METHODS.values():
             if (keys is None or method.key in keys) and bench.includes(method.kind, method.structure):
-                for normalization in (TRACE, RAW) if method.structure else (TRACE,):
-                    for regime in REGIMES:
+                for normalization in _normalizations(bench, method):
+                    for regime in bench.epochs:
                         few = method.structure == "full" and (bench.name, regime) in self.full
                         if normalization == TRACE or not few:
                             found.append(Cell(regime, normalization, method))
         return found
 
 
-def measure(bench: Bench, tasks: list[TaskData], cell: Cell, plan: Plan) -> dict[str, Any]:
+def _normalizations(bench: Bench | ModuleBench, method: Method) -> tuple[str, ...]:
+    """Those that a method is measured with: other libraries have none, and what costs most has one."""
+    if method.kind == MAMMOTH or (method.kind == SQUARED and isinstance(bench, ModuleBench)):
+        return (RAW,)
+    if not method.structure or method.structure == "ekfac" or isinstance(bench, ModuleBench):
+        return (TRACE,)
+    return (TRACE, RAW)
+
+
+def measure(bench: Bench | ModuleBench, tasks: list[Any], cell: Cell, plan: Plan) -> dict[str, Any]:
     """The figures of a cell.
 
     Returns:
-        strengths; accuracy: the mean over tasks after the last one, in percent, by strength and then seed; by strength
-        and then task, means over seeds: final (accuracy after the last task), learned (accuracy when it was learned)
+        strengths; accuracy: the mean over tasks after the last one, in percent, by strength and then seed, and
+        forgetting: how much higher it was when each task but the last was learned; by strength and then task, means over seeds: final (accuracy after the last task), learned (accuracy when it was learned)
         and loss (on the training examples then); eigenvalues: trace F / D by task; the processor's seconds, and those
         of the Fishers.
     """
+    strengths, normalize = plan.strengths_of(bench, cell), None if cell.normalization == RAW else cell.normalization
+    if isinstance(bench, ModuleBench):
+        epochs = plan.settings(bench)["epochs"][cell.regime]
+        return members.measure(bench, tasks, cell.method, normalize, strengths, epochs)
     start, training = time.process_time(), plan.training(bench, cell.regime)
-    stack, strengths = initial(bench.widths, plan.seeds), plan.strengths_of(bench, cell)
+    stack = initial(bench.widths, plan.seeds)
     builder = None
     if cell.method.kind == "joint":
         outcome = joint(stack, tasks, plan.seeds, training)
     elif not strengths:
         outcome = sequence(stack, tasks, plan.seeds, training)
     else:
-        normalize = None if cell.normalization == RAW else cell.normalization
         builder = Builder(cell.method, torch.tensor(strengths).repeat(len(plan.seeds)), normalize)
         consolidation = _Consolidation(builder, plan.examples)
         outcome = sequence(stack, tasks, plan.seeds, training, len(strengths), consolidation)
@@ -160,9 +192,12 @@ def _figures(outcome: Outcome, seeds: int) -> dict[str, Any]:
         means = factor * values.unflatten(1, (seeds, -1)).mean(1).T
         return [[float(f"{value:.{digits}g}") for value in row] for row in means.tolist()]
 
+    lost = (outcome.learned - outcome.final)[:-1].mean(0)
+    forgetting = 100 * lost.unflatten(0, (seeds, -1)).T
     accuracy = 100 * outcome.final.mean(0).unflatten(0, (seeds, -1)).T
     return {
         "accuracy": [[round(value, 3) for value in row] for row in accuracy.tolist()],
+        "forgetting": [[round(value, 3) for value in row] for row in forgetting.tolist()],
         "final": by_task(outcome.final, 100, 4),
         "learned": by_task(outcome.learned, 100, 4),
         "loss": by_task(outcome.losses, 1, 3),

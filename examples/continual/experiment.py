@@ -15,9 +15,12 @@ import torch
 from examples.benchmarks.environment import environment
 from examples.continual.benches import BENCHES, Bench
 from examples.continual.cells import Plan, measure
+from examples.continual.modules import MODULES, ModuleBench
 from examples.shared.results import write_json
 
 Results = dict[str, Any]
+ALL: dict[str, Bench | ModuleBench] = {**BENCHES, **MODULES}
+"""Every bench by name."""
 
 
 def path_of(out: Path, bench: str) -> Path:
@@ -25,7 +28,7 @@ def path_of(out: Path, bench: str) -> Path:
     return out / f"{bench}.json"
 
 
-def run(out: Path, bench: Bench, plan: Plan, keys: tuple[str, ...] | None = None) -> Results:
+def run(out: Path, bench: Bench | ModuleBench, plan: Plan, keys: tuple[str, ...] | None = None) -> Results:
     """Measure what is not there yet, or was measured at other strengths.
 
     Args:
@@ -46,7 +49,10 @@ def run(out: Path, bench: Bench, plan: Plan, keys: tuple[str, ...] | None = None
     wanted = [cell for cell in plan.cells(bench, keys) if known.get(cell.key) != plan.strengths_of(bench, cell)]
     if not wanted:
         return results
-    tasks = bench.make(plan.seeds)[: plan.tasks]
+    if isinstance(bench, ModuleBench):
+        tasks: list[Any] = [(model, own[: plan.tasks]) for model, own in bench.make(plan.seeds[: bench.seeds])]
+    else:
+        tasks = bench.make(plan.seeds)[: plan.tasks]
     for number, cell in enumerate(wanted, 1):
         found = measure(bench, tasks, cell, plan)
         results["cells"][cell.key] = found
@@ -85,7 +91,7 @@ def read(out: Path) -> dict[str, Results]:
     Raises:
         ValueError: it has none.
     """
-    paths = {name: path_of(out, name) for name in BENCHES}
+    paths = {name: path_of(out, name) for name in ALL}
     found = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.exists()}
     if not found:
         raise ValueError(f"{out} has no results yet")

@@ -12,10 +12,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from examples.continual.methods import KINDS, SQUARED, Method
-from examples.continual.penalties import DenseTerm, DiagonalTerm, FactoredTerm, KroneckerTerm, LinearizedTerm, Term
+from examples.continual.methods import KINDS, MAMMOTH, SQUARED, Method
+from examples.continual.penalties import (
+    DenseTerm,
+    DiagonalTerm,
+    EigenKroneckerTerm,
+    FactoredTerm,
+    KroneckerTerm,
+    LinearizedTerm,
+    Term,
+)
 from examples.continual.stacked import Pass, Perceptron, Stack, with_ones
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator, KroneckerOperator
+from fisherkit.operators.kronecker import EigenKroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows
@@ -45,6 +54,7 @@ class Builder:
     def __init__(self, method: Method, strengths: Tensor, normalize: str | None) -> None:
         self.method, self.strengths, self.normalize = method, strengths, normalize
         self.seconds, self.eigenvalues = 0.0, list[float]()
+        self._sum: Tensor | None = None
 
     def term(self, stack: Stack, inputs: Tensor, labels: Tensor, window: slice, *, count: int, seed: int) -> Term:
         """A task's term at the stack's parameters.
@@ -61,6 +71,8 @@ class Builder:
             return DiagonalTerm(stack, torch.ones_like(stack.flat()), self.strengths)
         if self.method.kind == SQUARED:
             return self._squared(stack, inputs, labels, window)
+        if self.method.kind == MAMMOTH:
+            return self._mammoth(stack, inputs, labels, window)
         start = time.process_time()
         operators = build(self.method, stack, inputs[:, :count], labels[:, :count], window, seed)
         traces = torch.stack([operator.trace() for operator in operators])
@@ -85,6 +97,16 @@ class Builder:
         if self.method.structure == "diagonal":
             return DiagonalTerm(stack, torch.as_tensor(diagonals), weights)
         return DenseTerm(stack, rows, weights / len(rows))
+
+
+    def _mammoth(self, stack: Stack, inputs: Tensor, labels: Tensor, window: slice) -> Term:
+        """The sum over tasks of the mean over examples of p ḡ², p the label's probability, around the newest centre."""
+        passes, gradient = Pass(stack, window), stack.like()
+        total = self._sum = torch.zeros_like(stack.flat()) if self._sum is None else self._sum
+        for place in range(labels.shape[1]):
+            losses = passes.gradient(with_ones(inputs[:, [place]]), labels[:, [place]], gradient)
+            total += losses.neg().exp().unsqueeze(1) * gradient.flat().square() / labels.shape[1]
+        return DiagonalTerm(stack, total, self.strengths, alone=True)
 
 
 def build(
@@ -116,6 +138,15 @@ def _kfac(operators: list[FisherOperator], stack: Stack, weights: Tensor) -> Ter
         gradients.append(torch.stack([f.gradient for f in factors]))
     activations[0] = activations[0][:: stack.each]  # of the inputs, which a seed's members share
     return KroneckerTerm(stack, activations, gradients, weights)
+
+
+def _ekfac(operators: list[FisherOperator], stack: Stack, weights: Tensor) -> Term:
+    layers = []
+    for blocks in zip(*(_as(BlockDiagonalOperator, operator).blocks for operator in operators), strict=True):
+        own = [_as(EigenKroneckerOperator, block) for block in blocks]
+        parts = ([e.activation_basis for e in own], [e.gradient_basis for e in own], [e.eigenvalue_grid for e in own])
+        layers.append(tuple(torch.stack(part).to(weights.dtype) for part in parts))
+    return EigenKroneckerTerm(stack, layers, weights)
 
 
 def _full(operators: list[FisherOperator], stack: Stack, weights: Tensor) -> Term:
@@ -150,5 +181,6 @@ def _as(kind: type[T], found: object) -> T:
 _JOINED: dict[str, Callable[[list[FisherOperator], Stack, Tensor], Term]] = {
     "diagonal": _diagonal,
     "kfac": _kfac,
+    "ekfac": _ekfac,
     "full": _full,
 }

@@ -20,7 +20,11 @@ KINDS: dict[str, tuple[str, type[fk.FisherApproximation], dict[str, Any]]] = {
 SQUARED = "squared"
 """The kind that is none: squares of a batch's mean gradient, which much published code calls Fisher."""
 
-STRUCTURES = ("diagonal", "kfac", "full")
+MAMMOTH = "mammoth"
+"""The kind that is none: squares of examples' gradients, each times the probability of its label, all around the newest
+centre, as mammoth's ``ewc_on`` has them."""
+
+STRUCTURES = ("diagonal", "kfac", "ekfac", "full")
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Method:
     """A way to keep what was learned.
 
     Args:
-        kind: of `KINDS`, or "squared", "l2", "none", "joint".
+        kind: of `KINDS`, or "squared", "mammoth", "l2", "none", "joint".
         structure: of `STRUCTURES`; empty where there is no Fisher.
     """
 
@@ -43,7 +47,7 @@ class Method:
     @property
     def title(self) -> str:
         """The name of the kind in tables."""
-        own = {SQUARED: "squared batch gradients", "l2": "L2", "none": "none", "joint": "joint"}
+        own = {SQUARED: "squared batch gradients", MAMMOTH: "mammoth's", "l2": "L2", "none": "none", "joint": "joint"}
         return own.get(self.kind) or KINDS[self.kind][0]
 
     @property
@@ -62,8 +66,9 @@ METHODS: dict[str, Method] = {
         *(
             Method(kind, structure)
             for structure in STRUCTURES
-            for kind in (*KINDS, SQUARED)
-            if not (structure == "kfac" and kind == SQUARED)  # a sum over examples has no Kronecker factors
+            for kind in (*KINDS, SQUARED, MAMMOTH)
+            # a sum over examples has no Kronecker factors, and mammoth has a diagonal
+            if not (kind == SQUARED and "kfac" in structure or kind == MAMMOTH and structure != "diagonal")
         ),
     )
 }

@@ -20,9 +20,11 @@ class Term(ABC):
 
     Args:
         center: θ_t; copied.
+        alone: it stands for all tasks so far, in place of the terms before it.
     """
 
-    def __init__(self, center: Stack) -> None:
+    def __init__(self, center: Stack, alone: bool = False) -> None:
+        self.alone = alone
         self.center = center.like(center.storage.clone())
 
     @abstractmethod
@@ -37,10 +39,11 @@ class DiagonalTerm(Term):
         center: θ_t.
         diagonals: ``[S, D]`` in the modules' order.
         weights: w ``[S]``.
+        alone: as in `Term`.
     """
 
-    def __init__(self, center: Stack, diagonals: Tensor, weights: Tensor) -> None:
-        super().__init__(center)
+    def __init__(self, center: Stack, diagonals: Tensor, weights: Tensor, alone: bool = False) -> None:
+        super().__init__(center, alone)
         self.diagonal = center.like().put(diagonals * weights.unsqueeze(1)).storage
 
     def add_product(self, difference: Stack, out: Stack) -> None:
@@ -69,6 +72,25 @@ class KroneckerTerm(Term):
         """G Δ A."""
         for a, g, delta, total in zip(self.activations, self.gradients, difference.layers, out.layers, strict=True):
             add_matmul(total, torch.bmm(g, delta), a)
+
+
+class EigenKroneckerTerm(Term):
+    """A Kronecker product's eigenbasis with eigenvalues of its own for each layer.
+
+    Args:
+        center: θ_t.
+        layers: of each layer U_A ``[S, I + 1, I + 1]``, U_G ``[S, O, O]`` and the eigenvalues ``[S, O, I + 1]``.
+        weights: w ``[S]``.
+    """
+
+    def __init__(self, center: Stack, layers: Sequence[tuple[Tensor, ...]], weights: Tensor) -> None:
+        super().__init__(center)
+        self.layers = [(u_a, u_g, values * weights[:, None, None]) for u_a, u_g, values in layers]
+
+    def add_product(self, difference: Stack, out: Stack) -> None:
+        """U_G (Λ ∘ U_Gᵀ Δ U_A) U_Aᵀ."""
+        for (u_a, u_g, values), delta, total in zip(self.layers, difference.layers, out.layers, strict=True):
+            total += u_g @ (values * (u_g.mT @ delta @ u_a)) @ u_a.mT
 
 
 class FactoredTerm(Term):
@@ -160,6 +182,10 @@ class Penalty:
 
     def __init__(self) -> None:
         self.terms: list[Term] = []
+
+    def append(self, term: Term) -> None:
+        """Take a term."""
+        self.terms = [term] if term.alone else [*self.terms, term]
 
     def add_gradient(self, at: Stack, out: Stack) -> None:
         """Add the gradient at some parameters to out."""

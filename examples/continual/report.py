@@ -52,7 +52,7 @@ def _setting(results: Mapping[str, Mapping[str, Any]], found: Mapping[Place, Map
     lines = []
     for bench, result in results.items():
         s, cells = result["settings"], result["cells"].values()
-        widths = "-".join(map(str, s["widths"]))
+        model = s.get("model") or "MLP " + "-".join(map(str, s["widths"]))
         losses = []
         for regime, epochs in s["epochs"].items():
             none = found.get((bench, regime), {}).get("trace/none")
@@ -63,7 +63,7 @@ def _setting(results: Mapping[str, Mapping[str, Any]], found: Mapping[Place, Map
                 )
         built, whole = (sum(cell[name] for cell in cells) for name in ("build_seconds", "seconds"))
         lines.append(
-            f"- **{bench}**: {s['title']}; MLP {widths}, {len(s['seeds'])} seeds. {'; '.join(losses)}. "
+            f"- **{bench}**: {s['title']}; {model}, {len(s['seeds'])} seeds. {'; '.join(losses)}. "
             f"{len(result['cells'])} cells in {whole / 60:.0f} min, {100 * built / max(whole, 1e-9):.0f}% Fishers."
         )
     first = next(iter(results.values()))

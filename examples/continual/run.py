@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from examples.continual import experiment, report
-from examples.continual.benches import BENCHES
 from examples.continual.cells import RAW, TRACE, Plan
 from examples.continual.methods import METHODS
 from examples.continual.pictures import draw
@@ -27,6 +26,7 @@ TINY = Plan(
     seeds=(0, 1),
     strengths={TRACE: (0.01, 0.1, 1.0), RAW: (0.1, 1.0, 10.0)},
     full={("permuted-digits", "fit"): (0.1, 1.0)},
+    short={"": (0.1, 1.0)},
     examples=8,
     epochs={"fit": 1, "early": 1},
     tasks=2,
@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options."""
     parser = argparse.ArgumentParser(prog="python -m examples.continual", description=__doc__)
     add = parser.add_argument
-    add("--part", nargs="+", choices=list(BENCHES), default=list(BENCHES), help="which benches (default: all)")
+    add("--part", nargs="+", choices=list(experiment.ALL), default=list(experiment.ALL), help="which benches (default: all)")
     add("--methods", nargs="+", choices=list(METHODS), default=None, help="which methods (default: all)")
     results.add_options(parser, "continual")
     return parser.parse_args(arguments)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.report:
             keys = tuple(options.methods) if options.methods else None
             for name in options.part:
-                experiment.run(options.out, BENCHES[name], TINY if options.tiny else Plan(), keys)
+                experiment.run(options.out, experiment.ALL[name], TINY if options.tiny else Plan(), keys)
         found = experiment.read(options.out)
     except ValueError as error:
         sys.exit(str(error))

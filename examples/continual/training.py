@@ -140,7 +140,7 @@ def sequence(
         losses.append(loss)
         learned.append(right)
         if consolidate is not None and number + 1 < len(tasks):
-            penalty.terms.append(consolidate(stack, task, number))
+            penalty.append(consolidate(stack, task, number))
     final = [_measured(stack, task)[1] for task in tasks]
     return Outcome(torch.stack(losses), torch.stack(learned), torch.stack(final))
 

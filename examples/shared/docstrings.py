@@ -88,3 +88,25 @@ def summary(docstring: str, name: str) -> str:
         # A sentence that names scipy mostly names the subpackage as well.
         return sentence if len(sentence.split()) >= 3 and "scipy" not in sentence else ""
     return ""
+
+
+def windows(subpackage: str, length: int) -> list[list[list[str]]]:
+    """Stretches of so many words, in lower case, of what each public function of a subpackage says of itself.
+
+    Args:
+        subpackage: of scipy; its own name is left out.
+        length: of a stretch; what is left of a docstring is left out.
+
+    Returns:
+        By function, in alphabetical order; functions that say less are left out.
+    """
+    module, found = importlib.import_module(f"scipy.{subpackage}"), []
+    for name in sorted(getattr(module, "__all__", None) or dir(module)):
+        member = getattr(module, name, None)
+        if name.startswith("_") or inspect.ismodule(member) or not callable(member):
+            continue
+        words = [w for w in re.findall(r"[a-z]+", (inspect.getdoc(member) or "").lower()) if w not in (name, subpackage)]
+        own = [words[start : start + length] for start in range(0, len(words) - length + 1, length)]
+        if own:
+            found.append(own)
+    return found

@@ -7,6 +7,9 @@ before; the algebra of quadratic forms is `operators.quadratic`'s. Asks a Fisher
 from __future__ import annotations
 
 import copy
+import math
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -37,6 +40,10 @@ from fisherkit.space import ParameterSpace, Selection
 from fisherkit.wrappers import matching, unwrapped
 
 CALL = "EWC.consolidate"
+
+WATCHED_FROM, GROWTH, LARGE = 16, 1e3, 1e2
+"""A penalty that grew so many times between two calls whose numbers double, the first of them this one or later, to a
+value that no loss competes with, runs away: drifting at an even speed it grows 4 times, at an accelerating one 16."""
 
 SAME_MOMENT = "the centre θ* is taken from the model, so both must be of the same moment"
 
@@ -107,7 +114,12 @@ class EWC(nn.Module):
         self.drop_below = check_number("EWC", "drop_below", drop_below, most=1)
         self.normalize, self.grown = normalize, grown
         self.consolidations = 0
-        self._terms: tuple[Term, ...] = ()
+        self._put(())
+
+    def _put(self, terms: tuple[Term, ...]) -> None:
+        """Hold these terms, and watch their penalty from the start."""
+        self._terms = terms
+        self._calls, self._value, self._warned = 0, math.inf, False
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model":
@@ -153,7 +165,7 @@ class EWC(nn.Module):
         for atom in atoms(normalize(fisher, self.normalize)):
             flat = torch.cat([parameters[name].detach().reshape(-1) for name in atom.space.names])
             _add(terms, Quadratic.of(atom, flat.to(atom.dtype)))
-        self._terms = tuple(terms)
+        self._put(tuple(terms))
         self.consolidations += 1
 
     def penalty(self) -> Tensor:
@@ -168,11 +180,57 @@ class EWC(nn.Module):
             ModelError: the model lacks a consolidated parameter, or has it in another shape (see ``grown``).
             InvalidArgumentError: the model has moved to another device.
             NoClosedFormError: in a backward pass through its gradient.
+
+        Warns:
+            UserWarning: once for each consolidation, where the penalty runs away or is not finite: the optimizer's step
+                is too long for its curvature. Looked at in calls 16, 32, 64 …, so that no other waits for the device.
         """
         parameters = dict(self.model.named_parameters())
         names = list(dict.fromkeys(name for term in self._terms for name in term.shapes)) or list(parameters)[:1]
         self._check("EWC.penalty", self._terms, parameters)
-        return penalty_of(self._terms, self.strength, {name: parameters[name] for name in names})
+        result = penalty_of(self._terms, self.strength, {name: parameters[name] for name in names})
+        self._watch(result.detach())
+        return result
+
+    def _watch(self, penalty: Tensor) -> None:
+        """Warn once if the penalty has run away since the call of half this number."""
+        self._calls += 1
+        if self._warned or self._calls < WATCHED_FROM or self._calls & (self._calls - 1):
+            return
+        before, self._value = self._value, float(penalty)
+        if self._value > max(LARGE, GROWTH * before) or not math.isfinite(self._value):
+            self._warned = True
+            since = "" if math.isinf(before) else f", after {before:.3g} at call {self._calls // 2:,}"
+            warnings.warn(
+                f"EWC.penalty: it is {self._value:.3g} at call {self._calls:,} since the last consolidation{since}. "
+                f"Steps that are too long for the penalty's curvature increase it, each more than the last: with plain "
+                f"gradient descent those of a learning rate above ewc.largest_stable_lr(), which strength="
+                f"{self.strength:g} is part of. Try: a smaller learning rate or strength, or Adam.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def largest_stable_lr(self) -> float:
+        """The learning rate up to which plain gradient descent on the penalty does not diverge.
+
+        Returns:
+            2 / (strength · λ), λ the largest eigenvalue of Σ_t decay^(T−t) F_t, or, where terms could not be joined, a
+            bound on it, so that the rate is a safe one: the most that terms with a parameter in common come to when
+            their largest eigenvalues are added. Infinite where there is no penalty. With momentum m the limit is (1 + m)
+            times that; Adam's steps do not depend on the penalty's size.
+
+        Raises:
+            NoClosedFormError: an operator of your own that does not tell its eigenvalues.
+
+        Cost: an eigendecomposition for each term: of the factors, for Kronecker products, of the Gram matrix for rows.
+        """
+        largest: dict[str, float] = defaultdict(float)
+        for term in self._terms:
+            value = term.weight * float(term.quadratic.operator.eigenvalues(1)[0])
+            for name in term.shapes:
+                largest[name] += value
+        curvature = self.strength * max(largest.values(), default=0.0)
+        return 2 / curvature if curvature > 0 else math.inf
 
     def _check(self, call: str, terms: tuple[Term, ...], parameters: Mapping[str, nn.Parameter]) -> None:
         for term in terms:
@@ -249,7 +307,8 @@ class EWC(nn.Module):
                 why="one strength would mean two things", try_=f"EWC(model, normalize={how!r})",
             )  # fmt: skip
         self._check(call, terms, dict(self.model.named_parameters()))
-        self._terms, self.consolidations = terms, consolidations
+        self._put(terms)
+        self.consolidations = consolidations
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EWC:
         """A copy with the same terms; see the class for its model."""

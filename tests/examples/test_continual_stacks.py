@@ -93,12 +93,25 @@ def squared(stack: Stack, number: int, data: TaskData, structure: str) -> Tensor
     return dense.diagonal().diag() if structure == "diagonal" else dense
 
 
+def weighted(stack: Stack, number: int, data: TaskData) -> Tensor:
+    """The mean over examples of the squared gradient times the label's probability, by autograd."""
+    model, own = module(stack, number), number // EACH
+    total = torch.zeros(stack.size, dtype=F64)
+    for x, y in zip(data.train[own], data.train_labels[own], strict=True):
+        log_p = model(x).log_softmax(0)[y]
+        gradient = nn.utils.parameters_to_vector(torch.autograd.grad(log_p, list(model.parameters())))
+        total += log_p.detach().exp() * gradient.square() / len(data.train_labels[own])
+    return total.diag()
+
+
 def dense(method: Method, stack: Stack, number: int, data: TaskData, seed: int, count: int) -> Tensor:
     """A member's Fisher by the package on a model of its own."""
     if method.kind == "l2":
         return torch.eye(stack.size, dtype=F64)
     if method.kind == "squared":
         return squared(stack, number, data, method.structure)
+    if method.kind == "mammoth":
+        return weighted(stack, number, data)
     _, kind, options = KINDS[method.kind]
     own = number // EACH
     if method.kind == "sf":
@@ -110,13 +123,16 @@ def dense(method: Method, stack: Stack, number: int, data: TaskData, seed: int, 
 @pytest.mark.parametrize("normalize", [None, "trace"], ids=["raw", "trace"])
 @pytest.mark.parametrize("key", [key for key, method in METHODS.items() if method.swept])
 def test_penalty__is_the_definition(key: str, normalize: str | None, stack: Stack, tasks: list[TaskData]) -> None:
-    """½·strength·Σ (θ−θ_t)ᵀF_t(θ−θ_t) by autograd through dense matrices; two tasks, each at parameters of its own."""
+    """½·strength·Σ (θ−θ_t)ᵀF_t(θ−θ_t) by autograd through dense matrices; two tasks, each at parameters of its own.
+
+    Mammoth's is of the newest θ_t alone, and is not normalised.
+    """
     method, count = METHODS[key], 20
     builder, penalty = Builder(method, STRENGTHS, normalize), Penalty()
     past = [stack, stack.like(stack.storage + 0.1 * normal(len(stack.storage), seed=2))]
     for number, at in enumerate(past):
         data = tasks[number]
-        penalty.terms.append(builder.term(at, data.train, data.train_labels, data.window, count=count, seed=number))
+        penalty.append(builder.term(at, data.train, data.train_labels, data.window, count=count, seed=number))
     now = stack.like(stack.storage + normal(len(stack.storage), seed=3))
     out = stack.like(normal(len(stack.storage), seed=4))
     before = out.flat()
@@ -126,9 +142,9 @@ def test_penalty__is_the_definition(key: str, normalize: str | None, stack: Stac
         value = theta.new_zeros(())
         for number, at in enumerate(past):
             matrix = dense(method, at, member, tasks[number], number, count)
-            if normalize == "trace":
+            if normalize == "trace" and method.kind != "mammoth":
                 matrix = matrix * stack.size / matrix.trace()
-            difference = theta - at.flat()[member]
+            difference = theta - (past[-1] if method.kind == "mammoth" else at).flat()[member]
             value = value + 0.5 * STRENGTHS[member] * difference @ matrix @ difference
         (expected,) = torch.autograd.grad(value, theta)
         torch.testing.assert_close((out.flat() - before)[member], expected, rtol=1e-8, atol=1e-9)
