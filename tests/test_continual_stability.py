@@ -53,7 +53,7 @@ def test_largest_stable_lr__is_where_gradient_descent_on_one_task_begins_to_dive
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_largest_stable_lr__is_safe_for_several_tasks(structure: str) -> None:
-    model, ewc, reference = learned(
+    _, ewc, reference = learned(
         lambda model, t: fk.ImprovedEmpiricalFisher(model, task(t), structure=structure), tasks=3, decay=0.6
     )
     total = sum(0.6**age * len(F) / F.trace() * F for age, (F, _) in enumerate(reversed(reference)))

@@ -59,7 +59,7 @@ class Plan:
         seeds: of data, initialization and order of the examples.
         strengths: by normalization.
         full: fewer of them for the full structure, which costs most, by bench and regime; there, normalized alone.
-        short: of benches of modules, which cost more, by kind; Fishers have those of "".
+        short: fewer of them for ekfac, mammoth's and benches of modules, by kind; Fishers have those of "".
         examples: that a Fisher of the full structure is of; the other structures take all of the task's.
         epochs: by regime, instead of the bench's.
         tasks: the first ones of each bench; None for all.
@@ -74,9 +74,12 @@ class Plan:
     )
     short: Mapping[str, tuple[float, ...]] = field(
         default_factory=lambda: {
-            "": half_decades(-3, 1), "l2": half_decades(-4, 0), SQUARED: half_decades(1, 5), MAMMOTH: half_decades(0, 4)
+            "": half_decades(-3, 0)[1:],
+            "l2": half_decades(-4, -1),
+            SQUARED: half_decades(1, 4),
+            MAMMOTH: half_decades(0, 4),
         }
-    )  # fmt: skip
+    )
     examples: int = 256
     epochs: Mapping[str, int] = field(default_factory=dict)
     tasks: int | None = None
@@ -113,7 +116,7 @@ class Plan:
         """The sweep of a cell; empty if there is none."""
         if not cell.method.swept:
             return ()
-        if isinstance(bench, ModuleBench):
+        if isinstance(bench, ModuleBench) or cell.method.structure == "ekfac" or cell.method.kind == MAMMOTH:
             return self.short.get(cell.method.kind, self.short[""])
         few = self.full.get((bench.name, cell.regime)) if cell.method.structure == "full" else None
         return few or self.strengths[cell.normalization]
@@ -144,10 +147,11 @@ def measure(bench: Bench | ModuleBench, tasks: list[Any], cell: Cell, plan: Plan
     """The figures of a cell.
 
     Returns:
-        strengths; accuracy: the mean over tasks after the last one, in percent, by strength and then seed, and
-        forgetting: how much higher it was when each task but the last was learned; by strength and then task, means over seeds: final (accuracy after the last task), learned (accuracy when it was learned)
-        and loss (on the training examples then); eigenvalues: trace F / D by task; the processor's seconds, and those
-        of the Fishers.
+        strengths; by strength and then seed, in percent: accuracy (the mean over tasks after the last one) and
+        forgetting (how much higher it was when a task was learned, the mean over all but the last); by strength and
+        then task, means over seeds: final (accuracy after the last task), learned (accuracy when it was learned) and
+        loss (on the training examples then); eigenvalues: trace F / D by task; the processor's seconds, and those of
+        the Fishers.
     """
     strengths, normalize = plan.strengths_of(bench, cell), None if cell.normalization == RAW else cell.normalization
     if isinstance(bench, ModuleBench):

@@ -98,7 +98,6 @@ class Builder:
             return DiagonalTerm(stack, torch.as_tensor(diagonals), weights)
         return DenseTerm(stack, rows, weights / len(rows))
 
-
     def _mammoth(self, stack: Stack, inputs: Tensor, labels: Tensor, window: slice) -> Term:
         """The sum over tasks of the mean over examples of p ḡ², p the label's probability, around the newest centre."""
         passes, gradient = Pass(stack, window), stack.like()

@@ -1,7 +1,7 @@
 """Copies of a module with parameters of their own, trained as one: seeds times strengths of one method.
 
-Owns the vectorized forward pass, the penalty of all of them, and what is measured. A Fisher is built by fisherkit for each
-copy; its operator's factors are stacked. Avalanche's and mammoth's squares are written from their documentation.
+Owns the vectorized forward pass, the penalty of all of them, and what is measured. fisherkit builds a Fisher for each
+copy, and the operators' factors are stacked. Avalanche's and mammoth's squares are written from their documentation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -163,7 +162,10 @@ class Keeper:
         size = self.batch if self.method.kind == SQUARED else 1
         rows = []
         for member in range(len(self.strengths)):
-            x, y = (part[: len(part) // size * size].unflatten(0, (-1, size)) for part in tasks[member // members.each].train)
+            x, y = (
+                part[: len(part) // size * size].unflatten(0, (-1, size))
+                for part in tasks[member // members.each].train
+            )
             model = members.load(member)
             held = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -214,7 +216,9 @@ def steps(tasks: Sequence[Task], bench: ModuleBench, epochs: int, number: int) -
         orders = [torch.randperm(len(t.train[1]), generator=g) for t, g in zip(tasks, generators, strict=True)]
         for batch in torch.stack(orders).split(bench.batch, 1):
             if batch.shape[1] == bench.batch:
-                x, y = (torch.stack([t.train[place][own] for t, own in zip(tasks, batch, strict=True)]) for place in (0, 1))
+                x, y = (
+                    torch.stack([t.train[place][own] for t, own in zip(tasks, batch, strict=True)]) for place in (0, 1)
+                )
                 yield tasks[0].head, (x, y)
 
 

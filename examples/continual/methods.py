@@ -68,7 +68,7 @@ METHODS: dict[str, Method] = {
             for structure in STRUCTURES
             for kind in (*KINDS, SQUARED, MAMMOTH)
             # a sum over examples has no Kronecker factors, and mammoth has a diagonal
-            if not (kind == SQUARED and "kfac" in structure or kind == MAMMOTH and structure != "diagonal")
+            if not ((kind == SQUARED and "kfac" in structure) or (kind == MAMMOTH and structure != "diagonal"))
         ),
     )
 }

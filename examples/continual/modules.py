@@ -153,7 +153,7 @@ def _rows(seed: int) -> tuple[Heads, list[Task]]:
 
 TEXTS = (("special", "stats"), ("signal", "linalg"), ("ndimage", "optimize"), ("interpolate", "sparse"))
 """Subpackages of scipy, two a task."""
-WORDS, LENGTH, TRAIN, TEST = 1000, 16, 300, 150
+WORDS, LENGTH, TRAIN, TEST = 1000, 16, 300, 120
 
 
 def _texts(seed: int) -> tuple[Heads, list[Task]]:

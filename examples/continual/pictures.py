@@ -16,7 +16,7 @@ from examples.paper.pictures import STYLE
 
 COLOURS = {
     "ef": "#D55E00", "ief": "#0072B2", "truncated-1": "#F0A6C8", "truncated-2": "#CC79A7", "sf": "#E69F00",
-    "exact": "#009E73", "squared": "#999999", "l2": "#000000",
+    "exact": "#009E73", "squared": "#999999", "mammoth": "#56B4E9", "l2": "#000000",
 }  # fmt: skip
 """By kind: Okabe and Ito's, and a lighter one."""
 
@@ -83,7 +83,7 @@ def _curves(
 def _line(axes: Axes, curve: Curve, kind: str, drawn: dict[str, Any]) -> None:
     """A kind's curve, with a dot at its best."""
     title = next(method.title for method in METHODS.values() if method.kind == kind)
-    style = "--" if kind in ("squared", "l2") else "-"
+    style = "--" if kind in ("squared", "mammoth", "l2") else "-"
     (drawn[title],) = axes.plot(curve.strengths, curve.means, color=COLOURS[kind], linestyle=style, linewidth=1.4)
     axes.plot(curve.strength, curve.best, "o", color=COLOURS[kind], markersize=4)
 

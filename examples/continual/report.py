@@ -9,6 +9,7 @@ from examples.benchmarks.report import markdown
 from examples.continual.methods import METHODS, Method
 from examples.continual.report_claims import claims
 from examples.continual.report_default import default
+from examples.continual.report_libraries import laplace, libraries
 from examples.continual.summary import Curve, Place, curves, of_method, span
 
 NORMALIZED = {"trace": "trace", "none": "as it is"}
@@ -24,6 +25,8 @@ def report(results: Mapping[str, Mapping[str, Any]], pictures: str) -> str:
     found = curves(results)
     parts = [
         _setting(results, found),
+        "### The defaults and other libraries' ways\n\n" + libraries(found),
+        "### The best strength in units of the Laplace approximation\n\n" + laplace(found),
         "### A default\n\n" + default(found),
         "### Claims\n\n" + claims(found),
         "### How far the best strength moves\n\n" + _moves(found),
@@ -66,17 +69,20 @@ def _setting(results: Mapping[str, Mapping[str, Any]], found: Mapping[Place, Map
             f"- **{bench}**: {s['title']}; {model}, {len(s['seeds'])} seeds. {'; '.join(losses)}. "
             f"{len(result['cells'])} cells in {whole / 60:.0f} min, {100 * built / max(whole, 1e-9):.0f}% Fishers."
         )
-    first = next(iter(results.values()))
-    s, e = first["settings"], first["environment"]
+    settings, environments = ([result[name] for result in results.values()] for name in ("settings", "environment"))
+    rates = sorted({f"batches of {s['batch']} and first step {s['rate']:g}" for s in settings})
+    examples = next((f", full ones of {s['examples']}" for s in settings if "examples" in s), "")
+    e = environments[-1]
     lines += [
-        f"- Adam, batches of {s['batch']}, first step {s['rate']:g} falling linearly to zero within each task; no "
+        f"- Adam, {', or '.join(rates)}, falling linearly to zero within each task; no "
         "weight decay. Adam's steps are bounded whatever the penalty's size, so that no strength diverges; a large one "
-        "freezes. Squared batch gradients are of all of a task's batches, diagonal and kfac Fishers of all its "
-        f"training examples, full ones of {s['examples']}.",
+        "freezes. Squared batch gradients are of all of a task's batches, diagonal and Kronecker Fishers of all its "
+        f"training examples{examples}.",
         "- Strengths in half decades. The strength of a method is chosen on the mean over seeds of the test accuracy, "
         "for every method alike; the deviation is over seeds. *Within 3* is how many decades around the best stay "
         "within 3 points of it. An edge of the sweep is marked with *.",
-        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; {e['date']}.",
+        f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; "
+        f"{' to '.join(dict.fromkeys((min(x['date'] for x in environments), max(x['date'] for x in environments))))}.",
     ]
     return "\n".join(lines)
 

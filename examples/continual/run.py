@@ -38,7 +38,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options."""
     parser = argparse.ArgumentParser(prog="python -m examples.continual", description=__doc__)
     add = parser.add_argument
-    add("--part", nargs="+", choices=list(experiment.ALL), default=list(experiment.ALL), help="which benches (default: all)")
+    add(
+        "--part",
+        nargs="+",
+        choices=list(experiment.ALL),
+        default=list(experiment.ALL),
+        help="which benches (default: all)",
+    )
     add("--methods", nargs="+", choices=list(METHODS), default=None, help="which methods (default: all)")
     results.add_options(parser, "continual")
     return parser.parse_args(arguments)

@@ -105,7 +105,9 @@ def windows(subpackage: str, length: int) -> list[list[list[str]]]:
         member = getattr(module, name, None)
         if name.startswith("_") or inspect.ismodule(member) or not callable(member):
             continue
-        words = [w for w in re.findall(r"[a-z]+", (inspect.getdoc(member) or "").lower()) if w not in (name, subpackage)]
+        words = [
+            w for w in re.findall(r"[a-z]+", (inspect.getdoc(member) or "").lower()) if w not in (name, subpackage)
+        ]
         own = [words[start : start + length] for start in range(0, len(words) - length + 1, length)]
         if own:
             found.append(own)

@@ -215,9 +215,9 @@ class EWC(nn.Module):
 
         Returns:
             2 / (strength · λ), λ the largest eigenvalue of Σ_t decay^(T−t) F_t, or, where terms could not be joined, a
-            bound on it, so that the rate is a safe one: the most that terms with a parameter in common come to when
-            their largest eigenvalues are added. Infinite where there is no penalty. With momentum m the limit is (1 + m)
-            times that; Adam's steps do not depend on the penalty's size.
+            bound on it, so that the rate is a safe one: the largest eigenvalues of the terms that a parameter is in,
+            added, for the parameter with the most. Infinite where there is no penalty. With momentum m the limit is
+            1 + m times that; Adam's steps do not depend on the penalty's size.
 
         Raises:
             NoClosedFormError: an operator of your own that does not tell its eigenvalues.
