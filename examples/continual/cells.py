@@ -74,10 +74,10 @@ class Plan:
     )
     short: Mapping[str, tuple[float, ...]] = field(
         default_factory=lambda: {
-            "": half_decades(-3, 0)[1:],
+            "": half_decades(-2, 0)[:-1],
             "l2": half_decades(-4, -1),
-            SQUARED: half_decades(1, 4),
-            MAMMOTH: half_decades(0, 4),
+            SQUARED: half_decades(2, 4),
+            MAMMOTH: half_decades(0, 3),
         }
     )
     examples: int = 256

@@ -173,7 +173,7 @@ class Keeper:
                 value = F.cross_entropy(functional_call(model, held | chosen, (x,)), y)  # noqa: B023 - called at once
                 return value, value
 
-            each = vmap(grad(loss, has_aux=True), (None, 0, 0), chunk_size=64)
+            each = vmap(grad(loss, has_aux=True), (None, 0, 0), chunk_size=300)
             gradients, values = each({name: held[name] for name in names}, x, y)
             weights = (-values).exp() if self.method.kind == MAMMOTH else torch.ones_like(values)
             squares = [torch.einsum("n,nd->d", weights, gradients[name].flatten(1).square()) for name in names]

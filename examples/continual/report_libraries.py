@@ -41,9 +41,9 @@ def libraries(found: Mapping[Place, Mapping[str, Curve]]) -> str:
     text = (
         "Average accuracy over all tasks after the last one, with 95 % intervals over seeds, and forgetting: the "
         "accuracy that a task had when it was learned less what is left of it, mean over all tasks but the last. "
-        "The default is kfac, iEF, `normalize=\"trace\"`, `strength=0.1`, chosen on the perceptrons' six rows; the GRU's "
-        "and the transformer's rows are new to it. L2, Avalanche's (squared gradients of batches, each task around its "
-        "own centre) and mammoth's (squared gradients of examples times the label's probability, all tasks around the "
+        'The default is kfac, iEF, `normalize="trace"`, `strength=0.1`, chosen on the six rows of perceptrons; those '
+        "of the GRU and the transformer are new to it. L2, Avalanche's (squared gradients of batches, each task around "
+        "its own centre) and mammoth's (squared gradients of examples times the label's probability, all around the "
         "newest centre) have the best strength of a sweep in each row. *Best, chosen on other seeds* is that of all "
         "methods, normalizations and strengths: for each seed what is best on the others, so that luck does not count."
         "\n\n"
