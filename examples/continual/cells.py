@@ -76,7 +76,7 @@ class Plan:
         default_factory=lambda: {
             "": half_decades(-2, 0)[:-1],
             "l2": half_decades(-4, -1),
-            SQUARED: half_decades(2, 4),
+            SQUARED: half_decades(2, 5),
             MAMMOTH: half_decades(0, 3),
         }
     )
