@@ -74,18 +74,10 @@ def relative_residual(
 
 @without_autocast()
 def conjugate_gradient(
-    matmat: MatMat,
-    rhs: Float[Tensor, "D K"],
-    *,
-    damping: float = 0.0,
-    preconditioner: MatMat | None = None,
-    initial: Float[Tensor, "D K"] | None = None,
-    tolerance: float = 1e-6,
-    max_steps: int | None = None,
-    progress: bool = False,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: float = 60.0,
-) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+    matmat: MatMat, rhs: Float[Tensor, "D K"], *, damping: float = 0.0, preconditioner: MatMat | None = None,
+    initial: Float[Tensor, "D K"] | None = None, tolerance: float = 1e-6, max_steps: int | None = None,
+    progress: bool = False, checkpoint: str | Path | None = None, checkpoint_every: float = 60.0,
+) -> tuple[Float[Tensor, "D K"], SolveInfo]:  # fmt: skip
     """Solve ``(A + damping I) x = rhs`` by preconditioned conjugate gradients, all columns at once.
 
     Each column has its own step sizes and stops by itself. In finite precision the residual that the recursion carries
@@ -328,12 +320,11 @@ class _File:
 
     def _other(self, got: str, expected: str) -> InvalidArgumentError:
         return InvalidArgumentError(
-            call=self.call,
-            got=f"the file of another solve, {got}",
+            call=self.call, got=f"the file of another solve, {got}",
             expected=f"no file yet, or that of a solve with {expected}",
             why="going on from there would mix two problems; the file has been left as it is",
             try_="another path, or delete the file if that solve is no longer wanted",
-        )
+        )  # fmt: skip
 
 
 def _norm(columns: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
@@ -368,11 +359,9 @@ def _check_arguments(
     for name, tensor in (("rhs", rhs), ("initial", initial)):
         if tensor is not None and (count := int((~torch.isfinite(tensor)).sum())):
             raise NonFiniteError(
-                call=f"conjugate_gradient({name})",
-                got=f"{count} NaN or infinite of {tensor.numel()} entries",
-                expected="finite numbers",
-                try_="check the loss or gradient that it came from",
-            )
+                call=f"conjugate_gradient({name})", got=f"{count} NaN or infinite of {tensor.numel()} entries",
+                expected="finite numbers", try_="check the loss or gradient that it came from",
+            )  # fmt: skip
 
 
 def _warn(info: SolveInfo, tolerance: float, max_steps: int, *, exhausted: bool) -> None:

@@ -129,11 +129,9 @@ def audit(
     operator = other if isinstance(other, FisherOperator) else _diagonal(other, exact, call)
     if operator.space != exact.space:
         raise InvalidArgumentError(
-            call=call,
-            got=f"{operator.size:,} parameters {_names(operator)} beside {exact.size:,} {_names(exact)}",
-            expected="the same names, shapes and order",
-            try_="build the exact one with params=other.space.names",
-        )
+            call=call, got=f"{operator.size:,} parameters {_names(operator)} beside {exact.size:,} {_names(exact)}",
+            expected="the same names, shapes and order", try_="build the exact one with params=other.space.names",
+        )  # fmt: skip
     check_choice(call, "compare", compare, ("diagonal", "matrix", None))
     chosen = compare or ("diagonal" if operator.is_diagonal or exact.is_diagonal else "matrix")
     products = _of_diagonals(operator, exact) if chosen == "diagonal" else _of_matrices(operator, exact, call)
