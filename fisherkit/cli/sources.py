@@ -74,6 +74,9 @@ class ModelOptions:
         """The batches of each file of texts, if the model is a folder; None if it is a user's function.
 
         ``files`` are by the option that names each; ``--examples`` is of the first.
+        
+        Raises:
+            InvalidArgumentError: neither a folder nor a function; files that are missing, or beside a function.
         """
         given = {flag: file for flag, file in files.items() if file is not None}
         if not Path(spec).is_dir():
