@@ -74,7 +74,7 @@ class ModelOptions:
         """The batches of each file of texts, if the model is a folder; None if it is a user's function.
 
         ``files`` are by the option that names each; ``--examples`` is of the first.
-        
+
         Raises:
             InvalidArgumentError: neither a folder nor a function; files that are missing, or beside a function.
         """
