@@ -139,7 +139,7 @@ def optimizer_state(structure: str) -> Specimen:
 
 def written_solve(folder: Path) -> solvers._File:
     rhs = normal(20, 2, seed=1)
-    return solvers._File(folder / "solve.safetensors", 0, 0.25, rhs)
+    return solvers._File(folder / "solve.safetensors", 0.25, rhs)
 
 
 def write_solve(folder: Path) -> None:
