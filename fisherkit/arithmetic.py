@@ -65,17 +65,12 @@ def all_finite(*tensors: Tensor) -> bool:
 def checked_product(
     matmat: MatMat, columns: Float[Tensor, "D K"], call: str = "matmat(columns)"
 ) -> Float[Tensor, "D K"]:
-    """A user's product, without its graph.
-
-    Raises:
-        InvalidArgumentError: it has another shape or dtype, and would broadcast silently.
-    """
+    """A user's product, without its graph; refused in another shape or dtype, in which it would broadcast silently."""
     result = matmat(columns).detach()
     if result.shape != columns.shape or result.dtype != columns.dtype:
         raise InvalidArgumentError(
-            call=call,
-            got=f"a product of shape {list(result.shape)} and dtype {result.dtype}",
+            call=call, got=f"a product of shape {list(result.shape)} and dtype {result.dtype}",
             expected=f"shape {list(columns.shape)} and dtype {columns.dtype}, those of its argument",
             why="products map columns [D, K] to columns [D, K]",
-        )
+        )  # fmt: skip
     return result

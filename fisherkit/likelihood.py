@@ -197,14 +197,12 @@ class Likelihood(ABC):
             return z.reshape(-1, 1, 1)
         if z.ndim > 3 and self.few_axes:
             raise DataError(
-                call=call,
-                got=f"outputs of shape {shape_text(z)}",
-                expected="(B, C) or (B, T, C)",
+                call=call, got=f"outputs of shape {shape_text(z)}", expected="(B, C) or (B, T, C)",
                 why="outputs are positions by classes, the classes last",
                 try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W), or a likelihood "
                 "that says how to read them: fk.likelihoods.Categorical(class_axis=1), or torch's own loss, "
                 "nn.CrossEntropyLoss(), nn.MSELoss() and others",
-            )
+            )  # fmt: skip
         moved = z if self.class_axis in (-1, z.ndim - 1) else z.movedim(self.class_axis, -1)
         return moved.reshape(z.shape[0], -1, moved.shape[-1])
 
@@ -254,11 +252,9 @@ class Likelihood(ABC):
             return z, None, mask
         if target.shape[:1] != raw.shape[:1] or target.numel() != raw.numel():
             raise DataError(
-                call=call,
-                got=f"targets of shape {shape_text(target)} for outputs {shape_text(raw)}",
-                expected="targets of the outputs' shape",
-                why=f"the likelihood is {self.name}",
-            )
+                call=call, got=f"targets of shape {shape_text(target)} for outputs {shape_text(raw)}",
+                expected="targets of the outputs' shape", why=f"the likelihood is {self.name}",
+            )  # fmt: skip
         target = self.positions(target.reshape(raw.shape), call).to(z.dtype)
         self.check_values(target, call)
         return z, target, mask
@@ -413,9 +409,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _contradict(likelihood: Likelihood, found: str, other: str) -> NoReturn:
     raise InvalidArgumentError(
-        call="likelihood",
-        got=f"a {type(likelihood).__name__} whose {found} does not belong to its {other}",
+        call="likelihood", got=f"a {type(likelihood).__name__} whose {found} does not belong to its {other}",
         expected="methods of one loss" if other == "hessian_factor" else f"{found} with S Sᵀ the derivative of {other}",
         why="one of them was changed and the other inherited, or written for another loss",
         try_=f"{found} in {type(likelihood).__name__} itself",
-    )
+    )  # fmt: skip

@@ -105,15 +105,7 @@ class ModelInputs:
         return cls(None if anything else frozenset(names), required, is_encoder_decoder(model))
 
     def taken(self, inputs: Mapping[str, Any], call: str) -> dict[str, Any]:
-        """The inputs that the model takes; the others are left out, with a warning.
-
-        Args:
-            inputs: by name.
-            call: for errors.
-
-        Raises:
-            DataError: without the others, inputs that the model needs are missing.
-        """
+        """The inputs that the model takes, without the others, of which a warning tells; refused if it needs more."""
         known = {name: value for name, value in inputs.items() if self.names is None or name in self.names}
         others = sorted(str(name) for name in inputs if name not in known)
         if not others:
@@ -122,12 +114,11 @@ class ModelInputs:
         if missing or not known:
             takes = sorted(self.names or ())
             raise DataError(
-                call=call,
-                got=f"inputs named {listed(others)}, which the model's forward pass does not take",
+                call=call, got=f"inputs named {listed(others)}, which the model's forward pass does not take",
                 expected=f"names of its parameters: {listed(missing or takes)}",
                 try_="rename the fields, ((tensor, ...), labels) for inputs by place, or ((mapping,), labels) for a "
                 "model that takes the mapping itself",
-            )
+            )  # fmt: skip
         if not self._said.issuperset(others):
             self._said.update(others)
             warnings.warn(

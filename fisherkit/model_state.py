@@ -57,12 +57,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
-    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters, from one reading.
-
-    Args:
-        model: any module; not changed.
-        names: of the parameters.
-    """
+    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters; one reading."""
     tensors = _tensors(model)
     digests = _digests(tensors)
     some = {name: tensors[name] for name in names}
@@ -71,12 +66,7 @@ def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
-    """`parameters_hash` of any named tensors.
-
-    Args:
-        tensors: name to tensor, of which only shape and dtype are looked at if there is ``read``.
-        read: gives the values, one name after the other.
-    """
+    """`parameters_hash` of any named tensors, whose values ``read`` gives one after the other, if there is one."""
     return _hash(tensors, _digests(tensors, read))
 
 
@@ -112,11 +102,9 @@ def _digests(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None
 
 
 def state_hash(state: Any) -> str:
-    """SHA-256 of all that nested containers with tensors in them hold, such as a state dict.
+    """SHA-256 of mappings and sequences of tensors, numbers, strings and None, such as a state dict.
 
-    Args:
-        state: mappings and sequences of tensors, numbers, strings and None. The order of a mapping does not count, nor
-            whether a sequence is a list or a tuple.
+    The order of a mapping does not count, nor whether a sequence is a list or a tuple.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -135,41 +123,19 @@ def state_hash(state: Any) -> str:
 
 
 def with_checksum(state: dict[str, Any]) -> dict[str, Any]:
-    """A state for a file whose format compares nothing, with its `state_hash` under `CHECKSUM`.
-
-    Args:
-        state: as `state_hash` takes it.
-    """
+    """A state for a file whose format compares nothing, with its `state_hash` under `CHECKSUM`."""
     return state | {CHECKSUM: state_hash(state)}
 
 
 def check_checksum(state: Any, call: str) -> None:
-    """Compare a state with its checksum; one that has none, as before they were introduced, is let pass.
-
-    Args:
-        state: what `with_checksum` gave, or anything.
-        call: the public call, for errors.
-
-    Raises:
-        InvalidArgumentError: it has been changed since.
-    """
+    """Compare a state with its checksum; one that has none, as before they were introduced, is let pass."""
     if isinstance(state, Mapping) and CHECKSUM in state:
         own = {key: value for key, value in state.items() if key != CHECKSUM}
         check_hash(own, state[CHECKSUM], CHECKSUM, call)
 
 
 def check_hash(state: Any, known: Any, key: str, call: str) -> None:
-    """Compare a state with a hash of it.
-
-    Args:
-        state: as `state_hash` takes it.
-        known: its hash.
-        key: where that was found, for errors.
-        call: the public call, for errors.
-
-    Raises:
-        InvalidArgumentError: it has been changed since.
-    """
+    """Compare a state with a hash of it."""
     if state_hash(state) != known:
         held = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise InvalidArgumentError(
@@ -181,12 +147,7 @@ def check_hash(state: Any, known: Any, key: str, call: str) -> None:
 
 
 def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
-    """Whether a Fisher was measured at a model's present weights; None if it does not say at which it was.
-
-    Args:
-        model: any module; not changed.
-        metadata: of the Fisher.
-    """
+    """Whether a Fisher was measured at a model's present weights; None if it does not say at which it was."""
     known = metadata.get("parameters_hash")
     if known is None:
         return None

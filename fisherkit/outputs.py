@@ -327,12 +327,7 @@ class OutputRule(ABC):
 
 
 def vectors_of(rule: OutputRule, outputs: Outputs) -> OutputVectors:
-    """What a rule answers, checked, with zeros at positions that do not count.
-
-    Raises:
-        InvalidTypeError: no `OutputVectors`.
-        InvalidArgumentError: vectors of another shape or dtype than the outputs'.
-    """
+    """What a rule answers, checked, with zeros at positions that do not count."""
     found, call = rule.output_vectors(outputs), f"{type(rule).__name__}.output_vectors"
     if not isinstance(found, OutputVectors):
         raise InvalidTypeError(

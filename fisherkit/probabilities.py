@@ -21,16 +21,9 @@ _SAID: WeakSet[nn.Module] = WeakSet()
 
 
 def warn_of_probabilities(model: nn.Module, z: Float[Tensor, "k C"], link: str, likelihood: str) -> None:
-    """Warn, once a model, of outputs that went through a softmax or sigmoid already.
+    """Warn, once a model, of outputs z that went through a softmax or sigmoid already, naming the layer that may be it.
 
-    Args:
-        model: that made them.
-        z: the outputs of positions that count.
-        link: what the likelihood makes probabilities of them with, "softmax" or "sigmoid"; "" for none.
-        likelihood: its name.
-
-    Warns:
-        UserWarning: naming the last layer that may have made them.
+    ``link`` is what the likelihood makes probabilities of them with, "softmax" or "sigmoid"; "" for none.
     """
     if not link or model in _SAID or not z.numel():
         return

@@ -24,17 +24,9 @@ _lines_every: ContextVar[float | None] = ContextVar("lines_every", default=None)
 
 
 def bar(total: float | None, description: str, unit: str, *, shown: bool, steps: bool = True) -> Any:
-    """A bar to be told of every piece that is done; the time that is left is known after the first.
+    """A `tqdm.tqdm` to be told of every piece that is done; the time that is left is known after the first.
 
-    Args:
-        total: of all pieces; None if it is not known.
-        description: what is done.
-        unit: of the pieces.
-        shown: whether there is one at all.
-        steps: whether it shows how many pieces there are; else only the share that is done.
-
-    Returns:
-        A `tqdm.tqdm`, a context manager.
+    ``total`` is None if it is not known; without ``steps`` it shows the share that is done and not how many pieces.
     """
     if not shown:
         return tqdm(disable=True)

@@ -42,14 +42,7 @@ def _shift(x: Int[Tensor, "..."], bits: int) -> Int[Tensor, "..."]:
 def keyed_uniform(
     seed: int, keys: Int[Tensor, "n P"], *, draws: int, channels: int
 ) -> Float[Tensor, "n draws P channels"]:
-    """Uniform numbers in (0, 1) that are a pure function of (seed, key, draw, channel); float64.
-
-    Args:
-        seed: any integer.
-        keys: one integer for each example and position.
-        draws: numbers for each key.
-        channels: numbers for each draw.
-    """
+    """Uniform numbers in (0, 1) that are a pure function of (seed, key, draw, channel); float64."""
     device = keys.device
     state = _mix(keys + _signed((seed * 0x9E3779B97F4A7C15) % (1 << 64)))
     draw = torch.arange(draws, device=device).view(1, -1, 1, 1)
@@ -107,12 +100,9 @@ class Draws:
 def untouched_rng(
     devices: list[torch.device], state: RngState | None = None, others: Sequence[torch.Generator] = ()
 ) -> Iterator[Draws]:
-    """Run foreign code and restore the global random generators afterwards, also after an exception.
+    """Run foreign code and restore the global random generators and ``others`` afterwards, also after an exception.
 
-    Args:
-        devices: devices beside the CPU whose generators to restore.
-        state: of `rng_state` to start from, so that a shuffling loader gives the same order in every pass.
-        others: generators beside the global ones that are restored, too.
+    ``state`` is one of `rng_state` to start from, so that a shuffling loader gives the same order in every pass.
     """
     cuda = [device for device in devices if device.type == "cuda"]
     before, draws = rng_state(others), Draws()

@@ -42,14 +42,9 @@ def plain(name: str) -> str:
 
 
 def matching(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """Names of wrapped modules to those that the same parameters have among known names.
+    """Names of a model's parameters, wrapped or not, to those that they have among known names, or themselves.
 
-    Args:
-        names: of parameters.
-        known: of the parameters of one model, wrapped in another way or not at all.
-
-    Returns:
-        Each name to the known one; itself where there is none. ``module.`` is taken off only if all names have it.
+    ``module.`` is taken off only if all names have it.
     """
     names = list(names)
     if all(name in known for name in names):

@@ -10,17 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 import fisherkit as fk
-from fisherkit.cli import app
 from fisherkit.cli.text import number, table
 from fisherkit.kinds import KINDS
 from fisherkit.structures import structures
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments)
+from tests.commands import run
 
 
 def test_help__lists_the_commands() -> None:
@@ -76,15 +71,6 @@ def test_info__as_json() -> None:
     assert list(found["kinds"]) == list(KINDS)
     assert all(kind["meaning"] for kind in found["kinds"].values())
     assert found["structures"] == {name: one.meaning for name, one in structures().items()}
-
-
-def test_out__says_when_it_cannot_write(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    result = run("quality", "m:f", "--out", str(tmp_path / "file"))
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert "file" in result.stderr
-    assert isinstance(result.exception, SystemExit)
 
 
 def test_out__replaces_nothing_unless_told(tmp_path: Path) -> None:

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 import fisherkit as fk
 from fisherkit import io
-from fisherkit.cli import app
 from fisherkit.cli import merge as cli_merge
+from tests.commands import run
 
 SLOW = """
 import pathlib
@@ -93,11 +92,8 @@ def test_kill__what_is_left_is_named_by_the_next_run(tmp_path: Path) -> None:
     fk.EmpiricalFisher(torch.nn.Linear(2, 2), (torch.ones(3, 2), torch.tensor([0, 1, 1]))).save(tmp_path / "a")
     a = {"weight": torch.ones(2, 2)}
     save_file(a, tmp_path / "m.safetensors")
-    result = CliRunner().invoke(
-        app,
-        ["merge", *2 * ["--model", str(tmp_path / "m.safetensors")], "--method", "average", "--out",
-         str(tmp_path / "f.safetensors")],
-    )  # fmt: skip
+    models = 2 * ["--model", tmp_path / "m.safetensors"]
+    result = run("merge", *models, "--method", "average", "--out", tmp_path / "f.safetensors")
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("note: left over from a run that was killed")
     assert f"rm -r {left}\n" in result.stderr
@@ -124,7 +120,7 @@ def test_leftovers__a_model_that_was_being_replaced_is_not_thrown_away(tmp_path:
     (tmp_path / "a").mkdir()
     save_file({"weight": torch.ones(2, 2)}, tmp_path / "a" / "model.safetensors")
     models = 2 * ["--model", str(tmp_path / "a")]
-    result = CliRunner().invoke(app, ["merge", *models, "--method", "average", "--out", str(tmp_path / "merged")])
+    result = run("merge", *models, "--method", "average", "--out", tmp_path / "merged")
     assert f"mv {kept} {tmp_path / 'merged'}" in result.stderr
     assert "rm -r" not in result.stderr
 

@@ -66,15 +66,6 @@ def test_repr__survives_metadata_that_others_wrote(model: nn.Module) -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_save__replaces_an_older_file_as_torch_save_does(model: nn.Module, tmp_path: Path) -> None:
-    path = tmp_path / "f.safetensors"
-    first = fk.EmpiricalFisher(model, DATA, structure="diagonal")
-    second = fk.ExactFisher(model, DATA, structure="diagonal")
-    first.save(path)
-    second.save(path)
-    assert torch.equal(fk.load(path).diagonal(), second.diagonal())
-
-
 @pytest.mark.parametrize("size", [None, 64])
 def test_save__refuses_to_replace_a_model_s_weights(size: int | None, model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"

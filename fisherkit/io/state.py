@@ -64,11 +64,7 @@ class Place:
 
     @classmethod
     def from_json(cls, found: Any) -> Place:
-        """The inverse of `to_json`.
-
-        Raises:
-            ValueError: it is something else.
-        """
+        """The inverse of `to_json`."""
         if isinstance(found, str):
             return cls((found,))
         keys, rows = tuple(found["parts"]), tuple(found["rows"])

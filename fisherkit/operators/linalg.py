@@ -142,14 +142,8 @@ def leading_spectrum(
 ) -> Spectrum:
     """The leading eigenpairs, all if ``rank`` is None; what they do not span gets the mean of what is left.
 
-    So the trace is kept. By subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061). Kronecker factors of low
-    rank: Puiu, arXiv 2206.15397.
-
-    Args:
-        matrix: a Kronecker factor.
-        rank: how many.
-        start: where to start from, as the last basis; None for random vectors from a fixed seed.
-        call: for errors.
+    So the trace is kept. By subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061) from ``start``, the last
+    basis, or from random vectors of a fixed seed. Kronecker factors of low rank: Puiu, arXiv 2206.15397.
 
     Raises:
         NonFiniteError: NaN or infinite entries.
