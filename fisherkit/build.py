@@ -17,7 +17,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, listed
 from fisherkit.memory import available_memory, readable
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
-from fisherkit.operators.linalg import checked_together
+from fisherkit.operators.linalg import checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
@@ -305,6 +305,7 @@ class Builder:
             tally = Tally.of([*self.counted, Tally(rows=-sums.dropped)]).some()
             with checked_together():
                 operator = structure.operator(sums, self._scale(tally))
+            with checked_before():
                 return operator, structure.parts(sums, operator), tally, sums.dropped_share
         except BetterPlanError as found:
             if names is None:

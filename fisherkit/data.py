@@ -217,6 +217,8 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
+        if all(leaf.device == device for leaf in (*self.inputs, *([] if self.targets is None else [self.targets]))):
+            return self
         targets = None if self.targets is None else move(self.targets)
         args, kwargs = _map_tensors(self.args, move), _map_tensors(self.kwargs, move)
         return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets)
@@ -248,7 +250,7 @@ class Batch:
             )
         if shift:
             targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)], 1)
-        return dataclasses.replace(self, targets=targets)
+        return self if targets is self.targets else dataclasses.replace(self, targets=targets)
 
     def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
         """The tensors that have the batch axis, and the function that puts others in their place."""

@@ -34,10 +34,10 @@ def bar(total: float | None, description: str, unit: str, *, shown: bool, steps:
         steps: whether it shows how many pieces there are; else only the share that is done.
 
     Returns:
-        A `tqdm.tqdm`, a context manager.
+        A context manager with an ``update`` as that of `tqdm.tqdm`, which it is where it is shown.
     """
     if not shown:
-        return tqdm(disable=True)
+        return _HIDDEN
     options: dict[str, Any] = {} if total is None else {"bar_format": FORMAT if steps else SHARE, "smoothing": 0.1}
     every = _lines_every.get()
     if every is not None:
@@ -74,6 +74,22 @@ def in_lines(seconds: float) -> Iterator[None]:
         yield
     finally:
         _lines_every.reset(token)
+
+
+class _Hidden:
+    """A bar that is not shown."""
+
+    def __enter__(self) -> _Hidden:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: float = 1) -> None:
+        pass
+
+
+_HIDDEN = _Hidden()
 
 
 class _Lines:

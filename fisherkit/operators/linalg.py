@@ -6,6 +6,7 @@ of a solve.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,16 +51,30 @@ _PENDING: ContextVar[list[_Pending] | None] = ContextVar("pending", default=None
 
 @contextmanager
 def checked_together() -> Iterator[None]:
-    """Operators that are made in here have their numbers looked at in the end, with one or two waits for the device."""
+    """Operators that are made in here have their numbers looked at in the end, with one wait for the device."""
     pending: list[_Pending] = []
     token = _PENDING.set(pending)
     try:
         yield
     finally:
         _PENDING.reset(token)
+    if not pending:
+        return
+    norms = torch._foreach_norm([tensor for tensor, _, _ in pending])  # which may overflow where no entry does
     lows = [tensor.min() for tensor, _, nonnegative in pending if nonnegative and tensor.numel()]
-    if not all_finite(*(tensor for tensor, _, _ in pending)) or (lows and float(torch.stack(lows).min()) < 0):
+    found = torch.stack([one.to(norms[0]) for one in (*norms, *lows)]).tolist()
+    if not all(map(math.isfinite, found)) or any(low < 0 for low in found[len(norms) :]):
         _check_values(pending)
+
+
+@contextmanager
+def checked_before() -> Iterator[None]:
+    """Operators that are made in here have numbers that have been looked at."""
+    token = _PENDING.set([])
+    try:
+        yield
+    finally:
+        _PENDING.reset(token)
 
 
 def _check_values(pending: Sequence[_Pending]) -> None:
