@@ -254,14 +254,17 @@ class Batch:
 
     def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
         """The tensors that have the batch axis, and the function that puts others in their place."""
-        batched = [leaf for i, leaf in enumerate(self.inputs) if self.axes[i]]
-
         def rebuild(replacements: list[Tensor]) -> Batch:
             pending = iter(replacements)
 
             return Batch(*self._map_batched(lambda _: next(pending)), None, replacements[0].shape[0], self.axes)
 
-        return batched, rebuild
+        return self.batched, rebuild
+
+    @property
+    def batched(self) -> list[Tensor]:
+        """The inputs' tensors that have the batch axis."""
+        return [leaf for i, leaf in enumerate(self.inputs) if self.axes[i]]
 
     def call(self, model: Callable[..., Any]) -> Tensor:
         """The model's outputs for this batch.
@@ -270,12 +273,20 @@ class Batch:
             ModelError: as in `outputs_of`.
         """
 
-        def fresh(leaf: Tensor) -> Tensor:
-            # Layers that work in place must not reach the caller's tensors, and rows, which keep layers' inputs, must
-            # not change when the caller refills them.
-            return leaf.clone()
+        return self.fresh().handed(model)
 
-        return outputs_of(model(*_map_tensors(self.args, fresh), **_map_tensors(self.kwargs, fresh)))
+    def fresh(self) -> Batch:
+        """With copies of the inputs.
+
+        Layers that work in place must not reach the caller's tensors, and rows, which keep layers' inputs, must not
+        change when the caller refills them.
+        """
+        args, kwargs = _map_tensors(self.args, Tensor.clone), _map_tensors(self.kwargs, Tensor.clone)
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+    def handed(self, model: Callable[..., Any]) -> Tensor:
+        """As `call`, for a batch that the model may write to."""
+        return outputs_of(model(*self.args, **self.kwargs))
 
 
 def outputs_of(output: Any) -> Tensor:

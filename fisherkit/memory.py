@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from pathlib import Path
 
 import torch
 
@@ -23,8 +22,12 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device now, as far as the system tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError), Path("/proc/meminfo").open("rb", 0) as report:
-        known = re.search(rb"MemAvailable: +(\d+)", report.read(1024))  # one read of a line near the top
+    with contextlib.suppress(OSError):
+        report = os.open("/proc/meminfo", os.O_RDONLY)
+        try:
+            known = re.search(rb"MemAvailable: +(\d+)", os.read(report, 1024))  # a line near the top
+        finally:
+            os.close(report)
         if known is not None:
             return int(known[1]) * 1024
     if "SC_PHYS_PAGES" in os.sysconf_names:
