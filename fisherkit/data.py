@@ -254,6 +254,7 @@ class Batch:
 
     def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
         """The tensors that have the batch axis, and the function that puts others in their place."""
+
         def rebuild(replacements: list[Tensor]) -> Batch:
             pending = iter(replacements)
 
@@ -272,7 +273,6 @@ class Batch:
         Raises:
             ModelError: as in `outputs_of`.
         """
-
         return self.fresh().handed(model)
 
     def fresh(self) -> Batch:
@@ -389,6 +389,7 @@ class Source:
                 try_="list(data), or a DataLoader",
             )
         self._first: Batch | None = None
+        self._raw: Any = None
         self.batches: Iterable[Any] = [data] if is_batch else data
         self.model = model
         self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
@@ -428,7 +429,16 @@ class Source:
                 except StopIteration:
                     return
                 state = None if self._listed else rng_state(self._generators)
-            yield Batch.of(raw, f"data, batch {number}", self._axes if settled else None, self._model_inputs)
+            yield self._batch(raw, number, self._axes if settled else None)
+
+    def _batch(self, raw: Any, number: int, axes: dict[int, bool] | None) -> Batch:
+        """A batch of its own, or that of the first look at a pair of tensors, which cannot be another pair since."""
+        first = self._first
+        if number == 0 and first is not None and self._raw is raw and first.axes is axes:
+            return first
+        batch = Batch.of(raw, f"data, batch {number}", axes, self._model_inputs)
+        self._raw = raw if number == 0 and type(raw) is tuple and all(type(part) is Tensor for part in raw) else None
+        return batch
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         number = 0

@@ -155,11 +155,13 @@ class Recorder(TorchFunctionMode):
         own = self._derivations.operands(args, kwargs)
         if own and not torch.is_grad_enabled():
             self.without_graph.update(name for _, made in own for name in made.names)
-        if own and torch.is_grad_enabled():
+        if own and torch.is_grad_enabled() and not self._is_plain(func, args, kwargs, own):
             output = self._with_parameters(func, args, kwargs, own)
         else:
             output = func(*args, **kwargs)
             self._tracker.see(func, args, kwargs, output)
+            if own and torch.is_grad_enabled() and output.numel():
+                self._note(RULES[func], RULES[func].bind(args, kwargs), output)
         if isinstance(output, Tensor) and output.requires_grad and output.dtype != self.coarsest:
             self.coarsest = coarser(self.coarsest, output.dtype)
         return output
@@ -168,12 +170,6 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands
     ) -> Any:
         """A function that was given chosen parameters, or what is made of them alone."""
-        if self._is_plain(func, args, kwargs, own):
-            output = func(*args, **kwargs)
-            self._tracker.see(func, args, kwargs, output)
-            if output.numel():
-                self._note(RULES[func], RULES[func].bind(args, kwargs), output)
-            return output
         if can_be_unrolled(func, args) and self._derivations.of(args[0]) is None and not _packs():
             return self._unrolled(func, args)
         rule, arguments = self._rule(func, args, kwargs)
