@@ -17,7 +17,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, listed
 from fisherkit.memory import available_memory, readable
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
-from fisherkit.operators.linalg import checked_together
+from fisherkit.operators.linalg import checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
@@ -305,6 +305,7 @@ class Builder:
             tally = Tally.of([*self.counted, Tally(rows=-sums.dropped)]).some()
             with checked_together():
                 operator = structure.operator(sums, self._scale(tally))
+            with checked_before():
                 return operator, structure.parts(sums, operator), tally, sums.dropped_share
         except BetterPlanError as found:
             if names is None:
@@ -336,11 +337,9 @@ class Builder:
         keep = readings < structure.passes
         chunks = self._counted(self.problem.chunks(description, compared=readings * parts > 1), readings * parts)
         sums: Sums = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
-        going = structure.next_pass(sums)
-        while going is not None:
+        while (going := _next_pass(structure, sums)) is not None:
             del sums  # of which the next pass has what it needs
             sums = self._added(going, kept if keep else self.problem.chunks(description))
-            going = structure.next_pass(sums)
         return sums
 
     def _added(self, sums: Sums, chunks: Iterable[Chunk]) -> Sums:
@@ -514,6 +513,12 @@ class Builder:
         rules = {plan.rule_name(unit) for unit in units}
         reason = "; ".join(filter(None, (units[0].reason if part.kept else "", part.reason)))
         return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.operator.nbytes, reason)
+
+
+def _next_pass(structure: Structure, sums: Sums) -> Sums | None:
+    """Of matrices that are decomposed for it, what is wrong with one is seen in the end."""
+    with checked_together():
+        return structure.next_pass(sums)
 
 
 def _noting(chunks: Iterable[Chunk], kept: list[Chunk]) -> Iterator[Chunk]:

@@ -33,6 +33,7 @@ class Outputs:
         keys: an integer for each position that depends on the example's place in the data alone, for random draws.
         likelihood: p(y | z).
         shape: of one example's outputs as the model has them; None where positions stand by themselves.
+        whole: whether all positions are known to count.
     """
 
     z: Float[Tensor, "n P C"]
@@ -41,6 +42,7 @@ class Outputs:
     keys: Int[Tensor, "n P"]
     likelihood: Likelihood
     shape: torch.Size | None = None
+    whole: bool = False
 
     @classmethod
     def keyed(
@@ -59,7 +61,7 @@ class Outputs:
             return x.reshape(-1, 1, *x.shape[2:])
 
         target = None if self.target is None else flat(self.target)
-        return Outputs(flat(self.z), target, flat(self.mask), flat(self.keys), self.likelihood)
+        return Outputs(flat(self.z), target, flat(self.mask), flat(self.keys), self.likelihood, whole=self.whole)
 
     @property
     def observed(self) -> Tensor:
@@ -142,7 +144,7 @@ class Outputs:
 
     def masked(self, v: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
         """Zero at positions that do not count, whatever was there (NaN of padding included)."""
-        return torch.where(self.mask.unsqueeze(-1), v, 0.0)
+        return v if self.whole else torch.where(self.mask.unsqueeze(-1), v, 0.0)
 
 
 def _refuse_unlabelled(why: str, advice: str) -> NoReturn:
@@ -187,8 +189,8 @@ class OutputVectors:
         """Some of the vectors."""
         return self.v.make(unit, vector) if isinstance(self.v, Columns) else self.v[unit, vector]
 
-    def at(self, outputs: Outputs, call: str) -> OutputVectors:
-        """The vectors of these outputs, with zeros at positions that do not count.
+    def at(self, outputs: Outputs, call: str, whole: bool = False) -> OutputVectors:
+        """The vectors of these outputs, with zeros at positions that do not count; ``whole`` if all are known to.
 
         Raises:
             InvalidTypeError: parts that are no tensors.
@@ -209,7 +211,7 @@ class OutputVectors:
         else:
             advice = "v.unsqueeze(1) for one vector a unit" if getattr(v, "shape", None) == z.shape else ""
             _check_tensor("v", v, z.dtype, (n, None, *each), "n, M, P, C", call, why, advice)
-            v = torch.where(mask[:, None, :, None], v, v.new_zeros(()))
+            v = v if whole else torch.where(mask[:, None, :, None], v, v.new_zeros(()))
         if self.number < 1:
             advice = "a vector of zeros for units without a row"
             raise InvalidArgumentError(call=call, got="no vector", expected="M from 1 on", why=why, try_=advice)
@@ -326,12 +328,12 @@ class OutputRule(ABC):
         return ":".join([cls.kind_name, *written[:1]])
 
 
-def vectors_of(rule: OutputRule, outputs: Outputs) -> OutputVectors:
-    """What a rule answers, checked, with zeros at positions that do not count."""
+def vectors_of(rule: OutputRule, outputs: Outputs, whole: bool = False) -> OutputVectors:
+    """What a rule answers, checked, with zeros at positions that do not count; ``whole`` if all are known to."""
     found, call = rule.output_vectors(outputs), f"{type(rule).__name__}.output_vectors"
     if not isinstance(found, OutputVectors):
         raise InvalidTypeError(
             call=call, got=f"a {type(found).__name__}", expected="an fk.OutputVectors",
             why="it says which of the vectors count, too", try_="fk.OutputVectors(v), v of shape [n, M, P, C]",
         )  # fmt: skip
-    return found.at(outputs, call)
+    return found.at(outputs, call, whole)

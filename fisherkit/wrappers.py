@@ -38,7 +38,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def plain(name: str) -> str:
     """A name without what torch.compile puts into it, at any depth."""
-    return re.sub(rf"(?:^|(?<=\.)){COMPILED}\.", "", name)
+    return name if COMPILED not in name else re.sub(rf"(?:^|(?<=\.)){COMPILED}\.", "", name)
 
 
 def matching(names: Iterable[str], known: Collection[str]) -> dict[str, str]:

@@ -86,14 +86,16 @@ class Slots:
     @classmethod
     def of(cls, outputs: Outputs, rule: OutputRule, token: bool, counts: tuple[int, int] | None = None) -> Slots:
         """Those of a kind; ``counts`` are how many examples and positions count, where that is known."""
-        flat = (token or rule.positionwise) and outputs.z.shape[1] > 1
-        found = vectors_of(rule, outputs.positionwise() if flat else outputs)
-        mask = outputs.mask
+        flat, mask = (token or rule.positionwise) and outputs.z.shape[1] > 1, outputs.mask
         # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.
         counted, positions = counts or torch.stack([(mask if token else mask.any(1)).sum(), mask.sum()]).tolist()
+        whole = positions == mask.numel()
+        if whole and counts is None:  # nothing has been computed of them
+            outputs = replace(outputs, whole=True)
+        found = vectors_of(rule, outputs.positionwise() if flat else outputs, whole)
         dropped = None if found.dropped is None else found.dropped[mask.flatten() if flat else mask.any(1)]
         number = found.number * (mask.shape[1] if flat else 1)
-        return cls(found, mask, flat, number, counted, positions == mask.numel(), dropped)
+        return cls(found, mask, flat, number, counted, whole, dropped)
 
     def vectors(self, some: slice) -> Float[Tensor, "k B P C"]:
         """The output vectors of some slots."""

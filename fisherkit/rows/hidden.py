@@ -28,7 +28,7 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
 
     Cost: a look at the graph, and one forward pass if it has a custom function.
     """
-    if not has_custom_function(z):
+    if not custom_functions(z):
         return
     generator = torch.Generator().manual_seed(0)
     moved = {
@@ -46,11 +46,6 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
         why="a custom autograd function hides the layers that it calls, as reentrant checkpoints do",
         try_="checkpoints with use_reentrant=False, or params= without these parameters",
     )
-
-
-def has_custom_function(z: Tensor) -> bool:
-    """Whether an autograd function written in Python is among what outputs were computed with."""
-    return any(map(_is_custom, graph_nodes(z.grad_fn)))
 
 
 def custom_functions(z: Tensor) -> frozenset[str]:

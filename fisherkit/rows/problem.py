@@ -274,7 +274,11 @@ class Problem:
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
         if not self.probabilities_sought:
             self.probabilities_sought = True
-            warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
+            likelihood, tried = self.likelihood, self.plan.tried
+            if ("logits", likelihood.link) not in tried and warn_of_probabilities(
+                self.plan.model, z[mask], likelihood.link, likelihood.name
+            ):
+                tried["logits", likelihood.link] = 1
         return Outputs.keyed(z, target, mask, start, self.likelihood, raw.shape[1:])
 
     def measure(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.differentiable import pulled_back
-from fisherkit.rows.hidden import has_custom_function
+from fisherkit.rows.hidden import custom_functions
 from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, owners
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
@@ -61,13 +62,13 @@ class Watched:
 
     @classmethod
     def of(cls, model: Callable[..., Any], recorder: Recorder, batch: Batch) -> Watched:
-        """By a forward pass.
+        """By a forward pass of a batch that the model may write to, as `Batch.fresh` makes it.
 
         Raises:
             ModelError: the outputs do not have the examples along axis 0.
         """
         with recorder:
-            z = batch.call(model)
+            z = batch.handed(model)
         if z.ndim == 0 or z.shape[0] != batch.size:
             raise ModelError(
                 call="the model's forward pass",
@@ -106,7 +107,12 @@ class Watched:
     @property
     def bare(self) -> bool:
         """Whether a backward pass runs torch's own code alone, which draws nothing and writes to no module."""
-        return not (self.hooked or self.packed or has_custom_function(self.z))
+        return not (self.hooked or self.packed or self.custom)
+
+    @cached_property
+    def custom(self) -> frozenset[str]:
+        """Names of the autograd functions written in Python in the graph."""
+        return custom_functions(self.z)
 
     @property
     def apart(self) -> bool:
