@@ -92,6 +92,9 @@ class FisherApproximation(ForwardingOperator):
             one is initialised, False for this process alone. The Fisher is that of all their examples, in the order of
             the ranks, and the same in every process. Of the full structure (and of block where it keeps rows), every
             process keeps its own rows, and what is asked of the Fisher must be asked in all processes alike.
+        shard: every process keeps the blocks of some layers (of a diagonal, the entries), about as many bytes as each
+            other one, and decomposes and solves with those alone. What is asked of the Fisher, `save` included, must
+            then be asked in all processes alike. Not for ``structure="full"``, whose rows are shared out as they are.
 
     Attributes:
         likelihood: of the loss.
@@ -132,12 +135,13 @@ class FisherApproximation(ForwardingOperator):
         kfac_positions: str = "expand",
         max_rows: int | None = None,
         group: Group = None,
+        shard: bool = False,
     ) -> None:
         asked = _Asked.of(
             type(self).__name__, model, data, kind, likelihood=likelihood, structure=structure, params=params,
             example=example, normalization=normalization, generator=generator, chunk_size=chunk_size,
             memory_budget=memory_budget, storage=storage, progress=progress, shift_labels=shift_labels,
-            kfac_positions=kfac_positions, max_rows=max_rows, group=group,
+            kfac_positions=kfac_positions, max_rows=max_rows, group=group, shard=shard,
         )  # fmt: skip
         super().__init__(asked.space, dtype=asked.dtype, device=asked.device)
         asked.builder.told = self._built_later
@@ -218,7 +222,7 @@ class _Asked:
         cls, call: str, model: nn.Module, data: Data, kind: str | OutputRule | None, *,
         likelihood: str | Likelihood | nn.Module, structure: str, params: Selection, example: str, normalization: str,
         generator: torch.Generator | None, chunk_size: int | None, memory_budget: int | None, storage: str,
-        progress: bool, shift_labels: bool | None, kfac_positions: str, max_rows: int | None, group: Group,
+        progress: bool, shift_labels: bool | None, kfac_positions: str, max_rows: int | None, group: Group, shard: bool,
     ) -> _Asked:  # fmt: skip
         """Check all arguments, and find out how the model's rows are made."""
         if not isinstance(model, nn.Module):
@@ -232,6 +236,12 @@ class _Asked:
             check_positive(call, name, value)
         check_choice(call, "storage", storage, ("auto", "rows", "stream"))
         _only_full(call, structure, max_rows, storage)
+        check_choice(call, "shard", shard, (True, False))
+        if shard and chosen.keeps_rows and not chosen.in_parts:
+            raise InvalidArgumentError(
+                call=call, got=f"shard=True with structure={structure!r}", expected="a structure of blocks",
+                why="its rows are one block, and stay in the processes that made them anyway", try_="shard=False",
+            )  # fmt: skip
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
@@ -257,6 +267,7 @@ class _Asked:
                 "parameters": space.names, "dtype": parameters_dtype, "weights": whole, "likelihood": resolved.recorded,
                 "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
                 "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget, storage),
+                "shard": shard,
             })  # fmt: skip
         if processes is None:
             plan = plan_of(model, space, source, assume=True)
@@ -270,7 +281,7 @@ class _Asked:
         )  # fmt: skip
         builder = Builder(
             problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
-            max_rows=max_rows, storage=storage, weights=whole,
+            max_rows=max_rows, storage=storage, weights=whole, shard=shard,
         )  # fmt: skip
         recorded = {
             "kind": rule.kind_name, "structure": structure, "examples": "", "rows": "",

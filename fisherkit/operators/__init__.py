@@ -10,6 +10,7 @@
 | `KroneckerOperator` | G ⊗ A | eigh of G and of A | products of theirs | as the next | one with an equal factor |
 | `EigenKroneckerOperator` | U diag(e) Uᵀ, U = U_G ⊗ U_A | 1/(e + λ) | e | U √e ε | one of the same bases |
 | `BlockDiagonalOperator` | blocks | the blocks' | the blocks' | the blocks' | block by block |
+| `ShardedOperator` | blocks of several processes | each its own | the blocks' | the blocks' | one shared out alike |
 | `SumOperator` | F₁ + F₂ + ... | conjugate gradients, no log det | no closed form | the terms' | term by term |
 
 All supply `_matmat`, `_diagonal`, `_draw`, `_scaled`, `_state` and `_from_state`. Every other hook has a default that
@@ -24,13 +25,14 @@ from fisherkit.operators.damping import Damping, RelativeDamping
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
-from fisherkit.operators.files import FisherFile, open_file
+from fisherkit.operators.files import FisherFile, load, open_file
 from fisherkit.operators.forwarding import ForwardingOperator, unwrap
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.normalization import normalize, usual_damping
-from fisherkit.operators.persistence import load, state_of
+from fisherkit.operators.persistence import state_of
 from fisherkit.operators.quadratic import Quadratic
+from fisherkit.operators.sharded import ShardedOperator
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -47,6 +49,7 @@ __all__ = [
     "LowRankOperator",
     "Quadratic",
     "RelativeDamping",
+    "ShardedOperator",
     "SumOperator",
     "add",
     "load",
