@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherkit.adapters import products
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.wrappers import COMPILED, PARALLEL, plain, unwrapped
 
@@ -59,15 +60,20 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
     """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters, from one reading.
 
+    A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value.
+
     Args:
         model: any module; not changed.
         names: of the parameters.
     """
     tensors = _tensors(model)
     digests = _digests(tensors)
+    made = products(model, names)
     some = {name: tensors[name] for name in names}
+    some |= {name: torch.empty(p.base.shape, dtype=p.dtype, device="meta") for name, p in made.items()}
+    covered = digests | _digests({name: some[name] for name in made}, lambda name: made[name].value())
     whole = {plain(name): tensor for name, tensor in tensors.items()}
-    return _hash(whole, {plain(name): digest for name, digest in digests.items()}), _hash(some, digests)
+    return _hash(whole, {plain(name): digest for name, digest in digests.items()}), _hash(some, covered)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
