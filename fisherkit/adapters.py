@@ -1,9 +1,9 @@
 """Low-rank adapters (LoRA, as PEFT makes them) seen as what they do to the weights that they act on: W + s·BA.
 
-A is arbitrary up to an invertible matrix that B undoes, so two adapters that are one function may lie far apart; W + s·BA
-is the function. Its rows are those of the frozen W, which ``params=`` selects like any parameter's, and whatever asks
-for the value of such a parameter gets W + s·BA. Owns which layers that holds for. Knows no Fisher matrix, and imports no
-PEFT.
+A is arbitrary up to an invertible matrix that B undoes, so two adapters that are one function may lie far apart; the
+function is W + s·BA. Its rows are those of the frozen W, which ``params=`` selects like any parameter's, and whatever
+asks for the value of such a parameter gets W + s·BA. Owns which layers that holds for. Knows no Fisher matrix, and
+imports no PEFT.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def test_fisher__of_the_products_is_one_for_every_kind(kind: str, structure: str
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("structure", ["diagonal", "kfac"])
 def test_ewc__holds_the_products_and_reaches_the_adapters(name: str, structure: str) -> None:
-    """Its value is that of the merged model, its gradient that in the merged weights times the products' derivatives."""
+    """Its value is the merged model's, its gradient the one in the merged weights times the products' derivatives."""
     make, inputs, targets = MODELS[name]
     model = make()
     options: dict[str, Any] = {"structure": structure, "shift_labels": False}
@@ -300,11 +300,13 @@ def tied() -> nn.Module:
     return model
 
 
+IA3 = peft.IA3Config(target_modules=["hidden"], feedforward_modules=["hidden"])
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "DoRA": (lambda: tuned(Words, target_modules=["hidden"], use_dora=True), "DoraLinearVariant"),
     "dilation": (lambda: tuned(lambda: Picture(dilation=2), target_modules=["first"]), "dilation"),
     "tied": (lambda: tuned(tied, target_modules=["1"]), "tied"),
-    "another method": (lambda: peft.get_peft_model(Words(), peft.IA3Config(target_modules=["hidden"], feedforward_modules=["hidden"])), "not of LoRA"),
+    "another method": (lambda: peft.get_peft_model(Words(), IA3), "not of LoRA"),
     "no adapters": (Words, "without active LoRA adapters"),
     "merged": (lambda: merged_in_place(), "without active LoRA adapters"),
 }  # fmt: skip

@@ -58,8 +58,8 @@ class EWC(nn.Module):
     tasks, but for rows up to the size of the D × D matrix. Kronecker products do not add up to one, and each task's are
     kept.
 
-    Of a Fisher over the frozen weights that LoRA adapters act on (`fisherkit.adapters.merged_weights`) θ is W + s·BA, and
-    the gradient reaches A and B.
+    Of a Fisher over the frozen weights that LoRA adapters act on (`fisherkit.adapters.merged_weights`), θ is W + s·BA,
+    and the gradient reaches A and B.
 
     The model is no submodule: its parameters are neither in ``ewc.parameters()`` nor in ``ewc.state_dict()``. A deep
     copy of an EWC alone is bound to the same model; within a deep copy of what holds both, to the copied model.
