@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fisherkit import errors, likelihoods, structures
+from fisherkit import adapters, errors, likelihoods, structures
 from fisherkit._version import __version__
 from fisherkit.build import BuildPlan
 from fisherkit.errors import (
@@ -85,6 +85,7 @@ __all__ = [
     "TruncatedFisher",
     "UnknownParameterError",
     "__version__",
+    "adapters",
     "build_file",
     "continual",
     "errors",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherkit.adapters import products
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.wrappers import COMPILED, PARALLEL, plain, unwrapped
 
@@ -57,14 +58,21 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
-    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters; one reading."""
+    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters; one reading.
+
+    A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value.
+    """
     tensors = _tensors(model)
     digests = _digests(tensors)
     short = {name: plain(name) for name in tensors}
     whole = _hash({short[name]: tensor for name, tensor in tensors.items()}, {short[n]: d for n, d in digests.items()})
-    if len(names) == len(tensors) and all(name == other for name, other in short.items()):
+    made = products(model, names)
+    if not made and len(names) == len(tensors) and all(name == other for name, other in short.items()):
         return whole, whole
-    return whole, _hash({name: tensors[name] for name in names}, digests)
+    some = {name: tensors[name] for name in names}
+    some |= {name: torch.empty(p.base.shape, dtype=p.dtype, device="meta") for name, p in made.items()}
+    covered = digests | _digests({name: some[name] for name in made}, lambda name: made[name].value())
+    return whole, _hash(some, covered)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
