@@ -11,13 +11,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import at_least_single
 from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError, ModelError, ProcessError
 from fisherkit.likelihood import Likelihood
@@ -255,10 +256,11 @@ class Problem:
             found = self.kind.output_product(outputs, directions)
         return self.likelihood.as_outputs(outputs.masked(found.reshape(directions.shape)), raw.shape)
 
-    def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str) -> Outputs:
-        """The model's outputs as ``[B, P, C]``, with checked targets."""
+    def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str, *, checked: bool = True) -> Outputs:
+        """The model's outputs as ``[B, P, C]``, with checked targets; finite, if they are ``checked`` for it."""
         raw = raw.detach()
-        check_finite(raw, call)
+        if checked:
+            check_finite(raw, call)
         if batch.targets is None and self.kind.needs_targets:
             raise DataError(
                 call=call,
@@ -280,6 +282,18 @@ class Problem:
             ):
                 tried["logits", likelihood.link] = 1
         return Outputs.keyed(z, target, mask, start, self.likelihood, raw.shape[1:])
+
+    def _counted(
+        self, batch: Batch, raw: Tensor, start: int, call: str
+    ) -> tuple[Outputs, tuple[int, int]]:  # fmt: skip
+        """The outputs, and how many examples and positions count, with two waits for the device."""
+        outputs = self._outputs(batch, raw, start, call, checked=False)
+        mask, total = outputs.mask, raw.detach().sum(dtype=at_least_single(raw.dtype))
+        counted = mask if self.token else mask.any(1)
+        examples, positions, odd = torch.stack([counted.sum(), mask.sum(), (total - total).ne(0)]).tolist()
+        if odd:  # where only the sum overflows, all is well
+            check_finite(raw.detach(), call)
+        return replace(outputs, whole=positions == mask.numel()), (examples, positions)
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
@@ -480,14 +494,14 @@ class Problem:
             linearized.by_owner()
         elif self.by_owner is not None and not linearized.followed:
             raise BetterPlanError(self.plan, True, batch)
-        outputs = self._outputs(batch, linearized.z, start, call)
+        outputs, counts = self._counted(batch, linearized.z, start, call)
         if in_company:
             self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
         last = last_layer_rows(linearized, outputs) if self.rowless and isinstance(linearized, Linearized) else None
         if last is not None:
-            yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)
+            yield Chunk.whole_batch(last.finite(call), outputs, batch, counts)
             return
-        slots = Slots.of(outputs, self.kind, self.token)
+        slots = Slots.of(outputs, self.kind, self.token, counts)
         step = max(1, self._room(TILE) // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
@@ -525,7 +539,8 @@ class Problem:
         return min(most, max(SMALLEST, self.budget // (4 * item)))
 
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
-        return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
+        outputs, counts = self._counted(batch, raw, start, call)
+        return Slots.of(outputs, self.kind, self.token, counts)
 
 
 def now(device: torch.device) -> float:
