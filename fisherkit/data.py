@@ -390,7 +390,8 @@ class Source:
         if number == 0 and first is not None and self._raw is raw and first.axes is axes:
             return first
         batch = Batch.of(raw, f"data, batch {number}", axes, self._model_inputs)
-        self._raw = raw if number == 0 and type(raw) is tuple and all(type(part) is Tensor for part in raw) else None
+        pair = number == 0 and batch.size > 1 and type(raw) is tuple and all(type(part) is Tensor for part in raw)
+        self._raw = raw if pair else None  # of one example: the first look goes on to a larger batch
         return batch
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
