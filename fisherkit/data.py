@@ -466,7 +466,7 @@ class Source:
 
     def shared(self, batch: Batch) -> None:
         """Read the inputs as this batch does: its axes say which of them all examples share."""
-        self._first, self._axes = batch, batch.axes
+        self._first, self._axes, self._raw = batch, batch.axes, None
 
     @property
     def recorded(self) -> bool:
