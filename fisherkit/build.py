@@ -266,7 +266,7 @@ class Builder:
         if len(names) == len(structure.space.names):
             return structure, self.problem
         plan = self.problem.plan.restricted(names)
-        return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False)
+        return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False, head=0)
 
     def _groups(self, structure: Structure, held: int = 0) -> list[Names]:
         """The parameters of each part: a layer is of the first where it fits beside what is ``held`` at the end."""

@@ -153,8 +153,8 @@ class ParameterSpace:
         if known.issuperset(map(frozenset, own)):
             return list(blocks.values())
         groups = finest_partition([*blocks.values(), *own])
-        blocks = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
-        return sorted(blocks, key=lambda names: order[names[0]])
+        joined = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
+        return sorted(joined, key=lambda names: order[names[0]])
 
     def span(self, names: Iterable[str]) -> slice | None:
         """Where some parameters lie one after the other in a flat vector; None if not in one piece."""

@@ -31,7 +31,7 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.first_batch import plan_of
-from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
+from fisherkit.rows.last_layer import Head, head_width, is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
@@ -308,9 +308,15 @@ class Problem:
         key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
         if key not in tried:
             self.confirm()
-            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place).number
+            slots = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place)
+            tried[key], tried["outputs", key] = slots.number, slots.mask.shape[1]
         self.vectors_per_example = tried[key]
         self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
+        self.head = (
+            self._head(tried["outputs", key])
+            if self.summed and kind.of_hessian and not plan.looped and not self.rowless
+            else 0
+        )
         self.fold = self._positions() if self.folds and self._flat and not self.rowless else 1
         if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
             with self.plan.quiet():
@@ -355,6 +361,19 @@ class Problem:
             return None
         wide = replace(batch, size=apart.batch)
         return Linearized(self.plan, wide, apart), wide
+
+    def _head(self, positions: int) -> int:
+        """Inputs of a last layer that has more outputs than vectors go back from, of which there are then so many."""
+        plan, total = self.plan, self.vectors_per_example
+        if "head" not in plan.tried:
+            self.confirm()
+            with plan.quiet():
+                plan.tried["head"] = head_width(Linearized.probe(plan))
+        width = plan.tried["head"]
+        if not width or width * positions >= total or positions * width**2 > TILE:
+            return 0
+        self.vectors_per_example = width * positions
+        return width
 
     def _last_layer(self) -> bool:
         """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
@@ -493,6 +512,7 @@ class Problem:
         step = max(1, room // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
         step = step if self.most_examples is None else min(step, self.most_examples)
         step = min(step, MOST) if self.plan.looped else step
+        step = min(step, max(1, TILE // (self.vectors_per_example * self.head))) if self.head else step
         return -(-size // -(-size // step))
 
     def _linearized(self, batch: Batch) -> Linearized | OneByOne:
@@ -548,11 +568,7 @@ class Problem:
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs, batch, counts)
             return
-        folded = self._folded(linearized, batch)
-        if folded is not None:
-            linearized, batch = folded
-            outputs = outputs.positionwise()
-        slots = Slots.of(outputs, self.kind, self.token, counts)
+        linearized, batch, slots, head = self._prepared(linearized, batch, outputs, counts)
         step = max(1, self._room(TILE) // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
@@ -566,7 +582,8 @@ class Problem:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with torch.inference_mode(False) if bare else self.plan.quiet(), torch.enable_grad():
-                shaped = self.likelihood.as_outputs(v, linearized.z.shape)
+                shape = linearized.z.shape
+                shaped = self.likelihood.as_outputs(v, shape) if head is None else v.reshape(len(v), *shape)
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 try:
                     found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
@@ -580,7 +597,22 @@ class Problem:
                 raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             return found.finite(call)
 
-        yield from slots.chunks(batch, step, rows)
+        chunks = slots.chunks(batch, step, rows)
+        yield from chunks if head is None else (head.joined(chunk, self.plan) for chunk in chunks)
+
+    def _prepared(
+        self, linearized: Linearized | OneByOne, batch: Batch, outputs: Outputs, counts: tuple[int, int]
+    ) -> tuple[Linearized | OneByOne, Batch, Slots, Head | None]:
+        """What vectors go back from, whose they are, and which: by position, or below a last layer, where it is so."""
+        folded = self._folded(linearized, batch)
+        if folded is not None:
+            linearized, batch = folded
+            outputs = outputs.positionwise()
+        wanted = self.head and not self.by_owner and isinstance(linearized, Linearized)
+        head = Head.of(linearized, outputs) if wanted and isinstance(linearized, Linearized) else None
+        if head is None:
+            return linearized, batch, Slots.of(outputs, self.kind, self.token, counts), None
+        return head.below, batch, head.slots(counts), head
 
     def _room(self, most: int) -> int:
         """Entries that a pass may hold."""
