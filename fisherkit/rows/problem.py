@@ -317,7 +317,8 @@ class Problem:
             if self.summed and kind.of_hessian and not plan.looped and not self.rowless
             else 0
         )
-        self.fold = self._positions() if self.folds and self._flat and not self.rowless else 1
+        several = self.folds and self._flat and not self.rowless and tried["outputs", key] > 1
+        self.fold = self._positions() if several else 1
         if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
             with self.plan.quiet():
                 _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
