@@ -134,7 +134,7 @@ class Builder:
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
             "processes": self.processes,
         }  # fmt: skip
-        self.problem = replace(problem, revisable=True, budget=self.budget)
+        self.problem = replace(problem, revisable=True, budget=self.budget, folds=not reduce)
         self.counted: list[Tally] = []
         self.needed = 0
         self.foretold = False
@@ -291,7 +291,7 @@ class Builder:
             structure.empty(problem).added(chunks)
             seconds.append(now(structure.device) - start)
         micro = -(-examples // size)
-        vectors = 0 if problem.rowless else problem.vectors_per_example
+        vectors = 0 if problem.rowless else problem.backward_vectors
         return readings * micro * vectors, readings * min(seconds) * examples / size
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ class Builder:
         if len(names) == len(structure.space.names):
             return structure, self.problem
         plan = self.problem.plan.restricted(names)
-        return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False)
+        return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False, head=0)
 
     def _groups(self, structure: Structure, held: int = 0) -> list[Names]:
         """The parameters of each part: a layer is of the first where it fits beside what is ``held`` at the end."""
@@ -506,7 +506,7 @@ class Builder:
     @property
     def _many(self) -> bool:
         """Whether there are so many backward passes that it is worth knowing what they take."""
-        return self.problem.vectors_per_example > MANY and not self.problem.rowless
+        return self.problem.backward_vectors > MANY and not self.problem.rowless
 
     def _cost(self, found: tuple[int, float], readings: int = 1) -> str:
         passes, seconds = readings * found[0], readings * found[1]

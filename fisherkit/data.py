@@ -346,7 +346,7 @@ class Source:
                 why="streamed products and EKFAC read the data more than once", try_="list(data), or a DataLoader",
             )  # fmt: skip
         self._first: Batch | None = None
-        self._raw: Any = None
+        self._made: tuple[Any, Batch | None] = None, None
         self.batches: Iterable[Any] = [data] if is_batch else data
         self.model = model
         self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
@@ -385,13 +385,13 @@ class Source:
             yield self._batch(raw, number, self._axes if settled else None)
 
     def _batch(self, raw: Any, number: int, axes: dict[int, bool] | None) -> Batch:
-        """A batch of its own, or that of the first look at a pair of tensors, which cannot be another pair since."""
-        first = self._first
-        if number == 0 and first is not None and self._raw is raw and first.axes is axes:
-            return first
+        """A batch; of the first pair of tensors, which cannot be another pair since, the one that was made before."""
+        raw_before, batch = self._made
+        if batch is not None and number == 0 and raw_before is raw and batch.axes is axes:
+            return batch
         batch = Batch.of(raw, f"data, batch {number}", axes, self._model_inputs)
-        pair = number == 0 and batch.size > 1 and type(raw) is tuple and all(type(part) is Tensor for part in raw)
-        self._raw = raw if pair else None  # of one example: the first look goes on to a larger batch
+        if number == 0 and type(raw) is tuple and all(type(part) is Tensor for part in raw):
+            self._made = raw, batch
         return batch
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -466,7 +466,7 @@ class Source:
 
     def shared(self, batch: Batch) -> None:
         """Read the inputs as this batch does: its axes say which of them all examples share."""
-        self._first, self._axes, self._raw = batch, batch.axes, None
+        self._first, self._axes = batch, batch.axes
 
     @property
     def recorded(self) -> bool:

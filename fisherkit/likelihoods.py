@@ -416,6 +416,13 @@ class Categorical(Likelihood):
         p = torch.softmax(z, -1)
         return p * _complement(p)
 
+    def hessian_form(self, z: Float[Tensor, "n C"], w: Float[Tensor, "C d"]) -> Float[Tensor, "n d d"]:
+        """Σ_c p_c x_c x_cᵀ − x̄ x̄ᵀ with x_c the rows of W less that of the likeliest class, so that nothing cancels."""
+        root = torch.softmax(z, -1).sqrt().unsqueeze(-1)
+        x = (w - w[z.argmax(-1)].unsqueeze(1)).mul_(root)
+        mean = (root.mT @ x).squeeze(1)
+        return torch.baddbmm(mean.unsqueeze(2) * mean.unsqueeze(1), x.mT, x, beta=-1)
+
     def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
         """diag Σ p − Σ p pᵀ, one matmul; the diagonal as p(1 − p), which does not cancel."""
         p, diagonal = torch.softmax(z, -1), self.hessian_diagonal(z)

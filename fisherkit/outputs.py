@@ -107,6 +107,19 @@ class Outputs:
         root = self.hessian_root()
         return self.likelihood.hessian_sum(self.z[self.mask], None if root is None else root[self.mask])
 
+    def hessian_forms(self, w: Float[Tensor, "C d"], entries: int) -> Float[Tensor, "m d d"]:
+        """Wᵀ H W of each of the n·P positions, 0 of those that do not count; ``entries`` are of a temporary, about."""
+        root, size = self.hessian_root(), max(1, entries // w.numel())
+        found = []
+        for k, z in enumerate(self.z.flatten(0, 1).split(size)):
+            own = None if root is None else root.flatten(0, 1)[k * size : k * size + len(z)]
+            if own is None or own.shape[1] == 1:
+                form = self.likelihood.hessian_form(z, w)
+                found.append(form if own is None else form * own.square().unsqueeze(2))
+            else:  # of each output
+                found += [self.likelihood.hessian_form(z[:, None][n], r.unsqueeze(1) * w) for n, r in enumerate(own)]
+        return torch.where(self.mask.reshape(-1, 1, 1), torch.cat(found), 0.0)
+
     def hessian_inverse_form(self) -> Float[Tensor, "n P"]:
         """uᵀ H⁺ u with u the loss gradient."""
         confirm(self.likelihood, self.z, self.target, self.mask)

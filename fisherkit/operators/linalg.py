@@ -180,7 +180,7 @@ def _decomposed(matrix: Float[Tensor, "n n"], refuse: Callable[[], None]) -> tup
     """Eigenvalues and eigenvectors; of a matrix that is not finite, for which the algorithm fails, the refusal."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but not in __all__
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         refuse()
         raise
     return values, vectors

@@ -376,10 +376,11 @@ def probed(plan: Plan, two: Batch) -> tuple[Watched, bool]:
     return forward(plan, two), rng_places(device) != before
 
 
-def forward(plan: Plan, batch: Batch) -> Watched:
-    """A forward pass of a batch, watched."""
+def forward(plan: Plan, batch: Batch, *, positions: bool = False) -> Watched:
+    """A forward pass of a batch, watched; ``positions`` to see whether the inputs' positions stay apart, too."""
     names, own = {id(p): name for name, p in plan.parameters.items()}, batch.fresh()
-    return Watched.of(plan.model, Recorder(names, batch.size, own.batched, plan.shared), own)
+    along = own.batched[0].shape[1] if positions and own.batched[0].ndim > 1 else 0
+    return Watched.of(plan.model, Recorder(names, batch.size, own.batched, plan.shared, positions=along), own)
 
 
 class _Reference:

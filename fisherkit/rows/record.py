@@ -74,6 +74,7 @@ class Recorder(TorchFunctionMode):
         inputs: the tensors of the call that have the batch axis first.
         shared: parameters of layers whose inputs all examples share, as of positions: their outputs are functions of
             the parameters alone.
+        positions: how many positions inputs have along axis 1, if it is to be seen whether these stay apart; else 0.
         training: a training step's own forward pass, in which dropout may be active.
         constant_statistics: batch norm in train mode uses its batch's statistics as if they were constants, and leaves
             its running ones alone.
@@ -96,6 +97,7 @@ class Recorder(TorchFunctionMode):
         inputs: Iterable[Tensor] = (),
         shared: Collection[str] = (),
         *,
+        positions: int = 0,
         training: bool = False,
         constant_statistics: bool = False,
     ) -> None:
@@ -111,8 +113,11 @@ class Recorder(TorchFunctionMode):
         self._hooks = RemovableHandle.next_id
         self._tracker = Tracker(batch)
         self._derivations = Derivations(names)
+        self._along = Tracker(positions) if positions > 1 else None
         for tensor in inputs:
             self._tracker.mark(tensor, Axis(0))
+            if self._along is not None and tensor.ndim > 1 and tensor.shape[1] == positions:
+                self._along.mark(tensor, Axis(1))
 
     @property
     def hooked(self) -> bool:
@@ -130,6 +135,16 @@ class Recorder(TorchFunctionMode):
         if made is not None:  # outputs that are functions of parameters alone met no example
             self.outside_rules.update(made.names)
         return self._tracker.proves(z)
+
+    def positions(self, z: Tensor) -> int:
+        """How many positions of the inputs outputs ``[B, T, C]`` keep apart; 0 if not shown, or not looked at."""
+        along = self._along
+        return along.batch if along is not None and z.ndim == 3 and not along.lost and along.status(z) == Axis(1) else 0
+
+    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self._tracker.see(func, args, kwargs, output)
+        if self._along is not None:
+            self._along.see(func, args, kwargs, output)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -159,7 +174,7 @@ class Recorder(TorchFunctionMode):
             output = self._with_parameters(func, args, kwargs, own)
         else:
             output = func(*args, **kwargs)
-            self._tracker.see(func, args, kwargs, output)
+            self._see(func, args, kwargs, output)
             if own and torch.is_grad_enabled() and output.numel():
                 self._note(RULES[func], RULES[func].bind(args, kwargs), output)
         if isinstance(output, Tensor) and output.requires_grad and output.dtype != self.coarsest:
@@ -182,7 +197,7 @@ class Recorder(TorchFunctionMode):
         if rule is None and data:
             args, kwargs = self._copied(func, args, kwargs, own, data)
         output = func(*args, **kwargs)
-        self._tracker.see(func, args, kwargs, output)
+        self._see(func, args, kwargs, output)
         written = _in_place(func, kwargs) or _random(func, args, kwargs)
         changed = [tensor for (tensor, _), version in zip(own, versions, strict=True) if tensor._version != version]
         if changed:
@@ -219,7 +234,7 @@ class Recorder(TorchFunctionMode):
     def _unrolled(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A recurrent layer, as its linear maps."""
         output, maps = unrolled(func, args)
-        self._tracker.see(func, args, {}, output)
+        self._see(func, args, {}, output)
         status = self._tracker.status(output[0])
         axis = status if isinstance(status, Axis) else None
         for one in maps:
@@ -323,7 +338,7 @@ class Recorder(TorchFunctionMode):
         use = Use(
             rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
             shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned, slices,
-            version_of(arguments[rule.input_name]),
+            version_of(arguments[rule.input_name]), self._position(output),
         )  # fmt: skip
         if (slices is not None or by_bias is not None) and None not in use.sources:
             self.uses += [replace(use, bias=None), replace(use, weight=None, turned=False, slices=by_bias)]
@@ -334,6 +349,11 @@ class Recorder(TorchFunctionMode):
             self.uses += [replace(use, bias=None), replace(use, weight=None)]
         else:
             self.uses.append(use)
+
+    def _position(self, output: Tensor) -> Axis | None:
+        """Where positions lie in a use's output."""
+        status = None if self._along is None else self._along.status(output)
+        return status if isinstance(status, Axis) else None
 
     def _derive(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: Operands,
@@ -356,7 +376,8 @@ class Recorder(TorchFunctionMode):
                 return
         self._derivations.add(func, args, kwargs, output, written=written)
         for one in tensors(output):
-            self._tracker.mark(one, Mark.FREE)
+            for tracker in filter(None, (self._tracker, self._along)):
+                tracker.mark(one, Mark.FREE)
         rule = rule_for(func, args, kwargs)
         looked_up = self._derivations.of(output)
         if isinstance(rule, EmbeddingRule) and looked_up is not None and made.layout == SAME:
