@@ -28,78 +28,49 @@ Natural: Any = fk.optim.NaturalGradient
 Beside: Any = fk.optim.Preconditioner
 
 ARGUMENTS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], type[Exception], tuple[str, ...]]] = {
-    "parameters": (
-        lambda: Natural(mlp().parameters(), 0.1, damping=1.0), InvalidTypeError, TypeError,
-        ("a generator as model", "a torch.nn.Module", "NaturalGradient(model"),
-    ),
-    "parameters beside": (
-        lambda: Beside(list(mlp().parameters()), damping=1.0), InvalidTypeError, TypeError,
-        ("a list as model", "Preconditioner(model"),
-    ),
-    "no damping": (
-        lambda: Natural(mlp(), 0.1), InvalidArgumentError, ValueError,
-        ("damping=None and gram_damping=None", "one of them", "gram_damping=1e-3"),
-    ),
-    "two dampings": (
-        lambda: Beside(mlp(), damping=1.0, gram_damping=1.0), InvalidArgumentError, ValueError,
-        ("damping=1.0 and gram_damping=1.0", "different updates"),
-    ),
-    "negative damping": (
-        lambda: natural(mlp(), gram_damping=-1.0), InvalidArgumentError, ValueError, ("gram_damping=-1.0", "0 or more"),
-    ),
-    "text damping": (
-        lambda: natural(mlp(), gram_damping="1"), InvalidTypeError, TypeError, ("gram_damping of type str",),
-    ),
-    "relative gram damping": (
-        lambda: natural(mlp(), gram_damping=fk.RelativeDamping(1.0)), InvalidTypeError, TypeError,
-        ("gram_damping of type RelativeDamping",),
-    ),
+    "parameters": (lambda: Natural(mlp().parameters(), 0.1, damping=1.0), InvalidTypeError, TypeError,
+        ("a generator as model", "a torch.nn.Module", "NaturalGradient(model")),
+    "parameters beside": (lambda: Beside(list(mlp().parameters()), damping=1.0), InvalidTypeError, TypeError,
+        ("a list as model", "Preconditioner(model")),
+    "no damping": (lambda: Natural(mlp(), 0.1), InvalidArgumentError, ValueError,
+        ("damping=None and gram_damping=None", "one of them", "gram_damping=1e-3")),
+    "two dampings": (lambda: Beside(mlp(), damping=1.0, gram_damping=1.0), InvalidArgumentError, ValueError,
+        ("damping=1.0 and gram_damping=1.0", "different updates")),
+    "negative damping": (lambda: natural(mlp(), gram_damping=-1.0), InvalidArgumentError, ValueError,
+        ("gram_damping=-1.0", "0 or more")),
+    "text damping": (lambda: natural(mlp(), gram_damping="1"), InvalidTypeError, TypeError,
+        ("gram_damping of type str",)),
+    "relative gram damping": (lambda: natural(mlp(), gram_damping=fk.RelativeDamping(1.0)), InvalidTypeError, TypeError,
+        ("gram_damping of type RelativeDamping",)),
     "lr": (lambda: natural(mlp(), lr=-0.1), InvalidArgumentError, ValueError, ("lr=-0.1", "0 or more")),
     "lr nan": (lambda: natural(mlp(), lr=float("nan")), InvalidArgumentError, ValueError, ("lr=nan",)),
     "momentum": (lambda: natural(mlp(), momentum="a"), InvalidArgumentError, ValueError, ("momentum='a'",)),
     "trust region": (lambda: natural(mlp(), trust_region=0.0), InvalidArgumentError, ValueError, ("trust_region=0.0",)),
     "kind": (lambda: natural(mlp(), kind="kfac"), InvalidArgumentError, ValueError, ("kind='kfac'", "'ief'")),
-    "kind type": (
-        lambda: natural(mlp(), kind=fk.ExactFisher), InvalidTypeError, TypeError, ("a kind of type", "OutputRule"),
-    ),
-    "kind setting": (
-        lambda: natural(mlp(), kind="truncated:0"), InvalidArgumentError, ValueError,
-        ("kind='truncated:0'", "'truncated:RANK'", "rank=0"),
-    ),
-    "kind twice": (
-        lambda: natural(mlp(), kind="truncated:2", rank=3), InvalidArgumentError, ValueError,
-        ("kind='truncated:2' and rank=", "one of them"),
-    ),
-    "options": (
-        lambda: natural(mlp(), kind="ef", draws=2), InvalidArgumentError, ValueError, ("an argument draws=",),
-    ),
+    "kind type": (lambda: natural(mlp(), kind=fk.ExactFisher), InvalidTypeError, TypeError,
+        ("a kind of type", "OutputRule")),
+    "kind setting": (lambda: natural(mlp(), kind="truncated:0"), InvalidArgumentError, ValueError,
+        ("kind='truncated:0'", "'truncated:RANK'", "rank=0")),
+    "kind twice": (lambda: natural(mlp(), kind="truncated:2", rank=3), InvalidArgumentError, ValueError,
+        ("kind='truncated:2' and rank=", "one of them")),
+    "options": (lambda: natural(mlp(), kind="ef", draws=2), InvalidArgumentError, ValueError, ("an argument draws=",)),
     "structure": (lambda: natural(mlp(), structure="kron"), InvalidArgumentError, ValueError, ("structure='kron'",)),
     "reduction": (lambda: natural(mlp(), reduction="none"), InvalidArgumentError, ValueError, ("reduction='none'",)),
     "ema": (lambda: Beside(mlp(), damping=1.0, ema=1.0), InvalidArgumentError, ValueError, ("ema=1.0", "below 1")),
-    "ema of rows": (
-        lambda: natural(mlp(), ema=0.5), InvalidArgumentError, ValueError, ("structure='full' with ema=0.5", '"kfac"'),
-    ),
-    "update every": (
-        lambda: Beside(mlp(), damping=1.0, update_every=0), InvalidArgumentError, ValueError, ("update_every=0",),
-    ),
-    "positions": (
-        lambda: Beside(mlp(), damping=1.0, kfac_positions="mean"), InvalidArgumentError, ValueError,
-        ("kfac_positions='mean'",),
-    ),
-    "unknown name": (
-        lambda: natural(mlp(), params=["weight"]), UnknownParameterError, LookupError, ("['weight']", "0.weight"),
-    ),
-    "tensors as params": (
-        lambda: natural(mlp(), params=mlp().parameters()), InvalidTypeError, TypeError, ("params of type Parameter",),
-    ),
-    "foreign group": (
-        lambda: natural(mlp(), params=[{"params": mlp().parameters()}]), ModelError, RuntimeError,
-        ("not the model's",),
-    ),
-    "setting of a group": (
-        lambda: natural(m := mlp(), params=[{"params": m.parameters(), "gram_damping": 1.0}]), InvalidArgumentError,
-        ValueError, ("['gram_damping'] in a parameter group", "'momentum'", "all groups"),
-    ),
+    "ema of rows": (lambda: natural(mlp(), ema=0.5), InvalidArgumentError, ValueError,
+        ("structure='full' with ema=0.5", '"kfac"')),
+    "update every": (lambda: Beside(mlp(), damping=1.0, update_every=0), InvalidArgumentError, ValueError,
+        ("update_every=0",)),
+    "positions": (lambda: Beside(mlp(), damping=1.0, kfac_positions="mean"), InvalidArgumentError, ValueError,
+        ("kfac_positions='mean'",)),
+    "unknown name": (lambda: natural(mlp(), params=["weight"]), UnknownParameterError, LookupError,
+        ("['weight']", "0.weight")),
+    "tensors as params": (lambda: natural(mlp(), params=mlp().parameters()), InvalidTypeError, TypeError,
+        ("params of type Parameter",)),
+    "foreign group": (lambda: natural(mlp(), params=[{"params": mlp().parameters()}]), ModelError, RuntimeError,
+        ("not the model's",)),
+    "setting of a group": (lambda: natural(m := mlp(), params=[{"params": m.parameters(), "gram_damping": 1.0}]),
+        InvalidArgumentError, ValueError, ("['gram_damping'] in a parameter group", "'momentum'", "all groups")),
 }  # fmt: skip
 
 
@@ -329,10 +300,8 @@ DIVERGED: dict[str, tuple[Callable[[nn.Module, Any], None], dict[str, Any], floa
     "singular": (plain_step, {"kind": "ef", "params": ["2.bias"]}, 1e9, SingularMatrixError, "a Gram matrix that is"),
     "nan": (plain_step, {}, float("nan"), NonFiniteError, "gradients with NaN or infinite entries"),
     "another loss": (other_loss, {}, 1e9, ModelError, "a loss whose gradient at the outputs is no positive"),
-    "kfac": (
-        plain_step, {"structure": "kfac", "gram_damping": None, "damping": 0.1, "ema": 0.5}, float("inf"),
-        NonFiniteError, "gradients with NaN",
-    ),
+    "kfac": (plain_step, {"structure": "kfac", "gram_damping": None, "damping": 0.1, "ema": 0.5}, float("inf"),
+        NonFiniteError, "gradients with NaN"),
 }  # fmt: skip
 
 
