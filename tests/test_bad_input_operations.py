@@ -71,102 +71,50 @@ VECTORS: dict[str, Case] = {
 NOT_NEGATIVE = "expected a finite number, 0 or more"
 
 NUMBERS: dict[str, Case] = {
-    "negative damping": Case(
-        lambda: built().solve(V, damping=-1e-3),
-        ARGUMENT,
-        (
-            "(damping=-0.001): got damping -0.001",
-            NOT_NEGATIVE,
-            "must stay positive semi-definite",
-        ),
-    ),
+    "negative damping": Case(lambda: built().solve(V, damping=-1e-3), ARGUMENT,
+        ("(damping=-0.001): got damping -0.001", NOT_NEGATIVE, "must stay positive semi-definite")),
     "NaN damping": Case(lambda: built("kfac").logdet(float("nan")), ARGUMENT, ("got damping nan", NOT_NEGATIVE)),
-    "damping by name": Case(
-        lambda: built().factorize("auto"), TYPE, ("got damping of type str", "a float or fk.RelativeDamping")
-    ),
-    "damping as a tensor": Case(
-        lambda: built().solve(V, torch.tensor(0.1)),
-        TYPE,
-        ("got damping of type Tensor", "Try: float(damping)"),
-    ),
-    "negative relative damping": Case(
-        lambda: built().solve(V, damping=fk.RelativeDamping(-1)),
-        ARGUMENT,
-        ("RelativeDamping", "got damping -1", NOT_NEGATIVE),
-    ),
-    "singular, fewer rows than parameters": Case(
-        lambda: built().solve(V, damping=0.0),
-        SINGULAR,
-        ("EmpiricalFisher.solve(damping=0)", "R = 6 rows < D = 43 parameters", "Try: damping > 0"),
-    ),
-    "singular, inverse": Case(
-        lambda: built().factorize(0), SINGULAR, ("R = 6 rows < D = 43 parameters", "Try:", "amping")
-    ),
-    "singular, log determinant": Case(
-        lambda: built().logdet(damping=0), SINGULAR, ("singular", "R = 6 rows < D = 43", "Try:")
-    ),
+    "damping by name": Case(lambda: built().factorize("auto"), TYPE,
+        ("got damping of type str", "a float or fk.RelativeDamping")),
+    "damping as a tensor": Case(lambda: built().solve(V, torch.tensor(0.1)), TYPE,
+        ("got damping of type Tensor", "Try: float(damping)")),
+    "negative relative damping": Case(lambda: built().solve(V, damping=fk.RelativeDamping(-1)), ARGUMENT,
+        ("RelativeDamping", "got damping -1", NOT_NEGATIVE)),
+    "singular, fewer rows than parameters": Case(lambda: built().solve(V, damping=0.0), SINGULAR,
+        ("EmpiricalFisher.solve(damping=0)", "R = 6 rows < D = 43 parameters", "Try: damping > 0")),
+    "singular, inverse": Case(lambda: built().factorize(0), SINGULAR,
+        ("R = 6 rows < D = 43 parameters", "Try:", "amping")),
+    "singular, log determinant": Case(lambda: built().logdet(damping=0), SINGULAR,
+        ("singular", "R = 6 rows < D = 43", "Try:")),
     "singular, more rows than parameters": Case(
         lambda: fk.ExactFisher(nn.Linear(4, 3).double(), (X[:, :1].expand(-1, 4).repeat(3, 1), Y.repeat(3))).solve(
-            normal(15), 0.0
-        ),
-        SINGULAR,
-        ("singular", "Try:", "amping"),
-    ),
-    "singular block": Case(
-        lambda: built("block").solve(V, damping=0.0), SINGULAR, ("['0.weight', '0.bias']", "singular")
-    ),
+            normal(15), 0.0), SINGULAR, ("singular", "Try:", "amping")),
+    "singular block": Case(lambda: built("block").solve(V, damping=0.0), SINGULAR,
+        ("['0.weight', '0.bias']", "singular")),
     "singular diagonal": Case(
-        lambda: ef(data=(X * torch.tensor([1.0, 0, 1, 1]), Y), structure="diagonal").solve(V, 0.0),
-        SINGULAR,
-        ("singular", "Try:", "amping"),
-    ),
-    "singular factors": Case(
-        lambda: ef(data=(X[:2], Y[:2]), structure="kfac").solve(V, 0.0),
-        SINGULAR,
-        ("singular", "amping"),
-    ),
-    "no eigenvalue": Case(
-        lambda: built().eigenvalues(0),
-        ARGUMENT,
-        ("eigenvalues(k=0): got k = 0", "an integer from 1 to D = 43"),
-    ),
-    "more eigenvalues than parameters": Case(
-        lambda: built("ekfac").eigenvalues(44), ARGUMENT, ("got k = 44", "an integer from 1 to D = 43")
-    ),
+        lambda: ef(data=(X * torch.tensor([1.0, 0, 1, 1]), Y), structure="diagonal").solve(V, 0.0), SINGULAR,
+        ("singular", "Try:", "amping")),
+    "singular factors": Case(lambda: ef(data=(X[:2], Y[:2]), structure="kfac").solve(V, 0.0), SINGULAR,
+        ("singular", "amping")),
+    "no eigenvalue": Case(lambda: built().eigenvalues(0), ARGUMENT,
+        ("eigenvalues(k=0): got k = 0", "an integer from 1 to D = 43")),
+    "more eigenvalues than parameters": Case(lambda: built("ekfac").eigenvalues(44), ARGUMENT,
+        ("got k = 44", "an integer from 1 to D = 43")),
     "eigenvalues by flag": Case(lambda: built().eigenvalues(True), ARGUMENT, ("got k = True", "an integer")),
-    "negative multiple": Case(
-        lambda: -1.0 * built(),
-        ARGUMENT,
-        ("EmpiricalFisher * -1.0: got scale -1.0", "expected a finite number, 0 or more"),
-    ),
-    "sum with a number": Case(
-        lambda: built() + 1e-3, TYPE, ("EmpiricalFisher + other: got a float", "expected a FisherOperator")
-    ),
-    "sum over other parameters": Case(
-        lambda: built() + ef(params=["0.weight"]),
-        ARGUMENT,
-        (
-            "operators over different parameters",
-            "only the first has ['0.bias', '2.weight', '2.bias']",
-            "the same names, shapes",
-        ),
-    ),
-    "sum over other shapes": Case(
-        lambda: built("kfac") + ef(mlp(outputs=4).eval(), structure="kfac"),
-        ARGUMENT,
-        ("shapes differ in '2.weight': [3, 5] and [4, 5]", "Try: build both with the same params="),
-    ),
-    "sum of two dtypes": Case(
-        lambda: built() + ef(mlp().float().eval(), (X.float(), Y)),
-        TYPE,
-        ("torch.float64 and torch.float32", "one dtype"),
-    ),
-    "Gram of a structure without rows": Case(
-        lambda: built("kfac").gram(),
-        NO_FORM,
-        ("gram", "D = 43 parameters", 'Try: structure="full"'),
-    ),
-}
+    "negative multiple": Case(lambda: -1.0 * built(), ARGUMENT,
+        ("EmpiricalFisher * -1.0: got scale -1.0", "expected a finite number, 0 or more")),
+    "sum with a number": Case(lambda: built() + 1e-3, TYPE,
+        ("EmpiricalFisher + other: got a float", "expected a FisherOperator")),
+    "sum over other parameters": Case(lambda: built() + ef(params=["0.weight"]), ARGUMENT,
+        ("operators over different parameters", "only the first has ['0.bias', '2.weight', '2.bias']",
+            "the same names, shapes")),
+    "sum over other shapes": Case(lambda: built("kfac") + ef(mlp(outputs=4).eval(), structure="kfac"), ARGUMENT,
+        ("shapes differ in '2.weight': [3, 5] and [4, 5]", "Try: build both with the same params=")),
+    "sum of two dtypes": Case(lambda: built() + ef(mlp().float().eval(), (X.float(), Y)), TYPE,
+        ("torch.float64 and torch.float32", "one dtype")),
+    "Gram of a structure without rows": Case(lambda: built("kfac").gram(), NO_FORM,
+        ("gram", "D = 43 parameters", 'Try: structure="full"')),
+}  # fmt: skip
 
 
 def wide() -> nn.Module:

@@ -175,54 +175,26 @@ def test_forms__lists_and_records_inside_inputs_reach_the_model_as_they_are() ->
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "a triple for one input": (
-        lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, Y, torch.arange(N))]),
-        fk.InvalidTypeError,
-        r"batch of type tuple with 3 parts.*needs 1 input.*\(\(a, b\), y\)",
-    ),
-    "a triple for one or two inputs": (
-        lambda: fk.EmpiricalFisher(Optional(), (X, MASK, Y)),
-        fk.InvalidTypeError,
-        r"with 3 parts.*Nothing tells which of them are inputs and targets",
-    ),
-    "a triple for any inputs": (
-        lambda: fk.EmpiricalFisher(Anything(), (X, MASK, Y)),
-        fk.InvalidTypeError,
-        r"with 3 parts.*Nothing tells",
-    ),
-    "labels of several lengths": (
-        lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, [[0], [1, 2]])]),
-        fk.InvalidTypeError,
-        r"targets of type list.*torch\.as_tensor",
-    ),
-    "labels as texts": (
-        lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, ["a"] * N)]),
-        fk.InvalidTypeError,
-        r"targets of type list",
-    ),
-    "another name": (
-        lambda: fk.EmpiricalFisher(Masked(), {"feature": X, "mask": MASK, "labels": Y}),
-        fk.DataError,
-        r"inputs named feature, which.*does not take; expected names of its parameters: features.*Try: rename",
-    ),
-    "no name": (
-        lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), {"x": X, "labels": Y}),
-        fk.DataError,
-        r"inputs named x, which.*names of its parameters: input",
-    ),
-    "a mapping for a model that takes it": (
-        lambda: fk.EmpiricalFisher(OfMapping(), {"x": X, "labels": Y}),
-        fk.DataError,
-        r"inputs named x.*\(\(mapping,\), labels\)",
-    ),
-    "packed": (
-        lambda: fk.EmpiricalFisher(
-            nn.LSTM(4, 3).double(), (nn.utils.rnn.pack_padded_sequence(X.reshape(4, 3, 4), [4, 4, 4]), Y)
-        ),
-        fk.InvalidTypeError,
-        r"a PackedSequence.*pack_padded_sequence in the model",
-    ),
-}
+    "a triple for one input": (lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, Y, torch.arange(N))]),
+        fk.InvalidTypeError, r"batch of type tuple with 3 parts.*needs 1 input.*\(\(a, b\), y\)"),
+    "a triple for one or two inputs": (lambda: fk.EmpiricalFisher(Optional(), (X, MASK, Y)), fk.InvalidTypeError,
+        r"with 3 parts.*Nothing tells which of them are inputs and targets"),
+    "a triple for any inputs": (lambda: fk.EmpiricalFisher(Anything(), (X, MASK, Y)), fk.InvalidTypeError,
+        r"with 3 parts.*Nothing tells"),
+    "labels of several lengths": (lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, [[0], [1, 2]])]),
+        fk.InvalidTypeError, r"targets of type list.*torch\.as_tensor"),
+    "labels as texts": (lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, ["a"] * N)]), fk.InvalidTypeError,
+        r"targets of type list"),
+    "another name": (lambda: fk.EmpiricalFisher(Masked(), {"feature": X, "mask": MASK, "labels": Y}), fk.DataError,
+        r"inputs named feature, which.*does not take; expected names of its parameters: features.*Try: rename"),
+    "no name": (lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), {"x": X, "labels": Y}), fk.DataError,
+        r"inputs named x, which.*names of its parameters: input"),
+    "a mapping for a model that takes it": (lambda: fk.EmpiricalFisher(OfMapping(), {"x": X, "labels": Y}),
+        fk.DataError, r"inputs named x.*\(\(mapping,\), labels\)"),
+    "packed": (lambda: fk.EmpiricalFisher(nn.LSTM(4, 3).double(),
+            (nn.utils.rnn.pack_padded_sequence(X.reshape(4, 3, 4), [4, 4, 4]), Y)), fk.InvalidTypeError,
+        r"a PackedSequence.*pack_padded_sequence in the model"),
+}  # fmt: skip
 
 
 class Anything(Masked):
