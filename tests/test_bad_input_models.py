@@ -79,8 +79,7 @@ class OwnStatistics(nn.Module):
         self.body = mlp()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body((x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-3))
-        return out
+        return self.body((x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-3))
 
 
 INTERACTION: dict[str, Case] = {
@@ -137,8 +136,7 @@ class NoGradient(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(x)
-        return out
+        return self.body(x)
 
 
 FORWARD = "the model's forward pass: got"
@@ -238,8 +236,7 @@ def test_construction__a_layer_used_in_a_new_way_in_a_later_batch_goes_the_slow_
         def forward(self, x: Tensor) -> Tensor:
             if float(x.mean()) > 50:
                 return F.linear(self.first(x).tanh(), self.second.weight, self.first.bias[:3] * 1)
-            z: Tensor = self.second(self.first(x).tanh())
-            return z
+            return self.second(self.first(x).tanh())
 
     model, data = Switching(), [(X, Y), (X + 99, Y)]
     squares = torch.zeros((), dtype=F64)

@@ -25,8 +25,7 @@ class ByKeyword(nn.Module):
         self.body = mlp()
 
     def forward(self, features: Tensor, shift: Tensor | None = None) -> Tensor:
-        z: Tensor = self.body(features if shift is None else features + shift)
-        return z
+        return self.body(features if shift is None else features + shift)
 
 
 class Reiterable:
@@ -162,8 +161,7 @@ class SharedMask(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        z: Tensor = self.head(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0].mean(1))
-        return z
+        return self.head(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0].mean(1))
 
 
 def shared_mask(batch: int) -> tuple[Tensor, Tensor]:

@@ -38,16 +38,14 @@ class Masked(nn.Module):
             self.body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        z: Tensor = self.body(features * mask)
-        return z
+        return self.body(features * mask)
 
 
 class Optional(Masked):
     """The second input may be missing."""
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        z: Tensor = self.body(features if mask is None else features * mask)
-        return z
+        return self.body(features if mask is None else features * mask)
 
 
 def brute(
@@ -166,8 +164,7 @@ def test_forms__lists_and_records_inside_inputs_reach_the_model_as_they_are() ->
 
         def forward(self, given: Any) -> Tensor:
             assert (type(given), type(given.points), type(given.parts)) == (pair, Points, list)
-            z: Tensor = self.body(given.x * given.points.at * given.parts[0])
-            return z
+            return self.body(given.x * given.points.at * given.parts[0])
 
     net, ones = Net(), torch.ones_like(X)
     got = fk.EmpiricalFisher(net, [((pair(X, Points(MASK), [ones]),), Y)], chunk_size=1)
@@ -269,8 +266,7 @@ class Scaled(nn.Module):
             self.out = nn.Linear(4, width).double()
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        z: Tensor = self.out(x) * scale
-        return z
+        return self.out(x) * scale
 
 
 class Edges(nn.Module):
@@ -284,8 +280,7 @@ class Edges(nn.Module):
         self.count = count
 
     def forward(self, x: Tensor, codes: Tensor, adjacency: Tensor) -> Tensor:
-        z: Tensor = self.b(torch.tanh(adjacency @ self.a(x + codes)).mean(1))
-        return z
+        return self.b(torch.tanh(adjacency @ self.a(x + codes)).mean(1))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 12])
@@ -369,8 +364,7 @@ def test_shared__examples_that_meet_in_the_model_stay_refused() -> None:
 
     class Contrast(Scaled):
         def forward(self, x: Tensor, other: Tensor) -> Tensor:
-            z: Tensor = self.out(x) @ self.out(other).T
-            return z
+            return self.out(x) @ self.out(other).T
 
     data = [((x, x + 1), torch.arange(4)) for x in X.split(4)]
     with pytest.raises(fk.ModelError, match=r"changes with the rest of its batch|for 2 examples"):
@@ -391,8 +385,7 @@ class Alone(nn.Module):
             self.gain = nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))  # no layer rule
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.out(self.gain * self.conv(x).squeeze(0).mean((1, 2)))[None]
-        return z
+        return self.out(self.gain * self.conv(x).squeeze(0).mean((1, 2)))[None]
 
 
 class Checked(Alone):
@@ -460,8 +453,7 @@ def test_alone__nothing_learnt_from_one_example_is_used_for_two() -> None:
         def forward(self, x: Tensor) -> Tensor:
             if len(x) == 2 and bool((x[0] == x[1]).all()):
                 raise ValueError("twice the same")
-            z: Tensor = self.out(x - 0.5 * x.mean(0))
-            return z
+            return self.out(x - 0.5 * x.mean(0))
 
     model = Centred()
     fk.EmpiricalFisher(model, [(X[:1], Y[:1])])

@@ -100,8 +100,7 @@ def fit(model: nn.Module, loss: Callable[[Tensor], Tensor], **options: Any) -> C
 
 def reentrant(m: Any, x: Tensor) -> Tensor:
     h: Tensor = checkpoint(m.body[0], x.clone().requires_grad_(), use_reentrant=True) if m.training else m.body[0](x)
-    z: Tensor = m.body[2](torch.tanh(h))
-    return z
+    return m.body[2](torch.tanh(h))
 
 
 def twice(model: nn.Module) -> None:
