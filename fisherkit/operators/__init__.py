@@ -33,27 +33,8 @@ from fisherkit.operators.persistence import load, state_of
 from fisherkit.operators.quadratic import Quadratic
 
 __all__ = [
-    "BlockDiagonalOperator",
-    "Damping",
-    "DenseOperator",
-    "DiagonalOperator",
-    "EigenKroneckerOperator",
-    "Factorization",
-    "FisherFile",
-    "FisherOperator",
-    "ForwardingOperator",
-    "IterativeFactorization",
-    "KroneckerOperator",
-    "LowRankOperator",
-    "Quadratic",
-    "RelativeDamping",
-    "SumOperator",
-    "add",
-    "load",
-    "normalize",
-    "open_file",
-    "split",
-    "state_of",
-    "unwrap",
-    "usual_damping",
-]
+    "BlockDiagonalOperator", "Damping", "DenseOperator", "DiagonalOperator", "EigenKroneckerOperator", "Factorization",
+    "FisherFile", "FisherOperator", "ForwardingOperator", "IterativeFactorization", "KroneckerOperator",
+    "LowRankOperator", "Quadratic", "RelativeDamping", "SumOperator", "add", "load", "normalize", "open_file", "split",
+    "state_of", "unwrap", "usual_damping",
+]  # fmt: skip
