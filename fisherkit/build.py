@@ -145,11 +145,7 @@ class Builder:
         self.problem = replace(self.problem, budget=budget)
 
     def build(self, structure: type[Structure]) -> Built:
-        """The operator of a structure.
-
-        Raises:
-            MemoryBudgetError, DataError: the structure cannot fit, before the pass over the data; no example counts.
-        """
+        """The operator of a structure."""
         return self._planned(lambda: self._built(structure))
 
     def plan(self, structure: type[Structure], *, to_file: bool = False) -> BuildPlan:

@@ -21,17 +21,9 @@ from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, 
 from fisherkit.likelihood import Likelihood, Prepared, setting_text, shape_text
 
 __all__ = [
-    "Bernoulli",
-    "Categorical",
-    "Gaussian",
-    "GaussianNLL",
-    "Likelihood",
-    "LogProbabilities",
-    "Poisson",
-    "Prepared",
-    "is_known_loss",
-    "resolve",
-]
+    "Bernoulli", "Categorical", "Gaussian", "GaussianNLL", "Likelihood", "LogProbabilities", "Poisson", "Prepared",
+    "is_known_loss", "resolve",
+]  # fmt: skip
 
 Numbers = float | Sequence[float] | Tensor
 """One number, or one for each output."""

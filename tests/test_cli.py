@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -85,13 +83,6 @@ def test_torchrun__is_for_estimate_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     result = run("quality", "m:f")
     assert result.exit_code == 1
     assert "got 2 processes of torchrun; expected one process" in " ".join(result.stderr.split())
-
-
-def test_module__is_the_same_program() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "fisherkit", "--version"], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (result.returncode, result.stdout.strip()) == (0, fk.__version__)
 
 
 def test_table__aligns_text_left_and_numbers_right() -> None:

@@ -308,10 +308,8 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:make", "--train", "{data}"), ("--train with a function", "its own data")),
         (("scored_module:pair",), ("a tuple of 2", "(model, train, queries, show)")),
         (("scored_module:shuffled",), ("shuffles as train", "shuffle=False")),
-        (
-            ("scored_module:training", "--fisher", "f", "--worst", "2"),
-            ("BatchNorm1d '1' in train mode", "model.eval()"),
-        ),
+        (("scored_module:training", "--fisher", "f", "--worst", "2"),
+            ("BatchNorm1d '1' in train mode", "model.eval()")),
         (("scored_module:odd_show",), ("show('train',", "a text, a picture as an array")),
         (("scored_module:odd_picture",), ("a picture of shape [2, 3, 4, 5]",)),
         (("scored_module:no_targets",), ("targets",)),
@@ -322,7 +320,7 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:make", "--save-fisher", "no/f"), ("a folder that does not exist",)),
         (("scored_module:regression", "--likelihood", "gaussian", "--measurement", "margin"), ("margin",)),
     ],
-)
+)  # fmt: skip
 def test_scores__refuses_with_what_to_do_and_leaves_no_file(
     folder: Path, classifier: Path, train: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:

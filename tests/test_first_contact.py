@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import fisherkit as fk
 from fisherkit.operators import BlockDiagonalOperator, DiagonalOperator, LowRankOperator, unwrap
@@ -113,9 +113,3 @@ print([name for name in fk.__all__ if getattr(fk, name, None) is None])
     assert set(fk.__all__) <= set(dir(fk))
     with pytest.raises(AttributeError, match="module 'fisherkit' has no attribute 'nothing'"):
         _ = fk.nothing
-
-
-def test_to_scipy__loads_scipy_then(model: nn.Module) -> None:
-    operator = fk.EmpiricalFisher(model, DATA).to_scipy()
-    v: Tensor = torch.ones(15)
-    torch.testing.assert_close(torch.from_numpy(operator @ v.numpy()), fk.EmpiricalFisher(model, DATA) @ v)

@@ -95,8 +95,7 @@ class Attention(nn.Module):
         self.head = nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.head(self.layer(self.embed(x[..., None])).mean(1))
-        return z
+        return self.head(self.layer(self.embed(x[..., None])).mean(1))
 
 
 class Recurrent(nn.Module):
@@ -108,8 +107,7 @@ class Recurrent(nn.Module):
         self.rnn, self.head = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.head(self.rnn(x[..., None])[0][:, -1])
-        return z
+        return self.head(self.rnn(x[..., None])[0][:, -1])
 
 
 class Looped(Recurrent):
@@ -121,8 +119,7 @@ class Looped(Recurrent):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.rnn(x[..., None])[0][:, -1]
-        z: Tensor = self.head(h) + nn.functional.bilinear(h, h, self.mix)
-        return z
+        return self.head(h) + nn.functional.bilinear(h, h, self.mix)
 
 
 def data(size: int = 24) -> tuple[Tensor, Tensor]:
@@ -214,8 +211,7 @@ class Hidden(nn.Module):
             h = h + 0.5 * x @ self.a.weight.clone()
         if SWITCH["way"] == "function":
             h = Unseen.apply(h, self.a.weight)
-        z: Tensor = self.b(h.tanh())
-        return z
+        return self.b(h.tanh())
 
 
 class Unseen(torch.autograd.Function):

@@ -30,19 +30,9 @@ N = 20
 
 MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
-    "cnn": (
-        lambda: nn.Sequential(
-            nn.Conv2d(1, 3, 2, stride=2, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(3, 4, 2, stride=2, bias=False),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(4, 3),
-        ),
-        (1, 6, 6),
-    ),
-}
+    "cnn": (lambda: nn.Sequential(nn.Conv2d(1, 3, 2, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(3, 4, 2, stride=2, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)), (1, 6, 6)),
+}  # fmt: skip
 LIKELIHOODS = ["categorical", "gaussian", "bernoulli"]
 KINDS: dict[str, type[fk.FisherApproximation]] = {"empirical": fk.EmpiricalFisher, "type-2": fk.ExactFisher}
 

@@ -151,10 +151,7 @@ def test_load__refuses_unknown_tags_wherever_they_are(path: Path) -> None:
         (io.State("dense", LAYER.names, {"matrix": torch.ones(15)}), r"expected \[15, 15\]"),
         (io.State("block_diagonal", LAYER.names), "leave out"),
         (io.State("sum", LAYER.names), "no terms"),
-        (
-            io.State("block_diagonal", LAYER.names, children=(io.State("diagonal", ("q",)),)),
-            "a diagonal operator over",
-        ),
+        (io.State("block_diagonal", LAYER.names, children=(io.State("diagonal", ("q",)),)), "a diagonal operator over"),
     ],
     ids=["short", "negative", "nan", "renamed", "flat", "no-blocks", "no-terms", "unknown-name"],
 )  # fmt: skip

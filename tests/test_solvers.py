@@ -20,8 +20,7 @@ def symmetric(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = len(eigenvalues)
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
-    matrix: Tensor = (basis * eigenvalues.double()) @ basis.T
-    return matrix
+    return (basis * eigenvalues.double()) @ basis.T
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -33,8 +32,7 @@ def product(matrix: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def dense_solve(matrix: Tensor, rhs: Tensor, damping: float) -> Tensor:
-    solution: Tensor = torch.linalg.solve(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype), rhs)
-    return solution
+    return torch.linalg.solve(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype), rhs)
 
 
 SPECTRA = {

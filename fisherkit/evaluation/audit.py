@@ -157,11 +157,9 @@ def _likeness(name: str, products: Sequence[float]) -> Likeness:
     mixed, other, exact, other_trace, exact_trace = products
     norms = math.sqrt(other) * math.sqrt(exact)
     return Likeness(
-        name,
-        mixed / norms if norms else math.nan,
-        mixed / exact if exact else math.nan,
+        name, mixed / norms if norms else math.nan, mixed / exact if exact else math.nan,
         other_trace / exact_trace if exact_trace else math.nan,
-    )
+    )  # fmt: skip
 
 
 def _of_diagonals(other: FisherOperator, exact: FisherOperator) -> dict[str, list[float]]:

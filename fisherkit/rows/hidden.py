@@ -21,13 +21,7 @@ from fisherkit.rows.rules import Use
 
 
 def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, z: Tensor) -> None:
-    """Refuse parameters without a gradient that a custom function's outputs change with.
-
-    Raises:
-        ModelError: naming the parameters.
-
-    Cost: a look at the graph, and one forward pass if it has a custom function.
-    """
+    """Refuse parameters without a gradient that a custom function's outputs change with."""
     if not custom_functions(z):
         return
     generator = torch.Generator().manual_seed(0)

@@ -467,11 +467,7 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
 
 
 def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
-    """Refuse outputs of the same examples that differ from pass to pass.
-
-    Raises:
-        ModelError: they do.
-    """
+    """Refuse outputs of the same examples that differ from pass to pass."""
     if found.shape == expected.shape and bool((found - expected).norm() <= allowed):
         return
     raise ModelError(

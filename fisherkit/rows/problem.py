@@ -75,11 +75,7 @@ class Tally(NamedTuple):
         return self
 
     def some(self) -> Tally:
-        """Itself, if there is an example.
-
-        Raises:
-            DataError: no example counts.
-        """
+        """Itself, if there is an example."""
         if self.examples == 0:
             raise DataError(
                 call="data", got="no example with a label that counts", expected="at least one",
