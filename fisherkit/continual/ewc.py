@@ -34,7 +34,7 @@ from fisherkit.operators.normalization import check_normalize
 from fisherkit.operators.persistence import renamed
 from fisherkit.operators.quadratic import atoms, join
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.wrappers import matching, unwrapped
+from fisherkit.wrappers import full, matching, unwrapped
 
 CALL = "EWC.consolidate"
 
@@ -151,7 +151,7 @@ class EWC(nn.Module):
         terms = [replace(term, weight=self.decay * term.weight) for term in self._terms]
         terms = [term for term in terms if term.weight > self.drop_below]
         for atom in atoms(normalize(fisher, self.normalize)):
-            flat = torch.cat([parameters[name].detach().reshape(-1) for name in atom.space.names])
+            flat = torch.cat([full(parameters[name].detach()).reshape(-1) for name in atom.space.names])
             _add(terms, Quadratic.of(atom, flat.to(atom.dtype)))
         self._terms = tuple(terms)
         self.consolidations += 1
@@ -172,7 +172,7 @@ class EWC(nn.Module):
         parameters = dict(self.model.named_parameters())
         names = list(dict.fromkeys(name for term in self._terms for name in term.shapes)) or list(parameters)[:1]
         self._check("EWC.penalty", self._terms, parameters)
-        return penalty_of(self._terms, self.strength, {name: parameters[name] for name in names})
+        return penalty_of(self._terms, self.strength, {name: full(parameters[name]) for name in names})
 
     def _check(self, call: str, terms: tuple[Term, ...], parameters: Mapping[str, nn.Parameter]) -> None:
         for term in terms:

@@ -35,6 +35,7 @@ from fisherkit.rows.shared import SharedRows
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import structure_named
 from fisherkit.vectors import EmpiricalVectors, rule_of
+from fisherkit.wrappers import is_fully_sharded
 
 FIT = 1e-4
 """Below this ‖∂ℓ/∂z‖² an example's factor says nothing."""
@@ -364,7 +365,17 @@ def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
 
 
 def whole_model(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-    """The module inside `DistributedDataParallel`, which calls it, and parameters by its own names."""
+    """The module inside `DistributedDataParallel`, which calls it, and parameters by its own names.
+
+    Raises:
+        ModelError: each process has a shard of the model.
+    """
+    if isinstance(model, nn.Module) and is_fully_sharded(model):
+        raise ModelError(
+            call="fk.optim", got="a model that fully_shard has sharded", expected="one whose weights are in each process",
+            why="a step is a solve with the gradients of all layers, of which each process has a part",
+            try_="DistributedDataParallel(model); Fishers, EWC and influence scores take sharded models",
+        )  # fmt: skip
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return model, params
     names = isinstance(params, Iterable) and not isinstance(params, str)
