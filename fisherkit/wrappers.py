@@ -1,7 +1,7 @@
-"""Wrappers that give the parameters of a model other names (`torch.compile`, data parallelism, averaged weights), and
-models of which each process has a shard (`torch.distributed.fsdp.fully_shard`).
+"""Wrappers that give the parameters of a model other names: `torch.compile`, data parallelism, averaged weights.
 
-Owns which wrappers there are and what they put before names. A model goes by the names that it has without them.
+Owns which wrappers there are and what they put before names. A model goes by the names that it has without them. And
+models of which each process has a shard, by `torch.distributed.fsdp.fully_shard`: how to have them whole.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def with_full_weights(model: nn.Module) -> nn.Module:
         module.reshard()
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for name, parameter in model.named_parameters():
-        placements = getattr(parameter, "placements", ())
+        placements: Any = getattr(parameter, "placements", ())
         if len(placements) > 1 and not placements[0].is_replicate():
             raise ModelError(
                 call="fully_shard", got=f"{name!r} with the placements {placements}", expected="shards of data "
@@ -90,24 +90,23 @@ def with_full_weights(model: nn.Module) -> nn.Module:
     memo |= {id(module): one for module, one in zip(sharded, copies, strict=True)}
     try:
         for module, one in zip(sharded, copies, strict=True):
-            one.__dict__.update(copy.deepcopy(_without_hooks_of_fsdp(vars(module)), memo))
+            one.__dict__.update(copy.deepcopy(_own_attributes(vars(module)), memo))
         found: nn.Module = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(
-            call="fully_shard", got=f"a module that cannot be copied ({error})", expected="one that copy.deepcopy takes",
+            call="fully_shard", got=f"a module that cannot be copied ({error})", expected="one that can",
             why="a Fisher is measured on a copy of the model with all weights",
             try_="attributes that can be copied, or a model of the full weights",
         ) from error  # fmt: skip
     return found
 
 
-def _without_hooks_of_fsdp(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: type(value)((key, hook) for key, hook in value.items() if not _is_of_fsdp(hook))
-        if name in ("_forward_hooks", "_forward_pre_hooks")
-        else value
-        for name, value in attributes.items()
-    }
+def _own_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
+    """All but the hooks and the state of `fully_shard`."""
+    own = {name: value for name, value in attributes.items() if not name.startswith("__composable_api")}
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        own[name] = type(own[name])((key, hook) for key, hook in own[name].items() if not _is_of_fsdp(hook))
+    return own
 
 
 def _is_of_fsdp(hook: object) -> bool:

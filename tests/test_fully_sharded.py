@@ -61,7 +61,7 @@ def kinds(rank: int, size: int) -> dict[str, float]:
             fisher = fk.TruncatedFisher(model, own_data(rank, size), structure=structure, shard=shard)
             assert fisher.metadata["parameters_hash"] == one.metadata["parameters_hash"]
             worst[f"{structure}, shard={shard}"] = distance(fisher.to_dense(), one.to_dense())
-    plain, tied = Tied().double(), sharded(Tied().double())
+    plain, tied = Tied().double(), fully_shard(Tied().double())
     for structure in ("diagonal", "ekfac"):
         one = fk.EmpiricalFisher(plain, tokens(0, 1), structure=structure, group=False)
         found = fk.EmpiricalFisher(tied, tokens(rank, size), structure=structure)
