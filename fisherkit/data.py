@@ -551,7 +551,7 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
     if sharded:
         raise ModelError(
             call="params", got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
-            expected="whole ones", why="rows are made of layers whose weights are at hand",
+            expected="whole ones, or shards of `fully_shard`", why="rows are made of layers whose weights are at hand",
             try_="a model of the full weights: torch.distributed.checkpoint.state_dict.get_model_state_dict with "
             "StateDictOptions(full_state_dict=True)",
         )  # fmt: skip

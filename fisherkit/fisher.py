@@ -36,7 +36,7 @@ from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import Names, Structure, structure_named
 from fisherkit.vectors import rule_of
-from fisherkit.wrappers import unwrapped, wrapped_in
+from fisherkit.wrappers import unwrapped, with_full_weights, wrapped_in
 
 
 class FisherApproximation(ForwardingOperator):
@@ -430,11 +430,11 @@ def _asked(
 
 
 def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
-    """The model inside its wrappers, and the selection by its own names."""
+    """The model inside its wrappers, with all of its weights, and the selection by its own names."""
     prefix = wrapped_in(model)
     if prefix and isinstance(params, Iterable) and not isinstance(params, str):
         params = [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
-    return unwrapped(model), params
+    return with_full_weights(unwrapped(model)), params
 
 
 def _only_full(call: str, structure: str, max_rows: int | None, storage: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fisherkit.adapters import products
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.wrappers import COMPILED, PARALLEL, plain, unwrapped
+from fisherkit.wrappers import COMPILED, PARALLEL, full, plain, unwrapped
 
 CHECKSUM = "checksum"
 """The key of a state's own hash."""
@@ -31,7 +31,8 @@ def parameters_hash(model: nn.Module) -> str:
     Fisher files record it at build as ``parameters_hash``, so that ``fk.parameters_hash(model)`` tells whether a model
     is the one that was measured. Buffers count, also those that a checkpoint leaves out; gradients, train/eval flags
     and ``requires_grad`` do not. The same on every device, and for a model that is compiled or wrapped for data
-    parallelism as for the model inside. A long tensor enters by exact sums of its 64-bit words,
+    parallelism as for the model inside; of a model of which each process has a shard (`fully_shard`), which all must
+    ask, as of the whole one. A long tensor enters by exact sums of its 64-bit words,
     along rows and along columns of 1,024, and not byte by byte: training steps, casts, permutations and swaps show, but
     nothing here resists someone who seeks two models with one hash. The page on the file format has the definition.
 
@@ -54,7 +55,8 @@ def parameters_hash(model: nn.Module) -> str:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    found = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: full(tensor.detach()) for name, tensor in found}
 
 
 def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:

@@ -37,6 +37,6 @@ from fisherkit.operators.sharded import ShardedOperator
 __all__ = [
     "BlockDiagonalOperator", "Damping", "DenseOperator", "DiagonalOperator", "EigenKroneckerOperator", "Factorization",
     "FisherFile", "FisherOperator", "ForwardingOperator", "IterativeFactorization", "KroneckerOperator",
-    "LowRankOperator", "Quadratic", "RelativeDamping", "ShardedOperator", "SumOperator", "add", "load", "normalize", "open_file", "split",
-    "state_of", "unwrap", "usual_damping",
+    "LowRankOperator", "Quadratic", "RelativeDamping", "ShardedOperator", "SumOperator", "add", "load", "normalize",
+    "open_file", "split", "state_of", "unwrap", "usual_damping",
 ]  # fmt: skip

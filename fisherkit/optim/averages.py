@@ -6,6 +6,7 @@ The records that outlive a step are all that a file must hold.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -36,9 +37,12 @@ class Averages:
         self.records: dict[tuple[Names, str], UnitSums] = {}
         self.updates = 0
 
-    def update(self, plan: Plan, chunks: Sequence[Chunk], examples: int, processes: Processes | None = None) -> None:
-        """With the rows of a batch of N examples, of which each of some processes has a part."""
-        structure = self.structure.of(plan, **self.settings, processes=processes)
+    def update(
+        self, plan: Plan, space: ParameterSpace, chunks: Sequence[Chunk], examples: int,
+        processes: Processes | None = None,
+    ) -> None:  # fmt: skip
+        """With the rows of a batch of N examples, of which each of some processes has a part, over all parameters."""
+        structure = replace(self.structure.of(plan, **self.settings, processes=processes), space=space)
         due = self.updates % self.refresh_every == 0
         records: dict[tuple[Names, str], UnitSums] = {}
         sums: Any = structure.empty()
