@@ -10,6 +10,7 @@
 | `KroneckerOperator` | G ⊗ A | eigh of G and of A | products of theirs | as the next | one with an equal factor |
 | `EigenKroneckerOperator` | U diag(e) Uᵀ, U = U_G ⊗ U_A | 1/(e + λ) | e | U √e ε | one of the same bases |
 | `BlockDiagonalOperator` | blocks | the blocks' | the blocks' | the blocks' | block by block |
+| `PackedOperator` | one of these | its own, in the wide form | its own | its own | its own |
 | `SumOperator` | F₁ + F₂ + ... | conjugate gradients, no log det | no closed form | the terms' | term by term |
 
 All supply `_matmat`, `_diagonal`, `_draw`, `_scaled`, `_state` and `_from_state`. Every other hook has a default that
@@ -29,6 +30,7 @@ from fisherkit.operators.forwarding import ForwardingOperator, unwrap
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.normalization import normalize, usual_damping
+from fisherkit.operators.packed import PackedOperator, packed
 from fisherkit.operators.persistence import load, state_of
 from fisherkit.operators.quadratic import Quadratic
 
@@ -45,6 +47,7 @@ __all__ = [
     "IterativeFactorization",
     "KroneckerOperator",
     "LowRankOperator",
+    "PackedOperator",
     "Quadratic",
     "RelativeDamping",
     "SumOperator",
@@ -52,6 +55,7 @@ __all__ = [
     "load",
     "normalize",
     "open_file",
+    "packed",
     "split",
     "state_of",
     "unwrap",

@@ -197,6 +197,20 @@ def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
     return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
 
+def nearest_orthonormal(basis: Float[Tensor, "w r"]) -> Float[Tensor, "w r"]:
+    """The orthonormal columns nearest to columns that are nearly so, by Newton's iteration for the polar factor.
+
+    Source: Higham, "Computing the polar decomposition", 1986; the form without inverses, which squares the error.
+    """
+    identity = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    for _ in range(4):
+        skew = basis.mT @ basis - identity
+        if float(skew.norm()) <= 4 * torch.finfo(basis.dtype).eps * len(identity) ** 0.5:
+            break
+        basis = basis - basis @ (skew / 2)
+    return basis
+
+
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:
     """1 / (values + damping) in float64; one that is infinite in ``dtype`` is a `SingularMatrixError`."""
     result = (values.double() + damping).reciprocal()

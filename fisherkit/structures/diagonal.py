@@ -39,7 +39,9 @@ class Diagonal(LayerStructure):
         return Squares(rows.squared_sum())
 
     def operator(self, sums: LayerSums, scale: float) -> FisherOperator:
-        """One diagonal for all."""
+        """One diagonal for all; of numbers that are kept in another dtype one a unit."""
+        if self.kept is not None:
+            return super().operator(sums, scale)
         pieces: dict[str, Tensor] = {}
         for names, unit in sums.units.items():
             own = self.space.restrict(names)
@@ -47,8 +49,10 @@ class Diagonal(LayerStructure):
         whole = torch.cat([pieces[name] for name in self.space.names])
         return DiagonalOperator(self.space, whole if scale == 1 else whole.mul_(scale))
 
-    def parts(self, sums: LayerSums, operator: DiagonalOperator) -> Parts:
+    def parts(self, sums: LayerSums, operator: FisherOperator) -> Parts:
         """Each unit's entries."""
+        if self.kept is not None:
+            return super().parts(sums, operator)
         whole = dict(zip(self.space.names, operator.diagonal().split(self.space.sizes), strict=True))
         parts: Parts = {}
         for names in sums.whole:
