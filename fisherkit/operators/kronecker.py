@@ -194,10 +194,10 @@ class KroneckerOperator(FisherOperator):
         if "activation" in tensors:
             return cls(space, tensors["activation"], tensors["gradient"], transposed)
         a, g = (Spectrum.from_tensors(tensors, name) for name in ("activation", "gradient"))
-        matrices = (((s.basis * s.values.to(s.basis.dtype)) @ s.basis.mT) for s in (a, g))
         return cls(
-            space, *matrices, transposed, symmetric=True, activation_spectrum=lambda: a, gradient_spectrum=lambda: g
-        )
+            space, a.dense(), g.dense(), transposed, symmetric=True,
+            activation_spectrum=lambda: a, gradient_spectrum=lambda: g,
+        )  # fmt: skip
 
 
 class _Weights(NamedTuple):

@@ -110,6 +110,10 @@ class Spectrum(NamedTuple):
         """With the basis in a dtype, in one piece."""
         return self._replace(basis=self.basis.to(dtype).contiguous())
 
+    def dense(self) -> Float[Tensor, "w w"]:
+        """Q diag(values) Qᵀ, in the basis's dtype."""
+        return (self.basis * self.values.to(self.basis.dtype)) @ self.basis.mT
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What a file must hold; ``name`` is the matrix's."""
         return {f"{name}_values": self.values, f"{name}_basis": self.basis, f"{name}_rest": self.others}
