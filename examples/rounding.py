@@ -9,6 +9,7 @@ or bfloat16. Everything is compared with float64 sums in float64. Prints a table
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     y = (x @ torch.randn(WIDTHS[0], WIDTHS[-1], generator=generator, dtype=torch.float64)).argmax(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [part for i, o in zip(WIDTHS, WIDTHS[1:], strict=False) for part in (nn.Linear(i, o), nn.Tanh())]
+        layers = [part for i, o in itertools.pairwise(WIDTHS) for part in (nn.Linear(i, o), nn.Tanh())]
         model = nn.Sequential(*layers[:-1]).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(100):

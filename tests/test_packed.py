@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fisherkit as fk
+from fisherkit.cli import app
 from fisherkit.operators.linalg import nearest_orthonormal
 from fisherkit.testing import check_fisher
 
@@ -129,3 +131,20 @@ def test_nearest_orthonormal__is_the_polar_factor(dtype: torch.dtype) -> None:
 def test_packed__is_refused_where_it_would_be_no_fisher_matrix(structure: str, dtype: torch.dtype, words: str) -> None:
     with pytest.raises(fk.InvalidArgumentError, match=words):
         built(structure, dtype)
+
+
+def test_estimate__keeps_factors_in_a_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Linear(6, 4), (torch.randn(20, 6), torch.arange(20) % 4)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["estimate", "own:make", "--kind", "ef", "--structure", "ekfac", "--dtype", "bfloat16", "--out", "f"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = fk.load(tmp_path / "f")
+    assert found.dtype == torch.float32
+    assert found.metadata["kept_dtype"] == "bfloat16"
+    assert found.nbytes == 2 * (7 * 7 + 4 * 4 + 7 * 4)
