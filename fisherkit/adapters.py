@@ -48,11 +48,10 @@ class Product(NamedTuple):
 
     def value(self) -> Tensor:
         """The sum, which autograd follows to A and B."""
-        return self.base.to(self.dtype) + self.change()
+        return self.added_to(self.base.to(self.dtype))
 
-    def change(self) -> Tensor:
-        """The sum without the base, in the base's shape."""
-        total = torch.zeros_like(self.base, dtype=self.dtype, requires_grad=False)
+    def added_to(self, total: Tensor) -> Tensor:
+        """A tensor of the base's shape and the adapters' changes."""
         for scale, own in self.terms:
             factors = [p.to(self.dtype) for p in own]
             made = factors[0] if len(own) == 1 else factors[1].flatten(1) @ factors[0].flatten(1)
@@ -184,7 +183,7 @@ def write(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     for parameter, value in written:
         parameter.copy_(value)
     return {
-        name: float((product.change().double() - changes[name]).norm() / changes[name].norm().clamp_min(1e-300))
+        name: float(product.added_to(-changes[name]).norm() / changes[name].norm().clamp_min(1e-300))
         for name, product in made.items()
     }
 

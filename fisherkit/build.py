@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, cast
 
+import torch
+
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, listed
@@ -120,7 +122,8 @@ class Builder:
 
     def __init__(
         self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
-        max_rows: int | None = None, storage: str = "auto", weights: str | None = None, shard: bool = False,
+        max_rows: int | None = None, storage: str = "auto", weights: str | None = None,
+        kept: torch.dtype | None = None, shard: bool = False,
         told: Callable[[Built], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self.normalization, self.storage, self.weights, self.told = normalization, storage, weights, told
@@ -132,7 +135,7 @@ class Builder:
             self.budget = min(self.processes.gathered(self.budget))
         self.settings = {
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
-            "processes": self.processes,
+            "processes": self.processes, "kept": kept,
         }  # fmt: skip
         self.problem = replace(problem, revisable=True, budget=self.budget, folds=not reduce)
         self.counted: list[Tally] = []

@@ -84,6 +84,11 @@ class Outputs:
         """
         return self._gradient
 
+    def is_gradient(self, v: Tensor) -> bool:
+        """Whether vectors are `gradient` itself, one a unit, and need no copy to be zero where it is."""
+        u, one = vars(self).get("_gradient"), v[:, 0]
+        return u is not None and v.shape[1] == 1 and (one.data_ptr(), one.stride()) == (u.data_ptr(), u.stride())
+
     @cached_property
     def _gradient(self) -> Float[Tensor, "n P C"]:
         return self.masked(self.likelihood.gradient(self.z, self.observed))
@@ -224,7 +229,8 @@ class OutputVectors:
         else:
             advice = "v.unsqueeze(1) for one vector a unit" if getattr(v, "shape", None) == z.shape else ""
             _check_tensor("v", v, z.dtype, (n, None, *each), "n, M, P, C", call, why, advice)
-            v = v if whole else torch.where(mask[:, None, :, None], v, v.new_zeros(()))
+            if not (whole or outputs.is_gradient(v)):
+                v = torch.where(mask[:, None, :, None], v, v.new_zeros(()))
         if self.number < 1:
             advice = "a vector of zeros for units without a row"
             raise InvalidArgumentError(call=call, got="no vector", expected="M from 1 on", why=why, try_=advice)

@@ -15,6 +15,9 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import fisherkit as fk
 from fisherkit.kinds import KINDS
@@ -335,3 +338,118 @@ def test_merged_weights__in_half_precision_are_summed_in_float32() -> None:
     found = fk.adapters.merged_weights(model)[name]
     assert found.dtype == torch.float32
     close(found, expected, 1e-6)
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------------
+
+SIDE = 96
+"""Of the frozen weights; adapters have SIDE × 2 numbers, and a batch of 4 × 3 positions SIDE × 12."""
+
+
+class Made(TorchDispatchMode):
+    """Which kernels have made tensors of a frozen weight's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        large = [one for one in tree_leaves(made) if isinstance(one, Tensor) and one.numel() >= SIDE**2]
+        known = {one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        self.found += [str(func) for one in large if one.untyped_storage().data_ptr() not in known]
+        return made
+
+
+class Dequantised(torch.autograd.Function):
+    """A product with a weight of whole numbers, as quantised layers have it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, whole: Tensor, scale: float) -> Tensor:
+        ctx.whole, ctx.scale = whole, scale
+        return x @ (whole.to(x.dtype) * scale).mT
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        return outer[0] @ (ctx.whole.to(outer[0].dtype) * ctx.scale), None, None
+
+
+class Quantised(nn.Linear):
+    """A linear layer whose weight is int8."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.scale = float(layer.weight.abs().max()) / 127
+        self.weight = nn.Parameter((layer.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Dequantised.apply(x, self.weight, self.scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Deep(nn.Module):
+    """Two wide layers, perhaps within checkpoints, with weights that are perhaps quantised."""
+
+    def __init__(self, *, quantised: bool = False, checkpoints: bool = False) -> None:
+        super().__init__()
+        wide = [nn.Linear(SIDE, SIDE, bias=False) for _ in range(2)]
+        self.first, self.second = map(Quantised, wide) if quantised else wide
+        self.head, self.checkpoints = nn.Linear(SIDE, 3), checkpoints
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpoints else layer(x)
+            x = x.tanh()
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def deep(dtype: torch.dtype, **options: bool) -> tuple[Any, tuple[Tensor, Tensor]]:
+    model = tuned(lambda: Deep(**options), target_modules=["first", "second"], lora_dropout=0.0)
+    x = torch.randn(4, 3, SIDE, generator=torch.Generator().manual_seed(0))
+    return model.to(dtype), (x.to(dtype), TEXT % 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpoints"])
+@pytest.mark.parametrize("structure", ["diagonal", "full"])
+def test_fisher__of_adapters_makes_nothing_of_a_frozen_weight_s_size(
+    dtype: torch.dtype, checkpoints: bool, structure: str
+) -> None:
+    model, data = deep(dtype, checkpoints=checkpoints)
+    with Made() as made:
+        fisher = fk.EmpiricalFisher(model, data, structure=structure)
+    assert made.found == []
+    assert all("lora" in name for name in fisher.space.names)
+    assert {entry.rule for entry in fisher.coverage().entries} == {"linear"}
+
+
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpoints"])
+def test_fisher__of_the_products_makes_factors_and_no_dense_gradient(checkpoints: bool) -> None:
+    """Beyond the two examples on which a model's rules are verified once; here by factored rows."""
+    model, data = deep(torch.float32, checkpoints=checkpoints)
+    names = fk.adapters.merged_weights(model)
+    first = fk.EmpiricalFisher(model, data, params=names, structure="full")
+    with Made() as made:
+        again = fk.EmpiricalFisher(model, data, params=names, structure="full")
+    of_values = ["aten.mm.default", "aten.mul.Tensor", "aten.add.Tensor"]  # the record of where it was measured
+    assert sorted(made.found) == sorted(2 * of_values)
+    assert torch.equal(again.gram(), first.gram())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpoints"])
+def test_fisher__of_adapters_on_quantised_weights_is_that_on_their_values(
+    dtype: torch.dtype, checkpoints: bool
+) -> None:
+    model, data = deep(dtype, quantised=True, checkpoints=checkpoints)
+    whole, _ = deep(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            own = whole.get_parameter(name)
+            module = model.get_submodule(name.rpartition(".")[0])
+            own.copy_(p.double() * module.scale if isinstance(module, Quantised) else p)
+    for structure in ("diagonal", "ekfac"):
+        fisher, expected = (fk.EmpiricalFisher(m, data, structure=structure) for m in (model, whole))
+        close(fisher.diagonal(), expected.diagonal(), 1e-10 if dtype == torch.float64 else 5e-2)
+        assert {entry.rule for entry in fisher.coverage().entries} == {"linear"}
+    with pytest.raises(fk.InvalidArgumentError, match="quantised"):
+        fk.adapters.merged_weights(model)

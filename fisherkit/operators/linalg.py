@@ -143,6 +143,10 @@ class Spectrum(NamedTuple):
         """With the basis in a dtype, in one piece."""
         return self._replace(basis=self.basis.to(dtype).contiguous())
 
+    def dense(self) -> Float[Tensor, "w w"]:
+        """Q diag(values) Qᵀ, in the basis's dtype."""
+        return (self.basis * self.values.to(self.basis.dtype)) @ self.basis.mT
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What a file must hold; ``name`` is the matrix's."""
         return {f"{name}_values": self.values, f"{name}_basis": self.basis, f"{name}_rest": self.others}
@@ -242,6 +246,20 @@ def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
     given = columns / columns.norm(dim=0)
     basis, triangle = torch.linalg.qr(torch.cat([given, added.to(columns.device)], dim=1))
     return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+
+
+def nearest_orthonormal(basis: Float[Tensor, "w r"]) -> Float[Tensor, "w r"]:
+    """The orthonormal columns nearest to columns that are nearly so, by Newton's iteration for the polar factor.
+
+    Source: Higham, "Computing the polar decomposition", 1986; the form without inverses, which squares the error.
+    """
+    identity = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    for _ in range(4):
+        skew = basis.mT @ basis - identity
+        if float(skew.norm()) <= 4 * torch.finfo(basis.dtype).eps * len(identity) ** 0.5:
+            break
+        basis = basis - basis @ (skew / 2)
+    return basis
 
 
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:

@@ -39,15 +39,19 @@ class Diagonal(LayerStructure):
         return Squares(rows.squared_sum())
 
     def operator(self, sums: LayerSums, scale: float) -> FisherOperator:
-        """One diagonal for all."""
+        """One diagonal for all; of numbers that are kept in another dtype one a unit."""
+        if self.kept is not None:
+            return super().operator(sums, scale)
         units = sums.whole
         whole = torch.empty(self.space.size, dtype=self.dtype, device=self.device)
         for names, unit in units.items():
             self.space.put(whole, names, unit.tensors()["diagonal"])
         return DiagonalOperator(self.space, whole if scale == 1 else whole.mul_(scale))
 
-    def parts(self, sums: LayerSums, operator: DiagonalOperator) -> Parts:
+    def parts(self, sums: LayerSums, operator: FisherOperator) -> Parts:
         """Each unit's entries."""
+        if self.kept is not None:
+            return super().parts(sums, operator)
         whole, parts = operator.diagonal(), {}
         for names in sums.whole:
             own = self.space.restrict(names)
