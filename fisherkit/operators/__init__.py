@@ -37,8 +37,8 @@ from fisherkit.operators.quadratic import Quadratic
 from fisherkit.operators.sharded import ShardedOperator
 
 __all__ = [
-    "BlockDiagonalOperator", "Damping", "DenseOperator", "DiagonalOperator", "EigenKroneckerOperator", "Factorization",
-    "FisherFile", "FisherOperator", "ForwardingOperator", "IterativeFactorization", "KroneckerOperator",
-    "LowRankOperator", "PackedOperator", "Quadratic", "RelativeDamping", "ShardedOperator", "SumOperator", "add", "load",
-    "normalize", "open_file", "packed", "split", "state_of", "unwrap", "usual_damping",
+    "BlockDiagonalOperator", "Damping", "DenseOperator", "DiagonalOperator", "EigenKroneckerOperator",
+    "Factorization", "FisherFile", "FisherOperator", "ForwardingOperator", "IterativeFactorization",
+    "KroneckerOperator", "LowRankOperator", "PackedOperator", "Quadratic", "RelativeDamping", "ShardedOperator",
+    "SumOperator", "add", "load", "normalize", "open_file", "packed", "split", "state_of", "unwrap", "usual_damping",
 ]  # fmt: skip
