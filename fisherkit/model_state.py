@@ -56,7 +56,7 @@ def parameters_hash(model: nn.Module) -> str:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     found = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: full(tensor.detach()) for name, tensor in found}
+    return {name: full(tensor) for name, tensor in found}
 
 
 def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
