@@ -28,7 +28,7 @@ from fisherkit.rows.later import FEWEST, LaterRows, products_before_rows
 from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally, now
 from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, matrix_free
-from fisherkit.rows.verified import remember
+from fisherkit.rows.verified import fingerprint, remember
 from fisherkit.structures import Names, Part, Parts, Structure, Sums
 
 MANY = 64
@@ -388,7 +388,8 @@ class Builder:
         self, structure: Structure, later: float | None
     ) -> tuple[FisherOperator, Parts, Tally | StreamedRows]:
         """Rows that are made anew for every product; or, after so many products, once and for all."""
-        problem, source = replace(self.problem, revisable=False, weights=self.weights), self.problem.source
+        source, settled = self.problem.source, fingerprint(self.problem.plan.model)
+        problem = replace(self.problem, revisable=False, weights=self.weights, settled=settled)
 
         def counted() -> StreamedRows:
             streamed = StreamedRows(problem)
@@ -423,7 +424,9 @@ class Builder:
 
     def _made_later(self, kind_of_structure: type[Structure], streamed: StreamedRows) -> RowSource:
         """The rows that products were made without; streamed, if a batch shows that they do not fit."""
-        self.storage, self.problem = "now", replace(self.problem, weights=self.weights)
+        self.storage, self.problem = "now", replace(
+            self.problem, weights=self.weights, settled=streamed.problem.settled
+        )  # fmt: skip
         self.counted.clear()
         built = self.build(kind_of_structure)
         tally = built.tally.some()

@@ -6,12 +6,13 @@ else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.data import Batch, Source, check_finite
-from fisherkit.errors import DataError, ModelError, ProcessError
+from fisherkit.errors import DataError, ModelError, ProcessError, listed
 from fisherkit.likelihood import Likelihood
 from fisherkit.model_state import parameters_hash
 from fisherkit.outputs import OutputRule, Outputs
@@ -29,14 +30,16 @@ from fisherkit.progress import bar, beside
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.first_batch import plan_of
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
-from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
+from fisherkit.rows.plan import Plan, alone, forward, require_alike, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.verified import fingerprint, forget, is_shown
+from fisherkit.rows.verified import changed_attributes, fingerprint, forget, is_shown
 from fisherkit.rows.watched import Watched
 
 LONG = 600.0
@@ -126,6 +129,8 @@ class Problem:
         processes: that each have a part of the data; None for one alone.
         offset: how many examples the ranks before this one have, where examples are known by their place.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
+        settled: what `fingerprint` says of the model before such passes; None during the build.
+        compared: which batches have been compared with themselves in parts.
     """
 
     plan: Plan
@@ -147,6 +152,8 @@ class Problem:
     processes: Processes | None = None
     offset: int = 0
     weights: str | None = None
+    settled: Hashable = None
+    compared: dict[Hashable, bool] = field(default_factory=dict)
 
     @functools.cached_property
     def examples(self) -> int:
@@ -173,10 +180,8 @@ class Problem:
 
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """One pass over the data; not ``compared`` with other passes where its results stand alone."""
-        largest = 0
         for batch, start, call in self._micro_batches(description, compared=compared, shows=True):
-            yield from self._micro(batch, start, call, in_company=batch.size > largest)
-            largest = max(largest, batch.size)
+            yield from self._micro(batch, start, call, in_company=True)
 
     def batches(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """The same with a micro-batch's chunks joined, rows ordered by example, position and vector."""
@@ -191,11 +196,9 @@ class Problem:
 
     def metrics(self, description: str) -> Iterator[tuple[Batch, Metric, Callable[[Watched], Tally]]]:
         """One pass over the data: each micro-batch, the product of its output metric, and what counts its rows."""
-        largest = 0
         for batch, start, call in self._micro_batches(description):
-            count = functools.partial(self._tally, batch, start, call, in_company=batch.size > largest)
+            count = functools.partial(self._tally, batch, start, call)
             yield batch, functools.partial(self._metric, batch, start, call), count
-            largest = max(largest, batch.size)
 
     def counts(self, description: str) -> Iterator[Tally]:
         """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
@@ -204,10 +207,9 @@ class Problem:
                 watched = forward(self.plan, batch)
             yield count(watched)
 
-    def _tally(self, batch: Batch, start: int, call: str, watched: Watched, *, in_company: bool) -> Tally:
+    def _tally(self, batch: Batch, start: int, call: str, watched: Watched) -> Tally:
         slots = self._slots(batch, watched.z, start, call)
-        if in_company:
-            self._refuse_influence(batch, watched)
+        self._refuse_influence(batch, start, watched)
         keep = slots.keep(slice(0, slots.number))
         rows = batch.size * slots.number if keep is None else int(keep.sum())
         return Tally(slots.counted, rows, () if slots.dropped is None else (slots.dropped,))
@@ -399,6 +401,8 @@ class Problem:
             got = f"parameters that have changed since the Fisher was built: {changed[:4]}"
         elif self.weights is not None and parameters_hash(self.plan.model) != self.weights:
             got = "parameters or buffers that have changed since the Fisher was built"
+        elif attributes := self._changed_attributes():
+            got = f"attributes that have changed since the Fisher was built: {listed(map(repr, attributes), 4)}"
         else:
             refuse_train_mode(self.plan.model)
             if not self._says_otherwise():
@@ -411,6 +415,20 @@ class Problem:
             why="rows that are not kept are made from the live model",
             try_='build the Fisher anew, or with storage="rows", which keeps them from the start',
         )
+
+    def _changed_attributes(self) -> list[str]:
+        """Plain attributes that are not what they were, but for those that the model's own passes change."""
+        now = None if self.settled is None else fingerprint(self.plan.model)
+        changed = set() if now is None else changed_attributes(self.settled, now)
+        if changed:
+            two = self.plan.probe.batch
+            with self.plan.quiet():
+                for some in (two.take(slice(0, 1)), two):
+                    with contextlib.suppress(Exception):  # a model may not take one
+                        some.call(self.plan.model)
+                    now, before = fingerprint(self.plan.model), now
+                    changed -= changed_attributes(before, now)
+        return sorted(changed)
 
     def _says_otherwise(self) -> bool:
         """Whether a model that is not what was verified, by its hooks or attributes, has other outputs than then."""
@@ -447,25 +465,81 @@ class Problem:
         plan.probe.assumed = False
         return Linearized(plan, batch, watched)
 
-    def _refuse_influence(self, batch: Batch, seen: Watched | OneByOne) -> None:
+    def _refuse_influence(self, batch: Batch, start: int, seen: Watched) -> None:
         """Refuse a batch in which examples have other outputs than in other company.
 
-        Where functions on the way may have mixed examples, all are compared with themselves in halves of the batch.
+        Where functions on the way may have mixed examples, all are compared with themselves in halves of the batch;
+        elsewhere two with themselves in a batch of their own, since what is done to all may depend on how many they
+        are.
 
         Raises:
             ModelError: they do.
 
-        Cost: none where the forward pass keeps examples apart, else one more.
+        Cost: two forward passes of an example for each size of batches that a model has not met; one of the batch for
+        each answer to what the model asks of a whole batch that is new, as whether any example is padded, and of
+        each size in a build where functions do not keep examples apart. One of every batch where its numbers may decide
+        what becomes of its examples, as in experts with a capacity.
         """
-        if isinstance(seen, OneByOne) or seen.apart or batch.size == 1:
+        if batch.size == 1:
             return
-        plan, z = self.plan, seen.z.detach()
-        order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(0)).to(z.device)
-        for piece in order.chunk(2) if batch.size > 2 else [torch.zeros_like(order)]:
+        tried, told, size = self.plan.tried, ("told", seen.read), ("company", batch.size, seen.numbers)
+        if seen.by_content or not seen.proven:
+            key = start if seen.by_content else 0, batch.size
+            if key not in self.compared:
+                self._compare_halves(batch, seen)
+                self.compared[key] = True
+        elif seen.read and told not in tried:
+            self._compare_halves(batch, seen)
+            tried[told] = tried[size] = 1
+        elif size not in tried:
+            self._compare_two(batch, seen)
+            tried[size] = 1
+
+    def _compare_halves(self, batch: Batch, seen: Watched) -> None:
+        z = seen.z.detach()
+        for piece in _pieces(batch.size, z.device):
             with self.plan.quiet():
                 torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
-                again = batch.take(piece).call(plan.model).detach()
-            require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
+                again = batch.take(piece).call(self.plan.model).detach()
+            require_alike(again, z[piece], tolerance(z.dtype, self.plan.coarsest) * z.norm())
+
+    def _compare_two(self, batch: Batch, seen: Watched) -> None:
+        plan, z, probe = self.plan, seen.z.detach(), self.plan.probe
+        two = batch.take(two_of(batch))
+        pairs = zip(two.inputs, probe.batch.inputs, strict=False)
+        allowed = tolerance(z.dtype, plan.coarsest) * z[:2].norm()
+        if probe.known and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            require_alike(probe.z, z[:2], allowed)
+            return
+        with plan.quiet():
+            for n in range(2):
+                again = alone(plan.model, two, n)
+                require_alike(again, z[[n] * len(again)], allowed)
+
+    def _has_own_gradients(self, batch: Batch, seen: Watched) -> bool:
+        """Whether gradients in a batch are its examples' own, where hooks or functions of users may make others.
+
+        Cost: none where there are none, else a forward and two backward passes of a batch of each size.
+        """
+        if batch.size == 1 or not seen.own_gradients:
+            return True
+        key = "gradients", batch.size
+        if key not in self.compared:
+            plan, z = self.plan, seen.z
+            v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+            own = list(plan.parameters.values())
+            with plan.quiet():
+                whole = pulled_back(z, own, v)
+                parts = [
+                    pulled_back(batch.take(piece).call(plan.model), own, v[piece])
+                    for piece in _pieces(batch.size, z.device, few=1)
+                ]
+            sums = [sum(dense_gradient(p, g) for g in found) for p, found in zip(own, zip(*parts, strict=True), strict=True)]
+            errors = [(dense_gradient(p, g) - s).norm() for p, g, s in zip(own, whole, sums, strict=True)]
+            norms = [s.norm() for s in sums]
+            allowed = tolerance(plan.example_parameter.dtype, plan.coarsest) * torch.stack(norms).norm()
+            self.compared[key] = bool(torch.stack(errors).norm() <= allowed)
+        return self.compared[key]
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
         assumed = self.plan.probe.assumed
@@ -477,9 +551,12 @@ class Problem:
         elif self.by_owner is not None and not linearized.followed:
             raise BetterPlanError(self.plan, True, batch)
         outputs = self._outputs(batch, linearized.z, start, call)
-        if in_company:
-            self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
-        last = last_layer_rows(linearized, outputs) if self.rowless and isinstance(linearized, Linearized) else None
+        if in_company and isinstance(linearized, Linearized):
+            self._refuse_influence(batch, start, linearized.watched)
+            if not self._has_own_gradients(batch, linearized.watched):
+                linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
+        rowless = self.rowless and isinstance(linearized, Linearized) and not linearized.unruled
+        last = last_layer_rows(linearized, outputs) if rowless else None
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)
             return
@@ -522,6 +599,12 @@ class Problem:
 
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
+
+
+def _pieces(size: int, device: torch.device, *, few: int = 2) -> Sequence[Tensor]:
+    """Halves of a batch in another order; of so few examples that a half would be none, the first one twice."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device)
+    return order.chunk(2) if size > few else [torch.zeros_like(order)]
 
 
 def now(device: torch.device) -> float:

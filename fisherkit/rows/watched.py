@@ -7,6 +7,7 @@ through the graph together share. Knows rules by their entries alone, and no row
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,10 @@ class Watched:
         hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients.
         exchanging: whether hooks may hand gradients to other examples; not if the probe's were seen not to.
         packed: as of a `Recorder`.
-        mixed: whether numbers without a gradient may have been computed from several examples.
+        met: as of a `Tracker`.
+        read: likewise.
+        numbers: likewise, as one.
+        placed: likewise.
     """
 
     batch: int
@@ -56,7 +60,10 @@ class Watched:
     casts: bool = False
     hooked: bool = False
     exchanging: bool = False
-    mixed: bool = False
+    met: bool = False
+    read: tuple[int, ...] = ()
+    numbers: int = 0
+    placed: bool = False
     packed: bool = False
 
     @classmethod
@@ -82,10 +89,11 @@ class Watched:
         """What a recorder saw until the outputs."""
         proven = recorder.proves(z)
         outside_rules = frozenset(recorder.outside_rules)
+        seen = recorder.tracker
         return cls(
             recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
-            casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, mixed=recorder.mixed,
-            packed=recorder.packed,
+            casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, met=seen.met, read=tuple(seen.read),
+            numbers=hash(tuple(seen.numbers)), placed=seen.placed, packed=recorder.packed,
         )  # fmt: skip
 
     @property
@@ -106,12 +114,26 @@ class Watched:
     @property
     def bare(self) -> bool:
         """Whether a backward pass runs torch's own code alone, which draws nothing and writes to no module."""
-        return not (self.hooked or self.packed or has_custom_function(self.z))
+        return not (self.hooked or self.packed or self.custom)
+
+    @functools.cached_property
+    def custom(self) -> bool:
+        """Whether autograd functions written in Python are on the way."""
+        return has_custom_function(self.z)
 
     @property
-    def apart(self) -> bool:
-        """Whether functions keep examples apart, so that none has another output in other company."""
-        return self.proven and not self.mixed
+    def by_content(self) -> bool:
+        """Whether it may be the numbers of a batch that decide how its examples meet, in one batch and not in another.
+
+        Where gradients alone lead from one to another, owners tell; and what Python does when it is told something
+        (``read``), it does for all batches of which it is told the same.
+        """
+        return self.met or self.custom
+
+    @property
+    def own_gradients(self) -> bool:
+        """Whether gradients may depend on places and company where outputs do not: by hooks and functions of users."""
+        return self.placed or self.hooked or self.custom
 
     def backward(self, v: Float[Tensor, "k B ..."], *, batched: bool = False) -> Sequence[Tensor | None]:
         """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output."""
