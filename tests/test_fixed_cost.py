@@ -161,9 +161,9 @@ def test_build__two_examples_are_probed_once(
     own = 24 if loop else 1  # passes over the data themselves
     with passes(model, monkeypatch) as (forwards, backwards):
         fk.EmpiricalFisher(model, batch, structure=structure)
-    # The probe; each example beside itself; forwards and backwards, where company and order must not matter.
+    # The probe; one example beside itself, the other alone; forwards and backwards, where company and order must not matter.
     # A recurrent layer's steps are judged by its own kernel, in a pass more.
-    assert forwards == {2: 3 + kernel, 8: 2, **({1: 24} if loop else {24: 1})}
+    assert forwards == {2: 2 + kernel, 8: 2, 1: 1 + 24 * loop, **({} if loop else {24: 1})}
     assert len(backwards) == 2 + 2 * kernel + own
     with passes(model, monkeypatch) as (forwards, backwards):
         fk.EmpiricalFisher(model, batch, structure=structure)
@@ -178,7 +178,7 @@ def test_build__other_kinds_probe_no_more(kind: type[fk.FisherApproximation], mo
     model, batch = perceptron(), data()
     with passes(model, monkeypatch) as (forwards, _):
         kind(model, batch, structure="diagonal")
-    assert forwards == {2: 3, 8: 2, 24: 1}
+    assert forwards == {2: 2, 1: 1, 8: 2, 24: 1}
 
 
 class Hidden(nn.Module):

@@ -7,9 +7,8 @@ A function that it does not know, or that may mix examples (indexing by content,
 proof and nothing else: `rows.ownership` then asks automatic differentiation.
 
 Only what is differentiated matters here: indices, masks and constants never carry a gradient from one example to
-another, so a tensor without one is free, whatever it was computed from. Whether numbers of several examples came to what is
-differentiated by such tensors, or to Python, is noted beside it; and whether constants did that have different entries
-for the places in a batch.
+another, so a tensor without one is free, whatever it was computed from. Noted beside it are numbers of several examples that
+come to what is differentiated by such tensors, or to Python, and constants that differ by place.
 """
 
 from __future__ import annotations
@@ -497,7 +496,7 @@ def _indexed(call: Call) -> Axis | None:
 
 
 def _own_places(call: Call, axis: Axis, index: tuple[Any, ...]) -> Axis | None:
-    """``x[arange(B), places]``: entries of each example at places of its own, which may have axes behind the batch's."""
+    """``x[arange(B), places]``: entries of each example at places of its own, with axes behind the batch's or none."""
     count = next((i for i, entry in enumerate(index) if not isinstance(entry, Tensor)), len(index))
     first, others = index[0], index[1:count]
     if axis != Axis(0) or not others or not all(_all_of(entry) for entry in index[count:]):
@@ -695,9 +694,7 @@ READS = set(
 )
 """Functions that hand numbers to Python, which may do with them what it likes."""
 
-CONSTANTS = set(
-    _functions("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty")
-)
+CONSTANTS = set(_functions("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty"))
 """Functions that make constants in the shape of something."""
 
 DRAWS = set(

@@ -46,21 +46,17 @@ class Probe:
         batch: two examples, or the one that a model takes alone.
         watched: their forward pass, with its graph; dropped when rows of the data are made. None of a plan that is
             known from before and has yet to be confirmed, by the first pass over the data.
+        alike: whether their outputs have been compared with those in other company.
 
     Attributes:
         hooked: as of the forward pass.
         assumed: whether nothing has confirmed the plan yet.
     """
 
-    def __init__(self, batch: Batch, watched: Watched | None) -> None:
-        self.batch, self.watched = batch, watched
+    def __init__(self, batch: Batch, watched: Watched | None, *, alike: bool = False) -> None:
+        self.batch, self.watched, self.alike = batch, watched, alike
         self._z = None if watched is None else watched.z.detach()
         self.hooked, self.assumed = watched is not None and watched.hooked, watched is None
-
-    @property
-    def known(self) -> bool:
-        """Whether their outputs are."""
-        return self._z is not None
 
     @property
     def z(self) -> Tensor:
@@ -287,7 +283,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         layers = sum({use.edge[:2]: torch.Size(use.output_shape).numel() for use in watched.uses}.values())
         generic = _numbers_without_rule(units)
         plan = replace(
-            plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched),
+            plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
             custom=custom_functions(watched.z),
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
@@ -466,21 +462,46 @@ def alone(model: nn.Module, batch: Batch, n: int) -> Tensor:
     return batch.take(torch.tensor([n, n])).call(model).detach()
 
 
-def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
+def require_alike(found: Tensor, expected: Tensor, allowed: Tensor, place: str = "") -> None:
     """Refuse outputs of the same examples that differ from pass to pass.
+
+    Args:
+        found: of one pass.
+        expected: of another.
+        allowed: norm of the difference that rounding explains.
+        place: the batch in which they do, if it is not the first.
 
     Raises:
         ModelError: they do.
     """
     if found.shape == expected.shape and bool((found - expected).norm() <= allowed):
         return
-    raise ModelError(
-        call="the Fisher of this model",
-        got="an output for an example that changes with the rest of its batch",
-        expected="examples that do not influence each other, and a deterministic forward pass",
+    error = influenced(place)
+    if found.shape[1:] != expected.shape[1:]:
+        error = ModelError(
+            call=place or "the Fisher of this model",
+            got=f"outputs of shape {list(found.shape)} and of {list(expected.shape)} for the same examples, which "
+            "changes with the rest of their batch",
+            expected="outputs of an example that are of one shape in any company",
+            why="rows are made of examples by themselves and together",
+            try_="positions up to the length of the inputs, not of the batch's longest example: "
+            "pad_packed_sequence(..., total_length=x.shape[1]); labels of ignore_index where there is padding",
+        )
+    raise error
+
+
+def influenced(place: str = "", what: str = "outputs") -> ModelError:
+    """The error of examples whose outputs, or gradients, are other ones in other company."""
+    here = f"{what} that change with the rest of the batch"
+    return ModelError(
+        call=place or "the Fisher of this model",
+        got=here if place else "an output for an example that changes with the rest of its batch",
+        expected="examples that do not influence each other, whatever their places in a batch and however many there "
+        "are, and a deterministic forward pass",
         why="per-example gradients do not exist otherwise",
-        try_="model.eval(); remove batch statistics, contrastive terms, noise or a capacity that experts share from "
-        'forward; nodes of a graph are positions of one example: inputs (1, nodes, ...), example="token"',
+        try_="model.eval(); remove batch statistics, contrastive terms, noise, a capacity that experts share, and what "
+        "depends on an example's place or on len(x), from forward; nodes of a graph are positions of one example: "
+        'inputs (1, nodes, ...), example="token"',
     )
 
 

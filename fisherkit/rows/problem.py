@@ -36,7 +36,7 @@ from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
-from fisherkit.rows.plan import Plan, alone, forward, require_alike, tolerance, two_of
+from fisherkit.rows.plan import Plan, alone, forward, influenced, require_alike, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.verified import changed_attributes, fingerprint, forget, is_shown
@@ -194,22 +194,26 @@ class Problem:
         if pending:
             yield joined(pending)
 
-    def metrics(self, description: str) -> Iterator[tuple[Batch, Metric, Callable[[Watched], Tally]]]:
+    def metrics(
+        self, description: str, *, matrix_free: bool = True
+    ) -> Iterator[tuple[Batch, Metric, Callable[[Watched], Tally]]]:
         """One pass over the data: each micro-batch, the product of its output metric, and what counts its rows."""
         for batch, start, call in self._micro_batches(description):
-            count = functools.partial(self._tally, batch, start, call)
+            count = functools.partial(self._tally, batch, start, call, matrix_free)
             yield batch, functools.partial(self._metric, batch, start, call), count
 
-    def counts(self, description: str) -> Iterator[Tally]:
+    def counts(self, description: str, *, matrix_free: bool) -> Iterator[Tally]:
         """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
-        for batch, _, count in self.metrics(description):
+        for batch, _, count in self.metrics(description, matrix_free=matrix_free):
             with self.plan.quiet():
                 watched = forward(self.plan, batch)
             yield count(watched)
 
-    def _tally(self, batch: Batch, start: int, call: str, watched: Watched) -> Tally:
+    def _tally(self, batch: Batch, start: int, call: str, matrix_free: bool, watched: Watched) -> Tally:
         slots = self._slots(batch, watched.z, start, call)
-        self._refuse_influence(batch, start, watched)
+        self._refuse_influence(batch, start, watched, call)
+        if matrix_free and not self._has_own_gradients(batch, watched):
+            raise influenced(call, "gradients")
         keep = slots.keep(slice(0, slots.number))
         rows = batch.size * slots.number if keep is None else int(keep.sum())
         return Tally(slots.counted, rows, () if slots.dropped is None else (slots.dropped,))
@@ -465,7 +469,7 @@ class Problem:
         plan.probe.assumed = False
         return Linearized(plan, batch, watched)
 
-    def _refuse_influence(self, batch: Batch, start: int, seen: Watched) -> None:
+    def _refuse_influence(self, batch: Batch, start: int, seen: Watched, call: str) -> None:
         """Refuse a batch in which examples have other outputs than in other company.
 
         Where functions on the way may have mixed examples, all are compared with themselves in halves of the batch;
@@ -486,35 +490,35 @@ class Problem:
         if seen.by_content or not seen.proven:
             key = start if seen.by_content else 0, batch.size
             if key not in self.compared:
-                self._compare_halves(batch, seen)
+                self._compare_halves(batch, seen, call)
                 self.compared[key] = True
         elif seen.read and told not in tried:
-            self._compare_halves(batch, seen)
+            self._compare_halves(batch, seen, call)
             tried[told] = tried[size] = 1
         elif size not in tried:
-            self._compare_two(batch, seen)
+            self._compare_two(batch, seen, call)
             tried[size] = 1
 
-    def _compare_halves(self, batch: Batch, seen: Watched) -> None:
+    def _compare_halves(self, batch: Batch, seen: Watched, call: str) -> None:
         z = seen.z.detach()
         for piece in _pieces(batch.size, z.device):
             with self.plan.quiet():
                 torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
                 again = batch.take(piece).call(self.plan.model).detach()
-            require_alike(again, z[piece], tolerance(z.dtype, self.plan.coarsest) * z.norm())
+            require_alike(again, z[piece], tolerance(z.dtype, self.plan.coarsest) * z.norm(), call)
 
-    def _compare_two(self, batch: Batch, seen: Watched) -> None:
+    def _compare_two(self, batch: Batch, seen: Watched, call: str) -> None:
         plan, z, probe = self.plan, seen.z.detach(), self.plan.probe
         two = batch.take(two_of(batch))
         pairs = zip(two.inputs, probe.batch.inputs, strict=False)
         allowed = tolerance(z.dtype, plan.coarsest) * z[:2].norm()
-        if probe.known and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
-            require_alike(probe.z, z[:2], allowed)
+        if probe.alike and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            require_alike(probe.z, z[:2], allowed, call)
             return
         with plan.quiet():
             for n in range(2):
                 again = alone(plan.model, two, n)
-                require_alike(again, z[[n] * len(again)], allowed)
+                require_alike(again, z[[n] * len(again)], allowed, call)
 
     def _has_own_gradients(self, batch: Batch, seen: Watched) -> bool:
         """Whether gradients in a batch are its examples' own, where hooks or functions of users may make others.
@@ -534,12 +538,20 @@ class Problem:
                     pulled_back(batch.take(piece).call(plan.model), own, v[piece])
                     for piece in _pieces(batch.size, z.device, few=1)
                 ]
-            sums = [sum(dense_gradient(p, g) for g in found) for p, found in zip(own, zip(*parts, strict=True), strict=True)]
+            sums = [
+                sum(dense_gradient(p, g) for g in found) for p, found in zip(own, zip(*parts, strict=True), strict=True)
+            ]
             errors = [(dense_gradient(p, g) - s).norm() for p, g, s in zip(own, whole, sums, strict=True)]
             norms = [s.norm() for s in sums]
             allowed = tolerance(plan.example_parameter.dtype, plan.coarsest) * torch.stack(norms).norm()
             self.compared[key] = bool(torch.stack(errors).norm() <= allowed)
         return self.compared[key]
+
+    def _judge(self, batch: Batch, start: int, linearized: Linearized, call: str) -> None:
+        """Refuse examples that influence each other; where only gradients do, rows go the slow exact way."""
+        self._refuse_influence(batch, start, linearized.watched, call)
+        if not self._has_own_gradients(batch, linearized.watched):
+            linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
         assumed = self.plan.probe.assumed
@@ -552,9 +564,7 @@ class Problem:
             raise BetterPlanError(self.plan, True, batch)
         outputs = self._outputs(batch, linearized.z, start, call)
         if in_company and isinstance(linearized, Linearized):
-            self._refuse_influence(batch, start, linearized.watched)
-            if not self._has_own_gradients(batch, linearized.watched):
-                linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
+            self._judge(batch, start, linearized, call)
         rowless = self.rowless and isinstance(linearized, Linearized) and not linearized.unruled
         last = last_layer_rows(linearized, outputs) if rowless else None
         if last is not None:

@@ -54,7 +54,7 @@ class StreamedRows(RowSource):
     def tally(self) -> Tally:
         """N, R and what the kind left out; counted by forward passes, unless a product has."""
         if self.counted is None:
-            self.counted = Tally.of(self.problem.counts("count"))
+            self.counted = Tally.of(self.problem.counts("count", matrix_free=self.matrix_free))
         return self.counted
 
     def some(self) -> Tally:

@@ -92,8 +92,8 @@ class Watched:
         seen = recorder.tracker
         return cls(
             recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
-            casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, met=seen.met, read=tuple(seen.read),
-            numbers=hash(tuple(seen.numbers)), placed=seen.placed, packed=recorder.packed,
+            casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, packed=recorder.packed,
+            met=seen.met, read=tuple(seen.read), numbers=hash(tuple(seen.numbers)), placed=seen.placed,
         )  # fmt: skip
 
     @property
