@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, cast
 
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
-from fisherkit.errors import DataError, MemoryBudgetError, listed
+from fisherkit.errors import DataError, MemoryBudgetError, listed, warn
 from fisherkit.memory import available_memory, readable
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
 from fisherkit.operators.linalg import checked_together
@@ -470,7 +469,7 @@ class Builder:
         if self.problem.progress:
             say(f"{text}. Instead: {self._instead()}." if seconds > LONG else f"{text}.")
         elif seconds > LONG:
-            warnings.warn(f"{text}. Try: {self._instead()}.", UserWarning, stacklevel=2)
+            warn(f"{text}. Try: {self._instead()}.")
 
     @property
     def _many(self) -> bool:

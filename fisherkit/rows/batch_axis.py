@@ -7,8 +7,8 @@ A function that it does not know, or that may mix examples (indexing by content,
 proof and nothing else: `rows.ownership` then asks automatic differentiation.
 
 Only what is differentiated matters here: indices, masks and constants never carry a gradient from one example to
-another, so a tensor without one is free, whatever it was computed from. Noted beside it are numbers of several examples that
-come to what is differentiated by such tensors, or to Python, and constants that differ by place.
+another, so a tensor without one is free, whatever it was computed from. It is noted beside this where numbers of
+several examples come to what is differentiated by such tensors, or to Python, and where constants differ by place.
 """
 
 from __future__ import annotations
