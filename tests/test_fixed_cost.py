@@ -161,7 +161,8 @@ def test_build__two_examples_are_probed_once(
     own = 24 if loop else 1  # passes over the data themselves
     with passes(model, monkeypatch) as (forwards, backwards):
         fk.EmpiricalFisher(model, batch, structure=structure)
-    # The probe; one example beside itself, the other alone; forwards and backwards, where company and order must not matter.
+    # The probe; one example beside itself, the other alone; forwards and backwards, where company, order and places
+    # must not matter.
     # A recurrent layer's steps are judged by its own kernel, in a pass more.
     assert forwards == {2: 2 + kernel, 8: 2, 1: 1 + 24 * loop, **({} if loop else {24: 1})}
     assert len(backwards) == 2 + 2 * kernel + own

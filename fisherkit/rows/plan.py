@@ -634,7 +634,9 @@ def _vectorised_agrees(
     if recurrent(plan.model) or not plan.live_generic:
         return False
     # torch.func refuses some kernels, data-dependent Python and hooks on the graph; the loop over examples does not.
+    # Some kernels are right for one vector, and wrong for several at once: those of cdist's gradient.
     with contextlib.suppress(Exception):
-        rows = plan.generic_rows(probe, v, z)[0]
-        return reference.agrees(names, rows.shape[1], rows.__getitem__)
+        first, second = plan.generic_rows(probe, torch.cat([v, -0.5 * v]), z)
+        second = -2 * second
+        return all(reference.agrees(names, rows.shape[1], rows.__getitem__) for rows in (first, second))
     return False
