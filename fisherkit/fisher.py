@@ -229,9 +229,9 @@ class _Asked:
         check_choice(call, "normalization", normalization, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         check_choice(call, "shift_labels", shift_labels, (None, True, False))
-        if isinstance(memory_budget, float) and memory_budget.is_integer():
-            memory_budget = int(memory_budget)  # as 2e9 is
-        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
+        whole = isinstance(memory_budget, float) and memory_budget.is_integer()
+        budget: Any = int(memory_budget or 0) if whole else memory_budget  # as 2e9 is
+        for name, value in (("chunk_size", chunk_size), ("memory_budget", budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
         check_choice(call, "storage", storage, ("auto", "rows", "stream"))
         _only_full(call, structure, max_rows, storage)
@@ -259,7 +259,7 @@ class _Asked:
             processes.require_same(call, {
                 "parameters": space.names, "dtype": parameters_dtype, "weights": whole, "likelihood": resolved.recorded,
                 "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
-                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget, storage),
+                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, budget, storage),
             })  # fmt: skip
         if processes is None:
             plan = plan_of(model, space, source, assume=True)
@@ -272,7 +272,7 @@ class _Asked:
             offset=0 if processes is None or not rule.random else processes.before(source.count),
         )  # fmt: skip
         builder = Builder(
-            problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
+            problem, normalization=normalization, memory_budget=budget, reduce=kfac_positions == "reduce",
             max_rows=max_rows, storage=storage, weights=whole,
         )  # fmt: skip
         recorded = {

@@ -86,6 +86,7 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "function by place": Placed.apply,
     "hook by size": lambda h: _hooked(h, lambda g: g / len(g)),
     "hook by place": lambda h: _hooked(h, lambda g: g * own(g)[:, None]),
+    "straight through by size": lambda h: h / len(h) + h.detach() * (1 - 1 / len(h)),
     "straight through by place": lambda h: h.detach() + (h - h.detach()) * own(h)[:, None],
 }
 

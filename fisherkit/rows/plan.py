@@ -284,7 +284,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         generic = _numbers_without_rule(units)
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
-            custom=custom_functions(watched.z),
+            custom=custom_functions(watched.z), tried={("numbers", watched.numbers): 1},
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
         if plan.generic:

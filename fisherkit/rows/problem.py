@@ -523,28 +523,25 @@ class Problem:
     def _has_own_gradients(self, batch: Batch, seen: Watched) -> bool:
         """Whether gradients in a batch are its examples' own, where hooks or functions of users may make others.
 
+        So may numbers that the model's two first examples did not bring, as those that depend on the batch's size.
+
         Cost: none where there are none, else a forward and two backward passes of a batch of each size.
         """
-        if batch.size == 1 or not seen.own_gradients:
+        tried, numbers, key = self.plan.tried, ("numbers", seen.numbers), ("gradients", batch.size)
+        if batch.size == 1 or not (seen.own_gradients or numbers not in tried):
             return True
-        key = "gradients", batch.size
         if key not in self.compared:
-            plan, z = self.plan, seen.z
+            plan, z, own = self.plan, seen.z, list(self.plan.parameters.values())
             v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-            own = list(plan.parameters.values())
             with plan.quiet():
-                whole = pulled_back(z, own, v)
-                parts = [
-                    pulled_back(batch.take(piece).call(plan.model), own, v[piece])
-                    for piece in _pieces(batch.size, z.device, few=1)
-                ]
-            sums = [
-                sum(dense_gradient(p, g) for g in found) for p, found in zip(own, zip(*parts, strict=True), strict=True)
-            ]
-            errors = [(dense_gradient(p, g) - s).norm() for p, g, s in zip(own, whole, sums, strict=True)]
-            norms = [s.norm() for s in sums]
-            allowed = tolerance(plan.example_parameter.dtype, plan.coarsest) * torch.stack(norms).norm()
-            self.compared[key] = bool(torch.stack(errors).norm() <= allowed)
+                whole = _flat(own, pulled_back(z, own, v))
+                sums = torch.zeros_like(whole)
+                for piece in _pieces(batch.size, z.device, few=1):
+                    sums += _flat(own, pulled_back(batch.take(piece).call(plan.model), own, v[piece]))
+            allowed = tolerance(plan.example_parameter.dtype, plan.coarsest) * sums.norm()
+            self.compared[key] = bool((whole - sums).norm() <= allowed)
+        if self.compared[key]:
+            tried[numbers] = 1
         return self.compared[key]
 
     def _judge(self, batch: Batch, start: int, linearized: Linearized, call: str) -> None:
@@ -552,6 +549,12 @@ class Problem:
         self._refuse_influence(batch, start, linearized.watched, call)
         if not self._has_own_gradients(batch, linearized.watched):
             linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
+
+    def _without_rows(self, linearized: Linearized | OneByOne, outputs: Outputs) -> Rows | None:
+        """What sums need of the last layer alone, if they need no rows."""
+        if self.rowless and isinstance(linearized, Linearized) and not linearized.unruled:
+            return last_layer_rows(linearized, outputs)
+        return None
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
         assumed = self.plan.probe.assumed
@@ -565,8 +568,7 @@ class Problem:
         outputs = self._outputs(batch, linearized.z, start, call)
         if in_company and isinstance(linearized, Linearized):
             self._judge(batch, start, linearized, call)
-        rowless = self.rowless and isinstance(linearized, Linearized) and not linearized.unruled
-        last = last_layer_rows(linearized, outputs) if rowless else None
+        last = self._without_rows(linearized, outputs)
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)
             return
@@ -615,6 +617,11 @@ def _pieces(size: int, device: torch.device, *, few: int = 2) -> Sequence[Tensor
     """Halves of a batch in another order; of so few examples that a half would be none, the first one twice."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device)
     return order.chunk(2) if size > few else [torch.zeros_like(order)]
+
+
+def _flat(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> Tensor:
+    """Gradients as one vector."""
+    return torch.cat([dense_gradient(p, g).flatten() for p, g in zip(parameters, found, strict=True)])
 
 
 def now(device: torch.device) -> float:
