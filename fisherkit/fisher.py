@@ -229,8 +229,9 @@ class _Asked:
         check_choice(call, "normalization", normalization, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         check_choice(call, "shift_labels", shift_labels, (None, True, False))
-        whole = isinstance(memory_budget, float) and memory_budget.is_integer()
-        budget: Any = int(memory_budget or 0) if whole else memory_budget  # as 2e9 is
+        budget: Any = memory_budget
+        if isinstance(budget, float) and budget.is_integer():
+            budget = int(budget)  # as 2e9 is
         for name, value in (("chunk_size", chunk_size), ("memory_budget", budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
         check_choice(call, "storage", storage, ("auto", "rows", "stream"))

@@ -83,7 +83,8 @@ class Findings:
         draws: whether a pass draws random numbers, of which no output was seen to depend.
         tried: a cache, which all that have these findings share, of what is found out when it is first needed:
             "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
-            whether products need no rows; "last layer"; and by kind and likelihood, how many vectors an example has.
+            whether products need no rows; "last layer"; "not shown", that a graph does not tell whether a plan holds;
+            which batches were compared with others; and by kind and likelihood, how many vectors an example has.
     """
 
     units: tuple[Unit, ...] = ()

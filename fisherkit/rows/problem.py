@@ -465,6 +465,7 @@ class Problem:
                 self.confirm()
             raise
         if assumed and not (is_shown(plan, watched) and (plan.draws or not draws.happened)):
+            plan.tried["not shown"] = 1
             self.confirm()
         plan.probe.assumed = False
         return Linearized(plan, batch, watched)

@@ -65,7 +65,7 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: b
         del known[key]  # of one example nothing was learnt about two
     if key in known:
         old = Plan.of(model, space, known[key], key)
-        if assume and _is_simple(old):
+        if assume and _is_simple(old) and "not shown" not in old.tried:
             return replace(old, probed=Probe(batch.take(two_of(batch, old.alone)), None))
         plan = _confirmed(old, batch)
         if plan is not None:
@@ -74,6 +74,8 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: b
     plan = replace(_made(model, space, batch), key=key)
     if plan.probe.watched is not None:
         plan = replace(plan, calls=_calls(plan.probe.watched.uses))
+        if not is_shown(plan, plan.probe.watched):
+            plan.tried["not shown"] = 1  # a pass over the data would be made in vain
     remember(plan)
     return plan
 
