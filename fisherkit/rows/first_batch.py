@@ -137,7 +137,7 @@ def _refuse_state(error: Exception, model: nn.Module, first: Batch, *, fails: bo
     Raises:
         ModelError: it keeps some, by the sizes that the error names, or fails in one pass after another alone.
     """
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError) or "inplace operation" in str(error):
         return
     sizes = set(map(int, re.findall(r"\d+", re.sub(r"dimension \d+", "", str(error)))))
     sizes = sizes if sizes & {1, 2, 8, first.size} else set()

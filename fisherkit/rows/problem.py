@@ -512,7 +512,7 @@ class Problem:
         plan, z, probe = self.plan, seen.z.detach(), self.plan.probe
         two = batch.take(two_of(batch))
         pairs = zip(two.inputs, probe.batch.inputs, strict=False)
-        allowed = tolerance(z.dtype, plan.coarsest) * z[:2].norm()
+        allowed = tolerance(z.dtype, plan.coarsest) * z[:2].norm().maximum(z.norm() * (2 / batch.size) ** 0.5)
         if probe.alike and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
             require_alike(probe.z, z[:2], allowed, call)
             return
@@ -615,7 +615,7 @@ class Problem:
 
 
 def _pieces(size: int, device: torch.device, *, few: int = 2) -> Sequence[Tensor]:
-    """Halves of a batch in another order; of so few examples that a half would be none, the first one twice."""
+    """Halves of a batch in another order; of so ``few`` examples the first one, as often as there are."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device)
     return order.chunk(2) if size > few else [torch.zeros_like(order)]
 

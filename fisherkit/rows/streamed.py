@@ -164,7 +164,7 @@ def thinned(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
     Cost: streamed, reading the data once, and the rows of the examples that are taken.
     """
     if isinstance(rows, StreamedRows):
-        problem = replace(rows.problem, source=ThinnedSource(rows.problem.source, stride), progress=False)
+        problem = replace(rows.problem, source=ThinnedSource(rows.problem.source, stride), progress=False, compared={})
         return Rows.cat([chunk.rows for chunk in problem.batches("sample")])
     return rows.reordered(torch.arange(first, rows.count, stride, device=rows.device)).compact()
 

@@ -208,9 +208,7 @@ def _described(module: nn.Module, seen: set[int]) -> Iterator[Any]:
         if type(value) in _PLAIN:
             yield name, value
         elif name in _OWN:
-            continue
-        elif name.endswith("_hooks"):
-            if value:
+            if value and name.endswith("_hooks"):
                 yield name, "hooks", tuple(value)
         elif (found := _plain(value, seen)) is not None:
             yield name, found
@@ -244,9 +242,9 @@ def _plain(value: Any, seen: set[int], depth: int = 5) -> Hashable:
 
 _PLAIN = (bool, int, float, str, type(None))
 _SIMPLE = (*_PLAIN, complex, Enum, torch.dtype, torch.device)
-_CONTAINERS = (Mapping, list, tuple, deque, set, frozenset)
+_CONTAINERS = (dict, Mapping, list, tuple, deque, set, frozenset)
 _RECORDS = (SimpleNamespace, argparse.Namespace)
-_OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_OWN = frozenset(vars(nn.Module()))
 """What `torch.nn.Module` keeps."""
 LONGEST = 256
 """Entries of a container that are looked at."""
