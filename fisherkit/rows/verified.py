@@ -72,9 +72,9 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: b
             return plan
         del known[key]
     plan = replace(_made(model, space, batch), key=key)
-    if plan.probe.watched is not None:
-        plan = replace(plan, calls=_calls(plan.probe.watched.uses))
-        if not is_shown(plan, plan.probe.watched):
+    if (seen := plan.probe.watched) is not None:
+        plan = replace(plan, calls=_calls(seen.uses))
+        if not is_shown(plan, seen):
             plan.tried["not shown"] = 1  # a pass over the data would be made in vain
     remember(plan)
     return plan
