@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, cast
@@ -16,7 +15,7 @@ import torch
 
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
-from fisherkit.errors import DataError, MemoryBudgetError, listed
+from fisherkit.errors import DataError, MemoryBudgetError, listed, warn
 from fisherkit.memory import available_memory, readable
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator
 from fisherkit.operators.block_diagonal import join
@@ -31,7 +30,7 @@ from fisherkit.rows.later import FEWEST, LaterRows, products_before_rows
 from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally, now
 from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, matrix_free
-from fisherkit.rows.verified import remember
+from fisherkit.rows.verified import fingerprint, remember
 from fisherkit.space import ParameterSpace
 from fisherkit.structures import Names, Part, Parts, Structure, Sums
 
@@ -421,7 +420,8 @@ class Builder:
         self, structure: Structure, later: float | None
     ) -> tuple[FisherOperator, Parts, Tally | StreamedRows]:
         """Rows that are made anew for every product; or, after so many products, once and for all."""
-        problem, source = replace(self.problem, revisable=False, weights=self.weights), self.problem.source
+        source, settled = self.problem.source, fingerprint(self.problem.plan.model)
+        problem = replace(self.problem, revisable=False, weights=self.weights, settled=settled)
 
         def counted() -> StreamedRows:
             streamed = StreamedRows(problem)
@@ -456,7 +456,9 @@ class Builder:
 
     def _made_later(self, kind_of_structure: type[Structure], streamed: StreamedRows) -> RowSource:
         """The rows that products were made without; streamed, if a batch shows that they do not fit."""
-        self.storage, self.problem = "now", replace(self.problem, weights=self.weights)
+        self.storage, self.problem = "now", replace(
+            self.problem, weights=self.weights, settled=streamed.problem.settled
+        )  # fmt: skip
         self.counted.clear()
         built = self.build(kind_of_structure)
         tally = built.tally.some()
@@ -500,7 +502,7 @@ class Builder:
         if self.problem.progress:
             say(f"{text}. Instead: {self._instead()}." if seconds > LONG else f"{text}.")
         elif seconds > LONG:
-            warnings.warn(f"{text}. Try: {self._instead()}.", UserWarning, stacklevel=2)
+            warn(f"{text}. Try: {self._instead()}.")
 
     @property
     def _many(self) -> bool:

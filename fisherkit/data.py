@@ -66,6 +66,9 @@ def _labelled(raw: Any) -> dict[Any, Any] | None:
     return None
 
 
+_STACKED = (
+    "(x, torch.stack((y, variance), -1)) for nn.GaussianNLLLoss, by a collate_fn of the DataLoader or once before it"
+)
 SHARED = (
     "what all examples share as a buffer of the model, or by a small nn.Module around the model that holds it; "
     "tensor.expand(B, *tensor.shape) if the model takes one for each example"
@@ -296,7 +299,7 @@ def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple
             call=call, got=f"a batch of type {type(raw).__name__} with {len(raw)} parts",
             expected='a pair (inputs, targets) or a mapping with "labels"',
             why=f"nothing tells which of them are inputs and targets{takes}",
-            try_="((a, b), y) for inputs a and b by place, ({name: a, ...}, y) by name",
+            try_=f"((a, b), y) for inputs a and b by place, ({{name: a, ...}}, y) by name; {_STACKED}",
         )  # fmt: skip
     raise InvalidTypeError(
         call=call, got=f"a batch of type {type(raw).__name__}",
@@ -314,7 +317,8 @@ def _checked_targets(targets: Any, call: str) -> Tensor | None:
     if targets is not None and not isinstance(targets, Tensor):
         raise InvalidTypeError(
             call=call, got=f"targets of type {type(targets).__name__}",
-            expected="a tensor, an array or lists of numbers", try_="torch.as_tensor(targets)",
+            expected="a tensor, an array or lists of numbers",
+            try_=_STACKED if isinstance(targets, (list, tuple)) and len(targets) == 2 else "torch.as_tensor(targets)",
         )  # fmt: skip
     return targets
 

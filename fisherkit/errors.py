@@ -2,12 +2,14 @@
 
 Each says the same five things in one sentence or two: which call failed, what it got, what it expected, why, and what
 to try. Each is also a builtin exception, so that code which does not know fisherkit can still catch it. This module
-owns the wording's shape and how long lists are cut, and nothing else; it imports nothing from the package.
+owns the wording's shape, how long lists are cut and where warnings point, and imports nothing from the package.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -131,3 +133,20 @@ class NotConvergedError(FisherkitError, RuntimeError):
 
 class NotConvergedWarning(UserWarning):
     """An iterative solver stopped before its tolerance."""
+
+
+_INSIDE = ("fisherkit", "torch", "contextlib", "functools", "beartype", "jaxtyping")
+"""Packages whose frames stand between a user's line and a warning."""
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the user's own line, the nearest one outside of the package and of what calls it.
+
+    Args:
+        text: of the warning.
+        category: its class.
+    """
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)

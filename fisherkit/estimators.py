@@ -8,7 +8,6 @@ one seeded with `DEFAULT_SEED`, never from the global state: a call repeats exac
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from fisherkit.arguments import check_count, is_number
 from fisherkit.arithmetic import all_finite, checked_product, without_autocast
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, NotConvergedWarning
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, NotConvergedWarning, warn
 
 DEFAULT_SEED = 2406
 """Seed of the generator that is made where none is passed."""
@@ -242,12 +241,11 @@ def lanczos_eigenvalues(
             break
         block = torch.linalg.qr(_orthogonalize(basis, Q @ left[:, : int(new.sum())])[0]).Q
     else:
-        warnings.warn(
+        warn(
             f"lanczos_eigenvalues(k={k}): {int(missed.sum())} of {k} eigenvalues not converged after steps={steps}; "
             f"the largest error bound is {float(residual.max()):.3g}, at a largest eigenvalue of {scale:.3g}. "
             "Try: more steps.",
             NotConvergedWarning,
-            stacklevel=3,  # the caller, behind the decorator
         )
     return values.flip(0).to(operator.device, operator.dtype)
 

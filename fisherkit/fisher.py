@@ -64,7 +64,8 @@ class FisherApproximation(ForwardingOperator):
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         structure: of `fisherkit.structures`, by name: "full", "block", "diagonal", "kfac", "ekfac", "nkp", or your own.
-        params: which parameters: None for all that require grad, names, or a predicate ``(name, parameter) -> bool``.
+        params: which parameters: None for all that require grad; names, or patterns of names, as "head.*"; or a
+            predicate ``(name, parameter) -> bool``.
         example: "sequence": one example a batch element, its positions' losses summed; "token": one an unmasked
             position.
         normalization: "mean" for 1/N, "sum" for no factor.
@@ -132,7 +133,7 @@ class FisherApproximation(ForwardingOperator):
         normalization: str = "mean",
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: float | None = None,
         storage: str = "auto",
         progress: bool = False,
         shift_labels: bool | None = None,
@@ -226,7 +227,7 @@ class _Asked:
     def of(
         cls, call: str, model: nn.Module, data: Data, kind: str | OutputRule | None, *,
         likelihood: str | Likelihood | nn.Module, structure: str, params: Selection, example: str, normalization: str,
-        generator: torch.Generator | None, chunk_size: int | None, memory_budget: int | None, storage: str,
+        generator: torch.Generator | None, chunk_size: int | None, memory_budget: float | None, storage: str,
         progress: bool, shift_labels: bool | None, kfac_positions: str, max_rows: int | None,
         dtype: torch.dtype | None, group: Group, shard: bool,
     ) -> _Asked:  # fmt: skip
@@ -238,7 +239,10 @@ class _Asked:
         check_choice(call, "normalization", normalization, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
         check_choice(call, "shift_labels", shift_labels, (None, True, False))
-        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget), ("max_rows", max_rows)):
+        budget: Any = memory_budget
+        if isinstance(budget, float) and budget.is_integer():
+            budget = int(budget)  # as 2e9 is
+        for name, value in (("chunk_size", chunk_size), ("memory_budget", budget), ("max_rows", max_rows)):
             check_positive(call, name, value)
         check_choice(call, "storage", storage, ("auto", "rows", "stream"))
         _only_full(call, structure, max_rows, storage)
@@ -279,7 +283,7 @@ class _Asked:
             processes.require_same(call, {
                 "parameters": space.names, "dtype": parameters_dtype, "weights": whole, "likelihood": resolved.recorded,
                 "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
-                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget, storage),
+                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, budget, storage),
                 "kept dtype": dtype, "shard": shard,
             })  # fmt: skip
         if processes is None:
@@ -293,7 +297,7 @@ class _Asked:
             offset=0 if processes is None or not rule.random else processes.before(source.count),
         )  # fmt: skip
         builder = Builder(
-            problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
+            problem, normalization=normalization, memory_budget=budget, reduce=kfac_positions == "reduce",
             max_rows=max_rows, storage=storage, weights=whole, kept=dtype, shard=shard,
         )  # fmt: skip
         recorded = {
@@ -359,7 +363,7 @@ def build_file(
     way, with the budget that it had, and gives the same bytes.
 
     Args:
-        path: as in `FisherOperator.save`.
+        path: as in `FisherOperator.save`, which also says what is replaced there.
         model: as in `FisherApproximation`.
         data: as in `FisherApproximation`.
         kind: as in `FisherApproximation`.
@@ -446,6 +450,8 @@ def _asked(
 def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
     """The model inside its wrappers, with all of its weights, and the selection by its own names."""
     prefix = wrapped_in(model)
+    if prefix and isinstance(params, str):
+        params = params.removeprefix(prefix)
     if prefix and isinstance(params, Iterable) and not isinstance(params, str):
         params = [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
     return with_full_weights(unwrapped(model)), params

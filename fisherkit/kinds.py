@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -106,3 +107,21 @@ KINDS: dict[str, type[FisherApproximation]] = {
     TruncatedVectors.kind_name: TruncatedFisher,
 }
 """Kinds by their short names."""
+
+
+def _told(kind: type[FisherApproximation]) -> None:
+    """Have ``help`` of a kind list the keywords that all kinds have, with what they mean."""
+    base = inspect.signature(FisherApproximation.__init__).parameters
+    signature = inspect.signature(kind.__init__)
+    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    shared = [one for name, one in base.items() if name != "kind" and name not in signature.parameters]
+    kind.__init__.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+    text, whole = kind.__doc__ or "", FisherApproximation.__doc__ or ""
+    first, last = whole.find("        likelihood:"), whole.find("    Attributes:")
+    if 0 <= first < last:  # not under -OO
+        options = "        options: the keywords of `FisherApproximation`.\n"
+        kind.__doc__ = text.replace(options, whole[first:last].rstrip() + "\n")
+
+
+for _kind in KINDS.values():
+    _told(_kind)

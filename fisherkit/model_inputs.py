@@ -7,7 +7,6 @@ Knows no data.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from fisherkit.errors import DataError, listed
+from fisherkit.errors import DataError, listed, warn
 
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
@@ -129,11 +128,9 @@ class ModelInputs:
             )  # fmt: skip
         if not self._said.issuperset(others):
             self._said.update(others)
-            warnings.warn(
+            warn(
                 f"{call}: {listed(others)} left out, which the model's forward pass does not take; it takes "
-                f"{listed(sorted(self.names or ()))}.",
-                UserWarning,
-                stacklevel=2,
+                f"{listed(sorted(self.names or ()))}."
             )
         return known
 

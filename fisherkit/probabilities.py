@@ -6,12 +6,13 @@ softmax of log-probabilities are the probabilities.
 
 from __future__ import annotations
 
-import warnings
 from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from fisherkit.errors import warn
 
 ENOUGH = 16
 """Numbers that are all between 0 and 1 by no accident; logits of a few outputs may well be."""
@@ -47,12 +48,10 @@ def warn_of_probabilities(model: nn.Module, z: Float[Tensor, "k C"], link: str, 
     name, last = makers[-1] if makers else ("", model)
     where = f"; the layer {name!r}, a {type(last).__name__}, makes them" if makers else ""
     advice = "nn.CrossEntropyLoss()" if link == "softmax" else "nn.BCEWithLogitsLoss()"
-    warnings.warn(
+    warn(
         f"the outputs look like probabilities{where}, and the {likelihood} likelihood takes logits: it would put a "
         f"{link} on them once more, and the Fisher would be another loss's. Try: the model without it, trained with "
         f"{advice}, or its logits in a small nn.Module around the model"
-        + (", or log-probabilities" if link == "softmax" else "") + ".",
-        UserWarning,
-        stacklevel=2,
+        + (", or log-probabilities" if link == "softmax" else "") + "."
     )  # fmt: skip
     return True

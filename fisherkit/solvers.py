@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from fisherkit import io
 from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import MatMat, checked_product, without_autocast
-from fisherkit.errors import FileFormatError, InvalidArgumentError, NonFiniteError, NotConvergedWarning
+from fisherkit.errors import FileFormatError, InvalidArgumentError, NonFiniteError, NotConvergedWarning, warn
 
 # Asking "are all columns done?" makes the host wait for an accelerator, which then idles while the next kernels are
 # launched. A CPU has nothing to wait for, and a superfluous product there costs a full pass over the data.
@@ -356,10 +355,9 @@ def _warn(info: SolveInfo, tolerance: float, max_steps: int, *, exhausted: bool)
         if exhausted
         else f"{info.residual.dtype} allows no better, or rhs is not in the range of a singular matrix. Try: float64"
     )
-    warnings.warn(
+    warn(
         f"conjugate_gradient: {missed} of {info.residual.numel()} columns missed tolerance={tolerance:g} after "
         f"{info.steps} steps; the largest relative residual is {float(info.residual.max()):.3g}: {cause}, "
         f"a damping above {info.damping:g}, or a larger tolerance.",
         NotConvergedWarning,
-        stacklevel=4,  # the caller of conjugate_gradient, behind its decorator
     )

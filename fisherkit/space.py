@@ -7,9 +7,10 @@ tied parameter once), the blocks (one a module, its own parameters together) and
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ from fisherkit.wrappers import matching
 
 Vector = TypeVar("Vector", Tensor, Mapping[str, Tensor])
 """A vector over parameters: ``[D]``, ``[D, K]`` with columns last, or a dict name -> tensor; results have its form."""
-Selection = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+Selection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class ParameterSpace:
 
         Args:
             model: any module.
-            params: None for all that require grad; or names; or a predicate ``(name, parameter) -> bool``.
+            params: None for all that require grad; or names, or patterns of names as "head.*"; or a predicate
+                ``(name, parameter) -> bool``.
 
         Raises:
-            UnknownParameterError: a name that the model does not have.
+            UnknownParameterError: a name that the model does not have, or a pattern that none matches.
             InvalidArgumentError: nothing was chosen, or a chosen parameter is not a floating-point tensor.
             InvalidTypeError: neither names nor a predicate.
             ModelError: parameters that have no values yet.
@@ -74,6 +76,7 @@ class ParameterSpace:
                     expected="names, or a predicate (name, parameter) -> bool",
                     try_="[name for name, _ in model.named_parameters() if ...]",
                 )  # fmt: skip
+            wanted = [name for one in wanted for name in _matching(one, available)]
             unknown = sorted(set(wanted) - set(available))
             if unknown:
                 raise UnknownParameterError(
@@ -320,3 +323,9 @@ def finest_partition(units: Iterable[Iterable[str]]) -> list[set[str]]:
         merged = own.union(*(group_of[name] for name in own if name in group_of))
         group_of.update(dict.fromkeys(merged, merged))
     return list({id(group): group for group in group_of.values()}.values())
+
+
+def _matching(name: str, available: Collection[str]) -> list[str]:
+    """The names that a pattern of the shell's kind matches; itself where it is a name, or matches none."""
+    found = [] if name in available else [other for other in available if fnmatch.fnmatchcase(other, name)]
+    return found or [name]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherkit as fk
+from tests.real import zoo
 
 READS = {"aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default"}
 
@@ -177,9 +178,10 @@ def test_build__two_examples_are_probed_once(
     own = 24 if loop else 1  # passes over the data themselves
     with passes(model, monkeypatch) as (forwards, backwards):
         fk.EmpiricalFisher(model, batch, structure=structure)
-    # The probe; each example beside itself; forwards and backwards, where company and order must not matter.
+    # The probe; one example beside itself, the other alone; forwards and backwards, where company, order and places
+    # must not matter.
     # A recurrent layer's steps are judged by its own kernel, in a pass more.
-    assert forwards == {2: 3 + kernel, 8: 2, **({1: 24} if loop else {24: 1})}
+    assert forwards == {2: 2 + kernel, 8: 2, 1: 1 + 24 * loop, **({} if loop else {24: 1})}
     assert len(backwards) == 2 + 2 * kernel + own
     with passes(model, monkeypatch) as (forwards, backwards):
         fk.EmpiricalFisher(model, batch, structure=structure)
@@ -194,7 +196,7 @@ def test_build__other_kinds_probe_no_more(kind: type[fk.FisherApproximation], mo
     model, batch = perceptron(), data()
     with passes(model, monkeypatch) as (forwards, _):
         kind(model, batch, structure="diagonal")
-    assert forwards == {2: 3, 8: 2, 24: 1}
+    assert forwards == {2: 2, 1: 1, 8: 2, 24: 1}
 
 
 class Hidden(nn.Module):
@@ -244,3 +246,26 @@ def test_build__a_known_pass_is_told_from_any_other(way: str, monkeypatch: pytes
             loss = nn.functional.cross_entropy(model(one[None]), label[None])
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
         torch.testing.assert_close(fisher.diagonal(), torch.stack(rows).square().mean(0))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_build__a_known_model_that_asks_for_padding_goes_through_its_data_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = zoo.ARCHITECTURES[name]
+    model, batch = architecture.model(), architecture.batch(6)
+    forwards: list[int] = []
+    call = nn.Module.__call__
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module is model:
+            forwards.append(len(next(iter(kwargs.values()))))
+        return call(module, *args, **kwargs)
+
+    fk.EmpiricalFisher(model, batch, structure="diagonal")
+    monkeypatch.setattr(nn.Module, "__call__", counted)
+    for _ in range(2):
+        forwards.clear()
+        fk.EmpiricalFisher(model, batch, structure="diagonal")
+        assert forwards.count(6) == 1
+        assert sum(forwards) <= 6 + 2

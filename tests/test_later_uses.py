@@ -90,3 +90,11 @@ def test_second_build__sees_what_the_first_did_not(
     check(model, x)
     model.settings.update({name: pair[1] for name, pair in settings.items()})
     check(model, x)
+
+
+@pytest.mark.parametrize("options", [{}, {"structure": "diagonal"}, {"storage": "stream"}], ids=str)
+def test_several_vectors__of_a_kernel_whose_vectorised_gradient_is_right_for_one(options: dict[str, Any]) -> None:
+    def distances(x: Tensor, centres: Tensor, scale: Tensor) -> Tensor:
+        return (-torch.cdist(x, centres).square() * scale.exp()).exp()
+
+    check(Model(distances, (4, 3), (4,)), X, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import pickle
 import weakref
@@ -303,6 +304,59 @@ def test_later__a_changed_model_is_refused(use: str, change: Callable[[nn.Module
         return
     with pytest.raises(fk.ModelError, match=r'changed since the Fisher was built.*storage="rows"'):
         USES[use](fisher)
+
+
+@dataclasses.dataclass
+class Settings:
+    """Of a model, as people keep them."""
+
+    scale: float = 1.0
+    limits: list[float] = dataclasses.field(default_factory=lambda: [0.0, 100.0])
+
+
+class Adjustable(nn.Module):
+    """Attributes decide what its larger outputs are, which the first two examples do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+        self.scale, self.clip, self.settings = 1.0, False, Settings()
+        self.table: dict[str, Any] = {"scale": 1.0, "deep": [{"scale": (1.0, 2.0)}]}
+        self.calls, self.sizes, self.last = 0, {"seen": 0}, torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.last = self.calls + 1, x.detach()
+        self.sizes["seen"] += len(x)
+        large = x.abs().amax(1, keepdim=True) > 2
+        scale = self.scale * self.settings.scale * self.table["scale"] * self.table["deep"][0]["scale"][0]
+        scale = scale * (0.5 if self.clip else 1.0) * self.settings.limits[1] / 100
+        z: Tensor = self.head(torch.where(large, scale * self.body(x).tanh(), self.body(x).tanh()))
+        return z
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "number": lambda m: setattr(m, "scale", 2.0),
+    "switch": lambda m: setattr(m, "clip", True),
+    "dictionary": lambda m: m.table.update(scale=2.0),
+    "nested": lambda m: m.table["deep"][0].update(scale=(2.0, 2.0)),
+    "dataclass": lambda m: setattr(m.settings, "scale", 2.0),
+    "list in it": lambda m: m.settings.limits.__setitem__(1, 7.0),
+}
+
+
+@pytest.mark.parametrize("storage", ["stream", "auto"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_later__a_changed_attribute_is_refused_whose_effect_two_examples_do_not_show(change: str, storage: str) -> None:
+    model, generator = Adjustable().double(), torch.Generator().manual_seed(0)
+    x = torch.cat([torch.zeros(2, 6), 3 * torch.randn(22, 6, generator=generator)]).double()
+    fisher = fk.ExactFisher(model, (x, None), storage=storage)
+    before = fisher @ vectors(fisher, 1)
+    model(x[:3])  # what it counts itself, and keeps of its last call, is no change
+    torch.testing.assert_close(fisher @ vectors(fisher, 1), before)
+    CHANGES[change](model)
+    with pytest.raises(fk.ModelError, match=r"attributes that have changed.*(scale|clip|table|settings)"):
+        _ = fisher @ vectors(fisher, 1)
 
 
 def test_later__hooks_and_attributes_that_change_nothing_are_none() -> None:

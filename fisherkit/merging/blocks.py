@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.errors import InvalidArgumentError, NotConvergedWarning, SingularMatrixError, listed
+from fisherkit.errors import InvalidArgumentError, NotConvergedWarning, SingularMatrixError, listed, warn
 from fisherkit.merging.assembly import BlockInfo, Job
 from fisherkit.merging.fishers import FisherSource, Names
 from fisherkit.merging.models import read_double, weighted_average
@@ -224,12 +224,11 @@ class BlockwiseMerge:
         missed = sorted((info for info in self.infos if not info.converged), key=lambda info: -info.residual)
         worst = (f"{listed(i.names, 2)} (residual {i.residual:.1e} after {i.steps} steps)" for i in missed)
         if missed:
-            warnings.warn(
+            warn(
                 f"{self.job.call}: {len(missed)} of {len(self.infos)} blocks missed "
                 f"tolerance={self.job.policy.tolerance:g}: {listed(worst, MOST_LISTED, '; ')}. "
                 "Try: a larger damping, more max_steps, or a larger tolerance.",
                 NotConvergedWarning,
-                stacklevel=2,
             )
 
 

@@ -6,7 +6,6 @@ that a Fisher was measured at; solves nothing.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TypeAlias
 
 import torch
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed, warn
 from fisherkit.merging.models import ModelSource
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators import FisherOperator, KroneckerOperator, open_file, split
@@ -188,9 +187,9 @@ def check_measured(
             'policy=MergePolicy(other_weights="warn"), which merges them',
         )  # fmt: skip
     for text in others:
-        warnings.warn(
+        warn(
             f"{call}: {text}. Expected: the Fisher of this very model. Try: measure it again, or another order of "
-            f"fishers.", UserWarning, stacklevel=5,
+            f"fishers."
         )  # fmt: skip
     return tuple(number for number, found in enumerate(same, 1) if found is None)
 

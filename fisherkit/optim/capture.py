@@ -6,7 +6,6 @@ their own runs at the moment the user's reaches the model's outputs.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
@@ -23,7 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, model_device, outputs_of
-from fisherkit.errors import ModelError, listed
+from fisherkit.errors import ModelError, listed, warn
 from fisherkit.likelihoods import Likelihood
 from fisherkit.optim.outputs import Seen, explained, seen_outputs
 from fisherkit.optim.passes import Captured, Pass, with_own_inputs
@@ -239,7 +238,7 @@ class Capture:
         """Say something once."""
         if text not in self._warned:
             self._warned.add(text)
-            warnings.warn(f"{self.call}: {text}", UserWarning, stacklevel=2)
+            warn(f"{self.call}: {text}")
 
     def _refuse_unfit(self, plan: Plan, coupled: list[str], *, random: bool) -> None:
         averaging = [*coupled, *self._training(_InstanceNorm)]

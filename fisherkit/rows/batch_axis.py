@@ -7,8 +7,8 @@ A function that it does not know, or that may mix examples (indexing by content,
 proof and nothing else: `rows.ownership` then asks automatic differentiation.
 
 Only what is differentiated matters here: indices, masks and constants never carry a gradient from one example to
-another, so a tensor without one is free, whatever it was computed from. Whether such tensors may mix examples' values
-is noted beside it.
+another, so a tensor without one is free, whatever it was computed from. It is noted beside this where numbers of
+several examples come to what is differentiated by such tensors, or to Python, and where constants differ by place.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Mark(Enum):
 
     FREE = "free"
     """It depends on no layer output that belongs to an example."""
+    MIXED = "mixed"
+    """It has no gradient, and may have been computed from several examples' numbers."""
     UNKNOWN = "unknown"
     """It may mix examples."""
 
@@ -54,6 +56,8 @@ class Call(NamedTuple):
         output: a tensor that it returned.
         function: the function.
         first: whether the output is the first that it returned.
+        constants: operands with an entry for each example that do not depend on one, as rules find them, and the axis
+            of these entries.
     """
 
     batch: int
@@ -62,7 +66,8 @@ class Call(NamedTuple):
     operands: tuple[tuple[Tensor, Status], ...]
     output: Tensor
     function: Callable[..., Any]
-    first: bool = True
+    first: bool
+    constants: list[tuple[Tensor, int]]
 
     @property
     def tagged(self) -> list[tuple[Tensor, Axis]]:
@@ -89,6 +94,23 @@ class Call(NamedTuple):
         """Entries along a batch axis."""
         return axis.outer * self.batch * axis.inner
 
+    def meets(self, axis: Axis, place: int | None = None, operands: Sequence[Any] | None = None) -> None:
+        """Note the constants among operands that have entries along an axis; ``place`` counts from their last one."""
+        for tensor, status in self.operands:
+            if status is Mark.FREE and (operands is None or any(tensor is one for one in operands)):
+                dim = axis.dim if place is None else tensor.ndim + place
+                if 0 <= dim < tensor.ndim and tensor.shape[dim] == self.size(axis):
+                    self.constants.append((tensor, dim))
+
+    def differs(self, axis: Axis) -> bool:
+        """Whether one of these constants has other entries for one example than for another."""
+        for tensor, dim in self.constants:
+            if tensor.stride(dim) != 0 or axis.outer > 1:
+                entries = tensor.detach().unflatten(dim, (axis.outer, self.batch, axis.inner)).movedim(dim + 1, 0)
+                if not torch.equal(entries, entries[:1].expand_as(entries)):
+                    return True
+        return False
+
 
 Becomes = Callable[[Call], Axis | None]
 """What becomes of the batch axis: that of the output, None where this is not known."""
@@ -102,12 +124,18 @@ class Tracker:
 
     Attributes:
         lost: whether something differentiable was written to unseen.
-        mixed: whether numbers without a gradient may be of several examples, as their order or statistics, or drawn.
+        met: whether numbers without a gradient that may be of several examples, as their order or statistics, or drawn,
+            came to what is differentiated or to where nothing follows them.
+        read: what Python was told of several examples, in yes, no and whole numbers, as whether any is padded.
+        placed: whether something differentiable met a constant that differs from place to place in the batch.
+        numbers: of Python's that elementwise functions were given, which may depend on how many examples there are.
     """
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.lost = self.mixed = False
+        self.lost = self.met = self.placed = False
+        self.read: list[int] = []
+        self.numbers: list[float] = []
         self._known: dict[int, tuple[weakref.ref[Tensor], int, bool, Status]] = {}
 
     def mark(self, tensor: Tensor, status: Status) -> None:
@@ -115,7 +143,11 @@ class Tracker:
         self._known[id(tensor)] = weakref.ref(tensor), _version(tensor), tensor.grad_fn is not None, status
 
     def status(self, tensor: Tensor) -> Status:
-        """What is known of a tensor."""
+        """What is known of a tensor; one without a gradient and without an axis is free."""
+        found = self._status(tensor)
+        return Mark.FREE if found is Mark.MIXED else found
+
+    def _status(self, tensor: Tensor) -> Status:
         reference, version, had_graph, status = self._known.get(id(tensor), (None, 0, False, Mark.FREE))
         if reference is None or reference() is not tensor:
             # What no function was seen to make may mix whatever it likes, if a gradient goes through it.
@@ -132,7 +164,7 @@ class Tracker:
         """The same of a tensor that the function just seen has written to, before it did."""
         reference, version, _, status = self._known.get(id(tensor), (None, 0, False, Mark.FREE))
         seen = reference is not None and reference() is tensor and _version(tensor) - version in (0, 1)
-        return status if seen else self.status(tensor)
+        return status if seen else self._status(tensor)
 
     def proves(self, z: Tensor) -> bool:
         """Whether outputs ``[B, ...]`` keep examples apart, so that all batch axes on the way say whose entries are."""
@@ -145,19 +177,26 @@ class Tracker:
             if function is torch.Tensor.__setitem__ and self._filled(*args):
                 self.mark(args[0], Axis(0))
             else:
-                self.mixed = self.mixed or self._of_examples((args, kwargs))
+                self.met = self.met or self._of_examples((args, kwargs))
             return
         outputs = [output] if isinstance(output, Tensor) else tensors(output)
-        self.mixed = self.mixed or function in DRAWS or (function in READS and self._of_examples(args))
-        if not outputs:
+        self.met = self.met or function in DRAWS
+        if function in READS and self._of_examples(args):
+            if isinstance(output, int):
+                self.read.append(output)
+            else:
+                self.met = True
+        if BECOMES.get(function) is _elementwise:
+            self.numbers += [one for one in (*args, *kwargs.values()) if type(one) in (int, float)]
+        if not outputs or (function in CONSTANTS and not self._of_examples((args[1:], kwargs))):
             return
         ids = set(map(id, outputs))
         operands = tuple(
-            (tensor, self._before(tensor) if id(tensor) in ids else self.status(tensor))
+            (tensor, self._before(tensor) if id(tensor) in ids else self._status(tensor))
             for tensor in tensors(args, kwargs)
         )
         for made in outputs:
-            status = self._becomes(Call(self.batch, args, kwargs, operands, made, function, made is outputs[0]))
+            status = self._becomes(Call(self.batch, args, kwargs, operands, made, function, made is outputs[0], []))
             before = [known for tensor, known in operands if tensor is made]
             if before:
                 # Written in place: other views of the same memory do not learn of it.
@@ -168,8 +207,8 @@ class Tracker:
                 self.mark(made, status)
 
     def _of_examples(self, arguments: Any) -> bool:
-        """Whether a batch axis is among them."""
-        return any(isinstance(self.status(tensor), Axis) for tensor in tensors(arguments))
+        """Whether numbers of examples are among them."""
+        return any(self._status(t) is Mark.MIXED or isinstance(self._status(t), Axis) for t in tensors(arguments))
 
     def _filled(self, x: Tensor, index: Any, value: Any) -> bool:
         """Whether each example's entries are written to its own place of a constant, as labels moved by one are."""
@@ -184,17 +223,25 @@ class Tracker:
         statuses = [status for _, status in call.operands if status is not Mark.FREE]
         if not statuses:
             return Mark.FREE
+        mixed, differentiable = Mark.MIXED in statuses, call.output.requires_grad
+        if mixed:
+            free = tuple((t, Mark.FREE if status is Mark.MIXED else status) for t, status in call.operands)
+            call, statuses = call._replace(operands=free), [status for status in statuses if status is not Mark.MIXED]
+            self.met = self.met or differentiable
+            if not statuses:
+                return Mark.FREE if differentiable else Mark.MIXED
         rule = None if any(status is Mark.UNKNOWN for status in statuses) else BECOMES.get(call.function)
         try:
             found = None if rule is None else rule(call)
         except (TypeError, ValueError, IndexError, AttributeError):  # arguments in a form that the rule does not know
             found = None
         if found is not None:
+            self.met = self.met or mixed
+            if not (self.placed or (self.met and not differentiable)) and call.differs(found):
+                self.placed = self.placed or differentiable
+                self.met = True
             return found
-        if call.output.requires_grad:
-            return Mark.UNKNOWN
-        self.mixed = True
-        return Mark.FREE
+        return Mark.UNKNOWN if differentiable else Mark.MIXED
 
 
 def _version(tensor: Tensor) -> int:
@@ -230,6 +277,8 @@ def _elementwise(call: Call) -> Axis | None:
     place, outer, inner = places.pop()
     dim = call.output.ndim + place
     fits = dim >= 0 and call.output.shape[dim] == outer * call.batch * inner
+    if fits:
+        call.meets(Axis(dim, outer, inner), place)
     return Axis(dim, outer, inner) if fits else None
 
 
@@ -269,7 +318,10 @@ def _last(features: int) -> Becomes:
 def _addmm(call: Call) -> Axis | None:
     """Input + mat1 mat2, as Hugging Face's Conv1D."""
     found = call.only(1)
-    return found[1] if found is not None and found[1].dim == 0 else None
+    if found is None or found[1].dim != 0:
+        return None
+    call.meets(found[1], -2, call.args[:1])
+    return found[1]
 
 
 def _embedding(call: Call) -> Axis | None:
@@ -291,6 +343,17 @@ def _along(place: int, name: str, default: Any) -> Becomes:
         return axis if kept and call.output.shape[axis.dim] == call.size(axis) else None
 
     return becomes
+
+
+def _gathered(call: Call) -> Axis | None:
+    """Entries along another axis at places of each example's own, of what it has or of a constant."""
+    axes, dims = {axis for _, axis in call.tagged}, _dims(call.argument(1, "dim"), call.output.ndim)
+    axis = axes.pop() if len(axes) == 1 else None
+    if axis is None or dims is None or axis.dim in dims or any(t.ndim != call.output.ndim for t, _ in call.operands):
+        return None
+    kept = all(t.shape[axis.dim] == call.size(axis) for t, _ in call.operands)
+    call.meets(axis)
+    return axis if kept and call.output.shape[axis.dim] == call.size(axis) else None
 
 
 def _reduced(place: int) -> Becomes:
@@ -381,6 +444,7 @@ def _joined(call: Call) -> Axis | None:
     if len(axes) != 1 or dims is None:
         return None
     axis = axes.pop()
+    call.meets(axis)
     return None if axis.dim in dims else axis
 
 
@@ -391,6 +455,7 @@ def _stacked(call: Call) -> Axis | None:
     if len(axes) != 1 or dims is None:
         return None
     axis = axes.pop()
+    call.meets(axis)
     return axis._replace(dim=axis.dim + (dims[0] <= axis.dim))
 
 
@@ -414,13 +479,13 @@ def _indexed(call: Call) -> Axis | None:
     if not all(type(entry) in (int, slice) or isinstance(entry, Tensor) for entry in taken):
         return None
     indices = [entry for entry in taken if isinstance(entry, Tensor)]
-    if any(entry.dtype in (torch.bool, torch.uint8) for entry in indices) or len(indices) > 2:
+    if any(entry.dtype in (torch.bool, torch.uint8) for entry in indices):
         return None
     place = next((i for i, entry in enumerate(index) if entry is Ellipsis), None)
     if place is not None:
         index = (*index[:place], *[slice(None)] * (x.ndim - len(taken)), *index[place + 1 :])
-    if len(indices) == 2:
-        return _one_place_each(call, axis, index)
+    if len(indices) > 1:
+        return _own_places(call, axis, index)
     source = target = 0
     for entry in (*index, *[slice(None)] * x.ndim):
         if entry is None:
@@ -434,15 +499,21 @@ def _indexed(call: Call) -> Axis | None:
     return None
 
 
-def _one_place_each(call: Call, axis: Axis, index: tuple[Any, ...]) -> Axis | None:
-    """``x[arange(B), places]``: of each example the entry at a place of its own."""
-    first, second = index[0], index[1] if len(index) > 1 else None
-    if axis != Axis(0) or not isinstance(first, Tensor) or not isinstance(second, Tensor):
+def _own_places(call: Call, axis: Axis, index: tuple[Any, ...]) -> Axis | None:
+    """``x[arange(B), places]``: entries of each example at places of its own, with axes behind the batch's or none."""
+    count = next((i for i, entry in enumerate(index) if not isinstance(entry, Tensor)), len(index))
+    first, others = index[0], index[1:count]
+    if axis != Axis(0) or not others or not all(_all_of(entry) for entry in index[count:]):
         return None
-    if first.shape != (call.batch,) or second.shape != (call.batch,) or not all(_all_of(e) for e in index[2:]):
-        return None
+    shape = torch.broadcast_shapes(*(entry.shape for entry in index[:count]))
     own = torch.arange(call.batch, device=first.device, dtype=first.dtype)
-    return axis if torch.equal(first, own) else None
+    if first.shape != (call.batch, *[1] * (len(shape) - 1)) or not torch.equal(first.flatten(), own):
+        return None
+    tagged = [entry for entry in others if isinstance(call.status(entry), Axis)]
+    if any(call.status(entry) != axis or entry.ndim != len(shape) for entry in tagged):
+        return None
+    call.meets(axis, -len(shape), others)
+    return axis
 
 
 def _all_of(entry: Any) -> bool:
@@ -473,6 +544,8 @@ def _product(call: Call) -> Axis | None:
     place, outer, inner = places[0]
     dim = call.output.ndim + place
     fits = dim >= 0 and call.output.shape[dim] == outer * call.batch * inner
+    if fits and place < -2:
+        call.meets(Axis(dim, outer, inner), place)
     return Axis(dim, outer, inner) if fits else None
 
 
@@ -481,7 +554,10 @@ def _added_product(call: Call) -> Axis | None:
     addend, *pair = call.args[:3]
     if call.status(addend) is not Mark.FREE or len(pair) != 2:
         return None
-    return _product(Call(call.batch, tuple(pair), {}, call.operands, call.output, call.function))
+    found = _product(call._replace(args=tuple(pair), kwargs={}))
+    if found is not None:
+        call.meets(found, found.dim - call.output.ndim, [addend])
+    return found
 
 
 def _einsum(call: Call) -> Axis | None:
@@ -500,7 +576,12 @@ def _einsum(call: Call) -> Axis | None:
         return None
     letter, outer, inner = found.pop()
     once = right.count(letter) == 1 and all(term.count(letter) <= 1 for term in left.split(","))
-    return Axis(right.index(letter), outer, inner) if once else None
+    if not once:
+        return None
+    for term, tensor in zip(left.split(","), operands, strict=True):
+        if letter in term:
+            call.meets(Axis(term.index(letter), outer, inner), None, [tensor])
+    return Axis(right.index(letter), outer, inner)
 
 
 def _attention(call: Call) -> Axis | None:
@@ -509,7 +590,10 @@ def _attention(call: Call) -> Axis | None:
     if len(places) != 1:
         return None
     place, outer, inner = places.pop()
-    return Axis(call.output.ndim + place, outer, inner) if place <= -3 else None
+    if place > -3:
+        return None
+    call.meets(Axis(call.output.ndim + place, outer, inner), place)
+    return Axis(call.output.ndim + place, outer, inner)
 
 
 def _recurrent(call: Call) -> Axis | None:
@@ -522,6 +606,7 @@ def _recurrent(call: Call) -> Axis | None:
     states = [call.args[1]] if isinstance(call.args[1], Tensor) else call.args[1]
     if any(call.status(state) not in (Axis(1), Mark.FREE) for state in states):
         return None
+    call.meets(Axis(1), None, states)
     return axis if call.first else Axis(1)  # the outputs, and the last states
 
 
@@ -561,10 +646,11 @@ _MORE: tuple[tuple[str, Becomes], ...] = (
     ("addmm", _addmm),
     ("embedding one_hot", _embedding),
     ("glu sort argsort", _along(1, "dim", -1)),
-    ("softmax log_softmax softmin cumsum cumprod logcumsumexp narrow index_select gather", _along(1, "dim", None)),
+    ("softmax log_softmax softmin cumsum cumprod logcumsumexp narrow index_select", _along(1, "dim", None)),
     ("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split", _along(2, "dim", 0)),
     ("normalize", _along(2, "dim", 1)),
     ("topk", _along(2, "dim", -1)),
+    ("gather", _gathered),
     ("take_along_dim", _along(2, "dim", None)),
     ("roll", _along(2, "dims", None)),
     ("flip", _flipped),
@@ -611,6 +697,9 @@ READS = set(
     )
 )
 """Functions that hand numbers to Python, which may do with them what it likes."""
+
+CONSTANTS = set(_functions("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty"))
+"""Functions that make constants in the shape of something."""
 
 DRAWS = set(
     _functions(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,10 +17,11 @@ import torch
 from torch import nn
 
 from fisherkit.data import SHARED, Batch, Source, model_device
-from fisherkit.errors import DataError, FisherkitError, ModelError
+from fisherkit.errors import DataError, FisherkitError, ModelError, listed
 from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
 from fisherkit.processes import Processes
 from fisherkit.randomness import untouched_rng
+from fisherkit.rows.differentiable import kept_whole
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
@@ -114,9 +116,41 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _works(model: nn.Module, batch: Batch) -> bool:
-    with torch.no_grad(), untouched_rng([next(model.parameters()).device]), contextlib.suppress(Exception):
+    places = untouched_rng([next(model.parameters()).device]), kept_whole(model)
+    with torch.no_grad(), places[0], places[1], contextlib.suppress(Exception):
         return batch.call(model).shape[:1] == (batch.size,)
     return False
+
+
+def _refuse_state(error: Exception, model: nn.Module, first: Batch, *, fails: bool) -> None:
+    """Raise what a failure of tensors that a model keeps from one batch for the next means.
+
+    Raises:
+        ModelError: it keeps some, by the sizes that the error names, or fails in one pass after another alone.
+    """
+    if not isinstance(error, RuntimeError) or "inplace operation" in str(error):
+        return
+    sizes = set(map(int, re.findall(r"\d+", re.sub(r"dimension \d+", "", str(error)))))
+    sizes = sizes if sizes & {1, 2, 8, first.size} else set()
+    own = {id(p) for p in model.parameters()}
+    tensors = {
+        f"{name}.{key}".strip("."): value
+        for name, module in model.named_modules()
+        for key, value in (*module._buffers.items(), *vars(module).items())
+        if isinstance(value, torch.Tensor) and id(value) not in own
+    }
+    named = [f"{n} of shape {list(t.shape)}" for n, t in tensors.items() if sizes.intersection(t.shape[:2]) - {1}]
+    if fails and not named:
+        return
+    if not fails and not _works(model, first):
+        return
+    raise ModelError(
+        call="the model's forward pass",
+        got=f"a model that keeps {listed(named, 3) if named else 'something of the shape of a batch'} for the next",
+        expected="one that begins anew with every batch, whatever its size",
+        why=f"examples are also looked at by themselves and in twos: {str(error).splitlines()[0]}",
+        try_="a state that forward makes for its batch, as x.new_zeros(len(x), ...), or of one row for all examples",
+    ) from error
 
 
 def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batch, *, single: bool) -> None:
@@ -136,6 +170,7 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
         return
     device, dtype = model_device(model, space.names)
     fails = not _works(model, first.take(slice(0, 2)).to(device))  # else it is the gradient that does
+    _refuse_state(error, model, first.to(device), fails=fails)
     if fails and first.size > 2 and _works(model, first.to(device)):
         raise DataError(
             call=first.place,

@@ -52,14 +52,17 @@ class Probe:
         watched: their forward pass, with its graph; dropped when rows of the data are made. None of a plan that is
             known from before and has yet to be confirmed, by the first pass over the data.
         alone: whether the model takes one example at a time.
+        alike: whether their outputs have been compared with those in other company.
 
     Attributes:
         hooked: as of the forward pass.
         assumed: whether nothing has confirmed the plan yet.
     """
 
-    def __init__(self, batch: Batch, watched: Watched | None, alone: bool = False) -> None:
-        self._first, self.watched, self._alone = batch, watched, alone
+    def __init__(
+        self, batch: Batch, watched: Watched | None, alone: bool = False, *, alike: bool = False
+    ) -> None:  # fmt: skip
+        self._first, self.watched, self._alone, self.alike = batch, watched, alone, alike
         self._z = None if watched is None else watched.z.detach()
         self.hooked, self.assumed = watched is not None and watched.hooked, watched is None
 
@@ -94,8 +97,9 @@ class Findings:
         draws: whether a pass draws random numbers, of which no output was seen to depend.
         tried: a cache, which all that have these findings share, of what is found out when it is first needed:
             "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
-            whether products need no rows; "last layer"; by link, whether outputs are known to be no probabilities; and
-            by kind and likelihood, how many vectors an example has.
+            whether products need no rows; "last layer"; "not shown", that a graph does not tell whether a plan holds;
+            which batches were compared with others; by link, whether outputs are known to be no probabilities; and by
+            kind and likelihood, how many vectors an example has.
     """
 
     units: tuple[Unit, ...] = ()
@@ -298,8 +302,8 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         layers = sum({use.edge[:2]: torch.Size(use.output_shape).numel() for use in watched.uses}.values())
         generic = _numbers_without_rule(units)
         plan = replace(
-            plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched),
-            custom=custom_functions(watched.z),
+            plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
+            custom=custom_functions(watched.z), tried={("numbers", watched.numbers): 1},
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
         if plan.generic:
@@ -450,15 +454,14 @@ def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
 def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> int:
     """Refuse outputs that change with company, its size or order; how many numbers a graph keeps for one example.
 
-    Some of the batch, the two among them, go forwards and backwards, and each of the two beside itself.
+    Some of the batch, the two among them, go forwards and backwards, one of the two beside itself and the other alone.
 
     Raises:
         ModelError: they do.
     """
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)
-    pairs = [(n, n) for n in (0, min(1, batch.size - 1))] if len(z) > 1 else [(0,)]  # one alone: once more
-    same, *others = [batch.take(torch.tensor(pair, device=z.device)) for pair in pairs]
+    same = batch.take(torch.zeros(len(z), dtype=torch.long, device=z.device))
     # With gradients on, as hooks of the model's own on the graph need it.
     whole, backwards = some.call(model).detach(), some.take(order).call(model).detach()
     backwards = backwards.flip(0)
@@ -467,23 +470,51 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
     require_alike(whole[two_of(batch, len(z) == 1)], z.detach(), tolerance * z.norm())
     del whole
     first, kept = kept_numbers(model, same)
-    twice = [first.detach(), *(other.call(model).detach() for other in others)]
+    twice = [first.detach(), *([alone(model, batch, min(1, batch.size - 1))] if len(z) > 1 else [])]
     for n, one in enumerate(twice):
-        require_alike(one, z.detach()[[n] * len(z)], tolerance * z.norm())
+        require_alike(one, z.detach()[[n] * len(one)], tolerance * z.norm())
     return kept
 
 
-def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
-    """Refuse outputs of the same examples that differ from pass to pass."""
+def alone(model: nn.Module, batch: Batch, n: int) -> Tensor:
+    """Outputs of an example by itself; twice beside itself, of a model that takes no batch of one."""
+    with contextlib.suppress(Exception):  # models raise what they like
+        z = batch.take(slice(n, n + 1)).call(model).detach()
+        if len(z) == 1:
+            return z
+    return batch.take(torch.tensor([n, n])).call(model).detach()
+
+
+def require_alike(found: Tensor, expected: Tensor, allowed: Tensor, place: str = "") -> None:
+    """Refuse outputs of the same examples that differ from pass to pass, in the batch at ``place``."""
     if found.shape == expected.shape and bool(_distance(found, expected) <= allowed):
         return
-    raise ModelError(
-        call="the Fisher of this model",
-        got="an output for an example that changes with the rest of its batch",
-        expected="examples that do not influence each other, and a deterministic forward pass",
+    error = influenced(place)
+    if found.shape[1:] != expected.shape[1:]:
+        error = ModelError(
+            call=place or "the Fisher of this model",
+            got=f"outputs of shape {list(found.shape)} and of {list(expected.shape)} for the same examples, which "
+            "changes with the rest of their batch",
+            expected="outputs of an example that are of one shape in any company",
+            why="rows are made of examples by themselves and together",
+            try_="positions up to the length of the inputs, not of the batch's longest example: "
+            "pad_packed_sequence(..., total_length=x.shape[1]); labels of ignore_index where there is padding",
+        )
+    raise error
+
+
+def influenced(place: str = "", what: str = "outputs") -> ModelError:
+    """The error of examples whose outputs, or gradients, are other ones in other company."""
+    here = f"{what} that change with the rest of the batch"
+    return ModelError(
+        call=place or "the Fisher of this model",
+        got=here if place else "an output for an example that changes with the rest of its batch",
+        expected="examples that do not influence each other, whatever their places in a batch and however many there "
+        "are, and a deterministic forward pass",
         why="per-example gradients do not exist otherwise",
-        try_="model.eval(); remove batch statistics, contrastive terms, noise or a capacity that experts share from "
-        'forward; nodes of a graph are positions of one example: inputs (1, nodes, ...), example="token"',
+        try_="model.eval(); remove batch statistics, contrastive terms, noise, a capacity that experts share, and what "
+        "depends on an example's place or on len(x), from forward; nodes of a graph are positions of one example: "
+        'inputs (1, nodes, ...), example="token"',
     )
 
 
@@ -623,7 +654,9 @@ def _vectorised_agrees(
     if recurrent(plan.model) or not plan.live_generic:
         return False
     # torch.func refuses some kernels, data-dependent Python and hooks on the graph; the loop over examples does not.
+    # Some kernels are right for one vector, and wrong for several at once: those of cdist's gradient.
     with contextlib.suppress(Exception):
-        rows = plan.generic_rows(probe, v, z)[0]
-        return reference.agrees(names, rows.shape[1], rows.__getitem__)
+        first, second = plan.generic_rows(probe, torch.cat([v, -0.5 * v]), z)
+        second = -2 * second
+        return all(reference.agrees(names, rows.shape[1], rows.__getitem__) for rows in (first, second))
     return False

@@ -6,12 +6,13 @@ else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fisherkit.arithmetic import at_least_single
 from fisherkit.data import Batch, Source, check_finite
-from fisherkit.errors import DataError, ModelError, ProcessError
+from fisherkit.errors import DataError, ModelError, ProcessError, listed
 from fisherkit.likelihood import Likelihood
 from fisherkit.model_state import parameters_hash
 from fisherkit.outputs import OutputRule, Outputs
@@ -30,15 +31,17 @@ from fisherkit.progress import bar, beside
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.first_batch import plan_of
+from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.last_layer import Head, head_width, is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
-from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
+from fisherkit.rows.plan import Plan, alone, forward, influenced, require_alike, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import RuledUnit
-from fisherkit.rows.verified import fingerprint, forget, is_shown
+from fisherkit.rows.verified import changed_attributes, fingerprint, forget, is_shown
 from fisherkit.rows.watched import Watched
 
 LONG = 600.0
@@ -127,6 +130,8 @@ class Problem:
         fold: positions of an example that do, found by `measure`.
         head: inputs of a last layer that vectors are led through once and for all (`rows.last_layer`); 0 for none.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
+        settled: what `fingerprint` says of the model before such passes; None during the build.
+        compared: which batches have been compared with themselves in parts.
     """
 
     plan: Plan
@@ -151,6 +156,8 @@ class Problem:
     folds: bool = False
     fold: int = 1
     head: int = 0
+    settled: Hashable = None
+    compared: dict[Hashable, bool] = field(default_factory=dict)
 
     @functools.cached_property
     def examples(self) -> int:
@@ -177,10 +184,8 @@ class Problem:
 
     def chunks(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """One pass over the data; not ``compared`` with other passes where its results stand alone."""
-        largest = 0
         for batch, start, call in self._micro_batches(description, compared=compared, shows=True):
-            yield from self._micro(batch, start, call, in_company=batch.size > largest)
-            largest = max(largest, batch.size)
+            yield from self._micro(batch, start, call, in_company=True)
 
     def batches(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """The same with a micro-batch's chunks joined, rows ordered by example, position and vector."""
@@ -193,25 +198,26 @@ class Problem:
         if pending:
             yield joined(pending)
 
-    def metrics(self, description: str) -> Iterator[tuple[Batch, Metric, Callable[[Watched], Tally]]]:
+    def metrics(
+        self, description: str, *, matrix_free: bool = True
+    ) -> Iterator[tuple[Batch, Metric, Callable[[Watched], Tally]]]:
         """One pass over the data: each micro-batch, the product of its output metric, and what counts its rows."""
-        largest = 0
         for batch, start, call in self._micro_batches(description):
-            count = functools.partial(self._tally, batch, start, call, in_company=batch.size > largest)
+            count = functools.partial(self._tally, batch, start, call, matrix_free)
             yield batch, functools.partial(self._metric, batch, start, call), count
-            largest = max(largest, batch.size)
 
-    def counts(self, description: str) -> Iterator[Tally]:
+    def counts(self, description: str, *, matrix_free: bool) -> Iterator[Tally]:
         """Examples, rows and dropped traces of each micro-batch, by forward passes alone."""
-        for batch, _, count in self.metrics(description):
+        for batch, _, count in self.metrics(description, matrix_free=matrix_free):
             with self.plan.quiet():
                 watched = forward(self.plan, batch)
             yield count(watched)
 
-    def _tally(self, batch: Batch, start: int, call: str, watched: Watched, *, in_company: bool) -> Tally:
+    def _tally(self, batch: Batch, start: int, call: str, matrix_free: bool, watched: Watched) -> Tally:
         slots = self._slots(batch, watched.z, start, call)
-        if in_company:
-            self._refuse_influence(batch, watched)
+        self._refuse_influence(batch, start, watched, call)
+        if matrix_free and not self._has_own_gradients(batch, watched):
+            raise influenced(call, "gradients")
         keep = slots.keep(slice(0, slots.number))
         rows = batch.size * slots.number if keep is None else int(keep.sum())
         return Tally(slots.counted, rows, () if slots.dropped is None else (slots.dropped,))
@@ -480,6 +486,8 @@ class Problem:
             got = f"parameters that have changed since the Fisher was built: {changed[:4]}"
         elif self.weights is not None and parameters_hash(self.plan.model) != self.weights:
             got = "parameters or buffers that have changed since the Fisher was built"
+        elif attributes := self._changed_attributes():
+            got = f"attributes that have changed since the Fisher was built: {listed(map(repr, attributes), 4)}"
         else:
             refuse_train_mode(self.plan.model)
             if not self._says_otherwise():
@@ -492,6 +500,20 @@ class Problem:
             why="rows that are not kept are made from the live model",
             try_='build the Fisher anew, or with storage="rows", which keeps them from the start',
         )
+
+    def _changed_attributes(self) -> list[str]:
+        """Plain attributes that are not what they were, but for those that the model's own passes change."""
+        now = None if self.settled is None else fingerprint(self.plan.model)
+        changed = set() if now is None else changed_attributes(self.settled, now)
+        if changed:
+            two = self.plan.probe.batch
+            with self.plan.quiet():
+                for some in (two.take(slice(0, 1)), two):
+                    with contextlib.suppress(Exception):  # a model may not take one
+                        some.call(self.plan.model)
+                    now, before = fingerprint(self.plan.model), now
+                    changed -= changed_attributes(before, now)
+        return sorted(changed)
 
     def _says_otherwise(self) -> bool:
         """Whether a model that is not what was verified, by its hooks or attributes, has other outputs than then."""
@@ -525,29 +547,97 @@ class Problem:
                 self.confirm()
             raise
         if assumed and not (is_shown(plan, watched) and (plan.draws or not draws.happened)):
+            plan.tried["not shown"] = 1
             self.confirm()
         plan.probe.assumed = False
         return Linearized(plan, batch, watched)
 
-    def _refuse_influence(self, batch: Batch, seen: Watched | OneByOne) -> None:
+    def _refuse_influence(self, batch: Batch, start: int, seen: Watched, call: str) -> None:
         """Refuse a batch in which examples have other outputs than in other company.
 
-        Where functions on the way may have mixed examples, all are compared with themselves in halves of the batch.
+        Where functions on the way may have mixed examples, all are compared with themselves in halves of the batch;
+        elsewhere two with themselves in a batch of their own, since what is done to all may depend on how many they
+        are.
 
         Raises:
             ModelError: they do.
 
-        Cost: none where the forward pass keeps examples apart, else one more.
+        Cost: two forward passes of an example for each size of batches that a model has not met; one of the batch for
+        each answer to what the model asks of a whole batch that is new, as whether any example is padded, and of
+        each size in a build where functions do not keep examples apart. One of every batch where its numbers may decide
+        what becomes of its examples, as in experts with a capacity.
         """
-        if isinstance(seen, OneByOne) or seen.apart or batch.size == 1:
+        if batch.size == 1:
             return
-        plan, z = self.plan, seen.z.detach()
-        order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(0)).to(z.device)
-        for piece in order.chunk(2) if batch.size > 2 else [torch.zeros_like(order)]:
+        tried, told, size = self.plan.tried, ("told", seen.read), ("company", batch.size, seen.numbers)
+        if seen.by_content or not seen.proven:
+            key = start if seen.by_content else 0, batch.size
+            if key not in self.compared:
+                self._compare_halves(batch, seen, call)
+                self.compared[key] = True
+        elif seen.read and told not in tried:
+            self._compare_halves(batch, seen, call)
+            tried[told] = tried[size] = 1
+        elif size not in tried:
+            self._compare_two(batch, seen, call)
+            tried[size] = 1
+
+    def _compare_halves(self, batch: Batch, seen: Watched, call: str) -> None:
+        z = seen.z.detach()
+        for piece in _pieces(batch.size, z.device):
             with self.plan.quiet():
                 torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
-                again = batch.take(piece).call(plan.model).detach()
-            require_alike(again, z[piece], tolerance(z.dtype, plan.coarsest) * z.norm())
+                again = batch.take(piece).call(self.plan.model).detach()
+            require_alike(again, z[piece], tolerance(z.dtype, self.plan.coarsest) * z.norm(), call)
+
+    def _compare_two(self, batch: Batch, seen: Watched, call: str) -> None:
+        plan, z, probe = self.plan, seen.z.detach(), self.plan.probe
+        two = batch.take(two_of(batch))
+        pairs = zip(two.inputs, probe.batch.inputs, strict=False)
+        allowed = tolerance(z.dtype, plan.coarsest) * z[:2].norm().maximum(z.norm() * (2 / batch.size) ** 0.5)
+        if probe.alike and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            require_alike(probe.z, z[:2], allowed, call)
+            return
+        with plan.quiet():
+            for n in range(2):
+                again = alone(plan.model, two, n)
+                require_alike(again, z[[n] * len(again)], allowed, call)
+
+    def _has_own_gradients(self, batch: Batch, seen: Watched) -> bool:
+        """Whether gradients in a batch are its examples' own, where hooks or functions of users may make others.
+
+        So may numbers that the model's two first examples did not bring, as those that depend on the batch's size.
+
+        Cost: none where there are none, else a forward and two backward passes of a batch of each size.
+        """
+        tried, numbers, key = self.plan.tried, ("numbers", seen.numbers), ("gradients", batch.size)
+        if batch.size == 1 or not (seen.own_gradients or numbers not in tried):
+            return True
+        if key not in self.compared:
+            plan, z, own = self.plan, seen.z, list(self.plan.parameters.values())
+            v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+            with plan.quiet():
+                whole = _flat(own, pulled_back(z, own, v))
+                sums = torch.zeros_like(whole)
+                for piece in _pieces(batch.size, z.device, few=1):
+                    sums += _flat(own, pulled_back(batch.take(piece).call(plan.model), own, v[piece]))
+            allowed = tolerance(plan.example_parameter.dtype, plan.coarsest) * sums.norm()
+            self.compared[key] = bool((whole - sums).norm() <= allowed)
+        if self.compared[key]:
+            tried[numbers] = 1
+        return self.compared[key]
+
+    def _judge(self, batch: Batch, start: int, linearized: Linearized, call: str) -> None:
+        """Refuse examples that influence each other; where only gradients do, rows go the slow exact way."""
+        self._refuse_influence(batch, start, linearized.watched, call)
+        if not self._has_own_gradients(batch, linearized.watched):
+            linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
+
+    def _without_rows(self, linearized: Linearized | OneByOne, outputs: Outputs) -> Rows | None:
+        """What sums need of the last layer alone, if they need no rows."""
+        if self.rowless and isinstance(linearized, Linearized) and not linearized.unruled:
+            return last_layer_rows(linearized, outputs)
+        return None
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
         assumed = self.plan.probe.assumed
@@ -559,9 +649,9 @@ class Problem:
         elif self.by_owner is not None and not linearized.followed:
             raise BetterPlanError(self.plan, True, batch)
         outputs, counts = self._counted(batch, linearized.z, start, call)
-        if in_company:
-            self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
-        last = last_layer_rows(linearized, outputs) if self.rowless and isinstance(linearized, Linearized) else None
+        if in_company and isinstance(linearized, Linearized):
+            self._judge(batch, start, linearized, call)
+        last = self._without_rows(linearized, outputs)
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs, batch, counts)
             return
@@ -621,6 +711,17 @@ class Problem:
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         outputs, counts = self._counted(batch, raw, start, call)
         return Slots.of(outputs, self.kind, self.token, counts)
+
+
+def _pieces(size: int, device: torch.device, *, few: int = 2) -> Sequence[Tensor]:
+    """Halves of a batch in another order; of so ``few`` examples the first one, as often as there are."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device)
+    return order.chunk(2) if size > few else [torch.zeros_like(order)]
+
+
+def _flat(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> Tensor:
+    """Gradients as one vector."""
+    return torch.cat([dense_gradient(p, g).flatten() for p, g in zip(parameters, found, strict=True)])
 
 
 def now(device: torch.device) -> float:

@@ -125,9 +125,9 @@ class Recorder(TorchFunctionMode):
         return RemovableHandle.next_id != self._hooks
 
     @property
-    def mixed(self) -> bool:
-        """Whether numbers without a gradient may have been computed from several examples."""
-        return self._tracker.mixed
+    def tracker(self) -> Tracker:
+        """What followed the batch axis."""
+        return self._tracker
 
     def proves(self, z: Tensor) -> bool:
         """Whether the pass itself shows whose the entries of uses with an axis are."""

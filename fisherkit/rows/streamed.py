@@ -54,7 +54,7 @@ class StreamedRows(RowSource):
     def tally(self) -> Tally:
         """N, R and what the kind left out; counted by forward passes, unless a product has."""
         if self.counted is None:
-            self.counted = Tally.of(self.problem.counts("count"))
+            self.counted = Tally.of(self.problem.counts("count", matrix_free=self.matrix_free))
         return self.counted
 
     def some(self) -> Tally:
@@ -164,7 +164,7 @@ def thinned(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
     Cost: streamed, reading the data once, and the rows of the examples that are taken.
     """
     if isinstance(rows, StreamedRows):
-        problem = replace(rows.problem, source=ThinnedSource(rows.problem.source, stride), progress=False)
+        problem = replace(rows.problem, source=ThinnedSource(rows.problem.source, stride), progress=False, compared={})
         return Rows.cat([chunk.rows for chunk in problem.batches("sample")])
     return rows.reordered(torch.arange(first, rows.count, stride, device=rows.device)).compact()
 

@@ -10,9 +10,15 @@ backward pass must bring weight gradients that are the sum of rows. Only finding
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
+import itertools
+from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,15 +64,18 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: b
     if key in known and known[key].alone and batch.size > 1:
         del known[key]  # of one example nothing was learnt about two
     if key in known:
-        if assume and _is_simple(known[key]):
-            return Plan.of(model, space, known[key], key, Probe(batch, None, known[key].alone))
-        plan = _confirmed(Plan.of(model, space, known[key], key), batch)
+        old = Plan.of(model, space, known[key], key)
+        if assume and _is_simple(old) and "not shown" not in old.tried:
+            return replace(old, probed=Probe(batch, None, old.alone))
+        plan = _confirmed(old, batch)
         if plan is not None:
             return plan
         del known[key]
     plan = replace(_made(model, space, batch), key=key)
-    if plan.probe.watched is not None:
-        plan = replace(plan, calls=_calls(plan.probe.watched.uses))
+    if (seen := plan.probe.watched) is not None:
+        plan = replace(plan, calls=_calls(seen.uses))
+        if not is_shown(plan, seen):
+            plan.tried["not shown"] = 1  # a pass over the data would be made in vain
     remember(plan)
     return plan
 
@@ -186,31 +195,72 @@ def fingerprint(model: nn.Module) -> Hashable:
     """What can be compared of a model, and the layer rules that there are."""
     own = model.named_parameters()
     parameters = tuple((name, id(p), tuple(p.shape), tuple(p._backward_hooks or ())) for name, p in own)
-    modules = tuple((name, *_described(module)) for name, module in model.named_modules())
+    seen: set[int] = set()
+    modules = tuple((name, *_described(module, seen)) for name, module in model.named_modules())
     rules = tuple((id(function), id(rule)) for function, rule in RULES.items())  # users add their own
     return parameters, modules, rules
 
 
-def _described(module: nn.Module) -> Iterator[Hashable]:
+def _described(module: nn.Module, seen: set[int]) -> Iterator[Any]:
     """A module's class, mode, hooks, plain attributes, and functions put in the place of its own."""
     yield id(type(module))
     for name, value in module.__dict__.items():
-        kind = type(value)
-        if kind in _PLAIN:
+        if type(value) in _PLAIN:
             yield name, value
-        elif name.endswith("_hooks"):
-            if value:
-                yield name, tuple(value)
-        elif isinstance(value, (tuple, list)):
-            if all(isinstance(v, _PLAIN) for v in value):
-                yield name, tuple(value)
+        elif name in _OWN:
+            if value and name.endswith("_hooks"):
+                yield name, "hooks", tuple(value)
+        elif (found := _plain(value, seen)) is not None:
+            yield name, found
         elif callable(value):
-            yield name, id(value)
-        elif isinstance(value, _PLAIN):
-            yield name, value
+            yield name, "function", id(value)
+
+
+def _plain(value: Any, seen: set[int], depth: int = 5) -> Hashable:
+    """Numbers, strings and the like in an attribute, or in containers and settings there; None of anything else.
+
+    What modules share, as a configuration, is described where it is ``seen`` first.
+    """
+    kind = type(value)
+    if kind in _PLAIN or isinstance(value, _SIMPLE):
+        return (value,)
+    record = dataclasses.is_dataclass(kind) or kind in _RECORDS or hasattr(kind, "to_dict")
+    if not record and not isinstance(value, _CONTAINERS):
+        return None
+    if not depth or id(value) in seen:
+        return ()
+    seen.add(id(value))
+    entries: Any = getattr(value, "__dict__", {}) if record else value
+    if isinstance(entries, Mapping):
+        pairs = ((k, _plain(v, seen, depth - 1)) for k, v in itertools.islice(entries.items(), LONGEST))
+        return tuple((k, found) for k, found in pairs if found is not None and isinstance(k, _SIMPLE))
+    if isinstance(entries, (set, frozenset)):
+        return frozenset(v for v in itertools.islice(entries, LONGEST) if isinstance(v, _SIMPLE))
+    found = (_plain(v, seen, depth - 1) for v in itertools.islice(entries, LONGEST))
+    return tuple(one for one in found if one is not None)
 
 
 _PLAIN = (bool, int, float, str, type(None))
+_SIMPLE = (*_PLAIN, complex, Enum, torch.dtype, torch.device)
+_CONTAINERS = (dict, Mapping, list, tuple, deque, set, frozenset)
+_RECORDS = (SimpleNamespace, argparse.Namespace)
+_OWN = frozenset(vars(nn.Module()))
+"""What `torch.nn.Module` keeps."""
+LONGEST = 256
+"""Entries of a container that are looked at."""
+
+
+def changed_attributes(before: Hashable, now: Hashable) -> set[str]:
+    """Names of the plain attributes that two fingerprints of a model both have and say different things of."""
+    old, new = _attributes(before), _attributes(now)
+    differing = (key for key, value in old.items() if key in new and (new[key],) != (value,))  # which NaN equals
+    return {".".join(filter(None, key)) for key in differing}
+
+
+def _attributes(described: Any) -> dict[tuple[str, str], Hashable]:
+    """Of a fingerprint, plain attributes by module and name; modes and hooks are another matter."""
+    found = ((module, one) for module, _, *entries in described[1] for one in entries)
+    return {(module, one[0]): one[1] for module, one in found if len(one) == 2 and one[0] != "training"}
 
 
 def _form(tree: Any, *, sizes: bool = True) -> Iterator[Hashable]:

@@ -45,7 +45,10 @@ class Watched:
         exchanging: whether hooks may hand gradients to other examples; not if the probe's were seen not to.
         packed: as of a `Recorder`.
         positions: how many positions of the inputs the outputs keep apart; 0 if that is not shown, or not looked at.
-        mixed: whether numbers without a gradient may have been computed from several examples.
+        met: as of a `Tracker`.
+        read: likewise.
+        numbers: likewise, as one.
+        placed: likewise.
     """
 
     batch: int
@@ -59,7 +62,10 @@ class Watched:
     casts: bool = False
     hooked: bool = False
     exchanging: bool = False
-    mixed: bool = False
+    met: bool = False
+    read: tuple[int, ...] = ()
+    numbers: int = 0
+    placed: bool = False
     packed: bool = False
     positions: int = 0
 
@@ -86,10 +92,12 @@ class Watched:
         """What a recorder saw until the outputs."""
         proven = recorder.proves(z)
         outside_rules = frozenset(recorder.outside_rules)
+        seen = recorder.tracker
         return cls(
             recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
-            casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, mixed=recorder.mixed,
-            packed=recorder.packed, positions=recorder.positions(z),
+            casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, packed=recorder.packed,
+            positions=recorder.positions(z), met=seen.met, read=tuple(seen.read), numbers=hash(tuple(seen.numbers)),
+            placed=seen.placed,
         )  # fmt: skip
 
     @property
@@ -118,9 +126,18 @@ class Watched:
         return custom_functions(self.z)
 
     @property
-    def apart(self) -> bool:
-        """Whether functions keep examples apart, so that none has another output in other company."""
-        return self.proven and not self.mixed
+    def by_content(self) -> bool:
+        """Whether it may be the numbers of a batch that decide how its examples meet, in one batch and not in another.
+
+        Where gradients alone lead from one to another, owners tell; and what Python does when it is told something
+        (``read``), it does for all batches of which it is told the same.
+        """
+        return self.met or bool(self.custom)
+
+    @property
+    def own_gradients(self) -> bool:
+        """Whether gradients may depend on places and company where outputs do not: by hooks and functions of users."""
+        return self.placed or self.hooked or bool(self.custom)
 
     def by_position(self) -> Watched | None:
         """The same with every position an example of its own; None where entries do not lie by example and position."""

@@ -9,7 +9,6 @@ the iteration ends at the leading pair, which is. F itself is never formed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.errors import NotConvergedWarning
+from fisherkit.errors import NotConvergedWarning, warn
 from fisherkit.operators import FisherOperator
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.rows.base import spans
@@ -119,9 +118,9 @@ class HalfStep(UnitSums):
         """What has been found; with a warning if it has not converged."""
         if not self.converged:
             change = float("nan") if self.before is None else float((self.unit - self.before).norm())
-            warnings.warn(
+            warn(
                 f'structure="nkp": after {MOST} passes a layer\'s factor of norm 1 still changes by {change:.2g}; '
-                "the product is near the nearest one, and not it.", NotConvergedWarning, stacklevel=2,
+                "the product is near the nearest one, and not it.", NotConvergedWarning
             )  # fmt: skip
         a, g = (self.fixed, self.total) if self.passes % 2 else (self.total, self.fixed)
         return NearestProduct(_moment(a), _moment(g), 1.0, self.layout.transposed)

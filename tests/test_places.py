@@ -1,0 +1,158 @@
+"""Models whose outputs or gradients depend on an example's place in its batch, or on how many examples there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fisherkit as fk
+from tests.test_later_uses import Model, check
+
+X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+PLACES = torch.randn(64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+FEW = 8
+"""Examples that a first look at a model has at most."""
+
+
+def own(x: Tensor) -> Tensor:
+    return PLACES[: len(x)]
+
+
+# What is done to the outputs h of a layer, or to its inputs.
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "added": lambda h: h + own(h)[:, None],
+    "counted": lambda h: h * torch.arange(len(h), dtype=h.dtype)[:, None],
+    "where": lambda h: torch.where(torch.arange(len(h))[:, None] == 4, 0.0, h),
+    "filled": lambda h: h.masked_fill(torch.arange(len(h))[:, None] % 5 == 4, 0.0),
+    "written": lambda h: _written(h),
+    "dropped": lambda h: torch.stack([row * (0.0 if n == 4 else 1.0) for n, row in enumerate(h.unbind(0))]),
+    "joined": lambda h: torch.cat([h[:, :2], own(h)[:, None]], 1),
+    "stacked": lambda h: torch.stack([h, own(h)[:, None].expand_as(h)], 1).sum(1),
+    "matrices": lambda h: torch.bmm(h[:, None], own(h)[:, None, None] * torch.eye(3, dtype=h.dtype))[:, 0],
+    "matmul": lambda h: (h[:, None] @ (own(h)[:, None, None] * torch.eye(3, dtype=h.dtype)))[:, 0],
+    "einsum": lambda h: torch.einsum("bi,b->bi", h, own(h)),
+    "baddbmm": lambda h: torch.baddbmm(own(h)[:, None, None], h[:, None], h.new_ones(3, 3).expand(len(h), 3, 3))[:, 0],
+    "lerp": lambda h: torch.lerp(h, torch.zeros_like(h), own(h)[:, None].sigmoid()),
+    "gathered": lambda h: h.gather(1, (torch.arange(len(h))[:, None] + torch.arange(3)) % 3),
+    "taken": lambda h: h[torch.arange(len(h)), torch.arange(len(h)) % 3][:, None] * torch.ones(3, dtype=h.dtype),
+    "in place": lambda h: (h + 0).mul_(own(h)[:, None]),
+    "size": lambda h: h / len(h),
+    "parity": lambda h: h * (1 + len(h) % 2),
+    "attention": lambda h: F.scaled_dot_product_attention(
+        h[:, :, None], h[:, :, None], h[:, :, None],
+        attn_mask=own(h)[:, None, None] * torch.arange(3, dtype=h.dtype).expand(3, 3))[:, :, 0],
+}  # fmt: skip
+
+
+def _written(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[4:5] = 0.0
+    return h
+
+
+class Halved(torch.autograd.Function):
+    """A gradient divided by the number of examples."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return g[0] / len(g[0])
+
+
+class Placed(Halved):
+    """A gradient times the number of its place."""
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return g[0] * own(g[0])[:, None]
+
+
+def _hooked(h: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    h = h + 0
+    h.register_hook(change)
+    return h
+
+
+GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "function by size": Halved.apply,
+    "function by place": Placed.apply,
+    "hook by size": lambda h: _hooked(h, lambda g: g / len(g)),
+    "hook by place": lambda h: _hooked(h, lambda g: g * own(g)[:, None]),
+    "straight through by size": lambda h: h / len(h) + h.detach() * (1 - 1 / len(h)),
+    "straight through by place": lambda h: h.detach() + (h - h.detach()) * own(h)[:, None],
+}
+
+
+class Switch:
+    """What no comparison of models sees."""
+
+    __slots__ = ("on",)
+
+    def __init__(self, on: Callable[[Tensor], bool]) -> None:
+        self.on = on
+
+
+def layers(x: Tensor, w: Tensor, b: Tensor, u: Tensor, *, change: Callable[[Tensor], Tensor], switch: Switch) -> Tensor:
+    h = F.linear(x, w, b)
+    h = change(h) if switch.on(x) else h
+    return F.linear(h.tanh(), u)
+
+
+def model(change: Callable[[Tensor], Tensor], on: Callable[[Tensor], bool]) -> Model:
+    return Model(layers, (3, 3), (3,), (2, 3), change=change, switch=Switch(on))
+
+
+def refused_or_right(model: nn.Module, data: list[Tensor], **options: Any) -> None:
+    """Rows of one autograd call an example, or a refusal."""
+    message = ""
+    try:
+        fisher = fk.ExactFisher(model, [(x, None) for x in data], likelihood="gaussian", **options)
+        found = fisher @ torch.eye(fisher.size, dtype=torch.float64)
+    except fk.ModelError as error:
+        message = str(error)
+    if message:
+        assert "change" in message
+        return
+    rows = []
+    for x in torch.cat(data).split(1):
+        for z in model(x)[0].flatten():
+            one = torch.autograd.grad(z, list(model.parameters()), retain_graph=True)
+            rows.append(torch.cat([g.flatten() for g in one]))
+    j = torch.stack(rows)
+    expected = j.mT @ j / sum(map(len, data))
+    torch.testing.assert_close(found, torch.diag(expected.diagonal()) if "structure" in options else expected)
+
+
+WAYS = {**OUTPUTS, **GRADIENTS}
+OPTIONS: list[dict[str, Any]] = [{}, {"structure": "diagonal"}, {"storage": "stream"}]
+CASES = [(way, OPTIONS[i % 3]) for i, way in enumerate(WAYS)] + [
+    (way, one) for way in ("added", "size", "hook by place", "straight through by place") for one in OPTIONS
+]
+
+
+@pytest.mark.parametrize(("way", "options"), CASES, ids=str)
+def test_places__that_begin_to_count_beyond_the_first_look(way: str, options: dict[str, Any]) -> None:
+    refused_or_right(model(WAYS[way], lambda x: len(x) > FEW), [X], **options)
+
+
+@pytest.mark.parametrize(("way", "options"), CASES, ids=str)
+def test_places__that_begin_to_count_in_a_later_batch(way: str, options: dict[str, Any]) -> None:
+    refused_or_right(model(WAYS[way], lambda x: len(x) == 7), [X[:12], X[12:19], X[19:]], **options)
+
+
+@pytest.mark.parametrize(("way", "options"), CASES, ids=str)
+def test_places__that_begin_to_count_after_a_first_build(way: str, options: dict[str, Any]) -> None:
+    one = model(WAYS[way], lambda x: False)
+    check(one, X, **options)
+    one.settings["switch"].on = lambda x: True
+    for _ in range(2):
+        refused_or_right(one, [X], **options)
+        refused_or_right(one, [X[:5], X[5:]], **options)
