@@ -356,7 +356,9 @@ class Problem:
         """
         if self.fold == 1 or linearized.z.ndim < 3 or linearized.z.shape[1] == 1:
             return None
-        apart = linearized.watched.by_position() if isinstance(linearized, Linearized) else None
+        apart = None
+        if isinstance(linearized, Linearized) and not linearized.unruled:
+            apart = linearized.watched.by_position()
         if apart is None or self.by_owner:
             self.plan.tried["positions"] = 1
             if self.revisable:
@@ -695,8 +697,9 @@ class Problem:
         if folded is not None:
             linearized, batch = folded
             outputs = outputs.positionwise()
-        wanted = self.head and not self.by_owner and isinstance(linearized, Linearized)
-        head = Head.of(linearized, outputs) if wanted and isinstance(linearized, Linearized) else None
+        head = None
+        if self.head and not self.by_owner and isinstance(linearized, Linearized) and not linearized.unruled:
+            head = Head.of(linearized, outputs)
         if head is None:
             return linearized, batch, Slots.of(outputs, self.kind, self.token, counts), None
         return head.below, batch, head.slots(counts), head
