@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fisherkit import errors, likelihoods, structures
+from fisherkit import adapters, errors, likelihoods, structures
 from fisherkit._version import __version__
 from fisherkit.build import BuildPlan
 from fisherkit.errors import (
@@ -59,7 +59,7 @@ __all__ = [
     "MemoryBudgetError", "MissingFileError", "MissingPackageError", "ModelError", "NoClosedFormError", "NonFiniteError",
     "NotConvergedError", "NotConvergedWarning", "OutputRule", "OutputVectors", "Outputs", "ParameterSpace",
     "ProcessError", "RelativeDamping", "SampledFisher", "SingularMatrixError", "TruncatedFisher",
-    "UnknownParameterError", "__version__", "build_file", "continual", "errors", "estimators", "evaluation",
+    "UnknownParameterError", "__version__", "adapters", "build_file", "continual", "errors", "estimators", "evaluation",
     "from_optimizer", "influence", "likelihoods", "load", "merging", "optim", "parameters_hash", "plan", "structures",
     "testing",
 ]  # fmt: skip

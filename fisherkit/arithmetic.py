@@ -37,10 +37,13 @@ def without_autocast() -> Iterator[None]:
 
     Not for generators, whose body would run after the block has ended.
     """
+    active = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    if not active:
+        yield
+        return
     with ExitStack() as stack:
-        for device in _DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in active:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

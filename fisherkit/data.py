@@ -197,6 +197,8 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
+        if all(leaf.device == device for leaf in (*self.inputs, *([] if self.targets is None else [self.targets]))):
+            return self
         targets = None if self.targets is None else move(self.targets)
         args, kwargs = _map_tensors(self.args, move), _map_tensors(self.kwargs, move)
         return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets)
@@ -221,28 +223,39 @@ class Batch:
             )  # fmt: skip
         if shift:
             targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)], 1)
-        return dataclasses.replace(self, targets=targets)
+        return self if targets is self.targets else dataclasses.replace(self, targets=targets)
 
     def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
         """The tensors that have the batch axis, and the function that puts others in their place."""
-        batched = [leaf for i, leaf in enumerate(self.inputs) if self.axes[i]]
 
         def rebuild(replacements: list[Tensor]) -> Batch:
             pending = iter(replacements)
 
             return Batch(*self._map_batched(lambda _: next(pending)), None, replacements[0].shape[0], self.axes)
 
-        return batched, rebuild
+        return self.batched, rebuild
+
+    @property
+    def batched(self) -> list[Tensor]:
+        """The inputs' tensors that have the batch axis."""
+        return [leaf for i, leaf in enumerate(self.inputs) if self.axes[i]]
 
     def call(self, model: Callable[..., Any]) -> Tensor:
         """The model's outputs for this batch."""
+        return self.fresh().handed(model)
 
-        def fresh(leaf: Tensor) -> Tensor:
-            # Layers that work in place must not reach the caller's tensors, and rows, which keep layers' inputs, must
-            # not change when the caller refills them.
-            return leaf.clone()
+    def fresh(self) -> Batch:
+        """With copies of the inputs.
 
-        return outputs_of(model(*_map_tensors(self.args, fresh), **_map_tensors(self.kwargs, fresh)))
+        Layers that work in place must not reach the caller's tensors, and rows, which keep layers' inputs, must not
+        change when the caller refills them.
+        """
+        args, kwargs = _map_tensors(self.args, Tensor.clone), _map_tensors(self.kwargs, Tensor.clone)
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+    def handed(self, model: Callable[..., Any]) -> Tensor:
+        """As `call`, for a batch that the model may write to."""
+        return outputs_of(model(*self.args, **self.kwargs))
 
 
 def outputs_of(output: Any) -> Tensor:
@@ -333,6 +346,7 @@ class Source:
                 why="streamed products and EKFAC read the data more than once", try_="list(data), or a DataLoader",
             )  # fmt: skip
         self._first: Batch | None = None
+        self._made: tuple[Any, Batch | None] = None, None
         self.batches: Iterable[Any] = [data] if is_batch else data
         self.model = model
         self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
@@ -368,7 +382,17 @@ class Source:
                 except StopIteration:
                     return
                 state = None if self._listed else rng_state(self._generators)
-            yield Batch.of(raw, f"data, batch {number}", self._axes if settled else None, self._model_inputs)
+            yield self._batch(raw, number, self._axes if settled else None)
+
+    def _batch(self, raw: Any, number: int, axes: dict[int, bool] | None) -> Batch:
+        """A batch; of the first pair of tensors, which cannot be another pair since, the one that was made before."""
+        raw_before, batch = self._made
+        if batch is not None and number == 0 and raw_before is raw and batch.axes is axes:
+            return batch
+        batch = Batch.of(raw, f"data, batch {number}", axes, self._model_inputs)
+        if number == 0 and type(raw) is tuple and all(type(part) is Tensor for part in raw):
+            self._made = raw, batch
+        return batch
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         number = 0
@@ -527,7 +551,7 @@ def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device
     if sharded:
         raise ModelError(
             call="params", got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
-            expected="whole ones", why="rows are made of layers whose weights are at hand",
+            expected="whole ones, or shards of `fully_shard`", why="rows are made of layers whose weights are at hand",
             try_="a model of the full weights: torch.distributed.checkpoint.state_dict.get_model_state_dict with "
             "StateDictOptions(full_state_dict=True)",
         )  # fmt: skip

@@ -22,7 +22,8 @@ Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "gradient": ("hessian_inverse_form", "target_from_gradient", "drawn_gradient"),
     "hessian_factor": (
-        "hessian_rank", "hessian_columns", "hessian_matmul", "hessian_diagonal", "hessian_sum", "hessian_inverse_form",
+        "hessian_rank", "hessian_columns", "hessian_matmul", "hessian_diagonal", "hessian_sum", "hessian_form",
+        "hessian_inverse_form",
     ),
     "hessian_scale": ("hessian_inverse_form",),
     "sample": ("channels", "sample_given"),
@@ -143,6 +144,10 @@ class Likelihood(ABC):
     def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """diag S Sᵀ for each position."""
         return self.hessian_factor(z).square().sum(-1)
+
+    def hessian_form(self, z: Float[Tensor, "n C"], w: Float[Tensor, "C d"]) -> Float[Tensor, "n d d"]:
+        """Wᵀ S Sᵀ W for each position."""
+        return torch.einsum("jnc,ci->nij", self.hessian_matmul(z, w.mT[:, None].expand(-1, *z.shape)), w)
 
     def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
         """Σ_n D_n^½ S Sᵀ D_n^½ over positions, by products with unit vectors a few at a time.

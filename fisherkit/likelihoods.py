@@ -28,6 +28,9 @@ __all__ = [
 Numbers = float | Sequence[float] | Tensor
 """One number, or one for each output."""
 
+AT_ONCE = 1 << 22
+"""Outputs of which labels are drawn together."""
+
 WEIGHTED = "a weighted loss is no −log p: its exponential does not sum to one over the labels"
 
 
@@ -356,8 +359,8 @@ class Categorical(Likelihood):
         """∂ℓ/∂z = s p − t, with p_y − 1 computed as minus the others' mass, which does not cancel as p_y → 1."""
         if self.hard and not target.is_floating_point():
             label = self._valid(target).unsqueeze(-1)
-            p = torch.softmax(z, -1).scatter(-1, label, 0.0)
-            u = p.scatter(-1, label, -p.sum(-1, keepdim=True))
+            u = torch.softmax(z, -1).scatter_(-1, label, 0.0)  # in place: z may have a large vocabulary
+            u = u.scatter_(-1, label, -u.sum(-1, keepdim=True))
             return u if self.weight is None else u * self.weight.to(z)[label]
         t = self._weighted(z, target)
         p = torch.softmax(z, -1)
@@ -408,6 +411,13 @@ class Categorical(Likelihood):
         p = torch.softmax(z, -1)
         return p * _complement(p)
 
+    def hessian_form(self, z: Float[Tensor, "n C"], w: Float[Tensor, "C d"]) -> Float[Tensor, "n d d"]:
+        """Σ_c p_c x_c x_cᵀ − x̄ x̄ᵀ with x_c the rows of W less that of the likeliest class, so that nothing cancels."""
+        root = torch.softmax(z, -1).sqrt().unsqueeze(-1)
+        x = (w - w[z.argmax(-1)].unsqueeze(1)).mul_(root)
+        mean = (root.mT @ x).squeeze(1)
+        return torch.baddbmm(mean.unsqueeze(2) * mean.unsqueeze(1), x.mT, x, beta=-1)
+
     def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
         """diag Σ p − Σ p pᵀ, one matmul; the diagonal as p(1 − p), which does not cancel."""
         p, diagonal = torch.softmax(z, -1), self.hessian_diagonal(z)
@@ -436,6 +446,10 @@ class Categorical(Likelihood):
 
         Of the model, whatever the observed targets were softened or smoothed with: then E[v vᵀ] is H, as for labels.
         """
+        axis = next((axis for axis, size in enumerate(z.shape[:-1]) if size > 1), None)
+        if z.numel() > AT_ONCE and axis is not None:  # a large vocabulary, which float64 would hold several times
+            halves = zip(z.chunk(2, axis), uniform.chunk(2, axis), strict=True)
+            return torch.cat([Categorical.sample(self, *half) for half in halves], axis)
         cumulative = torch.softmax(z.double(), -1).cumsum(-1)
         cumulative = cumulative / cumulative[..., -1:]
         return (cumulative < uniform[..., :1]).sum(-1).clamp_max(z.shape[-1] - 1)

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherkit.adapters import products
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.wrappers import COMPILED, PARALLEL, plain, unwrapped
+from fisherkit.wrappers import COMPILED, PARALLEL, full, plain, unwrapped
 
 CHECKSUM = "checksum"
 """The key of a state's own hash."""
@@ -30,7 +31,8 @@ def parameters_hash(model: nn.Module) -> str:
     Fisher files record it at build as ``parameters_hash``, so that ``fk.parameters_hash(model)`` tells whether a model
     is the one that was measured. Buffers count, also those that a checkpoint leaves out; gradients, train/eval flags
     and ``requires_grad`` do not. The same on every device, and for a model that is compiled or wrapped for data
-    parallelism as for the model inside. A long tensor enters by exact sums of its 64-bit words,
+    parallelism as for the model inside; of a model of which each process has a shard (`fully_shard`), which all must
+    ask, as of the whole one. A long tensor enters by exact sums of its 64-bit words,
     along rows and along columns of 1,024, and not byte by byte: training steps, casts, permutations and swaps show, but
     nothing here resists someone who seeks two models with one hash. The page on the file format has the definition.
 
@@ -53,16 +55,26 @@ def parameters_hash(model: nn.Module) -> str:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    found = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: full(tensor) for name, tensor in found}
 
 
 def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
-    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters; one reading."""
+    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters; one reading.
+
+    A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value.
+    """
     tensors = _tensors(model)
     digests = _digests(tensors)
+    short = {name: plain(name) for name in tensors}
+    whole = _hash({short[name]: tensor for name, tensor in tensors.items()}, {short[n]: d for n, d in digests.items()})
+    made = products(model, names)
+    if not made and len(names) == len(tensors) and all(name == other for name, other in short.items()):
+        return whole, whole
     some = {name: tensors[name] for name in names}
-    whole = {plain(name): tensor for name, tensor in tensors.items()}
-    return _hash(whole, {plain(name): digest for name, digest in digests.items()}), _hash(some, digests)
+    some |= {name: torch.empty(p.base.shape, dtype=p.dtype, device="meta") for name, p in made.items()}
+    covered = digests | _digests({name: some[name] for name in made}, lambda name: made[name].value())
+    return whole, _hash(some, covered)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
@@ -83,20 +95,22 @@ def _hash(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
 def _digests(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> dict[str, bytes]:
     """The bytes that stand for each tensor's values."""
     with torch.no_grad():
-        pieces = [
-            (name, piece)
-            for name, tensor in sorted(tensors.items())
-            for piece in _digestible((tensor if read is None else read(name)).detach())
-        ]
+        pieces = []
         found: dict[str, list[bytes]] = {name: [] for name in tensors}
+        for name, tensor in sorted(tensors.items()):
+            own = (tensor if read is None else read(name)).detach()
+            if _is_short(own):
+                found[name].append(own.numpy().tobytes())
+            else:
+                pieces += [(name, piece) for piece in _digestible(own)]
         # One transfer for all tensors in a row on one device.
         for _, group in itertools.groupby(pieces, key=lambda pair: getattr(pair[1], "device", None)):
-            own = list(group)
-            arrays = [piece for _, piece in own]
+            of_device = list(group)
+            arrays = [piece for _, piece in of_device]
             if isinstance(arrays[0], Tensor):
                 moved = torch.cat(arrays).cpu().numpy()
                 arrays = np.split(moved, list(itertools.accumulate(len(piece) for piece in arrays))[:-1])
-            for (name, _), array in zip(own, arrays, strict=True):
+            for (name, _), array in zip(of_device, arrays, strict=True):
                 found[name].append(array.tobytes())
     return {name: b"".join(parts) for name, parts in found.items()}
 
@@ -159,6 +173,16 @@ def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
     return any(
         known == tensors_hash({prefix + name: tensor for name, tensor in tensors.items()}) for prefix in prefixes
     )
+
+
+def _is_short(tensor: Tensor) -> bool:
+    """Whether a tensor's bytes, as NumPy has them, stand for it as they are."""
+    plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    known = plain and tensor.dtype in _OF_NUMPY and not tensor.is_conj() and not tensor.is_neg()
+    return known and tensor.numel() * tensor.element_size() < 8 * _COLUMNS
+
+
+_OF_NUMPY = {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
 def _digestible(tensor: Tensor) -> Iterator[Any]:

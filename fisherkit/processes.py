@@ -21,6 +21,7 @@ from torch import Tensor
 from fisherkit.errors import FisherkitError, InvalidTypeError, ProcessError, listed
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 Group = Any
 """None for the default group where there is one, False for this process alone, or a ``torch.distributed`` group."""
@@ -165,13 +166,23 @@ class Processes:
                     try_="group=False for a result of this process alone",
                 )  # fmt: skip
 
-    def shared_out(self, costs: Mapping[Any, float], function: Callable[[Any], T]) -> dict[Any, T]:
-        """A function of every key, each computed by one process, the costliest first, and sent to the others."""
-        load = [0.0] * self.size
-        owner: dict[Any, int] = {}
+    def owners(self, costs: Mapping[K, float], load: list[float] | None = None) -> dict[K, int]:
+        """Which rank has which key: the costliest first, to the rank that has least to do.
+
+        Args:
+            costs: the same in all processes.
+            load: what each rank has to do already; changed.
+        """
+        load = [0.0] * self.size if load is None else load
+        owner: dict[K, int] = {}
         for key, cost in sorted(costs.items(), key=lambda one: -one[1]):
             owner[key] = load.index(min(load))
             load[owner[key]] += cost
+        return owner
+
+    def shared_out(self, costs: Mapping[K, float], function: Callable[[K], T]) -> dict[K, T]:
+        """A function of every key, each computed by its owner and sent to the others."""
+        owner = self.owners(costs)
         own = self.each("sharing out work", lambda: {k: function(k) for k in costs if owner[k] == self.rank})
         return {key: self.sent_by(owner[key], own.get(key)) for key in costs}
 

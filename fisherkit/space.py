@@ -108,6 +108,10 @@ class ParameterSpace:
         return cls(tuple(chosen), tuple(tuple(available[name].shape) for name in chosen))
 
     @cached_property
+    def _order(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each parameter."""
         return tuple(math.prod(shape) for shape in self.shapes)
@@ -136,10 +140,14 @@ class ParameterSpace:
 
     def joined_blocks(self, units: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
         """The blocks, joined where a unit spans two of them (a weight of one module used with a bias of another)."""
-        order = {name: i for i, name in enumerate(self.names)}
-        groups = finest_partition([*self.blocks.values(), *([n for n in unit if n in order] for unit in units)])
-        blocks = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
-        return sorted(blocks, key=lambda names: order[names[0]])
+        order, blocks = self._order, self.blocks
+        known = {frozenset(names) for names in blocks.values()}
+        own = [[n for n in unit if n in order] for unit in units]
+        if known.issuperset(map(frozenset, own)):
+            return list(blocks.values())
+        groups = finest_partition([*blocks.values(), *own])
+        joined = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
+        return sorted(joined, key=lambda names: order[names[0]])
 
     def span(self, names: Iterable[str]) -> slice | None:
         """Where some parameters lie one after the other in a flat vector; None if not in one piece."""
@@ -179,9 +187,9 @@ class ParameterSpace:
 
     def restrict(self, names: Iterable[str]) -> ParameterSpace:
         """The subspace of some of the names, in this space's order."""
-        wanted = set(names)
-        pairs = [(n, s) for n, s in zip(self.names, self.shapes, strict=True) if n in wanted]
-        return ParameterSpace(tuple(n for n, _ in pairs), tuple(s for _, s in pairs))
+        order = self._order
+        places = sorted({order[name] for name in names if name in order})
+        return ParameterSpace(tuple(self.names[i] for i in places), tuple(self.shapes[i] for i in places))
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "D"] | Float[Tensor, "D K"]:
         """Dict of named tensors to one flat tensor.

@@ -30,7 +30,7 @@ from fisherkit.rows.problem import Problem
 from fisherkit.rows.streamed import ThinnedSource, thinned
 from fisherkit.rows.verified import plan_again
 from fisherkit.space import ParameterSpace
-from fisherkit.wrappers import matching, unwrapped
+from fisherkit.wrappers import matching, unwrapped, with_full_weights
 
 CALL = "InfluenceScores"
 
@@ -50,7 +50,7 @@ class ModelRows:
             raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
             check_positive(CALL, name, value)
-        model = unwrapped(model)
+        model = with_full_weights(unwrapped(model))
         fisher = renamed(fisher, matching(fisher.space.names, dict(model.named_parameters())))
         self._weights = parameters_hash(model)
         _check_space(fisher, model, self._weights)
