@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from tests.bad_input import F64, Case, X, Y, check, ef, ids, mlp, normal, wrapped
+from tests.reference.zoo import Compose
 
 MODEL, DATA = fk.ModelError, fk.DataError
 EVAL = "Try: model.eval()"
@@ -71,22 +72,16 @@ LARGEST_FIRST = torch.cat([10 * X[:1], X[1:]])
 SORTED_START = torch.cat([X.sort(0).values[:2] - 5, X[2:]])
 
 
-class OwnStatistics(nn.Module):
+def own_statistics() -> Compose:
     """Batch norm by hand, the same in train and eval mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body((x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-3))
+    return Compose(lambda m, x: m.body((x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-3)), body=mlp())
 
 
 INTERACTION: dict[str, Case] = {
     "batch mean subtracted": Case(lambda: outputs(lambda m, x: m.body(x - x.mean(0))), MODEL, REST),
     "batch softmax": Case(lambda: outputs(lambda m, x: m.body(x).softmax(0)), MODEL, REST),
     "sorted along the batch": Case(lambda: outputs(lambda m, x: m.body(x.sort(0).values)), MODEL, REST),
-    "batch statistics by hand": Case(lambda: ef(OwnStatistics().eval()), MODEL, REST),
+    "batch statistics by hand": Case(lambda: ef(own_statistics().eval()), MODEL, REST),
     "batch norm without running statistics": Case(
         lambda: ef(mlp(nn.BatchNorm1d(5, track_running_stats=False).double()).eval()), MODEL, REST),
     "attention over the batch": Case(lambda: outputs(lambda m, x: m.body(F.scaled_dot_product_attention(x, x, x))),
@@ -127,16 +122,9 @@ def infinite_slope(m: Any, x: Tensor) -> Tensor:
     return z + (0 * z).sqrt()
 
 
-class NoGradient(nn.Module):
+def no_gradient() -> Compose:
     """Inference code that a user forgot to make trainable."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = mlp()
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+    return Compose(torch.no_grad()(lambda m, x: m.body(x)), body=mlp())
 
 
 FORWARD = "the model's forward pass: got"
@@ -174,7 +162,7 @@ OUTPUTS: dict[str, Case] = {
     "complex": Case(lambda: outputs(lambda m, x: torch.complex(m.body(x), m.body(x))), MODEL,
         (FORWARD, "torch.complex128")),
     "detached": Case(lambda: outputs(lambda m, x: m.body(x).detach()), MODEL, (FORWARD, "gradient")),
-    "forward without gradients": Case(lambda: ef(NoGradient().eval()), MODEL, (FORWARD, "gradient")),
+    "forward without gradients": Case(lambda: ef(no_gradient().eval()), MODEL, (FORWARD, "gradient")),
     "meta device": Case(lambda: ef(mlp().to("meta").eval()), MODEL, ("meta",)),
 }  # fmt: skip
 

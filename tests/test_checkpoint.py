@@ -207,9 +207,8 @@ def test_checkpoint__is_written_no_more_often_than_asked(path: Path, monkeypatch
 
     _, info = solve(slow, right_hand_side(), path)
     steps = info.steps
-    assert (
-        2 + 10 * steps / 70 - 1 <= len(written) <= 3 + 10 * steps / 60
-    )  # the first, the last of a recursion, and one a minute
+    # The first, the last of a recursion, and one a minute.
+    assert 2 + 10 * steps / 70 - 1 <= len(written) <= 3 + 10 * steps / 60
     assert all(later - earlier >= 60 for earlier, later in itertools.pairwise(written[:-1]))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.likelihoods import Categorical
+from tests.reference.zoo import Compose
 
 ASKS = r"class_axis=-1\) if they are the last axis, or class_axis=1"
 KINDS: dict[str, tuple[Any, dict[str, Any], bool]] = {
@@ -145,16 +146,10 @@ def test_shifted_labels__go_with_either_axis() -> None:
     torch.testing.assert_close(found.to_dense(), right.to_dense())
 
 
-class Letters(nn.Module):
+def letters() -> Compose:
     """As many features as classes, so that neither inputs nor labels tell where as many positions are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 4).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    torch.manual_seed(0)
+    return Compose(lambda m, x: m.layer(x), layer=nn.Linear(4, 4).double())
 
 
 def batches(*lengths: int) -> list[tuple[Tensor, Tensor]]:
@@ -166,7 +161,7 @@ def batches(*lengths: int) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_default__is_settled_by_the_first_batch(kind: str, structure: str) -> None:
     make, options, _ = KINDS[kind]
-    model, data, default = Letters(), batches(6, 4, 5), Categorical()
+    model, data, default = letters(), batches(6, 4, 5), Categorical()
     right = make(model, data, likelihood=Categorical(class_axis=-1), structure=structure, **options)
     for likelihood in ("categorical", default):
         found = make(model, data, likelihood=likelihood, structure=structure, **options)
@@ -177,7 +172,7 @@ def test_default__is_settled_by_the_first_batch(kind: str, structure: str) -> No
 
 
 def test_default__is_settled_in_all_that_follows(tmp_path: Path) -> None:
-    model, data = Letters(), batches(6, 4)
+    model, data = letters(), batches(6, 4)
     torch.testing.assert_close(
         fk.evaluation.loss_gradient(model, data),
         fk.evaluation.loss_gradient(model, data, likelihood=Categorical(class_axis=-1)),

@@ -292,18 +292,9 @@ def test_compare__ignored_labels_do_not_count() -> None:
     assert [row.gamma for row in a.rows] == pytest.approx([row.gamma for row in b.rows])
 
 
-class PerPosition(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 def test_compare__tokens_are_examples_of_their_own() -> None:
     x, y = data(12)
-    model = PerPosition()
+    model = network()
     kinds = ("ef", "ief", "truncated:1", "exact")
     flat = compare(model, (x, y), kinds=kinds)
     token = compare(model, (x.reshape(4, 3, 5), y.reshape(4, 3)), kinds=kinds, example="token")

@@ -30,6 +30,7 @@ from fisherkit.model_state import state_hash
 from fisherkit.operators import DiagonalOperator, FisherOperator, load, open_file, state_of
 from fisherkit.space import ParameterSpace
 from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kronecker, normal
+from tests.reference.zoo import Compose
 from tests.small_data import X, Y, cut, mlp
 
 
@@ -72,19 +73,14 @@ def fisher(make: Callable[[], FisherOperator], size: int | None = None) -> Speci
     return Specimen(lambda folder: make().save(folder / "f.safetensors", max_shard_size=size), read)
 
 
-class Words(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.head = nn.Embedding(7, 3), nn.Linear(3, 2)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.table(tokens).mean(1))
+def model_of_words() -> Compose:
+    torch.manual_seed(0)
+    return Compose(lambda m, tokens: m.head(m.table(tokens).mean(1)), table=nn.Embedding(7, 3), head=nn.Linear(3, 2))
 
 
 def words(structure: str) -> FisherOperator:
     return fk.EmpiricalFisher(
-        Words(), (torch.arange(12).reshape(4, 3) % 7, torch.tensor([0, 1, 1, 0])), structure=structure
+        model_of_words(), (torch.arange(12).reshape(4, 3) % 7, torch.tensor([0, 1, 1, 0])), structure=structure
     )
 
 

@@ -26,6 +26,7 @@ from tests.reference import fisher as reference
 from tests.reference.fisher import Problem
 from tests.reference.models import EVERY_FORM, FAMILIES
 from tests.reference.outputs import IGNORE_INDEX
+from tests.reference.zoo import Compose
 from tests.tolerances import CONFORMANCE
 
 every_form = pytest.mark.parametrize("family", EVERY_FORM)
@@ -246,22 +247,20 @@ def test_tokens_as_examples__are_a_batch_of_examples(family: str, positions: str
             assert_same(fisher_of(of, kind, structure, kfac_positions=positions), expected, f"{kind}-{structure}")
 
 
-class SentenceVector(nn.Module):
+def sentence_vector() -> Compose:
     """Tokens scored against a vector of their whole sequence: a layer with one position an element, many outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sentence, self.token = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.token(x) * torch.tanh(self.sentence(x.mean(1, keepdim=True)))
+    return Compose(
+        lambda m, x: m.token(x) * torch.tanh(m.sentence(x.mean(1, keepdim=True))),
+        sentence=nn.Linear(3, 3),
+        token=nn.Linear(3, 3),
+    )
 
 
 def test_tokens_as_examples__weigh_a_layer_s_inputs_by_their_number() -> None:
     """A layer that sees a sequence once has that input in as many examples as the sequence has tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, x = SentenceVector().double(), torch.randn(3, 4, 3, dtype=DOUBLE)
+        model, x = sentence_vector().double(), torch.randn(3, 4, 3, dtype=DOUBLE)
     y = torch.tensor([[0, 1, 2, 1], [2, -100, -100, -100], [1, 0, -100, -100]])
     fisher = fisher_of(Problem(model, x, y, example="token"), "ef", "kfac")
     spread = [torch.where(torch.arange(4) == t, y, -100) for t in range(4)]

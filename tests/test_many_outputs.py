@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.rows.problem import Problem
 from fisherkit.vectors import ExactVectors
+from tests.reference.zoo import Compose
 
 F64 = torch.float64
 Loss = Callable[[Tensor, Tensor | None], Tensor]
@@ -381,22 +382,16 @@ def test_kfac__of_thousands_of_outputs_keeps_the_digits_of_sure_predictions() ->
 # -- what needs a backward pass for every output -----------------------------------------------------------------------
 
 
-class Wide(nn.Module):
+def hundred_outputs() -> Compose:
     """A hundred outputs that are not its head's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(3, 100)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.head(x)
+    return Compose(lambda m, x: 2 * m.head(x), head=nn.Linear(3, 100))
 
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fk.FisherApproximation]:
     """Fishers of a wide model on forty examples, where a backward pass takes as many seconds as it is told."""
     torch.manual_seed(0)
-    model, data = Wide(), (torch.randn(40, 3), torch.randint(100, (40,)))
+    model, data = hundred_outputs(), (torch.randn(40, 3), torch.randint(100, (40,)))
 
     def build(kind: type[fk.FisherApproximation] = fk.ExactFisher, seconds: float = 1.0, **options: Any) -> Any:
         monkeypatch.setattr(Problem, "_pass_seconds", lambda self, linearized: seconds * len(linearized.z) / 40)
@@ -423,7 +418,7 @@ def test_warning__is_not_given_for_short_runs_few_vectors_and_sums_in_closed_for
         wide(seconds=6.0, structure="diagonal")
         wide(fk.TruncatedFisher, seconds=1e9, structure="diagonal", rank=2)
         wide(fk.EmpiricalFisher, seconds=1e9, structure="diagonal")
-        head = Wide().head
+        head = hundred_outputs().head
         fk.ExactFisher(head, (torch.randn(40, 3), None), structure="kfac")
 
 
@@ -459,7 +454,7 @@ def test_refusal__names_the_cost_and_the_kinds_of_few_vectors(wide: Callable[...
 
 def test_forecast__measures_a_pass_and_leaves_the_model_alone() -> None:
     torch.manual_seed(0)
-    model, x = Wide(), torch.randn(8, 3)
+    model, x = hundred_outputs(), torch.randn(8, 3)
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

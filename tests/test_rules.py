@@ -13,6 +13,7 @@ from fisherkit.rows import rules
 from tests.reference.fisher import full, rows
 from tests.reference.models import FAMILIES
 from tests.reference.outputs import EF
+from tests.reference.zoo import Compose
 
 
 def build(name: str, **options: object) -> fk.EmpiricalFisher:
@@ -124,22 +125,16 @@ def test_rows__do_not_change_with_the_batch_that_they_came_from() -> None:
     assert torch.equal(fisher.to_dense(), before)
 
 
-class Branching(nn.Module):
+def branching() -> Compose:
     """Uses one of two layers, by the data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.a(x) if bool((x.mean() < 5).item()) else self.b(x)
+    return Compose(lambda m, x: m.a(x) if bool((x.mean() < 5).item()) else m.b(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
 
 
 @pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kfac", "ekfac"])
 def test_layer_that_a_batch_does_not_use__has_zero_rows(structure: str) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(4, 3).double(), torch.tensor([0, 1, 0, 1])
-    model = Branching().double()
+    model = branching().double()
     fisher = fk.EmpiricalFisher(model, [(x, y), (x + 10, y)], structure=structure)
     alone = [fk.EmpiricalFisher(model, (x + shift, y), structure=structure) for shift in (0, 10)]
     expected = 0.5 * (alone[0].trace() + alone[1].trace())
@@ -150,7 +145,7 @@ def test_layer_that_a_batch_does_not_use__has_zero_rows(structure: str) -> None:
 @pytest.mark.parametrize("kind", [fk.EmpiricalFisher, fk.ExactFisher])
 def test_parameter_that_nothing_depends_on__has_zero_rows(kind: type[fk.FisherApproximation]) -> None:
     torch.manual_seed(0)
-    model = Branching().double()
+    model = branching().double()
     fisher = kind(model, (torch.randn(4, 3).double(), torch.tensor([0, 1, 0, 1])))
     diagonal = fisher.space.unflatten(fisher.diagonal())
     assert float(diagonal["a.weight"].sum()) > 0
