@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, cast
 
+import torch
+
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, listed
 from fisherkit.memory import available_memory, readable
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator
 from fisherkit.operators.block_diagonal import join
-from fisherkit.operators.linalg import checked_together
+from fisherkit.operators.linalg import checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
@@ -120,7 +122,8 @@ class Builder:
 
     def __init__(
         self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
-        max_rows: int | None = None, storage: str = "auto", weights: str | None = None, shard: bool = False,
+        max_rows: int | None = None, storage: str = "auto", weights: str | None = None,
+        kept: torch.dtype | None = None, shard: bool = False,
         told: Callable[[Built], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self.normalization, self.storage, self.weights, self.told = normalization, storage, weights, told
@@ -132,9 +135,9 @@ class Builder:
             self.budget = min(self.processes.gathered(self.budget))
         self.settings = {
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
-            "processes": self.processes,
+            "processes": self.processes, "kept": kept,
         }  # fmt: skip
-        self.problem = replace(problem, revisable=True, budget=self.budget)
+        self.problem = replace(problem, revisable=True, budget=self.budget, folds=not reduce)
         self.counted: list[Tally] = []
         self.needed = 0
         self.foretold = False
@@ -145,11 +148,7 @@ class Builder:
         self.problem = replace(self.problem, budget=budget)
 
     def build(self, structure: type[Structure]) -> Built:
-        """The operator of a structure.
-
-        Raises:
-            MemoryBudgetError, DataError: the structure cannot fit, before the pass over the data; no example counts.
-        """
+        """The operator of a structure."""
         return self._planned(lambda: self._built(structure))
 
     def plan(self, structure: type[Structure], *, to_file: bool = False) -> BuildPlan:
@@ -291,7 +290,7 @@ class Builder:
             structure.empty(problem).added(chunks)
             seconds.append(now(structure.device) - start)
         micro = -(-examples // size)
-        vectors = 0 if problem.rowless else problem.vectors_per_example
+        vectors = 0 if problem.rowless else problem.backward_vectors
         return readings * micro * vectors, readings * min(seconds) * examples / size
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -301,7 +300,7 @@ class Builder:
         if len(names) == len(structure.space.names):
             return structure, self.problem
         plan = self.problem.plan.restricted(names)
-        return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False)
+        return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False, head=0)
 
     def _groups(self, structure: Structure, held: int = 0) -> list[Names]:
         """The parameters of each part: a layer is of the first where it fits beside what is ``held`` at the end."""
@@ -340,6 +339,7 @@ class Builder:
             tally = Tally.of([*self.counted, Tally(rows=-sums.dropped)]).some()
             with checked_together():
                 operator = structure.operator(sums, self._scale(tally))
+            with checked_before():
                 return operator, structure.parts(sums, operator), tally, sums.dropped_share
         except BetterPlanError as found:
             if names is None:
@@ -371,11 +371,9 @@ class Builder:
         keep = readings < structure.passes
         chunks = self._counted(self.problem.chunks(description, compared=readings * parts > 1), readings * parts)
         sums: Sums = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
-        going = structure.next_pass(sums)
-        while going is not None:
+        while (going := _next_pass(structure, sums)) is not None:
             del sums  # of which the next pass has what it needs
             sums = self._added(going, kept if keep else self.problem.chunks(description))
-            going = structure.next_pass(sums)
         return sums
 
     def _added(self, sums: Sums, chunks: Iterable[Chunk]) -> Sums:
@@ -507,7 +505,7 @@ class Builder:
     @property
     def _many(self) -> bool:
         """Whether there are so many backward passes that it is worth knowing what they take."""
-        return self.problem.vectors_per_example > MANY and not self.problem.rowless
+        return self.problem.backward_vectors > MANY and not self.problem.rowless
 
     def _cost(self, found: tuple[int, float], readings: int = 1) -> str:
         passes, seconds = readings * found[0], readings * found[1]
@@ -549,6 +547,12 @@ class Builder:
         rules = {plan.rule_name(unit) for unit in units}
         reason = "; ".join(filter(None, (units[0].reason if part.kept else "", part.reason)))
         return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.operator.nbytes, reason)
+
+
+def _next_pass(structure: Structure, sums: Sums) -> Sums | None:
+    """Of matrices that are decomposed for it, what is wrong with one is seen in the end."""
+    with checked_together():
+        return structure.next_pass(sums)
 
 
 def _noting(chunks: Iterable[Chunk], kept: list[Chunk]) -> Iterator[Chunk]:

@@ -47,11 +47,7 @@ class Processes:
 
     @classmethod
     def of(cls, group: Group, device: torch.device, call: str) -> Processes | None:
-        """Those of a group; None where this process is alone.
-
-        Raises:
-            InvalidTypeError: not a group, or one that this process is not in.
-        """
+        """Those of a group; None where this process is alone. A group that it is not in is refused."""
         if group is False or not (dist.is_available() and dist.is_initialized()):
             if group not in (None, False):
                 raise InvalidTypeError(
@@ -114,15 +110,7 @@ class Processes:
     # -- working together ----------------------------------------------------------------------------------------------
 
     def each(self, what: str, function: Callable[[], T]) -> T:
-        """Call a function that exchanges nothing in every process; an error in one is an error in all.
-
-        Args:
-            what: is being done, for the others' errors.
-            function: whose own error each process that has one raises.
-
-        Raises:
-            ProcessError: naming the other ranks and what they said.
-        """
+        """Call a function that exchanges nothing in every process; an error in one is a ProcessError in all others."""
         result: T | None = None
         error: Exception | None = None
         try:
@@ -166,11 +154,7 @@ class Processes:
             )  # fmt: skip
 
     def require_same(self, call: str, values: Mapping[str, object]) -> None:
-        """Refuse to go on where processes differ in something that all must have alike.
-
-        Raises:
-            ProcessError: naming the first such thing, and the ranks that have other than the first rank.
-        """
+        """Refuse to go on where processes differ in something that all must have alike."""
         everyone = self.gathered({name: str(value) for name, value in values.items()})
         for name in values:
             others = {rank: one[name] for rank, one in enumerate(everyone) if one[name] != everyone[0][name]}
@@ -229,13 +213,7 @@ class Processes:
 
 
 class Share:
-    """Every size-th batch of some data, from the rank-th on.
-
-    Args:
-        batches: a re-iterable.
-        rank: of the process whose share it is.
-        size: how many processes there are.
-    """
+    """Every size-th batch of some data that can be iterated again and again, from the rank-th on."""
 
     def __init__(self, batches: Iterable[Any], rank: int, size: int) -> None:
         self.batches, self.rank, self.size = batches, rank, size

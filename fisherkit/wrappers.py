@@ -115,18 +115,13 @@ def _is_of_fsdp(hook: object) -> bool:
 
 def plain(name: str) -> str:
     """A name without what torch.compile puts into it, at any depth."""
-    return re.sub(rf"(?:^|(?<=\.)){COMPILED}\.", "", name)
+    return name if COMPILED not in name else re.sub(rf"(?:^|(?<=\.)){COMPILED}\.", "", name)
 
 
 def matching(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """Names of wrapped modules to those that the same parameters have among known names.
+    """Names of a model's parameters, wrapped or not, to those that they have among known names, or themselves.
 
-    Args:
-        names: of parameters.
-        known: of the parameters of one model, wrapped in another way or not at all.
-
-    Returns:
-        Each name to the known one; itself where there is none. ``module.`` is taken off only if all names have it.
+    ``module.`` is taken off only if all names have it.
     """
     names = list(names)
     if all(name in known for name in names):

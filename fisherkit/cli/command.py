@@ -261,11 +261,7 @@ def _stopping() -> Iterator[None]:
 
 
 def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> None:
-    """Find out before the work is done whether it would replace something that nobody said may go; see `expect`.
-
-    Raises:
-        InvalidArgumentError: one of the paths is there, and ``overwrite`` is not set.
-    """
+    """Find out before the work is done whether it would replace something that nobody said may go; see `expect`."""
     paths = list(paths)
     expect(paths)
     there = [] if overwrite else [str(path) for path in paths if path.exists()]

@@ -355,11 +355,7 @@ class Subject:
 
     @torch.no_grad()
     def outcomes(self, batch: Batch, likelihood: Likelihood) -> Iterator[tuple[Any, Any, Any, float]]:
-        """Label, prediction, its probability and the loss, of each example; None where there is no single one.
-
-        Raises:
-            DataError: no targets.
-        """
+        """Label, prediction, its probability and the loss, of each example; None where there is no single one."""
         batch = batch.to(next(self.model.parameters()).device)
         raw = batch.call(self.model).double()
         batch = batch.aligned(self.model, raw, shift=is_causal(self.model), ignore_index=likelihood.ignore_index)

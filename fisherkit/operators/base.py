@@ -47,7 +47,7 @@ OPTIONAL_HOOKS = (
     "_factorize", "_plus", "_gram", "_trace", "_frobenius", "_eigenvalues", "_eigenvectors", "_effective_dimension",
     "_rank_bound", "_to_dense", "_converted", "_write", "_made_of", "_terms", "_blocks", "_blocks_of_node",
     "is_diagonal", "is_dense", "inversion", "decomposed_side", "nbytes", "together", "stored_rows", "layout", "factors",
-    "_nearest_kronecker", "_approximate_inverse", "_usual_damping", "_average", "_moment",
+    "_nearest_kronecker", "_approximate_inverse", "_usual_damping", "_average", "_moment", "_packed",
 )  # fmt: skip
 """What a structure may override, each with a default; beside these are the abstract methods."""
 
@@ -506,6 +506,13 @@ class FisherOperator(ABC):
         if not state.kind:
             raise self._no_closed_form("save", "it has no tag that a file could name", f'{self._name}.tag = "..."')
         io.write(path, state, self.space, metadata, max_shard_size=max_shard_size)
+
+    def _packed(self, dtype: torch.dtype) -> io.State | None:
+        """What `_state` has, in a form that rounding to a coarser dtype leaves positive semi-definite, and rounded.
+
+        Tensors named ``…_basis`` are made orthonormal again. None for an operator that is kept as it is.
+        """
+        return None
 
     def _made_of(self) -> str:
         """What an operator holds, for its repr; empty where the class says it all."""

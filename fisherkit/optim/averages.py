@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fisherkit.operators import FisherOperator
+from fisherkit.operators.linalg import checked_together
 from fisherkit.processes import Processes
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.plan import Plan
@@ -45,12 +46,13 @@ class Averages:
         due = self.updates % self.refresh_every == 0
         records: dict[tuple[Names, str], UnitSums] = {}
         sums: Any = structure.empty()
-        while sums is not None:
-            added: LayerSums = sums.added(chunks)
-            added = added if processes is None else added.met(processes)
-            found = added.averaged(self.records, self.ema, 1 / examples, due)
-            records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
-            sums = structure.next_pass(found)
+        with checked_together():  # all factors' decompositions with one wait for the device
+            while sums is not None:
+                added: LayerSums = sums.added(chunks)
+                added = added if processes is None else added.met(processes)
+                found = added.averaged(self.records, self.ema, 1 / examples, due)
+                records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
+                sums = structure.next_pass(found)
         self.records = records
         self.updates += 1
 

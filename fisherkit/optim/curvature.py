@@ -120,11 +120,7 @@ class Curvature:
             raise explained(error, outputs, self.capture.first) from error
 
     def finite(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Whether gradients are finite, with one wait for the device for all that a step needs.
-
-        Raises:
-            NonFiniteError: gradients are, and a pass that an update is made of is not.
-        """
+        """Whether gradients are finite, with one wait for the device for all that a step needs."""
         if self.processes is None:
             return self._finite(gradients)
         own = self.processes.each(f"{self.call}.step", lambda: self._finite(gradients))
