@@ -66,6 +66,14 @@ def _run(words: list[str], known: dict[str, str]) -> None:
     app(words)
 
 
+def estimate(path: Path) -> None:
+    """The Fisher, in a process of its own."""
+    words = ["estimate", "subject:make_pair", "--structure", "diagonal", "--out", str(path)]
+    single = multiprocessing.get_context("fork").Process(target=_run, args=(words, {}))
+    single.start()
+    assert ended(single) == 0
+
+
 def blocks(rows: Path) -> list[Path]:
     """The finished blocks."""
     return sorted(rows.glob("*-of-2/rows-*.safetensors"))
@@ -97,12 +105,7 @@ def main() -> int:
         folder = Path(name)
         (folder / "subject.py").write_text(f"{MODULE}\ndef make_pair():\n    return make()[:2]\n")
         sys.path.insert(0, name)
-        words = ["estimate", "subject:make_pair", "--structure", "diagonal"]
-        single = multiprocessing.get_context("fork").Process(
-            target=_run, args=([*words, "--out", str(folder / "fisher.safetensors")], {})
-        )
-        single.start()
-        assert ended(single) == 0
+        estimate(folder / "fisher.safetensors")
         assert [ended(one) for one in start(folder, folder / "whole", folder / "expected")] == [0, 0]
         expected = {file.relative_to(folder / "whole"): file.read_bytes() for file in blocks(folder / "whole")}
         report = numbers(json.loads((folder / "expected" / "scores.json").read_text()))
