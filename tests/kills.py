@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from fisherkit.cli import app
 
 MODULE = """
 import torch
@@ -33,7 +34,7 @@ def make():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 3)).double()
-    x, y = torch.rand(1200, 200).double(), torch.randint(3, (1200,))
+    x, y = torch.rand(600, 200).double(), torch.randint(3, (600,))
     return model, list(zip(x.split(10), y.split(10))), [(x[:4], y[:4])]
 """
 
@@ -41,19 +42,36 @@ TIMEOUT = 300
 """Seconds in which a process must end."""
 
 
-def start(folder: Path, rows: Path, out: Path) -> list[subprocess.Popen[bytes]]:
-    """Two processes of the command, as torchrun would start them."""
+def start(folder: Path, rows: Path, out: Path) -> list[Any]:
+    """Two processes of the command, with what torchrun tells them; forked, as the imports take most of a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "fisherkit", "scores", "subject:make", "--fisher", str(folder / "fisher.safetensors"),
-        "--rows", str(rows), "--out", str(out), "--top", "8", "--overwrite",
-    ]  # fmt: skip
-    path = os.pathsep.join([str(folder), os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    known = os.environ | {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return [subprocess.Popen(command, env=known | {"RANK": str(rank)}, **quiet) for rank in range(2)]
+    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    fisher = str(folder / "fisher.safetensors")
+    words = ["--fisher", fisher, "--rows", str(rows), "--out", str(out), "--top", "8", "--overwrite"]
+    words = ["scores", "subject:make", *words]
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=_run, args=(words, known | {"RANK": str(rank)})) for rank in range(2)]
+    for one in running:
+        one.start()
+    return running
+
+
+def _run(words: list[str], known: dict[str, str]) -> None:
+    os.environ.update(known)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    app(words)
+
+
+def estimate(path: Path) -> None:
+    """The Fisher, in a process of its own."""
+    words = ["estimate", "subject:make_pair", "--structure", "diagonal", "--out", str(path)]
+    single = multiprocessing.get_context("fork").Process(target=_run, args=(words, {}))
+    single.start()
+    assert ended(single) == 0
 
 
 def blocks(rows: Path) -> list[Path]:
@@ -68,13 +86,12 @@ def numbers(value: Any) -> Any:
     return [numbers(one) for one in value] if isinstance(value, list) else value
 
 
-def ended(process: subprocess.Popen[bytes]) -> int | None:
+def ended(process: Any) -> int | None:
     """Its status; None of one that had to be killed as it did not end."""
-    try:
-        return process.wait(TIMEOUT)
-    except subprocess.TimeoutExpired:
+    process.join(TIMEOUT)
+    if process.exitcode is None:
         process.kill()
-        return None
+    return process.exitcode  # type: ignore[no-any-return]
 
 
 def main() -> int:
@@ -87,12 +104,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "subject.py").write_text(f"{MODULE}\ndef make_pair():\n    return make()[:2]\n")
-        estimate = [
-            sys.executable, "-m", "fisherkit", "estimate", "subject:make_pair", "--structure", "diagonal",
-            "--out", str(folder / "fisher.safetensors"),
-        ]  # fmt: skip
-        path = os.pathsep.join([name, os.getcwd()])
-        subprocess.run(estimate, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True)
+        sys.path.insert(0, name)
+        estimate(folder / "fisher.safetensors")
         assert [ended(one) for one in start(folder, folder / "whole", folder / "expected")] == [0, 0]
         expected = {file.relative_to(folder / "whole"): file.read_bytes() for file in blocks(folder / "whole")}
         report = numbers(json.loads((folder / "expected" / "scores.json").read_text()))
@@ -109,18 +122,22 @@ def main() -> int:
                     status = [ended(one) for one in running]
                     count["runs that came to their end"] += status == [0, 0]
                     break
-                while len(blocks(rows)) < wanted and all(one.poll() is None for one in running):
+                while len(blocks(rows)) < wanted and all(one.exitcode is None for one in running):
                     time.sleep(0.002)
                 time.sleep(draw.random() * (4.0 if draw.random() < 0.2 else 0.05))
-                victims = draw.choice([running[:1], running[1:], running])
-                alive = [one for one in victims if one.poll() is None]
+                both = len(blocks(rows)) == len(
+                    before
+                )  # before they know each other it is torchrun that ends the other one
+                victims = running if both else draw.choice([running[:1], running[1:], running])
+                alive = [one for one in victims if one.exitcode is None]
                 for one in alive:
-                    one.send_signal(signal.SIGKILL)
+                    one.kill()
                 count["kills"] += bool(alive)
                 count["kills of one process"] += len(alive) == 1 == len(victims)
                 status = [ended(one) for one in running]
                 count["processes that hung"] += status.count(None)
                 count["survivors that ended with an error"] += sum(1 for one in status if one is not None and one > 0)
+                print(dict(count), file=sys.stderr)
                 there = {file: file.stat().st_mtime_ns for file in blocks(rows)}
                 count["finished blocks that were lost or made again"] += sum(
                     there.get(f) != t for f, t in before.items()
