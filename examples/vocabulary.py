@@ -44,7 +44,7 @@ class Layer(nn.Module):
         )
         x = x + self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         read = self.gate_norm(x)
-        return x + self.down(torch.nn.functional.silu(self.gate(read)) * self.up(read))  # type: ignore[no-any-return]
+        return x + self.down(torch.nn.functional.silu(self.gate(read)) * self.up(read))
 
 
 class Decoder(nn.Module):
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T] to [B, T, V]."""
-        return self.head(self.layers(self.words(tokens)))  # type: ignore[no-any-return]
+        return self.head(self.layers(self.words(tokens)))
 
 
 def prepared(what: str, vocabulary: int, sequences: int, length: int) -> Callable[[], object]:
@@ -68,7 +68,7 @@ def prepared(what: str, vocabulary: int, sequences: int, length: int) -> Callabl
 
     def step() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        cross_entropy(model(inputs).flatten(0, 1), labels.flatten()).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(model(inputs).flatten(0, 1), labels.flatten()).backward()
         optimizer.step()
 
     def fisher() -> object:

@@ -454,3 +454,17 @@ def test_fisher__of_adapters_on_quantised_weights_is_that_on_their_values(
         assert {entry.rule for entry in fisher.coverage().entries} == {"linear"}
     with pytest.raises(fk.InvalidArgumentError, match="quantised"):
         fk.adapters.merged_weights(model)
+
+
+def test_scores__of_the_products_are_those_of_the_merged_model() -> None:
+    make, inputs, targets = MODELS["embedding and linear"]
+    model, data = make(), (inputs, targets)
+    names, whole = fk.adapters.merged_weights(model), merged(model)
+    pairs = ((model, list(names)), (whole, list(map(plain, names))))
+    got, expected = (
+        fk.influence.InfluenceScores(
+            fk.ExactFisher(one, data, params=own, structure="ekfac"), one, damping=1e-3
+        ).scores((inputs[:2], targets[:2]), data)
+        for one, own in pairs
+    )  # fmt: skip
+    close(got, expected)
