@@ -167,11 +167,7 @@ def _parts_are_told(path: Path) -> Iterator[None]:
 
 
 def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:
-    """A model with its data, one batch or a re-iterable of batches, as the user's function returns them.
-
-    Raises:
-        InvalidTypeError: it returned something else.
-    """
+    """A model with its data, one batch or a re-iterable of batches, as the user's function returns them."""
     made = call_factory(spec, call)
     if not (isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise InvalidTypeError(
@@ -182,11 +178,7 @@ def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:
 
 
 def check_fisher_file(path: Path, call: str, *, overwrite: bool) -> None:
-    """Find out before the work is done whether a Fisher file can be written.
-
-    Raises:
-        InvalidArgumentError: its folder does not exist, or something is there that may not be replaced.
-    """
+    """Find out before the work is done whether a Fisher file can be written."""
     io.check_folder(path, call)
     refuse_existing((path, index_of(path)), call, overwrite=overwrite)
     refuse_others(path, call)

@@ -35,7 +35,7 @@ from fisherkit.operators.normalization import check_normalize
 from fisherkit.operators.persistence import renamed
 from fisherkit.operators.quadratic import atoms, join
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.wrappers import matching, unwrapped
+from fisherkit.wrappers import full, matching, unwrapped
 
 CALL = "EWC.consolidate"
 
@@ -157,7 +157,7 @@ class EWC(nn.Module):
         terms = [term for term in terms if term.weight > self.drop_below]
         now = values(self.model, fisher.space.names)
         for atom in atoms(normalize(fisher, self.normalize)):
-            flat = torch.cat([now[name].detach().reshape(-1) for name in atom.space.names])
+            flat = torch.cat([full(now[name].detach()).reshape(-1) for name in atom.space.names])
             _add(terms, Quadratic.of(atom, flat.to(atom.dtype)))
         self._terms = tuple(terms)
         self.consolidations += 1
@@ -178,7 +178,8 @@ class EWC(nn.Module):
         parameters = dict(self.model.named_parameters())
         names = list(dict.fromkeys(name for term in self._terms for name in term.shapes)) or list(parameters)[:1]
         self._check("EWC.penalty", self._terms, parameters)
-        return penalty_of(self._terms, self.strength, values(self.model, names))
+        now = values(self.model, names)
+        return penalty_of(self._terms, self.strength, {name: full(value) for name, value in now.items()})
 
     def _refuse_twice(self, names: tuple[str, ...]) -> None:
         """Refuse adapters beside the weights that they act on, whose value would be another than was consolidated."""

@@ -300,15 +300,23 @@ class UnitSums(Added):
         average: UnitSums = known.scaled(ema).merge(self.scaled((1 - ema) * weight))
         return average
 
-    def decomposed(self, known: Any, due: bool, rank: int | None) -> UnitSums:
-        """With the eigenpairs that `operator` needs, for records that keep them from step to step.
+    @property
+    def decomposition_cost(self) -> float:
+        """About how many operations `eigenpairs` takes; 0 of records that keep none."""
+        return 0.0
+
+    def eigenpairs(self, known: Any, due: bool, rank: int | None) -> Any:
+        """Those that `operator` needs, of records that keep them from step to step as ``spectra``.
 
         Args:
             known: the record before.
             due: whether it is time for new ones.
             rank: how many to keep of a factor; None for all.
+
+        Raises:
+            LookupError: the record keeps none.
         """
-        return self
+        raise LookupError(f"a record of {type(self).__name__} keeps none")
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file must hold; `from_tensors` takes it back."""
@@ -353,13 +361,25 @@ class LayerSums(Sums):
         return dict(sorted({**(self.done or {}), **self.units}.items(), key=lambda unit: place(unit[0][0])))
 
     def averaged(self, known: Mapping[tuple[Names, str], UnitSums], ema: float, weight: float, due: bool) -> LayerSums:
-        """Each record averaged with the one before, by unit and label, and decomposed; not those labelled ""."""
+        """Each record averaged with the one before, by unit and label, and decomposed; not those labelled "".
 
-        def one(names: Names, unit: UnitSums) -> UnitSums:
-            old = known.get((names, unit.label))
-            return unit.averaged(old if ema > 0 else None, ema, weight).decomposed(old, due, self.structure.max_rank)
+        Of several processes, each decomposes some and sends the eigenpairs, which are then the same in all.
+        """
+        old = {names: known.get((names, unit.label)) for names, unit in self.units.items() if unit.label}
+        units = dict(self.units)
+        for names, before in old.items():
+            units[names] = units[names].averaged(before if ema > 0 else None, ema, weight)
 
-        units = {names: one(names, unit) if unit.label else unit for names, unit in self.units.items()}
+        def pairs(names: Names) -> Any:
+            return units[names].eigenpairs(old[names], due, self.structure.max_rank)
+
+        costs = {names: cost for names in old if (cost := units[names].decomposition_cost)}
+        new = {names: cost for names, cost in costs.items() if due or old[names] is None}
+        processes = self.structure.processes
+        sent = {} if processes is None else processes.shared_out(new, pairs)
+        for names in costs:
+            spectra = sent[names] if names in sent else pairs(names)
+            units[names] = replace(units[names], spectra=spectra)  # type: ignore[call-arg]  # who has a cost has these
         return replace(self, units=units)
 
 

@@ -201,13 +201,18 @@ class KroneckerFactors(UnitSums):
             known = replace(known, activation=known.activation.scaled(per_example), count=per_example)
         return super().averaged(known, ema, weight)
 
-    def decomposed(self, known: Any, due: bool, rank: int | None) -> KroneckerFactors:
-        """With the factors' eigenpairs: all of few vectors, or the leading ones of a matrix."""
+    @property
+    def decomposition_cost(self) -> float:
+        """Of both factors."""
+        return float(self.activation.width**3 + self.gradient.width**3)
+
+    def eigenpairs(self, known: Any, due: bool, rank: int | None) -> tuple[Spectrum, Spectrum]:
+        """The factors': all of few vectors, or the leading ones of a matrix."""
         on_inputs, on_outputs = (None, None) if known is None or known.spectra is None else known.spectra
-        return replace(self, spectra=(
+        return (
             self.activation.leading(rank, on_inputs, due, 1 / (self.count or 1)),
             self.gradient.leading(rank, on_outputs, due, 1.0),
-        ))  # fmt: skip
+        )
 
     def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
         """G ⊗ A; of spectra that are kept, the product of what they say."""
@@ -381,10 +386,9 @@ class EKFAC(KFAC):
         def moments(names: Names) -> RotatedSquares:
             return RotatedSquares.zeros(factors[names], self.dtype)
 
-        if self.processes is None:
-            return LayerSums(self, {names: moments(names) for names in factors}, others)
-        cubes = {n: u.activation.width**3 + u.gradient.width**3 for n, u in factors.items()}
-        return LayerSums(self, self.processes.shared_out(cubes, moments), others)
+        new = {names: u.decomposition_cost for names, u in factors.items() if u.spectra is None}
+        sent = {} if self.processes is None else self.processes.shared_out(new, moments)
+        return LayerSums(self, {names: sent[names] if names in sent else moments(names) for names in factors}, others)
 
 
 def _sides(problem: Problem) -> list[tuple[int, int]]:
