@@ -17,7 +17,7 @@ from fisherkit.likelihoods import Categorical
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process's peak")
 @pytest.mark.parametrize("fisher", ["ef:ekfac", "sf:ekfac"])
 def test_peak__is_about_a_training_step_s(fisher: str) -> None:
-    size = 16384, 4, 64
+    size = 8192, 8, 128
     assert peak(fisher, *size) <= GOAL * peak("train", *size)
 
 
