@@ -359,8 +359,8 @@ class Categorical(Likelihood):
         """∂ℓ/∂z = s p − t, with p_y − 1 computed as minus the others' mass, which does not cancel as p_y → 1."""
         if self.hard and not target.is_floating_point():
             label = self._valid(target).unsqueeze(-1)
-            u = torch.softmax(z, -1).scatter_(-1, label, 0.0)  # in place: z may have a large vocabulary
-            u = u.scatter_(-1, label, -u.sum(-1, keepdim=True))
+            u = torch.softmax(z, -1).scatter(-1, label, 0.0)
+            u = u.scatter_(-1, label, -u.sum(-1, keepdim=True))  # in place: there may be a large vocabulary
             return u if self.weight is None else u * self.weight.to(z)[label]
         t = self._weighted(z, target)
         p = torch.softmax(z, -1)

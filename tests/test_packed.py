@@ -141,8 +141,8 @@ def test_estimate__keeps_factors_in_a_dtype(tmp_path: Path, monkeypatch: pytest.
         "    return torch.nn.Linear(6, 4), (torch.randn(20, 6), torch.arange(20) % 4)\n"
     )
     monkeypatch.chdir(tmp_path)
-    arguments = ["estimate", "own:make", "--kind", "ef", "--structure", "ekfac", "--dtype", "bfloat16", "--out", "f"]
-    result = CliRunner().invoke(app, arguments)
+    options = ["--kind", "ef", "--structure", "ekfac", "--keep-dtype", "bfloat16", "--out", "f"]
+    result = CliRunner().invoke(app, ["estimate", "own:make", *options])
     assert result.exit_code == 0, result.output
     found = fk.load(tmp_path / "f")
     assert found.dtype == torch.float32

@@ -67,7 +67,7 @@ class Estimate(ModelOptions):
     plan: Annotated[bool, typer.Option("--plan", help="Say parts, passes, bytes and time, and estimate nothing.")] = (
         False
     )
-    dtype: Annotated[
+    keep_dtype: Annotated[
         str | None, choice("What factors and diagonals are kept in", ("bfloat16", "float32"), "that of the sums")
     ] = None
     max_shard_size: MaxShardSize = None
@@ -121,7 +121,7 @@ class Estimate(ModelOptions):
             "structure": self.structure, "params": self.selection(model, CALL), "example": self.example,
             "normalization": self.normalization, "kfac_positions": self.kfac_positions, "progress": True,
             "memory_budget": None if self.memory_budget is None else int(self.memory_budget),
-            "dtype": None if self.dtype is None else getattr(torch, self.dtype),
+            "dtype": None if self.keep_dtype is None else getattr(torch, self.keep_dtype),
         }  # fmt: skip
 
     def _model_and_data(self) -> tuple[nn.Module, Data, str]:
