@@ -91,7 +91,7 @@ def test_merge_layers__stages_buffers_and_the_rest_are_by_policy() -> None:
         for m, own in zip(between, data, strict=True)
     ]
     states = [{n: t for n, t in m.state_dict().items() if n[0] == "3"} for m in models]
-    expected = merge(states, fishers, damping=fk.RelativeDamping(0.01), output_damping=1.0)
+    expected = merge(states, fishers, damping=fk.RelativeDamping(0.01), output_damping=3.0)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
 

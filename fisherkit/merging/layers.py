@@ -19,7 +19,7 @@ from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.kinds import ExactFisher
 from fisherkit.merging.assembly import BlockInfo, Job
-from fisherkit.merging.merge import merge
+from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING, merge
 from fisherkit.merging.models import check_weights, open_models, weighted_average
 from fisherkit.merging.policy import Entries, MergePolicy, checked, decide
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping
@@ -29,8 +29,7 @@ from fisherkit.wrappers import unwrapped
 
 KFAC = partial(ExactFisher, structure="kfac")
 LAYER_DAMPING = RelativeDamping(0.01)
-LAYER_OUTPUT_DAMPING = 1.0
-"""Less than `merge` needs: Fishers that know the merged layers before them say more (docs/results/merging.md)."""
+"""Less than `merge` has: it pulls to an average that was made for no merged layer."""
 
 
 def merge_layers(
@@ -42,7 +41,7 @@ def merge_layers(
     stages: Sequence[Sequence[str]] | None = None,
     damping: Damping = LAYER_DAMPING,
     normalize: str | None = "block",
-    output_damping: float = LAYER_OUTPUT_DAMPING,
+    output_damping: float = DEFAULT_OUTPUT_DAMPING,
     policy: MergePolicy | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
