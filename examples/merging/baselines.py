@@ -23,7 +23,9 @@ def ties(models: Sequence[State], start: State, scale: float, keep: float = 0.2)
         keep: share of each task vector's entries, the largest, that is kept.
     """
     vectors = torch.stack([_flat(model, start) - _flat(start, start) for model in models])
-    least = vectors.abs().kthvalue(max(1, round((1 - keep) * vectors.shape[1])), 1, keepdim=True).values
+    least = (
+        vectors.abs().kthvalue(vectors.shape[1] - max(1, round(keep * vectors.shape[1])) + 1, 1, keepdim=True).values
+    )
     vectors = torch.where(vectors.abs() >= least, vectors, 0.0)
     agree = (vectors.sign() == vectors.sum(0).sign()) & (vectors != 0)
     mean = (vectors * agree).sum(0) / agree.sum(0).clamp(min=1)
