@@ -117,8 +117,10 @@ def _methods(
     yield "DARE", [baselines.dare(states, start, scale) for scale in SCALES]
     yield "Iso-C", [baselines.iso_c(states, start, scale) for scale in SCALES]
     yield "WUDI", [baselines.wudi(states, start)]
-    iterated = {"policy": merging.MergePolicy(method="cg", max_steps=5000)}  # the same solutions, sooner
-    plain = {"normalize": "norm", "output_damping": 0, "damping": fk.RelativeDamping(1e-6)}
+    iterated: dict[str, Any] = {
+        "policy": merging.MergePolicy(method="cg", max_steps=5000)
+    }  # the same solutions, sooner
+    plain: dict[str, Any] = {"normalize": "norm", "output_damping": 0, "damping": fk.RelativeDamping(1e-6)}
     yield "diagonal, squares of summed gradients", [merging.merge(models, _summed(models, data), **plain)]
     for kind in ("ef", "exact"):
         fishers = methods.fishers(kind, "diagonal", models, data)
@@ -128,7 +130,7 @@ def _methods(
     yield "kfac, exact (default)", [merging.merge(models, fishers, **iterated)]
     yield "RegMean, 0.9", [merging.regmean(models, fishers, **iterated)]
     yield "RegMean, 1", [merging.regmean(models, fishers, shrink=1, **iterated)]
-    activations = {"normalize": "output", "output_damping": 1e9, "damping": fk.RelativeDamping(1e-6)}
+    activations: dict[str, Any] = {"normalize": "output", "output_damping": 1e9, "damping": fk.RelativeDamping(1e-6)}
     yield "RegMean++", [merging.merge_layers(models, data, **activations, **iterated)]
     yield OURS, [merging.merge_layers(models, data, **iterated)]
     for kind in ("ef", "ief"):
