@@ -323,13 +323,13 @@ def test_merge__says_how_long_it_takes_and_which_blocks_the_average_leaves_neare
     monkeypatch.setattr("fisherkit.cli.merge.FARTHER", 0.0)
     said: list[str] = []
     monkeypatch.setattr("fisherkit.cli.merge.say", said.append)  # which is for terminals
-    result = merged(*both(tasks), "--out", tmp_path / "m")
+    result = merged(*both(tasks), "--out", tmp_path / "m", "--verbose")
     assert re.fullmatch(r"Merging 2 models \(.*\) by their Fishers \(.*\), about .* on one CPU core \.\.\.", *said)
     blocks = json.loads((tmp_path / "m" / "merge.json").read_text())["blocks"]
     some = sum(bool(block["against_average"]) for block in blocks)
     assert f"{some:,} blocks are farther from some model's outputs" in result.stdout
     monkeypatch.setattr("fisherkit.cli.merge.FARTHER", 1e9)
-    assert "farther" not in merged(*both(tasks), "--out", tmp_path / "n").stdout
+    assert "farther" not in merged(*both(tasks), "--out", tmp_path / "n", "--verbose").stdout
 
 
 def test_expected_seconds__counts_the_layers_that_are_kronecker_products(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ WORTH_SAYING = 5.0
 """Seconds from which the expected time is said."""
 
 FARTHER = 1.01
-"""`BlockInfo.against_average` from which it is said: docs/merging.md has how often it was right."""
+"""`BlockInfo.against_average` from which --verbose says it: docs/merging.md has how often it was right."""
 
 SETTINGS = frozenset({"buffers", "integers", "mismatched", "dtype", "max_shard_size"})
 """Of a `MergePolicy`, that every way of merging has."""
@@ -260,7 +260,7 @@ class Merge:
                 f"{len(info.blocks):,} blocks solved, damping {info.damping:.3g}, residual at most {info.residual:.1e}"
                 + (f"; {missed} NOT CONVERGED, see --verbose" if missed else "")
             )
-        if farther := sum(block.worst > FARTHER for block in info.blocks):
+        if self.verbose and (farther := sum(block.worst > FARTHER for block in info.blocks)):
             typer.echo(
                 f"{farther:,} blocks are farther from some model's outputs than the plain average is (against_average "
                 "in merge.json), a reason to compare with --method average on a few examples."
