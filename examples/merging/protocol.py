@@ -167,9 +167,10 @@ def report(found: Mapping[str, Any]) -> str:
     lines = [
         f"- **{name}**: {next(iter(cells.values()))['title']}; {len(cells)} seeds." for name, cells in suites.items()
     ]
+    judged = [name for name in JUDGED if name in suites]
     first = (
         f"Held-out accuracy, percent, mean over tasks, ± standard deviation over {seeds} seeds; in the last column "
-        f"normalised accuracy, the mean over tasks, seeds and {', '.join(name for name in JUDGED if name in suites)}, the suites that nothing was "
+        f"normalised accuracy, the mean over tasks, seeds and {', '.join(judged)}, the suites that nothing was "
         f"chosen on; on seed 0 of the others the default of merge_layers was. Fishers of {EXAMPLES} examples a task. "
         "Task arithmetic, TIES (20% kept), DARE (half dropped) and Iso-C have the scale of seven that is best on the "
         "tasks' training examples, for each seed; "
