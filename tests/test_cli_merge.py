@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import fisherkit as fk
+from fisherkit import io
+from fisherkit.merging.expected import _operations, expected_seconds
 from tests import commands
 from tests.text_models import TEXTS, make_classifier, make_tokenizer, saved
 
@@ -264,3 +267,35 @@ def test_merge__says_which_models_could_not_be_compared_with_their_fishers(tasks
     assert result.exit_code == 0, result.output
     assert "(models 1, 2)" in result.stdout
     assert "(models" not in merged(*both(tasks), "--out", tmp_path / "n").stdout
+
+
+def test_merge__says_how_long_it_takes_and_which_blocks_the_average_leaves_nearer(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fisherkit.cli.merge.WORTH_SAYING", 0.0)
+    monkeypatch.setattr("fisherkit.cli.merge.FARTHER", 0.0)
+    said: list[str] = []
+    monkeypatch.setattr("fisherkit.cli.merge.say", said.append)  # which is for terminals
+    result = merged(*both(tasks), "--out", tmp_path / "m", "--verbose")
+    assert re.fullmatch(r"Merging 2 models \(.*\) by their Fishers \(.*\), about .* on one CPU core \.\.\.", *said)
+    blocks = json.loads((tmp_path / "m" / "merge.json").read_text())["blocks"]
+    some = sum(bool(block["against_average"]) for block in blocks)
+    assert f"{some:,} blocks are farther from some model's outputs" in result.stdout
+    monkeypatch.setattr("fisherkit.cli.merge.FARTHER", 1e9)
+    assert "farther" not in merged(*both(tasks), "--out", tmp_path / "n", "--verbose").stdout
+
+
+def test_expected_seconds__counts_the_layers_that_are_kronecker_products(tmp_path: Path) -> None:
+    found = []
+    for width in (100, 400):
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Flatten(), torch.nn.Linear(8, width))
+        fisher = fk.EmpiricalFisher(
+            model, (torch.zeros(2, 2, dtype=torch.long), torch.zeros(2).long()), structure="kfac"
+        )
+        fisher.save(tmp_path / f"{width}.safetensors")
+        found.append(io.read_header(tmp_path / f"{width}.safetensors", "test"))
+    small, large = (_operations(header) for header in found)
+    assert small == (9 * 100) ** 3 / 3
+    assert large == 22.5 * (400**3 + 9**3) + 60 * 2 * 409 * 3600
+    assert expected_seconds(found) > 0
+    assert expected_seconds([]) == 0

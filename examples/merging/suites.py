@@ -5,9 +5,10 @@ Owns data, transformations and the network. Knows nothing of training, Fishers o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -54,6 +55,10 @@ class Split:
         kept = torch.isin(self.labels, torch.tensor(classes))
         return Split(self.inputs[kept], self.labels[kept])
 
+    def first(self, count: int) -> Split:
+        """Some examples, the first ones."""
+        return Split(self.inputs[:count], self.labels[:count])
+
     def changed(self, change: Change, generator: torch.Generator) -> Split:
         """The same labels with changed inputs."""
         return Split(change(self.inputs, generator), self.labels)
@@ -83,25 +88,22 @@ class Suite:
         title: what it is.
         start: examples that the common start is trained on.
         tasks: what each model is fine-tuned on.
+        hidden: how many layers of 32 the network has.
     """
 
     name: str
     title: str
     start: Split
     tasks: tuple[Task, ...]
+    hidden: int = 2
 
     def build(self, seed: int) -> nn.Sequential:
-        """The network I-32-32-10 with tanh, at its initialization, float32, in eval mode."""
+        """The network I-32-…-32-10 with tanh, at its initialization, float32, in eval mode."""
         with untouched_rng([]):
             torch.manual_seed(seed)
-            layers = (
-                nn.Linear(self.start.inputs.shape[1], 32),
-                nn.Tanh(),
-                nn.Linear(32, 32),
-                nn.Tanh(),
-                nn.Linear(32, 10),
-            )
-            return nn.Sequential(*layers).eval()
+            widths = (self.start.inputs.shape[1], *[32] * self.hidden)
+            layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.Tanh())]
+            return nn.Sequential(*layers, nn.Linear(32, 10)).eval()
 
     def joint(self) -> Split:
         """All tasks' training examples."""
@@ -184,14 +186,18 @@ DATA: Mapping[str, tuple[str, Callable[[int], tuple[Split, Split]]]] = {
 """Title, and the examples to learn from and to test for a seed."""
 
 SUITES = tuple(f"{data}-{kind}" for kind in ("domains", "classes", "halves") for data in DATA)
-"""Names of all suites."""
+"""Names of the suites that the defaults of `fk.merging.merge` were tried on."""
+
+MORE = tuple(f"{data}-{kind}" for kind in ("sizes", "deep") for data in DATA)
+"""Names of suites that nothing was chosen on: domains of which each has half the last one's examples, and halves of the
+classes for a network of four hidden layers."""
 
 
 def suite(name: str, seed: int) -> Suite:
     """A suite by its name.
 
     Args:
-        name: one of `SUITES`.
+        name: one of `SUITES` or `MORE`.
         seed: of the split, and of what is random in its domains.
     """
     data, _, kind = name.rpartition("-")
@@ -199,13 +205,18 @@ def suite(name: str, seed: int) -> Suite:
     train, test = load(seed)
     generator = torch.Generator().manual_seed(seed)
     start = Split(train.inputs[:START], train.labels[:START])
-    if kind == "domains":
+    if kind in ("domains", "sizes"):
         found = [
             Task(key, train.changed(change, generator), test.changed(change, generator))
             for key, change in DOMAINS[data].items()
         ]
         text = "domains " + ", ".join(DOMAINS[data])
+        if kind == "sizes":
+            found = [replace(task, train=task.train.first(len(train) >> place)) for place, task in enumerate(found)]
+            text += f" of {', '.join(str(len(task.train)) for task in found)} examples"
     else:
-        found = [Task("+".join(map(str, c)), train.of_classes(c), test.of_classes(c)) for c in SUBSETS[kind]]
+        subsets = SUBSETS["halves" if kind == "deep" else kind]
+        found = [Task("+".join(map(str, c)), train.of_classes(c), test.of_classes(c)) for c in subsets]
         text = "classes " + ", ".join(task.name for task in found)
-    return Suite(name, f"{title}, {text}", start, tuple(found))
+    hidden = 4 if kind == "deep" else 2
+    return Suite(name, f"{title.replace('-32-32-', '-32' * hidden + '-')}, {text}", start, tuple(found), hidden)

@@ -39,12 +39,20 @@ from fisherkit.io.fisher_file import index_of
 from fisherkit.io.model_files import FOLDER_NAMES, ModelFiles, targets
 from fisherkit.memory import readable
 from fisherkit.merging import MergePolicy
+from fisherkit.merging.expected import expected_seconds
 from fisherkit.merging.export import beside_weights
 from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
+from fisherkit.progress import duration
 
 CALL = "fisherkit merge"
+
+WORTH_SAYING = 5.0
+"""Seconds from which the expected time is said."""
+
+FARTHER = 1.01
+"""`BlockInfo.against_average` from which --verbose says it: docs/merging.md has how often it was right."""
 
 SETTINGS = frozenset({"buffers", "integers", "mismatched", "dtype", "max_shard_size"})
 """Of a `MergePolicy`, that every way of merging has."""
@@ -225,7 +233,12 @@ class Merge:
         files = {file for model in self.model for file in ModelFiles(model, CALL).paths if file.is_file()}
         models = f"{len(self.model)} models ({readable(sum(file.stat().st_size for file in files))})"
         fishers = sum(io.read_header(path, CALL).nbytes for path in self.fisher or ())
-        return f"{models} by their Fishers ({readable(fishers)})" if self.fisher else models
+        if not self.fisher:
+            return models
+        solved = self.fisher if METHODS[self.method][0] is merging.merge else []  # RegMean takes a step or two
+        seconds = expected_seconds([io.read_header(path, CALL) for path in solved])
+        time_said = f", about {duration(seconds)} on one CPU core" if seconds >= WORTH_SAYING else ""
+        return f"{models} by their Fishers ({readable(fishers)}){time_said}"
 
     def _tell(self, path: Path, info: merging.MergeInfo, seconds: float) -> None:
         if self.as_json:
@@ -246,6 +259,11 @@ class Merge:
             typer.echo(
                 f"{len(info.blocks):,} blocks solved, damping {info.damping:.3g}, residual at most {info.residual:.1e}"
                 + (f"; {missed} NOT CONVERGED, see --verbose" if missed else "")
+            )
+        if self.verbose and (farther := sum(block.worst > FARTHER for block in info.blocks)):
+            typer.echo(
+                f"{farther:,} blocks are farther from some model's outputs than the plain average is (against_average "
+                "in merge.json), a reason to compare with --method average on a few examples."
             )
         if info.unverified:
             unverified = ", ".join(map(str, info.unverified))

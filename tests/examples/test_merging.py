@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fisherkit as fk
-from examples.merging import methods, run, small, text, text_tasks
+from examples.merging import baselines, methods, protocol, run, small, text, text_tasks
 from examples.merging.methods import DEFAULT, GRID, PLAIN, REGMEAN, SHORT, Setting
 from examples.merging.small_summary import Family, Spread, families, summarize
-from examples.merging.suites import DOMAINS, SUBSETS, SUITES, Suite, suite
+from examples.merging.suites import DOMAINS, MORE, SUBSETS, SUITES, Suite, suite
 from examples.merging.training import Recipe, trained
 from examples.shared import results
 from fisherkit.cli import app
@@ -66,6 +66,14 @@ def test_suite__tests_on_what_no_task_learns_from(own: Suite) -> None:
 
     learnt = rows(own.start.inputs) | rows(own.joint().inputs)
     assert not any(rows(task.test.inputs) & learnt for task in own.tasks)
+
+
+def test_suite__of_more_has_uneven_data_or_a_deeper_network() -> None:
+    assert MORE == ("digits-sizes", "mnist1d-sizes", "digits-deep", "mnist1d-deep")
+    sizes, deep = suite("digits-sizes", 0), suite("digits-deep", 0)
+    assert [len(task.train) for task in sizes.tasks] == [1437, 718, 359, 179]
+    assert sum(isinstance(layer, nn.Linear) for layer in deep.build(0)) == 5
+    assert len(deep.tasks) == 2
 
 
 def test_trained__reads_what_it_wrote(tmp_path: Path) -> None:
@@ -136,6 +144,55 @@ def test_grids__hold_the_proposed_setting_and_plain_fishers() -> None:
         assert len({setting.key for setting in grid}) == len(grid)
 
 
+# -- baselines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vectors() -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    start = {"b": torch.randn(4).double(), "w": torch.randn(4, 3).double()}
+    return [{name: start[name] + torch.randn_like(start[name]) for name in ("w", "b")} for _ in range(3)], start
+
+
+def test_ties__by_loops(vectors: tuple[list[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    models, start = vectors
+    flat = [[float(x) for name in start for x in (model[name] - start[name]).flatten()] for model in models]
+    kept = [[x if abs(x) in sorted(map(abs, own))[-8:] else 0.0 for x in own] for own in flat]
+    expected = []
+    for entries in zip(*kept, strict=True):
+        same = [x for x in entries if x and (x > 0) == (sum(entries) > 0)]
+        expected.append(0.7 * sum(same) / len(same) if same else 0.0)
+    found = baselines.ties(models, start, 0.7, keep=0.5)
+    change = [float(x) for name in start for x in (found[name] - start[name]).flatten()]
+    assert change == pytest.approx(expected)
+
+
+def test_dare_iso_c_and_wudi__by_what_they_promise(vectors: tuple[list[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    models, start = vectors
+    arithmetic = fk.merging.task_arithmetic(models, start, 0.3)
+    nothing_dropped = baselines.dare(models, start, 0.3, drop=0.0)
+    draws = [baselines.dare(models, start, 0.3, seed=seed)["w"] for seed in range(4000)]
+    for name, tensor in arithmetic.items():
+        torch.testing.assert_close(nothing_dropped[name], tensor)
+    torch.testing.assert_close(torch.stack(draws).mean(0), arithmetic["w"], rtol=0, atol=0.05)  # five deviations
+    total = sum(torch.linalg.svdvals(sum(model["w"] - start["w"] for model in models)))
+    values = torch.linalg.svdvals(baselines.iso_c(models, start, 0.5)["w"] - start["w"])
+    torch.testing.assert_close(values, torch.full_like(values, 0.5 * float(total) / 3))
+    taus = [model["w"] - start["w"] for model in models]
+    grams = [tau.T @ tau / tau.square().sum() for tau in taus]
+    least = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True)) @ torch.linalg.inv(sum(grams))
+    torch.testing.assert_close(baselines.wudi(models, start, 20_000)["w"], start["w"] + least, rtol=1e-3, atol=1e-3)
+
+
+def test_protocol__has_every_row_and_bounds(tmp_path: Path) -> None:
+    found = protocol.run(tmp_path, tiny=True)
+    cell = found["suites"]["digits-classes"]["0"]
+    assert {protocol.OURS, *protocol.RIVALS, "TIES", "DARE", "Iso-C", "WUDI"} <= set(cell["rows"])
+    assert all(len(tests) == 5 for tests in (*cell["rows"].values(), cell["individual"], cell["joint"]))
+    assert "| average |" in protocol.report(found)
+    assert protocol._interval([1.0, 2.0, 4.0]) == pytest.approx(4.3027 * 1.5275 / 3**0.5, rel=1e-4)
+
+
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +256,7 @@ def test_summarize__takes_seeds_that_lack_a_family(out: Path) -> None:
 
 
 def test_figures__need_results(tmp_path: Path) -> None:
-    for part in (small, text):
+    for part in (protocol, small, text):
         with pytest.raises(ValueError, match="no results yet"):
             part.figures(tmp_path)
 
