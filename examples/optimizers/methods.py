@@ -101,3 +101,26 @@ def preconditioned(**options: Any) -> Start:
         return [sgd], fk.optim.Preconditioner(model, params=_trained, **options)
 
     return make
+
+
+STRUCTURES, KINDS = ("kfac", "ekfac"), {"ef": "EF", "ief": "iEF", "sf": "SF", "exact": "exact", "truncated:2": "rank 2"}
+
+METHODS: Mapping[str, Method] = {
+    "sgd": Method("SGD, momentum", (0.01, 0.03, 0.1, 0.3), _plain(torch.optim.SGD, momentum=0.9)),
+    "adamw": Method("AdamW", (0.001, 0.003, 0.01, 0.03), _plain(torch.optim.AdamW, weight_decay=0.0)),
+    "muon": Method("Muon", (0.003, 0.01, 0.03, 0.1), muon),
+    "natural-ief": Method("NaturalGradient, iEF", (0.3, 1.0, 3.0, 10.0), natural(kind="ief", gram_damping=1e-2)),
+    "natural-rows": Method(
+        "NaturalGradient, rank 2, row damping 0.1", (0.1, 0.3, 1.0, 3.0),
+        natural(kind=fk.optim.RowDamped("truncated:2", 0.1), damping=1e-2, trust_region=0.3),
+    ),
+    **{
+        f"{structure}-{kind.replace(':', '')}": Method(
+            f"Preconditioner, {structure} of {name}", (0.03, 0.1, 0.3, 1.0),
+            preconditioned(kind=kind, structure=structure),
+        )
+        for structure in STRUCTURES
+        for kind, name in KINDS.items()
+    },
+}  # fmt: skip
+"""By name; grids are of one size, the package's `Preconditioner` has the same for all kinds."""

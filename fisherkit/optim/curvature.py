@@ -5,6 +5,7 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError,
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping, Factorization, FisherOperator, RelativeDamping
-from fisherkit.optim.averages import Averages
+from fisherkit.optim.averages import Averages, SteadyDamping
 from fisherkit.optim.capture import Capture, is_checked
 from fisherkit.optim.outputs import check_reduction, explained
 from fisherkit.optim.passes import Captured, lifted
@@ -89,6 +90,7 @@ class Curvature:
         self.steps = self.examples = 0
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping, Factorization] | None = None
+        self._steady = 0.0  # λ of the operator, if it is to be a `SteadyDamping`
 
     @property
     def due(self) -> bool:
@@ -245,6 +247,10 @@ class Curvature:
         effective = self._effective(damping)
         if self._operator is None:
             self._operator, self._inverse = self.averages.operator(space, gradient), None
+            if isinstance(damping, SteadyDamping):
+                self._steady = self.averages.steady(self._operator, damping)
+        if isinstance(damping, SteadyDamping):
+            effective = self._steady
         if self._inverse is None or self._inverse[0] != effective:
             self._inverse = effective, self._operator.factorize(effective)
         return damped(self._inverse[1], gradient)
@@ -307,6 +313,7 @@ class Curvature:
             "kind": self.rule.kind_name, "options": self.rule.kind_options(), "structure": self.structure,
             "gram": self.gram, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
             "updates": self.averages.updates, "averages": self.averages.state(),
+            "least": self.averages.least,
         }  # fmt: skip
         return with_checksum(state)
 
@@ -338,6 +345,7 @@ class Curvature:
                 call=f"{self.call}.load_state_dict", got=f"a state whose averages cannot be read ({error!r})",
                 expected=f"one that {self.call}.state_dict() made",
             ) from error  # fmt: skip
+        self.averages.least = state.get("least", math.inf)  # which states of before lack
         self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
         self._operator = self._inverse = None
         self._expect()
