@@ -113,6 +113,14 @@ class Curvature:
         except (NonFiniteError, SingularMatrixError) as error:
             raise explained(error, outputs, self.capture.first) from error
 
+    def say_if_diverged(self, own: Mapping[str, nn.Parameter]) -> None:
+        """Warn once, beside gradients that are not finite, of parameters that are not: no scaler's doing."""
+        if not all_finite(*own.values()):
+            self.capture.warn(
+                "the loss has diverged: parameters with NaN or infinite entries. Gradients are left as they are. "
+                "Try: a smaller learning rate, a larger damping, or trust_region=."
+            )
+
     def finite(self, gradients: Mapping[str, Tensor]) -> bool:
         """Whether gradients are finite, with one wait for the device for all that a step needs.
 

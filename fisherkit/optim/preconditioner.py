@@ -40,7 +40,8 @@ class Preconditioner:
     Rows are captured as `NaturalGradient` does, in the steps in which an update is due, and at no cost in others.
 
     With a gradient scaler: ``scaler.unscale_(optimizer); preconditioner.step(); scaler.step(optimizer)``; gradients
-    with infinite entries are left as they are, and the scaler skips them. Clip before or after, as you mean it.
+    with infinite entries are left as they are, and the scaler skips them. Clip before or after, as you mean it. If
+    parameters are not finite either, the loss has diverged, and a warning says so.
 
     Args:
         model: the model; call this very object.
@@ -128,6 +129,7 @@ class Preconditioner:
             return
         with curvature.explaining():
             if not curvature.finite(gradients):
+                curvature.say_if_diverged(own)
                 curvature.capture.forget()
                 return
             space, direction = curvature.direction(own, gradients, self.damping)
