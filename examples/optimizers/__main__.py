@@ -55,8 +55,9 @@ def run(out: Path, name: str, methods: Sequence[str], epochs: int | None = None)
     for key in methods:
         rates = METHODS[key].rates
         best = chosen({rate: one(key, rate, 0) for rate in rates})
-        for seed in SEEDS if best is not None else ():
-            one(key, best, seed)
+        if best is not None:
+            for seed in SEEDS:
+                one(key, best, seed)
 
 
 def chosen(runs: Mapping[float, Run]) -> float | None:

@@ -67,7 +67,7 @@ class Matrices(torch.optim.Muon):
         """With the weights' gradients."""
         for weight, flat in zip(self.weights, self.param_groups[0]["params"], strict=True):
             flat.grad = None if weight.grad is None else weight.grad.flatten(1)
-        super().step()
+        super().step()  # type: ignore[no-untyped-call]  # torch's
 
 
 def muon(model: nn.Module, rate: float) -> tuple[Sequence[torch.optim.Optimizer], None]:

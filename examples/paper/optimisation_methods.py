@@ -72,8 +72,10 @@ class Stepper:
         """One step."""
         if self.preconditioner is not None:
             self.preconditioner.step()
-        for one in (*self.optimizers, *self.schedules):
-            one.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
 
 
 def start(method: Method, settings: Settings, model: nn.Module, steps: int) -> Stepper:

@@ -149,9 +149,7 @@ def digits(seed: int = 0) -> Task:
     inputs = torch.as_tensor(found.data, dtype=torch.float32) / 16
     labels = torch.as_tensor(found.target, dtype=torch.long)
     train, test = split(inputs, labels, seed)
-    build = seeded(
-        lambda: nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    )
+    build = seeded(lambda: nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)))
     title = f"MLP 64-64-32-10 on digits, {sizes(build(0), train, test)}"
     return Task("digits", title, train, test, build, Recipe("SGD", 0.2, 64, (0, 1, 3, 10, 20, 40)))
 

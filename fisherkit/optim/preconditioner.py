@@ -108,7 +108,8 @@ class Preconditioner:
             model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
             ema=ema if ema is not None else 0.0 if chosen.keeps_rows else 0.95,
-            update_every=1 if update_every is None else update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank,
+            update_every=1 if update_every is None else update_every, refresh_every=refresh_every,
+            kfac_positions=kfac_positions, max_rank=max_rank,
             group=group, call=CALL,
         )  # fmt: skip
 
