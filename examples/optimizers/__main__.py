@@ -19,7 +19,7 @@ import torch
 from examples.optimizers.methods import METHODS
 from examples.optimizers.tasks import TASKS
 from examples.paper.optimisation_training import fit
-from examples.shared.results import environment, markdown, publish, write_json
+from examples.shared.results import environment, fill, markdown, write_json
 from examples.shared.tasks import Task
 
 USUAL = ("sgd", "adamw", "muon")
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     body = "\n\n".join(table(options.out, name, options.times) for name in there)
     print(body)
     if options.docs:
-        publish(PAGE.parents[1] / "assets" / "optimizers", (), PAGE, "optimizers", body)
+        fill(PAGE, "optimizers", body)
 
 
 if __name__ == "__main__":
