@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fisherkit import errors, likelihoods, structures
+from fisherkit import adapters, errors, likelihoods, structures
 from fisherkit._version import __version__
 from fisherkit.build import BuildPlan
 from fisherkit.errors import (
@@ -54,53 +54,15 @@ if TYPE_CHECKING:
     from fisherkit.merging import from_optimizer
 
 __all__ = [
-    "KINDS",
-    "BuildPlan",
-    "DataError",
-    "EmpiricalFisher",
-    "ExactFisher",
-    "FileFormatError",
-    "FisherApproximation",
-    "FisherOperator",
-    "FisherkitError",
-    "ImprovedEmpiricalFisher",
-    "InvalidArgumentError",
-    "InvalidTypeError",
-    "MemoryBudgetError",
-    "MissingFileError",
-    "MissingPackageError",
-    "ModelError",
-    "NoClosedFormError",
-    "NonFiniteError",
-    "NotConvergedError",
-    "NotConvergedWarning",
-    "OutputRule",
-    "OutputVectors",
-    "Outputs",
-    "ParameterSpace",
-    "ProcessError",
-    "RelativeDamping",
-    "SampledFisher",
-    "SingularMatrixError",
-    "TruncatedFisher",
-    "UnknownParameterError",
-    "__version__",
-    "build_file",
-    "continual",
-    "errors",
-    "estimators",
-    "evaluation",
-    "from_optimizer",
-    "influence",
-    "likelihoods",
-    "load",
-    "merging",
-    "optim",
-    "parameters_hash",
-    "plan",
-    "structures",
+    "KINDS", "BuildPlan", "DataError", "EmpiricalFisher", "ExactFisher", "FileFormatError", "FisherApproximation",
+    "FisherOperator", "FisherkitError", "ImprovedEmpiricalFisher", "InvalidArgumentError", "InvalidTypeError",
+    "MemoryBudgetError", "MissingFileError", "MissingPackageError", "ModelError", "NoClosedFormError", "NonFiniteError",
+    "NotConvergedError", "NotConvergedWarning", "OutputRule", "OutputVectors", "Outputs", "ParameterSpace",
+    "ProcessError", "RelativeDamping", "SampledFisher", "SingularMatrixError", "TruncatedFisher",
+    "UnknownParameterError", "__version__", "adapters", "build_file", "continual", "errors", "estimators", "evaluation",
+    "from_optimizer", "influence", "likelihoods", "load", "merging", "optim", "parameters_hash", "plan", "structures",
     "testing",
-]
+]  # fmt: skip
 
 _WHEN_ASKED = frozenset({"continual", "estimators", "evaluation", "influence", "merging", "optim", "testing"})
 """What a Fisher itself does not need is imported at its first use: most of the package, and of the import's time."""

@@ -23,12 +23,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def check_positive(call: str, name: str, value: object) -> None:
-    """An argument that is None or an integer from 1 on.
-
-    Raises:
-        InvalidTypeError: no integer.
-        InvalidArgumentError: below 1.
-    """
+    """An argument that is None or an integer from 1 on."""
     if value is None:
         return
     if not is_integer(value):
@@ -38,18 +33,7 @@ def check_positive(call: str, name: str, value: object) -> None:
 
 
 def check_count(call: str, name: str, value: object, *, optional: bool = False, most: int | None = None) -> None:
-    """An argument that counts something, where the call names one error for whatever is wrong with it.
-
-    Args:
-        call: for the error.
-        name: of the argument.
-        value: what was passed.
-        optional: whether it may be None.
-        most: the largest count, D; None for any.
-
-    Raises:
-        InvalidArgumentError: no integer, below 1 or too large.
-    """
+    """Refuse what is no integer from 1 on (to ``most``), nor None where that is allowed, by one error for all of it."""
     if optional and value is None:
         return
     if not (is_integer(value) and value >= 1 and (most is None or value <= most)):
@@ -60,18 +44,7 @@ def check_count(call: str, name: str, value: object, *, optional: bool = False, 
 
 
 def check_number(call: str, name: str, value: object, *, most: float = math.inf) -> float:
-    """An argument that is a finite number, from 0 on.
-
-    Args:
-        call: for the error.
-        name: of the argument.
-        value: what was passed.
-        most: the largest that is allowed.
-
-    Raises:
-        InvalidTypeError: no number.
-        InvalidArgumentError: out of range.
-    """
+    """A finite number from 0 to ``most``; an InvalidTypeError or InvalidArgumentError for anything else."""
     if not is_number(value):
         raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="a number")
     if not (math.isfinite(value) and 0 <= value <= most):
@@ -81,10 +54,6 @@ def check_number(call: str, name: str, value: object, *, most: float = math.inf)
 
 
 def check_choice(call: str, name: str, value: object, allowed: Sequence[object]) -> None:
-    """An argument that is one of a few words.
-
-    Raises:
-        InvalidArgumentError: another.
-    """
+    """An argument that is one of a few words."""
     if value not in allowed:
         raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")

@@ -37,10 +37,13 @@ def without_autocast() -> Iterator[None]:
 
     Not for generators, whose body would run after the block has ended.
     """
+    active = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    if not active:
+        yield
+        return
     with ExitStack() as stack:
-        for device in _DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in active:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -65,17 +68,12 @@ def all_finite(*tensors: Tensor) -> bool:
 def checked_product(
     matmat: MatMat, columns: Float[Tensor, "D K"], call: str = "matmat(columns)"
 ) -> Float[Tensor, "D K"]:
-    """A user's product, without its graph.
-
-    Raises:
-        InvalidArgumentError: it has another shape or dtype, and would broadcast silently.
-    """
+    """A user's product, without its graph; refused in another shape or dtype, in which it would broadcast silently."""
     result = matmat(columns).detach()
     if result.shape != columns.shape or result.dtype != columns.dtype:
         raise InvalidArgumentError(
-            call=call,
-            got=f"a product of shape {list(result.shape)} and dtype {result.dtype}",
+            call=call, got=f"a product of shape {list(result.shape)} and dtype {result.dtype}",
             expected=f"shape {list(columns.shape)} and dtype {columns.dtype}, those of its argument",
             why="products map columns [D, K] to columns [D, K]",
-        )
+        )  # fmt: skip
     return result

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, cast
 
+import torch
+
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, listed
 from fisherkit.memory import available_memory, readable
-from fisherkit.operators import BlockDiagonalOperator, FisherOperator
-from fisherkit.operators.linalg import checked_together
+from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator
+from fisherkit.operators.block_diagonal import join
+from fisherkit.operators.linalg import checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
@@ -29,6 +32,7 @@ from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally, now
 from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, matrix_free
 from fisherkit.rows.verified import remember
+from fisherkit.space import ParameterSpace
 from fisherkit.structures import Names, Part, Parts, Structure, Sums
 
 MANY = 64
@@ -119,19 +123,21 @@ class Builder:
     def __init__(
         self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
         max_rows: int | None = None, storage: str = "auto", weights: str | None = None,
+        kept: torch.dtype | None = None, shard: bool = False,
         told: Callable[[Built], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self.normalization, self.storage, self.weights, self.told = normalization, storage, weights, told
         device = problem.plan.example_parameter.device
         self.processes = problem.processes
+        self.shards = 1 if self.processes is None or not shard else self.processes.size
         self.budget = available_memory(device) // 2 if memory_budget is None else memory_budget
         if self.processes is not None:  # what is decided by it must be decided alike
             self.budget = min(self.processes.gathered(self.budget))
         self.settings = {
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
-            "processes": self.processes,
+            "processes": self.processes, "kept": kept,
         }  # fmt: skip
-        self.problem = replace(problem, revisable=True, budget=self.budget)
+        self.problem = replace(problem, revisable=True, budget=self.budget, folds=not reduce)
         self.counted: list[Tally] = []
         self.needed = 0
         self.foretold = False
@@ -142,11 +148,7 @@ class Builder:
         self.problem = replace(self.problem, budget=budget)
 
     def build(self, structure: type[Structure]) -> Built:
-        """The operator of a structure.
-
-        Raises:
-            MemoryBudgetError, DataError: the structure cannot fit, before the pass over the data; no example counts.
-        """
+        """The operator of a structure."""
         return self._planned(lambda: self._built(structure))
 
     def plan(self, structure: type[Structure], *, to_file: bool = False) -> BuildPlan:
@@ -177,8 +179,12 @@ class Builder:
         for unit in self.problem.plan.ruled:
             # Only rows that are kept gain from being written out; sums are taken from the factors.
             unit.stored = unit.stored and structure.keeps_rows
-        self.needed = structure.fitted(self.problem)
+        self.needed = -(-structure.fitted(self.problem) // self.shards)
         return structure
+
+    def _beside(self, held: int, structure: Structure, problem: Problem) -> int:
+        """Of what a process holds at the end, what it may hold while a part is made."""
+        return max(0, held - structure.bytes(problem) // self.shards) if held else 0
 
     def _built(self, kind: type[Structure]) -> Built:
         structure = self._chosen(kind)
@@ -189,16 +195,44 @@ class Builder:
             return self._result(*self._streamed(structure, later))
         self._require(structure)
         groups = self._groups(structure, held=self.needed)
-        if len(groups) == 1:
+        if len(groups) == 1 and self.shards == 1:
             return self._result(*self._part(structure, self.needed))
-        whole: Parts = {}
+        blocks: dict[Names, FisherOperator] = {}
+        entries: list[CoverageEntry] = []
+        load = [0.0] * self.shards
         for names in groups:
             _, parts, tally, _ = self._part(structure, self.needed, names, len(groups))
-            whole |= parts
-        place = self.problem.plan.space.names.index
-        whole = dict(sorted(whole.items(), key=lambda part: place(part[0][0])))
-        blocks = [part.operator for part in whole.values()]
-        return self._result(BlockDiagonalOperator(self.problem.plan.space, blocks), whole, tally)
+            entries += [self._entry(own, part) for own, part in parts.items()]
+            blocks |= self._owned({own: part.operator for own, part in parts.items()}, load)
+            del parts
+        space = structure.space
+        entries.sort(key=lambda entry: space.names.index(entry.parameters[0]))
+        return Built(self._together(space, blocks), tally, Coverage(tuple(entries)), None)
+
+    def _owned(self, blocks: dict[Names, FisherOperator], load: list[float]) -> dict[Names, FisherOperator]:
+        """Those that this process keeps: of sharded ones its own, and what all have a part of."""
+        if self.processes is None or self.shards == 1:
+            return blocks
+        # About the operations of a decomposition, and the more of them, the more bytes.
+        costs = {names: block.nbytes**1.5 for names, block in blocks.items() if block.together is None}
+        owner = self.processes.owners(costs, load)
+        return {
+            names: block
+            for names, block in blocks.items()
+            if owner.get(names, self.processes.rank) == self.processes.rank
+        }
+
+    def _together(self, space: ParameterSpace, blocks: dict[Names, FisherOperator]) -> FisherOperator:
+        """One operator of all blocks, wherever they are."""
+        ordered = dict(sorted(blocks.items(), key=lambda block: space.names.index(block[0][0])))
+        if self.processes is None or self.shards == 1:
+            return BlockDiagonalOperator(space, list(ordered.values()))
+        device, dtype = self.problem.plan.example_parameter.device, self.problem.plan.dtype
+        common = {names: block for names, block in ordered.items() if block.together is not None}
+        own = {names: block for names, block in ordered.items() if names not in common}
+        rest = space.restrict(n for n in space.names if not any(n in names for names in common))
+        parts = [ShardedOperator.of(rest, own, self.processes, dtype=dtype, device=device)] if rest.names else []
+        return join(space, [*parts, *common.values()])
 
     def _kept(self, kind: type[Structure], keeper: PartsKeeper) -> Built | None:
         structure = self._chosen(kind)
@@ -229,7 +263,7 @@ class Builder:
         peaks, readings = [], 0
         for names in groups:
             own, problem = self._restricted(structure, names)
-            beside = held - own.bytes(problem) if held and len(groups) > 1 else 0
+            beside = self._beside(held, own, problem) if len(groups) > 1 else 0
             taken = beside + own.peak(problem)
             times = 1 if streams else self._readings(own, problem, taken)
             readings += times
@@ -256,7 +290,7 @@ class Builder:
             structure.empty(problem).added(chunks)
             seconds.append(now(structure.device) - start)
         micro = -(-examples // size)
-        vectors = 0 if problem.rowless else problem.vectors_per_example
+        vectors = 0 if problem.rowless else problem.backward_vectors
         return readings * micro * vectors, readings * min(seconds) * examples / size
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -266,14 +300,14 @@ class Builder:
         if len(names) == len(structure.space.names):
             return structure, self.problem
         plan = self.problem.plan.restricted(names)
-        return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False)
+        return type(structure).of(plan, **self.settings), replace(self.problem, plan=plan, rowless=False, head=0)
 
     def _groups(self, structure: Structure, held: int = 0) -> list[Names]:
         """The parameters of each part: a layer is of the first where it fits beside what is ``held`` at the end."""
 
         def fits(names: Names) -> bool:
             own, problem = self._restricted(structure, names)
-            return (held and held - own.bytes(problem)) + own.peak(problem) <= self.budget
+            return self._beside(held, own, problem) + own.peak(problem) <= self.budget
 
         whole = structure.space.names
         if not structure.in_parts or fits(whole):
@@ -298,13 +332,14 @@ class Builder:
         if names is not None:
             whole.refuse_changed()
             structure, self.problem = self._restricted(structure, names)
-            held = (held and held - structure.bytes(self.problem)) + structure.peak(self.problem)
+            held = self._beside(held, structure, self.problem) + structure.peak(self.problem)
         try:
             self.problem = replace(self.problem, most_examples=structure.most_examples(self.problem))
             sums = self._summed(structure, held, of)
             tally = Tally.of([*self.counted, Tally(rows=-sums.dropped)]).some()
             with checked_together():
                 operator = structure.operator(sums, self._scale(tally))
+            with checked_before():
                 return operator, structure.parts(sums, operator), tally, sums.dropped_share
         except BetterPlanError as found:
             if names is None:
@@ -336,11 +371,9 @@ class Builder:
         keep = readings < structure.passes
         chunks = self._counted(self.problem.chunks(description, compared=readings * parts > 1), readings * parts)
         sums: Sums = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
-        going = structure.next_pass(sums)
-        while going is not None:
+        while (going := _next_pass(structure, sums)) is not None:
             del sums  # of which the next pass has what it needs
             sums = self._added(going, kept if keep else self.problem.chunks(description))
-            going = structure.next_pass(sums)
         return sums
 
     def _added(self, sums: Sums, chunks: Iterable[Chunk]) -> Sums:
@@ -472,7 +505,7 @@ class Builder:
     @property
     def _many(self) -> bool:
         """Whether there are so many backward passes that it is worth knowing what they take."""
-        return self.problem.vectors_per_example > MANY and not self.problem.rowless
+        return self.problem.backward_vectors > MANY and not self.problem.rowless
 
     def _cost(self, found: tuple[int, float], readings: int = 1) -> str:
         passes, seconds = readings * found[0], readings * found[1]
@@ -489,7 +522,7 @@ class Builder:
 
     def _require(self, structure: Structure, problem: Problem | None = None) -> None:
         """Refuse what does not fit; of a part, as its problem is given, what does not fit by itself."""
-        needed = self.needed if problem is None else structure.bytes(problem)
+        needed = self.needed if problem is None else structure.bytes(problem) // self.shards
         if needed <= self.budget:
             return
         of = "" if problem is None else f" for {listed(structure.space.names, 4)} alone"
@@ -514,6 +547,12 @@ class Builder:
         rules = {plan.rule_name(unit) for unit in units}
         reason = "; ".join(filter(None, (units[0].reason if part.kept else "", part.reason)))
         return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.operator.nbytes, reason)
+
+
+def _next_pass(structure: Structure, sums: Sums) -> Sums | None:
+    """Of matrices that are decomposed for it, what is wrong with one is seen in the end."""
+    with checked_together():
+        return structure.next_pass(sums)
 
 
 def _noting(chunks: Iterable[Chunk], kept: list[Chunk]) -> Iterator[Chunk]:

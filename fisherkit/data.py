@@ -97,18 +97,7 @@ class Batch:
     def of(
         cls, raw: Any, call: str, axes: dict[int, bool] | None = None, model_inputs: ModelInputs | None = None
     ) -> Batch:
-        """From what the user's data yields.
-
-        Args:
-            raw: the user's.
-            call: for errors.
-            axes: which tensors have the batch axis, where other batches have told.
-            model_inputs: how the model is called; None if no model is at hand.
-
-        Raises:
-            InvalidTypeError: neither a pair nor a mapping.
-            DataError: no tensors, no labels, no examples, or sizes that differ.
-        """
+        """From what a user's data yields; ``axes`` says which tensors have the batch axis, as other batches told."""
         model_inputs = ModelInputs() if model_inputs is None else model_inputs
         inputs, targets = _inputs_and_targets(raw, call, model_inputs)
         targets = _checked_targets(targets, call)
@@ -120,12 +109,10 @@ class Batch:
             kwargs = model_inputs.taken(kwargs, call)
         if any(isinstance(arg, PackedSequence) for arg in (*args, *kwargs.values())):
             raise InvalidTypeError(
-                call=call,
-                got="a PackedSequence as input",
-                expected="a padded tensor, and the lengths beside it",
+                call=call, got="a PackedSequence as input", expected="a padded tensor, and the lengths beside it",
                 why="a packed sequence holds its examples' positions between each other",
                 try_="pack_padded_sequence in the model's forward",
-            )
+            )  # fmt: skip
         token_ids = targets is not None and targets.ndim >= 2 and not targets.is_floating_point()
         if model_inputs.encoder_decoder and token_ids and not kwargs.keys() & {"labels", *DECODER_INPUTS}:
             kwargs["labels"] = targets  # of which the model makes its decoder's inputs
@@ -141,31 +128,24 @@ class Batch:
             raise DataError(call=call, got="a batch with no example", expected="at least one")
         if targets is not None and (targets.ndim == 0 or targets.shape[0] != size):
             raise DataError(
-                call=call,
-                got=f"inputs with {size} examples and targets of shape {list(targets.shape)}",
-                expected=f"{size} targets",
-                why="both have the examples along axis 0",
-            )
+                call=call, got=f"inputs with {size} examples and targets of shape {list(targets.shape)}",
+                expected=f"{size} targets", why="both have the examples along axis 0",
+            )  # fmt: skip
         if not axes or len(axes) != len(names):
             axes = {i: leaf.ndim > 0 and leaf.shape[0] == size for i, (_, leaf) in names.items()}
         odd = [(name, leaf) for i, (name, leaf) in names.items() if axes[i] and leaf.shape[:1] != (size,)]
         if odd:
             raise DataError(
-                call=call,
-                got=f"input {odd[0][0]!r} of shape {list(odd[0][1].shape)} in a batch of {size} examples",
+                call=call, got=f"input {odd[0][0]!r} of shape {list(odd[0][1].shape)} in a batch of {size} examples",
                 expected=f"{size} along axis 0",
                 why="in an earlier batch it had as many as there were examples, so it was taken to have one an example",
                 try_=SHARED,
-            )
+            )  # fmt: skip
         return cls(args, kwargs, targets, size, axes, call)
 
     @classmethod
     def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-        """From the arguments of a model's call, which may have labels among them.
-
-        Raises:
-            DataError: no tensor, or no examples.
-        """
+        """From the arguments of a model's call, which may have labels among them."""
         call = "the model's forward pass"
         leaves = [leaf for _, leaf in _named_inputs(args, kwargs)]
         sizes = [leaf.shape[0] for leaf in leaves if leaf.ndim > 0]
@@ -217,18 +197,16 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
+        if all(leaf.device == device for leaf in (*self.inputs, *([] if self.targets is None else [self.targets]))):
+            return self
         targets = None if self.targets is None else move(self.targets)
         args, kwargs = _map_tensors(self.args, move), _map_tensors(self.kwargs, move)
         return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets)
 
     def aligned(self, model: nn.Module, z: Tensor, *, shift: bool, ignore_index: int) -> Batch:
-        """Labels beside the outputs that they belong to.
+        """Labels beside the outputs z that they belong to.
 
-        Args:
-            model: the model; positions that its prompt learning put in front have no labels.
-            z: its outputs.
-            shift: whether labels belong to the outputs one position before them, as in causal language models.
-            ignore_index: the label of positions that have none.
+        Shifted by one for causal language models; ``ignore_index`` for positions that a learnt prompt put in front.
 
         Raises:
             DataError: labels to be shifted that have no positions.
@@ -240,59 +218,58 @@ class Batch:
             targets = torch.cat([targets.new_full((self.size, extra), ignore_index), targets], 1)
         if shift and targets.ndim < 2:
             raise DataError(
-                call="data",
-                got=f"labels of shape {list(targets.shape)} to be shifted",
-                expected="[B, T]",
-                why="with shift_labels every position is paired with the next label",
-                try_="shift_labels=False",
-            )
+                call="data", got=f"labels of shape {list(targets.shape)} to be shifted", expected="[B, T]",
+                why="with shift_labels every position is paired with the next label", try_="shift_labels=False",
+            )  # fmt: skip
         if shift:
             targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)], 1)
-        return dataclasses.replace(self, targets=targets)
+        return self if targets is self.targets else dataclasses.replace(self, targets=targets)
 
     def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
         """The tensors that have the batch axis, and the function that puts others in their place."""
-        batched = [leaf for i, leaf in enumerate(self.inputs) if self.axes[i]]
 
         def rebuild(replacements: list[Tensor]) -> Batch:
             pending = iter(replacements)
 
             return Batch(*self._map_batched(lambda _: next(pending)), None, replacements[0].shape[0], self.axes)
 
-        return batched, rebuild
+        return self.batched, rebuild
+
+    @property
+    def batched(self) -> list[Tensor]:
+        """The inputs' tensors that have the batch axis."""
+        return [leaf for i, leaf in enumerate(self.inputs) if self.axes[i]]
 
     def call(self, model: Callable[..., Any]) -> Tensor:
-        """The model's outputs for this batch.
+        """The model's outputs for this batch."""
+        return self.fresh().handed(model)
 
-        Raises:
-            ModelError: as in `outputs_of`.
+    def fresh(self) -> Batch:
+        """With copies of the inputs.
+
+        Layers that work in place must not reach the caller's tensors, and rows, which keep layers' inputs, must not
+        change when the caller refills them.
         """
+        args, kwargs = _map_tensors(self.args, Tensor.clone), _map_tensors(self.kwargs, Tensor.clone)
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
 
-        def fresh(leaf: Tensor) -> Tensor:
-            # Layers that work in place must not reach the caller's tensors, and rows, which keep layers' inputs, must
-            # not change when the caller refills them.
-            return leaf.clone()
-
-        return outputs_of(model(*_map_tensors(self.args, fresh), **_map_tensors(self.kwargs, fresh)))
+    def handed(self, model: Callable[..., Any]) -> Tensor:
+        """As `call`, for a batch that the model may write to."""
+        return outputs_of(model(*self.args, **self.kwargs))
 
 
 def outputs_of(output: Any) -> Tensor:
-    """The outputs z in what a model returns.
-
-    Raises:
-        ModelError: it is neither a tensor nor something with ``logits``.
-    """
+    """The outputs z in what a model returns."""
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
     raise ModelError(
-        call="the model's forward pass",
-        got=f"a {type(output).__name__}",
+        call="the model's forward pass", got=f"a {type(output).__name__}",
         expected="a tensor of outputs, or an object with .logits",
         try_="a small nn.Module around the model whose forward returns the logits",
-    )
+    )  # fmt: skip
 
 
 def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple[Any, Any]:
@@ -303,11 +280,9 @@ def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple
         name = next((name for name in LABELS if name in fields and name not in own), None)
         if name is None:
             raise DataError(
-                call=call,
-                got=f"a mapping with keys {sorted(map(str, fields))}",
-                expected='one with "labels"',
+                call=call, got=f"a mapping with keys {sorted(map(str, fields))}", expected='one with "labels"',
                 try_='a pair (inputs, targets), or rename the key to "labels"',
-            )
+            )  # fmt: skip
         return {key: value for key, value in fields.items() if key != name}, fields[name]
     if isinstance(raw, (tuple, list)) and len(raw) == 2:
         names = getattr(raw, "_fields", ())
@@ -318,18 +293,16 @@ def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple
             return tuple(raw[:-1]), raw[-1]
         takes = "" if required is None else f", and the model's forward pass needs {len(required)} input(s)"
         raise InvalidTypeError(
-            call=call,
-            got=f"a batch of type {type(raw).__name__} with {len(raw)} parts",
+            call=call, got=f"a batch of type {type(raw).__name__} with {len(raw)} parts",
             expected='a pair (inputs, targets) or a mapping with "labels"',
             why=f"nothing tells which of them are inputs and targets{takes}",
             try_="((a, b), y) for inputs a and b by place, ({name: a, ...}, y) by name",
-        )
+        )  # fmt: skip
     raise InvalidTypeError(
-        call=call,
-        got=f"a batch of type {type(raw).__name__}",
+        call=call, got=f"a batch of type {type(raw).__name__}",
         expected='a pair (inputs, targets) or a mapping with "labels"',
         try_="[(x, y)] for a list of batches, (x, y) for one; torch.as_tensor for arrays",
-    )
+    )  # fmt: skip
 
 
 def _checked_targets(targets: Any, call: str) -> Tensor | None:
@@ -362,20 +335,18 @@ class Source:
         is_batch = _is_batch(data)
         if not is_batch and not isinstance(data, Iterable):
             raise InvalidTypeError(
-                call="data",
-                got=f"a {type(data).__name__}",
+                call="data", got=f"a {type(data).__name__}",
                 expected="one batch (inputs, targets), or a list or DataLoader of batches",
                 try_="DataLoader(data, batch_size=...) for a data set",
-            )
+            )  # fmt: skip
         if not is_batch and isinstance(data, Iterator):
             raise DataError(
-                call="data",
-                got=f"a {type(data).__name__}, which can be read only once",
+                call="data", got=f"a {type(data).__name__}, which can be read only once",
                 expected="something that can be iterated again and again",
-                why="streamed products and EKFAC read the data more than once",
-                try_="list(data), or a DataLoader",
-            )
+                why="streamed products and EKFAC read the data more than once", try_="list(data), or a DataLoader",
+            )  # fmt: skip
         self._first: Batch | None = None
+        self._made: tuple[Any, Batch | None] = None, None
         self.batches: Iterable[Any] = [data] if is_batch else data
         self.model = model
         self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
@@ -390,11 +361,7 @@ class Source:
         self._count: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over the batches; the random generators are the caller's own whenever a batch is handed over.
-
-        Raises:
-            DataError: other batches than in the first pass.
-        """
+        """One pass over the batches; the random generators are the caller's own whenever a batch is handed over."""
         return self._compared(self.once())
 
     def once(self, state: RngState | None = None, *, settled: bool = True) -> Iterator[Batch]:
@@ -415,7 +382,17 @@ class Source:
                 except StopIteration:
                     return
                 state = None if self._listed else rng_state(self._generators)
-            yield Batch.of(raw, f"data, batch {number}", self._axes if settled else None, self._model_inputs)
+            yield self._batch(raw, number, self._axes if settled else None)
+
+    def _batch(self, raw: Any, number: int, axes: dict[int, bool] | None) -> Batch:
+        """A batch; of the first pair of tensors, which cannot be another pair since, the one that was made before."""
+        raw_before, batch = self._made
+        if batch is not None and number == 0 and raw_before is raw and batch.axes is axes:
+            return batch
+        batch = Batch.of(raw, f"data, batch {number}", axes, self._model_inputs)
+        if number == 0 and type(raw) is tuple and all(type(part) is Tensor for part in raw):
+            self._made = raw, batch
+        return batch
 
     def _compared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         number = 0
@@ -440,37 +417,21 @@ class Source:
         self._digests, self._whole, self._origin = list(digests), True, origin
 
     def refuse_shuffling(self, call: str, role: str = "") -> None:
-        """Refuse a loader whose order is not known to be fixed, where results are in the order of the data.
-
-        Args:
-            call: for errors.
-            role: what the data are for, where the call has several.
-
-        Raises:
-            DataError: a loader that shuffles, or that has a sampler whose order is not known.
-        """
+        """Refuse a loader whose order is not known to be fixed, where results are in the order of the data."""
         got = _disorder(self.batches)
         if got:
             raise DataError(
-                call=call,
-                got=f"{got}{role and f' as {role}'}",
-                expected="one in a fixed order",
+                call=call, got=f"{got}{role and f' as {role}'}", expected="one in a fixed order",
                 why="an example is known by its place",
                 try_="DataLoader(data, batch_size=..., shuffle=False), or sampler=list(sampler) where places in the "
                 "sampler's order are meant",
-            )
+            )  # fmt: skip
 
     def keep_order(self, call: str) -> None:
         """Refuse what `refuse_shuffling` refuses, and later every pass in another order than this one.
 
-        Args:
-            call: for errors.
-
-        Raises:
-            DataError: as `refuse_shuffling`; later, in the pass that differs.
-
-        Cost: none for lists and loaders without a collator of the user's own; for others, whose order nothing tells,
-        reading the data once, with the global random generators elsewhere than in the passes to come.
+        Lists and loaders without a collator of the user's own cost nothing; others are read once, with the global
+        random generators elsewhere than in the passes to come.
         """
         self.refuse_shuffling(call)
         if not _in_order(self.batches):
@@ -482,11 +443,7 @@ class Source:
         return enumerate(self)
 
     def first(self) -> Batch:
-        """The first batch with more than one example, else the first.
-
-        Raises:
-            DataError: there is none.
-        """
+        """The first batch with more than one example, else the first."""
         first = self.beginning()
         if first is None:
             raise DataError(call="data", got="no batch", expected="at least one example")
@@ -508,11 +465,7 @@ class Source:
         return self._first
 
     def shared(self, batch: Batch) -> None:
-        """Read the inputs as this batch does: its axes say which of them all examples share.
-
-        Args:
-            batch: the first one.
-        """
+        """Read the inputs as this batch does: its axes say which of them all examples share."""
         self._first, self._axes = batch, batch.axes
 
     @property
@@ -583,45 +536,32 @@ def _elsewhere(others: Sequence[torch.Generator]) -> RngState:
 
 
 def check_finite(z: Tensor, call: str) -> None:
-    """Refuse outputs with NaN or infinity.
-
-    Raises:
-        NonFiniteError: naming the batch.
-    """
+    """Refuse outputs with NaN or infinity."""
     if not all_finite(z):
         raise NonFiniteError(
-            call=call,
-            got="model outputs with NaN or infinite entries",
-            expected="finite outputs",
+            call=call, got="model outputs with NaN or infinite entries", expected="finite outputs",
             try_="check the inputs of this batch and the model's weights",
-        )
+        )  # fmt: skip
 
 
 def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the chosen parameters.
-
-    Raises:
-        ModelError: they are on several devices or of several dtypes.
-    """
+    """Device and dtype of the chosen parameters; a ModelError unless there is one of each, and whole parameters."""
     parameters = dict(model.named_parameters())
     sharded = [name for name in names if hasattr(parameters[name], "full_tensor")]  # what DTensors have
     if sharded:
         raise ModelError(
-            call="params",
-            got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
-            expected="whole ones", why="rows are made of layers whose weights are at hand",
+            call="params", got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
+            expected="whole ones, or shards of `fully_shard`", why="rows are made of layers whose weights are at hand",
             try_="a model of the full weights: torch.distributed.checkpoint.state_dict.get_model_state_dict with "
             "StateDictOptions(full_state_dict=True)",
         )  # fmt: skip
     found = {(parameters[name].device, parameters[name].dtype) for name in names}
     if len(found) > 1:
         raise ModelError(
-            call="params",
-            got=f"parameters of {sorted(f'{d} {t}' for d, t in found)}",
-            expected="one device and one dtype",
-            why="a Fisher is one operator over all of them",
+            call="params", got=f"parameters of {sorted(f'{d} {t}' for d, t in found)}",
+            expected="one device and one dtype", why="a Fisher is one operator over all of them",
             try_="params= to choose the parameters of one device and dtype, or model.to(...)",
-        )
+        )  # fmt: skip
     return found.pop()
 
 

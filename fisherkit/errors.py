@@ -7,8 +7,9 @@ owns the wording's shape and how long lists are cut, and nothing else; it import
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 E = TypeVar("E", bound="FisherkitError")
 
@@ -44,6 +45,11 @@ class FisherkitError(Exception):
         if try_:
             parts.append(f"Try: {try_.rstrip('.')}.")
         super().__init__(" ".join(parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, as errors come from other processes."""
+        parts = {name: getattr(self, name) for name in ("call", "got", "expected", "why", "try_")}
+        return functools.partial(type(self), **parts), ()
 
     def at(self: E, call: str) -> E:
         """The same error as raised by another, outer call."""

@@ -109,13 +109,9 @@ def hutchinson_diagonal(
 
 @without_autocast()
 def lanczos_logdet(
-    operator: SupportsMatvec,
-    *,
-    damping: float,
-    samples: int = 10,
-    steps: int = 50,
+    operator: SupportsMatvec, *, damping: float, samples: int = 10, steps: int = 50,
     generator: torch.Generator | None = None,
-) -> Estimate:
+) -> Estimate:  # fmt: skip
     """Estimate log det(F + λI) by stochastic Lanczos quadrature.
 
     For a random sign vector v, vᵀ log(F + λI) v lies between its Gauss-Radau (node at 0) and its Gauss quadrature. The
@@ -147,13 +143,9 @@ def lanczos_logdet(
 
 @without_autocast()
 def lanczos_effective_dimension(
-    operator: SupportsMatvec,
-    *,
-    damping: float,
-    samples: int = 10,
-    steps: int = 50,
+    operator: SupportsMatvec, *, damping: float, samples: int = 10, steps: int = 50,
     generator: torch.Generator | None = None,
-) -> Estimate:
+) -> Estimate:  # fmt: skip
     """Estimate tr(F (F + λI)⁻¹) by stochastic Lanczos quadrature, with bounds as in `lanczos_logdet`.
 
     Args:

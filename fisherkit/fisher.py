@@ -36,7 +36,7 @@ from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import Names, Structure, structure_named
 from fisherkit.vectors import rule_of
-from fisherkit.wrappers import unwrapped, wrapped_in
+from fisherkit.wrappers import unwrapped, with_full_weights, wrapped_in
 
 
 class FisherApproximation(ForwardingOperator):
@@ -88,10 +88,17 @@ class FisherApproximation(ForwardingOperator):
             below F in the Loewner order and its rows are in the data's order; of rows of equal norm the earlier one
             is kept, so that neither batches nor chunk_size matter, up to rounding. `dropped_share` says what is
             missing. Kept rows are never streamed: twice as many must fit in memory_budget.
+        dtype: torch.bfloat16 or torch.float32, in which factors, bases and diagonals are kept and saved; None for that
+            of the rows. Sums, products and vectors stay in the rows' dtype, float32 at least, and eigenvalues of
+            factors in float64; the layer that is used is widened for as long as it is. Only for "diagonal", "kfac",
+            "ekfac" and "nkp".
         group: the processes that each have a part of the data (`torch.distributed`): None for the default group where
             one is initialised, False for this process alone. The Fisher is that of all their examples, in the order of
             the ranks, and the same in every process. Of the full structure (and of block where it keeps rows), every
             process keeps its own rows, and what is asked of the Fisher must be asked in all processes alike.
+        shard: every process keeps the blocks of some layers (of a diagonal, the entries), about as many bytes as each
+            other one, and decomposes and solves with those alone. What is asked of the Fisher, `save` included, must
+            then be asked in all processes alike. Not for ``structure="full"``, whose rows are shared out as they are.
 
     Attributes:
         likelihood: of the loss.
@@ -131,13 +138,15 @@ class FisherApproximation(ForwardingOperator):
         shift_labels: bool | None = None,
         kfac_positions: str = "expand",
         max_rows: int | None = None,
+        dtype: torch.dtype | None = None,
         group: Group = None,
+        shard: bool = False,
     ) -> None:
         asked = _Asked.of(
             type(self).__name__, model, data, kind, likelihood=likelihood, structure=structure, params=params,
             example=example, normalization=normalization, generator=generator, chunk_size=chunk_size,
             memory_budget=memory_budget, storage=storage, progress=progress, shift_labels=shift_labels,
-            kfac_positions=kfac_positions, max_rows=max_rows, group=group,
+            kfac_positions=kfac_positions, max_rows=max_rows, dtype=dtype, group=group, shard=shard,
         )  # fmt: skip
         super().__init__(asked.space, dtype=asked.dtype, device=asked.device)
         asked.builder.told = self._built_later
@@ -218,7 +227,8 @@ class _Asked:
         cls, call: str, model: nn.Module, data: Data, kind: str | OutputRule | None, *,
         likelihood: str | Likelihood | nn.Module, structure: str, params: Selection, example: str, normalization: str,
         generator: torch.Generator | None, chunk_size: int | None, memory_budget: int | None, storage: str,
-        progress: bool, shift_labels: bool | None, kfac_positions: str, max_rows: int | None, group: Group,
+        progress: bool, shift_labels: bool | None, kfac_positions: str, max_rows: int | None,
+        dtype: torch.dtype | None, group: Group, shard: bool,
     ) -> _Asked:  # fmt: skip
         """Check all arguments, and find out how the model's rows are made."""
         if not isinstance(model, nn.Module):
@@ -232,6 +242,19 @@ class _Asked:
             check_positive(call, name, value)
         check_choice(call, "storage", storage, ("auto", "rows", "stream"))
         _only_full(call, structure, max_rows, storage)
+        check_choice(call, "shard", shard, (True, False))
+        if shard and chosen.keeps_rows and not chosen.in_parts:
+            raise InvalidArgumentError(
+                call=call, got=f"shard=True with structure={structure!r}", expected="a structure of blocks",
+                why="its rows are one block, and stay in the processes that made them anyway", try_="shard=False",
+            )  # fmt: skip
+        check_choice(call, "dtype", dtype, (None, torch.bfloat16, torch.float32))
+        if dtype is not None and not chosen.packs:
+            raise InvalidArgumentError(
+                call=call, got=f"dtype={dtype} with structure={structure!r}", expected="dtype=None",
+                why="rounded, a matrix of rows or of a whole block would not be a Fisher matrix of its own",
+                try_='structure="kfac", "ekfac", "nkp" or "diagonal"',
+            )  # fmt: skip
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidTypeError(
                 call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
@@ -249,7 +272,7 @@ class _Asked:
         resolved = likelihoods.resolve(likelihood)
         space = ParameterSpace.of(model, params)
         device, parameters_dtype = model_device(model, space.names)
-        dtype = at_least_single(parameters_dtype)
+        rows_dtype = at_least_single(parameters_dtype)
         whole, covered = weight_hashes(model, space.names)
         source, processes = Source(data, model), Processes.of(group, device, call)
         if processes is not None:
@@ -257,6 +280,7 @@ class _Asked:
                 "parameters": space.names, "dtype": parameters_dtype, "weights": whole, "likelihood": resolved.recorded,
                 "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
                 "setting": (example, normalization, shift_labels, kfac_positions, max_rows, memory_budget, storage),
+                "kept dtype": dtype, "shard": shard,
             })  # fmt: skip
         if processes is None:
             plan = plan_of(model, space, source, assume=True)
@@ -270,7 +294,7 @@ class _Asked:
         )  # fmt: skip
         builder = Builder(
             problem, normalization=normalization, memory_budget=memory_budget, reduce=kfac_positions == "reduce",
-            max_rows=max_rows, storage=storage, weights=whole,
+            max_rows=max_rows, storage=storage, weights=whole, kept=dtype, shard=shard,
         )  # fmt: skip
         recorded = {
             "kind": rule.kind_name, "structure": structure, "examples": "", "rows": "",
@@ -281,8 +305,9 @@ class _Asked:
             "covered_hash": f"{parameters_dtype}:{covered}".removeprefix("torch."),
             "fisherkit": __version__, "torch": torch.__version__, **rule.kind_options(),
             **({} if max_rows is None else {"max_rows": str(max_rows)}),
+            **({} if dtype is None else {"kept_dtype": str(dtype).removeprefix("torch.")}),
         }  # fmt: skip
-        return cls(builder, chosen, resolved, space, dtype, device, recorded)
+        return cls(builder, chosen, resolved, space, rows_dtype, device, recorded)
 
 
 def _described(built: Built) -> dict[str, str]:
@@ -419,11 +444,11 @@ def _asked(
 
 
 def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
-    """The model inside its wrappers, and the selection by its own names."""
+    """The model inside its wrappers, with all of its weights, and the selection by its own names."""
     prefix = wrapped_in(model)
     if prefix and isinstance(params, Iterable) and not isinstance(params, str):
         params = [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
-    return unwrapped(model), params
+    return with_full_weights(unwrapped(model)), params
 
 
 def _only_full(call: str, structure: str, max_rows: int | None, storage: str) -> None:

@@ -22,7 +22,8 @@ Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "gradient": ("hessian_inverse_form", "target_from_gradient", "drawn_gradient"),
     "hessian_factor": (
-        "hessian_rank", "hessian_columns", "hessian_matmul", "hessian_diagonal", "hessian_sum", "hessian_inverse_form",
+        "hessian_rank", "hessian_columns", "hessian_matmul", "hessian_diagonal", "hessian_sum", "hessian_form",
+        "hessian_inverse_form",
     ),
     "hessian_scale": ("hessian_inverse_form",),
     "sample": ("channels", "sample_given"),
@@ -144,6 +145,10 @@ class Likelihood(ABC):
         """diag S Sᵀ for each position."""
         return self.hessian_factor(z).square().sum(-1)
 
+    def hessian_form(self, z: Float[Tensor, "n C"], w: Float[Tensor, "C d"]) -> Float[Tensor, "n d d"]:
+        """Wᵀ S Sᵀ W for each position."""
+        return torch.einsum("jnc,ci->nij", self.hessian_matmul(z, w.mT[:, None].expand(-1, *z.shape)), w)
+
     def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
         """Σ_n D_n^½ S Sᵀ D_n^½ over positions, by products with unit vectors a few at a time.
 
@@ -197,14 +202,12 @@ class Likelihood(ABC):
             return z.reshape(-1, 1, 1)
         if z.ndim > 3 and self.few_axes:
             raise DataError(
-                call=call,
-                got=f"outputs of shape {shape_text(z)}",
-                expected="(B, C) or (B, T, C)",
+                call=call, got=f"outputs of shape {shape_text(z)}", expected="(B, C) or (B, T, C)",
                 why="outputs are positions by classes, the classes last",
                 try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W), or a likelihood "
                 "that says how to read them: fk.likelihoods.Categorical(class_axis=1), or torch's own loss, "
                 "nn.CrossEntropyLoss(), nn.MSELoss() and others",
-            )
+            )  # fmt: skip
         moved = z if self.class_axis in (-1, z.ndim - 1) else z.movedim(self.class_axis, -1)
         return moved.reshape(z.shape[0], -1, moved.shape[-1])
 
@@ -254,11 +257,9 @@ class Likelihood(ABC):
             return z, None, mask
         if target.shape[:1] != raw.shape[:1] or target.numel() != raw.numel():
             raise DataError(
-                call=call,
-                got=f"targets of shape {shape_text(target)} for outputs {shape_text(raw)}",
-                expected="targets of the outputs' shape",
-                why=f"the likelihood is {self.name}",
-            )
+                call=call, got=f"targets of shape {shape_text(target)} for outputs {shape_text(raw)}",
+                expected="targets of the outputs' shape", why=f"the likelihood is {self.name}",
+            )  # fmt: skip
         target = self.positions(target.reshape(raw.shape), call).to(z.dtype)
         self.check_values(target, call)
         return z, target, mask
@@ -413,9 +414,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _contradict(likelihood: Likelihood, found: str, other: str) -> NoReturn:
     raise InvalidArgumentError(
-        call="likelihood",
-        got=f"a {type(likelihood).__name__} whose {found} does not belong to its {other}",
+        call="likelihood", got=f"a {type(likelihood).__name__} whose {found} does not belong to its {other}",
         expected="methods of one loss" if other == "hessian_factor" else f"{found} with S Sᵀ the derivative of {other}",
         why="one of them was changed and the other inherited, or written for another loss",
         try_=f"{found} in {type(likelihood).__name__} itself",
-    )
+    )  # fmt: skip

@@ -21,20 +21,15 @@ from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, 
 from fisherkit.likelihood import Likelihood, Prepared, setting_text, shape_text
 
 __all__ = [
-    "Bernoulli",
-    "Categorical",
-    "Gaussian",
-    "GaussianNLL",
-    "Likelihood",
-    "LogProbabilities",
-    "Poisson",
-    "Prepared",
-    "is_known_loss",
-    "resolve",
-]
+    "Bernoulli", "Categorical", "Gaussian", "GaussianNLL", "Likelihood", "LogProbabilities", "Poisson", "Prepared",
+    "is_known_loss", "resolve",
+]  # fmt: skip
 
 Numbers = float | Sequence[float] | Tensor
 """One number, or one for each output."""
+
+AT_ONCE = 1 << 22
+"""Outputs of which labels are drawn together."""
 
 WEIGHTED = "a weighted loss is no −log p: its exponential does not sum to one over the labels"
 
@@ -207,13 +202,12 @@ class GaussianNLL(Gaussian):
             return out, None, mask
         if target.shape != (*z.shape, 2):
             raise DataError(
-                call=call,
-                got=f"targets of shape {shape_text(target)} for outputs {shape_text(z)}",
+                call=call, got=f"targets of shape {shape_text(target)} for outputs {shape_text(z)}",
                 expected="the outputs' shape and a last axis of 2: the observed number and its variance",
                 why="the loss divides by a variance for each number, which is part of the data here",
                 try_="torch.stack([y, variance.expand_as(y)], -1); fk.likelihoods.Gaussian(variance=...) for one that "
                 "all examples share; a likelihood of your own for one that the model predicts",
-            )
+            )  # fmt: skip
         y, variance = (self.positions(part, call).to(out.dtype) for part in target.unbind(-1))
         self.check_values(y, call)
         if not bool((torch.isfinite(variance) & (variance >= 0)).all()):
@@ -365,8 +359,8 @@ class Categorical(Likelihood):
         """∂ℓ/∂z = s p − t, with p_y − 1 computed as minus the others' mass, which does not cancel as p_y → 1."""
         if self.hard and not target.is_floating_point():
             label = self._valid(target).unsqueeze(-1)
-            p = torch.softmax(z, -1).scatter(-1, label, 0.0)
-            u = p.scatter(-1, label, -p.sum(-1, keepdim=True))
+            u = torch.softmax(z, -1).scatter_(-1, label, 0.0)  # in place: z may have a large vocabulary
+            u = u.scatter_(-1, label, -u.sum(-1, keepdim=True))
             return u if self.weight is None else u * self.weight.to(z)[label]
         t = self._weighted(z, target)
         p = torch.softmax(z, -1)
@@ -417,6 +411,13 @@ class Categorical(Likelihood):
         p = torch.softmax(z, -1)
         return p * _complement(p)
 
+    def hessian_form(self, z: Float[Tensor, "n C"], w: Float[Tensor, "C d"]) -> Float[Tensor, "n d d"]:
+        """Σ_c p_c x_c x_cᵀ − x̄ x̄ᵀ with x_c the rows of W less that of the likeliest class, so that nothing cancels."""
+        root = torch.softmax(z, -1).sqrt().unsqueeze(-1)
+        x = (w - w[z.argmax(-1)].unsqueeze(1)).mul_(root)
+        mean = (root.mT @ x).squeeze(1)
+        return torch.baddbmm(mean.unsqueeze(2) * mean.unsqueeze(1), x.mT, x, beta=-1)
+
     def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
         """diag Σ p − Σ p pᵀ, one matmul; the diagonal as p(1 − p), which does not cancel."""
         p, diagonal = torch.softmax(z, -1), self.hessian_diagonal(z)
@@ -445,6 +446,10 @@ class Categorical(Likelihood):
 
         Of the model, whatever the observed targets were softened or smoothed with: then E[v vᵀ] is H, as for labels.
         """
+        axis = next((axis for axis, size in enumerate(z.shape[:-1]) if size > 1), None)
+        if z.numel() > AT_ONCE and axis is not None:  # a large vocabulary, which float64 would hold several times
+            halves = zip(z.chunk(2, axis), uniform.chunk(2, axis), strict=True)
+            return torch.cat([Categorical.sample(self, *half) for half in halves], axis)
         cumulative = torch.softmax(z.double(), -1).cumsum(-1)
         cumulative = cumulative / cumulative[..., -1:]
         return (cumulative < uniform[..., :1]).sum(-1).clamp_max(z.shape[-1] - 1)
@@ -515,12 +520,11 @@ class Categorical(Likelihood):
         if not (last or not first if self._chosen else first and not last):
             beside = "no labels" if target is None else f"targets {shape_text(target)}"
             raise DataError(
-                call=call,
-                got=f"outputs of shape {shape_text(z)} and {beside}",
+                call=call, got=f"outputs of shape {shape_text(z)} and {beside}",
                 expected="outputs that say where the classes are",
                 why="the classes may be the last axis or, as in torch's own losses, axis 1",
                 try_="fk.likelihoods.Categorical(class_axis=-1) if they are the last axis, or class_axis=1",
-            )
+            )  # fmt: skip
         self._settled = True
 
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:
@@ -535,12 +539,11 @@ class Categorical(Likelihood):
         c = z.shape[-1]
         if c < 2:
             raise DataError(
-                call=call,
-                got=f"outputs of shape {shape_text(raw)}",
+                call=call, got=f"outputs of shape {shape_text(raw)}",
                 expected="(B, C) or (B, T, C) with at least two classes",
                 why="a categorical likelihood needs one output for each class",
                 try_='likelihood="bernoulli" for one logit',
-            )
+            )  # fmt: skip
         if self.weight is not None and len(self.weight) != c:
             raise DataError(
                 call=call, got=f"{c} classes and {len(self.weight)} weights", expected="a weight for each class",
@@ -553,9 +556,7 @@ class Categorical(Likelihood):
             return z, self._probabilities(target, call).to(z.dtype), torch.ones_like(z[..., 0], dtype=torch.bool)
         if target.is_floating_point() or target.dtype == torch.bool:
             raise DataError(
-                call=call,
-                got=f"labels of {target.dtype}",
-                expected="integers",
+                call=call, got=f"labels of {target.dtype}", expected="integers",
                 why="a categorical likelihood takes class indices",
                 try_="labels.long(), or probs.argmax(-1); likelihood=nn.MSELoss() for regression" + (
                     "; likelihood=nn.CrossEntropyLoss() takes class probabilities, too"
@@ -575,26 +576,24 @@ class Categorical(Likelihood):
                 advice = "fk.likelihoods.Categorical(class_axis=1), or logits.movedim(1, -1) in the model, if classes "
                 advice += "come second"
             raise DataError(
-                call=call,
-                got=f"labels of shape {shape_text(target)} for outputs {shape_text(raw)}",
+                call=call, got=f"labels of shape {shape_text(target)} for outputs {shape_text(raw)}",
                 expected=shape_text(z.new_empty(wanted)),
                 why="the last axis of the outputs holds the classes"
                 if axis == raw.ndim - 1
                 else "the classes are on axis 1 of the outputs",
                 try_=advice,
-            )
+            )  # fmt: skip
         target = target.reshape(z.shape[:2]).long()
         mask = target != self.ignore_index
         wrong = mask & ((target < 0) | (target >= c))
         if bool(wrong.any()):
             bad = target[wrong].unique().tolist()
             raise DataError(
-                call=call,
-                got=f"label{'s' if len(bad) > 1 else ''} {listed(map(str, bad))}",
+                call=call, got=f"label{'s' if len(bad) > 1 else ''} {listed(map(str, bad))}",
                 expected=f"0 to {c - 1}, or ignore_index = {self.ignore_index}",
                 why=f"the outputs {shape_text(raw)} have {c} classes on axis {self.class_axis}",
                 try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'",
-            )
+            )  # fmt: skip
         return z, target, mask
 
     def _probabilities(self, target: Tensor, call: str) -> Float[Tensor, "B P C"]:
@@ -762,31 +761,27 @@ def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
         make = _MODULES.get(type(likelihood))
         if make is None:
             raise InvalidTypeError(
-                call="likelihood",
-                got=f"a {type(likelihood).__name__} as loss",
+                call="likelihood", got=f"a {type(likelihood).__name__} as loss",
                 expected=f"one of {[f'nn.{kind.__name__}' for kind in _MODULES]}",
                 why="the Hessian of other losses in the outputs is not known here",
                 try_=_ADVICE.get(type(likelihood), _OWN),
-            )
+            )  # fmt: skip
         found = make(likelihood)
         reduction = str(getattr(likelihood, "reduction", "none"))
         found.reduction = None if reduction == "none" else reduction
         return found
     if not isinstance(likelihood, str):
         raise InvalidTypeError(
-            call="likelihood",
-            got=f"the class or function {name}" if name else f"a {type(likelihood).__name__}",
+            call="likelihood", got=f"the class or function {name}" if name else f"a {type(likelihood).__name__}",
             expected=f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood",
             try_="an object, as in nn.CrossEntropyLoss(), instead of its class or a function; for a loss of your own, "
             f"{_OWN}",
-        )
+        )  # fmt: skip
     if likelihood not in _NAMED:
         raise InvalidArgumentError(
-            call="likelihood",
-            got=repr(likelihood),
-            expected=f"one of {sorted(_NAMED)}",
+            call="likelihood", got=repr(likelihood), expected=f"one of {sorted(_NAMED)}",
             try_="an object of fk.likelihoods, or a loss module of torch's, for anything else",
-        )
+        )  # fmt: skip
     named = _NAMED[likelihood]()
     named.strict = True
     return named

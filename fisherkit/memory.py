@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
+import re
 
 import torch
 
@@ -22,10 +22,14 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device now, as far as the system tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError), Path("/proc/meminfo").open() as report:
-        for line in report:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError):
+        report = os.open("/proc/meminfo", os.O_RDONLY)
+        try:
+            known = re.search(rb"MemAvailable: +(\d+)", os.read(report, 1024))  # a line near the top
+        finally:
+            os.close(report)
+        if known is not None:
+            return int(known[1]) * 1024
     if "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 4 << 30  # a small laptop's share, where the system does not tell

@@ -27,15 +27,23 @@ def wrapped(model: nn.Module) -> Iterator[nn.Module]:
     while isinstance(current, nn.Module) and id(current) not in seen:
         seen.add(id(current))
         yield current
-        unwrap = getattr(current, "get_base_model", None)
-        inner = getattr(current, "_orig_mod", getattr(current, "module", None))
+        unwrap = _held(current, "get_base_model")
+        inner = _held(current, "_orig_mod", _held(current, "module"))
         current = unwrap() if inner is None and callable(unwrap) else inner
+
+
+def _held(module: nn.Module, name: str, default: Any = None) -> Any:
+    """A module's attribute, or the default; a module that lacks one takes its time to say so."""
+    # PEFT's models look for what they lack in the model inside.
+    own = type(module).__getattr__ is not nn.Module.__getattr__
+    has = own or name in module.__dict__ or name in module._modules or hasattr(type(module), name)
+    return getattr(module, name, default) if has else default
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a Hugging Face model makes its decoder's inputs from the labels, unless they are given."""
     for inner in wrapped(model):
-        config = getattr(inner, "config", None)
+        config = _held(inner, "config")
         if getattr(config, "is_encoder_decoder", False) is True:
             return True
         takes = _parameters(inner)
@@ -55,7 +63,7 @@ def is_causal(model: nn.Module) -> bool:
     if not is_encoder_decoder(model):
         endings = (*endings, "ForConditionalGeneration")  # of images or sound and text, by a decoder alone
     return any(
-        getattr(inner, "loss_type", None) == "ForCausalLM"
+        _held(inner, "loss_type") == "ForCausalLM"
         # Users subclass the library's models.
         or any(cls.__name__.endswith(endings) and cls.__name__ not in UNSHIFTED for cls in type(inner).__mro__)
         for inner in wrapped(model)
@@ -65,7 +73,7 @@ def is_causal(model: nn.Module) -> bool:
 def virtual_tokens(model: nn.Module) -> int:
     """How many positions PEFT's prompt learning puts in front of every example; 0 for other models."""
     for inner in wrapped(model):
-        config = getattr(inner, "active_peft_config", None)
+        config = _held(inner, "active_peft_config")
         if getattr(config, "is_prompt_learning", False):
             return int(getattr(config, "num_virtual_tokens", 0))
     return 0
@@ -105,15 +113,7 @@ class ModelInputs:
         return cls(None if anything else frozenset(names), required, is_encoder_decoder(model))
 
     def taken(self, inputs: Mapping[str, Any], call: str) -> dict[str, Any]:
-        """The inputs that the model takes; the others are left out, with a warning.
-
-        Args:
-            inputs: by name.
-            call: for errors.
-
-        Raises:
-            DataError: without the others, inputs that the model needs are missing.
-        """
+        """The inputs that the model takes, without the others, of which a warning tells; refused if it needs more."""
         known = {name: value for name, value in inputs.items() if self.names is None or name in self.names}
         others = sorted(str(name) for name in inputs if name not in known)
         if not others:
@@ -122,12 +122,11 @@ class ModelInputs:
         if missing or not known:
             takes = sorted(self.names or ())
             raise DataError(
-                call=call,
-                got=f"inputs named {listed(others)}, which the model's forward pass does not take",
+                call=call, got=f"inputs named {listed(others)}, which the model's forward pass does not take",
                 expected=f"names of its parameters: {listed(missing or takes)}",
                 try_="rename the fields, ((tensor, ...), labels) for inputs by place, or ((mapping,), labels) for a "
                 "model that takes the mapping itself",
-            )
+            )  # fmt: skip
         if not self._said.issuperset(others):
             self._said.update(others)
             warnings.warn(

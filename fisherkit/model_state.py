@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherkit.adapters import products
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.wrappers import COMPILED, PARALLEL, plain, unwrapped
+from fisherkit.wrappers import COMPILED, PARALLEL, full, plain, unwrapped
 
 CHECKSUM = "checksum"
 """The key of a state's own hash."""
@@ -30,7 +31,8 @@ def parameters_hash(model: nn.Module) -> str:
     Fisher files record it at build as ``parameters_hash``, so that ``fk.parameters_hash(model)`` tells whether a model
     is the one that was measured. Buffers count, also those that a checkpoint leaves out; gradients, train/eval flags
     and ``requires_grad`` do not. The same on every device, and for a model that is compiled or wrapped for data
-    parallelism as for the model inside. A long tensor enters by exact sums of its 64-bit words,
+    parallelism as for the model inside; of a model of which each process has a shard (`fully_shard`), which all must
+    ask, as of the whole one. A long tensor enters by exact sums of its 64-bit words,
     along rows and along columns of 1,024, and not byte by byte: training steps, casts, permutations and swaps show, but
     nothing here resists someone who seeks two models with one hash. The page on the file format has the definition.
 
@@ -53,30 +55,30 @@ def parameters_hash(model: nn.Module) -> str:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    found = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: full(tensor) for name, tensor in found}
 
 
 def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
-    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters, from one reading.
+    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters; one reading.
 
-    Args:
-        model: any module; not changed.
-        names: of the parameters.
+    A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value.
     """
     tensors = _tensors(model)
     digests = _digests(tensors)
+    short = {name: plain(name) for name in tensors}
+    whole = _hash({short[name]: tensor for name, tensor in tensors.items()}, {short[n]: d for n, d in digests.items()})
+    made = products(model, names)
+    if not made and len(names) == len(tensors) and all(name == other for name, other in short.items()):
+        return whole, whole
     some = {name: tensors[name] for name in names}
-    whole = {plain(name): tensor for name, tensor in tensors.items()}
-    return _hash(whole, {plain(name): digest for name, digest in digests.items()}), _hash(some, digests)
+    some |= {name: torch.empty(p.base.shape, dtype=p.dtype, device="meta") for name, p in made.items()}
+    covered = digests | _digests({name: some[name] for name in made}, lambda name: made[name].value())
+    return whole, _hash(some, covered)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
-    """`parameters_hash` of any named tensors.
-
-    Args:
-        tensors: name to tensor, of which only shape and dtype are looked at if there is ``read``.
-        read: gives the values, one name after the other.
-    """
+    """`parameters_hash` of any named tensors, whose values ``read`` gives one after the other, if there is one."""
     return _hash(tensors, _digests(tensors, read))
 
 
@@ -93,30 +95,30 @@ def _hash(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
 def _digests(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> dict[str, bytes]:
     """The bytes that stand for each tensor's values."""
     with torch.no_grad():
-        pieces = [
-            (name, piece)
-            for name, tensor in sorted(tensors.items())
-            for piece in _digestible((tensor if read is None else read(name)).detach())
-        ]
+        pieces = []
         found: dict[str, list[bytes]] = {name: [] for name in tensors}
+        for name, tensor in sorted(tensors.items()):
+            own = (tensor if read is None else read(name)).detach()
+            if _is_short(own):
+                found[name].append(own.numpy().tobytes())
+            else:
+                pieces += [(name, piece) for piece in _digestible(own)]
         # One transfer for all tensors in a row on one device.
         for _, group in itertools.groupby(pieces, key=lambda pair: getattr(pair[1], "device", None)):
-            own = list(group)
-            arrays = [piece for _, piece in own]
+            of_device = list(group)
+            arrays = [piece for _, piece in of_device]
             if isinstance(arrays[0], Tensor):
                 moved = torch.cat(arrays).cpu().numpy()
                 arrays = np.split(moved, list(itertools.accumulate(len(piece) for piece in arrays))[:-1])
-            for (name, _), array in zip(own, arrays, strict=True):
+            for (name, _), array in zip(of_device, arrays, strict=True):
                 found[name].append(array.tobytes())
     return {name: b"".join(parts) for name, parts in found.items()}
 
 
 def state_hash(state: Any) -> str:
-    """SHA-256 of all that nested containers with tensors in them hold, such as a state dict.
+    """SHA-256 of mappings and sequences of tensors, numbers, strings and None, such as a state dict.
 
-    Args:
-        state: mappings and sequences of tensors, numbers, strings and None. The order of a mapping does not count, nor
-            whether a sequence is a list or a tuple.
+    The order of a mapping does not count, nor whether a sequence is a list or a tuple.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -135,41 +137,19 @@ def state_hash(state: Any) -> str:
 
 
 def with_checksum(state: dict[str, Any]) -> dict[str, Any]:
-    """A state for a file whose format compares nothing, with its `state_hash` under `CHECKSUM`.
-
-    Args:
-        state: as `state_hash` takes it.
-    """
+    """A state for a file whose format compares nothing, with its `state_hash` under `CHECKSUM`."""
     return state | {CHECKSUM: state_hash(state)}
 
 
 def check_checksum(state: Any, call: str) -> None:
-    """Compare a state with its checksum; one that has none, as before they were introduced, is let pass.
-
-    Args:
-        state: what `with_checksum` gave, or anything.
-        call: the public call, for errors.
-
-    Raises:
-        InvalidArgumentError: it has been changed since.
-    """
+    """Compare a state with its checksum; one that has none, as before they were introduced, is let pass."""
     if isinstance(state, Mapping) and CHECKSUM in state:
         own = {key: value for key, value in state.items() if key != CHECKSUM}
         check_hash(own, state[CHECKSUM], CHECKSUM, call)
 
 
 def check_hash(state: Any, known: Any, key: str, call: str) -> None:
-    """Compare a state with a hash of it.
-
-    Args:
-        state: as `state_hash` takes it.
-        known: its hash.
-        key: where that was found, for errors.
-        call: the public call, for errors.
-
-    Raises:
-        InvalidArgumentError: it has been changed since.
-    """
+    """Compare a state with a hash of it."""
     if state_hash(state) != known:
         held = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise InvalidArgumentError(
@@ -181,12 +161,7 @@ def check_hash(state: Any, known: Any, key: str, call: str) -> None:
 
 
 def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
-    """Whether a Fisher was measured at a model's present weights; None if it does not say at which it was.
-
-    Args:
-        model: any module; not changed.
-        metadata: of the Fisher.
-    """
+    """Whether a Fisher was measured at a model's present weights; None if it does not say at which it was."""
     known = metadata.get("parameters_hash")
     if known is None:
         return None
@@ -198,6 +173,16 @@ def measured_at(model: nn.Module, metadata: Mapping[str, str]) -> bool | None:
     return any(
         known == tensors_hash({prefix + name: tensor for name, tensor in tensors.items()}) for prefix in prefixes
     )
+
+
+def _is_short(tensor: Tensor) -> bool:
+    """Whether a tensor's bytes, as NumPy has them, stand for it as they are."""
+    plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    known = plain and tensor.dtype in _OF_NUMPY and not tensor.is_conj() and not tensor.is_neg()
+    return known and tensor.numel() * tensor.element_size() < 8 * _COLUMNS
+
+
+_OF_NUMPY = {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
 def _digestible(tensor: Tensor) -> Iterator[Any]:

@@ -33,6 +33,7 @@ class Outputs:
         keys: an integer for each position that depends on the example's place in the data alone, for random draws.
         likelihood: p(y | z).
         shape: of one example's outputs as the model has them; None where positions stand by themselves.
+        whole: whether all positions are known to count.
     """
 
     z: Float[Tensor, "n P C"]
@@ -41,6 +42,7 @@ class Outputs:
     keys: Int[Tensor, "n P"]
     likelihood: Likelihood
     shape: torch.Size | None = None
+    whole: bool = False
 
     @classmethod
     def keyed(
@@ -59,7 +61,7 @@ class Outputs:
             return x.reshape(-1, 1, *x.shape[2:])
 
         target = None if self.target is None else flat(self.target)
-        return Outputs(flat(self.z), target, flat(self.mask), flat(self.keys), self.likelihood)
+        return Outputs(flat(self.z), target, flat(self.mask), flat(self.keys), self.likelihood, whole=self.whole)
 
     @property
     def observed(self) -> Tensor:
@@ -81,6 +83,11 @@ class Outputs:
             DataError: there are no targets.
         """
         return self._gradient
+
+    def is_gradient(self, v: Tensor) -> bool:
+        """Whether vectors are `gradient` itself, one a unit, and need no copy to be zero where it is."""
+        u, one = vars(self).get("_gradient"), v[:, 0]
+        return u is not None and v.shape[1] == 1 and (one.data_ptr(), one.stride()) == (u.data_ptr(), u.stride())
 
     @cached_property
     def _gradient(self) -> Float[Tensor, "n P C"]:
@@ -104,6 +111,19 @@ class Outputs:
         """Σ H over the positions that count."""
         root = self.hessian_root()
         return self.likelihood.hessian_sum(self.z[self.mask], None if root is None else root[self.mask])
+
+    def hessian_forms(self, w: Float[Tensor, "C d"], entries: int) -> Float[Tensor, "m d d"]:
+        """Wᵀ H W of each of the n·P positions, 0 of those that do not count; ``entries`` are of a temporary, about."""
+        root, size = self.hessian_root(), max(1, entries // w.numel())
+        found = []
+        for k, z in enumerate(self.z.flatten(0, 1).split(size)):
+            own = None if root is None else root.flatten(0, 1)[k * size : k * size + len(z)]
+            if own is None or own.shape[1] == 1:
+                form = self.likelihood.hessian_form(z, w)
+                found.append(form if own is None else form * own.square().unsqueeze(2))
+            else:  # of each output
+                found += [self.likelihood.hessian_form(z[:, None][n], r.unsqueeze(1) * w) for n, r in enumerate(own)]
+        return torch.where(self.mask.reshape(-1, 1, 1), torch.cat(found), 0.0)
 
     def hessian_inverse_form(self) -> Float[Tensor, "n P"]:
         """uᵀ H⁺ u with u the loss gradient."""
@@ -142,7 +162,7 @@ class Outputs:
 
     def masked(self, v: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
         """Zero at positions that do not count, whatever was there (NaN of padding included)."""
-        return torch.where(self.mask.unsqueeze(-1), v, 0.0)
+        return v if self.whole else torch.where(self.mask.unsqueeze(-1), v, 0.0)
 
 
 def _refuse_unlabelled(why: str, advice: str) -> NoReturn:
@@ -187,8 +207,8 @@ class OutputVectors:
         """Some of the vectors."""
         return self.v.make(unit, vector) if isinstance(self.v, Columns) else self.v[unit, vector]
 
-    def at(self, outputs: Outputs, call: str) -> OutputVectors:
-        """The vectors of these outputs, with zeros at positions that do not count.
+    def at(self, outputs: Outputs, call: str, whole: bool = False) -> OutputVectors:
+        """The vectors of these outputs, with zeros at positions that do not count; ``whole`` if all are known to.
 
         Raises:
             InvalidTypeError: parts that are no tensors.
@@ -209,7 +229,8 @@ class OutputVectors:
         else:
             advice = "v.unsqueeze(1) for one vector a unit" if getattr(v, "shape", None) == z.shape else ""
             _check_tensor("v", v, z.dtype, (n, None, *each), "n, M, P, C", call, why, advice)
-            v = torch.where(mask[:, None, :, None], v, v.new_zeros(()))
+            if not (whole or outputs.is_gradient(v)):
+                v = torch.where(mask[:, None, :, None], v, v.new_zeros(()))
         if self.number < 1:
             advice = "a vector of zeros for units without a row"
             raise InvalidArgumentError(call=call, got="no vector", expected="M from 1 on", why=why, try_=advice)
@@ -326,17 +347,12 @@ class OutputRule(ABC):
         return ":".join([cls.kind_name, *written[:1]])
 
 
-def vectors_of(rule: OutputRule, outputs: Outputs) -> OutputVectors:
-    """What a rule answers, checked, with zeros at positions that do not count.
-
-    Raises:
-        InvalidTypeError: no `OutputVectors`.
-        InvalidArgumentError: vectors of another shape or dtype than the outputs'.
-    """
+def vectors_of(rule: OutputRule, outputs: Outputs, whole: bool = False) -> OutputVectors:
+    """What a rule answers, checked, with zeros at positions that do not count; ``whole`` if all are known to."""
     found, call = rule.output_vectors(outputs), f"{type(rule).__name__}.output_vectors"
     if not isinstance(found, OutputVectors):
         raise InvalidTypeError(
             call=call, got=f"a {type(found).__name__}", expected="an fk.OutputVectors",
             why="it says which of the vectors count, too", try_="fk.OutputVectors(v), v of shape [n, M, P, C]",
         )  # fmt: skip
-    return found.at(outputs, call)
+    return found.at(outputs, call, whole)

@@ -20,23 +20,19 @@ _TO_PROBABILITIES = (nn.Softmax, nn.Softmax2d, nn.Sigmoid, nn.Hardsigmoid)
 _SAID: WeakSet[nn.Module] = WeakSet()
 
 
-def warn_of_probabilities(model: nn.Module, z: Float[Tensor, "k C"], link: str, likelihood: str) -> None:
-    """Warn, once a model, of outputs that went through a softmax or sigmoid already.
+def warn_of_probabilities(model: nn.Module, z: Float[Tensor, "k C"], link: str, likelihood: str) -> bool:
+    """Warn, once a model, of outputs z that went through a softmax or sigmoid already, naming the layer that may be it.
 
-    Args:
-        model: that made them.
-        z: the outputs of positions that count.
-        link: what the likelihood makes probabilities of them with, "softmax" or "sigmoid"; "" for none.
-        likelihood: its name.
-
-    Warns:
-        UserWarning: naming the last layer that may have made them.
+    ``link`` is what the likelihood makes probabilities of them with, "softmax" or "sigmoid"; "" for none.
+    Returns whether this settles it, so that other outputs of the model need not be looked at.
     """
     if not link or model in _SAID or not z.numel():
-        return
+        return bool(not link or model in _SAID)
+    within = bool(((z >= 0) & (z <= 1)).all()) and bool((z > 0).any())
+    if link == "softmax" and not within:
+        return True
     leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]
     name, last = leaves[-1] if leaves else ("", model)
-    within = bool(((z >= 0) & (z <= 1)).all()) and bool((z > 0).any())
     whole = z.shape[-1] > 1 and within and bool(((z.sum(-1) - 1).abs() < 1e-3).all())
     if link == "softmax":
         found = (whole and len(z) > 1) or (within and isinstance(last, _TO_PROBABILITIES))
@@ -44,7 +40,7 @@ def warn_of_probabilities(model: nn.Module, z: Float[Tensor, "k C"], link: str, 
         found = within and ((whole and len(z) > 1) or z.numel() >= ENOUGH or isinstance(last, _TO_PROBABILITIES))
         found = found or (z.shape[-1] > 1 and bool((torch.logsumexp(z, -1).abs() < 1e-3).all()))
     if not found:
-        return
+        return not within
     _SAID.add(model)
     kinds = (*_TO_PROBABILITIES, nn.LogSoftmax) if link == "sigmoid" else _TO_PROBABILITIES
     makers = [(name, m) for name, m in leaves if isinstance(m, kinds)]
@@ -59,3 +55,4 @@ def warn_of_probabilities(model: nn.Module, z: Float[Tensor, "k C"], link: str, 
         UserWarning,
         stacklevel=2,
     )  # fmt: skip
+    return True

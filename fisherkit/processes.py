@@ -21,6 +21,7 @@ from torch import Tensor
 from fisherkit.errors import FisherkitError, InvalidTypeError, ProcessError, listed
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 Group = Any
 """None for the default group where there is one, False for this process alone, or a ``torch.distributed`` group."""
@@ -46,11 +47,7 @@ class Processes:
 
     @classmethod
     def of(cls, group: Group, device: torch.device, call: str) -> Processes | None:
-        """Those of a group; None where this process is alone.
-
-        Raises:
-            InvalidTypeError: not a group, or one that this process is not in.
-        """
+        """Those of a group; None where this process is alone. A group that it is not in is refused."""
         if group is False or not (dist.is_available() and dist.is_initialized()):
             if group not in (None, False):
                 raise InvalidTypeError(
@@ -113,15 +110,7 @@ class Processes:
     # -- working together ----------------------------------------------------------------------------------------------
 
     def each(self, what: str, function: Callable[[], T]) -> T:
-        """Call a function that exchanges nothing in every process; an error in one is an error in all.
-
-        Args:
-            what: is being done, for the others' errors.
-            function: whose own error each process that has one raises.
-
-        Raises:
-            ProcessError: naming the other ranks and what they said.
-        """
+        """Call a function that exchanges nothing in every process; an error in one is a ProcessError in all others."""
         result: T | None = None
         error: Exception | None = None
         try:
@@ -165,11 +154,7 @@ class Processes:
             )  # fmt: skip
 
     def require_same(self, call: str, values: Mapping[str, object]) -> None:
-        """Refuse to go on where processes differ in something that all must have alike.
-
-        Raises:
-            ProcessError: naming the first such thing, and the ranks that have other than the first rank.
-        """
+        """Refuse to go on where processes differ in something that all must have alike."""
         everyone = self.gathered({name: str(value) for name, value in values.items()})
         for name in values:
             others = {rank: one[name] for rank, one in enumerate(everyone) if one[name] != everyone[0][name]}
@@ -181,13 +166,23 @@ class Processes:
                     try_="group=False for a result of this process alone",
                 )  # fmt: skip
 
-    def shared_out(self, costs: Mapping[Any, float], function: Callable[[Any], T]) -> dict[Any, T]:
-        """A function of every key, each computed by one process, the costliest first, and sent to the others."""
-        load = [0.0] * self.size
-        owner: dict[Any, int] = {}
+    def owners(self, costs: Mapping[K, float], load: list[float] | None = None) -> dict[K, int]:
+        """Which rank has which key: the costliest first, to the rank that has least to do.
+
+        Args:
+            costs: the same in all processes.
+            load: what each rank has to do already; changed.
+        """
+        load = [0.0] * self.size if load is None else load
+        owner: dict[K, int] = {}
         for key, cost in sorted(costs.items(), key=lambda one: -one[1]):
             owner[key] = load.index(min(load))
             load[owner[key]] += cost
+        return owner
+
+    def shared_out(self, costs: Mapping[K, float], function: Callable[[K], T]) -> dict[K, T]:
+        """A function of every key, each computed by its owner and sent to the others."""
+        owner = self.owners(costs)
         own = self.each("sharing out work", lambda: {k: function(k) for k in costs if owner[k] == self.rank})
         return {key: self.sent_by(owner[key], own.get(key)) for key in costs}
 
@@ -218,13 +213,7 @@ class Processes:
 
 
 class Share:
-    """Every size-th batch of some data, from the rank-th on.
-
-    Args:
-        batches: a re-iterable.
-        rank: of the process whose share it is.
-        size: how many processes there are.
-    """
+    """Every size-th batch of some data that can be iterated again and again, from the rank-th on."""
 
     def __init__(self, batches: Iterable[Any], rank: int, size: int) -> None:
         self.batches, self.rank, self.size = batches, rank, size

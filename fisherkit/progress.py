@@ -24,20 +24,12 @@ _lines_every: ContextVar[float | None] = ContextVar("lines_every", default=None)
 
 
 def bar(total: float | None, description: str, unit: str, *, shown: bool, steps: bool = True) -> Any:
-    """A bar to be told of every piece that is done; the time that is left is known after the first.
+    """A `tqdm.tqdm` to be told of every piece that is done; the time that is left is known after the first.
 
-    Args:
-        total: of all pieces; None if it is not known.
-        description: what is done.
-        unit: of the pieces.
-        shown: whether there is one at all.
-        steps: whether it shows how many pieces there are; else only the share that is done.
-
-    Returns:
-        A `tqdm.tqdm`, a context manager.
+    ``total`` is None if it is not known; without ``steps`` it shows the share that is done and not how many pieces.
     """
     if not shown:
-        return tqdm(disable=True)
+        return _HIDDEN
     options: dict[str, Any] = {} if total is None else {"bar_format": FORMAT if steps else SHARE, "smoothing": 0.1}
     every = _lines_every.get()
     if every is not None:
@@ -74,6 +66,22 @@ def in_lines(seconds: float) -> Iterator[None]:
         yield
     finally:
         _lines_every.reset(token)
+
+
+class _Hidden:
+    """A bar that is not shown."""
+
+    def __enter__(self) -> _Hidden:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: float = 1) -> None:
+        pass
+
+
+_HIDDEN = _Hidden()
 
 
 class _Lines:

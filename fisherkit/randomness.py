@@ -42,14 +42,7 @@ def _shift(x: Int[Tensor, "..."], bits: int) -> Int[Tensor, "..."]:
 def keyed_uniform(
     seed: int, keys: Int[Tensor, "n P"], *, draws: int, channels: int
 ) -> Float[Tensor, "n draws P channels"]:
-    """Uniform numbers in (0, 1) that are a pure function of (seed, key, draw, channel); float64.
-
-    Args:
-        seed: any integer.
-        keys: one integer for each example and position.
-        draws: numbers for each key.
-        channels: numbers for each draw.
-    """
+    """Uniform numbers in (0, 1) that are a pure function of (seed, key, draw, channel); float64."""
     device = keys.device
     state = _mix(keys + _signed((seed * 0x9E3779B97F4A7C15) % (1 << 64)))
     draw = torch.arange(draws, device=device).view(1, -1, 1, 1)
@@ -92,8 +85,12 @@ def _set_rng_state(state: RngState, others: Sequence[torch.Generator]) -> None:
 def _same(one: RngState, other: RngState) -> bool:
     """Whether generators stand where they stood; what moves most often is looked at first."""
     states = zip((one[0], *one[3:]), (other[0], *other[3:]), strict=True)
-    alike = all(np.array_equal(a.numpy(), b.numpy()) for a, b in states)
-    return alike and one[1] == other[1] and all(map(np.array_equal, one[2], other[2]))
+    alike = all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in states)
+    return alike and one[1] == other[1] and all(map(_same_part, one[2], other[2]))
+
+
+def _same_part(one: Any, other: Any) -> bool:
+    return one.tobytes() == other.tobytes() if isinstance(one, np.ndarray) else bool(one == other)
 
 
 @dataclass
@@ -107,12 +104,9 @@ class Draws:
 def untouched_rng(
     devices: list[torch.device], state: RngState | None = None, others: Sequence[torch.Generator] = ()
 ) -> Iterator[Draws]:
-    """Run foreign code and restore the global random generators afterwards, also after an exception.
+    """Run foreign code and restore the global random generators and ``others`` afterwards, also after an exception.
 
-    Args:
-        devices: devices beside the CPU whose generators to restore.
-        state: of `rng_state` to start from, so that a shuffling loader gives the same order in every pass.
-        others: generators beside the global ones that are restored, too.
+    ``state`` is one of `rng_state` to start from, so that a shuffling loader gives the same order in every pass.
     """
     cuda = [device for device in devices if device.type == "cuda"]
     before, draws = rng_state(others), Draws()

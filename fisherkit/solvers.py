@@ -29,6 +29,8 @@ from fisherkit.errors import FileFormatError, InvalidArgumentError, NonFiniteErr
 # Asking "are all columns done?" makes the host wait for an accelerator, which then idles while the next kernels are
 # launched. A CPU has nothing to wait for, and a superfluous product there costs a full pass over the data.
 _CHECK_EVERY = {"cpu": 1, "accelerator": 5}
+EVERY = 60.0
+"""Seconds between two writings of the file of a solve."""
 
 
 @dataclass(frozen=True, eq=False)  # a generated == would ask a tensor for its truth value
@@ -74,18 +76,10 @@ def relative_residual(
 
 @without_autocast()
 def conjugate_gradient(
-    matmat: MatMat,
-    rhs: Float[Tensor, "D K"],
-    *,
-    damping: float = 0.0,
-    preconditioner: MatMat | None = None,
-    initial: Float[Tensor, "D K"] | None = None,
-    tolerance: float = 1e-6,
-    max_steps: int | None = None,
-    progress: bool = False,
+    matmat: MatMat, rhs: Float[Tensor, "D K"], *, damping: float = 0.0, preconditioner: MatMat | None = None,
+    tolerance: float = 1e-6, max_steps: int | None = None, progress: bool = False,
     checkpoint: str | Path | None = None,
-    checkpoint_every: float = 60.0,
-) -> tuple[Float[Tensor, "D K"], SolveInfo]:
+) -> tuple[Float[Tensor, "D K"], SolveInfo]:  # fmt: skip
     """Solve ``(A + damping I) x = rhs`` by preconditioned conjugate gradients, all columns at once.
 
     Each column has its own step sizes and stops by itself. In finite precision the residual that the recursion carries
@@ -93,7 +87,7 @@ def conjugate_gradient(
     the tolerance after all is restarted from it for as long as that halves it. Solutions are not differentiable.
 
     With ``checkpoint``, an interrupted solve goes on from its last iterate: call again with the same arguments. The
-    file is written every ``checkpoint_every`` seconds, and when an exception (Ctrl-C is one) ends the solve, after the
+    file is written once a minute, and when an exception (Ctrl-C is one) ends the solve, after the
     last complete step; a process that is killed loses what came after the last writing. The search directions begin
     anew, which may cost some steps. ``tolerance``, ``max_steps`` and the preconditioner may be others: a solve that ran
     out of steps goes on with more. The file stays when the solve is done, and the same call then returns its solution
@@ -106,14 +100,12 @@ def conjugate_gradient(
         rhs: right-hand sides [D, K].
         damping: λ ≥ 0.
         preconditioner: product with an approximate inverse of A + λI, [D, K] -> [D, K], positive definite.
-        initial: where to start [D, K], if no file has gone further; 0 by default.
         tolerance: largest accepted ‖residual‖₂ / ‖rhs‖₂ of a column. Much less than cond(A + λI) times the dtype's
             machine epsilon may be out of reach.
         max_steps: most products within the recursion, those before an interruption included; min(10 D, 1000) by
             default.
         progress: show a progress bar with the largest relative residual among the columns.
         checkpoint: the file to go on from, if it exists, and to keep.
-        checkpoint_every: seconds between two writings of the file; 0 for every step.
 
     Returns:
         x [D, K], in the dtype and on the device of ``rhs``, and a `SolveInfo`. Zero columns of rhs give zero columns.
@@ -123,19 +115,18 @@ def conjugate_gradient(
         InvalidArgumentError: an argument cannot be used, or the checkpoint is the file of another problem, by its
             shape, dtype, damping, rhs or matrix. The file is left as it is.
         FileFormatError: the checkpoint is damaged or no checkpoint. The file is left as it is.
-        NonFiniteError: rhs or initial is not finite.
+        NonFiniteError: rhs is not finite.
 
     Cost: one product with A a step, and one a restart; with ``checkpoint`` one or two a call. About ten [D, K] tensors;
     three in the file.
     """
-    _check_arguments(rhs, damping, initial, tolerance, max_steps)
+    _check_arguments(rhs, damping, tolerance, max_steps)
     max_steps = min(10 * rhs.shape[0], 1000) if max_steps is None else max_steps
     # Columns of any magnitude become columns of norm about 1, whose squares neither overflow nor underflow.
     scale = _column_scale(rhs)
     target = rhs.detach() / scale
-    file = None if checkpoint is None else _File(checkpoint, checkpoint_every, float(damping), rhs.detach())
+    file = None if checkpoint is None else _File(checkpoint, float(damping), rhs.detach())
     solve = _Solve(matmat, preconditioner, float(damping), target, tolerance, max_steps, file)
-    solve.begin(None if initial is None else torch.where(_norm(target) > 0, initial.detach() / scale, 0))
     residual = solve.run(progress=progress)
     info = SolveInfo(
         "conjugate_gradient", int(solve.steps), solve.relative(residual), solve.met(residual), float(damping)
@@ -159,23 +150,17 @@ class _Solve:
         self.base = self.update = torch.zeros_like(target)
         self.steps = torch.zeros((), dtype=torch.int64, device=target.device)  # products that moved a column
         self.spent = 0
-
-    @property
-    def x(self) -> Float[Tensor, "D K"]:
-        # Apart until the recursion ends, or many small steps would be lost in the rounding of a large solution.
-        return self.base + self.update
-
-    def begin(self, initial: Float[Tensor, "D K"] | None) -> None:
-        """Go to where the file ends, or to the start."""
-        self.base = self.base if initial is None else initial
-        if self.file is None:
-            return
-        kept = self.file.load(lambda: checked_product(self.matmat, self.target))
+        kept = None if file is None else file.load(lambda: checked_product(matmat, target))
         if kept is None:
             self.save()  # a file that cannot be written is found out before the work
         else:
             self.base, steps, self.spent = kept
             self.steps = self.steps + steps
+
+    @property
+    def x(self) -> Float[Tensor, "D K"]:
+        # Apart until the recursion ends, or many small steps would be lost in the rounding of a large solution.
+        return self.base + self.update
 
     def run(self, *, progress: bool) -> Float[Tensor, "D K"]:
         """Recursions until every column meets its goal, none gains, or the steps are spent; the true residual."""
@@ -254,12 +239,8 @@ class _File:
 
     FORMAT, VERSION = "fisherkit-solve", 2
 
-    def __init__(self, path: str | Path, every: float, damping: float, rhs: Float[Tensor, "D K"]) -> None:
-        if not every >= 0:
-            raise InvalidArgumentError(
-                call=f"solve(checkpoint_every={every})", got=str(every), expected="seconds, 0 or more"
-            )
-        self.call, self.every = f"solve(checkpoint={str(path)!r})", every
+    def __init__(self, path: str | Path, damping: float, rhs: Float[Tensor, "D K"]) -> None:
+        self.call = f"solve(checkpoint={str(path)!r})"
         self.path = io.as_path(path, "solve(checkpoint)")
         io.check_folder(self.path, self.call)
         self.settings: dict[str, Any] = {"shape": list(rhs.shape), "dtype": str(rhs.dtype), "damping": damping}
@@ -285,7 +266,7 @@ class _File:
 
     def due(self) -> bool:
         """Whether it is time to save."""
-        return time.monotonic() - self._last >= self.every
+        return time.monotonic() - self._last >= EVERY
 
     def save(self, solution: Float[Tensor, "D K"], steps: int, products: int) -> None:
         """Write where the solve stands; an interruption meanwhile leaves the file before it."""
@@ -328,12 +309,11 @@ class _File:
 
     def _other(self, got: str, expected: str) -> InvalidArgumentError:
         return InvalidArgumentError(
-            call=self.call,
-            got=f"the file of another solve, {got}",
+            call=self.call, got=f"the file of another solve, {got}",
             expected=f"no file yet, or that of a solve with {expected}",
             why="going on from there would mix two problems; the file has been left as it is",
             try_="another path, or delete the file if that solve is no longer wanted",
-        )
+        )  # fmt: skip
 
 
 def _norm(columns: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
@@ -347,9 +327,7 @@ def _column_scale(rhs: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
     return torch.where(largest > 0, largest, 1)
 
 
-def _check_arguments(
-    rhs: Tensor, damping: float, initial: Tensor | None, tolerance: float, max_steps: int | None
-) -> None:
+def _check_arguments(rhs: Tensor, damping: float, tolerance: float, max_steps: int | None) -> None:
     """Raise for arguments that would end as NaN or as a wrong answer."""
 
     def refuse(argument: str, got: str, expected: str, try_: str = "") -> InvalidArgumentError:
@@ -357,22 +335,17 @@ def _check_arguments(
 
     if rhs.ndim != 2 or rhs.numel() == 0:
         raise refuse("rhs", f"shape {list(rhs.shape)}", "a non-empty [D, K]", "rhs.unsqueeze(1) for one column")
-    if initial is not None and initial.shape != rhs.shape:
-        raise refuse("initial", f"shape {list(initial.shape)}", f"the shape of rhs, {list(rhs.shape)}")
     if not (math.isfinite(damping) and damping >= 0):
         raise refuse(f"damping={damping}", str(damping), "a finite number >= 0")
     if not 0 < tolerance < 1:
         raise refuse(f"tolerance={tolerance}", str(tolerance), "0 < tolerance < 1, relative to the norm of rhs")
     if max_steps is not None and max_steps < 1:
         raise refuse(f"max_steps={max_steps}", str(max_steps), "an integer >= 1")
-    for name, tensor in (("rhs", rhs), ("initial", initial)):
-        if tensor is not None and (count := int((~torch.isfinite(tensor)).sum())):
-            raise NonFiniteError(
-                call=f"conjugate_gradient({name})",
-                got=f"{count} NaN or infinite of {tensor.numel()} entries",
-                expected="finite numbers",
-                try_="check the loss or gradient that it came from",
-            )
+    if count := int((~torch.isfinite(rhs)).sum()):
+        raise NonFiniteError(
+            call="conjugate_gradient(rhs)", got=f"{count} NaN or infinite of {rhs.numel()} entries",
+            expected="finite numbers", try_="check the loss or gradient that it came from",
+        )  # fmt: skip
 
 
 def _warn(info: SolveInfo, tolerance: float, max_steps: int, *, exhausted: bool) -> None:

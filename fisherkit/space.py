@@ -70,49 +70,46 @@ class ParameterSpace:
             odd = sorted({type(name).__name__ for name in wanted if not isinstance(name, str)})
             if odd:
                 raise InvalidTypeError(
-                    call="params",
-                    got=f"params of type {odd[0]}",
+                    call="params", got=f"params of type {odd[0]}",
                     expected="names, or a predicate (name, parameter) -> bool",
                     try_="[name for name, _ in model.named_parameters() if ...]",
-                )
+                )  # fmt: skip
             unknown = sorted(set(wanted) - set(available))
             if unknown:
                 raise UnknownParameterError(
-                    call="params",
-                    got=f"unknown parameter names {unknown}",
+                    call="params", got=f"unknown parameter names {unknown}",
                     expected=f"some of {list(available)[:8]}{' …' if len(available) > 8 else ''}",
                     why="a tied parameter has only the name of the first module that holds it",
                     try_="dict(model.named_parameters()) lists the names",
-                )
+                )  # fmt: skip
             chosen = [name for name in available if name in set(wanted)]
         if not chosen:
             raise InvalidArgumentError(
-                call="params",
-                got="no parameter" + (" that requires grad" if params is None else ""),
-                expected="at least one",
-                why=f"the model has {len(available)} parameters and none was chosen",
+                call="params", got="no parameter" + (" that requires grad" if params is None else ""),
+                expected="at least one", why=f"the model has {len(available)} parameters and none was chosen",
                 try_="pass params=lambda name, parameter: True, or call requires_grad_(True) on what you want"
                 if available
                 else "",
-            )
+            )  # fmt: skip
         lazy = [name for name in chosen if is_lazy(available[name])]
         if lazy:
             raise ModelError(
-                call="params",
-                got=f"parameters that have no values yet: {lazy[:4]}",
+                call="params", got=f"parameters that have no values yet: {lazy[:4]}",
                 expected="a model that has been called",
                 why="lazy modules make their parameters in their first forward pass",
                 try_="model(x) once, under torch.no_grad(), before",
-            )
+            )  # fmt: skip
         odd = [name for name in chosen if not available[name].is_floating_point()]
         if odd:
             raise InvalidArgumentError(
-                call="params",
-                got=f"parameters {odd} that are not floating point",
-                expected="real floating-point parameters",
-                try_="leave them out with params=",
-            )
+                call="params", got=f"parameters {odd} that are not floating point",
+                expected="real floating-point parameters", try_="leave them out with params=",
+            )  # fmt: skip
         return cls(tuple(chosen), tuple(tuple(available[name].shape) for name in chosen))
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -143,10 +140,14 @@ class ParameterSpace:
 
     def joined_blocks(self, units: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
         """The blocks, joined where a unit spans two of them (a weight of one module used with a bias of another)."""
-        order = {name: i for i, name in enumerate(self.names)}
-        groups = finest_partition([*self.blocks.values(), *([n for n in unit if n in order] for unit in units)])
-        blocks = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
-        return sorted(blocks, key=lambda names: order[names[0]])
+        order, blocks = self._order, self.blocks
+        known = {frozenset(names) for names in blocks.values()}
+        own = [[n for n in unit if n in order] for unit in units]
+        if known.issuperset(map(frozenset, own)):
+            return list(blocks.values())
+        groups = finest_partition([*blocks.values(), *own])
+        joined = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
+        return sorted(joined, key=lambda names: order[names[0]])
 
     def span(self, names: Iterable[str]) -> slice | None:
         """Where some parameters lie one after the other in a flat vector; None if not in one piece."""
@@ -186,9 +187,9 @@ class ParameterSpace:
 
     def restrict(self, names: Iterable[str]) -> ParameterSpace:
         """The subspace of some of the names, in this space's order."""
-        wanted = set(names)
-        pairs = [(n, s) for n, s in zip(self.names, self.shapes, strict=True) if n in wanted]
-        return ParameterSpace(tuple(n for n, _ in pairs), tuple(s for _, s in pairs))
+        order = self._order
+        places = sorted({order[name] for name in names if name in order})
+        return ParameterSpace(tuple(self.names[i] for i in places), tuple(self.shapes[i] for i in places))
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "D"] | Float[Tensor, "D K"]:
         """Dict of named tensors to one flat tensor.
@@ -217,10 +218,9 @@ class ParameterSpace:
             got = tuple(tensors[name].shape)
             if got[: len(shape)] != shape or len(got) > len(shape) + 1 or len(columns) > 1:
                 raise InvalidArgumentError(
-                    call="space.flatten",
-                    got=f"shape {list(got)} for {name!r}",
+                    call="space.flatten", got=f"shape {list(got)} for {name!r}",
                     expected=f"{list(shape)}, or {[*shape, 'K']} with one K for all names",
-                )
+                )  # fmt: skip
         tail = next(iter(columns))
         return torch.cat(
             [tensors[name].reshape(size, *tail) for name, size in zip(self.names, self.sizes, strict=True)]
@@ -260,35 +260,26 @@ class ParameterSpace:
             flat = vector
         else:
             raise InvalidTypeError(
-                call=call,
-                got=f"a {type(vector).__name__}",
-                expected="a tensor [D] or [D, K], or a dict",
+                call=call, got=f"a {type(vector).__name__}", expected="a tensor [D] or [D, K], or a dict",
                 try_="torch.as_tensor, or fisher.space.flatten(dict)",
-            )
+            )  # fmt: skip
         if flat.dtype in HALF and dtype == torch.float32:
             flat = flat.to(dtype)  # exact; the Fisher of a model in half precision is in float32
         if flat.dtype != dtype:
             raise InvalidTypeError(
-                call=call,
-                got=f"a vector of {flat.dtype}",
-                expected=f"{dtype}, the operator's",
-                why="nothing is cast silently",
-                try_=f"v.to({dtype})",
-            )
+                call=call, got=f"a vector of {flat.dtype}", expected=f"{dtype}, the operator's",
+                why="nothing is cast silently", try_=f"v.to({dtype})",
+            )  # fmt: skip
         if flat.device != device:
             raise InvalidArgumentError(
-                call=call,
-                got=f"a vector on {flat.device}",
-                expected=f"{device}, the operator's",
+                call=call, got=f"a vector on {flat.device}", expected=f"{device}, the operator's",
                 try_=f'v.to("{device}")',
-            )
+            )  # fmt: skip
         if not all_finite(flat):
             raise NonFiniteError(
-                call=call,
-                got="a vector with NaN or infinite entries",
-                expected="finite numbers",
+                call=call, got="a vector with NaN or infinite entries", expected="finite numbers",
                 try_="torch.isfinite(v).all() before the call",
-            )
+            )  # fmt: skip
         is_dict, is_single = isinstance(vector, Mapping), flat.ndim == 1
 
         def restore(columns: Tensor) -> Any:
@@ -315,20 +306,14 @@ class ParameterSpace:
     def _check_flat(self, vector: Tensor, call: str) -> None:
         if vector.ndim not in (1, 2) or vector.shape[0] != self.size:
             raise InvalidArgumentError(
-                call=call,
-                got=f"shape {list(vector.shape)}",
-                expected=f"[D] or [D, K] with D = {self.size:,}",
+                call=call, got=f"shape {list(vector.shape)}", expected=f"[D] or [D, K] with D = {self.size:,}",
                 why="vectors over parameters are flat, columns last",
                 try_="fisher.space.flatten(dict of named tensors)",
-            )
+            )  # fmt: skip
 
 
 def finest_partition(units: Iterable[Iterable[str]]) -> list[set[str]]:
-    """The finest partition of which every unit lies in one part.
-
-    Args:
-        units: names that belong together; they may overlap.
-    """
+    """The finest partition of which every unit lies in one part."""
     group_of: dict[str, set[str]] = {}
     for unit in units:
         own = set(unit)

@@ -33,15 +33,7 @@ class EmpiricalVectors(OutputRule):
 
 
 class ImprovedVectors(OutputRule):
-    """v = u / ‖u‖^power with u = ∂ℓ/∂z.
-
-    Args:
-        power: from 0 (EF) to 1 (iEF).
-
-    Raises:
-        InvalidTypeError: not a number.
-        InvalidArgumentError: outside 0 to 1.
-    """
+    """v = u / ‖u‖^power with u = ∂ℓ/∂z and a power from 0 (EF) to 1 (iEF)."""
 
     kind_name = "ief"
     settings = ("POWER",)
@@ -66,16 +58,7 @@ class ImprovedVectors(OutputRule):
 
 
 class SampledVectors(OutputRule):
-    """v = ∂ℓ(ŷ_m)/∂z / √draws at labels drawn from the model.
-
-    Args:
-        draws: labels an example.
-        seed: of the draws.
-
-    Raises:
-        InvalidTypeError: not integers.
-        InvalidArgumentError: no draw.
-    """
+    """v = ∂ℓ(ŷ_m)/∂z / √draws at labels drawn from the model by a seed."""
 
     kind_name = "sf"
     settings = ("DRAWS",)
@@ -96,11 +79,7 @@ class SampledVectors(OutputRule):
         return SampledVectors(self.draws, seed)
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """Gradients at drawn labels, repeats merged.
-
-        Raises:
-            InvalidArgumentError: the loss is no −log p to draw labels from.
-        """
+        """Gradients at drawn labels, repeats merged."""
         likelihood, z = outputs.likelihood, outputs.z
         likelihood.refuse_sampling()
         channels = likelihood.channels(z.shape[2])
@@ -144,13 +123,8 @@ class ExactVectors(OutputRule):
 class TruncatedVectors(OutputRule):
     """The loss gradient's largest multiple below the output Fisher, then pivots of what is left.
 
-    Args:
-        rank: vectors an example; 2 if neither is given.
-        tolerance: instead of a rank, the largest share of its output Fisher's trace that an example may lack.
-
-    Raises:
-        InvalidTypeError: not numbers.
-        InvalidArgumentError: both, or outside their range.
+    ``rank`` vectors an example, 2 if neither is given; or a ``tolerance``, the largest share of its output Fisher's
+    trace that an example may lack.
     """
 
     kind_name = "truncated"

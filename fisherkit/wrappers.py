@@ -1,16 +1,22 @@
 """Wrappers that give the parameters of a model other names: `torch.compile`, data parallelism, averaged weights.
 
-Owns which wrappers there are and what they put before names. A model goes by the names that it has without them.
+Owns which wrappers there are and what they put before names. A model goes by the names that it has without them. And
+models of which each process has a shard, by `torch.distributed.fsdp.fully_shard`: how to have them whole.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
+import sys
 from collections.abc import Collection, Iterable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from fisherkit.errors import ModelError
 
 _INNER: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.DataParallel, "module"), (nn.parallel.DistributedDataParallel, "module"), (AveragedModel, "module"),
@@ -36,20 +42,86 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return functools.reduce(getattr, wrapped_in(model).split(".")[:-1], model)
 
 
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has been applied to any part of a model."""
+    return bool(_sharded_modules(model))
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)  # its import takes long
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process has a shard, differentiably; every process must ask. Others as they are."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # what DTensors have
+    return whole
+
+
+def with_full_weights(model: nn.Module) -> nn.Module:
+    """The same model with all weights in this process, if `fully_shard` has left it a shard of them; else itself.
+
+    Every process must ask. The copy is of the modules' own classes, with their attributes and the user's hooks, and
+    without those of `fully_shard`; buffers are shared. It is in the dtype of the sharded parameters, whatever
+    ``MixedPrecisionPolicy`` says. Weights that were gathered for a pass and not freed are freed, as `reshard` does.
+
+    Raises:
+        ModelError: parameters that are sharded otherwise too, or attributes that cannot be copied.
+
+    Cost: memory for all weights; each is sent to every process once.
+    """
+    sharded = _sharded_modules(model)
+    if not sharded:
+        return model
+    for module in sharded:
+        module.reshard()
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for name, parameter in model.named_parameters():
+        placements: Any = getattr(parameter, "placements", ())
+        if len(placements) > 1 and not placements[0].is_replicate():
+            raise ModelError(
+                call="fully_shard", got=f"{name!r} with the placements {placements}", expected="shards of data "
+                "parallelism alone", why="a layer of tensor parallelism does not compute with whole weights",
+                try_="a model of the full weights, without tensor parallelism",
+            )  # fmt: skip
+        memo[id(parameter)] = nn.Parameter(full(parameter.detach()).clone(), parameter.requires_grad)
+    # All of them before any is filled, as they may refer to each other.
+    copies = [object.__new__(type(module).__mro__[type(module)._orig_cls_mro_index]) for module in sharded]
+    memo |= {id(module): one for module, one in zip(sharded, copies, strict=True)}
+    try:
+        for module, one in zip(sharded, copies, strict=True):
+            one.__dict__.update(copy.deepcopy(_own_attributes(vars(module)), memo))
+        found: nn.Module = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise ModelError(
+            call="fully_shard", got=f"a module that cannot be copied ({error})", expected="one that can",
+            why="a Fisher is measured on a copy of the model with all weights",
+            try_="attributes that can be copied, or a model of the full weights",
+        ) from error  # fmt: skip
+    return found
+
+
+def _own_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
+    """All but the hooks and the state of `fully_shard`."""
+    own = {name: value for name, value in attributes.items() if not name.startswith("__composable_api")}
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        own[name] = type(own[name])((key, hook) for key, hook in own[name].items() if not _is_of_fsdp(hook))
+    return own
+
+
+def _is_of_fsdp(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
+
+
 def plain(name: str) -> str:
     """A name without what torch.compile puts into it, at any depth."""
-    return re.sub(rf"(?:^|(?<=\.)){COMPILED}\.", "", name)
+    return name if COMPILED not in name else re.sub(rf"(?:^|(?<=\.)){COMPILED}\.", "", name)
 
 
 def matching(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """Names of wrapped modules to those that the same parameters have among known names.
+    """Names of a model's parameters, wrapped or not, to those that they have among known names, or themselves.
 
-    Args:
-        names: of parameters.
-        known: of the parameters of one model, wrapped in another way or not at all.
-
-    Returns:
-        Each name to the known one; itself where there is none. ``module.`` is taken off only if all names have it.
+    ``module.`` is taken off only if all names have it.
     """
     names = list(names)
     if all(name in known for name in names):

@@ -45,19 +45,20 @@ def ef(model: nn.Module | None = None, data: Any = (X, Y), **options: Any) -> fk
     return fk.EmpiricalFisher(mlp().eval() if model is None else model, data, **options)
 
 
-class Case(NamedTuple):
-    """One bad call.
+BUILTIN: dict[type[fk.FisherkitError], type[Exception]] = {
+    fk.InvalidArgumentError: ValueError, fk.InvalidTypeError: TypeError, fk.UnknownParameterError: LookupError,
+    fk.DataError: ValueError, fk.ModelError: RuntimeError, fk.MemoryBudgetError: MemoryError,
+    fk.NonFiniteError: ArithmeticError, fk.SingularMatrixError: ArithmeticError,
+    fk.NoClosedFormError: NotImplementedError,
+}  # fmt: skip
+"""What code that does not know the package would catch."""
 
-    Args:
-        call: makes it.
-        error: the package's error.
-        builtin: the builtin exception that code which does not know the package would catch.
-        says: pieces of the message.
-    """
+
+class Case(NamedTuple):
+    """One bad call, the package's error, and pieces of its message."""
 
     call: Callable[[], object]
     error: type[fk.FisherkitError]
-    builtin: type[Exception]
     says: tuple[str, ...]
 
 
@@ -71,7 +72,7 @@ def check(case: Case) -> None:
     with pytest.raises(case.error) as caught:
         case.call()
     error, message = caught.value, str(caught.value)
-    assert isinstance(error, case.builtin)
+    assert isinstance(error, BUILTIN[case.error])
     assert message.startswith(f"{error.call}: got {error.got}")
     assert error.expected or error.try_, message
     for piece in case.says:

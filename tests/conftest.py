@@ -1,8 +1,10 @@
 """Settings shared by every test, and the conformance table at the end of a run."""
 
 import gc
+import importlib
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -39,6 +41,47 @@ def without_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
         yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return text_models().make_tokenizer(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="session")
+def classifier(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small BERT; to be read only."""
+    return text_models().saved(text_models().make_classifier(), tokenizer, tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="session")
+def tasks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders a and b of two models, their texts, and their Fisher files; to be read only."""
+    made, root = text_models(), tmp_path_factory.mktemp("tasks")
+    data = made.jsonl(
+        root / "texts.jsonl", [{"text": t, "label": n} for t, n in zip(made.TEXTS, made.LABELS, strict=True)]
+    )
+    for seed, name in enumerate("ab"):
+        made.saved(made.make_classifier(seed), tokenizer, root / name)
+        result = importlib.import_module("tests.commands").run(
+            "estimate",
+            root / name,
+            "--data",
+            data,
+            "--structure",
+            "kfac",
+            "--batch-size",
+            "2",
+            "--out",
+            root / f"{name}.fisher",
+        )
+        assert result.exit_code == 0, result.output
+    return root
+
+
+def text_models() -> Any:
+    """Not imported before it is needed, since transformers takes seconds."""
+    return importlib.import_module("tests.text_models")
 
 
 def pytest_configure(config: pytest.Config) -> None:

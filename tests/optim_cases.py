@@ -34,8 +34,7 @@ def call(of: Problem, take: slice = slice(None)) -> Tensor:
         output: Any = of.model(**{name: value[take] for name, value in of.inputs.items()})
     else:
         output = of.model(of.inputs[take])
-    z: Tensor = getattr(output, "logits", output)
-    return z
+    return getattr(output, "logits", output)
 
 
 def counted(of: Problem) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 30
+TIMEOUT = 120
 """Seconds until a process that waits for another one gives up."""
 
 

@@ -29,8 +29,7 @@ class Rich(nn.Module):
         h = self.norm(self.conv(x)).mT
         h = h + self.attention(h, h, h, need_weights=False)[0]
         h = self.dropout(torch.tanh(self.frozen(h.mean(1))))
-        z: Tensor = self.head(self.scale * torch.tanh(self.tied(self.body(h))))
-        return z
+        return self.head(self.scale * torch.tanh(self.tied(self.body(h))))
 
 
 class Calls:

@@ -39,7 +39,7 @@ def pair(request: pytest.FixtureRequest, dtype: torch.dtype) -> Pair:
     return CASES[request.param](dtype)
 
 
-@pytest.mark.parametrize("scale", [0.0, 2.0, 0.25])
+@pytest.mark.parametrize("scale", [0.0, 2.0])
 def test_mul__scales_and_keeps_the_structure(pair: Pair, dtype: torch.dtype, scale: float) -> None:
     operator, matrix = pair
     for got in (scale * operator, operator * scale):

@@ -30,8 +30,7 @@ class Last(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.model(x).movedim(1, -1)
-        return out
+        return self.model(x).movedim(1, -1)
 
 
 def conv(length: int, classes: int = 5) -> tuple[nn.Module, Tensor, Tensor]:
@@ -106,8 +105,7 @@ def test_default__takes_a_models_positions_from_its_inputs(kind: str, inputs: st
             self.embedding, self.layer = nn.Embedding(7, 3).double(), nn.Linear(3, 4).double()
 
         def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-            h: Tensor = self.layer(x if x.is_floating_point() else self.embedding(x))
-            return h
+            return self.layer(x if x.is_floating_point() else self.embedding(x))
 
     x = torch.randint(7, (6, 4)) if inputs != "features" else torch.randn(6, 4, 3, dtype=torch.float64)
     y = torch.randint(4, (6, 4))

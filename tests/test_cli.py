@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 import fisherkit as fk
-from fisherkit.cli import app
 from fisherkit.cli.text import number, table
 from fisherkit.kinds import KINDS
 from fisherkit.structures import structures
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments)
+from tests.commands import run
 
 
 def test_help__lists_the_commands() -> None:
@@ -78,15 +71,6 @@ def test_info__as_json() -> None:
     assert found["structures"] == {name: one.meaning for name, one in structures().items()}
 
 
-def test_out__says_when_it_cannot_write(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    result = run("quality", "m:f", "--out", str(tmp_path / "file"))
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert "file" in result.stderr
-    assert isinstance(result.exception, SystemExit)
-
-
 def test_out__replaces_nothing_unless_told(tmp_path: Path) -> None:
     (tmp_path / "quality.json").write_text("mine")
     result = run("quality", "m:f", "--out", str(tmp_path))
@@ -99,13 +83,6 @@ def test_torchrun__is_for_estimate_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     result = run("quality", "m:f")
     assert result.exit_code == 1
     assert "got 2 processes of torchrun; expected one process" in " ".join(result.stderr.split())
-
-
-def test_module__is_the_same_program() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "fisherkit", "--version"], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (result.returncode, result.stdout.strip()) == (0, fk.__version__)
 
 
 def test_table__aligns_text_left_and_numbers_right() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,16 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from typer.testing import CliRunner, Result
 
 import fisherkit as fk
-from fisherkit.cli import app
-from tests.text_models import LABELS, SIZES, TEXTS, jsonl, make_classifier, make_tokenizer, saved
+from tests import commands
+from tests.commands import own_module
+from tests.text_models import LABELS, SIZES, TEXTS, jsonl, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["estimate", *map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("words"))
-
-
-@pytest.fixture(scope="module")
-def classifier(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(make_classifier(), tokenizer, tmp_path_factory.mktemp("classifier"))
+run = partial(commands.run, "estimate")
 
 
 @pytest.fixture
@@ -151,13 +139,9 @@ def make():
 
 
 @pytest.fixture
-def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    (tmp_path / "own_module.py").write_text(FUNCTION)
-    monkeypatch.chdir(tmp_path)
-    path = list(sys.path)
-    yield "own_module:make"
-    sys.path[:] = path
-    sys.modules.pop("own_module", None)
+def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    own_module(tmp_path, monkeypatch, "own_module", FUNCTION)
+    return "own_module:make"
 
 
 def test_estimate__a_functions_model_and_data(function: str, tmp_path: Path) -> None:
@@ -172,7 +156,6 @@ def test_estimate__a_functions_model_and_data(function: str, tmp_path: Path) -> 
     result = run(function, "--kind", "truncated:1", "--out", tmp_path / "f", "--structure", "full", "--overwrite")
     assert result.exit_code == 0, result.output
     assert "Wrote" in result.stdout
-    sys.path.insert(0, str(tmp_path))
     model, batches = __import__("own_module").make()
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     torch.testing.assert_close(fk.load(tmp_path / "f").to_dense(), fk.TruncatedFisher(model, (x, y), rank=1).to_dense())

@@ -10,7 +10,6 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +17,19 @@ import pytest
 import torch
 from torch import nn
 from typer.models import OptionInfo
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import fisherkit as fk
 from fisherkit import merging
-from fisherkit.cli import COMMANDS, app
+from fisherkit.cli import COMMANDS
 from fisherkit.cli.flags import error_in_flags, in_flags
 from fisherkit.cli.text import pairs, table
-from tests.text_models import LABELS, TEXTS, jsonl, make_classifier, make_tokenizer, saved
+from tests.commands import own_module, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
 NAMES = [command.name for command in COMMANDS]
 MERGE = COMMANDS[NAMES.index("merge")]
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders a and b of two models, their texts, and their Fisher files."""
-    root = tmp_path_factory.mktemp("tasks")
-    tokenizer = make_tokenizer(root)
-    jsonl(root / "texts.jsonl", [{"text": t, "label": n} for t, n in zip(TEXTS, LABELS, strict=True)])
-    for seed, name in enumerate("ab"):
-        saved(make_classifier(seed), tokenizer, root / name)
-        assert estimated(root, name, root / f"{name}.fisher").exit_code == 0
-    return root
 
 
 def estimated(root: Path, name: str, out: Path, *others: str) -> Result:
@@ -182,6 +165,8 @@ def test_estimate__refuses_options_before_the_model_is_loaded(
         (1, "--tolerance 3", ("--tolerance 3",)),
         (2, "--device foo", ("'--device': 'foo'",)),
         (2, "--method Auto", ("Try: auto",)),
+        (2, "--dtype float99", ("bfloat16",)),
+        (2, "--weights 1,two", ('is not "examples" or a list',)),
         (1, "--center nowhere", ("nowhere",)),
         (1, "--weights 1,2,3", ("3 weights",)),
         (1, "--out no/m", ("Try: mkdir -p no",)),
@@ -257,8 +242,12 @@ def test_flags__the_command_takes_the_place_of_the_call(call: str, typed: str) -
         ("quality m:f --structures KFAC", "'--structures': 'KFAC' is not one of full,"),
         ("quality m:f --likelihood x", "'--likelihood': 'x'"),
         ("quality m:f --example x", "'--example': 'x'"),
+        ("quality m:f --dampings small", "'small' is not a list of numbers"),
         ("audit a b --compare foo", "'--compare': 'foo'"),
         ("scores a --damping -1", "'--damping'"),
+        ("scores a --kind sgd", "'sgd' is not one of ef, ief,"),
+        ("scores a --measurement logit", "loss, margin"),
+        ("scores a --normalize norm", "relatif"),
         ("scores a --structure EKFAC", "Try: ekfac"),
         ("scores a --device foo", "'--device': 'foo'"),
         ("scores a --dtype x", "'--dtype': 'x'"),
@@ -351,30 +340,6 @@ def test_merge__fishers_of_other_weights_are_refused_unless_a_flag_says_so(
     assert merged(tasks, "a", "b", tmp_path / "n", "--method", method).exit_code == 0
 
 
-def test_merge__a_fisher_without_a_hash_is_merged_as_before(tasks: Path, tmp_path: Path) -> None:
-    for name in "ab":
-        operator = fk.load(tasks / f"{name}.fisher")
-        del operator.metadata["covered_hash"], operator.metadata["parameters_hash"]
-        operator.save(tmp_path / f"{name}.fisher")
-        (tmp_path / name).symlink_to(tasks / name)
-    result = merged(tmp_path, "b", "a", tmp_path / "m")
-    assert result.exit_code == 0, result.output
-    assert "(models 1, 2)" in result.stdout
-
-
-def test_merge__refuses_in_python_where_it_is_told_to() -> None:
-    torch.manual_seed(0)
-    models = [nn.Linear(3, 2) for _ in range(3)]
-    data = (torch.randn(5, 3), torch.randint(2, (5,)))
-    fishers = [fk.EmpiricalFisher(model, data, structure="kfac") for model in models]
-    strange = r'other_weights="refuse".*Fisher 1 was measured at other parameters than those of model 1; Fisher 2 .*1\)'
-    with pytest.raises(fk.InvalidArgumentError, match=strange):
-        merging.merge(models[:2], [fishers[2], fishers[0]])
-    merging.merge(models, fishers)
-    with pytest.raises(fk.InvalidArgumentError, match=r"one of \['refuse', 'warn'\]"):
-        merging.MergePolicy(other_weights="ignore")
-
-
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
 
@@ -430,13 +395,8 @@ def make():
 
 
 @pytest.fixture
-def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    (tmp_path / "slow_first_contact.py").write_text(SLOW)
-    monkeypatch.chdir(tmp_path)
-    path = list(sys.path)
-    yield "slow_first_contact:make"
-    sys.path[:] = path
-    sys.modules.pop("slow_first_contact", None)
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_module(tmp_path, monkeypatch, "slow_first_contact", SLOW)
 
 
 def on_a_terminal(folder: Path, columns: int, *arguments: str | Path) -> str:

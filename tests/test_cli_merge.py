@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +12,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
 import fisherkit as fk
-from fisherkit.cli import app
-from tests.text_models import LABELS, TEXTS, jsonl, make_classifier, make_tokenizer, saved
+from tests import commands
+from tests.text_models import TEXTS, make_classifier, make_tokenizer, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def merged(*arguments: str | Path) -> Result:
-    return run("merge", *arguments)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("words"))
-
-
-@pytest.fixture(scope="module")
-def tasks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders a and b of two models, and their Fisher files."""
-    root = tmp_path_factory.mktemp("tasks")
-    data = jsonl(root / "texts.jsonl", [{"text": t, "label": n} for t, n in zip(TEXTS, LABELS, strict=True)])
-    for seed, name in enumerate("ab"):
-        saved(make_classifier(seed), tokenizer, root / name)
-        result = run("estimate", root / name, "--data", data, "--structure", "kfac", "--out", root / f"{name}.fisher")
-        assert result.exit_code == 0, result.output
-    return root
+merged = partial(commands.run, "merge")
 
 
 def both(tasks: Path, *, fishers: bool = True) -> list[str | Path]:
@@ -266,37 +244,12 @@ def test_merge__folders_into_a_file_are_refused(tasks: Path, tmp_path: Path) -> 
     assert contents(tmp_path) == {"file": b"mine"}
 
 
-def test_merge__wrong_numbers_are_wrong_usage(tasks: Path, tmp_path: Path) -> None:
-    models = (*both(tasks, fishers=False), "--out", tmp_path / "m")
-    assert "bfloat16" in merged(*models, "--method", "average", "--dtype", "float99").stderr
-    assert "'best' is not one of auto, direct, cg" in merged(*models, "--method", "best").stderr
-    result = merged(*models, "--method", "average", "--weights", "1,two")
-    assert result.exit_code == 2
-    assert 'is not "examples" or a list of numbers' in " ".join(result.output.split())
-
-
 def test_merge__into_the_current_folder(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     result = merged(*both(tasks, fishers=False), "--method", "average", "--out", ".")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "here" / "model.safetensors").exists()
-
-
-def test_merge__refuses_fishers_in_another_order(tasks: Path, tmp_path: Path) -> None:
-    swapped = (
-        "--model",
-        tasks / "a",
-        "--model",
-        tasks / "b",
-        "--fisher",
-        tasks / "b.fisher",
-        "--fisher",
-        tasks / "a.fisher",
-    )
-    result = merged(*swapped, "--out", tmp_path / "m")
-    assert (result.exit_code, "another order of fishers" in result.stderr) == (1, True)
-    assert not (tmp_path / "m").exists()
 
 
 def test_merge__says_which_models_could_not_be_compared_with_their_fishers(tasks: Path, tmp_path: Path) -> None:

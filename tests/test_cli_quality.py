@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from fisherkit.cli import app
 from fisherkit.evaluation import QualityTable
+from tests import commands
+from tests.commands import own_module
 
 MODULE = """
 import torch
@@ -40,20 +39,14 @@ def needs(data):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a module of the user's."""
-    (tmp_path / "users_module.py").write_text(MODULE)
-    (tmp_path / "broken_module.py").write_text("import a_module_that_is_not_there\n")
-    monkeypatch.chdir(tmp_path)
-    path = list(sys.path)
-    yield tmp_path
-    sys.path[:] = path
-    for name in ("users_module", "broken_module"):
-        sys.modules.pop(name, None)
+    own_module(tmp_path, monkeypatch, "users_module", MODULE)
+    own_module(tmp_path, monkeypatch, "broken_module", "import a_module_that_is_not_there\n")
+    return tmp_path
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["quality", *arguments])
+run = partial(commands.run, "quality")
 
 
 def test_quality__prints_a_table_and_writes_files(folder: Path) -> None:
@@ -117,40 +110,7 @@ def test_quality__says_what_is_wrong(arguments: list[str], message: str) -> None
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--dampings", "small", "'small' is not a list of numbers"),
-        ("--kinds", "newton", "there is no kind 'newton'"),
-        ("--structures", "full,dense", "'dense' is not one of full"),
-        ("--likelihood", "weibull", "'weibull' is not one of categorical"),
-    ],
-)
-def test_quality__what_no_option_can_be_is_wrong_usage(option: str, value: str, message: str) -> None:
-    result = run("users_module:make", option, value)
-    assert result.exit_code == 2
-    assert message in result.output
-
-
-@pytest.mark.usefixtures("folder")
 def test_quality__a_broken_module_shows_its_own_error() -> None:
     result = run("broken_module:make")
     assert isinstance(result.exception, ModuleNotFoundError)
     assert result.exception.name == "a_module_that_is_not_there"
-
-
-@pytest.mark.usefixtures("folder")
-def test_quality__names_the_missing_extra_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run("users_module:make", "--out", "found")
-    assert result.exit_code == 1
-    assert 'pip install "fisherkit[demo]"' in result.stderr
-    assert not Path("found").exists()
-    assert run("users_module:make", "--kinds", "ef", "--dampings", "1e-3").exit_code == 0
-
-
-def test_help__explains_the_spec() -> None:
-    result = CliRunner().invoke(app, ["quality", "--help"])
-    assert result.exit_code == 0
-    assert "Examples:\n    fisherkit quality " in result.stdout
-    assert "package.module:function" in result.stdout

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from typer.testing import CliRunner, Result
 
 import fisherkit as fk
-from fisherkit.cli import app
 from fisherkit.cli.pictures import data_uri
-from tests.text_models import LABELS, SIZES, TEXTS, jsonl, make_classifier, make_tokenizer, saved
+from tests import commands
+from tests.commands import own_module
+from tests.text_models import LABELS, SIZES, TEXTS, jsonl, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
@@ -73,8 +72,7 @@ def no_targets():
 """
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["scores", *map(str, arguments)])
+run = partial(commands.run, "scores")
 
 
 def found(*arguments: str | Path) -> dict[str, Any]:
@@ -84,15 +82,10 @@ def found(*arguments: str | Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a module of the user's."""
-    (tmp_path / "scored_module.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    path = list(sys.path)
-    sys.path.insert(0, str(tmp_path))
-    yield tmp_path
-    sys.path[:] = path
-    sys.modules.pop("scored_module", None)
+    own_module(tmp_path, monkeypatch, "scored_module", MODULE)
+    return tmp_path
 
 
 def parts() -> Any:
@@ -250,16 +243,6 @@ def test_scores__images_are_shown_without_being_asked(folder: Path) -> None:
     assert data_uri(queries[0][0][0], "test") in pictures
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_tokenizer(tmp_path_factory.mktemp("words"))
-
-
-@pytest.fixture(scope="module")
-def classifier(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(make_classifier(), tokenizer, tmp_path_factory.mktemp("classifier"))
-
-
 @pytest.fixture
 def train(tmp_path: Path) -> Path:
     return jsonl(tmp_path / "train.jsonl", [{"text": t, "label": n} for t, n in zip(TEXTS, LABELS, strict=True)])
@@ -317,23 +300,6 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "words"),
-    [
-        ("--kind", "sgd", "'sgd' is not one of ef, ief,"),
-        ("--kind", "best", "there is no kind 'best'"),
-        ("--structure", "dense", "full, block, diagonal, kfac, ekfac"),
-        ("--measurement", "logit", "loss, margin"),
-        ("--normalize", "norm", "relatif"),
-        ("--damping", "-1", "damping"),
-    ],
-)
-def test_scores__what_no_option_can_be_is_wrong_usage(option: str, value: str, words: str) -> None:
-    result = run("scored_module:make", option, value)
-    assert result.exit_code == 2
-    assert words in result.stderr
-
-
-@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("nowhere",), ("no such folder", "package.module:function")),
@@ -342,10 +308,8 @@ def test_scores__what_no_option_can_be_is_wrong_usage(option: str, value: str, w
         (("scored_module:make", "--train", "{data}"), ("--train with a function", "its own data")),
         (("scored_module:pair",), ("a tuple of 2", "(model, train, queries, show)")),
         (("scored_module:shuffled",), ("shuffles as train", "shuffle=False")),
-        (
-            ("scored_module:training", "--fisher", "f", "--worst", "2"),
-            ("BatchNorm1d '1' in train mode", "model.eval()"),
-        ),
+        (("scored_module:training", "--fisher", "f", "--worst", "2"),
+            ("BatchNorm1d '1' in train mode", "model.eval()")),
         (("scored_module:odd_show",), ("show('train',", "a text, a picture as an array")),
         (("scored_module:odd_picture",), ("a picture of shape [2, 3, 4, 5]",)),
         (("scored_module:no_targets",), ("targets",)),
@@ -356,7 +320,7 @@ def test_scores__what_no_option_can_be_is_wrong_usage(option: str, value: str, w
         (("scored_module:make", "--save-fisher", "no/f"), ("a folder that does not exist",)),
         (("scored_module:regression", "--likelihood", "gaussian", "--measurement", "margin"), ("margin",)),
     ],
-)
+)  # fmt: skip
 def test_scores__refuses_with_what_to_do_and_leaves_no_file(
     folder: Path, classifier: Path, train: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:

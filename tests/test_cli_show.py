@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
-from typer.testing import CliRunner, Result
 
 import fisherkit as fk
-from fisherkit.cli import app, show
+from fisherkit.cli import show
 from fisherkit.operators import unwrap
+from tests import commands
 from tests.operator_cases import CASES, block_diagonal, diagonal, kronecker, total
 from tests.small_data import X, Y, mlp
 
@@ -21,8 +21,7 @@ F64 = torch.float64
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac", "nkp")
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["show", *map(str, arguments)])
+run = partial(commands.run, "show")
 
 
 @pytest.fixture
@@ -130,16 +129,6 @@ def test_out__draws_what_has_no_eigenvalues(path: Path) -> None:
     assert (path.parent / "out" / "show.png").exists()
 
 
-def test_out__names_the_missing_extra(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    diagonal(F64)[0].save(path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run(path, "--out", path.parent / "out")
-    assert result.exit_code == 1
-    assert 'pip install "fisherkit[demo]"' in result.stderr
-    assert not (path.parent / "out").exists()
-    assert run(path).exit_code == 0
-
-
 def test_errors__are_a_line_and_exit_code_1(path: Path) -> None:
     missing = run(path)
     assert missing.exit_code == 1
@@ -151,9 +140,3 @@ def test_errors__are_a_line_and_exit_code_1(path: Path) -> None:
     assert broken.exit_code == 1
     assert "no file fisher-00002-of-00002.safetensors" in broken.stderr
     assert run().exit_code == 2
-
-
-def test_help__shows_examples() -> None:
-    result = run("--help")
-    assert result.exit_code == 0
-    assert "Examples:\n    fisherkit show fisher.safetensors\n" in result.stdout

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 import fisherkit as fk
 from fisherkit import io
-from fisherkit.cli import app
 from fisherkit.cli import merge as cli_merge
+from tests.commands import run
 
 SLOW = """
 import pathlib
@@ -86,22 +85,15 @@ def test_signal__stops_and_says_that_nothing_was_written(tmp_path: Path, name: s
 
 
 def test_kill__what_is_left_is_named_by_the_next_run(tmp_path: Path) -> None:
-    process = started(tmp_path, "save_slowly")
-    process.kill()
-    process.communicate()
-    (left,) = io.leftovers(tmp_path / "f.safetensors")
-    fk.EmpiricalFisher(torch.nn.Linear(2, 2), (torch.ones(3, 2), torch.tensor([0, 1, 1]))).save(tmp_path / "a")
-    a = {"weight": torch.ones(2, 2)}
-    save_file(a, tmp_path / "m.safetensors")
-    result = CliRunner().invoke(
-        app,
-        ["merge", *2 * ["--model", str(tmp_path / "m.safetensors")], "--method", "average", "--out",
-         str(tmp_path / "f.safetensors")],
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert result.stderr.startswith("note: left over from a run that was killed")
-    assert f"rm -r {left}\n" in result.stderr
-    assert left.exists()
+    save_file({"weight": torch.ones(2, 2)}, tmp_path / "m.safetensors")
+    models = 2 * ["--model", tmp_path / "m.safetensors"]
+    with io.part_of(tmp_path / "f.safetensors") as left:  # as a run that is killed in here leaves it
+        assert io.leftovers(tmp_path / "f.safetensors") == [left]
+        result = run("merge", *models, "--method", "average", "--out", tmp_path / "f.safetensors")
+        assert result.exit_code == 0, result.output
+        assert result.stderr.startswith("note: left over from a run that was killed")
+        assert f"rm -r {left}\n" in result.stderr
+        assert left.exists()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +116,7 @@ def test_leftovers__a_model_that_was_being_replaced_is_not_thrown_away(tmp_path:
     (tmp_path / "a").mkdir()
     save_file({"weight": torch.ones(2, 2)}, tmp_path / "a" / "model.safetensors")
     models = 2 * ["--model", str(tmp_path / "a")]
-    result = CliRunner().invoke(app, ["merge", *models, "--method", "average", "--out", str(tmp_path / "merged")])
+    result = run("merge", *models, "--method", "average", "--out", tmp_path / "merged")
     assert f"mv {kept} {tmp_path / 'merged'}" in result.stderr
     assert "rm -r" not in result.stderr
 

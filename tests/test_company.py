@@ -226,8 +226,7 @@ class Two(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         x[:] = x.flip(0)
-        z: Tensor = self.layer(x) * scale
-        return z
+        return self.layer(x) * scale
 
 
 def test_forward_that_puts_examples_in_another_order_in_place__is_named() -> None:

@@ -95,18 +95,13 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
     "EF, diagonal": (build(fk.EmpiricalFisher, structure="diagonal"), {"mlp": 1.15, "cnn": 1.2, "encoder": 1.3}),
     "EF, gram": (cached(fk.EmpiricalFisher, lambda f, v: f.gram()), {"mlp": 1.72, "cnn": 1.2, "encoder": 1.6}),
     "EF, kfac": (build(fk.EmpiricalFisher, structure="kfac"), {"mlp": 1.82, "cnn": 3.4, "encoder": 2.0}),
-    "iEF, solve": (
-        cached(fk.ImprovedEmpiricalFisher, lambda f, v: f.solve(v, damping=1.0)),
-        {"mlp": 2.56, "cnn": 1.36, "encoder": 1.64},
-    ),
+    "iEF, solve": (cached(fk.ImprovedEmpiricalFisher, lambda f, v: f.solve(v, damping=1.0)),
+        {"mlp": 2.56, "cnn": 1.36, "encoder": 1.64}),
     "exact, diagonal": (build(fk.ExactFisher, structure="diagonal"), {"mlp": 1.9, "cnn": 3.0, "encoder": 3.5}),
-    "exact, product from rows": (
-        cached(fk.ExactFisher, lambda f, v: f.matvec(v), storage="rows"), {"mlp": 0.88, "cnn": 0.22, "encoder": 0.2},
-    ),
-    "exact, streamed product": (
-        cached(fk.ExactFisher, lambda f, v: f.matvec(v), memory_budget=1 << 10),
-        {"mlp": 1.9, "cnn": 1.9, "encoder": 2.0},
-    ),
+    "exact, product from rows": (cached(fk.ExactFisher, lambda f, v: f.matvec(v), storage="rows"),
+        {"mlp": 0.88, "cnn": 0.22, "encoder": 0.2}),
+    "exact, streamed product": (cached(fk.ExactFisher, lambda f, v: f.matvec(v), memory_budget=1 << 10),
+        {"mlp": 1.9, "cnn": 1.9, "encoder": 2.0}),
 }  # fmt: skip
 
 

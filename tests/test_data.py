@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +25,7 @@ class ByKeyword(nn.Module):
         self.body = mlp()
 
     def forward(self, features: Tensor, shift: Tensor | None = None) -> Tensor:
-        z: Tensor = self.body(features if shift is None else features + shift)
-        return z
+        return self.body(features if shift is None else features + shift)
 
 
 class Reiterable:
@@ -163,8 +161,7 @@ class SharedMask(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        z: Tensor = self.head(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0].mean(1))
-        return z
+        return self.head(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0].mean(1))
 
 
 def shared_mask(batch: int) -> tuple[Tensor, Tensor]:
@@ -180,30 +177,6 @@ def shared_mask(batch: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_forms__a_mask_shared_by_all_examples_is_not_cut(batch: int) -> None:
     same(*shared_mask(batch))
-
-
-def test_forms__a_shared_mask_with_as_many_rows_as_examples_is_never_silently_cut() -> None:
-    """In the first batch nothing tells it from a tensor with the batch axis: it may fail, in the model or before."""
-    with contextlib.suppress(fk.FisherkitError, RuntimeError):
-        same(*shared_mask(3))
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_forms__a_shared_tensor_stays_shared_in_a_later_batch_of_its_length(chunk_size: int | None) -> None:
-    """Positions [T, D] broadcast against one example's [T, D] whether cut or not: nothing would fail, only be wrong."""
-    body = Compose(
-        lambda m, x: m.head(torch.tanh(m.gain * m.stem(x["features"] + x["positions"])).mean(1)),
-        gain=nn.Parameter(normal(5).float()),  # no layer rule
-        stem=nn.Linear(4, 5),
-        head=nn.Linear(5, 3),
-    ).double()
-    positions, x = normal(3, 4, seed=1), normal(N, 3, 4)
-    held = Compose(lambda m, inputs: m.body({"features": inputs, "positions": positions}), body=body)
-    batches = [
-        (({"features": part, "positions": positions},), y) for part, y in zip(x.split(4), Y.split(4), strict=True)
-    ]
-    got = fisher(body, batches, chunk_size=chunk_size)
-    same(got.to_dense(), fisher(held, (x, Y)).to_dense())
 
 
 @pytest.mark.parametrize("structure", ["full", "full, streamed", "block", "diagonal"])

@@ -38,16 +38,14 @@ class Masked(nn.Module):
             self.body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        z: Tensor = self.body(features * mask)
-        return z
+        return self.body(features * mask)
 
 
 class Optional(Masked):
     """The second input may be missing."""
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        z: Tensor = self.body(features if mask is None else features * mask)
-        return z
+        return self.body(features if mask is None else features * mask)
 
 
 def brute(
@@ -166,8 +164,7 @@ def test_forms__lists_and_records_inside_inputs_reach_the_model_as_they_are() ->
 
         def forward(self, given: Any) -> Tensor:
             assert (type(given), type(given.points), type(given.parts)) == (pair, Points, list)
-            z: Tensor = self.body(given.x * given.points.at * given.parts[0])
-            return z
+            return self.body(given.x * given.points.at * given.parts[0])
 
     net, ones = Net(), torch.ones_like(X)
     got = fk.EmpiricalFisher(net, [((pair(X, Points(MASK), [ones]),), Y)], chunk_size=1)
@@ -175,54 +172,26 @@ def test_forms__lists_and_records_inside_inputs_reach_the_model_as_they_are() ->
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "a triple for one input": (
-        lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, Y, torch.arange(N))]),
-        fk.InvalidTypeError,
-        r"batch of type tuple with 3 parts.*needs 1 input.*\(\(a, b\), y\)",
-    ),
-    "a triple for one or two inputs": (
-        lambda: fk.EmpiricalFisher(Optional(), (X, MASK, Y)),
-        fk.InvalidTypeError,
-        r"with 3 parts.*Nothing tells which of them are inputs and targets",
-    ),
-    "a triple for any inputs": (
-        lambda: fk.EmpiricalFisher(Anything(), (X, MASK, Y)),
-        fk.InvalidTypeError,
-        r"with 3 parts.*Nothing tells",
-    ),
-    "labels of several lengths": (
-        lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, [[0], [1, 2]])]),
-        fk.InvalidTypeError,
-        r"targets of type list.*torch\.as_tensor",
-    ),
-    "labels as texts": (
-        lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, ["a"] * N)]),
-        fk.InvalidTypeError,
-        r"targets of type list",
-    ),
-    "another name": (
-        lambda: fk.EmpiricalFisher(Masked(), {"feature": X, "mask": MASK, "labels": Y}),
-        fk.DataError,
-        r"inputs named feature, which.*does not take; expected names of its parameters: features.*Try: rename",
-    ),
-    "no name": (
-        lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), {"x": X, "labels": Y}),
-        fk.DataError,
-        r"inputs named x, which.*names of its parameters: input",
-    ),
-    "a mapping for a model that takes it": (
-        lambda: fk.EmpiricalFisher(OfMapping(), {"x": X, "labels": Y}),
-        fk.DataError,
-        r"inputs named x.*\(\(mapping,\), labels\)",
-    ),
-    "packed": (
-        lambda: fk.EmpiricalFisher(
-            nn.LSTM(4, 3).double(), (nn.utils.rnn.pack_padded_sequence(X.reshape(4, 3, 4), [4, 4, 4]), Y)
-        ),
-        fk.InvalidTypeError,
-        r"a PackedSequence.*pack_padded_sequence in the model",
-    ),
-}
+    "a triple for one input": (lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, Y, torch.arange(N))]),
+        fk.InvalidTypeError, r"batch of type tuple with 3 parts.*needs 1 input.*\(\(a, b\), y\)"),
+    "a triple for one or two inputs": (lambda: fk.EmpiricalFisher(Optional(), (X, MASK, Y)), fk.InvalidTypeError,
+        r"with 3 parts.*Nothing tells which of them are inputs and targets"),
+    "a triple for any inputs": (lambda: fk.EmpiricalFisher(Anything(), (X, MASK, Y)), fk.InvalidTypeError,
+        r"with 3 parts.*Nothing tells"),
+    "labels of several lengths": (lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, [[0], [1, 2]])]),
+        fk.InvalidTypeError, r"targets of type list.*torch\.as_tensor"),
+    "labels as texts": (lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), [(X, ["a"] * N)]), fk.InvalidTypeError,
+        r"targets of type list"),
+    "another name": (lambda: fk.EmpiricalFisher(Masked(), {"feature": X, "mask": MASK, "labels": Y}), fk.DataError,
+        r"inputs named feature, which.*does not take; expected names of its parameters: features.*Try: rename"),
+    "no name": (lambda: fk.EmpiricalFisher(nn.Linear(4, 3).double(), {"x": X, "labels": Y}), fk.DataError,
+        r"inputs named x, which.*names of its parameters: input"),
+    "a mapping for a model that takes it": (lambda: fk.EmpiricalFisher(OfMapping(), {"x": X, "labels": Y}),
+        fk.DataError, r"inputs named x.*\(\(mapping,\), labels\)"),
+    "packed": (lambda: fk.EmpiricalFisher(nn.LSTM(4, 3).double(),
+            (nn.utils.rnn.pack_padded_sequence(X.reshape(4, 3, 4), [4, 4, 4]), Y)), fk.InvalidTypeError,
+        r"a PackedSequence.*pack_padded_sequence in the model"),
+}  # fmt: skip
 
 
 class Anything(Masked):
@@ -297,8 +266,7 @@ class Scaled(nn.Module):
             self.out = nn.Linear(4, width).double()
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        z: Tensor = self.out(x) * scale
-        return z
+        return self.out(x) * scale
 
 
 class Edges(nn.Module):
@@ -312,8 +280,7 @@ class Edges(nn.Module):
         self.count = count
 
     def forward(self, x: Tensor, codes: Tensor, adjacency: Tensor) -> Tensor:
-        z: Tensor = self.b(torch.tanh(adjacency @ self.a(x + codes)).mean(1))
-        return z
+        return self.b(torch.tanh(adjacency @ self.a(x + codes)).mean(1))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 12])
@@ -397,8 +364,7 @@ def test_shared__examples_that_meet_in_the_model_stay_refused() -> None:
 
     class Contrast(Scaled):
         def forward(self, x: Tensor, other: Tensor) -> Tensor:
-            z: Tensor = self.out(x) @ self.out(other).T
-            return z
+            return self.out(x) @ self.out(other).T
 
     data = [((x, x + 1), torch.arange(4)) for x in X.split(4)]
     with pytest.raises(fk.ModelError, match=r"changes with the rest of its batch|for 2 examples"):
@@ -419,8 +385,7 @@ class Alone(nn.Module):
             self.gain = nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))  # no layer rule
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.out(self.gain * self.conv(x).squeeze(0).mean((1, 2)))[None]
-        return z
+        return self.out(self.gain * self.conv(x).squeeze(0).mean((1, 2)))[None]
 
 
 class Checked(Alone):
@@ -488,8 +453,7 @@ def test_alone__nothing_learnt_from_one_example_is_used_for_two() -> None:
         def forward(self, x: Tensor) -> Tensor:
             if len(x) == 2 and bool((x[0] == x[1]).all()):
                 raise ValueError("twice the same")
-            z: Tensor = self.out(x - 0.5 * x.mean(0))
-            return z
+            return self.out(x - 0.5 * x.mean(0))
 
     model = Centred()
     fk.EmpiricalFisher(model, [(X[:1], Y[:1])])

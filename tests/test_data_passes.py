@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 import fisherkit as fk
@@ -141,3 +141,15 @@ def test_draws__kronecker_factors_see_one_draw_in_both_passes(structure: str) ->
     full = fk.SampledFisher(mlp(), (X, Y), draws=2, seed=6)
     if structure == "ekfac":
         same(fishers[0].trace(), full.trace())
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal", "kfac"])
+def test_first_batch_of_one_example_counts_once_in_every_pass(structure: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    x, y = torch.randn(6, 3).double(), torch.randint(2, (6,))
+    batches = [(x[:1], y[:1]), (x[1:], y[1:])]
+    whole = fk.EmpiricalFisher(model, (x, y), structure=structure)
+    v = torch.randn(whole.size, dtype=torch.float64)
+    for _ in range(2):  # the second build knows the model
+        torch.testing.assert_close(fk.EmpiricalFisher(model, batches, structure=structure) @ v, whole @ v)

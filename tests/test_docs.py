@@ -97,10 +97,14 @@ def test_pages__have_code() -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=name)
-def test_fences__are_closed_and_of_a_known_language(page: Path) -> None:
+def test_page__is_plain(page: Path) -> None:
+    """Fences are closed and of a known language, no path is absolute, and no formula needs a renderer."""
     text = page.read_text("utf-8")
     assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(re.findall(r"^```\S+$", text, re.MULTILINE))
     assert {block.language for block in blocks(text)} <= LANGUAGES
+    assert re.findall(r"\$\$|\\\(|\\\[|\\frac|\\sum", text) == []
+    local = re.sub(r"https?://\S+", "", text)
+    assert re.findall(r"(?<![\w.)\]}>*~-])/[A-Za-z_][\w.-]*/[\w.-]*|\b[A-Z]:\\\w+|~/\w+|file://", local) == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
@@ -119,16 +123,3 @@ def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as Markdown makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", TEXTS, ids=name)
-def test_text__mentions_no_absolute_path(page: Path) -> None:
-    """A path on somebody's computer says nothing to anybody else."""
-    text = re.sub(r"https?://\S+", "", page.read_text("utf-8"))
-    assert re.findall(r"(?<![\w.)\]}>*~-])/[A-Za-z_][\w.-]*/[\w.-]*|\b[A-Z]:\\\w+|~/\w+|file://", text) == []
-
-
-@pytest.mark.parametrize("page", TEXTS, ids=name)
-def test_text__needs_no_formula_renderer(page: Path) -> None:
-    """Formulas are plain Unicode: the site loads no script for them."""
-    assert re.findall(r"\$\$|\\\(|\\\[|\\frac|\\sum", page.read_text("utf-8")) == []

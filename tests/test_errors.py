@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 import fisherkit as fk
@@ -42,19 +41,6 @@ def test_missing_file__is_a_file_not_found_error(name: str, tmp_path: Path) -> N
     assert str(error).startswith(error.call)
     assert str(path) in str(error)
     assert error.at("outer").call == "outer"
-
-
-def test_missing_file__shard_that_was_not_copied(tmp_path: Path) -> None:
-    path = tmp_path / "f.safetensors"
-    fk.EmpiricalFisher(nn.Linear(4, 3), _batch(), structure="kfac").save(path, max_shard_size=64)
-    shard = next(tmp_path.glob("*-00001-of-*"))
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"no file {shard.name}"):
-        fk.load(path)
-
-
-def _batch() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 @pytest.mark.parametrize(

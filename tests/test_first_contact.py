@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import fisherkit as fk
 from fisherkit.operators import BlockDiagonalOperator, DiagonalOperator, LowRankOperator, unwrap
@@ -66,15 +66,6 @@ def test_repr__survives_metadata_that_others_wrote(model: nn.Module) -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_save__replaces_an_older_file_as_torch_save_does(model: nn.Module, tmp_path: Path) -> None:
-    path = tmp_path / "f.safetensors"
-    first = fk.EmpiricalFisher(model, DATA, structure="diagonal")
-    second = fk.ExactFisher(model, DATA, structure="diagonal")
-    first.save(path)
-    second.save(path)
-    assert torch.equal(fk.load(path).diagonal(), second.diagonal())
-
-
 @pytest.mark.parametrize("size", [None, 64])
 def test_save__refuses_to_replace_a_model_s_weights(size: int | None, model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
@@ -122,9 +113,3 @@ print([name for name in fk.__all__ if getattr(fk, name, None) is None])
     assert set(fk.__all__) <= set(dir(fk))
     with pytest.raises(AttributeError, match="module 'fisherkit' has no attribute 'nothing'"):
         _ = fk.nothing
-
-
-def test_to_scipy__loads_scipy_then(model: nn.Module) -> None:
-    operator = fk.EmpiricalFisher(model, DATA).to_scipy()
-    v: Tensor = torch.ones(15)
-    torch.testing.assert_close(torch.from_numpy(operator @ v.numpy()), fk.EmpiricalFisher(model, DATA) @ v)

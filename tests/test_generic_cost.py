@@ -32,8 +32,7 @@ class Sequences(nn.Module):
         if torch.is_grad_enabled():
             PASSES.append(len(x))
         h = self.rnn(x)[0][:, -1]
-        z: Tensor = self.head(h) + F.bilinear(h, h, self.mix)
-        return z
+        return self.head(h) + F.bilinear(h, h, self.mix)
 
 
 PASSES: list[int] = []
@@ -50,8 +49,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x).tanh()
-        z: Tensor = self.head(F.bilinear(h, h, self.mix).tanh().mean(1))
-        return z
+        return self.head(F.bilinear(h, h, self.mix).tanh().mean(1))
 
 
 def data(size: int = N, length: int = 6) -> tuple[Tensor, Tensor]:

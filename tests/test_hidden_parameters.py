@@ -62,8 +62,7 @@ class Checkpointed(nn.Module):
             h = checkpoint_sequential(self.b, 2, h, use_reentrant=True)
         else:
             h = self.b(h)
-        z: Tensor = self.c(h)
-        return z
+        return self.c(h)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -191,8 +190,7 @@ class Opaque(nn.Module):
         self.spare = nn.Parameter(torch.ones(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.c(_Opaque.apply(self.a(x), self.b))  # type: ignore[no-untyped-call]
-        return z
+        return self.c(_Opaque.apply(self.a(x), self.b))  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("params", [None, ["b.weight"], ["b.bias", "c.weight"]], ids=str)
@@ -225,8 +223,7 @@ class Bag(nn.Module):
         self.bag, self.head = nn.EmbeddingBag(20, 4, mode=mode, sparse=sparse), nn.Linear(4, 3)
 
     def forward(self, tokens: Tensor, offsets: Tensor | None = None) -> Tensor:
-        z: Tensor = self.head(self.bag(tokens, offsets))
-        return z
+        return self.head(self.bag(tokens, offsets))
 
 
 SPARSE: dict[str, Callable[[], nn.Module]] = {
@@ -301,8 +298,7 @@ class Spare(nn.Module):
         self.c = nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.c(self.scale.exp() * self.a(x).tanh())
-        return z
+        return self.c(self.scale.exp() * self.a(x).tanh())
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
@@ -361,8 +357,7 @@ def test_unused__parameters_make_no_pass(monkeypatch: pytest.MonkeyPatch) -> Non
 
         def forward(self, x: Tensor) -> Tensor:
             sizes.append(len(x))
-            z: Tensor = self.c(x)
-            return z
+            return self.c(x)
 
     sizes: list[int] = []
     model = seeded(Only)
@@ -380,8 +375,7 @@ def test_unused__in_the_first_examples_and_used_later() -> None:
             self.bare, self.c = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            z: Tensor = self.c(x * self.bare if bool((x[:, 0] > 5).any()) else x)
-            return z
+            return self.c(x * self.bare if bool((x[:, 0] > 5).any()) else x)
 
     x, y = batch()
     data = [(x[:3], y[:3]), (torch.cat([x[3:4] * 0 + 6, x[3:4] * 0 + 7]), y[3:5])]

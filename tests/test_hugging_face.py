@@ -236,8 +236,7 @@ def test_shift__can_be_said_by_hand() -> None:
             self.model = model
 
         def forward(self, **inputs: Tensor) -> Tensor:
-            logits: Tensor = self.model(**inputs).logits
-            return logits
+            return self.model(**inputs).logits
 
     close(fk.EmpiricalFisher(Wrapped(), batch, shift_labels=True).to_dense(), by_model.to_dense())
     plain = fk.EmpiricalFisher(Wrapped(), batch).to_dense()

@@ -40,90 +40,58 @@ def dropping() -> DataLoader[Any]:
 
 
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "fisher": (lambda: InfluenceScores(torch.eye(3), mlp()), fk.InvalidTypeError, "a Tensor as fisher"),  # type: ignore[arg-type]
-    "model": (lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), 3), fk.InvalidTypeError, "an? int as model"),  # type: ignore[arg-type]
-    "other names": (
-        lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), nn.Linear(4, 3).double()),
-        fk.UnknownParameterError,
-        r"a Fisher over \['0.weight'",
-    ),
-    "other shapes": (
-        lambda: InfluenceScores(
-            fk.EmpiricalFisher(mlp(), DATA), nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        ),
-        fk.InvalidArgumentError,
-        r"'0.weight': \[5, 4\] and not \[6, 4\]",
-    ),
-    "other dtype": (
-        lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), mlp().float()), fk.InvalidTypeError, "a Fisher of"
-    ),
-    "other values": (
-        lambda: InfluenceScores(*with_metadata(parameters_hash="0" * 64)), fk.ModelError, "not those that the Fisher"
-    ),
-    "own likelihood": (
-        lambda: InfluenceScores(*with_metadata(likelihood="weibull")), fk.InvalidArgumentError, "named 'weibull'"
-    ),
+    "fisher": (lambda: InfluenceScores(torch.eye(3), mlp()), fk.InvalidTypeError, "a Tensor as fisher"),
+    "model": (lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), 3), fk.InvalidTypeError, "an? int as model"),
+    "other names": (lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), nn.Linear(4, 3).double()),
+        fk.UnknownParameterError, r"a Fisher over \['0.weight'"),
+    "other shapes": (lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA),
+            nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()), fk.InvalidArgumentError,
+        r"'0.weight': \[5, 4\] and not \[6, 4\]"),
+    "other dtype": (lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), mlp().float()), fk.InvalidTypeError,
+        "a Fisher of"),
+    "other values": (lambda: InfluenceScores(*with_metadata(parameters_hash="0" * 64)), fk.ModelError,
+        "not those that the Fisher"),
+    "own likelihood": (lambda: InfluenceScores(*with_metadata(likelihood="weibull")), fk.InvalidArgumentError,
+        "named 'weibull'"),
     "likelihood": (lambda: made(likelihood="softmax"), fk.InvalidArgumentError, "softmax"),
     "damping": (lambda: made(damping=-1.0), fk.InvalidArgumentError, "damping -1.0"),
     "singular": (lambda: made(damping=0.0), fk.SingularMatrixError, "singular"),
     "examples": (lambda: made(examples=0), fk.InvalidArgumentError, "examples=0"),
     "no labels": (lambda: made().scores((X, None), DATA), fk.DataError, "queries: got no targets"),
     "no train labels": (lambda: made().scores(DATA, (X, None)), fk.DataError, "no targets"),
-    "no margin": (
-        lambda: made(likelihood="gaussian").scores(VALUES, VALUES, measurement="margin"),
-        fk.DataError,
-        "a gaussian likelihood",
-    ),
-    "measurement": (
-        lambda: made().scores(DATA, DATA, measurement="accuracy"), fk.InvalidArgumentError, "one of .'loss', 'margin'"
-    ),
-    "measurement type": (lambda: made().scores(DATA, DATA, measurement=3), fk.InvalidTypeError, "an? int"),  # type: ignore[arg-type]
-    "measurement shape": (
-        lambda: made().scores(DATA, DATA, measurement=lambda z, _: z), fk.InvalidArgumentError, "one number for each"
-    ),
-    "measurement value": (
-        lambda: made().scores(DATA, DATA, measurement=lambda z, _: 3.0), fk.InvalidTypeError, "a float"  # type: ignore[arg-type,return-value]
-    ),
-    "measurement graph": (
-        lambda: made().scores(DATA, DATA, measurement=without_grad), fk.InvalidArgumentError, "without a graph"
-    ),
-    "measurement infinite": (
-        lambda: made().scores(DATA, DATA, measurement=lambda z, _: (z[:, 0] - z[:, 0]).sqrt()), fk.NonFiniteError, "NaN"
-    ),
-    "by": (lambda: made().scores(DATA, DATA, by="layer"), fk.InvalidArgumentError, "by='layer'"),  # type: ignore[call-overload]
+    "no margin": (lambda: made(likelihood="gaussian").scores(VALUES, VALUES, measurement="margin"), fk.DataError,
+        "a gaussian likelihood"),
+    "measurement": (lambda: made().scores(DATA, DATA, measurement="accuracy"), fk.InvalidArgumentError,
+        "one of .'loss', 'margin'"),
+    "measurement type": (lambda: made().scores(DATA, DATA, measurement=3), fk.InvalidTypeError, "an? int"),
+    "measurement shape": (lambda: made().scores(DATA, DATA, measurement=lambda z, _: z), fk.InvalidArgumentError,
+        "one number for each"),
+    "measurement value": (lambda: made().scores(DATA, DATA, measurement=lambda z, _: 3.0), fk.InvalidTypeError,
+        "a float"),
+    "measurement graph": (lambda: made().scores(DATA, DATA, measurement=without_grad), fk.InvalidArgumentError,
+        "without a graph"),
+    "measurement infinite": (lambda: made().scores(DATA, DATA, measurement=lambda z, _: (z[:, 0] - z[:, 0]).sqrt()),
+        fk.NonFiniteError, "NaN"),
+    "by": (lambda: made().scores(DATA, DATA, by="layer"), fk.InvalidArgumentError, "by='layer'"),
     "normalize": (lambda: made().scores(DATA, DATA, normalize="cosine"), fk.InvalidArgumentError, "normalize='cosine'"),
-    "token with groups": (
-        lambda: made().scores(DATA, DATA, by="token", groups=torch.zeros(7, dtype=torch.long)),
-        fk.InvalidArgumentError,
-        "whole examples",
-    ),
+    "token with groups": (lambda: made().scores(DATA, DATA, by="token", groups=torch.zeros(7, dtype=torch.long)),
+        fk.InvalidArgumentError, "whole examples"),
     "relatif with groups": (
         lambda: made().scores(DATA, DATA, normalize="relatif", groups=torch.zeros(7, dtype=torch.long)),
-        fk.InvalidArgumentError,
-        "one example's own",
-    ),
-    "groups short": (
-        lambda: made().scores(DATA, DATA, groups=torch.zeros(6, dtype=torch.long)), fk.InvalidArgumentError, "6. for 7"
-    ),
-    "groups long": (
-        lambda: made().scores(DATA, dropping(), groups=torch.zeros(7, dtype=torch.long)),
-        fk.InvalidArgumentError,
-        "7. for 6",
-    ),
-    "prepare by": (
-        lambda: made().prepare(DATA, by="tokens"),  # type: ignore[arg-type]
-        fk.InvalidArgumentError,
-        r"by='tokens'; expected one of \[None, 'token'",
-    ),
+        fk.InvalidArgumentError, "one example's own"),
+    "groups short": (lambda: made().scores(DATA, DATA, groups=torch.zeros(6, dtype=torch.long)),
+        fk.InvalidArgumentError, "6. for 7"),
+    "groups long": (lambda: made().scores(DATA, dropping(), groups=torch.zeros(7, dtype=torch.long)),
+        fk.InvalidArgumentError, "7. for 6"),
+    "prepare by": (lambda: made().prepare(DATA, by="tokens"), fk.InvalidArgumentError,
+        r"by='tokens'; expected one of \[None, 'token'"),
     "groups float": (lambda: made().scores(DATA, DATA, groups=torch.zeros(7)), fk.InvalidTypeError, "torch.float32"),
-    "groups negative": (
-        lambda: made().scores(DATA, DATA, groups=torch.full((7,), -1)), fk.InvalidArgumentError, "group -1"
-    ),
+    "groups negative": (lambda: made().scores(DATA, DATA, groups=torch.full((7,), -1)), fk.InvalidArgumentError,
+        "group -1"),
     "k": (lambda: made().top(DATA, DATA, 0), fk.InvalidArgumentError, "k=0"),
     "k large": (lambda: made().top(DATA, DATA, 8), fk.InvalidArgumentError, "7 training examples"),
-    "prepared": (
-        lambda: (i := made()).scores(DATA, i.prepare(DATA), by="token"), fk.InvalidArgumentError, "with by=None"
-    ),
+    "prepared": (lambda: (i := made()).scores(DATA, i.prepare(DATA), by="token"), fk.InvalidArgumentError,
+        "with by=None"),
     "budget": (lambda: made(memory_budget=0), fk.InvalidArgumentError, "memory_budget=0"),
     "chunk": (lambda: made(chunk_size=0), fk.InvalidArgumentError, "chunk_size=0"),
     "empty": (lambda: made().scores([], DATA), fk.DataError, "no batch"),

@@ -78,10 +78,7 @@ def test_addmm__scaled_in_later_examples_alone() -> None:
     [
         (lambda x, w, b, scale: torch.addmm(b, x, w, alpha=scale), [(3, 3), (3,)], X, {"scale": (1.0, 2.0)}),
         (lambda x, w, b, scale: torch.addmm(b, x, w, beta=scale), [(3, 3), (3,)], X, {"scale": (1.0, 0.5)}),
-        (
-            lambda i, w, f: F.embedding(i, w, scale_grad_by_freq=f).tanh().sum(1), [(6, 3)], TOKENS,
-            {"f": (False, True)},
-        ),
+        (lambda i, w, f: F.embedding(i, w, scale_grad_by_freq=f).tanh().sum(1), [(6, 3)], TOKENS, {"f": (False, True)}),
         (lambda x, w, k: (x @ w.permute(k)[0]).tanh(), [(3, 3, 3)], X, {"k": ((0, 1, 2), (0, 2, 1))}),
     ],
     ids=["alpha", "beta", "frequency", "permutation"],

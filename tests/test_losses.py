@@ -102,72 +102,46 @@ CASES: dict[str, Case] = {
     "cross-entropy": Case(cross_entropy(), X, Y, mlp(), Categorical()),
     "ce weighted": Case(cross_entropy(weight=W), X, Y, mlp(), Categorical(weight=W)),
     "ce smoothed": Case(cross_entropy(label_smoothing=0.1), X, Y, mlp(), Categorical(label_smoothing=0.1)),
-    "ce weighted smoothed ignoring": Case(
-        cross_entropy(weight=W, label_smoothing=0.2, ignore_index=9), X, some_ignored(Y, 9), mlp(),
-        Categorical(weight=W.tolist(), label_smoothing=0.2, ignore_index=9),
-    ),
+    "ce weighted smoothed ignoring": Case(cross_entropy(weight=W, label_smoothing=0.2, ignore_index=9), X,
+        some_ignored(Y, 9), mlp(), Categorical(weight=W.tolist(), label_smoothing=0.2, ignore_index=9)),
     "ce probabilities": Case(cross_entropy(), X, Q, mlp(), Categorical()),
-    "ce probabilities weighted smoothed": Case(
-        cross_entropy(weight=W, label_smoothing=0.1), X, Q, mlp(), Categorical(weight=W, label_smoothing=0.1)
-    ),
-    "ce (B, C, L)": Case(
-        cross_entropy(weight=W, label_smoothing=0.1), LINES, some_ignored(labels(N, 5), -100), conv1d,
-        Categorical(class_axis=1, weight=W, label_smoothing=0.1),
-    ),
-    "ce (B, C, L) weighted": Case(
-        cross_entropy(weight=W), LINES, labels(N, 5), conv1d, Categorical(class_axis=1, weight=W)
-    ),
+    "ce probabilities weighted smoothed": Case(cross_entropy(weight=W, label_smoothing=0.1), X, Q, mlp(),
+        Categorical(weight=W, label_smoothing=0.1)),
+    "ce (B, C, L)": Case(cross_entropy(weight=W, label_smoothing=0.1), LINES, some_ignored(labels(N, 5), -100), conv1d,
+        Categorical(class_axis=1, weight=W, label_smoothing=0.1)),
+    "ce (B, C, L) weighted": Case(cross_entropy(weight=W), LINES, labels(N, 5), conv1d,
+        Categorical(class_axis=1, weight=W)),
     "ce (B, C, C)": Case(cross_entropy(), normal(N, 2, 4), labels(N, 4), conv1d, Categorical(class_axis=1)),
-    "ce (B, C, H, W)": Case(
-        cross_entropy(), IMAGES, some_ignored(labels(N, 2, 2, classes=3), -100), conv2d, Categorical(class_axis=1)
-    ),
-    "ce (B, C, L) probabilities": Case(
-        cross_entropy(), LINES, normal(N, 4, 5, seed=3).softmax(1), conv1d, Categorical(class_axis=1)
-    ),
-    "nll": Case(
-        lambda reduction: nn.NLLLoss(weight=W, reduction=reduction), X, some_ignored(Y, -100), mlp(), None,
-        head=nn.LogSoftmax(-1),
-    ),
-    "nll (B, C, L)": Case(
-        lambda reduction: nn.NLLLoss(reduction=reduction), LINES, labels(N, 5), conv1d, None, head=nn.LogSoftmax(1)
-    ),
+    "ce (B, C, H, W)": Case(cross_entropy(), IMAGES, some_ignored(labels(N, 2, 2, classes=3), -100), conv2d,
+        Categorical(class_axis=1)),
+    "ce (B, C, L) probabilities": Case(cross_entropy(), LINES, normal(N, 4, 5, seed=3).softmax(1), conv1d,
+        Categorical(class_axis=1)),
+    "nll": Case(lambda reduction: nn.NLLLoss(weight=W, reduction=reduction), X, some_ignored(Y, -100), mlp(), None,
+        head=nn.LogSoftmax(-1)),
+    "nll (B, C, L)": Case(lambda reduction: nn.NLLLoss(reduction=reduction), LINES, labels(N, 5), conv1d, None,
+        head=nn.LogSoftmax(1)),
     "bce": Case(lambda reduction: nn.BCEWithLogitsLoss(reduction=reduction), X, BITS, mlp(), Bernoulli()),
-    "bce pos_weight": Case(
-        lambda reduction: nn.BCEWithLogitsLoss(pos_weight=POS, reduction=reduction), X, BITS, mlp(),
-        Bernoulli(pos_weight=POS),
-    ),
+    "bce pos_weight": Case(lambda reduction: nn.BCEWithLogitsLoss(pos_weight=POS, reduction=reduction), X, BITS, mlp(),
+        Bernoulli(pos_weight=POS)),
     "bce pos_weight and weight, soft": Case(
         lambda reduction: nn.BCEWithLogitsLoss(weight=W, pos_weight=POS, reduction=reduction), X, Q, mlp(),
-        Bernoulli(pos_weight=POS, weight=W),
-    ),
-    "bce one logit": Case(
-        lambda reduction: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(4.0), reduction=reduction), X, BITS[:, :1],
-        mlp(1), Bernoulli(pos_weight=4.0),
-    ),
-    "bce images": Case(
-        lambda reduction: nn.BCEWithLogitsLoss(
-            pos_weight=torch.tensor([3.0, 0.5, 1.0], dtype=F64).view(3, 1, 1), reduction=reduction
-        ),
-        IMAGES, labels(N, 3, 2, 2, classes=2).double(), conv2d,
-        Bernoulli(pos_weight=torch.tensor([3.0, 0.5, 1.0], dtype=F64).view(3, 1, 1)),
-    ),
+        Bernoulli(pos_weight=POS, weight=W)),
+    "bce one logit": Case(lambda reduction: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(4.0), reduction=reduction), X,
+        BITS[:, :1], mlp(1), Bernoulli(pos_weight=4.0)),
+    "bce images": Case(lambda reduction: nn.BCEWithLogitsLoss(
+            pos_weight=torch.tensor([3.0, 0.5, 1.0], dtype=F64).view(3, 1, 1), reduction=reduction), IMAGES,
+        labels(N, 3, 2, 2, classes=2).double(), conv2d,
+        Bernoulli(pos_weight=torch.tensor([3.0, 0.5, 1.0], dtype=F64).view(3, 1, 1))),
     "mse": Case(lambda reduction: nn.MSELoss(reduction=reduction), X, normal(N, 4, seed=2), mlp(), Gaussian(0.5)),
-    "mse images": Case(
-        lambda reduction: nn.MSELoss(reduction=reduction), IMAGES, normal(N, 3, 2, 2, seed=2), conv2d, Gaussian(0.5)
-    ),
-    "mse (B,)": Case(
-        lambda reduction: nn.MSELoss(reduction=reduction), X, normal(N, seed=2),
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)), Gaussian(0.5),
-    ),
-    "gaussian nll": Case(
-        lambda reduction: nn.GaussianNLLLoss(reduction=reduction), X,
+    "mse images": Case(lambda reduction: nn.MSELoss(reduction=reduction), IMAGES, normal(N, 3, 2, 2, seed=2), conv2d,
+        Gaussian(0.5)),
+    "mse (B,)": Case(lambda reduction: nn.MSELoss(reduction=reduction), X, normal(N, seed=2),
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)), Gaussian(0.5)),
+    "gaussian nll": Case(lambda reduction: nn.GaussianNLLLoss(reduction=reduction), X,
         torch.stack([normal(N, 4, seed=2), VARIANCE], -1), mlp(), GaussianNLL(),
-        apply=lambda loss, z, y: loss(z, y[..., 0], y[..., 1]),
-    ),
-    "poisson": Case(
-        lambda reduction: nn.PoissonNLLLoss(full=True, reduction=reduction), X, labels(N, 4, classes=6).double(),
-        mlp(), Poisson(),
-    ),
+        apply=lambda loss, z, y: loss(z, y[..., 0], y[..., 1])),
+    "poisson": Case(lambda reduction: nn.PoissonNLLLoss(full=True, reduction=reduction), X,
+        labels(N, 4, classes=6).double(), mlp(), Poisson()),
 }  # fmt: skip
 
 

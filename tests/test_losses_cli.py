@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner, Result
 
 import fisherkit as fk
-from fisherkit.cli import app
+from tests.commands import own_module, run
 from tests.test_losses import W, X, Y, mlp
 
 FUNCTIONS = """
@@ -41,13 +40,7 @@ def nothing():
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_losses.py").write_text(FUNCTIONS)
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, [*arguments])
+    own_module(tmp_path, monkeypatch, "own_losses", FUNCTIONS)
 
 
 def model() -> nn.Module:

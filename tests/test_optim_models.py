@@ -76,8 +76,7 @@ def test_auxiliary_loss__on_features_is_in_the_gradient_and_not_in_the_rows() ->
 
         def forward(self, x: Tensor) -> Tensor:
             self.features = self.body[0](x)
-            z: Tensor = self.body[2](torch.tanh(self.features))
-            return z
+            return self.body[2](torch.tanh(self.features))
 
     model = WithFeatures()
     optimizer, before = natural(model, lr=1.0, gram_damping=None, damping=1e-2), flat(model)

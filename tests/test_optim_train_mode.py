@@ -128,8 +128,7 @@ def constant_statistics(model: nn.Sequential, x: Tensor, mask: Tensor | None = N
     norm: Any = model[1]
     h = (h - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
     h = h if mask is None else h * mask
-    z: Tensor = model[-1](torch.tanh(h))
-    return z
+    return model[-1](torch.tanh(h))
 
 
 @pytest.mark.parametrize("setting", ["ief-gram", "ef-gram", "ief"])

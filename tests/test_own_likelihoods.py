@@ -121,8 +121,7 @@ def test_changed_factor__is_behind_products_diagonals_and_columns() -> None:
 @pytest.mark.parametrize("method", ["hessian_matmul", "hessian_diagonal", "hessian_columns"])
 def test_closed_form__that_is_not_the_factors_is_refused(method: str) -> None:
     def tripled(self: Likelihood, z: Tensor, *args: Any) -> Tensor:
-        found: Tensor = 3 * getattr(Poisson, method)(self, z, *args)
-        return found
+        return 3 * getattr(Poisson, method)(self, z, *args)
 
     model, x, _ = data()
     own = type("Tripled", (Poisson,), {method: tripled})()

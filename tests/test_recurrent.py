@@ -60,8 +60,7 @@ class Net(nn.Module):
             found = pad_packed_sequence(found, batch_first=self.first)[0]
         last = end[0] if isinstance(end, tuple) else end
         whole = found.tanh().sum(int(self.first))
-        z: Tensor = self.head(torch.cat([whole, last.transpose(0, 1).flatten(1)], 1))
-        return z
+        return self.head(torch.cat([whole, last.transpose(0, 1).flatten(1)], 1))
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
@@ -266,8 +265,7 @@ class Checkpointed(Net):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         if not hasattr(self, "before"):
             return super().forward(x)
-        z: Tensor = checkpoint(super().forward, self.before(x), use_reentrant=False)
-        return z
+        return checkpoint(super().forward, self.before(x), use_reentrant=False)
 
 
 @pytest.mark.parametrize("form", ["lstm", "gru", "tanh", "lstm projected"])

@@ -58,8 +58,7 @@ class Tokens(nn.Module):
         self.double().eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.head(self.layer(self.embed(x)))
-        return z
+        return self.head(self.layer(self.embed(x)))
 
 
 def batches(sizes: tuple[int, ...] = (7, 9, 8)) -> list[tuple[Tensor, Tensor]]:

@@ -152,46 +152,32 @@ def refuse_curtly(*_: Any) -> Any:
 
 
 WRONG: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
-    "product": (
-        {"_matmat": lambda s, c: 1.001 * (s.matrix @ c)},
-        r"matvec\(\[D, K\]\): got a relative error of 1.00e-03",
-    ),
+    "product": ({"_matmat": lambda s, c: 1.001 * (s.matrix @ c)},
+        r"matvec\(\[D, K\]\): got a relative error of 1.00e-03"),
     "transposed_product": ({"_matmat": lambda s, c: s.matrix.triu() @ c}, "matvec"),
     "diagonal": ({"_diagonal": lambda s: s.matrix.diagonal() + 1}, "Broken.diagonal: got a relative error"),
     "trace": ({"_trace": lambda s: 2 * s.matrix.trace()}, "Broken.trace: got a relative error of 1.00e"),
-    "trace_dtype": (
-        {"_trace": lambda s: s.matrix.trace().float()},
-        "torch.float32, on cpu; expected shape .* torch.float64",
-    ),
+    "trace_dtype": ({"_trace": lambda s: s.matrix.trace().float()},
+        "torch.float32, on cpu; expected shape .* torch.float64"),
     "dense": ({"_to_dense": lambda s: s.matrix.sqrt()}, r"Broken.to_dense: got a relative error"),
     "dense_shape": ({"_to_dense": lambda s: s.matrix[:1]}, r"Broken.to_dense: got shape \[1, 15\]"),
     "dense_refused": ({"_to_dense": refuse}, "Broken.to_dense: got NoClosedFormError.*; expected an answer"),
     "eigenvalues": ({"_eigenvalues": lambda s, k: torch.linalg.eigvalsh(s.matrix)[:k]}, r"eigenvalues\(k=None\)"),
-    "eigenvectors": (
-        {"_eigenvectors": lambda s, k: torch.linalg.eigh(s.matrix)[1][:, :k].contiguous()},
-        r"eigenvectors\(k=1\), F times them: got a relative error",
-    ),
-    "eigenvectors_norm": (
-        {"_eigenvectors": lambda s, k: 2 * torch.linalg.eigh(s.matrix)[1].flip(1)[:, :k]},
-        r"eigenvectors\(k=1\), their inner products",
-    ),
+    "eigenvectors": ({"_eigenvectors": lambda s, k: torch.linalg.eigh(s.matrix)[1][:, :k].contiguous()},
+        r"eigenvectors\(k=1\), F times them: got a relative error"),
+    "eigenvectors_norm": ({"_eigenvectors": lambda s, k: 2 * torch.linalg.eigh(s.matrix)[1].flip(1)[:, :k]},
+        r"eigenvectors\(k=1\), their inner products"),
     "eigenvectors_shape": ({"_eigenvectors": lambda s, k: s.matrix[:k]}, r"eigenvectors\(k=1\): got \[1, 15\]"),
-    "effective_dimension": (
-        {"_effective_dimension": lambda s, damping: (s.matrix / (s.matrix + damping)).trace()},
-        r"effective_dimension\(damping=.*: got a relative error",
-    ),
+    "effective_dimension": ({"_effective_dimension": lambda s, damping: (s.matrix / (s.matrix + damping)).trace()},
+        r"effective_dimension\(damping=.*: got a relative error"),
     "draws": ({"_draw": lambda s, g, n: Honest._draw(s, g, 1).expand(-1, n)}, r"sample: got draws of \d+\.\d\d times"),
-    "eigenvalues_curt": (
-        {"_eigenvalues": refuse_curtly},
-        "eigenvalues: got .*; expected a message that says what to use",
-    ),
+    "eigenvalues_curt": ({"_eigenvalues": refuse_curtly},
+        "eigenvalues: got .*; expected a message that says what to use"),
     "gram": ({"_gram": lambda s: s.matrix[:9, :9].contiguous()}, r"gram\(\) eigenvalues"),
     "gram_shape": ({"_gram": lambda s: s.matrix[:9]}, r"gram: got \[9, 15\]; expected a square matrix"),
     "graph": ({"_diagonal": lambda s: s.matrix.clone().requires_grad_().diagonal()}, "an autograd graph behind it"),
-    "scale": (
-        {"_scaled": lambda s, f: type(s)(s.space, f**2 * s.matrix)},
-        r"scale.matvec: got a relative error of 5.00e-01",
-    ),
+    "scale": ({"_scaled": lambda s, f: type(s)(s.space, f**2 * s.matrix)},
+        r"scale.matvec: got a relative error of 5.00e-01"),
     "sum": ({"_plus": lambda s, o: type(s)(s.space, s.matrix)}, "sum.matvec"),
     "draw": ({"_draw": lambda s, g, n: torch.zeros(15, n, dtype=torch.float64)}, r"sample: got draws of 0\.\d\d times"),
     "draw_seed": ({"_draw": lambda s, g, n: torch.randn(15, n, dtype=torch.float64)}, "sample.* of the same seed"),
@@ -199,7 +185,7 @@ WRONG: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
     "load": ({"_from_state": classmethod(lambda c, s, t: c(s, 3 * t.tensors["matrix"]))}, "save and load, matvec"),
     "alias": ({"_diagonal": lambda s: s.matrix.diagonal()}, "after a result was changed in place"),
     "in_place": ({"_matmat": lambda s, c: c.copy_(s.matrix @ c)}, "argument that was changed in place"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -214,16 +200,13 @@ def test_check_fisher__names_what_is_wrong(name: str) -> None:
 @pytest.mark.parametrize(
     ("hook", "wrong", "message"),
     [
-        (
-            "_solve",
-            lambda s, c: Inverse._solve(s, c) * 1.01,
-            r"solve\(\[D, K\], damping=.*: got a relative error of 1.00e-02",
-        ),
+        ("_solve", lambda s, c: Inverse._solve(s, c) * 1.01,
+            r"solve\(\[D, K\], damping=.*: got a relative error of 1.00e-02"),
         ("_solve", lambda s, c: torch.linalg.solve(s.operator.matrix, c), "solve"),
         ("_logdet", lambda s: Inverse._logdet(s) / 2, r"logdet\(damping=.*: got a relative error of [1-9]"),
         ("_logdet", refuse_curtly, "logdet: got .*; expected a message that says what to use"),
     ],
-)
+)  # fmt: skip
 def test_check_fisher__names_what_is_wrong_with_an_inverse(
     hook: str, wrong: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

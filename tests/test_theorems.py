@@ -15,15 +15,8 @@ from tests.reference.outputs import Kind, gradient
 from tests.theorem_cases import KINDS, build, error, gradients, problem
 
 FAMILIES = [
-    "mlp",
-    "residual",
-    "linear_3d",
-    "conv2d",
-    "conv_pooled",
-    "deep_linear",
-    "token_mlp",
-    "mapping_batch_by_token",
-]
+    "mlp", "residual", "linear_3d", "conv2d", "conv_pooled", "deep_linear", "token_mlp", "mapping_batch_by_token",
+]  # fmt: skip
 # A damping half way between the smallest non-zero eigenvalues here (about 0.1) and rounding in float64: it leaves an
 # error of about 1e-7 on the first account, and of ε / damping on the second, since what rounding puts outside the
 # rows' span is divided by the damping.

@@ -22,17 +22,9 @@ from tests.reference.outputs import IGNORE_INDEX, Kind, counted_positions, gradi
 from tests.theorem_cases import assert_below, build, error, gradients, metric, problem, table
 
 FAMILIES = [
-    "mlp",
-    "mlp_no_bias",
-    "gaussian_vector",
-    "bernoulli_multilabel",
-    "token_mlp",
-    "token_mlp_by_token",
-    "mapping_batch",
-    "gaussian_by_token",
-    "gaussian_tokens",
-    "bernoulli_tokens",
-]
+    "mlp", "mlp_no_bias", "gaussian_vector", "bernoulli_multilabel", "token_mlp", "token_mlp_by_token", "mapping_batch",
+    "gaussian_by_token", "gaussian_tokens", "bernoulli_tokens",
+]  # fmt: skip
 
 
 # -- nested below exact ------------------------------------------------------------------------------------------------

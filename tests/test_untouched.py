@@ -165,8 +165,7 @@ class Drawing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.draw()
-        z: Tensor = self.body(x)
-        return z
+        return self.body(x)
 
 
 class DrawingDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -203,8 +202,7 @@ def test_generators__of_a_data_set_that_draws_are_put_back(library: str) -> None
 def test_generators__of_a_model_that_is_refused_are_put_back() -> None:
     class Noisy(Drawing):
         def forward(self, x: Tensor) -> Tensor:
-            z: Tensor = self.body(x + torch.randn_like(x))
-            return z
+            return self.body(x + torch.randn_like(x))
 
     model, data = Noisy().eval(), batches()
     with untouched(model, data), pytest.raises(fk.ModelError):

@@ -116,8 +116,7 @@ class FailingBackward(nn.Module):
         self.body = rich()
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = _FailsBackward.apply(self.body(x), is_marked(x))  # type: ignore[no-untyped-call]
-        return z
+        return _FailsBackward.apply(self.body(x), is_marked(x))  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("structure", ["full", "kfac"])

@@ -31,12 +31,11 @@ class Base(nn.Module):
         self.head = nn.Linear(5, 3)
 
     def hidden(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self.fc(x).tanh()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.hidden(x)
-        z: Tensor = self.head(self.scale.exp() * h)
-        return z
+        return self.head(self.scale.exp() * h)
 
 
 class Aliased(Base):
@@ -48,8 +47,7 @@ class Aliased(Base):
         self.net = nn.Sequential(self.fc, nn.Tanh())
 
     def hidden(self, x: Tensor) -> Tensor:
-        h: Tensor = self.net(x)
-        return h
+        return self.net(x)
 
 
 class Tied(Base):
@@ -61,8 +59,7 @@ class Tied(Base):
         self.two.weight = self.one.weight
 
     def hidden(self, x: Tensor) -> Tensor:
-        h: Tensor = self.two(self.one(x).tanh())
-        return h
+        return self.two(self.one(x).tanh())
 
 
 class Normed(Base):
@@ -74,10 +71,6 @@ class Normed(Base):
             warnings.simplefilter("ignore")
             self.fc = nn.utils.weight_norm(nn.Linear(5, 5))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        h: Tensor = self.fc(x).tanh()
-        return h
-
 
 class Spectral(Base):
     """Spectral norm of old, in eval mode."""
@@ -86,10 +79,6 @@ class Spectral(Base):
         super().__init__()
         self.fc = nn.utils.spectral_norm(nn.Linear(5, 5))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        h: Tensor = self.fc(x).tanh()
-        return h
-
 
 class Parametrized(Base):
     """Weight norm of today."""
@@ -97,10 +86,6 @@ class Parametrized(Base):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        h: Tensor = self.fc(x).tanh()
-        return h
 
 
 class Caching(Base):
@@ -148,8 +133,7 @@ class Recurrent(Base):
         self.rnn = nn.LSTM(1, 5, batch_first=True)
 
     def hidden(self, x: Tensor) -> Tensor:
-        h: Tensor = self.rnn(x.unsqueeze(2))[0][:, -1]
-        return h
+        return self.rnn(x.unsqueeze(2))[0][:, -1]
 
 
 class Hooked(Base):
@@ -161,10 +145,6 @@ class Hooked(Base):
         self.fc.register_forward_hook(_twice)
         self.fc.register_forward_pre_hook(_half)
         self.fc.register_full_backward_hook(_nothing)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        h: Tensor = self.fc(x).tanh()
-        return h
 
 
 class Checkpointed(Base):
@@ -189,10 +169,6 @@ class Spare(Base):
         super().__init__()
         self.fc, self.other = nn.Linear(5, 5), nn.Linear(5, 2)
         self.bare = nn.Parameter(torch.ones(2))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        h: Tensor = self.fc(x).tanh()
-        return h
 
 
 def _twice(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -324,8 +300,7 @@ def test_model__comes_back_whole_from_an_exception(name: str, way: str, monkeypa
         marked = x.detach() == STOP
         if not torch._C._functorch.is_batchedtensor(marked) and bool(marked.any()):
             raise RuntimeError("planned")
-        z: Tensor = self.head(self.scale.exp() * h)
-        return z
+        return self.head(self.scale.exp() * h)
 
     monkeypatch.setattr(Base, "forward", forward)
     monkeypatch.setitem(globals(), "batches", lambda: calls)
@@ -410,8 +385,7 @@ def test_counts__of_a_module_without_tensors_of_its_own_go_on() -> None:
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
             self.sizes.append(len(x))
-            z: Tensor = self.body(x)
-            return z
+            return self.body(x)
 
     model = Counting()
     with untouched(model.body, []):

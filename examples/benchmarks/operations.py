@@ -90,6 +90,7 @@ OPERATIONS: dict[str, Operation] = {
     "ief_solve": Operation("iEF damped solve", _targets(_by_hand(50, 2), _by_hand(3), _by_hand(1.5))),
     "kfac_ef": Operation("KFAC, EF", _targets(_layerwise(1.5), _layerwise(2), _layerwise(1.5))),
     "kfac_exact": Operation("KFAC, exact", _targets(_layerwise(3), _layerwise(3), _curvlinops(3))),
+    "kfac_ef_product": Operation("KFAC, EF: build and first product", wide=False),
     "kfac_solve": Operation("KFAC, EF: build and damped solve", wide=False),
     "ekfac_ef": Operation(
         "EKFAC, EF",

@@ -30,6 +30,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
         "ef_gram": _timed("gram()", lambda: build(case, ef).gram(), lambda m: {"gram": m}),
         "ief_solve": _solve(case, ief, "full"),
         "kfac_ef": _kronecker(case, ef, "kfac"),
+        "kfac_ef_product": _product(case, ef, structure="kfac"),
         "kfac_exact": _kronecker(case, exact, "kfac"),
         "kfac_solve": _solve(case, ef, "kfac"),
         "ekfac_ef": _kronecker(case, ef, "ekfac"),
@@ -49,7 +50,8 @@ def _timed(how: str, run: Callable[[], Any], values: Callable[[Any], Values]) ->
 
 
 def _product(case: Case, kind: type[fk.FisherApproximation], **options: Any) -> Contestant:
-    how = f"fk.{kind.__name__}(model, data) @ v"
+    own = "".join(f', {name}="{value}"' for name, value in options.items())
+    how = f"fk.{kind.__name__}(model, data{own}) @ v"
     return _timed(how, lambda: build(case, kind, **options) @ case.vector, lambda product: {"product": product})
 
 

@@ -35,6 +35,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
         found |= {
             "kfac_exact": _kronecker(case, curvlinops.KFACLinearOperator, EXACT),
             "kfac_ef": _kronecker(case, curvlinops.KFACLinearOperator, EMPIRICAL),
+            "kfac_ef_product": _kronecker_product(case),
             "kfac_solve": _solve(case),
             "ekfac_ef": _kronecker(case, curvlinops.EKFACLinearOperator, EMPIRICAL),
         }
@@ -129,6 +130,16 @@ def _kronecker(case: Case, kind: Any, fisher_type: str) -> Contestant:
         return found
 
     return Contestant(NAME, f'{kind.__name__}(…, fisher_type="{fisher_type}")', prepare, values)
+
+
+def _kronecker_product(case: Case) -> Contestant:
+    def prepare() -> Callable[[], Tensor]:
+        own, terms = copy.deepcopy(case.workload.model), case.workload.targets[0].numel()
+        options = {**OPTIONS, "num_per_example_loss_terms": terms, "fisher_type": EMPIRICAL}
+        return lambda: _operator(case, curvlinops.KFACLinearOperator, own, **options) @ case.vector
+
+    how = f'KFACLinearOperator(…, fisher_type="{EMPIRICAL}") @ v'
+    return Contestant(NAME, how, prepare, lambda product: {"product": _scaled(case, product)})
 
 
 def _solve(case: Case) -> Contestant:

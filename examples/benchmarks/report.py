@@ -154,6 +154,16 @@ def steps_table(results: Record) -> Table:
     return ("one step, in steps of SGD", *(r["workload"] for r in records)), rows
 
 
+def fixed_table(results: Record) -> Table:
+    """Builds and steps of a small network, in milliseconds."""
+    names = list(dict.fromkeys(name for r in results["fixed"] for name in r["seconds"]))
+    rows = [
+        (r["what"], *(f"{1e3 * r['seconds'][n]:.2f}" if n in r["seconds"] else "" for n in names), number(r["ratio"]))
+        for r in results["fixed"]
+    ]
+    return ("small network, ms", *names, "ours / best peer"), rows
+
+
 def influence_table(results: Record) -> tuple[Table, Notes]:
     """Fit and scores of everybody in seconds, beside the peer's."""
     notes, rows = Notes(), []
@@ -254,6 +264,7 @@ def sections(results: Record, *, pictures: str | None = None, growth: bool = Fal
     found["accuracy"] = markdown(accuracy_table(results))
     found["steps"] = markdown(steps_table(results))
     found["influence"] = influence_section(results)
+    found["fixed"] = markdown(fixed_table(results))
     link = "See [growth](growth.md)." if growth else ABSENT
     found["growth"] = link
     return found
@@ -266,7 +277,7 @@ def text(results: Record) -> str:
         table, notes = workload_table(results, name)
         parts += [plain(table), notes.lines()]
     tables = [roofline_table(results, name) for name in workloads(results)]
-    tables += [table(results) for table in (memory_table, choice_table, accuracy_table, steps_table)]
+    tables += [table(results) for table in (memory_table, choice_table, accuracy_table, steps_table, fixed_table)]
     parts += [plain(table) for table in tables if table[1]]
     table, notes = influence_table(results)
     parts += [plain(table), notes.lines()] if table[1] else []

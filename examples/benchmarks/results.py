@@ -15,6 +15,7 @@ KEYS = {
     "accuracy": ("workload", "precision", "device"),
     "steps": ("workload",),
     "influence": ("workload",),
+    "fixed": ("what",),
 }
 """Sections and what identifies a record in them."""
 

@@ -21,6 +21,7 @@ from examples.benchmarks.accuracy import accuracy, tf32
 from examples.benchmarks.choice import compare
 from examples.benchmarks.contestants import Case, DisagreementError
 from examples.benchmarks.environment import environment
+from examples.benchmarks.fixed import measure_fixed
 from examples.benchmarks.influence import SIZES, measure_influence
 from examples.benchmarks.measure import Record, Settings, judge, measure
 from examples.benchmarks.memory import measure_memory
@@ -33,7 +34,7 @@ from fisherkit.memory import available_memory
 
 ROOT = Path(__file__).parents[2]
 PAGE, ASSETS = ROOT / "docs" / "results" / "benchmarks.md", ROOT / "docs" / "assets" / "benchmarks"
-PARTS = ("operations", "memory", "roofline", "choice", "accuracy", "steps", "influence")
+PARTS = ("operations", "memory", "roofline", "choice", "accuracy", "steps", "influence", "fixed")
 CHOICES = {"W1": (fk.EmpiricalFisher, fk.ExactFisher), "W2": (fk.EmpiricalFisher,), "W3": (fk.EmpiricalFisher,)}
 """Kinds that the cost model is tried on."""
 
@@ -91,9 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with _limited_memory(device), tf32(False):
             for name, workload in workloads.items():
-                for part in (p for p in PARTS if p in options.part):
+                for part in (p for p in PARTS_RUN if p in options.part):
                     PARTS_RUN[part](name, workload, settings, options, results)
                     results_file.write(path, results)
+            for record in measure_fixed(settings) if "fixed" in options.part else ():
+                results_file.put(results, "fixed", record)
+                results_file.write(path, results)
+                _say(f"{record['what']}: {report.number(record['ratio'])} × the best peer")
     except DisagreementError as error:
         sys.exit(f"stopped, because a result is wrong: {error}")
     finally:

@@ -67,7 +67,7 @@ def chosen(runs: Mapping[float, Run]) -> float | None:
 
 
 def table(out: Path, name: str, times: bool) -> str:
-    """Of a task, in Markdown: what is there of every method.
+    """Of a task, in Markdown: the methods whose runs are all there.
 
     Args:
         out: the folder of the runs.
@@ -77,9 +77,9 @@ def table(out: Path, name: str, times: bool) -> str:
     rows, title, costs = [], "", {}
     for key, method in METHODS.items():
         grid = {rate: _read(path) for rate in method.rates if (path := _file(out, name, key, rate, 0)).exists()}
-        best = chosen(grid) if len(grid) == len(method.rates) else None
+        best = chosen(grid)
         paths = [] if best is None else [_file(out, name, key, best, seed) for seed in SEEDS]
-        if not grid or not all(path.exists() for path in paths):
+        if len(grid) < len(method.rates) or not all(path.exists() for path in paths):
             continue
         title, lost = next(iter(grid.values()))["title"], sum(found["diverged"] is not None for found in grid.values())
         runs = [_read(path) for path in paths]

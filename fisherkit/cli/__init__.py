@@ -24,13 +24,10 @@ from fisherkit.cli.show import Show
 
 app = typer.Typer(
     help="Fisher information matrices of PyTorch models.",
-    epilog="Exit codes: 0 done, 1 a command failed and said why, 2 wrong usage.",
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 a command failed and said why, 2 wrong usage.", no_args_is_help=True,
+    add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False,
     rich_markup_mode=None,
-)
+)  # fmt: skip
 
 COMMANDS = tuple(map(Command, (Estimate, Show, Merge, Export, Scores, Audit, Quality, Info)))
 

@@ -91,10 +91,10 @@ class Command:
 
     def _refuse_others(self) -> None:
         """Refuse torchrun before a command that is for one process: all would write the same files."""
-        if world_size() > 1 and self.name != "estimate":
+        if world_size() > 1 and self.name not in ("estimate", "scores"):
             raise InvalidArgumentError(
                 call=f"fisherkit {self.name}", got=f"{world_size()} processes of torchrun", expected="one process",
-                why="only estimate shares its work among processes", try_="the command without torchrun",
+                why="only estimate and scores share their work among processes", try_="the command without torchrun",
             )  # fmt: skip
 
     def add_to(self, app: typer.Typer) -> None:
@@ -261,11 +261,7 @@ def _stopping() -> Iterator[None]:
 
 
 def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> None:
-    """Find out before the work is done whether it would replace something that nobody said may go; see `expect`.
-
-    Raises:
-        InvalidArgumentError: one of the paths is there, and ``overwrite`` is not set.
-    """
+    """Find out before the work is done whether it would replace something that nobody said may go; see `expect`."""
     paths = list(paths)
     expect(paths)
     there = [] if overwrite else [str(path) for path in paths if path.exists()]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import nn
 
@@ -66,6 +67,9 @@ class Estimate(ModelOptions):
     plan: Annotated[bool, typer.Option("--plan", help="Say parts, passes, bytes and time, and estimate nothing.")] = (
         False
     )
+    dtype: Annotated[
+        str | None, choice("What factors and diagonals are kept in", ("bfloat16", "float32"), "that of the sums")
+    ] = None
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
     as_json: AsJson = False
@@ -117,6 +121,7 @@ class Estimate(ModelOptions):
             "structure": self.structure, "params": self.selection(model, CALL), "example": self.example,
             "normalization": self.normalization, "kfac_positions": self.kfac_positions, "progress": True,
             "memory_budget": None if self.memory_budget is None else int(self.memory_budget),
+            "dtype": None if self.dtype is None else getattr(torch, self.dtype),
         }  # fmt: skip
 
     def _model_and_data(self) -> tuple[nn.Module, Data, str]:
@@ -162,11 +167,7 @@ def _parts_are_told(path: Path) -> Iterator[None]:
 
 
 def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:
-    """A model with its data, one batch or a re-iterable of batches, as the user's function returns them.
-
-    Raises:
-        InvalidTypeError: it returned something else.
-    """
+    """A model with its data, one batch or a re-iterable of batches, as the user's function returns them."""
     made = call_factory(spec, call)
     if not (isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise InvalidTypeError(
@@ -177,11 +178,7 @@ def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:
 
 
 def check_fisher_file(path: Path, call: str, *, overwrite: bool) -> None:
-    """Find out before the work is done whether a Fisher file can be written.
-
-    Raises:
-        InvalidArgumentError: its folder does not exist, or something is there that may not be replaced.
-    """
+    """Find out before the work is done whether a Fisher file can be written."""
     io.check_folder(path, call)
     refuse_existing((path, index_of(path)), call, overwrite=overwrite)
     refuse_others(path, call)

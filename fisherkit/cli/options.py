@@ -87,11 +87,7 @@ def numbers_or(*words: str) -> Check:
 
 
 def kind_check(text: str, also: tuple[str, ...] = ()) -> str:
-    """A kind as `vectors.rule_of` reads it, or one of some other words.
-
-    Raises:
-        typer.BadParameter: no such kind, or a setting that it cannot have.
-    """
+    """A kind as `vectors.rule_of` reads it, or one of some other words."""
     try:
         if text not in also:
             rule_of(text, call="", also=also)
@@ -108,11 +104,7 @@ def likelihood_check(text: str) -> str:
 
 
 def device_check(text: str) -> str:
-    """A device that is there.
-
-    Raises:
-        typer.BadParameter: no such device.
-    """
+    """A device that is there."""
     try:
         if torch.device(text).type != "meta":
             torch.empty(1, device=text)
@@ -126,11 +118,7 @@ def device_check(text: str) -> str:
 
 
 def dtype_check(text: str) -> str:
-    """A floating-point dtype by its name.
-
-    Raises:
-        typer.BadParameter: no such dtype, or one of integers.
-    """
+    """A floating-point dtype by its name."""
     found = getattr(torch, text, None)
     if not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise typer.BadParameter(f"{text!r} is not a floating-point type, such as float32, float64 or bfloat16.")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -29,12 +29,15 @@ from fisherkit.cli.text import number
 from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
-from fisherkit.influence import InfluenceScores
+from fisherkit.influence import InfluenceScores, RowBlocks, TopScores
 from fisherkit.influence.losses import loss_of
 from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
+from fisherkit.processes import Processes, started
+from fisherkit.processes import Share as BatchShare
 from fisherkit.rows.record import refuse_train_mode
+from fisherkit.structures import structure_named
 from fisherkit.vectors import rule_of, spelled
 
 CALL = "fisherkit scores"
@@ -86,6 +89,14 @@ class Scores(ModelOptions):
     normalize: Annotated[str | None, choice("Against outliers with large gradients", ("relatif",), "none")] = None
     top: Annotated[int, option("K", "Most helpful, and most harmful, for each query.", min=1)] = 5
     worst: Annotated[int | None, option("N", "Only the N queries with the largest loss.", "all", min=1)] = None
+    rows: Annotated[
+        Path | None,
+        option(
+            "FOLDER",
+            "Keep training rows there: an interrupted run goes on from them, and other queries take them as they are. "
+            "Of several processes, a folder in it for each.", "made anew",
+        ),
+    ] = None  # fmt: skip
     own: Annotated[int, typer.Option("--self", metavar="N", min=0, help="List the N largest self-influences too.")] = 0
     out: Annotated[
         Path | None, option("FOLDER", "Write scores.html, a page to show, and scores.json there.", "none")
@@ -94,11 +105,16 @@ class Scores(ModelOptions):
     as_json: AsJson = False
 
     def run(self) -> None:
-        """Compute, print, write."""
+        """Compute, print, write; of several processes each takes a share of the training batches, the first writes."""
         self._check()
         if self.out is not None:
             make_folder(self.out, FILES, CALL, overwrite=self.overwrite)
-        found = self._report(self._subject())
+        with started(self.device) as (rank, _):
+            found = self._report(self._subject())
+            if rank == 0:
+                self._tell(found)
+
+    def _tell(self, found: Report) -> None:
         text = found.to_json()
         typer.echo(text if self.as_json else found.to_text())
         if self.out is not None:
@@ -144,14 +160,17 @@ class Scores(ModelOptions):
         if self.fisher is not None:
             return load(self.fisher, device=next(subject.model.parameters()).device), None
         start = time.perf_counter()
+        # Whose rows each process would have a part of, each has whole.
+        whole = structure_named(self.structure, CALL).keeps_rows
         fisher = FisherApproximation(
-            subject.model, subject.train, rule_of(self.kind, call=CALL).with_seed(self.seed),
-            progress=True, structure=self.structure,
+            subject.model, subject.train if whole else subject.share().data,
+            rule_of(self.kind, call=CALL).with_seed(self.seed), progress=True, structure=self.structure,
+            group=False if whole else None,
             likelihood=load_likelihood(self.likelihood or subject.likelihood, CALL),
             params=self.selection(subject.model, CALL),
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        if self.save_fisher is not None:
+        if self.save_fisher is not None and subject.rank == 0:
             fisher.save(self.save_fisher)
         return fisher, seconds
 
@@ -200,15 +219,20 @@ class Scores(ModelOptions):
         self, subject: Subject, likelihood: Likelihood, influence: InfluenceScores, kept: list[int], top: int
     ) -> tuple[dict[int, Query], tuple[Example, ...]]:
         """The queries by their place in the data, and the largest self-influences."""
-        found = influence.top(
-            [some.raw for _, some in subject.chosen("queries", kept)], subject.train, top,
-            measurement=self.measurement, normalize=self.normalize,
-        )  # fmt: skip
+        share = subject.share()
+        found, squares = self._of_share(
+            influence, share, [some.raw for _, some in subject.chosen("queries", kept)], top
+        )
+        if share.processes is not None:
+            everyones = share.processes.gathered((found, squares, share.places))
+            found = _joined([(one, places) for one, _, places in everyones if one is not None], top)
+            places = torch.cat([own for _, _, own in everyones])
+            squares = torch.cat([one for _, one, _ in everyones])[places.argsort()] if self.own else squares
         helpful = [[p for p in pairs if p[0] > 0] for pairs in map(_pairs, found.helpful, found.helpful_index)]
         harmful = [[p for p in pairs if p[0] < 0] for pairs in map(_pairs, found.harmful, found.harmful_index)]
         own: list[tuple[float, int]] = []
         if self.own:
-            largest = influence.self_influence(subject.train).sort(descending=True, stable=True)
+            largest = squares.sort(descending=True, stable=True)
             own = _pairs(largest.values[: self.own], largest.indices[: self.own])
         train = subject.examples("train", {i for pairs in (*helpful, *harmful, own) for _, i in pairs}, likelihood)
         queries = subject.examples("queries", kept, likelihood)
@@ -219,12 +243,52 @@ class Scores(ModelOptions):
         rows = zip(kept, helpful, harmful, strict=True)
         return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own)
 
+    def _of_share(
+        self, influence: InfluenceScores, share: Share, queries: list[Any], top: int
+    ) -> tuple[Any, Tensor]:  # fmt: skip
+        """The extremes and the self-influences of this process's training examples; None for the former of none."""
+        if not len(share.places):
+            return None, torch.empty(0, dtype=torch.float64)
+        train: Data | RowBlocks = share.data
+        if self.rows is not None:
+            folder = self.rows
+            if share.processes is not None:
+                self.rows.mkdir(exist_ok=True)
+                folder = self.rows / f"{share.processes.rank + 1}-of-{share.processes.size}"
+            train = influence.prepare(share.data, folder=folder)
+        found = influence.top(
+            queries, train, min(top, len(share.places)), measurement=self.measurement, normalize=self.normalize
+        )  # fmt: skip
+        return found, influence.self_influence(train) if self.own else torch.empty(0)
+
+
+def _joined(found: list[tuple[TopScores, Tensor]], top: int) -> TopScores:
+    """The extremes of all processes' examples, whose places in the data come with them; of equal ones the earlier."""
+
+    def side(name: str, largest: bool) -> tuple[Tensor, Tensor]:
+        values = torch.cat([getattr(one, name) for one, _ in found], 1)
+        index = torch.cat([places.to(one.helpful.device)[getattr(one, f"{name}_index")] for one, places in found], 1)
+        order = index.argsort(1)
+        values, index = values.gather(1, order), index.gather(1, order)
+        first = values.sort(dim=1, descending=largest, stable=True).indices[:, :top]
+        return values.gather(1, first), index.gather(1, first)
+
+    return TopScores(*side("helpful", True), *side("harmful", False))
+
 
 def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
     return list(zip(values.tolist(), places.tolist(), strict=True))
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """The training batches of one process: the places of their examples in all data, and the group if there is one."""
+
+    data: Data
+    places: Tensor
+    processes: Processes | None
 
 
 @dataclass(frozen=True)
@@ -248,6 +312,22 @@ class Subject:
     classes: Mapping[int, str]
     show: Callable[[str, int], Any] | None
     places: Mapping[str, list[str]]
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        processes = Processes.of(None, next(self.model.parameters()).device, CALL)
+        return 0 if processes is None else processes.rank
+
+    def share(self) -> Share:
+        """The training batches of this process."""
+        processes = Processes.of(None, next(self.model.parameters()).device, CALL)
+        spans = [torch.arange(start, start + batch.size) for start, batch in self.numbered("train")]
+        if processes is None:
+            return Share(self.train, torch.cat(spans), None)
+        own = spans[processes.rank :: processes.size]
+        batches = BatchShare(Source(self.train, self.model).batches, processes.rank, processes.size)
+        return Share(batches, torch.cat([torch.empty(0, dtype=torch.long), *own]), processes)
 
     def numbered(self, split: str) -> Iterator[tuple[int, Batch]]:
         """Batches with the place of their first example."""
@@ -275,11 +355,7 @@ class Subject:
 
     @torch.no_grad()
     def outcomes(self, batch: Batch, likelihood: Likelihood) -> Iterator[tuple[Any, Any, Any, float]]:
-        """Label, prediction, its probability and the loss, of each example; None where there is no single one.
-
-        Raises:
-            DataError: no targets.
-        """
+        """Label, prediction, its probability and the loss, of each example; None where there is no single one."""
         batch = batch.to(next(self.model.parameters()).device)
         raw = batch.call(self.model).double()
         batch = batch.aligned(self.model, raw, shift=is_causal(self.model), ignore_index=likelihood.ignore_index)

@@ -99,14 +99,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Report:
-    """What the command found.
-
-    Args:
-        computed: what was computed, and of what, under the names that the JSON has.
-        queries: in the order in which they are shown.
-        self_influence: the training examples with the largest.
-        notes: for the reader.
-    """
+    """What the command found; ``computed`` has the names of the JSON, ``notes`` are for the reader."""
 
     computed: SimpleNamespace
     queries: tuple[Query, ...]

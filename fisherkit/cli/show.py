@@ -99,14 +99,7 @@ class Summary:
 
 
 def summarize(path: Path) -> Summary:
-    """Read a Fisher file block by block and add it up.
-
-    Args:
-        path: the file, or the index of one in shards.
-
-    Raises:
-        FileFormatError: no such file, damaged, or not a Fisher file.
-    """
+    """Read a Fisher file block by block and add it up."""
     file = open_file(path)
     layer_of = {name: layer for layer, names in file.space.blocks.items() for name in names}
     traces: dict[str, float] = {}

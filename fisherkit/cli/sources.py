@@ -73,14 +73,10 @@ class ModelOptions:
     def texts(self, spec: str, files: Mapping[str, Path | None], call: str) -> list[TextBatches] | None:
         """The batches of each file of texts, if the model is a folder; None if it is a user's function.
 
-        Args:
-            spec: a folder, or "package.module:function".
-            files: by the option that names each; ``--examples`` is of the first.
-            call: the command, for errors.
+        ``files`` are by the option that names each; ``--examples`` is of the first.
 
         Raises:
             InvalidArgumentError: neither a folder nor a function; files that are missing, or beside a function.
-            DataError: a line or a label that cannot be used.
         """
         given = {flag: file for flag, file in files.items() if file is not None}
         if not Path(spec).is_dir():
@@ -115,11 +111,7 @@ class ModelOptions:
         ]
 
     def selection(self, model: nn.Module, call: str) -> list[str] | None:
-        """The parameters whose names match one of the patterns; None without patterns.
-
-        Raises:
-            InvalidArgumentError: a pattern that matches no parameter.
-        """
+        """The parameters whose names match one of the patterns; None without patterns."""
         names = [name for name, _ in model.named_parameters()]
         for pattern in self.params or ():
             if not fnmatch.filter(names, pattern):
@@ -135,11 +127,7 @@ class ModelOptions:
 
 
 def load_likelihood(text: str, call: str) -> Likelihood:
-    """A likelihood by name, or a loss module or likelihood as the user's function returns it.
-
-    Raises:
-        InvalidArgumentError: no such name, module or function.
-    """
+    """A likelihood by name, or a loss module or likelihood as the user's function returns it."""
     own = ":" in text and "(" not in text
     try:
         return resolve(call_factory(text, call) if own else text)
@@ -154,11 +142,7 @@ def load_likelihood(text: str, call: str) -> Likelihood:
 
 
 def call_factory(spec: str, call: str) -> Any:
-    """What the user's function "package.module:function" returns; the current folder's modules are found too.
-
-    Raises:
-        InvalidArgumentError: no such module or function.
-    """
+    """What the user's function "package.module:function" returns; the current folder's modules are found too."""
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
         raise InvalidArgumentError(
@@ -205,14 +189,7 @@ def _module(name: str, call: str) -> Any:
 
 @dataclass(frozen=True)
 class Text:
-    """One line of a file.
-
-    Args:
-        text: the text.
-        pair: the second text, if any.
-        label: as the file has it: a string, a number or a list.
-        place: where it stands.
-    """
+    """One line of a file; the label is a string, a number or a list, as the file has it."""
 
     text: str
     pair: str | None
@@ -221,17 +198,7 @@ class Text:
 
 
 def read_texts(path: Path, columns: Sequence[str | None], call: str) -> list[Text]:
-    """The lines of a .jsonl, .csv or .tsv file.
-
-    Args:
-        path: the file.
-        columns: of the text, of a second text and of the label; the last two may be None.
-        call: the command, for errors.
-
-    Raises:
-        InvalidArgumentError: no such file, or another ending.
-        DataError: a line that cannot be used, or no line at all.
-    """
+    """The lines of a .jsonl, .csv or .tsv file, with the columns of the text, of a second text and of the label."""
     suffix = path.suffix.lower()
     if not path.is_file():
         raise InvalidArgumentError(call=call, got=f"no file at {path}", expected="a .jsonl, .csv or .tsv file")
@@ -324,11 +291,7 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path, call: str) -> Folder:
-        """Read config and tokenizer, and no weights.
-
-        Raises:
-            InvalidArgumentError: no config, no tokenizer, an adapter alone, or a model for another purpose.
-        """
+        """Read config and tokenizer, and no weights."""
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

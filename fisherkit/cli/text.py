@@ -18,13 +18,7 @@ NARROWEST = 12
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Columns two spaces apart, with a rule under the header; long texts go on below, so that lines fit a terminal.
-
-    Args:
-        header: names of the columns.
-        rows: cells.
-        left: how many of the first columns are text, aligned to the left; the others are numbers, to the right.
-    """
+    """Columns two spaces apart under a rule, the first ``left`` of them texts, which go on below to fit a terminal."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     while (over := sum(widths) + 2 * (len(widths) - 1) - WIDTH) > 0:
         widest = max(range(left), key=widths.__getitem__)

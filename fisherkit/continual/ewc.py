@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fisherkit.adapters import products, values
 from fisherkit.arguments import check_choice, check_number
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.continual.terms import Term, penalty_of
@@ -34,7 +35,7 @@ from fisherkit.operators.normalization import check_normalize
 from fisherkit.operators.persistence import renamed
 from fisherkit.operators.quadratic import atoms, join
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.wrappers import matching, unwrapped
+from fisherkit.wrappers import full, matching, unwrapped
 
 CALL = "EWC.consolidate"
 
@@ -56,6 +57,9 @@ class EWC(nn.Module):
     The terms of structures that add up to one (diagonal, dense, rows) are joined, exactly: memory does not grow with
     tasks, but for rows up to the size of the D × D matrix. Kronecker products do not add up to one, and each task's are
     kept.
+
+    Of a Fisher over the frozen weights that LoRA adapters act on (`fisherkit.adapters.merged_weights`), θ is W + s·BA,
+    and the gradient reaches A and B.
 
     The model is no submodule: its parameters are neither in ``ewc.parameters()`` nor in ``ewc.state_dict()``. A deep
     copy of an EWC alone is bound to the same model; within a deep copy of what holds both, to the copied model.
@@ -144,14 +148,16 @@ class EWC(nn.Module):
         if isinstance(fisher, FisherOperator):
             fisher = renamed(fisher, matching(fisher.space.names, parameters))
         _check_fisher(fisher, self.model, uncovered, free)
+        self._refuse_twice(fisher.space.names)
         try:
             state_of(fisher)
         except NoClosedFormError as error:  # rows that are streamed from the data would follow the model
             raise error.at(CALL) from error
         terms = [replace(term, weight=self.decay * term.weight) for term in self._terms]
         terms = [term for term in terms if term.weight > self.drop_below]
+        now = values(self.model, fisher.space.names)
         for atom in atoms(normalize(fisher, self.normalize)):
-            flat = torch.cat([parameters[name].detach().reshape(-1) for name in atom.space.names])
+            flat = torch.cat([full(now[name].detach()).reshape(-1) for name in atom.space.names])
             _add(terms, Quadratic.of(atom, flat.to(atom.dtype)))
         self._terms = tuple(terms)
         self.consolidations += 1
@@ -172,7 +178,19 @@ class EWC(nn.Module):
         parameters = dict(self.model.named_parameters())
         names = list(dict.fromkeys(name for term in self._terms for name in term.shapes)) or list(parameters)[:1]
         self._check("EWC.penalty", self._terms, parameters)
-        return penalty_of(self._terms, self.strength, {name: parameters[name] for name in names})
+        now = values(self.model, names)
+        return penalty_of(self._terms, self.strength, {name: full(value) for name, value in now.items()})
+
+    def _refuse_twice(self, names: tuple[str, ...]) -> None:
+        """Refuse adapters beside the weights that they act on, whose value would be another than was consolidated."""
+        held = {name for term in self._terms for name in term.shapes}
+        apart = {*products(self.model, held), *products(self.model, names)}
+        if both := sorted(apart - set(products(self.model, {*held, *names}))):
+            raise InvalidArgumentError(
+                call=CALL, got=f"Fishers over {listed(map(repr, both))} and over the adapters on them",
+                expected="Fishers over the products or over the adapters", why="both would hold one change",
+                try_="params=fk.adapters.merged_weights(model) for all, or for none",
+            )  # fmt: skip
 
     def _check(self, call: str, terms: tuple[Term, ...], parameters: Mapping[str, nn.Parameter]) -> None:
         for term in terms:
@@ -368,7 +386,9 @@ def _check_uncovered(fisher: FisherOperator, model: nn.Module, uncovered: str, f
     if uncovered == "free":
         return
     covered = {*space.names, *allowed}
-    if loose := [name for name, p in model.named_parameters() if p.requires_grad and name not in covered]:
+    inside = {id(p) for product in products(model, space.names).values() for p in product.parameters}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if loose := [name for name in trained if name not in covered]:
         raise InvalidArgumentError(
             call=CALL, got=f"a Fisher that leaves out {listed(map(repr, loose))}, which the model trains",
             expected="all trainable parameters", why="nothing would keep them near their values",

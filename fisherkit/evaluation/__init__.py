@@ -12,15 +12,6 @@ from fisherkit.evaluation.quality import approximation_quality, quality_floor
 from fisherkit.evaluation.table import QualityRow, QualityTable, average
 
 __all__ = [
-    "Audit",
-    "Likeness",
-    "QualityRow",
-    "QualityTable",
-    "approximation_quality",
-    "audit",
-    "average",
-    "compare",
-    "loss_gradient",
-    "plot_damping",
-    "quality_floor",
-]
+    "Audit", "Likeness", "QualityRow", "QualityTable", "approximation_quality", "audit", "average", "compare",
+    "loss_gradient", "plot_damping", "quality_floor",
+]  # fmt: skip

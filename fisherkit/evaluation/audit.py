@@ -22,11 +22,8 @@ from fisherkit.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     MemoryBudgetError,
-    UnknownParameterError,
-    listed,
 )
 from fisherkit.operators import DiagonalOperator, FisherOperator, split
-from fisherkit.wrappers import matching
 
 LARGEST_BLOCK = 4096
 """Parameters of a block that is still written out to be compared: 134 MB in float64."""
@@ -129,11 +126,9 @@ def audit(
     operator = other if isinstance(other, FisherOperator) else _diagonal(other, exact, call)
     if operator.space != exact.space:
         raise InvalidArgumentError(
-            call=call,
-            got=f"{operator.size:,} parameters {_names(operator)} beside {exact.size:,} {_names(exact)}",
-            expected="the same names, shapes and order",
-            try_="build the exact one with params=other.space.names",
-        )
+            call=call, got=f"{operator.size:,} parameters {_names(operator)} beside {exact.size:,} {_names(exact)}",
+            expected="the same names, shapes and order", try_="build the exact one with params=other.space.names",
+        )  # fmt: skip
     check_choice(call, "compare", compare, ("diagonal", "matrix", None))
     chosen = compare or ("diagonal" if operator.is_diagonal or exact.is_diagonal else "matrix")
     products = _of_diagonals(operator, exact) if chosen == "diagonal" else _of_matrices(operator, exact, call)
@@ -162,11 +157,9 @@ def _likeness(name: str, products: Sequence[float]) -> Likeness:
     mixed, other, exact, other_trace, exact_trace = products
     norms = math.sqrt(other) * math.sqrt(exact)
     return Likeness(
-        name,
-        mixed / norms if norms else math.nan,
-        mixed / exact if exact else math.nan,
+        name, mixed / norms if norms else math.nan, mixed / exact if exact else math.nan,
         other_trace / exact_trace if exact_trace else math.nan,
-    )
+    )  # fmt: skip
 
 
 def _of_diagonals(other: FisherOperator, exact: FisherOperator) -> dict[str, list[float]]:
@@ -210,39 +203,11 @@ def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOpera
         raise InvalidTypeError(
             call=call, got=f"a {type(diagonal).__name__}", expected="a FisherOperator, a diagonal [D] or a dict"
         )
-    if isinstance(diagonal, Mapping):
-        short = matching(map(str, diagonal), exact.space.names)  # without the prefix of a wrapper
-        diagonal = {short[str(name)]: tensor for name, tensor in diagonal.items()}
-        _check_names(diagonal, exact, call)
     try:
         flat = diagonal if isinstance(diagonal, Tensor) else exact.space.flatten(diagonal)
         return DiagonalOperator(exact.space, flat.detach())
     except FisherkitError as error:
         raise error.at(call) from error
-
-
-def _check_names(diagonal: Mapping[str, Tensor], exact: FisherOperator, call: str) -> None:
-    """Refuse other names or shapes in the words of two matrices that should be of one model."""
-    space = exact.space
-    missing = [name for name in space.names if name not in diagonal]
-    extra = [name for name in diagonal if name not in space.slices]
-    if missing or extra:
-        without, beside = (listed(map(repr, names), 4) for names in (missing, extra))
-        lacking = [f"without {without}"] * bool(missing) + [f"with {beside} beside"] * bool(extra)
-        advice = f"the exact Fisher {'of that part, ' * (not extra)}built with params=list(other)"
-        if extra:
-            advice = f"a dict of the exact Fisher's names alone, or {advice}"
-        raise UnknownParameterError(
-            call=call, got=f"a dict {' and '.join(lacking)}",
-            expected=f"the {len(space.names)} names of the exact Fisher", try_=advice,
-        )  # fmt: skip
-    for name, shape in zip(space.names, space.shapes, strict=True):
-        if isinstance(diagonal[name], Tensor) and tuple(diagonal[name].shape) != shape:
-            raise InvalidArgumentError(
-                call=call, got=f"{name!r} of shape {list(diagonal[name].shape)}",
-                expected=f"{list(shape)}, as the parameter", why="a diagonal has one number for each of its entries",
-                try_="the exact Fisher of the very model that it was computed from",
-            )  # fmt: skip
 
 
 def _names(operator: FisherOperator) -> str:

@@ -262,14 +262,7 @@ def in_span(
 def any_gradient(
     rows: Rows, gradient: Float[Tensor, "D"], *, dampings: Sequence[float], rounding: float
 ) -> Float[Tensor, "D K"]:
-    """(JᵀJ + λI)⁻¹g for every λ, by g's part in the rows' span and the rest.
-
-    Args:
-        rows: J in float64.
-        gradient: g in float64.
-        dampings: λ.
-        rounding: of rows and gradient; a rest that is no larger, relative to g, is none.
-    """
+    """(JᵀJ + λI)⁻¹g for every λ, by g's part in the rows' span and the rest, where that is more than rounding."""
     values, vectors = torch.linalg.eigh(rows.gram())
     seen = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp_min(0)
     inverse = torch.where(seen, 1 / torch.where(seen, values, 1.0), 0.0)

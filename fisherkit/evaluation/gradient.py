@@ -108,11 +108,10 @@ def _batch_gradient(
         raw = batch.call(model)
         if not raw.requires_grad:
             raise ModelError(
-                call=call,
-                got="outputs that do not depend on the parameters",
+                call=call, got="outputs that do not depend on the parameters",
                 expected="a forward pass that autograd can follow",
                 try_="a forward without torch.no_grad, detach or NumPy",
-            )
+            )  # fmt: skip
         batch = batch.aligned(model, raw, shift=shift, ignore_index=likelihood.ignore_index)
         known = raw.detach()
         check_finite(known, call)

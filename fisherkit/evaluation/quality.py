@@ -55,12 +55,10 @@ def approximation_quality(
     # Below this a sum of D products is rounding alone, and so would γ be.
     if bool((inner <= torch.finfo(torch.float64).eps * terms.abs().sum(0)).any()):
         raise InvalidArgumentError(
-            call=call,
-            got="an update orthogonal to the gradient",
-            expected="Δᵀ∇L ≠ 0",
+            call=call, got="an update orthogonal to the gradient", expected="Δᵀ∇L ≠ 0",
             why="to first order the update does not change the loss, so γ is infinite",
             try_="an update made from this gradient, such as fisher.solve(gradient, damping)",
-        )
+        )  # fmt: skip
     return exact_fisher.quadratic_form(flat).clamp_min(0).sqrt() / inner
 
 
@@ -95,11 +93,9 @@ def _gradient(gradient: Direction, fisher: FisherOperator, call: str) -> Float[T
     """The gradient as one flat vector that is not zero."""
     if not isinstance(fisher, FisherOperator):
         raise InvalidTypeError(
-            call=call,
-            got=f"a {type(fisher).__name__} as exact_fisher",
-            expected="a FisherOperator",
+            call=call, got=f"a {type(fisher).__name__} as exact_fisher", expected="a FisherOperator",
             try_="fk.ExactFisher(model, data)",
-        )
+        )  # fmt: skip
     flat = _flat(gradient, fisher, f"{call}, gradient")
     if flat.ndim != 1:
         raise InvalidArgumentError(call=call, got=f"{flat.shape[1]} gradients", expected="one, flat [D] or a dict")

@@ -8,9 +8,5 @@ from fisherkit.influence.blocks import RowBlocks
 from fisherkit.influence.scores import InfluenceScores, TopScores
 
 __all__ = [
-    "ApproximateScores",
-    "InfluenceScores",
-    "LowRankQueries",
-    "RowBlocks",
-    "TopScores",
-]
+    "ApproximateScores", "InfluenceScores", "LowRankQueries", "RowBlocks", "TopScores",
+]  # fmt: skip

@@ -153,12 +153,9 @@ class CompressedQueries:
 
 
 def compressed_groups(
-    solutions: Iterable[tuple[RowBlock, RowSolution]],
-    count: int,
-    approximation: LowRankQueries,
-    sample: Rows,
+    solutions: Iterable[tuple[RowBlock, RowSolution]], count: int, approximation: LowRankQueries, sample: Rows,
     most_bytes: int,
-) -> Iterator[tuple[CompressedQueries, Float[Tensor, "Q"]]]:
+) -> Iterator[tuple[CompressedQueries, Float[Tensor, "Q"]]]:  # fmt: skip
     """All queries, compressed, in groups of neighbours of at most so many bytes, and the error of each query.
 
     A group has one block of queries at least; the error is measured on the sample, and 0 of queries without a label

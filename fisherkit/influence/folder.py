@@ -51,16 +51,7 @@ class FolderBlocks(RowBlocks):
 
 
 def write_blocks(folder: str | Path, live: LiveBlocks) -> FolderBlocks:
-    """Write the blocks that are not there yet.
-
-    Raises:
-        InvalidArgumentError: no folder can be there, or it holds rows of another model, other data, other batches or
-            other settings.
-        FileFormatError: the manifest is damaged. Damaged blocks are made again.
-
-    Cost: one reading of what is there; a forward and a backward pass over what is missing; one block in memory at a
-        time.
-    """
+    """Write the blocks that are missing or damaged; those of another model, other data or settings are refused."""
     path = _folder(folder)
     manifest = _begun(path, live.settings, live.limit)
     problem, limit = live.problem, int(manifest["limit"])

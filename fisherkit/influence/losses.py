@@ -93,11 +93,7 @@ _LOSSES: Mapping[type[Likelihood], Callable[[Tensor, Tensor, Any], Tensor]] = {
 
 
 def loss_of(likelihood: Likelihood, call: str) -> PerExample:
-    """ℓ of a likelihood, without constants of the targets.
-
-    Raises:
-        InvalidArgumentError: a likelihood of the user's own.
-    """
+    """ℓ of a likelihood, without constants of the targets."""
     rule = _LOSSES.get(type(likelihood))
     if rule is None:
         raise InvalidArgumentError(

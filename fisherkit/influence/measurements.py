@@ -111,20 +111,16 @@ def query_rule(measurement: Measurement, *, labelled: bool) -> OutputRule:
         names: dict[str, type[OutputRule]] = {"loss": EmpiricalVectors, "margin": MarginVectors}
         if measurement not in names:
             raise InvalidArgumentError(
-                call="measurement",
-                got=repr(measurement),
-                expected=f"one of {list(names)}, or a function",
+                call="measurement", got=repr(measurement), expected=f"one of {list(names)}, or a function",
                 try_="lambda outputs, targets: outputs[:, 0] for an output of its own",
-            )
+            )  # fmt: skip
         if not labelled:
             raise DataError(
-                call="queries",
-                got="no targets",
-                expected="targets",
+                call="queries", got="no targets", expected="targets",
                 why=f"the {measurement} is that of an observed label",
                 try_="a function as measurement; for the predicted class of outputs [B, C] "
                 "measurement=lambda outputs, targets: -outputs.log_softmax(-1).amax(-1)",
-            )
+            )  # fmt: skip
         return names[measurement]()
     if not callable(measurement):
         raise InvalidTypeError(

@@ -30,7 +30,7 @@ from fisherkit.rows.problem import Problem
 from fisherkit.rows.streamed import ThinnedSource, thinned
 from fisherkit.rows.verified import plan_again
 from fisherkit.space import ParameterSpace
-from fisherkit.wrappers import matching, unwrapped
+from fisherkit.wrappers import matching, unwrapped, with_full_weights
 
 CALL = "InfluenceScores"
 
@@ -39,16 +39,9 @@ class ModelRows:
     """Rows of a model over a Fisher's parameters, with the options of `InfluenceScores`; checked to fit each other."""
 
     def __init__(
-        self,
-        fisher: FisherOperator,
-        model: nn.Module,
-        *,
-        likelihood: str | Likelihood | nn.Module | None,
-        chunk_size: int | None,
-        memory_budget: int | None,
-        progress: bool,
-        shift_labels: bool | None,
-    ) -> None:
+        self, fisher: FisherOperator, model: nn.Module, *, likelihood: str | Likelihood | nn.Module | None,
+        chunk_size: int | None, memory_budget: int | None, progress: bool, shift_labels: bool | None,
+    ) -> None:  # fmt: skip
         if not isinstance(fisher, FisherOperator):
             raise InvalidTypeError(
                 call=CALL, got=f"a {type(fisher).__name__} as fisher", expected="a Fisher", try_="fk.EmpiricalFisher"
@@ -57,7 +50,7 @@ class ModelRows:
             raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
             check_positive(CALL, name, value)
-        model = unwrapped(model)
+        model = with_full_weights(unwrapped(model))
         fisher = renamed(fisher, matching(fisher.space.names, dict(model.named_parameters())))
         self._weights = parameters_hash(model)
         _check_space(fisher, model, self._weights)
@@ -80,12 +73,9 @@ class ModelRows:
         known = None if "terms" in self.metadata else self.metadata.get("examples")
         if known is None:
             raise InvalidArgumentError(
-                call=CALL,
-                got="a Fisher that does not say on how many examples it was measured",
-                expected="examples=N",
-                why="sums, multiples and operators of one's own have no N",
-                try_="examples=len(train)",
-            )
+                call=CALL, got="a Fisher that does not say on how many examples it was measured", expected="examples=N",
+                why="sums, multiples and operators of one's own have no N", try_="examples=len(train)",
+            )  # fmt: skip
         return int(known)
 
     def module(self, names: tuple[str, ...]) -> str:
@@ -195,13 +185,12 @@ def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherO
         return likelihoods.resolve_recorded("" if known is None else known)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(
-            call=CALL,
-            got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
+            call=CALL, got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
             expected="likelihood=, the loss module or object that the Fisher was built with",
             why="the Fisher does not say which it is"
             if known is None
             else "files, sums and multiples of Fishers have a likelihood's name and not its settings",
-        ) from error
+        ) from error  # fmt: skip
 
 
 def _check_space(fisher: FisherOperator, model: nn.Module, weights: str) -> None:
@@ -210,37 +199,30 @@ def _check_space(fisher: FisherOperator, model: nn.Module, weights: str) -> None
     unknown = [name for name in fisher.space.names if name not in own]
     if unknown:
         raise UnknownParameterError(
-            call=CALL,
-            got=f"a Fisher over {unknown[:4]}{' …' if len(unknown) > 4 else ''}",
+            call=CALL, got=f"a Fisher over {unknown[:4]}{' …' if len(unknown) > 4 else ''}",
             expected=f"parameters of the model, such as {list(own)[:4]}",
             try_="the model that the Fisher was built with",
-        )
+        )  # fmt: skip
     space = ParameterSpace.of(model, fisher.space.names)
     if space != fisher.space:
         pairs = zip(fisher.space.names, fisher.space.shapes, strict=True)
         odd = [f"{name!r}: {list(shape)} and not {list(own[name])}" for name, shape in pairs if own[name] != shape]
         raise InvalidArgumentError(
-            call=CALL,
-            got="a Fisher over " + ("; ".join(odd[:4]) or "the model's parameters in another order"),
-            expected="the model's own shapes and order",
-            try_="the model that the Fisher was built with",
-        )
+            call=CALL, got="a Fisher over " + ("; ".join(odd[:4]) or "the model's parameters in another order"),
+            expected="the model's own shapes and order", try_="the model that the Fisher was built with",
+        )  # fmt: skip
     device, dtype = model_device(model, fisher.space.names)
     if at_least_single(dtype) != fisher.dtype:
         expected = f"{at_least_single(dtype)}, that of Fishers of this model"
         raise InvalidTypeError(call=CALL, got=f"a Fisher of {fisher.dtype}", expected=expected)
     if device != fisher.device:
         raise InvalidArgumentError(
-            call=CALL,
-            got=f"a Fisher on {fisher.device}",
-            expected=f"{device}, the model's",
+            call=CALL, got=f"a Fisher on {fisher.device}", expected=f"{device}, the model's",
             try_=f'fk.load(path, device="{device}"), or model.to("{fisher.device}")',
-        )
+        )  # fmt: skip
     if fisher.metadata.get("parameters_hash") != weights and measured_at(model, fisher.metadata) is False:
         raise ModelError(
-            call=CALL,
-            got="a model whose parameters or buffers are not those that the Fisher was measured at",
-            expected="the same values",
-            why="∇ℓ and F must be taken at one point",
+            call=CALL, got="a model whose parameters or buffers are not those that the Fisher was measured at",
+            expected="the same values", why="∇ℓ and F must be taken at one point",
             try_="load the weights the Fisher was built with, or build it anew",
-        )
+        )  # fmt: skip

@@ -85,18 +85,10 @@ class InfluenceScores:
 
     @without_autocast()
     def __init__(
-        self,
-        fisher: FisherOperator,
-        model: nn.Module,
-        *,
-        likelihood: str | Likelihood | nn.Module | None = None,
-        damping: Damping | None = None,
-        examples: int | None = None,
-        chunk_size: int | None = None,
-        memory_budget: int | None = None,
-        progress: bool = False,
-        shift_labels: bool | None = None,
-    ) -> None:
+        self, fisher: FisherOperator, model: nn.Module, *, likelihood: str | Likelihood | nn.Module | None = None,
+        damping: Damping | None = None, examples: int | None = None, chunk_size: int | None = None,
+        memory_budget: int | None = None, progress: bool = False, shift_labels: bool | None = None,
+    ) -> None:  # fmt: skip
         self._model_rows = ModelRows(
             fisher, model, likelihood=likelihood, chunk_size=chunk_size, memory_budget=memory_budget,
             progress=progress, shift_labels=shift_labels,
@@ -139,37 +131,20 @@ class InfluenceScores:
 
     @overload
     def scores(
-        self,
-        queries: Data,
-        train: Data | RowBlocks,
-        *,
-        measurement: Measurement = ...,
-        by: Literal["token"] | None = ...,
-        groups: Tensor | None = ...,
-        normalize: str | None = ...,
-    ) -> Tensor: ...
+        self, queries: Data, train: Data | RowBlocks, *, measurement: Measurement = ...,
+        by: Literal["token"] | None = ..., groups: Tensor | None = ..., normalize: str | None = ...,
+    ) -> Tensor: ...  # fmt: skip
     @overload
     def scores(
-        self,
-        queries: Data,
-        train: Data | RowBlocks,
-        *,
-        measurement: Measurement = ...,
-        by: Literal["module"],
-        groups: Tensor | None = ...,
-        normalize: str | None = ...,
-    ) -> dict[str, Tensor]: ...
+        self, queries: Data, train: Data | RowBlocks, *, measurement: Measurement = ..., by: Literal["module"],
+        groups: Tensor | None = ..., normalize: str | None = ...,
+    ) -> dict[str, Tensor]: ...  # fmt: skip
     @without_autocast()
     def scores(
-        self,
-        queries: Data,
-        train: Data | RowBlocks,
-        *,
-        measurement: Measurement = "loss",
-        by: Literal["module", "token"] | None = None,
-        groups: Int[Tensor, "N"] | None = None,
+        self, queries: Data, train: Data | RowBlocks, *, measurement: Measurement = "loss",
+        by: Literal["module", "token"] | None = None, groups: Int[Tensor, "N"] | None = None,
         normalize: str | None = None,
-    ) -> Float[Tensor, "Q N ..."] | dict[str, Tensor]:
+    ) -> Float[Tensor, "Q N ..."] | dict[str, Tensor]:  # fmt: skip
         """All scores of the queries against the training examples.
 
         Args:
@@ -220,14 +195,9 @@ class InfluenceScores:
 
     @without_autocast()
     def top(
-        self,
-        queries: Data,
-        train: Data | RowBlocks,
-        k: int,
-        *,
-        measurement: Measurement = "loss",
+        self, queries: Data, train: Data | RowBlocks, k: int, *, measurement: Measurement = "loss",
         normalize: str | None = None,
-    ) -> TopScores:
+    ) -> TopScores:  # fmt: skip
         """The k most helpful and the k most harmful training examples of each query, without the score matrix.
 
         Args:
@@ -270,14 +240,9 @@ class InfluenceScores:
 
     @without_autocast()
     def approximate_scores(
-        self,
-        queries: Data,
-        train: Data | RowBlocks,
-        approximation: LowRankQueries,
-        *,
-        measurement: Measurement = "loss",
-        checked: int = 64,
-    ) -> ApproximateScores:
+        self, queries: Data, train: Data | RowBlocks, approximation: LowRankQueries, *,
+        measurement: Measurement = "loss", checked: int = 64,
+    ) -> ApproximateScores:  # fmt: skip
         """Scores by an approximation, with its error measured on some of the training examples.
 
         Args:
@@ -299,10 +264,9 @@ class InfluenceScores:
         call = "approximate_scores"
         if not isinstance(approximation, LowRankQueries):
             raise InvalidTypeError(
-                call=call,
-                got=f"a {type(approximation).__name__} as approximation",
+                call=call, got=f"a {type(approximation).__name__} as approximation",
                 expected="fk.influence.LowRankQueries(rank)",
-            )
+            )  # fmt: skip
         check_count(call, "checked", checked)
         self._model_rows.begin()
         blocks = self._training(train, token=False)
@@ -371,11 +335,10 @@ class InfluenceScores:
         changed = [name for name in own if train.settings.get(name) != own[name]]
         if changed == ["token"]:
             raise InvalidArgumentError(
-                call="scores(train)",
-                got=f"rows prepared with by={None if token else 'token'!r}",
+                call="scores(train)", got=f"rows prepared with by={None if token else 'token'!r}",
                 expected=f"by={'token' if token else None!r}",
                 try_='prepare(train, by="token") for scores by token, prepare(train) for all others',
-            )
+            )  # fmt: skip
         if changed:
             raise InvalidArgumentError(
                 call="scores(train)", got=f"rows prepared with another {', '.join(changed)}",
@@ -475,19 +438,14 @@ def _check_options(by: Any, groups: Any, normalize: Any) -> None:
     check_choice(call, "normalize", normalize, (None, "relatif"))
     if by == "token" and (groups is not None or normalize is not None):
         raise InvalidArgumentError(
-            call=call,
-            got='by="token" with groups= or normalize=',
-            expected="either of them",
-            why="both are about whole examples",
-            try_='scores(..., by="token") and sums over it',
-        )
+            call=call, got='by="token" with groups= or normalize=', expected="either of them",
+            why="both are about whole examples", try_='scores(..., by="token") and sums over it',
+        )  # fmt: skip
     if groups is not None and normalize is not None:
         raise InvalidArgumentError(
-            call=call,
-            got=f"groups with normalize={normalize!r}",
-            expected="either of them",
+            call=call, got=f"groups with normalize={normalize!r}", expected="either of them",
             why="RelatIF is relative to one example's own influence",
-        )
+        )  # fmt: skip
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
@@ -515,10 +473,9 @@ def _check_group_count(groups: Tensor, examples: int) -> None:
     """One group for each example."""
     if groups.shape != (examples,):
         raise InvalidArgumentError(
-            call="scores(groups)",
-            got=f"groups of shape {list(groups.shape)} for {examples} training examples",
+            call="scores(groups)", got=f"groups of shape {list(groups.shape)} for {examples} training examples",
             expected="one number for each",
-        )
+        )  # fmt: skip
 
 
 def _grouped(scores: Float[Tensor, "Q N"], groups: Tensor) -> Float[Tensor, "Q G"]:

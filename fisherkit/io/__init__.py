@@ -16,26 +16,7 @@ from fisherkit.io.state import Node, State
 from fisherkit.io.tensors import FORMAT, read_tensors, replace_checked_file
 
 __all__ = [
-    "CHECKSUM",
-    "FORMAT",
-    "FisherHeader",
-    "Node",
-    "PartsFile",
-    "Reader",
-    "State",
-    "as_path",
-    "check_folder",
-    "leftovers",
-    "parse",
-    "part_folder",
-    "part_of",
-    "parts_finished",
-    "read",
-    "read_header",
-    "read_tensors",
-    "record_of",
-    "replace_checked_file",
-    "replace_text",
-    "seal",
-    "write",
-]
+    "CHECKSUM", "FORMAT", "FisherHeader", "Node", "PartsFile", "Reader", "State", "as_path", "check_folder",
+    "leftovers", "parse", "part_folder", "part_of", "parts_finished", "read", "read_header", "read_tensors",
+    "record_of", "replace_checked_file", "replace_text", "seal", "write",
+]  # fmt: skip

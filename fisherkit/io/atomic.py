@@ -18,22 +18,14 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 
 
 def as_path(path: str | Path, call: str) -> Path:
-    """A path as a Path.
-
-    Raises:
-        InvalidTypeError: it is no path.
-    """
+    """A path as a Path."""
     if not isinstance(path, (str, Path)):
         raise InvalidTypeError(call=call, got=f"a {type(path).__name__}", expected="the path of a file")
     return Path(path)
 
 
 def check_folder(path: str | Path, call: str) -> None:
-    """Find out before the work is done whether a file can be written.
-
-    Raises:
-        InvalidArgumentError: the folder does not exist, or the path is a folder.
-    """
+    """Find out before the work is done whether a file can be written."""
     path = Path(path)
     require_folder(path.parent, call)
     if path.is_dir():
@@ -41,11 +33,7 @@ def check_folder(path: str | Path, call: str) -> None:
 
 
 def require_folder(folder: Path, call: str) -> None:
-    """Refuse a folder that is missing, with what makes it.
-
-    Raises:
-        InvalidArgumentError: it is missing.
-    """
+    """Refuse a folder that is missing, with what makes it."""
     if not folder.is_dir():
         raise InvalidArgumentError(
             call=call, got=f"a folder that does not exist: {folder}", expected="an existing folder",

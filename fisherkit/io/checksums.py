@@ -78,17 +78,7 @@ class Checksums:
         return first // width, min(-(-end // width), self._tensors[name].shape[0])
 
     def check(self, name: str, found: Tensor, first: int = 0, shape: tuple[int, ...] | None = None) -> None:
-        """Compare a tensor, or the pieces that lie in some of its rows as a whole.
-
-        Args:
-            name: the tensor's.
-            found: all of it, or as many rows as `rows_around` said.
-            first: the place of the first of these.
-            shape: the whole tensor's, as the file has it; None for that of what was found.
-
-        Raises:
-            ValueError: it is another than was written.
-        """
+        """Compare a tensor, or the pieces that lie whole in its rows from ``first`` on; ValueError if it differs."""
         if self._tensors is None:
             return
         written, whole = self._tensors[name], tuple(found.shape) if shape is None else shape
@@ -123,12 +113,10 @@ def seal(entries: Mapping[str, Any]) -> str:
 
 
 def unsealed(entries: Mapping[str, Any], names: Iterable[str]) -> Checksums:
-    """The checksums of the named tensors, once a description has been found to be as it was written.
-
-    Without any if the description has none, as before they were introduced.
+    """The checksums of the named tensors; none where the description has none, as before they were introduced.
 
     Raises:
-        ValueError: it is not what was written, or not of these tensors.
+        ValueError: the description is not what was written, or not of these tensors.
     """
     if CHECKSUM not in entries and CHECKSUMS not in entries:
         return Checksums(None)
@@ -145,11 +133,7 @@ def unsealed(entries: Mapping[str, Any], names: Iterable[str]) -> Checksums:
 
 
 def parse(text: str | bytes) -> Any:
-    """JSON in which no object has a key twice.
-
-    Raises:
-        ValueError: it is something else, not UTF-8, or nested too deeply.
-    """
+    """JSON in which no object has a key twice; a ValueError for anything else."""
     try:
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:

@@ -57,13 +57,9 @@ def index_of(path: Path) -> Path:
 
 
 def write(
-    path: str | Path,
-    state: State,
-    space: ParameterSpace,
-    metadata: dict[str, str],
-    *,
+    path: str | Path, state: State, space: ParameterSpace, metadata: dict[str, str], *,
     max_shard_size: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write a Fisher file; the final name appears only when the file is complete.
 
     Args:
@@ -133,11 +129,7 @@ def delete_replaced(path: Path, files: Collection[Path], sharded: bool) -> None:
 
 
 def refuse_others(path: Path, call: str, *, sharded: bool = False) -> None:
-    """Refuse to replace a model's weights, and anything that is in the way of shards but a Fisher file.
-
-    Raises:
-        InvalidArgumentError: there is such a thing at the path or at the index.
-    """
+    """Refuse to replace a model's weights, and anything that is in the way of shards but a Fisher file."""
     for there in (path, index_of(path)) if sharded else (path,):
         in_the_way = there.exists() if sharded else header_at(there) is not None
         if in_the_way and not _is_fisher_file(there):
@@ -210,17 +202,7 @@ class FisherHeader:
 
 
 def read_header(path: str | Path, call: str) -> FisherHeader:
-    """All of a Fisher file but its tensors.
-
-    Args:
-        path: of the file, of its index, or the one that was given to ``save`` of a sharded file.
-        call: the public call, for errors.
-
-    Raises:
-        InvalidTypeError: not a path.
-        MissingFileError: no such file.
-        FileFormatError: damaged, not a Fisher file, or a version from the future.
-    """
+    """All of a Fisher file but its tensors, by its path, its index, or the path that was given to ``save``."""
     path = as_path(path, call)
     found = path if path.is_file() else index_of(path)
     if not found.is_file():
@@ -302,12 +284,7 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State
 
 
 class Reader:
-    """Tensors of a Fisher file, compared with their checksums where it has them; the file read last stays open.
-
-    Args:
-        header: of the file.
-        device: where tensors go.
-    """
+    """Tensors of a Fisher file, compared with their checksums where it has them; the file read last stays open."""
 
     def __init__(self, header: FisherHeader, device: torch.device | str) -> None:
         self._header, self._device = header, device
@@ -318,22 +295,13 @@ class Reader:
         return node.state(self.tensor)
 
     def tensor(self, place: Place) -> Tensor:
-        """A whole tensor.
-
-        Raises:
-            MissingFileError: a file is not there; which one is said.
-            FileFormatError: a file is damaged, of another save, or lacks the tensor.
-        """
+        """A whole tensor."""
         if not place.rows:
             return self._read(place.keys[0], None)
         return self.rows(place, 0, sum(place.rows))
 
     def rows(self, place: Place, start: int, stop: int) -> Tensor:
-        """A tensor's entries from start to stop along its first axis; nothing is read but what their checksums are of.
-
-        Raises:
-            FileFormatError: as `tensor`, or the tensor is not that long.
-        """
+        """Entries from start to stop along the first axis; nothing is read but what their checksums are of."""
         if not place.rows:
             return self._read(place.keys[0], (start, stop))
         parts, first = [], 0

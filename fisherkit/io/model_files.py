@@ -44,10 +44,6 @@ class ModelFiles:
 
     Attributes:
         forms: name to shape and dtype of every tensor, in the files' order.
-
-    Raises:
-        MissingFileError: there is no such file, or the index names one that is not there.
-        FileFormatError: one is damaged, or lacks a tensor.
     """
 
     def __init__(self, path: Path, call: str) -> None:
@@ -73,11 +69,7 @@ class ModelFiles:
         return [*named, *dict.fromkeys(self._places.values())]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU.
-
-        Raises:
-            FileFormatError: the file is damaged.
-        """
+        """One tensor, on the CPU."""
         place = self._places[name]
         if self._open is None or self._open[0] != place:
             self._open = None  # one open file, or the address space of all of them would stay mapped
@@ -126,11 +118,9 @@ class ModelFiles:
         return opened
 
     def _refused(
-        self,
-        got: str,
-        try_: str = "check the path, or write the checkpoint again",
+        self, got: str, try_: str = "check the path, or write the checkpoint again",
         error: type[FileFormatError] = FileFormatError,
-    ) -> FileFormatError:
+    ) -> FileFormatError:  # fmt: skip
         return error(
             call=self._call, got=got, try_=try_,
             expected="complete safetensors files: one, an index with its shards, or a folder with model.safetensors",
@@ -154,30 +144,13 @@ def targets(out: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def written(
-    out: Path,
-    forms: Mapping[str, Form],
-    ties: Mapping[str, str],
-    max_shard_size: int | None,
-    *,
-    overwrite: bool,
+    out: Path, forms: Mapping[str, Form], ties: Mapping[str, str], max_shard_size: int | None, *, overwrite: bool,
     call: str,
-) -> Iterator[Callable[[str, Tensor], None]]:
+) -> Iterator[Callable[[str, Tensor], None]]:  # fmt: skip
     """A model's files that appear under their names, whole, when the block ends without an exception.
 
-    Args:
-        out: a folder, made if need be, or a file's name that ends in ``.safetensors``.
-        forms: every tensor that will be put.
-        ties: further names of some of these: the header names them.
-        max_shard_size: bytes of tensors in one file; None for one file of any size.
-        overwrite: replace what is there.
-        call: the public call, for errors.
-
-    Returns:
-        A function that writes one named tensor.
-
-    Raises:
-        InvalidArgumentError: there is something already, or no folder to write into.
-        InvalidTypeError: a dtype that safetensors does not have.
+    Gives a function that writes one named tensor of those in ``forms``; ``ties``, further names of some, go into the
+    header.
     """
     single, index = targets(out)
     _check(out, overwrite, call)

@@ -64,11 +64,7 @@ class Place:
 
     @classmethod
     def from_json(cls, found: Any) -> Place:
-        """The inverse of `to_json`.
-
-        Raises:
-            ValueError: it is something else.
-        """
+        """The inverse of `to_json`."""
         if isinstance(found, str):
             return cls((found,))
         keys, rows = tuple(found["parts"]), tuple(found["rows"])
@@ -114,12 +110,9 @@ class Node:
         if not (isinstance(kind, str) and isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise TypeError(f"an operator of kind {kind!r} over {names!r}")
         return cls(
-            kind,
-            tuple(names),
-            {role: Place.from_json(place) for role, place in tree["tensors"].items()},
-            tree["options"],
-            tuple(cls.from_json(child) for child in tree["children"]),
-        )
+            kind, tuple(names), {role: Place.from_json(place) for role, place in tree["tensors"].items()},
+            tree["options"], tuple(cls.from_json(child) for child in tree["children"]),
+        )  # fmt: skip
 
 
 def pack(state: State, largest: int | None, prefix: str = "") -> tuple[Node, dict[str, Tensor]]:

@@ -50,12 +50,9 @@ UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, LookupError, Runt
 
 @contextmanager
 def new_files(
-    files: Mapping[Path, Mapping[str, Form]],
-    header: Mapping[str, str],
-    call: str = "save",
-    *,
+    files: Mapping[Path, Mapping[str, Form]], header: Mapping[str, str], call: str = "save", *,
     index: tuple[Path, str] | None = None,
-) -> Iterator[Callable[[str, Tensor], None]]:
+) -> Iterator[Callable[[str, Tensor], None]]:  # fmt: skip
     """Files that appear under their names, whole, when the block ends without an exception.
 
     Args:
@@ -64,11 +61,7 @@ def new_files(
         call: the public call, for errors.
         index: path and text of the index of several files. If it cannot be written, none of them stays.
 
-    Returns:
-        A function that writes one named tensor, of the announced form.
-
-    Raises:
-        InvalidTypeError: a dtype that safetensors does not have.
+    Gives a function that writes one named tensor, of the announced form.
     """
     with ExitStack() as stack:
         parts = {path: stack.enter_context(part_of(path)) for path in files}
@@ -131,11 +124,7 @@ def form_nbytes(form: Form) -> int:
 def in_shards(path: Path, forms: Mapping[str, Form], largest: int | None) -> dict[Path, dict[str, Form]]:
     """Which tensor goes into which file: in their order, at most so many bytes a file where no tensor is larger.
 
-    Args:
-        path: of a single file, of which the names of several are made. They are names that no file has, so that an
-            index that is there keeps its own.
-        forms: every tensor's.
-        largest: bytes of tensors in a file; None for one file.
+    Several files have names that no file has yet, so that an index that is there keeps its own.
     """
     shards = cut(forms, largest)
     if len(shards) == 1:
@@ -168,18 +157,7 @@ def weight_map(files: Mapping[Path, Mapping[str, Form]]) -> dict[str, str]:
 
 
 def replace_checked_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """Write a safetensors file; whoever opens the path finds the old file or the whole new one, never a part.
-
-    It has checksums of the tensors and of the header, which `read_tensors` compares.
-
-    Args:
-        path: where; an existing file is replaced.
-        tensors: named tensors.
-        header: string keys and values.
-
-    Returns:
-        The header's checksum, which is one of all that the file holds.
-    """
+    """Write a safetensors file with checksums, whole or not at all; gives that of the header, of all it holds."""
     whole = sealed(header, written(tensors))
     with new_files({Path(path): forms_of(tensors)}, whole) as put:
         for name, tensor in tensors.items():
@@ -193,17 +171,7 @@ def replace_checked_file(path: str | Path, tensors: Mapping[str, Tensor], header
 def read_tensors(
     path: str | Path, device: torch.device | str, call: str, writer: str
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The header and the tensors of a safetensors file; compared with the checksums in it, if it is of this package.
-
-    Args:
-        path: the file.
-        device: where its tensors go.
-        call: the public call, for errors.
-        writer: what writes such files, for errors.
-
-    Raises:
-        FileFormatError: damaged, or no safetensors file.
-    """
+    """The header and the tensors of a safetensors file, compared with the checksums in one of this package."""
     try:
         with safe_open(path, framework="pt") as file:
             # The handle is not a mapping: keys() is its only way to tell what it holds.

@@ -144,11 +144,7 @@ class BlockwiseMerge:
     infos: list[BlockInfo] = field(default_factory=list)
 
     def solutions(self) -> Iterator[tuple[str, Tensor]]:
-        """Every covered name and its merged values in float64.
-
-        Raises:
-            SingularMatrixError: there is no damping and a block needs some.
-        """
+        """Every covered name and its merged values in float64."""
         device = torch.device(self.job.policy.device or self.sources[0].device)
         for names in self.scales.factors:
             center = torch.cat([self._center(name, device).reshape(-1) for name in names])
@@ -253,11 +249,7 @@ def _in_double(block: FisherOperator, device: torch.device) -> FisherOperator:
 def solve(
     total: FisherOperator, right: Float[Tensor, "d"], damping: float, policy: MergePolicy
 ) -> tuple[Float[Tensor, "d"], SolveInfo]:
-    """δ with (total + λI) δ = right, and how it was found; ``right`` may be changed.
-
-    Raises:
-        SingularMatrixError: λ is 0 and the method needs an inverse that does not exist.
-    """
+    """δ with (total + λI) δ = right, and how it was found; ``right`` may be changed."""
     if not bool(right.any()):
         return right, SolveInfo("closed_form", 0, right.new_zeros(1), True, damping)
     if total.is_diagonal and policy.method != "cg":

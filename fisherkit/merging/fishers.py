@@ -137,11 +137,7 @@ def activations(source: FisherSource, shrink: float) -> FisherSource:
 
 
 def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str], call: str) -> list[Names]:
-    """The finest partition of some names in which no block of any source is torn apart, in the names' order.
-
-    Raises:
-        InvalidArgumentError: a block reaches beyond the names, or the sources order its names differently.
-    """
+    """The finest partition of some names in which no block of any source is torn apart, in the names' order."""
     order = {name: place for place, name in enumerate(names)}
     units: list[Names] = [(name,) for name in order]
     for number, source in enumerate(sources, 1):
@@ -173,13 +169,7 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str], call: s
 def check_measured(
     models: Sequence[ModelSource], sources: Sequence[FisherSource], other_weights: str, call: str
 ) -> tuple[int, ...]:
-    """Numbers of the models, from 1, that cannot be told to be those that were measured.
-
-    Raises:
-        InvalidArgumentError: a Fisher was measured at another model, and ``other_weights`` is "refuse".
-
-    Cost: reads each model's covered parameters once, one at a time.
-    """
+    """Numbers of the models, from 1, that cannot be told to be those that were measured."""
     same = [_measured_at(model, source) for model, source in zip(models, sources, strict=True)]
     others = []
     for number, source in enumerate(sources, 1):

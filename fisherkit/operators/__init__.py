@@ -10,6 +10,8 @@
 | `KroneckerOperator` | G ⊗ A | eigh of G and of A | products of theirs | as the next | one with an equal factor |
 | `EigenKroneckerOperator` | U diag(e) Uᵀ, U = U_G ⊗ U_A | 1/(e + λ) | e | U √e ε | one of the same bases |
 | `BlockDiagonalOperator` | blocks | the blocks' | the blocks' | the blocks' | block by block |
+| `ShardedOperator` | blocks of several processes | each its own | the blocks' | the blocks' | one shared out alike |
+| `PackedOperator` | one of these | its own, in the wide form | its own | its own | its own |
 | `SumOperator` | F₁ + F₂ + ... | conjugate gradients, no log det | no closed form | the terms' | term by term |
 
 All supply `_matmat`, `_diagonal`, `_draw`, `_scaled`, `_state` and `_from_state`. Every other hook has a default that
@@ -24,36 +26,19 @@ from fisherkit.operators.damping import Damping, RelativeDamping
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
-from fisherkit.operators.files import FisherFile, open_file
+from fisherkit.operators.files import FisherFile, load, open_file
 from fisherkit.operators.forwarding import ForwardingOperator, unwrap
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.normalization import normalize, usual_damping
-from fisherkit.operators.persistence import load, state_of
+from fisherkit.operators.packed import PackedOperator, packed
+from fisherkit.operators.persistence import state_of
 from fisherkit.operators.quadratic import Quadratic
+from fisherkit.operators.sharded import ShardedOperator
 
 __all__ = [
-    "BlockDiagonalOperator",
-    "Damping",
-    "DenseOperator",
-    "DiagonalOperator",
-    "EigenKroneckerOperator",
-    "Factorization",
-    "FisherFile",
-    "FisherOperator",
-    "ForwardingOperator",
-    "IterativeFactorization",
-    "KroneckerOperator",
-    "LowRankOperator",
-    "Quadratic",
-    "RelativeDamping",
-    "SumOperator",
-    "add",
-    "load",
-    "normalize",
-    "open_file",
-    "split",
-    "state_of",
-    "unwrap",
-    "usual_damping",
-]
+    "BlockDiagonalOperator", "Damping", "DenseOperator", "DiagonalOperator", "EigenKroneckerOperator",
+    "Factorization", "FisherFile", "FisherOperator", "ForwardingOperator", "IterativeFactorization",
+    "KroneckerOperator", "LowRankOperator", "PackedOperator", "Quadratic", "RelativeDamping", "ShardedOperator",
+    "SumOperator", "add", "load", "normalize", "open_file", "packed", "split", "state_of", "unwrap", "usual_damping",
+]  # fmt: skip

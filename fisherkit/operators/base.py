@@ -30,6 +30,7 @@ from fisherkit.errors import (
 from fisherkit.operators.damping import REQUIRED, Damping, RelativeDamping, check_damping
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.layer_layout import LayerLayout, marginals
+from fisherkit.processes import Processes
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace, Vector
@@ -44,9 +45,9 @@ AT_ONCE = 256
 
 OPTIONAL_HOOKS = (
     "_factorize", "_plus", "_gram", "_trace", "_frobenius", "_eigenvalues", "_eigenvectors", "_effective_dimension",
-    "_rank_bound", "_to_dense", "_converted", "_made_of", "_terms", "_blocks", "_blocks_of_node", "is_diagonal",
-    "is_dense", "inversion", "decomposed_side", "nbytes", "stored_rows", "layout", "factors", "_nearest_kronecker",
-    "_approximate_inverse", "_usual_damping", "_average", "_moment",
+    "_rank_bound", "_to_dense", "_converted", "_write", "_made_of", "_terms", "_blocks", "_blocks_of_node",
+    "is_diagonal", "is_dense", "inversion", "decomposed_side", "nbytes", "together", "stored_rows", "layout", "factors",
+    "_nearest_kronecker", "_approximate_inverse", "_usual_damping", "_average", "_moment", "_packed",
 )  # fmt: skip
 """What a structure may override, each with a default; beside these are the abstract methods."""
 
@@ -333,10 +334,7 @@ class FisherOperator(ABC):
             InvalidTypeError: not a path, or a size that is not an integer.
             NoClosedFormError: the rows are streamed from the data and lie nowhere.
         """
-        state = self._state()
-        if not state.kind:
-            raise self._no_closed_form("save", "it has no tag that a file could name", f'{self._name}.tag = "..."')
-        io.write(path, state, self.space, self.metadata, max_shard_size=max_shard_size)
+        self._write(path, self.metadata, max_shard_size)
 
     @final
     @without_autocast()
@@ -502,6 +500,20 @@ class FisherOperator(ABC):
         except (NoClosedFormError, FileFormatError) as error:
             raise error.at(f"{self._name} in {dtype}") from error
 
+    def _write(self, path: str | Path, metadata: dict[str, str], max_shard_size: int | None) -> None:
+        """Write a Fisher file; by default of `_state`."""
+        state = self._state()
+        if not state.kind:
+            raise self._no_closed_form("save", "it has no tag that a file could name", f'{self._name}.tag = "..."')
+        io.write(path, state, self.space, metadata, max_shard_size=max_shard_size)
+
+    def _packed(self, dtype: torch.dtype) -> io.State | None:
+        """What `_state` has, in a form that rounding to a coarser dtype leaves positive semi-definite, and rounded.
+
+        Tensors named ``…_basis`` are made orthonormal again. None for an operator that is kept as it is.
+        """
+        return None
+
     def _made_of(self) -> str:
         """What an operator holds, for its repr; empty where the class says it all."""
         return ""
@@ -545,6 +557,11 @@ class FisherOperator(ABC):
     def nbytes(self) -> int:
         """Bytes that its tensors take in memory."""
         return self._state().nbytes
+
+    @property
+    def together(self) -> Processes | None:
+        """The processes that must ask it the same questions, each of which has a part; None for this one alone."""
+        return None
 
     @property
     def stored_rows(self) -> tuple[Rows, float] | None:

@@ -22,6 +22,7 @@ from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.persistence import blocks_of_node, restore
 from fisherkit.operators.row_products import BlockProducts, RowProducts, aligned
+from fisherkit.processes import Processes
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace
@@ -54,6 +55,11 @@ class CompositeOperator(FisherOperator):
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def together(self) -> Processes | None:
+        """Those of any part."""
+        return next((part.together for part in self.parts if part.together is not None), None)
 
     def _usual_damping(self) -> float:
         # What has correlations decides, and of that what takes least.

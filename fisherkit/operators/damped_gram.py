@@ -47,27 +47,16 @@ def rounding_of(dtype: torch.dtype, largest: float, damping: float) -> float:
 
 
 def damped_grams(
-    parts: Sequence[Rows | SharedRows],
-    damping: float,
-    *,
-    scale: float = 1.0,
-    precise: bool = False,
-    call: str,
+    parts: Sequence[Rows | SharedRows], damping: float, *, scale: float = 1.0, precise: bool = False, call: str,
     try_: str,
-) -> list[DampedGram]:
-    """Of the rows of every part; one wait for the device, however many there are.
+) -> list[DampedGram]:  # fmt: skip
+    """Of the rows of every part, in float32 or float64; one wait for the device, however many there are.
 
-    Args:
-        parts: rows in float32 or float64.
-        damping: λ.
-        scale: s.
-        precise: multiply inner products in float64 at once; else only where λ does not hide rounding, or where without
-            it there is no factor.
-        call: for the error.
-        try_: for the error.
+    Inner products are multiplied in float64 at once (``precise``), or only where λ does not hide rounding, or where
+    without it there is no factor.
 
     Raises:
-        SingularMatrixError: there is no factor.
+        SingularMatrixError: there is no factor at all.
     """
     grams = [_products(part, precise).mul_(scale) for part in parts]
     largest = [gram.abs().sum(1).max() if len(gram) else gram.sum() for gram in grams]  # bounds the eigenvalues

@@ -90,6 +90,9 @@ class DiagonalOperator(FisherOperator):
     def _state(self) -> io.State:
         return io.State(self.tag, self.space.names, {"diagonal": self._entries})
 
+    def _packed(self, dtype: torch.dtype) -> io.State:
+        return self._state().map(lambda tensor: tensor.to(dtype))
+
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> DiagonalOperator:
         return cls(space, state.tensors["diagonal"])

@@ -1,4 +1,4 @@
-"""A Fisher file that is open and not read: what is in it, and any of its blocks."""
+"""From a Fisher file back to an operator, without the model: whole, or any of the blocks of a file that is open."""
 
 from __future__ import annotations
 
@@ -13,8 +13,55 @@ from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidArgumentError, UnknownParameterError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator
-from fisherkit.operators.persistence import blocks_of_node, parts_fit
+from fisherkit.operators.persistence import blocks_of_node, parts_fit, restore
+from fisherkit.operators.sharded import ShardedOperator
+from fisherkit.processes import Group, Processes
 from fisherkit.space import ParameterSpace
+
+
+def load(
+    path: str | Path, *, device: torch.device | str = "cpu", shard: bool = False, group: Group = None
+) -> FisherOperator:  # fmt: skip
+    """The operator that ``fisher.save(path)`` wrote: frozen, and in need of no model.
+
+    Args:
+        path: the file; of one in shards its index, or the path that was given to ``save``.
+        device: where its tensors go.
+        shard: share its blocks out to the processes of ``group``, as many as there are now, by their parameters; each
+            reads its own alone. False for all blocks in each process that calls.
+        group: as of `fisherkit.FisherApproximation`.
+
+    Returns:
+        An operator of the saved structure and dtype; what was recorded at saving is in ``.metadata``.
+
+    Raises:
+        MissingFileError: no such file; it is a FileNotFoundError too.
+        FileFormatError: damaged, not a Fisher file, of a version from the future, or of an unknown tag.
+        ProcessError: the processes have other files.
+    """
+    call = f"load({str(path)!r})"
+    processes = Processes.of(group, torch.device(device), call) if shard else None
+    if processes is not None:
+        return _shared_out(path, torch.device(device), processes, call)
+    state, space, metadata = io.read(path, device=device)
+    with parts_fit(call):
+        operator = restore(space, state)
+    operator.metadata = dict(metadata)
+    return operator
+
+
+def _shared_out(path: str | Path, device: torch.device, processes: Processes, call: str) -> ShardedOperator:
+    file = processes.each(call, lambda: open_file(path, device=device))
+    processes.require_same(call, {"file": (file.space, file.header.root, file.metadata)})
+    owner = processes.owners({names: file.space.restrict(names).size for names in file.blocks})
+    blocks = processes.each(
+        call, lambda: {names: file.read(names) for names, rank in owner.items() if rank == processes.rank}
+    )
+    dtypes = processes.gathered(next((block.dtype for block in blocks.values()), None))
+    dtype = next(one for one in dtypes if one is not None)
+    whole = ShardedOperator.of(file.space, blocks, processes, dtype=dtype, device=device)
+    whole.metadata = file.metadata
+    return whole
 
 
 def open_file(path: str | Path, *, device: torch.device | str = "cpu") -> FisherFile:

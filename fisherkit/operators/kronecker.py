@@ -9,6 +9,7 @@ inverse above all, is one of the second. `layer_layout` owns which parameter lie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -77,15 +78,18 @@ class KroneckerOperator(FisherOperator):
     @cached_property
     def _eigen(self) -> EigenKroneckerOperator:
         # The product of the factors' eigenvalues stays in float64: its reciprocals are what a solve consists of.
+        on_inputs, on_outputs = (found.to(self.dtype) for found in self._spectra_of_factors())
+        return EigenKroneckerOperator.of_spectra(self.space, on_inputs, on_outputs, None, self._layout.transposed)
+
+    def _spectra_of_factors(self) -> tuple[Spectrum, Spectrum]:
+        """A's eigenpairs and G's."""
         on_inputs, on_outputs = (
             spectrum(matrix, f"KroneckerOperator({name})") if known is None else Spectrum(*known())
             for known, matrix, name in zip(
                 self._spectra, (self.activation, self.gradient), ("activation", "gradient"), strict=True
             )
         )
-        return EigenKroneckerOperator.of_spectra(
-            self.space, on_inputs.to(self.dtype), on_outputs.to(self.dtype), None, self._layout.transposed
-        )
+        return on_inputs, on_outputs
 
     @property
     def layout(self) -> LayerLayout:
@@ -179,10 +183,21 @@ class KroneckerOperator(FisherOperator):
         tensors = {"activation": self.activation, "gradient": self.gradient}
         return io.State(self.tag, self.space.names, tensors, {"transposed": self._layout.transposed})
 
+    def _packed(self, dtype: torch.dtype) -> io.State:
+        a, g = (found.to(dtype) for found in self._spectra_of_factors())
+        tensors = a.tensors("activation") | g.tensors("gradient")
+        return io.State(self.tag, self.space.names, tensors, {"transposed": self._layout.transposed})
+
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> KroneckerOperator:
-        tensors = state.tensors
-        return cls(space, tensors["activation"], tensors["gradient"], bool(state.options["transposed"]))
+        tensors, transposed = state.tensors, bool(state.options["transposed"])
+        if "activation" in tensors:
+            return cls(space, tensors["activation"], tensors["gradient"], transposed)
+        a, g = (Spectrum.from_tensors(tensors, name) for name in ("activation", "gradient"))
+        return cls(
+            space, a.dense(), g.dense(), transposed, symmetric=True,
+            activation_spectrum=lambda: a, gradient_spectrum=lambda: g,
+        )  # fmt: skip
 
 
 class _Weights(NamedTuple):
@@ -438,6 +453,14 @@ class EigenKroneckerOperator(FisherOperator):
             "eigenvalues": self.eigenvalue_grid,
         }
         return io.State(self.tag, self.space.names, tensors, options)
+
+    def _packed(self, dtype: torch.dtype) -> io.State:
+        def rounded(name: str, tensor: Tensor) -> Tensor:
+            kept = name.endswith("_basis") or name in ("eigenvalues", "values")
+            return tensor.to(dtype).contiguous() if kept else tensor
+
+        state = self._state()
+        return replace(state, tensors={name: rounded(name, tensor) for name, tensor in state.tensors.items()})
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> EigenKroneckerOperator:

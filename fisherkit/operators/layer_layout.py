@@ -20,29 +20,32 @@ class LayerLayout:
     Args:
         outputs: O.
         inputs: I, without the bias's column. A convolution's is in-channels per group times the kernel's size.
-        bias: whether the flat order goes on with a bias [O] after the weight.
+        bias: whether there is a bias [O], after the weight in the flat order.
         transposed: whether the weight is stored as [I, O] and not as [O, I].
+        leading: whether the bias comes before the weight instead, as of a module that registers it first.
     """
 
     outputs: int
     inputs: int
     bias: bool
     transposed: bool
+    leading: bool = False
 
     @classmethod
     def of(cls, space: ParameterSpace, transposed: bool, call: str) -> LayerLayout:
-        """The layout of a space of a weight, or of a weight and then its bias; any other space is refused."""
-        weight = space.shapes[0]
+        """The layout of a space of a weight, or of a weight and its bias; any other space is refused."""
+        leading = len(space.names) == 2 and len(space.shapes[0]) == 1 < len(space.shapes[1])
+        weight, *others = reversed(space.shapes) if leading else space.shapes
         first, rest = (weight[0], math.prod(weight[1:])) if weight else (0, 0)
         outputs, inputs = (rest, first) if transposed else (first, rest)
-        if not weight or len(space.names) > 2 or (len(space.names) == 2 and space.shapes[1] != (outputs,)):
+        if not weight or others not in ([], [(outputs,)]):
             stored = "[I, O]" if transposed else "[O, I]"
             raise InvalidArgumentError(
                 call=call, got=f"a space of {dict(zip(space.names, space.shapes, strict=True))}",
                 expected=f"one layer's weight {stored}, or that and then its bias [O]",
                 why="a Kronecker product covers one layer", try_="space.restrict(names) for one layer, or transposed=",
             )  # fmt: skip
-        return cls(outputs, inputs, len(space.names) == 2, transposed)
+        return cls(outputs, inputs, bool(others), transposed, leading)
 
     @property
     def width(self) -> int:
@@ -51,23 +54,29 @@ class LayerLayout:
 
     def to_grid(self, columns: Shaped[Tensor, "D K"]) -> Shaped[Tensor, "K O J"]:
         """Flat columns as one grid a column; J is `width`."""
-        count, weights = columns.shape[1], self.outputs * self.inputs
-        rows = columns.mT
+        weight, bias = self._parts(columns.mT)
         if self.transposed:
-            grid = rows[:, :weights].reshape(count, self.inputs, self.outputs).mT
+            grid = weight.reshape(-1, self.inputs, self.outputs).mT
         else:
-            grid = rows[:, :weights].reshape(count, self.outputs, self.inputs)
-        return torch.cat([grid, rows[:, weights:].unsqueeze(-1)], dim=-1) if self.bias else grid
+            grid = weight.reshape(-1, self.outputs, self.inputs)
+        return torch.cat([grid, bias.unsqueeze(-1)], dim=-1) if self.bias else grid
+
+    def _parts(self, rows: Shaped[Tensor, "K D"]) -> tuple[Shaped[Tensor, "K W"], Shaped[Tensor, "K O"]]:
+        """Views of weight and bias."""
+        weights = self.outputs * self.inputs
+        if self.leading:
+            return rows[:, self.outputs :], rows[:, : self.outputs]
+        return rows[:, :weights], rows[:, weights:]
 
     def to_flat(self, grid: Shaped[Tensor, "K O J"]) -> Shaped[Tensor, "D K"]:
         """The inverse of `to_grid`."""
-        count, weights = len(grid), self.outputs * self.inputs
-        rows = grid.new_empty(count, self.outputs * self.width)
+        rows = grid.new_empty(len(grid), self.outputs * self.width)
+        weights, bias = self._parts(rows)
         first, second = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
         weight = grid[..., : self.inputs]
-        rows[:, :weights].unflatten(1, (first, second)).copy_(weight.mT if self.transposed else weight)
+        weights.unflatten(1, (first, second)).copy_(weight.mT if self.transposed else weight)
         if self.bias:
-            rows[:, weights:] = grid[..., -1]
+            bias.copy_(grid[..., -1])
         return rows.mT
 
 

@@ -6,7 +6,9 @@ of a solve.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -36,42 +38,73 @@ def check_tensor(
         raise InvalidArgumentError(call=call, got=f"shape {list(tensor.shape)}", expected=str(list(shape)))
     if device is not None and tensor.device != device:
         raise InvalidArgumentError(call=call, got=f"a tensor on {tensor.device}", expected=str(device))
-    pending = _PENDING.get()
-    if pending is None:
-        _check_values([(tensor, call, nonnegative)])
-    else:
-        pending.append((tensor, call, nonnegative))
+    lows = [tensor.min()] if nonnegative and tensor.numel() else []
+    _look(tensor, lows, functools.partial(_check_values, tensor, call, nonnegative))
     return tensor.detach()
 
 
-_Pending = tuple[Tensor, str, bool]
-_PENDING: ContextVar[list[_Pending] | None] = ContextVar("pending", default=None)
+class _Look(NamedTuple):
+    """What is to be looked at: a tensor that must be finite, numbers that must not be negative, and what refuses."""
+
+    tensor: Tensor
+    lows: Sequence[Tensor]
+    refuse: Callable[[], None]
+
+
+_PENDING: ContextVar[list[_Look] | None] = ContextVar("pending", default=None)
+
+
+def _look(tensor: Tensor, lows: Sequence[Tensor], refuse: Callable[[], None]) -> None:
+    """Look at numbers now, or together with others where `checked_together` is about."""
+    pending, look = _PENDING.get(), _Look(tensor, lows, refuse)
+    if pending is None:
+        _look_at([look])
+    else:
+        pending.append(look)
 
 
 @contextmanager
 def checked_together() -> Iterator[None]:
-    """Operators that are made in here have their numbers looked at in the end, with one or two waits for the device."""
-    pending: list[_Pending] = []
+    """Operators and spectra that are made in here have their numbers looked at in the end, with one wait."""
+    if _PENDING.get() is not None:
+        yield
+        return
+    with checked_before() as pending:
+        yield
+    _look_at(pending)
+
+
+@contextmanager
+def checked_before() -> Iterator[list[_Look]]:
+    """Operators that are made in here have numbers that have been looked at."""
+    pending: list[_Look] = []
     token = _PENDING.set(pending)
     try:
-        yield
+        yield pending
     finally:
         _PENDING.reset(token)
-    lows = [tensor.min() for tensor, _, nonnegative in pending if nonnegative and tensor.numel()]
-    if not all_finite(*(tensor for tensor, _, _ in pending)) or (lows and float(torch.stack(lows).min()) < 0):
-        _check_values(pending)
 
 
-def _check_values(pending: Sequence[_Pending]) -> None:
+def _look_at(pending: Sequence[_Look]) -> None:
+    if not pending:
+        return
+    norms = torch._foreach_norm([look.tensor for look in pending])  # which may overflow where no entry does
+    lows = [low for look in pending for low in look.lows]
+    found = torch.stack([one.to(norms[0]) for one in (*norms, *lows)]).tolist()
+    if not all(map(math.isfinite, found)) or any(low < 0 for low in found[len(norms) :]):
+        for look in pending:
+            look.refuse()
+
+
+def _check_values(tensor: Tensor, call: str, nonnegative: bool) -> None:
     """Refuse NaN and infinity, and where it is said, negative numbers."""
-    for tensor, call, nonnegative in pending:
-        if not all_finite(tensor):
-            raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
-        if nonnegative and tensor.numel() and float(tensor.min()) < 0:
-            raise InvalidArgumentError(
-                call=call, got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
-                expected="numbers that are 0 or more", why="a Fisher matrix is positive semi-definite",
-            )  # fmt: skip
+    if not all_finite(tensor):
+        raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
+    if nonnegative and tensor.numel() and float(tensor.min()) < 0:
+        raise InvalidArgumentError(
+            call=call, got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
+            expected="numbers that are 0 or more", why="a Fisher matrix is positive semi-definite",
+        )  # fmt: skip
 
 
 def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n n"]:
@@ -110,6 +143,10 @@ class Spectrum(NamedTuple):
         """With the basis in a dtype, in one piece."""
         return self._replace(basis=self.basis.to(dtype).contiguous())
 
+    def dense(self) -> Float[Tensor, "w w"]:
+        """Q diag(values) Qᵀ, in the basis's dtype."""
+        return (self.basis * self.values.to(self.basis.dtype)) @ self.basis.mT
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What a file must hold; ``name`` is the matrix's."""
         return {f"{name}_values": self.values, f"{name}_basis": self.basis, f"{name}_rest": self.others}
@@ -123,18 +160,34 @@ class Spectrum(NamedTuple):
 
 def spectrum(matrix: Float[Tensor, "n n"], call: str) -> Spectrum:
     """All eigenpairs, values in ascending order, those within rounding of 0 as 0; float64."""
-    if not all_finite(matrix):
-        raise NonFiniteError(call=call, got="a matrix with NaN or infinite entries", expected="finite numbers")
-    values, vectors = torch.linalg.eigh(matrix.double())
-    largest, least = torch.stack([values.abs().max(), values.min()]).tolist()
-    if least < -(torch.finfo(matrix.dtype).eps ** 0.5) * largest:
-        raise InvalidArgumentError(
-            call=call, got=f"a matrix with eigenvalue {least:.3g} beside {largest:.3g}",
-            expected="no negative eigenvalue", why="a Fisher matrix is positive semi-definite",
-        )  # fmt: skip
+
+    def refuse() -> None:
+        if not all_finite(matrix):
+            raise NonFiniteError(call=call, got="a matrix with NaN or infinite entries", expected="finite numbers")
+        if float(slack) < 0:
+            raise InvalidArgumentError(
+                call=call, got=f"a matrix with eigenvalue {float(least):.3g} beside {float(largest):.3g}",
+                expected="no negative eigenvalue", why="a Fisher matrix is positive semi-definite",
+            )  # fmt: skip
+
+    slack = torch.zeros(())
+    values, vectors = _decomposed(matrix.double(), refuse)
+    largest, least = values.abs().max(), values.min()
+    slack = torch.add(least, largest, alpha=torch.finfo(matrix.dtype).eps ** 0.5)
+    _look(matrix, [slack], refuse)
     # Below this even a float64 decomposition only returns noise, half of it negative.
     noise = len(values) * torch.finfo(torch.float64).eps * largest
     return Spectrum(torch.where(values > noise, values, 0), vectors)
+
+
+def _decomposed(matrix: Float[Tensor, "n n"], refuse: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; of a matrix that is not finite, for which the algorithm fails, the refusal."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        refuse()
+        raise
+    return values, vectors
 
 
 def leading_spectrum(
@@ -142,14 +195,8 @@ def leading_spectrum(
 ) -> Spectrum:
     """The leading eigenpairs, all if ``rank`` is None; what they do not span gets the mean of what is left.
 
-    So the trace is kept. By subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061). Kronecker factors of low
-    rank: Puiu, arXiv 2206.15397.
-
-    Args:
-        matrix: a Kronecker factor.
-        rank: how many.
-        start: where to start from, as the last basis; None for random vectors from a fixed seed.
-        call: for errors.
+    So the trace is kept. By subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061) from ``start``, the last
+    basis, or from random vectors of a fixed seed. Kronecker factors of low rank: Puiu, arXiv 2206.15397.
 
     Raises:
         NonFiniteError: NaN or infinite entries.
@@ -157,11 +204,15 @@ def leading_spectrum(
     width = len(matrix)
     if rank is None or rank >= width:
         return spectrum(matrix, call).to(matrix.dtype)
-    if not all_finite(matrix):
-        raise NonFiniteError(
-            call=call, got="Kronecker factors with NaN or infinite entries", expected="finite ones",
-            why="activations or gradients have grown out of range", try_="a smaller lr, or a trust_region",
-        )  # fmt: skip
+
+    def refuse() -> None:
+        if not all_finite(matrix):
+            raise NonFiniteError(
+                call=call, got="Kronecker factors with NaN or infinite entries", expected="finite ones",
+                why="activations or gradients have grown out of range", try_="a smaller lr, or a trust_region",
+            )  # fmt: skip
+
+    _look(matrix, [], refuse)
     if start is not None and start.shape == (width, rank):
         q, iterations = start, LATER
     else:
@@ -170,7 +221,7 @@ def leading_spectrum(
     for _ in range(iterations):
         q = torch.linalg.qr(matrix @ q)[0]
     small = (q.mT @ (matrix @ q)).double()
-    values, turn = torch.linalg.eigh((small + small.mT) / 2)
+    values, turn = _decomposed((small + small.mT) / 2, refuse)
     values, turn = values[-rank:].clamp_min(0), turn[:, -rank:]
     rest = (matrix.diagonal().double().sum() - values.sum()).clamp_min(0) / (width - rank)
     return Spectrum(values, q @ turn.to(q.dtype), rest)
@@ -195,6 +246,20 @@ def orthonormal(columns: Float[Tensor, "n m"], k: int) -> Float[Tensor, "n k"]:
     given = columns / columns.norm(dim=0)
     basis, triangle = torch.linalg.qr(torch.cat([given, added.to(columns.device)], dim=1))
     return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+
+
+def nearest_orthonormal(basis: Float[Tensor, "w r"]) -> Float[Tensor, "w r"]:
+    """The orthonormal columns nearest to columns that are nearly so, by Newton's iteration for the polar factor.
+
+    Source: Higham, "Computing the polar decomposition", 1986; the form without inverses, which squares the error.
+    """
+    identity = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    for _ in range(4):
+        skew = basis.mT @ basis - identity
+        if float(skew.norm()) <= 4 * torch.finfo(basis.dtype).eps * len(identity) ** 0.5:
+            break
+        basis = basis - basis @ (skew / 2)
+    return basis
 
 
 def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: str) -> Tensor:

@@ -25,6 +25,7 @@ from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.linalg import orthonormal, singular, spectrum
 from fisherkit.operators.row_products import Part, RowProducts, RowSolution
+from fisherkit.processes import Processes
 from fisherkit.rows import restore_rows
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
@@ -196,6 +197,11 @@ class LowRankOperator(FisherOperator):
     def stored_rows(self) -> tuple[Rows, float] | None:
         """J and its scale, unless the rows are streamed."""
         return (self.row_source, self.scale) if isinstance(self.row_source, Rows) else None
+
+    @property
+    def together(self) -> Processes | None:
+        """The processes that have rows of their own."""
+        return self._rows.processes if isinstance(self._rows, SharedRows) else None
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""From a Fisher file back to an operator, without the model.
+"""From a state back to an operator, without the model.
 
 A `State`'s tag names the class that reads it: every imported subclass of `FisherOperator` with a `tag`, users' own too.
 """
@@ -8,36 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from fisherkit import io
 from fisherkit.errors import FileFormatError
 from fisherkit.operators.base import FisherOperator, Makers
 from fisherkit.space import ParameterSpace
-
-
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> FisherOperator:
-    """The operator that ``fisher.save(path)`` wrote: frozen, and in need of no model.
-
-    Args:
-        path: the file; of one in shards its index, or the path that was given to ``save``.
-        device: where its tensors go.
-
-    Returns:
-        An operator of the saved structure and dtype; what was recorded at saving is in ``.metadata``.
-
-    Raises:
-        MissingFileError: no such file; it is a FileNotFoundError too.
-        FileFormatError: damaged, not a Fisher file, of a version from the future, or of an unknown tag.
-    """
-    state, space, metadata = io.read(path, device=device)
-    with parts_fit(f"load({str(path)!r})"):
-        operator = restore(space, state)
-    operator.metadata = dict(metadata)
-    return operator
 
 
 @contextmanager

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisherkit.operators import FisherOperator, RelativeDamping
+from fisherkit.operators.linalg import checked_together
 from fisherkit.processes import Processes
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.plan import Plan
@@ -52,18 +54,22 @@ class Averages:
         self.records: dict[tuple[Names, str], UnitSums] = {}
         self.updates, self.least = 0, math.inf
 
-    def update(self, plan: Plan, chunks: Sequence[Chunk], examples: int, processes: Processes | None = None) -> None:
-        """With the rows of a batch of N examples, of which each of some processes has a part."""
-        structure = self.structure.of(plan, **self.settings, processes=processes)
+    def update(
+        self, plan: Plan, space: ParameterSpace, chunks: Sequence[Chunk], examples: int,
+        processes: Processes | None = None,
+    ) -> None:  # fmt: skip
+        """With the rows of a batch of N examples, of which each of some processes has a part, over all parameters."""
+        structure = replace(self.structure.of(plan, **self.settings, processes=processes), space=space)
         due = self.updates % self.refresh_every == 0
         records: dict[tuple[Names, str], UnitSums] = {}
         sums: Any = structure.empty()
-        while sums is not None:
-            added: LayerSums = sums.added(chunks)
-            added = added if processes is None else added.met(processes)
-            found = added.averaged(self.records, self.ema, 1 / examples, due)
-            records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
-            sums = structure.next_pass(found)
+        with checked_together():  # all factors' decompositions with one wait for the device
+            while sums is not None:
+                added: LayerSums = sums.added(chunks)
+                added = added if processes is None else added.met(processes)
+                found = added.averaged(self.records, self.ema, 1 / examples, due)
+                records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
+                sums = structure.next_pass(found)
         self.records = records
         self.updates += 1
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from fisherkit import likelihoods
 from fisherkit.arguments import check_choice, check_count, check_number, is_number
 from fisherkit.arithmetic import all_finite, at_least_single
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, SingularMatrixError
+from fisherkit.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    ModelError,
+    NonFiniteError,
+    SingularMatrixError,
+    listed,
+)
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping, Factorization, FisherOperator, RelativeDamping
@@ -36,6 +43,7 @@ from fisherkit.rows.shared import SharedRows
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import structure_named
 from fisherkit.vectors import EmpiricalVectors, rule_of
+from fisherkit.wrappers import is_fully_sharded
 
 FIT = 1e-4
 """Below this ‖∂ℓ/∂z‖² an example's factor says nothing."""
@@ -122,11 +130,7 @@ class Curvature:
             )
 
     def finite(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Whether gradients are finite, with one wait for the device for all that a step needs.
-
-        Raises:
-            NonFiniteError: gradients are, and a pass that an update is made of is not.
-        """
+        """Whether gradients are finite, with one wait for the device for all that a step needs."""
         if self.processes is None:
             return self._finite(gradients)
         own = self.processes.each(f"{self.call}.step", lambda: self._finite(gradients))
@@ -161,13 +165,22 @@ class Curvature:
                 block structures.
         """
         due = self.due
-        if self.processes is None:
-            captured, space = self._taken(own, gradients)
+        processes = self.processes
+        if processes is None:
+            captured, space = self._taken()
+            if due:
+                self._refuse_strays(own, gradients, space)
         else:
-            captured, space = self.processes.each(f"{self.call}.step", lambda: self._taken(own, gradients))
+            captured, space = processes.each(f"{self.call}.step", self._taken)
+            space = self._used_anywhere(space, processes)
+            if due:
+                processes.each(f"{self.call}.step", lambda: self._refuse_strays(own, gradients, space))
         examples = sum(one.counted for one in captured)
         if self.processes is not None:
-            examples = sum(self.processes.gathered(examples))
+            everyones = self.processes.gathered((examples, self.capture.examples))
+            examples = sum(own for own, _ in everyones)
+            # The same in all, as what a state dict holds must be: of a checkpoint, each process writes some entries.
+            self.capture.examples = max(seen for _, seen in everyones)
         if due and examples == 0:  # every label is ignored
             nothing = torch.zeros_like(self._mean(gradients, space, 1))
             return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
@@ -183,23 +196,31 @@ class Curvature:
         else:
             if due:
                 chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
-                self.averages.update(captured[0].plan, chunks, examples, self.processes)
+                self.averages.update(captured[0].plan, space, chunks, examples, self.processes)
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
         self._expect()
         return space, direction
 
-    def _taken(
-        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]
-    ) -> tuple[list[Captured], ParameterSpace]:
+    def _taken(self) -> tuple[list[Captured], ParameterSpace]:
         """What was captured, and the parameters that take part."""
         captured, due = lifted(self.capture.take()), self.due
         # A summed loss is divided by the number of its own examples, also where no update is due.
         joint = self._joint_space(captured) if due or self.reduction == "sum" else None
-        space = self.averages.space(self.capture.space) if joint is None or not due else joint
-        if due:
-            self._refuse_strays(own, gradients, space)
-        return captured, space
+        return captured, self.averages.space(self.capture.space) if joint is None or not due else joint
+
+    def _used_anywhere(self, space: ParameterSpace, processes: Processes) -> ParameterSpace:
+        """The parameters that take part in any process; in one that has no rows of some, these are zero."""
+        everyones = processes.gathered(space.names)
+        odd = sorted({name for names in everyones for name in set(names) ^ set(space.names)})
+        if odd and self.averages.structure.keeps_rows:
+            raise ModelError(
+                call=f"{self.call}.step", got=f"parameters that some processes' outputs depend on and others' do not: "
+                f"{listed(odd, 4)}", expected="the same in all",
+                why=f'structure="{self.structure}" keeps rows over the same parameters in all processes',
+                try_='structure="kfac", "ekfac" or "diagonal"',
+            )  # fmt: skip
+        return self.capture.space.restrict(name for names in everyones for name in names)
 
     def _expect(self) -> None:
         """Say whether the next step is to be watched."""
@@ -327,10 +348,8 @@ class Curvature:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that steps cannot go on from: of another kind, structure or damping, or damaged."""
-        check_has(
-            state, ("kind", "options", "structure", "gram", "averages", "steps", "examples", "seen", "updates"),
-            self.call,
-        )  # fmt: skip
+        check_has(state, ("kind", "structure", "gram", "steps", "examples", "seen", "updates"), self.call)
+        state = _with_empty(state)
         check_checksum(state, f"{self.call}.load_state_dict")
         for key, own in (
             ("kind", self.rule.kind_name), ("options", self.rule.kind_options()),
@@ -345,6 +364,7 @@ class Curvature:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.check_state(state)
+        state = _with_empty(state)
         own_parameters = dict(self.capture.model.named_parameters())
         try:
             self.averages.load(state["averages"], state["updates"], own_parameters)
@@ -357,6 +377,11 @@ class Curvature:
         self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
         self._operator = self._inverse = None
         self._expect()
+
+
+def _with_empty(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with the empty containers that torch.distributed.checkpoint leaves out."""
+    return {"options": {}, "averages": [], **state}
 
 
 def check_has(state: Any, keys: Iterable[str], call: str) -> None:
@@ -380,7 +405,17 @@ def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
 
 
 def whole_model(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-    """The module inside `DistributedDataParallel`, which calls it, and parameters by its own names."""
+    """The module inside `DistributedDataParallel`, which calls it, and parameters by its own names.
+
+    Raises:
+        ModelError: each process has a shard of the model.
+    """
+    if isinstance(model, nn.Module) and is_fully_sharded(model):
+        raise ModelError(
+            call="fk.optim", got="a model that fully_shard has sharded", expected="one with whole weights",
+            why="a step is a solve with the gradients of all layers, of which each process has a part",
+            try_="DistributedDataParallel(model); Fishers, EWC and influence scores take sharded models",
+        )  # fmt: skip
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return model, params
     names = isinstance(params, Iterable) and not isinstance(params, str)

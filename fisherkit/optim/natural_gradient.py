@@ -259,7 +259,11 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             InvalidArgumentError: it is of another kind, structure or damping, another optimizer's, or damaged.
         """
-        check_has(state_dict, ("state", "param_groups", "curvature"), CALL)
+        check_has(state_dict, ("param_groups", "curvature"), CALL)
+        # torch.distributed.checkpoint leaves out what is empty, and writes every key as a string.
+        found = state_dict.get("state", {})
+        numbered = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in found.items()}
+        state_dict = {**state_dict, "state": numbered}
         if STATE_CHECKSUM in state_dict:
             check_hash(state_dict["state"], state_dict[STATE_CHECKSUM], STATE_CHECKSUM, f"{CALL}.load_state_dict")
         self._curvature.check_state(state_dict["curvature"])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -44,8 +43,7 @@ class Mark(Enum):
 Status = Axis | Mark
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A function call as the rules of this file see it.
 
     Args:
@@ -143,19 +141,20 @@ class Tracker:
     def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note what a function call does to the batch axis."""
         if function is torch.Tensor.__setitem__ or "out" in kwargs:
-            self.lost = self.lost or any(t.requires_grad for t in tensors((args, kwargs)))
+            self.lost = self.lost or any(t.requires_grad for t in tensors(args, kwargs))
             if function is torch.Tensor.__setitem__ and self._filled(*args):
                 self.mark(args[0], Axis(0))
             else:
                 self.mixed = self.mixed or self._of_examples((args, kwargs))
             return
-        outputs = [output] if isinstance(output, Tensor) else list(tensors(output))
+        outputs = [output] if isinstance(output, Tensor) else tensors(output)
         self.mixed = self.mixed or function in DRAWS or (function in READS and self._of_examples(args))
         if not outputs:
             return
+        ids = set(map(id, outputs))
         operands = tuple(
-            (tensor, self._before(tensor) if any(tensor is made for made in outputs) else self.status(tensor))
-            for tensor in tensors((args, kwargs))
+            (tensor, self._before(tensor) if id(tensor) in ids else self.status(tensor))
+            for tensor in tensors(args, kwargs)
         )
         for made in outputs:
             status = self._becomes(Call(self.batch, args, kwargs, operands, made, function, made is outputs[0]))
@@ -182,10 +181,10 @@ class Tracker:
         return whole and plain and len(x) == len(value) and x[index].shape == value.shape
 
     def _becomes(self, call: Call) -> Status:
-        statuses = {status for _, status in call.operands}
-        if statuses <= {Mark.FREE}:
+        statuses = [status for _, status in call.operands if status is not Mark.FREE]
+        if not statuses:
             return Mark.FREE
-        rule = None if Mark.UNKNOWN in statuses else BECOMES.get(call.function)
+        rule = None if any(status is Mark.UNKNOWN for status in statuses) else BECOMES.get(call.function)
         try:
             found = None if rule is None else rule(call)
         except (TypeError, ValueError, IndexError, AttributeError):  # arguments in a form that the rule does not know
@@ -203,16 +202,21 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
+def tensors(*trees: Any) -> list[Tensor]:
     """The tensors among arguments or results, lists and dictionaries of them included."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for entry in tree:
-            yield from tensors(entry)
-    elif isinstance(tree, Mapping):
-        for entry in tree.values():
-            yield from tensors(entry)
+    found: list[Tensor] = []
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            found.append(tree)
+        elif isinstance(tree, (tuple, list)):
+            if tree:
+                found += tensors(*tree)
+        elif tree is not None and type(tree) not in _NUMBERS and isinstance(tree, Mapping):
+            found += tensors(*tree.values())
+    return found
+
+
+_NUMBERS = {bool, int, float, str}
 
 
 # -- what becomes of the axis ------------------------------------------------------------------------------------------

@@ -45,12 +45,11 @@ class Chunk:
     dropped: Float[Tensor, "n"] | None
 
     @classmethod
-    def whole_batch(cls, rows: Rows, mask: Bool[Tensor, "B P"], batch: Batch, *, token: bool) -> Chunk:
-        """All rows of a micro-batch at once, for sums that do not ask whose each is."""
-        counted, positions = torch.stack([(mask if token else mask.any(1)).sum(), mask.sum()]).tolist()
-        counting, nobody = _counting(mask, batch), torch.empty(0, dtype=torch.long, device=mask.device)
-        whole = positions == mask.numel() and len(counting) == 1
-        return cls(rows, nobody, False, True, counted, whole, counting, None)
+    def whole_batch(cls, rows: Rows, outputs: Outputs, batch: Batch, counts: tuple[int, int]) -> Chunk:
+        """All rows of a micro-batch at once, for sums that do not ask whose each is; ``counts`` as in `Slots.of`."""
+        counting = _counting(outputs.mask, batch)
+        nobody = torch.empty(0, dtype=torch.long, device=outputs.mask.device)
+        return cls(rows, nobody, False, True, counts[0], outputs.whole and len(counting) == 1, counting, None)
 
 
 def _counting(mask: Bool[Tensor, "B P"], batch: Batch) -> tuple[Bool[Tensor, "..."], ...]:
@@ -84,16 +83,15 @@ class Slots:
     dropped: Float[Tensor, "n"] | None
 
     @classmethod
-    def of(cls, outputs: Outputs, rule: OutputRule, token: bool, counts: tuple[int, int] | None = None) -> Slots:
-        """Those of a kind; ``counts`` are how many examples and positions count, where that is known."""
-        flat = (token or rule.positionwise) and outputs.z.shape[1] > 1
-        found = vectors_of(rule, outputs.positionwise() if flat else outputs)
-        mask = outputs.mask
-        # The one wait for the device in a micro-batch: what shapes depend on, in one transfer.
-        counted, positions = counts or torch.stack([(mask if token else mask.any(1)).sum(), mask.sum()]).tolist()
+    def of(cls, outputs: Outputs, rule: OutputRule, token: bool, counts: tuple[int, int]) -> Slots:
+        """Those of a kind; ``counts`` are how many examples (or tokens) and positions count."""
+        flat, mask = (token or rule.positionwise) and outputs.z.shape[1] > 1, outputs.mask
+        counted, positions = counts
+        whole = positions == mask.numel()
+        found = vectors_of(rule, outputs.positionwise() if flat else outputs, whole)
         dropped = None if found.dropped is None else found.dropped[mask.flatten() if flat else mask.any(1)]
         number = found.number * (mask.shape[1] if flat else 1)
-        return cls(found, mask, flat, number, counted, positions == mask.numel(), dropped)
+        return cls(found, mask, flat, number, counted, whole, dropped)
 
     def vectors(self, some: slice) -> Float[Tensor, "k B P C"]:
         """The output vectors of some slots."""

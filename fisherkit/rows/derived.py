@@ -134,7 +134,7 @@ class Derivations:
 
     def operands(self, args: Any, kwargs: Any) -> list[tuple[Tensor, Derived]]:
         """The arguments that are."""
-        return [(t, made) for t in tensors((args, kwargs)) if (made := self.of(t)) is not None]
+        return [(t, made) for t in tensors(args, kwargs) if (made := self.of(t)) is not None]
 
     def add(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any,
@@ -145,7 +145,7 @@ class Derivations:
         names = tuple(dict.fromkeys(name for _, made in own for name in made.names))
         kept = Tensor.clone if is_gather(function, args) else _as_it_is
         recipe = mapped((args, dict(kwargs)), lambda t: self.of(t) or (t.detach() if t.requires_grad else kept(t)))
-        call = functools.cache(lambda: list(tensors(_called(function, recipe, clone=written))))
+        call = functools.cache(lambda: tensors(_called(function, recipe, clone=written)))
         if written:
             del self._known[id(output)]
         for place, tensor in enumerate(tensors(output)):
@@ -162,7 +162,7 @@ def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     """Arguments with their tensors changed."""
     if isinstance(tree, Tensor):
         return change(tree)
-    if isinstance(tree, (tuple, list)) and next(tensors(tree), None) is not None:
+    if isinstance(tree, (tuple, list)) and tensors(tree):
         return type(tree)(mapped(entry, change) for entry in tree)
     if isinstance(tree, Mapping):
         return {name: mapped(entry, change) for name, entry in tree.items()}
@@ -264,7 +264,7 @@ def _slices(
         first = at is None or (at > 0 and kwargs.get("dim", args[at] if len(args) > at else 0) == 0)
         fits = first and index.ndim > 0 and (at is not None or not isinstance(args[1], (tuple, list)))
         try:
-            index = list(tensors(function(index, *args[1:], **kwargs)))[place] if fits else index
+            index = tensors(function(index, *args[1:], **kwargs))[place] if fits else index
         except (IndexError, RuntimeError, TypeError):  # a mask, say, of more axes
             return None
     return (index, turned) if fits and output.shape == (*index.shape, *tail) else None

@@ -211,6 +211,8 @@ class _Kept:
             if written or held.get(name) is not tensor:
                 held[name] = tensor
         changed = [pair for pair in self.containers if _differ(*pair)]
+        if not written and not changed and not _differ(self.attributes, self.before):
+            return
         pairs = [(self.attributes, self.before), *changed]
         if written or any(_tensors_differ(container, content) for container, content in pairs):
             for container, content in pairs:

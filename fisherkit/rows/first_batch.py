@@ -58,12 +58,7 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source, *, assume: 
 
 
 def joint_plan(model: nn.Module, space: ParameterSpace, source: Source, processes: Processes) -> Plan:
-    """The same in all processes, of the first batch of the first rank that has more than one example.
-
-    Raises:
-        DataError: no process has an example; else as `plan_of`.
-        ProcessError: in processes other than the one that fails.
-    """
+    """The same in all processes, of the first batch of the first rank that has more than one example."""
     first = processes.each("reading the data", source.beginning)
     sizes = processes.gathered(0 if first is None else first.size)
     if not any(sizes):
@@ -78,11 +73,7 @@ def joint_plan(model: nn.Module, space: ParameterSpace, source: Source, processe
 
 
 def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
-    """The same for a single batch, on the model's device.
-
-    Raises:
-        DataError: as in `plan_of`.
-    """
+    """The same for a single batch, on the model's device."""
     try:
         return plan_for(model, space, batch)
     except Exception as error:
@@ -129,12 +120,7 @@ def _works(model: nn.Module, batch: Batch) -> bool:
 
 
 def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batch, *, single: bool) -> None:
-    """Raise what a model's error means, if it does not say enough itself.
-
-    Raises:
-        DataError: in our words.
-        ModelError: likewise.
-    """
+    """Raise what a model's error means, if it does not say enough itself."""
     alike = single and _shared(model, space, first, None)
     if alike:
         raise DataError(

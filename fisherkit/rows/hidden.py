@@ -21,14 +21,8 @@ from fisherkit.rows.rules import Use
 
 
 def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, z: Tensor) -> None:
-    """Refuse parameters without a gradient that a custom function's outputs change with.
-
-    Raises:
-        ModelError: naming the parameters.
-
-    Cost: a look at the graph, and one forward pass if it has a custom function.
-    """
-    if not has_custom_function(z):
+    """Refuse parameters without a gradient that a custom function's outputs change with."""
+    if not custom_functions(z):
         return
     generator = torch.Generator().manual_seed(0)
     moved = {
@@ -46,11 +40,6 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
         why="a custom autograd function hides the layers that it calls, as reentrant checkpoints do",
         try_="checkpoints with use_reentrant=False, or params= without these parameters",
     )
-
-
-def has_custom_function(z: Tensor) -> bool:
-    """Whether an autograd function written in Python is among what outputs were computed with."""
-    return any(map(_is_custom, graph_nodes(z.grad_fn)))
 
 
 def custom_functions(z: Tensor) -> frozenset[str]:

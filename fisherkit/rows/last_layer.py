@@ -5,27 +5,36 @@ Where the model's outputs z are a linear layer's own, the output gradient of a r
 
     diagonal of the weight  Σ_t diag(H_t) ⊗ a_t²       second moment of output gradients  Σ_t H_t
 
-over the positions t that count, each of which has rows of its own. Owns the proof that the outputs are the layer's, and
-these sums. Knows the loss by its Hessian's products and sums, and no structure.
+over the positions t that count, each of which has rows of its own. For the layers below, z = W h + b: of H only
+
+    K_t = Wᵀ H_t W
+
+reaches the layer's inputs h, so that as many vectors as h has numbers, the columns of a root of K_t, take the place of
+one for each output. Owns the proof that the outputs are the layer's, these sums and these vectors. Knows the loss by
+its Hessian's products and sums, and no structure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fisherkit.outputs import Outputs
+from fisherkit.outputs import Outputs, OutputVectors
 from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.contractions import ContractionRule
-from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.factored import CACHED, FactoredRows
 from fisherkit.rows.linearized import Linearized
+from fisherkit.rows.plan import Plan
 from fisherkit.rows.rules import LinearRule, Use
 from fisherkit.rows.units import RuledUnit
+from fisherkit.space import ParameterSpace
 
 _RESHAPES = {
     "AliasBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2",
@@ -94,6 +103,79 @@ class LastLayerRows(FactoredRows):
         return {"activations": self.floating}
 
 
+class WithoutHead(Rows):
+    """Rows of the layers below, with the last layer's closed form in a batch's first chunk.
+
+    Args:
+        space: the parameters.
+        slots: the units.
+        count: how many rows they stand for.
+    """
+
+    def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot], count: int) -> None:
+        super().__init__(space, slots)
+        self._count = count
+
+    @property
+    def count(self) -> int:
+        """R, of one vector an output."""
+        return self._count
+
+
+@dataclass(frozen=True)
+class Head:
+    """A batch at which the model ends in a linear layer of many outputs.
+
+    Args:
+        slot: the layer's closed form.
+        below: the rest of the model, whose outputs are the layer's inputs ``[n, P, I]``.
+        outputs: the model's.
+        weight: ``[O, I]``.
+    """
+
+    slot: UnitSlot
+    below: Linearized
+    outputs: Outputs
+    weight: Float[Tensor, "O I"]
+
+    @classmethod
+    def of(cls, linearized: Linearized, outputs: Outputs) -> Head | None:
+        """Of a batch; None where the outputs are not the layer's, or are used beside."""
+        use = head_use(linearized)
+        if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
+            return None
+        plan, watched = linearized.plan, linearized.watched
+        h = use.input.reshape(*outputs.z.shape[:2], -1)
+        a, transposed = use.rule.activations(use)[:].reshape(h.shape), isinstance(use.rule, ContractionRule)
+        rows = LastLayerRows(a, outputs, bias=use.bias is not None, transposed=transposed)
+        rest = plan.restricted([name for name in plan.space.names if name not in use.names])
+        uses = [one for one in watched.uses if one is not use]
+        below = Linearized(rest, linearized.batch, replace(watched, z=h, uses=uses))
+        weight = plan.parameters[use.names[0]].detach()
+        return cls(UnitSlot(use.names, rows), below, outputs, weight.mT if transposed else weight)
+
+    def vectors(self) -> OutputVectors:
+        """Columns of a root of Wᵀ H W for every position, ``[n·P, I, 1, I]``."""
+        forms = self.outputs.hessian_forms(self.weight, CACHED)
+        values, basis = torch.linalg.eigh((forms + forms.mT) / 2)
+        root = basis * values.clamp_min(0).sqrt().unsqueeze(1)  # below 0 is rounding
+        return OutputVectors(root.mT.unsqueeze(2))
+
+    def slots(self, counts: tuple[int, int]) -> Slots:
+        """The vectors, in the place of those of the outputs; ``counts`` as in `Slots.of`."""
+        found, positions = self.vectors(), self.outputs.z.shape[1]
+        number, several = found.number * positions, positions > 1
+        return Slots(found, self.outputs.mask, several, number, counts[0], self.outputs.whole, None)
+
+    def joined(self, chunk: Chunk, plan: Plan) -> Chunk:
+        """A chunk of the rows below; the first one with the layer's, all of which stand for those of all outputs."""
+        slots = {slot.names: slot for slot in chunk.rows.slots}
+        if chunk.first:
+            slots[self.slot.names] = self.slot
+        own = [slots[unit.names] for unit in plan.units if unit.names in slots]
+        return replace(chunk, rows=WithoutHead(plan.space, own, self.slot.rows.count if chunk.first else 0))
+
+
 def last_layer_rows(linearized: Linearized, outputs: Outputs) -> Rows | None:
     """The rows, if all chosen parameters are in a linear layer whose outputs are the model's; None if not."""
     use = _only_use(linearized)
@@ -117,23 +199,48 @@ def is_last_layer(linearized: Linearized) -> bool:
     return found is not None and torch.equal(found.flatten(), v.flatten())
 
 
+def head_width(linearized: Linearized) -> int:
+    """Inputs of a last layer above others; 0 if there is none whose closed form is known.
+
+    Cost: a backward pass, as of `is_last_layer`.
+    """
+    use, z = head_use(linearized), linearized.z
+    if use is None:
+        return 0
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    found = linearized.watched.backward(v.unsqueeze(0))[list(linearized.watched.uses).index(use)]
+    return use.input.shape[-1] if found is not None and torch.equal(found.flatten(), v.flatten()) else 0
+
+
+def head_use(linearized: Linearized) -> Use | None:
+    """The use of a layer whose outputs are z, above others that all have a rule, and in whose dtype all is."""
+    plan, uses = linearized.plan, linearized.watched.uses
+    last = [use for use in uses if use.edge.node is not None and _reshaped(linearized.z, use.edge)]
+    if len(last) != 1 or len(uses) < 2 or plan.generic or sum(last[0].names[0] in use.names for use in uses) != 1:
+        return None
+    use = _usable(linearized, last[0])
+    alike = use is not None and use.input.dtype == linearized.z.dtype == plan.dtype and use.input.requires_grad
+    return use if alike else None
+
+
 def _only_use(linearized: Linearized) -> Use | None:
     """The layer's use: the only one of chosen parameters in this batch, with a rule that holds, and z its output."""
     plan, uses = linearized.plan, linearized.watched.uses
-    if (
-        len(plan.units) != 1
-        or len(plan.ruled) != 1
-        or len(uses) != 1
-        or linearized.unruled
-        or linearized.watched.hooked
-    ):
+    if len(plan.units) != 1 or len(plan.ruled) != 1 or len(uses) != 1:
         return None
-    use = uses[0]
+    return _usable(linearized, uses[0]) if _reshaped(linearized.z, uses[0].edge) else None
+
+
+def _usable(linearized: Linearized, use: Use) -> Use | None:
+    """A last use, if it is that of a linear layer as its unit has it, and nothing else acts on gradients."""
+    if linearized.unruled or linearized.watched.hooked:
+        return None
     # Weights that are made of parameters, or seen transposed, have rows of another form.
-    if type(plan.units[0]) is not RuledUnit or not use.plain or use.turned or use.names != plan.units[0].names:
+    unit = next((unit for unit in linearized.plan.ruled if unit.names == use.names), None)
+    if type(unit) is not RuledUnit or not use.plain or use.turned:
         return None
     linear = type(use.rule) is LinearRule or (isinstance(use.rule, ContractionRule) and use.rule.name == "addmm")
-    return use if linear and use.weight is not None and _reshaped(linearized.z, use.edge) else None
+    return use if linear and use.weight is not None else None
 
 
 def _reshaped(z: Tensor, edge: GradientEdge) -> bool:

@@ -64,7 +64,8 @@ class Linearized:
         self.plan, self.batch = plan, batch
         known = plan.probed is not None and plan.probed.hooked
         uses, exchanging = [in_dtype(use, dtype) for use in watched.uses], watched.exchanging and not known
-        self.watched = replace(watched, uses=uses, exchanging=exchanging)
+        same = exchanging == watched.exchanging and all(a is b for a, b in zip(uses, watched.uses, strict=True))
+        self.watched = watched if same else replace(watched, uses=uses, exchanging=exchanging)
         self.unruled = plan.unruled(self.watched)
         self._activations: dict[tuple[str, ...], Any] = {}
         self._arranged: Sequence[Arrangement | None] | None = None
@@ -159,6 +160,8 @@ class Linearized:
         pairs = list(zip(self.watched.uses, gradients, strict=True))
         heard = {name for use, g in pairs if g is not None for name in use.names}
         silent = {name for use, g in pairs if g is None for name in use.names}
+        if not silent:
+            return
         reached = self._reached({name: self.plan.parameters[name] for name in silent - heard - self.unruled})
         self.unruled.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 

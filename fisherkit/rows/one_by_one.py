@@ -227,7 +227,7 @@ def _by_example(plan: Plan, batch: Batch, follow: bool) -> list[Watched]:
         return [forward(plan, one) for one in examples]
     wanted = {name for unit in plan.units if isinstance(unit, RuledUnit) or unit.without_use for name in unit.names}
     names = {id(plan.parameters[name]): name for name in wanted}
-    return [Watched.of(plan.model, _SeenOnce(names, plan.coarsest), one) for one in examples]
+    return [Watched.of(plan.model, _SeenOnce(names, plan.coarsest), one.fresh()) for one in examples]
 
 
 def _form(watched: Watched) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import copy
 import functools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,23 +40,34 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative difference that rounding explains between two ways to the same gradient; 5e-2 for half precision."""
 
 
+LARGE = 1 << 20
+"""Outputs that are not copied as a whole to be compared."""
+
+
 class Probe:
     """The examples that a plan is verified on, and their forward pass, which all that is found out on them shares.
 
     Args:
-        batch: two examples, or the one that a model takes alone.
+        batch: two examples, or the one that a model takes alone; without a pass, a batch that begins with them.
         watched: their forward pass, with its graph; dropped when rows of the data are made. None of a plan that is
             known from before and has yet to be confirmed, by the first pass over the data.
+        alone: whether the model takes one example at a time.
 
     Attributes:
         hooked: as of the forward pass.
         assumed: whether nothing has confirmed the plan yet.
     """
 
-    def __init__(self, batch: Batch, watched: Watched | None) -> None:
-        self.batch, self.watched = batch, watched
+    def __init__(self, batch: Batch, watched: Watched | None, alone: bool = False) -> None:
+        self._first, self.watched, self._alone = batch, watched, alone
         self._z = None if watched is None else watched.z.detach()
         self.hooked, self.assumed = watched is not None and watched.hooked, watched is None
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The two examples."""
+        first = self._first
+        return first if self._z is not None else first.take(two_of(first, self._alone))
 
     @property
     def z(self) -> Tensor:
@@ -82,7 +94,8 @@ class Findings:
         draws: whether a pass draws random numbers, of which no output was seen to depend.
         tried: a cache, which all that have these findings share, of what is found out when it is first needed:
             "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
-            whether products need no rows; "last layer"; and by kind and likelihood, how many vectors an example has.
+            whether products need no rows; "last layer"; by link, whether outputs are known to be no probabilities; and
+            by kind and likelihood, how many vectors an example has.
     """
 
     units: tuple[Unit, ...] = ()
@@ -119,7 +132,10 @@ class Plan(Findings):
     probed: Probe | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, space: ParameterSpace, findings: Findings, key: Hashable = None) -> Plan:
+    def of(
+        cls, model: nn.Module, space: ParameterSpace, findings: Findings, key: Hashable = None,
+        probed: Probe | None = None,
+    ) -> Plan:  # fmt: skip
         """A plan of what was found, which may be nothing, for the model as it is; its units are its own."""
         own = dict(model.named_parameters())
         parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
@@ -127,7 +143,7 @@ class Plan(Findings):
         units = tuple(map(copy.copy, findings.units))
         return cls(
             **{**vars(findings), "units": units}, model=model, space=space, parameters=parameters, versions=versions,
-            key=key,
+            key=key, probed=probed,
         )  # fmt: skip
 
     @property
@@ -364,10 +380,11 @@ def probed(plan: Plan, two: Batch) -> tuple[Watched, bool]:
     return forward(plan, two), rng_places(device) != before
 
 
-def forward(plan: Plan, batch: Batch) -> Watched:
-    """A forward pass of a batch, watched."""
-    names = {id(p): name for name, p in plan.parameters.items()}
-    return Watched.of(plan.model, Recorder(names, batch.size, batch.leaves()[0], plan.shared), batch)
+def forward(plan: Plan, batch: Batch, *, positions: bool = False) -> Watched:
+    """A forward pass of a batch, watched; ``positions`` to see whether the inputs' positions stay apart, too."""
+    names, own = {id(p): name for name, p in plan.parameters.items()}, batch.fresh()
+    along = own.batched[0].shape[1] if positions and own.batched[0].ndim > 1 else 0
+    return Watched.of(plan.model, Recorder(names, batch.size, own.batched, plan.shared, positions=along), own)
 
 
 class _Reference:
@@ -444,22 +461,21 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
     same, *others = [batch.take(torch.tensor(pair, device=z.device)) for pair in pairs]
     # With gradients on, as hooks of the model's own on the graph need it.
     whole, backwards = some.call(model).detach(), some.take(order).call(model).detach()
+    backwards = backwards.flip(0)
+    require_alike(backwards, whole, tolerance * whole.norm())
+    del backwards
+    require_alike(whole[two_of(batch, len(z) == 1)], z.detach(), tolerance * z.norm())
+    del whole
     first, kept = kept_numbers(model, same)
     twice = [first.detach(), *(other.call(model).detach() for other in others)]
-    require_alike(backwards.flip(0), whole, tolerance * whole.norm())
-    require_alike(whole[two_of(batch, len(z) == 1)], z.detach(), tolerance * z.norm())
     for n, one in enumerate(twice):
         require_alike(one, z.detach()[[n] * len(z)], tolerance * z.norm())
     return kept
 
 
 def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
-    """Refuse outputs of the same examples that differ from pass to pass.
-
-    Raises:
-        ModelError: they do.
-    """
-    if found.shape == expected.shape and bool((found - expected).norm() <= allowed):
+    """Refuse outputs of the same examples that differ from pass to pass."""
+    if found.shape == expected.shape and bool(_distance(found, expected) <= allowed):
         return
     raise ModelError(
         call="the Fisher of this model",
@@ -469,6 +485,13 @@ def require_alike(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
         try_="model.eval(); remove batch statistics, contrastive terms, noise or a capacity that experts share from "
         'forward; nodes of a graph are positions of one example: inputs (1, nodes, ...), example="token"',
     )
+
+
+def _distance(one: Tensor, other: Tensor) -> Tensor:
+    """‖one − other‖, example by example where the difference would be large, as of a vocabulary."""
+    if one.numel() <= LARGE:
+        return (one - other).norm()
+    return torch.stack([(a - b).norm() for a, b in zip(one, other, strict=True)]).norm()
 
 
 def _check_outputs(z: Tensor, place: str) -> None:

@@ -11,13 +11,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import at_least_single
 from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError, ModelError, ProcessError
 from fisherkit.likelihood import Likelihood
@@ -30,12 +31,13 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.first_batch import plan_of
-from fisherkit.rows.last_layer import is_last_layer, last_layer_rows
+from fisherkit.rows.last_layer import Head, head_width, is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import Plan, forward, require_alike, tolerance
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.units import RuledUnit
 from fisherkit.rows.verified import fingerprint, forget, is_shown
 from fisherkit.rows.watched import Watched
 
@@ -73,11 +75,7 @@ class Tally(NamedTuple):
         return self
 
     def some(self) -> Tally:
-        """Itself, if there is an example.
-
-        Raises:
-            DataError: no example counts.
-        """
+        """Itself, if there is an example."""
         if self.examples == 0:
             raise DataError(
                 call="data", got="no example with a label that counts", expected="at least one",
@@ -125,6 +123,9 @@ class Problem:
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
         processes: that each have a part of the data; None for one alone.
         offset: how many examples the ranks before this one have, where examples are known by their place.
+        folds: whether positions may become examples of their own where vectors are of single ones.
+        fold: positions of an example that do, found by `measure`.
+        head: inputs of a last layer that vectors are led through once and for all (`rows.last_layer`); 0 for none.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
     """
 
@@ -147,6 +148,9 @@ class Problem:
     processes: Processes | None = None
     offset: int = 0
     weights: str | None = None
+    folds: bool = False
+    fold: int = 1
+    head: int = 0
 
     @functools.cached_property
     def examples(self) -> int:
@@ -255,10 +259,11 @@ class Problem:
             found = self.kind.output_product(outputs, directions)
         return self.likelihood.as_outputs(outputs.masked(found.reshape(directions.shape)), raw.shape)
 
-    def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str) -> Outputs:
-        """The model's outputs as ``[B, P, C]``, with checked targets."""
+    def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str, *, checked: bool = True) -> Outputs:
+        """The model's outputs as ``[B, P, C]``, with checked targets; finite, if they are ``checked`` for it."""
         raw = raw.detach()
-        check_finite(raw, call)
+        if checked:
+            check_finite(raw, call)
         if batch.targets is None and self.kind.needs_targets:
             raise DataError(
                 call=call,
@@ -274,8 +279,24 @@ class Problem:
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
         if not self.probabilities_sought:
             self.probabilities_sought = True
-            warn_of_probabilities(self.plan.model, z[mask], self.likelihood.link, self.likelihood.name)
+            likelihood, tried = self.likelihood, self.plan.tried
+            if ("logits", likelihood.link) not in tried and warn_of_probabilities(
+                self.plan.model, z[mask], likelihood.link, likelihood.name
+            ):
+                tried["logits", likelihood.link] = 1
         return Outputs.keyed(z, target, mask, start, self.likelihood, raw.shape[1:])
+
+    def _counted(
+        self, batch: Batch, raw: Tensor, start: int, call: str
+    ) -> tuple[Outputs, tuple[int, int]]:  # fmt: skip
+        """The outputs, and how many examples and positions count, with two waits for the device."""
+        outputs = self._outputs(batch, raw, start, call, checked=False)
+        mask, total = outputs.mask, raw.detach().sum(dtype=at_least_single(raw.dtype))
+        counted = mask if self.token else mask.any(1)
+        examples, positions, odd = torch.stack([counted.sum(), mask.sum(), (total - total).ne(0)]).tolist()
+        if odd:  # where only the sum overflows, all is well
+            check_finite(raw.detach(), call)
+        return replace(outputs, whole=positions == mask.numel()), (examples, positions)
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
@@ -283,14 +304,73 @@ class Problem:
         key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
         if key not in tried:
             self.confirm()
-            tried[key] = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place).number
+            slots = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place)
+            tried[key], tried["outputs", key] = slots.number, slots.mask.shape[1]
         self.vectors_per_example = tried[key]
         self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
+        self.head = (
+            self._head(tried["outputs", key])
+            if self.summed and kind.of_hessian and not plan.looped and not self.rowless
+            else 0
+        )
+        several = self.folds and self._flat and not self.rowless and tried["outputs", key] > 1
+        self.fold = self._positions() if several else 1
         if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
             with self.plan.quiet():
                 _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
         self.probabilities_sought = False
+
+    @property
+    def backward_vectors(self) -> int:
+        """Output vectors that go back from each example, one after the other."""
+        return self.vectors_per_example // self.fold
+
+    def _positions(self) -> int:
+        """Positions of the probe's examples, if nothing on the way mixes them; else 1. Tried once a plan."""
+        plan = self.plan
+        if "positions" not in plan.tried:
+            self.confirm()
+            with plan.quiet():
+                seen = forward(plan, plan.probe.batch, positions=True)
+            simple = all(type(unit) is RuledUnit for unit in plan.units) and not plan.shared
+            apart = simple and "attention_mask" not in plan.probe.batch.kwargs and seen.by_position() is not None
+            plan.tried["positions"] = seen.positions if apart and self._in_order(seen.z) else 1
+        return plan.tried["positions"]
+
+    def _in_order(self, z: Tensor) -> bool:
+        """Whether the likelihood's positions are those of the outputs, one after the other."""
+        return z.ndim == 3 and self.likelihood.class_axis % 3 == 2
+
+    def _folded(self, linearized: Linearized | OneByOne, batch: Batch) -> tuple[Linearized, Batch] | None:
+        """A batch whose positions are examples of their own; None where none has several.
+
+        Raises:
+            BetterPlanError: they are not apart in this batch.
+        """
+        if self.fold == 1 or linearized.z.ndim < 3 or linearized.z.shape[1] == 1:
+            return None
+        apart = linearized.watched.by_position() if isinstance(linearized, Linearized) else None
+        if apart is None or self.by_owner:
+            self.plan.tried["positions"] = 1
+            if self.revisable:
+                raise BetterPlanError(self.plan, self.by_owner, batch)
+            return None
+        wide = replace(batch, size=apart.batch)
+        return Linearized(self.plan, wide, apart), wide
+
+    def _head(self, positions: int) -> int:
+        """Inputs of a last layer that has more outputs than vectors go back from, of which there are then so many."""
+        plan, total = self.plan, self.vectors_per_example
+        if "head" not in plan.tried:
+            self.confirm()
+            with plan.quiet():
+                plan.tried["head"] = head_width(Linearized.probe(plan))
+        width = plan.tried["head"]
+        if not width or width * positions >= total or positions * width**2 > TILE:
+            return 0
+        self.vectors_per_example = width * positions
+        return width
 
     def _last_layer(self) -> bool:
         """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
@@ -309,10 +389,10 @@ class Problem:
         if examples is None:
             return None
         each = self._piece(first.size)
-        passes = max(1, examples / each) * self.vectors_per_example
+        passes = max(1, examples / each) * self.backward_vectors
         with self.plan.quiet():
             probe = Linearized.probe(self.plan)
-        seconds = self._pass_seconds(probe) * examples / two.size * self.vectors_per_example
+        seconds = self._pass_seconds(probe) * examples / two.size * self.backward_vectors
         if seconds > LONG and each > two.size:
             micro = first.take(slice(0, each)).to(self.plan.example_parameter.device)
             linearized = self._linearized(micro)
@@ -332,6 +412,7 @@ class Problem:
     def choose(self, *, lean: bool) -> None:
         """Choose how each unit's rows are kept: with the fewest numbers if memory is short, else for speed."""
         for unit in self.plan.ruled:
+            unit.fold = self.fold
             unit.choose(self.vectors_per_example, lean)
 
     def row_bytes(self, names: Collection[str], *, vectors: int | None = None) -> int:
@@ -428,6 +509,7 @@ class Problem:
         step = max(1, room // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
         step = step if self.most_examples is None else min(step, self.most_examples)
         step = min(step, MOST) if self.plan.looped else step
+        step = min(step, max(1, TILE // (self.vectors_per_example * self.head))) if self.head else step
         return -(-size // -(-size // step))
 
     def _linearized(self, batch: Batch) -> Linearized | OneByOne:
@@ -437,7 +519,7 @@ class Problem:
             with plan.quiet() as draws:
                 if plan.looped:
                     return OneByOne(plan, batch, follow=self.by_owner is False)
-                watched = forward(plan, batch)
+                watched = forward(plan, batch, positions=self.fold > 1)
         except Exception:
             if assumed:  # two examples tell what it means
                 self.confirm()
@@ -476,14 +558,14 @@ class Problem:
             linearized.by_owner()
         elif self.by_owner is not None and not linearized.followed:
             raise BetterPlanError(self.plan, True, batch)
-        outputs = self._outputs(batch, linearized.z, start, call)
+        outputs, counts = self._counted(batch, linearized.z, start, call)
         if in_company:
             self._refuse_influence(batch, linearized.watched if isinstance(linearized, Linearized) else linearized)
         last = last_layer_rows(linearized, outputs) if self.rowless and isinstance(linearized, Linearized) else None
         if last is not None:
-            yield Chunk.whole_batch(last.finite(call), outputs.mask, batch, token=self.token)
+            yield Chunk.whole_batch(last.finite(call), outputs, batch, counts)
             return
-        slots = Slots.of(outputs, self.kind, self.token)
+        linearized, batch, slots, head = self._prepared(linearized, batch, outputs, counts)
         step = max(1, self._room(TILE) // linearized.numbers_per_vector)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
@@ -497,7 +579,8 @@ class Problem:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with torch.inference_mode(False) if bare else self.plan.quiet(), torch.enable_grad():
-                shaped = self.likelihood.as_outputs(v, linearized.z.shape)
+                shape = linearized.z.shape
+                shaped = self.likelihood.as_outputs(v, shape) if head is None else v.reshape(len(v), *shape)
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 try:
                     found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
@@ -511,7 +594,22 @@ class Problem:
                 raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             return found.finite(call)
 
-        yield from slots.chunks(batch, step, rows)
+        chunks = slots.chunks(batch, step, rows)
+        yield from chunks if head is None else (head.joined(chunk, self.plan) for chunk in chunks)
+
+    def _prepared(
+        self, linearized: Linearized | OneByOne, batch: Batch, outputs: Outputs, counts: tuple[int, int]
+    ) -> tuple[Linearized | OneByOne, Batch, Slots, Head | None]:
+        """What vectors go back from, whose they are, and which: by position, or below a last layer, where it is so."""
+        folded = self._folded(linearized, batch)
+        if folded is not None:
+            linearized, batch = folded
+            outputs = outputs.positionwise()
+        wanted = self.head and not self.by_owner and isinstance(linearized, Linearized)
+        head = Head.of(linearized, outputs) if wanted and isinstance(linearized, Linearized) else None
+        if head is None:
+            return linearized, batch, Slots.of(outputs, self.kind, self.token, counts), None
+        return head.below, batch, head.slots(counts), head
 
     def _room(self, most: int) -> int:
         """Entries that a pass may hold."""
@@ -521,7 +619,8 @@ class Problem:
         return min(most, max(SMALLEST, self.budget // (4 * item)))
 
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
-        return Slots.of(self._outputs(batch, raw, start, call), self.kind, self.token)
+        outputs, counts = self._counted(batch, raw, start, call)
+        return Slots.of(outputs, self.kind, self.token, counts)
 
 
 def now(device: torch.device) -> float:

@@ -30,6 +30,7 @@ from fisherkit.rows.rules import (
     ADDED,
     BATCH_NORM,
     COPIED,
+    RULES,
     ConvolutionRule,
     ElementwiseRule,
     EmbeddingRule,
@@ -43,6 +44,8 @@ from fisherkit.rows.rules import (
 Operands = Sequence[tuple[Tensor, Derived]]
 """Tensors made of chosen parameters among a function's arguments."""
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
 
 # Attention is one function to a mode, which would hide the linear maps inside. Running its own code with the check for
@@ -55,7 +58,11 @@ _ATTENTION = FunctionType(
 _ATTENTION.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_LOOKED_AT = {
+    *DROPOUTS, *RECURRENT, F.scaled_dot_product_attention, F.embedding, F.embedding_bag,
+    F.multi_head_attention_forward, F.batch_norm, _SET_DATA,
+}  # fmt: skip
+"""Functions that are refused, noted or replaced by what they are given."""
 
 
 class Recorder(TorchFunctionMode):
@@ -67,6 +74,7 @@ class Recorder(TorchFunctionMode):
         inputs: the tensors of the call that have the batch axis first.
         shared: parameters of layers whose inputs all examples share, as of positions: their outputs are functions of
             the parameters alone.
+        positions: how many positions inputs have along axis 1, if it is to be seen whether these stay apart; else 0.
         training: a training step's own forward pass, in which dropout may be active.
         constant_statistics: batch norm in train mode uses its batch's statistics as if they were constants, and leaves
             its running ones alone.
@@ -89,6 +97,7 @@ class Recorder(TorchFunctionMode):
         inputs: Iterable[Tensor] = (),
         shared: Collection[str] = (),
         *,
+        positions: int = 0,
         training: bool = False,
         constant_statistics: bool = False,
     ) -> None:
@@ -104,8 +113,11 @@ class Recorder(TorchFunctionMode):
         self._hooks = RemovableHandle.next_id
         self._tracker = Tracker(batch)
         self._derivations = Derivations(names)
+        self._along = Tracker(positions) if positions > 1 else None
         for tensor in inputs:
             self._tracker.mark(tensor, Axis(0))
+            if self._along is not None and tensor.ndim > 1 and tensor.shape[1] == positions:
+                self._along.mark(tensor, Axis(1))
 
     @property
     def hooked(self) -> bool:
@@ -124,6 +136,16 @@ class Recorder(TorchFunctionMode):
             self.outside_rules.update(made.names)
         return self._tracker.proves(z)
 
+    def positions(self, z: Tensor) -> int:
+        """How many positions of the inputs outputs ``[B, T, C]`` keep apart; 0 if not shown, or not looked at."""
+        along = self._along
+        return along.batch if along is not None and z.ndim == 3 and not along.lost and along.status(z) == Axis(1) else 0
+
+    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self._tracker.see(func, args, kwargs, output)
+        if self._along is not None:
+            self._along.see(func, args, kwargs, output)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -131,27 +153,30 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.muted:
             return func(*args, **kwargs)
-        if _random(func, args, kwargs):
-            self.random = True
-            if not self.training:
-                raise _refused_chance(func)
         self.packed = self.packed or _packs()
-        _refuse_max_norm(func, args, kwargs)
-        _refuse_offsets(func, args, kwargs)
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _ATTENTION(*args, **kwargs)
-        if func is F.batch_norm and self.constant_statistics:
-            args, kwargs = _with_constants(args, kwargs)
-        self.casts = self.casts or func == _SET_DATA
+        if func in _LOOKED_AT:
+            if _random(func, args, kwargs):
+                self.random = True
+                if not self.training:
+                    raise _refused_chance(func)
+            _refuse_max_norm(func, args, kwargs)
+            _refuse_offsets(func, args, kwargs)
+            if func is F.multi_head_attention_forward:
+                with self:
+                    return _ATTENTION(*args, **kwargs)
+            if func is F.batch_norm and self.constant_statistics:
+                args, kwargs = _with_constants(args, kwargs)
+            self.casts = self.casts or func == _SET_DATA
         own = self._derivations.operands(args, kwargs)
         if own and not torch.is_grad_enabled():
             self.without_graph.update(name for _, made in own for name in made.names)
-        if own and torch.is_grad_enabled():
+        if own and torch.is_grad_enabled() and not self._is_plain(func, args, kwargs, own):
             output = self._with_parameters(func, args, kwargs, own)
         else:
             output = func(*args, **kwargs)
-            self._tracker.see(func, args, kwargs, output)
+            self._see(func, args, kwargs, output)
+            if own and torch.is_grad_enabled() and output.numel():
+                self._note(RULES[func], RULES[func].bind(args, kwargs), output)
         if isinstance(output, Tensor) and output.requires_grad and output.dtype != self.coarsest:
             self.coarsest = coarser(self.coarsest, output.dtype)
         return output
@@ -165,14 +190,14 @@ class Recorder(TorchFunctionMode):
         rule, arguments = self._rule(func, args, kwargs)
         seen, versions = len(self.uses), [tensor._version for tensor, _ in own]
         gathered = own[0][0] is args[0] and is_gather(func, args) if args else False
-        data = [] if gathered else [t for t in tensors((args, kwargs)) if self._of_examples(t, func, own)]
+        data = [] if gathered else [t for t in tensors(args, kwargs) if self._of_examples(t, func, own)]
         alone = not data if rule is None else self._shared(rule, arguments)
         if _in_place(func, kwargs) and isinstance(rule, ElementwiseRule) and rule.product:
             arguments["input"] = arguments["input"].detach().clone()
         if rule is None and data:
             args, kwargs = self._copied(func, args, kwargs, own, data)
         output = func(*args, **kwargs)
-        self._tracker.see(func, args, kwargs, output)
+        self._see(func, args, kwargs, output)
         written = _in_place(func, kwargs) or _random(func, args, kwargs)
         changed = [tensor for (tensor, _), version in zip(own, versions, strict=True) if tensor._version != version]
         if changed:
@@ -195,10 +220,21 @@ class Recorder(TorchFunctionMode):
             self._leave(self._derivations.operands(args, kwargs))
         return output
 
+    def _is_plain(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands
+    ) -> bool:
+        """Whether a layer of data was given parameters as they are, in their places, and no other way is open to it."""
+        if type(RULES.get(func)) is not LinearRule or kwargs or not 1 < len(args) <= 3:
+            return False
+        x = args[0]
+        status = self._tracker.status(x) if isinstance(x, Tensor) else Mark.FREE
+        usual = isinstance(status, Axis) and all(made.layout == SAME and made.lookup is None for _, made in own)
+        return usual and own[0][0] is args[1] and x is not args[1] and self._derivations.of(x) is None
+
     def _unrolled(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A recurrent layer, as its linear maps."""
         output, maps = unrolled(func, args)
-        self._tracker.see(func, args, {}, output)
+        self._see(func, args, {}, output)
         status = self._tracker.status(output[0])
         axis = status if isinstance(status, Axis) else None
         for one in maps:
@@ -295,14 +331,14 @@ class Recorder(TorchFunctionMode):
             weight = made(arguments[rule.weight_name])
         status = self._tracker.status(output)
         slices, turned = self._slices(rule, arguments, rule.weight_name) or (None, False)
-        by_bias, _ = self._slices(rule, arguments, rule.bias_name) or (None, False)
+        by_bias, _ = (self._slices(rule, arguments, rule.bias_name) if bias is not None else None) or (None, False)
         turned = turned or (weight is not None and weight.layout == TURNED and isinstance(rule, LinearRule))
         if isinstance(rule, ElementwiseRule) and slices is not None:
             arguments = {**arguments, "weight": arguments["weight"].detach().flatten()[: arguments["weight"].shape[-1]]}
         use = Use(
             rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
             shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned, slices,
-            version_of(arguments[rule.input_name]),
+            version_of(arguments[rule.input_name]), self._position(output),
         )  # fmt: skip
         if (slices is not None or by_bias is not None) and None not in use.sources:
             self.uses += [replace(use, bias=None), replace(use, weight=None, turned=False, slices=by_bias)]
@@ -313,6 +349,11 @@ class Recorder(TorchFunctionMode):
             self.uses += [replace(use, bias=None), replace(use, weight=None)]
         else:
             self.uses.append(use)
+
+    def _position(self, output: Tensor) -> Axis | None:
+        """Where positions lie in a use's output."""
+        status = None if self._along is None else self._along.status(output)
+        return status if isinstance(status, Axis) else None
 
     def _derive(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: Operands,
@@ -335,7 +376,8 @@ class Recorder(TorchFunctionMode):
                 return
         self._derivations.add(func, args, kwargs, output, written=written)
         for one in tensors(output):
-            self._tracker.mark(one, Mark.FREE)
+            for tracker in filter(None, (self._tracker, self._along)):
+                tracker.mark(one, Mark.FREE)
         rule = rule_for(func, args, kwargs)
         looked_up = self._derivations.of(output)
         if isinstance(rule, EmbeddingRule) and looked_up is not None and made.layout == SAME:
@@ -357,7 +399,7 @@ class Recorder(TorchFunctionMode):
         # A checkpoint computes again without us, and then saves tensors of other shapes.
         if not known or _packs() or any(tensor is target for tensor, _ in own):
             return args, kwargs
-        most = max(tensor.ndim for tensor in tensors((args, kwargs)))
+        most = max(tensor.ndim for tensor in tensors(args, kwargs))
         tracked = {
             status._replace(dim=most - tensor.ndim + status.dim)
             for tensor in data

@@ -60,6 +60,7 @@ class Use:
     turned: bool = False
     slices: Int[Tensor, "..."] | None = None
     version: int | None = None
+    position: Axis | None = None
 
     @property
     def input(self) -> Tensor:

@@ -210,8 +210,9 @@ def _one_column(
         # Leaves themselves, so that what watches sees parameters and not something made of them.
         leaves = {n: forward_ad.make_dual(p, tangents[n]).requires_grad_() for n, p in parameters.items()}
         model = forward(leaves)
-        seen = Watched.of(model, Recorder({}, batch.size, batch.leaves()[0]), batch) if watch else None
-        z = batch.call(model) if seen is None else seen.z
+        own = batch.fresh()
+        seen = Watched.of(model, Recorder({}, batch.size, own.batched), own) if watch else None
+        z = own.handed(model) if seen is None else seen.z
         tangent = forward_ad.unpack_dual(z).tangent
         pushed = torch.zeros_like(z) if tangent is None else tangent.detach().clone()
     # Outside of the dual level, where going back would carry tangents too.

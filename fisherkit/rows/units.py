@@ -40,10 +40,14 @@ class Unit:
         reason: why it is handled as it is, for `coverage`.
         numbers: how many numbers a row takes when it is written out.
         without_use: whether no function was seen to use it.
+
+    Attributes:
+        fold: positions of an example that are examples of their own here, each with its share of the vectors.
     """
 
     def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, without_use: bool = False) -> None:
         self.names, self.reason, self.numbers, self.without_use = names, reason, numbers, without_use
+        self.fold = 1
 
     def numbers_per_example(self, vectors: int) -> int:
         """Numbers that the rows of one example take as they are kept, for so many output vectors an example."""
@@ -177,6 +181,7 @@ class RuledUnit(Unit):
         if self.shape is None:
             return
         t, i, o = self.shape
+        t, vectors = max(1, t // self.fold), vectors // self.fold
         pair, product = t * (i + vectors * o), vectors * i * o
         smaller, faster = pair > product, t > 1 and t >= vectors and not lean
         self.stored = smaller or faster
@@ -189,7 +194,7 @@ class RuledUnit(Unit):
         if self.shape is None or self.stored:
             return vectors * self.numbers
         t, i, o = self.shape
-        return t * (i + vectors * o)
+        return t * (i + vectors // self.fold * o)
 
     def differs(self, use: Use) -> bool:
         """Whether a use is not of the form that was verified."""

@@ -23,7 +23,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.generic import dense_gradient
-from fisherkit.rows.hidden import custom_functions, uses_are_all
+from fisherkit.rows.hidden import uses_are_all
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Findings, Plan, Probe, forward, make_plan, probed, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
@@ -58,10 +58,9 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: b
     if key in known and known[key].alone and batch.size > 1:
         del known[key]  # of one example nothing was learnt about two
     if key in known:
-        old = Plan.of(model, space, known[key], key)
-        if assume and _is_simple(old):
-            return replace(old, probed=Probe(batch.take(two_of(batch, old.alone)), None))
-        plan = _confirmed(old, batch)
+        if assume and _is_simple(known[key]):
+            return Plan.of(model, space, known[key], key, Probe(batch, None, known[key].alone))
+        plan = _confirmed(Plan.of(model, space, known[key], key), batch)
         if plan is not None:
             return plan
         del known[key]
@@ -129,7 +128,7 @@ def _confirmed(plan: Plan, batch: Batch) -> Plan | None:
         watched = linearized.watched
         if random > plan.draws or not watched.z.requires_grad or linearized.unruled:
             return None
-        if custom_functions(watched.z) != plan.custom:
+        if watched.custom != plan.custom:
             return None
         plan = replace(plan, probed=Probe(two, watched), coarsest=watched.coarsest)
         if is_shown(plan, seen):
@@ -161,11 +160,11 @@ def is_shown(plan: Plan, watched: Watched) -> bool:
         return False
     if any(p._backward_hooks for p in plan.parameters.values()):
         return False  # what a hook does to a gradient is no part of the graph
-    alike = _calls(watched.uses) == plan.calls and custom_functions(watched.z) == plan.custom
+    alike = _calls(watched.uses) == plan.calls and watched.custom == plan.custom
     return alike and uses_are_all(watched.z, watched.uses, plan.parameters)
 
 
-def _is_simple(plan: Plan) -> bool:
+def _is_simple(plan: Findings) -> bool:
     """Whether a graph can tell that a plan holds: functions of parameters themselves that met data."""
     return plan.calls is not None and all(type(unit) in (RuledUnit, SharedUnit) for unit in plan.units)
 

@@ -8,7 +8,8 @@ through the graph together share. Knows rules by their entries alone, and no row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch.autograd.graph import GradientEdge
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
+from fisherkit.rows.batch_axis import Axis
 from fisherkit.rows.differentiable import pulled_back
-from fisherkit.rows.hidden import has_custom_function
+from fisherkit.rows.hidden import custom_functions
 from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, owners
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
@@ -42,6 +44,7 @@ class Watched:
         hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients.
         exchanging: whether hooks may hand gradients to other examples; not if the probe's were seen not to.
         packed: as of a `Recorder`.
+        positions: how many positions of the inputs the outputs keep apart; 0 if that is not shown, or not looked at.
         mixed: whether numbers without a gradient may have been computed from several examples.
     """
 
@@ -58,16 +61,17 @@ class Watched:
     exchanging: bool = False
     mixed: bool = False
     packed: bool = False
+    positions: int = 0
 
     @classmethod
     def of(cls, model: Callable[..., Any], recorder: Recorder, batch: Batch) -> Watched:
-        """By a forward pass.
+        """By a forward pass of a batch that the model may write to, as `Batch.fresh` makes it.
 
         Raises:
             ModelError: the outputs do not have the examples along axis 0.
         """
         with recorder:
-            z = batch.call(model)
+            z = batch.handed(model)
         if z.ndim == 0 or z.shape[0] != batch.size:
             raise ModelError(
                 call="the model's forward pass",
@@ -85,7 +89,7 @@ class Watched:
         return cls(
             recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
             casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, mixed=recorder.mixed,
-            packed=recorder.packed,
+            packed=recorder.packed, positions=recorder.positions(z),
         )  # fmt: skip
 
     @property
@@ -106,12 +110,29 @@ class Watched:
     @property
     def bare(self) -> bool:
         """Whether a backward pass runs torch's own code alone, which draws nothing and writes to no module."""
-        return not (self.hooked or self.packed or has_custom_function(self.z))
+        return not (self.hooked or self.packed or self.custom)
+
+    @cached_property
+    def custom(self) -> frozenset[str]:
+        """Names of the autograd functions written in Python in the graph."""
+        return custom_functions(self.z)
 
     @property
     def apart(self) -> bool:
         """Whether functions keep examples apart, so that none has another output in other company."""
         return self.proven and not self.mixed
+
+    def by_position(self) -> Watched | None:
+        """The same with every position an example of its own; None where entries do not lie by example and position."""
+        if not self.positions or not self.regular or self.exchanging:
+            return None
+        batch, found = self.batch, []
+        for use in self.uses:
+            axis = _merged(use.axis, use.position, batch, self.positions)
+            if axis is None or axis.dim >= len(use.rule.lead(use)):
+                return None
+            found.append(replace(use, axis=axis))
+        return replace(self, batch=batch * self.positions, z=self.z.flatten(0, 1), uses=found, positions=0)
 
     def backward(self, v: Float[Tensor, "k B ..."], *, batched: bool = False) -> Sequence[Tensor | None]:
         """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output."""
@@ -193,3 +214,13 @@ class Watched:
         if bool(((owner >= 0) & (owner != expected.owners(entries).to(owner.device))).any()):
             return None  # gradients go elsewhere than the outputs come from
         return found if self.by_owner else expected
+
+
+def _merged(example: Axis | None, position: Axis | None, batch: int, positions: int) -> Axis | None:
+    """The axis of examples and their positions, where these come first, one behind the other or merged."""
+    if example is None or position is None:
+        return None
+    if example == Axis(0) and position == Axis(1):
+        return Axis(1, outer=batch)
+    merged = example == Axis(0, inner=positions) and position == Axis(0, outer=batch)
+    return Axis(0) if merged else None

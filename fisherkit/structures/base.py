@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError, ProcessError, listed
-from fisherkit.operators import BlockDiagonalOperator, FisherOperator
+from fisherkit.operators import BlockDiagonalOperator, FisherOperator, packed
+from fisherkit.operators.linalg import checked_together
 from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
@@ -169,6 +170,7 @@ class Structure(ABC):
         max_rank: eigenpairs of a Kronecker factor to keep; None for all.
         averaged: whether the sums will be merged with those of other examples after they were decomposed.
         memory_budget: bytes.
+        kept: the dtype that the operator's numbers are kept in; None for that of the rows.
         processes: that each add up a part of the data; None for one alone.
     """
 
@@ -185,6 +187,8 @@ class Structure(ABC):
     """Whether it asks which positions outputs that count depend on, as Kronecker factors do."""
     in_parts: ClassVar[bool] = False
     """Whether layers can be handled one after the other: whether no block of the operator is of several layers."""
+    packs: ClassVar[bool] = False
+    """Whether the operator's numbers can be kept in a coarser dtype than they are added up in."""
     passes: ClassVar[int] = 1
     """Over the rows, about."""
     instead: ClassVar[str] = "params= to choose fewer parameters"
@@ -200,6 +204,7 @@ class Structure(ABC):
     max_rank: int | None = None
     averaged: bool = False
     memory_budget: int = UNBOUNDED
+    kept: torch.dtype | None = None
     processes: Processes | None = None
 
     def __init_subclass__(cls) -> None:
@@ -214,12 +219,12 @@ class Structure(ABC):
         return cls(plan.space, plan.dtype, plan.example_parameter.device, tuple(plan.modules), **settings)
 
     def bytes(self, problem: Problem) -> int:
-        """What the sums take, before anything is computed; ``problem`` knows the examples and what their rows take."""
-        return self.item * self.space.size
+        """What the operator takes, before anything is computed; ``problem`` knows the examples and their rows' size."""
+        return self.kept_item * self.space.size
 
     def peak(self, problem: Problem) -> int:
         """What adding up and the operator take at most, the operator included: by default, both whole."""
-        return 2 * self.bytes(problem)
+        return self.bytes(problem) + self.bytes(problem) * self.item // self.kept_item
 
     def fitted(self, problem: Problem) -> int:
         """The same, once it is chosen how rows are kept so that they fit."""
@@ -257,8 +262,13 @@ class Structure(ABC):
 
     @property
     def item(self) -> int:
-        """Bytes of a number."""
+        """Bytes of a number of the sums."""
         return torch.finfo(self.dtype).bits // 8
+
+    @property
+    def kept_item(self) -> int:
+        """Bytes of a number of the operator."""
+        return self.item if self.kept is None else min(self.item, torch.finfo(self.kept).bits // 8)
 
 
 # -- structures that treat layers one by one ---------------------------------------------------------------------------
@@ -290,15 +300,23 @@ class UnitSums(Added):
         average: UnitSums = known.scaled(ema).merge(self.scaled((1 - ema) * weight))
         return average
 
-    def decomposed(self, known: Any, due: bool, rank: int | None) -> UnitSums:
-        """With the eigenpairs that `operator` needs, for records that keep them from step to step.
+    @property
+    def decomposition_cost(self) -> float:
+        """About how many operations `eigenpairs` takes; 0 of records that keep none."""
+        return 0.0
+
+    def eigenpairs(self, known: Any, due: bool, rank: int | None) -> Any:
+        """Those that `operator` needs, of records that keep them from step to step as ``spectra``.
 
         Args:
             known: the record before.
             due: whether it is time for new ones.
             rank: how many to keep of a factor; None for all.
+
+        Raises:
+            LookupError: the record keeps none.
         """
-        return self
+        raise LookupError(f"a record of {type(self).__name__} keeps none")
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file must hold; `from_tensors` takes it back."""
@@ -343,13 +361,25 @@ class LayerSums(Sums):
         return dict(sorted({**(self.done or {}), **self.units}.items(), key=lambda unit: place(unit[0][0])))
 
     def averaged(self, known: Mapping[tuple[Names, str], UnitSums], ema: float, weight: float, due: bool) -> LayerSums:
-        """Each record averaged with the one before, by unit and label, and decomposed; not those labelled ""."""
+        """Each record averaged with the one before, by unit and label, and decomposed; not those labelled "".
 
-        def one(names: Names, unit: UnitSums) -> UnitSums:
-            old = known.get((names, unit.label))
-            return unit.averaged(old if ema > 0 else None, ema, weight).decomposed(old, due, self.structure.max_rank)
+        Of several processes, each decomposes some and sends the eigenpairs, which are then the same in all.
+        """
+        old = {names: known.get((names, unit.label)) for names, unit in self.units.items() if unit.label}
+        units = dict(self.units)
+        for names, before in old.items():
+            units[names] = units[names].averaged(before if ema > 0 else None, ema, weight)
 
-        units = {names: one(names, unit) if unit.label else unit for names, unit in self.units.items()}
+        def pairs(names: Names) -> Any:
+            return units[names].eigenpairs(old[names], due, self.structure.max_rank)
+
+        costs = {names: cost for names in old if (cost := units[names].decomposition_cost)}
+        new = {names: cost for names, cost in costs.items() if due or old[names] is None}
+        processes = self.structure.processes
+        sent = {} if processes is None else processes.shared_out(new, pairs)
+        for names in costs:
+            spectra = sent[names] if names in sent else pairs(names)
+            units[names] = replace(units[names], spectra=spectra)  # type: ignore[call-arg]  # who has a cost has these
         return replace(self, units=units)
 
 
@@ -357,6 +387,7 @@ class LayerStructure(Structure):
     """A structure whose sums are one record for each unit, and whose operator is block-diagonal over units."""
 
     in_steps = True
+    packs = True
 
     @abstractmethod
     def record(self, rows: UnitRows) -> UnitSums:
@@ -372,8 +403,13 @@ class LayerStructure(Structure):
 
     def operator(self, sums: LayerSums, scale: float) -> FisherOperator:
         """A block a unit."""
-        units = sums.whole.items()
-        return BlockDiagonalOperator(self.space, [u.operator(self.space.restrict(n), scale) for n, u in units])
+        return BlockDiagonalOperator(self.space, [self._block(n, u, scale) for n, u in sums.whole.items()])
+
+    def _block(self, names: Names, unit: UnitSums, scale: float) -> FisherOperator:
+        if self.kept is None:
+            return unit.operator(self.space.restrict(names), scale)
+        with checked_together():  # alone, so that nothing keeps the wide form
+            return packed(unit.operator(self.space.restrict(names), scale), self.kept)
 
     def parts(self, sums: LayerSums, operator: Any) -> Parts:
         """The blocks."""

@@ -39,20 +39,21 @@ class Diagonal(LayerStructure):
         return Squares(rows.squared_sum())
 
     def operator(self, sums: LayerSums, scale: float) -> FisherOperator:
-        """One diagonal for all."""
-        pieces: dict[str, Tensor] = {}
-        for names, unit in sums.units.items():
-            own = self.space.restrict(names)
-            pieces |= zip(own.names, unit.tensors()["diagonal"].split(own.sizes), strict=True)
-        whole = torch.cat([pieces[name] for name in self.space.names])
+        """One diagonal for all; of numbers that are kept in another dtype one a unit."""
+        if self.kept is not None:
+            return super().operator(sums, scale)
+        units = sums.whole
+        whole = torch.empty(self.space.size, dtype=self.dtype, device=self.device)
+        for names, unit in units.items():
+            self.space.put(whole, names, unit.tensors()["diagonal"])
         return DiagonalOperator(self.space, whole if scale == 1 else whole.mul_(scale))
 
-    def parts(self, sums: LayerSums, operator: DiagonalOperator) -> Parts:
+    def parts(self, sums: LayerSums, operator: FisherOperator) -> Parts:
         """Each unit's entries."""
-        whole = dict(zip(self.space.names, operator.diagonal().split(self.space.sizes), strict=True))
-        parts: Parts = {}
+        if self.kept is not None:
+            return super().parts(sums, operator)
+        whole, parts = operator.diagonal(), {}
         for names in sums.whole:
             own = self.space.restrict(names)
-            entries = torch.cat([whole[name] for name in own.names])
-            parts[names] = Part(DiagonalOperator(own, entries), Squares.label, "")
+            parts[names] = Part(DiagonalOperator(own, self.space.take(whole, own.names)), Squares.label, "")
         return parts

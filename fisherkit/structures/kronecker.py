@@ -201,13 +201,18 @@ class KroneckerFactors(UnitSums):
             known = replace(known, activation=known.activation.scaled(per_example), count=per_example)
         return super().averaged(known, ema, weight)
 
-    def decomposed(self, known: Any, due: bool, rank: int | None) -> KroneckerFactors:
-        """With the factors' eigenpairs: all of few vectors, or the leading ones of a matrix."""
+    @property
+    def decomposition_cost(self) -> float:
+        """Of both factors."""
+        return float(self.activation.width**3 + self.gradient.width**3)
+
+    def eigenpairs(self, known: Any, due: bool, rank: int | None) -> tuple[Spectrum, Spectrum]:
+        """The factors': all of few vectors, or the leading ones of a matrix."""
         on_inputs, on_outputs = (None, None) if known is None or known.spectra is None else known.spectra
-        return replace(self, spectra=(
+        return (
             self.activation.leading(rank, on_inputs, due, 1 / (self.count or 1)),
             self.gradient.leading(rank, on_outputs, due, 1.0),
-        ))  # fmt: skip
+        )
 
     def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
         """G ⊗ A; of spectra that are kept, the product of what they say."""
@@ -315,8 +320,20 @@ class KFAC(LayerStructure):
     instead = 'structure="diagonal", or params= without the widest layers'
 
     def bytes(self, problem: Problem) -> int:
-        """The factors, and what units without factors have."""
-        return self.item * sum(inputs**2 + outputs**2 for inputs, outputs in _sides(problem)) + self._others(problem)
+        """The factors, packed ones with their eigenvalues in float64, and what units without factors have."""
+        sides = _sides(problem)
+        values = 8 * sum(i + o + 2 for i, o in sides) if self.kept_item < self.item else 0
+        return self.kept_item * sum(i**2 + o**2 for i, o in sides) + values + self._others(problem)
+
+    def peak(self, problem: Problem) -> int:
+        """All factors beside the operators made of them; of packed ones, one is decomposed at a time."""
+        factors, sides = self._factors(problem), _sides(problem)
+        work = EIGH_BYTES * max((max(side) for side in sides), default=0) ** 2 if self.kept_item < self.item else 0
+        return factors + work + self.bytes(problem) + self._others(problem)
+
+    def _factors(self, problem: Problem) -> int:
+        """Bytes of the sums of factors."""
+        return self.item * sum(i**2 + o**2 for i, o in _sides(problem))
 
     def _others(self, problem: Problem) -> int:
         """Bytes of blocks and diagonals of units without factors."""
@@ -325,7 +342,7 @@ class KFAC(LayerStructure):
             for unit in problem.plan.units
             if not (isinstance(unit, RuledUnit) and unit.shape)
         ]
-        return self.item * sum(size**2 if size <= SMALL_BLOCK else size for size in sizes)
+        return sum(self.item * size**2 if size <= SMALL_BLOCK else self.kept_item * size for size in sizes)
 
     def record(self, rows: UnitRows) -> UnitSums:
         """Of a unit without factors: its block, or its diagonal."""
@@ -347,7 +364,7 @@ class EKFAC(KFAC):
 
     def bytes(self, problem: Problem) -> int:
         """Two eigenbases and the values of each layer."""
-        return super().bytes(problem) + self.item * sum(i * o for i, o in _sides(problem))
+        return self.kept_item * sum(i**2 + o**2 + i * o for i, o in _sides(problem)) + self._others(problem)
 
     def peak(self, problem: Problem) -> int:
         """All factors beside the eigenvectors found so far and the float64 work on the next ones."""
@@ -355,8 +372,9 @@ class EKFAC(KFAC):
         for i, o in sides:
             most = max(most, known + EIGH_BYTES * max(i, o) ** 2)
             known += self.item * (i**2 + o**2 + i * o)
-        factors = self.item * sum(i**2 + o**2 for i, o in sides)
-        return 2 * self._others(problem) + max(factors + most, factors + known, 2 * known - factors)
+        factors, others = self._factors(problem), self._others(problem)
+        made = self.bytes(problem) - others if self.kept_item < self.item else known - factors
+        return 2 * others + max(factors + most, factors + known, known + made)
 
     def next_pass(self, sums: LayerSums) -> LayerSums | None:
         """The moments, after the factors."""
@@ -368,10 +386,9 @@ class EKFAC(KFAC):
         def moments(names: Names) -> RotatedSquares:
             return RotatedSquares.zeros(factors[names], self.dtype)
 
-        if self.processes is None:
-            return LayerSums(self, {names: moments(names) for names in factors}, others)
-        cubes = {n: u.activation.width**3 + u.gradient.width**3 for n, u in factors.items()}
-        return LayerSums(self, self.processes.shared_out(cubes, moments), others)
+        new = {names: u.decomposition_cost for names, u in factors.items() if u.spectra is None}
+        sent = {} if self.processes is None else self.processes.shared_out(new, moments)
+        return LayerSums(self, {names: sent[names] if names in sent else moments(names) for names in factors}, others)
 
 
 def _sides(problem: Problem) -> list[tuple[int, int]]:

@@ -157,7 +157,7 @@ class NKP(KFAC):
 
     def peak(self, problem: Problem) -> int:
         """A half-step beside the next one, and what was found two passes ago."""
-        return 3 * self.bytes(problem)
+        return 3 * self.bytes(problem) * self.item // self.kept_item
 
     def start(self, slot: UnitSlot, chunk: Chunk) -> UnitSums:
         """A first half-step of factored rows."""

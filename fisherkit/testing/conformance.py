@@ -204,12 +204,9 @@ def _relative_error(got: Tensor, expected: Tensor, scale: float | None = None) -
 
 
 def check_fisher(
-    operator: FisherOperator,
-    dense: Float[Tensor, "D D"],
-    *,
-    tolerance: float | None = None,
+    operator: FisherOperator, dense: Float[Tensor, "D D"], *, tolerance: float | None = None,
     generator: torch.Generator | None = None,
-) -> ConformanceReport:
+) -> ConformanceReport:  # fmt: skip
     """Check every operation of an operator against its matrix.
 
     Products of all forms of vector, quadratic form, diagonal, trace, Gram, damped solves, factorizations, log

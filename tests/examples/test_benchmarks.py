@@ -16,6 +16,7 @@ from examples.benchmarks import memory, report, results, roofline, run
 from examples.benchmarks.accuracy import accuracy
 from examples.benchmarks.choice import compare, forced
 from examples.benchmarks.contestants import Case, Contestant, DisagreementError, check_agreement
+from examples.benchmarks.fixed import STEPS, measure_fixed
 from examples.benchmarks.measure import Settings, agree, measure
 from examples.benchmarks.operations import OPERATIONS, PEERS, Cell, cells
 from examples.benchmarks.steps import measure_steps
@@ -197,6 +198,14 @@ def test_page__shows_the_results_that_lie_beside_it() -> None:
 def test_environment__names_no_machine_and_no_user() -> None:
     text = json.dumps(run.environment(torch.device("cpu")))
     assert "/" not in text.replace("+cpu", "")
+
+
+@pytest.mark.smoke
+def test_fixed__every_row_has_a_peer() -> None:
+    records = list(measure_fixed(SETTINGS))
+    assert len(records) == 4 + len(STEPS)
+    assert all(len(record["seconds"]) > 1 and record["ratio"] > 0 for record in records)
+    assert report.fixed_table({"fixed": records})[0][-1] == "ours / best peer"
 
 
 @pytest.mark.parametrize("name", ["W1", "W2", "W3"])

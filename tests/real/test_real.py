@@ -58,8 +58,7 @@ def take(tensors: Inputs, some: slice) -> Inputs:
 
 def logits(model: nn.Module, inputs: Inputs) -> Tensor:
     out = model(**inputs)
-    found: Tensor = out if isinstance(out, Tensor) else out.logits
-    return found
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def counted(architecture: Architecture, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

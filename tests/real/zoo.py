@@ -165,23 +165,16 @@ ARCHITECTURES |= {
 # The grouped product that is these models' default knows no float64.
 EXPERTS: dict[str, Any] = {**SHARED_KEYS, "num_experts_per_tok": 2}
 MIXTURES: dict[str, Callable[..., Architecture]] = {
-    "deepseek-v3": functools.partial(
-        _decoder, "DeepseekV3ForCausalLM", **EXPERTS | {"num_key_value_heads": 2, "head_dim": 4},
-        moe_intermediate_size=12, n_routed_experts=4, n_group=1, topk_group=1, n_shared_experts=1,
-        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=0,
-    ),
+    "deepseek-v3": functools.partial(_decoder, "DeepseekV3ForCausalLM",
+        **EXPERTS | {"num_key_value_heads": 2, "head_dim": 4}, moe_intermediate_size=12, n_routed_experts=4, n_group=1,
+        topk_group=1, n_shared_experts=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+        v_head_dim=8, first_k_dense_replace=0),
     "mixtral": functools.partial(_decoder, "MixtralForCausalLM", num_local_experts=4, **EXPERTS),
-    "qwen2-moe": functools.partial(
-        _decoder, "Qwen2MoeForCausalLM", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12,
-        **EXPERTS,
-    ),
-    "qwen3-moe": functools.partial(
-        _decoder, "Qwen3MoeForCausalLM", num_experts=4, moe_intermediate_size=12, **EXPERTS
-    ),
-    "gpt-oss": functools.partial(
-        _decoder, "GptOssForCausalLM", num_local_experts=4, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        **EXPERTS,
-    ),
+    "qwen2-moe": functools.partial(_decoder, "Qwen2MoeForCausalLM", num_experts=4, moe_intermediate_size=12,
+        shared_expert_intermediate_size=12, **EXPERTS),
+    "qwen3-moe": functools.partial(_decoder, "Qwen3MoeForCausalLM", num_experts=4, moe_intermediate_size=12, **EXPERTS),
+    "gpt-oss": functools.partial(_decoder, "GptOssForCausalLM", num_local_experts=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **EXPERTS),
 }  # fmt: skip
 ARCHITECTURES |= {name: make(family="mixture", experts_implementation="eager") for name, make in MIXTURES.items()}
 ARCHITECTURES |= {
@@ -505,9 +498,8 @@ def _padded(number: int) -> Inputs:
 COLLATED = {
     "t5": Collated(ARCHITECTURES["t5"].make, _padded),
     "bart": Collated(ARCHITECTURES["bart"].make, _padded),
-    "mbart": Collated(
-        _of("MBartForConditionalGeneration", "MBartConfig", **SEQ2SEQ, max_position_embeddings=16), _padded
-    ),
+    "mbart": Collated(_of("MBartForConditionalGeneration", "MBartConfig", **SEQ2SEQ, max_position_embeddings=16),
+        _padded),
     "whisper": Collated(ARCHITECTURES["whisper"].make, sound_features),
     "image captioner": Collated(_image_captioner, images),
-}
+}  # fmt: skip

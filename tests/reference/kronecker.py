@@ -43,8 +43,7 @@ def ekfac_block(
     """
     values = (g_basis.T @ weight_rows @ a_basis).square().sum(0) / count
     basis = torch.kron(g_basis.contiguous(), a_basis.contiguous())
-    dense: Tensor = (basis * values.reshape(-1)) @ basis.T
-    return dense
+    return (basis * values.reshape(-1)) @ basis.T
 
 
 def kronecker(

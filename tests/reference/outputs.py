@@ -87,16 +87,14 @@ def hessian(z: Float[Tensor, "*Z"], y: Shaped[Tensor, "*Y"], likelihood: Likelih
     def flat_loss(flat: Tensor) -> Tensor:
         return loss(flat.reshape(z.shape), target, likelihood)
 
-    found: Tensor = torch.autograd.functional.hessian(flat_loss, _double(z).reshape(-1))  # type: ignore[no-untyped-call]
-    return found
+    return torch.autograd.functional.hessian(flat_loss, _double(z).reshape(-1))  # type: ignore[no-untyped-call]
 
 
 def square_root(matrix: Float[Tensor, "P P"]) -> Float[Tensor, "R P"]:
     """Rows s with sum of s sᵀ = ``matrix``, a symmetric PSD matrix, by eigen-decomposition."""
     values, vectors = torch.linalg.eigh(matrix)
     keep = values > RELATIVE_ZERO * values.abs().max()
-    found: Tensor = (vectors[:, keep] * values[keep].sqrt()).T
-    return found
+    return (vectors[:, keep] * values[keep].sqrt()).T
 
 
 def improved(u: Float[Tensor, "*Z"], power: float = 1.0) -> Float[Tensor, "*Z"]:

@@ -86,8 +86,7 @@ class Compose(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The function of the parts and the input."""
-        output: Tensor = self.function(self, x)
-        return output
+        return self.function(self, x)
 
 
 def parameter(*shape: int) -> nn.Parameter:

@@ -1,0 +1,155 @@
+"""Optimizers of several processes: checkpoints, parameters that some processes do not use, and nothing that drifts."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.nn.parallel import DistributedDataParallel
+
+import fisherkit as fk
+from tests import ranks
+from tests.test_processes import Routed, batches_of, network, train
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "kfac": {"kind": "truncated:2", "damping": 1e-2, "structure": "kfac", "ema": 0.5, "momentum": 0.9},
+    "ekfac": {"kind": "ief", "damping": 1e-2, "structure": "ekfac", "ema": 0.9, "update_every": 2, "refresh_every": 2},
+    "ekfac, renewed": {"kind": "ief", "damping": 1e-2, "structure": "ekfac", "ema": 0.9},
+    "drawn": {"kind": "sf:2", "damping": 1e-2, "structure": "diagonal", "ema": 0.5, "weight_decay": 0.1},
+    "full": {"kind": "ief", "gram_damping": 1e-2, "momentum": 0.9},
+}  # fmt: skip
+
+
+def optimizer_for(model: nn.Module, name: str, group: Any) -> fk.optim.NaturalGradient:
+    return fk.optim.NaturalGradient(model, lr=0.1, group=group, **OPTIONS[name])
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def same_everywhere(value: Tensor) -> bool:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return all(torch.equal(one, value) for one in found)
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for value in values for tensor in tensors_of(value)]
+
+
+def saved(rank: int, size: int, folder: str) -> dict[str, Tensor]:
+    """Two steps, a checkpoint that all write together, and two more; uneven batches, as those of the last epoch."""
+    ends = {}
+    for name in OPTIONS:
+        model = DistributedDataParallel(network())
+        optimizer = optimizer_for(model, name, None)
+        own = batches_of(rank, size)
+        train(model, optimizer, own[:2], "mean")
+        state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
+        assert same_everywhere(torch.cat([t.double().flatten() for t in tensors_of(state)])), name
+        dcp.save(state, checkpoint_id=f"{folder}/{name}")
+        train(model, optimizer, own[2:], "mean")
+        assert same_everywhere(flat(model)), name
+        ends[name] = flat(model)
+    return ends
+
+
+def resumed(model: nn.Module, name: str, folder: str, group: Any) -> fk.optim.NaturalGradient:
+    """From the checkpoint, whoever wrote it."""
+    with tempfile.TemporaryDirectory() as own:
+        dcp_to_torch_save(f"{folder}/{name}", f"{own}/state.pt")
+        state = torch.load(f"{own}/state.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer = optimizer_for(model, name, group)
+    optimizer.load_state_dict(state["optimizer"])
+    return optimizer
+
+
+def go_on(rank: int, size: int, folder: str) -> dict[str, Tensor]:
+    ends = {}
+    for name in OPTIONS:
+        inner = network()
+        optimizer = resumed(inner, name, folder, None)
+        model = DistributedDataParallel(inner)
+        train(model, optimizer, batches_of(rank, size)[2:], "mean")
+        ends[name] = flat(model)
+    return ends
+
+
+def experts(rank: int, size: int) -> dict[str, float]:
+    """A parameter without a row, and without a gradient but that of others, in one process.
+
+    With bases of each step: few examples leave a part of a basis free, and rounding chooses it.
+    """
+    found = {}
+    x, y = next(iter(batches_of()))
+    order = x[:, 0].argsort()
+    x, y = x[order], y[order]
+    some = int((x[:, 0] <= 0).sum())
+    for name in ("kfac", "ekfac, renewed"):
+        torch.manual_seed(0)
+        one = Routed().double()
+        both = DistributedDataParallel(copy.deepcopy(one), find_unused_parameters=True)
+        ends = []
+        assert 2 <= some <= len(x) - 2
+        half = min(some, len(x) - some)
+        chosen = [slice(some - half, some), slice(some, some + half)]  # the first process has one expert's alone
+        whole = torch.cat([x[chosen[0]], x[chosen[1]]]), torch.cat([y[chosen[0]], y[chosen[1]]])
+        for model, batch, group in ((one, whole, False), (both, (x[chosen[rank]], y[chosen[rank]]), None)):
+            optimizer = optimizer_for(model, name, group)
+            train(model, optimizer, [batch] * 3, "mean")
+            ends.append(flat(model))
+        found[name] = float((ends[1] - ends[0]).norm() / ends[0].norm())
+    optimizer = optimizer_for(both, "full", None)
+    with pytest.raises(fk.ModelError, match=r"others' do not.*experts\.0.*structure=\"kfac\""):
+        train(both, optimizer, [(x[chosen[rank]], y[chosen[rank]])], "mean")
+    return found
+
+
+def everything(rank: int, size: int, folder: str) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    ends = saved(rank, size, folder)
+    again = go_on(rank, size, folder)
+    bits = {name: bool(torch.equal(ends[name], again[name])) for name in OPTIONS}
+    return {"ends": ends, "bits": bits, "experts": experts(rank, size)}
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        result = ranks.run(2, everything, folder)
+        assert all(isinstance(one, dict) for one in result), result
+        ends = {}
+        for name in OPTIONS:
+            model = network()
+            optimizer = resumed(model, name, folder, False)
+            train(model, optimizer, batches_of()[2:], "mean")
+            ends[name] = flat(model)
+        return result, ends
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_checkpoint__that_processes_write_together_is_gone_on_with_bit_for_bit(found: Any, name: str) -> None:
+    assert all(one["bits"][name] for one in found[0])
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "drawn"])  # each process draws by itself
+def test_checkpoint__is_gone_on_with_in_one_process(found: Any, name: str) -> None:
+    together, alone = found[0][0]["ends"][name], found[1][name]
+    assert float((together - alone).norm() / alone.norm()) < 1e-10
+
+
+def test_expert__that_one_process_alone_uses(found: Any) -> None:
+    assert max(error for one in found[0] for error in one["experts"].values()) < 1e-10
