@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.errors import InvalidArgumentError
+from fisherkit.model_state import with_checksum
 from tests.bad_input import X, Y, mlp, normal
 from tests.optim_loops import flat
 
@@ -32,8 +33,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kfac-refresh": {"damping": 1e-2, "structure": "kfac", "ema": 0.9, "refresh_every": 3},
     "kfac-gram-sum": {"gram_damping": 1e-2, "structure": "kfac", "update_every": 3, "reduction": "sum"},
     "ekfac": {"damping": 1e-2, "structure": "ekfac", "ema": 0.9, "refresh_every": 2, "momentum": 0.5},
+    "steady-every": {"kind": "exact", "damping": fk.optim.SteadyDamping(10.0), "structure": "kfac", "ema": 0.5,
+                     "update_every": 2, "trust_region": 1e-3},
     "ekfac-sf": {"kind": "sf", "damping": 1e-2, "structure": "ekfac", "ema": 0.9, "update_every": 3},
-}
+}  # fmt: skip
 each = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 
 
@@ -137,6 +140,17 @@ def test_load__of_another_kind_structure_or_damping_is_refused(own: str, loaded:
     part = "preconditioner" if beside else "optimizer"
     with pytest.raises(InvalidArgumentError, match=f"a state with {says} = "):
         getattr(target, part).load_state_dict(getattr(source, part).state_dict())
+
+
+def test_load__of_a_state_of_before_least_scales_were_kept() -> None:
+    old, new = Run(SETTINGS["kfac"], True), Run(SETTINGS["kfac"], True)
+    old.steps(0, CUT)
+    state = through_file(old.state())
+    known = {k: v for k, v in state["preconditioner"].items() if k not in {"least", "checksum"}}
+    new.load({**state, "preconditioner": with_checksum(known)})
+    for run in (old, new):
+        run.steps(CUT, STEPS)
+    assert torch.equal(flat(old.model), flat(new.model))
 
 
 def test_load__of_another_optimizers_state_is_refused() -> None:

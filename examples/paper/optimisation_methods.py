@@ -5,7 +5,7 @@ Owns the grids, all of six configurations, and the building of optimizers. Knows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -54,22 +54,28 @@ class Stepper:
     """What follows a backward pass.
 
     Args:
-        optimizer: takes the step.
+        optimizers: take the step, each of parameters of its own.
         preconditioner: sees the gradients before.
-        schedule: of the learning rate, after.
+        schedules: of learning rates, after.
     """
 
-    optimizer: torch.optim.Optimizer
-    preconditioner: fk.optim.Preconditioner | None
-    schedule: torch.optim.lr_scheduler.LRScheduler | None
+    optimizers: Sequence[torch.optim.Optimizer]
+    preconditioner: fk.optim.Preconditioner | None = None
+    schedules: Sequence[torch.optim.lr_scheduler.LRScheduler] = ()
+
+    def zero_grad(self) -> None:
+        """Before a backward pass."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def step(self) -> None:
         """One step."""
         if self.preconditioner is not None:
             self.preconditioner.step()
-        self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
 
 
 def start(method: Method, settings: Settings, model: nn.Module, steps: int) -> Stepper:
@@ -95,8 +101,8 @@ def start(method: Method, settings: Settings, model: nn.Module, steps: int) -> S
         preconditioner = fk.optim.Preconditioner(
             model, params=lambda _, p: p.requires_grad, lr=lambda: float(group["lr"]), **arguments
         )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - k / steps) if method.decay else None
-    return Stepper(optimizer, preconditioner, schedule)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - k / steps)] if method.decay else []
+    return Stepper([optimizer], preconditioner, schedules)
 
 
 def _gram(name: str, kind: str, lr: tuple[float, ...], *, decay: bool = False, **fixed: Any) -> Method:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fisherkit as fk
-from examples.paper.optimisation_methods import Method, Settings, start
+from examples.paper.optimisation_methods import Method, Settings, Stepper, start
 from examples.paper.training import measure
 from examples.shared.tasks import Task, logits
 
@@ -22,12 +24,16 @@ EXPLODED = 10.0
 
 
 def train(task: Task, method: Method, settings: Settings, *, seed: int, epochs: int) -> dict[str, Any]:
+    """Train a new model by a method at one configuration; see `fit`."""
+    return fit(task, lambda model, steps: start(method, settings, model, steps), seed=seed, epochs=epochs)
+
+
+def fit(task: Task, begin: Callable[[nn.Module, int], Stepper], *, seed: int, epochs: int) -> dict[str, Any]:
     """Train a new model.
 
     Args:
         task: what is learned; the recipe's batch size is used.
-        method: how.
-        settings: its configuration.
+        begin: makes what follows a backward pass, for a model and a number of steps.
         seed: of the initialization and of the examples' order.
         epochs: how long.
 
@@ -38,14 +44,14 @@ def train(task: Task, method: Method, settings: Settings, *, seed: int, epochs: 
     model = task.build(seed)
     generator = torch.Generator().manual_seed(seed)
     per_epoch = math.ceil(len(task.train) / task.recipe.batch)
-    stepper = start(method, settings, model, epochs * per_epoch)
+    stepper = begin(model, epochs * per_epoch)
     found: dict[str, Any] = {"losses": [measure(model, task.train)[0]], "diverged": None}
     seconds, steps = 0.0, 0
     for _ in range(epochs):
         for inputs, labels in task.train.batches(task.recipe.batch, generator):
-            begin = time.process_time()
-            stepper.optimizer.zero_grad()
-            loss = F.cross_entropy(logits(model, inputs), labels)
+            start_time = time.process_time()
+            stepper.zero_grad()
+            loss = F.cross_entropy(logits(model, inputs).flatten(0, -2), labels.flatten())
             if not float(loss.detach()) < EXPLODED * found["losses"][0]:
                 return {**found, "diverged": f"loss {loss.item():.3g} at step {steps}"}
             try:
@@ -53,7 +59,7 @@ def train(task: Task, method: Method, settings: Settings, *, seed: int, epochs: 
                 stepper.step()
             except FAILURES as error:
                 return {**found, "diverged": f"{type(error).__name__} at step {steps}"}
-            seconds += time.process_time() - begin
+            seconds += time.process_time() - start_time
             steps += 1
         found["losses"].append(measure(model, task.train)[0])
     if not math.isfinite(found["losses"][-1]):

@@ -91,13 +91,14 @@ def train(task: Task, kept: list[int], seed: int) -> list[Checkpoint]:
 
 def measure(model: nn.Module, split: Split) -> tuple[float, float]:
     """Mean cross-entropy and share of correct predictions."""
-    loss, right = 0.0, 0
+    loss, right, count = 0.0, 0, 0
     with torch.no_grad():
         for inputs, labels in split.batches(256):
-            z = logits(model, inputs)
-            loss += F.cross_entropy(z, labels, reduction="sum").item()
-            right += int((z.argmax(1) == labels).sum())
-    return loss / len(split), right / len(split)
+            z, y = logits(model, inputs).flatten(0, -2), labels.flatten()
+            loss += F.cross_entropy(z, y, reduction="sum").item()
+            right += int((z.argmax(1) == y).sum())
+            count += len(y)
+    return loss / count, right / count
 
 
 def _checkpoint(model: nn.Module, task: Task, epoch: int) -> Checkpoint:

@@ -121,16 +121,19 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
-    def seeded(seed: int) -> nn.Module:
+def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
+    """What makes a model in eval mode for a seed, the global generator untouched."""
+
+    def make(seed: int) -> nn.Module:
         with untouched_rng([]):
             torch.manual_seed(seed)
             return build().eval()
 
-    return seeded
+    return make
 
 
-def _sizes(model: nn.Module, train: Split, test: Split) -> str:
+def sizes(model: nn.Module, train: Split, test: Split) -> str:
+    """For a task's title."""
     count = sum(p.numel() for p in trained_parameters(model).values())
     return f"{count:,} parameters, {len(train):,} training and {len(test):,} held-out examples"
 
@@ -145,15 +148,13 @@ def digits(seed: int = 0) -> Task:
     found = load_digits()
     inputs = torch.as_tensor(found.data, dtype=torch.float32) / 16
     labels = torch.as_tensor(found.target, dtype=torch.long)
-    train, test = _split(inputs, labels, seed)
-    build = _seeded(
-        lambda: nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    )
-    title = f"MLP 64-64-32-10 on digits, {_sizes(build(0), train, test)}"
+    train, test = split(inputs, labels, seed)
+    build = seeded(lambda: nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)))
+    title = f"MLP 64-64-32-10 on digits, {sizes(build(0), train, test)}"
     return Task("digits", title, train, test, build, Recipe("SGD", 0.2, 64, (0, 1, 3, 10, 20, 40)))
 
 
-def _split(inputs: Inputs, labels: Tensor, seed: int) -> tuple[Split, Split]:
+def split(inputs: Inputs, labels: Tensor, seed: int) -> tuple[Split, Split]:
     """A random four fifths to learn from and the rest to test."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     count = int(0.8 * len(labels))
@@ -183,18 +184,18 @@ def mnist1d(seed: int = 0) -> Task:
     with untouched_rng([]):  # the package seeds and uses the global generators
         found = make_dataset(settings)
 
-    def split(suffix: str) -> Split:
+    def part(suffix: str) -> Split:
         inputs = torch.as_tensor(np.asarray(found[f"x{suffix}"]), dtype=torch.float32).unsqueeze(1)
         return Split(inputs, torch.as_tensor(np.asarray(found[f"y{suffix}"]), dtype=torch.long))
 
-    train, test = split(""), split("_test")
-    build = _seeded(
+    train, test = part(""), part("_test")
+    build = seeded(
         lambda: nn.Sequential(
             nn.Conv1d(1, 25, 5, stride=2, padding=2), nn.ReLU(), nn.Conv1d(25, 25, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv1d(25, 25, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(125, 10),
         )
     )  # fmt: skip
-    title = f"three convolutions and a linear layer on MNIST-1D, {_sizes(build(0), train, test)}"
+    title = f"three convolutions and a linear layer on MNIST-1D, {sizes(build(0), train, test)}"
     return Task("mnist1d", title, train, test, build, Recipe("AdamW", 3e-3, 64, (0, 1, 5, 15, 30, 60)))
 
 
@@ -241,10 +242,10 @@ def docstring_text(seed: int = 0, path: Path | None = None, *, tokens: int = TOK
     labels = torch.tensor([names.index(label) for _, label in pairs])
     kept = _distinct(encoded["input_ids"], labels)
     inputs = {name: encoded[name][kept] for name in ("input_ids", "attention_mask")}
-    train, test = _split(inputs, labels[kept], seed)
-    build = _seeded(lambda: _adapted(len(names)))
+    train, test = split(inputs, labels[kept], seed)
+    build = seeded(lambda: _adapted(len(names)))
     source = "docstrings of scipy" if path is None else path.name
-    title = f"MiniLM with LoRA on {source}, {len(names)} classes, {_sizes(build(0), train, test)}"
+    title = f"MiniLM with LoRA on {source}, {len(names)} classes, {sizes(build(0), train, test)}"
     recipe = Recipe("AdamW", 1e-3, 32, (0, 1, 3, 6, 10))
     return Task("docstrings", title, train, test, build, recipe, torch.float32)
 

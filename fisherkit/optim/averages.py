@@ -5,13 +5,15 @@ The records that outlive a step are all that a file must hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fisherkit.operators import FisherOperator
+from fisherkit.operators import FisherOperator, RelativeDamping
 from fisherkit.operators.linalg import checked_together
 from fisherkit.processes import Processes
 from fisherkit.rows.chunks import Chunk
@@ -23,19 +25,34 @@ from fisherkit.structures.base import Names
 _OLD = {"activation_values": "kfac", "matrix": "exact block", "diagonal": "exact diagonal"}
 """By what tensor states before 0.3 are told, which name no record."""
 
+FLOOR = torch.finfo(torch.float32).tiny ** 0.5
+"""Of a damping that follows F's scale: its reciprocal leaves room for gradients in float32."""
+
+
+class SteadyDamping(RelativeDamping):
+    """λ as a multiple of the least mean eigenvalue that a running average of F has had up to now.
+
+    iEF grows by orders of magnitude while a model is trained, as activations do, and a damping relative to it would
+    with it; the exact kind shrinks where examples are fit, and a constant damping would hide it.
+
+    Args:
+        scale: the multiple, not negative.
+    """
+
 
 class Averages:
     """F in a structure of layers, averaged over updates: F ← ema · F + (1 − ema) · F_batch, the first as it is.
 
     Kronecker factors are averaged one by one, as is usual. An eigenbasis is renewed every ``refresh_every`` updates.
-    ``settings`` are the structure's; ``records`` are of the last update, by unit and label.
+    ``settings`` are the structure's; ``records`` are of the last update, by unit and label; ``least`` is the least mean
+    eigenvalue that F has had, without updates in which it was 0.
     """
 
     def __init__(self, structure: type[Structure], *, ema: float, refresh_every: int, **settings: Any) -> None:
         self.structure, self.ema, self.refresh_every = structure, ema, refresh_every
         self.settings = {**settings, "averaged": ema > 0}
         self.records: dict[tuple[Names, str], UnitSums] = {}
-        self.updates = 0
+        self.updates, self.least = 0, math.inf
 
     def update(
         self, plan: Plan, space: ParameterSpace, chunks: Sequence[Chunk], examples: int,
@@ -61,6 +78,12 @@ class Averages:
         structure = self.structure(space, like.dtype, like.device, (), **self.settings)
         last = {names: unit for (names, _), unit in self.records.items()}
         return structure.operator(LayerSums(structure, last), 1.0)  # type: ignore[arg-type]  # a structure of layers
+
+    def steady(self, operator: FisherOperator, damping: SteadyDamping) -> float:
+        """λ, after an update that made this operator; 1 as long as F is 0."""
+        mean = float(operator._trace()) / operator.size
+        self.least = min(self.least, mean if mean > 0 else math.inf)
+        return max(damping.scale * self.least, FLOOR) if self.least < math.inf else 1.0
 
     def space(self, whole: ParameterSpace) -> ParameterSpace:
         """The parameters of the last update."""

@@ -5,6 +5,7 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ from fisherkit.errors import (
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping, Factorization, FisherOperator, RelativeDamping
-from fisherkit.optim.averages import Averages
+from fisherkit.optim.averages import Averages, SteadyDamping
 from fisherkit.optim.capture import Capture, is_checked
 from fisherkit.optim.outputs import check_reduction, explained
 from fisherkit.optim.passes import Captured, lifted
@@ -97,6 +98,7 @@ class Curvature:
         self.steps = self.examples = 0
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping, Factorization] | None = None
+        self._steady = 0.0  # λ of the operator, if it is to be a `SteadyDamping`
 
     @property
     def due(self) -> bool:
@@ -118,6 +120,14 @@ class Curvature:
             yield
         except (NonFiniteError, SingularMatrixError) as error:
             raise explained(error, outputs, self.capture.first) from error
+
+    def say_if_diverged(self, own: Mapping[str, nn.Parameter]) -> None:
+        """Warn once, beside gradients that are not finite, of parameters that are not: no scaler's doing."""
+        if not all_finite(*own.values()):
+            self.capture.warn(
+                "the loss has diverged: parameters with NaN or infinite entries. Gradients are left as they are. "
+                "Try: a smaller learning rate, a larger damping, or trust_region=."
+            )
 
     def finite(self, gradients: Mapping[str, Tensor]) -> bool:
         """Whether gradients are finite, with one wait for the device for all that a step needs."""
@@ -266,6 +276,10 @@ class Curvature:
         effective = self._effective(damping)
         if self._operator is None:
             self._operator, self._inverse = self.averages.operator(space, gradient), None
+            if isinstance(damping, SteadyDamping):
+                self._steady = self.averages.steady(self._operator, damping)
+        if isinstance(damping, SteadyDamping):
+            effective = self._steady
         if self._inverse is None or self._inverse[0] != effective:
             self._inverse = effective, self._operator.factorize(effective)
         return damped(self._inverse[1], gradient)
@@ -328,6 +342,7 @@ class Curvature:
             "kind": self.rule.kind_name, "options": self.rule.kind_options(), "structure": self.structure,
             "gram": self.gram, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
             "updates": self.averages.updates, "averages": self.averages.state(),
+            "least": self.averages.least,
         }  # fmt: skip
         return with_checksum(state)
 
@@ -358,6 +373,7 @@ class Curvature:
                 call=f"{self.call}.load_state_dict", got=f"a state whose averages cannot be read ({error!r})",
                 expected=f"one that {self.call}.state_dict() made",
             ) from error  # fmt: skip
+        self.averages.least = state.get("least", math.inf)  # which states of before lack
         self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
         self._operator = self._inverse = None
         self._expect()

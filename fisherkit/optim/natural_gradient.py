@@ -16,6 +16,7 @@ from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, l
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
+from fisherkit.optim.averages import SteadyDamping
 from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has, checked_rule, whole_model
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
@@ -53,7 +54,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: learning rate.
         kind: "ef", "ief", "sf", "exact" or "truncated", its setting after a colon as in `fk.evaluation.compare`
             ("truncated:2") or among ``options``; or an object of `fisherkit.OutputRule`.
-        damping: λ beside F, or `fisherkit.RelativeDamping`.
+        damping: λ beside F, or `fisherkit.RelativeDamping`, or for structures of layers `SteadyDamping`.
         gram_damping: λ beside the Gram matrix of unreduced gradients.
         weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
         momentum: μ of m ← μ m + Δ, which takes Δ's place.
@@ -248,7 +249,8 @@ class NaturalGradient(torch.optim.Optimizer):
         state = {**own, "curvature": self._curvature.state_dict(), STATE_CHECKSUM: state_hash(own["state"])}
         for group in state["param_groups"]:
             if isinstance(group["damping"], RelativeDamping):
-                group["damping"] = {"relative": group["damping"].scale}
+                name = next(name for name, cls in _RELATIVE.items() if type(group["damping"]) is cls)
+                group["damping"] = {name: group["damping"].scale}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -269,7 +271,8 @@ class NaturalGradient(torch.optim.Optimizer):
             groups = [dict(group) for group in state_dict["param_groups"]]
             for group in groups:
                 if isinstance(group.get("damping"), Mapping):
-                    group["damping"] = RelativeDamping(group["damping"]["relative"])
+                    ((name, scale),) = group["damping"].items()
+                    group["damping"] = _RELATIVE[name](scale)
             super().load_state_dict({**state_dict, "param_groups": groups})
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InvalidArgumentError(
@@ -282,6 +285,9 @@ class NaturalGradient(torch.optim.Optimizer):
         """Refused: see `Capture`."""
         return self._curvature.capture.__getstate__()
 
+
+_RELATIVE = {"relative": RelativeDamping, "steady": SteadyDamping}
+"""Dampings that are no numbers, by what states name them."""
 
 _OF_ONE = {"lr", "weight_decay", "momentum"}
 _OF_ALL = {"damping", "gram_damping", "kind", "structure", "normalize_update", "trust_region"}

@@ -12,6 +12,7 @@ from torch import nn
 from fisherkit.arithmetic import without_autocast
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
+from fisherkit.optim.averages import SteadyDamping
 from fisherkit.optim.curvature import Curvature, checked_rule, whole_model
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
@@ -20,33 +21,44 @@ from fisherkit.structures import structure_named
 
 CALL = "Preconditioner"
 
+DAMPING, TRUST_REGION, UPDATE_EVERY = SteadyDamping(10.0), 0.01, 10
+"""Without a damping of yours: λ, δ, and the steps between updates."""
+
 
 class Preconditioner:
     """Replaces each gradient by (F + λI)⁻¹ ∇L, between ``loss.backward()`` and the step of any optimizer.
 
-        preconditioner = fk.optim.Preconditioner(model, kind="ief", structure="ekfac", damping=1e-2, update_every=10)
+        preconditioner = fk.optim.Preconditioner(model, kind="ief", structure="ekfac")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         loss.backward(); preconditioner.step(); optimizer.step(); optimizer.zero_grad()
+
+    Without ``damping=`` and ``gram_damping=``, for structures of layers, all that is left to choose is the optimizer's
+    learning rate: λ is ``SteadyDamping(10)``, δ is 0.01 and ``update_every`` is 10, each unless you pass your own.
 
     With ``kind="ief"`` and Kronecker factors this is the paper's ieKFAC (Wu, Yu, Zhang, Woodland, arXiv 2406.06420,
     eq. 43): each example's output gradient is divided by the norm of its logit gradient, activations are as in KFAC.
     Rows are captured as `NaturalGradient` does, in the steps in which an update is due, and at no cost in others.
 
     With a gradient scaler: ``scaler.unscale_(optimizer); preconditioner.step(); scaler.step(optimizer)``; gradients
-    with infinite entries are left as they are, and the scaler skips them. Clip before or after, as you mean it.
+    with infinite entries are left as they are, and the scaler skips them. Clip before or after, as you mean it. If
+    parameters are not finite either, the loss has diverged, and a warning says so.
 
     Args:
         model: the model; call this very object.
         kind: a name such as "ief" or "truncated:2", or an object of `fisherkit.OutputRule`.
         structure: "kfac", "ekfac", "nkp", "diagonal", "block" or "full".
-        damping: λ beside F, or `fisherkit.RelativeDamping`.
+        damping: λ beside F, or `fisherkit.RelativeDamping`, or `SteadyDamping`.
         gram_damping: λ beside the sum over examples instead of the mean; for EF and iEF in the full and block
             structures, the paper's update, which ``.grad`` is then replaced by.
         ema: weight of what was before in running averages; None for 0.95, and for 0 with full and block, whose rows are
             those of a batch.
-        update_every: steps between updates; more than 1 for structures of layers.
+        update_every: steps between updates, more than 1 for structures of layers; 1 beside a damping of yours.
         refresh_every: updates between eigen-decompositions.
-        trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
-        lr: the following optimizer's learning rate, a number or a function without arguments; used by ``trust_region``.
+        trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping); none
+            beside a damping of yours.
+        lr: used by ``trust_region``. At 1 the gradients themselves are clipped, and a schedule of the learning rate
+            makes steps shorter; the following optimizer's learning rate, as a number or a function without arguments,
+            clips the steps.
         likelihood: the loss module that you train with, or a name or object; see `NaturalGradient`.
         reduction: of your loss over examples, "mean" or "sum".
         params: names, or a predicate; other gradients are left as they are.
@@ -75,7 +87,7 @@ class Preconditioner:
         reduction: str = "mean",
         params: Selection = None,
         ema: float | None = None,
-        update_every: int = 1,
+        update_every: int | None = None,
         refresh_every: int = 1,
         trust_region: float | None = None,
         lr: float | Callable[[], float] = 1.0,
@@ -85,14 +97,19 @@ class Preconditioner:
         **options: Any,
     ) -> None:
         model, params = whole_model(model, params)
+        chosen = structure_named(structure, CALL)
+        if damping is None and gram_damping is None and not chosen.keeps_rows:
+            damping, update_every = DAMPING, UPDATE_EVERY if update_every is None else update_every
+            trust_region = TRUST_REGION if trust_region is None else trust_region
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
         self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
         self.trust_region, self._lr = trust_region, lr
         self._curvature = Curvature(
             model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
-            ema=ema if ema is not None else 0.0 if structure_named(structure, CALL).keeps_rows else 0.95,
-            update_every=update_every, refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank,
+            ema=ema if ema is not None else 0.0 if chosen.keeps_rows else 0.95,
+            update_every=1 if update_every is None else update_every, refresh_every=refresh_every,
+            kfac_positions=kfac_positions, max_rank=max_rank,
             group=group, call=CALL,
         )  # fmt: skip
 
@@ -113,6 +130,7 @@ class Preconditioner:
             return
         with curvature.explaining():
             if not curvature.finite(gradients):
+                curvature.say_if_diverged(own)
                 curvature.capture.forget()
                 return
             space, direction = curvature.direction(own, gradients, self.damping)

@@ -59,10 +59,10 @@ def test_start__lowers_the_loss_of_a_few_examples(key: str, few: Task) -> None:
 
 def test_start__decays_to_zero(few: Task) -> None:
     stepper = start(METHODS["ef"], {"lr": 0.5, "gram_damping": 1.0}, few.build(0), 4)
-    rates = [stepper.optimizer.param_groups[0]["lr"]]
+    rates = [stepper.optimizers[0].param_groups[0]["lr"]]
     for _ in range(4):
         stepper.step()  # without gradients
-        rates.append(stepper.optimizer.param_groups[0]["lr"])
+        rates.append(stepper.optimizers[0].param_groups[0]["lr"])
     assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125, 0.0])
 
 

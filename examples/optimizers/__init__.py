@@ -1,0 +1,1 @@
+"""Optimizers of fisherkit against what people use, with nothing tuned but the learning rate."""
