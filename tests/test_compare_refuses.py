@@ -12,7 +12,7 @@ from torch import nn
 
 import fisherkit as fk
 from fisherkit.evaluation import compare
-from tests.test_compare import PerPosition, data, network
+from tests.test_compare import data, network
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_compare__refuses_duplicate_tokens_in_structures_built_from_data() -> No
     x, y = data(12)
     batch = x.reshape(4, 3, 5), y.reshape(4, 3)
     with pytest.raises(fk.InvalidArgumentError, match="tokens cannot be taken out"):
-        compare(PerPosition(), batch, structures=("kfac",), example="token", drop_duplicates=0.9)
+        compare(network(), batch, structures=("kfac",), example="token", drop_duplicates=0.9)
 
 
 def test_compare__takes_one_batch_and_says_so() -> None:
     x, y = data(12)
     for batches in ([(x, y)], [(x, y), (x, y)]):
         with pytest.raises(fk.InvalidTypeError, match=r"a list of \d batches; expected one batch"):
-            compare(PerPosition(), batches)
+            compare(network(), batches)
 
 
 def test_compare__says_which_kind_a_loss_does_not_have() -> None:
