@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -188,6 +188,34 @@ def test_exact__below_a_head_is_what_it_is_elsewhere(structure: str, loss: str) 
     own, other = (fk.ExactFisher(m, data, likelihood=likelihood, structure=structure) for m in (classifier(), Bent()))
     torch.testing.assert_close(own.to_dense(), other.to_dense())
     assert own.rows == other.rows
+
+
+class Refilled:
+    """Batches that all come in the same two tensors."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches, self.raw = batches, tuple(part.clone() for part in batches[0])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for batch in self.batches:
+            for own, part in zip(self.raw, batch, strict=True):
+                own.copy_(part)
+            yield self.raw
+
+
+@pytest.mark.parametrize("params", [None, ["2.weight", "2.bias"]], ids=["all", "last"])
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+def test_exact__of_batches_in_one_memory(structure: str, params: list[str] | None) -> None:
+    loss, generator = LOSSES["weighted"][0], torch.Generator().manual_seed(0)
+    data = [
+        (torch.randn(3, 6, generator=generator).double(), torch.randint(V, (3,), generator=generator))
+        for _ in range(3)
+    ]  # fmt: skip
+    own, other = (
+        fk.ExactFisher(classifier(), batches, likelihood=loss, structure=structure, params=params)
+        for batches in (data, Refilled(data))
+    )
+    torch.testing.assert_close(own.to_dense(), other.to_dense())
 
 
 def test_backward_passes__one_for_all_tokens_and_none_for_every_output(monkeypatch: pytest.MonkeyPatch) -> None:

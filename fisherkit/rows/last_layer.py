@@ -59,7 +59,8 @@ class LastLayerRows(FactoredRows):
         self.inputs, self.outputs = activations.shape[2], z.z.shape[2]
         count = int(z.mask.sum()) * z.likelihood.hessian_rank(z.z[:, 0])
         UnitRows.__init__(self, count, self.outputs * (self.inputs + bias))
-        self.activations, self.z, self.bias, self.transposed = activations, z, bias, transposed
+        target = None if z.target is None else z.target.clone()  # the caller may refill it before a second pass
+        self.activations, self.z, self.bias, self.transposed = activations, replace(z, target=target), bias, transposed
 
     def gradient_moment(self) -> Float[Tensor, "O O"]:
         """Σ g gᵀ over rows and positions: the sum of the Hessians."""
