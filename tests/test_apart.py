@@ -144,6 +144,23 @@ def test_tokens__are_those_of_one_backward_pass_each(make: Callable[[], Words], 
     torch.testing.assert_close(diagonal.diagonal(), expected.diagonal())
 
 
+class Rolled(Twice):
+    """The same function of its parameters, in which positions are seen to be apart in no batch."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        z: Tensor = super().forward(tokens)
+        return z.roll(1, 1).roll(-1, 1)
+
+
+@pytest.mark.parametrize("kind", ["ef", "exact"])
+def test_kfac__of_layers_used_twice_counts_what_it_counts_elsewhere(kind: str) -> None:
+    own, other = (
+        fk.FisherApproximation(make().double().eval(), BATCHES["one"], kind, structure="kfac", example="token")
+        for make in (Twice, Rolled)
+    )
+    torch.testing.assert_close(own.to_dense(), other.to_dense())
+
+
 @pytest.mark.parametrize("make", [*APART, *MIXED])
 @pytest.mark.parametrize("example", ["sequence", "token"])
 def test_exact__diagonal_is_that_of_one_backward_pass_an_output(make: Callable[[], Words], example: str) -> None:

@@ -140,8 +140,12 @@ class Watched:
         return self.placed or self.hooked or bool(self.custom)
 
     def by_position(self) -> Watched | None:
-        """The same with every position an example of its own; None where entries do not lie by example and position."""
-        if not self.positions or not self.regular or self.exchanging:
+        """The same with every position an example of its own; None where entries do not lie by example and position.
+
+        Nor where a parameter is used several times: its Kronecker factors count other entries by example.
+        """
+        names = [name for use in self.uses for name in use.names]
+        if not self.positions or not self.regular or self.exchanging or len(set(names)) < len(names):
             return None
         batch, found = self.batch, []
         for use in self.uses:
