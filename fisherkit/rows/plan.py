@@ -285,7 +285,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         watched, random = probed(plan, probe)
         z, plan = watched.z, replace(plan, coarsest=watched.coarsest, draws=random)
         _check_outputs(z, probe.place)
-        kept = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
+        kept, numbers = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
@@ -303,7 +303,8 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         generic = _numbers_without_rule(units)
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
-            custom=custom_functions(watched.z), tried={("numbers", watched.numbers): 1},
+            custom=custom_functions(watched.z),
+            tried={("numbers", watched.numbers): 1} if numbers == watched.numbers else {},
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
         if plan.generic:
@@ -451,9 +452,10 @@ def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
     return TOLERANCE.get(coarser(dtype, coarsest), 5e-2)
 
 
-def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> int:
-    """Refuse outputs that change with company, its size or order; how many numbers a graph keeps for one example.
+def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: float) -> tuple[int, int]:
+    """Refuse outputs that change with company, its size or order.
 
+    Also how many numbers a graph keeps for one example, and, as of a `Watched`, those that the model has for one alone.
     Some of the batch, the two among them, go forwards and backwards, one of the two beside itself and the other alone.
 
     Raises:
@@ -470,13 +472,20 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
     require_alike(whole[two_of(batch, len(z) == 1)], z.detach(), tolerance * z.norm())
     del whole
     first, kept = kept_numbers(model, same)
-    twice = [first.detach(), *([alone(model, batch, min(1, batch.size - 1))] if len(z) > 1 else [])]
+    recorder = Recorder({}, 1)
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        recorder.tracker.numbers.clear()
+        with recorder:
+            return model(*args, **kwargs)
+
+    twice = [first.detach(), *([alone(recorded, batch, min(1, batch.size - 1))] if len(z) > 1 else [])]
     for n, one in enumerate(twice):
         require_alike(one, z.detach()[[n] * len(one)], tolerance * z.norm())
-    return kept
+    return kept, hash(tuple(recorder.tracker.numbers))
 
 
-def alone(model: nn.Module, batch: Batch, n: int) -> Tensor:
+def alone(model: Callable[..., Any], batch: Batch, n: int) -> Tensor:
     """Outputs of an example by itself; twice beside itself, of a model that takes no batch of one."""
     with contextlib.suppress(Exception):  # models raise what they like
         z = batch.take(slice(n, n + 1)).call(model).detach()

@@ -717,9 +717,10 @@ class Problem:
 
 
 def _pieces(size: int, device: torch.device, *, few: int = 2) -> Sequence[Tensor]:
-    """Halves of a batch in another order; of so ``few`` examples the first one, as often as there are."""
+    """An example and halves of the others, in another order; of so ``few`` the first one, as often as there are."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device)
-    return order.chunk(2) if size > few else [torch.zeros_like(order)]
+    # Halves may have the same mean, or be told the same, as the whole; one example rarely is.
+    return [order[:1], *order[1:].chunk(2)] if size > few else [torch.zeros_like(order)]
 
 
 def _flat(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> Tensor:
