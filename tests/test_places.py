@@ -81,12 +81,23 @@ def _hooked(h: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     return h
 
 
+def _scaled(h: Tensor, by: Any) -> Tensor:
+    """A gradient times a number, of which outputs know nothing."""
+    return h * by + (h * (1 - by)).detach()
+
+
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "function by size": Halved.apply,
     "function by place": Placed.apply,
     "hook by size": lambda h: _hooked(h, lambda g: g / len(g)),
     "hook by place": lambda h: _hooked(h, lambda g: g * own(g)[:, None]),
     "straight through by size": lambda h: h / len(h) + h.detach() * (1 - 1 / len(h)),
+    "scaled by a constant": lambda h: _scaled(h, torch.tensor(1 / len(h))),
+    "scaled by a sum": lambda h: _scaled(h, 1 / torch.ones(len(h)).sum()),
+    "scaled by a mean": lambda h: _scaled(h, h.detach().mean()),
+    "scaled by a share": lambda h: _scaled(h, (h.detach() > 0).double().mean()),
+    "scaled in a norm": lambda h: h.detach() + (n := F.layer_norm(h, (3,), eps=1 / len(h))) - n.detach(),
+    "detached last": lambda h: torch.cat([h[:-1], h[-1:].detach()]) if len(h) > 1 else h,
     "straight through by place": lambda h: h.detach() + (h - h.detach()) * own(h)[:, None],
 }
 
@@ -156,3 +167,10 @@ def test_places__that_begin_to_count_after_a_first_build(way: str, options: dict
     for _ in range(2):
         refused_or_right(one, [X], **options)
         refused_or_right(one, [X[:5], X[5:]], **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_places__that_count_from_the_first_look_on(way: str) -> None:
+    for data in ([X[:2]], [X[:6]], [X[:1], X[1:3]]):
+        one = model(lambda h: WAYS[way](h) if way in GRADIENTS or len(h) > 4 else h, lambda x: True)
+        refused_or_right(one, data, structure="diagonal")

@@ -13,6 +13,7 @@ several examples come to what is differentiated by such tensors, or to Python, a
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -128,7 +129,8 @@ class Tracker:
             came to what is differentiated or to where nothing follows them.
         read: what Python was told of several examples, in yes, no and whole numbers, as whether any is padded.
         placed: whether something differentiable met a constant that differs from place to place in the batch.
-        numbers: of Python's that elementwise functions were given, which may depend on how many examples there are.
+        numbers: that functions were given, Python's or a constant's only entry, which may depend on how many examples
+            there are.
     """
 
     def __init__(self, batch: int) -> None:
@@ -186,8 +188,13 @@ class Tracker:
                 self.read.append(output)
             else:
                 self.met = True
-        if BECOMES.get(function) is _elementwise:
-            self.numbers += [one for one in (*args, *kwargs.values()) if type(one) in (int, float)]
+        elementwise = BECOMES.get(function) is _elementwise
+        self.numbers += [
+            one for one in (*args, *kwargs.values()) if type(one) is float or (elementwise and type(one) is int)
+        ]
+        if elementwise:
+            with contextlib.suppress(RuntimeError):  # a tensor of someone's transform tells none
+                self.numbers += [t.item() for t in tensors(args, kwargs) if self._is_number(t)]
         if not outputs or (function in CONSTANTS and not self._of_examples((args[1:], kwargs))):
             return
         ids = set(map(id, outputs))
@@ -205,6 +212,10 @@ class Tracker:
                 self.mark(made, status)
             elif status is not Mark.FREE or made.grad_fn is not None:
                 self.mark(made, status)
+
+    def _is_number(self, tensor: Tensor) -> bool:
+        """Whether it is one constant."""
+        return tensor.numel() == 1 and not tensor.requires_grad and self._status(tensor) is Mark.FREE
 
     def _of_examples(self, arguments: Any) -> bool:
         """Whether numbers of examples are among them."""

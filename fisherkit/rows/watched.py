@@ -137,7 +137,7 @@ class Watched:
     @property
     def own_gradients(self) -> bool:
         """Whether gradients may depend on places and company where outputs do not, as by hooks and users' functions."""
-        return self.placed or self.met or self.hooked or bool(self.custom)
+        return self.placed or self.met or not self.proven or self.hooked or bool(self.custom)
 
     def by_position(self) -> Watched | None:
         """The same with every position an example of its own; None where entries do not lie by example and position.
