@@ -56,9 +56,9 @@ class Preconditioner:
         refresh_every: updates between eigen-decompositions.
         trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping); none
             beside a damping of yours.
-        lr: used by ``trust_region``. At 1 the gradients themselves are clipped, and a schedule of the learning rate
-            makes steps shorter; the following optimizer's learning rate, as a number or a function without arguments,
-            clips the steps.
+        lr: used by ``trust_region``. With 1 the gradients themselves are clipped, and a schedule of the learning rate
+            then shortens steps. With the following optimizer's learning rate, a number or a function without arguments,
+            the steps are clipped.
         likelihood: the loss module that you train with, or a name or object; see `NaturalGradient`.
         reduction: of your loss over examples, "mean" or "sum".
         params: names, or a predicate; other gradients are left as they are.
