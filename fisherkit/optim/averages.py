@@ -32,8 +32,8 @@ FLOOR = torch.finfo(torch.float32).tiny ** 0.5
 class SteadyDamping(RelativeDamping):
     """λ as a multiple of the least mean eigenvalue that a running average of F has had up to now.
 
-    iEF grows by orders of magnitude while a model is trained, as activations do, and a damping relative to it would grow
-    with it; the exact kind shrinks as examples are fit, and a constant damping would then outweigh it. Only the
+    iEF grows by orders of magnitude while a model is trained, as activations do, and a damping relative to it would
+    grow with it; the exact kind shrinks as examples are fit, and a constant damping would then outweigh it. Only the
     optimizers of this package with structures of layers follow the least; everything else takes it for
     `RelativeDamping` with the same multiple.
 
