@@ -81,7 +81,7 @@ class Preconditioner:
         *,
         kind: str | OutputRule = "ief",
         structure: str = "kfac",
-        damping: Damping | None = None,
+        damping: Damping | SteadyDamping | None = None,
         gram_damping: float | None = None,
         likelihood: str | Likelihood | nn.Module = "categorical",
         reduction: str = "mean",
@@ -102,7 +102,9 @@ class Preconditioner:
             damping, update_every = DAMPING, UPDATE_EVERY if update_every is None else update_every
             trust_region = TRUST_REGION if trust_region is None else trust_region
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
-        self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
+        self.damping: Damping | SteadyDamping = (
+            gram_damping if damping is None and gram_damping is not None else damping or 0.0
+        )
         self.trust_region, self._lr = trust_region, lr
         self._curvature = Curvature(
             model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
