@@ -115,6 +115,14 @@ class Preconditioner:
             group=group, call=CALL,
         )  # fmt: skip
 
+    def __repr__(self) -> str:
+        """Kind, structure and what decides about a step."""
+        own = self._curvature
+        return (
+            f"Preconditioner(kind={own.rule.kind_name!r}, structure={own.structure!r}, damping={self.damping}, "
+            f"trust_region={self.trust_region}, update_every={own.update_every})"
+        )
+
     @torch.no_grad()
     @without_autocast()
     def step(self) -> None:
