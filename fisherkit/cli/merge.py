@@ -262,9 +262,8 @@ class Merge:
             )
         if self.verbose and (farther := sum(block.worst > FARTHER for block in info.blocks)):
             typer.echo(
-                f"{farther:,} block{'s are' if farther > 1 else ' is'} farther from some model's outputs than the "
-                "plain average is (against_average in merge.json), a reason to compare with --method average on a few "
-                "examples."
+                f"{farther:,} block{'s are' if farther > 1 else ' is'} farther from some model's outputs than "
+                "the average is,\na reason to compare with --method average (against_average in merge.json)."
             )
         if info.unverified:
             unverified = ", ".join(map(str, info.unverified))
