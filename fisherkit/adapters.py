@@ -19,6 +19,8 @@ from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, UnknownParameterError, listed
 from fisherkit.wrappers import unwrapped
 
+__all__ = ["merged_weights", "write_merged_weights"]
+
 CLASSES = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 """Of peft.tuners.lora.layer: the layers that add s·BA to a weight and do nothing else."""
 
@@ -98,6 +100,7 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     if not made:
         raise InvalidArgumentError(
             call="merged_weights", got="a model without active LoRA adapters", expected="at least one",
+            why="there is no product BA to be measured",
             try_="peft.get_peft_model(model, peft.LoraConfig(...)); of merged adapters model.unmerge_adapter()",
         )  # fmt: skip
     inside = {id(p) for layer in layers.values() for p in layer.parameters()}
@@ -128,7 +131,7 @@ def values(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def write(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
+def write_merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Put weights, merged ones for instance, into a model's adapters: of each change of W its best approximation.
 
     A and B of the active adapter become the leading r singular triples of (weight − W) / s, r the adapter's rank, so
@@ -148,14 +151,18 @@ def write(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
 
     Cost: a singular value decomposition of each weight, in float64.
     """
-    call, model = "write", unwrapped(model)
+    call, model = "write_merged_weights", unwrapped(model)
     known, parameters = merged_weights(model), dict(model.named_parameters())
     if unknown := sorted(set(weights) - set(known)):
         raise UnknownParameterError(
-            call=call, got=f"unknown names {listed(unknown)}", expected="names of merged_weights(model)"
+            call=call, got=f"unknown names {listed(unknown)}", expected="names of merged_weights(model)",
+            why="only weights that the model trains are written", try_="sorted(fk.adapters.merged_weights(model))",
         )  # fmt: skip
     if odd := [name for name, w in weights.items() if w.shape != known[name].shape]:
-        raise InvalidArgumentError(call=call, got=f"other shapes of {listed(odd)}", expected="the model's")
+        raise InvalidArgumentError(
+            call=call, got=f"other shapes of {listed(odd)}", expected="the model's",
+            why="an adapter changes a weight and not its shape", try_="weights of models of the same architecture",
+        )  # fmt: skip
     made = {name: product for name, product in products(model, known).items() if name in weights}
     if several := [name for name, product in made.items() if len(product.terms) > 1]:
         raise InvalidArgumentError(

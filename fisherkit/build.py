@@ -71,6 +71,7 @@ class BuildPlan:
         peak_bytes: about, of memory beyond what the model and the data have: the operator, or only a part of it where
             parts go to a file, beside the sums of the largest part and a batch's activations.
         memory_budget: bytes that operator and sums may take.
+        refused: why the build will be refused, with what would do instead; "" where it will not.
     """
 
     structure: str
@@ -81,6 +82,7 @@ class BuildPlan:
     result_bytes: int
     peak_bytes: int
     memory_budget: int
+    refused: str = ""
 
     def __str__(self) -> str:
         """One fact a line, then the first parts."""
@@ -96,7 +98,8 @@ class BuildPlan:
         ]  # fmt: skip
         shown = [f"part {i}: {listed(names, 4)}" for i, names in enumerate(self.parts[:SHOWN], 1)] if number > 1 else []
         more = [f"and {number - SHOWN:,} more"] if number > SHOWN else []
-        return "\n".join([*lines, *shown, *more])
+        told = [f"it will be refused: {self.refused}"] if self.refused else []
+        return "\n".join([*lines, *shown, *more, *told])
 
 
 class PartsKeeper(Protocol):
@@ -268,11 +271,19 @@ class Builder:
             readings += times
             kept = problem.row_bytes(names) * problem.examples if times < own.passes else 0
             peaks.append(taken + kept)
+        refused = ""
+        try:
+            if not streams and not (to_file and structure.in_parts):
+                self._require(structure)
+            for names in groups if to_file and structure.in_parts else ():
+                self._require(*self._restricted(structure, names))
+        except MemoryBudgetError as error:
+            refused = str(error)
         largest = groups[peaks.index(max(peaks))]
         backward, seconds = self._measured(*self._restricted(structure, largest), readings)
         return BuildPlan(
             structure.name, tuple(groups), readings, backward, seconds, 0 if streams else self.needed,
-            (0 if streams else max(peaks)) + self.problem.pass_bytes, self.budget,
+            (0 if streams else max(peaks)) + self.problem.pass_bytes, self.budget, refused,
         )  # fmt: skip
 
     def _measured(

@@ -318,7 +318,8 @@ def _checked_targets(targets: Any, call: str) -> Tensor | None:
         raise InvalidTypeError(
             call=call, got=f"targets of type {type(targets).__name__}",
             expected="a tensor, an array or lists of numbers",
-            try_=_STACKED if isinstance(targets, (list, tuple)) and len(targets) == 2 else "torch.as_tensor(targets)",
+            try_="torch.as_tensor(targets)"
+            + (f"; {_STACKED}" if isinstance(targets, (list, tuple)) and len(targets) == 2 else ""),
         )  # fmt: skip
     return targets
 

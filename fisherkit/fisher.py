@@ -340,7 +340,7 @@ def plan(
 
     Returns:
         A record whose ``str`` is for people. A structure that is refused for its size is planned all the same:
-        ``result_bytes`` is then above ``memory_budget``.
+        ``refused`` then says why.
 
     Raises:
         FisherkitError: as `FisherApproximation` before its first pass.

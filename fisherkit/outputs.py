@@ -86,8 +86,10 @@ class Outputs:
 
     def is_gradient(self, v: Tensor) -> bool:
         """Whether vectors are `gradient` itself, one a unit, and need no copy to be zero where it is."""
-        u, one = vars(self).get("_gradient"), v[:, 0]
-        return u is not None and v.shape[1] == 1 and (one.data_ptr(), one.stride()) == (u.data_ptr(), u.stride())
+        u = vars(self).get("_gradient")
+        if u is None or v.shape[1] != 1:
+            return False
+        return (v.data_ptr(), v[:, 0].stride()) == (u.data_ptr(), u.stride())
 
     @cached_property
     def _gradient(self) -> Float[Tensor, "n P C"]:

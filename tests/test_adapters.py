@@ -281,7 +281,7 @@ def test_merge__of_products_is_that_of_merged_models_and_fits_into_adapters() ->
     with pytest.raises(fk.InvalidArgumentError, match="other parameters"):
         fk.merging.merge(weights, fishers[::-1])
 
-    errors = fk.adapters.write(models[0], got)
+    errors = fk.adapters.write_merged_weights(models[0], got)
     written = fk.adapters.merged_weights(models[0])
     for name, error in errors.items():
         change = got[name] - models[0].get_parameter(name)
@@ -295,7 +295,7 @@ def test_write__gives_back_what_has_the_rank(name: str) -> None:
     model = MODELS[name][0]()
     wanted = {own: value.detach().clone() for own, value in fk.adapters.merged_weights(model).items()}
     move(model)
-    errors = fk.adapters.write(model, wanted)
+    errors = fk.adapters.write_merged_weights(model, wanted)
     assert errors
     assert max(errors.values()) < 1e-10
     for own, value in fk.adapters.merged_weights(model).items():

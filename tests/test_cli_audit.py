@@ -71,7 +71,7 @@ def test_audit__refuses_what_is_no_fisher(tmp_path: Path) -> None:
     for name, words in (
         ("missing", "no such file"),
         ("text", "cannot be read"),
-        ("other.safetensors", "a dict without '0.weight'"),
+        ("other.safetensors", "missing names ['0.bias', '0.weight'"),
     ):
         result = run(tmp_path / name, tmp_path / "exact.safetensors")
         assert result.exit_code == 1

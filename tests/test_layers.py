@@ -12,7 +12,7 @@ from fisherkit.operators.base import HOOKS
 
 PACKAGE = Path(fisherkit.__file__).parent
 OPERATORS = PACKAGE / "operators"
-MOST = 4
+MOST = 5
 CLASSES = {name for name in fisherkit.operators.__all__ if name.endswith("Operator")} - {"FisherOperator"}
 
 

@@ -289,7 +289,7 @@ class Changing(nn.Module):
 def test_sums__see_a_hook_that_only_a_later_batch_has(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = Changing(hook=True), torch.randn(6, 3, dtype=F64)
-    x[4, 0] = 10.0
+    x[3:, 0] = 10.0
     data = [(x[:3], torch.tensor([0, 1, 2])), (x[3:], torch.tensor([3, 4, 0]))]
     fisher = fk.ExactFisher(model, data, structure=structure)
     monkeypatch.setattr(ExactVectors, "of_hessian", property(lambda _: False))
@@ -304,11 +304,10 @@ def test_sums__see_a_hook_that_only_a_later_batch_has(structure: str, monkeypatc
 def test_sums__of_batches_with_and_without_rows_add_up(structure: str) -> None:
     torch.manual_seed(0)
     model, x = Changing(), torch.randn(6, 3, dtype=F64)
-    x[4, 0] = 10.0
+    x[3:, 0] = 10.0
     data = [(x[:3], torch.tensor([0, 1, 2])), (x[3:], torch.tensor([3, 4, 0]))]
     fisher = fk.ExactFisher(model, data, structure=structure)
     found = list(positions(model, x, None, softmax_loss(), ["head.weight", "head.bias"]))
-    # A batch is scaled as a whole; the reference sees examples alone.
     found = [(n, h, j, a) for n, h, j, a in found if n < 3]
     for n in range(3, 6):
         z = 2 * model.head(x[n])

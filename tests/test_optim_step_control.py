@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.errors import FisherkitError
+from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError
 from tests.optim_cases import backward, close, damped, fisher, jacobian, problem
 from tests.reference.fisher import Problem
 
@@ -144,3 +144,17 @@ def test_defaults__train_a_small_net_over_a_decade_of_learning_rates() -> None:
             said, last, first = train(lr, kind, "kfac")
             assert not said
             assert last < 0.95 * first, (kind, lr)
+
+
+def test_steady_damping__is_refused_where_no_average_has_a_least_scale() -> None:
+    torch.manual_seed(0)
+    model, damping = nn.Linear(3, 2), fk.optim.SteadyDamping(10.0)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    with pytest.raises(InvalidTypeError, match="damping of type SteadyDamping"):
+        fk.EmpiricalFisher(model, (x, y)).solve(torch.ones(8), damping=damping)  # type: ignore[arg-type]
+    for structure in ("full", "block"):
+        optimizer = fk.optim.NaturalGradient(model, lr=0.1, damping=damping, structure=structure)
+        F.cross_entropy(model(x), y).backward()
+        with pytest.raises(InvalidArgumentError, match="keeps rows"):
+            optimizer.step()
+        optimizer.close()

@@ -406,3 +406,15 @@ def test_file__of_the_full_structure_has_rows_and_says_so(tmp_path: Path) -> Non
     entries = fk.load(tmp_path / "f").coverage().entries
     assert all("later" not in entry.structure and entry.memory > 0 for entry in entries)
     assert repr(opened) == "<FisherFile: exact full, D = 101, 1 file(s)>"
+
+
+def test_plan__says_that_the_build_will_be_refused() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Linear(200, 100), (torch.randn(8, 200), torch.randint(100, (8,)))
+    for to_file in (False, True):
+        found = fk.plan(model, data, "ef", structure="kfac", memory_budget=1000, to_file=to_file)
+        assert "memory_budget = 1 kB" in found.refused
+        assert "it will be refused" in str(found)
+        assert not fk.plan(model, data, "ef", structure="kfac", memory_budget=10**9, to_file=to_file).refused
+    with pytest.raises(fk.MemoryBudgetError):
+        fk.EmpiricalFisher(model, data, structure="kfac", memory_budget=1000)

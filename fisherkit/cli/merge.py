@@ -257,13 +257,13 @@ class Merge:
         if info.blocks:
             missed = sum(not block.converged for block in info.blocks)
             typer.echo(
-                f"{len(info.blocks):,} blocks solved, damping {info.damping:.3g}, residual at most {info.residual:.1e}"
-                + (f"; {missed} NOT CONVERGED, see --verbose" if missed else "")
+                f"{len(info.blocks):,} block{'s' * (len(info.blocks) > 1)} solved, damping {info.damping:.3g}, "
+                f"residual at most {info.residual:.1e}" + (f"; {missed} NOT CONVERGED, see --verbose" if missed else "")
             )
         if self.verbose and (farther := sum(block.worst > FARTHER for block in info.blocks)):
             typer.echo(
-                f"{farther:,} blocks are farther from some model's outputs than the plain average is (against_average "
-                "in merge.json), a reason to compare with --method average on a few examples."
+                f"{farther:,} block{'s are' if farther > 1 else ' is'} farther from some model's outputs than "
+                "the average is,\na reason to compare with --method average (against_average in merge.json)."
             )
         if info.unverified:
             unverified = ", ".join(map(str, info.unverified))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,6 +30,7 @@ from fisherkit.errors import (
     NonFiniteError,
     UnknownParameterError,
     listed,
+    warn,
 )
 from fisherkit.model_state import check_checksum, measured_at, with_checksum
 from fisherkit.operators import FisherOperator, Quadratic, normalize, state_of
@@ -208,13 +208,11 @@ class EWC(nn.Module):
         if self._value > max(LARGE, GROWTH * before) or not math.isfinite(self._value):
             self._warned = True
             since = "" if math.isinf(before) else f", after {before:.3g} at call {self._calls // 2:,}"
-            warnings.warn(
+            warn(
                 f"EWC.penalty: it is {self._value:.3g} at call {self._calls:,} since the last consolidation{since}. "
                 f"Steps that are too long for the penalty's curvature increase it, each more than the last: with plain "
                 f"gradient descent those of a learning rate above ewc.largest_stable_lr(), which strength="
-                f"{self.strength:g} is part of. Try: a smaller learning rate or strength, or Adam.",
-                UserWarning,
-                stacklevel=3,
+                f"{self.strength:g} is part of. Try: a smaller learning rate or strength, or Adam."
             )
 
     def largest_stable_lr(self) -> float:
@@ -236,6 +234,7 @@ class EWC(nn.Module):
             raise NoClosedFormError(
                 call="EWC.largest_stable_lr", got=f"the products of adapters {listed(map(repr, found))}",
                 expected="parameters that are trained themselves", why="in the factors the penalty is no quadratic",
+                try_="Adam, whose steps do not depend on the penalty's size",
             )  # fmt: skip
         largest: dict[str, float] = defaultdict(float)
         for term in self._terms:

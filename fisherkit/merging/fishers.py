@@ -178,12 +178,14 @@ def check_measured(
                 f"Fisher {number} was measured at other parameters than those of model {number}"
                 + (f" (at those of model {right[0]})" if right else "")
             )
+    products = any(".base_layer." in name for source in sources for name in source.space.names)
+    advice = "fk.adapters.merged_weights(model) in the place of each model, of whose adapters' products its Fisher is"
     if others and other_weights == "refuse":
         raise InvalidArgumentError(
             call=f'{call}(other_weights="refuse")', got="Fishers of other weights: " + "; ".join(others),
             expected="the Fisher of each very model",
             why="a Fisher says what matters near the weights that it was measured at",
-            try_="another order of fishers, the Fisher measured again, or "
+            try_=advice if products else "another order of fishers, the Fisher measured again, or "
             'policy=MergePolicy(other_weights="warn"), which merges them',
         )  # fmt: skip
     for text in others:

@@ -90,8 +90,9 @@ def merge_layers(
         )  # fmt: skip
     if isinstance(data, (str, Tensor)) or len(data) != len(models):
         raise InvalidArgumentError(
-            call=call, got=f"{len(models)} models and {len(data)} data", expected="the data of each model"
-        )
+            call=call, got=f"{len(models)} models and {len(data)} data", expected="the data of each model",
+            why="each model is measured on its own task's data", try_="[data_a, data_b], in the models' order",
+        )  # fmt: skip
     sources = open_models(models, call)
     space = ParameterSpace.of(unwrapped(models[0]), None)
     order = list(map(tuple, space.blocks.values() if stages is None else stages))
@@ -168,5 +169,6 @@ def _check_stages(order: Sequence[tuple[str, ...]], space: ParameterSpace, call:
     if odd or not names:
         raise InvalidArgumentError(
             call=f"{call}(stages=...)", got=f"names that are no trained parameter, or twice: {listed(odd)}",
-            expected="names of model.named_parameters(), each once",
+            expected="names of model.named_parameters(), each once", why="each parameter is merged once",
+            try_="stages=None, for a stage a module",
         )  # fmt: skip

@@ -31,7 +31,7 @@ from fisherkit.operators.forwarding import ForwardingOperator, unwrap
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.normalization import normalize, usual_damping
-from fisherkit.operators.packed import PackedOperator, packed
+from fisherkit.operators.packed import PackedOperator
 from fisherkit.operators.persistence import state_of
 from fisherkit.operators.quadratic import Quadratic
 from fisherkit.operators.sharded import ShardedOperator
@@ -40,5 +40,5 @@ __all__ = [
     "BlockDiagonalOperator", "Damping", "DenseOperator", "DiagonalOperator", "EigenKroneckerOperator",
     "Factorization", "FisherFile", "FisherOperator", "ForwardingOperator", "IterativeFactorization",
     "KroneckerOperator", "LowRankOperator", "PackedOperator", "Quadratic", "RelativeDamping", "ShardedOperator",
-    "SumOperator", "add", "load", "normalize", "open_file", "packed", "split", "state_of", "unwrap", "usual_damping",
+    "SumOperator", "add", "load", "normalize", "open_file", "split", "state_of", "unwrap", "usual_damping",
 ]  # fmt: skip

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherkit.operators import FisherOperator, RelativeDamping
+from fisherkit.operators import FisherOperator
+from fisherkit.operators.damping import check_damping
 from fisherkit.operators.linalg import checked_together
 from fisherkit.processes import Processes
 from fisherkit.rows.chunks import Chunk
@@ -29,15 +30,23 @@ FLOOR = torch.finfo(torch.float32).tiny ** 0.5
 """Of a damping that follows F's scale: its reciprocal leaves room for gradients in float32."""
 
 
-class SteadyDamping(RelativeDamping):
+@dataclass(frozen=True)
+class SteadyDamping:
     """λ as a multiple of the least mean eigenvalue that a running average of F has had up to now.
 
     iEF grows by orders of magnitude while a model is trained, as activations do, and a damping relative to it would
-    with it; the exact kind shrinks where examples are fit, and a constant damping would hide it.
+    grow with it; the exact kind shrinks as examples are fit, and a constant damping would then outweigh it. For the
+    optimizers of this package with structures of layers; everything else refuses it.
 
     Args:
         scale: the multiple, not negative.
     """
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        """Check the scale."""
+        check_damping(self.scale, "SteadyDamping")
 
 
 class Averages:

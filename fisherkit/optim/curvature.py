@@ -147,7 +147,7 @@ class Curvature:
         return False
 
     def direction(
-        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], damping: Damping
+        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], damping: Damping | SteadyDamping
     ) -> tuple[ParameterSpace, Direction]:
         """Δ for the mean gradient, after an update if one is due.
 
@@ -163,6 +163,7 @@ class Curvature:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
             SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
                 block structures.
+            InvalidArgumentError: a `SteadyDamping` of a structure that keeps rows.
         """
         due = self.due
         processes = self.processes
@@ -188,6 +189,12 @@ class Curvature:
             self.examples, self._operator, self._inverse = examples, None, None
             self._warn_of_ignored(captured, gradients, space)
         if self.averages.structure.keeps_rows:
+            if isinstance(damping, SteadyDamping):
+                raise InvalidArgumentError(
+                    call=self.call, got=f"{damping} with structure={self.structure!r}", expected="a number",
+                    why="a structure that keeps rows has no average whose least scale could be followed",
+                    try_=f"damping=fk.RelativeDamping({damping.scale:g}), a multiple of this batch's mean eigenvalue",
+                )  # fmt: skip
             try:
                 direction = self._of_batch(captured, gradients, damping)
             except SingularMatrixError:
@@ -272,14 +279,14 @@ class Curvature:
         inverse = operator.factorize(self._effective(damping))
         return damped(inverse, self._mean(gradients, plan.space, self.examples))
 
-    def _averaged(self, space: ParameterSpace, gradient: Float[Tensor, "D"], damping: Damping) -> Direction:
-        effective = self._effective(damping)
+    def _averaged(
+        self, space: ParameterSpace, gradient: Float[Tensor, "D"], damping: Damping | SteadyDamping
+    ) -> Direction:  # fmt: skip
         if self._operator is None:
             self._operator, self._inverse = self.averages.operator(space, gradient), None
             if isinstance(damping, SteadyDamping):
                 self._steady = self.averages.steady(self._operator, damping)
-        if isinstance(damping, SteadyDamping):
-            effective = self._steady
+        effective = self._steady if isinstance(damping, SteadyDamping) else self._effective(damping)
         if self._inverse is None or self._inverse[0] != effective:
             self._inverse = effective, self._operator.factorize(effective)
         return damped(self._inverse[1], gradient)
@@ -449,7 +456,7 @@ def check_damping_choice(damping: object, gram_damping: object, call: str) -> No
             try_="gram_damping=1e-3 for the paper's update, damping=1e-2 for (F + λI)⁻¹ times the mean gradient",
         )  # fmt: skip
     value, name = (damping, "damping") if gram_damping is None else (gram_damping, "gram_damping")
-    if isinstance(value, RelativeDamping) and gram_damping is None:
+    if isinstance(value, RelativeDamping | SteadyDamping) and gram_damping is None:
         return
     check_number(call, name, value)
 

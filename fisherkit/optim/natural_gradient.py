@@ -99,7 +99,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: float,
         *,
         kind: str | OutputRule = "ief",
-        damping: Damping | None = None,
+        damping: Damping | SteadyDamping | None = None,
         gram_damping: float | None = None,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
@@ -248,9 +248,9 @@ class NaturalGradient(torch.optim.Optimizer):
         own = super().state_dict()
         state = {**own, "curvature": self._curvature.state_dict(), STATE_CHECKSUM: state_hash(own["state"])}
         for group in state["param_groups"]:
-            if isinstance(group["damping"], RelativeDamping):
-                name = next(name for name, cls in _RELATIVE.items() if type(group["damping"]) is cls)
-                group["damping"] = {name: group["damping"].scale}
+            for name, cls in _RELATIVE.items():
+                if isinstance(group["damping"], cls):
+                    group["damping"] = {name: group["damping"].scale}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -286,7 +286,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return self._curvature.capture.__getstate__()
 
 
-_RELATIVE = {"relative": RelativeDamping, "steady": SteadyDamping}
+_RELATIVE: dict[str, type[RelativeDamping | SteadyDamping]] = {"relative": RelativeDamping, "steady": SteadyDamping}
 """Dampings that are no numbers, by what states name them."""
 
 _OF_ONE = {"lr", "weight_decay", "momentum"}

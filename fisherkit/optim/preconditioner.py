@@ -56,9 +56,9 @@ class Preconditioner:
         refresh_every: updates between eigen-decompositions.
         trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping); none
             beside a damping of yours.
-        lr: used by ``trust_region``. At 1 the gradients themselves are clipped, and a schedule of the learning rate
-            makes steps shorter; the following optimizer's learning rate, as a number or a function without arguments,
-            clips the steps.
+        lr: used by ``trust_region``. With 1 the gradients themselves are clipped, and a schedule of the learning rate
+            then shortens steps. With the following optimizer's learning rate, a number or a function without arguments,
+            the steps are clipped.
         likelihood: the loss module that you train with, or a name or object; see `NaturalGradient`.
         reduction: of your loss over examples, "mean" or "sum".
         params: names, or a predicate; other gradients are left as they are.
@@ -81,7 +81,7 @@ class Preconditioner:
         *,
         kind: str | OutputRule = "ief",
         structure: str = "kfac",
-        damping: Damping | None = None,
+        damping: Damping | SteadyDamping | None = None,
         gram_damping: float | None = None,
         likelihood: str | Likelihood | nn.Module = "categorical",
         reduction: str = "mean",
@@ -102,7 +102,9 @@ class Preconditioner:
             damping, update_every = DAMPING, UPDATE_EVERY if update_every is None else update_every
             trust_region = TRUST_REGION if trust_region is None else trust_region
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
-        self.damping: Damping = gram_damping if damping is None and gram_damping is not None else damping or 0.0
+        self.damping: Damping | SteadyDamping = (
+            gram_damping if damping is None and gram_damping is not None else damping or 0.0
+        )
         self.trust_region, self._lr = trust_region, lr
         self._curvature = Curvature(
             model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
@@ -112,6 +114,14 @@ class Preconditioner:
             kfac_positions=kfac_positions, max_rank=max_rank,
             group=group, call=CALL,
         )  # fmt: skip
+
+    def __repr__(self) -> str:
+        """Kind, structure and what decides about a step."""
+        own = self._curvature
+        return (
+            f"Preconditioner(kind={own.rule.kind_name!r}, structure={own.structure!r}, damping={self.damping}, "
+            f"trust_region={self.trust_region}, update_every={own.update_every})"
+        )
 
     @torch.no_grad()
     @without_autocast()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError, ProcessError, listed
-from fisherkit.operators import BlockDiagonalOperator, FisherOperator, packed
+from fisherkit.operators import BlockDiagonalOperator, FisherOperator
 from fisherkit.operators.linalg import checked_together
+from fisherkit.operators.packed import packed
 from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
