@@ -122,6 +122,27 @@ def _works(model: nn.Module, batch: Batch) -> bool:
     return False
 
 
+def _kept(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that modules have beside their parameters, by name."""
+    own = {id(p) for p in model.parameters()}
+    return {
+        f"{name}.{key}".strip("."): value
+        for name, module in model.named_modules()
+        for key, value in (*module._buffers.items(), *vars(module).items())
+        if isinstance(value, torch.Tensor) and id(value) not in own
+    }
+
+
+def _rewrites(model: nn.Module, batch: Batch) -> bool:
+    """Whether a pass over a batch changes such tensors, or fails, so that nothing tells."""
+    places = untouched_rng([next(model.parameters()).device]), kept_whole(model)
+    with torch.no_grad(), places[0], places[1], contextlib.suppress(Exception):
+        before = {name: (id(tensor), tensor._version) for name, tensor in _kept(model).items()}
+        batch.call(model)
+        return before != {name: (id(tensor), tensor._version) for name, tensor in _kept(model).items()}
+    return True
+
+
 def _refuse_state(error: Exception, model: nn.Module, first: Batch, *, fails: bool) -> None:
     """Raise what a failure of tensors that a model keeps from one batch for the next means.
 
@@ -132,15 +153,9 @@ def _refuse_state(error: Exception, model: nn.Module, first: Batch, *, fails: bo
         return
     sizes = set(map(int, re.findall(r"\d+", re.sub(r"dimension \d+", "", str(error)))))
     sizes = sizes if sizes & {1, 2, 8, first.size} else set()
-    own = {id(p) for p in model.parameters()}
-    tensors = {
-        f"{name}.{key}".strip("."): value
-        for name, module in model.named_modules()
-        for key, value in (*module._buffers.items(), *vars(module).items())
-        if isinstance(value, torch.Tensor) and id(value) not in own
-    }
+    tensors = _kept(model)
     named = [f"{n} of shape {list(t.shape)}" for n, t in tensors.items() if sizes.intersection(t.shape[:2]) - {1}]
-    if fails and not named:
+    if fails and (not named or not _rewrites(model, first)):
         return
     if not fails and not _works(model, first):
         return
