@@ -231,11 +231,12 @@ class Products(TorchDispatchMode):
 
 def test_cost__does_not_grow_with_examples() -> None:
     model, (x, _, y) = Net("gru").double(), data()
-    fk.EmpiricalFisher(model, (x, y), structure="diagonal")
     counts = []
     for times in (1, 5):
+        many = x.repeat(times, 1, 1), y.repeat(times)
+        fk.EmpiricalFisher(model, many, structure="diagonal")  # of a size that is new, two examples are looked at alone
         with Products() as found:
-            fk.EmpiricalFisher(model, (x.repeat(times, 1, 1), y.repeat(times)), structure="diagonal")
+            fk.EmpiricalFisher(model, many, structure="diagonal")
         counts.append(found.count)
     assert counts[0] == counts[1]
 

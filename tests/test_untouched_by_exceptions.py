@@ -43,6 +43,12 @@ def is_marked(tensor: Tensor) -> bool:
     return bool((tensor == MARK).any())
 
 
+class Fault:
+    """Of a class that nothing takes for a model's settings."""
+
+    present = True
+
+
 class Failing(nn.Module):
     """Raises at the marked batch, after the body has run; can be repaired."""
 
@@ -50,11 +56,11 @@ class Failing(nn.Module):
         super().__init__()
         self.body = rich()
         self.error = error
-        self.broken = True
+        self.fault = Fault()
 
     def forward(self, x: Tensor) -> Tensor:
         z: Tensor = self.body(x)
-        if self.broken and is_marked(x):
+        if self.fault.present and is_marked(x):
             raise self.error("in the model")
         return z
 
@@ -216,15 +222,15 @@ def test_predicate__that_raises() -> None:
 @pytest.mark.parametrize("kind", ["ef", "exact"])
 def test_streamed__product_that_is_interrupted_can_be_repeated(kind: str, error: type[BaseException]) -> None:
     model, data = Failing(error).eval(), marked_inputs()
-    model.broken = False
+    model.fault.present = False
     fisher = KINDS[kind](model, data, memory_budget=1)
     v = torch.ones(fisher.size, dtype=F64)
     expected = fisher @ v
-    model.broken = True
+    model.fault.present = True
     for operation in (fisher.matvec, fisher.quadratic_form, lambda v: fisher.solve(v, 0.1)):
         with untouched(model, data), pytest.raises(error, match="in the model"):
             operation(v)
-    model.broken = False
+    model.fault.present = False
     assert torch.equal(fisher @ v, expected)
 
 
