@@ -268,3 +268,23 @@ def test_structures__of_a_bias_that_comes_before_its_weight(structure: str) -> N
     )
     order = torch.cat([torch.arange(12, 15), torch.arange(12)])
     torch.testing.assert_close(other, usual[order][:, order])
+
+
+class Masked(Words):
+    """Takes an attention mask, as a language model's batches have one."""
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(tokens)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+def test_attention_mask__that_only_later_batches_of_one_have(structure: str) -> None:
+    model, mask = Masked().double().eval(), torch.ones(6, T, dtype=torch.long)
+    mask[4, 2:] = mask[5, 1:] = 0
+    several = [({"tokens": TOKENS[:4]}, LABELS[:4])]
+    several += [({"tokens": TOKENS[i : i + 1], "attention_mask": mask[i : i + 1]}, LABELS[i : i + 1]) for i in (4, 5)]
+    masked = [({"tokens": TOKENS[c], "attention_mask": mask[c]}, LABELS[c]) for c in (slice(4), slice(4, 6))]
+    options: dict[str, Any] = {"structure": structure, "example": "token"}
+    found = fk.EmpiricalFisher(model, several, **options)
+    v = torch.randn(found.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(found @ v, fk.EmpiricalFisher(model, masked, **options) @ v)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
@@ -140,10 +140,7 @@ class BlockDiagonalOperator(CompositeOperator):
         return torch.cat(self._leading(k)).topk(k).values
 
     def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
-        leading = self._leading(k)
-        # Stable, so that of equal ones within a block the first are taken, which its own eigenvectors(count) are.
-        order = torch.cat(leading).sort(descending=True, stable=True).indices[:k]
-        owner = torch.cat([torch.full_like(own, i, dtype=torch.long) for i, own in enumerate(leading)])[order]
+        owner = owners_of_leading(self._leading(k), k)
         parts = []
         for i, block in enumerate(self.blocks):
             columns = (owner == i).nonzero().squeeze(1)
@@ -216,6 +213,13 @@ def _bare(operator: FisherOperator) -> FisherOperator:
     bare = copy.copy(operator)
     bare.metadata = {}
     return bare
+
+
+def owners_of_leading(leading: Sequence[Float[Tensor, "_"]], k: int) -> Int[Tensor, "k"]:
+    """Of the k largest eigenvalues of all parts, the largest first, the number of the part that each belongs to."""
+    # Stable, so that of equal ones within a part the first are taken, which its own eigenvectors(count) are.
+    order = torch.cat(list(leading)).sort(descending=True, stable=True).indices[:k]
+    return torch.cat([torch.full_like(own, i, dtype=torch.long) for i, own in enumerate(leading)])[order]
 
 
 def join(space: ParameterSpace, blocks: Sequence[FisherOperator]) -> FisherOperator:

@@ -21,7 +21,7 @@ from fisherkit.errors import FisherkitError
 from fisherkit.io.state import pack
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator, join
+from fisherkit.operators.block_diagonal import BlockDiagonalOperator, join, owners_of_leading
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.outputs_average import average_over_outputs
 from fisherkit.processes import Processes
@@ -159,10 +159,7 @@ class ShardedOperator(FisherOperator):
         return torch.cat(self._leading(k)).topk(k).values
 
     def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
-        leading = self._leading(k)
-        order = torch.cat(leading).sort(descending=True, stable=True).indices[:k]
-        owner = torch.cat([torch.full_like(own, i, dtype=torch.long) for i, own in enumerate(leading)])[order]
-        columns = (owner == self.processes.rank).nonzero().squeeze(1)
+        columns = (owners_of_leading(self._leading(k), k) == self.processes.rank).nonzero().squeeze(1)
 
         def vectors(own: FisherOperator) -> Tensor:
             part = torch.zeros(own.size, k, dtype=self.dtype, device=self.device)

@@ -356,8 +356,8 @@ class Problem:
         """
         if self.fold == 1 or linearized.z.ndim < 3 or linearized.z.shape[1] == 1:
             return None
-        apart = None
-        if isinstance(linearized, Linearized) and not linearized.unruled:
+        apart = None  # an attention mask says of the inputs' positions, example by example, which are data
+        if isinstance(linearized, Linearized) and not linearized.unruled and "attention_mask" not in batch.kwargs:
             apart = linearized.watched.by_position()
         if apart is None or self.by_owner:
             self.plan.tried["positions"] = 1
@@ -557,7 +557,7 @@ class Problem:
     def _refuse_influence(self, batch: Batch, start: int, seen: Watched, call: str) -> None:
         """Refuse a batch in which examples have other outputs than in other company.
 
-        Where functions on the way may have mixed examples, all are compared with themselves in halves of the batch;
+        Where functions on the way may have mixed examples, all are compared with themselves in parts of the batch;
         elsewhere two with themselves in a batch of their own, since what is done to all may depend on how many they
         are.
 
@@ -610,7 +610,8 @@ class Problem:
 
         So may numbers that the model's two first examples did not bring, as those that depend on the batch's size.
 
-        Cost: none where there are none, else a forward and two backward passes of a batch of each size.
+        Cost: none where there are none, else a forward and two backward passes of a batch of each size, and one forward
+        pass more where the batch's own has led to other leaves than the parameters.
         """
         tried, numbers, key = self.plan.tried, ("numbers", seen.numbers), ("gradients", batch.size)
         if batch.size == 1 or not (seen.own_gradients or numbers not in tried):
