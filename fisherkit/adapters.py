@@ -114,8 +114,8 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def products(model: nn.Module, names: Collection[str]) -> dict[str, Product]:
     """Those of some parameters that stand for products: base weights whose adapters' parameters are not among them."""
-    chosen = {id(p) for name, p in model.named_parameters() if name in names}
     made, _ = _products(model, dict(_adapted(model)))
+    chosen = {id(p) for name, p in model.named_parameters() if name in names} if made else set()
     return {
         name: product
         for name, product in made.items()
@@ -198,7 +198,8 @@ def write_merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dic
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that adapters were put around, with their active adapters at work."""
     for name, module in model.named_modules():
-        if not (hasattr(module, "adapter_layer_names") and isinstance(getattr(module, "base_layer", None), nn.Module)):
+        # Of its class: a module that lacks an attribute takes its time to say so.
+        if not (hasattr(type(module), "adapter_layer_names") and isinstance(getattr(module, "base_layer", None), nn.Module)):
             continue
         if not (module.disable_adapters or module.merged):
             yield name, module

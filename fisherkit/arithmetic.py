@@ -58,11 +58,11 @@ def all_finite(*tensors: Tensor) -> bool:
         return True
     with torch.no_grad():
         if len(floating) == 1:
-            total = floating[0].sum(dtype=at_least_single(floating[0].dtype))
+            found = [floating[0].sum(dtype=at_least_single(floating[0].dtype)).item()]
         else:  # a kernel for many of them on accelerators, as in torch's own optimizers
             norms = torch._foreach_norm(floating)
-            total = torch.stack([norm.to(norms[0]) for norm in norms]).sum()
-        return math.isfinite(total.item()) or all(bool(torch.isfinite(t).all()) for t in floating)
+            found = torch.stack([norm.to(norms[0]) for norm in norms]).tolist()
+        return all(map(math.isfinite, found)) or all(bool(torch.isfinite(t).all()) for t in floating)
 
 
 def checked_product(

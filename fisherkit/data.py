@@ -376,18 +376,22 @@ class Source:
             state: where the generators start; None for where they were when the source was made.
             settled: whether `first` tells of all batches which inputs all examples share; else each for itself.
         """
+        for number, raw in enumerate(self.batches if self._listed else self._drawn(state)):
+            yield self._batch(raw, number, self._axes if settled else None)
+
+    def _drawn(self, state: RngState | None) -> Iterator[Any]:
+        """What the user's data yields, with generators of its own for as long as it runs."""
         state = self._start if state is None else state
         iterator: Iterator[Any] | None = None
-        for number in itertools.count():
-            quiet = contextlib.nullcontext() if self._listed else untouched_rng([], state, self._generators)
-            with torch.inference_mode(False), quiet:
+        while True:
+            with torch.inference_mode(False), untouched_rng([], state, self._generators):
                 iterator = iter(self.batches) if iterator is None else iterator
                 try:
                     raw = next(iterator)
                 except StopIteration:
                     return
-                state = None if self._listed else rng_state(self._generators)
-            yield self._batch(raw, number, self._axes if settled else None)
+                state = rng_state(self._generators)
+            yield raw
 
     def _batch(self, raw: Any, number: int, axes: dict[int, bool] | None) -> Batch:
         """A batch; of the first pair of tensors, which cannot be another pair since, the one that was made before."""

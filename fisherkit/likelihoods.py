@@ -585,8 +585,9 @@ class Categorical(Likelihood):
             )  # fmt: skip
         target = target.reshape(z.shape[:2]).long()
         mask = target != self.ignore_index
-        wrong = mask & ((target < 0) | (target >= c))
-        if bool(wrong.any()):
+        least, most = torch.stack(target.aminmax()).tolist() if target.numel() else (0, 0)
+        wrong = mask & ((target < 0) | (target >= c)) if least < 0 or most >= c else None
+        if wrong is not None and bool(wrong.any()):
             bad = target[wrong].unique().tolist()
             raise DataError(
                 call=call, got=f"label{'s' if len(bad) > 1 else ''} {listed(map(str, bad))}",
@@ -617,7 +618,7 @@ class Categorical(Likelihood):
         return t if self.weight is None else t * self.weight.to(z)
 
     def _valid(self, target: Tensor) -> Tensor:
-        return torch.where(target == self.ignore_index, torch.zeros_like(target), target)
+        return target.masked_fill(target == self.ignore_index, 0)
 
 
 class LogProbabilities(Categorical):

@@ -5,6 +5,7 @@ Owns the hash; reads models and changes nothing about them. Knows no Fisher matr
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -65,16 +66,15 @@ def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
     A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value.
     """
     tensors = _tensors(model)
-    digests = _digests(tensors)
-    short = {name: plain(name) for name in tensors}
-    whole = _hash({short[name]: tensor for name, tensor in tensors.items()}, {short[n]: d for n, d in digests.items()})
-    made = products(model, names)
-    if not made and len(names) == len(tensors) and all(name == other for name, other in short.items()):
+    bare = {plain(name): tensor for name, tensor in tensors.items()}
+    digests = _digests(bare)
+    whole, made = _hash(bare, digests), products(model, names)
+    if not made and len(names) == len(tensors) and bare.keys() == tensors.keys():
         return whole, whole
     some = {name: tensors[name] for name in names}
     some |= {name: torch.empty(p.base.shape, dtype=p.dtype, device="meta") for name, p in made.items()}
-    covered = digests | _digests({name: some[name] for name in made}, lambda name: made[name].value())
-    return whole, _hash(some, covered)
+    known = {name: digests[plain(name)] for name in some if name not in made}
+    return whole, _hash(some, known | _digests({name: some[name] for name in made}, lambda name: made[name].value()))
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
@@ -84,33 +84,38 @@ def tensors_hash(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | 
 
 def _hash(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
     """SHA-256 of names, dtypes, shapes and digests."""
-    state = sorted(tensors.items())
-    listed = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in state]
-    digest = hashlib.sha256(json.dumps(listed).encode())
-    for name, _ in state:
+    names = sorted(tensors)
+    digest = _header(tuple((name, tensors[name].dtype, tensors[name].shape) for name in names)).copy()
+    for name in names:
         digest.update(digests[name])
     return digest.hexdigest()
 
 
+@functools.lru_cache(8)
+def _header(described: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> Any:
+    """SHA-256 of what is known of tensors before their values."""
+    listed = [[name, str(dtype).removeprefix("torch."), list(shape)] for name, dtype, shape in described]
+    return hashlib.sha256(json.dumps(listed).encode())
+
+
 def _digests(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> dict[str, bytes]:
     """The bytes that stand for each tensor's values."""
+    found: dict[str, list[bytes]] = {name: [] for name in tensors}
+    moved: list[tuple[str, Tensor]] = []
     with torch.no_grad():
-        pieces = []
-        found: dict[str, list[bytes]] = {name: [] for name in tensors}
         for name, tensor in sorted(tensors.items()):
             own = (tensor if read is None else read(name)).detach()
-            if _is_short(own):
-                found[name].append(own.numpy().tobytes())
-            else:
-                pieces += [(name, piece) for piece in _digestible(own)]
+            for piece in [own.numpy()] if _is_short(own) else _digestible(own):
+                if isinstance(piece, Tensor):
+                    moved.append((name, piece))
+                else:
+                    found[name].append(piece.tobytes())
         # One transfer for all tensors in a row on one device.
-        for _, group in itertools.groupby(pieces, key=lambda pair: getattr(pair[1], "device", None)):
-            of_device = list(group)
-            arrays = [piece for _, piece in of_device]
-            if isinstance(arrays[0], Tensor):
-                moved = torch.cat(arrays).cpu().numpy()
-                arrays = np.split(moved, list(itertools.accumulate(len(piece) for piece in arrays))[:-1])
-            for (name, _), array in zip(of_device, arrays, strict=True):
+        for _, group in itertools.groupby(moved, key=lambda pair: pair[1].device):
+            names, pieces = zip(*group, strict=True)
+            arrays = torch.cat(pieces).cpu().numpy()
+            ends = itertools.accumulate(map(len, pieces))
+            for name, array in zip(names, np.split(arrays, list(ends)[:-1]), strict=True):
                 found[name].append(array.tobytes())
     return {name: b"".join(parts) for name, parts in found.items()}
 

@@ -49,7 +49,9 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)  # its import takes long
-    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+    if kind is None or not kind.__subclasses__():  # of which every sharded module is one
+        return []
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def full(tensor: Tensor) -> Tensor:

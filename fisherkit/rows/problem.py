@@ -290,18 +290,19 @@ class Problem:
                 self.plan.model, z[mask], likelihood.link, likelihood.name
             ):
                 tried["logits", likelihood.link] = 1
-        return Outputs.keyed(z, target, mask, start, self.likelihood, raw.shape[1:])
+        return Outputs(z, target, mask, start, self.likelihood, raw.shape[1:])
 
     def _counted(
         self, batch: Batch, raw: Tensor, start: int, call: str
     ) -> tuple[Outputs, tuple[int, int]]:  # fmt: skip
         """The outputs, and how many examples and positions count, with two waits for the device."""
         outputs = self._outputs(batch, raw, start, call, checked=False)
-        mask, total = outputs.mask, raw.detach().sum(dtype=at_least_single(raw.dtype))
-        counted = mask if self.token else mask.any(1)
-        examples, positions, odd = torch.stack([counted.sum(), mask.sum(), (total - total).ne(0)]).tolist()
-        if odd:  # where only the sum overflows, all is well
+        mask = outputs.mask
+        counted = [mask] if self.token or mask.shape[1] == 1 else [mask, mask.any(1)]
+        found = torch.stack([x.sum(dtype=torch.float64) for x in (raw.detach(), *counted)]).tolist()
+        if not math.isfinite(found[0]):  # where only the sum overflows, all is well
             check_finite(raw.detach(), call)
+        positions, examples = int(found[1]), int(found[-1])
         return replace(outputs, whole=positions == mask.numel()), (examples, positions)
 
     def measure(self) -> None:
