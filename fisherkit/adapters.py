@@ -199,7 +199,9 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that adapters were put around, with their active adapters at work."""
     for name, module in model.named_modules():
         # Of its class: a module that lacks an attribute takes its time to say so.
-        if not (hasattr(type(module), "adapter_layer_names") and isinstance(getattr(module, "base_layer", None), nn.Module)):
+        if not (
+            hasattr(type(module), "adapter_layer_names") and isinstance(getattr(module, "base_layer", None), nn.Module)
+        ):
             continue
         if not (module.disable_adapters or module.merged):
             yield name, module

@@ -139,7 +139,7 @@ class Builder:
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
             "processes": self.processes, "kept": kept,
         }  # fmt: skip
-        self.problem = replace(problem, revisable=True, budget=self.budget, folds=not reduce)
+        self.problem, self.folds = problem, not reduce
         self.counted: list[Tally] = []
         self.needed = 0
         self.foretold = False
@@ -147,7 +147,6 @@ class Builder:
     def set_budget(self, budget: int) -> None:
         """Have another one, as of the run that is gone on with."""
         self.budget = self.settings["memory_budget"] = budget
-        self.problem = replace(self.problem, budget=budget)
 
     def build(self, structure: type[Structure]) -> Built:
         """The operator of a structure."""
@@ -176,7 +175,10 @@ class Builder:
         """The structure of all parameters, and the problem as it wants it."""
         structure = kind.of(self.problem.plan, **self.settings)
         by_owner = bool(self.problem.by_owner) if structure.counts_positions else self.problem.by_owner
-        self.problem = replace(self.problem, summed=not structure.needs_rows, by_owner=by_owner)
+        self.problem = replace(
+            self.problem, summed=not structure.needs_rows, by_owner=by_owner, revisable=True, budget=self.budget,
+            folds=self.folds,
+        )  # fmt: skip
         self.problem.measure()
         for unit in self.problem.plan.ruled:
             # Only rows that are kept gain from being written out; sums are taken from the factors.
@@ -344,7 +346,8 @@ class Builder:
             structure, self.problem = self._restricted(structure, names)
             held = self._beside(held, structure, self.problem) + structure.peak(self.problem)
         try:
-            self.problem = replace(self.problem, most_examples=structure.most_examples(self.problem))
+            most = structure.most_examples(self.problem)
+            self.problem = self.problem if most is None else replace(self.problem, most_examples=most)
             sums = self._summed(structure, held, of)
             tally = Tally.of([*self.counted, Tally(rows=-sums.dropped)]).some()
             with checked_together():
@@ -463,7 +466,8 @@ class Builder:
         whole = LowRankOperator(
             rows, scale, dtype=structure.dtype, device=structure.device, memory_budget=self.budget
         )  # fmt: skip
-        return whole, dict.fromkeys((unit.names for unit in self.problem.plan.units), Part(whole, part, reason)), tally
+        names = (unit.names for unit in self.problem.plan.units)
+        return whole, dict.fromkeys(names, Part.of(whole, part, reason)), tally
 
     def _made_later(self, kind_of_structure: type[Structure], streamed: StreamedRows) -> RowSource:
         """The rows that products were made without; streamed, if a batch shows that they do not fit."""
@@ -559,7 +563,7 @@ class Builder:
         units = [unit for unit in plan.units if unit.names[0] in names]
         rules = {plan.rule_name(unit) for unit in units}
         reason = "; ".join(filter(None, (units[0].reason if part.kept else "", part.reason)))
-        return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.operator.nbytes, reason)
+        return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.nbytes, reason)
 
 
 def _next_pass(structure: Structure, sums: Sums) -> Sums | None:

@@ -13,6 +13,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ class Batch:
         """Inputs and targets as a pair that a user could have passed."""
         return (self.args if self.args else self.kwargs), self.targets
 
-    @property
+    @cached_property
     def inputs(self) -> list[Tensor]:
         """The inputs' tensors."""
         return [leaf for _, leaf in _named_inputs(self.args, self.kwargs)]
@@ -214,10 +215,11 @@ class Batch:
         Raises:
             DataError: labels to be shifted that have no positions.
         """
-        targets, extra = self.targets, virtual_tokens(model)
+        targets = self.targets
         if targets is None:
             return self
-        if extra and targets.ndim == 2 and z.ndim == 3 and z.shape[1] == targets.shape[1] + extra:
+        extra = z.shape[1] - targets.shape[1] if targets.ndim == 2 and z.ndim == 3 else 0
+        if extra > 0 and extra == virtual_tokens(model):
             targets = torch.cat([targets.new_full((self.size, extra), ignore_index), targets], 1)
         if shift and targets.ndim < 2:
             raise DataError(
@@ -238,7 +240,7 @@ class Batch:
 
         return self.batched, rebuild
 
-    @property
+    @cached_property
     def batched(self) -> list[Tensor]:
         """The inputs' tensors that have the batch axis."""
         return [leaf for i, leaf in enumerate(self.inputs) if self.axes[i]]

@@ -116,7 +116,7 @@ def _batch_gradient(
         known = raw.detach()
         check_finite(known, call)
         known = known if known.dtype in {torch.float32, torch.float64} else known.float()
-        likelihood.check_reading(known, batch.targets, batch.leaves()[0], call)
+        likelihood.check_reading(known, batch.targets, batch.batched, call)
         z, target, mask = likelihood.prepare(known, batch.targets, call)
         if target is None:
             raise DataError(

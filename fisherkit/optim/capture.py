@@ -144,7 +144,7 @@ class Capture:
             return None
         batch = Batch.of_call(args, kwargs)
         plan, coupled = self._plan(tuple(own.values()), batch), self._training(_BatchNorm)
-        recorder = Recorder(own, batch.size, batch.leaves()[0], plan.shared, training=True)
+        recorder = Recorder(own, batch.size, batch.batched, plan.shared, training=True)
         self._begun = recorder, plan, batch, coupled, rng_state() if coupled else None
         return recorder
 
@@ -171,7 +171,7 @@ class Capture:
         again = bool(plan.generic or coupled or not watched.regular or plan.unruled(watched))
         keep = batch if again else Batch((), _masks(batch), None, batch.size)
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
-        watched = replace(watched, uses=with_own_inputs(own, batch.leaves()[0]))
+        watched = replace(watched, uses=with_own_inputs(own, batch.batched))
         one = Pass(plan, keep, watched, coupled, again, rng, frozenset(recorder.names.values()))
         if coupled:
             self.warn(
@@ -404,7 +404,7 @@ class Capture:
         """Rows by one more forward pass, with the same random numbers, in which statistics are constants."""
         plan = one.plan
         recorder = Recorder(
-            {id(p): n for n, p in plan.parameters.items()}, one.batch.size, one.batch.leaves()[0], plan.shared,
+            {id(p): n for n, p in plan.parameters.items()}, one.batch.size, one.batch.batched, plan.shared,
             training=True, constant_statistics=True,
         )  # fmt: skip
         devices, parameters = [plan.example_parameter.device], list(plan.parameters.values())

@@ -172,10 +172,14 @@ class Tracker:
         """Whether outputs ``[B, ...]`` keep examples apart, so that all batch axes on the way say whose entries are."""
         return not self.lost and self.status(z) == Axis(0)
 
-    def see(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Note what a function call does to the batch axis."""
+    def see(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any,
+        given: Sequence[Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Note what a function call does to the batch axis; ``given`` are the tensors among its arguments, if known."""
+        given = tensors(args, kwargs) if given is None else given
         if function is torch.Tensor.__setitem__ or "out" in kwargs:
-            self.lost = self.lost or any(t.requires_grad for t in tensors(args, kwargs))
+            self.lost = self.lost or any(t.requires_grad for t in given)
             if function is torch.Tensor.__setitem__ and self._filled(*args):
                 self.mark(args[0], Axis(0))
             else:
@@ -194,14 +198,11 @@ class Tracker:
         ]
         if elementwise:
             with contextlib.suppress(RuntimeError):  # a tensor of someone's transform tells none
-                self.numbers += [t.item() for t in tensors(args, kwargs) if self._is_number(t)]
+                self.numbers += [t.item() for t in given if self._is_number(t)]
         if not outputs or (function in CONSTANTS and not self._of_examples((args[1:], kwargs))):
             return
         ids = set(map(id, outputs))
-        operands = tuple(
-            (tensor, self._before(tensor) if id(tensor) in ids else self._status(tensor))
-            for tensor in tensors(args, kwargs)
-        )
+        operands = tuple((t, self._before(t) if id(t) in ids else self._status(t)) for t in given)
         for made in outputs:
             status = self._becomes(Call(self.batch, args, kwargs, operands, made, function, made is outputs[0], []))
             before = [known for tensor, known in operands if tensor is made]

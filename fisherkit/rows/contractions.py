@@ -69,11 +69,11 @@ class ContractionRule(LinearRule):
         x = x[tuple(slice(None) if one in letters.input else None for one in wanted)]
         columns = torch.Size(use.output_shape[lead + outputs :])
         whole = x.expand(*use.output_shape[:lead], *columns, *[-1] * len(letters.contracted))
-        return whole.reshape(self.lead(use).numel(), columns.numel(), -1)
+        return whole.reshape(use.lead.numel(), columns.numel(), -1)
 
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """As the input."""
-        lead, letters = self.lead(use), use.arguments["letters"]
+        lead, letters = use.lead, use.arguments["letters"]
         outputs = torch.Size(use.output_shape[len(lead) :][: len(letters.outputs)]).numel()
         return gradient.reshape(len(gradient), lead.numel(), outputs, -1).mT
 

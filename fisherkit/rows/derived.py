@@ -8,7 +8,7 @@ no hook or checkpoint of the model's pass sees it. Knows no rule and no data.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -134,7 +134,11 @@ class Derivations:
 
     def operands(self, args: Any, kwargs: Any) -> list[tuple[Tensor, Derived]]:
         """The arguments that are."""
-        return [(t, made) for t in tensors(args, kwargs) if (made := self.of(t)) is not None]
+        return self.among(tensors(args, kwargs))
+
+    def among(self, given: Sequence[Tensor]) -> list[tuple[Tensor, Derived]]:
+        """Those of some tensors that are."""
+        return [(t, made) for t in given if (made := self.of(t)) is not None]
 
     def add(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any,

@@ -10,7 +10,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from operator import eq, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ TARGETS = (8, 0, -8)
 """Binary exponents of the largest entry that a vector goes with, in the order in which they are tried."""
 
 _PLAIN = {bool, int, float, str, type(None), tuple}
+_HOOKS = {name for name in vars(nn.Module()) if "_hooks" in name}
 _CONTAINERS = {dict, OrderedDict, defaultdict, list, set, deque}
 _LONGEST = 1 << 16
 """Containers with more entries are data and not state; they are not looked into."""
@@ -174,13 +175,12 @@ class _Kept:
         pending: list[Any] = []
         for name, value in self.before.items():
             kind = type(value)
-            if kind in _PLAIN:
+            if kind in _PLAIN or name in _HOOKS:
                 continue
             if kind in _CONTAINERS:
                 if name == "_buffers":
                     self.places += [(value, key, t) for key, t in value.items() if t is not None]
-                if "_hooks" not in name:
-                    pending.append(value)
+                pending.append(value)
             elif isinstance(value, Tensor):
                 self.places.append((self.attributes, name, value))
         while pending:
@@ -210,7 +210,7 @@ class _Kept:
         for held, name, tensor in self.places:
             if written or held.get(name) is not tensor:
                 held[name] = tensor
-        changed = [pair for pair in self.containers if _differ(*pair)]
+        changed = [pair for pair in self.containers if (pair[0] or pair[1]) and _differ(*pair)]
         if not written and not changed and not _differ(self.attributes, self.before):
             return
         pairs = [(self.attributes, self.before), *changed]
@@ -234,9 +234,11 @@ def _differ(container: Any, content: Any) -> bool:
     """Whether a container has other things in it, or in another order, than its copy."""
     if isinstance(container, set):
         return bool(container != content)
-    if len(container) != len(content) or not all(map(is_, _values(container), _values(content))):
+    if len(container) != len(content):
         return True
-    return isinstance(container, dict) and not all(map(eq, container, content))
+    if isinstance(container, dict):
+        return not all(map(is_, container.values(), content.values())) or list(container) != list(content)
+    return not all(map(is_, container, content))
 
 
 def _tensors_differ(container: Any, content: Any) -> bool:

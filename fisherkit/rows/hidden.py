@@ -7,7 +7,7 @@ telling from a graph that nothing else reaches a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -117,15 +117,14 @@ def uses_are_all(z: Tensor, uses: Sequence[Use], parameters: Mapping[str, Tensor
     )
 
 
-def graph_nodes(*starts: Node | None, stops: Collection[Node] = ()) -> Iterator[Node]:
+def graph_nodes(*starts: Node | None, stops: Collection[Node] = ()) -> list[Node]:
     """All nodes of a graph before some others, each once."""
     seen = set(stops)
-    pending = [node for node in dict.fromkeys(starts) if node is not None and node not in seen]
-    seen.update(pending)
-    while pending:
-        node = pending.pop()
-        yield node
+    found = [node for node in dict.fromkeys(starts) if node is not None and node not in seen]
+    seen.update(found)
+    for node in found:  # which grows
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                pending.append(following)
+                found.append(following)
+    return found

@@ -132,7 +132,7 @@ class _Alike(Linearized):
     ) -> Sequence[Arrangement | None]:  # fmt: skip
         if self._arranged is None:
             size, uses = self.batch.size, self.watched.uses
-            entries = [use.rule.lead(use).numel() for use in uses]
+            entries = [use.lead.numel() for use in uses]
             alive: list[Tensor | None] = [None] * len(uses)
             if self.watched.by_owner:
                 found, _ = self._back(self._drawn(counting).unsqueeze(0))
@@ -234,7 +234,7 @@ def _form(watched: Watched) -> tuple[Any, ...]:
     """What two examples must agree in to be put together."""
     uses = ((use.rule, *use.sources, use.turned, use.output_shape, _input(use).shape) for use in watched.uses)
     first = all(
-        use.rule.lead(use)[:1] == _input(use).shape[:1] != () and use.slices is None for use in watched.uses
+        use.lead[:1] == _input(use).shape[:1] != () and use.slices is None for use in watched.uses
     )  # fmt: skip
     return *uses, watched.outside_rules, watched.random, None if first else id(watched)
 

@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arithmetic import at_least_single
 from fisherkit.data import Batch, Source, check_finite
 from fisherkit.errors import DataError, ModelError, ProcessError, listed
 from fisherkit.likelihood import Likelihood
@@ -255,7 +254,7 @@ class Problem:
 
     def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
         """Σ_m v (vᵀ w) for K directions in output space."""
-        outputs = self._outputs(batch, raw, start, call)
+        outputs, _ = self._outputs(batch, raw, start, call)
         flat = w.to(outputs.z.dtype).reshape(-1, *raw.shape[1:])
         directions = self.likelihood.positions(flat, call).reshape(w.shape[0], *outputs.z.shape)
         if self._flat:
@@ -265,11 +264,15 @@ class Problem:
             found = self.kind.output_product(outputs, directions)
         return self.likelihood.as_outputs(outputs.masked(found.reshape(directions.shape)), raw.shape)
 
-    def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str, *, checked: bool = True) -> Outputs:
-        """The model's outputs as ``[B, P, C]``, with checked targets; finite, if they are ``checked`` for it."""
+    def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str) -> tuple[Outputs, tuple[int, int]]:
+        """The model's outputs as ``[B, P, C]``, finite, with checked targets; how many examples and positions count.
+
+        Raises:
+            DataError: targets that are missing or do not fit.
+
+        Cost: two waits for the device.
+        """
         raw = raw.detach()
-        if checked:
-            check_finite(raw, call)
         if batch.targets is None and self.kind.needs_targets:
             raise DataError(
                 call=call,
@@ -280,9 +283,13 @@ class Problem:
             )
         batch = batch.aligned(self.plan.model, raw, shift=self.shift_labels, ignore_index=self.likelihood.ignore_index)
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
-        self.likelihood.check_reading(raw, batch.targets, batch.leaves()[0], call)
+        self.likelihood.check_reading(raw, batch.targets, batch.batched, call)
         wanted = self.kind.needs_targets or self.likelihood.labels_mask or self.likelihood.hessian_of_targets
         z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
+        counted = [mask] if self.token or mask.shape[1] == 1 else [mask, mask.any(1)]
+        total, *counts = torch.stack([x.sum(dtype=torch.float64) for x in (raw, *counted)]).tolist()
+        if not math.isfinite(total):  # where only the sum overflows, all is well
+            check_finite(raw, call)
         if not self.probabilities_sought:
             self.probabilities_sought = True
             likelihood, tried = self.likelihood, self.plan.tried
@@ -290,20 +297,9 @@ class Problem:
                 self.plan.model, z[mask], likelihood.link, likelihood.name
             ):
                 tried["logits", likelihood.link] = 1
-        return Outputs(z, target, mask, start, self.likelihood, raw.shape[1:])
-
-    def _counted(
-        self, batch: Batch, raw: Tensor, start: int, call: str
-    ) -> tuple[Outputs, tuple[int, int]]:  # fmt: skip
-        """The outputs, and how many examples and positions count, with two waits for the device."""
-        outputs = self._outputs(batch, raw, start, call, checked=False)
-        mask = outputs.mask
-        counted = [mask] if self.token or mask.shape[1] == 1 else [mask, mask.any(1)]
-        found = torch.stack([x.sum(dtype=torch.float64) for x in (raw.detach(), *counted)]).tolist()
-        if not math.isfinite(found[0]):  # where only the sum overflows, all is well
-            check_finite(raw.detach(), call)
-        positions, examples = int(found[1]), int(found[-1])
-        return replace(outputs, whole=positions == mask.numel()), (examples, positions)
+        positions, whole = int(counts[0]), int(counts[0]) == mask.numel()
+        outputs = Outputs(z, target, mask, start, self.likelihood, raw.shape[1:], whole)
+        return outputs, (int(counts[-1]), positions)
 
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
@@ -655,7 +651,7 @@ class Problem:
             linearized.by_owner()
         elif self.by_owner is not None and not linearized.followed:
             raise BetterPlanError(self.plan, True, batch)
-        outputs, counts = self._counted(batch, linearized.z, start, call)
+        outputs, counts = self._outputs(batch, linearized.z, start, call)
         if in_company and isinstance(linearized, Linearized):
             self._judge(batch, start, linearized, call)
         last = self._without_rows(linearized, outputs)
@@ -717,7 +713,7 @@ class Problem:
         return min(most, max(SMALLEST, self.budget // (4 * item)))
 
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
-        outputs, counts = self._counted(batch, raw, start, call)
+        outputs, counts = self._outputs(batch, raw, start, call)
         return Slots.of(outputs, self.kind, self.token, counts)
 
 

@@ -141,10 +141,13 @@ class Recorder(TorchFunctionMode):
         along = self._along
         return along.batch if along is not None and z.ndim == 3 and not along.lost and along.status(z) == Axis(1) else 0
 
-    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        self._tracker.see(func, args, kwargs, output)
+    def _see(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any,
+        given: Sequence[Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self._tracker.see(func, args, kwargs, output, given)
         if self._along is not None:
-            self._along.see(func, args, kwargs, output)
+            self._along.see(func, args, kwargs, output, given)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -167,15 +170,16 @@ class Recorder(TorchFunctionMode):
             if func is F.batch_norm and self.constant_statistics:
                 args, kwargs = _with_constants(args, kwargs)
             self.casts = self.casts or func == _SET_DATA
-        own = self._derivations.operands(args, kwargs)
-        if own and not torch.is_grad_enabled():
+        given = tensors(args, kwargs)
+        own, graph = self._derivations.among(given), torch.is_grad_enabled()
+        if own and not graph:
             self.without_graph.update(name for _, made in own for name in made.names)
-        if own and torch.is_grad_enabled() and not self._is_plain(func, args, kwargs, own):
+        if own and graph and not self._is_plain(func, args, kwargs, own):
             output = self._with_parameters(func, args, kwargs, own)
         else:
             output = func(*args, **kwargs)
-            self._see(func, args, kwargs, output)
-            if own and torch.is_grad_enabled() and output.numel():
+            self._see(func, args, kwargs, output, given)
+            if own and graph and output.numel():
                 self._note(RULES[func], RULES[func].bind(args, kwargs), output)
         if isinstance(output, Tensor) and output.requires_grad and output.dtype != self.coarsest:
             self.coarsest = coarser(self.coarsest, output.dtype)

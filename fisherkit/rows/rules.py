@@ -74,6 +74,11 @@ class Use:
         parts = [() if one is None else (one,) if isinstance(one, str) else one.names for one in self.sources]
         return tuple(dict.fromkeys(name for part in parts for name in part))
 
+    @cached_property
+    def lead(self) -> torch.Size:
+        """The output's axes that count its entries."""
+        return self.rule.lead(self)
+
     @property
     def sources(self) -> tuple[str | Derived | None, str | Derived | None]:
         """Weight and bias."""
@@ -133,11 +138,11 @@ class Rule(ABC):
     def activations(self, use: Use) -> Activations:
         """The input's side of the gradient, ``[E, t, i]``: entries, each of t positions."""
         x: Tensor = use.arguments[self.input_name].detach()
-        return x.reshape(self.lead(use).numel(), 1, -1)
+        return x.reshape(use.lead.numel(), 1, -1)
 
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """The output gradient's side, for k output vectors."""
-        return gradient.reshape(len(gradient), self.lead(use).numel(), 1, -1)
+        return gradient.reshape(len(gradient), use.lead.numel(), 1, -1)
 
     @abstractmethod
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
@@ -328,7 +333,7 @@ class ElementwiseRule(Rule):
 
     def activations(self, use: Use) -> Float[Tensor, "E t i"]:
         """The other operand at every place of the output; nothing for sums."""
-        x, entries = use.arguments["input"].detach(), self.lead(use).numel()
+        x, entries = use.arguments["input"].detach(), use.lead.numel()
         if not self.product:
             return x.new_empty(entries, 1, 0)
         return x.expand(use.output_shape).reshape(entries, 1, -1)
@@ -336,7 +341,7 @@ class ElementwiseRule(Rule):
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Stored: there are no more parameters than entries."""
         whole = (g * _per_row(a, g, example) if self.product else g).sum(1)
-        behind, size = use.output_shape[len(self.lead(use)) :], use.arguments["weight"].shape
+        behind, size = use.output_shape[len(use.lead) :], use.arguments["weight"].shape
         own = (*[1] * (len(behind) - len(size)), *size[max(0, len(size) - len(behind)) :])
         values = whole.unflatten(1, behind).sum_to_size(len(g), *own).flatten(1) if behind else whole
         return StoredRows(-values if self.name in ("sub", "sub_") else values)

@@ -154,12 +154,12 @@ class RuledUnit(Unit):
         """Learn the sizes from rows of a first pass."""
         own = self.of(uses)
         place = arrangements[own[0]]
-        self.place = self.reason = "" if place is None else place.described(self.rule.lead(uses[own[0]]))
+        self.place = self.reason = "" if place is None else place.described(uses[own[0]].lead)
         self._none = rows.reordered(torch.arange(0)).compact()
         if isinstance(rows, FactoredRows):
             self.shape = rows.positions, rows.inputs + rows.bias, rows.outputs
         elif isinstance(rows, SparseRows):
-            positions = sum(self.rule.lead(uses[i]).numel() for i in own) // rows.count
+            positions = sum(uses[i].lead.numel() for i in own) // rows.count
             self.numbers = positions * (rows.values.shape[1] + 2)
 
     def zeros(self, count: int, examples: int, example: Int[Tensor, "R"] | None, like: Tensor) -> UnitRows:
@@ -336,7 +336,7 @@ class SlicedUnit(RuledUnit):
             each = g.shape[2]
             arrived.append(g.flatten(1, 2))
             inputs.append(use.rule.activations(use)[:].flatten(0, 1))
-            index.append(use.slices.expand(use.rule.lead(use)).flatten().repeat_interleave(each))
+            index.append(use.slices.expand(use.lead).flatten().repeat_interleave(each))
             owner.append(one.owners(g.shape[1]).to(v.device).repeat_interleave(each))
         g, a, which, whose = torch.cat(arrived, 1), torch.cat(inputs), torch.cat(index), torch.cat(owner)
         some = ((which >= 0) & (whose >= 0)).nonzero().squeeze(1)
@@ -359,9 +359,9 @@ class SlicedUnit(RuledUnit):
         """As in `RuledUnit`."""
         own = self.of(uses)
         place = arrangements[own[0]]
-        self.place = "" if place is None else f"slices {place.described(self.rule.lead(uses[own[0]]))}"
+        self.place = "" if place is None else f"slices {place.described(uses[own[0]].lead)}"
         self._none = rows.reordered(torch.arange(0)).compact()
-        positions = -(-sum(self.rule.lead(uses[i]).numel() for i in own) // rows.count)
+        positions = -(-sum(uses[i].lead.numel() for i in own) // rows.count)
         if isinstance(rows, SlicedRows):
             self.kept = positions * rows.none.inputs, positions * rows.none.outputs
         elif isinstance(rows, SparseRows):

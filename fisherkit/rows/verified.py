@@ -187,7 +187,7 @@ def _calls(uses: Sequence[Use]) -> Hashable:
 
 def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
     """All that the findings may depend on and that can be compared."""
-    inputs = tuple(_form(batch.args)), tuple(_form(batch.kwargs)), tuple(batch.axes.items())
+    inputs = _form(batch.args), _form(batch.kwargs), tuple(batch.axes.items())
     return space.names, space.shapes, inputs, fingerprint(model)
 
 
@@ -263,14 +263,12 @@ def _attributes(described: Any) -> dict[tuple[str, str], Hashable]:
     return {(module, one[0]): one[1] for module, one in found if len(one) == 2 and one[0] != "training"}
 
 
-def _form(tree: Any, *, sizes: bool = True) -> Iterator[Hashable]:
+def _form(tree: Any, *, sizes: bool = True) -> tuple[Hashable, ...]:
     """Shapes behind the batch axis, or how many axes there are, dtypes, names and plain values."""
     if isinstance(tree, torch.Tensor):
-        yield tuple(tree.shape[1:]) if sizes else tree.ndim, tree.dtype
-    elif isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield name, *_form(value, sizes=sizes)
-    elif isinstance(tree, (list, tuple)):
-        yield type(tree).__name__, *(entry for value in tree for entry in _form(value, sizes=sizes))
-    else:
-        yield repr(tree)
+        return ((tree.shape[1:] if sizes else tree.ndim, tree.dtype),)
+    if isinstance(tree, (list, tuple)):
+        return ((type(tree).__name__, *(entry for value in tree for entry in _form(value, sizes=sizes))),)
+    if isinstance(tree, Mapping):
+        return tuple((name, *_form(value, sizes=sizes)) for name, value in tree.items())
+    return (repr(tree),)

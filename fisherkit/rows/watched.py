@@ -105,10 +105,15 @@ class Watched:
         """Where gradients are asked for: the outputs of all uses."""
         return [use.edge for use in self.uses]
 
+    @cached_property
+    def shown(self) -> list[Regular | None]:
+        """Whose the entries of each use are, by the pass itself; None where it does not show it."""
+        return [self._regular(use) for use in self.uses]
+
     @property
     def regular(self) -> bool:
         """Whether the pass itself shows whose all entries are."""
-        return all(self._regular(use) is not None for use in self.uses)
+        return None not in self.shown
 
     @property
     def followed(self) -> bool:
@@ -150,7 +155,7 @@ class Watched:
         batch, found = self.batch, []
         for use in self.uses:
             axis = _merged(use.axis, use.position, batch, self.positions)
-            if axis is None or axis.dim >= len(use.rule.lead(use)):
+            if axis is None or axis.dim >= len(use.lead):
                 return None
             found.append(replace(use, axis=axis))
         return replace(self, batch=batch * self.positions, z=self.z.flatten(0, 1), uses=found, positions=0)
@@ -181,8 +186,8 @@ class Watched:
             multiplied: for the same as `multiplied` makes them; none where the pass itself shows whose all entries are.
         """
         return [
-            self._regular(use) or self._asked(use, gradient, [one[i] for one in multiplied])
-            for i, (use, gradient) in enumerate(zip(self.uses, gradients, strict=True))
+            shown or self._asked(use, gradient, [one[i] for one in multiplied])
+            for i, (shown, use, gradient) in enumerate(zip(self.shown, self.uses, gradients, strict=True))
         ]
 
     def arrangements_by(
@@ -190,7 +195,7 @@ class Watched:
     ) -> list[Arrangement | None]:
         """The same by backward passes where they are needed: two, or one where the gradients are known."""
         if self.regular:
-            return self.arrangements([None] * len(self.uses), [])
+            return list(self.shown)
         return self.arrangements(self._gradients(v) if gradients is None else gradients, self.multiplied(v))
 
     def _gradients(self, v: Tensor, batched: bool = False) -> Sequence[Tensor | None]:
@@ -206,18 +211,18 @@ class Watched:
         if self.by_owner:
             return None
         if self.batch == 1:
-            return Regular(1, use.rule.lead(use).numel())
+            return Regular(1, use.lead.numel())
         return None if self.exchanging else self._by_axis(use)
 
     def _by_axis(self, use: Use) -> Regular | None:
-        lead = use.rule.lead(use)
+        lead = use.lead
         if not self.proven or use.axis is None or use.axis.dim >= len(lead):
             return None
         return Regular(self.batch, use.axis.inner * lead[use.axis.dim + 1 :].numel())
 
     def _asked(self, use: Use, gradient: Tensor | None, multiplied: Sequence[Tensor | None]) -> Arrangement | None:
         """By what the examples' numbers did to the gradient."""
-        lead = use.rule.lead(use)
+        lead = use.lead
         entries = lead.numel()
         like = self.z if gradient is None else gradient
         if gradient is None or any(one is None for one in multiplied) or entries == 0:

@@ -7,7 +7,7 @@ which averages the sums of its steps. It knows neither kinds nor N; whoever coun
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -43,13 +43,25 @@ _BY_NAME: dict[str, type[Structure]] = {}
 class Part(NamedTuple):
     """What became of some parameters: their own operator, and for `coverage` its structure and the reason.
 
-    ``kept`` says that the reason begins with that of how the unit's rows are kept.
+    ``make`` makes the operator, of so many bytes; ``kept`` says that the reason begins with that of how the unit's rows
+    are kept.
     """
 
-    operator: FisherOperator
+    make: Callable[[], FisherOperator]
+    nbytes: int
     structure: str
     reason: str
     kept: bool = False
+
+    @classmethod
+    def of(cls, operator: FisherOperator, structure: str, reason: str, *, kept: bool = False) -> Part:
+        """With an operator that is there."""
+        return cls(lambda: operator, operator.nbytes, structure, reason, kept)
+
+    @property
+    def operator(self) -> FisherOperator:
+        """Their own operator."""
+        return self.make()
 
 
 Parts = dict[Names, Part]
@@ -415,7 +427,7 @@ class LayerStructure(Structure):
     def parts(self, sums: LayerSums, operator: Any) -> Parts:
         """The blocks."""
         units = zip(sums.whole.items(), operator.blocks, strict=True)
-        return {names: Part(block, unit.label, unit.reason) for (names, unit), block in units}
+        return {names: Part.of(block, unit.label, unit.reason) for (names, unit), block in units}
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------

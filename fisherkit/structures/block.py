@@ -126,4 +126,4 @@ class Block(RowStructure):
         rows = "block, rows", "its rows are fewer numbers than d²"
         dense = "block, dense", "d² numbers are fewer than its rows'"
         modules = zip(self.modules, operator.blocks, strict=True)
-        return {names: Part(block, *(dense if names in sums.matrices else rows)) for names, block in modules}
+        return {names: Part.of(block, *(dense if names in sums.matrices else rows)) for names, block in modules}

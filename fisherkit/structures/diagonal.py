@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor
 from fisherkit.operators import DiagonalOperator, FisherOperator
 from fisherkit.rows.base import UnitRows
 from fisherkit.space import ParameterSpace
-from fisherkit.structures.base import LayerStructure, LayerSums, Part, Parts, UnitSums
+from fisherkit.structures.base import LayerStructure, LayerSums, Names, Part, Parts, UnitSums
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class Diagonal(LayerStructure):
         """Each unit's entries."""
         if self.kept is not None:
             return super().parts(sums, operator)
-        whole, parts = operator.diagonal(), {}
-        for names in sums.whole:
+
+        def part(names: Names) -> FisherOperator:
             own = self.space.restrict(names)
-            parts[names] = Part(DiagonalOperator(own, self.space.take(whole, own.names)), Squares.label, "")
-        return parts
+            return DiagonalOperator(own, self.space.take(operator.diagonal(), own.names))
+
+        sizes = dict(zip(self.space.names, self.space.sizes, strict=True))
+        return {
+            names: Part(partial(part, names), self.item * sum(sizes[name] for name in names), Squares.label, "")
+            for names in sums.whole
+        }
