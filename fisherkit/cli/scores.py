@@ -22,8 +22,7 @@ from fisherkit._version import __version__
 from fisherkit.cli.command import given, make_folder
 from fisherkit.cli.estimate import check_fisher_file
 from fisherkit.cli.options import AsJson, Kind, Overwrite, Structure, argument, choice, option
-from fisherkit.cli.pictures import data_uri, is_image
-from fisherkit.cli.scores_report import Example, Query, Report
+from fisherkit.cli.scores_report import Example, Query, Report, data_uri, is_image
 from fisherkit.cli.sources import ModelOptions, call_factory, load_likelihood
 from fisherkit.cli.text import number
 from fisherkit.data import Batch, Data, Source

@@ -26,7 +26,7 @@ from fisherkit.influence.measurements import Measurement
 from fisherkit.influence.model_rows import ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
-from fisherkit.operators.row_products import RowProducts
+from fisherkit.operators.factorization import RowProducts
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
 

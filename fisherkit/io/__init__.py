@@ -10,9 +10,8 @@ never used.
 
 from fisherkit.io.atomic import as_path, check_folder, leftovers, part_folder, part_of, replace_text
 from fisherkit.io.checksums import CHECKSUM, parse, seal
-from fisherkit.io.fisher_file import FisherHeader, Reader, read, read_header, write
+from fisherkit.io.fisher_file import FisherHeader, Node, Reader, State, read, read_header, write
 from fisherkit.io.parts import PartsFile, parts_finished, record_of
-from fisherkit.io.state import Node, State
 from fisherkit.io.tensors import FORMAT, read_tensors, replace_checked_file
 
 __all__ = [

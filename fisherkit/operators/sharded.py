@@ -18,7 +18,7 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.arguments import check_positive
 from fisherkit.errors import FisherkitError
-from fisherkit.io.state import pack
+from fisherkit.io.fisher_file import pack
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator, join, owners_of_leading
