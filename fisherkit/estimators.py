@@ -1,6 +1,6 @@
-"""Stochastic estimates for operators known only by their products: trace, diagonal, spectrum, log det and its kin.
+"""Estimates for operators known only by their products: log det and its kin, the spectrum, the largest eigenvalues.
 
-Owns Hutchinson's estimators, the Lanczos methods and what they report. Knows nothing of Fishers: an operator is
+Owns the Lanczos methods and what they report. Knows nothing of Fishers: an operator is
 anything with the four names of `SupportsMatvec`. Random vectors come from the generator that is passed, or from a fresh
 one seeded with `DEFAULT_SEED`, never from the global state: a call repeats exactly and leaves no trace.
 """
@@ -63,47 +63,6 @@ class Spectrum:
 
     nodes: Float[Tensor, " P"]
     weights: Float[Tensor, " P"]
-
-
-@without_autocast()
-def hutchinson_trace(
-    operator: SupportsMatvec, *, samples: int = 100, generator: torch.Generator | None = None
-) -> Estimate:
-    """Estimate tr F by the mean of vᵀFv over random sign vectors v: unbiased, and exact for a diagonal F.
-
-    Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
-
-    Args:
-        operator: symmetric F.
-        samples: number of sign vectors; the standard error falls as 1/√samples.
-        generator: source of the sign vectors.
-
-    Returns:
-        Scalars. Cost: ``samples`` products with F, in batches of columns.
-    """
-    signs = _signs("hutchinson_trace", operator, samples, generator, vectors_each=3)
-    return _mean((v * _product(operator, v)).sum(dim=0) for v in signs)
-
-
-@without_autocast()
-def hutchinson_diagonal(
-    operator: SupportsMatvec, *, samples: int = 100, generator: torch.Generator | None = None
-) -> Estimate:
-    """Estimate diag F by the mean of v ∘ Fv over random sign vectors v: unbiased, and exact for a diagonal F.
-
-    Bekas, Kokiopoulou and Saad, "An estimator for the diagonal of a matrix", 2007.
-
-    Args:
-        operator: symmetric F.
-        samples: number of sign vectors. An entry's variance is Σ_{j≠i} F_ij² / samples, so that it may come out
-            negative although F is positive semi-definite.
-        generator: source of the sign vectors.
-
-    Returns:
-        Tensors [D]. Cost: ``samples`` products with F, in batches of columns.
-    """
-    signs = _signs("hutchinson_diagonal", operator, samples, generator, vectors_each=3)
-    return _mean(v * _product(operator, v) for v in signs)
 
 
 @without_autocast()

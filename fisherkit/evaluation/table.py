@@ -5,17 +5,15 @@ The picture needs matplotlib, imported when it is drawn: ``pip install ".[demo]"
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fisherkit.errors import InvalidArgumentError, MissingPackageError
-from fisherkit.io import as_path, check_folder, part_of, replace_text
+from fisherkit.io import as_path, check_folder, part_of
 
 
 @dataclass(frozen=True)
@@ -64,31 +62,13 @@ class QualityTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, ready for JSON."""
-        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> QualityTable:
         """The inverse of `to_dict`."""
         rows = tuple(QualityRow(**row) for row in found["rows"])
         return cls(rows, found["examples"], found["dropped"], found["seconds"])
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the rows with a header line; a reader finds the old file or the whole new one.
-
-        Args:
-            path: an existing file is replaced.
-
-        Raises:
-            InvalidArgumentError: the folder does not exist, or the path is one.
-            InvalidTypeError: the path is none.
-        """
-        path = as_path(path, "QualityTable.to_csv(path)")
-        check_folder(path, "QualityTable.to_csv(path)")
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(QualityRow)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in self.rows)
-        replace_text(path, text.getvalue())
 
     def __str__(self) -> str:
         """Columns of equal width under a line about the batch."""
