@@ -5,7 +5,6 @@ The picture needs matplotlib, imported when it is drawn: ``pip install ".[demo]"
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fisherkit.errors import InvalidArgumentError, MissingPackageError
-from fisherkit.io import as_path, check_folder, part_of
+from fisherkit.io import as_path, check_folder, replacing
 
 
 @dataclass(frozen=True)
@@ -170,6 +169,5 @@ def plot_damping(tables: QualityTable | Sequence[QualityTable], path: str | Path
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(r"$\gamma\,/\,\gamma_{\mathrm{SGD}}$  (lower is better)")
     figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    with part_of(path) as part:
+    with replacing(path) as part:
         figure.savefig(part, format=path.suffix.lstrip(".") or "png")
-        os.replace(part, path)
