@@ -8,7 +8,7 @@ one seeded with `DEFAULT_SEED`, never from the global state: a call repeats exac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -225,9 +225,10 @@ def _damped_sum(
                 raise InvalidArgumentError(call=call, got=got, expected="a positive semi-definite one")
             bounds.append((weights * function(nodes.clamp(min=0) / damping)).sum(dim=1))
     high, low = torch.cat(bounds[::2]), torch.cat(bounds[1::2])
-    middle = _mean([0.5 * (high + low)])
-    error = middle.standard_error + 0.5 * (high - low).mean().abs()
-    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (middle.value, error)))
+    middle = 0.5 * (high + low)
+    spread = middle.std() / math.sqrt(samples) if samples > 1 else middle.new_tensor(math.nan)
+    error = spread + 0.5 * (high - low).mean().abs()
+    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (middle.mean(), error)))
 
 
 def _tridiagonal(
@@ -319,18 +320,6 @@ def _source(call: str, operator: object, generator: torch.Generator | None) -> t
         if not isinstance(value, kind):
             raise InvalidTypeError(call=call, got=f"a {type(value).__name__} as {name}", expected=expected)
     return torch.Generator().manual_seed(DEFAULT_SEED) if generator is None else generator
-
-
-def _mean(batches: Iterable[Float[Tensor, "*E _"]]) -> Estimate:
-    """Mean over the last axis of all batches, merged so that the variance does not cancel (Chan et al., 1979)."""
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
-    for batch in batches:
-        size, center = batch.shape[-1], batch.mean(dim=-1)
-        delta, total = center - mean.to(center), count + batch.shape[-1]
-        squares = squares.to(center) + (batch - center[..., None]).square().sum(-1) + delta**2 * (count * size / total)
-        mean, count = mean.to(center) + delta * (size / total), total
-    error = (squares / (count - 1) / count).sqrt() if count > 1 else torch.full_like(mean, math.nan)
-    return Estimate(mean, error)
 
 
 def _product(operator: SupportsMatvec, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:

@@ -23,7 +23,7 @@ from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows
-from fisherkit.solvers import SolveInfo, conjugate_gradient
+from fisherkit.solvers import SolveInfo, conjugate_gradient, relative_residual
 from fisherkit.space import ParameterSpace, Vector
 
 if TYPE_CHECKING:
@@ -189,8 +189,7 @@ class Factorization(ABC):
     ) -> tuple[Float[Tensor, "D K"], SolveInfo]:
         """The solution and a report; what is done in one go has no progress to show, and no place to go on from."""
         solution = self._solve(columns)
-        residual = self.operator._matmat(solution) + self.damping * solution - columns
-        relative = residual.norm(dim=0) / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+        relative = relative_residual(self.operator._matmat, solution, columns, damping=self.damping)
         converged = bool((relative <= DIRECT_TOLERANCE).all())
         return solution, SolveInfo(self.method, 0, relative, converged, self.damping)
 
