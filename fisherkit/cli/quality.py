@@ -37,7 +37,7 @@ from fisherkit.cli.sources import load_likelihood
 from fisherkit.cli.text import number, progress, table
 from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
-from fisherkit.evaluation.table import average, plot_damping
+from fisherkit.evaluation.compare import average, plot_damping
 from fisherkit.io import replace_text
 
 CALL = "fisherkit quality SPEC"

@@ -5,9 +5,8 @@ no other application.
 """
 
 from fisherkit.evaluation.audit import Audit, Likeness, audit
-from fisherkit.evaluation.compare import compare
+from fisherkit.evaluation.compare import QualityRow, QualityTable, average, compare, plot_damping
 from fisherkit.evaluation.quality import approximation_quality, loss_gradient, quality_floor
-from fisherkit.evaluation.table import QualityRow, QualityTable, average, plot_damping
 
 __all__ = [
     "Audit", "Likeness", "QualityRow", "QualityTable", "approximation_quality", "audit", "average", "compare",
