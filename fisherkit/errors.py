@@ -127,10 +127,6 @@ class ProcessError(FisherkitError, RuntimeError):
     """Another process of the group failed, ended, or computes something else; the message names its rank."""
 
 
-class NotConvergedError(FisherkitError, RuntimeError):
-    """An iterative solver stopped before its tolerance and the caller asked for an error."""
-
-
 class NotConvergedWarning(UserWarning):
     """An iterative solver stopped before its tolerance."""
 

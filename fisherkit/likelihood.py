@@ -20,7 +20,7 @@ from fisherkit.errors import DataError, InvalidArgumentError, listed
 Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
 
 FOLLOWS: dict[str, tuple[str, ...]] = {
-    "gradient": ("hessian_inverse_form", "target_from_gradient", "drawn_gradient"),
+    "gradient": ("loss", "hessian_inverse_form", "target_from_gradient", "drawn_gradient"),
     "hessian_factor": (
         "hessian_rank", "hessian_columns", "hessian_matmul", "hessian_diagonal", "hessian_sum", "hessian_form",
         "hessian_inverse_form",
@@ -101,6 +101,17 @@ class Likelihood(ABC):
             z: outputs.
             uniform: numbers in (0, 1), `channels(C)` of them for each draw.
         """
+
+    def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """ℓ of each position, without constants of the targets. Fishers need none: reports of examples do.
+
+        Raises:
+            InvalidArgumentError: a class of one's own that does not say it.
+        """
+        raise InvalidArgumentError(
+            call="the loss of each example", got=f"a {type(self).__name__} as likelihood", expected="one with a loss",
+            why="it says gradients, not the loss itself", try_=f"loss(z, target) in {type(self).__name__}",
+        )  # fmt: skip
 
     # -- what follows from it, overridden where a closed form is cheaper -----------------------------------------------
 

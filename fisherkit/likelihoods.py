@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -136,6 +137,10 @@ class Gaussian(_Separate):
     def _weight(self, z: Float[Tensor, "... C"]) -> Tensor | float:
         return 1 / _like(self.variance, z)
 
+    def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """½ Σ (z − y)² / σ²."""
+        return (0.5 * (z - target).square() * self._weight(z)).sum(-1)
+
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
         """Targets z + σ times a standard normal number."""
         return z + torch.special.ndtri(uniform).to(z.dtype) * _like(self.variance, z) ** 0.5
@@ -160,6 +165,11 @@ class GaussianNLL(Gaussian):
     def __init__(self, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = check_number("GaussianNLL", "eps", eps)
+
+    def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """½ Σ ((z − y)² / σ² + log σ²)."""
+        y, variance = target.chunk(2, -1)
+        return F.gaussian_nll_loss(z, y, variance, eps=self.eps, reduction="none").sum(-1)
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
         """∂ℓ/∂z = (z − y) / σ²."""
@@ -226,6 +236,10 @@ class Poisson(_Separate):
 
     _slope = _mean
 
+    def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """Σ exp(z) − y z."""
+        return (z.exp() - target * z).sum(-1)
+
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
         """The least count k with P(Y ≤ k) ≥ the number, by bisection of the incomplete gamma function."""
         rate, wanted = z.double().exp(), uniform.double()
@@ -268,6 +282,12 @@ class Bernoulli(_Separate):
             setattr(self, name, found)
             self.unlikely = WEIGHTED
         self.hessian_of_targets = pos_weight is not None
+
+    def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """Σ w (binary cross-entropy with logits)."""
+        positive = None if self.pos_weight is None else torch.as_tensor(self.pos_weight).to(z)
+        losses = F.binary_cross_entropy_with_logits(z, target, pos_weight=positive, reduction="none")
+        return (losses * self._weight(z)).sum(-1)
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
         """∂ℓ/∂z = w (σ(z)(1 − y) − pos_weight y σ(−z)); nothing cancels when the fit is nearly perfect."""
@@ -352,6 +372,15 @@ class Categorical(Likelihood):
     def hard(self) -> bool:
         """Whether a label alone is behind each position's loss: no smoothing."""
         return self.label_smoothing == 0
+
+    def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
+        """Weighted and smoothed cross-entropy; 0 at labels that are ignored."""
+        soft, weight = target.is_floating_point(), None if self.weight is None else self.weight.to(z)
+        losses = F.cross_entropy(
+            z.flatten(0, -2), target.flatten(0, -2) if soft else target.flatten(), weight, reduction="none",
+            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        return losses.reshape(z.shape[:-1])
 
     # -- derivatives ---------------------------------------------------------------------------------------------------
 

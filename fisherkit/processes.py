@@ -37,13 +37,11 @@ class Processes:
     Attributes:
         rank: of this process in the group.
         size: how many there are.
-        sent: bytes that this process has put into exchanges so far.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.sent = 0
 
     @classmethod
     def of(cls, group: Group, device: torch.device, call: str) -> Processes | None:
@@ -69,17 +67,15 @@ class Processes:
         tensor = tensor.contiguous()
         with self._connected():
             dist.all_reduce(tensor, group=self.group)
-        self.sent += tensor.nbytes
         return tensor
 
     def gathered(self, value: T) -> list[T]:
         """Everyone's value, by rank; small objects and tensors on any device."""
-        data = pickle.dumps(_on_cpu(value))
-        found: list[Any] = [None] * self.size
+        data, found = io.BytesIO(), list[Any]([None] * self.size)
+        torch.save(value, data)
         with self._connected():
-            dist.all_gather_object(found, data, group=self.group)
-        self.sent += len(data)
-        return [_on_device(pickle.loads(one), self.device) for one in found]
+            dist.all_gather_object(found, data.getvalue(), group=self.group)
+        return [torch.load(io.BytesIO(one), map_location=self.device, weights_only=False) for one in found]
 
     def stacked(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone's rows, by rank, of which each rank has so many (``sizes``)."""
@@ -103,7 +99,6 @@ class Processes:
                     tensors.append(torch.empty(shape, dtype=dtype, device=self.device))
                 dist.broadcast(tensors[place], source, group=self.group)
         if rank == self.rank:
-            self.sent += len(data) + sum(t.nbytes for t in tensors)
             return value  # type: ignore[return-value]
         return _Unpickler(io.BytesIO(data), tensors).load()
 
@@ -276,17 +271,3 @@ def _packed(value: object, tensors: list[Tensor]) -> tuple[bytes, list[tuple[tor
     file = io.BytesIO()
     _Packer(file, tensors).dump(value)
     return file.getvalue(), [(t.shape, t.dtype) for t in tensors]
-
-
-def _moved(value: T, device: torch.device) -> T:
-    tensors: list[Tensor] = []
-    data, _ = _packed(value, tensors)
-    return _Unpickler(io.BytesIO(data), [t.to(device) for t in tensors]).load()
-
-
-def _on_cpu(value: T) -> T:
-    return _moved(value, torch.device("cpu"))
-
-
-def _on_device(value: T, device: torch.device) -> T:
-    return value if device.type == "cpu" else _moved(value, device)

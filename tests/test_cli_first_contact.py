@@ -22,7 +22,7 @@ from typer.testing import Result
 import fisherkit as fk
 from fisherkit import merging
 from fisherkit.cli import COMMANDS
-from fisherkit.cli.flags import error_in_flags, in_flags
+from fisherkit.cli.command import error_in_flags, in_flags
 from fisherkit.cli.text import pairs, table
 from tests.commands import own_module, run
 

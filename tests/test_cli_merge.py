@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fisherkit as fk
 from fisherkit import io
-from fisherkit.merging.expected import _operations, expected_seconds
+from fisherkit.merging.blocks import _operations, expected_seconds
 from tests import commands
 from tests.text_models import TEXTS, make_classifier, make_tokenizer, saved
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fisherkit as fk
-from fisherkit.cli.pictures import LARGEST, data_uri
+from fisherkit.cli.scores_report import LARGEST, data_uri
 
 
 def pixels(uri: str) -> np.ndarray[Any, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fisherkit as fk
-from fisherkit.cli.pictures import data_uri
+from fisherkit.cli.scores_report import data_uri
 from tests import commands
 from tests.commands import own_module
 from tests.text_models import LABELS, SIZES, TEXTS, jsonl, saved

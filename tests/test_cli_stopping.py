@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import fisherkit as fk
 from fisherkit import io
 from fisherkit.cli import merge as cli_merge
+from fisherkit.io.atomic import part_of
 from tests.commands import run
 
 SLOW = """
@@ -87,7 +88,7 @@ def test_signal__stops_and_says_that_nothing_was_written(tmp_path: Path, name: s
 def test_kill__what_is_left_is_named_by_the_next_run(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2, 2)}, tmp_path / "m.safetensors")
     models = 2 * ["--model", tmp_path / "m.safetensors"]
-    with io.part_of(tmp_path / "f.safetensors") as left:  # as a run that is killed in here leaves it
+    with part_of(tmp_path / "f.safetensors") as left:  # as a run that is killed in here leaves it
         assert io.leftovers(tmp_path / "f.safetensors") == [left]
         result = run("merge", *models, "--method", "average", "--out", tmp_path / "f.safetensors")
         assert result.exit_code == 0, result.output

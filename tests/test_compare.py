@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -324,22 +322,10 @@ def test_compare__of_some_parameters() -> None:
 # -- the table -----------------------------------------------------------------------------------------------
 
 
-def test_table__as_text_dict_and_csv(tmp_path: Path) -> None:
+def test_table__as_text_and_dict() -> None:
     table = compare(network(), data(), kinds=("sgd", "truncated:1"), gram_dampings=(1e-3,))
     text = str(table)
     assert text.splitlines()[0].startswith("N = 12 examples; gradient-norm imbalance ")
     assert "γ/γ_SGD" in text
     assert re.search(r"truncated:1 +full +0\.001 ", text)
     assert QualityTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
-    table.to_csv(tmp_path / "table.csv")
-    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
-        sgd, other = csv.DictReader(file)
-    assert (sgd["kind"], sgd["damping"]) == ("sgd", "")
-    assert (other["kind"], float(other["gamma"])) == ("truncated:1", table.rows[1].gamma)
-    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
-
-
-def test_to_csv__says_when_it_cannot_write(tmp_path: Path) -> None:
-    table = compare(network(), data(), kinds=("sgd",))
-    with pytest.raises(fk.InvalidArgumentError, match="a folder that does not exist"):
-        table.to_csv(tmp_path / "none" / "table.csv")

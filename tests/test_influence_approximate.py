@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.influence import InfluenceScores, LowRankQueries
 from fisherkit.influence.blocks import KeptBlocks, RowBlock
+from fisherkit.operators.factorization import SolvedProducts
 from fisherkit.operators.kronecker import EigenKroneckerOperator
-from fisherkit.operators.row_products import SolvedProducts
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
 from tests.small_data import F64, X, Y, mlp, same

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.merging import MergePolicy, blocks, two_products
-from fisherkit.operators import DiagonalOperator, KroneckerOperator
+from fisherkit.merging import MergePolicy, blocks
+from fisherkit.operators import DiagonalOperator, KroneckerOperator, kronecker_sum
 from tests import merging_cases as mc
 from tests import operator_cases as oc
 from tests.merging_cases import F64
@@ -316,7 +316,7 @@ def test_merge__two_kronecker_products_of_a_large_layer_are_solved_in_a_basis_of
     direct, _ = merge(models, fishers, policy=MergePolicy(method="direct"), **settings)
     other, _ = merge(models, fishers, policy=MergePolicy(method="cg"), **settings)
     monkeypatch.setattr(blocks, "DENSE_SIZE", 0)
-    monkeypatch.setattr(two_products, "MOST_NUMBERS", 0)
+    monkeypatch.setattr(kronecker_sum, "MOST_NUMBERS", 0)
     result, info = merge(models, fishers, **settings)
     assert info.converged
     assert info.residual <= 1e-12
@@ -326,7 +326,7 @@ def test_merge__two_kronecker_products_of_a_large_layer_are_solved_in_a_basis_of
 
 
 def test_merge__two_products_that_run_out_of_steps_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_products, "MOST_NUMBERS", 0)
+    monkeypatch.setattr(kronecker_sum, "MOST_NUMBERS", 0)
     fishers = hard_layers(2, F64)
     monkeypatch.setattr(blocks, "DENSE_SIZE", 0)
     with pytest.warns(fk.NotConvergedWarning, match="1 of 1 blocks missed tolerance"):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.data import Source
 from fisherkit.influence import InfluenceScores
+from fisherkit.operators.factorization import BlockProducts, SolvedProducts
 from fisherkit.operators.kronecker import EigenProducts
 from fisherkit.operators.low_rank import GramProducts
-from fisherkit.operators.row_products import BlockProducts, SolvedProducts
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.factored import FactoredRows

@@ -115,7 +115,7 @@ def conform(rank: int, size: int, folder: str) -> None:
         place = mock.MagicMock()
         place.return_value.__enter__.return_value = f"{folder}/{structure}"
         Path(f"{folder}/{structure}").mkdir(exist_ok=True)
-        with mock.patch("fisherkit.testing.conformance.tempfile.TemporaryDirectory", place):
+        with mock.patch("fisherkit.testing.tempfile.TemporaryDirectory", place):
             check_fisher(fisher, fisher.to_dense())
 
 

@@ -154,23 +154,24 @@ def measure(bench: Bench | ModuleBench, tasks: list[Any], cell: Cell, plan: Plan
         the Fishers.
     """
     strengths, normalize = plan.strengths_of(bench, cell), None if cell.normalization == RAW else cell.normalization
+    start, seeds = time.process_time(), len(tasks) if isinstance(bench, ModuleBench) else len(plan.seeds)
+    builder: Builder | members.Keeper | None = None
     if isinstance(bench, ModuleBench):
         epochs = plan.settings(bench)["epochs"][cell.regime]
-        return members.measure(bench, tasks, cell.method, normalize, strengths, epochs)
-    start, training = time.process_time(), plan.training(bench, cell.regime)
-    stack = initial(bench.widths, plan.seeds)
-    builder = None
-    if cell.method.kind == "joint":
-        outcome = joint(stack, tasks, plan.seeds, training)
-    elif not strengths:
-        outcome = sequence(stack, tasks, plan.seeds, training)
+        outcome, builder = members.measure(bench, tasks, cell.method, normalize, strengths, epochs)
     else:
-        builder = Builder(cell.method, torch.tensor(strengths).repeat(len(plan.seeds)), normalize)
-        consolidation = _Consolidation(builder, plan.examples)
-        outcome = sequence(stack, tasks, plan.seeds, training, len(strengths), consolidation)
+        training, stack = plan.training(bench, cell.regime), initial(bench.widths, plan.seeds)
+        if cell.method.kind == "joint":
+            outcome = joint(stack, tasks, plan.seeds, training)
+        elif not strengths:
+            outcome = sequence(stack, tasks, plan.seeds, training)
+        else:
+            builder = Builder(cell.method, torch.tensor(strengths).repeat(seeds), normalize)
+            consolidation = _Consolidation(builder, plan.examples)
+            outcome = sequence(stack, tasks, plan.seeds, training, len(strengths), consolidation)
     return {
         "strengths": list(strengths),
-        **_figures(outcome, len(plan.seeds)),
+        **_figures(outcome, seeds),
         "eigenvalues": [float(f"{value:.3g}") for value in builder.eigenvalues] if builder else [],
         "seconds": round(time.process_time() - start, 1),
         "build_seconds": round(builder.seconds, 1) if builder else 0.0,

@@ -10,7 +10,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 
 from examples.continual.methods import KINDS, MAMMOTH, SQUARED, Method
 from examples.continual.modules import Heads, ModuleBench, Pair, Task
+from examples.continual.training import Outcome
 from fisherkit.operators import FisherOperator, KroneckerOperator
 from fisherkit.operators.kronecker import EigenKroneckerOperator
 from fisherkit.operators.normalization import normalization_factor
@@ -225,9 +225,9 @@ def steps(tasks: Sequence[Task], bench: ModuleBench, epochs: int, number: int) -
 def measure(
     bench: ModuleBench, made: list[tuple[Heads, list[Task]]], method: Method, normalize: str | None,
     strengths: tuple[float, ...], epochs: int,
-) -> dict[str, Any]:  # fmt: skip
-    """The figures of a cell, as `cells.measure` has them."""
-    start, seeds = time.process_time(), len(made)
+) -> tuple[Outcome, Keeper | None]:  # fmt: skip
+    """What the sequence came to, and what kept the past."""
+    seeds = len(made)
     tasks = [list(own) for own in zip(*(tasks for _, tasks in made), strict=True)]
     members = Members([model for model, _ in made])
     batches = [list(steps(own, bench, epochs, number)) for number, own in enumerate(tasks)]
@@ -248,33 +248,16 @@ def measure(
             losses.append(_loss(members, own))
             if keeper is not None and number + 1 < len(tasks):
                 keeper.consolidate(members, own, number)
-    final = [_accuracy(members, own) for own in tasks]
-    figures = {"final": torch.stack(final), "learned": torch.stack(learned), "loss": torch.stack(losses)}
-    by_task = {
-        name: [[float(f"{x:.4g}") for x in row] for row in values.unflatten(1, (seeds, -1)).mean(1).T.tolist()]
-        for name, values in figures.items()
-    }
-    lost = (figures["learned"] - figures["final"])[:-1].mean(0)
-    by_seed = {"accuracy": figures["final"].mean(0), "forgetting": lost}
-    return {
-        "strengths": list(strengths),
-        **{
-            name: [[round(x, 3) for x in row] for row in values.unflatten(0, (seeds, -1)).T.tolist()]
-            for name, values in by_seed.items()
-        },
-        **by_task,
-        "eigenvalues": [float(f"{value:.3g}") for value in keeper.eigenvalues] if keeper else [],
-        "seconds": round(time.process_time() - start, 1),
-        "build_seconds": round(keeper.seconds, 1) if keeper else 0.0,
-    }
+    final = torch.stack([_accuracy(members, own) for own in tasks])
+    return Outcome(torch.stack(losses), torch.stack(learned), final), keeper
 
 
 @torch.no_grad()
 def _accuracy(members: Members, tasks: Sequence[Task]) -> Tensor:
-    """On held-out examples, in percent, ``[S]``."""
+    """On held-out examples, ``[S]``."""
     members.model.head = tasks[0].head
     x, y = (torch.stack([task.test[place] for task in tasks]) for place in (0, 1))
-    return 100 * (members.logits(x).argmax(2) == y.repeat_interleave(members.each, 0)).float().mean(1)
+    return (members.logits(x).argmax(2) == y.repeat_interleave(members.each, 0)).float().mean(1)
 
 
 @torch.no_grad()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 from examples.continual.summary import Curve, Place
-from examples.shared.results import markdown
+from examples.shared.results import half_interval, markdown
 
 DEFAULT, STRENGTH = "trace/kfac-ief", 0.1
 """The kind and structure that the documentation names first, and `EWC`'s own normalization and strength."""
 
 OTHERS = {"trace/l2": "L2", "none/diagonal-squared": "Avalanche's", "none/diagonal-mammoth": "mammoth's"}
-
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Half a 95 % interval in standard errors, by the number of seeds."""
 
 
 def libraries(found: Mapping[Place, Mapping[str, Curve]]) -> str:
@@ -82,8 +79,7 @@ def chosen_elsewhere(own: Mapping[str, Curve]) -> list[float]:
 
 def interval(values: Sequence[float], sign: str = "") -> str:
     """A mean and half its 95 % interval."""
-    half = STUDENT.get(len(values), 2.5) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{fmean(values):{sign}.1f} ± {half:.1f}"
+    return f"{fmean(values):{sign}.1f} ± {half_interval(values):.1f}"
 
 
 def _mean(own: Mapping[str, Curve], name: str) -> str:

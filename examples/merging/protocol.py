@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from examples.merging.small import RECIPES, Judge, _model, _sample
 from examples.merging.small_summary import Spread
 from examples.merging.suites import suite
 from examples.merging.training import Recipe, trained
-from examples.shared.results import markdown, write_json
+from examples.shared.results import half_interval, markdown, write_json
 from fisherkit.space import ParameterSpace
 
 CHOSEN = ("digits-classes", "digits-halves", "mnist1d-halves", "mnist1d-classes", "digits-domains", "mnist1d-domains")
@@ -208,13 +207,6 @@ def _differences(suites: Mapping[str, Mapping[str, Cell]]) -> str:
         row = [rival]
         for own in suites.values():
             gaps = [fmean(cell["rows"][OURS]) - fmean(cell["rows"][rival]) for cell in own.values()]
-            row.append(f"{fmean(gaps):+.1f} ± {_interval(gaps):.1f}" if len(gaps) > 1 else f"{gaps[0]:+.1f}")
+            row.append(f"{fmean(gaps):+.1f} ± {half_interval(gaps):.1f}" if len(gaps) > 1 else f"{gaps[0]:+.1f}")
         rows.append(row)
     return markdown(("above", *suites), rows)
-
-
-def _interval(values: Sequence[float]) -> float:
-    """Half the width of the 95% interval of a mean, by Student's t."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))

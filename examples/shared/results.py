@@ -10,6 +10,7 @@ import platform
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, its first column to the left and the others to the right."""
     align = [":--", *["--:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean, by Student's t; 0 of one value."""
+    from scipy.stats import t  # takes long to import
+
+    count = len(values)
+    return float(t.ppf(0.975, count - 1)) * stdev(values) / count**0.5 if count > 1 else 0.0
 
 
 def markers(name: str) -> tuple[str, str]:

@@ -39,7 +39,7 @@ from fisherkit.io.fisher_file import index_of
 from fisherkit.io.model_files import FOLDER_NAMES, ModelFiles, targets
 from fisherkit.memory import readable
 from fisherkit.merging import MergePolicy
-from fisherkit.merging.expected import expected_seconds
+from fisherkit.merging.blocks import expected_seconds
 from fisherkit.merging.export import beside_weights
 from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING
 from fisherkit.merging.policy import WORDS

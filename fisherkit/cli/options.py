@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeAlias
 import torch
 import typer
 
-from fisherkit.cli.flags import in_flags
+from fisherkit.cli.command import in_flags
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.structures import structures
 from fisherkit.vectors import rule_of, spellings

@@ -37,8 +37,7 @@ from fisherkit.cli.sources import load_likelihood
 from fisherkit.cli.text import number, progress, table
 from fisherkit.data import Source
 from fisherkit.evaluation import QualityTable, compare
-from fisherkit.evaluation.plots import plot_damping
-from fisherkit.evaluation.table import average
+from fisherkit.evaluation.compare import average, plot_damping
 from fisherkit.io import replace_text
 
 CALL = "fisherkit quality SPEC"

@@ -22,15 +22,13 @@ from fisherkit._version import __version__
 from fisherkit.cli.command import given, make_folder
 from fisherkit.cli.estimate import check_fisher_file
 from fisherkit.cli.options import AsJson, Kind, Overwrite, Structure, argument, choice, option
-from fisherkit.cli.pictures import data_uri, is_image
-from fisherkit.cli.scores_report import Example, Query, Report
+from fisherkit.cli.scores_report import Example, Query, Report, data_uri, is_image
 from fisherkit.cli.sources import ModelOptions, call_factory, load_likelihood
 from fisherkit.cli.text import number
 from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.influence import InfluenceScores, RowBlocks, TopScores
-from fisherkit.influence.losses import loss_of
 from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
@@ -360,9 +358,9 @@ class Subject:
         raw = batch.call(self.model).double()
         batch = batch.aligned(self.model, raw, shift=is_causal(self.model), ignore_index=likelihood.ignore_index)
         z, target, mask = likelihood.prepare(raw, batch.targets, CALL)
-        if target is None or batch.targets is None:
+        if target is None:
             raise DataError(call=CALL, got="data without targets", expected="targets", why="scores are those of a loss")
-        losses = loss_of(likelihood, CALL)(raw, batch.targets).tolist()
+        losses = (likelihood.loss(z, target) * mask).sum(1).tolist()
         none: list[Any] = [None] * len(z)
         if isinstance(likelihood, Bernoulli):
             p = z.sigmoid().flatten(1)

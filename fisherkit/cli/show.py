@@ -6,7 +6,6 @@ Reads one block at a time, so that a file need not fit in memory.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
@@ -20,7 +19,7 @@ from fisherkit.cli.command import make_folder, require
 from fisherkit.cli.options import AsJson, Overwrite, argument, option
 from fisherkit.cli.text import WIDTH, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
-from fisherkit.io import part_of, replace_text
+from fisherkit.io import replace_text, replacing
 from fisherkit.memory import readable
 from fisherkit.operators import open_file
 
@@ -195,6 +194,5 @@ def _draw(found: Summary, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     title = " ".join(found.metadata[key] for key in ("kind", "structure", "model") if key in found.metadata)
     figure.suptitle(f"{title or found.operator}, D = {found.size:,}")
-    with part_of(path) as part:
+    with replacing(path) as part:
         figure.savefig(part, format="png")
-        os.replace(part, path)

@@ -5,11 +5,8 @@ no other application.
 """
 
 from fisherkit.evaluation.audit import Audit, Likeness, audit
-from fisherkit.evaluation.compare import compare
-from fisherkit.evaluation.gradient import loss_gradient
-from fisherkit.evaluation.plots import plot_damping
-from fisherkit.evaluation.quality import approximation_quality, quality_floor
-from fisherkit.evaluation.table import QualityRow, QualityTable, average
+from fisherkit.evaluation.compare import QualityRow, QualityTable, average, compare, plot_damping
+from fisherkit.evaluation.quality import approximation_quality, loss_gradient, quality_floor
 
 __all__ = [
     "Audit", "Likeness", "QualityRow", "QualityTable", "approximation_quality", "audit", "average", "compare",

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arguments import check_choice, check_count
@@ -24,6 +23,7 @@ from fisherkit.errors import (
     MemoryBudgetError,
 )
 from fisherkit.operators import DiagonalOperator, FisherOperator, split
+from fisherkit.operators.block_diagonal import join
 
 LARGEST_BLOCK = 4096
 """Parameters of a block that is still written out to be compared: 134 MB in float64."""
@@ -179,22 +179,10 @@ def _of_matrices(other: FisherOperator, exact: FisherOperator, call: str) -> dic
                 call=call, got=f"a block of {space.size:,} parameters to be written out",
                 expected=f"at most {LARGEST_BLOCK:,}", try_='compare="diagonal"',
             )  # fmt: skip
-        a, f = (_dense(operator, set(names)) for operator in (other, exact))
+        parts = ([part for part in split(f) if set(part.space.names) <= set(names)] for f in (other, exact))
+        a, f = (join(space, own).to_dense() for own in parts)
         found[", ".join(names)] = _products(a, f.to(a.device))
     return found
-
-
-def _dense(operator: FisherOperator, names: set[str]) -> Float[Tensor, "d d"]:
-    """The parts of an operator over some names, as one matrix."""
-    parts = [part for part in split(operator) if set(part.space.names) <= names]
-    if len(parts) == 1:
-        return parts[0].to_dense()
-    space = operator.space.restrict(names)
-    whole = torch.zeros(space.size, space.size, dtype=operator.dtype, device=operator.device)
-    for part in parts:
-        index = space.take(torch.arange(space.size, device=whole.device), part.space.names)
-        whole[index.unsqueeze(1), index] = part.to_dense()
-    return whole
 
 
 def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOperator:

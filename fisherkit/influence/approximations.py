@@ -18,8 +18,8 @@ from torch import Tensor
 from fisherkit.arguments import check_count, is_integer
 from fisherkit.errors import InvalidTypeError
 from fisherkit.influence.blocks import RowBlock
+from fisherkit.operators.factorization import Bases, RowSolution
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.operators.row_products import Bases, RowSolution
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows

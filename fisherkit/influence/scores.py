@@ -22,11 +22,10 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteEr
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries, compressed_groups
 from fisherkit.influence.blocks import KeptBlocks, LiveBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
 from fisherkit.influence.folder import write_blocks
-from fisherkit.influence.measurements import Measurement
-from fisherkit.influence.model_rows import ModelRows
+from fisherkit.influence.model_rows import Measurement, ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
-from fisherkit.operators.row_products import RowProducts
+from fisherkit.operators.factorization import RowProducts
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
 

@@ -73,6 +73,15 @@ def leftovers(path: Path) -> list[Path]:
     return sorted(found for found in beside if pattern.fullmatch(found.name))
 
 
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file to write that then takes the path's place; whoever opens the path finds the old file or the new one."""
+    with part_of(Path(path)) as part:
+        yield part
+        flush(part)
+        os.replace(part, path)
+
+
 def flush(part: Path) -> None:
     """Have a file on the disk, else a power cut right after it is renamed leaves an empty one."""
     with part.open("rb+") as file:
@@ -80,11 +89,9 @@ def flush(part: Path) -> None:
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8; whoever opens the path finds the old file or the whole new one."""
-    with part_of(Path(path)) as part:
+    """Write a text file in UTF-8, as `replacing` does."""
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
-        flush(part)
-        os.replace(part, path)
 
 
 def delete(paths: Iterable[Path]) -> None:

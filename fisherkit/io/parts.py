@@ -22,14 +22,16 @@ from fisherkit.io.checksums import CHECKSUM, Checksums, Written, parse, seal, wr
 from fisherkit.io.fisher_file import (
     SHARD_FORMAT,
     SHARDED_VERSION,
+    Node,
+    State,
     delete_replaced,
     described,
     header_at,
     index_of,
     index_text,
+    pack,
     refuse_others,
 )
-from fisherkit.io.state import Node, State, pack
 from fisherkit.io.tensors import FORMAT, SUFFIX, UNREADABLE, cut, forms_of, new_files
 from fisherkit.space import ParameterSpace
 

@@ -4,10 +4,8 @@ Knows operators by their blocks and solves, models by their tensors; no other ap
 """
 
 from fisherkit.merging.assembly import BlockInfo, MergeInfo
-from fisherkit.merging.baselines import average, task_arithmetic
 from fisherkit.merging.export import to_mergekit
-from fisherkit.merging.layers import merge_layers
-from fisherkit.merging.merge import merge, regmean
+from fisherkit.merging.merge import average, merge, merge_layers, regmean, task_arithmetic
 from fisherkit.merging.policy import MergePolicy
 from fisherkit.merging.second_moment import from_optimizer
 

@@ -1,21 +1,29 @@
-"""Merging by Fishers: `merge`, one model that stays close to several as their Fishers measure it, and `regmean`.
+"""The ways to merge: `merge`, `regmean` and `merge_layers` by Fishers, `average` and `task_arithmetic` without any.
 
-Owns the arguments and the order of the work: open, decide on every name, measure, then solve block by block and put
-everything in its place.
+Owns the arguments, the two formulas that need no Fisher, and the order of the work: open, decide on every name,
+measure, then solve block by block and put everything in its place; or layer after layer, each by Fishers measured where
+the earlier ones are merged already. What a Fisher is, and how a block is solved, are others'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fisherkit.arguments import check_number
+from fisherkit.arguments import check_number, is_number
 from fisherkit.arithmetic import without_autocast
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.merging.assembly import Job
+from fisherkit.data import Data
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
+from fisherkit.kinds import ExactFisher
+from fisherkit.merging.assembly import BlockInfo, Job
 from fisherkit.merging.blocks import BlockwiseMerge, measure
 from fisherkit.merging.fishers import (
     Fisher,
@@ -26,9 +34,20 @@ from fisherkit.merging.fishers import (
     joined_blocks,
     open_fishers,
 )
-from fisherkit.merging.models import Model, ModelSource, check_weights, open_model, open_models
+from fisherkit.merging.models import (
+    Model,
+    ModelSource,
+    check_weights,
+    open_model,
+    open_models,
+    read_double,
+    weighted_average,
+)
 from fisherkit.merging.policy import Entries, MergePolicy, check_center, checked, decide
-from fisherkit.operators import Damping, RelativeDamping
+from fisherkit.operators import Damping, FisherOperator, RelativeDamping
+from fisherkit.progress import bar
+from fisherkit.space import ParameterSpace
+from fisherkit.wrappers import unwrapped
 
 DEFAULT_DAMPING = RelativeDamping(0.03)
 """Of the mean eigenvalue: directions that no Fisher measured stay at the average."""
@@ -250,3 +269,250 @@ def _blocks(entries: Entries, job: Job, sources: Sequence[FisherSource], merged:
     if job.center is not None:
         check_center(job.center, {name: entries[name].shape for name in merged}, job.call)
     return joined_blocks(sources, merged, job.call)
+
+
+def average(
+    models: Sequence[Model],
+    weights: Sequence[float] | None = None,
+    *,
+    policy: MergePolicy | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    return_info: bool = False,
+    progress: bool = False,
+) -> Any:
+    """Σ_t w_t θ_t / Σ_t w_t of every parameter.
+
+    Args:
+        models: modules, state dicts, or paths of safetensors, as in `merge`.
+        weights: w_t; None for equal ones.
+        policy: what is allowed where models leave a choice: see `MergePolicy`.
+        out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
+        overwrite: replace a model that is there.
+        return_info: also return a `MergeInfo`.
+        progress: show a progress bar.
+
+    Returns:
+        A state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError, NonFiniteError, FileFormatError: as in `merge`.
+
+    Cost: one reading of every model; one tensor of each in memory.
+    """
+    call = "average"
+    allowed, sources = checked(policy, call, "average"), open_models(models, call)
+    job = Job(
+        call, sources, check_weights(weights, len(sources), call), None, allowed, out, overwrite, return_info, progress
+    )
+    return job.result(decide(sources, (), None, allowed, call), ())
+
+
+def task_arithmetic(
+    models: Sequence[Model],
+    base: Model,
+    scale: float,
+    *,
+    policy: MergePolicy | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    return_info: bool = False,
+    progress: bool = False,
+) -> Any:
+    """θ_base + scale · Σ_t (θ_t − θ_base) of every parameter.
+
+    Ilharco et al., "Editing models with task arithmetic" (arXiv 2212.04089). With ``scale`` 1 / T it is the average.
+
+    Args:
+        models: modules, state dicts, or paths of safetensors, as in `merge`.
+        base: the model that all of them were fine-tuned from.
+        scale: of the sum of task vectors.
+        policy: what is allowed where models leave a choice: see `MergePolicy`; "center" is the base, and what the base
+            lacks or has in another shape is mismatched.
+        out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
+        overwrite: replace a model that is there.
+        return_info: also return a `MergeInfo`, with the scale as its weights.
+        progress: show a progress bar.
+
+    Returns:
+        A state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
+
+    Raises:
+        InvalidTypeError: as in `merge`; scale is no number.
+        InvalidArgumentError: as in `merge`; scale is not finite.
+        NonFiniteError, FileFormatError: as in `merge`.
+
+    Cost: one reading of every model; one tensor of each in memory.
+    """
+    call = "task_arithmetic"
+    if not is_number(scale):
+        raise InvalidTypeError(call=call, got=f"scale={scale!r}", expected="a number")
+    if not math.isfinite(scale):
+        raise InvalidArgumentError(call=call, got=f"scale={scale}", expected="a finite number")
+    allowed, sources = checked(policy, call, "average"), open_models(models, call)
+    start = open_model(base, "base", call)
+    everything = [*sources, start]
+    parameters = [
+        name for name in sources[0].shapes
+        if all(name not in m.buffers and m.dtypes.get(name, torch.float32).is_floating_point for m in everything)
+    ]  # fmt: skip
+    entries = decide(everything, parameters, start, allowed, call)
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        for name in (name for name, entry in entries.items() if entry.action == "merged"):
+            origin = read_double(start, name)
+            total = torch.zeros_like(origin)
+            for model in sources:
+                total += read_double(model, name, origin.device) - origin
+            yield name, origin + scale * total
+
+    equal = (1.0,) * len(sources)
+    job = Job(call, sources, equal, start, allowed, out, overwrite, return_info, progress)
+    return job.result(entries, merged(), weights=(float(scale),) * len(sources))
+
+
+KFAC = partial(ExactFisher, structure="kfac")
+LAYER_DAMPING = RelativeDamping(0.01)
+"""Less than `merge` has: it pulls to an average that was made for no merged layer."""
+
+
+def merge_layers(
+    models: Sequence[nn.Module],
+    data: Sequence[Data],
+    weights: Sequence[float] | None = None,
+    *,
+    fisher: Callable[..., FisherOperator] = KFAC,
+    stages: Sequence[Sequence[str]] | None = None,
+    damping: Damping = LAYER_DAMPING,
+    normalize: str | None = "block",
+    output_damping: float = DEFAULT_OUTPUT_DAMPING,
+    policy: MergePolicy | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    return_info: bool = False,
+    progress: bool = False,
+) -> Any:
+    """`merge`, layer after layer, each by Fishers of models whose earlier layers are the merged ones.
+
+    Fishers of the models as they are do not know what inputs a layer will have once the layers before it are merged.
+    Here model t is taken with all earlier stages merged and the later ones its own, and is measured on its own data for
+    the parameters of one stage, which is then merged. With activation factors alone (``normalize="output",
+    output_damping=1e9, damping=fk.RelativeDamping(1e-6)``) it is RegMean++ (Nguyen et al., arXiv 2508.03121).
+
+    Args:
+        models: modules of one architecture, in eval mode. Copies of them are measured; they are never changed.
+        data: of each model, in their order: whatever a Fisher takes.
+        weights: w_t; None for 1 / T.
+        fisher: called as ``fisher(model, data, params=names)``: a kind with its options, such as
+            ``functools.partial(fk.EmpiricalFisher, structure="diagonal", likelihood=nn.MSELoss())``.
+        stages: names of parameters that are merged together, from the inputs on; those in none are treated as the
+            policy's ``uncovered`` says. None for a stage a module, in the order of the model's trained parameters.
+        damping: as in `merge`, of each stage.
+        normalize: as in `merge`.
+        output_damping: as in `merge`.
+        policy: as in `merge`.
+        out: as in `merge`.
+        overwrite: as in `merge`.
+        return_info: also return a `MergeInfo`, whose damping is the largest of any stage.
+        progress: show a bar of the stages, with the time that is left.
+
+    Returns:
+        As `merge`.
+
+    Raises:
+        InvalidTypeError: models that are no modules.
+        InvalidArgumentError: as many data as models are needed; a stage names what is no parameter, or names it twice.
+        FisherkitError: whatever `merge` and the Fisher raise.
+
+    Cost: a Fisher of each model for each stage, over the stage's parameters alone; a copy of every model.
+    """
+    call = "merge_layers"
+    if isinstance(models, (str, Path)) or not all(isinstance(model, nn.Module) for model in models):
+        raise InvalidTypeError(
+            call=call, got="models that are no modules", expected="a list of nn.Module",
+            why="each is run with layers that are merged already", try_="fk.merging.merge for files and state dicts",
+        )  # fmt: skip
+    if isinstance(data, (str, Tensor)) or len(data) != len(models):
+        raise InvalidArgumentError(
+            call=call, got=f"{len(models)} models and {len(data)} data", expected="the data of each model",
+            why="each model is measured on its own task's data", try_="[data_a, data_b], in the models' order",
+        )  # fmt: skip
+    sources = open_models(models, call)
+    space = ParameterSpace.of(unwrapped(models[0]), None)
+    order = list(map(tuple, space.blocks.values() if stages is None else stages))
+    _check_stages(order, space, call)
+    own = check_weights(weights, len(sources), call)
+    allowed = checked(policy, call, "refuse")
+    job = Job(call, sources, own, None, allowed, out, overwrite, return_info, progress)
+    entries = decide(sources, [name for names in order for name in names], None, allowed, call)
+    settings = {"damping": damping, "normalize": normalize, "output_damping": output_damping, "policy": policy}
+    work = _Stages(job, [unwrapped(model) for model in models], data, fisher, settings)
+    found = job.result(
+        entries, work.solutions(order, entries), normalize=normalize, output_damping=output_damping, blocks=work.blocks
+    )
+    if not return_info:
+        return found
+    return found[0], replace(found[1], damping=max(work.dampings))
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages' merges, one after another.
+
+    Args:
+        job: the models, their weights, the policy.
+        data: of each model.
+        fisher: what measures a stage.
+        settings: keywords of `merge`.
+        blocks: how each block was solved; filled while `solutions` runs.
+        dampings: λ of each stage, likewise.
+    """
+
+    job: Job
+    models: Sequence[nn.Module]
+    data: Sequence[Data]
+    fisher: Callable[..., FisherOperator]
+    settings: dict[str, Any]
+    blocks: list[BlockInfo] = field(default_factory=list)
+    dampings: list[float] = field(default_factory=list)
+
+    def solutions(self, order: Sequence[tuple[str, ...]], entries: Entries) -> Iterator[tuple[str, Tensor]]:
+        """Every staged name and its merged values."""
+        between = [copy.deepcopy(model) for model in self.models]
+        for name, entry in entries.items():
+            if entry.action == "averaged":
+                _put(between, name, weighted_average(self.job.models, self.job.weights, name))
+            elif entry.action == "first":
+                _put(between, name, self.job.models[0].read(name))
+        with bar(len(order), "merge_layers", "stages", shown=self.job.progress) as shown:
+            for names in order:
+                pairs = zip(between, self.data, strict=True)
+                fishers = [self.fisher(model, own, params=list(names)) for model, own in pairs]
+                states = [{name: model.get_parameter(name) for name in names} for model in between]
+                merged, info = merge(states, fishers, self.job.weights, return_info=True, **self.settings)
+                self.blocks.extend(info.blocks)
+                self.dampings.append(info.damping)
+                for name, tensor in merged.items():
+                    _put(between, name, tensor)
+                shown.update(1)
+                yield from merged.items()
+
+
+def _put(models: Sequence[nn.Module], name: str, tensor: Tensor) -> None:
+    """Give models' parameter or buffer new values, where its shape is theirs."""
+    with torch.no_grad():
+        for model in models:
+            own = model.state_dict(keep_vars=True).get(name)
+            if own is not None and own.shape == tensor.shape:
+                own.copy_(tensor)
+
+
+def _check_stages(order: Sequence[tuple[str, ...]], space: ParameterSpace, call: str) -> None:
+    names = [name for stage in order for name in stage]
+    odd = [repr(name) for name in names if name not in space.names or names.count(name) > 1]
+    if odd or not names:
+        raise InvalidArgumentError(
+            call=f"{call}(stages=...)", got=f"names that are no trained parameter, or twice: {listed(odd)}",
+            expected="names of model.named_parameters(), each once", why="each parameter is merged once",
+            try_="stages=None, for a stage a module",
+        )  # fmt: skip

@@ -27,11 +27,10 @@ from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import Factorization, IterativeFactorization
 from fisherkit.operators.files import FisherFile, load, open_file
-from fisherkit.operators.forwarding import ForwardingOperator, unwrap
+from fisherkit.operators.forwarding import ForwardingOperator, PackedOperator, unwrap
 from fisherkit.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.operators.normalization import normalize, usual_damping
-from fisherkit.operators.packed import PackedOperator
 from fisherkit.operators.persistence import state_of
 from fisherkit.operators.quadratic import Quadratic
 from fisherkit.operators.sharded import ShardedOperator

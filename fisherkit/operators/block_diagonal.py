@@ -19,9 +19,8 @@ from fisherkit import io
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, SingularMatrixError
 from fisherkit.operators.base import FisherOperator, Makers, fold
 from fisherkit.operators.diagonal import DiagonalOperator
-from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.factorization import BlockProducts, Factorization, RowProducts, aligned
 from fisherkit.operators.persistence import blocks_of_node, restore
-from fisherkit.operators.row_products import BlockProducts, RowProducts, aligned
 from fisherkit.processes import Processes
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo

@@ -1,12 +1,26 @@
-"""An operator that holds another one and answers as it does: every hook is forwarded, in one loop."""
+"""Operators that hold another one and answer as it does: every hook is forwarded, in one loop.
+
+A packed one has its numbers in a coarser dtype than it computes in: half of the memory, or a quarter. What is rounded
+is a form in which rounding leaves a Fisher matrix a Fisher matrix: entries of a diagonal, and of Kronecker factors
+their eigenvectors, made orthonormal again where they are used, so that eigenvalues, traces and determinants stay what
+they were and only directions turn. The wide form is there while it is the one that was used last.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor
+
+from fisherkit import io
 from fisherkit.errors import FisherkitError
 from fisherkit.operators.base import HOOKS, FisherOperator
+from fisherkit.operators.linalg import nearest_orthonormal
+from fisherkit.operators.persistence import restore
+from fisherkit.space import ParameterSpace
 
 
 def _forwarded(name: str) -> Any:
@@ -51,3 +65,77 @@ for _name in HOOKS:
 def unwrap(operator: FisherOperator) -> FisherOperator:
     """The operator that does the algebra: of a Fisher of a model the structure that was built, else itself; shared."""
     return operator.held if isinstance(operator, ForwardingOperator) else operator
+
+
+_LATEST: WeakKeyDictionary[PackedOperator, FisherOperator] = WeakKeyDictionary()
+"""The operator that was used last, in its wide form: an operation asks several things of it."""
+
+
+class PackedOperator(ForwardingOperator):
+    """scale times the operator of a state, some of whose tensors are in a coarser dtype than its vectors.
+
+    Args:
+        space: the parameters it acts on.
+        state: as an operator's ``_packed`` gave it.
+        dtype: of its vectors, and of its arithmetic.
+        scale: a factor, so that a multiple is not rounded again.
+    """
+
+    tag: ClassVar[str] = "packed"
+
+    def __init__(self, space: ParameterSpace, state: io.State, dtype: torch.dtype, scale: float = 1.0) -> None:
+        super().__init__(space, dtype=dtype, device=state.all_tensors()[0].device)
+        self.packed, self.scale = state, scale
+
+    @property
+    def held(self) -> FisherOperator:  # type: ignore[override]
+        """The wide form."""
+        found = _LATEST.get(self)
+        if found is None:
+            _LATEST.clear()
+            wide = {name: self._wide(name, tensor) for name, tensor in self.packed.tensors.items()}
+            whole = restore(self.space, io.State(self.packed.kind, self.space.names, wide, self.packed.options))
+            found = _LATEST[self] = whole if self.scale == 1 else whole._scaled(self.scale)
+        return found
+
+    def _wide(self, name: str, tensor: Tensor) -> Tensor:
+        if name.endswith("_basis"):
+            return nearest_orthonormal(tensor.to(self.dtype))
+        finer = torch.promote_types(tensor.dtype, self.dtype)  # eigenvalues may be in float64
+        return tensor.to(finer) if tensor.is_floating_point() else tensor
+
+    def _packed(self, dtype: torch.dtype) -> io.State | None:
+        return None
+
+    def _scaled(self, scale: float) -> PackedOperator:
+        return PackedOperator(self.space, self.packed, self.dtype, scale * self.scale)
+
+    def _terms(self) -> tuple[FisherOperator, ...]:
+        return (self,)
+
+    def _blocks(self) -> tuple[FisherOperator, ...]:
+        return (self,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return self.packed.nbytes
+
+    def _state(self) -> io.State:
+        options = {"dtype": str(self.dtype).removeprefix("torch."), "scale": self.scale}
+        return io.State(self.tag, self.space.names, options=options, children=(self.packed,))
+
+    @classmethod
+    def _from_state(cls, space: ParameterSpace, state: io.State) -> PackedOperator:
+        (child,), options = state.children, state.options
+        found = cls(space, child, getattr(torch, options["dtype"]), float(options["scale"]))
+        _ = found.held  # whose checks are the file's
+        return found
+
+
+def packed(operator: FisherOperator, dtype: torch.dtype | None) -> FisherOperator:
+    """The operator with its numbers in a dtype, where it knows how and they are in a wider one; None for none."""
+    if dtype is None or torch.finfo(dtype).bits >= torch.finfo(operator.dtype).bits:
+        return operator
+    state = operator._packed(dtype)
+    return operator if state is None else PackedOperator(operator.space, state, operator.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.factorization import Factorization
+from fisherkit.operators.factorization import Bases, Factorization, Part, RowProducts, RowSolution
 from fisherkit.operators.layer_layout import LayerLayout, marginals
 from fisherkit.operators.linalg import (
     Spectrum,
@@ -32,7 +32,6 @@ from fisherkit.operators.linalg import (
     singular,
     spectrum,
 )
-from fisherkit.operators.row_products import Bases, Part, RowProducts, RowSolution
 from fisherkit.rows.base import aligned_product
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.factored import FactoredRows

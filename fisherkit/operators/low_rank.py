@@ -22,9 +22,15 @@ from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.damped_gram import PRECISE, DampedGram, damped_cholesky, damped_grams, rounding_of
 from fisherkit.operators.dense import DenseOperator
-from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
+from fisherkit.operators.factorization import (
+    Factorization,
+    IterativeFactorization,
+    Part,
+    RowProducts,
+    RowSolution,
+    diagonal_inverse,
+)
 from fisherkit.operators.linalg import orthonormal, singular, spectrum
-from fisherkit.operators.row_products import Part, RowProducts, RowSolution
 from fisherkit.processes import Processes
 from fisherkit.rows import restore_rows
 from fisherkit.rows.base import spans

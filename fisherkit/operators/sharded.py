@@ -18,14 +18,14 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.arguments import check_positive
 from fisherkit.errors import FisherkitError
-from fisherkit.io.state import pack
+from fisherkit.io.fisher_file import pack
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.block_diagonal import BlockDiagonalOperator, join, owners_of_leading
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.outputs_average import average_over_outputs
 from fisherkit.processes import Processes
-from fisherkit.solvers import SolveInfo
+from fisherkit.solvers import SolveInfo, relative_residual
 from fisherkit.space import ParameterSpace
 
 P = TypeVar("P")
@@ -304,8 +304,7 @@ class _ShardedFactorization(Factorization):
 
         solution = whole._product("solve", self._own, solved, columns)
         infos = [info for one in whole.processes.gathered(told) for info in one]
-        rest = whole._matmat(solution) + self.damping * solution - columns
-        residual = rest.norm(dim=0) / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+        residual = relative_residual(whole._matmat, solution, columns, damping=self.damping)
         return solution, SolveInfo(
             method=" + ".join(sorted({info.method for info in infos})), steps=max(info.steps for info in infos),
             residual=residual, converged=all(info.converged for info in infos), damping=self.damping,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fisherkit.errors import InvalidArgumentError, ProcessError, listed
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
+from fisherkit.operators.forwarding import packed
 from fisherkit.operators.linalg import checked_together
-from fisherkit.operators.packed import packed
 from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk

@@ -105,7 +105,7 @@ def test_plain_rankings__are_one_backward_pass_an_example(likelihood: str) -> No
         "bernoulli": lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="sum"),
     }
     batches = [({"x": x[:6]}, targets[:6]), ({"x": x[6:]}, targets[6:])]
-    got = plain_rankings(model, batches, likelihood=likelihood, chunk_size=4)
+    got = plain_rankings(model, batches, likelihood=likelihood)
     for n in range(11):
         model.zero_grad()
         loss = losses[likelihood](model(x[n : n + 1]), targets[n : n + 1])

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.influence import losses
-from fisherkit.influence.losses import PerExample, misfit, shaped
-from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood, LogProbabilities, is_known_loss, resolve
+from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
+from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood, is_known_loss, resolve
+
+PerExample = Callable[[Tensor, Tensor], Tensor]
+"""Outputs ``[B, …]`` and targets ``[B, …]`` to ``[B]``."""
 
 Loss = str | Likelihood | PerExample
 """What models are trained on: a likelihood, a loss module of torch's, or a loss of the user's."""
@@ -24,26 +24,17 @@ Loss = str | Likelihood | PerExample
 Measurements = str | Sequence[str] | Mapping[str, PerExample]
 
 
-def _categorical_margin(z: Tensor, y: Tensor, likelihood: Categorical) -> Float[Tensor, " B"]:
-    """z_y − logsumexp of the other classes, which does not cancel; summed over positions as the loss is."""
-    if y.is_floating_point() or z.ndim != y.ndim + 1:
-        raise misfit(z, y)
-    z = z.movedim(likelihood.class_axis, -1)
-    counts = y != likelihood.ignore_index
-    label = torch.where(counts, y, 0).unsqueeze(-1)
+def _margin(likelihood: Likelihood, raw: Tensor, y: Tensor, call: str) -> Float[Tensor, " B"]:
+    """z_y − logsumexp of the other classes, which does not cancel, or ±z with a binary label's sign; summed up."""
+    z, found, mask = likelihood.prepare(raw, y, call)
+    target = torch.as_tensor(found)
+    if isinstance(likelihood, Bernoulli):
+        return ((2 * target - 1) * z).sum((1, 2))
+    if target.is_floating_point():
+        raise DataError(call=call, got="class probabilities", expected="labels", why="a margin is that of one label")
+    label = target.masked_fill(~mask, 0).unsqueeze(-1)
     others = torch.logsumexp(z.scatter(-1, label, float("-inf")), -1)
-    margins = torch.where(counts, z.gather(-1, label).squeeze(-1) - others, 0.0)
-    return margins.reshape(len(z), -1).sum(1)
-
-
-def _bernoulli_margin(z: Tensor, y: Tensor, _: Bernoulli) -> Float[Tensor, " B"]:
-    """±z with the label's sign, summed over outputs."""
-    return (z * (2 * shaped(y, z) - 1)).reshape(len(z), -1).sum(1)
-
-
-_MARGINS: Mapping[type, Callable[[Tensor, Tensor, Any], Tensor]] = {
-    Categorical: _categorical_margin, Bernoulli: _bernoulli_margin, LogProbabilities: _categorical_margin,
-}  # fmt: skip
+    return torch.where(mask, z.gather(-1, label).squeeze(-1) - others, 0.0).sum(1)
 
 
 def resolved_loss(likelihood: Loss) -> Likelihood | None:
@@ -65,16 +56,20 @@ def loss_of(likelihood: Loss, call: str) -> PerExample:
                 "returns a loss an example",
             )  # fmt: skip
         return likelihood
-    return losses.loss_of(resolved, call)
+
+    def losses(raw: Tensor, y: Tensor) -> Float[Tensor, " B"]:
+        z, target, mask = resolved.prepare(raw, y, call)
+        return (resolved.loss(z, torch.as_tensor(target)) * mask).sum(1)
+
+    return losses
 
 
 def measurements_of(measurements: Measurements, likelihood: Loss, call: str) -> dict[str, PerExample]:
     """What is recorded of every trained model, by name; larger = better."""
     known: dict[str, PerExample] = {"loss": _negative(loss_of(likelihood, call))}
     own = resolved_loss(likelihood)
-    margin = _MARGINS.get(type(own))
-    if margin is not None:
-        known["margin"] = functools.wraps(margin)(lambda z, y: margin(z, y, own))
+    if isinstance(own, (Categorical, Bernoulli)):
+        known["margin"] = lambda z, y: _margin(own, z, y, call)
     if isinstance(measurements, Mapping):
         if not all(callable(function) for function in measurements.values()):
             raise InvalidTypeError(

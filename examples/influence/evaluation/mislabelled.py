@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import grad, vmap
 
 from examples.influence.evaluation.checks import check_floats
 from examples.influence.evaluation.losses import Loss, loss_of
@@ -21,9 +20,7 @@ from examples.influence.evaluation.statistics import (
 )
 from fisherkit.data import Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
-from fisherkit.rows.differentiable import functional_call, kept_whole
-from fisherkit.rows.first_batch import plan_of
-from fisherkit.space import ParameterSpace
+from fisherkit.rows.record import refuse_train_mode
 
 
 @dataclass(frozen=True)
@@ -156,9 +153,7 @@ def _areas(
     return area, (hits * precision).sum(1) / p
 
 
-def plain_rankings(
-    model: nn.Module, data: Data, *, likelihood: Loss = "categorical", chunk_size: int = 64
-) -> dict[str, Float[Tensor, " N"]]:
+def plain_rankings(model: nn.Module, data: Data, *, likelihood: Loss = "categorical") -> dict[str, Float[Tensor, " N"]]:
     """The two rankings that need no Fisher: each training example's loss, and the norm of its gradient.
 
     Args:
@@ -166,7 +161,6 @@ def plain_rankings(
         data: the training data, one batch or a re-iterable of batches.
         likelihood: of the loss: a likelihood's name or object, torch's loss module, or a function of outputs and
             targets that returns a loss for each example.
-        chunk_size: examples whose gradients are held at once.
 
     Returns:
         "loss" and "gradient norm", float64, in the order of the data.
@@ -176,32 +170,23 @@ def plain_rankings(
         DataError: data without targets, or whose order is not known to be fixed.
         ModelError: dropout or batch norm in train mode.
 
-    Cost: one forward and backward pass an example, vectorised.
+    Cost: one forward and backward pass an example.
     """
     call = "plain_rankings"
     loss = loss_of(likelihood, call)
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    device = next(iter(model.parameters())).device
-    losses, norms = [], []
+    parameters = [p for p in model.parameters() if p.requires_grad]
     source = Source(data, model)
     source.keep_order(call)
-    plan_of(model, ParameterSpace.of(model, None), source)  # finds out which inputs all examples share
+    refuse_train_mode(model)
+    losses, norms = [], []
     for whole in source:
-        for start in range(0, whole.size, chunk_size):
-            batch = whole.take(slice(start, start + chunk_size)).to(device)
-            leaves, rebuild = batch.leaves()
-            if batch.targets is None:
-                raise DataError(call=call, got="no targets", expected="pairs (inputs, targets)")
-
-            def one(parameters: dict[str, Tensor], target: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
-                single = rebuild([leaf.unsqueeze(0) for leaf in own])  # noqa: B023  used before the loop goes on
-                z = single.call(lambda *args, **kwargs: functional_call(model, parameters, args, kwargs))
-                value = loss(z, target.unsqueeze(0))[0]
-                return value, value.detach()
-
-            axes = (None, 0, *([0] * len(leaves)))
-            with kept_whole(model):
-                gradients, values = vmap(grad(one, has_aux=True), in_dims=axes)(trained, batch.targets, *leaves)
-            losses.append(values.double())
-            norms.append(sum(g.double().flatten(1).square().sum(1) for g in gradients.values()).sqrt())
-    return {"loss": torch.cat(losses), "gradient norm": torch.cat(norms)}
+        batch = whole.to(parameters[0].device)
+        if batch.targets is None:
+            raise DataError(call=call, got="no targets", expected="pairs (inputs, targets)")
+        for n in range(batch.size):
+            one = slice(n, n + 1)
+            value = loss(batch.take(one).call(model), batch.targets[one])[0]
+            gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+            losses.append(value.detach().double())
+            norms.append(torch.stack([g.double().norm() for g in gradients]).norm())
+    return {"loss": torch.stack(losses), "gradient norm": torch.stack(norms)}

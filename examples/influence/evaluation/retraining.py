@@ -23,6 +23,7 @@ from examples.influence.evaluation.checks import check_masks
 from examples.influence.evaluation.losses import (
     Loss,
     Measurements,
+    PerExample,
     loss_of,
     measurements_of,
     resolved_loss,
@@ -40,7 +41,6 @@ from fisherkit.errors import (
     MissingFileError,
     NonFiniteError,
 )
-from fisherkit.influence.losses import PerExample
 from fisherkit.model_state import tensors_hash
 
 FORMAT = "fisherkit-retraining"

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from examples.influence.evaluation.losses import PerExample
 from fisherkit.arguments import is_integer, is_number
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.influence.losses import PerExample
 from fisherkit.randomness import untouched_rng
 
 OPTIMIZERS = ("sgd", "adamw")

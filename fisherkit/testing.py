@@ -1,7 +1,15 @@
-"""`check_fisher`: every operation of the contract against a matrix.
+"""Check any `FisherOperator`, the package's or your own, against the matrix that it should be.
 
-First what a comparison is, then one function for each group of operations. A new operation of `FisherOperator` gets its
-lines here.
+Build the operator, write its matrix out by other means, and pass both to `check_fisher`:
+
+    from fisherkit.testing import check_fisher
+
+    def test_my_operator():
+        report = check_fisher(MyOperator(space, ...), dense)
+        print(report)                      # the relative error of each operation
+
+It needs no test framework. First what a comparison is, then one function for each group of operations. A new operation
+of `FisherOperator` gets its lines here.
 """
 
 from __future__ import annotations
@@ -33,6 +41,8 @@ from fisherkit.operators import Damping, DenseOperator, FisherOperator, Relative
 from fisherkit.operators.base import convert
 from fisherkit.operators.normalization import frobenius_norm
 from fisherkit.operators.outputs_average import average_over_outputs
+
+__all__ = ["MAY_BE_REFUSED", "TOLERANCES", "ConformanceError", "ConformanceReport", "check_fisher"]
 
 TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-8, torch.float32: 1e-4}
 """Largest relative error that `check_fisher` accepts by default; 5e-2 for narrower dtypes."""
