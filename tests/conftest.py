@@ -1,9 +1,11 @@
 """Settings shared by every test, and the conformance table at the end of a run."""
 
+import functools
 import gc
 import importlib
+import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,32 @@ ANNOTATIONS_CHECKED = {
 
 Together they call every annotated module. Checking takes as long as the work on tiny models.
 """
+
+jaxtyped = jaxtyping.jaxtyped
+
+
+def checked_when_asked(**options: Any) -> Callable[[Any], Any]:
+    """`jaxtyping.jaxtyped` that makes a function's check at its first checked call.
+
+    Making one takes a millisecond: of every function at import, and of every inner function at each call around it.
+    """
+
+    def decorate(function: Any) -> Any:
+        if not inspect.isfunction(function):
+            return jaxtyped(function, **options)
+        check = functools.cache(lambda: jaxtyped(function, **options))
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
+            return (function if jaxtyping.config.jaxtyping_disable else check())(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+jaxtyping.jaxtyped = checked_when_asked  # where the import hook of --jaxtyping-packages looks
 
 
 @pytest.hookimpl(tryfirst=True)
