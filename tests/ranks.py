@@ -16,7 +16,10 @@ import torch.multiprocessing as mp
 TIMEOUT = 120
 """Seconds until a process that waits for another one gives up."""
 
-multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "fisherkit.optim", "tests.ranks"])
+FORKED = multiprocessing.get_context("forkserver")
+"""Processes are forked from one that has imported everything, which is most of what a short run takes."""
+
+FORKED.set_forkserver_preload(["pytest", "fisherkit.optim", "fisherkit.cli", "tests.commands"])
 
 
 def _start(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -43,7 +46,6 @@ def run(size: int, function: Callable[..., Any], *arguments: Any, alive: bool = 
         alive: whether all processes come to their end; else None stands for those that do not.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Forked from a process that has imported everything, which is most of what a short run takes.
         context = mp.start_processes(
             _start, (size, folder, function, arguments), nprocs=size, join=False, start_method="forkserver"
         )
