@@ -58,10 +58,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     jaxtyping.config.update("jaxtyping_disable", item.path.stem not in ANNOTATIONS_CHECKED)
 
 
+# What thousands of tests and their imports hold would be looked through again and again.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    # What thousands of tests and their imports hold would be looked through again and again.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

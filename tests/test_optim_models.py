@@ -123,7 +123,7 @@ def test_compiled__models_are_refused_at_the_step() -> None:
 def test_compiled__models_that_the_optimizer_was_made_for_step_as_others_do(backend: str) -> None:
     ends = []
     for compiled in (False, True):
-        model = mlp()
+        model = mlp()[0]
         watched = torch.compile(model, backend=backend) if compiled else model
         optimizer = natural(watched)
         for _ in range(2):
