@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib
 import inspect
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +30,16 @@ Together they call every annotated module. Checking takes as long as the work on
 jaxtyped = jaxtyping.jaxtyped
 
 
+called: list[Callable[..., Any]] = []
+checks: dict[Any, Callable[..., Any]] = {}
+
+
+def relay(*args: Any, **kwargs: Any) -> Any:
+    return called[-1](*args, **kwargs)
+
+
 def checked_when_asked(**options: Any) -> Callable[[Any], Any]:
-    """`jaxtyping.jaxtyped` that makes a function's check at its first checked call.
+    """`jaxtyping.jaxtyped` that makes the check of a function at its first checked call, and once.
 
     Making one takes a millisecond: of every function at import, and of every inner function at each call around it.
     """
@@ -38,12 +47,21 @@ def checked_when_asked(**options: Any) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         if not inspect.isfunction(function):
             return jaxtyped(function, **options)
-        check = functools.cache(lambda: jaxtyped(function, **options))
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             __tracebackhide__ = True
-            return (function if jaxtyping.config.jaxtyping_disable else check())(*args, **kwargs)
+            if jaxtyping.config.jaxtyping_disable:
+                return function(*args, **kwargs)
+            if function.__code__ not in checks:
+                # Annotations are looked up where the function was written.
+                own = types.FunctionType(relay.__code__, {**function.__globals__, "called": called})
+                checks[function.__code__] = jaxtyped(functools.wraps(function)(own), **options)
+            called.append(function)
+            try:
+                return checks[function.__code__](*args, **kwargs)
+            finally:
+                called.pop()
 
         return call
 
