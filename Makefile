@@ -32,7 +32,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help install test test-examples lint docs demo bench paper continual merging influence format clean
+.PHONY: help install test test-examples test-thorough lint docs demo bench paper continual merging influence format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,10 +43,13 @@ install: $(DEV_STAMP) ## set up .venv with everything that development needs
 # The order matters: pytest comes last, so that its summary is the last line printed. Types and site are checked side by side.
 test: $(DEV_STAMP) ## check everything: lint, types, layers, docs, tests
 	$(MAKE) --no-print-directory --jobs 2 lint docs
-	$(RUN_TESTS) -m 'not examples' $(PYTEST_ARGS)
+	$(RUN_TESTS) -m 'not examples and not thorough' $(PYTEST_ARGS)
 
 test-examples: $(DEV_STAMP) ## test the scripts of examples/ (of which `make test` runs one test each)
 	$(RUN_TESTS) -m examples $(PYTEST_ARGS) tests/examples
+
+test-thorough: $(DEV_STAMP) ## more seeds of the random tests (before a release)
+	$(RUN_TESTS) -m thorough $(PYTEST_ARGS) tests
 
 lint: $(DEV_STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

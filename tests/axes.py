@@ -1,6 +1,9 @@
-"""Axes that do not depend on each other, such as kinds and structures: every value of each, without the product."""
+"""Axes of tests: every value of those that do not depend on each other, without the product; some of many seeds."""
 
 from collections.abc import Iterable
+from typing import Any
+
+import pytest
 
 
 def paired(first: Iterable[str], second: Iterable[str]) -> list[tuple[str, str]]:
@@ -8,3 +11,8 @@ def paired(first: Iterable[str], second: Iterable[str]) -> list[tuple[str, str]]
     a, b = list(first), list(second)
     longer = range(max(len(a), len(b)))
     return list(dict.fromkeys((a[i % len(a)], b[(i + shift) % len(b)]) for shift in (0, 1) for i in longer))
+
+
+def seeds(few: int, most: int) -> list[Any]:
+    """The numbers from 0 on, of which those from `few` on are left to ``make test-thorough``."""
+    return [*range(few), *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(few, most))]

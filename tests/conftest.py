@@ -1,9 +1,12 @@
 """Settings shared by every test, and the conformance table at the end of a run."""
 
+import functools
 import gc
 import importlib
+import inspect
+import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +27,63 @@ ANNOTATIONS_CHECKED = {
 Together they call every annotated module. Checking takes as long as the work on tiny models.
 """
 
+jaxtyped = jaxtyping.jaxtyped
+
+
+called: list[Callable[..., Any]] = []
+checks: dict[Any, Callable[..., Any]] = {}
+
+
+def relay(*args: Any, **kwargs: Any) -> Any:
+    return called[-1](*args, **kwargs)
+
+
+def checked_when_asked(**options: Any) -> Callable[[Any], Any]:
+    """`jaxtyping.jaxtyped` that makes the check of a function at its first checked call, and once.
+
+    Making one takes a millisecond: of every function at import, and of every inner function at each call around it.
+    """
+
+    def decorate(function: Any) -> Any:
+        if not inspect.isfunction(function):
+            return jaxtyped(function, **options)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
+            if jaxtyping.config.jaxtyping_disable:
+                return function(*args, **kwargs)
+            if function.__code__ not in checks:
+                # Annotations are looked up where the function was written.
+                own = types.FunctionType(relay.__code__, {**function.__globals__, "called": called})
+                checks[function.__code__] = jaxtyped(functools.wraps(function)(own), **options)
+            called.append(function)
+            try:
+                return checks[function.__code__](*args, **kwargs)
+            finally:
+                called.pop()
+
+        return call
+
+    return decorate
+
+
+jaxtyping.jaxtyped = checked_when_asked  # where the import hook of --jaxtyping-packages looks
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     jaxtyping.config.update("jaxtyping_disable", item.path.stem not in ANNOTATIONS_CHECKED)
 
 
+# What thousands of tests and their imports hold would be looked through again and again.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    # What thousands of tests and their imports hold would be looked through again and again.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,11 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import fisherkit as fk
 from fisherkit import io
 from fisherkit.cli import merge as cli_merge
 from fisherkit.io.atomic import part_of
-from tests.commands import run
+from tests.commands import Running, run
 
 SLOW = """
 import pathlib
@@ -56,30 +52,24 @@ def save_slowly():
 """
 
 
-def started(folder: Path, function: str) -> subprocess.Popen[str]:
+def started(folder: Path, function: str) -> Running:
     """A command that has come to the point where it takes long."""
     (folder / "slow_module.py").write_text(SLOW)
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from fisherkit.cli import app; app()"
-    environment = os.environ | {"PYTHONPATH": str(Path(fk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "estimate", f"slow_module:{function}", "--out", "f.safetensors"], cwd=folder,
-        env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = Running(folder, "estimate", f"slow_module:{function}", "--out", "f.safetensors")
     deadline = time.monotonic() + 100
-    while not (folder / "running").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert process.poll() is None, process.communicate()
-    return process
+    while not (folder / "running").exists() and command.status is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert command.status is None, command.end()
+    return command
 
 
 @pytest.mark.parametrize(("name", "function"), [("SIGINT", "make"), ("SIGTERM", "make"), ("SIGHUP", "save_slowly")])
 def test_signal__stops_and_says_that_nothing_was_written(tmp_path: Path, name: str, function: str) -> None:
     number = getattr(signal, name)
-    process = started(tmp_path, function)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    command = started(tmp_path, function)
+    command.send(number)
+    out, err = command.end(60)
+    assert command.status == 128 + number
     assert err.strip() == "stopped: nothing was written."
     assert out == ""
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != "") == ["slow_module.py"]

@@ -26,7 +26,7 @@ def test_every_operation__is_the_reference_s(
     expected = reference_dense(family, kind, structure)
     with annotations_checked(dtype == torch.float32):
         fisher = build(family, kind, structure, dtype)
-        report = check(fisher, expected, family, dtype)
+        report = check(fisher, expected, family, kind, dtype)
     record_property(*entry(report, family, kind, structure, dtype))
     assert report.refused == (() if structure == "full" else ("gram",))
 

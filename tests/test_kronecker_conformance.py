@@ -42,7 +42,7 @@ def test_every_operation__is_the_reference_s(
     assert {e.structure for e in entries} <= {method, "exact block"}
     expected = expected_matrix(family, kind, method, sharing, fisher)
     with annotations_checked(dtype == torch.float32):
-        report = check(fisher, expected, family, dtype)
+        report = check(fisher, expected, family, kind, dtype)
     record_property(*entry(report, family, kind, structure, dtype))
     assert report.refused == ("gram",)
     if method == "ekfac":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,20 @@ from examples.vocabulary import GOAL, peak
 from fisherkit import likelihoods
 from fisherkit.likelihoods import Categorical
 
+SIZE = 8192, 8, 128
+
+
+@functools.cache
+def training_step() -> int:
+    """Bytes."""
+    return peak("train", *SIZE)
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process's peak")
 @pytest.mark.parametrize("fisher", ["ef:ekfac", "sf:ekfac"])
 def test_peak__is_about_a_training_step_s(fisher: str) -> None:
-    size = 8192, 8, 128
-    assert peak(fisher, *size) <= GOAL * peak("train", *size)
+    assert peak(fisher, *SIZE) <= GOAL * training_step()
 
 
 def test_draws__do_not_depend_on_how_many_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

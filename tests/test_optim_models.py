@@ -119,11 +119,12 @@ def test_compiled__models_are_refused_at_the_step() -> None:
     torch._dynamo.reset()
 
 
-def test_compiled__models_that_the_optimizer_was_made_for_step_as_others_do() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.thorough)])
+def test_compiled__models_that_the_optimizer_was_made_for_step_as_others_do(backend: str) -> None:
     ends = []
     for compiled in (False, True):
-        model = mlp()
-        watched = torch.compile(model, backend="aot_eager") if compiled else model
+        model = mlp()[0]
+        watched = torch.compile(model, backend=backend) if compiled else model
         optimizer = natural(watched)
         for _ in range(2):
             optimizer.zero_grad()

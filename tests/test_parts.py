@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import fisherkit as fk
 from fisherkit.cli import app
+from tests.commands import Running
 from tests.conformance_cases import KINDS, build, problem
 
 STRUCTURES = ("kfac", "ekfac", "nkp", "block")
@@ -262,24 +263,18 @@ def make():
 """
 
 
-def command(folder: Path) -> subprocess.Popen[str]:
+def command(folder: Path) -> Running:
     (folder / "slow_parts.py").write_text(SLOW)
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from fisherkit.cli import app; app()"
     arguments = ["estimate", "slow_parts:make", "--kind", "exact", "--structure", "ekfac", "--memory-budget", "13000"]
-    environment = os.environ | {"PYTHONPATH": str(Path(fk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "--out", "f.safetensors"], cwd=folder, env=environment,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return Running(folder, *arguments, "--out", "f.safetensors")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = command(folder)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, (out, err)
+    whole = command(folder)
+    printed = whole.end()
+    assert whole.status == 0, printed
     found = contents(folder)
     assert len(found) > 2
     return found
@@ -289,16 +284,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_estimate__stopped_after_a_part_goes_on_to_the_same_bytes(
     number: signal.Signals, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    process = command(tmp_path)
-    while not (tmp_path / "f.safetensors.parts.json").exists() and process.poll() is None:
+    first = command(tmp_path)
+    while not (tmp_path / "f.safetensors.parts.json").exists() and first.status is None:
         time.sleep(0.001)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    if number == signal.SIGTERM and process.returncode:
+    first.send(number)
+    _, err = first.end(60)
+    if number == signal.SIGTERM and first.status:
         assert "parts are finished: the same command goes on from there." in err
     again = command(tmp_path)
-    out, err = again.communicate(timeout=300)
-    assert again.returncode == 0 or process.returncode == 0, (out, err)
+    printed = again.end()
+    assert again.status == 0 or first.status == 0, printed
     assert contents(tmp_path) == undisturbed
 
 
@@ -359,17 +354,18 @@ def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 
-small = nn.Linear(3, 2)
-fk.EmpiricalFisher(small, (torch.randn(4, 3), torch.tensor([0, 1, 0, 1])), structure=sys.argv[2])
-torch.manual_seed(0)
-widths = {"even": [800, 800, 800, 800], "wide": [100, 1600, 400, 600]}[sys.argv[1]]
-layers = [nn.Linear(i, o) for i, o in zip(widths, widths[1:])]
-model, x = nn.Sequential(*layers), torch.randn(1800, widths[0])  # more than any factor is wide
-data = [(x[i : i + 64], torch.arange(len(x[i : i + 64]))) for i in range(0, 1800, 64)]
-if len(sys.argv) == 3:
-    options = {} if sys.argv[2] == "kfac" else {"memory_budget": 1 << 40}
-    print(fk.plan(model, data, structure=sys.argv[2], **options).peak_bytes)
-else:
+def case(shape):
+    torch.manual_seed(0)
+    widths = {"even": [800, 800, 800, 800], "wide": [100, 1600, 400, 600]}[shape]
+    layers = [nn.Linear(i, o) for i, o in zip(widths, widths[1:])]
+    model, x = nn.Sequential(*layers), torch.randn(1800, widths[0])  # more than any factor is wide
+    return model, [(x[i : i + 64], torch.arange(len(x[i : i + 64]))) for i in range(0, 1800, 64)]
+
+
+if __name__ == "__main__":
+    small = nn.Linear(3, 2)
+    fk.EmpiricalFisher(small, (torch.randn(4, 3), torch.tensor([0, 1, 0, 1])), structure=sys.argv[2])
+    model, data = case(sys.argv[1])
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
     fk.EmpiricalFisher(model, data, structure=sys.argv[2])
@@ -385,18 +381,12 @@ def test_plan__foretells_the_peak_of_memory(structure: str, shape: str) -> None:
     environment = os.environ | {
         "PYTHONPATH": str(Path(fk.__file__).parents[1]), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
     }  # fmt: skip
-    told, measured = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", MEMORY, shape, structure, *others],
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for others in ([], ["measured"])
-    )
+    run = [sys.executable, "-c", MEMORY, shape, structure]
+    measured = int(subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout)
+    own: dict[str, Any] = {"__name__": "planned"}
+    exec(MEMORY, own)
+    options = {} if structure == "kfac" else {"memory_budget": 1 << 40}
+    told = fk.plan(*own["case"](shape), structure=structure, **options).peak_bytes
     assert 0.7 * measured < told < 1.4 * measured
 
 

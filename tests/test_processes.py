@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fisherkit as fk
 from tests import ranks
+from tests.axes import paired
 
 KINDS = ("ef", "ief:0.5", "sf:2", "exact", "truncated:2")
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac", "nkp")
@@ -82,7 +83,7 @@ IN_PARTS, PARTED = 2760, ("kfac", "ekfac")
 CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
     2: [(kind, {"structure": "ekfac"}) for kind in KINDS]
     + [("exact", {"normalization": "sum"}), *(("exact", {"structure": s, "memory_budget": IN_PARTS}) for s in PARTED)],
-    3: [(kind, {"structure": s}) for kind in KINDS for s in STRUCTURES]
+    3: [(kind, {"structure": s}) for kind, s in paired(KINDS, STRUCTURES)]
     + [("ef", {"memory_budget": 1}), ("exact", {"memory_budget": 1}), ("truncated:2", {"max_rows": 5})],
     4: [("sf:2", {"structure": s}) for s in ("full", "ekfac")],
 }

@@ -200,7 +200,6 @@ def test_environment__names_no_machine_and_no_user() -> None:
     assert "/" not in text.replace("+cpu", "")
 
 
-@pytest.mark.smoke
 def test_fixed__every_row_has_a_peer() -> None:
     records = list(measure_fixed(SETTINGS))
     assert len(records) == 4 + len(STEPS)

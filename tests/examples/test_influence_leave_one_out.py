@@ -89,7 +89,6 @@ def test_leave_one_out__is_the_difference_of_optima() -> None:
     assert float(got.noise.max()) < 1e-9  # seeds start elsewhere and end at the same optimum
 
 
-@pytest.mark.smoke
 def test_leave_one_out__agrees_with_influence_functions_on_a_convex_model() -> None:
     scores = exact_scores()
     left_out = leave_one_out(softmax, TRAIN, QUERIES, range(0, N, 3), NEAR, seeds=(0,))
