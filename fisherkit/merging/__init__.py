@@ -7,6 +7,7 @@ from fisherkit.merging.assembly import BlockInfo, MergeInfo
 from fisherkit.merging.baselines import average, task_arithmetic
 from fisherkit.merging.export import to_mergekit
 from fisherkit.merging.layers import merge_layers
+from fisherkit.merging.line_search import line_search
 from fisherkit.merging.merge import merge, regmean
 from fisherkit.merging.policy import MergePolicy
 from fisherkit.merging.second_moment import from_optimizer
@@ -17,6 +18,7 @@ __all__ = [
     "MergePolicy",
     "average",
     "from_optimizer",
+    "line_search",
     "merge",
     "merge_layers",
     "regmean",
