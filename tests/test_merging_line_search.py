@@ -51,7 +51,7 @@ def test_line_search__finds_the_least_of_a_quadratic(place: float) -> None:
     for name, tensor in between(start, end, expected).items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-14, atol=1e-15)
     assert info.method == "line_search"
-    assert info.weights == (1 - expected, expected)
+    assert info.share == expected
     assert [share for share, _ in info.losses] == list(shares)
     assert [value for _, value in info.losses] == pytest.approx([loss(between(start, end, s)) for s in shares])
 
@@ -69,7 +69,7 @@ def test_line_search__losses_that_are_not_finite_are_the_largest() -> None:
     start, end = ends()
     losses = iter([math.nan, 3.0, math.inf, 2.0, math.nan])
     _, info = line_search(start, end, lambda state: torch.tensor([next(losses)]), return_info=True)
-    assert info.weights == (0.25, 0.75)
+    assert info.share == 0.75
     with pytest.raises(fk.NonFiniteError, match=r"line_search: got losses \[nan, nan\]"):
         line_search(start, end, lambda state: math.nan, shares=(0, 1))
 
@@ -82,7 +82,7 @@ def test_line_search__of_files_writes_a_file(tmp_path: Path) -> None:
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     path, info = line_search(*paths, loss, out=tmp_path / "c.safetensors", return_info=True)
     written, found = load_file(path), line_search(start, end, loss)
-    assert info.weights == (0.5, 0.5)
+    assert info.share == 0.5
     assert all(torch.equal(written[name], found[name]) for name in found)
     assert all(tensor.dtype == torch.bfloat16 for tensor in written.values())
 

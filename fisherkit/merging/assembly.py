@@ -73,6 +73,7 @@ class MergeInfo:
         blocks: how each block was solved, in the order of solving.
         unverified: numbers of models, from 1, that could not be told to be the ones their Fishers were measured at.
         losses: pairs (s, loss) of what `line_search` tried.
+        share: the s that it took; None without a search.
     """
 
     method: str
@@ -84,6 +85,7 @@ class MergeInfo:
     blocks: tuple[BlockInfo, ...] = ()
     unverified: tuple[int, ...] = ()
     losses: tuple[tuple[float, float], ...] = ()
+    share: float | None = None
 
     @property
     def converged(self) -> bool:

@@ -36,10 +36,10 @@ def line_search(
     overwrite: bool = False,
     return_info: bool = False,
 ) -> Any:
-    """The model of least loss among θ_start + s (θ_end − θ_start): between the average and a merge, never worse than both.
+    """The model of least loss among θ_start + s (θ_end − θ_start), such as between the models' average and a merge.
 
-    What `merge` minimises are quadratic forms around each model, which need not hold as far away as the merged model is.
-    A few examples of each task say whether they do, and how far to go.
+    What `merge` minimises are quadratic forms around each model, which need not hold where the merged model is. A few
+    examples of each task say whether they do, and how far to go: by this loss the result is no worse than either end.
 
     Args:
         start: a module, state dict or path, such as the models' `average`.
@@ -50,7 +50,7 @@ def line_search(
         policy: what is allowed where the two leave a choice besides parameters, as in `average`.
         out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
         overwrite: replace a model that is there.
-        return_info: also return a `MergeInfo`, whose ``losses`` are of all shares and whose weights are 1 − s and s.
+        return_info: also return a `MergeInfo`, whose ``losses`` are of all shares and whose ``share`` is the s taken.
 
     Returns:
         A state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
@@ -82,7 +82,7 @@ def line_search(
     found, info = average(
         ends, [1 - best, best], policy=policy, out=out, overwrite=overwrite, return_info=True
     )  # fmt: skip
-    return (found, replace(info, method=CALL, losses=losses)) if return_info else found
+    return (found, replace(info, method=CALL, losses=losses, share=best)) if return_info else found
 
 
 def _loss(loss: Loss, state: dict[str, Tensor]) -> float:
