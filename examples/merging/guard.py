@@ -43,8 +43,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 CHECKED = (DEFAULT, "ρ = 0", "as they are")
 """Settings whose merges are checked."""
 
-CHECKS = (("held out", 4), ("held out", 8), ("held out", 32), ("trained on", 8))
-"""Which examples, and how many of each task."""
+CHECKS = (("held out", 4), ("held out", 8), ("held out", 32), ("held out, by errors", 32), ("trained on", 8))
+"""Which examples, and how many of each task; by cross-entropy, or by the share that is classified wrongly."""
 
 FISHER, HELD = 200, 32
 """Examples of each task that Fishers are measured on, and that are kept from the judge."""
@@ -115,8 +115,8 @@ def _cell(name: str, seed: int, folder: Path, epochs: int | None) -> Cell:
             merged, info = fk.merging.merge(models, fishers, policy=policy, return_info=True, **options)
             found[setting] = {"none": judge(merged, max(block.worst for block in info.blocks))}
             for source, count in CHECKS if setting in CHECKED else ():
-                examples = held if source == "held out" else fitted
-                loss = _loss(network, [(x[:count], y[:count]) for x, y in examples])
+                some = [(x[:count], y[:count]) for x, y in (fitted if source == "trained on" else held)]
+                loss = _errors(network, some) if "errors" in source else _loss(network, some)
                 checked, info = fk.merging.line_search(average, merged, loss, return_info=True)
                 found[setting][f"{count} {source}"] = judge(checked, info.share)
     return cell
@@ -140,6 +140,11 @@ def _loss(network: nn.Module, data: Data) -> Callable[[dict[str, Tensor]], float
             return fmean(float(F.cross_entropy(network(x), y)) for x, y in data)
 
     return loss
+
+
+def _errors(network: nn.Module, data: Data) -> Callable[[dict[str, Tensor]], float]:
+    """The mean over tasks of the share of examples that are classified wrongly, of a state."""
+    return lambda state: 1 - fmean(float(right.mean()) for right in _right(network, state, data))
 
 
 def _right(network: nn.Module, state: Mapping[str, Tensor], data: Data) -> list[Tensor]:
