@@ -72,7 +72,8 @@ NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "tor
 """Entries of config.json that say nothing about what the weights mean."""
 
 OWN = frozenset({
-    "model", "fisher", "check", "method", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"
+    "model", "fisher", "check", "method", "out", "config_from_first", "absolute_damping", "overwrite", "as_json",
+    "verbose",
 })  # fmt: skip
 """Options that are not keywords of the functions of `fisherkit.merging`, or of none but those with Fishers."""
 
@@ -184,8 +185,8 @@ class Merge:
         for folder in (average, merged):
             _copy_beside(self.model[0], folder)
         say(f"Checking on {sum(len(own.texts) for own in texts):,} texts ...")
-        ends = [replace(texts[0].folder, path=folder).load(self.device, None) for folder in (average, merged)]
-        _, found = merging.line_search(*ends, partial(_loss, texts), policy=policy, return_info=True)
+        start, end = (replace(texts[0].folder, path=folder).load(self.device, None) for folder in (average, merged))
+        _, found = merging.line_search(start, end, partial(_loss, texts), policy=policy, return_info=True)
         merging.average([average, merged], found.weights, policy=policy, out=whole)
         return replace(info, losses=found.losses, share=found.share)
 
