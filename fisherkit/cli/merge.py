@@ -323,7 +323,7 @@ def _copy_beside(model: Path, folder: Path) -> None:
 
 
 def _loss(texts: Sequence[TextBatches], state: Mapping[str, torch.Tensor]) -> float:
-    """The mean over files of the model's own loss, which is a mean over texts."""
+    """The mean over files of the model's own loss, whose batches count by their texts."""
     model, means = texts[0].model, []
     model.load_state_dict(state)
     device = next(model.parameters()).device
