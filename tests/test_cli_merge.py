@@ -18,7 +18,7 @@ import fisherkit as fk
 from fisherkit import io
 from fisherkit.merging.blocks import _operations, expected_seconds
 from tests import commands
-from tests.text_models import TEXTS, make_classifier, make_tokenizer, saved
+from tests.text_models import LABELS, TEXTS, make_classifier, make_tokenizer, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
@@ -283,6 +283,60 @@ def test_merge__says_how_long_it_takes_and_which_blocks_the_average_leaves_neare
     assert f"{some:,} blocks are farther from some model's outputs" in result.stdout
     monkeypatch.setattr("fisherkit.cli.merge.FARTHER", 1e9)
     assert "farther" not in merged(*both(tasks), "--out", tmp_path / "n", "--verbose").stdout
+
+
+def test_merge__checked_on_texts_is_the_best_between_the_average_and_the_merged_model(
+    tasks: Path, tmp_path: Path
+) -> None:
+    files = []
+    for place, own in enumerate((slice(0, 3), slice(3, None))):
+        pairs = list(zip(TEXTS, LABELS, strict=True))[own]
+        lines = [json.dumps({"text": text, "label": label}) for text, label in pairs]
+        files.append(tmp_path / f"{place}.jsonl")
+        files[-1].write_text("\n".join(lines) + "\n")
+    options = ["--damping", "1e-3"]
+    checked = merged(*both(tasks), *options, "--check", files[0], "--check", files[1], "--out", tmp_path / "checked")
+    assert checked.exit_code == 0, checked.output
+    info = json.loads((tmp_path / "checked" / "merge.json").read_text())
+    for name, method in (("merged", options), ("average", [])):
+        fishers = both(tasks) if method else [*both(tasks, fishers=False), "--method", "average"]
+        assert merged(*fishers, *method, "--out", tmp_path / name).exit_code == 0
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("average", "merged"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    losses, states = [], []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        states.append({n: (start[n].double() + share * (end[n].double() - start[n].double())).float() for n in start})
+        model.load_state_dict(states[-1])
+        means = []
+        for file in files:
+            found = [json.loads(line) for line in file.read_text().splitlines()]
+            each = [
+                torch.nn.functional.cross_entropy(
+                    model(**tokenizer(pair["text"], return_tensors="pt")).logits.double(),
+                    torch.tensor([model.config.label2id[pair["label"]]]),
+                ).item()
+                for pair in found
+            ]
+            means.append(sum(each) / len(each))
+        losses.append(sum(means) / 2)
+    assert [loss for _, loss in info["losses"]] == pytest.approx(losses, rel=1e-5)
+    best = min(range(5), key=losses.__getitem__)
+    assert info["share"] == best / 4
+    assert f"{best / 4:g} of the way was taken" in checked.stdout
+    written = load_file(tmp_path / "checked" / "model.safetensors")
+    for name, tensor in states[best].items():
+        torch.testing.assert_close(written[name], tensor, rtol=1e-6, atol=1e-7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.jsonl", "1.jsonl", "average", "checked", "merged"]
+
+
+@pytest.mark.parametrize("options", [["--method", "average"], ["--mismatched", "skip"]], ids=" ".join)
+def test_merge__refuses_a_check_of_what_has_no_loss(options: list[str], tasks: Path, tmp_path: Path) -> None:
+    sources = both(tasks, fishers=options[0] != "--method")
+    result = merged(*sources, *options, "--check", tasks / "texts.jsonl", "--out", tmp_path / "m")
+    assert result.exit_code == 1
+    assert f"--check with {' '.join(options)}" in result.stderr
+    assert not (tmp_path / "m").exists()
 
 
 def test_expected_seconds__counts_the_layers_that_are_kronecker_products(tmp_path: Path) -> None:

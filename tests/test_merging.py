@@ -123,6 +123,16 @@ def test_against_average__is_large_where_the_plain_average_keeps_outputs_nearer(
     assert info.blocks[0].worst == pytest.approx(1, rel=1e-2)
 
 
+@pytest.mark.parametrize("name", ["diagonal", "kronecker", "three_kroneckers"])
+def test_merge__damping_of_each_fisher_is_damping_of_the_sum_towards_the_average(name: str) -> None:
+    pairs = mc.STRUCTURES[name]()
+    space = pairs[0][0].space
+    models, weights = mc.states(space, len(pairs)), [0.3, 0.7, 1.1][: len(pairs)]
+    damped = [matrix + 0.2 * torch.eye(space.size, dtype=F64) for matrix in mc.matrices(pairs)]
+    result = merge(models, mc.operators(pairs), weights, damping=0.2 * sum(weights), normalize=None)
+    check(result, mc.brute_force(models, damped, space, weights, 0.0), space)
+
+
 def test_merge__damping_pulls_to_the_center_and_never_to_zero() -> None:
     pairs = mc.STRUCTURES["kronecker"]()
     models = mc.states(oc.LAYER, 2)

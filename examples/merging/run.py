@@ -20,7 +20,7 @@ from examples.shared.results import Figures, write_json
 
 DOCS = Path(__file__).parents[2] / "docs"
 ASSETS = DOCS / "assets" / "merging"
-PARTS = {name: f"examples.merging.{name}" for name in ("protocol", "small", "text")}
+PARTS = {name: f"examples.merging.{name}" for name in ("protocol", "guard", "small", "text")}
 PAGE = "results/merging.md"
 """Where all parts' sections stand."""
 

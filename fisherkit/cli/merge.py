@@ -12,7 +12,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -33,6 +33,7 @@ from fisherkit.cli.options import (
     numbers_or,
     option,
 )
+from fisherkit.cli.sources import ModelOptions, TextBatches
 from fisherkit.cli.text import table
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
 from fisherkit.io.fisher_file import index_of
@@ -70,9 +71,10 @@ METHODS: Mapping[str, tuple[Callable[..., Any], frozenset[str]]] = {
 NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 """Entries of config.json that say nothing about what the weights mean."""
 
-OWN = frozenset(
-    {"model", "fisher", "method", "out", "config_from_first", "absolute_damping", "overwrite", "as_json", "verbose"}
-)
+OWN = frozenset({
+    "model", "fisher", "check", "method", "out", "config_from_first", "absolute_damping", "overwrite", "as_json",
+    "verbose",
+})  # fmt: skip
 """Options that are not keywords of the functions of `fisherkit.merging`, or of none but those with Fishers."""
 
 
@@ -87,11 +89,16 @@ class Merge:
         fisherkit merge --model A --fisher a.safetensors --model B --fisher b.safetensors --out merged
         fisherkit merge --model A --model B --method average --out merged
         fisherkit merge --model A --fisher a --model B --fisher b --uncovered average --weights examples --out new
+        fisherkit merge --model A --fisher a --model B --fisher b --check a.jsonl --check b.jsonl --out merged
     """
 
     model: Annotated[list[Path], option("PATH", "A Hugging Face folder, or a safetensors file; twice or more.")]
     out: Annotated[Path, option("PATH", "The folder (or, for files, the file) to write.")]
     fisher: Annotated[list[Path] | None, option("FILE", "A Fisher file for each model, in their order.", "none")] = None
+    check: Annotated[
+        list[Path] | None,
+        option("FILE", "Texts with labels, best of all held-out ones: how far to go from the average.", "none"),
+    ] = None
     method: Annotated[
         str, choice("By Fishers, whose blocks are solved by one of the first three, or another way", tuple(METHODS))
     ] = "auto"
@@ -143,6 +150,7 @@ class Merge:
         """Check, merge, copy what lies beside the weights, and put the folder in its place."""
         options = self._options()
         self._check()
+        texts = self._texts()
         function = partial(METHODS[self.method][0], self.model, **options, return_info=True)
         start = time.perf_counter()
         say(f"Merging {self._size()} ...")
@@ -157,12 +165,47 @@ class Merge:
         with io.part_folder(out) as part:
             whole = part / out.name
             whole.mkdir()
-            _, info = function(out=whole)
-            for path in beside_weights(self.model[0]):
-                shutil.copy2(path, whole / path.name)
+            merged = part / f"{out.name}.merged" if self.check else whole
+            merged.mkdir(exist_ok=True)
+            _, info = function(out=merged)
+            if self.check:
+                info = self._checked(texts, merged, whole, options["policy"], info)
+            _copy_beside(self.model[0], whole)
             (whole / "merge.json").write_text(info.to_json() + "\n", encoding="utf-8")
             _put_in_place(whole, out, part / REPLACED)
         self._tell(self.out, info, time.perf_counter() - start)
+
+    def _checked(
+        self, texts: Sequence[TextBatches], merged: Path, whole: Path, policy: MergePolicy, info: merging.MergeInfo
+    ) -> merging.MergeInfo:
+        """Write the best model on texts between the models' average and the merged one; its info has their losses."""
+        average, policy = merged.with_name(f"{whole.name}.average"), replace(policy, uncovered=None)
+        average.mkdir()
+        merging.average(self.model, info.weights, policy=policy, out=average)
+        for folder in (average, merged):
+            _copy_beside(self.model[0], folder)
+        say(f"Checking on {sum(len(own.texts) for own in texts):,} texts ...")
+        start, end = (replace(texts[0].folder, path=folder).load(self.device, None) for folder in (average, merged))
+        _, found = merging.line_search(start, end, partial(_loss, texts), policy=policy, return_info=True)
+        merging.average([average, merged], found.weights, policy=policy, out=whole)
+        return replace(info, losses=found.losses, share=found.share)
+
+    def _texts(self) -> list[TextBatches]:
+        """What the result is checked on, read before anything is merged; nothing without --check."""
+        if not self.check:
+            return []
+        odd = [] if self._folders else ["files of weights"]
+        odd += [
+            text for text in ("--method average", "--mismatched skip") if getattr(self, text.split()[0][2:]) in text
+        ]
+        if odd:
+            _refuse(
+                f"--check with {' and '.join(odd)}",
+                "folders that are merged whole, by Fishers, RegMean or task arithmetic",
+                "a model is chosen between their average and the merged one, by its own loss on texts",
+            )  # fmt: skip
+        files: dict[str, Path | None] = {f"--check {path}": path for path in self.check}
+        return ModelOptions(device=self.device).texts(str(self.model[0]), files, CALL) or []
 
     @property
     def _folders(self) -> bool:
@@ -265,10 +308,31 @@ class Merge:
                 f"{farther:,} block{'s are' if farther > 1 else ' is'} farther from some model's outputs than "
                 "the average is,\na reason to compare with --method average (against_average in merge.json)."
             )
+        if info.losses:
+            tried = ", ".join(f"{loss:.3g}" for _, loss in info.losses)
+            typer.echo(f"Loss from the average to the merged model {tried}: {info.share:g} of the way was taken.")
         if info.unverified:
             unverified = ", ".join(map(str, info.unverified))
             typer.echo(f"Not checked: that each Fisher was measured at its model's weights (models {unverified}).")
         typer.echo(f"Wrote {path}.")
+
+
+def _copy_beside(model: Path, folder: Path) -> None:
+    for path in beside_weights(model):
+        shutil.copy2(path, folder / path.name)
+
+
+def _loss(texts: Sequence[TextBatches], state: Mapping[str, torch.Tensor]) -> float:
+    """The mean over files of the model's own loss, whose batches count by their texts."""
+    model, means = texts[0].model, []
+    model.load_state_dict(state)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for own in texts:
+            batches = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in own)
+            total = sum(float(model(**batch).loss) * len(batch["labels"]) for batch in batches)
+            means.append(total / len(own.texts))
+    return sum(means) / len(means)
 
 
 def _put_in_place(whole: Path, out: Path, replaced: Path) -> None:

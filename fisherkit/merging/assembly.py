@@ -63,7 +63,7 @@ class MergeInfo:
     """What a merge did.
 
     Args:
-        method: "merge", "average", "task_arithmetic" or "regmean".
+        method: "merge", "merge_layers", "average", "task_arithmetic", "regmean" or "line_search".
         weights: w_t of each model.
         names: each name of the models to what it became: "merged", "averaged", "first", "center", "equal" (the same in
             all models), "tied to NAME" or "skipped".
@@ -72,6 +72,8 @@ class MergeInfo:
         output_damping: ρ.
         blocks: how each block was solved, in the order of solving.
         unverified: numbers of models, from 1, that could not be told to be the ones their Fishers were measured at.
+        losses: pairs (s, loss) of what `line_search` tried.
+        share: the s that it took; None without a search.
     """
 
     method: str
@@ -82,6 +84,8 @@ class MergeInfo:
     output_damping: float = 0.0
     blocks: tuple[BlockInfo, ...] = ()
     unverified: tuple[int, ...] = ()
+    losses: tuple[tuple[float, float], ...] = ()
+    share: float | None = None
 
     @property
     def converged(self) -> bool:

@@ -147,12 +147,14 @@ def check_weights(weights: Sequence[float] | Tensor | str | None, count: int, ca
 
 
 def weighted_average(models: Sequence[ModelSource], weights: Sequence[float], name: str) -> Tensor:
-    """Σ w_t θ_t / Σ w_t, float64; exactly θ_1 where all models are equal."""
-    first = read_double(models[0], name)
-    total, mean = sum(weights), torch.zeros_like(first)
-    for model, weight in zip(models[1:], weights[1:], strict=True):
-        mean.add_(read_double(model, name, first.device) - first, alpha=weight / total)
-    return mean.add_(first)
+    """Σ w_t θ_t / Σ w_t, float64; exactly θ_1 where all models are equal, or θ_t where the others' weights are 0."""
+    base = next(place for place, weight in enumerate(weights) if weight)  # with a weight alone, it is returned as it is
+    origin = read_double(models[base], name)
+    total, mean = sum(weights), torch.zeros_like(origin)
+    for place, (model, weight) in enumerate(zip(models, weights, strict=True)):
+        if place != base:
+            mean.add_(read_double(model, name, origin.device) - origin, alpha=weight / total)
+    return mean.add_(origin)
 
 
 def read_double(model: ModelSource, name: str, device: torch.device | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fisherkit as fk
-from examples.merging import baselines, methods, protocol, run, small, text, text_tasks
+from examples.merging import baselines, guard, methods, protocol, run, small, text, text_tasks
 from examples.merging.methods import DEFAULT, GRID, PLAIN, REGMEAN, SHORT, Setting
 from examples.merging.small_summary import Family, Spread, families, summarize
 from examples.merging.suites import DOMAINS, MORE, SUBSETS, SUITES, Suite, suite
@@ -191,6 +191,17 @@ def test_protocol__has_every_row_and_bounds(tmp_path: Path) -> None:
     assert all(len(tests) == 5 for tests in (*cell["rows"].values(), cell["individual"], cell["joint"]))
     assert "| average |" in protocol.report(found)
     assert protocol._interval([1.0, 2.0, 4.0]) == pytest.approx(4.3027 * 1.5275 / 3**0.5, rel=1e-4)
+
+
+def test_guard__judges_every_setting_and_check(tmp_path: Path) -> None:
+    found = guard.run(tmp_path, tiny=True)
+    rows = guard._rows(found["cells"])
+    checks = len(guard.SETTINGS) + len(guard.CHECKED) * len(guard.CHECKS)
+    assert len(rows) == len(guard.KINDS) * len(guard.STRUCTURES) * checks
+    assert all(row["noise"] >= 0 for row in rows)
+    assert all(row["gain"] == row["noise"] == 0 for row in rows if row["check"] != "none" and row["ratio"] == 0)
+    assert guard._said([{"gain": -3.0, "noise": 2.0}, {"gain": -1.0, "noise": 2.0}]) == "1 of 2; -3.0; -2.0"
+    assert "| kfac, 1.1 |" in guard.report(found)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
