@@ -40,6 +40,9 @@ MOST_BARS = 40
 _BLUE, _ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart with any colour vision
 
 
+# -- show --------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Show:
     """Show what a Fisher file holds.
@@ -205,6 +208,9 @@ def _draw(found: Summary, path: Path) -> None:
         figure.savefig(part, format="png")
 
 
+# -- audit -------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Audit:
     """Compare a Fisher of any origin with an exact one.
@@ -260,6 +266,9 @@ def _read(path: Path) -> FisherOperator | dict[str, Tensor]:
         return load(path)
     header, tensors = io.read_tensors(path, "cpu", "fisherkit audit", "fisher.save, or safetensors.torch.save_file")
     return load(path) if header.get("format") == io.FORMAT else tensors
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,25 @@ and no score.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from fisherkit.data import Batch, Source
-from fisherkit.rows.collection import Rows
-from fisherkit.rows.problem import Problem
-import json
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from tqdm.auto import tqdm
+
 from fisherkit import io
+from fisherkit.data import Batch, Source
 from fisherkit.errors import FileFormatError, InvalidArgumentError
 from fisherkit.rows import restore_rows
+from fisherkit.rows.collection import Rows
+from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
-
 
 MOST = 2048
 """Examples in a block: from here on products are as fast as they get."""
@@ -185,6 +184,9 @@ def in_groups(blocks: RowBlocks, most: int) -> Iterator[RowBlock]:
             pending = []
         pending.append(block)
     yield joined(pending)
+
+
+# -- in a folder -------------------------------------------------------------------------------------------------------
 
 
 CALL = "prepare(folder)"

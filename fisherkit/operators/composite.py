@@ -75,6 +75,9 @@ class CompositeOperator(FisherOperator):
         return io.State(self.tag, self.space.names, children=tuple(part._state() for part in self.parts))
 
 
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
 class BlockDiagonalOperator(CompositeOperator):
     """F = blockdiag(F₁, F₂, ...) up to the order of the parameters.
 
@@ -341,6 +344,9 @@ def _check_partition(space: ParameterSpace, blocks: Sequence[Any]) -> None:
     if len({block.device for block in blocks}) > 1:
         devices = [str(block.device) for block in blocks]
         raise InvalidArgumentError(call=call, got=f"blocks on {devices}", expected="one device")
+
+
+# -- sums --------------------------------------------------------------------------------------------------------------
 
 
 LEAST_SHIFT = 1e-12
