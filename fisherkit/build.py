@@ -18,7 +18,7 @@ from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, listed, warn
 from fisherkit.memory import available_memory, readable
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator
-from fisherkit.operators.block_diagonal import join
+from fisherkit.operators.composite import join
 from fisherkit.operators.linalg import checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes

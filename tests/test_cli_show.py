@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import fisherkit as fk
-from fisherkit.cli import show
+from fisherkit.cli import fisher_files
 from fisherkit.operators import unwrap
 from tests import commands
 from tests.operator_cases import CASES, block_diagonal, diagonal, kronecker, total
@@ -92,7 +92,7 @@ def test_text__says_which_blocks_have_no_closed_form(path: Path) -> None:
 def test_text__says_when_a_decomposition_would_take_too_long(
     structure: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show, "LARGEST_SIDE", 3)
+    monkeypatch.setattr(fisher_files, "LARGEST_SIDE", 3)
     fk.EmpiricalFisher(mlp(), (X, Y), structure=structure).save(path)
     assert "would have to decompose a matrix of side" in run(path).stdout
     assert "above 3 (fk.estimators.lanczos_eigenvalues" in run(path).stdout

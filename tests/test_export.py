@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import fisherkit as fk
 from fisherkit.cli import app
 from fisherkit.operators import DiagonalOperator, KroneckerOperator
-from fisherkit.operators.block_diagonal import join
+from fisherkit.operators.composite import join
 from fisherkit.space import ParameterSpace
 from tests.text_models import make_classifier, make_tokenizer, saved
 

@@ -1,6 +1,6 @@
 """The command line: ``fisherkit`` and ``python -m fisherkit``.
 
-A command is a record of options in a module of its own, named in `COMMANDS`.
+A command is a record of options, named in `COMMANDS`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from typing import Annotated
 import typer
 
 from fisherkit._version import __version__
-from fisherkit.cli.audit import Audit
 from fisherkit.cli.command import Command
 from fisherkit.cli.estimate import Estimate
-from fisherkit.cli.export import Export
+from fisherkit.cli.fisher_files import Audit, Export, Show
 from fisherkit.cli.info import Info
 from fisherkit.cli.merge import Merge
 from fisherkit.cli.quality import Quality
 from fisherkit.cli.scores import Scores
-from fisherkit.cli.show import Show
 
 app = typer.Typer(
     help="Fisher information matrices of PyTorch models.",

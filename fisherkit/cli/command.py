@@ -34,6 +34,9 @@ from fisherkit.memory import readable
 from fisherkit.processes import world_size
 from fisherkit.progress import duration, in_lines
 
+# -- the package's words in a command's --------------------------------------------------------------------------------
+
+
 _VALUE = r"\"[^\"]*\"|'[^']*'|\[[^\]]*\]|-?[\w.+-]*\w|\.\.\."
 
 _KINDS = {kind.__name__: name for name, kind in KINDS.items()}
@@ -104,6 +107,9 @@ def _option(flag: str, value: str | None) -> str:
     elif value[0] == "[":
         value = ",".join(word.strip().strip("'\"").removesuffix(".0") for word in value[1:-1].split(","))
     return f"{flag} {value}"
+
+
+# -- a command ---------------------------------------------------------------------------------------------------------
 
 
 LINES_EVERY = 10.0

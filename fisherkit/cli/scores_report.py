@@ -203,6 +203,9 @@ def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
+# -- pictures as PNG files in the page ---------------------------------------------------------------------------------
+
+
 LARGEST = 320
 """Pixels of the longer side; larger pictures are averaged down."""
 

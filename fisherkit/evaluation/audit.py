@@ -23,7 +23,7 @@ from fisherkit.errors import (
     MemoryBudgetError,
 )
 from fisherkit.operators import DiagonalOperator, FisherOperator, split
-from fisherkit.operators.block_diagonal import join
+from fisherkit.operators.composite import join
 
 LARGEST_BLOCK = 4096
 """Parameters of a block that is still written out to be compared: 134 MB in float64."""

@@ -140,6 +140,9 @@ def _cells(row: QualityRow) -> tuple[str, ...]:
     return (row.kind, row.structure, damping, *numbers, f"{row.rows:,}", f"{1e3 * row.seconds:.3g}")
 
 
+# -- its picture -------------------------------------------------------------------------------------------------------
+
+
 # Okabe and Ito, "Color universal design" (2008): told apart with any colour vision; the markers say the same again.
 _COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F", "#777777")
 _MARKERS = ("s", "^", "v", "o", "D", "P", "x", "h", "*")
@@ -195,6 +198,9 @@ def plot_damping(tables: QualityTable | Sequence[QualityTable], path: str | Path
     figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     with replacing(path) as part:
         figure.savefig(part, format=path.suffix.lstrip(".") or "png")
+
+
+# -- the comparison ----------------------------------------------------------------------------------------------------
 
 
 CALL = "compare"

@@ -126,6 +126,9 @@ def _flat(vector: Direction, fisher: FisherOperator, call: str) -> Float[Tensor,
     return columns.reshape(flat.shape)
 
 
+# -- the gradient that belongs to a Fisher -----------------------------------------------------------------------------
+
+
 CALL = "loss_gradient"
 
 

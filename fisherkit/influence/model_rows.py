@@ -156,6 +156,9 @@ def query_rule(measurement: Measurement, *, labelled: bool) -> OutputRule:
     return (FunctionVectors if labelled else UnlabelledFunctionVectors)(measurement)
 
 
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
 CALL = "InfluenceScores"
 
 

@@ -20,8 +20,15 @@ from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries, compressed_groups
-from fisherkit.influence.blocks import KeptBlocks, LiveBlocks, OncePerExample, RowBlock, RowBlocks, in_groups
-from fisherkit.influence.folder import write_blocks
+from fisherkit.influence.blocks import (
+    KeptBlocks,
+    LiveBlocks,
+    OncePerExample,
+    RowBlock,
+    RowBlocks,
+    in_groups,
+    write_blocks,
+)
 from fisherkit.influence.model_rows import Measurement, ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping

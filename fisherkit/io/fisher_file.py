@@ -161,6 +161,9 @@ def pack(state: State, largest: int | None, prefix: str = "") -> tuple[Node, dic
     return Node(state.kind, state.names, places, state.options, tuple(children)), tensors
 
 
+# -- the format --------------------------------------------------------------------------------------------------------
+
+
 VERSION = 1
 """Of a single file."""
 SHARDED_VERSION = 2

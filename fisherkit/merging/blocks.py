@@ -292,6 +292,9 @@ def _refined(
     return solution, info
 
 
+# -- how long it will take ---------------------------------------------------------------------------------------------
+
+
 STEPS = 60
 """Of conjugate gradients, as layers of MiniLM take with the default damping."""
 

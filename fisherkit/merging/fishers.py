@@ -17,7 +17,7 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed, war
 from fisherkit.merging.models import ModelSource
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators import FisherOperator, KroneckerOperator, open_file, split
-from fisherkit.operators.block_diagonal import join
+from fisherkit.operators.composite import join
 from fisherkit.operators.persistence import renamed
 from fisherkit.space import ParameterSpace, finest_partition
 from fisherkit.wrappers import matching

@@ -271,6 +271,9 @@ def _blocks(entries: Entries, job: Job, sources: Sequence[FisherSource], merged:
     return joined_blocks(sources, merged, job.call)
 
 
+# -- without Fishers ---------------------------------------------------------------------------------------------------
+
+
 def average(
     models: Sequence[Model],
     weights: Sequence[float] | None = None,
@@ -369,6 +372,9 @@ def task_arithmetic(
     equal = (1.0,) * len(sources)
     job = Job(call, sources, equal, start, allowed, out, overwrite, return_info, progress)
     return job.result(entries, merged(), weights=(float(scale),) * len(sources))
+
+
+# -- layer after layer -------------------------------------------------------------------------------------------------
 
 
 KFAC = partial(ExactFisher, structure="kfac")

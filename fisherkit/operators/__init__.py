@@ -19,9 +19,8 @@ is right for any matrix, if slow, or that refuses: what an application asks of a
 for its class. `split` takes an operator apart into independent blocks; `open_file` reads them one by one from a file.
 """
 
-from fisherkit.operators.algebra import SumOperator, add
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator, split
+from fisherkit.operators.composite import BlockDiagonalOperator, SumOperator, add, split
 from fisherkit.operators.damping import Damping, RelativeDamping
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.diagonal import DiagonalOperator

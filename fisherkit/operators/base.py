@@ -371,9 +371,8 @@ class FisherOperator(ABC):
     @without_autocast()
     def __add__(self, other: FisherOperator) -> FisherOperator:
         """F + other, folded into one operator where that is exact, else kept as a sum."""
-        from fisherkit.operators.algebra import (
-            add,
-        )  # the sum is itself an operator, so this import cannot be at the top
+        # The sum is itself an operator, so this import cannot be at the top.
+        from fisherkit.operators.composite import add
 
         if not isinstance(other, FisherOperator):
             raise InvalidTypeError(

@@ -145,6 +145,9 @@ def aligned(spaces: Sequence[ParameterSpace], rows: Rows) -> bool:
     return all(len({home[name] for name in slot.names}) == 1 for slot in rows.slots)
 
 
+# -- inverses ----------------------------------------------------------------------------------------------------------
+
+
 DIRECT_TOLERANCE = 1e-3  # a direct solve that leaves more than this is reported as not converged
 
 

@@ -12,7 +12,7 @@ import torch
 from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidArgumentError, UnknownParameterError
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator
+from fisherkit.operators.composite import BlockDiagonalOperator
 from fisherkit.operators.persistence import blocks_of_node, parts_fit, restore
 from fisherkit.operators.sharded import ShardedOperator
 from fisherkit.processes import Group, Processes

@@ -67,6 +67,9 @@ def unwrap(operator: FisherOperator) -> FisherOperator:
     return operator.held if isinstance(operator, ForwardingOperator) else operator
 
 
+# -- numbers in a coarser dtype ----------------------------------------------------------------------------------------
+
+
 _LATEST: WeakKeyDictionary[PackedOperator, FisherOperator] = WeakKeyDictionary()
 """The operator that was used last, in its wide form: an operation asks several things of it."""
 

@@ -166,6 +166,9 @@ def _mean_eigenvalue(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
     return matrix.trace() / len(matrix)
 
 
+# -- two terms ---------------------------------------------------------------------------------------------------------
+
+
 PASSES = 6
 """Solves for what is left, most often two: the residual is small in the new variables first."""
 

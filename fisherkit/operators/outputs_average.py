@@ -13,9 +13,8 @@ import math
 import torch
 
 from fisherkit.errors import InvalidArgumentError
-from fisherkit.operators.algebra import SumOperator, add
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import join
+from fisherkit.operators.composite import SumOperator, add, join
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.kronecker import KroneckerOperator
 from fisherkit.operators.layer_layout import LayerLayout

@@ -21,7 +21,7 @@ from fisherkit.errors import FisherkitError
 from fisherkit.io.fisher_file import pack
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.block_diagonal import BlockDiagonalOperator, join, owners_of_leading
+from fisherkit.operators.composite import BlockDiagonalOperator, join, owners_of_leading
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.outputs_average import average_over_outputs
 from fisherkit.processes import Processes

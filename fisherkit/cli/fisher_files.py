@@ -1,27 +1,34 @@
-"""``fisherkit show``: what a Fisher file holds, each layer's trace and the largest eigenvalues, for people and as JSON.
+"""Commands about Fisher files: ``show`` says what one holds, ``audit`` how another compares, ``export`` hands one on.
 
-Reads one block at a time, so that a file need not fit in memory.
+``show`` gives each layer's trace and the largest eigenvalues, for people and as JSON, and reads one block at a time, so
+that a file need not fit in memory. ``audit`` takes a Fisher of any origin, in a file, beside the exact one in a Fisher
+file. ``export`` owns the options alone; the folder is `fisherkit.merging`'s.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from fisherkit.cli.command import make_folder, require
-from fisherkit.cli.options import AsJson, Overwrite, argument, option
-from fisherkit.cli.text import WIDTH, pairs, progress, table
+from fisherkit import io, merging
+from fisherkit.cli.command import expect, make_folder, require
+from fisherkit.cli.options import AsJson, MaxShardSize, Overwrite, argument, choice, option
+from fisherkit.cli.text import WIDTH, number, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
+from fisherkit.evaluation import audit
 from fisherkit.io import replace_text, replacing
 from fisherkit.memory import readable
-from fisherkit.operators import open_file
+from fisherkit.merging.export import UNCOVERED
+from fisherkit.merging.policy import WORDS
+from fisherkit.operators import FisherOperator, load, open_file
 
 SHOWN = 10
 """Eigenvalues in the text; the JSON has more."""
@@ -31,6 +38,9 @@ LARGEST_SIDE = 4096
 """Of a matrix that is decomposed: seconds, not hours."""
 MOST_BARS = 40
 _BLUE, _ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart with any colour vision
+
+
+# -- show --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -196,3 +206,100 @@ def _draw(found: Summary, path: Path) -> None:
     figure.suptitle(f"{title or found.operator}, D = {found.size:,}")
     with replacing(path) as part:
         figure.savefig(part, format="png")
+
+
+# -- audit -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Compare a Fisher of any origin with an exact one.
+
+    Says how alike they are, and by which factor OTHER is larger: a penalty's strength that was tuned for EXACT is
+    divided by it to do the same with OTHER.
+
+    Examples:
+        fisherkit audit theirs.safetensors exact.safetensors
+        fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32
+    """
+
+    other: Annotated[
+        Path,
+        argument("OTHER", "A Fisher file, or any safetensors file of a diagonal: parameter name -> tensor."),
+    ]
+    exact: Annotated[Path, argument("EXACT", "A Fisher file.")]
+    compare: Annotated[
+        str | None, choice("What is compared", ("diagonal", "matrix"), "the matrix where both have one")
+    ] = None
+    batch_size: Annotated[
+        int | None, option("B", "Size of the batches behind OTHER, to recognise their squares.", "unknown", min=1)
+    ] = None
+    as_json: AsJson = False
+
+    def run(self) -> None:
+        """Compare and print."""
+        found = audit(_read(self.other), load(self.exact), compare=self.compare, batch_size=self.batch_size)
+        if self.as_json:
+            told = asdict(found) | {"strength_ratio": found.strength_ratio}
+            typer.echo(json.dumps(_plain(told), ensure_ascii=False, allow_nan=False))
+            return
+        header = ("parameters", "cosine", "scale", "trace ratio")
+        rows = [
+            (part.name, f"{part.cosine:.4f}", number(part.scale), number(part.trace_ratio))
+            for part in (*found.parts, found.total)
+        ]
+        typer.echo(f"{table(header, rows)}\n\n{found}")
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for what JSON has no number: the likeness of a part that is zero."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(path: Path) -> FisherOperator | dict[str, Tensor]:
+    """An operator from a Fisher file, named tensors from another safetensors file."""
+    if not path.is_file() or path.suffix == ".json":
+        return load(path)
+    header, tensors = io.read_tensors(path, "cpu", "fisherkit audit", "fisher.save, or safetensors.torch.save_file")
+    return load(path) if header.get("format") == io.FORMAT else tensors
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a Fisher's diagonal in a form that another tool reads.
+
+    For mergekit a model folder: the model's names, shapes, config and tokenizer, with the diagonal as weights, so that
+    it can be listed as another model. One block at a time is in memory.
+
+    Examples:
+        fisherkit export a.safetensors --to mergekit --model A --out fisher-of-a
+    """
+
+    file: Annotated[Path, argument("FILE", "A Fisher file, or the index of one in shards.")]
+    model: Annotated[Path, option("PATH", "The Hugging Face folder of the model that it was measured on.")]
+    out: Annotated[Path, option("PATH", "The folder to write.")]
+    to: Annotated[str, choice("The tool", ("mergekit",))] = "mergekit"
+    uncovered: Annotated[str, choice("Tensors of the model that the Fisher lacks", UNCOVERED)] = "refuse"
+    other_weights: Annotated[
+        str, choice("A Fisher measured at other weights than the model's", WORDS["other_weights"])
+    ] = "refuse"
+    max_shard_size: MaxShardSize = None
+    overwrite: Overwrite = False
+
+    def run(self) -> None:
+        """Check, write, tell."""
+        expect([self.out])
+        header = io.read_header(self.file, "fisherkit export")
+        merging.to_mergekit(
+            self.file, self.model, self.out, uncovered=self.uncovered, other_weights=self.other_weights,
+            max_shard_size=self.max_shard_size, overwrite=self.overwrite,
+        )  # fmt: skip
+        kind = " ".join(header.metadata[key] for key in ("kind", "structure") if key in header.metadata)
+        typer.echo(f"Wrote {self.out}: the diagonal of {self.file} ({kind}) in the shapes of {self.model}.")
