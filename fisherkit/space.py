@@ -62,7 +62,11 @@ class ParameterSpace:
             InvalidTypeError: neither names nor a predicate.
             ModelError: parameters that have no values yet.
         """
-        available = dict(model.named_parameters())
+        return cls.among(dict(model.named_parameters()), params)
+
+    @classmethod
+    def among(cls, available: Mapping[str, nn.Parameter], params: Selection = None) -> ParameterSpace:
+        """As `of`, of all parameters of a model by name."""
         if params is None:
             chosen = [name for name, parameter in available.items() if parameter.requires_grad]
         elif callable(params):
