@@ -555,9 +555,15 @@ def check_finite(z: Tensor, call: str) -> None:
         )  # fmt: skip
 
 
-def model_device(model: nn.Module, names: tuple[str, ...]) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the chosen parameters; a ModelError unless there is one of each, and whole parameters."""
-    parameters = dict(model.named_parameters())
+def model_device(
+    model: nn.Module, names: tuple[str, ...], own: Mapping[str, nn.Parameter] | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the chosen parameters; ``own`` are the model's parameters by name, if they are known.
+
+    Raises:
+        ModelError: there is not one of each, or processes have shards of parameters.
+    """
+    parameters = dict(model.named_parameters()) if own is None else own
     sharded = [name for name in names if hasattr(parameters[name], "full_tensor")]  # what DTensors have
     if sharded:
         raise ModelError(

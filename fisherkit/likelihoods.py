@@ -502,8 +502,7 @@ class Categorical(Likelihood):
         if _some_zero(self.weight):
             return None
         if self.hard:
-            least = gradient == gradient.amin(-1, keepdim=True)
-            return z.masked_fill(~least, float("-inf")).argmax(-1)
+            return z.masked_fill(gradient != gradient.amin(-1, keepdim=True), float("-inf")).argmax(-1)
         # u(y) = s_y p − (ε / C) w − (1 − ε) w_y e_y for each y; its products need O(C) together.
         z, found, e, c = z.double(), gradient.double(), self.label_smoothing, z.shape[-1]
         if c == 2 or e == 1:

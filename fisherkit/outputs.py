@@ -227,7 +227,7 @@ class OutputVectors:
             def masked(unit: Tensor, vector: Tensor) -> Tensor:
                 found = make(unit, vector)
                 _check_tensor("Columns.make's answer", found, z.dtype, (len(unit), *each), "k, P, C", call, why)
-                return torch.where(mask[unit].unsqueeze(-1), found, found.new_zeros(()))
+                return found if whole else torch.where(mask[unit].unsqueeze(-1), found, found.new_zeros(()))
 
             v = Columns(v.number, masked)
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -62,7 +62,11 @@ class ParameterSpace:
             InvalidTypeError: neither names nor a predicate.
             ModelError: parameters that have no values yet.
         """
-        available = dict(model.named_parameters())
+        return cls.among(dict(model.named_parameters()), params)
+
+    @classmethod
+    def among(cls, available: Mapping[str, nn.Parameter], params: Selection = None) -> ParameterSpace:
+        """As `of`, of all parameters of a model by name."""
         if params is None:
             chosen = [name for name, parameter in available.items() if parameter.requires_grad]
         elif callable(params):
@@ -187,6 +191,15 @@ class ParameterSpace:
             place = self.slices[name]
             stop = start + place.stop - place.start
             flat[place], start = part[start:stop], stop
+
+    def join(self, parts: Sequence[tuple[Sequence[str], Tensor]]) -> Tensor:
+        """One flat tensor, ``[D]`` or ``[D, K]``, of parts as `take` gives them, each with its names, which are all."""
+        if tuple(itertools.chain.from_iterable(names for names, _ in parts)) == self.names:
+            return torch.cat([part for _, part in parts])
+        whole = parts[0][1].new_empty(self.size, *parts[0][1].shape[1:])
+        for names, part in parts:
+            self.put(whole, names, part)
+        return whole
 
     def restrict(self, names: Iterable[str]) -> ParameterSpace:
         """The subspace of some of the names, in this space's order."""

@@ -106,10 +106,7 @@ class BlockDiagonalOperator(CompositeOperator):
 
     def _scatter(self, parts: Sequence[Tensor]) -> Tensor:
         """One flat tensor of the blocks' results."""
-        whole = parts[0].new_empty(self.size, *parts[0].shape[1:])
-        for block, part in zip(self.blocks, parts, strict=True):
-            self.space.put(whole, block.space.names, part)
-        return whole
+        return self.space.join([(block.space.names, part) for block, part in zip(self.blocks, parts, strict=True)])
 
     def _map(self, operation: Callable[[FisherOperator], Tensor]) -> Tensor:
         return self._scatter([operation(block) for block in self.blocks])

@@ -74,7 +74,7 @@ class LayerLayout:
         weights, bias = self._parts(rows)
         first, second = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
         weight = grid[..., : self.inputs]
-        weights.unflatten(1, (first, second)).copy_(weight.mT if self.transposed else weight)
+        weights.view(len(grid), first, second).copy_(weight.mT if self.transposed else weight)
         if self.bias:
             bias.copy_(grid[..., -1])
         return rows.mT

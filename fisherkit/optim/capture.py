@@ -385,9 +385,10 @@ class Capture:
         seen = self._see(one, linearized.z)
         slots = Slots.of(seen.outputs, self.rule, False, seen.counts)
         self._choose(one.plan, slots)
+        bare = one.bare and linearized.z is one.z
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
-            with self._watch.quiet(), differentiable(self.model, ()):
+            with self._watch.quiet(), torch.enable_grad() if bare else differentiable(self.model, ()):
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
                 return linearized.rows(shaped, selection, alone=slots.number == 1)
 

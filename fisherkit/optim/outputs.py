@@ -129,8 +129,8 @@ def _strange(
     scale, root = multiple.abs(), outputs.hessian_root()
     if root is not None:  # a weight multiplies what rounding leaves
         scale = scale * root.flatten(1).amax(1).square().clamp_min(1)
-    rest = torch.addcmul(found, u, multiple.unsqueeze(1), value=-1).norm(dim=1)
-    allowed = relative * found.norm(dim=1) + rounding * outputs.z.shape[1] ** 0.5 * scale
+    rest = torch.linalg.vector_norm(torch.addcmul(found, u, multiple.unsqueeze(1), value=-1), dim=1)
+    allowed = relative * torch.linalg.vector_norm(found, dim=1) + rounding * outputs.z.shape[1] ** 0.5 * scale
     return (rest > allowed) | (multiple < 0)
 
 

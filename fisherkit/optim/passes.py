@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
@@ -142,6 +143,12 @@ class Pass:
         edge.node.register_prehook(lambda gradients: reached(known(), gradients[place]))
         for use in self.uses:
             use.edge.node.register_prehook(_Receiver(known, id(use.edge), use.edge.output_nr, silent))
+        self._hooks = RemovableHandle.next_id
+
+    @property
+    def bare(self) -> bool:
+        """Whether a backward pass runs torch's own code alone; not where anyone has registered a hook since."""
+        return self.watched.bare and not self.plan.generic and RemovableHandle.next_id == self._hooks
 
     def refuse_rewritten(self, call: str) -> None:
         """Refuse outputs that were changed in place."""

@@ -49,11 +49,8 @@ def gram_direction(
     call, try_ = f"a step with gram_damping={damping}", "a larger gram_damping"
     solved = [gram.solve(targets.unsqueeze(1)) for gram in damped_grams(parts, damping, call=call, try_=try_)]
     found = [part.rmatmul(w.to(rows.dtype)).squeeze(1) for part, w in zip(parts, solved, strict=True)]
-    update = found[0]
-    if len(parts) > 1:
-        update = torch.empty(rows.space.size, dtype=rows.dtype, device=targets.device)
-        for part, own in zip(parts, found, strict=True):
-            rows.space.put(update, part.space.names, own)
+    names = (part.space.names for part in parts)
+    update = found[0] if len(parts) == 1 else rows.space.join(list(zip(names, found, strict=True)))
 
     def curvature() -> Float[Tensor, ""]:
         # J Δ = t − λ w, and F = (1/N) Jᵀ diag(1/t) J for every kind that this is an update of.

@@ -60,8 +60,10 @@ class Watch:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """While a pass of our own runs, nobody who watches the same parameters takes notice."""
-        own = {id(p) for p in self.model.parameters()}
-        kin = [one for one in list(_LIVE) if one is self or any(id(p) in own for p in one.model.parameters())]
+        kin, others = [self], [one for one in list(_LIVE) if one is not self]
+        if others:
+            own = {id(p) for p in self.model.parameters()}
+            kin += [one for one in others if any(id(p) in own for p in one.model.parameters())]
         recorders = [recorder for one in kin for recorder in one._active]
         for one in kin:
             one._quiet += 1

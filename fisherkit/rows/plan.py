@@ -138,10 +138,13 @@ class Plan(Findings):
     @classmethod
     def of(
         cls, model: nn.Module, space: ParameterSpace, findings: Findings, key: Hashable = None,
-        probed: Probe | None = None,
+        probed: Probe | None = None, own: Mapping[str, nn.Parameter] | None = None,
     ) -> Plan:  # fmt: skip
-        """A plan of what was found, which may be nothing, for the model as it is; its units are its own."""
-        own = dict(model.named_parameters())
+        """A plan of what was found, which may be nothing, for the model as it is; its units are its own.
+
+        ``own`` are the model's parameters by name, if they are known.
+        """
+        own = dict(model.named_parameters()) if own is None else own
         parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
         versions = {name: p._version for name, p in parameters.items()}
         units = tuple(map(copy.copy, findings.units))

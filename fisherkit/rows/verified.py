@@ -60,11 +60,12 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: b
         ModelError: as `make_plan`.
     """
     refuse_train_mode(model)
-    key, known = _key(model, space, batch), _KNOWN.setdefault(model, {})
+    own = dict(model.named_parameters())
+    key, known = _key(model, space, batch, own), _KNOWN.setdefault(model, {})
     if key in known and known[key].alone and batch.size > 1:
         del known[key]  # of one example nothing was learnt about two
     if key in known:
-        old = Plan.of(model, space, known[key], key)
+        old = Plan.of(model, space, known[key], key, own=own)
         if assume and _is_simple(old) and "not shown" not in old.tried:
             return replace(old, probed=Probe(batch, None, old.alone))
         plan = _confirmed(old, batch)
@@ -89,7 +90,7 @@ def plan_again(plan: Plan, batch: Batch) -> Plan | None:
 
     Cost: a forward pass of two examples.
     """
-    if plan.alone or _key(plan.model, plan.space, batch) != plan.key:
+    if plan.alone or _key(plan.model, plan.space, batch, dict(plan.model.named_parameters())) != plan.key:
         return None
     again = replace(plan, units=plan.findings.units)
     with plan.quiet():
@@ -185,19 +186,19 @@ def _calls(uses: Sequence[Use]) -> Hashable:
     return tuple((id(use.rule), use.sources, use.turned, use.axis, *_form(use.arguments, sizes=False)) for use in uses)
 
 
-def _key(model: nn.Module, space: ParameterSpace, batch: Batch) -> Hashable:
-    """All that the findings may depend on and that can be compared."""
+def _key(model: nn.Module, space: ParameterSpace, batch: Batch, own: Mapping[str, nn.Parameter]) -> Hashable:
+    """All that the findings may depend on and that can be compared; ``own`` are the model's parameters by name."""
     inputs = _form(batch.args), _form(batch.kwargs), tuple(batch.axes.items())
-    return space.names, space.shapes, inputs, fingerprint(model)
+    return space.names, space.shapes, inputs, fingerprint(model, own)
 
 
-def fingerprint(model: nn.Module) -> Hashable:
-    """What can be compared of a model, and the layer rules that there are."""
-    own = model.named_parameters()
-    parameters = tuple((name, id(p), tuple(p.shape), tuple(p._backward_hooks or ())) for name, p in own)
+def fingerprint(model: nn.Module, own: Mapping[str, nn.Parameter] | None = None) -> Hashable:
+    """What can be compared of a model, and the layer rules that there are; ``own`` as in `_key`, if they are known."""
+    own = dict(model.named_parameters()) if own is None else own
+    parameters = tuple((name, id(p), p.shape, tuple(p._backward_hooks or ())) for name, p in own.items())
     seen: set[int] = set()
     modules = tuple((name, *_described(module, seen)) for name, module in model.named_modules())
-    rules = tuple((id(function), id(rule)) for function, rule in RULES.items())  # users add their own
+    rules = tuple(map(id, (*RULES, *RULES.values())))  # users add their own
     return parameters, modules, rules
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,10 +42,7 @@ class Diagonal(LayerStructure):
         """One diagonal for all; of numbers that are kept in another dtype one a unit."""
         if self.kept is not None:
             return super().operator(sums, scale)
-        units = sums.whole
-        whole = torch.empty(self.space.size, dtype=self.dtype, device=self.device)
-        for names, unit in units.items():
-            self.space.put(whole, names, unit.tensors()["diagonal"])
+        whole = self.space.join([(names, unit.tensors()["diagonal"]) for names, unit in sums.whole.items()])
         return DiagonalOperator(self.space, whole if scale == 1 else whole.mul_(scale))
 
     def parts(self, sums: LayerSums, operator: FisherOperator) -> Parts:
