@@ -284,6 +284,17 @@ def test_ewc__tells_no_learning_rate_of_products() -> None:
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
+def test_merge__of_adapters_says_that_products_are_not_averaged() -> None:
+    make, inputs, targets = MODELS["embedding and linear"]
+    models = [make(), make()]
+    fishers = [fk.EmpiricalFisher(model, (inputs, targets), structure="diagonal") for model in models]
+    parts = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
+    with pytest.warns(UserWarning, match=r"A and B are merged apart.*merged_weights"):
+        fk.merging.merge(parts, fishers)
+    with pytest.warns(UserWarning, match="A and B are merged apart"):
+        fk.merging.average(parts)
+
+
 def test_merge__of_products_is_that_of_merged_models_and_fits_into_adapters() -> None:
     make, inputs, targets = MODELS["embedding and linear"]
     models = [make(), make()]
