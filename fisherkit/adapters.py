@@ -124,10 +124,28 @@ def products(model: nn.Module, names: Collection[str]) -> dict[str, Product]:
 
 
 def values(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """The values of some parameters, products where they stand for these."""
+    """The values of some parameters, products where they stand for these.
+
+    Beside products, a module that is trained and saved whole (``modules_to_save``) counts as what the model computes
+    too: the copy that is in use now stands for that of any adapter.
+    """
     parameters = dict(model.named_parameters())
     made = products(model, names)
-    return {name: made[name].value() if name in made else parameters[name] for name in names}
+    used = _in_use(model) if made else {}
+    return {name: made[name].value() if name in made else parameters[used.get(name, name)] for name in names}
+
+
+def _in_use(model: nn.Module) -> dict[str, str]:
+    """For parameters of the copies of modules that adapters have for themselves, those that the model computes with."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        copies, original = (getattr(module, own, None) for own in ("modules_to_save", "original_module"))
+        if isinstance(copies, nn.ModuleDict) and isinstance(original, nn.Module):
+            active = next((one for one in module.active_adapters if one in copies), None)
+            used = f"{name}.original_module" if active is None else f"{name}.modules_to_save.{active}"
+            for adapter, own in copies.items():
+                found |= {f"{name}.modules_to_save.{adapter}.{p}": f"{used}.{p}" for p, _ in own.named_parameters()}
+    return found
 
 
 @torch.no_grad()

@@ -83,11 +83,13 @@ class ParameterSpace:
             wanted = [name for one in wanted for name in _matching(one, available)]
             unknown = sorted(set(wanted) - set(available))
             if unknown:
+                inside = next((n for n in unknown if any(other.startswith(f"{n}.") for other in available)), None)
                 raise UnknownParameterError(
                     call="params", got=f"unknown parameter names {unknown}",
                     expected=f"some of {list(available)[:8]}{' …' if len(available) > 8 else ''}",
                     why="a tied parameter has only the name of the first module that holds it",
-                    try_="dict(model.named_parameters()) lists the names",
+                    try_=(f'"{inside}.*" for all of that module; ' if inside else "")
+                    + "dict(model.named_parameters()) lists the names",
                 )  # fmt: skip
             chosen = [name for name in available if name in set(wanted)]
         if not chosen:

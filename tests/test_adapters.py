@@ -238,6 +238,30 @@ def test_ewc__of_the_products_does_not_see_another_basis_of_the_adapters() -> No
     assert float(again.penalty()) == float(ewc.penalty()) > 0
 
 
+def test_ewc__holds_the_head_of_the_adapter_that_is_in_use() -> None:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"target_modules": ["hidden"], "modules_to_save": ["head"]}
+    model = tuned(Words, **settings)
+    names = fk.adapters.merged_weights(model)
+    ewc = fk.continual.EWC(model, normalize=None)
+    fisher = fk.ExactFisher(model, (TEXT, TEXT % 3), params=names, structure="diagonal")
+    ewc.consolidate(fisher)
+    kept = {plain(name): value.detach().clone() for name, value in names.items()}
+
+    model.add_adapter("next", peft.LoraConfig(r=1, **settings))
+    model.set_adapter("next")
+    model.double()
+    move(model)
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["next"].weight.add_(0.3)
+    now = {plain(name).replace(".modules_to_save.next", ""): w for name, w in fk.adapters.merged_weights(model).items()}
+    parts = {plain(name): value for name, value in fisher.space.unflatten(fisher.diagonal()).items()}
+    expected = 0.05 * sum((parts[name] * (now[name] - kept[name]).square()).sum() for name in parts)
+    torch.testing.assert_close(ewc.penalty(), expected)
+    ewc.penalty().backward()
+    assert float(model.base_model.model.head.modules_to_save["next"].weight.grad.norm()) > 0
+
+
 def test_ewc__refuses_what_would_hold_one_change_twice() -> None:
     make, inputs, targets = MODELS["embedding and linear"]
     model = make()
@@ -258,6 +282,17 @@ def test_ewc__tells_no_learning_rate_of_products() -> None:
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def test_merge__of_adapters_says_that_products_are_not_averaged() -> None:
+    make, inputs, targets = MODELS["embedding and linear"]
+    models = [make(), make()]
+    fishers = [fk.EmpiricalFisher(model, (inputs, targets), structure="diagonal") for model in models]
+    parts = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
+    with pytest.warns(UserWarning, match=r"A and B are merged apart.*merged_weights"):
+        fk.merging.merge(parts, fishers)
+    with pytest.warns(UserWarning, match="A and B are merged apart"):
+        fk.merging.average(parts)
 
 
 def test_merge__of_products_is_that_of_merged_models_and_fits_into_adapters() -> None:

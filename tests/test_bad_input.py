@@ -120,6 +120,8 @@ PARAMS: dict[str, Case] = {
             "Try: dict(model.named_parameters())")),
     "unknown single name": Case(lambda: ef(params="head"), fk.UnknownParameterError,
         (CHOICE, "unknown parameter names ['head']", "Try:")),
+    "a module's name": Case(lambda: ef(params="0"), fk.UnknownParameterError,
+        (CHOICE, "unknown parameter names ['0']", 'Try: "0.*" for all of that module')),
     "second name of a tied parameter": Case(lambda: ef(tied(), params=["2.weight"]), fk.UnknownParameterError,
         ("unknown parameter names ['2.weight']",
             "A tied parameter has only the name of the first module that holds it")),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
@@ -16,6 +16,17 @@ from tests.bad_input import Case, X, Y, check, ef, ids, mlp, normal
 TYPE = fk.InvalidTypeError
 
 A_PAIR = 'a pair (inputs, targets) or a mapping with "labels"'
+
+
+class Sum(nn.Module):
+    """Of a layer's outputs and a second input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer(x) + y
 
 
 class NoBatches:
@@ -55,6 +66,9 @@ DATA: dict[str, Case] = {
             "Try: a pair (inputs, targets), or rename the key")),
     "mapping class without labels": Case(lambda: ef(data=[UserDict(input=X)]), fk.DataError,
         ("a mapping with keys ['input']", 'one with "labels"')),
+    "inputs of several lengths": Case(lambda: ef(Sum(), data=((torch.ones(6, 4).double(), torch.ones(5, 3)), Y[:6])),
+        fk.DataError, ("data, batch 0: got inputs of 5, 6 rows, with which the model fails",
+            "a row for each of the 6 examples, or an input that all of them share")),
     "inputs without a tensor": Case(lambda: ef(data=[(X.tolist(), Y)]), fk.DataError,
         ("data, batch 0: got inputs without a tensor", "axis 0")),
     "scalar input": Case(lambda: ef(data=(torch.tensor(1.0), Y)), fk.DataError,

@@ -144,6 +144,14 @@ def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "own_module:make"
 
 
+def test_estimate__says_what_was_written_where_it_is_in_parts(function: str, tmp_path: Path) -> None:
+    result = run(function, "--out", tmp_path / "f", "--structure", "kfac", "--max-shard-size", "100")
+    written = len(list(tmp_path.glob("f-*.safetensors")))
+    assert written > 1
+    assert f"Wrote {tmp_path / 'f'} in {written} files beside their index" in " ".join(result.stdout.split())
+    assert fk.load(tmp_path / "f").size > 0
+
+
 def test_estimate__a_functions_model_and_data(function: str, tmp_path: Path) -> None:
     for there in ("f", "f.safetensors.index.json"):
         (tmp_path / there).write_text("mine")

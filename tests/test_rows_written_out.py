@@ -81,3 +81,32 @@ def test_matmul__keeps_its_digits_over_long_rows(columns: int) -> None:
 
 def test_products__of_rows_without_shared_positions_are_never_written_out() -> None:
     assert not FactoredRows(torch.randn(4, 1, 3), torch.randn(4, 1, 2), bias=True).writes_out(1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "stride", "dilation", "padding"),
+    [
+        ((6, 3, 120, 120), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))),
+        ((6, 3, 241, 240), (3, 2), (2, 2), (1, 2), ((0, 2), (-1, 1))),
+        ((6, 5, 20_000), (4,), (1,), (2,), ((3, 0),)),
+        ((6, 2, 22, 26, 25), (3, 2, 3), (1, 1, 1), (1, 1, 1), ((1, 1), (0, 0), (0, 1))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("group", [1, 3])
+def test_rows__of_many_windows_by_a_convolution_s_own_gradient(
+    x: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...], group: int,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    patches = Patches(torch.randn(x, generator=generator), kernel, stride, dilation, padding, group)
+    g = torch.randn(*patches.shape[:2], 4, generator=generator)
+    assert patches.has_kernel
+    rows, expected = FactoredRows(patches, g, bias=True), g.double().mT @ patches.double()[:]
+    for chosen in (slice(0, 4), slice(1, 3)):
+        found = torch.cat([tile for _, tile in rows._tiles(chosen)]).double()
+        assert float((found - expected[:, chosen]).norm()) <= 1e-5 * float(expected.norm())
+    dense = rows.dense()[:, : expected[0].numel()].double()
+    assert float((dense - expected.flatten(1)).norm()) <= 1e-5 * float(expected.norm())
+    squares = rows.squared_sum()[: expected[0].numel()].double()
+    assert float((squares - expected.square().sum(0).flatten()).norm()) <= 1e-5 * float(expected.square().sum(0).norm())

@@ -138,6 +138,7 @@ class Estimate(ModelOptions):
         trace, size = sum(own for own, _ in traces), file.space.size
         found = {
             "file": str(self.out),
+            "files": len(file.files),
             "kind": self.kind,
             "structure": file.metadata["structure"],
             "examples": int(file.metadata["examples"]),
@@ -207,4 +208,7 @@ def _as_text(found: dict[str, Any]) -> str:
     lines = [pairs(cells)]
     if found.get("texts_at_max_length"):
         lines.append(f"{found['texts_at_max_length']:,} texts fill all {found['max_length']} tokens: some may be cut.")
-    return "\n".join([*lines, "", f"Wrote {found['file']}."])
+    wrote = f"Wrote {found['file']}"
+    if found["files"] > 1:
+        wrote += f" in {found['files']} files beside their index, which is loaded by this name"
+    return "\n".join([*lines, "", f"{wrote}."])

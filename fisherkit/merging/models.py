@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fisherkit.arguments import is_number
 from fisherkit.arithmetic import all_finite
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, warn
 from fisherkit.io.model_files import ModelFiles
 from fisherkit.wrappers import plain, unwrapped
 
@@ -124,7 +124,14 @@ def open_models(models: Sequence[Model], call: str) -> list[ModelSource]:
         )  # fmt: skip
     if not models:
         raise InvalidArgumentError(call=call, got="no models", expected="at least one")
-    return [open_model(model, f"model {number}", call) for number, model in enumerate(models, 1)]
+    found = [open_model(model, f"model {number}", call) for number, model in enumerate(models, 1)]
+    if len(found) > 1 and any(".lora_" in name for name in found[0].shapes):
+        warn(
+            f"{call}: LoRA's A and B are merged apart, and what the models compute with, W + s·BA, is no average of "
+            "theirs then. Try: fk.adapters.merged_weights(model) in the place of each model, and "
+            "fk.adapters.write_merged_weights for the result."
+        )
+    return found
 
 
 def check_weights(weights: Sequence[float] | Tensor | str | None, count: int, call: str) -> tuple[float, ...]:

@@ -7,8 +7,8 @@ their own runs at the moment the user's reaches the model's outputs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -36,7 +36,7 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.first_batch import plan_of_call
 from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import Plan
+from fisherkit.rows.plan import Plan, forward, has_own_gradients, influenced, require_alike_in_parts
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.verified import fingerprint
@@ -160,6 +160,8 @@ class Capture:
         watched = Watched.seen(recorder, z)
         if self._new(watched, plan):
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
+        if watched.decided and batch.size > 1:
+            self._refuse_influence(plan, batch)
         hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
         cut = [name for name in hidden if name in recorder.without_graph]
         if cut or id(plan) not in self._seen:
@@ -200,20 +202,43 @@ class Capture:
         key = names, fingerprint(self.model)
         # What was verified on an example alone says nothing of two.
         if anew or key not in self._plans or (self._plans[key].alone and batch.size > 1):
-            training = [module for module in self.model.modules() if module.training]
             device, _ = model_device(self.model, names)
-            batch = batch.to(device)
-            try:
-                for module in training:
-                    module.training = False
-                with self._watch.quiet(), without_autocast():
-                    plan = self._verified(names, batch)
-            finally:
-                for module in training:
-                    module.training = True
+            with self._in_eval():
+                plan = self._verified(names, batch.to(device))
             plan.probe.watched = None  # a graph that nothing asks any more
             self._plans[key] = _with_rules(plan, self._plans[key]) if anew and key in self._plans else plan
         return self._plans[key]
+
+    @contextmanager
+    def _in_eval(self) -> Iterator[None]:
+        """Passes of our own, in which nothing is drawn."""
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with self._watch.quiet(), without_autocast():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _refuse_influence(self, plan: Plan, batch: Batch) -> None:
+        """Refuse a batch of which a statistic decides what becomes of examples, as it would not for each alone.
+
+        Raises:
+            ModelError: it does.
+
+        Cost: a forward pass of the batch, and two of each of its examples with a backward pass.
+        """
+        call = f"{self.call}, forward pass"
+        batch = batch.to(plan.example_parameter.device)
+        with self._in_eval():
+            with plan.quiet():
+                seen = replace(forward(plan, batch), decided=True)
+            require_alike_in_parts(plan, batch, seen, call)
+            if not has_own_gradients(plan, batch, seen):
+                error = influenced(call, "gradients")
+                raise error
 
     def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""

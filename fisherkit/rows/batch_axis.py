@@ -39,6 +39,8 @@ class Mark(Enum):
     """It depends on no layer output that belongs to an example."""
     MIXED = "mixed"
     """It has no gradient, and may have been computed from several examples' numbers."""
+    STATISTIC = "statistic"
+    """It is mixed, and real numbers of several examples may have been put together in it, as in a mean."""
     UNKNOWN = "unknown"
     """It may mix examples."""
 
@@ -128,6 +130,8 @@ class Tracker:
         met: whether numbers without a gradient that may be of several examples, as their order or statistics, or drawn,
             came to what is differentiated or to where nothing follows them.
         read: what Python was told of several examples, in yes, no and whole numbers, as whether any is padded.
+        decided: whether a statistic of real numbers came to what is differentiated or to Python, so that it may decide
+            for a batch and for parts of it alike, and otherwise for some example alone.
         placed: whether something differentiable met a constant that differs from place to place in the batch.
         numbers: that functions were given, Python's or a constant's only entry, which may depend on how many examples
             there are.
@@ -135,10 +139,12 @@ class Tracker:
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.lost = self.met = self.placed = False
+        self.lost = self.met = self.placed = self.decided = False
         self.read: list[int] = []
         self.numbers: list[float] = []
         self._known: dict[int, tuple[weakref.ref[Tensor], int, bool, Status]] = {}
+        self._real: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        self._answers: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
 
     def mark(self, tensor: Tensor, status: Status) -> None:
         """Note what is known of a tensor."""
@@ -147,7 +153,7 @@ class Tracker:
     def status(self, tensor: Tensor) -> Status:
         """What is known of a tensor; one without a gradient and without an axis is free."""
         found = self._status(tensor)
-        return Mark.FREE if found is Mark.MIXED else found
+        return Mark.FREE if found in _MIXED else found
 
     def _status(self, tensor: Tensor) -> Status:
         reference, version, had_graph, status = self._known.get(id(tensor), (None, 0, False, Mark.FREE))
@@ -183,15 +189,17 @@ class Tracker:
             if function is torch.Tensor.__setitem__ and self._filled(*args):
                 self.mark(args[0], Axis(0))
             else:
-                self.met = self.met or self._of_examples((args, kwargs))
+                self._meet([self._status(t) for t in tensors(args, kwargs)])
             return
         outputs = [output] if isinstance(output, Tensor) else tensors(output)
         self.met = self.met or function in DRAWS
-        if function in READS and self._of_examples(args):
+        if function in READS and (told := [t for t in tensors(args) if self._status(t) is not Mark.FREE]):
             if isinstance(output, int):
                 self.read.append(output)
             else:
                 self.met = True
+            decides = any(map(self._is_real, told)) and not self._holds_for_parts(told[0], output)
+            self.decided = self.decided or decides
         elementwise = BECOMES.get(function) is _elementwise
         self.numbers += [
             one for one in (*args, *kwargs.values()) if type(one) is float or (elementwise and type(one) is int)
@@ -205,6 +213,8 @@ class Tracker:
         operands = tuple((t, self._before(t) if id(t) in ids else self._status(t)) for t in given)
         for made in outputs:
             status = self._becomes(Call(self.batch, args, kwargs, operands, made, function, made is outputs[0], []))
+            if status is not Mark.FREE and not made.requires_grad:
+                self._note(function, operands, made, chosen=len(args) > 1 or "dim" in kwargs)
             before = [known for tensor, known in operands if tensor is made]
             if before:
                 # Written in place: other views of the same memory do not learn of it.
@@ -220,7 +230,48 @@ class Tracker:
 
     def _of_examples(self, arguments: Any) -> bool:
         """Whether numbers of examples are among them."""
-        return any(self._status(t) is Mark.MIXED or isinstance(self._status(t), Axis) for t in tensors(arguments))
+        found = (self._status(t) for t in tensors(arguments))
+        return any(status in _MIXED or isinstance(status, Axis) for status in found)
+
+    def _meet(self, statuses: Sequence[Status]) -> None:
+        """Numbers of several examples come to what is differentiated, or to where nothing follows them."""
+        self.met = self.met or any(status in _MIXED or isinstance(status, Axis) for status in statuses)
+        self.decided = self.decided or Mark.STATISTIC in statuses
+
+    def _is_real(self, tensor: Tensor) -> bool:
+        """Whether it has real numbers, or comes of some: as where they are positive; a mask as numbers has none."""
+        reference, real = self._real.get(id(tensor), (None, False))
+        if reference is not None and reference() is tensor:
+            return real
+        return tensor.dtype.is_floating_point or tensor.is_complex()
+
+    def _note(
+        self, function: Callable[..., Any], operands: Sequence[tuple[Tensor, Status]], made: Tensor, *, chosen: bool
+    ) -> None:
+        """Note whether something without a gradient comes of real numbers, and what answers for all parts of a batch.
+
+        Which entries along an axis are ``chosen``, as experts by a router, does not count as a real number.
+        """
+        choice = function in CHOICES and chosen and not made.dtype.is_floating_point
+        real = not choice and any(self._is_real(t) for t, s in operands if s is not Mark.FREE or t.numel() > 1)
+        if real != made.dtype.is_floating_point or id(made) in self._real:
+            self._real[id(made)] = weakref.ref(made), real
+        if function in ANSWERS and all(isinstance(status, Axis) for _, status in operands):
+            self._answers[id(made)] = weakref.ref(made), ANSWERS[function]
+
+    def _holds_for_parts(self, tensor: Tensor, answer: Any) -> bool:
+        """Whether an answer about all examples is that about each alone: all of them, or not any."""
+        reference, sure = self._answers.get(id(tensor), (None, None))
+        return reference is not None and reference() is tensor and answer is sure
+
+    def _mixed(self, call: Call) -> Mark:
+        """What a function without a gradient makes of several examples' numbers."""
+        statuses = [status for _, status in call.operands]
+        apart = call.function in REARRANGES or BECOMES.get(call.function) is _elementwise
+        if Mark.STATISTIC not in statuses and call.function in CHOICES and not call.output.dtype.is_floating_point:
+            apart = apart or len(call.args) > 1 or "dim" in call.kwargs
+        real = any(self._is_real(tensor) for tensor, status in call.operands if status is not Mark.FREE)
+        return Mark.STATISTIC if Mark.STATISTIC in statuses or (real and not apart) else Mark.MIXED
 
     def _filled(self, x: Tensor, index: Any, value: Any) -> bool:
         """Whether each example's entries are written to its own place of a constant, as labels moved by one are."""
@@ -235,25 +286,29 @@ class Tracker:
         statuses = [status for _, status in call.operands if status is not Mark.FREE]
         if not statuses:
             return Mark.FREE
-        mixed, differentiable = Mark.MIXED in statuses, call.output.requires_grad
+        mixed, differentiable, whole = [s for s in statuses if s in _MIXED], call.output.requires_grad, call
         if mixed:
-            free = tuple((t, Mark.FREE if status is Mark.MIXED else status) for t, status in call.operands)
-            call, statuses = call._replace(operands=free), [status for status in statuses if status is not Mark.MIXED]
-            self.met = self.met or differentiable
+            free = tuple((t, Mark.FREE if status in _MIXED else status) for t, status in call.operands)
+            call, statuses = call._replace(operands=free), [status for status in statuses if status not in _MIXED]
+            if differentiable:
+                self._meet(mixed)
             if not statuses:
-                return Mark.FREE if differentiable else Mark.MIXED
+                return Mark.FREE if differentiable else self._mixed(whole)
         rule = None if any(status is Mark.UNKNOWN for status in statuses) else BECOMES.get(call.function)
         try:
             found = None if rule is None else rule(call)
         except (TypeError, ValueError, IndexError, AttributeError):  # arguments in a form that the rule does not know
             found = None
         if found is not None:
-            self.met = self.met or mixed
+            self._meet(mixed)
             if not (self.placed or (self.met and not differentiable)) and call.differs(found):
                 self.placed = self.placed or differentiable
                 self.met = True
             return found
-        return Mark.UNKNOWN if differentiable else Mark.MIXED
+        return Mark.UNKNOWN if differentiable else self._mixed(whole)
+
+
+_MIXED = (Mark.MIXED, Mark.STATISTIC)
 
 
 def _version(tensor: Tensor) -> int:
@@ -685,6 +740,12 @@ _MORE: tuple[tuple[str, Becomes], ...] = (
 )
 
 
+_ENTRIES = {
+    _reshaped, _permuted, _expanded, _flipped, _repeated, _padded, _joined, _stacked, _removed, _indexed, _embedding,
+    _gathered,
+}  # fmt: skip
+
+
 def _functions(names: str, *forms: str) -> Iterator[Callable[..., Any]]:
     """All that PyTorch has under some names, as function modes see it."""
     for name in names.split():
@@ -709,6 +770,17 @@ READS = set(
     )
 )
 """Functions that hand numbers to Python, which may do with them what it likes."""
+
+REARRANGES = {function for function, rule in BECOMES.items() if rule in _ENTRIES} | set(
+    _functions("index_select masked_select take take_along_dim narrow split chunk tensor_split split_with_sizes roll")
+)
+"""Functions whose entries are their operands', of which none is computed from several."""
+
+CHOICES = set(_functions("topk argmax argmin sort argsort max min"))
+"""Functions that say, beside or instead of numbers, which entries along an axis are the largest."""
+
+ANSWERS = {**dict.fromkeys(_functions("all"), True), **dict.fromkeys(_functions("any"), False)}
+"""Functions that ask something of all entries, and what they say then holds for any part of these."""
 
 CONSTANTS = set(_functions("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty"))
 """Functions that make constants in the shape of something."""

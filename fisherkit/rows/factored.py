@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.rows.base import TILE, UnitRows, aligned_product, inner_products, product, spans, sum_by
-from fisherkit.rows.patches import Activations, padded, stacked
+from fisherkit.rows.patches import Activations, Patches, padded, stacked
 
 CACHED = 1 << 21
 """Entries of a temporary that should stay in the processor's cache: 8 MiB in float32."""
@@ -251,11 +251,20 @@ class FactoredRows(UnitRows):
 
     def _tiles(self, outputs: slice) -> Iterator[tuple[slice, Float[Tensor, "r o I"]]]:
         """Spans of rows with their weight rows of some outputs, written out, as many as the processor's cache holds."""
+        if (patches := self._windows()) is not None:
+            for n in range(self.count):
+                yield slice(n, n + 1), patches.product(n, self.gradients[n, :, outputs]).unsqueeze(0)
+            return
         width, each = len(range(*outputs.indices(self.outputs))), max(1, self.each)
         for span, a in self._owners(max(each * width, self.positions) * self.inputs):
             # All rows of an example in one product, which reads the activations once.
             left = self.gradients[span, :, outputs].unflatten(0, (len(a), each)).transpose(2, 3).flatten(1, 2)
             yield span, (left @ a).reshape(-1, width, self.inputs)
+
+    def _windows(self) -> Patches | None:
+        """Activations of rows that a convolution's own weight gradient writes out fastest."""
+        a = self.activations
+        return a if isinstance(a, Patches) and self.each == 1 and a.has_kernel and self.count else None
 
     def _output_spans(self, others: int = 0, longest: int = TILE) -> Iterator[slice]:
         """Outputs whose rows, and so many others', written out make one temporary, none longer than that."""
@@ -271,7 +280,7 @@ class FactoredRows(UnitRows):
     def _write(self, rows: Float[Tensor, "R e"], outputs: slice, transposed: bool = False) -> None:
         """The same, to where it shall be."""
         shape = (self.inputs, -1) if transposed else (-1, self.inputs)
-        if self.each > 1:
+        if self.each > 1 or self._windows() is not None:
             for span, tile in self._tiles(outputs):
                 rows[span].unflatten(1, shape).copy_(tile.mT if transposed else tile)
             return

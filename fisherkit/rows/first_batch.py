@@ -208,6 +208,12 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
             expected="a model of batches, or one example a batch", why=reason,
             try_="batches of one example each, DataLoader(..., batch_size=1)",
         ) from error  # fmt: skip
+    sizes = sorted({len(leaf) for leaf in first.inputs if leaf.ndim})
+    if isinstance(error, RuntimeError) and "must match" in str(error) and len(sizes) > 1 and fails:
+        raise DataError(
+            call=first.place, got=f"inputs of {listed(map(str, sizes))} rows, with which the model fails",
+            expected=f"a row for each of the {first.size} examples, or an input that all of them share", why=reason,
+        ) from error  # fmt: skip
     if isinstance(error, RuntimeError) and "inplace operation" in str(error):
         raise ModelError(
             call="the model's forward pass", got="a tensor that is written to in place after a layer has kept it",

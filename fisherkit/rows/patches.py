@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,25 @@ class Patches:
         result[:, :i].movedim(2, 1).unflatten(2, channels).copy_(every.unflatten(0, (-1, self.group)))
         result[:, i:] = 1.0
         return result.flatten(2).mT
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether products with all of an example's windows are faster by a convolution's own weight gradient.
+
+        Measured for float32 on a processor: from about so many entries of the windows on, which are not written out.
+        """
+        return self.x.dtype == torch.float32 and self.x.device.type == "cpu" and self.shape[1:].numel() >= 1 << 17
+
+    def product(self, n: int, gradient: Float[Tensor, "T O"]) -> Float[Tensor, "O I"]:
+        """Σ_t g_t x_tᵀ over an example's windows."""
+        x = self.x[n * self.group : (n + 1) * self.group]
+        if any(pair != (0, 0) for pair in self.padding):
+            x = F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
+        kernel = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.kernel) - 1]
+        outputs = gradient.mT.unflatten(1, (self.group, *self.positions)).movedim(1, 0)
+        shape = (gradient.shape[1], self.x.shape[1], *self.kernel)
+        found: Tensor = kernel(x, shape, outputs, self.stride, 0, self.dilation)  # type: ignore[no-untyped-call]
+        return found.flatten(1)
 
     def grouped(self, group: int) -> Patches:
         """So many neighbours as one example."""

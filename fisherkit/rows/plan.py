@@ -515,6 +515,56 @@ def require_alike(found: Tensor, expected: Tensor, allowed: Tensor, place: str =
     raise error
 
 
+def require_alike_in_parts(plan: Plan, batch: Batch, seen: Watched, call: str) -> None:
+    """Refuse a batch whose examples have other outputs in parts of it, or where a statistic decides alone.
+
+    Raises:
+        ModelError: they have.
+    """
+    z = seen.z.detach()
+    for piece in _pieces(batch.size, z.device, alone=seen.decided):
+        with plan.quiet():
+            torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
+            if seen.decided:
+                again = alone(plan.model, batch, int(piece))
+            else:
+                again = batch.take(piece).call(plan.model).detach()
+        allowed = z[piece].norm().maximum(z.norm() * (len(piece) / batch.size) ** 0.5)
+        require_alike(again, z[piece].expand_as(again), tolerance(z.dtype, plan.coarsest) * allowed, call)
+
+
+def has_own_gradients(plan: Plan, batch: Batch, seen: Watched) -> bool:
+    """Whether gradients of a batch are the sum of those of its parts, or of its examples where a statistic decides."""
+    z, own = seen.z, list(plan.parameters.values())
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+    with plan.quiet():
+        found = pulled_back(z, own, v)
+        if all(g is None for g in found):  # a pass that leads to other leaves
+            found = pulled_back(batch.call(plan.model), own, v)
+        whole = _flat(own, found)
+        sums = torch.zeros_like(whole)
+        for piece in _pieces(batch.size, z.device, few=1, alone=seen.decided):
+            sums += _flat(own, pulled_back(batch.take(piece).call(plan.model), own, v[piece]))
+    return bool((whole - sums).norm() <= tolerance(plan.example_parameter.dtype, plan.coarsest) * sums.norm())
+
+
+def _pieces(size: int, device: torch.device, *, few: int = 2, alone: bool = False) -> Sequence[Tensor]:
+    """An example and halves of the others, in another order; of so ``few`` the first one, as often as there are.
+
+    With ``alone``, each by itself.
+    """
+    if alone:
+        return torch.arange(size, device=device).split(1)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device)
+    # Halves may have the same mean, or be told the same, as the whole; one example rarely is.
+    return [order[:1], *order[1:].chunk(2)] if size > few else [torch.zeros_like(order)]
+
+
+def _flat(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> Tensor:
+    """Gradients as one vector."""
+    return torch.cat([dense_gradient(p, g).flatten() for p, g in zip(parameters, found, strict=True)])
+
+
 def influenced(place: str = "", what: str = "outputs") -> ModelError:
     """The error of examples whose outputs, or gradients, are other ones in other company."""
     here = f"{what} that change with the rest of the batch"

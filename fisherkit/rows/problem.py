@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -30,13 +30,21 @@ from fisherkit.progress import bar, beside
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.first_batch import plan_of
-from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.last_layer import Head, head_width, is_last_layer, last_layer_rows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
-from fisherkit.rows.plan import Plan, alone, forward, influenced, require_alike, tolerance, two_of
+from fisherkit.rows.plan import (
+    Plan,
+    alone,
+    forward,
+    has_own_gradients,
+    influenced,
+    require_alike,
+    require_alike_in_parts,
+    tolerance,
+    two_of,
+)
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import RuledUnit
@@ -215,7 +223,7 @@ class Problem:
     def _tally(self, batch: Batch, start: int, call: str, matrix_free: bool, watched: Watched) -> Tally:
         slots = self._slots(batch, watched.z, start, call)
         self._refuse_influence(batch, start, watched, call)
-        if matrix_free and not self._has_own_gradients(batch, watched):
+        if matrix_free and not self._has_own_gradients(batch, start, watched):
             raise influenced(call, "gradients")
         keep = slots.keep(slice(0, slots.number))
         rows = batch.size * slots.number if keep is None else int(keep.sum())
@@ -572,22 +580,14 @@ class Problem:
         if seen.by_content or not seen.proven:
             key = start if seen.by_content else 0, batch.size
             if key not in self.compared:
-                self._compare_halves(batch, seen, call)
+                require_alike_in_parts(self.plan, batch, seen, call)
                 self.compared[key] = True
         elif seen.read and told not in tried:
-            self._compare_halves(batch, seen, call)
+            require_alike_in_parts(self.plan, batch, seen, call)
             tried[told] = tried[size] = 1
         elif size not in tried:
             self._compare_two(batch, seen, call)
             tried[size] = 1
-
-    def _compare_halves(self, batch: Batch, seen: Watched, call: str) -> None:
-        z = seen.z.detach()
-        for piece in _pieces(batch.size, z.device):
-            with self.plan.quiet():
-                torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
-                again = batch.take(piece).call(self.plan.model).detach()
-            require_alike(again, z[piece], tolerance(z.dtype, self.plan.coarsest) * z.norm(), call)
 
     def _compare_two(self, batch: Batch, seen: Watched, call: str) -> None:
         plan, z, probe = self.plan, seen.z.detach(), self.plan.probe
@@ -602,7 +602,7 @@ class Problem:
                 again = alone(plan.model, two, n)
                 require_alike(again, z[[n] * len(again)], allowed, call)
 
-    def _has_own_gradients(self, batch: Batch, seen: Watched) -> bool:
+    def _has_own_gradients(self, batch: Batch, start: int, seen: Watched) -> bool:
         """Whether gradients in a batch are its examples' own, where hooks or functions of users may make others.
 
         So may numbers that the model's two first examples did not bring, as those that depend on the batch's size.
@@ -610,22 +610,12 @@ class Problem:
         Cost: none where there are none, else a forward and two backward passes of a batch of each size, and one forward
         pass more where the batch's own has led to other leaves than the parameters.
         """
-        tried, numbers, key = self.plan.tried, ("numbers", seen.numbers), ("gradients", batch.size)
+        tried, numbers = self.plan.tried, ("numbers", seen.numbers)
+        key = "gradients", batch.size, start if seen.decided else None
         if batch.size == 1 or not (seen.own_gradients or numbers not in tried):
             return True
         if key not in self.compared:
-            plan, z, own = self.plan, seen.z, list(self.plan.parameters.values())
-            v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-            with plan.quiet():
-                found = pulled_back(z, own, v)
-                if all(g is None for g in found):  # a pass that leads to other leaves
-                    found = pulled_back(batch.call(plan.model), own, v)
-                whole = _flat(own, found)
-                sums = torch.zeros_like(whole)
-                for piece in _pieces(batch.size, z.device, few=1):
-                    sums += _flat(own, pulled_back(batch.take(piece).call(plan.model), own, v[piece]))
-            allowed = tolerance(plan.example_parameter.dtype, plan.coarsest) * sums.norm()
-            self.compared[key] = bool((whole - sums).norm() <= allowed)
+            self.compared[key] = has_own_gradients(self.plan, batch, seen)
         if self.compared[key]:
             tried[numbers] = 1
         return self.compared[key]
@@ -633,7 +623,7 @@ class Problem:
     def _judge(self, batch: Batch, start: int, linearized: Linearized, call: str) -> None:
         """Refuse examples that influence each other; where only gradients do, rows go the slow exact way."""
         self._refuse_influence(batch, start, linearized.watched, call)
-        if not self._has_own_gradients(batch, linearized.watched):
+        if not self._has_own_gradients(batch, start, linearized.watched):
             linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
 
     def _without_rows(self, linearized: Linearized | OneByOne, outputs: Outputs) -> Rows | None:
@@ -715,18 +705,6 @@ class Problem:
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         outputs, counts = self._outputs(batch, raw, start, call)
         return Slots.of(outputs, self.kind, self.token, counts)
-
-
-def _pieces(size: int, device: torch.device, *, few: int = 2) -> Sequence[Tensor]:
-    """An example and halves of the others, in another order; of so ``few`` the first one, as often as there are."""
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device)
-    # Halves may have the same mean, or be told the same, as the whole; one example rarely is.
-    return [order[:1], *order[1:].chunk(2)] if size > few else [torch.zeros_like(order)]
-
-
-def _flat(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> Tensor:
-    """Gradients as one vector."""
-    return torch.cat([dense_gradient(p, g).flatten() for p, g in zip(parameters, found, strict=True)])
 
 
 def now(device: torch.device) -> float:
