@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import fisherkit as fk
 from examples.benchmarks.environment import environment
 from examples.merging import methods
-from examples.merging.protocol import CHOSEN, JUDGED, _interval
+from examples.merging.protocol import CHOSEN, JUDGED
 from examples.merging.small import RECIPES, _model, _sample
 from examples.merging.suites import suite
 from examples.merging.training import Recipe, trained
-from examples.shared.results import markdown, write_json
+from examples.shared.results import half_interval, markdown, write_json
 
 KINDS = ("ef", "ief", "exact", "sf")
 STRUCTURES = ("kfac", "diagonal")
@@ -219,7 +219,7 @@ def _by_suite(rows: Sequence[Row]) -> str:
         line = [f"{structure}, {kind}{', checked' * (check != 'none')}"]
         for name in names:
             gains = [row["gain"] for row in own if row["suite"] == name]
-            line.append(f"{fmean(gains):+.1f}" + (f" ± {_interval(gains):.1f}" if len(gains) > 1 else ""))
+            line.append(f"{fmean(gains):+.1f}" + (f" ± {half_interval(gains):.1f}" if len(gains) > 1 else ""))
         body.append(line)
     text = "The default by suite, with 95% intervals over seeds (Student's t), and checked on 8 held-out examples:"
     return f"{text}\n\n{markdown(('', *names), body)}"
