@@ -196,15 +196,8 @@ class Tracker:
             return
         outputs = [output] if isinstance(output, Tensor) else tensors(output)
         self.met = self.met or function in DRAWS
-        if function in READS and (told := [t for t in tensors(args) if self._status(t) is not Mark.FREE]):
-            if isinstance(output, int):
-                self.read.append(output)
-            else:
-                self.met = True
-            decides = any(map(self._is_real, told)) and not self._holds_for_parts(told[0], output)
-            self.decided = self.decided or decides
-        if self._ragged and function in SIZES and self._is_ragged(args[0]):
-            self.decided = self.decided or args[0].numel() > 0
+        if function in READS or (self._ragged and function in SIZES):
+            self._hear(function, args, output)
         elementwise = BECOMES.get(function) is _elementwise
         self.numbers += [
             one for one in (*args, *kwargs.values()) if type(one) is float or (elementwise and type(one) is int)
@@ -218,8 +211,8 @@ class Tracker:
         operands = tuple((t, self._before(t) if id(t) in ids else self._status(t)) for t in given)
         for made in outputs:
             status = self._becomes(Call(self.batch, args, kwargs, operands, made, function, made is outputs[0], []))
-            if status is not Mark.FREE and self._makes_ragged(function, args, given):
-                self._ragged[id(made)] = weakref.ref(made)
+            if status is not Mark.FREE and (self._ragged or function in RAGGED):
+                self._note_length(function, args, given, made)
             if status is not Mark.FREE and not made.requires_grad:
                 self._note(function, operands, made, chosen=len(args) > 1 or "dim" in kwargs)
             before = [known for tensor, known in operands if tensor is made]
@@ -239,14 +232,30 @@ class Tracker:
         reference = self._ragged.get(id(tensor))
         return reference is not None and reference() is tensor
 
-    def _makes_ragged(self, function: Callable[..., Any], args: tuple[Any, ...], given: Sequence[Tensor]) -> bool:
-        """Whether real numbers of examples, as where they are positive, decide how long a result is."""
-        if self._ragged and any(map(self._is_ragged, given)):
-            return True
-        if function not in RAGGED or (function in _WHERE and len(args) > 1):
-            return False
+    def _note_length(
+        self, function: Callable[..., Any], args: tuple[Any, ...], given: Sequence[Tensor], made: Tensor
+    ) -> None:
+        """Note whether real numbers of examples, as where they are positive, decide how long a result is."""
         masks = [t for t in given if t.dtype == torch.bool]
-        return self._tells(masks or (given[:1] if function is not torch.Tensor.__getitem__ else []))
+        deciding = masks if masks or function is torch.Tensor.__getitem__ else given[:1]
+        own = function in RAGGED and not (function in _WHERE and len(args) > 1)
+        if (own and self._tells(deciding)) or any(map(self._is_ragged, given)):
+            self._ragged[id(made)] = weakref.ref(made)
+
+    def _hear(self, function: Callable[..., Any], args: tuple[Any, ...], output: Any) -> None:
+        """Note what Python is told."""
+        if function in SIZES:
+            self.decided = self.decided or (self._is_ragged(args[0]) and args[0].numel() > 0)
+            return
+        told = [t for t in tensors(args) if self._status(t) is not Mark.FREE]
+        if not told:
+            return
+        if isinstance(output, int):
+            self.read.append(output)
+        else:
+            self.met = True
+        decides = any(map(self._is_real, told)) and not self._holds_for_parts(told[0], output)
+        self.decided = self.decided or decides
 
     def _is_number(self, tensor: Tensor) -> bool:
         """Whether it is one constant."""
