@@ -256,7 +256,7 @@ class Batch:
         change when the caller refills them.
         """
         args, kwargs = _map_tensors(self.args, Tensor.clone), _map_tensors(self.kwargs, Tensor.clone)
-        return dataclasses.replace(self, args=args, kwargs=kwargs)
+        return Batch(args, kwargs, self.targets, self.size, self.axes, self.place)
 
     def handed(self, model: Callable[..., Any]) -> Tensor:
         """As `call`, for a batch that the model may write to."""

@@ -59,7 +59,7 @@ RngState = tuple[Any, ...]
 
 def rng_state(others: Sequence[torch.Generator] = ()) -> RngState:
     """Where the global generators of the CPU stand, and some others."""
-    users = np.random.get_state()  # noqa: NPY002  (users' code draws from it)
+    users = np.random.get_state(legacy=False)  # noqa: NPY002  (users' code draws from it)
     return torch.get_rng_state(), random.getstate(), users, *(generator.get_state() for generator in others)
 
 
@@ -67,12 +67,14 @@ def rng_places(device: torch.device) -> tuple[Any, ...]:
     """What moves when numbers are drawn from a global generator, the device's own included; to be compared."""
     own, of_python, of_numpy = rng_state()
     cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
-    return (
-        own.numpy().tobytes(),
-        cuda,
-        of_python,
-        *(part.tobytes() if isinstance(part, np.ndarray) else part for part in of_numpy),
-    )
+    return own.numpy().tobytes(), cuda, of_python, _comparable(of_numpy)
+
+
+def _comparable(state: Any) -> Any:
+    """A state of NumPy's, of whatever generator, with arrays as bytes."""
+    if isinstance(state, dict):
+        return {name: _comparable(value) for name, value in state.items()}
+    return state.tobytes() if isinstance(state, np.ndarray) else state
 
 
 def _set_rng_state(state: RngState, others: Sequence[torch.Generator]) -> None:
@@ -100,13 +102,9 @@ def _unmoved(before: RngState, place: bytes | None, others: Sequence[torch.Gener
     pairs = zip((before[0], *before[3:]), states, strict=True)
     if not all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in pairs) or before[1] != random.getstate():
         return False
-    if place is not None and not before[2][3]:  # no normal number that the next draw would take without a move
+    if place is not None and not before[2]["has_gauss"]:  # no kept normal, which the next draw would take
         return place == _place_of_numpy()
-    return all(map(_same_part, before[2], np.random.get_state()))  # noqa: NPY002
-
-
-def _same_part(one: Any, other: Any) -> bool:
-    return one.tobytes() == other.tobytes() if isinstance(one, np.ndarray) else bool(one == other)
+    return bool(_comparable(before[2]) == _comparable(np.random.get_state(legacy=False)))  # noqa: NPY002
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -22,9 +23,12 @@ def run(*arguments: str | Path) -> Result:
 class Running:
     """A command in a process of its own, in a folder whose modules it sees; what it prints is in files beside that."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.printed = [folder.with_name(f"{folder.name}-{name}") for name in ("stdout", "stderr")]
-        self.process = FORKED.Process(target=_start, args=(folder, self.printed, arguments), daemon=True)
+    number = itertools.count()
+
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+        own = f"{folder.name}-{next(self.number)}"
+        self.printed = [folder.with_name(f"{own}-{name}") for name in ("stdout", "stderr")]
+        self.process = FORKED.Process(target=_start, args=(folder, self.printed, arguments, environment), daemon=True)
         self.process.start()
 
     @property
@@ -44,7 +48,8 @@ class Running:
         return out, err
 
 
-def _start(folder: Path, printed: list[Path], arguments: tuple[str, ...]) -> None:
+def _start(folder: Path, printed: list[Path], arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     for number, path in enumerate(printed, 1):

@@ -48,7 +48,6 @@ def checked_when_asked(**options: Any) -> Callable[[Any], Any]:
         if not inspect.isfunction(function):
             return jaxtyped(function, **options)
 
-        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             __tracebackhide__ = True
             if jaxtyping.config.jaxtyping_disable:
@@ -63,11 +62,12 @@ def checked_when_asked(**options: Any) -> Callable[[Any], Any]:
             finally:
                 called.pop()
 
-        return call
+        return functools.wraps(function)(types.FunctionType(call.__code__, THEIRS, closure=call.__closure__))
 
     return decorate
 
 
+THEIRS = {**globals(), "__name__": "jaxtyping"}  # a warning looks for the user's line by the names of modules
 jaxtyping.jaxtyped = checked_when_asked  # where the import hook of --jaxtyping-packages looks
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
 import socket
 import sys
@@ -24,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fisherkit.cli import app
+from tests.commands import Running
 
 MODULE = """
 import torch
@@ -42,36 +40,14 @@ TIMEOUT = 300
 """Seconds in which a process must end."""
 
 
-def start(folder: Path, rows: Path, out: Path) -> list[Any]:
-    """Two processes of the command, with what torchrun tells them; forked, as the imports take most of a run."""
+def start(folder: Path, rows: Path, out: Path) -> list[Running]:
+    """Two processes of the command, with what torchrun tells them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    fisher = str(folder / "fisher.safetensors")
-    words = ["--fisher", fisher, "--rows", str(rows), "--out", str(out), "--top", "8", "--overwrite"]
-    words = ["scores", "subject:make", *words]
-    context = multiprocessing.get_context("fork")
-    running = [context.Process(target=_run, args=(words, known | {"RANK": str(rank)})) for rank in range(2)]
-    for one in running:
-        one.start()
-    return running
-
-
-def _run(words: list[str], known: dict[str, str]) -> None:
-    os.environ.update(known)
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
-    app(words)
-
-
-def estimate(path: Path) -> None:
-    """The Fisher, in a process of its own."""
-    words = ["estimate", "subject:make_pair", "--structure", "diagonal", "--out", str(path)]
-    single = multiprocessing.get_context("fork").Process(target=_run, args=(words, {}))
-    single.start()
-    assert ended(single) == 0
+    words = ["scores", "subject:make", "--fisher", "fisher.safetensors", "--rows", str(rows), "--out", str(out)]
+    return [Running(folder, *words, "--top", "8", "--overwrite", **known, RANK=str(rank)) for rank in range(2)]
 
 
 def blocks(rows: Path) -> list[Path]:
@@ -86,12 +62,12 @@ def numbers(value: Any) -> Any:
     return [numbers(one) for one in value] if isinstance(value, list) else value
 
 
-def ended(process: Any) -> int | None:
+def ended(command: Running) -> int | None:
     """Its status; None of one that had to be killed as it did not end."""
-    process.join(TIMEOUT)
-    if process.exitcode is None:
-        process.kill()
-    return process.exitcode  # type: ignore[no-any-return]
+    command.process.join(TIMEOUT)
+    status = command.status
+    command.process.kill()
+    return status
 
 
 def main() -> int:
@@ -102,10 +78,11 @@ def main() -> int:
     args = parser.parse_args()
     draw, count = random.Random(args.seed), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(name, "subject")
+        folder.mkdir()
         (folder / "subject.py").write_text(f"{MODULE}\ndef make_pair():\n    return make()[:2]\n")
-        sys.path.insert(0, name)
-        estimate(folder / "fisher.safetensors")
+        words = ["--structure", "diagonal", "--out", "fisher.safetensors"]
+        assert ended(Running(folder, "estimate", "subject:make_pair", *words)) == 0
         assert [ended(one) for one in start(folder, folder / "whole", folder / "expected")] == [0, 0]
         expected = {file.relative_to(folder / "whole"): file.read_bytes() for file in blocks(folder / "whole")}
         report = numbers(json.loads((folder / "expected" / "scores.json").read_text()))
@@ -122,16 +99,16 @@ def main() -> int:
                     status = [ended(one) for one in running]
                     count["runs that came to their end"] += status == [0, 0]
                     break
-                while len(blocks(rows)) < wanted and all(one.exitcode is None for one in running):
+                while len(blocks(rows)) < wanted and all(one.status is None for one in running):
                     time.sleep(0.002)
                 time.sleep(draw.random() * (4.0 if draw.random() < 0.2 else 0.05))
                 both = len(blocks(rows)) == len(
                     before
                 )  # before they know each other it is torchrun that ends the other one
                 victims = running if both else draw.choice([running[:1], running[1:], running])
-                alive = [one for one in victims if one.exitcode is None]
+                alive = [one for one in victims if one.status is None]
                 for one in alive:
-                    one.kill()
+                    one.process.kill()
                 count["kills"] += bool(alive)
                 count["kills of one process"] += len(alive) == 1 == len(victims)
                 status = [ended(one) for one in running]

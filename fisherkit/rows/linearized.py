@@ -54,19 +54,20 @@ class Linearized:
         plan: how rows are made.
         batch: the examples.
         watched: the forward pass.
+        shown: whether its graph has shown that parameters are used as they were when the plan was verified.
 
     Attributes:
         unruled: parameters of units whose rule does not hold in this batch.
     """
 
-    def __init__(self, plan: Plan, batch: Batch, watched: Watched) -> None:
+    def __init__(self, plan: Plan, batch: Batch, watched: Watched, *, shown: bool = False) -> None:
         dtype = plan.dtype
         self.plan, self.batch = plan, batch
         known = plan.probed is not None and plan.probed.hooked
         uses, exchanging = [in_dtype(use, dtype) for use in watched.uses], watched.exchanging and not known
         same = exchanging == watched.exchanging and all(a is b for a, b in zip(uses, watched.uses, strict=True))
         self.watched = watched if same else replace(watched, uses=uses, exchanging=exchanging)
-        self.unruled = plan.unruled(self.watched)
+        self.unruled = set() if shown else plan.unruled(self.watched)
         self._activations: dict[tuple[str, ...], Any] = {}
         self._arranged: Sequence[Arrangement | None] | None = None
 
@@ -146,22 +147,21 @@ class Linearized:
                 self.unruled.update(unit.names)
             else:
                 found[unit.names] = made
-        rest = [unit for unit in self.plan.units if unit.names not in found]
-        slow = [unit for unit in rest if isinstance(unit, RuledUnit)]
-        for units, values in ((self.plan.generic, generic), (slow, self._slow(own, slow))):
-            if units:
-                whole = values.to(dtype) if scale is None else values.to(dtype) * scale.unsqueeze(2)
-                parts = selection.take(whole).split([unit.numbers for unit in units], 1)
-                found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
+        slow = [unit for unit in self.plan.ruled if unit.names not in found]
+        rest: list[tuple[Sequence[Unit], Tensor]] = [(self.plan.generic, generic)] if self.plan.generic else []
+        for units, values in [*rest, (slow, self._slow(own, slow))] if slow else rest:
+            whole = values.to(dtype) if scale is None else values.to(dtype) * scale.unsqueeze(2)
+            parts = selection.take(whole).split([unit.numbers for unit in units], 1)
+            found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
         return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
 
     def _unrule_silent(self, gradients: Sequence[Tensor | None]) -> None:
         """Uses without a gradient whose parameters have one: what came out of the layer was written to in place."""
         pairs = list(zip(self.watched.uses, gradients, strict=True))
-        heard = {name for use, g in pairs if g is not None for name in use.names}
         silent = {name for use, g in pairs if g is None for name in use.names}
         if not silent:
             return
+        heard = {name for use, g in pairs if g is not None for name in use.names}
         reached = self._reached({name: self.plan.parameters[name] for name in silent - heard - self.unruled})
         self.unruled.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 
@@ -232,8 +232,6 @@ class Linearized:
 
     def _slow(self, v: Float[Tensor, "k B ..."], units: Sequence[Unit]) -> Float[Tensor, "k B d"]:
         """Rows of units whose rule does not hold in this batch, example by example."""
-        if not units:
-            return v.new_zeros(*v.shape[:2], 0)
         own = {name: self.plan.parameters[name] for unit in units for name in unit.names}
         if self.watched.random:
             raise ModelError(

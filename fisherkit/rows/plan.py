@@ -206,12 +206,12 @@ class Plan(Findings):
         """Of the rows: the parameters', or float32 where theirs is a half."""
         return at_least_single(self.example_parameter.dtype)
 
-    @property
+    @cached_property
     def ruled(self) -> list[RuledUnit]:
         """The units that have a rule."""
         return [unit for unit in self.units if isinstance(unit, RuledUnit)]
 
-    @property
+    @cached_property
     def generic(self) -> list[Unit]:
         """The others."""
         return [unit for unit in self.units if not isinstance(unit, RuledUnit)]
@@ -233,7 +233,7 @@ class Plan(Findings):
     @property
     def looped(self) -> bool:
         """Whether rows take a forward pass for each example, which then brings those of all units."""
-        return bool(self.live_generic) and not self.vectorised
+        return not self.vectorised and bool(self.live_generic)
 
     @property
     def modules(self) -> list[tuple[str, ...]]:
@@ -254,6 +254,8 @@ class Plan(Findings):
         self, batch: Batch, v: Float[Tensor, "k B ..."], z: Float[Tensor, "B ..."]
     ) -> Float[Tensor, "k B d"]:
         """Rows of the generic units, side by side in their order; z is what the model says of the batch."""
+        if not self.generic:
+            return v.new_zeros(*v.shape[:2], 0)
         own = {name: self.parameters[name] for unit in self.generic for name in unit.names}
         idle = unreached(z, {name: p for name, p in own.items() if name in self.unused})
         return generic_rows(

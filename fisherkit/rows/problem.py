@@ -306,7 +306,7 @@ class Problem:
             ):
                 tried["logits", likelihood.link] = 1
         positions, whole = int(counts[0]), int(counts[0]) == mask.numel()
-        outputs = Outputs(z, target, mask, start, self.likelihood, raw.shape[1:], whole)
+        outputs = Outputs.keyed(z, target, mask, start, self.likelihood, raw.shape[1:], whole=whole)
         return outputs, (int(counts[-1]), positions)
 
     def measure(self) -> None:
@@ -557,7 +557,7 @@ class Problem:
             plan.tried["not shown"] = 1
             self.confirm()
         plan.probe.assumed = False
-        return Linearized(plan, batch, watched)
+        return Linearized(plan, batch, watched, shown=assumed)
 
     def _refuse_influence(self, batch: Batch, start: int, seen: Watched, call: str) -> None:
         """Refuse a batch in which examples have other outputs than in other company.

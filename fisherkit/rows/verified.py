@@ -65,10 +65,10 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: b
     if key in known and known[key].alone and batch.size > 1:
         del known[key]  # of one example nothing was learnt about two
     if key in known:
-        old = Plan.of(model, space, known[key], key, own=own)
+        old = known[key]
         if assume and _is_simple(old) and "not shown" not in old.tried:
-            return replace(old, probed=Probe(batch, None, old.alone))
-        plan = _confirmed(old, batch)
+            return Plan.of(model, space, old, key, Probe(batch, None, old.alone), own)
+        plan = _confirmed(Plan.of(model, space, old, key, own=own), batch)
         if plan is not None:
             return plan
         del known[key]

@@ -287,7 +287,7 @@ def test_retrain__sees_a_subset_and_nothing_else() -> None:
         ({"train": X}, fk.errors.InvalidTypeError, "pair"),
         ({"likelihood": "weibull"}, fk.errors.InvalidArgumentError, "weibull"),
         ({"likelihood": 3}, fk.errors.InvalidTypeError, "int as likelihood"),
-        ({"likelihood": "gaussian"}, fk.errors.DataError, "one target for each output"),
+        ({"likelihood": "gaussian"}, fk.errors.DataError, "targets of the outputs' shape"),
         ({"measurements": "accuracy"}, fk.errors.InvalidArgumentError, "accuracy"),
         ({"measurements": ()}, fk.errors.InvalidArgumentError, "no measurements"),
         ({"measurements": {"a": 3}}, fk.errors.InvalidTypeError, "functions"),
@@ -311,7 +311,7 @@ def test_retrain__refuses_images_whose_axis_of_classes_nothing_tells(size: int) 
     def build(seed: int) -> nn.Module:
         return nn.Conv2d(1, 3, 1).double()
 
-    with pytest.raises(fk.errors.DataError, match=rf"outputs \[\d+, 3, {size}, {size}\].*or the loss module"):
+    with pytest.raises(fk.errors.DataError, match=rf"outputs of shape \(B, 3, {size}, {size}\).*torch's own loss"):
         retrain(build, train, queries, MASKS, SGD, seeds=(0,))
     losses = [nn.CrossEntropyLoss(), fk.likelihoods.Categorical(class_axis=1)]
     runs = [retrain(build, train, queries, MASKS[:1], SGD, seeds=(0,), likelihood=loss) for loss in losses]

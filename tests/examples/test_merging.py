@@ -190,7 +190,7 @@ def test_protocol__has_every_row_and_bounds(tmp_path: Path) -> None:
     assert {protocol.OURS, *protocol.RIVALS, "TIES", "DARE", "Iso-C", "WUDI"} <= set(cell["rows"])
     assert all(len(tests) == 5 for tests in (*cell["rows"].values(), cell["individual"], cell["joint"]))
     assert "| average |" in protocol.report(found)
-    assert protocol._interval([1.0, 2.0, 4.0]) == pytest.approx(4.3027 * 1.5275 / 3**0.5, rel=1e-4)
+    assert results.half_interval([1.0, 2.0, 4.0]) == pytest.approx(4.3027 * 1.5275 / 3**0.5, rel=1e-4)
 
 
 def test_guard__judges_every_setting_and_check(tmp_path: Path) -> None:
