@@ -38,6 +38,7 @@ def test_second_moment__adds_to_no_tensor_of_others() -> None:
     for other in (one, two, two.scaled(1.0)):
         SecondMoment(width).merge(other).add(*chunks(width))
     one.add(*chunks(width))
+    two.merge(SecondMoment(width).add(*chunks(width, (5,))))
     assert torch.equal(given, torch.eye(width, dtype=torch.float64))
     assert torch.equal(two.dense(), before)
 

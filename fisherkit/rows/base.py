@@ -225,7 +225,7 @@ def lower_second_moment(x: Float[Tensor, "... w"], total: Float[Tensor, "w w"] |
         found = torch.bmm(x.mT, x).sum(0)
         return found if total is None else total.add_(found)
     x = x.reshape(-1, x.shape[-1])
-    if not _halves(x):
+    if x.device.type != "cpu" or x.shape[1] < 2 * HALVED:
         return x.mT @ x if total is None else total.addmm_(x.mT, x)
     total = x.new_zeros(x.shape[1], x.shape[1]) if total is None else total
     half = x.shape[1] // 2
@@ -238,17 +238,12 @@ def lower_second_moment(x: Float[Tensor, "... w"], total: Float[Tensor, "w w"] |
 
 def mirrored(total: Float[Tensor, "w w"]) -> Float[Tensor, "w w"]:
     """The same, made symmetric in place by what `lower_second_moment` computes."""
-    if _halves(total):
+    if total.device.type == "cpu" and len(total) >= 2 * HALVED:
         half = len(total) // 2
         mirrored(total[:half, :half])
         mirrored(total[half:, half:])
         total[:half, half:] = total[half:, :half].mT
     return total
-
-
-def _halves(x: Float[Tensor, "... w"]) -> bool:
-    """Whether second moments of such vectors are computed by halves."""
-    return x.device.type == "cpu" and x.shape[-1] >= 2 * HALVED
 
 
 def sum_by(index: Int[Tensor, "R"], values: Float[Tensor, "R ..."], groups: int) -> Float[Tensor, "N ..."]:

@@ -72,7 +72,7 @@ class SecondMoment:
     def merge(self, other: SecondMoment) -> SecondMoment:
         """With another pass's."""
         if other.matrix is None:
-            return self.add(*other.vectors) if other.vectors else self
+            return replace(self, lower=False).add(*other.vectors) if other.vectors else self
         total = other.dense()
         return replace(self, vectors=(), matrix=total if self.empty else self.dense() + total, lower=False)
 
