@@ -208,7 +208,7 @@ def language_table(results: Record) -> tuple[Table, Notes]:
     notes, rows = Notes(), []
     for r in results["language"]:
         for name in [*r["figures"], *r["errors"]]:
-            full = f"{r['size']}, {name if name.startswith('kronfluence') else f'{NAME} {name}'}"
+            full = f"{r['size']}, " + (name if name.startswith(("kronfluence", "training")) else f"{NAME} {name}")
             if name in r["errors"]:
                 rows.append((full, f"– {notes.mark(r['errors'][name])}", *[""] * 7))
                 continue

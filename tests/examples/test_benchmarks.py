@@ -259,6 +259,8 @@ def test_language__is_judged_by_the_peer_and_a_training_step(tmp_path: Path, mon
     assert "met" not in figures["ekfac"]
     assert record["errors"] == {"kronfluence ekfac": "its last line"}
     table = (tmp_path / "table.md").read_text("utf-8")
+    assert "| small, fisherkit diagonal |" in table
+    assert "| small, training step |" in table
     assert "| 2.00× | 1.30× | 0.65× | ≥ 1.8×, ≤ 1.3 steps | yes |" in table
     assert "small: 2 blocks, width 128, vocabulary 1,024, 48 sequences of 64 tokens, 8 in a batch" in table
 
