@@ -62,3 +62,15 @@ def test_second_moment__makes_no_other_matrix_and_copies_nothing_to_add_more() -
         sums.add(*more)
     assert made.copies == 0
     assert made.entries <= 40 * 2 * width
+
+
+def test_second_moment__of_its_own_becomes_the_factor_in_place_and_an_average_stays() -> None:
+    given = chunks(600, (700,))
+    moment = torch.einsum("nti,ntj->ij", given[0], given[0])
+    own, average = (SecondMoment(600, thin=False).add(*given) for _ in range(2))
+    average = average.scaled(0.5)
+    place = own.dense().data_ptr()
+    for sums, expected in ((own, moment / 8), (average, moment / 16), (average, moment / 16)):
+        factor, _ = sums.at(1 / 8)
+        torch.testing.assert_close(factor, expected)
+        assert (factor.data_ptr() == place) == (sums is own)

@@ -67,7 +67,7 @@ class SecondMoment:
         """Times a number."""
         if self.matrix is None:
             return replace(self, vectors=tuple(x * weight**0.5 for x in self.vectors))
-        return replace(self, matrix=weight * self.matrix)
+        return replace(self, matrix=weight * self.dense(), lower=False)
 
     def merge(self, other: SecondMoment) -> SecondMoment:
         """With another pass's."""
@@ -92,7 +92,12 @@ class SecondMoment:
         return mirrored(self.matrix) if self.lower else self.matrix
 
     def at(self, scale: float) -> tuple[Float[Tensor, "w w"], Callable[[], Spectrum] | None]:
-        """``scale`` times the sum, and how to decompose it by its vectors where these are few."""
+        """``scale`` times the sum, and how to decompose it by its vectors where these are few.
+
+        A matrix of this object's own is scaled in place, so that sums and operator need not exist beside each other.
+        """
+        if self.lower:
+            return self.dense().mul_(scale), None
         few = self.matrix is None
         return scale * self.dense(), (lambda: self.spectrum("kfac").scaled(scale)) if few else None
 
