@@ -175,7 +175,7 @@ def step(net: Net, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
-@pytest.mark.parametrize("decide", [*DECIDE, noted], ids=str)
+@pytest.mark.parametrize("decide", [*DECIDE, noted])
 def test_step__of_a_batch_whose_statistic_decides(decide: Any, options: dict[str, Any], dropout: float) -> None:
     net = Net(DECIDE.get(decide, decide), dropout)
     optimizer = fk.optim.NaturalGradient(net, lr=0.1, **options)
