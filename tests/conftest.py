@@ -44,13 +44,15 @@ def checked_when_asked(**options: Any) -> Callable[[Any], Any]:
     Making one takes a millisecond: of every function at import, and of every inner function at each call around it.
     """
 
+    config = jaxtyping.config  # no global, which torch.compile would look for in the module that THEIRS names
+
     def decorate(function: Any) -> Any:
         if not inspect.isfunction(function):
             return jaxtyped(function, **options)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             __tracebackhide__ = True
-            if jaxtyping.config.jaxtyping_disable:
+            if config.jaxtyping_disable:
                 return function(*args, **kwargs)
             if function.__code__ not in checks:
                 # Annotations are looked up where the function was written.

@@ -132,3 +132,31 @@ def test_compiled__models_that_the_optimizer_was_made_for_step_as_others_do(back
             optimizer.step()
         ends.append(flat(model))
     close(*ends)
+
+
+class Cubed(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w**3
+
+
+def swapped(model: nn.Sequential) -> None:
+    model[0] = copy.deepcopy(model[0])
+
+
+def parametrized(model: nn.Sequential) -> None:
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Cubed())
+
+
+@pytest.mark.parametrize("change", [swapped, parametrized])
+@pytest.mark.parametrize("kind", ["ief", "exact"])
+def test_models__whose_parameters_are_others_than_the_optimizers(kind: str, change: Any) -> None:
+    model = mlp()
+    optimizer = natural(model, kind=kind, damping=1e-2, gram_damping=None)
+    train(model, optimizer)
+    optimizer.zero_grad()
+    change(model)
+    backward(model)
+    before = flat(model)
+    with pytest.raises(ModelError, match=r"0\..*weight.*a new NaturalGradient"):
+        optimizer.step()
+    assert torch.equal(before, flat(model))

@@ -146,7 +146,7 @@ class NaturalGradient(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            ModelError: gradients without a forward pass of the model.
+            ModelError: gradients without a forward pass of the model, or of parameters that were replaced since.
             NonFiniteError: NaN or infinite gradients; nothing is changed.
             SingularMatrixError: the damping is too small.
         """
@@ -158,6 +158,7 @@ class NaturalGradient(torch.optim.Optimizer):
         gradients = self._curvature.gradients(own)
         if not gradients:
             return loss
+        self._refuse_others(own, gradients)
         first = self.param_groups[0]
         check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
@@ -175,6 +176,20 @@ class NaturalGradient(torch.optim.Optimizer):
             longest = max(group["lr"] for group in self.param_groups)
             self._apply(own, space, direction.within(first["trust_region"], longest))
         return loss
+
+    def _refuse_others(self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]) -> None:
+        """Refuse gradients of parameters that the model or the optimizer has no more, in whose place others are."""
+        held, mine = {p for group in self.param_groups for p in group["params"]}, set(own.values())
+        odd = [name for name in gradients if own[name] not in held]
+        gone = [p for p in held - mine if p.grad is not None and bool(p.grad.to_dense().any())]
+        if odd or gone:
+            model = self._curvature.capture.model
+            odd += [name for name, p in model.named_parameters() if any(p is one for one in gone)]
+            raise ModelError(
+                call=f"{CALL}.step", got=f"parameters that were replaced or renamed: {listed(map(repr, odd), 4)}",
+                expected="those that the optimizer was made for", why="a step would leave them as they are",
+                try_=f"a new {CALL} after layers are replaced or parametrized",
+            )  # fmt: skip
 
     def _apply(self, own: Mapping[str, nn.Parameter], space: ParameterSpace, update: Tensor) -> None:
         pieces = {own[name]: delta for name, delta in space.unflatten(update).items()}
