@@ -132,6 +132,7 @@ class Tracker:
         read: what Python was told of several examples, in yes, no and whole numbers, as whether any is padded.
         decided: whether a statistic of real numbers came to what is differentiated or to Python, so that it may decide
             for a batch and for parts of it alike, and otherwise for some example alone.
+        reduced: whether something differentiable was summed up over examples, or the like.
         placed: whether something differentiable met a constant that differs from place to place in the batch.
         numbers: that functions were given, Python's or a constant's only entry, which may depend on how many examples
             there are.
@@ -139,12 +140,13 @@ class Tracker:
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.lost = self.met = self.placed = self.decided = False
+        self.lost = self.met = self.placed = self.decided = self.reduced = False
         self.read: list[int] = []
         self.numbers: list[float] = []
         self._known: dict[int, tuple[weakref.ref[Tensor], int, bool, Status]] = {}
         self._real: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
         self._answers: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        self._ragged: dict[int, weakref.ref[Tensor]] = {}
 
     def mark(self, tensor: Tensor, status: Status) -> None:
         """Note what is known of a tensor."""
@@ -189,17 +191,13 @@ class Tracker:
             if function is torch.Tensor.__setitem__ and self._filled(*args):
                 self.mark(args[0], Axis(0))
             else:
-                self._meet([self._status(t) for t in tensors(args, kwargs)])
+                self._meet([self._status(t) for t in given])
+                self.decided = self.decided or ("out" in kwargs and self._tells(given))  # which is a constant after
             return
         outputs = [output] if isinstance(output, Tensor) else tensors(output)
         self.met = self.met or function in DRAWS
-        if function in READS and (told := [t for t in tensors(args) if self._status(t) is not Mark.FREE]):
-            if isinstance(output, int):
-                self.read.append(output)
-            else:
-                self.met = True
-            decides = any(map(self._is_real, told)) and not self._holds_for_parts(told[0], output)
-            self.decided = self.decided or decides
+        if function in READS or (self._ragged and function in SIZES):
+            self._hear(function, args, output)
         elementwise = BECOMES.get(function) is _elementwise
         self.numbers += [
             one for one in (*args, *kwargs.values()) if type(one) is float or (elementwise and type(one) is int)
@@ -213,6 +211,8 @@ class Tracker:
         operands = tuple((t, self._before(t) if id(t) in ids else self._status(t)) for t in given)
         for made in outputs:
             status = self._becomes(Call(self.batch, args, kwargs, operands, made, function, made is outputs[0], []))
+            if status is not Mark.FREE and (self._ragged or function in RAGGED):
+                self._note_length(function, args, given, made)
             if status is not Mark.FREE and not made.requires_grad:
                 self._note(function, operands, made, chosen=len(args) > 1 or "dim" in kwargs)
             before = [known for tensor, known in operands if tensor is made]
@@ -223,6 +223,39 @@ class Tracker:
                 self.mark(made, status)
             elif status is not Mark.FREE or made.grad_fn is not None:
                 self.mark(made, status)
+
+    def _tells(self, given: Sequence[Tensor]) -> bool:
+        """Whether there are real numbers of examples among tensors."""
+        return any(self._status(t) is not Mark.FREE and self._is_real(t) for t in given)
+
+    def _is_ragged(self, tensor: Any) -> bool:
+        reference = self._ragged.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+    def _note_length(
+        self, function: Callable[..., Any], args: tuple[Any, ...], given: Sequence[Tensor], made: Tensor
+    ) -> None:
+        """Note whether real numbers of examples, as where they are positive, decide how long a result is."""
+        masks = [t for t in given if t.dtype == torch.bool]
+        deciding = masks if masks or function is torch.Tensor.__getitem__ else given[:1]
+        own = function in RAGGED and not (function in _WHERE and len(args) > 1)
+        if (own and self._tells(deciding)) or any(map(self._is_ragged, given)):
+            self._ragged[id(made)] = weakref.ref(made)
+
+    def _hear(self, function: Callable[..., Any], args: tuple[Any, ...], output: Any) -> None:
+        """Note what Python is told."""
+        if function in SIZES:
+            self.decided = self.decided or (self._is_ragged(args[0]) and args[0].numel() > 0)
+            return
+        told = [t for t in tensors(args) if self._status(t) is not Mark.FREE]
+        if not told:
+            return
+        if isinstance(output, int):
+            self.read.append(output)
+        else:
+            self.met = True
+        decides = any(map(self._is_real, told)) and not self._holds_for_parts(told[0], output)
+        self.decided = self.decided or decides
 
     def _is_number(self, tensor: Tensor) -> bool:
         """Whether it is one constant."""
@@ -271,6 +304,8 @@ class Tracker:
         if Mark.STATISTIC not in statuses and call.function in CHOICES and not call.output.dtype.is_floating_point:
             apart = apart or len(call.args) > 1 or "dim" in call.kwargs
         real = any(self._is_real(tensor) for tensor, status in call.operands if status is not Mark.FREE)
+        chosen = call.function in CHOICES and not call.output.dtype.is_floating_point
+        apart = apart and (chosen or not self.reduced or Mark.UNKNOWN not in statuses)
         return Mark.STATISTIC if Mark.STATISTIC in statuses or (real and not apart) else Mark.MIXED
 
     def _filled(self, x: Tensor, index: Any, value: Any) -> bool:
@@ -301,10 +336,14 @@ class Tracker:
             found = None
         if found is not None:
             self._meet(mixed)
+            if mixed and BECOMES.get(call.function) is _elementwise:  # one example's with another's
+                self.decided = self.decided or self._tells([t for t, s in whole.operands if s is Mark.MIXED])
             if not (self.placed or (self.met and not differentiable)) and call.differs(found):
                 self.placed = self.placed or differentiable
                 self.met = True
             return found
+        if differentiable and call.function in REDUCES:
+            self.reduced = self.reduced or any(isinstance(s, Axis) for s in statuses) or len(call.args) == 1
         return Mark.UNKNOWN if differentiable else self._mixed(whole)
 
 
@@ -781,6 +820,16 @@ CHOICES = set(_functions("topk argmax argmin sort argsort max min"))
 
 ANSWERS = {**dict.fromkeys(_functions("all"), True), **dict.fromkeys(_functions("any"), False)}
 """Functions that ask something of all entries, and what they say then holds for any part of these."""
+
+REDUCES = set(_functions("sum mean prod amax amin max min var std logsumexp median norm"))
+"""Functions that make one number of many."""
+
+_WHERE = set(_functions("where"))
+RAGGED = _WHERE | set(_functions("nonzero argwhere masked_select unique unique_consecutive __getitem__"))
+"""Functions whose result is as long as numbers say, if they are given a mask, or always."""
+
+SIZES = set(_functions("size numel nelement __len__")) | {torch.Tensor.shape.__get__}  # type: ignore[attr-defined]
+"""Functions that tell Python how long something is."""
 
 CONSTANTS = set(_functions("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty"))
 """Functions that make constants in the shape of something."""

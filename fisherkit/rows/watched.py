@@ -98,7 +98,8 @@ class Watched:
         return cls(
             recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
             casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, packed=recorder.packed,
-            positions=recorder.positions(z), met=seen.met, read=tuple(seen.read), decided=seen.decided,
+            positions=recorder.positions(z), met=seen.met, read=tuple(seen.read),
+            decided=seen.decided or (seen.reduced and not proven),
             numbers=hash(tuple(seen.numbers)), placed=seen.placed,
         )  # fmt: skip
 
