@@ -17,7 +17,7 @@ import json
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,20 +157,46 @@ def measure_influence(
     run = partial(_child, name, device=device, tiny=tiny, patience=patience, folder=folder)
     sizes = SMALL if tiny else SIZES[name]
     record: Record = {"workload": name, "examples": sizes.examples, "queries": sizes.queries, "damping": DAMPING}
+    agreed, unable = peer_checked(lambda: _check(name, partial(run, patience=None), folder))
+    found, errors = in_turn(CONTESTANTS, run, unable, rounds=rounds, slow=slow, patience=patience)
+    return record | agreed | _judged(found, errors, folder)
+
+
+def peer_checked(check: Callable[[], float]) -> tuple[Record, str]:
+    """The peer with the difference that a check finds, and why it cannot take part, or "".
+
+    Raises:
+        DisagreementError: from the check.
+    """
+    if "kronfluence" in missing():
+        return {}, INSTALL
+    record: Record = {"peer": f"kronfluence {importlib.metadata.version('kronfluence')}"}
     try:
-        if "kronfluence" not in missing():
-            record["peer"] = f"kronfluence {importlib.metadata.version('kronfluence')}"
-            record["difference"] = _check(name, partial(run, patience=None), folder)
-        unable = INSTALL if "kronfluence" in missing() else ""
+        return record | {"difference": check()}, ""
     except DisagreementError:
         raise
     except RuntimeError as error:
-        unable = _last_line(error)
-    found: dict[str, list[Record]] = {contestant: [] for contestant in CONTESTANTS}
-    errors = {n: unable for n in CONTESTANTS if is_peer(n) and unable}
+        return record, _last_line(error)
+
+
+def in_turn(
+    contestants: Iterable[str], run: Callable[[str], Record], unable: str, *, rounds: int, slow: float, patience: float
+) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    """What everybody's processes say, round after round, and why some do not take part.
+
+    Args:
+        contestants: by name.
+        run: makes such a process.
+        unable: why kronfluence cannot take part, or "".
+        rounds: how often each is run.
+        slow: seconds; who takes longer is run once.
+        patience: seconds after which ``run`` ends a process.
+    """
+    found: dict[str, list[Record]] = {contestant: [] for contestant in contestants}
+    errors = {name: unable for name in found if is_peer(name) and unable}
     for number in range(rounds):
         for contestant, runs in found.items():
-            if contestant in errors or (number and runs[0]["fit"] + runs[0]["score"] > slow):
+            if contestant in errors or (number and _total(runs[0]) > slow):
                 continue
             try:
                 runs.append(run(contestant))
@@ -178,7 +204,18 @@ def measure_influence(
                 errors[contestant] = f"not done after {patience:g} s"
             except RuntimeError as error:
                 errors[contestant] = _last_line(error)
-    return record | _judged({n: runs for n, runs in found.items() if runs and n not in errors}, errors, folder)
+    return {name: runs for name, runs in found.items() if runs and name not in errors}, errors
+
+
+def middle(runs: Sequence[Record]) -> Record:
+    """Medians of a contestant's figures, and how many they are of."""
+    medians: Record = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return medians | {"total": statistics.median(map(_total, runs)), "rounds": len(runs)}
+
+
+def _total(run: Record) -> float:
+    seconds: float = run["fit"] + run.get("score", 0.0)
+    return seconds
 
 
 def _last_line(error: Exception) -> str:
@@ -186,11 +223,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _judged(found: Mapping[str, list[Record]], errors: Mapping[str, str], folder: Path) -> Record:
-    medians: dict[str, Record] = {}
-    for name, runs in found.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in ("fit", "score", "peak")}
-        total = statistics.median(run["fit"] + run["score"] for run in runs)
-        medians[name] = middle | {"total": total, "rounds": len(runs)}
+    medians = {name: middle(runs) for name, runs in found.items()}
     best = medians.get(PEER, {}).get("total")
     mine = [name for name in medians if not is_peer(name)]
     ratios = {name: best / medians[name]["total"] for name in mine} if best else {}

@@ -203,6 +203,47 @@ def influence_section(results: Record) -> str:
     return "\n\n".join(filter(None, [markdown(table), notes.lines(), "\n".join(said)]))
 
 
+def language_table(results: Record) -> tuple[Table, Notes]:
+    """Fits to the language model: tokens a second and peak memory, beside the peer's and a training step's."""
+    notes, rows = Notes(), []
+    for r in results["language"]:
+        for name in [*r["figures"], *r["errors"]]:
+            full = f"{r['size']}, " + (name if name.startswith(("kronfluence", "training")) else f"{NAME} {name}")
+            if name in r["errors"]:
+                rows.append((full, f"– {notes.mark(r['errors'][name])}", *[""] * 7))
+                continue
+            f = r["figures"][name]
+            once = " " + notes.mark("timed once: slow") if f["rounds"] == 1 else ""
+            target = "" if "met" not in f else f"≥ {f['target']:g}×, ≤ {f['most_steps']:g} steps"
+            rows.append((
+                full, number(f["fit"]) + once, number(f["tokens"]), f"{f['peak'] / 1e6:,.0f} MB",
+                *(f"{f[key]:.2f}×" if key in f else "" for key in ("speed", "steps", "memory")), target,
+                MET[f.get("met")],
+            ))  # fmt: skip
+    header = (
+        "", "fit, s", "tokens a second", "peak memory", "speed over kronfluence", "peak over a training step",
+        "peak over kronfluence", "target", "met",
+    )  # fmt: skip
+    return (header, rows), notes
+
+
+def language_section(results: Record) -> str:
+    """The table, what it is of, and how far both sides were compared."""
+    if not results["language"]:
+        return ABSENT
+    table, notes = language_table(results)
+    said = []
+    for r in results["language"]:
+        text = (
+            f"{r['size']}: {r['layers']} blocks, width {r['width']}, vocabulary {r['vocabulary']:,}, {r['sequences']} "
+            f"sequences of {r['positions']} tokens, {r['batch']} in a batch"
+        )
+        if "difference" in r:
+            text += f"; from observed labels, products of {r['peer']} and ours differ by at most {r['difference']:.0e}"
+        said.append(f"- {text}.")
+    return "\n\n".join(filter(None, [markdown(table), notes.lines(), "\n".join(said)]))
+
+
 def accuracy_table(results: Record) -> Table:
     """Relative errors against float64."""
     names = next((list(r["errors"]) for r in results["accuracy"] if "errors" in r), [])
@@ -265,6 +306,7 @@ def sections(results: Record, *, pictures: str | None = None, growth: bool = Fal
     found["steps"] = markdown(steps_table(results))
     found["influence"] = influence_section(results)
     found["fixed"] = markdown(fixed_table(results))
+    found["language"] = language_section(results)
     link = "See [growth](growth.md)." if growth else ABSENT
     found["growth"] = link
     return found
@@ -279,8 +321,8 @@ def text(results: Record) -> str:
     tables = [roofline_table(results, name) for name in workloads(results)]
     tables += [table(results) for table in (memory_table, choice_table, accuracy_table, steps_table, fixed_table)]
     parts += [plain(table) for table in tables if table[1]]
-    table, notes = influence_table(results)
-    parts += [plain(table), notes.lines()] if table[1] else []
+    for table, notes in (influence_table(results), language_table(results)):
+        parts += [plain(table), notes.lines()] if table[1] else []
     return "\n\n".join(filter(None, parts))
 
 

@@ -16,6 +16,7 @@ KEYS = {
     "steps": ("workload",),
     "influence": ("workload",),
     "fixed": ("what",),
+    "language": ("size",),
 }
 """Sections and what identifies a record in them."""
 

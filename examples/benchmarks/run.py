@@ -23,6 +23,8 @@ from examples.benchmarks.contestants import Case, DisagreementError
 from examples.benchmarks.environment import environment
 from examples.benchmarks.fixed import measure_fixed
 from examples.benchmarks.influence import SIZES, measure_influence
+from examples.benchmarks.language import SIZES as LANGUAGE_SIZES
+from examples.benchmarks.language import measure_language
 from examples.benchmarks.measure import Record, Settings, judge, measure
 from examples.benchmarks.memory import measure_memory
 from examples.benchmarks.operations import OPERATIONS, Cell, cells
@@ -34,7 +36,7 @@ from fisherkit.memory import available_memory
 
 ROOT = Path(__file__).parents[2]
 PAGE, ASSETS = ROOT / "docs" / "results" / "benchmarks.md", ROOT / "docs" / "assets" / "benchmarks"
-PARTS = ("operations", "memory", "roofline", "choice", "accuracy", "steps", "influence", "fixed")
+PARTS = ("operations", "memory", "roofline", "choice", "accuracy", "steps", "influence", "fixed", "language")
 CHOICES = {"W1": (fk.EmpiricalFisher, fk.ExactFisher), "W2": (fk.EmpiricalFisher,), "W3": (fk.EmpiricalFisher,)}
 """Kinds that the cost model is tried on."""
 
@@ -51,6 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--patience", type=float, default=90.0, help="seconds; who takes longer is not waited for (default: 90)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=None, help="of torch (default: as torch has it, one a core)")
+    add("--size", choices=list(LANGUAGE_SIZES), default="full", help="of the language model (default: full)")
     add("--vocabulary", type=int, default=8192, help="of W4 (default: 8192)")
     add("--out", type=Path, default=Path("benchmarks"), help="folder for results and pictures (default: benchmarks)")
     add("--keep", action="store_true", help="add to the results that are there, measured on the same machine")
@@ -99,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 results_file.put(results, "fixed", record)
                 results_file.write(path, results)
                 _say(f"{record['what']}: {report.number(record['ratio'])} × the best peer")
+            if "language" in options.part:
+                _language(settings, options, results)
+                results_file.write(path, results)
     except DisagreementError as error:
         sys.exit(f"stopped, because a result is wrong: {error}")
     finally:
@@ -225,6 +231,16 @@ def _influence(name: str, _w: Workload, settings: Settings, options: argparse.Na
     results_file.put(results, "influence", record)
     done = {n: f"{report.number(s['total'])} s" for n, s in record["seconds"].items()}
     _say(f"{name}  influence scores: " + ", ".join(f"{n} {s}" for n, s in {**record["errors"], **done}.items()))
+
+
+def _language(settings: Settings, options: argparse.Namespace, results: Record) -> None:
+    record = measure_language(
+        "tiny" if options.tiny else options.size, device=settings.device.type, rounds=settings.rounds,
+        slow=settings.slow, patience=settings.patience,
+    )  # fmt: skip
+    results_file.put(results, "language", record)
+    done = {n: f"{report.number(f['tokens'])} tokens a second" for n, f in record["figures"].items()}
+    _say("language model: " + ", ".join(f"{n} {s}" for n, s in {**record["errors"], **done}.items()))
 
 
 PARTS_RUN: dict[str, Callable[[str, Workload, Settings, argparse.Namespace, Record], None]] = {

@@ -138,6 +138,56 @@ class LanguageHead(nn.Module):
         return self.head(x + self.down(F.gelu(self.up(x))))
 
 
+class Decoder(nn.Module):
+    """A decoder in GPT-2's shape, its head tied to the embedding.
+
+    Args:
+        vocabulary: C.
+        width: of the residual stream.
+        heads: of attention.
+        layers: blocks.
+        positions: T.
+    """
+
+    def __init__(self, vocabulary: int, width: int, heads: int, layers: int, positions: int) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, T, C]``."""
+        x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embed.weight)
+
+
+class DecoderBlock(nn.Module):
+    """Causal attention, with one matrix for queries, keys and values, and an MLP.
+
+    Args:
+        width: of the residual stream.
+        heads: of attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attend, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The residual stream ``[B, T, width]``."""
+        q, k, v = self.attend(self.before_attention(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.project(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.before_mlp(x))))
+
+
 def mlp(*, width: int = 1024, inputs: int = 784, classes: int = 10, examples: int = 512) -> Workload:
     """W1."""
     torch.manual_seed(0)

@@ -6,8 +6,7 @@ import copy
 import importlib
 import logging
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,27 +39,10 @@ def kronfluence(
         modules: layers that are tracked; None for all that the library knows and that are trained.
         batch: training examples in a batch; None for all. Queries are one batch.
     """
-    # By name: a library that need not be there has no types to check.
-    analyzing = importlib.import_module("kronfluence.analyzer")
     asking = importlib.import_module("kronfluence.arguments")
-    folder = tempfile.TemporaryDirectory()
-    task, batch = _task(_layers(model) if modules is None else list(modules)), batch or len(train[1])
-    # Prepared models are wrapped in place, and what is not tracked no longer requires grad.
-    prepared = analyzing.prepare_model(copy.deepcopy(model).eval(), task)
-    logging.getLogger("kronfluence").setLevel(logging.ERROR)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        analyzer = analyzing.Analyzer(
-            "influence", prepared, task, cpu=train[1].device.type == "cpu", disable_tqdm=True,
-            log_level=logging.ERROR, output_dir=folder.name,
-        )  # fmt: skip
-        analyzer.fit_all_factors(
-            "factors",
-            dataset=TensorDataset(*train),
-            per_device_batch_size=batch,
-            factor_args=asking.FactorArguments(strategy=strategy, use_empirical_fisher=empirical),
-            overwrite_output_dir=True,
-        )
+    batch = batch or len(train[1])
+    analyzer = prepared(copy.deepcopy(model), _layers(model) if modules is None else modules, train[1].device.type)
+    fit(analyzer.fit_all_factors, train, strategy=strategy, empirical=empirical, batch=batch)
 
     def scores(queries: Pair, damping: float | None) -> Tensor:
         if own == (damping is not None):
@@ -78,9 +60,42 @@ def kronfluence(
         )
         return analyzer.load_pairwise_scores("scores")["all_modules"] / len(train[1])
 
-    # The factors lie in the folder: it lives as long as the scorer.
-    scores.folder = Path(folder.name), folder  # type: ignore[attr-defined]
     return scores
+
+
+def prepared(model: nn.Module, layers: Sequence[str], device: str) -> Any:
+    """An analyzer of a model, which is wrapped in place; its results lie in a folder that lives as long."""
+    # By name: a library that need not be there has no types to check.
+    analyzing = importlib.import_module("kronfluence.analyzer")
+    folder, task = tempfile.TemporaryDirectory(), _task(list(layers))
+    # What is not tracked no longer requires grad.
+    wrapped = analyzing.prepare_model(model.eval(), task)
+    logging.getLogger("kronfluence").setLevel(logging.ERROR)
+    analyzer = analyzing.Analyzer(
+        "influence", wrapped, task, cpu=device == "cpu", disable_tqdm=True, log_level=logging.ERROR,
+        output_dir=folder.name,
+    )  # fmt: skip
+    analyzer.folder = folder
+    return analyzer
+
+
+def fit(method: Callable[..., Any], train: Pair, *, strategy: str, empirical: bool, batch: int) -> None:
+    """Call one of an analyzer's methods that fit factors; labels are drawn by a fixed seed.
+
+    Args:
+        method: of the analyzer.
+        train: the data.
+        strategy: "diagonal", "kfac" or "ekfac".
+        empirical: observed labels instead of drawn ones.
+        batch: examples in a batch.
+    """
+    asking = importlib.import_module("kronfluence.arguments")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        method(
+            "factors", dataset=TensorDataset(*train), per_device_batch_size=batch, overwrite_output_dir=True,
+            factor_args=asking.FactorArguments(strategy=strategy, use_empirical_fisher=empirical),
+        )  # fmt: skip
 
 
 def _mean_eigenvalue(analyzer: Any, strategy: str) -> float:
@@ -111,7 +126,7 @@ def _task(layers: list[str]) -> Any:
             if sample:
                 with torch.no_grad():
                     labels = torch.distributions.Categorical(logits=outputs).sample()
-            return F.cross_entropy(outputs, labels, reduction="sum")
+            return F.cross_entropy(outputs.flatten(0, -2), labels.flatten(), reduction="sum")
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
             return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")

@@ -216,18 +216,34 @@ def _products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -
 
 def second_moment(x: Float[Tensor, "... w"]) -> Float[Tensor, "w w"]:
     """Σ x xᵀ over all vectors, in their dtype; of wide ones, little more than one half is computed."""
+    return mirrored(lower_second_moment(x))
+
+
+def lower_second_moment(x: Float[Tensor, "... w"], total: Float[Tensor, "w w"] | None = None) -> Float[Tensor, "w w"]:
+    """Σ x xᵀ, added to ``total`` in place if it is given; above the diagonal anything that `mirrored` overwrites."""
     if x.ndim == 3 and not x.is_contiguous() and x.shape[1] >= x.shape[2]:
-        return torch.bmm(x.mT, x).sum(0)
+        found = torch.bmm(x.mT, x).sum(0)
+        return found if total is None else total.add_(found)
     x = x.reshape(-1, x.shape[-1])
     if x.device.type != "cpu" or x.shape[1] < 2 * HALVED:
-        return x.mT @ x
+        return x.mT @ x if total is None else total.addmm_(x.mT, x)
+    total = x.new_zeros(x.shape[1], x.shape[1]) if total is None else total
     half = x.shape[1] // 2
     left, right = x[:, :half], x[:, half:]
-    result = x.new_empty(x.shape[1], x.shape[1])
-    result[:half, :half], result[half:, half:] = second_moment(left), second_moment(right)
-    result[half:, :half] = right.mT @ left
-    result[:half, half:] = result[half:, :half].mT
-    return result
+    lower_second_moment(left, total[:half, :half])
+    lower_second_moment(right, total[half:, half:])
+    total[half:, :half].addmm_(right.mT, left)
+    return total
+
+
+def mirrored(total: Float[Tensor, "w w"]) -> Float[Tensor, "w w"]:
+    """The same, made symmetric in place by what `lower_second_moment` computes."""
+    if total.device.type == "cpu" and len(total) >= 2 * HALVED:
+        half = len(total) // 2
+        mirrored(total[:half, :half])
+        mirrored(total[half:, half:])
+        total[:half, half:] = total[half:, :half].mT
+    return total
 
 
 def sum_by(index: Int[Tensor, "R"], values: Float[Tensor, "R ..."], groups: int) -> Float[Tensor, "N ..."]:

@@ -6,7 +6,6 @@ Grosse, arXiv 1503.05671); eigenvalues measured in that basis by a second pass (
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from fisherkit.operators import EigenKroneckerOperator, FisherOperator, KroneckerOperator
 from fisherkit.operators.linalg import Spectrum, leading_spectrum, spectrum
 from fisherkit.processes import Processes
-from fisherkit.rows.base import UnitRows, second_moment
+from fisherkit.rows.base import UnitRows, lower_second_moment, mirrored, second_moment
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import UnitSlot
 from fisherkit.rows.factored import FactoredRows
@@ -41,24 +40,28 @@ EIGH_BYTES = 32
 class SecondMoment:
     """Σ x xᵀ ``[w, w]``, kept as the vectors themselves, each ``[n, T, w]``, while they are fewer than their entries.
 
-    ``thin`` says whether vectors may be kept.
+    ``thin`` says whether vectors may be kept, ``lower`` whether the matrix is of `lower_second_moment`'s form and this
+    object's own.
     """
 
     width: int
     vectors: tuple[Tensor, ...] = ()
     matrix: Float[Tensor, "w w"] | None = None
     thin: bool = True
+    lower: bool = False
 
     def add(self, *parts: Float[Tensor, "n T w"], spanning: bool = True) -> SecondMoment:
-        """With more vectors.
+        """With more vectors, added to the matrix of this object in place, which is of no use then.
 
         Where they do not span what matters, their number says nothing about the rank that a basis must have.
         """
         few = self.matrix is None and spanning and self._number(self.vectors) + self._number(parts) < self.width
         if few and self.thin:
             return replace(self, vectors=(*self.vectors, *parts))
-        new = functools.reduce(torch.Tensor.add_, map(second_moment, parts))
-        return replace(self, vectors=(), matrix=new if self.empty else new.add_(self.dense()))
+        total = self.matrix if self.lower or self.matrix is None else self.matrix.clone()
+        for x in (self._stacked(), *parts) if self.vectors else parts:
+            total = lower_second_moment(x, total)
+        return replace(self, vectors=(), matrix=total, lower=True)
 
     def scaled(self, weight: float) -> SecondMoment:
         """Times a number."""
@@ -69,12 +72,13 @@ class SecondMoment:
     def merge(self, other: SecondMoment) -> SecondMoment:
         """With another pass's."""
         if other.matrix is None:
-            return self.add(*other.vectors) if other.vectors else self
-        return replace(self, vectors=(), matrix=other.matrix if self.empty else self.dense() + other.matrix)
+            return replace(self, lower=False).add(*other.vectors) if other.vectors else self
+        total = other.dense()
+        return replace(self, vectors=(), matrix=total if self.empty else self.dense() + total, lower=False)
 
     def met(self, processes: Processes) -> SecondMoment:
         """Of all processes, as a matrix."""
-        return replace(self, vectors=(), matrix=processes.total(self.dense()))
+        return replace(self, vectors=(), matrix=processes.total(self.dense()), lower=False)
 
     @property
     def empty(self) -> bool:
@@ -83,7 +87,9 @@ class SecondMoment:
 
     def dense(self) -> Float[Tensor, "w w"]:
         """Σ x xᵀ."""
-        return second_moment(self._stacked()) if self.matrix is None else self.matrix
+        if self.matrix is None:
+            return second_moment(self._stacked())
+        return mirrored(self.matrix) if self.lower else self.matrix
 
     def at(self, scale: float) -> tuple[Float[Tensor, "w w"], Callable[[], Spectrum] | None]:
         """``scale`` times the sum, and how to decompose it by its vectors where these are few."""
@@ -101,12 +107,12 @@ class SecondMoment:
         if known is not None and not due:
             return known
         start = None if known is None else known.basis
-        return leading_spectrum(self.matrix, rank, start, "Kronecker factors").scaled(scale)
+        return leading_spectrum(self.dense(), rank, start, "Kronecker factors").scaled(scale)
 
     def spectrum(self, call: str) -> Spectrum:
         """Eigenvalues and orthonormal eigenvectors, without those of the null space of few vectors."""
         if self.matrix is not None:
-            return spectrum(self.matrix, call)
+            return spectrum(self.dense(), call)
         # xᵀ = q r, so Σ x xᵀ = q (r rᵀ) qᵀ; forming no w × w matrix, and orthonormal at any condition.
         q, r = torch.linalg.qr(self._stacked().mT)
         values, vectors = torch.linalg.eigh(r.double() @ r.double().mT)
@@ -229,7 +235,7 @@ class KroneckerFactors(UnitSums):
         """Of a factor its matrix, if there is one, and its spectrum, if it is kept."""
         found = {"transposed": torch.tensor(self.transposed), "count": torch.tensor(self.count, dtype=torch.float64)}
         for i, (name, moment) in enumerate(zip(_SIDES, (self.activation, self.gradient), strict=True)):
-            found |= {} if moment.matrix is None else {name: moment.matrix}
+            found |= {} if moment.matrix is None else {name: moment.dense()}
             found |= {} if self.spectra is None else self.spectra[i].tensors(name)
         return found
 

@@ -7,12 +7,13 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fisherkit as fk
-from examples.benchmarks import memory, report, results, roofline, run
+from examples.benchmarks import influence, language, memory, report, results, roofline, run
 from examples.benchmarks.accuracy import accuracy
 from examples.benchmarks.choice import compare, forced
 from examples.benchmarks.contestants import Case, Contestant, DisagreementError, check_agreement
@@ -216,3 +217,55 @@ def test_steps__ours_is_the_one_by_hand_and_everybody_steps(name: str) -> None:
     assert set(record["met"]) == set(record["targets"])
     assert len(record["targets"]) == 3
     assert record["targets"].keys() <= record["units"].keys()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("structure", language.PRODUCTS)
+def test_language__both_fit_the_same(structure: str) -> None:
+    if "kronfluence" in influence.missing():
+        pytest.skip("kronfluence is not installed")
+    size, found = language.SIZES["tiny"], []
+    for name in (structure, language.PEER + structure):
+        figures, product = language.once(language.contestant(name, observed=True), size, size.sequences, "cpu")
+        assert figures["fit"] > 0
+        found.append(product(language.directions(size)))
+    assert list(found[0]) == [f"blocks.0.{layer}" for layer in ("attend", "project", "up", "down")]
+    assert language.disagreement(structure, *found) < 1e-4
+    with pytest.raises(DisagreementError, match=f"language model: kronfluence's {structure} differs by 9"):
+        language.disagreement(structure, found[0], {name: 1.01 * v for name, v in found[1].items()})
+
+
+def test_language__is_judged_by_the_peer_and_a_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"diagonal": 1.0, "kronfluence diagonal": 2.0, "kfac": 1.0, "kronfluence kfac": 1.5}
+    peaks = {"diagonal": 130, "kfac": 100, language.STEP: 100}
+
+    def child(size: str, name: str, *, products: Path | None = None, **_: Any) -> dict[str, float]:
+        if products is not None:
+            influence.save_file({"layer": torch.ones(2, 3)}, products)
+        elif name == "kronfluence ekfac":
+            raise RuntimeError("a traceback\nits last line")
+        return {"fit": seconds.get(name, 1.0), "peak": 1e6 * peaks.get(name, 200)}
+
+    monkeypatch.setattr(influence, "missing", list)
+    monkeypatch.setattr(language, "_child", child)
+    run.main(["--workload", "W1", "--part", "language", "--size", "small", "--rounds", "3", "--out", str(tmp_path)])
+    (record,) = results.read(tmp_path / "results.json")["language"]
+    figures, tokens = record["figures"], 48 * 64
+    assert figures["diagonal"] == {
+        "fit": 1.0, "peak": 1.3e8, "total": 1.0, "rounds": 3, "tokens": tokens, "steps": 1.3, "speed": 2.0,
+        "memory": 0.65, "target": 1.8, "most_steps": 1.3, "met": True,
+    }  # fmt: skip
+    assert not figures["kfac"]["met"]
+    assert "met" not in figures["ekfac"]
+    assert record["errors"] == {"kronfluence ekfac": "its last line"}
+    table = (tmp_path / "table.md").read_text("utf-8")
+    assert "| small, fisherkit diagonal |" in table
+    assert "| small, training step |" in table
+    assert "| 2.00× | 1.30× | 0.65× | ≥ 1.8×, ≤ 1.3 steps | yes |" in table
+    assert "small: 2 blocks, width 128, vocabulary 1,024, 48 sequences of 64 tokens, 8 in a batch" in table
+
+
+def test_language__of_a_process_of_its_own() -> None:
+    figures = language._child("tiny", "ekfac", device="cpu")
+    assert figures["fit"] > 0
+    assert figures["peak"] >= 0

@@ -1,0 +1,294 @@
+"""Fits to a small language model, a diagonal, kfac and ekfac: tokens a second and peak memory beside kronfluence.
+
+Everybody runs in a process of its own, which measures seconds and the most memory beyond model and data. What is fitted
+is the weights and biases of the blocks' linear layers, with one drawn label a position on both sides. Other draws give
+other numbers: that the two compute the same is asserted before, with the observed labels, of products with a fixed
+vector. Run as a module, this file is such a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fisherkit as fk
+from examples.benchmarks.contestants import DisagreementError
+from examples.benchmarks.influence import AGREEMENT, in_turn, is_peer, middle, peer_checked
+from examples.benchmarks.measure import Record
+from examples.benchmarks.memory import Peak, run_module, train
+from examples.benchmarks.timing import Clock
+from examples.benchmarks.workloads import Decoder, Workload
+from examples.influence import kronfluence_peer
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of the model and of its data.
+
+    Args:
+        layers: blocks.
+        width: of the residual stream.
+        heads: of attention.
+        vocabulary: C.
+        positions: T.
+        sequences: N.
+        batch: sequences in a training step, and in a batch of everybody's.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    positions: int
+    sequences: int
+    batch: int = 8
+
+    def workload(self, sequences: int) -> Workload:
+        """The model, untrained, with so many random sequences."""
+        torch.manual_seed(0)
+        model = Decoder(self.vocabulary, self.width, self.heads, self.layers, self.positions).eval()
+        shape = (sequences, self.positions)
+        title = f"decoder, {self.layers} blocks, width {self.width}, vocabulary {self.vocabulary:,}"
+        tokens, labels = torch.randint(self.vocabulary, shape), torch.randint(self.vocabulary, shape)
+        return Workload("language model", title, model, tokens, labels, attention=True)
+
+
+SIZES = {
+    "full": Size(layers=6, width=384, heads=6, vocabulary=8192, positions=128, sequences=200),
+    "small": Size(layers=2, width=128, heads=2, vocabulary=1024, positions=64, sequences=48),
+    "tiny": Size(layers=1, width=16, heads=2, vocabulary=40, positions=6, sequences=6, batch=3),
+}
+"""By name; the first is what is reported."""
+
+Directions = dict[str, Tensor]
+"""By layer, in the form of a weight with its bias as one more column, ``[O, I + 1]``."""
+Product = Callable[[Directions], Directions]
+Contestant = Callable[[Workload, int], Callable[[], Product]]
+"""Workload and batch to a fit, which gives the product with what was fitted."""
+
+
+def steps(workload: Workload, batch: int) -> Callable[[], Product]:
+    """Plain training steps over all sequences."""
+    pieces = zip(workload.inputs.split(batch), workload.targets.split(batch), strict=True)
+    batches = [dataclasses.replace(workload, inputs=x, targets=y) for x, y in pieces]
+
+    def fit() -> Product:
+        for some in batches:
+            train(some)
+        return lambda directions: directions
+
+    return fit
+
+
+def ours(structure: str, observed: bool, workload: Workload, batch: int, keep: bool = True) -> Callable[[], Product]:
+    """What a user of fisherkit writes.
+
+    Args:
+        structure: by name.
+        observed: labels instead of drawn ones.
+        workload: the model with all sequences.
+        batch: sequences in a batch.
+        keep: have the default ``memory_budget``, in which ekfac keeps rows for its second pass where there is room;
+            else three times ekfac's own bytes, so that it makes them again.
+    """
+    batches = list(zip(workload.inputs.split(batch), workload.targets.split(batch), strict=True))
+    shapes = [p.shape for name in workload.layered if (p := workload.model.get_parameter(name)).ndim > 1]
+    own = 4 * sum((i + 1) ** 2 + o**2 + (i + 1) * o for o, i in shapes)
+
+    def fit() -> Product:
+        fisher = fk.FisherApproximation(
+            workload.model, batches, "ef" if observed else "sf", structure=structure, params=workload.layered,
+            memory_budget=None if keep else 3 * own,
+        )  # fmt: skip
+        return partial(_multiplied, fisher)
+
+    return fit
+
+
+def _multiplied(fisher: fk.FisherOperator, directions: Directions) -> Directions:
+    parts = {}
+    for layer, v in directions.items():
+        parts[f"{layer}.weight"], parts[f"{layer}.bias"] = v[:, :-1], v[:, -1]
+    space = fisher.space
+    flat = torch.cat([parts[name].flatten() for name in space.names]).to(fisher.device)
+    found = dict(zip(space.names, (fisher @ flat).cpu().split(list(space.sizes)), strict=True))
+    return {
+        layer: torch.cat([found[f"{layer}.weight"].view(len(v), -1), found[f"{layer}.bias"].unsqueeze(1)], 1)
+        for layer, v in directions.items()
+    }
+
+
+def theirs(structure: str, observed: bool, workload: Workload, batch: int) -> Callable[[], Product]:
+    """What a user of kronfluence writes; of kfac the factors alone, without their eigenvectors."""
+    layers = sorted({name.rpartition(".")[0] for name in workload.layered})
+    analyzer = kronfluence_peer.prepared(workload.model, layers, workload.inputs.device.type)
+    method = analyzer.fit_covariance_matrices if structure == "kfac" else analyzer.fit_all_factors
+    run = partial(kronfluence_peer.fit, method, strategy=structure, empirical=observed, batch=batch)
+
+    def fit() -> Product:
+        run(workload.data)
+        return partial(PRODUCTS[structure], analyzer, workload)
+
+    return fit
+
+
+def _their_diagonal(analyzer: Any, workload: Workload, directions: Directions) -> Directions:
+    squares = analyzer.load_lambda_matrices("factors")["lambda_matrix"]
+    return {name: squares[name] * v / workload.examples for name, v in directions.items()}
+
+
+def _their_kfac(analyzer: Any, workload: Workload, directions: Directions) -> Directions:
+    found, n = analyzer.load_covariance_matrices("factors"), workload.examples
+    a, g = found["activation_covariance"], found["gradient_covariance"]
+    return {name: g[name] @ v @ a[name] / (n * workload.targets.numel()) for name, v in directions.items()}
+
+
+def _their_ekfac(analyzer: Any, workload: Workload, directions: Directions) -> Directions:
+    bases, squares = analyzer.load_eigendecomposition("factors"), analyzer.load_lambda_matrices("factors")
+    a, g = bases["activation_eigenvectors"], bases["gradient_eigenvectors"]
+    return {
+        name: g[name] @ (squares["lambda_matrix"][name] * (g[name].T @ v @ a[name])) @ a[name].T / workload.examples
+        for name, v in directions.items()
+    }
+
+
+PRODUCTS = {"diagonal": _their_diagonal, "kfac": _their_kfac, "ekfac": _their_ekfac}
+STEP, PEER, LEAN = "training step", "kronfluence ", "ekfac, rows made twice"
+CONTESTANTS = (STEP, *(name for one in PRODUCTS for name in (one, *([LEAN] if one == "ekfac" else []), PEER + one)))
+TARGETS = {"diagonal": 1.8, "kfac": 1.9, "ekfac": 2.0}
+"""The peer's seconds over ours, at least."""
+MOST_MEMORY = 1.3
+"""Our peak over that of a training step, at most."""
+
+
+def contestant(name: str, observed: bool) -> Contestant:
+    """By name; with the observed labels or with drawn ones."""
+    if name == STEP:
+        return steps
+    if is_peer(name):
+        return partial(theirs, name.removeprefix(PEER), observed)
+    return partial(ours, name.partition(",")[0], observed, keep=name != LEAN)
+
+
+def measure_language(
+    size: str, *, device: str, rounds: int, slow: float, patience: float, folder: Path | None = None
+) -> Record:
+    """Tokens a second and peak memory of everybody in turn.
+
+    Args:
+        size: of `SIZES`.
+        device: "cpu" or "cuda".
+        rounds: how often each is run; figures are medians.
+        slow: seconds; who takes longer is run once.
+        patience: seconds; who takes longer is not waited for.
+        folder: where products are left; None for a temporary one.
+
+    Raises:
+        DisagreementError: kronfluence and fisherkit do not compute the same.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory() as made:
+            return measure_language(size, device=device, rounds=rounds, slow=slow, patience=patience, folder=Path(made))
+    run = partial(_child, size, device=device)
+    agreed, unable = peer_checked(lambda: max(_check(structure, run, folder) for structure in PRODUCTS))
+    found, errors = in_turn(
+        CONTESTANTS, partial(run, patience=patience), unable, rounds=rounds, slow=slow, patience=patience
+    )
+    its = SIZES[size]
+    return {"size": size, **dataclasses.asdict(its), **agreed, "errors": errors, "figures": judged(its, found)}
+
+
+def judged(size: Size, found: Mapping[str, list[Record]]) -> dict[str, Record]:
+    """Medians by contestant, beside the peer's and a training step's."""
+    figures = {name: middle(runs) for name, runs in found.items()}
+    for name, own in figures.items():
+        own["tokens"] = size.sequences * size.positions / own["fit"]
+        if STEP in figures:
+            own["steps"] = own["peak"] / max(1, figures[STEP]["peak"])
+        structure = name.partition(",")[0]
+        if structure in TARGETS and PEER + structure in figures:
+            peer = figures[PEER + structure]
+            own |= {"speed": peer["fit"] / own["fit"], "memory": own["peak"] / max(1, peer["peak"])}
+            own |= {"target": TARGETS[structure], "most_steps": MOST_MEMORY}
+            own["met"] = own["speed"] >= TARGETS[structure] and own.get("steps", 0) <= MOST_MEMORY
+    return figures
+
+
+def _check(structure: str, run: Callable[..., Record], folder: Path) -> float:
+    """The largest relative difference, over layers, of both libraries' products from observed labels."""
+    files = [folder / f"{name}.safetensors" for name in (structure, PEER + structure)]
+    for name, file in zip((structure, PEER + structure), files, strict=True):
+        run(name, products=file)
+    return disagreement(structure, *map(load_file, files))
+
+
+def disagreement(structure: str, found: Directions, expected: Directions) -> float:
+    """The largest relative difference over layers.
+
+    Raises:
+        DisagreementError: it is too large.
+    """
+    largest = max(float((found[name] - v).norm() / v.norm()) for name, v in expected.items())
+    if not largest <= AGREEMENT:
+        raise DisagreementError(f"language model: kronfluence's {structure} differs by {largest:.2e}")
+    return largest
+
+
+def _child(size: str, name: str, *, device: str, patience: float | None = None, products: Path | None = None) -> Record:
+    arguments = [size, name, "--device", device, *([] if products is None else ["--products", str(products)])]
+    return run_module("examples.benchmarks.language", arguments, {}, patience=patience)
+
+
+def main() -> None:
+    """The process of its own: print seconds and peak as JSON; if asked, leave products from observed labels."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("size", choices=list(SIZES))
+    parser.add_argument("contestant", choices=CONTESTANTS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--products", type=Path, help="compare: two batches, observed labels")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    made, size = contestant(options.contestant, options.products is not None), SIZES[options.size]
+    once(made, SIZES["tiny"], SIZES["tiny"].sequences, options.device)
+    sequences = size.sequences if options.products is None else min(size.sequences, 2 * size.batch)
+    figures, product = once(made, size, sequences, options.device)
+    if options.products is not None:
+        products = product(directions(size))
+        save_file({name: found.cpu().contiguous() for name, found in products.items()}, options.products)
+    print(json.dumps(figures))
+
+
+def directions(size: Size) -> Directions:
+    """Random numbers in the form of each fitted layer's weight and bias."""
+    workload, generator = size.workload(1), torch.Generator().manual_seed(0)
+    found = {}
+    for name in workload.layered:
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight":
+            outputs, inputs = workload.model.get_parameter(name).shape
+            found[layer] = torch.randn(outputs, inputs + 1, generator=generator)
+    return found
+
+
+def once(made: Contestant, size: Size, sequences: int, device: str) -> tuple[Record, Product]:
+    """Seconds and peak of one fit, which is prepared before."""
+    workload = size.workload(sequences).to(device)
+    fit = made(workload, size.batch)
+    clock, peak = Clock(workload.inputs.device), Peak(device)
+    seconds, product = clock.once(fit)
+    return {"fit": seconds, "peak": peak.bytes()}, product
+
+
+if __name__ == "__main__":
+    main()

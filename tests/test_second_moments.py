@@ -1,0 +1,64 @@
+"""Second moments that are added up: right in any order, in place, and in no one else's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisherkit.structures.kronecker import SecondMoment
+
+
+def chunks(width: int, sizes: Sequence[int] = (700, 300, 41)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(width)
+    return [torch.randn(n, 2, width, generator=generator, dtype=torch.float64) for n in sizes]
+
+
+@pytest.mark.parametrize("width", [3, 300, 513, 1030])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_second_moment__adds_up_whatever_comes_in_between(width: int, transposed: bool) -> None:
+    first, second, third = (x.mT.contiguous().mT if transposed else x for x in chunks(width))
+    sums = SecondMoment(width).add(first)
+    early = sums.dense().clone()
+    whole = sums.add(second, third).scaled(0.5).merge(SecondMoment(width).add(first)).add(third)
+    moments = [torch.einsum("nti,ntj->ij", x, x) for x in (first, second, third)]
+    torch.testing.assert_close(early, moments[0])
+    torch.testing.assert_close(whole.dense(), 1.5 * moments[0] + 0.5 * moments[1] + 1.5 * moments[2])
+    assert torch.equal(whole.dense(), whole.dense().mT)
+
+
+def test_second_moment__adds_to_no_tensor_of_others() -> None:
+    width, given = 600, torch.eye(600, dtype=torch.float64)
+    one, two = SecondMoment(width, (), given), SecondMoment(width, thin=False).add(*chunks(width))
+    before = two.dense().clone()
+    for other in (one, two, two.scaled(1.0)):
+        SecondMoment(width).merge(other).add(*chunks(width))
+    one.add(*chunks(width))
+    two.merge(SecondMoment(width).add(*chunks(width, (5,))))
+    assert torch.equal(given, torch.eye(width, dtype=torch.float64))
+    assert torch.equal(two.dense(), before)
+
+
+def test_second_moment__makes_no_other_matrix_and_copies_nothing_to_add_more() -> None:
+    class Made(TorchDispatchMode):
+        entries = copies = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            self.copies += func is torch.ops.aten.copy_.default
+            if isinstance(found, Tensor) and found.untyped_storage().data_ptr() not in known:
+                self.entries = max(self.entries, found.numel())
+            return found
+
+    width = 1030
+    first, *more = chunks(width, (700, 40, 40))
+    sums = SecondMoment(width).add(first)
+    known = [x.untyped_storage().data_ptr() for x in (sums.dense(), *more)]
+    with Made() as made:
+        sums.add(*more)
+    assert made.copies == 0
+    assert made.entries <= 40 * 2 * width
