@@ -344,7 +344,7 @@ class Source:
             raise InvalidTypeError(
                 call="data", got=f"a {type(data).__name__}",
                 expected="one batch (inputs, targets), or a list or DataLoader of batches",
-                try_="DataLoader(data, batch_size=...) for a data set",
+                try_="a DataLoader of it, for a data set",
             )  # fmt: skip
         if not is_batch and isinstance(data, Iterator):
             raise DataError(
@@ -434,8 +434,7 @@ class Source:
             raise DataError(
                 call=call, got=f"{got}{role and f' as {role}'}", expected="one in a fixed order",
                 why="an example is known by its place",
-                try_="DataLoader(data, batch_size=..., shuffle=False), or sampler=list(sampler) where places in the "
-                "sampler's order are meant",
+                try_="DataLoader(data, shuffle=False), or sampler=list(sampler) where places in that order are meant",
             )  # fmt: skip
 
     def keep_order(self, call: str) -> None:

@@ -69,10 +69,12 @@ class ParameterSpace:
         """As `of`, of all parameters of a model by name."""
         if params is None:
             chosen = [name for name, parameter in available.items() if parameter.requires_grad]
-        elif callable(params):
+        elif callable(params) and not isinstance(params, nn.Module):
             chosen = [name for name, parameter in available.items() if params(name, parameter)]
         else:
-            wanted = [params] if isinstance(params, str) else list(params) if isinstance(params, Iterable) else [params]
+            wanted: list[Any] = [params]
+            if isinstance(params, Iterable) and not isinstance(params, str):
+                wanted = list(params)
             odd = sorted({type(name).__name__ for name in wanted if not isinstance(name, str)})
             if odd:
                 raise InvalidTypeError(

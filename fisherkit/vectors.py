@@ -202,7 +202,8 @@ def rule_of(
         named = " and ".join(f"{option}=" for option in unknown)
         own = " and ".join(f"{option}=" for option in possible) or "none"
         raise InvalidArgumentError(
-            call=call, got=f"an argument {named} that it does not have", expected=f"its own; for kind={kind!r}, {own}",
+            call=call, got=f"an argument {named} that it does not have",
+            expected=f"its own, and those of kind={kind!r}: {own}",
             try_=f"help(fk.optim.{call})",
         )  # fmt: skip
     if twice := [option for option in options if option in written]:

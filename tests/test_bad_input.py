@@ -122,6 +122,8 @@ PARAMS: dict[str, Case] = {
         (CHOICE, "unknown parameter names ['head']", "Try:")),
     "a module's name": Case(lambda: ef(params="0"), fk.UnknownParameterError,
         (CHOICE, "unknown parameter names ['0']", 'Try: "0.*" for all of that module')),
+    "a module": Case(lambda: ef(params=nn.Linear(4, 3)), fk.InvalidTypeError,
+        (CHOICE, "params of type Linear", "expected names, or a predicate", "Try: [name for name, _ in")),
     "second name of a tied parameter": Case(lambda: ef(tied(), params=["2.weight"]), fk.UnknownParameterError,
         ("unknown parameter names ['2.weight']",
             "A tied parameter has only the name of the first module that holds it")),

@@ -281,6 +281,7 @@ def test_merge__says_how_long_it_takes_and_which_blocks_the_average_leaves_neare
     blocks = json.loads((tmp_path / "m" / "merge.json").read_text())["blocks"]
     some = sum(bool(block["against_average"]) for block in blocks)
     assert f"{some:,} blocks are farther from some model's outputs" in result.stdout
+    assert "--check" in result.stdout
     monkeypatch.setattr("fisherkit.cli.merge.FARTHER", 1e9)
     assert "farther" not in merged(*both(tasks), "--out", tmp_path / "n", "--verbose").stdout
 
@@ -336,6 +337,7 @@ def test_merge__refuses_a_check_of_what_has_no_loss(options: list[str], tasks: P
     result = merged(*sources, *options, "--check", tasks / "texts.jsonl", "--out", tmp_path / "m")
     assert result.exit_code == 1
     assert f"--check with {' '.join(options)}" in result.stderr
+    assert f"Try: leave out {' '.join(options)}, or --check" in result.stderr
     assert not (tmp_path / "m").exists()
 
 

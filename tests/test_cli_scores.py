@@ -307,7 +307,7 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("{classifier}", "--train", "{data}", "--queries", "missing.jsonl"), ("--queries: got no file",)),
         (("scored_module:make", "--train", "{data}"), ("--train with a function", "its own data")),
         (("scored_module:pair",), ("a tuple of 2", "(model, train, queries, show)")),
-        (("scored_module:shuffled",), ("shuffles as train", "shuffle=False")),
+        (("scored_module:shuffled",), ("shuffles as train", "Try: DataLoader(data, shuffle=False), or")),
         (("scored_module:training", "--fisher", "f", "--worst", "2"),
             ("BatchNorm1d '1' in train mode", "model.eval()")),
         (("scored_module:odd_show",), ("show('train',", "a text, a picture as an array")),

@@ -53,6 +53,7 @@ def test_line_search__finds_the_least_of_a_quadratic(place: float) -> None:
     assert info.method == "line_search"
     assert info.share == expected
     assert [share for share, _ in info.losses] == list(shares)
+    assert str(info).endswith(f"; {expected:g} of the way of least loss {loss(found):.4g}")
     assert [value for _, value in info.losses] == pytest.approx([loss(between(start, end, s)) for s in shares])
 
 
@@ -72,6 +73,14 @@ def test_line_search__losses_that_are_not_finite_are_the_largest() -> None:
     assert info.share == 0.75
     with pytest.raises(fk.NonFiniteError, match=r"line_search: got losses \[nan, nan\]"):
         line_search(start, end, lambda state: math.nan, shares=(0, 1))
+
+
+def test_line_search__errors_of_models_name_it() -> None:
+    start, end = ends()
+    with pytest.raises(fk.InvalidTypeError, match="line_search, model 2: got a int"):
+        line_search(start, 3, squares(end))
+    with pytest.raises(fk.InvalidArgumentError, match=r'line_search\(mismatched="refuse"\): got entries'):
+        line_search(start, {}, squares(end))
 
 
 def test_line_search__of_files_writes_a_file(tmp_path: Path) -> None:

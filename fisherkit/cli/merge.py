@@ -203,6 +203,8 @@ class Merge:
                 f"--check with {' and '.join(odd)}",
                 "folders that are merged whole, by Fishers, RegMean or task arithmetic",
                 "a model is chosen between their average and the merged one, by its own loss on texts",
+                "fk.merging.line_search, with a loss of yours" if not self._folders
+                else f"leave out {' and '.join(odd)}, or --check",
             )  # fmt: skip
         files: dict[str, Path | None] = {f"--check {path}": path for path in self.check}
         return ModelOptions(device=self.device).texts(str(self.model[0]), files, CALL) or []
@@ -306,7 +308,7 @@ class Merge:
         if self.verbose and (farther := sum(block.worst > FARTHER for block in info.blocks)):
             typer.echo(
                 f"{farther:,} block{'s are' if farther > 1 else ' is'} farther from some model's outputs than "
-                "the average is,\na reason to compare with --method average (against_average in merge.json)."
+                "the average is,\na reason for --check, or for --method average (against_average in merge.json)."
             )
         if info.losses:
             tried = ", ".join(f"{loss:.3g}" for _, loss in info.losses)

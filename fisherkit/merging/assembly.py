@@ -112,8 +112,12 @@ class MergeInfo:
     def __str__(self) -> str:
         """A table of the blocks under a line on the whole."""
         counted = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
-        lines = [f"{self.method} of {len(self.weights)} models: {counted}; damping {self.damping:.3g}"]
+        lines = [f"{self.method} of {len(self.weights)} models: {counted}"]
+        if self.share is not None:
+            least = dict(self.losses)[self.share]
+            lines[0] += f"; {self.share:g} of the way of least loss {least:.4g}"
         if self.blocks:
+            lines[0] += f"; damping {self.damping:.3g}"
             lines.append(f"{'size':>12}  {'method':<20}{'steps':>6}  {'residual':>9}  {'/average':>8}  parameters")
         for block in self.blocks:
             mark = "" if block.converged else "  NOT CONVERGED"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherkit.arguments import check_number, is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
-from fisherkit.merging.merge import average
+from fisherkit.merging.merge import averaged
 from fisherkit.merging.models import Model
 from fisherkit.merging.policy import MergePolicy
 
@@ -72,17 +72,15 @@ def line_search(
         raise InvalidArgumentError(call=CALL, got="shares=()", expected="at least one", try_="shares=(0, 0.5, 1)")
     # The loss may load states into the very modules whose tensors these are.
     ends = [model if isinstance(model, (str, Path)) else copy.deepcopy(model) for model in (start, end)]
-    losses = tuple((share, _loss(loss, average(ends, [1 - share, share], policy=policy))) for share in tried)
+    losses = tuple((share, _loss(loss, averaged(CALL, ends, [1 - share, share], policy))) for share in tried)
     best, least = min(losses, key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf)
     if not math.isfinite(least):
         raise NonFiniteError(
             call=CALL, got=f"losses {[value for _, value in losses]}", expected="a finite one",
             why="neither model has a loss that can be compared", try_="look at the loss of each model",
         )  # fmt: skip
-    found, info = average(
-        ends, [1 - best, best], policy=policy, out=out, overwrite=overwrite, return_info=True
-    )  # fmt: skip
-    return (found, replace(info, method=CALL, losses=losses, share=best)) if return_info else found
+    found, info = averaged(CALL, ends, [1 - best, best], policy, out, overwrite, return_info=True)
+    return (found, replace(info, losses=losses, share=best)) if return_info else found
 
 
 def _loss(loss: Loss, state: dict[str, Tensor]) -> float:

@@ -303,7 +303,14 @@ def average(
 
     Cost: one reading of every model; one tensor of each in memory.
     """
-    call = "average"
+    return averaged("average", models, weights, policy, out, overwrite, return_info, progress)
+
+
+def averaged(
+    call: str, models: Sequence[Model], weights: Sequence[float] | None, policy: MergePolicy | None,
+    out: str | Path | None = None, overwrite: bool = False, return_info: bool = False, progress: bool = False,
+) -> Any:  # fmt: skip
+    """As `average`, in the name of another public call, for its errors."""
     allowed, sources = checked(policy, call, "average"), open_models(models, call)
     job = Job(
         call, sources, check_weights(weights, len(sources), call), None, allowed, out, overwrite, return_info, progress

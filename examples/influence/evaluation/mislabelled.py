@@ -20,7 +20,8 @@ from examples.influence.evaluation.statistics import (
 )
 from fisherkit.data import Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
-from fisherkit.rows.record import refuse_train_mode
+from fisherkit.rows.first_batch import plan_of
+from fisherkit.space import ParameterSpace
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def plain_rankings(model: nn.Module, data: Data, *, likelihood: Loss = "categori
     parameters = [p for p in model.parameters() if p.requires_grad]
     source = Source(data, model)
     source.keep_order(call)
-    refuse_train_mode(model)
+    plan_of(model, ParameterSpace.of(model, None), source)  # finds out which inputs all examples share
     losses, norms = [], []
     for whole in source:
         batch = whole.to(parameters[0].device)
