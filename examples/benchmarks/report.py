@@ -164,6 +164,22 @@ def fixed_table(results: Record) -> Table:
     return ("small network, ms", *names, "ours / best peer"), rows
 
 
+def fixed_section(results: Record) -> str:
+    """The table and where it was measured."""
+    if not results["fixed"]:
+        return ABSENT
+    return f"{markdown(fixed_table(results))}\n\n- {_own_environment(results['fixed'][0])}"
+
+
+def _own_environment(record: Record) -> str:
+    """Where a record's figures come from, in a line."""
+    e = record["environment"]
+    return (
+        f"{e['processor']}, {e['cores']} cores, {e['threads']} thread{'s' * (e['threads'] > 1)}; torch "
+        f"{e['versions']['torch']}; {e['date']}, median of {record['rounds']} rounds."
+    )
+
+
 def influence_table(results: Record) -> tuple[Table, Notes]:
     """Fit and scores of everybody in seconds, beside the peer's."""
     notes, rows = Notes(), []
@@ -240,7 +256,7 @@ def language_section(results: Record) -> str:
         )
         if "difference" in r:
             text += f"; from observed labels, products of {r['peer']} and ours differ by at most {r['difference']:.0e}"
-        said.append(f"- {text}.")
+        said.append(f"- {text}.\n- {_own_environment(r)}")
     return "\n\n".join(filter(None, [markdown(table), notes.lines(), "\n".join(said)]))
 
 
@@ -305,7 +321,7 @@ def sections(results: Record, *, pictures: str | None = None, growth: bool = Fal
     found["accuracy"] = markdown(accuracy_table(results))
     found["steps"] = markdown(steps_table(results))
     found["influence"] = influence_section(results)
-    found["fixed"] = markdown(fixed_table(results))
+    found["fixed"] = fixed_section(results)
     found["language"] = language_section(results)
     link = "See [growth](growth.md)." if growth else ABSENT
     found["growth"] = link

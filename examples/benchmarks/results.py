@@ -20,6 +20,9 @@ KEYS = {
 }
 """Sections and what identifies a record in them."""
 
+OWN = ("fixed", "language")
+"""Sections whose records say themselves where they were measured, so that they stand beside figures of elsewhere."""
+
 FREE = ("date", "commit", "patience", "remark")
 """What may differ between runs that are shown in one table."""
 

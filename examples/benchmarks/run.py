@@ -84,10 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = results_file.empty(now, how)
     if options.keep and path.exists():
         old = results_file.read(path)
-        try:
-            results = results_file.continued(old, now, how)
-        except ValueError as error:
-            sys.exit(str(error))
+        if set(options.part) <= set(results_file.OWN):
+            results, how = old, old["settings"]
+        else:
+            try:
+                results = results_file.continued(old, now, how)
+            except ValueError as error:
+                sys.exit(str(error))
     how["titles"] = results["settings"].get("titles", {}) | {n: w.title for n, w in workloads.items()}
     results["settings"] = how
     gc.collect()
@@ -99,11 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     PARTS_RUN[part](name, workload, settings, options, results)
                     results_file.write(path, results)
             for record in measure_fixed(settings) if "fixed" in options.part else ():
-                results_file.put(results, "fixed", record)
+                results_file.put(results, "fixed", {**record, "environment": now, "rounds": settings.rounds})
                 results_file.write(path, results)
                 _say(f"{record['what']}: {report.number(record['ratio'])} × the best peer")
             if "language" in options.part:
-                _language(settings, options, results)
+                _language(settings, options, results, now)
                 results_file.write(path, results)
     except DisagreementError as error:
         sys.exit(f"stopped, because a result is wrong: {error}")
@@ -233,12 +236,12 @@ def _influence(name: str, _w: Workload, settings: Settings, options: argparse.Na
     _say(f"{name}  influence scores: " + ", ".join(f"{n} {s}" for n, s in {**record["errors"], **done}.items()))
 
 
-def _language(settings: Settings, options: argparse.Namespace, results: Record) -> None:
+def _language(settings: Settings, options: argparse.Namespace, results: Record, now: Record) -> None:
     record = measure_language(
         "tiny" if options.tiny else options.size, device=settings.device.type, rounds=settings.rounds,
         slow=settings.slow, patience=settings.patience,
     )  # fmt: skip
-    results_file.put(results, "language", record)
+    results_file.put(results, "language", {**record, "environment": now, "rounds": settings.rounds})
     done = {n: f"{report.number(f['tokens'])} tokens a second" for n, f in record["figures"].items()}
     _say("language model: " + ", ".join(f"{n} {s}" for n, s in {**record["errors"], **done}.items()))
 

@@ -248,8 +248,15 @@ def test_language__is_judged_by_the_peer_and_a_training_step(tmp_path: Path, mon
 
     monkeypatch.setattr(influence, "missing", list)
     monkeypatch.setattr(language, "_child", child)
-    run.main(["--workload", "W1", "--part", "language", "--size", "small", "--rounds", "3", "--out", str(tmp_path)])
-    (record,) = results.read(tmp_path / "results.json")["language"]
+    arguments = ["--part", "language", "--size", "small", "--rounds", "3", "--out", str(tmp_path)]
+    run.main(["--workload", "W1", *arguments])
+    elsewhere = results.read(tmp_path / "results.json")
+    elsewhere["environment"]["processor"] = "another"
+    results.write(tmp_path / "results.json", elsewhere)
+    run.main([*arguments, "--keep"])  # its records say where they were measured, and the others keep their place
+    kept = results.read(tmp_path / "results.json")
+    (record,) = kept["language"]
+    assert record["environment"]["processor"] != kept["environment"]["processor"] == "another"
     figures, tokens = record["figures"], 48 * 64
     assert figures["diagonal"] == {
         "fit": 1.0, "peak": 1.3e8, "total": 1.0, "rounds": 3, "tokens": tokens, "steps": 1.3, "speed": 2.0,
@@ -262,6 +269,7 @@ def test_language__is_judged_by_the_peer_and_a_training_step(tmp_path: Path, mon
     assert "| small, fisherkit diagonal |" in table
     assert "| small, training step |" in table
     assert "| 2.00× | 1.30× | 0.65× | ≥ 1.8×, ≤ 1.3 steps | yes |" in table
+    assert "; torch " in table
     assert "small: 2 blocks, width 128, vocabulary 1,024, 48 sequences of 64 tokens, 8 in a batch" in table
 
 
