@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import TypeGuard
 
+import torch
+
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 
 
@@ -57,3 +59,19 @@ def check_choice(call: str, name: str, value: object, allowed: Sequence[object])
     """An argument that is one of a few words."""
     if value not in allowed:
         raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+
+
+def check_device(call: str, device: torch.device | str) -> torch.device:
+    """A device that is there and holds values."""
+    try:
+        if (found := torch.device(device)).type != "meta":
+            torch.empty(0, device=found)
+            return found
+        why = "tensors there have no values"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        unknown = "device type at start of device string" in str(error)
+        why = "there is no such kind of device" if unknown else str(error).splitlines()[0]
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+    raise InvalidArgumentError(
+        call=call, got=f"device={str(device)!r}", expected=f"a device of this machine: {there}", why=why
+    )

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeAlias
 import torch
 import typer
 
+from fisherkit.arguments import check_device
 from fisherkit.cli.command import in_flags
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.structures import structures
@@ -106,15 +107,10 @@ def likelihood_check(text: str) -> str:
 def device_check(text: str) -> str:
     """A device that is there."""
     try:
-        if torch.device(text).type != "meta":
-            torch.empty(1, device=text)
-            return text
-        why = "tensors there have no values"
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        unknown = "device type at start of device string" in str(error)
-        why = "there is no such kind of device" if unknown else str(error).splitlines()[0]
-    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-    raise typer.BadParameter(f"{text!r} is not a device of this machine: {there}; {why}. See: fisherkit info.")
+        check_device("--device", text)
+    except InvalidArgumentError as error:
+        raise typer.BadParameter(f"{text!r} is not {error.expected}; {error.why}. See: fisherkit info.") from error
+    return text
 
 
 def dtype_check(text: str) -> str:

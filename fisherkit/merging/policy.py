@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fisherkit.arguments import check_choice, check_count, check_positive, is_number
+from fisherkit.arguments import check_choice, check_count, check_device, check_positive, is_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.merging.models import ModelSource
 
@@ -87,6 +87,8 @@ class MergePolicy:
         if not is_number(self.tolerance) or not 0 < self.tolerance < 1:
             raise InvalidArgumentError(call=call, got=f"tolerance={self.tolerance!r}", expected="0 < tolerance < 1")
         check_count(call, "max_steps", self.max_steps)
+        if self.device is not None:
+            check_device(call, self.device)
         check_positive(call, "max_shard_size", self.max_shard_size)
 
 

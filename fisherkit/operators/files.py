@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fisherkit import io
+from fisherkit.arguments import check_device
 from fisherkit.errors import FileFormatError, InvalidArgumentError, UnknownParameterError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.composite import BlockDiagonalOperator
@@ -37,12 +38,14 @@ def load(
     Raises:
         MissingFileError: no such file; it is a FileNotFoundError too.
         FileFormatError: damaged, not a Fisher file, of a version from the future, or of an unknown tag.
+        InvalidArgumentError: a device that is not there.
         ProcessError: the processes have other files.
     """
     call = f"load({str(path)!r})"
-    processes = Processes.of(group, torch.device(device), call) if shard else None
+    device = check_device(call, device)
+    processes = Processes.of(group, device, call) if shard else None
     if processes is not None:
-        return _shared_out(path, torch.device(device), processes, call)
+        return _shared_out(path, device, processes, call)
     state, space, metadata = io.read(path, device=device)
     with parts_fit(call):
         operator = restore(space, state)
@@ -75,11 +78,12 @@ def open_file(path: str | Path, *, device: torch.device | str = "cpu") -> Fisher
         InvalidTypeError: not a path.
         MissingFileError: no such file.
         FileFormatError: damaged, not a Fisher file, or of a version from the future.
+        InvalidArgumentError: a device that is not there.
     """
     path = io.as_path(path, "open_file(path)")
     call = f"open_file({str(path)!r})"
     header = io.read_header(path, call)
-    found = FisherFile(header, torch.device(device))
+    found = FisherFile(header, check_device(call, device))
     with parts_fit(call):  # a damaged tree may have blocks over anything
         covered = sorted(name for names in found.blocks for name in names)
     if covered != sorted(header.space.names):
