@@ -52,6 +52,8 @@ def test_scores__of_a_file_ask_for_a_likelihood_with_settings(tmp_path: Path) ->
     with pytest.raises(fk.InvalidArgumentError, match=r"weight=\[0.5 2 1 3\]"):
         fk.influence.InfluenceScores(loaded, model, damping=DAMPING)
     fk.influence.InfluenceScores(loaded, model, damping=DAMPING, likelihood=case.loss("mean"))
+    with pytest.warns(UserWarning, match=r"the loss categorical meet a Fisher of categorical\(.*weight"):
+        fk.influence.InfluenceScores(loaded, model, damping=DAMPING, likelihood="categorical")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from fisherkit.errors import (
     ModelError,
     NonFiniteError,
     UnknownParameterError,
+    warn,
 )
 from fisherkit.fisher import FisherApproximation
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
@@ -303,9 +304,15 @@ class ModelRows:
 
 
 def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherOperator) -> Likelihood:
-    if likelihood is not None:
-        return likelihoods.resolve(likelihood)
     known = fisher.metadata.get("likelihood")
+    if likelihood is not None:
+        given = likelihoods.resolve(likelihood)
+        if known not in {None, given.recorded}:
+            warn(
+                f"InfluenceScores: gradients of the loss {given.recorded} meet a Fisher of {known}, so that scores are "
+                "of neither. Try: leave likelihood= out, or a Fisher of this loss."
+            )
+        return given
     if isinstance(fisher, FisherApproximation) and known == fisher.likelihood.recorded:
         return fisher.likelihood
     try:
