@@ -4,6 +4,7 @@
 none of them is imported until you import it.
 """
 
+from fisherkit.continual.conversion import convert_strength
 from fisherkit.continual.ewc import EWC
 
-__all__ = ["EWC"]
+__all__ = ["EWC", "convert_strength"]
