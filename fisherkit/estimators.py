@@ -1,6 +1,6 @@
-"""Estimates for operators known only by their products: log det and its kin, the spectrum, the largest eigenvalues.
+"""Stochastic estimates for operators known only by their products: trace, diagonal, spectrum, log det and its kin.
 
-Owns the Lanczos methods and what they report. Knows nothing of Fishers: an operator is
+Owns Hutchinson's estimators, the Lanczos methods and what they report. Knows nothing of Fishers: an operator is
 anything with the four names of `SupportsMatvec`. Random vectors come from the generator that is passed, or from a fresh
 one seeded with `DEFAULT_SEED`, never from the global state: a call repeats exactly and leaves no trace.
 """
@@ -8,7 +8,7 @@ one seeded with `DEFAULT_SEED`, never from the global state: a call repeats exac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -63,6 +63,47 @@ class Spectrum:
 
     nodes: Float[Tensor, " P"]
     weights: Float[Tensor, " P"]
+
+
+@without_autocast()
+def hutchinson_trace(
+    operator: SupportsMatvec, *, samples: int = 100, generator: torch.Generator | None = None
+) -> Estimate:
+    """Estimate tr F by the mean of vᵀFv over random sign vectors v: unbiased, and exact for a diagonal F.
+
+    Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
+
+    Args:
+        operator: symmetric F.
+        samples: number of sign vectors; the standard error falls as 1/√samples.
+        generator: source of the sign vectors.
+
+    Returns:
+        Scalars. Cost: ``samples`` products with F, in batches of columns.
+    """
+    signs = _signs("hutchinson_trace", operator, samples, generator, vectors_each=3)
+    return _mean((v * _product(operator, v)).sum(dim=0) for v in signs)
+
+
+@without_autocast()
+def hutchinson_diagonal(
+    operator: SupportsMatvec, *, samples: int = 100, generator: torch.Generator | None = None
+) -> Estimate:
+    """Estimate diag F by the mean of v ∘ Fv over random sign vectors v: unbiased, and exact for a diagonal F.
+
+    Bekas, Kokiopoulou and Saad, "An estimator for the diagonal of a matrix", 2007.
+
+    Args:
+        operator: symmetric F.
+        samples: number of sign vectors. An entry's variance is Σ_{j≠i} F_ij² / samples, so that it may come out
+            negative although F is positive semi-definite.
+        generator: source of the sign vectors.
+
+    Returns:
+        Tensors [D]. Cost: ``samples`` products with F, in batches of columns.
+    """
+    signs = _signs("hutchinson_diagonal", operator, samples, generator, vectors_each=3)
+    return _mean(v * _product(operator, v) for v in signs)
 
 
 @without_autocast()
@@ -225,10 +266,9 @@ def _damped_sum(
                 raise InvalidArgumentError(call=call, got=got, expected="a positive semi-definite one")
             bounds.append((weights * function(nodes.clamp(min=0) / damping)).sum(dim=1))
     high, low = torch.cat(bounds[::2]), torch.cat(bounds[1::2])
-    middle = 0.5 * (high + low)
-    spread = middle.std() / math.sqrt(samples) if samples > 1 else middle.new_tensor(math.nan)
-    error = spread + 0.5 * (high - low).mean().abs()
-    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (middle.mean(), error)))
+    middle = _mean([0.5 * (high + low)])
+    error = middle.standard_error + 0.5 * (high - low).mean().abs()
+    return Estimate(*((operator.size * t).to(operator.device, operator.dtype) for t in (middle.value, error)))
 
 
 def _tridiagonal(
@@ -320,6 +360,18 @@ def _source(call: str, operator: object, generator: torch.Generator | None) -> t
         if not isinstance(value, kind):
             raise InvalidTypeError(call=call, got=f"a {type(value).__name__} as {name}", expected=expected)
     return torch.Generator().manual_seed(DEFAULT_SEED) if generator is None else generator
+
+
+def _mean(batches: Iterable[Float[Tensor, "*E _"]]) -> Estimate:
+    """Mean over the last axis of all batches, merged so that the variance does not cancel (Chan et al., 1979)."""
+    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        size, center = batch.shape[-1], batch.mean(dim=-1)
+        delta, total = center - mean.to(center), count + batch.shape[-1]
+        squares = squares.to(center) + (batch - center[..., None]).square().sum(-1) + delta**2 * (count * size / total)
+        mean, count = mean.to(center) + delta * (size / total), total
+    error = (squares / (count - 1) / count).sqrt() if count > 1 else torch.full_like(mean, math.nan)
+    return Estimate(mean, error)
 
 
 def _product(operator: SupportsMatvec, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:

@@ -103,6 +103,7 @@ OPERATIONS: dict[str, Callable[[fk.FisherOperator, Tensor], Any]] = {
     "scipy": lambda f, v: torch.from_numpy(f.to_scipy() @ v.numpy()),
     "scaled": lambda f, v: (0.5 * f) @ v,
     "sum": lambda f, v: (f + 2 * f) @ v,
+    "hutchinson": lambda f, v: fk.estimators.hutchinson_trace(f, samples=4).value,
     "lanczos": lambda f, v: fk.estimators.lanczos_eigenvalues(f, 2),
 }
 

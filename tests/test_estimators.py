@@ -1,7 +1,8 @@
-"""Lanczos methods against dense eigendecompositions."""
+"""Hutchinson and Lanczos against dense eigendecompositions."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -69,6 +70,42 @@ def assert_honest(estimate: estimators.Estimate, truth: Tensor, rounding: float 
     assert estimate.value.shape == estimate.standard_error.shape == truth.shape
     assert (estimate.standard_error >= 0).all()
     assert ((estimate.value - truth).abs() <= 4 * estimate.standard_error + rounding * (1 + truth.abs())).all()
+
+
+# -- Hutchinson ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("seed", range(3))
+def test_trace__within_four_standard_errors(spectrum: str, seed: int) -> None:
+    operator = symmetric(SPECTRA[spectrum])
+    estimate = estimators.hutchinson_trace(operator, samples=50, generator=seeded(seed))
+    assert_honest(estimate, operator.matrix.trace())
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_diagonal__within_four_standard_errors(spectrum: str) -> None:
+    operator = symmetric(SPECTRA[spectrum])
+    assert_honest(estimators.hutchinson_diagonal(operator, samples=200), operator.matrix.diagonal())
+
+
+def test_trace_and_diagonal__of_a_diagonal_matrix_are_exact_with_one_sample() -> None:
+    diagonal = torch.linspace(-1, 3, D, dtype=torch.float64)
+    trace = estimators.hutchinson_trace(Dense(diagonal.diag()), samples=1)
+    estimate = estimators.hutchinson_diagonal(Dense(diagonal.diag()), samples=1)
+    torch.testing.assert_close(trace.value, diagonal.sum())
+    torch.testing.assert_close(estimate.value, diagonal)
+    assert trace.standard_error.isnan()
+    assert estimate.standard_error.isnan().all()
+
+
+def test_trace_and_diagonal__standard_error_is_that_of_the_theory() -> None:
+    operator = symmetric(SPECTRA["full"])
+    off_diagonal = operator.matrix - operator.matrix.diagonal().diag()
+    by_entry = estimators.hutchinson_diagonal(operator, samples=2000).standard_error
+    torch.testing.assert_close(by_entry, off_diagonal.norm(dim=0) / math.sqrt(2000), rtol=0.1, atol=0)
+    estimate = estimators.hutchinson_trace(operator, samples=2000)
+    assert estimate.standard_error.item() == pytest.approx(off_diagonal.norm().item() * math.sqrt(2 / 2000), rel=0.1)
 
 
 # -- Lanczos ---------------------------------------------------------------------------------------------------------
@@ -184,6 +221,8 @@ def test_spectrum__of_a_rank_deficient_matrix_finds_its_null_space() -> None:
 # -- for all -----------------------------------------------------------------------------------------------------------
 
 CALLS: dict[str, Callable[..., Tensor]] = {
+    "hutchinson_trace": lambda f, **k: estimators.hutchinson_trace(f, samples=4, **k).value,
+    "hutchinson_diagonal": lambda f, **k: estimators.hutchinson_diagonal(f, samples=4, **k).value,
     "lanczos_effective_dimension": lambda f, **k: (
         estimators.lanczos_effective_dimension(f, damping=0.1, samples=4, steps=5, **k).value
     ),
@@ -246,7 +285,7 @@ def test_estimators__refuse_products_of_another_dtype(call: str) -> None:
 def test_estimators__refuse_no_samples(samples: int) -> None:
     operator = symmetric(SPECTRA["full"])
     message = rf": got samples={samples}; expected an integer, 1 or more"
-    for name in ("lanczos_logdet", "lanczos_spectrum"):
+    for name in ("hutchinson_trace", "hutchinson_diagonal", "lanczos_logdet", "lanczos_spectrum"):
         options = {"damping": 1.0} if name == "lanczos_logdet" else {}
         with pytest.raises(InvalidArgumentError, match=name + message):
             getattr(estimators, name)(operator, samples=samples, **options)

@@ -126,6 +126,7 @@ OPERATIONS: dict[str, Callable[[fk.FisherApproximation], Tensor]] = {
     "multiple": lambda f: (0.5 * f) @ vectors(f),
     "sum": lambda f: (f + f) @ vectors(f),
     "examples": lambda f: torch.tensor([f.examples, f.rows], dtype=F64),
+    "hutchinson": lambda f: torch.as_tensor(fk.estimators.hutchinson_trace(f, samples=20).value),
 }
 
 
