@@ -87,6 +87,8 @@ CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
     + [("ef", {"memory_budget": 1}), ("exact", {"memory_budget": 1}), ("truncated:2", {"max_rows": 5})],
     4: [("sf:2", {"structure": s}) for s in ("full", "ekfac")],
 }
+ALL = [(kind, {"structure": s}) for kind in KINDS for s in STRUCTURES]
+"""What those of three processes stand for, in ``make test-thorough``."""
 
 
 class Routed(nn.Module):
@@ -245,6 +247,15 @@ def test_fisher__equals_that_of_one_process(found: Any, size: int) -> None:
     for one in found(size):
         assert isinstance(one, dict), one
         assert max(one["equal"].values()) < 1e-10, {case: e for case, e in one["equal"].items() if e >= 1e-10}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_fisher__of_every_kind_and_structure_equals_that_of_one_process(size: int) -> None:
+    for one in ranks.run(size, functools.partial(compare, cases=ALL)):
+        assert isinstance(one, dict), one
+        assert len(one) > len(ALL)
+        assert max(one.values()) < 1e-10, {case: e for case, e in one.items() if e >= 1e-10}
 
 
 @pytest.mark.parametrize("structure", ["full", "kfac", "ekfac"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fisherkit as fk
 from fisherkit.structures.kronecker import SecondMoment
 
 
@@ -69,8 +70,40 @@ def test_second_moment__of_its_own_becomes_the_factor_in_place_and_an_average_st
     moment = torch.einsum("nti,ntj->ij", given[0], given[0])
     own, average = (SecondMoment(600, thin=False).add(*given) for _ in range(2))
     average = average.scaled(0.5)
-    place = own.dense().data_ptr()
+    place = own.dense()
     for sums, expected in ((own, moment / 8), (average, moment / 16), (average, moment / 16)):
         factor, _ = sums.at(1 / 8)
         torch.testing.assert_close(factor, expected)
-        assert (factor.data_ptr() == place) == (sums is own)
+        assert (factor.data_ptr() == place.data_ptr()) == (sums is own)
+
+
+@pytest.mark.parametrize("width", [5, 600])
+@pytest.mark.parametrize(
+    "used", [lambda sums: sums.add(*chunks(sums.width)), lambda sums: sums.at(0.5)], ids=["add", "at"]
+)
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda sums: sums.add(*chunks(sums.width)), lambda sums: sums.at(0.5), lambda sums: sums.dense(),
+        lambda sums: sums.scaled(2.0), lambda sums: sums.merge(SecondMoment(sums.width).add(*chunks(sums.width))),
+        lambda sums: SecondMoment(sums.width).merge(sums),
+    ],
+    ids=["add", "at", "dense", "scaled", "merge", "merged"],
+)  # fmt: skip
+def test_second_moment__that_was_written_to_is_not_asked_again(width: int, used: Any, again: Any) -> None:
+    sums = SecondMoment(width, thin=False).add(*chunks(width))
+    sums.dense()
+    used(sums)
+    with pytest.raises(RuntimeError, match="go on with what came of it"):
+        again(sums)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "nkp", "diagonal", "block", "full"])
+def test_fisher__in_inference_mode_is_the_same(structure: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)).double()
+    data = [(torch.randn(n, 3, dtype=torch.float64), torch.randint(3, (n,))) for n in (20, 20, 7)]
+    expected = fk.EmpiricalFisher(model, data, structure=structure).to_dense()
+    with torch.inference_mode():
+        found = fk.EmpiricalFisher(model, data, structure=structure).to_dense()
+    torch.testing.assert_close(found, expected)

@@ -6,8 +6,6 @@ Owns the settings, the checks and the tables. Suites, training and merges are ot
 from __future__ import annotations
 
 import itertools
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,11 +18,11 @@ from torch import Tensor, nn
 import fisherkit as fk
 from examples.benchmarks.environment import environment
 from examples.merging import methods
-from examples.merging.protocol import CHOSEN, JUDGED
+from examples.merging.protocol import CHOSEN, JUDGED, cells_of, measure
 from examples.merging.small import RECIPES, _model, _sample
 from examples.merging.suites import suite
 from examples.merging.training import Recipe, trained
-from examples.shared.results import half_interval, markdown, write_json
+from examples.shared.results import half_interval, markdown
 
 KINDS = ("ef", "ief", "exact", "sf")
 STRUCTURES = ("kfac", "diagonal")
@@ -64,15 +62,7 @@ def run(out: Path, tiny: bool = False, *, seeds: Sequence[int] = (0, 1, 2)) -> d
         tiny: one suite, one epoch: does everything work? The figures mean nothing.
         seeds: of split, start, order and sampled examples.
     """
-    path = out / "guard-cells.json"
-    cells: dict[str, Cell] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    names = ("digits-classes",) if tiny else (*JUDGED, *CHOSEN)
-    for seed, name in itertools.product((0,) if tiny else seeds, names):
-        if f"{name} {seed}" not in cells:
-            begin = time.perf_counter()
-            cells[f"{name} {seed}"] = _cell(name, seed, out / "models", 1 if tiny else None)
-            write_json(path, cells)
-            print(f"{time.strftime('%H:%M:%S')}  {name}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+    measure(out / "guard-cells.json", _cell, (0,) if tiny else seeds, tiny)
     return figures(out)
 
 
@@ -82,10 +72,7 @@ def figures(out: Path) -> dict[str, Any]:
     Raises:
         ValueError: nothing is.
     """
-    path = out / "guard-cells.json"
-    if not path.exists():
-        raise ValueError(f"{out} has no results yet")
-    return {"environment": environment(torch.device("cpu")), "cells": json.loads(path.read_text("utf-8"))}
+    return {"environment": environment(torch.device("cpu")), "cells": cells_of(out / "guard-cells.json")}
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

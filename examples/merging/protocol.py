@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -59,16 +59,7 @@ def run(out: Path, tiny: bool = False, *, seeds: Sequence[int] = (0, 1, 2)) -> d
         tiny: one suite, one epoch: does everything work? The figures mean nothing.
         seeds: of split, start, order and sampled examples.
     """
-    path = out / "protocol-cells.json"
-    cells: dict[str, dict[str, Cell]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    names = ("digits-classes",) if tiny else (*JUDGED, *CHOSEN)
-    for name, seed in itertools.product(names, (0,) if tiny else seeds):
-        found = cells.setdefault(name, {})
-        if str(seed) not in found:
-            begin = time.perf_counter()
-            found[str(seed)] = _cell(name, seed, out / "models", 1 if tiny else None)
-            write_json(path, cells)
-            print(f"{time.strftime('%H:%M:%S')}  {name}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+    measure(out / "protocol-cells.json", _cell, (0,) if tiny else seeds, tiny)
     return figures(out)
 
 
@@ -78,12 +69,38 @@ def figures(out: Path) -> dict[str, Any]:
     Raises:
         ValueError: nothing is.
     """
-    path = out / "protocol-cells.json"
-    if not path.exists():
-        raise ValueError(f"{out} has no results yet")
-    cells = json.loads(path.read_text("utf-8"))
-    ordered = {name: cells[name] for name in (*JUDGED, *CHOSEN) if name in cells}
+    suites: dict[str, dict[str, Cell]] = {}
+    for key, cell in cells_of(out / "protocol-cells.json").items():
+        name, seed = key.split()
+        suites.setdefault(name, {})[seed] = cell
+    ordered = {name: suites[name] for name in (*JUDGED, *CHOSEN) if name in suites}
     return {"environment": environment(torch.device("cpu")), "suites": ordered}
+
+
+def measure(
+    path: Path, cell: Callable[[str, int, Path, int | None], Any], seeds: Sequence[int], tiny: bool
+) -> None:  # fmt: skip
+    """Add to a file what it lacks: a cell for each suite and seed, by its name and the seed."""
+    cells: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    names = ("digits-classes",) if tiny else (*JUDGED, *CHOSEN)
+    for seed, name in itertools.product(seeds, names):
+        if f"{name} {seed}" not in cells:
+            begin = time.perf_counter()
+            cells[f"{name} {seed}"] = cell(name, seed, path.parent / "models", 1 if tiny else None)
+            write_json(path, cells)
+            print(f"{time.strftime('%H:%M:%S')}  {name}, seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def cells_of(path: Path) -> dict[str, Any]:
+    """What `measure` has written.
+
+    Raises:
+        ValueError: nothing.
+    """
+    if not path.exists():
+        raise ValueError(f"{path.parent} has no results yet")
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Influence scores: what the removal of a training example does to a query, to first order.
 
 The formula's factors (1/N, sign, what is summed over what) and the loops over queries and training examples. A Fisher's
-damped inverse is asked for its form between rows (`operators.row_products`) and never how it is kept.
+damped inverse is asked for its form between rows (`operators.factorization`) and never how it is kept.
 """
 
 from __future__ import annotations

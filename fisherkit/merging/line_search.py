@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fisherkit.arguments import check_number, is_number
@@ -56,7 +57,7 @@ def line_search(
         A state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
 
     Raises:
-        InvalidTypeError: a loss that is no function, or returns no number; as in `average`.
+        InvalidTypeError: a loss that is no function, or returns no number; shares that are none; as in `average`.
         InvalidArgumentError: no share, or one below 0 or above 1; as in `average`.
         NonFiniteError: no loss is finite; as in `average`.
 
@@ -66,6 +67,11 @@ def line_search(
         raise InvalidTypeError(
             call=CALL, got=f"loss of type {type(loss).__name__}", expected="a function of a state dict",
             try_="lambda state: cross_entropy(functional_call(model, state, x), y)",
+        )  # fmt: skip
+    if not isinstance(shares, Sequence):
+        raise InvalidTypeError(
+            call=CALL, got=f"shares of type {type(shares).__name__}", expected="a sequence of numbers from 0 to 1",
+            try_="shares=(0, 0.5, 1)",
         )  # fmt: skip
     tried = [check_number(CALL, "shares", share, most=1) for share in shares]
     if not tried:
@@ -85,7 +91,7 @@ def line_search(
 
 def _loss(loss: Loss, state: dict[str, Tensor]) -> float:
     found = loss(state)
-    if isinstance(found, Tensor) and found.numel() == 1:
+    if isinstance(found, np.generic) or (isinstance(found, Tensor) and found.numel() == 1):
         found = found.item()
     if not is_number(found):
         raise InvalidTypeError(

@@ -81,7 +81,7 @@ class Patches:
     def has_kernel(self) -> bool:
         """Whether products with all of an example's windows are faster by a convolution's own weight gradient.
 
-        Measured for float32 on a processor: from about so many entries of the windows on, which are not written out.
+        In float32 on a processor, where windows have many entries, which it does not write out.
         """
         return self.x.dtype == torch.float32 and self.x.device.type == "cpu" and self.shape[1:].numel() >= 1 << 17
 

@@ -36,70 +36,80 @@ EIGH_BYTES = 32
 """For each entry of a matrix while it is decomposed in float64: itself, its eigenvectors, and twice as much work."""
 
 
+SPENT = "a sum that was added to or has become an operator: go on with what came of it"
+
+
 @dataclass(frozen=True)
 class SecondMoment:
     """Σ x xᵀ ``[w, w]``, kept as the vectors themselves, each ``[n, T, w]``, while they are fewer than their entries.
 
-    ``thin`` says whether vectors may be kept, ``lower`` whether the matrix is of `lower_second_moment`'s form and this
-    object's own.
+    ``thin`` says whether vectors may be kept. A matrix of this object's own, in `lower_second_moment`'s form, is the
+    one entry of ``own``; `add` and `at` take it out to write to it, after which this object is refused.
     """
 
     width: int
     vectors: tuple[Tensor, ...] = ()
     matrix: Float[Tensor, "w w"] | None = None
     thin: bool = True
-    lower: bool = False
+    own: list[Tensor] | None = None
 
     def add(self, *parts: Float[Tensor, "n T w"], spanning: bool = True) -> SecondMoment:
         """With more vectors, added to the matrix of this object in place, which is of no use then.
 
         Where they do not span what matters, their number says nothing about the rank that a basis must have.
         """
-        few = self.matrix is None and spanning and self._number(self.vectors) + self._number(parts) < self.width
-        if few and self.thin:
+        few = self.matrix is None and self.own is None
+        if few and self.thin and spanning and self._number(self.vectors) + self._number(parts) < self.width:
             return replace(self, vectors=(*self.vectors, *parts))
-        total = self.matrix if self.lower or self.matrix is None else self.matrix.clone()
+        total = None if few else self._taken()
         for x in (self._stacked(), *parts) if self.vectors else parts:
             total = lower_second_moment(x, total)
-        return replace(self, vectors=(), matrix=total, lower=True)
+        return replace(self, vectors=(), matrix=None, own=None if total is None else [total])
 
     def scaled(self, weight: float) -> SecondMoment:
         """Times a number."""
-        if self.matrix is None:
+        if self.few:
             return replace(self, vectors=tuple(x * weight**0.5 for x in self.vectors))
-        return replace(self, matrix=weight * self.dense(), lower=False)
+        return replace(self, matrix=weight * self.dense(), own=None)
 
     def merge(self, other: SecondMoment) -> SecondMoment:
         """With another pass's."""
-        if other.matrix is None:
-            return replace(self, lower=False).add(*other.vectors) if other.vectors else self
+        if other.few:
+            mine = self if self.few else replace(self, matrix=self.dense(), own=None)
+            return mine.add(*other.vectors) if other.vectors else self
         total = other.dense()
-        return replace(self, vectors=(), matrix=total if self.empty else self.dense() + total, lower=False)
+        return replace(self, vectors=(), matrix=total if self.empty else self.dense() + total, own=None)
 
     def met(self, processes: Processes) -> SecondMoment:
         """Of all processes, as a matrix."""
-        return replace(self, vectors=(), matrix=processes.total(self.dense()), lower=False)
+        return replace(self, vectors=(), matrix=processes.total(self.dense()), own=None)
+
+    @property
+    def few(self) -> bool:
+        """Whether there is no matrix, but vectors or nothing."""
+        return self.matrix is None and self.own is None
 
     @property
     def empty(self) -> bool:
         """Whether nothing has been added."""
-        return self.matrix is None and not self.vectors
+        return self.few and not self.vectors
 
     def dense(self) -> Float[Tensor, "w w"]:
         """Σ x xᵀ."""
-        if self.matrix is None:
-            return second_moment(self._stacked())
-        return mirrored(self.matrix) if self.lower else self.matrix
+        if self.own is not None:
+            if not self.own:
+                raise RuntimeError(SPENT)
+            return mirrored(self.own[0])
+        return second_moment(self._stacked()) if self.matrix is None else self.matrix
 
     def at(self, scale: float) -> tuple[Float[Tensor, "w w"], Callable[[], Spectrum] | None]:
         """``scale`` times the sum, and how to decompose it by its vectors where these are few.
 
         A matrix of this object's own is scaled in place, so that sums and operator need not exist beside each other.
         """
-        if self.lower:
-            return self.dense().mul_(scale), None
-        few = self.matrix is None
-        return scale * self.dense(), (lambda: self.spectrum("kfac").scaled(scale)) if few else None
+        if self.own is not None:
+            return mirrored(self._taken()).mul_(scale), None
+        return scale * self.dense(), (lambda: self.spectrum("kfac").scaled(scale)) if self.few else None
 
     def leading(self, rank: int | None, known: Spectrum | None, due: bool, scale: float) -> Spectrum:
         """The leading eigenpairs of ``scale`` times the sum, going on from those that are known.
@@ -107,7 +117,7 @@ class SecondMoment:
         Few vectors give all of theirs, and always new ones, as they span no other vectors; a matrix gives ``rank``
         (None for all), new ones where it is ``due``.
         """
-        if self.matrix is None:
+        if self.few:
             return self.spectrum("Kronecker factors").scaled(scale)
         if known is not None and not due:
             return known
@@ -116,12 +126,20 @@ class SecondMoment:
 
     def spectrum(self, call: str) -> Spectrum:
         """Eigenvalues and orthonormal eigenvectors, without those of the null space of few vectors."""
-        if self.matrix is not None:
+        if not self.few:
             return spectrum(self.dense(), call)
         # xᵀ = q r, so Σ x xᵀ = q (r rᵀ) qᵀ; forming no w × w matrix, and orthonormal at any condition.
         q, r = torch.linalg.qr(self._stacked().mT)
         values, vectors = torch.linalg.eigh(r.double() @ r.double().mT)
         return Spectrum(values.clamp_min(0), (q @ vectors.to(q.dtype)).contiguous())
+
+    def _taken(self) -> Float[Tensor, "w w"]:
+        """The matrix, to be written to."""
+        if self.own is None:
+            return self.dense().clone()
+        if not self.own:
+            raise RuntimeError(SPENT)
+        return self.own.pop()
 
     def _stacked(self) -> Float[Tensor, "n w"]:
         return torch.cat([x.reshape(-1, self.width) for x in self.vectors])
@@ -240,7 +258,7 @@ class KroneckerFactors(UnitSums):
         """Of a factor its matrix, if there is one, and its spectrum, if it is kept."""
         found = {"transposed": torch.tensor(self.transposed), "count": torch.tensor(self.count, dtype=torch.float64)}
         for i, (name, moment) in enumerate(zip(_SIDES, (self.activation, self.gradient), strict=True)):
-            found |= {} if moment.matrix is None else {name: moment.dense()}
+            found |= {} if moment.few else {name: moment.dense()}
             found |= {} if self.spectra is None else self.spectra[i].tensors(name)
         return found
 
