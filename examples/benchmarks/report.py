@@ -215,7 +215,7 @@ def influence_section(results: Record) -> str:
         text = f"{r['workload']}: {r['examples']:,} training examples, {r['queries']} queries"
         if "difference" in r:
             text += f"; from observed labels, the EKFAC scores of {r['peer']} and ours differ by {r['difference']:.0e}"
-        said.append(f"- {text}.")
+        said.append(f"- {text}.\n- {_own_environment(r)}")
     return "\n\n".join(filter(None, [markdown(table), notes.lines(), "\n".join(said)]))
 
 

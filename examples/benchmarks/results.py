@@ -20,7 +20,7 @@ KEYS = {
 }
 """Sections and what identifies a record in them."""
 
-OWN = ("fixed", "language")
+OWN = ("influence", "fixed", "language")
 """Sections whose records say themselves where they were measured, so that they stand beside figures of elsewhere."""
 
 FREE = ("date", "commit", "patience", "remark")

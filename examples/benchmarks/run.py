@@ -231,7 +231,8 @@ def _influence(name: str, _w: Workload, settings: Settings, options: argparse.Na
         name, device=settings.device.type, tiny=options.tiny, rounds=settings.rounds, slow=settings.slow,
         patience=settings.patience,
     )  # fmt: skip
-    results_file.put(results, "influence", record)
+    now = environment(settings.device)
+    results_file.put(results, "influence", {**record, "environment": now, "rounds": settings.rounds})
     done = {n: f"{report.number(s['total'])} s" for n, s in record["seconds"].items()}
     _say(f"{name}  influence scores: " + ", ".join(f"{n} {s}" for n, s in {**record["errors"], **done}.items()))
 
