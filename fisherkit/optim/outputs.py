@@ -91,7 +91,7 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
             try_="weights above 0, no smoothing, a variance that is the same for all; or target_from_gradient in a "
             "likelihood of your own",
         )  # fmt: skip
-    outputs = Outputs.keyed(z, target, mask, start, likelihood)
+    outputs = Outputs(z, target, mask, start, likelihood)
     u = outputs.gradient().double().flatten(1)
     squared_norm = _dot(u, u)
     if likelihood.gradient_scale_free:
