@@ -7,7 +7,7 @@ cheapest exact test for NaN and infinity, and products with a matrix that only i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any, TypeAlias, TypeVar, cast
@@ -72,9 +72,15 @@ def all_finite(*tensors: Tensor) -> bool:
         if len(floating) == 1:
             found = [floating[0].sum(dtype=at_least_single(floating[0].dtype)).item()]
         else:  # a kernel for many of them on accelerators, as in torch's own optimizers
-            norms = torch._foreach_norm(floating)
-            found = torch.stack([norm.to(norms[0]) for norm in norms]).tolist()
+            found = together(torch._foreach_norm(floating)).tolist()
         return all(map(math.isfinite, found)) or all(bool(torch.isfinite(t).all()) for t in floating)
+
+
+def together(numbers: Sequence[Tensor]) -> Float[Tensor, "n"]:
+    """Single numbers as one tensor, to be read at once."""
+    first = numbers[0]
+    alike = all(one.dtype == first.dtype and one.device == first.device for one in numbers)
+    return torch.stack(tuple(numbers) if alike else [one.to(first) for one in numbers])
 
 
 def checked_product(

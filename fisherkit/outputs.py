@@ -86,12 +86,10 @@ class Outputs:
         """
         return self._gradient
 
-    def is_gradient(self, v: Tensor) -> bool:
-        """Whether vectors are `gradient` itself, one a unit, and need no copy to be zero where it is."""
+    def is_gradient(self, v: Float[Tensor, "n P C"]) -> bool:
+        """Whether vectors are `gradient` itself, and need no copy to be zero where it is."""
         u = vars(self).get("_gradient")
-        if u is None or v.shape[1] != 1:
-            return False
-        return (v.data_ptr(), v[:, 0].stride()) == (u.data_ptr(), u.stride())
+        return u is not None and (v.data_ptr(), v.stride()) == (u.data_ptr(), u.stride())
 
     @cached_property
     def _gradient(self) -> Float[Tensor, "n P C"]:
@@ -233,7 +231,7 @@ class OutputVectors:
         else:
             advice = "v.unsqueeze(1) for one vector a unit" if getattr(v, "shape", None) == z.shape else ""
             _check_tensor("v", v, z.dtype, (n, None, *each), "n, M, P, C", call, why, advice)
-            if not (whole or outputs.is_gradient(v)):
+            if not (whole or (v.shape[1] == 1 and outputs.is_gradient(v[:, 0]))):
                 v = torch.where(mask[:, None, :, None], v, v.new_zeros(()))
         if self.number < 1:
             advice = "a vector of zeros for units without a row"

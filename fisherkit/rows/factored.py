@@ -110,12 +110,11 @@ class FactoredRows(UnitRows):
     def gram(self, other: FactoredRows, precise: bool = True) -> Float[Tensor, "R S"]:
         """J J'ᵀ: an elementwise product of two small Grams if positions are not shared, else tiles of dense rows."""
         if self.positions == 1 and other.positions == 1:
-            mine, theirs = self._inputs(), other._inputs()
-            same = other.activations is self.activations
-            left = inner_products(mine, mine if same else theirs, precise)
+            mine = self._inputs()
+            left = inner_products(mine, mine if other.activations is self.activations else other._inputs(), precise)
             left = left.add_(1.0) if self.bias else left
-            mine, theirs = self.gradients[:, 0], other.gradients[:, 0]
-            right = inner_products(mine, mine if other is self else theirs, precise)
+            mine = self.gradients[:, 0]
+            right = inner_products(mine, mine if other is self else other.gradients[:, 0], precise)
             if self.each == other.each == 1:
                 return right.mul_(left)
             if self.each and other.each:
