@@ -7,9 +7,10 @@ cheapest exact test for NaN and infinity, and products with a matrix that only i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,8 @@ from fisherkit.errors import InvalidArgumentError
 
 MatMat: TypeAlias = Callable[[Tensor], Tensor]
 """A linear map of columns, [D, K] -> [D, K]."""
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 HALF = (torch.float16, torch.bfloat16)
 """Dtypes in which sums of squares lose their digits."""
@@ -31,20 +34,29 @@ def at_least_single(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
-@contextmanager
-def without_autocast() -> Iterator[None]:
+class without_autocast(ExitStack):  # noqa: N801  (read as a verb)
     """Autocast off on every device, as a ``with`` block or as a decorator: products in half precision are no Fisher's.
 
     Not for generators, whose body would run after the block has ended.
     """
-    active = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
-    if not active:
-        yield
-        return
-    with ExitStack() as stack:
-        for device in active:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+
+    def __enter__(self) -> without_autocast:
+        """Turn it off where it is on."""
+        for device in filter(torch.is_autocast_enabled, _DEVICES):
+            self.enter_context(torch.autocast(device, enabled=False))
+        return self
+
+    def __call__(self, function: F) -> F:
+        """The function with autocast off around it."""
+
+        @wraps(function)
+        def without(*args: Any, **kwargs: Any) -> Any:
+            if not any(map(torch.is_autocast_enabled, _DEVICES)):
+                return function(*args, **kwargs)
+            with without_autocast():
+                return function(*args, **kwargs)
+
+        return cast(F, without)
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -60,9 +72,15 @@ def all_finite(*tensors: Tensor) -> bool:
         if len(floating) == 1:
             found = [floating[0].sum(dtype=at_least_single(floating[0].dtype)).item()]
         else:  # a kernel for many of them on accelerators, as in torch's own optimizers
-            norms = torch._foreach_norm(floating)
-            found = torch.stack([norm.to(norms[0]) for norm in norms]).tolist()
+            found = together(torch._foreach_norm(floating)).tolist()
         return all(map(math.isfinite, found)) or all(bool(torch.isfinite(t).all()) for t in floating)
+
+
+def together(numbers: Sequence[Tensor]) -> Float[Tensor, "n"]:
+    """Single numbers as one tensor, to be read at once."""
+    first = numbers[0]
+    alike = all(one.dtype == first.dtype and one.device == first.device for one in numbers)
+    return torch.stack(tuple(numbers) if alike else [one.to(first) for one in numbers])
 
 
 def checked_product(

@@ -118,13 +118,13 @@ class PartsKeeper(Protocol):
 class Builder:
     """Builds structures of one problem; a ``memory_budget`` of None is half of what is available.
 
-    ``weights`` is the `parameters_hash` that the model must have where rows are made after the build; ``told`` then
+    ``weights`` gives the `parameters_hash` that the model must have where rows are made after the build; ``told`` then
     gets what was built of them.
     """
 
     def __init__(
         self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
-        max_rows: int | None = None, storage: str = "auto", weights: str | None = None,
+        weights: Callable[[], str], max_rows: int | None = None, storage: str = "auto",
         kept: torch.dtype | None = None, shard: bool = False,
         told: Callable[[Built], None] = lambda _: None,
     ) -> None:  # fmt: skip
@@ -435,7 +435,7 @@ class Builder:
     ) -> tuple[FisherOperator, Parts, Tally | StreamedRows]:
         """Rows that are made anew for every product; or, after so many products, once and for all."""
         source, settled = self.problem.source, fingerprint(self.problem.plan.model)
-        problem = replace(self.problem, revisable=False, weights=self.weights, settled=settled)
+        problem = replace(self.problem, revisable=False, weights=self.weights(), settled=settled)
 
         def counted() -> StreamedRows:
             streamed = StreamedRows(problem)
@@ -472,7 +472,7 @@ class Builder:
     def _made_later(self, kind_of_structure: type[Structure], streamed: StreamedRows) -> RowSource:
         """The rows that products were made without; streamed, if a batch shows that they do not fit."""
         self.storage, self.problem = "now", replace(
-            self.problem, weights=self.weights, settled=streamed.problem.settled
+            self.problem, weights=self.weights(), settled=streamed.problem.settled
         )  # fmt: skip
         self.counted.clear()
         built = self.build(kind_of_structure)

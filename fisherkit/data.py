@@ -335,6 +335,9 @@ class Source:
         data: one batch or a re-iterable of batches.
         model: the model that the data are for; None if none is called.
 
+    Attributes:
+        listed: whether reading them runs nobody's code.
+
     Cost: a hash reads every number of a batch twice, where it lies, and makes a few sums of it.
     """
 
@@ -359,9 +362,9 @@ class Source:
         self._model_inputs = ModelInputs() if model is None else ModelInputs.of(model)
         # A shuffling loader draws its order from the global generator: every pass starts from the same state.
         self._generators = _generators_of(data) if isinstance(data, DataLoader) else []
-        # What a list hands over runs nobody's code, and so moves no generator.
-        self._listed = type(self.batches) is list or type(self.batches) is tuple
-        self._start = None if self._listed else rng_state(self._generators)
+        # What a list hands over runs nobody's code, and so moves no generator and changes no model.
+        self.listed = type(self.batches) is list or type(self.batches) is tuple
+        self._start = None if self.listed else rng_state(self._generators)
         self._axes: dict[int, bool] | None = None
         self._digests: list[str] = []
         self._whole, self._origin = False, ""
@@ -378,7 +381,7 @@ class Source:
             state: where the generators start; None for where they were when the source was made.
             settled: whether `first` tells of all batches which inputs all examples share; else each for itself.
         """
-        for number, raw in enumerate(self.batches if self._listed else self._drawn(state)):
+        for number, raw in enumerate(self.batches if self.listed else self._drawn(state)):
             yield self._batch(raw, number, self._axes if settled else None)
 
     def _drawn(self, state: RngState | None) -> Iterator[Any]:

@@ -7,7 +7,7 @@ operator by `build`. As an operator it forwards to the one that was built.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,7 +154,7 @@ class FisherApproximation(ForwardingOperator):
         built = asked.builder.build(asked.structure)
         self.held, self._tally = built.operator, built.tally
         self.likelihood, self.structure, self.dropped_share = asked.likelihood, structure, built.dropped_share
-        self.metadata = asked.recorded | _described(built)
+        self._metadata, self._hashes = asked.recorded | _described(built), asked.hashes
 
     def _built_later(self, built: Built) -> None:
         """Record the rows that were made; the model and the data are let go."""
@@ -182,11 +182,13 @@ class FisherApproximation(ForwardingOperator):
         """What is recorded."""
         if self._metadata.get("rows") == "":
             self._metadata |= {"examples": str(self.examples), "rows": str(self.rows)}
+        if self._hashes is not None:
+            self._metadata, self._hashes = _hashed(self._metadata, self._hashes), None
         return self._metadata
 
     @metadata.setter
     def metadata(self, value: dict[str, str]) -> None:
-        self._metadata = value
+        self._metadata, self._hashes = value, None
 
     @property
     def _recorded(self) -> dict[str, str]:
@@ -212,7 +214,8 @@ class _Asked:
         space: the parameters.
         dtype: of the operator.
         device: of the operator.
-        recorded: what is known of it before it is built.
+        recorded: what is known of it before it is built, but for hashes.
+        hashes: gives those of the weights, at build and not at save: by then the model may have moved on.
     """
 
     builder: Builder
@@ -222,6 +225,7 @@ class _Asked:
     dtype: torch.dtype
     device: torch.device
     recorded: dict[str, str]
+    hashes: Callable[[], tuple[str, str]]
 
     @classmethod
     def of(
@@ -278,17 +282,18 @@ class _Asked:
         space = ParameterSpace.among(own, params)
         device, parameters_dtype = model_device(model, space.names, own)
         rows_dtype = at_least_single(parameters_dtype)
-        whole, covered = weight_hashes(model, space.names)
+        hashes = weight_hashes(model, space.names)
         source, processes = Source(data, model), Processes.of(group, device, call)
         if processes is not None:
             processes.require_same(call, {
-                "parameters": space.names, "dtype": parameters_dtype, "weights": whole, "likelihood": resolved.recorded,
+                "parameters": space.names, "dtype": parameters_dtype, "weights": hashes()[0],
+                "likelihood": resolved.recorded,
                 "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
                 "setting": (example, normalization, shift_labels, kfac_positions, max_rows, budget, storage),
                 "kept dtype": dtype, "shard": shard,
             })  # fmt: skip
         if processes is None:
-            plan = plan_of(model, space, source, assume=True)
+            plan = plan_of(model, space, source, assume=True, own=own)
         else:
             plan = joint_plan(model, space, source, processes)
         problem = Problem(
@@ -299,20 +304,24 @@ class _Asked:
         )  # fmt: skip
         builder = Builder(
             problem, normalization=normalization, memory_budget=budget, reduce=kfac_positions == "reduce",
-            max_rows=max_rows, storage=storage, weights=whole, kept=dtype, shard=shard,
+            max_rows=max_rows, storage=storage, weights=lambda: hashes()[0], kept=dtype, shard=shard,
         )  # fmt: skip
         recorded = {
             "kind": rule.kind_name, "structure": structure, "examples": "", "rows": "",
             "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
             "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
-            # At build and not at save: by then the model may have moved on.
-            "parameters_hash": whole,
-            "covered_hash": f"{parameters_dtype}:{covered}".removeprefix("torch."),
+            "parameters_hash": "", "covered_hash": f"{parameters_dtype}:".removeprefix("torch."),
             "fisherkit": __version__, "torch": torch.__version__, **rule.kind_options(),
             **({} if max_rows is None else {"max_rows": str(max_rows)}),
             **({} if dtype is None else {"kept_dtype": str(dtype).removeprefix("torch.")}),
         }  # fmt: skip
-        return cls(builder, chosen, resolved, space, rows_dtype, device, recorded)
+        return cls(builder, chosen, resolved, space, rows_dtype, device, recorded, hashes)
+
+
+def _hashed(recorded: dict[str, str], hashes: Callable[[], tuple[str, str]]) -> dict[str, str]:
+    """With hashes of the weights."""
+    whole, covered = hashes()
+    return {**recorded, "parameters_hash": whole, "covered_hash": recorded["covered_hash"] + covered}
 
 
 def _described(built: Built) -> dict[str, str]:
@@ -384,14 +393,14 @@ def build_file(
     path = io.as_path(path, f"{call}(path)")
     io.check_folder(path, call)
     asked = _asked(call, model, data, kind, options)
-    builder, source = asked.builder, asked.builder.problem.source
+    builder, source, recorded = asked.builder, asked.builder.problem.source, _hashed(asked.recorded, asked.hashes)
     builder.storage = "rows"  # a file has them
     if builder.processes is not None:
         raise InvalidArgumentError(
             call=call, got=f"{builder.processes.size} processes", expected="one process",
             why="one file has all parts", try_="group=False in one of them, or FisherApproximation in all",
         )  # fmt: skip
-    settings = asked.recorded | {
+    settings = recorded | {
         "space": str(dict(zip(asked.space.names, asked.space.shapes, strict=True))), "dtype": str(asked.dtype),
         "threads": str(torch.get_num_threads()), "chunk_size": str(options.get("chunk_size")),
         "shift_labels": str(builder.problem.shift_labels),
@@ -405,9 +414,9 @@ def build_file(
     with without_autocast():
         built = builder.build_into(asked.structure, _Parts(file, builder))
     if built is None:
-        file.close(BlockDiagonalOperator.tag, asked.space, asked.recorded | _joint(file.records, asked.space))
+        file.close(BlockDiagonalOperator.tag, asked.space, recorded | _joint(file.records, asked.space))
     else:
-        built.operator.metadata = asked.recorded | _counted(built)
+        built.operator.metadata = recorded | _counted(built)
         built.operator.save(path, max_shard_size=max_shard_size)
     return open_file(path)
 

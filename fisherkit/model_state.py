@@ -24,6 +24,8 @@ CHECKSUM = "checksum"
 """The key of a state's own hash."""
 
 _COLUMNS = 1024
+_SMALL = 1 << 20
+"""Bytes of a model up to which it is copied, which takes less time than a hash."""
 
 
 def parameters_hash(model: nn.Module) -> str:
@@ -60,15 +62,26 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: full(tensor) for name, tensor in found}
 
 
-def weight_hashes(model: nn.Module, names: Sequence[str]) -> tuple[str, str]:
-    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters; one reading.
+def weight_hashes(model: nn.Module, names: Sequence[str]) -> Callable[[], tuple[str, str]]:
+    """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters, as they are now.
 
-    A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value.
+    A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value. Of a small
+    model, a copy is hashed when it is asked for.
     """
-    tensors = _tensors(model)
+    tensors, made = _tensors(model), products(model, names)
+    usual = not made and all(type(t) in (nn.Parameter, Tensor) and t.layout == torch.strided for t in tensors.values())
+    if usual and sum(t.numel() * t.element_size() for t in tensors.values()) <= _SMALL:
+        with torch.no_grad():
+            tensors = {name: t.clone() for name, t in tensors.items()}
+        return functools.cache(lambda: _weight_hashes(tensors, names, made))
+    found = _weight_hashes(tensors, names, made)
+    return lambda: found
+
+
+def _weight_hashes(tensors: Mapping[str, Tensor], names: Sequence[str], made: Mapping[str, Any]) -> tuple[str, str]:
     bare = {plain(name): tensor for name, tensor in tensors.items()}
     digests = _digests(bare)
-    whole, made = _hash(bare, digests), products(model, names)
+    whole = _hash(bare, digests)
     if not made and len(names) == len(tensors) and bare.keys() == tensors.keys():
         return whole, whole
     some = {name: tensors[name] for name in names}

@@ -30,7 +30,7 @@ class Outputs:
         z: ``[n, P, C]``, P positions of C outputs; at least float32.
         target: labels ``[n, P]`` or values ``[n, P, C]``, as the likelihood wants; None for unlabelled data.
         mask: which positions count.
-        keys: an integer for each position that depends on the example's place in the data alone, for random draws.
+        start: the first example's place in the data, of which `keys` are made; or the keys.
         likelihood: p(y | z).
         shape: of one example's outputs as the model has them; None where positions stand by themselves.
         whole: whether all positions are known to count.
@@ -39,20 +39,22 @@ class Outputs:
     z: Float[Tensor, "n P C"]
     target: Tensor | None
     mask: Bool[Tensor, "n P"]
-    keys: Int[Tensor, "n P"]
+    start: int | Int[Tensor, "n P"]
     likelihood: Likelihood
     shape: torch.Size | None = None
     whole: bool = False
 
-    @classmethod
-    def keyed(
-        cls, z: Float[Tensor, "n P C"], target: Tensor | None, mask: Bool[Tensor, "n P"], start: int, like: Likelihood,
-        shape: torch.Size | None = None, *, whole: bool = False,
-    ) -> Outputs:  # fmt: skip
-        """With keys that count examples from ``start``; 2²⁴ positions keep two examples' apart in one integer."""
-        keys = torch.arange(start, start + len(z), device=z.device).unsqueeze(1) << 24
-        keys = keys if z.shape[1] == 1 else keys + torch.arange(z.shape[1], device=z.device)
-        return cls(z, target, mask, keys, like, shape, whole)
+    @property
+    def keys(self) -> Int[Tensor, "n P"]:
+        """An integer for each position that depends on the example's place in the data alone, for random draws.
+
+        Examples are counted from ``start``; 2²⁴ positions keep two examples' apart in one integer.
+        """
+        if isinstance(self.start, Tensor):
+            return self.start
+        n, positions, device = *self.z.shape[:2], self.z.device
+        keys = torch.arange(self.start, self.start + n, device=device).unsqueeze(1) << 24
+        return keys + torch.arange(positions, device=device)
 
     def positionwise(self) -> Outputs:
         """The same outputs with every position as a unit of its own: ``[n·P, 1, C]``."""
@@ -84,12 +86,10 @@ class Outputs:
         """
         return self._gradient
 
-    def is_gradient(self, v: Tensor) -> bool:
-        """Whether vectors are `gradient` itself, one a unit, and need no copy to be zero where it is."""
+    def is_gradient(self, v: Float[Tensor, "n P C"]) -> bool:
+        """Whether vectors are `gradient` itself, and need no copy to be zero where it is."""
         u = vars(self).get("_gradient")
-        if u is None or v.shape[1] != 1:
-            return False
-        return (v.data_ptr(), v[:, 0].stride()) == (u.data_ptr(), u.stride())
+        return u is not None and (v.data_ptr(), v.stride()) == (u.data_ptr(), u.stride())
 
     @cached_property
     def _gradient(self) -> Float[Tensor, "n P C"]:
@@ -231,7 +231,7 @@ class OutputVectors:
         else:
             advice = "v.unsqueeze(1) for one vector a unit" if getattr(v, "shape", None) == z.shape else ""
             _check_tensor("v", v, z.dtype, (n, None, *each), "n, M, P, C", call, why, advice)
-            if not (whole or outputs.is_gradient(v)):
+            if not (whole or (v.shape[1] == 1 and outputs.is_gradient(v[:, 0]))):
                 v = torch.where(mask[:, None, :, None], v, v.new_zeros(()))
         if self.number < 1:
             advice = "a vector of zeros for units without a row"

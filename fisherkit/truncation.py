@@ -97,7 +97,7 @@ def _pivoted(outputs: Outputs) -> tuple[Float[Tensor, "n"], Steps]:
     """Tr H and the vectors for any likelihood and for positions joined in one example, by products with H alone."""
     z, target = outputs.z.double(), outputs.observed
     target = target.double() if target.is_floating_point() else target
-    wide = Outputs(z, target, outputs.mask, outputs.keys, outputs.likelihood)
+    wide = Outputs(z, target, outputs.mask, outputs.start, outputs.likelihood)
     form = torch.where(outputs.mask, wide.hessian_inverse_form().double(), 0.0).sum(1)
     first = torch.where(form > 0, form.rsqrt(), torch.zeros_like(form))[:, None, None]
     whole = wide.masked(wide.hessian_diagonal())

@@ -58,8 +58,9 @@ def damped_grams(
     Raises:
         SingularMatrixError: there is no factor at all.
     """
-    grams = [_products(part, precise).mul_(scale) for part in parts]
-    largest = [gram.abs().sum(1).max() if len(gram) else gram.sum() for gram in grams]  # bounds the eigenvalues
+    grams = [_products(part, precise, scale) for part in parts]
+    # Bounds of the eigenvalues.
+    largest = [torch.linalg.vector_norm(gram, 1, 1).max() if len(gram) else gram.sum() for gram in grams]
     tried = [damped_cholesky(gram, damping) for gram in grams]
     told = torch.stack([*largest, *(failed.double() for _, failed in tried)]).tolist()
     found = []
@@ -67,7 +68,7 @@ def damped_grams(
         rounding, exact = rounding_of(part.dtype, size, damping), precise or part.dtype == torch.float64
         if not exact and (rounding >= PRECISE or failed):
             exact = True
-            factor, again = damped_cholesky(_products(part, precise=True).mul_(scale), damping)
+            factor, again = damped_cholesky(_products(part, True, scale), damping)
             failed = float(again)
         if failed:
             raise SingularMatrixError(
@@ -80,9 +81,10 @@ def damped_grams(
     return found
 
 
-def _products(rows: Rows | SharedRows, precise: bool) -> Float[Tensor, "R R"]:
-    """JJᵀ, of which a factor reads one half."""
-    return rows.cross_gram(rows, precise) if isinstance(rows, Rows) else rows.gram(precise)
+def _products(rows: Rows | SharedRows, precise: bool, scale: float) -> Float[Tensor, "R R"]:
+    """s · JJᵀ, of which a factor reads one half."""
+    found = rows.cross_gram(rows, precise) if isinstance(rows, Rows) else rows.gram(precise)
+    return found if scale == 1 else found.mul_(scale)
 
 
 def damped_cholesky(matrix: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n n"], Tensor]:

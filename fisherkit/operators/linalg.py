@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arithmetic import all_finite
+from fisherkit.arithmetic import all_finite, together
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, SingularMatrixError
 
 FIRST, LATER, MORE = 4, 1, 16
@@ -90,7 +90,7 @@ def _look_at(pending: Sequence[_Look]) -> None:
         return
     norms = torch._foreach_norm([look.tensor for look in pending])  # which may overflow where no entry does
     lows = [low for look in pending for low in look.lows]
-    found = torch.stack([one.to(norms[0]) for one in (*norms, *lows)]).tolist()
+    found = together([*norms, *lows]).tolist()
     if not all(map(math.isfinite, found)) or any(low < 0 for low in found[len(norms) :]):
         for look in pending:
             look.refuse()

@@ -7,7 +7,7 @@ their own runs at the moment the user's reaches the model's outputs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -93,9 +93,10 @@ class Capture:
             try_=f"a new {self.call} for the copied model, and load_state_dict",
         )  # fmt: skip
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The model's, of those that may take part."""
-        return {n: p for n, p in self.model.named_parameters() if n in self.space.slices}
+    def parameters(self, known: Mapping[str, nn.Parameter] | None = None) -> dict[str, nn.Parameter]:
+        """The model's, of those that may take part; all of them may be ``known`` by name."""
+        slices, known = self.space.slices, dict(self.model.named_parameters()) if known is None else known
+        return {n: p for n, p in known.items() if n in slices}
 
     def take(self) -> list[Captured]:
         """What has been captured since the last time; unfinished passes are forgotten."""
@@ -138,12 +139,13 @@ class Capture:
         """A call of the model begins."""
         if not self.wanted:
             return None
-        self._parameters = self.parameters()
+        known = dict(self.model.named_parameters())
+        self._parameters = self.parameters(known)
         own = {id(p): n for n, p in self._parameters.items() if p.requires_grad}
         if not own:
             return None
         batch = Batch.of_call(args, kwargs)
-        plan, coupled = self._plan(tuple(own.values()), batch), self._training(_BatchNorm)
+        plan, coupled = self._plan(tuple(own.values()), batch, known), self._training(_BatchNorm)
         recorder = Recorder(own, batch.size, batch.batched, plan.shared, training=True)
         self._begun = recorder, plan, batch, coupled, rng_state() if coupled else None
         return recorder
@@ -173,7 +175,8 @@ class Capture:
         again = bool(plan.generic or coupled or not watched.regular or plan.unruled(watched))
         keep = batch if again else Batch((), _masks(batch), None, batch.size)
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
-        watched = replace(watched, uses=with_own_inputs(own, batch.batched))
+        uses = with_own_inputs(own, batch.batched)
+        watched = watched.replaced(uses=uses) if len(own) == len(watched.uses) else replace(watched, uses=uses)
         one = Pass(plan, keep, watched, coupled, again, rng, frozenset(recorder.names.values()))
         if coupled:
             self.warn(
@@ -197,9 +200,12 @@ class Capture:
         self._used |= new
         return bool(new)
 
-    def _plan(self, names: tuple[str, ...], batch: Batch, *, anew: bool = False) -> Plan:
+    def _plan(
+        self, names: tuple[str, ...], batch: Batch, known: Mapping[str, nn.Parameter] | None = None, *,
+        anew: bool = False,
+    ) -> Plan:  # fmt: skip
         """The plan for parameters that require a gradient now, verified in eval mode once, or ``anew``."""
-        key = names, fingerprint(self.model)
+        key = names, fingerprint(self.model, known)
         # What was verified on an example alone says nothing of two.
         if anew or key not in self._plans or (self._plans[key].alone and batch.size > 1):
             device, _ = model_device(self.model, names)
@@ -256,7 +262,7 @@ class Capture:
 
     def _training(self, kind: type[_NormBase]) -> list[str]:
         """Norms of a kind that are in train mode: batch norms couple examples, and others' running statistics move."""
-        own = ((name, m) for name, m in self.model.named_modules() if isinstance(m, kind) and m.training)
+        own = ((name, m) for name, m in self.model.named_modules() if m.training and isinstance(m, kind))
         return [name for name, m in own if kind is _BatchNorm or m.track_running_stats]
 
     def warn(self, text: str) -> None:
@@ -387,7 +393,8 @@ class Capture:
 
     def _users_rows(self, one: Pass) -> list[Chunk]:
         """Rows of vectors that are multiples of the loss gradient: the user's backward pass, scaled by example."""
-        linearized = Linearized(one.plan, one.batch, replace(one.watched, z=one.z.detach()))
+        # Of a pass that needs no other, it is known that its uses are the plan's.
+        linearized = Linearized(one.plan, one.batch, one.watched.replaced(z=one.z.detach()), shown=not one.again)
         seen = self._see(one, one.z)
         slots = Slots.of(seen.outputs, self.rule, False, seen.counts)
         self._choose(one.plan, slots)

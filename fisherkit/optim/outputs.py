@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, ModelError
 from fisherkit.likelihood import Likelihood
 from fisherkit.outputs import Outputs
@@ -51,6 +52,9 @@ class Seen:
         """What turns the user's gradient into vectors v along u, by example; 0 where there is no gradient."""
         # Of an example that is fit so well that the rows' dtype does not hold it, the gradient is rounding or zero.
         most = torch.finfo(v.dtype).max
+        if self.outputs.is_gradient(v):
+            found = self.multiple.reciprocal()
+            return found.masked_fill_(found.abs() > most, 0.0)
         return _ratio(_dot(v.double().flatten(1), self.gradient), self.squared_norm * self.multiple, most)
 
     def correction(self, passes: int) -> int:
@@ -91,7 +95,7 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
             try_="weights above 0, no smoothing, a variance that is the same for all; or target_from_gradient in a "
             "likelihood of your own",
         )  # fmt: skip
-    outputs = Outputs.keyed(z, target, mask, start, likelihood)
+    outputs = Outputs(z, target, mask, start, likelihood)
     u = outputs.gradient().double().flatten(1)
     squared_norm = _dot(u, u)
     if likelihood.gradient_scale_free:
@@ -123,10 +127,10 @@ def _strange(
     dtype: torch.dtype,
 ) -> Bool[Tensor, "B"]:  # fmt: skip
     """Examples whose gradient is no positive multiple of the likelihood's, up to the rounding of p − 1."""
-    rounding = 16 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    rounding = 16 * torch.finfo(at_least_single(dtype)).eps
     # Losses are often computed in float32, whatever the model's dtype is.
     relative = 16 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    scale, root = multiple.abs(), outputs.hessian_root()
+    scale, root = multiple, outputs.hessian_root()
     if root is not None:  # a weight multiplies what rounding leaves
         scale = scale * root.flatten(1).amax(1).square().clamp_min(1)
     rest = torch.linalg.vector_norm(torch.addcmul(found, u, multiple.unsqueeze(1), value=-1), dim=1)

@@ -110,12 +110,11 @@ class FactoredRows(UnitRows):
     def gram(self, other: FactoredRows, precise: bool = True) -> Float[Tensor, "R S"]:
         """J J'ᵀ: an elementwise product of two small Grams if positions are not shared, else tiles of dense rows."""
         if self.positions == 1 and other.positions == 1:
-            mine, theirs = self._inputs(), other._inputs()
-            same = other.activations is self.activations
-            left = inner_products(mine, mine if same else theirs, precise)
+            mine = self._inputs()
+            left = inner_products(mine, mine if other.activations is self.activations else other._inputs(), precise)
             left = left.add_(1.0) if self.bias else left
-            mine, theirs = self.gradients[:, 0], other.gradients[:, 0]
-            right = inner_products(mine, mine if other is self else theirs, precise)
+            mine = self.gradients[:, 0]
+            right = inner_products(mine, mine if other is self else other.gradients[:, 0], precise)
             if self.each == other.each == 1:
                 return right.mul_(left)
             if self.each and other.each:
@@ -136,13 +135,13 @@ class FactoredRows(UnitRows):
     def squared_sum(self) -> Float[Tensor, "d"]:
         """Σ_r row_r²; without shared positions the squares factor too, and rows of one example are summed first."""
         if self.positions == 1:
-            squares = self._to_examples(self.gradients[:, 0].square())
-            out = squares.new_empty(self.size, 1)
-            weight, offset = self._split(out)  # views of it
-            torch.mm(squares.mT, self._inputs().square(), out=weight.squeeze(2))
-            if offset is not None:
-                torch.sum(squares, 0, out=offset.squeeze(1))
-            return out.squeeze(1)
+            squares, inputs = self._to_examples(self.gradients[:, 0].square()), self._inputs().square()
+            left, right = (inputs, squares) if self.transposed else (squares, inputs)
+            out, size = squares.new_empty(self.size), self.outputs * self.inputs
+            torch.mm(left.mT, right, out=out[:size].view(left.shape[1], right.shape[1]))
+            if self.bias:
+                torch.sum(squares, 0, out=out[size:])
+            return out
         parts = (tile.square_().sum(0) for _, tile in self._tiles(slice(0, self.outputs)))
         weight = functools.reduce(torch.Tensor.add_, parts)
         return self._join(weight, self.gradients.sum(1).square_().sum(0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -27,7 +27,10 @@ from fisherkit.rows.verified import plan_for
 from fisherkit.space import ParameterSpace
 
 
-def plan_of(model: nn.Module, space: ParameterSpace, source: Source, *, assume: bool = False) -> Plan:
+def plan_of(
+    model: nn.Module, space: ParameterSpace, source: Source, *, assume: bool = False,
+    own: Mapping[str, nn.Parameter] | None = None,
+) -> Plan:  # fmt: skip
     """How the rows of a model on these data are made.
 
     Args:
@@ -35,6 +38,7 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source, *, assume: 
         space: the chosen parameters.
         source: the data.
         assume: as of `plan_for`.
+        own: likewise.
 
     Raises:
         DataError: the model fails over its inputs, and what is wrong with them can be told.
@@ -43,11 +47,10 @@ def plan_of(model: nn.Module, space: ParameterSpace, source: Source, *, assume: 
 
     Cost: as `plan_for`.
     """
-    device, _ = model_device(model, space.names)
+    device, _ = model_device(model, space.names, own)
     first = source.first()
     try:
-        own = first.to(device)
-        return plan_for(model, space, own, assume=assume)
+        return plan_for(model, space, first.to(device), assume=assume, own=own if source.listed else None)
     except Exception as error:
         other = _another(source, first)
         found = None if other is None else _shared(model, space, first, other)

@@ -99,11 +99,11 @@ def uses_are_all(z: Tensor, uses: Sequence[Use], parameters: Mapping[str, Tensor
     own: dict[Node, set[str]] = {}
     inputs: dict[Node, list[Node]] = {}
     for use in uses:
-        if version_of(use.input) != use.version:
+        x = use.input
+        if version_of(x) != use.version:
             return False
         own.setdefault(use.edge.node, set()).update(use.names)
-        read = [get_gradient_edge(use.input).node] if use.input.requires_grad else []
-        inputs.setdefault(use.edge.node, []).extend(read)
+        inputs.setdefault(use.edge.node, []).extend([get_gradient_edge(x).node] if x.requires_grad else [])
 
     def name(node: Node) -> str | None:
         """Of a parameter's own node."""

@@ -214,7 +214,7 @@ class Linearized:
     ) -> Sequence[Arrangement | None]:  # fmt: skip
         """How the entries of each use lie, found once a pass, from vectors that reach what any of its vectors reach."""
         if self._arranged is None and self.watched.regular:  # no gradient is asked
-            self._arranged = self.watched.arrangements_by(v[0])
+            self._arranged = self.watched.shown
         elif self._arranged is None:
             first = [None if g is None else g[0] for g in gradients]
             if known is not None and known.multiplied is not None:

@@ -235,18 +235,18 @@ class Plan(Findings):
         """Whether rows take a forward pass for each example, which then brings those of all units."""
         return not self.vectorised and bool(self.live_generic)
 
-    @property
-    def modules(self) -> list[tuple[str, ...]]:
+    @cached_property
+    def modules(self) -> tuple[tuple[str, ...], ...]:
         """The space's blocks, joined where a unit spans two modules."""
-        return self.space.joined_blocks(unit.names for unit in self.units)
+        return tuple(self.space.joined_blocks(unit.names for unit in self.units))
 
     def unruled(self, watched: Watched) -> set[str]:
         """Parameters of units whose rule does not hold in a pass, because they are used in another way there."""
+        outside, uses = watched.outside_rules, watched.uses
         return {
             name
             for unit in self.ruled
-            if watched.outside_rules.intersection(unit.names)
-            or any(unit.differs(watched.uses[i]) for i in unit.of(watched.uses))
+            if (outside and outside.intersection(unit.names)) or any(unit.differs(uses[i]) for i in unit.of(uses))
             for name in unit.names
         }
 

@@ -306,7 +306,7 @@ class Problem:
             ):
                 tried["logits", likelihood.link] = 1
         positions, whole = int(counts[0]), int(counts[0]) == mask.numel()
-        outputs = Outputs.keyed(z, target, mask, start, self.likelihood, raw.shape[1:], whole=whole)
+        outputs = Outputs(z, target, mask, start, self.likelihood, raw.shape[1:], whole)
         return outputs, (int(counts[-1]), positions)
 
     def measure(self) -> None:
@@ -459,7 +459,8 @@ class Problem:
         Raises:
             DataError: there is no batch.
         """
-        self.refuse_changed()
+        if not (shows and self.plan.probe.assumed and self.source.listed):  # else nobody's code has run since the plan
+            self.refuse_changed()
         if not shows:
             self.confirm()
         self.plan.probe.watched = None  # its graph has served

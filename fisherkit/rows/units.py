@@ -82,7 +82,12 @@ class RuledUnit(Unit):
 
     def of(self, uses: Sequence[Use]) -> list[int]:
         """The places of those uses of a forward pass that belong to this unit."""
-        return [i for i, use in enumerate(uses) if self._own(use) and self.form in (None, form_of(use))]
+        own, form = self.names, self.form
+        return [
+            i
+            for i, use in enumerate(uses)
+            if (own == use.names or any(name in own for name in use.names)) and (form is None or form == form_of(use))
+        ]
 
     @property
     def rule_name(self) -> str:
@@ -91,10 +96,12 @@ class RuledUnit(Unit):
 
     def _own(self, use: Use) -> tuple[str, ...]:
         """The unit's parameters in a use; the use's others have units of their own."""
-        return tuple(name for name in use.names if name in self.names)
+        return use.names if use.names == self.names else tuple(name for name in use.names if name in self.names)
 
     def _restricted(self, use: Use) -> Use:
         """A use as if only the unit's parameters were chosen."""
+        if use.names == self.names:
+            return use
         weight, bias = (None if isinstance(one, str) and one not in self.names else one for one in use.sources)
         return use if (weight, bias) == use.sources else replace(use, weight=weight, bias=bias)
 

@@ -47,7 +47,10 @@ MOST = 32
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
 
 
-def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: bool = False) -> Plan:
+def plan_for(
+    model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: bool = False,
+    own: Mapping[str, nn.Parameter] | None = None,
+) -> Plan:  # fmt: skip
     """How rows are made: as verified before, or verified now.
 
     Args:
@@ -55,12 +58,13 @@ def plan_for(model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: b
         space: the chosen parameters.
         batch: a first batch on the model's device.
         assume: whether what is known may be confirmed later, by the graph of the first pass over the data.
+        own: the model's parameters by name, if they are known.
 
     Raises:
         ModelError: as `make_plan`.
     """
     refuse_train_mode(model)
-    own = dict(model.named_parameters())
+    own = dict(model.named_parameters()) if own is None else own
     key, known = _key(model, space, batch, own), _KNOWN.setdefault(model, {})
     if key in known and known[key].alone and batch.size > 1:
         del known[key]  # of one example nothing was learnt about two

@@ -103,6 +103,12 @@ class Watched:
             numbers=hash(tuple(seen.numbers)), placed=seen.placed,
         )  # fmt: skip
 
+    def replaced(self, **changes: Any) -> Watched:
+        """With other outputs, or uses of the same functions: what is known of the graph stays known."""
+        found = object.__new__(Watched)
+        found.__dict__.update(self.__dict__, **changes)
+        return found
+
     @property
     def edges(self) -> list[GradientEdge]:
         """Where gradients are asked for: the outputs of all uses."""

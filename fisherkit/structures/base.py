@@ -229,7 +229,7 @@ class Structure(ABC):
     @classmethod
     def of(cls: type[T], plan: Plan, **settings: Any) -> T:
         """The structure for a plan's parameters."""
-        return cls(plan.space, plan.dtype, plan.example_parameter.device, tuple(plan.modules), **settings)
+        return cls(plan.space, plan.dtype, plan.example_parameter.device, plan.modules, **settings)
 
     def bytes(self, problem: Problem) -> int:
         """What the operator takes, before anything is computed; ``problem`` knows the examples and their rows' size."""
