@@ -16,7 +16,7 @@ import torch
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, listed, warn
-from fisherkit.memory import available_memory, readable
+from fisherkit.memory import LiveBytes, available_memory, readable
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator
 from fisherkit.operators.composite import join
 from fisherkit.operators.linalg import checked_before, checked_together
@@ -264,7 +264,7 @@ class Builder:
         held = 0 if to_file else self.needed
         streams = structure.streams and (self.needed > self.budget or self.storage == "stream")
         groups = [structure.space.names] if streams else self._groups(structure, held)
-        peaks, readings = [], 0
+        peaks, readings = list[tuple[int, int]](), 0
         for names in groups:
             own, problem = self._restricted(structure, names)
             beside = self._beside(held, own, problem) if len(groups) > 1 else 0
@@ -272,7 +272,7 @@ class Builder:
             times = 1 if streams else self._readings(own, problem, taken)
             readings += times
             kept = problem.row_bytes(names) * problem.examples if times < own.passes else 0
-            peaks.append(taken + kept)
+            peaks.append((taken + kept, beside + own.summed(problem) + kept))
         refused = ""
         try:
             if not streams and not (to_file and structure.in_parts):
@@ -282,28 +282,40 @@ class Builder:
         except MemoryBudgetError as error:
             refused = str(error)
         largest = groups[peaks.index(max(peaks))]
-        backward, seconds = self._measured(*self._restricted(structure, largest), readings)
+        backward, seconds, memory = self._measured(*self._restricted(structure, largest), readings)
+        most = max(max(peak, summed + memory) for peak, summed in peaks)
         return BuildPlan(
             structure.name, tuple(groups), readings, backward, seconds, 0 if streams else self.needed,
-            (0 if streams else max(peaks)) + self.problem.pass_bytes, self.budget, refused,
+            memory if streams else most, self.budget, refused,
         )  # fmt: skip
 
     def _measured(
         self, structure: Structure, problem: Problem, readings: int
-    ) -> tuple[int | None, float | None]:  # fmt: skip
-        """Backward passes and seconds of so many readings, by a first batch; None where N is not known."""
+    ) -> tuple[int | None, float | None, int]:  # fmt: skip
+        """By a first batch, backward passes and seconds of so many readings, None where N is not known; bytes of a pass.
+
+        These are beside the sums: activations, gradients, and what adding up takes.
+        """
+        live = LiveBytes()
+
+        def twice() -> Iterator[Chunk]:
+            yield from problem.first_chunks()
+            live.restart()  # now the sums are there
+            yield from problem.first_chunks()
+
+        with live:
+            sums = structure.empty(problem).added(twice())
+        memory = live.most - live.now
+        del sums
+        start = now(structure.device)
+        structure.empty(problem).added(problem.first_chunks())
+        seconds, size = now(structure.device) - start, problem.first_size
         examples = problem.source.expected()
         if examples is None:
-            return None, None
-        seconds = []
-        for _ in range(2):  # the first time is longer
-            start = now(structure.device)
-            size, chunks = problem.first_chunks()
-            structure.empty(problem).added(chunks)
-            seconds.append(now(structure.device) - start)
+            return None, None, memory
         micro = -(-examples // size)
         vectors = 0 if problem.rowless else problem.backward_vectors
-        return readings * micro * vectors, readings * min(seconds) * examples / size
+        return readings * micro * vectors, readings * seconds * examples / size, memory
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -501,6 +513,7 @@ class Builder:
                 Tally(chunk.counted, chunk.rows.count, () if chunk.dropped is None else (chunk.dropped,))
             )
             yield chunk
+            del chunk  # not to be held while the next one is made
         if self.processes is None:
             Tally.of(self.counted).some()
 
@@ -579,3 +592,4 @@ def _noting(chunks: Iterable[Chunk], kept: list[Chunk]) -> Iterator[Chunk]:
         if slots:
             kept.append(replace(chunk, rows=Rows(chunk.rows.space, slots)))
         yield chunk
+        del chunk, slots

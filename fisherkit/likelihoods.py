@@ -29,7 +29,7 @@ __all__ = [
 Numbers = float | Sequence[float] | Tensor
 """One number, or one for each output."""
 
-AT_ONCE = 1 << 22
+AT_ONCE = 1 << 19
 """Outputs of which labels are drawn together."""
 
 WEIGHTED = "a weighted loss is no −log p: its exponential does not sum to one over the labels"
@@ -479,8 +479,8 @@ class Categorical(Likelihood):
         if z.numel() > AT_ONCE and axis is not None:  # a large vocabulary, which float64 would hold several times
             halves = zip(z.chunk(2, axis), uniform.chunk(2, axis), strict=True)
             return torch.cat([Categorical.sample(self, *half) for half in halves], axis)
-        cumulative = torch.softmax(z.double(), -1).cumsum(-1)
-        cumulative = cumulative / cumulative[..., -1:]
+        cumulative = torch.softmax(z.double(), -1).cumsum_(-1)
+        cumulative /= cumulative[..., -1:].clone()
         return (cumulative < uniform[..., :1]).sum(-1).clamp_max(z.shape[-1] - 1)
 
     def channels(self, outputs: int) -> int:

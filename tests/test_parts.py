@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 import fisherkit as fk
+from examples.benchmarks.workloads import Decoder
 from fisherkit.cli import app
 from tests.commands import Running
 from tests.conformance_cases import KINDS, build, problem
@@ -119,9 +122,11 @@ def test_build__refuses_data_that_change_between_parts() -> None:
             self.passes += 1
             return iter([(x + self.passes, y) for x, y in DATA])
 
-    budget = needed(network(), DATA, "kfac")
+    options = {"structure": "kfac", "dtype": torch.bfloat16}
+    budget = needed(network(), DATA, **options)
+    assert fk.plan(network(), DATA, memory_budget=budget, **options).passes == 3
     with pytest.raises(fk.DataError, match="change between passes"):
-        fk.EmpiricalFisher(network(), Drawn(), structure="kfac", memory_budget=budget)
+        fk.EmpiricalFisher(network(), Drawn(), memory_budget=budget, **options)
 
 
 def test_build__refuses_a_result_that_does_not_fit_and_names_the_file() -> None:
@@ -388,6 +393,46 @@ def test_plan__foretells_the_peak_of_memory(structure: str, shape: str) -> None:
     options = {} if structure == "kfac" else {"memory_budget": 1 << 40}
     told = fk.plan(*own["case"](shape), structure=structure, **options).peak_bytes
     assert 0.7 * measured < told < 1.4 * measured
+
+
+def counted(build: Callable[[], Any]) -> int:
+    """The most bytes that torch's allocator had handed out at once, decompositions' work space among them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        build()
+    assert found.profiler is not None
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+def decoder() -> tuple[nn.Module, list[tuple[Tensor, Tensor]], dict[str, Any]]:
+    """In GPT-2's shape, its data, and the weights and biases of its blocks' linear layers."""
+    torch.manual_seed(0)
+    model = Decoder(vocabulary=512, width=96, heads=4, layers=2, positions=32).eval()
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    data = [(torch.randint(512, (8, 32)), torch.randint(512, (8, 32))) for _ in range(8)]
+    return model, data, {"params": [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in layers]}
+
+
+@pytest.mark.parametrize("kind", ["ef", "sf"])
+@pytest.mark.parametrize(
+    ("structure", "keeps", "dtype"),
+    [
+        ("diagonal", True, None), ("kfac", True, None), ("ekfac", True, None), ("ekfac", False, None),
+        ("diagonal", True, torch.bfloat16), ("kfac", True, torch.bfloat16), ("ekfac", False, torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_plan__is_within_15_percent_of_the_bytes_that_exist_at_once(
+    structure: str, keeps: bool, dtype: torch.dtype | None, kind: str
+) -> None:
+    model, data, options = decoder()
+    options |= {"structure": structure, "dtype": dtype}
+    if not keeps:
+        options["memory_budget"] = (3 if dtype is None else 5) * fk.plan(model, data, kind, **options).result_bytes
+    plan = fk.plan(model, data, kind, **options)
+    assert (len(plan.parts), plan.passes) == (1, 1 if keeps else 2)
+    found = counted(lambda: fk.FisherApproximation(model, data, kind, **options))
+    assert abs(plan.peak_bytes - found) <= 0.15 * found, (plan.peak_bytes, found)
 
 
 def test_file__of_the_full_structure_has_rows_and_says_so(tmp_path: Path) -> None:

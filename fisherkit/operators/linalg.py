@@ -64,9 +64,12 @@ def _look(tensor: Tensor, lows: Sequence[Tensor], refuse: Callable[[], None]) ->
 
 
 @contextmanager
-def checked_together() -> Iterator[None]:
-    """Operators and spectra that are made in here have their numbers looked at in the end, with one wait."""
-    if _PENDING.get() is not None:
+def checked_together(*, alone: bool = False) -> Iterator[None]:
+    """Operators and spectra that are made in here have their numbers looked at in the end, with one wait.
+
+    Until then their tensors are kept; ``alone``, not for longer where this is within another one.
+    """
+    if _PENDING.get() is not None and not alone:
         yield
         return
     with checked_before() as pending:
@@ -162,7 +165,7 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> Spectrum:
     """All eigenpairs, values in ascending order, those within rounding of 0 as 0; float64."""
 
     def refuse() -> None:
-        if not all_finite(matrix):
+        if not math.isfinite(float(size)):
             raise NonFiniteError(call=call, got="a matrix with NaN or infinite entries", expected="finite numbers")
         if float(slack) < 0:
             raise InvalidArgumentError(
@@ -170,11 +173,11 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> Spectrum:
                 expected="no negative eigenvalue", why="a Fisher matrix is positive semi-definite",
             )  # fmt: skip
 
-    slack = torch.zeros(())
+    size, slack = torch.linalg.vector_norm(matrix, math.inf), torch.zeros(())
     values, vectors = _decomposed(matrix.double(), refuse)
     largest, least = values.abs().max(), values.min()
     slack = torch.add(least, largest, alpha=torch.finfo(matrix.dtype).eps ** 0.5)
-    _look(matrix, [slack], refuse)
+    _look(size, [slack], refuse)  # and not the matrix, which need not live until it is looked at
     # Below this even a float64 decomposition only returns noise, half of it negative.
     noise = len(values) * torch.finfo(torch.float64).eps * largest
     return Spectrum(torch.where(values > noise, values, 0), vectors)

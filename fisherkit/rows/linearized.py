@@ -58,6 +58,7 @@ class Linearized:
 
     Attributes:
         unruled: parameters of units whose rule does not hold in this batch.
+        untold: whether some are only there because the graph was let go that would have told.
     """
 
     def __init__(self, plan: Plan, batch: Batch, watched: Watched, *, shown: bool = False) -> None:
@@ -67,7 +68,7 @@ class Linearized:
         uses, exchanging = [in_dtype(use, dtype) for use in watched.uses], watched.exchanging and not known
         same = exchanging == watched.exchanging and all(a is b for a, b in zip(uses, watched.uses, strict=True))
         self.watched = watched if same else replace(watched, uses=uses, exchanging=exchanging)
-        self.unruled = set() if shown else plan.unruled(self.watched)
+        self.unruled, self.untold = set() if shown else plan.unruled(self.watched), False
         self._activations: dict[tuple[str, ...], Any] = {}
         self._arranged: Sequence[Arrangement | None] | None = None
 
@@ -118,7 +119,7 @@ class Linearized:
 
     def rows(
         self, v: Float[Tensor, "k B ..."], selection: RowSelection, known: Known | None = None, *, alone: bool = False,
-        counting: Float[Tensor, "B ..."] | None = None,
+        counting: Float[Tensor, "B ..."] | None = None, last: bool = False,
     ) -> Rows:  # fmt: skip
         """The rows Jᵀ v.
 
@@ -128,12 +129,14 @@ class Linearized:
             known: what a backward pass has brought already.
             alone: whether these are all vectors that there will be of this batch.
             counting: 1 at outputs that count, else 0, where the entries that they depend on are wanted, whatever v is.
+            last: whether nothing else is asked of this pass, so that a backward pass may let activations go on its way.
         """
         dtype = self.plan.dtype
-        own, gradients, generic, scale = self._pulled(v, known)
+        free = last and alone and len(v) == 1 and known is None and self._frees
+        own, gradients, generic, scale = self._pulled(v, known, keep=not free)
         arrangements = self._arrangements(own, gradients, known, counting, alone=alone)
         if known is None:
-            self._unrule_silent(gradients)
+            self._unrule_silent(gradients, told=not free)
         factor = scale if known is None else known.scale
         factor = None if factor is None else factor.to(dtype).reshape(-1, self.batch.size, 1, 1)
         found: dict[tuple[str, ...], UnitSlot] = {}
@@ -155,14 +158,26 @@ class Linearized:
             found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
         return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
 
-    def _unrule_silent(self, gradients: Sequence[Tensor | None]) -> None:
-        """Uses without a gradient whose parameters have one: what came out of the layer was written to in place."""
+    @property
+    def _frees(self) -> bool:
+        """Whether one backward pass tells all that is asked of the graph, as far as this model's batches have shown."""
+        half = self.watched.coarsest in HALF or self.z.dtype in HALF  # which may take several
+        return self.watched.regular and not self.plan.generic and not half and "silent" not in self.plan.tried
+
+    def _unrule_silent(self, gradients: Sequence[Tensor | None], *, told: bool = True) -> None:
+        """Uses without a gradient whose parameters have one: what came out of the layer was written to in place.
+
+        Without the graph it is not ``told`` whether they have: they count as if they had, and the next time it is kept.
+        """
         pairs = list(zip(self.watched.uses, gradients, strict=True))
         silent = {name for use, g in pairs if g is None for name in use.names}
         if not silent:
             return
         heard = {name for use, g in pairs if g is not None for name in use.names}
-        reached = self._reached({name: self.plan.parameters[name] for name in silent - heard - self.unruled})
+        asked = silent - heard - self.unruled
+        reached = self._reached({name: self.plan.parameters[name] for name in asked}) if told else asked
+        if not told and asked:
+            self.plan.tried["silent"], self.untold = 1, True
         self.unruled.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 
     def _reached(self, parameters: dict[str, Tensor]) -> set[str]:
@@ -266,12 +281,12 @@ class Linearized:
         return tolerance(dtype, self.watched.coarsest)
 
     def _pulled(
-        self, v: Float[Tensor, "k B ..."], known: Known | None
+        self, v: Float[Tensor, "k B ..."], known: Known | None, *, keep: bool
     ) -> tuple[Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"], Float[Tensor, "k B"] | None]:
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
         for scale in scales(v) if self.watched.coarsest in HALF or self.z.dtype in HALF else (None,):
             own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
-            arrived, generic = self._back(own) if known is None else (known.gradients, self._generic(own))
+            arrived, generic = self._back(own, keep) if known is None else (known.gradients, self._generic(own))
             made = [*(arrived if known is None else ()), generic]
             if scale is None or all_finite(*(g for g in made if g is not None)):
                 break  # else something overflowed in half precision that a smaller multiple may leave finite
@@ -305,9 +320,9 @@ class Linearized:
             for a, b in zip(both, one, strict=True)
         )
 
-    def _back(self, v: Float[Tensor, "k B ..."]) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"]]:
+    def _back(self, v: Float[Tensor, "k B ..."], keep: bool) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"]]:
         """Gradients at the uses, and the generic units' rows."""
-        return self.watched.backward(v, batched=len(v) > 1 and self.batched), self._generic(v)
+        return self.watched.backward(v, batched=len(v) > 1 and self.batched, keep=keep), self._generic(v)
 
     def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
         return self.plan.generic_rows(self.batch, v, self.z)

@@ -83,9 +83,9 @@ class OneByOne:
 
     def rows(
         self, v: Float[Tensor, "k B ..."], selection: RowSelection, *, alone: bool = False,
-        counting: Float[Tensor, "B ..."] | None = None,
+        counting: Float[Tensor, "B ..."] | None = None, last: bool = False,
     ) -> Rows:  # fmt: skip
-        """As of `Linearized`, by example and then by vector; ``alone`` is of no consequence here."""
+        """As of `Linearized`, by example and then by vector; ``alone`` and ``last`` are of no consequence here."""
         sizes = [part.batch.size for part in self.parts]
         keeps = [None] * len(sizes) if selection.keep is None else list(selection.keep.split(sizes))
         counts = [None] * len(sizes) if counting is None else list(counting.split(sizes))

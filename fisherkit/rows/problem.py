@@ -246,19 +246,16 @@ class Problem:
             uses = Linearized.probe(self.plan).watched.uses
         return self.plan.space.joined_blocks([*(unit.names for unit in self.plan.units), *(use.names for use in uses)])
 
-    def first_chunks(self) -> tuple[int, Iterator[Chunk]]:
-        """A first micro-batch's number of examples, and its chunks."""
-        first = self.source.first()
-        micro = first.take(slice(0, self._piece(first.size))).to(self.plan.example_parameter.device)
-        return micro.size, self._micro(micro, self.offset, first.place, in_company=False)
-
     @property
-    def pass_bytes(self) -> int:
-        """Bytes of a pass beside what it adds up, about: layers' outputs, and as many gradients at them."""
-        examples = self._piece(self.source.first().size)
-        numbers = examples * self.plan.numbers_per_example
-        gradients = min(self.vectors_per_example * numbers, max(numbers, self._room(TILE)))
-        return (numbers + gradients) * self.plan.example_parameter.dtype.itemsize
+    def first_size(self) -> int:
+        """How many examples a first micro-batch has."""
+        return self._piece(self.source.first().size)
+
+    def first_chunks(self) -> Iterator[Chunk]:
+        """Of a first micro-batch."""
+        first = self.source.first()
+        micro = first.take(slice(0, self.first_size)).to(self.plan.example_parameter.device)
+        return self._micro(micro, self.offset, first.place, in_company=False)
 
     def _metric(self, batch: Batch, start: int, call: str, raw: Tensor, w: Float[Tensor, "K B ..."]) -> Tensor:
         """Σ_m v (vᵀ w) for K directions in output space."""
@@ -667,7 +664,8 @@ class Problem:
                 shaped = self.likelihood.as_outputs(v, shape) if head is None else v.reshape(len(v), *shape)
                 shaped = shaped if counting is None else shaped * counting  # of examples without rows nothing is left
                 try:
-                    found = linearized.rows(shaped, selection, alone=slots.number == 1, counting=counting)
+                    alone = slots.number == 1
+                    found = linearized.rows(shaped, selection, alone=alone, counting=counting, last=alone)
                 except RuntimeError:
                     if assumed:  # two examples tell what it means
                         forget(self.plan)
@@ -675,7 +673,8 @@ class Problem:
                         self.confirm()
                     raise
             if self.revisable and linearized.unruled:
-                raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
+                better = self.plan if linearized.untold else linearized.replanned()
+                raise BetterPlanError(better, self.by_owner, batch)
             return found.finite(call)
 
         chunks = slots.chunks(batch, step, rows)

@@ -169,11 +169,16 @@ class Watched:
             found.append(replace(use, axis=axis))
         return replace(self, batch=batch * self.positions, z=self.z.flatten(0, 1), uses=found, positions=0)
 
-    def backward(self, v: Float[Tensor, "k B ..."], *, batched: bool = False) -> Sequence[Tensor | None]:
-        """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output."""
+    def backward(
+        self, v: Float[Tensor, "k B ..."], *, batched: bool = False, keep: bool = True
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        """Gradients of Σ_n v_n · z_n at every use, ``[k, *output]``; None where nothing depends on an output.
+
+        Not to ``keep`` the graph, which is then of no use any more, is for a single vector.
+        """
         if len(v) > 1 and batched:
             return self._gradients(v, batched=True)
-        passes = [self._gradients(one) for one in v]
+        passes = [self._gradients(one, keep=keep) for one in v]
         if len(passes) == 1:
             return [None if one is None else one.unsqueeze(0) for one in passes[0]]
         return [None if found[0] is None else torch.stack(found) for found in zip(*passes, strict=True)]
@@ -207,13 +212,13 @@ class Watched:
             return list(self.shown)
         return self.arrangements(self._gradients(v) if gradients is None else gradients, self.multiplied(v))
 
-    def _gradients(self, v: Tensor, batched: bool = False) -> Sequence[Tensor | None]:
+    def _gradients(self, v: Tensor, batched: bool = False, keep: bool = True) -> Sequence[Tensor | None]:
         edges = self.edges
         if not edges:
             return []
         if batched:
             return torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
-        return pulled_back(self.z, edges, v)
+        return pulled_back(self.z, edges, v, keep=keep)
 
     def _regular(self, use: Use) -> Regular | None:
         """By the pass itself."""

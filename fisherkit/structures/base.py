@@ -239,6 +239,10 @@ class Structure(ABC):
         """What adding up and the operator take at most, the operator included: by default, both whole."""
         return self.bytes(problem) + self.bytes(problem) * self.item // self.kept_item
 
+    def summed(self, problem: Problem) -> int:
+        """What is held of it during a pass, at most."""
+        return self.peak(problem)
+
     def fitted(self, problem: Problem) -> int:
         """The same, once it is chosen how rows are kept so that they fit."""
         return self.bytes(problem)
@@ -361,6 +365,7 @@ class LayerSums(Sums):
                     units[slot.names] = known.added(slot, chunk, self.structure)
                 elif self.done is None:
                     units[slot.names] = self.structure.start(slot, chunk)
+            del chunk, slot  # not to be held while the next rows are made
         return replace(self, units=units)
 
     def met(self, processes: Processes) -> LayerSums:
@@ -402,6 +407,10 @@ class LayerStructure(Structure):
     in_steps = True
     packs = True
 
+    def summed(self, problem: Problem) -> int:
+        """One record of each unit: of as many numbers as the operator has."""
+        return self.bytes(problem) * self.item // self.kept_item
+
     @abstractmethod
     def record(self, rows: UnitRows) -> UnitSums:
         """What is added up of some rows of a unit."""
@@ -421,7 +430,7 @@ class LayerStructure(Structure):
     def _block(self, names: Names, unit: UnitSums, scale: float) -> FisherOperator:
         if self.kept is None:
             return unit.operator(self.space.restrict(names), scale)
-        with checked_together():  # alone, so that nothing keeps the wide form
+        with checked_together(alone=True):  # so that nothing keeps the wide form
             return packed(unit.operator(self.space.restrict(names), scale), self.kept)
 
     def parts(self, sums: LayerSums, operator: Any) -> Parts:

@@ -82,7 +82,9 @@ class SecondMoment:
 
     def met(self, processes: Processes) -> SecondMoment:
         """Of all processes, as a matrix."""
-        return replace(self, vectors=(), matrix=processes.total(self.dense()), own=None)
+        if self.matrix is not None:
+            return replace(self, matrix=processes.total(self.matrix))
+        return replace(self, vectors=(), own=[processes.total(self.dense() if self.few else mirrored(self._taken()))])
 
     @property
     def few(self) -> bool:
@@ -109,7 +111,9 @@ class SecondMoment:
         """
         if self.own is not None:
             return mirrored(self._taken()).mul_(scale), None
-        return scale * self.dense(), (lambda: self.spectrum("kfac").scaled(scale)) if self.few else None
+        if self.matrix is not None:
+            return scale * self.matrix, None
+        return self.dense().mul_(scale), lambda: self.spectrum("kfac").scaled(scale)
 
     def leading(self, rank: int | None, known: Spectrum | None, due: bool, scale: float) -> Spectrum:
         """The leading eigenpairs of ``scale`` times the sum, going on from those that are known.
@@ -125,9 +129,12 @@ class SecondMoment:
         return leading_spectrum(self.dense(), rank, start, "Kronecker factors").scaled(scale)
 
     def spectrum(self, call: str) -> Spectrum:
-        """Eigenvalues and orthonormal eigenvectors, without those of the null space of few vectors."""
+        """Eigenvalues and orthonormal eigenvectors, without those of the null space of few vectors.
+
+        A matrix of this object's own is let go, so that matrices and bases need not exist beside each other.
+        """
         if not self.few:
-            return spectrum(self.dense(), call)
+            return spectrum(self.dense() if self.own is None else mirrored(self._taken()), call)
         # xᵀ = q r, so Σ x xᵀ = q (r rᵀ) qᵀ; forming no w × w matrix, and orthonormal at any condition.
         q, r = torch.linalg.qr(self._stacked().mT)
         values, vectors = torch.linalg.eigh(r.double() @ r.double().mT)
@@ -293,10 +300,11 @@ class RotatedSquares(UnitSums):
 
     @classmethod
     def zeros(cls, factors: KroneckerFactors, dtype: torch.dtype) -> RotatedSquares:
-        """Nothing yet, in the eigenbasis of factors."""
-        sides = factors.spectra or [m.leading(None, None, True, 1.0) for m in (factors.activation, factors.gradient)]
-        a, g = (one.to(dtype) for one in sides)
-        return cls(a, g, factors.transposed, a.basis.new_zeros(g.basis.shape[1], a.basis.shape[1]))
+        """Nothing yet, in the eigenbasis of factors, whose matrices are let go."""
+        found = factors.spectra or (m.spectrum("Kronecker factors") for m in (factors.activation, factors.gradient))
+        a, g = (one.to(dtype) for one in found)
+        nothing = a.basis.new_zeros(()).expand(g.basis.shape[1], a.basis.shape[1])  # which takes no memory
+        return cls(a, g, factors.transposed, nothing)
 
     def add(self, rows: FactoredRows) -> RotatedSquares:
         """With more rows."""
@@ -355,10 +363,35 @@ class KFAC(LayerStructure):
         return self.kept_item * sum(i**2 + o**2 for i, o in sides) + values + self._others(problem)
 
     def peak(self, problem: Problem) -> int:
-        """All factors beside the operators made of them; of packed ones, one is decomposed at a time."""
-        factors, sides = self._factors(problem), _sides(problem)
-        work = EIGH_BYTES * max((max(side) for side in sides), default=0) ** 2 if self.kept_item < self.item else 0
-        return factors + work + self.bytes(problem) + self._others(problem)
+        """All factors, which become the operators' in place; packed ones are made beside them, one at a time."""
+        made = self._vectors(problem)[1] + self._others(problem)
+        if self.kept_item < self.item:
+            made += self._work(problem) + self.bytes(problem)
+        return max(self.summed(problem), self._factors(problem) + self._others(problem) + made)
+
+    def summed(self, problem: Problem) -> int:
+        """All factors, and the vectors that one of them has been until then."""
+        return self._factors(problem) + self._vectors(problem)[0] + self._others(problem)
+
+    def _work(self, problem: Problem) -> int:
+        """Bytes that decomposing the largest factor takes."""
+        return EIGH_BYTES * max((max(side) for side in _sides(problem)), default=0) ** 2
+
+    def _vectors(self, problem: Problem) -> tuple[int, int]:
+        """Bytes of vectors beside the matrix that is made of them, once they are as many as it is wide, or in the end.
+
+        They are put side by side for the first, and kept for the second.
+        """
+        examples, batch = problem.source.expected(), problem.first_size
+        turned = kept = 0
+        for unit in problem.plan.ruled:
+            positions, *sides = unit.shape or (0,)
+            for side, rows in zip(sides, (1, problem.backward_vectors), strict=False):
+                if examples is not None and examples * positions * rows < side:
+                    kept += examples * positions * rows * side
+                elif batch * positions * rows < side:
+                    turned = max(turned, 2 * side**2)
+        return self.item * turned, self.item * kept
 
     def _factors(self, problem: Problem) -> int:
         """Bytes of the sums of factors."""
@@ -396,14 +429,17 @@ class EKFAC(KFAC):
         return self.kept_item * sum(i**2 + o**2 + i * o for i, o in _sides(problem)) + self._others(problem)
 
     def peak(self, problem: Problem) -> int:
-        """All factors beside the eigenvectors found so far and the float64 work on the next ones."""
-        sides, known, most = _sides(problem), 0, 0
-        for i, o in sides:
-            most = max(most, known + EIGH_BYTES * max(i, o) ** 2)
-            known += self.item * (i**2 + o**2 + i * o)
-        factors, others = self._factors(problem), self._others(problem)
-        made = self.bytes(problem) - others if self.kept_item < self.item else known - factors
-        return 2 * others + max(factors + most, factors + known, known + made)
+        """Bases and values beside the float64 work on a basis, or the values, or the packed form, of the operator."""
+        own, others = self.summed(problem), self._others(problem)
+        values = self.bytes(problem) - others
+        if self.kept_item == self.item:
+            values -= self._factors(problem)
+        return own + max(self._work(problem), values + others)
+
+    def summed(self, problem: Problem) -> int:
+        """Factors, each of which makes room for its basis, and values."""
+        values = self.item * sum(i * o for i, o in _sides(problem))
+        return max(self._factors(problem) + values + self._others(problem), super().summed(problem))
 
     def next_pass(self, sums: LayerSums) -> LayerSums | None:
         """The moments, after the factors."""

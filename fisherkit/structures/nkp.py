@@ -158,6 +158,10 @@ class NKP(KFAC):
         """A half-step beside the next one, and what was found two passes ago."""
         return 3 * self.bytes(problem) * self.item // self.kept_item
 
+    def summed(self, problem: Problem) -> int:
+        """The same, which is there in every pass but the first."""
+        return self.peak(problem)
+
     def start(self, slot: UnitSlot, chunk: Chunk) -> UnitSums:
         """A first half-step of factored rows."""
         if not isinstance(slot.rows, FactoredRows):
