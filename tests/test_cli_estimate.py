@@ -124,6 +124,8 @@ def test_estimate__the_likelihood_is_that_of_the_models_problem(
     assert fisher.metadata["likelihood"] == likelihood
     if likelihood == "gaussian":
         torch.testing.assert_close(fisher.diagonal(), torch.ones(outputs))
+    huge = jsonl(tmp_path / "huge.jsonl", [{"text": "a", "label": [10**400] * outputs}])
+    assert f"{outputs} number(s), as the model's {likelihood}" in run(folder, "--data", huge, "--out", "g").stderr
 
 
 FUNCTION = """
@@ -182,9 +184,11 @@ def test_estimate__a_functions_model_and_data(function: str, tmp_path: Path) -> 
         (("{classifier}", "--data", "empty.csv", "--out", "f"), ("has no line",)),
         (("{classifier}", "--data", "other.jsonl", "--out", "f"), ("label 'poetry' in line 1", "linalg")),
         (("{classifier}", "--data", "notes.txt", "--out", "f"), (".jsonl, .csv or .tsv",)),
-        (("own_module:make", "--data", "{data}", "--out", "f"), ("its own data",)),
+        (("own_module:make", "--data", "{data}", "--out", "f"), ("--data with a function", "its own data")),
+        (("own_module:make", "--examples", "2", "--dtype", "float64", "--out", "f"),
+            ("--examples and --dtype with a function", "its own data")),
     ],
-)
+)  # fmt: skip
 @pytest.mark.usefixtures("function")
 def test_estimate__refuses_with_what_to_do_and_leaves_no_file(
     classifier: Path, data: Path, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]

@@ -279,16 +279,27 @@ def test_commands__refuse_options_before_anything_is_read(
         ("t.jsonl", '{"text": "a", "label": 0}\n{"text": null, "label": 1}\n', ("line 2", "'text' is null")),
         ("t.jsonl", '{"text": "a", "label": null}\n', ("line 1", "'label' is null")),
         ("t.jsonl", '{"text": 3, "label": 1}\n', ("no string",)),
+        ("t.tsv", 'text\tlabel\n"graph\tfft\ndense\tfft\nmatrix" of\tfft\n', ("line 4 of t.tsv", "not closed")),
+        ("t.tsv", 'text\tlabel\ngraph\tfft\n"dense\tfft\nof\tfft\n', ("line 4 of t.tsv", "not closed")),
+        ("t.csv", f"text,label\n{'a ' * 70_000},fft\n", ("line 2 of t.csv", "field larger", ".jsonl")),
+        ("t.csv", b"text,label\nd\xe9j\xe0,fft\n", ("not UTF-8", "byte 12", "iconv")),
+        ("t.jsonl", '{"text": "a", "label": 0}'.encode("utf-16"), ("not UTF-8", "byte 0")),
+        ("t.jsonl", b'{"text": "a \\ud800", "label": 0}\n', ("surrogate pair in line 1",)),
+        ("t.jsonl", '{"text": "a", "label": ' + "[" * 100_000 + "\n", ("line 1", "not JSON")),
+        ("t.jsonl", '{"text": "a", "label": 1' + 400 * "0" + "}\n", ("in line 1", "a class from 0 to 2")),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_texts__what_is_wrong_is_named(
-    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, words: tuple[str, ...]
-) -> None:
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | bytes,
+    words: tuple[str, ...],
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    Path(name).write_text(content)
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     result = run("estimate", tasks / "a", "--data", name, "--out", "f")
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("error: fisherkit estimate --data: got ")
+    assert len(result.stderr) < 1000
     for word in words:
         assert word in result.stderr
 

@@ -31,6 +31,9 @@ def one_batch():
 def alone():
     return make()[0]
 
+def no_batch():
+    return make()[0], []
+
 number = 3
 
 def needs(data):
@@ -71,6 +74,8 @@ def test_quality__prints_a_table_and_writes_files(folder: Path) -> None:
     assert [float(row["gamma"]) for row in rows] == [row.gamma for table in tables for row in table.rows]
     assert found["settings"]["dampings"] == [1e-4, 0.1]
     assert (folder / "found/quality.png").read_bytes().startswith(b"\x89PNG")
+    assert run("users_module:make", "--kinds", "sgd", "--out", "found", "--overwrite").exit_code == 0
+    assert sorted(os.listdir("found")) == ["quality.csv", "quality.json"]  # no picture of another comparison
 
 
 @pytest.mark.usefixtures("folder")
@@ -94,6 +99,7 @@ def test_quality__takes_one_batch_and_writes_nothing_unasked(folder: Path) -> No
         (["users_module:number"], "has a int there"),
         (["users_module:needs"], "needs arguments"),
         (["users_module:alone"], "expected a pair (model, data)"),
+        (["users_module:no_batch"], "data: got no batch"),
         (["users_module:make", "--kinds", ","], "got no kinds"),
         (["users_module:make", "--dampings", "0"], "gram damping 0.0"),
         (["users_module:make", "--drop-duplicates", "2"], "a cosine between 0 and 1"),

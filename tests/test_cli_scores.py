@@ -69,6 +69,13 @@ def pair():
 def no_targets():
     model, train, queries = parts()
     return model, train, [(x, None) for x, _ in queries]
+
+def no_examples():
+    model, _, queries = parts()
+    return model, [], queries
+
+def half_a_pair():
+    return *parts(), lambda split, index: "half \\ud83d"
 """
 
 
@@ -313,6 +320,10 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:odd_show",), ("show('train',", "a text, a picture as an array")),
         (("scored_module:odd_picture",), ("a picture of shape [2, 3, 4, 5]",)),
         (("scored_module:no_targets",), ("targets",)),
+        (("scored_module:no_examples",), ("no batch",)),
+        (("scored_module:no_examples", "--fisher", "f"), ("no batch",)),
+        (("scored_module:make", "--worst", "2", "--max-length", "3"), ("--max-length with a function",)),
+        (("scored_module:make", "--rows", "no/rows"), ("scores --rows: got a folder that does not exist: ", "no")),
         (("scored_module:make", "--absolute-damping"), ("without --damping",)),
         (("scored_module:make", "--params", "head.*"), ("matches no parameter",)),
         (("scored_module:make", "--fisher", "f", "--kind", "ef"), ("--kind beside --fisher",)),
@@ -324,12 +335,14 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
 def test_scores__refuses_with_what_to_do_and_leaves_no_file(
     folder: Path, classifier: Path, train: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    result = run(*(text.format(classifier=classifier, data=train) for text in arguments), "--out", "found")
+    model, data, _ = parts()
+    fk.EmpiricalFisher(model, data, structure="kfac").save(folder / "f")
+    result = run(*(text.format(classifier=classifier, data=train) for text in arguments), "--out", "new/found")
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("error: ")
     for word in words:
         assert word in result.stderr
-    assert list((folder / "found").glob("*")) == []
+    assert not (folder / "new").exists()
 
 
 def test_scores__a_fisher_of_other_weights_is_refused(folder: Path) -> None:
@@ -356,3 +369,20 @@ def test_scores__a_page_that_cannot_be_written_leaves_the_old_one(
     assert result.exit_code == 1
     assert "no space left" in result.stderr
     assert [(p.name, p.read_text()) for p in (folder / "found").iterdir()] == [("scores.html", "old")]
+
+
+def test_scores__are_in_their_files_where_nobody_reads_what_is_printed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **options: Any) -> None:
+        if not options.get("err"):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("typer.echo", broken)
+    assert run("scored_module:make", "--out", "found").exit_code == 1
+    assert {path.name for path in (folder / "found").iterdir()} == {"scores.html", "scores.json"}
+
+
+def test_scores__of_texts_that_hold_half_a_surrogate_pair_are_written(folder: Path) -> None:
+    assert found("scored_module:half_a_pair", "--out", "found")["queries"][0]["text"] == "half ?"
+    assert "half ?" in (folder / "found/scores.html").read_text("utf-8")

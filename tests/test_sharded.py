@@ -164,6 +164,8 @@ def refusals(rank: int, size: int) -> dict[str, str]:
             network(), own_data(rank, size), structure="kfac", shard=rank > 0
         ),
         "EWC": lambda: fk.continual.EWC(network(), strength=1.0).consolidate(fisher),
+        "merge": lambda: fk.merging.merge([network()], [fisher]),
+        "regmean": lambda: fk.merging.regmean([network()], [fisher]),
     }  # fmt: skip
     return {name: answer(ask) for name, ask in asked.items()}
 
@@ -211,12 +213,14 @@ def test_sharded__conforms_in_every_process(found: Any) -> None:
 
 def test_sharded__what_is_refused_is_refused_in_all_processes(found: Any) -> None:
     first, second = (one["refused"] for one in found(2))
-    for name in ("singular", "gram", "full", "EWC"):
+    for name in ("singular", "gram", "full", "EWC", "merge", "regmean"):
         assert first[name] == second[name]
     assert first["singular"].startswith("SingularMatrixError")
     assert first["gram"].startswith("NoClosedFormError")
     assert first["full"].startswith("InvalidArgumentError")
     assert first["EWC"].startswith("NoClosedFormError")
+    assert "of which each process has some blocks" in first["merge"]
+    assert "of which each process has some blocks" in first["regmean"]
     assert first["no folder"].startswith("InvalidArgumentError")
     assert second["no folder"].startswith("ProcessError")
     for name in ("other vectors", "other questions", "another setting"):

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,12 +207,14 @@ class Running:
         flags: keyword of the package to option.
         given: settings that were typed.
         targets: how the places looked that it will write to.
+        made: folders that it has made to write to, the innermost first.
     """
 
     name: str = "fisherkit"
     flags: Mapping[str, str] = field(default_factory=dict)
     given: Collection[str] = ()
     targets: dict[Path, tuple[int, ...] | None] = field(default_factory=dict)
+    made: list[Path] = field(default_factory=list)
 
 
 _running: ContextVar[Running | None] = ContextVar("running", default=None)
@@ -245,6 +247,7 @@ def readable_errors() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_warnings_as_lines())
         stack.enter_context(_stopping())
+        stack.push(_without_empty_folders)
         if not sys.stderr.isatty():
             stack.enter_context(in_lines(LINES_EVERY))
         try:
@@ -257,6 +260,13 @@ def readable_errors() -> Iterator[None]:
             number = stop.args[0] if stop.args else signal.SIGINT
             typer.echo(f"\nstopped: {_written()}", err=True)
             raise typer.Exit(128 + number) from stop
+
+
+def _without_empty_folders(kind: type[BaseException] | None, *_: object) -> None:
+    """Take back folders that were made for files which a command that failed has not written."""
+    for folder in _now().made if kind is not None else ():
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
 
 
 def say(text: str) -> None:
@@ -354,6 +364,7 @@ def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> Non
 def make_folder(folder: Path, names: Iterable[str], call: str, *, overwrite: bool) -> None:
     """The folder that files will be written to, made if missing, so that a wrong path fails before the work."""
     refuse_existing([folder / name for name in names], call, overwrite=overwrite)
+    _now().made.extend(path for path in (folder, *folder.parents) if not path.exists())
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -68,10 +68,11 @@ class Show:
             make_folder(self.out, ("show.json", "show.png"), "fisherkit show", overwrite=self.overwrite)
         found = summarize(self.file)
         text = json.dumps(asdict(found), indent=2, ensure_ascii=False)
-        typer.echo(text if self.as_json else _as_text(found))
         if self.out is not None:
             replace_text(self.out / "show.json", text + "\n")
             _draw(found, self.out / "show.png")
+        typer.echo(text if self.as_json else _as_text(found))
+        if self.out is not None:
             typer.echo(f"wrote {self.out / 'show.json'} and {self.out / 'show.png'}", err=self.as_json)
 
 

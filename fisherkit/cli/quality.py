@@ -36,6 +36,7 @@ from fisherkit.cli.options import (
 from fisherkit.cli.sources import load_likelihood
 from fisherkit.cli.text import number, progress, table
 from fisherkit.data import Source
+from fisherkit.errors import DataError
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.compare import average, plot_damping
 from fisherkit.io import replace_text
@@ -84,6 +85,8 @@ class Quality:
             make_folder(self.out, FILES, CALL, overwrite=self.overwrite)
         model, data = load_pair(self.spec, CALL)
         batches = [batch.raw for batch in itertools.islice(Source(data, model).once(), self.batches)]
+        if not batches:
+            raise DataError(call="data", got="no batch", expected="at least one example")
         likelihood = load_likelihood(self.likelihood, CALL)
         tables = [
             compare(
@@ -93,9 +96,10 @@ class Quality:
             )
             for i, batch in enumerate(progress(batches))
         ]  # fmt: skip
+        paths = [] if self.out is None else self._write(tables, self.out)
         typer.echo(_report(tables))
-        if self.out is not None:
-            typer.echo(f"\nWrote {', '.join(str(path) for path in self._write(tables, self.out))}.")
+        if paths:
+            typer.echo(f"\nWrote {', '.join(map(str, paths))}.")
 
     def _write(self, tables: Sequence[QualityTable], folder: Path) -> list[Path]:
         paths = [folder / name for name in FILES]
@@ -114,6 +118,7 @@ class Quality:
         if any(row.damping is not None for row in tables[0].rows):
             plot_damping(tables, paths[2])
             return paths
+        paths[2].unlink(missing_ok=True)  # that of another comparison
         return paths[:2]
 
 

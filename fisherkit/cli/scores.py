@@ -114,12 +114,12 @@ class Scores(ModelOptions):
 
     def _tell(self, found: Report) -> None:
         text = found.to_json()
-        typer.echo(text if self.as_json else found.to_text())
         if self.out is not None:
-            paths = [self.out / name for name in FILES]
-            io.replace_text(paths[0], found.to_page())
-            io.replace_text(paths[1], text + "\n")
-            typer.echo(f"\nWrote {paths[0]} and {paths[1]}.", err=self.as_json)
+            io.replace_text(self.out / FILES[0], found.to_page())
+            io.replace_text(self.out / FILES[1], text + "\n")
+        typer.echo(text if self.as_json else found.to_text())  # once the files are safe: nobody may be reading
+        if self.out is not None:
+            typer.echo(f"\nWrote {self.out / FILES[0]} and {self.out / FILES[1]}.", err=self.as_json)
 
     def _check(self) -> None:
         """Refuse options that do not go together."""
@@ -136,6 +136,8 @@ class Scores(ModelOptions):
             )
         if self.save_fisher is not None:
             check_fisher_file(self.save_fisher, f"{CALL} --save-fisher", overwrite=self.overwrite)
+        if self.rows is not None:
+            io.require_folder(self.rows.absolute().parent, f"{CALL} --rows")
 
     def _subject(self) -> Subject:
         """The model with its data."""
@@ -404,7 +406,9 @@ class Subject:
                 call=call, got=f"a {type(made).__name__}",
                 expected="a text, a picture as an array, a pair (picture, text), or None",
             )  # fmt: skip
-        return text, None if picture is None else data_uri(picture, call)
+        # Half a surrogate pair can be written to no file.
+        told = None if text is None else text.encode("utf-8", "replace").decode()
+        return told, None if picture is None else data_uri(picture, call)
 
 
 def _of_function(spec: str, device: str) -> Subject:
@@ -421,5 +425,7 @@ def _of_function(spec: str, device: str) -> Subject:
     model, train, queries, show = (*made, None)[:4]
     refuse_train_mode(model)  # a first look at its losses would move running statistics
     for name, data in (("train", train), ("queries", queries)):
-        Source(data, model).refuse_shuffling(CALL, name)
+        source = Source(data, model)
+        source.refuse_shuffling(CALL, name)
+        source.first()  # without one nothing is computed
     return Subject(model.to(device), train, queries, "categorical", {}, show, {})

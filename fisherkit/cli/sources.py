@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit.arguments import is_integer
+from fisherkit.cli.command import given as typed
 from fisherkit.cli.command import require
 from fisherkit.cli.options import LIKELIHOOD, Device, dtype_check, likelihood_check, option
 from fisherkit.errors import DataError, InvalidArgumentError, listed
@@ -36,6 +38,12 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
 )  # fmt: skip
+
+OF_FOLDERS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("text_column", "pair_column", "label_column", "examples", "batch_size", "max_length", "dtype")
+}
+"""Options of how a folder's model and texts are read."""
 
 LIKELIHOODS = {
     "regression": "gaussian",
@@ -85,10 +93,10 @@ class ModelOptions:
                     call=call, got=repr(spec), expected='a Hugging Face folder, or "package.module:function"',
                     why="there is no such folder",
                 )  # fmt: skip
-            if given:
+            if given or (beside := [flag for name, flag in OF_FOLDERS.items() if name in typed()]):
                 raise InvalidArgumentError(
-                    call=call, got=f"{' and '.join(given)} with a function", expected="one of them",
-                    why="the function returns its own data",
+                    call=call, got=f"{' and '.join(given or beside)} with a function", expected="one of them",
+                    why="the function returns its own data, and its model as it is",
                 )  # fmt: skip
             return None
         require("hf", "transformers")
@@ -206,6 +214,13 @@ def read_texts(path: Path, columns: Sequence[str | None], call: str) -> list[Tex
         raise InvalidArgumentError(
             call=call, got=f"{path}", expected="a .jsonl, .csv or .tsv file", try_="another file, or rename it"
         )
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            call=call, got=f"{path}, which is not UTF-8 ({error.reason} at byte {error.start:,})", expected="UTF-8",
+            try_=f"iconv -f ENCODING -t utf-8 {path} > other{suffix}, with the encoding that it has",
+        ) from error  # fmt: skip
     wanted, texts = [name for name in columns if name is not None], []
     for number, record in _table(path, wanted, call) if suffix in SEPARATORS else _objects(path, call):
         place = f"line {number} of {path.name}"
@@ -219,6 +234,11 @@ def read_texts(path: Path, columns: Sequence[str | None], call: str) -> list[Tex
         text, pair, label = (None if name is None else record[name] for name in columns)
         if not isinstance(text, str) or not isinstance(pair, (str, type(None))):
             raise DataError(call=call, got=f"a text that is no string in {place}", expected="strings")
+        if re.search(r"[\ud800-\udfff]", f"{text}{pair}"):
+            raise DataError(
+                call=call, got=f"half of a surrogate pair in {place}", expected="Unicode characters",
+                why="no tokenizer takes what stands for no character", try_="leave it out",
+            )  # fmt: skip
         texts.append(Text(text, pair, label, place))
     if not texts:
         raise DataError(call=call, got=f"{path}, which has no line", expected="a text a line")
@@ -232,7 +252,7 @@ def _objects(path: Path, call: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             found = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             got = f"line {number} of {path.name}, which is not JSON ({error})"
             raise DataError(call=call, got=got, expected="an object a line") from error
         if not isinstance(found, dict):
@@ -245,29 +265,38 @@ def _table(path: Path, wanted: list[str], call: str) -> Iterator[tuple[int, dict
     """Numbers of lines and their cells by the header's names, each of which is there once."""
     separator = SEPARATORS[path.suffix.lower()]
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=separator)
-        names = list(reader.fieldnames or [])
-        if not names:
-            raise DataError(call=call, got=f"{path}, which is empty", expected="a header and a text a line")
-        if absent := [name for name in wanted if name not in names]:
-            shown = listed((repr(name if len(name) <= 40 else f"{name[:39]}…") for name in names), 4)
-            raise DataError(
-                call=call, got=f"{path}, whose first line is {shown}",
-                expected=f"a header with the columns {wanted}, of which {absent} are missing",
-                why="the first line of a table names its columns; without a header it would be lost as a text",
-                try_=f"a first line with {separator.join(wanted)!r} if there is no header; else --text-column, "
-                "--pair-column, --label-column",
-            )  # fmt: skip
-        if twice := [name for name in wanted if names.count(name) > 1]:
-            raise DataError(call=call, got=f"{path} with two columns {twice[0]!r}", expected="one of each name")
-        for record in reader:
-            if beyond := record.pop(None, None):  # where csv's reader puts them
-                place = f"line {reader.line_num} of {path.name}"
+        reader = csv.DictReader(file, delimiter=separator, strict=True)
+        try:
+            names = list(reader.fieldnames or [])
+            if not names:
+                raise DataError(call=call, got=f"{path}, which is empty", expected="a header and a text a line")
+            if absent := [name for name in wanted if name not in names]:
+                shown = listed((repr(name if len(name) <= 40 else f"{name[:39]}…") for name in names), 4)
                 raise DataError(
-                    call=call, got=f"{place} with {len(beyond)} more cells than the header", expected="as many",
-                    why="the separator parts cells unless the cell is in quotes", try_='"…" around texts that have one',
+                    call=call, got=f"{path}, whose first line is {shown}",
+                    expected=f"a header with the columns {wanted}, of which {absent} are missing",
+                    why="the first line of a table names its columns; without a header it would be lost as a text",
+                    try_=f"a first line with {separator.join(wanted)!r} if there is no header; else --text-column, "
+                    "--pair-column, --label-column",
                 )  # fmt: skip
-            yield reader.line_num, record
+            if twice := [name for name in wanted if names.count(name) > 1]:
+                raise DataError(call=call, got=f"{path} with two columns {twice[0]!r}", expected="one of each name")
+            for record in reader:
+                if beyond := record.pop(None, None):  # where csv's reader puts them
+                    place = f"line {reader.line_num} of {path.name}"
+                    raise DataError(
+                        call=call, got=f"{place} with {len(beyond)} more cells than the header", expected="as many",
+                        why="the separator parts cells unless the cell is in quotes",
+                        try_='"…" around texts that have one',
+                    )  # fmt: skip
+                yield reader.line_num, record
+        except csv.Error as error:
+            raise DataError(
+                call=call, got=f"line {reader.reader.line_num} of {path.name}, which cannot be read ({error})",
+                expected="cells in quotes where they hold a separator, a quote or a line break",
+                why="a quote that is not closed takes the lines below it into its cell",
+                try_='""" for a quote that begins a cell; .jsonl, whose texts may be as long as you like',
+            ) from error  # fmt: skip
 
 
 # -- a Hugging Face folder ---------------------------------------------------------------------------------------------
@@ -416,8 +445,8 @@ class TextBatches:
             if not is_integer(label):
                 raise TypeError("no class")
             return torch.tensor(range(count).index(label))
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise DataError(
-                call=self.call, got=f"label {text.label!r} in {text.place}", expected=expected,
+                call=self.call, got=f"label {f'{text.label!r}':.80} in {text.place}", expected=expected,
                 try_="--label-column for another column",
             ) from error  # fmt: skip

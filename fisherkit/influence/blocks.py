@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fisherkit import io
 from fisherkit.data import Batch, Source
 from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.progress import bar, beside
 from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.problem import Problem
@@ -224,12 +224,13 @@ def write_blocks(folder: str | Path, live: LiveBlocks) -> FolderBlocks:
     source = LimitedSource(problem.source, limit)
     # All that is there is known to be of these data before anything is written: what is refused is left as it was.
     entries = _there(path, source, device) if any(path.glob("rows-*.safetensors")) else {}
-    bar = tqdm(source.numbered(), desc="rows", disable=not problem.progress, leave=False)
-    for number, (place, batch) in enumerate(bar):
+    shown = bar(None, "rows", "blocks", shown=problem.progress)
+    for number, (place, batch) in enumerate(beside(shown, source.numbered())):
         if number not in entries:
             one = replace(problem, source=_OneBatch(batch, place), progress=False)
             checksum = _write(path / _name(number), joined(list(LiveBlocks(one, limit, live.settings))), batch)
             entries[number] = _entry(number, batch, checksum)
+        shown.update()
     manifest["blocks"] = [entries[number] for number in sorted(entries)]
     _write_manifest(path, manifest)
     return FolderBlocks(path, space, device, manifest)

@@ -8,7 +8,7 @@ Nothing here knows what an operator means; ``operators.persistence`` turns a `St
 never used.
 """
 
-from fisherkit.io.atomic import as_path, check_folder, leftovers, part_folder, replace_text, replacing
+from fisherkit.io.atomic import as_path, check_folder, leftovers, part_folder, replace_text, replacing, require_folder
 from fisherkit.io.checksums import CHECKSUM, parse, seal
 from fisherkit.io.fisher_file import FisherHeader, Node, Reader, State, read, read_header, write
 from fisherkit.io.parts import PartsFile, parts_finished, record_of
@@ -17,5 +17,5 @@ from fisherkit.io.tensors import FORMAT, read_tensors, replace_checked_file
 __all__ = [
     "CHECKSUM", "FORMAT", "FisherHeader", "Node", "PartsFile", "Reader", "State", "as_path", "check_folder",
     "leftovers", "parse", "part_folder", "parts_finished", "read", "read_header", "read_tensors",
-    "record_of", "replace_checked_file", "replace_text", "replacing", "seal", "write",
+    "record_of", "replace_checked_file", "replace_text", "replacing", "require_folder", "seal", "write",
 ]  # fmt: skip
