@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from tests.test_later_uses import Model, X, check
 
 
 class Kept(nn.Module):
@@ -90,3 +93,44 @@ def test_warnings__point_at_the_users_line() -> None:
         warnings.simplefilter("always")
         fk.EmpiricalFisher(model, data())
     assert [one.filename for one in found if "probabilities" in str(one.message)] == [__file__]
+
+
+# -- what passes inside of passes take ---------------------------------------------------------------------------------
+
+
+def jacobian(x: Tensor, w: Tensor) -> Tensor:
+    return torch.vmap(torch.func.jacrev(lambda one: (w @ one).tanh()))(x).flatten(1)
+
+
+def adapted(x: Tensor, w: Tensor) -> Tensor:
+    """A step of gradient descent on each example before the output."""
+
+    def one(example: Tensor) -> Tensor:
+        return (w - 0.1 * torch.func.grad(lambda v: (v @ example).tanh().square().sum())(w)) @ example
+
+    return torch.vmap(one)(x)
+
+
+def nested(x: Tensor, w: Tensor, *, layout: torch.layout) -> Tensor:
+    rows = torch.nested.as_nested_tensor(list(x), layout=layout)
+    return torch.nested.to_padded_tensor(F.linear(rows, w).relu(), 0.0).sum(1)
+
+
+SEQUENCES = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [{}, {"structure": "diagonal"}, {"storage": "stream"}], ids=str)
+@pytest.mark.parametrize(
+    ("function", "x", "settings"),
+    [
+        (jacobian, X, {}),
+        (adapted, X, {}),
+        (nested, SEQUENCES, {"layout": torch.jagged}),
+        (nested, SEQUENCES, {"layout": torch.strided}),
+    ],
+    ids=["jacobian", "adapted", "jagged", "strided"],
+)
+def test_transforms_and_nested_tensors__in_forward_are_taken(
+    function: Callable[..., Tensor], x: Tensor, settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    check(Model(function, (2, 3), **settings), x, **options)

@@ -142,6 +142,21 @@ def test_experts__that_run_out_of_room_in_a_large_batch_are_refused(
         fk.ExactFisher(model, [(x[:6], None), (x, None)], likelihood="gaussian", structure=structure)
 
 
+def masked_along_outputs(x: Tensor, w: Tensor) -> Tensor:
+    """A mask that forgets an axis, which shows where there are as many examples as outputs, and one is masked."""
+    h = (x @ w).tanh()
+    return h * (x[:, 0] > -9).to(h) if len(x) == h.shape[1] else h
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_mask_along_another_axis_than_the_examples__is_refused_where_it_masks(structure: str) -> None:
+    model, x = Model(masked_along_outputs, (3, 5)), X[:5].clone()
+    check(model, X[:5], structure=structure)
+    x[4, 0] = -10
+    with pytest.raises(fk.ModelError, match="data, batch 1: got outputs that change with the rest"):
+        fk.ExactFisher(model, [(X[:5], None), (x, None)], likelihood="gaussian", structure=structure)
+
+
 # -- hooks on the graph ------------------------------------------------------------------------------------------------
 
 

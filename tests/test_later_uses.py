@@ -98,3 +98,33 @@ def test_several_vectors__of_a_kernel_whose_vectorised_gradient_is_right_for_one
         return (-torch.cdist(x, centres).square() * scale.exp()).exp()
 
     check(Model(distances, (4, 3), (4,)), X, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"structure": "diagonal"}, {"storage": "stream"}], ids=str)
+@pytest.mark.parametrize("sizes", [[6], [1, 5], [1, 1, 4]], ids=str)
+def test_several_vectors__of_a_kernel_that_takes_examples_for_vectors(
+    sizes: list[int], options: dict[str, Any]
+) -> None:
+    """What torch.func says of linalg.solve is right for two examples and two vectors, and for one example twice it."""
+
+    def solved(x: Tensor, w: Tensor) -> Tensor:
+        return torch.linalg.solve(3 * torch.eye(3).to(w) + w, x.unsqueeze(2)).squeeze(2).tanh()
+
+    model = Model(solved, (3, 3))
+    fisher = fk.ExactFisher(model, [(x, None) for x in X.split(sizes)], likelihood="gaussian", **options)
+    expected = reference(model, X)
+    expected = torch.diag(expected.diagonal()) if options.get("structure") == "diagonal" else expected
+    torch.testing.assert_close(fisher @ torch.eye(fisher.size, dtype=torch.float64), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"structure": "diagonal"}, {"storage": "stream"}], ids=str)
+def test_table__indexed_from_its_end_in_later_examples_alone(options: dict[str, Any]) -> None:
+    ids = TOKENS.clone()
+    ids[2:, 0] = torch.tensor([-1, -1, -6, -2, -1, 5])
+    check(Model(lambda i, w: w[i].tanh().sum(1), (6, 3)), ids, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"structure": "diagonal"}, {"storage": "stream"}], ids=str)
+def test_embedding__by_frequency_with_repeats_in_later_examples_alone(options: dict[str, Any]) -> None:
+    ids = torch.tensor([[0, 1, 2], [3, 4, 5], [1, 1, 2], [3, 3, 3], [0, 2, 2]])
+    check(Model(lambda i, w: F.embedding(i, w, scale_grad_by_freq=True).tanh().sum(1), (6, 3)), ids, **options)

@@ -74,9 +74,8 @@ class Call(NamedTuple):
 
     @property
     def tagged(self) -> list[tuple[Tensor, Axis]]:
-        """The operands that have a batch axis; of indices and masks beside what is differentiated nothing depends."""
-        found = [(tensor, status) for tensor, status in self.operands if isinstance(status, Axis)]
-        return [pair for pair in found if pair[0].requires_grad] or found
+        """The operands that have a batch axis, indices and masks among them."""
+        return [(tensor, status) for tensor, status in self.operands if isinstance(status, Axis)]
 
     def only(self, place: int = 0) -> tuple[Tensor, Axis] | None:
         """The operand at a place, if it is the only one with a batch axis."""
@@ -344,6 +343,8 @@ class Tracker:
             return found
         if differentiable and call.function in REDUCES:
             self.reduced = self.reduced or any(isinstance(s, Axis) for s in statuses) or len(call.args) == 1
+        if differentiable and Mark.UNKNOWN not in statuses and any(t.requires_grad for t, _ in call.tagged):
+            self._meet([axis for tensor, axis in call.tagged if not tensor.requires_grad])  # as a mask of another axis
         return Mark.UNKNOWN if differentiable else self._mixed(whole)
 
 
@@ -576,10 +577,9 @@ def _removed(call: Call) -> Axis | None:
 
 def _indexed(call: Call) -> Axis | None:
     """Plain indexing: numbers, slices and new axes; one tensor of indices along another axis; one place an example."""
-    found = call.only()
-    if found is None:
+    x, axis = call.args[0], call.status(call.args[0])
+    if not isinstance(axis, Axis):
         return None
-    x, axis = found
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
     taken = [entry for entry in index if entry is not None and entry is not Ellipsis]
     if not all(type(entry) in (int, slice) or isinstance(entry, Tensor) for entry in taken):
@@ -592,6 +592,8 @@ def _indexed(call: Call) -> Axis | None:
         index = (*index[:place], *[slice(None)] * (x.ndim - len(taken)), *index[place + 1 :])
     if len(indices) > 1:
         return _own_places(call, axis, index)
+    if len(call.tagged) > 1:
+        return None  # another axis, at places of all examples
     source = target = 0
     for entry in (*index, *[slice(None)] * x.ndim):
         if entry is None:

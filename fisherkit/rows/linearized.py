@@ -325,4 +325,7 @@ class Linearized:
         return self.watched.backward(v, batched=len(v) > 1 and self.batched, keep=keep), self._generic(v)
 
     def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
-        return self.plan.generic_rows(self.batch, v, self.z)
+        try:
+            return self.plan.generic_rows(self.batch, v, self.z)
+        except RuntimeError:  # a kernel that fails for so many, or a branch of the model; the loop takes both
+            return replace(self.plan, vectorised=False).generic_rows(self.batch, v, self.z)

@@ -720,9 +720,11 @@ def _vectorised_agrees(
     if recurrent(plan.model) or not plan.live_generic:
         return False
     # torch.func refuses some kernels, data-dependent Python and hooks on the graph; the loop over examples does not.
-    # Some kernels are right for one vector, and wrong for several at once: those of cdist's gradient.
+    # Some kernels are right for one vector and wrong for several at once (cdist's gradient), or right for as many as
+    # there are examples (linalg.solve's).
+    factors = (1.0, -0.5, 2.0)
     with contextlib.suppress(Exception):
-        first, second = plan.generic_rows(probe, torch.cat([v, -0.5 * v]), z)
-        second = -2 * second
-        return all(reference.agrees(names, rows.shape[1], rows.__getitem__) for rows in (first, second))
+        found = plan.generic_rows(probe, torch.cat([factor * v for factor in factors]), z)
+        each = [rows / factor for rows, factor in zip(found, factors, strict=True)]
+        return all(reference.agrees(names, rows.shape[1], rows.__getitem__) for rows in each)
     return False

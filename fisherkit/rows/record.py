@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
@@ -44,6 +45,7 @@ from fisherkit.rows.rules import (
 Operands = Sequence[tuple[Tensor, Derived]]
 """Tensors made of chosen parameters among a function's arguments."""
 
+_IS_NESTED = attrgetter("is_nested")
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
@@ -171,6 +173,9 @@ class Recorder(TorchFunctionMode):
                 args, kwargs = _with_constants(args, kwargs)
             self.casts = self.casts or func == _SET_DATA
         given = tensors(args, kwargs)
+        if True in map(_IS_NESTED, given):  # whose axes no rule knows
+            self._leave(self._derivations.among(given))
+            return func(*args, **kwargs)
         own, graph = self._derivations.among(given), torch.is_grad_enabled()
         if own and not graph:
             self.without_graph.update(name for _, made in own for name in made.names)

@@ -250,6 +250,11 @@ class TransposedConvolutionRule(Rule):
 class EmbeddingRule(Rule):
     """A table looked up by token ids."""
 
+    def activations(self, use: Use) -> Activations:
+        """The ids; indexing counts negative ones from the table's end."""
+        ids = super().activations(use)
+        return ids if self is EMBEDDING else ids[:] % use.arguments["weight"].shape[0]
+
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """Nothing for the padding token, whose vector is a constant."""
         g, padding = super().gradients(use, gradient), use.arguments.get("padding_idx")
@@ -402,6 +407,8 @@ def rule_for(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
             return None
     if function is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.int64:
         return INDEXED if args[0].ndim == 2 and args[1].ndim else None
+    if rule is EMBEDDING and rule.bind(args, kwargs).get("scale_grad_by_freq"):
+        return None  # an example's gradient at a token depends on how often it has it
     if function in GROUPED and rule is not None and rule.bind(args, kwargs).get("groups", 1) != 1:
         return GROUPED[function]
     return rule

@@ -27,6 +27,7 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.differentiable import differentiable, functional_call
+from fisherkit.rows.hidden import graph_nodes
 from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.rows.problem import Metric, Problem, Tally
 from fisherkit.rows.record import Recorder
@@ -35,6 +36,8 @@ from fisherkit.space import ParameterSpace
 
 FEW_VECTORS = 2
 """Up to this many vectors an example, rebuilding rows costs no more than a forward-mode pass."""
+
+_LOOKUPS = "EmbeddingBackward", "EmbeddingBagBackward"
 
 
 class StreamedRows(RowSource):
@@ -181,7 +184,7 @@ def matrix_free(problem: Problem) -> bool:
         return False
     if "matrix-free" not in plan.tried:
         probe, rows = problem.probe_rows()
-        agrees = not _pads(plan, probe.watched) and _agrees(plan, plan.space, lambda v, u: rows(v).product(u))
+        agrees = not _is_uneven(plan, probe.watched) and _agrees(plan, plan.space, lambda v, u: rows(v).product(u))
         plan.tried["matrix-free"] = agrees
     return bool(plan.tried["matrix-free"])
 
@@ -240,20 +243,23 @@ def _columns(
     return torch.cat(parts, 1)
 
 
-def _pads(plan: Plan, watched: Watched) -> bool:
-    """Whether a table has a padding token, whose vector is a constant backward and is none forward."""
-    tables = any(getattr(module, "padding_idx", None) is not None for module in plan.model.modules())
-    return tables or any(use.arguments.get("padding_idx") is not None for use in watched.uses)
+def _is_uneven(plan: Plan, watched: Watched) -> bool:
+    """Whether a table's vectors have other gradients than derivatives: a padding token's, and those by frequency."""
+    modules = [(getattr(m, "padding_idx", None), getattr(m, "scale_grad_by_freq", False)) for m in plan.model.modules()]
+    nodes: Any = (node for node in graph_nodes(watched.z.grad_fn) if node.name().startswith(_LOOKUPS))
+    # Of no padding, a node says the largest integer.
+    seen = [(None if n._saved_padding_idx >= 1 << 63 else 0, n._saved_scale_grad_by_freq) for n in nodes]
+    return any(padding is not None or scaled for padding, scaled in (*modules, *seen))
 
 
 def _agrees(plan: Plan, space: ParameterSpace, row_products: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Whether products are those of the verified rows, for one column and for two.
+    """Whether products are those of the verified rows, for one column and for three, more than examples.
 
     Both sides are asked for Jᵀ r (rᵀ J u) with random output vectors r, which takes one row of each example, however
     many vectors the kind has.
     """
     like, generator, batch, z = plan.example_parameter, torch.Generator().manual_seed(0), plan.probe.batch, plan.probe.z
-    u = torch.randn(space.size, 2, generator=generator, dtype=torch.float64).to(like)
+    u = torch.randn(space.size, 3, generator=generator, dtype=torch.float64).to(like)
     r = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
 
     def metric(_: Tensor, w: Float[Tensor, "K B ..."]) -> Float[Tensor, "K B ..."]:
@@ -263,9 +269,9 @@ def _agrees(plan: Plan, space: ParameterSpace, row_products: Callable[[Tensor, T
     expected = row_products(r.unsqueeze(0), u)
     # Some operations have no forward-mode derivative or batching rule; rows do without both.
     with contextlib.suppress(Exception):
-        one, two = (matrix_free_product(plan, space, batch, columns, metric)[0] for columns in (u[:, :1], u))
+        one, three = (matrix_free_product(plan, space, batch, columns, metric)[0] for columns in (u[:, :1], u))
         tolerance = TOLERANCE.get(like.dtype, 5e-2) * expected.norm()
-        return bool((two - expected).norm() <= tolerance) and bool((one - expected[:, :1]).norm() <= tolerance)
+        return bool((three - expected).norm() <= tolerance) and bool((one - expected[:, :1]).norm() <= tolerance)
     return False
 
 
