@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
+import time
 
 import torch
+
+RECENT = 0.05
+"""Seconds within which what the system says of a processor's memory is asked once."""
 
 
 def readable(number: float) -> str:
@@ -22,6 +27,12 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device now, as far as the system tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return _available(int(time.monotonic() / RECENT))
+
+
+@functools.lru_cache(1)
+def _available(_moment: int) -> int:
+    """Of a processor, read once a moment."""
     with contextlib.suppress(OSError):
         report = os.open("/proc/meminfo", os.O_RDONLY)
         try:
