@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit.data import Batch
-from fisherkit.outputs import OutputRule, Outputs, OutputVectors, vectors_of
+from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors, vectors_of
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.selection import RowSelection
 
@@ -95,8 +95,11 @@ class Slots:
 
     def vectors(self, some: slice) -> Float[Tensor, "k B P C"]:
         """The output vectors of some slots."""
-        if isinstance(self.found.v, Tensor) and not self.flat:
-            return self.found.v[:, some].transpose(0, 1)
+        v = self.found.v
+        if isinstance(v, Tensor) and not self.flat:
+            return v[:, some].transpose(0, 1)
+        if isinstance(v, Columns) and not self.flat and v.whole is not None and some == slice(0, self.number):
+            return v.whole().transpose(0, 1)
         index = torch.arange(some.start, some.stop, device=self.mask.device)
         batch, positions = self.mask.shape
         examples, found = torch.arange(batch, device=index.device), self.found
