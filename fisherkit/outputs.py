@@ -195,13 +195,13 @@ class OutputVectors:
     Args:
         v: ``[n, M, P, C]``, or `Columns` where there are too many to exist at once.
         keep: False where a slot is padding because this unit has fewer vectors; None for all kept.
-        dropped: trace of the output Fisher that the vectors leave out, for each unit; None if they leave out nothing or
-            the kind does not know.
+        dropped: trace of the output Fisher that the vectors leave out, for each unit, or what computes it; None if they
+            leave out nothing or the kind does not know.
     """
 
     v: Float[Tensor, "n M P C"] | Columns
     keep: Bool[Tensor, "n M"] | None = None
-    dropped: Float[Tensor, "n"] | None = None
+    dropped: Float[Tensor, "n"] | Callable[[], Float[Tensor, "n"]] | None = None
 
     @property
     def number(self) -> int:
@@ -246,7 +246,7 @@ class OutputVectors:
             raise InvalidArgumentError(call=call, got="no vector", expected="M from 1 on", why=why, try_=advice)
         if self.keep is not None:
             _check_tensor("keep", self.keep, torch.bool, (n, self.number), "n, M", call, why)
-        if self.dropped is not None:
+        if isinstance(self.dropped, Tensor):
             _check_tensor("dropped", self.dropped, self.dropped.dtype, (n,), "n", call, why)
         return OutputVectors(v, self.keep, self.dropped)
 

@@ -83,13 +83,20 @@ class Slots:
     dropped: Float[Tensor, "n"] | None
 
     @classmethod
-    def of(cls, outputs: Outputs, rule: OutputRule, token: bool, counts: tuple[int, int]) -> Slots:
-        """Those of a kind; ``counts`` are how many examples (or tokens) and positions count."""
+    def of(
+        cls, outputs: Outputs, rule: OutputRule, token: bool, counts: tuple[int, int], *, traced: bool = True
+    ) -> Slots:
+        """Those of a kind; ``counts`` are how many examples (or tokens) and positions count.
+
+        ``traced`` says whether it is asked what the kind left out.
+        """
         flat, mask = (token or rule.positionwise) and outputs.z.shape[1] > 1, outputs.mask
         counted, positions = counts
         whole = positions == mask.numel()
         found = vectors_of(rule, outputs.positionwise() if flat else outputs, whole)
-        dropped = None if found.dropped is None else found.dropped[mask.flatten() if flat else mask.any(1)]
+        dropped = found.dropped if traced else None
+        dropped = dropped() if callable(dropped) else dropped
+        dropped = None if dropped is None else dropped[mask.flatten() if flat else mask.any(1)]
         number = found.number * (mask.shape[1] if flat else 1)
         return cls(found, mask, flat, number, counted, whole, dropped)
 
