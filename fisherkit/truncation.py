@@ -71,8 +71,8 @@ def _softmax(outputs: Outputs) -> tuple[Trace, Steps]:
     log_p = torch.log_softmax(z, -1)
     root = outputs.hessian_root()
     # A weight of the label multiplies H as a whole: pivots and their order are the same.
-    root = torch.ones_like(z[:, :1]) if root is None else root.double()[:, 0]
-    weight = root.square().squeeze(1)
+    root = None if root is None else root.double()[:, 0]
+    weight = None if root is None else root.square().squeeze(1)
 
     def steps() -> Steps:
         pivot, remaining, log_mass = label, log_p, torch.zeros_like(log_p[:, 0])
@@ -80,7 +80,8 @@ def _softmax(outputs: Outputs) -> tuple[Trace, Steps]:
             chosen = remaining.gather(1, pivot.unsqueeze(1))
             remaining = remaining.scatter(1, pivot.unsqueeze(1), float("-inf"))
             log_rest = torch.logsumexp(remaining, -1)
-            scale = root * (0.5 * (chosen.squeeze(1) + log_rest - log_mass)).exp().unsqueeze(1)
+            scale = (0.5 * (chosen.squeeze(1) + log_rest - log_mass)).exp().unsqueeze(1)
+            scale = scale if root is None else root * scale
             rest = (remaining - log_rest.unsqueeze(1)).exp()
             log_mass = log_rest
             yield (
@@ -89,13 +90,16 @@ def _softmax(outputs: Outputs) -> tuple[Trace, Steps]:
             )
             pivot = remaining.argmax(1)  # the most likely class left has the largest q(1 − q)
 
-    return functools.partial(_trace, weight, log_p, torch.zeros_like(weight)), steps()
+    return functools.partial(_trace, weight, log_p, torch.zeros_like(log_p[:, 0])), steps()
 
 
-def _trace(weight: Float[Tensor, "n"], log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+def _trace(
+    weight: Float[Tensor, "n"] | None, log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]
+) -> Float[Tensor, "n"]:
     """Trace of weight · mass · (diag q − q qᵀ) with q = p / mass, without cancellation."""
     log_q = log_p - log_mass.unsqueeze(1)
-    return weight * log_mass.exp() * (log_q.exp() * -torch.expm1(log_q)).sum(-1)
+    found = log_mass.exp() * (log_q.exp() * -torch.expm1(log_q)).sum(-1)
+    return found if weight is None else weight * found
 
 
 def _pivoted(outputs: Outputs) -> tuple[Trace, Steps]:
