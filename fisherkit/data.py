@@ -589,6 +589,8 @@ def model_device(
 
 def _map_ends(tree: Any, function: Callable[[Any], Any]) -> Any:
     """A function of every tensor or other end of nested mappings, lists, tuples and dataclasses, of the same types."""
+    if isinstance(tree, Tensor):
+        return function(tree)
     if isinstance(tree, Mapping):
         return {key: _map_ends(value, function) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

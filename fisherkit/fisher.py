@@ -154,7 +154,8 @@ class FisherApproximation(ForwardingOperator):
         built = asked.builder.build(asked.structure)
         self.held, self._tally = built.operator, built.tally
         self.likelihood, self.structure, self.dropped_share = asked.likelihood, structure, built.dropped_share
-        self._metadata, self._hashes = asked.recorded | _described(built), asked.hashes
+        self._metadata = asked.recorded | _described(built)
+        self._hashes: Callable[[], tuple[str, str]] | None = asked.hashes
 
     def _built_later(self, built: Built) -> None:
         """Record the rows that were made; the model and the data are let go."""
@@ -282,7 +283,7 @@ class _Asked:
         space = ParameterSpace.among(own, params)
         device, parameters_dtype = model_device(model, space.names, own)
         rows_dtype = at_least_single(parameters_dtype)
-        hashes = weight_hashes(model, space.names)
+        hashes = weight_hashes(model, space.names, own)
         source, processes = Source(data, model), Processes.of(group, device, call)
         if processes is not None:
             processes.require_same(call, {

@@ -412,10 +412,14 @@ class Categorical(Likelihood):
         Column k is √(p_k q_{k+1} / q_k) (e_k − p_{>k} / q_{k+1}) with q_k the mass of the classes from k on; in
         logarithms, so that it is accurate for probabilities near 0 and 1.
         """
-        c = z.shape[-1]
-        index = torch.arange(c - 1, device=z.device).expand(*z.shape[:-1], c - 1)
-        rows = z.unsqueeze(-2).expand(*z.shape[:-1], c - 1, c)
-        return _softmax_columns(rows.reshape(-1, c), index.reshape(-1)).reshape(rows.shape).mT
+        log_p = torch.log_softmax(z, -1)
+        # In float64, as sums of many terms one after the other.
+        log_rest = log_p.flip(-1).double().logcumsumexp(-1).to(z.dtype).flip(-1)[..., 1:]
+        scale = _column_scale(log_p[..., :-1], log_rest)
+        below = (log_p.unsqueeze(-1) - log_rest.unsqueeze(-2)).exp_().tril_(-1)
+        factor = below.mul_(-scale.unsqueeze(-2))
+        factor.diagonal(dim1=-2, dim2=-1).copy_(scale)
+        return factor
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
         """The number of classes less one."""
@@ -686,8 +690,12 @@ def _softmax_columns(z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[
     classes = torch.arange(z.shape[-1], device=z.device)
     later = log_p.masked_fill(classes <= place, float("-inf"))
     chosen, log_rest = log_p.gather(-1, place), torch.logsumexp(later, -1, keepdim=True)
-    scale = (0.5 * (chosen + log_rest - torch.logaddexp(chosen, log_rest))).exp()
-    return scale * (-(later - log_rest).exp()).scatter(-1, place, 1.0)
+    return _column_scale(chosen, log_rest) * (-(later - log_rest).exp()).scatter(-1, place, 1.0)
+
+
+def _column_scale(chosen: Tensor, log_rest: Tensor) -> Tensor:
+    """√(p q / (p + q)) of a class and the rest behind it, by their logarithms."""
+    return (0.5 * (chosen + log_rest - torch.logaddexp(chosen, log_rest))).exp()
 
 
 # -- numbers that users give -------------------------------------------------------------------------------------------

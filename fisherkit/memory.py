@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
+import time
 import weakref
 from typing import Any
 
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+RECENT = 0.05
+"""Seconds within which what the system says of a processor's memory is asked once."""
 
 
 def readable(number: float) -> str:
@@ -27,6 +32,12 @@ def available_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device now, as far as the system tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return _available(int(time.monotonic() / RECENT))
+
+
+@functools.lru_cache(1)
+def _available(_moment: int) -> int:
+    """Of a processor, read once a moment."""
     with contextlib.suppress(OSError):
         report = os.open("/proc/meminfo", os.O_RDONLY)
         try:

@@ -57,18 +57,20 @@ def parameters_hash(model: nn.Module) -> str:
     return tensors_hash({plain(name): tensor for name, tensor in _tensors(unwrapped(model)).items()})
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    found = itertools.chain(model.named_parameters(), model.named_buffers())
+def _tensors(model: nn.Module, own: Mapping[str, nn.Parameter] | None = None) -> dict[str, Tensor]:
+    found = itertools.chain(model.named_parameters() if own is None else own.items(), model.named_buffers())
     return {name: full(tensor) for name, tensor in found}
 
 
-def weight_hashes(model: nn.Module, names: Sequence[str]) -> Callable[[], tuple[str, str]]:
+def weight_hashes(
+    model: nn.Module, names: Sequence[str], own: Mapping[str, nn.Parameter] | None = None
+) -> Callable[[], tuple[str, str]]:
     """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters, as they are now.
 
     A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value. Of a small
-    model, a copy is hashed when it is asked for.
+    model, a copy is hashed when it is asked for. ``own`` are the model's parameters by name, if they are known.
     """
-    tensors, made = _tensors(model), products(model, names)
+    tensors, made = _tensors(model, own), products(model, names)
     usual = not made and all(type(t) in (nn.Parameter, Tensor) and t.layout == torch.strided for t in tensors.values())
     if usual and sum(t.numel() * t.element_size() for t in tensors.values()) <= _SMALL:
         with torch.no_grad():

@@ -141,10 +141,11 @@ class Outputs:
             found = likelihood.hessian_columns(z[unit], vector)
             return (found if root is None else root[unit] * found).unsqueeze(1)
 
-        if likelihood.columnwise:
-            return Columns(likelihood.hessian_rank(z), columns)
-        s = likelihood.hessian_factor(z)
-        return (s if root is None else root.unsqueeze(-1) * s).transpose(1, 2).unsqueeze(2)
+        def all_columns() -> Tensor:
+            s = likelihood.hessian_factor(z)
+            return (s if root is None else root.unsqueeze(-1) * s).transpose(1, 2).unsqueeze(2)
+
+        return Columns(likelihood.hessian_rank(z), columns, all_columns) if likelihood.columnwise else all_columns()
 
     def hessian_root(self) -> Float[Tensor, "n P ..."] | None:
         """√D, D the diagonal factor of H that depends on the target; None where there is none.
@@ -179,10 +180,12 @@ class Columns:
     Args:
         number: M.
         make: numbers of units and of vectors, each ``[k]``, to the vectors ``[k, P, C]``.
+        whole: all of them, ``[n, M, P, C]``, where that is cheaper than one by one; None where it is not.
     """
 
     number: int
     make: Callable[[Int[Tensor, "k"], Int[Tensor, "k"]], Float[Tensor, "k P C"]]
+    whole: Callable[[], Float[Tensor, "n M P C"]] | None = None
 
 
 @dataclass(frozen=True)
@@ -192,13 +195,13 @@ class OutputVectors:
     Args:
         v: ``[n, M, P, C]``, or `Columns` where there are too many to exist at once.
         keep: False where a slot is padding because this unit has fewer vectors; None for all kept.
-        dropped: trace of the output Fisher that the vectors leave out, for each unit; None if they leave out nothing or
-            the kind does not know.
+        dropped: trace of the output Fisher that the vectors leave out, for each unit, or what computes it; None if they
+            leave out nothing or the kind does not know.
     """
 
     v: Float[Tensor, "n M P C"] | Columns
     keep: Bool[Tensor, "n M"] | None = None
-    dropped: Float[Tensor, "n"] | None = None
+    dropped: Float[Tensor, "n"] | Callable[[], Float[Tensor, "n"]] | None = None
 
     @property
     def number(self) -> int:
@@ -220,14 +223,19 @@ class OutputVectors:
         n, *each = z.shape
         why = f"the outputs are n = {n} units of P = {each[0]} positions and C = {each[1]} outputs"
         if isinstance(v, Columns):
-            make = v.make
+            number, make, every = v.number, v.make, v.whole
+
+            def masked_whole() -> Tensor:
+                found = every() if every is not None else z.new_empty(0)
+                _check_tensor("Columns.whole's answer", found, z.dtype, (n, number, *each), "n, M, P, C", call, why)
+                return found if whole else torch.where(mask[:, None, :, None], found, found.new_zeros(()))
 
             def masked(unit: Tensor, vector: Tensor) -> Tensor:
                 found = make(unit, vector)
                 _check_tensor("Columns.make's answer", found, z.dtype, (len(unit), *each), "k, P, C", call, why)
                 return found if whole else torch.where(mask[unit].unsqueeze(-1), found, found.new_zeros(()))
 
-            v = Columns(v.number, masked)
+            v = Columns(number, masked, None if every is None else masked_whole)
         else:
             advice = "v.unsqueeze(1) for one vector a unit" if getattr(v, "shape", None) == z.shape else ""
             _check_tensor("v", v, z.dtype, (n, None, *each), "n, M, P, C", call, why, advice)
@@ -238,7 +246,7 @@ class OutputVectors:
             raise InvalidArgumentError(call=call, got="no vector", expected="M from 1 on", why=why, try_=advice)
         if self.keep is not None:
             _check_tensor("keep", self.keep, torch.bool, (n, self.number), "n, M", call, why)
-        if self.dropped is not None:
+        if isinstance(self.dropped, Tensor):
             _check_tensor("dropped", self.dropped, self.dropped.dtype, (n,), "n", call, why)
         return OutputVectors(v, self.keep, self.dropped)
 

@@ -254,7 +254,7 @@ class ParameterSpace:
         """
         self._check_flat(vector, "space.unflatten")
         tail = vector.shape[1:]
-        parts = zip(self.names, self.shapes, vector.split(self.sizes), strict=True)
+        parts = zip(self.names, self.shapes, vector.split_with_sizes(self.sizes), strict=True)
         return {name: part.reshape((*shape, *tail)) for name, shape, part in parts}
 
     def to_columns(

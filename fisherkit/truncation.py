@@ -10,8 +10,9 @@ Zanon, arXiv 2605.06081); all ranks are the exact Cholesky factor of the multino
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -20,8 +21,9 @@ from torch import Tensor
 from fisherkit.likelihoods import Categorical
 from fisherkit.outputs import Outputs, OutputVectors
 
-Steps = Iterator[tuple[Float[Tensor, "n P C"], Float[Tensor, "n"]]]
-"""Each next vector, and the trace that is left then."""
+Trace = Callable[[], Float[Tensor, "n"]]
+Steps = Iterator[tuple[Float[Tensor, "n P C"], Trace]]
+"""Each next vector, and what computes the trace that is left then."""
 
 
 def truncated_vectors(outputs: Outputs, rank: int | None, tolerance: float | None) -> OutputVectors:
@@ -38,27 +40,30 @@ def truncated_vectors(outputs: Outputs, rank: int | None, tolerance: float | Non
         outputs.z.shape[1] == 1 and isinstance(known, Categorical) and known.built_in and known.hard and labels
     )
     total, steps = (_softmax if one_softmax else _pivoted)(outputs)
-    allowed = total * (tolerance or 0.0)
+    allowed = None if rank is not None else total() * (tolerance or 0.0)
     vectors: list[Tensor] = []
-    left: list[Tensor] = []
+    left: list[Trace] = []
     for vector, trace in itertools.islice(steps, rank):
         vectors.append(vector)
-        left.append(trace)
-        if rank is None and not bool((trace > allowed).any()):
+        left.append(functools.cache(trace))
+        if allowed is not None and not bool((left[-1]() > allowed).any()):
             break
     v = torch.stack(vectors, 1)
     keep = v.flatten(2).ne(0).any(-1)
-    if rank is None:
+    if allowed is not None:
         # An example keeps the shortest prefix whose remainder is within its own tolerance; never less than one vector.
-        needed = torch.stack([total, *left[:-1]], 1) > allowed.unsqueeze(1)
+        needed = torch.stack([total(), *(trace() for trace in left[:-1])], 1) > allowed.unsqueeze(1)
         needed[:, 0] = True
         keep = keep & needed
-    kept = keep.long().cumsum(1).argmax(1)
-    dropped = torch.stack(left, 1).gather(1, kept.unsqueeze(1)).squeeze(1)
+
+    def dropped() -> Float[Tensor, "n"]:
+        kept = keep.long().cumsum(1).argmax(1)
+        return torch.stack([trace() for trace in left], 1).gather(1, kept.unsqueeze(1)).squeeze(1)
+
     return OutputVectors(v.to(outputs.z.dtype), keep, dropped)
 
 
-def _softmax(outputs: Outputs) -> tuple[Float[Tensor, "n"], Steps]:
+def _softmax(outputs: Outputs) -> tuple[Trace, Steps]:
     """Tr H and the vectors of labels under one softmax each, in closed form."""
     z = outputs.z[:, 0].double()
     target = torch.zeros_like(z[:, 0], dtype=torch.long) if outputs.target is None else outputs.target[:, 0]
@@ -66,8 +71,8 @@ def _softmax(outputs: Outputs) -> tuple[Float[Tensor, "n"], Steps]:
     log_p = torch.log_softmax(z, -1)
     root = outputs.hessian_root()
     # A weight of the label multiplies H as a whole: pivots and their order are the same.
-    root = torch.ones_like(z[:, :1]) if root is None else root.double()[:, 0]
-    weight = root.square().squeeze(1)
+    root = None if root is None else root.double()[:, 0]
+    weight = None if root is None else root.square().squeeze(1)
 
     def steps() -> Steps:
         pivot, remaining, log_mass = label, log_p, torch.zeros_like(log_p[:, 0])
@@ -75,25 +80,29 @@ def _softmax(outputs: Outputs) -> tuple[Float[Tensor, "n"], Steps]:
             chosen = remaining.gather(1, pivot.unsqueeze(1))
             remaining = remaining.scatter(1, pivot.unsqueeze(1), float("-inf"))
             log_rest = torch.logsumexp(remaining, -1)
-            scale = root * (0.5 * (chosen.squeeze(1) + log_rest - log_mass)).exp().unsqueeze(1)
+            scale = (0.5 * (chosen.squeeze(1) + log_rest - log_mass)).exp().unsqueeze(1)
+            scale = scale if root is None else root * scale
             rest = (remaining - log_rest.unsqueeze(1)).exp()
             log_mass = log_rest
             yield (
                 (scale * (-rest).scatter(1, pivot.unsqueeze(1), 1.0)).unsqueeze(1),
-                weight * _trace(remaining, log_mass),
+                functools.partial(_trace, weight, remaining, log_mass),
             )
             pivot = remaining.argmax(1)  # the most likely class left has the largest q(1 − q)
 
-    return weight * _trace(log_p, torch.zeros_like(weight)), steps()
+    return functools.partial(_trace, weight, log_p, torch.zeros_like(log_p[:, 0])), steps()
 
 
-def _trace(log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """Trace of mass · (diag q − q qᵀ) with q = p / mass, without cancellation."""
+def _trace(
+    weight: Float[Tensor, "n"] | None, log_p: Float[Tensor, "n C"], log_mass: Float[Tensor, "n"]
+) -> Float[Tensor, "n"]:
+    """Trace of weight · mass · (diag q − q qᵀ) with q = p / mass, without cancellation."""
     log_q = log_p - log_mass.unsqueeze(1)
-    return log_mass.exp() * (log_q.exp() * -torch.expm1(log_q)).sum(-1)
+    found = log_mass.exp() * (log_q.exp() * -torch.expm1(log_q)).sum(-1)
+    return found if weight is None else weight * found
 
 
-def _pivoted(outputs: Outputs) -> tuple[Float[Tensor, "n"], Steps]:
+def _pivoted(outputs: Outputs) -> tuple[Trace, Steps]:
     """Tr H and the vectors for any likelihood and for positions joined in one example, by products with H alone."""
     z, target = outputs.z.double(), outputs.observed
     target = target.double() if target.is_floating_point() else target
@@ -114,10 +123,14 @@ def _pivoted(outputs: Outputs) -> tuple[Float[Tensor, "n"], Steps]:
             vectors.append(v)
             diagonal = diagonal - v.square()
             diagonal = torch.where(diagonal > noise, diagonal, torch.zeros_like(diagonal))
-            yield v, diagonal.flatten(1).sum(1)
+            yield v, functools.partial(_total, diagonal)
             v = _next(wide, vectors, diagonal)
 
-    return whole.flatten(1).sum(1), steps()
+    return functools.partial(_total, whole), steps()
+
+
+def _total(diagonal: Float[Tensor, "n P C"]) -> Float[Tensor, "n"]:
+    return diagonal.flatten(1).sum(1)
 
 
 def _next(outputs: Outputs, vectors: list[Tensor], diagonal: Float[Tensor, "n P C"]) -> Float[Tensor, "n P C"]:

@@ -100,12 +100,22 @@ class BlockDiagonalOperator(CompositeOperator):
     def _of(self, parts: Sequence[FisherOperator]) -> BlockDiagonalOperator:
         return BlockDiagonalOperator(self.space, parts)
 
-    def _gather(self, flat: Tensor) -> list[Tensor]:
+    @functools.cached_property
+    def _sizes(self) -> list[int] | None:
+        """Of the blocks, if they lie one after the other; else None."""
+        names = tuple(name for block in self.blocks for name in block.space.names)
+        return [block.size for block in self.blocks] if names == self.space.names else None
+
+    def _gather(self, flat: Tensor) -> Sequence[Tensor]:
         """What each block sees of a flat tensor [D] or [D, K]."""
+        if self._sizes is not None:
+            return flat.split_with_sizes(self._sizes)
         return [self.space.take(flat, block.space.names) for block in self.blocks]
 
     def _scatter(self, parts: Sequence[Tensor]) -> Tensor:
         """One flat tensor of the blocks' results."""
+        if self._sizes is not None:
+            return torch.cat(tuple(parts))
         return self.space.join([(block.space.names, part) for block, part in zip(self.blocks, parts, strict=True)])
 
     def _map(self, operation: Callable[[FisherOperator], Tensor]) -> Tensor:

@@ -100,7 +100,10 @@ class KroneckerOperator(FisherOperator):
         return self._eigen
 
     def _matmat(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        return self._layout.to_flat(self.gradient @ self._layout.to_grid(columns) @ self.activation)
+        grids = self._layout.to_grid(columns)
+        # One matrix needs no batched products, which are many calls.
+        result = self.gradient @ (grids[0] if len(grids) == 1 else grids) @ self.activation
+        return self._layout.to_flat(result.reshape(grids.shape))
 
     def _diagonal(self) -> Float[Tensor, "D"]:
         grid = torch.outer(self.gradient.diagonal(), self.activation.diagonal())
@@ -311,7 +314,7 @@ class EigenKroneckerOperator(FisherOperator):
     def _apply(self, columns: Float[Tensor, "D K"], weights: _Weights) -> Float[Tensor, "D K"]:
         """A function of F times V."""
         grids, u_a, u_g = self._layout.to_grid(columns), self.activation_basis, self.gradient_basis
-        grid = grids[0] if len(grids) == 1 else grids  # one matrix needs no batched products, which are many calls
+        grid = grids[0] if len(grids) == 1 else grids  # as in `KroneckerOperator`
         turned = u_g.mT @ grid
         inner = aligned_product(weights.both * aligned_product(turned, u_a), u_a.mT)
         if weights.on_outputs is not None:

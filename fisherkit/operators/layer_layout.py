@@ -70,13 +70,14 @@ class LayerLayout:
 
     def to_flat(self, grid: Shaped[Tensor, "K O J"]) -> Shaped[Tensor, "D K"]:
         """The inverse of `to_grid`."""
+        if not self.bias:
+            return (grid.mT if self.transposed else grid).flatten(1).mT
         rows = grid.new_empty(len(grid), self.outputs * self.width)
         weights, bias = self._parts(rows)
-        first, second = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
-        weight = grid[..., : self.inputs]
-        weights.view(len(grid), first, second).copy_(weight.mT if self.transposed else weight)
-        if self.bias:
-            bias.copy_(grid[..., -1])
+        weight, column = grid.split_with_sizes((self.inputs, 1), 2)
+        weight = weight.mT if self.transposed else weight
+        weights.view(weight.shape).copy_(weight)
+        bias.copy_(column.squeeze(2))
         return rows.mT
 
 

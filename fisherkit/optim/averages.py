@@ -62,6 +62,7 @@ class Averages:
         self.settings = {**settings, "averaged": ema > 0}
         self.records: dict[tuple[Names, str], UnitSums] = {}
         self.updates, self.least = 0, math.inf
+        self._space: tuple[ParameterSpace, ParameterSpace] | None = None
 
     def update(
         self, plan: Plan, space: ParameterSpace, chunks: Sequence[Chunk], examples: int,
@@ -79,7 +80,7 @@ class Averages:
                 found = added.averaged(self.records, self.ema, 1 / examples, due)
                 records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
                 sums = structure.next_pass(found)
-        self.records = records
+        self.records, self._space = records, None
         self.updates += 1
 
     def operator(self, space: ParameterSpace, like: Tensor) -> FisherOperator:
@@ -96,7 +97,9 @@ class Averages:
 
     def space(self, whole: ParameterSpace) -> ParameterSpace:
         """The parameters of the last update."""
-        return whole.restrict(name for names, _ in self.records for name in names)
+        if self._space is None or self._space[0] is not whole:
+            self._space = whole, whole.restrict(name for names, _ in self.records for name in names)
+        return self._space[1]
 
     def state(self) -> list[dict[str, Any]]:
         """Of each record, its unit's names, its label and its tensors."""
@@ -118,7 +121,7 @@ class Averages:
                 before = records[names, one] = record_class(one).from_tensors(
                     tensors, before or records.get((names, "kfac"))
                 )
-        self.records, self.updates = records, updates
+        self.records, self.updates, self._space = records, updates, None
 
     def _old_label(self, tensors: Mapping[str, Tensor]) -> str:
         """The record of a state that names none."""

@@ -396,7 +396,7 @@ class Capture:
         # Of a pass that needs no other, it is known that its uses are the plan's.
         linearized = Linearized(one.plan, one.batch, one.watched.replaced(z=one.z.detach()), shown=not one.again)
         seen = self._see(one, one.z)
-        slots = Slots.of(seen.outputs, self.rule, False, seen.counts)
+        slots = Slots.of(seen.outputs, self.rule, False, seen.counts, traced=False)
         self._choose(one.plan, slots)
         found = [one.found.get(id(edge)) for edge in linearized.edges]
         gradients = [None if g is None else g.unsqueeze(0) for g in found]
@@ -415,7 +415,7 @@ class Capture:
     def _own_rows(self, one: Pass, linearized: Linearized) -> list[Chunk]:
         """Rows by a backward pass of our own."""
         seen = self._see(one, linearized.z)
-        slots = Slots.of(seen.outputs, self.rule, False, seen.counts)
+        slots = Slots.of(seen.outputs, self.rule, False, seen.counts, traced=False)
         self._choose(one.plan, slots)
         bare = one.bare and linearized.z is one.z
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit.data import Batch
-from fisherkit.outputs import OutputRule, Outputs, OutputVectors, vectors_of
+from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors, vectors_of
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.selection import RowSelection
 
@@ -83,20 +83,30 @@ class Slots:
     dropped: Float[Tensor, "n"] | None
 
     @classmethod
-    def of(cls, outputs: Outputs, rule: OutputRule, token: bool, counts: tuple[int, int]) -> Slots:
-        """Those of a kind; ``counts`` are how many examples (or tokens) and positions count."""
+    def of(
+        cls, outputs: Outputs, rule: OutputRule, token: bool, counts: tuple[int, int], *, traced: bool = True
+    ) -> Slots:
+        """Those of a kind; ``counts`` are how many examples (or tokens) and positions count.
+
+        ``traced`` says whether it is asked what the kind left out.
+        """
         flat, mask = (token or rule.positionwise) and outputs.z.shape[1] > 1, outputs.mask
         counted, positions = counts
         whole = positions == mask.numel()
         found = vectors_of(rule, outputs.positionwise() if flat else outputs, whole)
-        dropped = None if found.dropped is None else found.dropped[mask.flatten() if flat else mask.any(1)]
+        dropped = found.dropped if traced else None
+        dropped = dropped() if callable(dropped) else dropped
+        dropped = None if dropped is None else dropped[mask.flatten() if flat else mask.any(1)]
         number = found.number * (mask.shape[1] if flat else 1)
         return cls(found, mask, flat, number, counted, whole, dropped)
 
     def vectors(self, some: slice) -> Float[Tensor, "k B P C"]:
         """The output vectors of some slots."""
-        if isinstance(self.found.v, Tensor) and not self.flat:
-            return self.found.v[:, some].transpose(0, 1)
+        v = self.found.v
+        if isinstance(v, Tensor) and not self.flat:
+            return v[:, some].transpose(0, 1)
+        if isinstance(v, Columns) and not self.flat and v.whole is not None and some == slice(0, self.number):
+            return v.whole().transpose(0, 1)
         index = torch.arange(some.start, some.stop, device=self.mask.device)
         batch, positions = self.mask.shape
         examples, found = torch.arange(batch, device=index.device), self.found

@@ -56,6 +56,8 @@ class Derived:
 
     def sliced(self, tensor: Tensor, trailing: int) -> tuple[Int[Tensor, "..."] | None, bool] | None:
         """Which slice of so many axes each entry of the others is, None for the whole, and whether it is turned."""
+        if self.layout == SAME and tensor.ndim == trailing:
+            return None, False
         if self.layout == TURNED and trailing == tensor.ndim == 2:
             return None, True
         if self.layout == SAME and tensor.ndim >= trailing and tensor.shape[: tensor.ndim - trailing].numel() == 1:

@@ -47,15 +47,17 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        for p in parameters:
-            p.requires_grad_(True)
+        for p, flag in zip(parameters, flags, strict=True):
+            if not flag:
+                p.requires_grad_(True)
         with torch.inference_mode(False), torch.enable_grad(), kept_whole(model), _plain_checkpoints():
             yield
     finally:
         OWN_PASS.reset(token)
         torch.backends.mha.set_fastpath_enabled(fast)
         for p, flag in zip(parameters, flags, strict=True):
-            p.requires_grad_(flag)
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
 
 
 def pulled_back(z: Tensor, inputs: Sequence[Any], v: Tensor, *, keep: bool = True) -> tuple[Tensor | None, ...]:

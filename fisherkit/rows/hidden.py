@@ -7,7 +7,7 @@ telling from a graph that nothing else reaches a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from fisherkit.rows.rules import Use
 
 def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, z: Tensor) -> None:
     """Refuse parameters without a gradient that a custom function's outputs change with."""
-    if not custom_functions(z):
+    if not custom_functions(graph_nodes(z.grad_fn)):
         return
     generator = torch.Generator().manual_seed(0)
     moved = {
@@ -42,9 +42,9 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
     )
 
 
-def custom_functions(z: Tensor) -> frozenset[str]:
-    """Names of the autograd functions written in Python that outputs were computed with."""
-    return frozenset(node.name() for node in graph_nodes(z.grad_fn) if _is_custom(node))
+def custom_functions(nodes: Iterable[Node]) -> frozenset[str]:
+    """Names of the autograd functions written in Python among nodes."""
+    return frozenset(node.name() for node in nodes if _is_custom(node))
 
 
 def _is_custom(node: object) -> bool:
@@ -85,11 +85,14 @@ def refuse_reentrant(
     )
 
 
-def uses_are_all(z: Tensor, uses: Sequence[Use], parameters: Mapping[str, Tensor]) -> bool:
+def uses_are_all(
+    z: Tensor, graph: Mapping[Node, Sequence[Node]], uses: Sequence[Use], parameters: Mapping[str, Tensor]
+) -> bool:
     """Whether the graph shows that outputs depend on parameters through these uses alone, whose inputs are unchanged.
 
     Args:
         z: outputs, with their graph.
+        graph: their `graph_of`.
         uses: that a recorder saw on the way to them.
         parameters: the chosen ones, by name.
 
@@ -109,22 +112,42 @@ def uses_are_all(z: Tensor, uses: Sequence[Use], parameters: Mapping[str, Tensor
         """Of a parameter's own node."""
         return names.get(id(getattr(node, "variable", None)))
 
-    between = graph_nodes(z.grad_fn, *(node for read in inputs.values() for node in read), stops=own)
+    def before(starts: Iterable[Node | None], stops: Collection[Node]) -> list[Node]:
+        return list(_followed(starts, stops, graph.__getitem__))
+
+    between = before((z.grad_fn, *(node for read in inputs.values() for node in read)), own)
     return all(name(node) is None for node in between) and all(
         node not in own and not _is_custom(node) and (name(node) is None or name(node) in chosen)
         for use, chosen in own.items()
-        for node in graph_nodes(*(following for following, _ in use.next_functions), stops=inputs[use])
+        for node in before(graph[use], inputs[use])
     )
+
+
+def graph_of(z: Tensor) -> dict[Node, Sequence[Node]]:
+    """The nodes of a tensor's graph, each with those that follow it on the way to the leaves."""
+    return _followed((z.grad_fn,), (), _following)
 
 
 def graph_nodes(*starts: Node | None, stops: Collection[Node] = ()) -> list[Node]:
     """All nodes of a graph before some others, each once."""
+    return list(_followed(starts, stops, _following))
+
+
+def _following(node: Node) -> list[Node]:
+    return [following for following, _ in node.next_functions if following is not None]
+
+
+def _followed(
+    starts: Iterable[Node | None], stops: Collection[Node], follow: Callable[[Node], Sequence[Node]]
+) -> dict[Node, Sequence[Node]]:
     seen = set(stops)
-    found = [node for node in dict.fromkeys(starts) if node is not None and node not in seen]
-    seen.update(found)
-    for node in found:  # which grows
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
+    pending = [node for node in dict.fromkeys(starts) if node is not None and node not in seen]
+    seen.update(pending)
+    found: dict[Node, Sequence[Node]] = {}
+    for node in pending:  # which grows
+        found[node] = follow(node)
+        for following in found[node]:
+            if following not in seen:
                 seen.add(following)
-                found.append(following)
+                pending.append(following)
     return found

@@ -7,7 +7,6 @@ way, and `newly_ruled` says so to whoever can start again with a better plan.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,7 +150,7 @@ class Linearized:
             else:
                 found[unit.names] = made
         slow = [unit for unit in self.plan.ruled if unit.names not in found]
-        rest: list[tuple[Sequence[Unit], Tensor]] = [(self.plan.generic, generic)] if self.plan.generic else []
+        rest: list[tuple[Sequence[Unit], Tensor]] = [] if generic is None else [(self.plan.generic, generic)]
         for units, values in [*rest, (slow, self._slow(own, slow))] if slow else rest:
             whole = values.to(dtype) if scale is None else values.to(dtype) * scale.unsqueeze(2)
             parts = selection.take(whole).split([unit.numbers for unit in units], 1)
@@ -203,7 +202,7 @@ class Linearized:
                 for unit in propose(plan, self.watched, [name for name in plan.space.names if name in newly_ruled]):
                     units.append(self._adopted(unit, gradients, arrangements, v))
         plan = replace(plan, vectorised=plan.vectorised and not names, unused=plan.unused - newly_ruled)
-        return plan.with_units(map(copy.copy, units))
+        return plan.with_units(unit.copied() for unit in units)
 
     def _adopted(
         self, unit: Unit, gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None], v: Tensor
@@ -282,7 +281,9 @@ class Linearized:
 
     def _pulled(
         self, v: Float[Tensor, "k B ..."], known: Known | None, *, keep: bool
-    ) -> tuple[Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"], Float[Tensor, "k B"] | None]:
+    ) -> tuple[
+        Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"] | None, Float[Tensor, "k B"] | None
+    ]:  # fmt: skip
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
         for scale in scales(v) if self.watched.coarsest in HALF or self.z.dtype in HALF else (None,):
             own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
@@ -320,11 +321,15 @@ class Linearized:
             for a, b in zip(both, one, strict=True)
         )
 
-    def _back(self, v: Float[Tensor, "k B ..."], keep: bool) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"]]:
-        """Gradients at the uses, and the generic units' rows."""
+    def _back(
+        self, v: Float[Tensor, "k B ..."], keep: bool
+    ) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"] | None]:
+        """Gradients at the uses, and the generic units' rows, if there are any."""
         return self.watched.backward(v, batched=len(v) > 1 and self.batched, keep=keep), self._generic(v)
 
-    def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"]:
+    def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"] | None:
+        if not self.plan.generic:
+            return None
         try:
             return self.plan.generic_rows(self.batch, v, self.z)
         except RuntimeError:  # a kernel that fails for so many, or a branch of the model; the loop takes both

@@ -8,7 +8,6 @@ seen) goes the generic way. What two examples cannot show is looked at in every 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -26,7 +25,7 @@ from fisherkit.randomness import Draws, rng_places, untouched_rng
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
-from fisherkit.rows.hidden import custom_functions, refuse_hidden
+from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.ownership import Arrangement, coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
@@ -148,7 +147,7 @@ class Plan(Findings):
         own = dict(model.named_parameters()) if own is None else own
         parameters: dict[str, Tensor] = {name: own[name] for name in space.names}
         versions = {name: p._version for name, p in parameters.items()}
-        units = tuple(map(copy.copy, findings.units))
+        units = tuple(unit.copied() for unit in findings.units)
         return cls(
             **{**vars(findings), "units": units}, model=model, space=space, parameters=parameters, versions=versions,
             key=key, probed=probed,
@@ -165,7 +164,7 @@ class Plan(Findings):
     def findings(self) -> Findings:
         """What can be kept of the plan; the units are copies."""
         own = {one.name: getattr(self, one.name) for one in fields(Findings)}
-        return Findings(**{**own, "units": tuple(map(copy.copy, self.units))})
+        return Findings(**{**own, "units": tuple(unit.copied() for unit in self.units)})
 
     def with_units(self, units: Iterable[Unit]) -> Plan:
         """With others, put in the parameters' order."""
@@ -310,7 +309,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         generic = _numbers_without_rule(units)
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
-            custom=custom_functions(watched.z),
+            custom=watched.custom,
             tried={("numbers", watched.numbers): 1} if numbers == watched.numbers else {},
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip

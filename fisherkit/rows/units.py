@@ -49,6 +49,12 @@ class Unit:
         self.names, self.reason, self.numbers, self.without_use = names, reason, numbers, without_use
         self.fold = 1
 
+    def copied(self) -> Unit:
+        """Another one, for which other choices may be made."""
+        found = object.__new__(type(self))
+        vars(found).update(vars(self))
+        return found
+
     def numbers_per_example(self, vectors: int) -> int:
         """Numbers that the rows of one example take as they are kept, for so many output vectors an example."""
         return vectors * self.numbers

@@ -175,7 +175,7 @@ def is_shown(plan: Plan, watched: Watched) -> bool:
     if any(p._backward_hooks for p in plan.parameters.values()):
         return False  # what a hook does to a gradient is no part of the graph
     alike = _calls(watched.uses) == plan.calls and watched.custom == plan.custom
-    return alike and uses_are_all(watched.z, watched.uses, plan.parameters)
+    return alike and uses_are_all(watched.z, watched.graph, watched.uses, plan.parameters)
 
 
 def _is_simple(plan: Findings) -> bool:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Axis
 from fisherkit.rows.differentiable import pulled_back
-from fisherkit.rows.hidden import custom_functions
+from fisherkit.rows.hidden import custom_functions, graph_of
 from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, owners
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
@@ -137,7 +137,12 @@ class Watched:
     @cached_property
     def custom(self) -> frozenset[str]:
         """Names of the autograd functions written in Python in the graph."""
-        return custom_functions(self.z)
+        return custom_functions(self.graph)
+
+    @cached_property
+    def graph(self) -> dict[Node, Sequence[Node]]:
+        """The nodes of the outputs' graph, each with those that follow it."""
+        return graph_of(self.z)
 
     @property
     def by_content(self) -> bool:
