@@ -137,7 +137,7 @@ class Builder:
             self.budget = min(self.processes.gathered(self.budget))
         self.settings = {
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
-            "processes": self.processes, "kept": kept,
+            "processes": self.processes, "kept": kept, "expected": problem.source.expected,
         }  # fmt: skip
         self.problem, self.folds = problem, not reduce
         self.counted: list[Tally] = []
@@ -292,7 +292,7 @@ class Builder:
     def _measured(
         self, structure: Structure, problem: Problem, readings: int
     ) -> tuple[int | None, float | None, int]:  # fmt: skip
-        """By a first batch, backward passes and seconds of so many readings, None where N is not known; bytes of a pass.
+        """By a first batch: backward passes and seconds of so many readings, None where N is not known; a pass's bytes.
 
         These are beside the sums: activations, gradients, and what adding up takes.
         """

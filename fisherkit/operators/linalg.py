@@ -175,7 +175,7 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> Spectrum:
 
     size, slack = torch.linalg.vector_norm(matrix, math.inf), torch.zeros(())
     values, vectors = _decomposed(matrix.double(), refuse)
-    largest, least = values.abs().max(), values.min()
+    least, largest = values.aminmax()
     slack = torch.add(least, largest, alpha=torch.finfo(matrix.dtype).eps ** 0.5)
     _look(size, [slack], refuse)  # and not the matrix, which need not live until it is looked at
     # Below this even a float64 decomposition only returns noise, half of it negative.

@@ -67,7 +67,7 @@ class Linearized:
         uses, exchanging = [in_dtype(use, dtype) for use in watched.uses], watched.exchanging and not known
         same = exchanging == watched.exchanging and all(a is b for a, b in zip(uses, watched.uses, strict=True))
         self.watched = watched if same else replace(watched, uses=uses, exchanging=exchanging)
-        self.unruled, self.untold = set() if shown else plan.unruled(self.watched), False
+        self.unruled, self.untold, self._spent = set() if shown else plan.unruled(self.watched), False, False
         self._activations: dict[tuple[str, ...], Any] = {}
         self._arranged: Sequence[Arrangement | None] | None = None
 
@@ -128,14 +128,14 @@ class Linearized:
             known: what a backward pass has brought already.
             alone: whether these are all vectors that there will be of this batch.
             counting: 1 at outputs that count, else 0, where the entries that they depend on are wanted, whatever v is.
-            last: whether nothing else is asked of this pass, so that a backward pass may let activations go on its way.
+            last: whether they are one vector an example, after which nothing is asked of this pass, so that the
+                backward pass may let its graph go on the way.
         """
         dtype = self.plan.dtype
-        free = last and alone and len(v) == 1 and known is None and self._frees
-        own, gradients, generic, scale = self._pulled(v, known, keep=not free)
+        own, gradients, generic, scale = self._pulled(v, known, last)
         arrangements = self._arrangements(own, gradients, known, counting, alone=alone)
         if known is None:
-            self._unrule_silent(gradients, told=not free)
+            self._unrule_silent(gradients)
         factor = scale if known is None else known.scale
         factor = None if factor is None else factor.to(dtype).reshape(-1, self.batch.size, 1, 1)
         found: dict[tuple[str, ...], UnitSlot] = {}
@@ -157,16 +157,10 @@ class Linearized:
             found.update({u.names: UnitSlot(u.names, StoredRows(p)) for u, p in zip(units, parts, strict=True)})
         return Rows(self.plan.space, [found[unit.names] for unit in self.plan.units])
 
-    @property
-    def _frees(self) -> bool:
-        """Whether one backward pass tells all that is asked of the graph, as far as this model's batches have shown."""
-        half = self.watched.coarsest in HALF or self.z.dtype in HALF  # which may take several
-        return self.watched.regular and not self.plan.generic and not half and "silent" not in self.plan.tried
-
-    def _unrule_silent(self, gradients: Sequence[Tensor | None], *, told: bool = True) -> None:
+    def _unrule_silent(self, gradients: Sequence[Tensor | None]) -> None:
         """Uses without a gradient whose parameters have one: what came out of the layer was written to in place.
 
-        Without the graph it is not ``told`` whether they have: they count as if they had, and the next time it is kept.
+        Where the graph was let go, which would tell, they count as if they had one, and the next time it is kept.
         """
         pairs = list(zip(self.watched.uses, gradients, strict=True))
         silent = {name for use, g in pairs if g is None for name in use.names}
@@ -174,9 +168,9 @@ class Linearized:
             return
         heard = {name for use, g in pairs if g is not None for name in use.names}
         asked = silent - heard - self.unruled
-        reached = self._reached({name: self.plan.parameters[name] for name in asked}) if told else asked
-        if not told and asked:
+        if asked and self._spent:
             self.plan.tried["silent"], self.untold = 1, True
+        reached = asked if self.untold else self._reached({name: self.plan.parameters[name] for name in asked})
         self.unruled.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 
     def _reached(self, parameters: dict[str, Tensor]) -> set[str]:
@@ -280,14 +274,17 @@ class Linearized:
         return tolerance(dtype, self.watched.coarsest)
 
     def _pulled(
-        self, v: Float[Tensor, "k B ..."], known: Known | None, *, keep: bool
+        self, v: Float[Tensor, "k B ..."], known: Known | None, last: bool
     ) -> tuple[
         Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"] | None, Float[Tensor, "k B"] | None
     ]:  # fmt: skip
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
-        for scale in scales(v) if self.watched.coarsest in HALF or self.z.dtype in HALF else (None,):
+        half = self.watched.coarsest in HALF or self.z.dtype in HALF
+        # Of half precision and of units without a rule more may be asked; and once a layer was silent, whether it is.
+        self._spent = last and not (half or self.plan.generic or "silent" in self.plan.tried) and self.watched.regular
+        for scale in scales(v) if half else (None,):
             own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
-            arrived, generic = self._back(own, keep) if known is None else (known.gradients, self._generic(own))
+            arrived, generic = self._back(own) if known is None else (known.gradients, self._generic(own))
             made = [*(arrived if known is None else ()), generic]
             if scale is None or all_finite(*(g for g in made if g is not None)):
                 break  # else something overflowed in half precision that a smaller multiple may leave finite
@@ -321,11 +318,10 @@ class Linearized:
             for a, b in zip(both, one, strict=True)
         )
 
-    def _back(
-        self, v: Float[Tensor, "k B ..."], keep: bool
-    ) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"] | None]:
+    def _back(self, v: Float[Tensor, "k B ..."]) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"] | None]:
         """Gradients at the uses, and the generic units' rows, if there are any."""
-        return self.watched.backward(v, batched=len(v) > 1 and self.batched, keep=keep), self._generic(v)
+        batched = len(v) > 1 and self.batched
+        return self.watched.backward(v, batched=batched, keep=not self._spent), self._generic(v)
 
     def _generic(self, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k B d"] | None:
         if not self.plan.generic:

@@ -97,9 +97,9 @@ class Findings:
         tried: a cache, which all that have these findings share, of what is found out when it is first needed:
             "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
             whether products need no rows; "last layer"; "not shown", that a graph does not tell whether a plan holds;
-            which batches were compared with others; by link, whether outputs are known to be no probabilities; "silent",
-            that some layers' outputs are of no consequence in some batch; and by kind and likelihood, how many vectors
-            an example has.
+            "silent", that some layer's outputs are of no consequence in some batch; which batches were compared with
+            others; by link, whether outputs are known to be no probabilities; and by kind and likelihood, how many
+            vectors an example has.
     """
 
     units: tuple[Unit, ...] = ()

@@ -185,6 +185,7 @@ class Structure(ABC):
         memory_budget: bytes.
         kept: the dtype that the operator's numbers are kept in; None for that of the rows.
         processes: that each add up a part of the data; None for one alone.
+        expected: says about how many examples will be added up, or None where that is not known.
     """
 
     name: ClassVar[str] = ""
@@ -219,6 +220,7 @@ class Structure(ABC):
     memory_budget: int = UNBOUNDED
     kept: torch.dtype | None = None
     processes: Processes | None = None
+    expected: Callable[[], int | None] = lambda: None
 
     def __init_subclass__(cls) -> None:
         """Register a class that has a name of its own, in the order of definition."""

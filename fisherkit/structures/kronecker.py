@@ -36,6 +36,10 @@ EIGH_BYTES = 32
 """For each entry of a matrix while it is decomposed in float64: itself, its eigenvectors, and twice as much work."""
 
 
+LARGE = 512
+"""Width of a factor from which on no vectors are kept that will be as many as it is wide, if but half of them count:
+kept beside what passes take and give back, they leave the memory in pieces."""
+
 SPENT = "a sum that was added to or has become an operator: go on with what came of it"
 
 
@@ -364,14 +368,13 @@ class KFAC(LayerStructure):
 
     def peak(self, problem: Problem) -> int:
         """All factors, which become the operators' in place; packed ones are made beside them, one at a time."""
-        made = self._vectors(problem)[1] + self._others(problem)
-        if self.kept_item < self.item:
-            made += self._work(problem) + self.bytes(problem)
-        return max(self.summed(problem), self._factors(problem) + self._others(problem) + made)
+        others, (turned, kept) = self._others(problem), self._vectors(problem)
+        made = self._work(problem) + self.bytes(problem) if self.kept_item < self.item else 0
+        return self._factors(problem) + others + max(turned, kept + others + made)
 
     def summed(self, problem: Problem) -> int:
         """All factors, and the vectors that one of them has been until then."""
-        return self._factors(problem) + self._vectors(problem)[0] + self._others(problem)
+        return self._factors(problem) + self._others(problem) + self._vectors(problem)[0]
 
     def _work(self, problem: Problem) -> int:
         """Bytes that decomposing the largest factor takes."""
@@ -380,18 +383,23 @@ class KFAC(LayerStructure):
     def _vectors(self, problem: Problem) -> tuple[int, int]:
         """Bytes of vectors beside the matrix that is made of them, once they are as many as it is wide, or in the end.
 
-        They are put side by side for the first, and kept for the second.
+        They are put side by side for the first, and kept for the second. Of wide factors alone: others' are few bytes.
         """
-        examples, batch = problem.source.expected(), problem.first_size
         turned = kept = 0
-        for unit in problem.plan.ruled:
-            positions, *sides = unit.shape or (0,)
-            for side, rows in zip(sides, (1, problem.backward_vectors), strict=False):
-                if examples is not None and examples * positions * rows < side:
+        for positions, *sides in (unit.shape for unit in problem.plan.ruled if unit.shape is not None):
+            if max(sides) < LARGE or self._many((examples := self.expected() or 0) * positions, *sides):
+                continue
+            for side, rows in zip(sides, (1, problem.backward_vectors), strict=True):
+                if examples * positions * rows < side:
                     kept += examples * positions * rows * side
-                elif batch * positions * rows < side:
+                elif problem.first_size * positions * rows < side:
                     turned = max(turned, 2 * side**2)
         return self.item * turned, self.item * kept
+
+    @staticmethod
+    def _many(vectors: float, *sides: int) -> bool:
+        """Whether so many vectors are as many as wide factors are wide, if but half of them count."""
+        return max(sides) >= LARGE and vectors >= 2 * max(sides)
 
     def _factors(self, problem: Problem) -> int:
         """Bytes of the sums of factors."""
@@ -414,7 +422,11 @@ class KFAC(LayerStructure):
         """Factors of factored rows."""
         if not isinstance(slot.rows, FactoredRows):
             return self.record(slot.rows)
-        return KroneckerFactors.zeros(slot.rows, thin=not self.averaged).added(slot, chunk, self)
+        thin, widest = not self.averaged, max(slot.rows.inputs + slot.rows.bias, slot.rows.outputs)
+        if thin and widest >= LARGE:
+            each = slot.rows.activations.shape[:2].numel() / max(1, chunk.counted)
+            thin = not self._many((self.expected() or 0) * each, widest)
+        return KroneckerFactors.zeros(slot.rows, thin=thin).added(slot, chunk, self)
 
 
 class EKFAC(KFAC):
