@@ -116,6 +116,7 @@ def merge(
         for small sums, and T (O + I) d a step of conjugate gradients for Kronecker products of T layers O × I.
     """
     call = "merge"
+    output_damping = check_number(call, "output_damping", output_damping)
     given, sources = _opened(models, fishers, call)
     job = Job(
         call, given, _weights(weights, sources, normalize, call), _center(center, call),
