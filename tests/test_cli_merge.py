@@ -94,6 +94,29 @@ def test_merge__shards_load_too(tasks: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(("own", "wanted"), [("bfloat16", "float32"), ("float32", "float16")])
+def test_merge__loads_in_the_dtype_that_was_asked_for(
+    tasks: Path, tokenizer: Any, tmp_path: Path, own: str, wanted: str, check: bool
+) -> None:
+    for seed, name in enumerate("ab"):
+        saved(make_classifier(seed).to(getattr(torch, own)), tokenizer, tmp_path / name)
+    options = ["--method", "task-arithmetic", "--base", tmp_path / "a", "--scale", "0.3", "--dtype", wanted]
+    checked = ["--check", tasks / "texts.jsonl"] if check else []
+    result = merged(
+        "--model", tmp_path / "a", "--model", tmp_path / "b", *options, *checked, "--out", tmp_path / "merged"
+    )
+    assert result.exit_code == 0, result.output
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert model.dtype == getattr(torch, wanted)
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    if not check:
+        expected = {n: a[n].double() + 0.3 * (b[n].double() - a[n].double()) for n in a}
+        assert all(torch.equal(written[n], tensor.to(model.dtype)) for n, tensor in expected.items())
+    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
+
+
 def test_merge__models_whose_classes_differ_are_refused(tasks: Path, tokenizer: Any, tmp_path: Path) -> None:
     other = make_classifier(1)
     other.config.id2label = {0: "fft", 1: "linalg", 2: "integrate"}
@@ -147,7 +170,7 @@ def test_merge__an_interrupted_merge_leaves_what_was_there(
     def stop(*_: object, **__: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("fisherkit.cli.merge.shutil.copy2", stop)
+    monkeypatch.setattr("fisherkit.merging.export.shutil.copy2", stop)
     result = merged(*both(tasks), "--out", out, "--overwrite")
     assert result.exit_code == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

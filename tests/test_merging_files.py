@@ -144,6 +144,15 @@ def test_merge__tied_weights_are_written_once(tmp_path) -> None:
         merging.merge([path, models[1]], fishers, policy=MergePolicy(other_weights="warn"))
 
 
+def test_task_arithmetic__tied_weights_stay_tied(tmp_path) -> None:
+    models = [Tied(0), Tied(1), Tied(2)]
+    save_file({"embed.weight": models[2].embed.weight.detach()}, tmp_path / "base.safetensors")  # as Hugging Face does
+    for base in (models[2], tmp_path / "base.safetensors"):
+        found, info = merging.task_arithmetic(models[:2], base, 0.4, return_info=True)
+        assert found["head.weight"] is found["embed.weight"]
+        assert info.names["head.weight"] == "tied to embed.weight"
+
+
 def test_merge__reads_every_block_of_a_model_beside_the_same_of_the_others(paths, monkeypatch) -> None:
     order: list[str] = []
     read = ModelFiles.read

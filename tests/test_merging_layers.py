@@ -96,11 +96,29 @@ def test_merge_layers__stages_buffers_and_the_rest_are_by_policy() -> None:
         torch.testing.assert_close(found[name], tensor)
 
 
+@pytest.mark.parametrize("word", ["skip", "first"])
+def test_merge_layers__heads_of_different_labels_are_by_policy(word: str) -> None:
+    models, data = trained(2)
+    torch.manual_seed(0)
+    models[1][-1], data[1] = nn.Linear(4, 5).double(), (data[1][0], torch.randint(5, (len(data[1][0]),)))
+    with pytest.raises(fk.InvalidArgumentError, match=r"mismatched.*'2.weight' \(shapes \[3, 4\], \[5, 4\]\)"):
+        merge_layers(models, data)
+    found = merge_layers(models, data, policy=fk.merging.MergePolicy(mismatched=word))
+    fishers = [fk.ExactFisher(m, d, structure="kfac", params="0.*") for m, d in zip(models, data, strict=True)]
+    states = [{n: t for n, t in m.state_dict().items() if n[0] == "0"} for m in models]
+    expected = merge(states, fishers, damping=fk.RelativeDamping(0.01))
+    assert set(found) == {*expected, *([] if word == "skip" else ["2.weight", "2.bias"])}
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected.get(name, models[0].state_dict()[name]))
+
+
 def test_merge_layers__refuses_what_it_cannot_use(tmp_path) -> None:
     models, data = trained(2)
     cases = [
         ((["a", "b"], data), {}, fk.InvalidTypeError, "no modules"),
+        ((models[0], data), {}, fk.InvalidTypeError, "no modules"),
         ((models, data[:1]), {}, fk.InvalidArgumentError, "2 models and 1 data"),
+        ((models, None), {}, fk.InvalidArgumentError, "2 models and a NoneType as data"),
         (
             (models, data),
             {"stages": [["0.bias"], ["x"]]},

@@ -235,6 +235,16 @@ def test_merge__of_half_precision_models_computes_in_float64_and_rounds_once() -
     assert all(torch.equal(result[name], wide[name].bfloat16()) for name in result)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_merge__numbers_beyond_the_results_dtype_are_refused(dtype: torch.dtype) -> None:
+    large = {k: v + 1e5 for k, v in state(0).items()}
+    with pytest.raises(fk.NonFiniteError, match=rf"entries of 'w' up to 1e\+05, beyond {dtype}.*dtype="):
+        merge(large, large, policy=MergePolicy(dtype=dtype))
+    with pytest.raises(fk.NonFiniteError, match=r"beyond torch\.float16"):
+        merging.task_arithmetic([{"w": torch.ones(2).half()}], {"w": torch.zeros(2).half()}, 1e6)
+    assert torch.equal(merging.average([{"w": torch.full((1,), torch.inf)}] * 2)["w"], torch.full((1,), torch.inf))
+
+
 def test_merge__models_of_different_dtypes_need_dtype() -> None:
     a, b = state(0), {k: v.bfloat16() for k, v in state(1).items()}
     with pytest.raises(fk.InvalidTypeError, match=r"torch.bfloat16 and torch.float32.*'w', 'b'|w, b.*dtype="):
@@ -287,6 +297,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weights": [1.0, -1.0]}, fk.InvalidArgumentError, "0 or more"),
     ({"weights": [0, 0]}, fk.InvalidArgumentError, "not all 0"),
     ({"weights": [1.0, float("nan")]}, fk.InvalidArgumentError, "finite"),
+    ({"weights": [1e308, 1e308]}, fk.InvalidArgumentError, "of a finite sum"),
     ({"weights": ["a", 1]}, fk.InvalidTypeError, "numbers"),
     ({"weights": "N"}, fk.InvalidTypeError, "one number for each"),
     ({"damping": -1.0}, fk.InvalidArgumentError, "0 or more"),

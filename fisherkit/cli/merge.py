@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from fisherkit.io.model_files import FOLDER_NAMES, ModelFiles, targets
 from fisherkit.memory import readable
 from fisherkit.merging import MergePolicy
 from fisherkit.merging.blocks import expected_seconds
-from fisherkit.merging.export import beside_weights
+from fisherkit.merging.export import beside_weights, copy_beside
 from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
@@ -170,7 +169,7 @@ class Merge:
             _, info = function(out=merged)
             if self.check:
                 info = self._checked(texts, merged, whole, options["policy"], info)
-            _copy_beside(self.model[0], whole)
+            copy_beside(self.model[0], whole, options["policy"].dtype)
             (whole / "merge.json").write_text(info.to_json() + "\n", encoding="utf-8")
             _put_in_place(whole, out, part / REPLACED)
         self._tell(self.out, info, time.perf_counter() - start)
@@ -183,7 +182,7 @@ class Merge:
         average.mkdir()
         merging.average(self.model, info.weights, policy=policy, out=average)
         for folder in (average, merged):
-            _copy_beside(self.model[0], folder)
+            copy_beside(self.model[0], folder, policy.dtype)
         say(f"Checking on {sum(len(own.texts) for own in texts):,} texts ...")
         start, end = (replace(texts[0].folder, path=folder).load(self.device, None) for folder in (average, merged))
         _, found = merging.line_search(start, end, partial(_loss, texts), policy=policy, return_info=True)
@@ -207,7 +206,7 @@ class Merge:
                 else f"leave out {' and '.join(odd)}, or --check",
             )  # fmt: skip
         files: dict[str, Path | None] = {f"--check {path}": path for path in self.check}
-        return ModelOptions(device=self.device).texts(str(self.model[0]), files, CALL) or []
+        return ModelOptions(device=self.device, dtype=self.dtype).texts(str(self.model[0]), files, CALL) or []
 
     @property
     def _folders(self) -> bool:
@@ -317,11 +316,6 @@ class Merge:
             unverified = ", ".join(map(str, info.unverified))
             typer.echo(f"Not checked: that each Fisher was measured at its model's weights (models {unverified}).")
         typer.echo(f"Wrote {path}.")
-
-
-def _copy_beside(model: Path, folder: Path) -> None:
-    for path in beside_weights(model):
-        shutil.copy2(path, folder / path.name)
 
 
 def _loss(texts: Sequence[TextBatches], state: Mapping[str, torch.Tensor]) -> float:

@@ -6,15 +6,17 @@ Owns what all ways of merging share. Knows no Fisher.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, listed
 from fisherkit.io.model_files import targets, written
 from fisherkit.merging.models import ModelSource, weighted_average
 from fisherkit.merging.policy import Entries, MergePolicy
@@ -178,11 +180,22 @@ class Job:
             with bar(total, f"{self.call}, {total:,} numbers", "", shown=self.progress, steps=False) as shown:
                 for name, tensor in self._all(entries, merged):
                     entry, device = made[name], self.models[0].devices.get(name, tensor.device)
-                    put(name, tensor.reshape(entry.shape).to(device, entry.dtype))
+                    put(name, self._cast(name, tensor, entry.dtype).reshape(entry.shape).to(device))
                     shown.update(entry.size)
         if self.out is None:
             return {name: found[ties.get(name, name)] for name in entries if name in made or name in ties}
         return next(path for path in targets(out) if path.exists())
+
+    def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of the result in its dtype, whose range holds it."""
+        if dtype != tensor.dtype and tensor.numel():
+            low, high = map(float, tensor.aminmax())
+            if torch.finfo(dtype).max < max(-low, high) < math.inf:
+                raise NonFiniteError(
+                    call=self.call, got=f"entries of {name!r} up to {max(-low, high):.3g}, beyond {dtype}",
+                    expected="numbers that the result's dtype holds", try_="policy=MergePolicy(dtype=torch.float32)",
+                )  # fmt: skip
+        return tensor.to(dtype)
 
     def _all(self, entries: Entries, merged: Merged) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the result, none of which shares memory with a model."""

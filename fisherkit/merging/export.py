@@ -9,9 +9,12 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from fisherkit.arguments import check_choice, check_positive
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
+from fisherkit.io import replace_text
 from fisherkit.io.model_files import written
 from fisherkit.io.tensors import Form
 from fisherkit.merging.fishers import Fisher, check_measured, open_fishers
@@ -108,14 +111,20 @@ def to_mergekit(
             block = found.read(names)
             for name, part in block.space.unflatten(block.diagonal()).items():
                 put(name, part.to("cpu", dtype))
-        for path in beside_weights(folder):
-            shutil.copy2(path, out / path.name)
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        word = str(dtype).removeprefix("torch.")
-        config.update({key: word for key in ("dtype", "torch_dtype") if key in config} or {"dtype": word})
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        copy_beside(folder, out, dtype)
         (out / "fisher.json").write_text(json.dumps(dict(found.metadata), indent=2) + "\n", "utf-8")
     return out
+
+
+def copy_beside(model: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """Copy what is no weight of a model's folder; the config says the dtype of the weights there, if it is another."""
+    for path in beside_weights(model):
+        shutil.copy2(path, folder / path.name)
+    file = folder / "config.json"
+    if dtype is not None and file.exists():  # transformers cast weights to what it says
+        config, word = json.loads(file.read_text("utf-8")), str(dtype).removeprefix("torch.")
+        config.update({key: word for key in ("dtype", "torch_dtype") if key in config} or {"dtype": word})
+        replace_text(file, json.dumps(config, indent=2) + "\n")
 
 
 def beside_weights(folder: Path) -> list[Path]:

@@ -116,6 +116,7 @@ def merge(
         for small sums, and T (O + I) d a step of conjugate gradients for Kronecker products of T layers O × I.
     """
     call = "merge"
+    output_damping = check_number(call, "output_damping", output_damping)
     given, sources = _opened(models, fishers, call)
     job = Job(
         call, given, _weights(weights, sources, normalize, call), _center(center, call),
@@ -261,14 +262,18 @@ def _blocks(entries: Entries, job: Job, sources: Sequence[FisherSource], merged:
                 why="a tied parameter has only the name of the first module that holds it",
                 try_="another order of fishers, or the Fisher measured again",
             )  # fmt: skip
-    if not merged:
-        raise InvalidArgumentError(
-            call=job.call, got="no parameter that all models and Fishers share", expected="at least one to merge",
-            try_="fk.merging.average(models)",
-        )  # fmt: skip
+    _check_some(merged, job.call)
     if job.center is not None:
         check_center(job.center, {name: entries[name].shape for name in merged}, job.call)
     return joined_blocks(sources, merged, job.call)
+
+
+def _check_some(merged: Sequence[object], call: str) -> None:
+    if not merged:
+        raise InvalidArgumentError(
+            call=call, got="no parameter that all models and Fishers share", expected="at least one to merge",
+            try_="fk.merging.average(models)",
+        )  # fmt: skip
 
 
 # -- without Fishers ---------------------------------------------------------------------------------------------------
@@ -365,6 +370,7 @@ def task_arithmetic(
     parameters = [
         name for name in sources[0].shapes
         if all(name not in m.buffers and m.dtypes.get(name, torch.float32).is_floating_point for m in everything)
+        and any(name in m.shapes and name not in m.aliases for m in everything)  # else it is tied
     ]  # fmt: skip
     entries = decide(everything, parameters, start, allowed, call)
 
@@ -440,14 +446,15 @@ def merge_layers(
     Cost: a Fisher of each model for each stage, over the stage's parameters alone; a copy of every model.
     """
     call = "merge_layers"
-    if isinstance(models, (str, Path)) or not all(isinstance(model, nn.Module) for model in models):
+    if not isinstance(models, Sequence) or not all(isinstance(model, nn.Module) for model in models):
         raise InvalidTypeError(
             call=call, got="models that are no modules", expected="a list of nn.Module",
             why="each is run with layers that are merged already", try_="fk.merging.merge for files and state dicts",
         )  # fmt: skip
-    if isinstance(data, (str, Tensor)) or len(data) != len(models):
+    if not isinstance(data, Sequence) or len(data) != len(models):
+        number = len(data) if isinstance(data, Sequence) else f"a {type(data).__name__} as"
         raise InvalidArgumentError(
-            call=call, got=f"{len(models)} models and {len(data)} data", expected="the data of each model",
+            call=call, got=f"{len(models)} models and {number} data", expected="the data of each model",
             why="each model is measured on its own task's data", try_="[data_a, data_b], in the models' order",
         )  # fmt: skip
     sources = open_models(models, call)
@@ -458,6 +465,8 @@ def merge_layers(
     allowed = checked(policy, call, "refuse")
     job = Job(call, sources, own, None, allowed, out, overwrite, return_info, progress)
     entries = decide(sources, [name for names in order for name in names], None, allowed, call)
+    order = [own for stage in order if (own := tuple(n for n in stage if entries[n].action == "merged"))]
+    _check_some(order, call)
     settings = {"damping": damping, "normalize": normalize, "output_damping": output_damping, "policy": policy}
     work = _Stages(job, [unwrapped(model) for model in models], data, fisher, settings)
     found = job.result(

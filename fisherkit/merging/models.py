@@ -145,9 +145,9 @@ def check_weights(weights: Sequence[float] | Tensor | str | None, count: int, ca
         raise InvalidTypeError(call=call, got=f"weights={values!r}", expected="numbers")
     if len(values) != count:
         raise InvalidArgumentError(call=call, got=f"{len(values)} weights", expected=f"{count}, one for each model")
-    if not all(math.isfinite(w) and w >= 0 for w in values) or not any(values):
+    if not all(w >= 0 for w in values) or not 0 < sum(values) < math.inf:
         raise InvalidArgumentError(
-            call=call, got=f"weights={values!r}", expected="finite numbers, 0 or more, not all 0",
+            call=call, got=f"weights={values!r}", expected="finite numbers, 0 or more, not all 0, of a finite sum",
             why="a negative multiple of a Fisher is not positive semi-definite",
         )  # fmt: skip
     return tuple(float(w) for w in values)
