@@ -54,10 +54,35 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
+def reshard(model: nn.Module) -> list[Any]:
+    """Free weights that `fully_shard` has gathered, so that a model's parameters are shards; the sharded modules."""
+    sharded = _sharded_modules(model)
+    for module in sharded:
+        module.reshard()
+    return sharded
+
+
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process has a shard, differentiably; every process must ask. Others as they are."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # what DTensors have
     return whole
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor that every process has whole, the shard of another one's form; the inverse of `full`."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None or hasattr(tensor, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # where shards come from, it is there already
+
+    placements: Any = getattr(like, "placements", None)
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The memory that this process has of a tensor: of a shard, a plain tensor; others as they are."""
+    own: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return own
 
 
 def with_full_weights(model: nn.Module) -> nn.Module:
@@ -72,11 +97,9 @@ def with_full_weights(model: nn.Module) -> nn.Module:
 
     Cost: memory for all weights; each is sent to every process once.
     """
-    sharded = _sharded_modules(model)
+    sharded = reshard(model)
     if not sharded:
         return model
-    for module in sharded:
-        module.reshard()
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for name, parameter in model.named_parameters():
         placements: Any = getattr(parameter, "placements", ())
@@ -100,6 +123,26 @@ def with_full_weights(model: nn.Module) -> nn.Module:
             why="a Fisher is measured on a copy of the model with all weights",
             try_="attributes that can be copied, or a model of the full weights",
         ) from error  # fmt: skip
+    return found
+
+
+def in_its_precision(model: nn.Module) -> nn.Module:
+    """As `with_full_weights`, in the dtype in which ``MixedPrecisionPolicy`` has the sharded model compute, if in one.
+
+    Raises:
+        ModelError: as `with_full_weights`, or other dtypes for some modules than for others.
+    """
+    found = with_full_weights(model)
+    dtypes = {module._get_fsdp_state()._mp_policy.param_dtype for module in _sharded_modules(model)}
+    if len(dtypes) > 1:
+        raise ModelError(
+            call="fully_shard", got=f"MixedPrecisionPolicy with param_dtype of {sorted(map(str, dtypes))}",
+            expected="the same for all modules", why="a copy of the model with all weights does not cast between them",
+            try_="one mp_policy for all calls of fully_shard",
+        )  # fmt: skip
+    for dtype in dtypes - {None}:
+        for parameter in found.parameters():
+            parameter.data = parameter.data.to(dtype)
     return found
 
 

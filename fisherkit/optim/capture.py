@@ -28,6 +28,7 @@ from fisherkit.optim.outputs import Seen, explained, seen_outputs
 from fisherkit.optim.passes import Captured, Pass, with_own_inputs
 from fisherkit.optim.watch import Watch
 from fisherkit.outputs import OutputRule
+from fisherkit.processes import Processes
 from fisherkit.randomness import RngState, rng_state, untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots
@@ -42,6 +43,7 @@ from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.verified import fingerprint
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.wrappers import full
 
 OPEN = 8
 """Forward passes that may wait for their backward pass at once; each holds its graph."""
@@ -60,6 +62,7 @@ class Capture:
         call: the user's class, for errors.
 
     Attributes:
+        owner: the user's model, which has the gradients.
         offset: where numbers of examples begin, by which random labels are drawn.
     """
 
@@ -68,6 +71,7 @@ class Capture:
         *, written_out: bool, call: str,
     ) -> None:  # fmt: skip
         self.model, self.rule, self.likelihood, self.reduction, self.call = model, rule, likelihood, reduction, call
+        self.owner = model
         self._written_out = written_out
         self.space = ParameterSpace.of(model, (lambda _name, _parameter: True) if params is None else params)
         self.wanted = True
@@ -79,7 +83,7 @@ class Capture:
         self._used: set[str] = set()
         self._seen: set[int] = set()
         self._through: dict[int, bool] = {}
-        self._open: list[Pass] = []
+        self._open: list[object] = []
         self._begun: tuple[Recorder, Plan, Batch, list[str], RngState | None] | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, tuple[int, int]] = {}
@@ -93,10 +97,16 @@ class Capture:
             try_=f"a new {self.call} for the copied model, and load_state_dict",
         )  # fmt: skip
 
-    def parameters(self, known: Mapping[str, nn.Parameter] | None = None) -> dict[str, nn.Parameter]:
-        """The model's, of those that may take part; all of them may be ``known`` by name."""
-        slices, known = self.space.slices, dict(self.model.named_parameters()) if known is None else known
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The user's model's, of those that may take part."""
+        return self._own(dict(self.owner.named_parameters()))
+
+    def _own(self, known: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        slices = self.space.slices
         return {n: p for n, p in known.items() if n in slices}
+
+    def catch_up(self, processes: Processes | None) -> None:
+        """Before a step, capture what is not yet; every process must come here."""
 
     def take(self) -> list[Captured]:
         """What has been captured since the last time; unfinished passes are forgotten."""
@@ -140,7 +150,7 @@ class Capture:
         if not self.wanted:
             return None
         known = dict(self.model.named_parameters())
-        self._parameters = self.parameters(known)
+        self._parameters = self._own(known)
         own = {id(p): n for n, p in self._parameters.items() if p.requires_grad}
         if not own:
             return None
@@ -292,15 +302,10 @@ class Capture:
         if self.closed or gradient is None or self._watch.silent or not self._accumulating():
             return
         if one is None or one.gradient is not None:
-            raise ModelError(
-                call=f"{self.call}, backward pass",
-                got="a backward pass through a forward pass that was used, or that is no longer known",
-                expected=f"one backward pass for each forward pass, at most {OPEN} of them waiting",
-                why="a second one would add the same examples to the Fisher again",
-                try_="one loss for each forward pass, or `with optimizer.paused():` around other uses of the model",
-            )
+            raise used_again(self.call)
         one.refuse_rewritten(self.call)
-        self._forget_zeroed()
+        if self.finished and zeroed(self._parameters, self._gradients):
+            self.finished.clear()
         one.gradient = gradient.detach() if gradient.requires_grad else gradient
         if not one.coupled and self.rule.along_gradient and not one.watched.regular:
             with self._watch.quiet():
@@ -331,20 +336,6 @@ class Capture:
         except RuntimeError:  # asked about a leaf, torch says in this way that autograd.grad runs
             return False
 
-    def _forget_zeroed(self) -> None:
-        """Batches whose gradients were set to zero since are no part of the step."""
-        if not self.finished or not self._gradients or self._gradients == self._versions():
-            return
-        now = {name: self._parameters[name].grad for name in self._gradients}
-        # Set to None since, and perhaps filled by another backward pass; or set to zero where they were.
-        replaced = any(g is None or id(g) != self._gradients[name][0] for name, g in now.items())
-        if replaced or not any(g is not None and bool(g.to_dense().any()) for g in now.values()):
-            self.finished.clear()
-
-    def _versions(self) -> dict[str, tuple[int, int]]:
-        """What shows that gradients were replaced or written to, of those that exist."""
-        return {n: (id(p.grad), p.grad._version) for n, p in self._parameters.items() if p.grad is not None}
-
     @without_autocast()
     def _finish(self, one: Pass) -> None:
         """The user's backward pass is over."""
@@ -358,7 +349,7 @@ class Capture:
             one.chunks = self._users_rows(one)
         if one.seen is not None:
             self.finished.append(Captured(one.plan, one.chunks, one.seen, bool(one.coupled), one.names))
-        self._gradients = self._versions()
+        self._gradients = versions(self._parameters)
 
     def _judge(self, one: Pass) -> None:
         """Gradients at layers that come by other ways than the outputs, as of auxiliary losses, are no rows' parts."""
@@ -445,6 +436,32 @@ class Capture:
             with recorder:
                 z = one.batch.call(self.model)
             return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
+
+
+def used_again(call: str) -> ModelError:
+    """Of a backward pass through a forward pass whose gradient is known, or that had to be forgotten."""
+    return ModelError(
+        call=f"{call}, backward pass",
+        got="a backward pass through a forward pass that was used, or that is no longer known",
+        expected=f"one backward pass for each forward pass, at most {OPEN} of them waiting",
+        why="a second one would add the same examples to the Fisher again",
+        try_="one loss for each forward pass, or `with optimizer.paused():` around other uses of the model",
+    )
+
+
+def versions(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, int]]:
+    """What shows that gradients were replaced or written to, of those that exist."""
+    return {n: (id(p.grad), p.grad._version) for n, p in parameters.items() if p.grad is not None}
+
+
+def zeroed(parameters: Mapping[str, nn.Parameter], known: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether gradients were set to zero since they had the `versions` known: their batches are no part of a step."""
+    if not known or known == versions(parameters):
+        return False
+    now = {name: parameters[name].grad for name in known}
+    # Set to None since, and perhaps filled by another backward pass; or set to zero where they were.
+    replaced = any(g is None or id(g) != known[name][0] for name, g in now.items())
+    return replaced or not any(g is not None and bool(full(g).to_dense().any()) for g in now.values())
 
 
 def is_checked(step: int) -> bool:

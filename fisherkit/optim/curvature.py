@@ -33,6 +33,7 @@ from fisherkit.optim.averages import Averages, SteadyDamping
 from fisherkit.optim.capture import Capture, is_checked
 from fisherkit.optim.outputs import check_reduction, explained
 from fisherkit.optim.passes import Captured, lifted
+from fisherkit.optim.replay import Replay
 from fisherkit.optim.sample_space import Direction, damped, gram_direction
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group, Processes
@@ -43,7 +44,7 @@ from fisherkit.rows.shared import SharedRows
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import structure_named
 from fisherkit.vectors import EmpiricalVectors, rule_of
-from fisherkit.wrappers import is_fully_sharded
+from fisherkit.wrappers import full, is_fully_sharded, reshard
 
 FIT = 1e-4
 """Below this ‖∂ℓ/∂z‖² an example's factor says nothing."""
@@ -85,7 +86,7 @@ class Curvature:
         self.update_every = update_every
         self.rule = rule
         self._power = rule.gradient_power if gram and chosen.keeps_rows else None
-        self.capture = Capture(
+        self.capture = (Replay if is_fully_sharded(model) else Capture)(
             model, params, EmpiricalVectors() if self._power is not None else rule,
             resolved, reduction, written_out=chosen.keeps_rows, call=call,
         )  # fmt: skip
@@ -93,6 +94,7 @@ class Curvature:
             chosen, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce", max_rank=max_rank
         )
         self.processes = Processes.of(group, next(model.parameters()).device, call)
+        _refuse_other_processes(model, self.processes, call)
         if self.processes is not None:  # labels are drawn for each process by itself
             self.capture.offset = self.processes.rank << 32
         self.steps = self.examples = 0
@@ -106,11 +108,16 @@ class Curvature:
         return self.steps % self.update_every == 0
 
     def gradients(self, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Those that are there, dense, of parameters that may take part; a forgotten backward pass is warned of."""
-        found = {n: dense_gradient(p, p.grad) for n, p in own.items() if p.grad is not None}
-        if not found:
+        """Those that are there, dense and whole, of parameters that may take part; the step's rows are at hand then.
+
+        A forgotten backward pass is warned of.
+        """
+        held = {n: p.grad for n, p in own.items() if p.grad is not None}
+        if not held:
             self.capture.say_if_forgotten()
-        return found
+            return {}
+        self.capture.catch_up(self.processes)
+        return {n: dense_gradient(own[n], full(gradient)) for n, gradient in held.items()}
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -414,20 +421,32 @@ def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
 def whole_model(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
     """The module inside `DistributedDataParallel`, which calls it, and parameters by its own names.
 
-    Raises:
-        ModelError: each process has a shard of the model.
+    Of a model that `fully_shard` has sharded, parameters are shards afterwards, which have the gradients.
     """
-    if isinstance(model, nn.Module) and is_fully_sharded(model):
-        raise ModelError(
-            call="fk.optim", got="a model that fully_shard has sharded", expected="one with whole weights",
-            why="a step is a solve with the gradients of all layers, of which each process has a part",
-            try_="DistributedDataParallel(model); Fishers, EWC and influence scores take sharded models",
-        )  # fmt: skip
+    if isinstance(model, nn.Module):
+        reshard(model)
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return model, params
     names = isinstance(params, Iterable) and not isinstance(params, str)
     inner = [n.removeprefix("module.") if isinstance(n, str) else n for n in params] if names else params
     return model.module, inner
+
+
+def _refuse_other_processes(model: nn.Module, processes: Processes | None, call: str) -> None:
+    """Refuse a group of other processes than those that `fully_shard` has left shards of the model.
+
+    Raises:
+        ModelError: their number is another.
+    """
+    size = 1 if processes is None else processes.size
+    sharers = {p.device_mesh.size() for p in model.parameters() if hasattr(p, "device_mesh")}
+    if sharers - {size}:
+        raise ModelError(
+            call=call, got=f"a model in shards of {max(sharers)} processes, and a group of {size}",
+            expected="a group of the processes that have the shards",
+            why="each writes its shard of the update, which must be the same update",
+            try_="group=None in a default group of those processes, or their own group",
+        )  # fmt: skip
 
 
 def checked_rule(

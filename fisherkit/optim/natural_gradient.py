@@ -21,6 +21,7 @@ from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
 from fisherkit.space import ParameterSpace, Selection
+from fisherkit.wrappers import full, local, shard_like
 
 CALL = "NaturalGradient"
 STATE_CHECKSUM = "state_checksum"
@@ -77,7 +78,7 @@ class NaturalGradient(torch.optim.Optimizer):
         max_rank: leading eigenpairs of a Kronecker factor that are kept; all others get their mean eigenvalue. Makes
             wide layers cheap, and the inverse approximate. None for all.
         group: the processes whose batches a step is made of, as for `fisherkit.FisherApproximation`; for models that
-            `DistributedDataParallel` trains, whose gradients are the mean over processes.
+            `DistributedDataParallel` or `fully_shard` trains, whose gradients are the mean over processes.
         options: of the kind: ``power=`` (ief), ``draws=, seed=`` (sf), ``rank=`` or ``tolerance=`` (truncated).
 
     Raises:
@@ -90,7 +91,8 @@ class NaturalGradient(torch.optim.Optimizer):
             the outputs (auxiliary losses on features): rows are those of the outputs, at one more backward pass.
             Once, of a step without gradients after a forward pass, which changes nothing: a forgotten ``backward()``.
 
-    Cost: beside your own passes, N²D for the Gram matrix (full and block), or the products of `fisherkit.operators`.
+    Cost: beside your own passes, N²D for the Gram matrix (full and block), or the products of `fisherkit.operators`. Of
+    a model in shards, for steps that take rows, your passes once more on a copy with all weights.
     """
 
     def __init__(
@@ -183,7 +185,7 @@ class NaturalGradient(torch.optim.Optimizer):
         odd = [name for name in gradients if own[name] not in held]
         gone = [p for p in held - mine if p.grad is not None and bool(p.grad.to_dense().any())]
         if odd or gone:
-            model = self._curvature.capture.model
+            model = self._curvature.capture.owner
             odd += [name for name, p in model.named_parameters() if any(p is one for one in gone)]
             raise ModelError(
                 call=f"{CALL}.step", got=f"parameters that were replaced or renamed: {listed(map(repr, odd), 4)}",
@@ -192,7 +194,7 @@ class NaturalGradient(torch.optim.Optimizer):
             )  # fmt: skip
 
     def _apply(self, own: Mapping[str, nn.Parameter], space: ParameterSpace, update: Tensor) -> None:
-        pieces = {own[name]: delta for name, delta in space.unflatten(update).items()}
+        pieces = {own[name]: shard_like(delta, own[name]) for name, delta in space.unflatten(update).items()}
         for group in self.param_groups:
             # Those without a gradient were frozen since the last update.
             chosen = [p for p in group["params"] if p in pieces and p.grad is not None]
@@ -201,9 +203,10 @@ class NaturalGradient(torch.optim.Optimizer):
             deltas = [pieces[p] for p in chosen]
             if group["momentum"]:
                 deltas = [self._buffered(p, delta, group["momentum"]) for p, delta in zip(chosen, deltas, strict=True)]
+            weights = [local(p) for p in chosen]
             if group["weight_decay"]:
-                torch._foreach_mul_(chosen, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(chosen, deltas, alpha=-group["lr"])
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, [local(delta) for delta in deltas], alpha=-group["lr"])
 
     def _buffered(self, p: nn.Parameter, delta: Tensor, momentum: float) -> Tensor:
         """The parameter's m with Δ added, in its dtype, in which torch loads it."""
@@ -234,7 +237,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 why="one Fisher and one direction belong to all groups", try_=f"{odd[0]}= of {CALL} itself",
             )  # fmt: skip
         capture = self._curvature.capture
-        names = {id(p): n for n, p in capture.model.named_parameters()}
+        names = {id(p): n for n, p in capture.owner.named_parameters()}
         own = param_group.get("params", [])
         param_group["params"] = [own] if isinstance(own, Tensor) else list(own)
         if any(id(p) not in names for p in param_group["params"]):
@@ -259,8 +262,10 @@ class NaturalGradient(torch.optim.Optimizer):
         """Torch's, and running averages and counters under "curvature"; of tensors, numbers and strings alone.
 
         There are checksums of "curvature" and of "state"; groups have none, so that a learning rate may be changed.
+        Of a model in shards, every process must ask, and has the whole state.
         """
         own = super().state_dict()
+        own["state"] = {key: {name: full(value) for name, value in one.items()} for key, one in own["state"].items()}
         state = {**own, "curvature": self._curvature.state_dict(), STATE_CHECKSUM: state_hash(own["state"])}
         for group in state["param_groups"]:
             for name, cls in _RELATIVE.items():
@@ -294,6 +299,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 call=f"{CALL}.load_state_dict", got=f"a state that torch.optim.Optimizer refuses ({error})",
                 expected=f"one that {CALL}.state_dict() made of the same parameters in the same groups",
             ) from error  # fmt: skip
+        for p, held in self.state.items():
+            held.update({name: shard_like(value, p) for name, value in held.items()})
         self._curvature.load_state_dict(state_dict["curvature"])
 
     def __getstate__(self) -> dict[str, Any]:

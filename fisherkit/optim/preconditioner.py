@@ -18,6 +18,7 @@ from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
 from fisherkit.space import Selection
 from fisherkit.structures import structure_named
+from fisherkit.wrappers import local, shard_like
 
 CALL = "Preconditioner"
 
@@ -65,14 +66,14 @@ class Preconditioner:
         kfac_positions: "expand" or "reduce".
         max_rank: leading eigenpairs of a Kronecker factor that are kept; None for all.
         group: the processes whose batches a step is made of, as for `fisherkit.FisherApproximation`; for models that
-            `DistributedDataParallel` trains, whose gradients are the mean over processes.
+            `DistributedDataParallel` or `fully_shard` trains, whose gradients are the mean over processes.
         options: of the kind.
 
     Raises:
         FisherkitError: as for `NaturalGradient`.
 
     Cost: an update costs what the structure's build costs without its passes over the data; a step one product with the
-        inverse.
+        inverse. Of a model in shards, for updates, your passes once more on a copy with all weights.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Preconditioner:
         for name, delta in space.unflatten(update).items():
             gradient = own[name].grad
             if gradient is not None and gradient.layout == torch.strided:
-                strided.append((gradient, delta))
+                strided.append((local(gradient), local(shard_like(delta, gradient))))
             elif gradient is not None:  # an update has entries where a sparse gradient has none
                 own[name].grad = delta.clone()
         if strided:
