@@ -181,8 +181,10 @@ class Linearized:
         """A plan that knows what this batch has shown.
 
         Units whose rule does not hold here lose it; parameters that are used for the first time get a rule, if the sum
-        of their rows is what autograd finds.
+        of their rows is what autograd finds. The same plan where the graph was let go: the next pass keeps it.
         """
+        if self.untold:
+            return self.plan
         plan, newly_ruled = self.plan, self.newly_ruled
         units = [unit for unit in plan.units if not {*self.unruled, *newly_ruled}.intersection(unit.names)]
         names = [name for name in plan.space.names if name in self.unruled]

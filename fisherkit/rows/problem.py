@@ -673,8 +673,7 @@ class Problem:
                         self.confirm()
                     raise
             if self.revisable and linearized.unruled:
-                better = self.plan if linearized.untold else linearized.replanned()
-                raise BetterPlanError(better, self.by_owner, batch)
+                raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             return found.finite(call)
 
         chunks = slots.chunks(batch, step, rows)
