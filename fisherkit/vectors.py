@@ -185,19 +185,24 @@ def rule_of(
         if options:
             raise InvalidArgumentError(call=call, got=f"options {sorted(options)} beside a rule", expected="none")
         return kind
-    expected = f"one of {[*also, *spellings()]}"
+
+    def expected() -> str:
+        return f"one of {[*also, *spellings()]}"
+
     if not isinstance(kind, str):
         raise InvalidTypeError(
-            call=call, got=f"a kind of type {type(kind).__name__}", expected=f"{expected}, or an fk.OutputRule"
+            call=call, got=f"a kind of type {type(kind).__name__}", expected=f"{expected()}, or an fk.OutputRule"
         )
     name, colon, setting = kind.partition(":")
     if name not in RULES:
-        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected, why=f"there is no kind {name!r}")
+        raise InvalidArgumentError(
+            call=call, got=f"kind={kind!r}", expected=expected(), why=f"there is no kind {name!r}"
+        )
     try:
         written = RULES[name].options_of(setting) if colon else {}
     except ValueError as error:
-        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected, why=str(error)) from error
-    possible = list(signature(RULES[name]).parameters)
+        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected(), why=str(error)) from error
+    possible = list(signature(RULES[name]).parameters) if options else []
     if unknown := [option for option in options if option not in possible]:
         named = " and ".join(f"{option}=" for option in unknown)
         own = " and ".join(f"{option}=" for option in possible) or "none"
@@ -214,7 +219,7 @@ def rule_of(
         if not written:
             raise
         why = f"the setting is {error.got}, not {error.expected}"
-        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected, why=why) from error
+        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected(), why=why) from error
 
 
 def spelled(metadata: Mapping[str, str]) -> str:

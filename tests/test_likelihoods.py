@@ -165,6 +165,13 @@ def test_categorical__hessian_factor_in_float32_has_relative_accuracy(gap: float
 
 
 @pytest.mark.parametrize("gap", GAPS)
+def test_categorical__hessian_columns_are_those_of_the_factor(gap: float) -> None:
+    z, likelihood = sure_logits(gap), Categorical()
+    columns = [likelihood.hessian_columns(z, torch.full((len(z),), k)) for k in range(4)]
+    assert_relative(torch.stack(columns, -1), likelihood.hessian_factor(z.double()), 2e-5)
+
+
+@pytest.mark.parametrize("gap", GAPS)
 def test_categorical__hessian_diagonal_in_float32_has_relative_accuracy(gap: float) -> None:
     z, likelihood = sure_logits(gap), Categorical()
     p = torch.softmax(z.double(), -1)

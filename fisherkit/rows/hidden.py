@@ -108,19 +108,21 @@ def uses_are_all(
         own.setdefault(use.edge.node, set()).update(use.names)
         inputs.setdefault(use.edge.node, []).extend([get_gradient_edge(x).node] if x.requires_grad else [])
 
-    def name(node: Node) -> str | None:
-        """Of a parameter's own node."""
-        return names.get(id(getattr(node, "variable", None)))
+    # Of the parameters' own nodes, which nothing follows.
+    leaves = {node: names.get(id(getattr(node, "variable", None))) for node, after in graph.items() if not after}
 
-    def before(starts: Iterable[Node | None], stops: Collection[Node]) -> list[Node]:
-        return list(_followed(starts, stops, graph.__getitem__))
+    def before(starts: Iterable[Node | None], stops: Collection[Node]) -> Iterable[Node]:
+        return _followed(starts, stops, graph.__getitem__)
 
     between = before((z.grad_fn, *(node for read in inputs.values() for node in read)), own)
-    return all(name(node) is None for node in between) and all(
-        node not in own and not _is_custom(node) and (name(node) is None or name(node) in chosen)
-        for use, chosen in own.items()
-        for node in before(graph[use], inputs[use])
-    )
+    if any(leaves.get(node) is not None for node in between):
+        return False
+    for output, chosen in own.items():
+        for node in before(graph[output], inputs[output]):
+            name = leaves.get(node)
+            if node in own or _is_custom(node) or not (name is None or name in chosen):
+                return False
+    return True
 
 
 def graph_of(z: Tensor) -> dict[Node, Sequence[Node]]:

@@ -48,6 +48,7 @@ class Unit:
     def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, without_use: bool = False) -> None:
         self.names, self.reason, self.numbers, self.without_use = names, reason, numbers, without_use
         self.fold = 1
+        self._known = frozenset(names)
 
     def copied(self) -> Unit:
         """Another one, for which other choices may be made."""
@@ -88,12 +89,11 @@ class RuledUnit(Unit):
 
     def of(self, uses: Sequence[Use]) -> list[int]:
         """The places of those uses of a forward pass that belong to this unit."""
-        own, form = self.names, self.form
+        own, form = self._known, self.form
         return [
-            i
-            for i, use in enumerate(uses)
-            if (own == use.names or any(name in own for name in use.names)) and (form is None or form == form_of(use))
-        ]
+            i for i, use in enumerate(uses)
+            if not own.isdisjoint(use.names) and (form is None or form == form_of(use))
+        ]  # fmt: skip
 
     @property
     def rule_name(self) -> str:
