@@ -314,16 +314,20 @@ class RotatedSquares(UnitSums):
         nothing = a.basis.new_zeros(()).expand(g.basis.shape[1], a.basis.shape[1])  # which takes no memory
         return cls(a, g, factors.transposed, nothing)
 
-    def add(self, rows: FactoredRows) -> RotatedSquares:
-        """With more rows."""
-        total = self.total.flatten()
+    def add(self, rows: FactoredRows, *, own: bool = False) -> RotatedSquares:
+        """With more rows, added in place where the sums are its ``own`` and nobody else has them."""
+        total = (self.total if own else self.total.clone(memory_format=torch.contiguous_format)).flatten()
         for rotated in rows.rotated(self.activation.basis, self.gradient.basis):
-            total = total + rotated.squared_sum()
+            total += rotated.squared_sum()
         return replace(self, total=total.reshape(self.total.shape))
 
     def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> RotatedSquares:
         """With the unit's rows of a chunk."""
         return self.add(slot.rows) if isinstance(slot.rows, FactoredRows) else self
+
+    def grown(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> RotatedSquares:
+        """In place, so that sums that grow leave no pieces of memory behind."""
+        return self.add(slot.rows, own=True) if isinstance(slot.rows, FactoredRows) else self
 
     def merge(self, other: RotatedSquares) -> RotatedSquares:
         """With another pass's, in the other's basis: of a matrix in another one, the diagonal that it has there."""
