@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherkit as fk
-from fisherkit.structures.kronecker import SecondMoment
+from fisherkit.fisher import _asked
+from fisherkit.structures import structures
+from fisherkit.structures.base import LayerSums
+from fisherkit.structures.kronecker import RotatedSquares, SecondMoment
 
 
 def chunks(width: int, sizes: Sequence[int] = (700, 300, 41)) -> list[Tensor]:
@@ -107,3 +110,20 @@ def test_fisher__in_inference_mode_is_the_same(structure: str) -> None:
     with torch.inference_mode():
         found = fk.EmpiricalFisher(model, data, structure=structure).to_dense()
     torch.testing.assert_close(found, expected)
+
+
+def test_ekfac__sums_that_grow_in_place_are_no_one_elses() -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 4).double(), torch.randn(60, 3, dtype=torch.float64)
+    builder = _asked("test", model, [(x, torch.arange(60) % 4)], "ef", {"structure": "ekfac"}).builder
+    structure = builder._chosen(structures()["ekfac"])
+    chunks = list(builder.problem.chunks("rows"))
+    (factors,) = structure.empty(builder.problem).added(chunks).units.values()
+    names = ("weight", "bias")
+    start = LayerSums(structure, {names: RotatedSquares.zeros(factors, torch.float64)}, {})
+    one = start.added(chunks)
+    before = one.units[names].total.clone()
+    three = one.added([*chunks, *chunks])
+    assert torch.equal(one.units[names].total, before)
+    assert not start.units[names].total.any()
+    torch.testing.assert_close(three.units[names].total, 3 * before)

@@ -312,6 +312,10 @@ class UnitSums(Added):
         """With the unit's rows of a chunk."""
         return self.merge(structure.record(slot.rows))
 
+    def grown(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> UnitSums:
+        """As `added`, of a record that nobody else has, so that it may be written to."""
+        return self.added(slot, chunk, structure)
+
     def averaged(self, known: Any, ema: float, weight: float) -> UnitSums:
         """ema · ``known`` + (1 − ema) · weight · self; weight · self where ``known`` is None. The weight is 1/N."""
         if known is None:
@@ -364,7 +368,8 @@ class LayerSums(Sums):
             for slot in chunk.rows.slots:
                 known = units.get(slot.names)
                 if known is not None:
-                    units[slot.names] = known.added(slot, chunk, self.structure)
+                    add = known.added if known is self.units.get(slot.names) else known.grown
+                    units[slot.names] = add(slot, chunk, self.structure)
                 elif self.done is None:
                     units[slot.names] = self.structure.start(slot, chunk)
             del chunk, slot  # not to be held while the next rows are made

@@ -37,8 +37,8 @@ EIGH_BYTES = 32
 
 
 LARGE = 512
-"""Width of a factor from which on no vectors are kept that will be as many as it is wide, if but half of them count:
-kept beside what passes take and give back, they leave the memory in pieces."""
+"""Width of a factor from which on no vectors are kept that will be as many as it is wide: beside what passes take and
+give back, they leave the memory in pieces."""
 
 SPENT = "a sum that was added to or has become an operator: go on with what came of it"
 
@@ -135,10 +135,14 @@ class SecondMoment:
     def spectrum(self, call: str) -> Spectrum:
         """Eigenvalues and orthonormal eigenvectors, without those of the null space of few vectors.
 
-        A matrix of this object's own is let go, so that matrices and bases need not exist beside each other.
+        A matrix of this object's own makes room for its basis.
         """
-        if not self.few:
-            return spectrum(self.dense() if self.own is None else mirrored(self._taken()), call)
+        if self.own is not None:
+            matrix = mirrored(self._taken())
+            found = spectrum(matrix, call)
+            return found._replace(basis=matrix.copy_(found.basis))
+        if self.matrix is not None:
+            return spectrum(self.matrix, call)
         # xᵀ = q r, so Σ x xᵀ = q (r rᵀ) qᵀ; forming no w × w matrix, and orthonormal at any condition.
         q, r = torch.linalg.qr(self._stacked().mT)
         values, vectors = torch.linalg.eigh(r.double() @ r.double().mT)
@@ -310,16 +314,20 @@ class RotatedSquares(UnitSums):
         nothing = a.basis.new_zeros(()).expand(g.basis.shape[1], a.basis.shape[1])  # which takes no memory
         return cls(a, g, factors.transposed, nothing)
 
-    def add(self, rows: FactoredRows) -> RotatedSquares:
-        """With more rows."""
-        total = self.total.flatten()
+    def add(self, rows: FactoredRows, *, own: bool = False) -> RotatedSquares:
+        """With more rows, added in place where the sums are its ``own`` and nobody else has them."""
+        total = (self.total if own else self.total.clone(memory_format=torch.contiguous_format)).flatten()
         for rotated in rows.rotated(self.activation.basis, self.gradient.basis):
-            total = total + rotated.squared_sum()
+            total += rotated.squared_sum()
         return replace(self, total=total.reshape(self.total.shape))
 
     def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> RotatedSquares:
         """With the unit's rows of a chunk."""
         return self.add(slot.rows) if isinstance(slot.rows, FactoredRows) else self
+
+    def grown(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> RotatedSquares:
+        """In place, so that sums that grow leave no pieces of memory behind."""
+        return self.add(slot.rows, own=True) if isinstance(slot.rows, FactoredRows) else self
 
     def merge(self, other: RotatedSquares) -> RotatedSquares:
         """With another pass's, in the other's basis: of a matrix in another one, the diagonal that it has there."""
@@ -398,8 +406,8 @@ class KFAC(LayerStructure):
 
     @staticmethod
     def _many(vectors: float, *sides: int) -> bool:
-        """Whether so many vectors are as many as wide factors are wide, if but half of them count."""
-        return max(sides) >= LARGE and vectors >= 2 * max(sides)
+        """Whether factors are wide, and vectors as many."""
+        return max(sides) >= LARGE and vectors >= max(sides)
 
     def _factors(self, problem: Problem) -> int:
         """Bytes of the sums of factors."""
@@ -425,7 +433,8 @@ class KFAC(LayerStructure):
         thin, widest = not self.averaged, max(slot.rows.inputs + slot.rows.bias, slot.rows.outputs)
         if thin and widest >= LARGE:
             each = slot.rows.activations.shape[:2].numel() / max(1, chunk.counted)
-            thin = not self._many((self.expected() or 0) * each, widest)
+            # Where not all positions count, perhaps half of them do.
+            thin = not self._many((self.expected() or 0) * each * (1.0 if chunk.whole else 0.5), widest)
         return KroneckerFactors.zeros(slot.rows, thin=thin).added(slot, chunk, self)
 
 
