@@ -14,6 +14,7 @@ from tests.reference.fisher import full, rows
 from tests.reference.models import FAMILIES
 from tests.reference.outputs import EF
 from tests.reference.zoo import Compose
+from tests.test_later_uses import Model, X, check, reference
 
 
 def build(name: str, **options: object) -> fk.EmpiricalFisher:
@@ -249,3 +250,30 @@ def test_rows__in_any_order_and_number_are_those_rows(name: str) -> None:
     rows = unwrap(build(name)).row_source
     order = torch.randperm(rows.count, generator=torch.Generator().manual_seed(0))[: rows.count // 2 + 1]
     torch.testing.assert_close(rows.reordered(order).dense(), rows.dense()[order], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal", "kfac", "ekfac", "nkp"])
+@pytest.mark.parametrize(
+    ("shape", "turned"), [((15,), False), ((15,), True), ((3, 5), False), ((5, 3), True), ((1, 15), False)], ids=str
+)
+def test_weight__that_is_a_view_of_another_shape_has_no_factors_of_it(
+    shape: tuple[int, ...], turned: bool, structure: str
+) -> None:
+    """The parameter's own block, as it is small: Kronecker factors are of its own first axis and the others."""
+
+    def viewed(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w.view(3, 5).T if turned else w.view(5, 3)).tanh()
+
+    check(Model(viewed, shape), X, structure=structure)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_last_layer__of_a_view_of_another_shape(structure: str) -> None:
+    """Of the exact kind, a last layer of many outputs has a closed form; not this one."""
+
+    def viewed(x: Tensor, w: Tensor, head: Tensor) -> Tensor:
+        return F.linear((x @ w).tanh(), head.view(7, 2))
+
+    model = Model(viewed, (3, 2), (2, 7))
+    fisher = fk.ExactFisher(model, (X, None), likelihood="gaussian", structure=structure)
+    torch.testing.assert_close(fisher.to_dense()[6:, 6:], reference(model, X)[6:, 6:])

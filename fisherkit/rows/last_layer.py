@@ -236,9 +236,9 @@ def _usable(linearized: Linearized, use: Use) -> Use | None:
     """A last use, if it is that of a linear layer as its unit has it, and nothing else acts on gradients."""
     if linearized.unruled or linearized.watched.hooked:
         return None
-    # Weights that are made of parameters, or seen transposed, have rows of another form.
+    # Weights that are made of parameters, seen transposed or in another shape, have rows of another form.
     unit = next((unit for unit in linearized.plan.ruled if unit.names == use.names), None)
-    if type(unit) is not RuledUnit or not use.plain or use.turned:
+    if type(unit) is not RuledUnit or not use.plain or use.turned or unit.shape is None:
         return None
     linear = type(use.rule) is LinearRule or (isinstance(use.rule, ContractionRule) and use.rule.name == "addmm")
     return use if linear and use.weight is not None else None

@@ -214,8 +214,8 @@ class Linearized:
             if made is not None and made.rows.size == len(expected):
                 total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
                 if bool((total - expected).norm() <= self._tolerance(dtype) * expected.norm()):
-                    unit.measure(uses, arrangements, made.rows)
-                    return unit
+                    weight = self.plan.parameters[unit.names[0]].shape
+                    return unit.confirmed(uses, arrangements, made.rows, weight)
         return Unit(unit.names, f"autograd does not confirm a rule for {unit.names[0]}", unit.numbers)
 
     def _arrangements(

@@ -703,8 +703,7 @@ def _verified(
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a rule that does not know this form of use
         made, reason = None, f"the {unit.rule_name} rule fails here: {str(error).splitlines()[0]}"
     if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
-        unit.measure(uses, arrangements, made.rows)
-        return [unit]
+        return [unit.confirmed(uses, arrangements, made.rows, plan.parameters[unit.names[0]].shape)]
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 

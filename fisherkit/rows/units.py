@@ -75,6 +75,7 @@ class RuledUnit(Unit):
         place: where the batch lies in its uses, in words.
         shape: positions, inputs and outputs ``(T, I, O)`` of a unit that can be kept factored; None for others.
         stored: write the rows out instead of keeping the two factors.
+        viewed: whether its uses see a view of the weight with another first axis, whose factors are not the weight's.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class RuledUnit(Unit):
         self.rule, self.form, self.turned = rule, form, turned
         self.place = ""
         self.shape: tuple[int, int, int] | None = None
-        self.stored = False
+        self.stored = self.viewed = False
         self._none: UnitRows = StoredRows(torch.zeros(0, numbers))
 
     def of(self, uses: Sequence[Use]) -> list[int]:
@@ -149,7 +150,7 @@ class RuledUnit(Unit):
             if cache is not None:
                 cache[key] = a
         rows = self.rule.rows(self._restricted(uses[own[0]]), a, selection.take(g), selection.example)
-        if self.stored and isinstance(rows, FactoredRows):
+        if (self.stored or self.viewed) and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
         if all(isinstance(one, Regular) and one.alive is None for one in places):
             return UnitSlot(self.names, rows)
@@ -174,6 +175,16 @@ class RuledUnit(Unit):
         elif isinstance(rows, SparseRows):
             positions = sum(uses[i].lead.numel() for i in own) // rows.count
             self.numbers = positions * (rows.values.shape[1] + 2)
+
+    def confirmed(
+        self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows, weight: torch.Size
+    ) -> Unit:
+        """Itself, with its sizes known; ``weight`` is the shape of its first parameter."""
+        self.measure(uses, arrangements, rows)
+        if isinstance(rows, FactoredRows) and weight[:1] != (rows.inputs if rows.transposed else rows.outputs,):
+            self.shape, self.viewed = None, True
+            self._none = StoredRows(self._none.dense())
+        return self
 
     def zeros(self, count: int, examples: int, example: Int[Tensor, "R"] | None, like: Tensor) -> UnitRows:
         """Rows of a batch that does not use the unit, in the form of others."""
