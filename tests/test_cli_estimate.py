@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 import fisherkit as fk
 from tests import commands
 from tests.commands import own_module
-from tests.text_models import LABELS, SIZES, TEXTS, jsonl, saved
+from tests.text_models import LABELS, SIZES, TEXTS, WORDS, jsonl, make_classifier, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
@@ -215,6 +216,19 @@ def test_estimate__an_adapter_alone_or_a_folder_without_a_tokenizer_is_refused(
     bare = tmp_path / "bare"
     transformers.AutoModelForSequenceClassification.from_pretrained(classifier).save_pretrained(bare)
     assert "tokenizer.save_pretrained" in run(bare, "--data", data, "--out", tmp_path / "f").stderr
+
+
+@pytest.mark.parametrize("texts", [("", "graph"), ("",)], ids=str)
+def test_estimate__texts_without_a_token_are_refused(texts: tuple[str, ...], tmp_path: Path) -> None:
+    """Of tokenizers that put nothing around a text."""
+    words = {word: place for place, word in enumerate(WORDS)}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]")
+    folder = saved(make_classifier(), tokenizer, tmp_path / "model")
+    source = jsonl(tmp_path / "texts.jsonl", [{"text": text, "label": 0} for text in texts])
+    result = run(folder, "--data", source, "--out", tmp_path / "f")
+    assert result.exit_code == 1
+    assert "a text without a token in line 1 of texts.jsonl" in result.stderr
 
 
 def test_estimate__draws_some_of_the_texts_and_counts_those_that_are_cut(

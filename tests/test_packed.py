@@ -96,6 +96,23 @@ def test_packed__in_parts_is_the_whole_build(structure: str, tmp_path: Path) -> 
     assert error(fk.load(tmp_path / "f").to_dense(), whole.to_dense()) <= 1e-12
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_packed__has_the_blocks_of_the_whole(structure: str, tmp_path: Path) -> None:
+    """In memory and in a file, so that what is normalised block by block is the same."""
+    fishers = {dtype: built(structure, dtype, torch.float32) for dtype in (None, torch.bfloat16)}
+    fishers[torch.bfloat16].save(tmp_path / "f")
+    names = {dtype: [block.space.names for block in fk.operators.split(fisher)] for dtype, fisher in fishers.items()}
+    assert names[torch.bfloat16] == names[None] == list(fk.operators.open_file(tmp_path / "f").blocks)
+    other = {name: value + 0.1 for name, value in network(torch.float32).state_dict().items()}
+    policy = fk.merging.MergePolicy(other_weights="warn")
+    with pytest.warns(UserWarning, match="measured at other"):
+        merged = [
+            fk.merging.merge([network(torch.float32), other], [fisher, 2.0 * fisher], policy=policy)
+            for fisher in fishers.values()
+        ]
+    assert all(float((merged[1][name] - value).abs().max()) < 2e-3 for name, value in merged[0].items())
+
+
 def test_packed__serves_applications() -> None:
     """Merging, consolidation and scores take it as any Fisher, and do not widen what they keep."""
     model, (x, y) = network(), data()

@@ -420,7 +420,14 @@ class TextBatches:
             [text.text for text in texts], pairs or None, padding=True, truncation=True, max_length=self.max_length,
             return_tensors="pt",
         )  # fmt: skip
-        self.cut += int((encoded["attention_mask"].sum(1) >= self.max_length).sum())
+        lengths = encoded["attention_mask"].sum(1)
+        if not lengths.all():
+            raise DataError(
+                call=self.call, got=f"a text without a token in {texts[int(lengths.argmin())].place}",
+                expected="at least one", why="what a model says of padding alone depends on the batch",
+                try_="leave the line out",
+            )  # fmt: skip
+        self.cut += int((lengths >= self.max_length).sum())
         labels = (
             encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORE)
             if self.folder.causal

@@ -465,7 +465,7 @@ def merge_layers(
     allowed = checked(policy, call, "refuse")
     job = Job(call, sources, own, None, allowed, out, overwrite, return_info, progress)
     entries = decide(sources, [name for names in order for name in names], None, allowed, call)
-    order = [left for stage in order if (left := tuple(n for n in stage if entries[n].action == "merged"))]
+    order = [names for stage in order if (names := tuple(n for n in stage if entries[n].action == "merged"))]
     _check_some(order, call)
     settings = {"damping": damping, "normalize": normalize, "output_damping": output_damping, "policy": policy}
     work = _Stages(job, [unwrapped(model) for model in models], data, fisher, settings)

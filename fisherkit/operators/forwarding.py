@@ -18,6 +18,7 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.errors import FisherkitError
 from fisherkit.operators.base import HOOKS, FisherOperator
+from fisherkit.operators.composite import BlockDiagonalOperator
 from fisherkit.operators.linalg import nearest_orthonormal
 from fisherkit.operators.persistence import restore
 from fisherkit.space import ParameterSpace
@@ -140,5 +141,7 @@ def packed(operator: FisherOperator, dtype: torch.dtype | None) -> FisherOperato
     """The operator with its numbers in a dtype, where it knows how and they are in a wider one; None for none."""
     if dtype is None or torch.finfo(dtype).bits >= torch.finfo(operator.dtype).bits:
         return operator
+    if len(blocks := operator._blocks()) > 1:  # each by itself, so that they are the blocks of the result
+        return BlockDiagonalOperator(operator.space, [packed(block, dtype) for block in blocks])
     state = operator._packed(dtype)
     return operator if state is None else PackedOperator(operator.space, state, operator.dtype)
