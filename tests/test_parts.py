@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import fisherkit as fk
 from fisherkit.cli import app
+from tests import ranks
 from tests.commands import Running
 from tests.conformance_cases import KINDS, build, problem
 
@@ -196,6 +197,41 @@ def test_build_file__goes_on_with_the_finished_parts_and_the_budget_of_then(tmp_
     assert done.stat().st_mtime_ns == before
     (tmp_path / "other").mkdir()
     fk.build_file(tmp_path / "other" / "f", network(), DATA, "ef", **options)
+    assert contents(tmp_path) == contents(tmp_path / "other")
+    same(fk.load(tmp_path / "f"), fk.EmpiricalFisher(network(), DATA, structure="ekfac"))
+
+
+def in_processes(rank: int, size: int, folder: str, ending: bool) -> str:
+    """Each with a share of the batches; it may end in one process in the pass after the first part."""
+    data = [(x.clone(), y) for x, y in DATA[rank::size]]
+
+    class Ending(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            if rank == 1 and ending and Path(folder, "f.parts.json").exists():
+                raise RuntimeError("the second one ends")
+            return super().__iter__()
+
+    budget = needed(network(), DATA, "ekfac", group=False) * 3 // 4
+    try:
+        fk.build_file(f"{folder}/f", network(), Ending(data), "ef", structure="ekfac", memory_budget=budget)
+    except fk.FisherkitError as error:
+        return str(error)
+    except RuntimeError as error:
+        return f"own: {error}"
+    return "done"
+
+
+def test_build_file__of_several_processes_goes_on_with_the_same_number_of_them(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    assert ranks.run(2, in_processes, str(tmp_path / "other"), False) == ["done", "done"]
+    found = ranks.run(2, in_processes, str(tmp_path), True)
+    assert all("the second one ends" in one for one in found), found
+    (done,) = tmp_path.glob("f-*")
+    before = done.stat().st_mtime_ns
+    found = ranks.run(3, in_processes, str(tmp_path), False)
+    assert all("another processes" in one for one in found), found
+    assert ranks.run(2, in_processes, str(tmp_path), False) == ["done", "done"]
+    assert done.stat().st_mtime_ns == before
     assert contents(tmp_path) == contents(tmp_path / "other")
     same(fk.load(tmp_path / "f"), fk.EmpiricalFisher(network(), DATA, structure="ekfac"))
 
