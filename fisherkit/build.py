@@ -254,9 +254,13 @@ class Builder:
                 keeper.keep(number, [part.operator for part in parts.values()], self._result(operator, parts, tally))
                 del operator, parts
         if not made:
-            for _ in self.problem.source:  # which compares the data with those of the parts
-                pass
+            # Which compares the data with those of the parts.
+            self._read() if self.processes is None else self.processes.each("reading the data", self._read)
         return None
+
+    def _read(self) -> None:
+        for _ in self.problem.source:
+            pass
 
     def _foreseen(self, kind: type[Structure], to_file: bool) -> BuildPlan:
         structure = self._chosen(kind)

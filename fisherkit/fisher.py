@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,8 @@ from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import Names, Structure, structure_named
 from fisherkit.vectors import rule_of
 from fisherkit.wrappers import unwrapped, with_full_weights, wrapped_in
+
+T = TypeVar("T")
 
 
 class FisherApproximation(ForwardingOperator):
@@ -373,6 +375,8 @@ def build_file(
     all parts are there. A run that was killed goes on after its last finished part if it is called again in the same
     way, with the budget that it had, and gives the same bytes.
 
+    In several processes, which must all call it, the first one writes, and all find the file if they share a disk.
+
     Args:
         path: as in `FisherOperator.save`, which also says what is replaced there.
         model: as in `FisherApproximation`.
@@ -386,7 +390,7 @@ def build_file(
         The open file.
 
     Raises:
-        InvalidArgumentError: several processes; the path cannot be written, or parts of another run are there.
+        InvalidArgumentError: ``shard=True``; the path cannot be written, or parts of another run are there.
         DataError: data that change between passes, or since the interrupted run.
         FisherkitError: as `FisherApproximation`.
     """
@@ -396,29 +400,35 @@ def build_file(
     asked = _asked(call, model, data, kind, options)
     builder, source, recorded = asked.builder, asked.builder.problem.source, _hashed(asked.recorded, asked.hashes)
     builder.storage = "rows"  # a file has them
-    if builder.processes is not None:
+    if builder.shards > 1:
         raise InvalidArgumentError(
-            call=call, got=f"{builder.processes.size} processes", expected="one process",
-            why="one file has all parts", try_="group=False in one of them, or FisherApproximation in all",
+            call=call, got="shard=True", expected="shard=False", why="finished parts are kept in the file alone",
+            try_="FisherApproximation(..., shard=True), and save",
         )  # fmt: skip
     settings = recorded | {
         "space": str(dict(zip(asked.space.names, asked.space.shapes, strict=True))), "dtype": str(asked.dtype),
         "threads": str(torch.get_num_threads()), "chunk_size": str(options.get("chunk_size")),
         "shift_labels": str(builder.problem.shift_labels),
-    }  # fmt: skip
-    file = io.PartsFile(
-        path, settings, lambda: source.digests, largest=max_shard_size, overwrite=overwrite, call=call
-    )  # fmt: skip
-    if file.known:
-        builder.set_budget(file.known["budget"])
-        source.expect(file.known["data"], io.record_of(path).name)
+    } | ({} if builder.processes is None else {"processes": str(builder.processes.size)})  # fmt: skip
+    parts = _Parts(
+        builder, lambda data: io.PartsFile(path, settings, data, largest=max_shard_size, overwrite=overwrite, call=call)
+    )
+    known = parts.first(lambda file: {key: file.known[key] for key in ("budget", "data") if file.known})
+    if known:
+        builder.set_budget(known["budget"])
+        own = known["data"] if builder.processes is None else known["data"][builder.processes.rank]
+        source.expect(own, io.record_of(path).name)
     with without_autocast():
-        built = builder.build_into(asked.structure, _Parts(file, builder))
-    if built is None:
-        file.close(BlockDiagonalOperator.tag, asked.space, recorded | _joint(file.records, asked.space))
-    else:
-        built.operator.metadata = recorded | _counted(built)
-        built.operator.save(path, max_shard_size=max_shard_size)
+        built = builder.build_into(asked.structure, parts)
+
+    def finish(file: io.PartsFile) -> None:
+        if built is None:
+            file.close(BlockDiagonalOperator.tag, asked.space, recorded | _joint(file.records, asked.space))
+        else:
+            built.operator.metadata = recorded | _counted(built)
+            built.operator.save(path, max_shard_size=max_shard_size)
+
+    parts.first(finish)
     return open_file(path)
 
 
@@ -429,23 +439,36 @@ def _joint(records: Sequence[Mapping[str, Any]], space: ParameterSpace) -> dict[
     return {**records[0], "coverage": Coverage(tuple(entries)).to_json()}
 
 
-class _Parts(NamedTuple):
-    """Finished parts go to a file."""
+class _Parts:
+    """Finished parts go to a file, which of several processes the first one makes."""
 
-    file: io.PartsFile
-    builder: Builder
+    def __init__(self, builder: Builder, make: Callable[[Callable[[], list[Any]]], io.PartsFile]) -> None:
+        self.builder, self._data = builder, list[Any]()
+        processes = builder.processes
+
+        def begun() -> io.PartsFile | None:
+            return make(lambda: self._data) if processes is None or processes.rank == 0 else None
+
+        self._file: Any = begun() if processes is None else processes.each("build_file", begun)
+
+    def first(self, work: Callable[[io.PartsFile], T]) -> T:
+        """What the first process does with the file, and what comes of it, in all of them."""
+        processes = self.builder.processes
+        return work(self._file) if processes is None else processes.by_first("build_file", lambda: work(self._file))
 
     def begin(self, parts: Sequence[Names], plan: str) -> Sequence[Names]:
         """As the file knows them."""
-        return self.file.begin(parts, plan, self.builder.budget)
+        return self.first(lambda file: file.begin(parts, plan, self.builder.budget))
 
     def finished(self, number: int) -> bool:
         """Whether it is in the file."""
-        return self.file.finished(number)
+        return self.first(lambda file: file.finished(number))
 
     def keep(self, number: int, blocks: Sequence[FisherOperator], built: Built) -> None:
-        """Write it."""
-        self.file.put(number, [state_of(block) for block in blocks], _counted(built))
+        """Write it, with what tells the data, every process's, from others."""
+        processes, digests = self.builder.processes, self.builder.problem.source.digests
+        self._data = digests if processes is None else processes.gathered(digests)
+        self.first(lambda file: file.put(number, [state_of(block) for block in blocks], _counted(built)))
 
 
 def _asked(

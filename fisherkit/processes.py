@@ -120,6 +120,11 @@ class Processes:
             raise self._failed(what, failed)
         return result  # type: ignore[return-value]
 
+    def by_first(self, what: str, function: Callable[[], T]) -> T:
+        """What a function gives that the first process alone calls; an error there is one in all of them."""
+        own = self.each(what, lambda: function() if self.rank == 0 else None)
+        return self.sent_by(0, own)
+
     def before(self, count: Callable[[], int]) -> int:
         """The sum of what the ranks before this one count."""
         return sum(self.gathered(self.each("counting examples", count))[: self.rank])

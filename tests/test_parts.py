@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import fisherkit as fk
 from examples.benchmarks.workloads import Decoder
 from fisherkit.cli import app
+from tests import ranks
 from tests.commands import Running
 from tests.conformance_cases import KINDS, build, problem
 
@@ -201,6 +202,41 @@ def test_build_file__goes_on_with_the_finished_parts_and_the_budget_of_then(tmp_
     assert done.stat().st_mtime_ns == before
     (tmp_path / "other").mkdir()
     fk.build_file(tmp_path / "other" / "f", network(), DATA, "ef", **options)
+    assert contents(tmp_path) == contents(tmp_path / "other")
+    same(fk.load(tmp_path / "f"), fk.EmpiricalFisher(network(), DATA, structure="ekfac"))
+
+
+def in_processes(rank: int, size: int, folder: str) -> str:
+    """Each with a share of the batches: without an interruption, and with one in the second process."""
+    budget = needed(network(), DATA, "ekfac", group=False) * 3 // 4
+    options = {"structure": "ekfac", "memory_budget": budget}
+
+    class Ending(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            if rank == 1 and Path(folder, "f.parts.json").exists():
+                raise RuntimeError("the second one ends")
+            return super().__iter__()
+
+    own = DATA[rank::size]
+    fk.build_file(f"{folder}/other/f", network(), own, "ef", **options)
+    with pytest.raises(RuntimeError if rank else fk.ProcessError, match="the second one ends"):
+        fk.build_file(f"{folder}/f", network(), Ending(own), "ef", **options)
+    (done,) = Path(folder).glob("f-*")
+    before = done.stat().st_mtime_ns
+    with pytest.raises(fk.InvalidArgumentError, match="another processes"):
+        fk.build_file(f"{folder}/f", network(), own, "ef", **options, group=False)
+    with pytest.raises(fk.DataError, match=r"f\.parts\.json") if rank else pytest.raises(fk.ProcessError):
+        fk.build_file(f"{folder}/f", network(), [(x + rank, y) for x, y in own], "ef", **options)
+    with pytest.raises(fk.InvalidArgumentError, match="in the file alone"):
+        fk.build_file(f"{folder}/f", network(), own, "ef", **options, shard=True)
+    fk.build_file(f"{folder}/f", network(), own, "ef", **options)
+    assert done.stat().st_mtime_ns == before
+    return "done"
+
+
+def test_build_file__of_several_processes_goes_on_with_the_same_number_of_them(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    assert ranks.run(2, in_processes, str(tmp_path)) == ["done", "done"]
     assert contents(tmp_path) == contents(tmp_path / "other")
     same(fk.load(tmp_path / "f"), fk.EmpiricalFisher(network(), DATA, structure="ekfac"))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +21,9 @@ from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_
 from fisherkit.cli.text import number, pairs
 from fisherkit.data import Data, Source
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.fisher import FisherApproximation, build_file, plan
+from fisherkit.fisher import build_file, plan
 from fisherkit.io.fisher_file import index_of, refuse_others
-from fisherkit.operators import FisherFile, open_file
+from fisherkit.operators import FisherFile
 from fisherkit.processes import Share, started
 from fisherkit.structures import structure_named
 from fisherkit.vectors import rule_of
@@ -93,16 +93,11 @@ class Estimate(ModelOptions):
                 named = _size(model, options["params"], data)
                 say(f"{self.model}: {named}. Estimating {self.kind}, {self.structure} ...")
             start = time.perf_counter()
-            if size == 1:
-                with _parts_are_told(self.out):
-                    found = build_file(
-                        self.out, model, data, max_shard_size=self.max_shard_size, overwrite=self.overwrite, **options
-                    )  # fmt: skip
-            else:
-                fisher = FisherApproximation(model, Share(Source(data).batches, rank, size), **options)
-                if rank == 0:
-                    fisher.save(self.out, max_shard_size=self.max_shard_size)
-                    found = open_file(self.out)
+            own = data if size == 1 else Share(Source(data).batches, rank, size)
+            with _parts_are_told(self.out) if rank == 0 else contextlib.nullcontext():
+                found = build_file(
+                    self.out, model, own, max_shard_size=self.max_shard_size, overwrite=self.overwrite, **options
+                )  # fmt: skip
             if rank == 0:
                 summary = self._summary(found, data, time.perf_counter() - start)
                 typer.echo(json.dumps(summary, ensure_ascii=False) if self.as_json else _as_text(summary))
@@ -155,7 +150,7 @@ class Estimate(ModelOptions):
         return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def _parts_are_told(path: Path) -> Iterator[None]:
     """Whoever stops a run in parts is told that it can go on."""
     try:
