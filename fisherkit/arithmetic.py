@@ -68,12 +68,11 @@ def all_finite(*tensors: Tensor) -> bool:
     floating = [t for t in tensors if t.is_floating_point()]
     if not floating:
         return True
-    with torch.no_grad():
-        if len(floating) == 1:
-            found = [floating[0].sum(dtype=at_least_single(floating[0].dtype)).item()]
-        else:  # a kernel for many of them on accelerators, as in torch's own optimizers
-            found = together(torch._foreach_norm(floating)).tolist()
-        return all(map(math.isfinite, found)) or all(bool(torch.isfinite(t).all()) for t in floating)
+    if len(floating) == 1:
+        found = [floating[0].sum(dtype=at_least_single(floating[0].dtype)).item()]
+    else:  # a kernel for many of them on accelerators, as in torch's own optimizers
+        found = together(torch._foreach_norm(floating)).tolist()
+    return all(map(math.isfinite, found)) or all(bool(torch.isfinite(t).all()) for t in floating)
 
 
 def together(numbers: Sequence[Tensor]) -> Float[Tensor, "n"]:

@@ -68,10 +68,13 @@ def weight_hashes(
     """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters, as they are now.
 
     A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value. Of a small
-    model, a copy is hashed when it is asked for. ``own`` are the model's parameters by name, if they are known.
+    model without frozen weights, a copy is hashed when it is asked for. ``own`` are the model's parameters by name, if
+    they are known.
     """
+    own = dict(model.named_parameters()) if own is None else own
     tensors, made = _tensors(model, own), products(model, names)
-    usual = not made and all(type(t) in (nn.Parameter, Tensor) and t.layout == torch.strided for t in tensors.values())
+    usual = len(names) == len(own) and not made
+    usual = usual and all(type(t) in (nn.Parameter, Tensor) and t.layout == torch.strided for t in tensors.values())
     if usual and sum(t.numel() * t.element_size() for t in tensors.values()) <= _SMALL:
         with torch.no_grad():
             tensors = {name: t.clone() for name, t in tensors.items()}

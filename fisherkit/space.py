@@ -152,10 +152,10 @@ class ParameterSpace:
     def joined_blocks(self, units: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
         """The blocks, joined where a unit spans two of them (a weight of one module used with a bias of another)."""
         order, blocks = self._order, self.blocks
-        known = {frozenset(names) for names in blocks.values()}
-        own = [[n for n in unit if n in order] for unit in units]
-        if known.issuperset(map(frozenset, own)):
-            return list(blocks.values())
+        own = [tuple(n for n in unit if n in order) for unit in units]
+        whole = list(blocks.values())
+        if own == whole or set(map(frozenset, whole)).issuperset(map(frozenset, own)):
+            return whole
         groups = finest_partition([*blocks.values(), *own])
         joined = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
         return sorted(joined, key=lambda names: order[names[0]])

@@ -140,15 +140,16 @@ def test_hash__refuses_what_is_no_module() -> None:
 # -- in metadata -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("params", [None, ["0.*"]], ids=["all", "some"])
 @pytest.mark.parametrize("width", [16, 600], ids=["small", "large"])
-def test_metadata__has_the_hash_of_the_weights_at_build(width: int) -> None:
+def test_metadata__has_the_hash_of_the_weights_at_build(width: int, params: list[str] | None) -> None:
     """Whenever it is asked for, and whatever was done to the weights since, unseen by their versions."""
     model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Linear(width, 3)).double().eval()
     x, y, before = normal(5, 4), torch.arange(5) % 3, fk.parameters_hash(model)
-    fisher = fk.EmpiricalFisher(model, (x, y), params=["0.*"], structure="diagonal")
-    copied = copy.deepcopy(fk.EmpiricalFisher(model, (x, y), params=["0.*"], structure="diagonal"))
+    fisher = fk.EmpiricalFisher(model, (x, y), params=params, structure="diagonal")
+    copied = copy.deepcopy(fk.EmpiricalFisher(model, (x, y), params=params, structure="diagonal"))
     of_some = fisher.metadata["covered_hash"]
-    other = fk.EmpiricalFisher(model, (x, y), params=["0.*"], structure="diagonal")
+    other = fk.EmpiricalFisher(model, (x, y), params=params, structure="diagonal")
     model[0].weight.data.add_(1)
     assert other.metadata["parameters_hash"] == copied.metadata["parameters_hash"] == before
     assert other.metadata["covered_hash"] == of_some

@@ -328,16 +328,17 @@ class Tracker:
                 self._meet(mixed)
             if not statuses:
                 return Mark.FREE if differentiable else self._mixed(whole)
-        rule = None if any(status is Mark.UNKNOWN for status in statuses) else BECOMES.get(call.function)
+        rule = None if Mark.UNKNOWN in statuses else BECOMES.get(call.function)
         try:
             found = None if rule is None else rule(call)
         except (TypeError, ValueError, IndexError, AttributeError):  # arguments in a form that the rule does not know
             found = None
         if found is not None:
-            self._meet(mixed)
+            if mixed:
+                self._meet(mixed)
             if mixed and BECOMES.get(call.function) is _elementwise:  # one example's with another's
                 self.decided = self.decided or self._tells([t for t, s in whole.operands if s is Mark.MIXED])
-            if not (self.placed or (self.met and not differentiable)) and call.differs(found):
+            if call.constants and not (self.placed or (self.met and not differentiable)) and call.differs(found):
                 self.placed = self.placed or differentiable
                 self.met = True
             return found

@@ -7,6 +7,7 @@ telling from a graph that nothing else reaches a parameter.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -110,6 +111,8 @@ def uses_are_all(
         own.setdefault(use.edge.node, set()).update(use.names)
         inputs.setdefault(use.edge.node, []).extend([get_gradient_edge(x).node] if x.requires_grad else [])
 
+    if missing := [node for node in (*own, *itertools.chain(*inputs.values())) if node not in graph]:
+        graph = {**graph, **_followed(missing, graph, _following)}  # of what the outputs do not depend on
     # Of the parameters' own nodes, which nothing follows.
     leaves = {node: names.get(id(getattr(node, "variable", None))) for node, after in graph.items() if not after}
 

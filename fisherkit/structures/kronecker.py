@@ -64,11 +64,11 @@ class SecondMoment:
         """
         few = self.matrix is None and self.own is None
         if few and self.thin and spanning and self._number(self.vectors) + self._number(parts) < self.width:
-            return replace(self, vectors=(*self.vectors, *parts))
+            return SecondMoment(self.width, (*self.vectors, *parts), None, self.thin)
         total = None if few else self._taken()
         for x in (self._stacked(), *parts) if self.vectors else parts:
             total = lower_second_moment(x, total)
-        return replace(self, vectors=(), matrix=None, own=None if total is None else [total])
+        return SecondMoment(self.width, (), None, self.thin, None if total is None else [total])
 
     def scaled(self, weight: float) -> SecondMoment:
         """Times a number."""
@@ -157,7 +157,8 @@ class SecondMoment:
         return self.own.pop()
 
     def _stacked(self) -> Float[Tensor, "n w"]:
-        return torch.cat([x.reshape(-1, self.width) for x in self.vectors])
+        parts = [x.reshape(-1, self.width) for x in self.vectors]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _number(self, parts: Sequence[Tensor]) -> int:
         return sum(x.numel() for x in parts) // self.width
