@@ -69,7 +69,7 @@ class BuildPlan:
         seconds: of all passes, by a first batch that was measured; None likewise.
         result_bytes: of the operator.
         peak_bytes: about, of memory beyond what the model and the data have: the operator, or only a part of it where
-            parts go to a file, beside the sums of the largest part and a batch's activations.
+            parts go to a file, beside the sums of the largest part and what a first batch takes, which is counted.
         memory_budget: bytes that operator and sums may take.
         refused: why the build will be refused, with what would do instead; "" where it will not.
     """
@@ -153,7 +153,7 @@ class Builder:
         return self._planned(lambda: self._built(structure))
 
     def plan(self, structure: type[Structure], *, to_file: bool = False) -> BuildPlan:
-        """What `build` will take, or `build_into` if parts go to a file; costs two batches of one of the parts."""
+        """What `build` will take, or `build_into` if parts go to a file; costs three batches of one of the parts."""
         return self._planned(lambda: self._foreseen(structure, to_file))
 
     def build_into(self, structure: type[Structure], keeper: PartsKeeper) -> Built | None:

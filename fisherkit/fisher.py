@@ -358,7 +358,7 @@ def plan(
     Raises:
         FisherkitError: as `FisherApproximation` before its first pass.
 
-    Cost: the model's probe on two examples, and the first batch twice, with all backward passes of one part.
+    Cost: the model's probe on two examples, and the first batch three times, with all backward passes of one part.
     """
     asked = _asked("plan", model, data, kind, options)
     return asked.builder.plan(asked.structure, to_file=to_file)

@@ -106,8 +106,6 @@ def uses_are_all(
         x = use.input
         if version_of(x) != use.version:
             return False
-        if use.edge.node not in graph:  # of no consequence
-            continue
         own.setdefault(use.edge.node, set()).update(use.names)
         inputs.setdefault(use.edge.node, []).extend([get_gradient_edge(x).node] if x.requires_grad else [])
 
