@@ -60,6 +60,24 @@ def test_models__with_gradient_checkpointing(kind: str) -> None:
     close(train(model, natural(model, **options)), expected(options))
 
 
+def test_models__that_differentiate_in_forward() -> None:
+    """A Jacobian of a layer by torch.func, whose uses inside are no rule's; the same, written out."""
+
+    def by_func(m: Any, x: Tensor) -> Tensor:
+        jacobian = torch.vmap(torch.func.jacrev(lambda t: torch.tanh(m.body[0](t))))(x)
+        return m.body[2](jacobian.sum(2))
+
+    def by_hand(m: Any, x: Tensor) -> Tensor:
+        layer = m.body[0]
+        return m.body[2]((1 - torch.tanh(layer(x)).square()) * layer.weight.sum(1))
+
+    changes = []
+    for function in (by_func, by_hand):
+        model = wrapped(function)
+        changes.append(train(model, natural(model)))
+    close(changes[0], changes[1])
+
+
 def test_models__with_operations_in_place_behind_layers() -> None:
     def inplace(m: Any, x: Tensor) -> Tensor:
         return m.body[2](m.body[0](x).tanh_())

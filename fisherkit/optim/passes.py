@@ -200,7 +200,10 @@ def with_own_inputs(uses: Sequence[Use], arguments: Sequence[Tensor]) -> list[Us
 
     def own(use: Use) -> Use:
         x: Any = use.arguments[use.rule.input_name]
-        if not isinstance(x, Tensor) or x.untyped_storage().data_ptr() not in theirs:
+        try:
+            if not isinstance(x, Tensor) or x.untyped_storage().data_ptr() not in theirs:
+                return use
+        except NotImplementedError:  # inside of torch.func, where no rule holds
             return use
         copied = (x.detach() if x.requires_grad else x).clone()
         return replace(use, arguments={**use.arguments, use.rule.input_name: copied})
