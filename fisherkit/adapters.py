@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisherkit.arithmetic import at_least_single
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, UnknownParameterError, listed
+from fisherkit.arithmetic import all_finite, at_least_single
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, UnknownParameterError, listed
 from fisherkit.wrappers import unwrapped
 
 __all__ = ["merged_weights", "write_merged_weights"]
@@ -164,13 +164,21 @@ def write_merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dic
         Of each adapted weight the relative error ‖s·BA − (weight − W)‖ / ‖weight − W‖ of what was written.
 
     Raises:
+        InvalidTypeError: no module, or no dict of tensors.
         UnknownParameterError: a name that `merged_weights` does not give.
-        InvalidArgumentError: another shape, or several active adapters; nothing is changed then.
+        InvalidArgumentError: another shape, several active adapters, or a scale of 0; nothing is changed then.
+        NonFiniteError: NaN or infinity, or numbers beyond the adapters' dtype.
 
     Cost: a singular value decomposition of each weight, in float64.
     """
-    call, model = "write_merged_weights", unwrapped(model)
-    known, parameters = merged_weights(model), dict(model.named_parameters())
+    call, known = "write_merged_weights", merged_weights(model)
+    model = unwrapped(model)
+    parameters = dict(model.named_parameters())
+    if not isinstance(weights, Mapping) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise InvalidTypeError(
+            call=call, got=f"weights of type {type(weights).__name__}", expected="a dict of name -> tensor",
+            try_="fk.merging.merge([fk.adapters.merged_weights(model), ...], ...)",
+        )  # fmt: skip
     if unknown := sorted(set(weights) - set(known)):
         raise UnknownParameterError(
             call=call, got=f"unknown names {listed(unknown)}", expected="names of merged_weights(model)",
@@ -182,10 +190,17 @@ def write_merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dic
             why="an adapter changes a weight and not its shape", try_="weights of models of the same architecture",
         )  # fmt: skip
     made = {name: product for name, product in products(model, known).items() if name in weights}
+    if odd := [name for name, w in weights.items() if not all_finite(w)]:
+        raise NonFiniteError(call=call, got=f"NaN or infinite entries of {listed(odd)}", expected="finite numbers")
     if several := [name for name, product in made.items() if len(product.terms) > 1]:
         raise InvalidArgumentError(
             call=call, got=f"several active adapters on {listed(several, 4)}", expected="one",
             why="how a change is shared out between them is open", try_='model.set_adapter("name")',
+        )  # fmt: skip
+    if still := [name for name, product in made.items() if not product.terms[0][0]]:
+        raise InvalidArgumentError(
+            call=call, got=f"adapters of scale 0 on {listed(still, 4)}", expected="another scale",
+            why="whatever is in them changes nothing", try_="a lora_alpha above 0",
         )  # fmt: skip
     written: list[tuple[nn.Parameter, Tensor]] = []
     changes = {name: weights[name].detach().double() - product.base.double() for name, product in made.items()}
@@ -205,6 +220,11 @@ def write_merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dic
             for f in ((root.unsqueeze(1) * v)[:rank], (u * root).mT[:rank])
         ]  # fewer triples than ranks leave the rest 0
         written += [(own[0], factors[0].reshape(own[0].shape)), (own[1], factors[1].mT.reshape(own[1].shape))]
+    if not all(all_finite(value.to(parameter.dtype)) for parameter, value in written):
+        raise NonFiniteError(
+            call=call, got="weights beyond the range of the adapters' dtype", expected="numbers that it holds",
+            try_="adapters in float32",
+        )  # fmt: skip
     for parameter, value in written:
         parameter.copy_(value)
     return {

@@ -24,7 +24,7 @@ from fisherkit.kinds import KINDS
 from tests.reference import fisher as reference
 from tests.reference.kronecker import kronecker
 from tests.reference.outputs import EF, EXACT, Kind
-from tests.snapshot import untouched
+from tests.snapshot import of_model, untouched
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
@@ -335,6 +335,30 @@ def test_write__gives_back_what_has_the_rank(name: str) -> None:
     assert max(errors.values()) < 1e-10
     for own, value in fk.adapters.merged_weights(model).items():
         close(value, wanted[own])
+
+
+def test_write__refuses_what_it_cannot_write_and_changes_nothing() -> None:
+    def made(**options: Any) -> tuple[Any, dict[str, Tensor]]:
+        model = tuned(Words, target_modules=["hidden"], **options)
+        return model, {name: value.detach() for name, value in fk.adapters.merged_weights(model).items()}
+
+    model, own = made()
+    before = of_model(model)
+    cases: list[tuple[Any, type[Exception], str]] = [
+        ({name: value * float("nan") for name, value in own.items()}, fk.NonFiniteError, "NaN or infinite entries"),
+        ([own], fk.InvalidTypeError, "weights of type list"),
+        (dict.fromkeys(own, 1.0), fk.InvalidTypeError, "a dict of name -> tensor"),
+    ]
+    for weights, error, words in cases:
+        with pytest.raises(error, match=words):
+            fk.adapters.write_merged_weights(model, weights)
+    assert of_model(model) == before
+    model, own = made(lora_alpha=0)
+    with pytest.raises(fk.InvalidArgumentError, match=r"adapters of scale 0 on .*hidden"):
+        fk.adapters.write_merged_weights(model, own)
+    model, own = made()
+    with pytest.raises(fk.NonFiniteError, match="beyond the range"):
+        fk.adapters.write_merged_weights(model.half(), {name: value + 1e12 for name, value in own.items()})
 
 
 # -- what has no product -----------------------------------------------------------------------------------------------

@@ -159,6 +159,8 @@ TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[str,
     "no operator": (converting(1.0, fisher=3), InvalidTypeError, ("a int",)),
     "a sum": (lambda: convert_strength(1.0, fisher=fk.EmpiricalFisher(mlp(), (X, Y), normalization="sum")),
         InvalidArgumentError, ('normalization="sum"',)),
+    "a multiple": (lambda: convert_strength(1.0, fisher=fk.operators.normalize(fk.EmpiricalFisher(mlp(), (X, Y)))),
+        InvalidArgumentError, ("a sum or multiple, ", "as it was built")),
     "another kind": (
         lambda: convert_strength(1.0, fisher=fk.ImprovedEmpiricalFisher(mlp(), (X, Y), structure="diagonal")),
         InvalidArgumentError, ("kind 'ief'", "'ef'", "fk.EmpiricalFisher")),

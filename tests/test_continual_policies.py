@@ -75,6 +75,7 @@ def zero(model: nn.Module) -> DiagonalOperator:
 WIDE = nn.Linear(5, 4).double()
 TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[str, ...]]] = {
     "no model": (lambda: EWC([1]), InvalidTypeError, ("a list as model", "torch.nn.Module")),
+    "no parameters": (lambda: EWC(nn.ReLU()), InvalidArgumentError, ("a model without parameters",)),
     "negative strength": (lambda: EWC(mlp(), -1.0), InvalidArgumentError, ("strength=-1.0", "0 or more")),
     "infinite strength": (lambda: EWC(mlp(), float("inf")), InvalidArgumentError, ("strength=inf",)),
     "strength later": (lambda: setattr(EWC(mlp()), "strength", "1"), InvalidTypeError, ("strength", "a number")),

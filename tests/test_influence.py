@@ -271,7 +271,10 @@ def test_a_sum__needs_to_be_told_its_examples() -> None:
     total = 3 / 7 * halves[0] + 4 / 7 * halves[1]
     with pytest.raises(fk.InvalidArgumentError, match="examples=N"):
         InfluenceScores(total, model)
+    summed = fk.EmpiricalFisher(model, (X, Y), normalization="sum")
+    mean = InfluenceScores(summed / 7, model, examples=7).scores(QUERIES, (X, Y))
     found = InfluenceScores(total, model, examples=7).scores(QUERIES, (X, Y))
+    same(mean, found)
     whole = InfluenceScores(fk.EmpiricalFisher(model, (X, Y)), model).scores(QUERIES, (X, Y))
     same(found, whole)
 

@@ -19,6 +19,9 @@ DATA = (X, Y)
 VALUES = (X, torch.zeros(7, 3).double())
 
 
+SWITCHES = X, torch.ones(len(X), 3).double()
+
+
 def made(**options: Any) -> InfluenceScores:
     model = mlp()
     return InfluenceScores(fk.EmpiricalFisher(model, DATA), model, **options)
@@ -59,6 +62,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "examples": (lambda: made(examples=0), fk.InvalidArgumentError, "examples=0"),
     "no labels": (lambda: made().scores((X, None), DATA), fk.DataError, "queries: got no targets"),
     "no train labels": (lambda: made().scores(DATA, (X, None)), fk.DataError, "no targets"),
+    "soft margin": (lambda: made(likelihood="bernoulli").scores((X, torch.full((len(X), 3), 0.3).double()), SWITCHES,
+            measurement="margin"), fk.DataError, "a bernoulli likelihood with class probabilities"),
     "no margin": (lambda: made(likelihood="gaussian").scores(VALUES, VALUES, measurement="margin"), fk.DataError,
         "a gaussian likelihood"),
     "measurement": (lambda: made().scores(DATA, DATA, measurement="accuracy"), fk.InvalidArgumentError,

@@ -202,6 +202,9 @@ def test_metadata__of_a_sum_keeps_what_the_terms_share() -> None:
     summed = (a + b).metadata
     assert summed["parameters_hash"] == a.metadata["parameters_hash"]
     assert "examples" not in summed
+    assert not {"examples", "rows"} & (a + a).metadata.keys()  # which would be each term's
+    with pytest.raises(fk.InvalidArgumentError, match=r"do not say on how many examples.*: 1"):
+        fk.merging.merge([mlp(), mlp()], [a + a, a], weights="examples")
     other = mlp()
     with torch.no_grad():
         other[0].weight.add_(1)

@@ -131,6 +131,11 @@ def _normalization(normalize: str | None, fisher: FisherOperator | None, kinds: 
     factor = normalization_factor(fisher, normalize, CALL)
     if fisher.metadata.get("normalization") == "sum":
         raise InvalidArgumentError(call=CALL, got='a Fisher with normalization="sum"', expected='normalization="mean"')
+    if "terms" in fisher.metadata:
+        raise InvalidArgumentError(
+            call=CALL, got=f"a sum or multiple, {fisher.metadata['terms']}", expected="a Fisher as it was built",
+            why="its trace gives the strength, and a factor would be taken for the task's",
+        )  # fmt: skip
     if (kind := fisher.metadata.get("kind", "ef")) not in kinds:
         raise InvalidArgumentError(
             call=CALL, got=f"a Fisher of kind {kind!r}", expected=f"one of kind {' or '.join(map(repr, kinds))}",

@@ -110,6 +110,8 @@ class EWC(nn.Module):
                 why="averages are a copy that no optimizer changes, so its penalty would hold nothing",
                 try_="EWC(model), after the averages were copied into it if they are what is to be kept",
             )  # fmt: skip
+        if next(model.parameters(), None) is None:
+            raise InvalidArgumentError(call="EWC", got="a model without parameters", expected="one with some to hold")
         check_normalize(normalize, "EWC")
         check_choice("EWC", "grown", grown, ("refuse", "leading"))
         self.model = unwrapped(model)

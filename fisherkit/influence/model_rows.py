@@ -58,6 +58,8 @@ class MarginVectors(OutputRule):
         """The others' distribution minus e_y; for a binary output minus the label's sign."""
         known = isinstance(outputs.likelihood, (Categorical, Bernoulli)) and outputs.target is not None
         soft = isinstance(outputs.likelihood, Categorical) and known and outputs.observed.is_floating_point()
+        if isinstance(outputs.likelihood, Bernoulli) and outputs.target is not None:
+            soft = bool(outputs.masked(outputs.target * (1 - outputs.target)).any())
         if outputs.target is None or not known or soft:
             raise DataError(
                 call='measurement="margin"',

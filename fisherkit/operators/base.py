@@ -348,7 +348,8 @@ class FisherOperator(ABC):
                 why="operators form a cone: a negative multiple is not positive semi-definite",
             )  # fmt: skip
         result = self._scaled(float(scale))
-        result.metadata = {**self.metadata, "terms": f"{scale} * ({self._title})"}
+        kept = {k: v for k, v in self.metadata.items() if (k, v) != ("normalization", "sum")}  # it is none any more
+        result.metadata = {**kept, "terms": f"{scale} * ({self._title})"}
         return result
 
     __rmul__ = __mul__
@@ -379,7 +380,8 @@ class FisherOperator(ABC):
                 call=f"{self._name} + other", got=f"a {type(other).__name__}", expected="a FisherOperator"
             )
         result = add(self, other)
-        shared = {key: value for key, value in self.metadata.items() if other.metadata.get(key) == value}
+        own = ("examples", "rows")  # numbers of each term, and not of the sum where they are equal
+        shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v and k not in own}
         result.metadata = {**shared, "terms": f"{self._title} + {other._title}"}
         return result
 
