@@ -41,6 +41,10 @@ Make = Callable[[nn.Module, Any], tuple[Any, Any]]
 """Of a model and a group: what makes the step, and what follows it, if anything does."""
 
 
+GONE_ON = ("averaged", "now and then", "of a sum", "truncated, by rows")
+"""Whose state another model in shards, and one process, go on from."""
+
+
 def natural(options: dict[str, Any], **more: Any) -> Make:
     return lambda model, group: (fk.optim.NaturalGradient(model, lr=0.1, group=group, **options, **more), None)
 
@@ -95,7 +99,7 @@ def alike(rank: int, size: int) -> dict[str, float]:
         alone, together = make(one, False), make(model, None)
         train(one, alone, batches_of(), reduction=reduction)
         train(model, together, own[:2], reduction=reduction)
-        if together[1] is None:
+        if name in GONE_ON:
             again, single = sharded(network(1)), network(1)
             again.load_state_dict(model.state_dict())
             single.load_state_dict({key: full(value) for key, value in model.state_dict().items()})
