@@ -63,6 +63,13 @@ def rng_state(others: Sequence[torch.Generator] = ()) -> RngState:
     return torch.get_rng_state(), random.getstate(), users, *(generator.get_state() for generator in others)
 
 
+def device_generators(device: torch.device) -> list[torch.Generator]:
+    """The global generator of a device beside the CPU's, if it is a GPU."""
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]]
+
+
 def rng_places(device: torch.device) -> tuple[Any, ...]:
     """What moves when numbers are drawn from a global generator, the device's own included; to be compared."""
     own, of_python, of_numpy = rng_state()

@@ -29,7 +29,7 @@ from fisherkit.optim.passes import Captured, Pass, with_own_inputs
 from fisherkit.optim.watch import Watch
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Processes
-from fisherkit.randomness import RngState, rng_state, untouched_rng
+from fisherkit.randomness import RngState, device_generators, rng_state, untouched_rng
 from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
@@ -157,7 +157,8 @@ class Capture:
         batch = Batch.of_call(args, kwargs)
         plan, coupled = self._plan(tuple(own.values()), batch, known), self._training(_BatchNorm)
         recorder = Recorder(own, batch.size, batch.batched, plan.shared, training=True)
-        self._begun = recorder, plan, batch, coupled, rng_state() if coupled else None
+        others = device_generators(plan.example_parameter.device)
+        self._begun = recorder, plan, batch, coupled, rng_state(others) if coupled else None
         return recorder
 
     def end(self, output: Any) -> None:
@@ -431,8 +432,8 @@ class Capture:
             {id(p): n for n, p in plan.parameters.items()}, one.batch.size, one.batch.batched, plan.shared,
             training=True, constant_statistics=True,
         )  # fmt: skip
-        devices, parameters = [plan.example_parameter.device], list(plan.parameters.values())
-        with self._watch.quiet(), untouched_rng(devices, one.rng), differentiable(self.model, parameters):
+        parameters, others = list(plan.parameters.values()), device_generators(plan.example_parameter.device)
+        with self._watch.quiet(), untouched_rng([], one.rng, others), differentiable(self.model, parameters):
             with recorder:
                 z = one.batch.call(self.model)
             return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))

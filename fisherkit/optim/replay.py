@@ -24,7 +24,7 @@ from fisherkit.optim.capture import OPEN, Capture, used_again, versions, zeroed
 from fisherkit.optim.passes import SAME, Captured
 from fisherkit.optim.watch import Watch
 from fisherkit.processes import Processes
-from fisherkit.randomness import RngState, rng_state, untouched_rng
+from fisherkit.randomness import RngState, device_generators, rng_state, untouched_rng
 from fisherkit.rows.differentiable import kept_whole
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.verified import fingerprint
@@ -64,7 +64,7 @@ class Replay(Capture):
         self.owner = model
         device = next(model.parameters()).device
         self._device = device.type
-        self._generators = [torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []
+        self._generators = device_generators(device)
         self._done: list[Call] = []
         self._call: Call | None = None
         self._held = self.parameters()
