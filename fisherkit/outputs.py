@@ -163,6 +163,10 @@ class Outputs:
         scale = self.likelihood.hessian_scale(self.z, self.target)
         return None if scale is None else scale.sqrt()
 
+    def counting(self, shape: torch.Size) -> Float[Tensor, "n ..."]:
+        """1 at outputs of positions that count, else 0, in the ``shape`` of the model's outputs."""
+        return self.likelihood.as_outputs(self.mask.unsqueeze(2).expand(self.z.shape).to(self.z), shape)
+
     def masked(self, v: Float[Tensor, "... n P C"]) -> Float[Tensor, "... n P C"]:
         """Zero at positions that do not count, whatever was there (NaN of padding included)."""
         return v if self.whole else torch.where(self.mask.unsqueeze(-1), v, 0.0)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fisherkit as fk
 from fisherkit.errors import ModelError
+from fisherkit.kinds import KINDS
 from tests.bad_input import X, Y, mlp, wrapped
 from tests.optim_cases import close
 from tests.optim_loops import backward, each_setting, expected, flat, natural, train
@@ -76,6 +77,27 @@ def test_models__that_differentiate_in_forward() -> None:
         model = wrapped(function)
         changes.append(train(model, natural(model)))
     close(changes[0], changes[1])
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "nkp"])
+@pytest.mark.parametrize("kind", ["exact", "sf", "ief"])
+def test_positions__that_only_ignored_outputs_depend_on_do_not_count(kind: str, structure: str) -> None:
+    """In the factors of a model that hides whose its positions are, as a Fisher of the same batch has them."""
+
+    def hidden(m: Any, ids: Tensor) -> Tensor:
+        h = m.body[0](F.embedding(ids, torch.eye(4, dtype=torch.float64)))
+        return m.body[2](torch.tanh(torch.index_add(torch.zeros_like(h), 0, torch.arange(len(h)), h)))
+
+    model = wrapped(hidden)
+    ids, labels = torch.randint(4, (4, 6), generator=torch.Generator().manual_seed(0)), torch.arange(24).view(4, 6) % 3
+    labels[0, 4:], labels[1, 0] = -100, -100
+    optimizer = natural(model, kind=kind, structure=structure, damping=1e-2, gram_damping=None)
+    F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum").div(4).backward()
+    gradient, before = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), flat(model)
+    seed = {"seed": 0} if kind == "sf" else {}
+    fisher = KINDS[kind](copy.deepcopy(model), (ids, labels), structure=structure, **seed)
+    optimizer.step()
+    close(flat(model) - before, -optimizer.param_groups[0]["lr"] * fisher.solve(gradient, damping=1e-2))
 
 
 def test_models__with_operations_in_place_behind_layers() -> None:

@@ -410,11 +410,14 @@ class Capture:
         slots = Slots.of(seen.outputs, self.rule, False, seen.counts, traced=False)
         self._choose(one.plan, slots)
         bare = one.bare and linearized.z is one.z
+        alone, counting = slots.number == 1, None
+        if not (alone or linearized.watched.regular):
+            counting = seen.outputs.counting(linearized.z.shape)
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._watch.quiet(), torch.enable_grad() if bare else differentiable(self.model, ()):
                 shaped = self.likelihood.as_outputs(v, linearized.z.shape)
-                return linearized.rows(shaped, selection, alone=slots.number == 1)
+                return linearized.rows(shaped, selection, alone=alone, counting=counting)
 
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))
 

@@ -651,11 +651,7 @@ class Problem:
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
 
-        counting = None
-        if self.by_owner:
-            counting = outputs.mask.unsqueeze(2).expand(outputs.z.shape).to(outputs.z)
-            counting = self.likelihood.as_outputs(counting, linearized.z.shape)
-
+        counting = outputs.counting(linearized.z.shape) if self.by_owner else None
         bare = isinstance(linearized, Linearized) and linearized.watched.bare and not self.plan.generic
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
