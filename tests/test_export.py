@@ -99,6 +99,20 @@ def test_of_a_model_in_half_precision_the_diagonal_stays_in_float32(folder: Path
         assert torch.equal(parameter.detach(), by_name[name])
 
 
+def test_a_full_disk_leaves_no_part_of_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fisher, _ = fisher_of(folder)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    for name in ("os.replace", "shutil.copy2", "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fail)
+            with pytest.raises(OSError, match="no space left"):
+                fk.merging.to_mergekit(fisher, folder, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     fisher, _ = fisher_of(folder)
     names = fisher.space.names

@@ -14,7 +14,7 @@ import torch
 from fisherkit.arguments import check_choice, check_positive
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
-from fisherkit.io import replace_text
+from fisherkit.io import part_folder, replace_text, require_folder
 from fisherkit.io.model_files import written
 from fisherkit.io.tensors import Form
 from fisherkit.merging.fishers import Fisher, check_measured, open_fishers
@@ -106,13 +106,18 @@ def to_mergekit(
     check_measured([source], [found], other_weights, CALL)
     dtype = found.read(found.blocks[0]).dtype
     forms: dict[str, Form] = {name: (shapes[name], dtype) for name in source.shapes if name in shapes}
-    with written(out, forms, {}, max_shard_size, overwrite=overwrite, call=CALL) as put:
-        for names in found.blocks:
-            block = found.read(names)
-            for name, part in block.space.unflatten(block.diagonal()).items():
-                put(name, part.to("cpu", dtype))
-        copy_beside(folder, out, dtype)
-        (out / "fisher.json").write_text(json.dumps(dict(found.metadata), indent=2) + "\n", "utf-8")
+    require_folder(out.absolute().parent, CALL)
+    with part_folder(out.absolute()) as beside:
+        place = out if out.exists() else beside / out.name  # a new folder appears when it is whole
+        with written(place, forms, {}, max_shard_size, overwrite=overwrite, call=CALL) as put:
+            for names in found.blocks:
+                block = found.read(names)
+                for name, part in block.space.unflatten(block.diagonal()).items():
+                    put(name, part.to("cpu", dtype))
+            copy_beside(folder, place, dtype)
+            replace_text(place / "fisher.json", json.dumps(dict(found.metadata), indent=2) + "\n")
+        if place != out:
+            place.rename(out)
     return out
 
 
