@@ -659,13 +659,15 @@ def _product(call: Call) -> Axis | None:
 
 
 def _added_product(call: Call) -> Axis | None:
-    """Input + a batched product."""
-    addend, *pair = call.args[:3]
-    if call.status(addend) is not Mark.FREE or len(pair) != 2:
+    """Input + a batched product, whose batch axes meet."""
+    addend, pair = call.args[0], (call.argument(1, "batch1"), call.argument(2, "batch2"))
+    found = _product(call._replace(args=pair, kwargs={}))
+    if found is None:
         return None
-    found = _product(call._replace(args=tuple(pair), kwargs={}))
-    if found is not None:
-        call.meets(found, found.dim - call.output.ndim, [addend])
+    place, own = found.dim - call.output.ndim, call.status(addend)
+    if isinstance(own, Axis):
+        return found if own._replace(dim=own.dim - addend.ndim) == found._replace(dim=place) else None
+    call.meets(found, place, [addend])
     return found
 
 
