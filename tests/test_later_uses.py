@@ -128,3 +128,30 @@ def test_table__indexed_from_its_end_in_later_examples_alone(options: dict[str, 
 def test_embedding__by_frequency_with_repeats_in_later_examples_alone(options: dict[str, Any]) -> None:
     ids = torch.tensor([[0, 1, 2], [3, 4, 5], [1, 1, 2], [3, 3, 3], [0, 2, 2]])
     check(Model(lambda i, w: F.embedding(i, w, scale_grad_by_freq=True).tanh().sum(1), (6, 3)), ids, **options)
+
+
+class _Squared(torch.autograd.Function):
+    """Has no derivative forwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return 2 * ctx.saved_tensors[0] * gradients[0]
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_streamed_products__of_a_function_without_forward_derivative_in_a_later_batch(columns: int) -> None:
+    def branching(x: Tensor, w: Tensor) -> Tensor:
+        pairs = zip(x, (x @ w).split(1), strict=True)
+        return torch.cat([_Squared.apply(h) if float(one[0]) > 9 else h.tanh() for one, h in pairs])
+
+    model, x = Model(branching, (3, 4)), torch.cat([X, X])
+    x[-1, 0] = 10
+    fisher = fk.ExactFisher(model, [(X, None), (x[6:], None)], likelihood="gaussian", storage="stream")
+    v = torch.randn(12, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(fisher @ v, reference(model, x) @ v)

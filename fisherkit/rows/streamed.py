@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch, Source
+from fisherkit.errors import FisherkitError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
@@ -78,7 +79,13 @@ class StreamedRows(RowSource):
         counts: list[Tally] | None = None if self.counted else []
         plan, total = self.problem.plan, None
         for batch, metric, count in self.problem.metrics("product"):
-            part, seen = matrix_free_product(plan, self.space, batch, u, metric, watch=counts is not None)
+            try:
+                part, seen = matrix_free_product(plan, self.space, batch, u, metric, watch=counts is not None)
+            except FisherkitError:
+                raise
+            except RuntimeError:  # of a function that only this batch uses, or a kernel for so many
+                self.matrix_free = False
+                return self.product(u)
             total = part if total is None else total.add_(part)
             if counts is not None and seen is not None:
                 counts.append(count(seen))
