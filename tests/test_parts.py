@@ -473,6 +473,15 @@ def test_plan__is_within_15_percent_of_the_bytes_that_exist_at_once(
     assert abs(plan.peak_bytes - found) <= 0.15 * found, (plan.peak_bytes, found)
 
 
+def test_plan__of_a_model_that_makes_sparse_tensors() -> None:
+    class Dense(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to_sparse().to_dense())  # type: ignore[no-any-return]
+
+    x, y = torch.eye(6).relu(), torch.arange(6) % 2
+    assert fk.plan(Dense(6, 2), (x, y), structure="kfac").peak_bytes > 0
+
+
 def test_file__of_the_full_structure_has_rows_and_says_so(tmp_path: Path) -> None:
     model, data = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)), (torch.randn(40, 6), torch.arange(40) % 5)
     opened = fk.build_file(tmp_path / "f", model, data, "exact")
