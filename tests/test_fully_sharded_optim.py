@@ -3,6 +3,7 @@ by `DistributedDataParallel` where each process draws or averages for itself."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 import warnings
@@ -105,14 +106,15 @@ def alike(rank: int, size: int) -> dict[str, float]:
             single.load_state_dict({key: full(value) for key, value in model.state_dict().items()})
             for other, group, rest in ((again, None, own), (single, False, batches_of())):
                 resumed = make(other, group)
-                resumed[0].load_state_dict(together[0].state_dict())
+                state = copy.deepcopy(together[0].state_dict())  # optimizers of torch share what they load
+                resumed[0].load_state_dict(state)
                 train(other, resumed, rest[2:], reduction=reduction)
             worst[f"{name}, gone on"] = max(distance(again, one), distance(single, one))
         train(model, together, own[2:], reduction=reduction)
         worst[name] = distance(model, one)
         assert all(isinstance(p, DTensor) for p in model.parameters())
-        copy = together[0]._curvature.capture.model
-        assert all(p.untyped_storage().nbytes() == 0 and p.grad is None for p in copy.parameters())
+        twin = together[0]._curvature.capture.model
+        assert all(p.untyped_storage().nbytes() == 0 and p.grad is None for p in twin.parameters())
     return worst
 
 
