@@ -16,7 +16,7 @@ import torch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed, warn
 from fisherkit.merging.models import ModelSource
 from fisherkit.model_state import tensors_hash
-from fisherkit.operators import FisherOperator, KroneckerOperator, ShardedOperator, open_file, split
+from fisherkit.operators import FisherOperator, KroneckerOperator, open_file, split
 from fisherkit.operators.composite import join
 from fisherkit.operators.persistence import renamed
 from fisherkit.space import ParameterSpace, finest_partition
@@ -69,7 +69,7 @@ def open_fishers(fishers: Sequence[Fisher], models: Sequence[ModelSource], call:
 def _opened(fisher: Fisher, call: str) -> FisherSource:
     if isinstance(fisher, FisherOperator):
         parts = {part.space.names: part for part in split(fisher)}
-        if any(isinstance(part, ShardedOperator) for part in parts.values()):
+        if any(part.is_sharded for part in parts.values()):
             raise InvalidArgumentError(
                 call=call, got="a Fisher of which each process has some blocks", expected="one with all blocks",
                 why="models are merged block by block", try_="fisher.save(path) in all processes and the path; or "

@@ -46,7 +46,8 @@ AT_ONCE = 256
 OPTIONAL_HOOKS = (
     "_factorize", "_plus", "_gram", "_trace", "_frobenius", "_eigenvalues", "_eigenvectors", "_effective_dimension",
     "_rank_bound", "_to_dense", "_converted", "_write", "_made_of", "_terms", "_blocks", "_blocks_of_node",
-    "is_diagonal", "is_dense", "inversion", "decomposed_side", "nbytes", "together", "stored_rows", "layout", "factors",
+    "is_diagonal", "is_dense", "is_sharded", "inversion", "decomposed_side", "nbytes", "together", "stored_rows",
+    "layout", "factors",
     "_nearest_kronecker", "_approximate_inverse", "_usual_damping", "_average", "_moment", "_packed",
 )  # fmt: skip
 """What a structure may override, each with a default; beside these are the abstract methods."""
@@ -542,6 +543,11 @@ class FisherOperator(ABC):
     @property
     def is_dense(self) -> bool:
         """Whether the D × D matrix itself lies in memory."""
+        return False
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes have blocks of it that this one lacks."""
         return False
 
     @property

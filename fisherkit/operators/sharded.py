@@ -189,6 +189,11 @@ class ShardedOperator(FisherOperator):
             return None
         return self._of(None if self.own is None or other.own is None else self.own + other.own)
 
+    @property
+    def is_sharded(self) -> bool:
+        """True."""
+        return True
+
     def _average(self) -> FisherOperator:
         return self._of(self._each("average_over_outputs", self.own, average_over_outputs))
 
