@@ -280,7 +280,7 @@ class _Asked:
         if generator is not None and rule.random:
             rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))
         model, params = within_wrappers(model, params)
-        resolved = likelihoods.resolve(likelihood)
+        resolved = likelihoods.resolve(likelihood, model)
         own = dict(model.named_parameters())
         space = ParameterSpace.among(own, params)
         device, parameters_dtype = model_device(model, space.names, own)

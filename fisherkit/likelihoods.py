@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fisherkit.arguments import check_number, is_integer
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.likelihood import Likelihood, Prepared, setting_text, shape_text
+from fisherkit.model_inputs import is_causal
 
 __all__ = [
     "Bernoulli", "Categorical", "Gaussian", "GaussianNLL", "Likelihood", "LogProbabilities", "Poisson", "Prepared",
@@ -782,13 +783,25 @@ def is_known_loss(loss: object) -> bool:
     return type(loss) in _MODULES
 
 
-def resolve(likelihood: str | Likelihood | nn.Module) -> Likelihood:
-    """A likelihood by name, the object itself, or the one that a loss module of torch's is.
+def resolve(likelihood: str | Likelihood | nn.Module, model: nn.Module | None = None) -> Likelihood:
+    """A likelihood by name, the object itself, or the one that a loss module of torch's is; for a model, if known.
 
     Raises:
-        InvalidArgumentError: an unknown name, or a module with settings that are no likelihood's here.
+        InvalidArgumentError: an unknown name, or a module with settings that are no likelihood's here; or classes on
+            axis 1 of a causal language model's outputs.
         InvalidTypeError: none of these.
     """
+    found = _resolved(likelihood)
+    if found.class_axis == 1 and model is not None and is_causal(model):
+        raise InvalidArgumentError(
+            call="likelihood", got=f"{found.recorded}, with classes on axis 1", expected="the last axis",
+            why="a causal language model's outputs are [B, T, V]; its own loss flattens them before nn.CrossEntropyLoss",
+            try_='likelihood="categorical", or fk.likelihoods.Categorical(class_axis=-1, ...) with settings',
+        )  # fmt: skip
+    return found
+
+
+def _resolved(likelihood: str | Likelihood | nn.Module) -> Likelihood:
     name = getattr(likelihood, "__name__", "")  # of a class or a function
     if isinstance(likelihood, Categorical) and not likelihood._settled:
         return copy.copy(likelihood)  # the first batch settles where classes are, of one model's outputs

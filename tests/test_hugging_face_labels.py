@@ -337,3 +337,19 @@ def test_ef__of_a_prompted_encoder_decoder() -> None:
         batch = t5()[1]
         own = rows(model, batch)
         close(fk.EmpiricalFisher(model, batch).to_dense(), own.T @ own / 4, 1e-6)
+
+
+@pytest.mark.parametrize("positions", [6, VOCABULARY])
+def test_classes_on_axis_1__of_a_causal_model_are_refused(positions: int) -> None:
+    """As torch's own loss has them, which such a model's loss gets flattened outputs of."""
+    sizes = {"hidden_size": 4, "intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes)
+    model, x = build(lambda: transformers.LlamaForCausalLM(config)), ids(3, positions)
+    data = {"input_ids": x, "labels": x}
+    for make in (
+        lambda: fk.EmpiricalFisher(model, data, likelihood=nn.CrossEntropyLoss()),
+        lambda: fk.optim.Preconditioner(model, likelihood=nn.CrossEntropyLoss()),
+    ):
+        with pytest.raises(fk.InvalidArgumentError, match=r"expected the last axis"):
+            make()
+    assert fk.EmpiricalFisher(model, data, likelihood=fk.likelihoods.Categorical(class_axis=-1)).rows == 3

@@ -146,3 +146,18 @@ def test_margin__of_classes_on_axis_1_and_not_of_probabilities() -> None:
     scores: Any = fk.influence.InfluenceScores(fisher, soft.model(), damping=DAMPING)
     with pytest.raises(fk.DataError, match="with class probabilities"):
         scores.scores((soft.x, soft.y), (soft.x, soft.y), measurement="margin")
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac"])
+def test_batch_without_a_label_that_counts__scores_nothing_also_below_an_embedding(structure: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)).double()
+    x, y = torch.randint(7, (6, 4)), torch.randint(3, (6, 4))
+    y[5] = -100
+    data = [(x[:5], y[:5]), (x[5:], y[5:])]
+    influence = fk.influence.InfluenceScores(fk.EmpiricalFisher(model, data, structure=structure), model)
+    scores = influence.scores(data, data)
+    torch.testing.assert_close(scores[:5, :5], influence.scores(data[:1], data[:1]))
+    for nothing in (scores[5], scores[:, 5], influence.scores(data[1], data)):
+        assert not nothing.any()
+    assert float(influence.self_influence(data)[5]) == 0

@@ -175,7 +175,7 @@ def loss_gradient(
     check_choice(CALL, "example", example, ("sequence", "token"))
     check_choice(CALL, "normalization", normalization, ("mean", "sum"))
     model, params = within_wrappers(model, params)
-    resolved = likelihoods.resolve(likelihood)
+    resolved = likelihoods.resolve(likelihood, model)
     space = ParameterSpace.of(model, params)
     device, dtype = model_device(model, space.names)
     refuse_train_mode(model)

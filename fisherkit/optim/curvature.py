@@ -69,7 +69,7 @@ class Curvature:
                 call=call, got=f"structure={structure!r}", expected="a LayerStructure or a RowStructure",
                 why="steps average the records of layers, or take the rows of a batch",
             )  # fmt: skip
-        resolved = likelihoods.resolve(likelihood)
+        resolved = likelihoods.resolve(likelihood, model)
         check_reduction(resolved, reduction, call)
         check_count(call, "update_every", update_every)
         check_count(call, "refresh_every", refresh_every)

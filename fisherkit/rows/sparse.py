@@ -68,7 +68,7 @@ class SparseRows(UnitRows):
 
     def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
         """J U."""
-        table = u.reshape(self.vocabulary, -1, u.shape[1])
+        table = u.reshape(self.vocabulary, self.values.shape[1], u.shape[1])
         return sum_by(self.row, torch.einsum("ne,nek->nk", self.values, table[self.token]), self.count)
 
     def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
@@ -83,7 +83,7 @@ class SparseRows(UnitRows):
         shared = torch.unique(self.token)
         shared = shared[torch.isin(shared, other.token)]
         width = self.values.shape[1]
-        for span in spans(shared.shape[0], (self.count + other.count) * width):
+        for span in spans(shared.shape[0], (self.count + other.count) * width) if len(shared) else ():
             result += self._columns(shared[span]) @ other._columns(shared[span]).mT
         return result
 
