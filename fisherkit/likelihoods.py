@@ -795,7 +795,7 @@ def resolve(likelihood: str | Likelihood | nn.Module, model: nn.Module | None = 
     if found.class_axis == 1 and model is not None and is_causal(model):
         raise InvalidArgumentError(
             call="likelihood", got=f"{found.recorded}, with classes on axis 1", expected="the last axis",
-            why="a causal language model's outputs are [B, T, V]; its own loss flattens them before nn.CrossEntropyLoss",
+            why="a causal language model's outputs are [B, T, V]; its own loss flattens them first",
             try_='likelihood="categorical", or fk.likelihoods.Categorical(class_axis=-1, ...) with settings',
         )  # fmt: skip
     return found
