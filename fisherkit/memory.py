@@ -72,13 +72,13 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note what a function makes, but for views of what was there before."""
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
         found = func(*args, **(kwargs or {}))
         for storage in _storages(found):
-            if storage._cdata not in self._known and storage._cdata not in given:
-                self._known.add(storage._cdata)
+            if storage.data_ptr() not in self._known and storage.data_ptr() not in given:
+                self._known.add(storage.data_ptr())
                 self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
         self.most = max(self.most, self.now)
         return found
 

@@ -80,8 +80,8 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The memory that this process has of a tensor: of a shard, a plain tensor; others as they are."""
-    own: Tensor = getattr(tensor, "_local_tensor", tensor)
+    """This process's memory of a tensor, outside of graphs: of a shard, a plain tensor; others as they are."""
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # what DTensors have
     return own
 
 

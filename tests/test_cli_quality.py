@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +51,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 run = partial(commands.run, "quality")
+
+
+def test_module__of_the_current_folder_comes_before_another_of_its_name(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the folder is among those of the path, behind the other's, as that of a checkout."""
+    other = tmp_path_factory.mktemp("other")
+    for place, text in ((other, "def another(): ...\n"), (folder, MODULE)):
+        (place / "a_common_name.py").write_text(text)
+    monkeypatch.setattr("sys.path", [str(other), str(folder), *sys.path])
+    result = run("a_common_name:make", "--kinds", "sgd", "--structures", "full")
+    assert result.exit_code == 0, result.output
 
 
 def test_quality__prints_a_table_and_writes_files(folder: Path) -> None:

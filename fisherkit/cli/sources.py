@@ -175,9 +175,9 @@ def call_factory(spec: str, call: str) -> Any:
 
 
 def _module(name: str, call: str) -> Any:
-    """A module by name, the current folder's own included."""
+    """A module by name, the current folder's own before others of that name."""
     folder = os.getcwd()
-    if folder not in sys.path:
+    if sys.path[:1] != [folder]:
         sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)

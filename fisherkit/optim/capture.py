@@ -7,7 +7,7 @@ their own runs at the moment the user's reaches the model's outputs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -331,11 +331,7 @@ class Capture:
 
     def _accumulating(self) -> bool:
         """Whether the backward pass that runs adds to ``.grad``: what torch.autograd.grad finds leads to no step."""
-        leaves = (p for p in self._parameters.values() if p.requires_grad)
-        try:
-            return any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in leaves)
-        except RuntimeError:  # asked about a leaf, torch says in this way that autograd.grad runs
-            return False
+        return runs(get_gradient_edge(p).node for p in self._parameters.values() if p.requires_grad)
 
     @without_autocast()
     def _finish(self, one: Pass) -> None:
@@ -440,6 +436,14 @@ class Capture:
             with recorder:
                 z = one.batch.call(self.model)
             return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
+
+
+def runs(leaves: Iterable[Any]) -> bool:
+    """Whether the backward pass that runs adds to the ``.grad`` of a parameter whose node is among these."""
+    try:
+        return any(map(torch._C._will_engine_execute_node, leaves))
+    except RuntimeError:  # asked about a leaf, torch says in this way that autograd.grad runs
+        return False
 
 
 def used_again(call: str) -> ModelError:

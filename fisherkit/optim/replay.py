@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from fisherkit.data import Batch, outputs_of
 from fisherkit.errors import ModelError
-from fisherkit.optim.capture import OPEN, Capture, used_again, versions, zeroed
+from fisherkit.optim.capture import OPEN, Capture, runs, used_again, versions, zeroed
 from fisherkit.optim.passes import SAME, Captured
 from fisherkit.optim.watch import Watch
 from fisherkit.processes import Processes
@@ -129,7 +129,7 @@ class Replay(Capture):
 
         def reached(gradients: Sequence[Tensor | None]) -> None:
             replay = owner()
-            if replay is not None and _adds_to(leaf):
+            if replay is not None and leaf is not None and runs((leaf,)):
                 replay._kept(known(), gradients[place])
 
         edge.node.register_prehook(reached)
@@ -177,7 +177,7 @@ class Replay(Capture):
                     self._again_on_copy(calls)
                 else:
                     processes.each(f"{self.call}.step", lambda: self._again_on_copy(calls))
-        except Exception:
+        except BaseException:
             self.finished.clear()  # in no process a part of another step
             raise
         finally:
@@ -263,11 +263,3 @@ def _leaf(node: Any) -> Any:
         seen |= new
         pending += new
     return None
-
-
-def _adds_to(leaf: Any) -> bool:
-    """Whether the backward pass that runs adds to ``.grad``: others lead to no step."""
-    try:
-        return leaf is not None and torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:  # asked about a leaf, torch says in this way that autograd.grad runs
-        return False

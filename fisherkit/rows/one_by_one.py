@@ -47,7 +47,6 @@ class OneByOne:
     def __init__(self, plan: Plan, batch: Batch, *, follow: bool = False) -> None:
         watched = _by_example(plan, batch, follow)
         groups = [list(group) for _, group in itertools.groupby(range(batch.size), key=lambda n: _form(watched[n]))]
-        self.untold = False
         self.parts = [
             _Alike(plan, batch.take(slice(g[0], g[-1] + 1)), [watched[n] for n in g]) for g in groups
         ]  # fmt: skip
