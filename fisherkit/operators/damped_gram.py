@@ -87,7 +87,7 @@ def _products(rows: Rows | SharedRows, precise: bool, scale: float) -> Float[Ten
     return found if scale == 1 else found.mul_(scale)
 
 
-def damped_cholesky(matrix: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n n"], Tensor]:
+def damped_cholesky(matrix: Float[Tensor, "n n"], damping: float | Tensor) -> tuple[Float[Tensor, "n n"], Tensor]:
     """Of A + λI, made in A's memory; the second is 0 where there is a factor."""
     matrix.diagonal().add_(damping)
     return torch.linalg.cholesky_ex(matrix)
