@@ -20,13 +20,7 @@ PRECISE = 1e-2
 
 @dataclass(frozen=True)
 class DampedGram:
-    """s · JJᵀ + λI, R × R, by its Cholesky factor.
-
-    Args:
-        factor: lower, float64.
-        rounding: what it leaves of a solution where inner products are multiplied in the rows' dtype.
-        precise: whether they were multiplied in float64.
-    """
+    """s · JJᵀ + λI, R × R, by its lower Cholesky factor, float64; ``rounding`` is what it leaves of a solution."""
 
     factor: Float[Tensor, "R R"]
     rounding: float
