@@ -199,7 +199,8 @@ class EWC(nn.Module):
         names = list(dict.fromkeys(name for term in self._terms for name in term.shapes)) or list(parameters)[:1]
         _check_held(self._terms, parameters, self.grown, "EWC.penalty")
         now = values(self.model, names)
-        result = penalty_of(self._terms, self.strength, {name: full(value) for name, value in now.items()})
+        tensors = map(full, now.values())
+        result: Tensor = _Penalty.apply(self._terms, self.strength, tuple(now), *tensors)  # type: ignore[no-untyped-call]
         self._watch(result.detach())
         return result
 
@@ -584,13 +585,8 @@ def evaluate(terms: Sequence[Term], tensors: Mapping[str, Tensor]) -> tuple[Floa
     return torch.stack(values).sum(), gradients
 
 
-def penalty_of(terms: Sequence[Term], strength: float, parameters: Mapping[str, Tensor]) -> Tensor:
-    """½ · strength · Σ weight · q as a differentiable scalar in the first parameter's dtype; 0 without terms."""
-    return _Penalty.apply(tuple(terms), strength, tuple(parameters), *parameters.values())  # type: ignore[no-untyped-call]
-
-
 class _Penalty(torch.autograd.Function):
-    """½ · strength · Σ weight · q, with the gradient strength · Σ weight · (F d + h)."""
+    """½ · strength · Σ weight · q in the first tensor's dtype, with the gradient strength · Σ weight · (F d + h)."""
 
     @staticmethod
     def forward(ctx: Any, terms: Sequence[Term], strength: float, names: Sequence[str], *values: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class QualityTable:
     def __str__(self) -> str:
         """Columns of equal width under a line about the batch."""
         dropped = f", {self.dropped} of them left out of the updates as near-duplicates" if self.dropped else ""
-        cells = [("kind", "structure", "damping", "γ", "γ/γ_SGD", "‖Δ‖", "rows", "ms")]
+        cells: list[tuple[str, ...]] = [("kind", "structure", "damping", "γ", "γ/γ_SGD", "‖Δ‖", "rows", "ms")]
         for row in self.rows:
             numbers = (f"{value:.4g}" for value in (row.gamma, row.relative_gamma, row.update_norm))
             damping = "" if row.damping is None else f"{row.damping:g}"

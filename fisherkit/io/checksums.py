@@ -50,8 +50,7 @@ class Written(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Of the whole tensor."""
-        size: int = getattr(torch, self.dtype).itemsize
-        return size * math.prod(self.shape)
+        return self.row_bytes * math.prod(self.shape[:1])
 
 
 class Checksums:

@@ -299,10 +299,6 @@ class FisherHeader:
     save: str
     call: str
 
-    def reader(self, device: torch.device | str) -> Reader:
-        """A reader of its tensors, which compares their checksums."""
-        return Reader(self, device)
-
     @property
     def nbytes(self) -> int:
         """Bytes on disk, of all files that are there."""
@@ -340,7 +336,7 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     except (*UNREADABLE, AttributeError) as error:
         # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
         name = f"an index {found.name}" if indexed else "a file"
-        raise FileFormatError(**damaged(call, error, name=name)) from error
+        raise damaged(call, error, name=name) from error
     return FisherHeader(found, space, metadata, root, files, checksums, save, call)
 
 
@@ -376,7 +372,7 @@ def _space(text: str) -> ParameterSpace:
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State, ParameterSpace, dict[str, str]]:
     """The operator's state, its space and the recorded metadata, as `read_header` finds them."""
     header = read_header(path, f"load({str(path)!r})")
-    return header.reader(device).state(header.root), header.space, header.metadata
+    return Reader(header, device).state(header.root), header.space, header.metadata
 
 
 class Reader:
@@ -459,4 +455,4 @@ class Reader:
 
     def _wrong(self, path: Path, error: Exception | str) -> FileFormatError:
         name = "a file" if path == self._header.path else f"a file {path.name}"
-        return FileFormatError(**damaged(self._header.call, error, name=name))
+        return damaged(self._header.call, error, name=name)

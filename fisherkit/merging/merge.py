@@ -31,6 +31,7 @@ from fisherkit.merging.fishers import (
     FisherSource,
     Names,
     activations,
+    check_fits,
     check_measured,
     joined_blocks,
     open_fishers,
@@ -249,20 +250,7 @@ def _center(center: str | Model, call: str) -> ModelSource | None:
 def _blocks(entries: Entries, job: Job, sources: Sequence[FisherSource], merged: Sequence[str]) -> list[Names]:
     """The joined partition of the names that are merged, once Fishers and center are known to fit the models."""
     for number, (model, source) in enumerate(zip(job.models, sources, strict=True), 1):
-        shapes = dict(zip(source.space.names, source.space.shapes, strict=True))
-        unknown = [name for name in shapes if name not in model.shapes]
-        odd = [
-            f"{name!r} ({list(shape)} and {list(model.shapes[name])})"
-            for name, shape in shapes.items() if model.shapes.get(name, shape) != shape
-        ]  # fmt: skip
-        wrong = [f"lacks: {unknown}"] * bool(unknown) + [f"has in another shape: {', '.join(odd)}"] * bool(odd)
-        if wrong:
-            raise InvalidArgumentError(
-                call=job.call, got=f"Fisher {number} over parameters that model {number} {' and '.join(wrong)}",
-                expected="the Fisher of this model",
-                why="a tied parameter has only the name of the first module that holds it",
-                try_="another order of fishers, or the Fisher measured again",
-            )  # fmt: skip
+        check_fits(source, model, f"Fisher {number}", job.call)
     _check_some(merged, job.call)
     if job.center is not None:
         check_center(job.center, {name: entries[name].shape for name in merged}, job.call)

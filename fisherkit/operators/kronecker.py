@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import Bases, Factorization, Part, RowProducts, RowSolution
 from fisherkit.operators.layer_layout import LayerLayout, marginals
@@ -271,11 +270,6 @@ class EigenKroneckerOperator(FisherOperator):
         return cls(space, activation.basis, gradient.basis, grid, transposed, decomposed=True, leading=leading)
 
     @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored as [I, O]."""
-        return self._layout.transposed
-
-    @property
     def layout(self) -> LayerLayout:
         """Which parameter lies where on the grid that the bases act on."""
         return self._layout
@@ -485,7 +479,7 @@ class _EigenKroneckerFactorization(Factorization):
         self._eigen = eigen
         call = f"{operator._name}.factorize"
         if damping == 0.0 and eigen._null and eigen._leading is None:
-            raise SingularMatrixError(**singular(call, damping, f"{eigen._null:,} of its eigenvalues are 0"))
+            raise singular(call, damping, f"{eigen._null:,} of its eigenvalues are 0")
 
         def reciprocal(values: Tensor) -> Tensor:
             if damping == 0.0:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.arithmetic import MatMat
-from fisherkit.errors import MemoryBudgetError, SingularMatrixError
+from fisherkit.errors import MemoryBudgetError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.damped_gram import PRECISE, DampedGram, damped_cholesky, damped_grams, rounding_of
@@ -40,6 +40,7 @@ from fisherkit.rows.streamed import StreamedRows, thinned
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62
+"""A memory budget that nothing exceeds."""
 
 CORRECTED = 1e-4
 """Rounding in a solution from which on it is corrected."""
@@ -128,7 +129,7 @@ class LowRankOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         if damping == 0.0 and self._rows.count < self.size:
             why = f"R = {self._rows.count:,} rows < D = {self.size:,} parameters"
-            raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
+            raise singular("LowRankOperator.factorize", damping, why)
         side = self._small_side()
         if side == "gram" and damping > 0 and isinstance(self.row_source, (Rows, SharedRows)):
             return _GramFactorization(self, self.row_source, damping)

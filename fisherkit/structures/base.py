@@ -18,6 +18,7 @@ from fisherkit.errors import InvalidArgumentError, ProcessError, listed
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
 from fisherkit.operators.forwarding import packed
 from fisherkit.operators.linalg import checked_together
+from fisherkit.operators.low_rank import UNBOUNDED
 from fisherkit.operators.persistence import subclasses
 from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows
@@ -26,9 +27,6 @@ from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
-
-UNBOUNDED = 1 << 62
-"""A memory budget that nothing exceeds."""
 
 Names = tuple[str, ...]
 
