@@ -45,7 +45,7 @@ from fisherkit.merging.models import (
     read_double,
     weighted_average,
 )
-from fisherkit.merging.policy import Entries, MergePolicy, check_center, checked, decide
+from fisherkit.merging.policy import Decision, Entries, MergePolicy, check_center, checked
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping
 from fisherkit.progress import bar
 from fisherkit.space import ParameterSpace
@@ -195,7 +195,7 @@ def _merged(
     call = job.call
     unverified = check_measured(job.models, measured, job.policy.other_weights, call)
     covered = [name for name in sources[0].space.names if all(name in source.space.slices for source in sources)]
-    entries = decide(job.models, covered, job.center, job.policy, call)
+    entries = Decision(job.models, set(covered), job.center, job.policy, call).entries()
     blocks = _blocks(entries, job, sources, [name for name in covered if entries[name].action == "merged"])
     scales = measure(sources, blocks, job.weights, normalize, damping, call, progress=job.progress)
     problem = BlockwiseMerge(job, sources, scales, output_damping)
@@ -309,7 +309,7 @@ def averaged(
     job = Job(
         call, sources, check_weights(weights, len(sources), call), None, allowed, out, overwrite, return_info, progress
     )
-    return job.result(decide(sources, (), None, allowed, call), ())
+    return job.result(Decision(sources, (), None, allowed, call).entries(), ())
 
 
 def task_arithmetic(
@@ -361,7 +361,7 @@ def task_arithmetic(
         if all(name not in m.buffers and m.dtypes.get(name, torch.float32).is_floating_point for m in everything)
         and any(name in m.shapes and name not in m.aliases for m in everything)  # else it is tied
     ]  # fmt: skip
-    entries = decide(everything, parameters, start, allowed, call)
+    entries = Decision(everything, set(parameters), start, allowed, call).entries()
 
     def merged() -> Iterator[tuple[str, Tensor]]:
         for name in (name for name, entry in entries.items() if entry.action == "merged"):
@@ -453,7 +453,7 @@ def merge_layers(
     own = check_weights(weights, len(sources), call)
     allowed = checked(policy, call, "refuse")
     job = Job(call, sources, own, None, allowed, out, overwrite, return_info, progress)
-    entries = decide(sources, [name for names in order for name in names], None, allowed, call)
+    entries = Decision(sources, {name for names in order for name in names}, None, allowed, call).entries()
     order = [names for stage in order if (names := tuple(n for n in stage if entries[n].action == "merged"))]
     _check_some(order, call)
     settings = {"damping": damping, "normalize": normalize, "output_damping": output_damping, "policy": policy}

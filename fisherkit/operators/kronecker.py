@@ -140,11 +140,16 @@ class KroneckerOperator(FisherOperator):
         return self.activation.double().norm() * self.gradient.double().norm()
 
     def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
-        a, on_inputs = nearest_semidefinite(self.activation.to(device), "KroneckerOperator(activation)")
-        g, on_outputs = nearest_semidefinite(self.gradient.to(device), "KroneckerOperator(gradient)")
+        found, spectra = [], list[Callable[[], Spectrum] | None]([None, None])
+        for side, (factor, name) in enumerate(zip(self.factors, ("activation", "gradient"), strict=True)):
+            matrix = factor.to(device, torch.float64)
+            if int(torch.linalg.cholesky_ex(matrix)[1]):  # else it is positive definite as it is
+                matrix, pairs = nearest_semidefinite(factor.to(device), f"KroneckerOperator({name})")
+                spectra[side] = partial(Spectrum, *pairs)
+            found.append(matrix.to(dtype))
         return KroneckerOperator(
-            self.space, a.to(dtype), g.to(dtype), self._layout.transposed, symmetric=True,
-            activation_spectrum=lambda: on_inputs, gradient_spectrum=lambda: on_outputs,
+            self.space, found[0], found[1], self._layout.transposed, symmetric=True, activation_spectrum=spectra[0],
+            gradient_spectrum=spectra[1],
         )  # fmt: skip
 
     @property

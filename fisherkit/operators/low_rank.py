@@ -220,7 +220,11 @@ class LowRankOperator(FisherOperator):
         """
         rows = self.row_source
         if isinstance(rows, (Rows, StreamedRows)):
-            stride = sample_stride(rows.count, self.size, _row_bytes(rows), self.memory_budget)
+            if isinstance(rows, Rows):
+                row_bytes = rows.nbytes / rows.count
+            else:
+                row_bytes = rows.problem.row_bytes(rows.space.names) / rows.problem.vectors_per_example
+            stride = sample_stride(rows.count, self.size, row_bytes, self.memory_budget)
             if stride is not None:
                 sample = thinned(rows, stride)
                 return SampledInverse(sample, self.scale * rows.count / sample.count, damping)
@@ -466,9 +470,3 @@ def sample_stride(count: int, size: int, row_bytes: float, budget: int) -> int |
     fits = int(((row_bytes**2 + 128 * budget) ** 0.5 - row_bytes) / 64)
     wanted = min(MOST, count // SHARE, size // 2, fits)
     return None if wanted < FEWEST else -(-count // wanted)
-
-
-def _row_bytes(rows: Rows | StreamedRows) -> float:
-    if isinstance(rows, Rows):
-        return rows.nbytes / rows.count
-    return rows.problem.row_bytes(rows.space.names) / rows.problem.vectors_per_example
