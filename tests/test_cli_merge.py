@@ -15,6 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import fisherkit as fk
+from fisherkit import io
+from fisherkit.merging.blocks import _operations, expected_seconds
 from tests import commands
 from tests.text_models import LABELS, TEXTS, make_classifier, make_tokenizer, saved
 
@@ -290,14 +292,15 @@ def test_merge__says_which_models_could_not_be_compared_with_their_fishers(tasks
     assert "(models" not in merged(*both(tasks), "--out", tmp_path / "n").stdout
 
 
-def test_merge__says_how_much_it_reads_and_which_blocks_the_average_leaves_nearer(
+def test_merge__says_how_long_it_takes_and_which_blocks_the_average_leaves_nearer(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fisherkit.cli.merge.WORTH_SAYING", 0.0)
     monkeypatch.setattr("fisherkit.cli.merge.FARTHER", 0.0)
     said: list[str] = []
     monkeypatch.setattr("fisherkit.cli.merge.say", said.append)  # which is for terminals
     result = merged(*both(tasks), "--out", tmp_path / "m", "--verbose")
-    assert re.fullmatch(r"Merging 2 models \(.*\) by their Fishers \(.*\) \.\.\.", *said)
+    assert re.fullmatch(r"Merging 2 models \(.*\) by their Fishers \(.*\), about .* on one CPU core \.\.\.", *said)
     blocks = json.loads((tmp_path / "m" / "merge.json").read_text())["blocks"]
     some = sum(bool(block["against_average"]) for block in blocks)
     assert f"{some:,} blocks are farther from some model's outputs" in result.stdout
@@ -359,3 +362,19 @@ def test_merge__refuses_a_check_of_what_has_no_loss(options: list[str], tasks: P
     assert f"--check with {' '.join(options)}" in result.stderr
     assert f"Try: leave out {' '.join(options)}, or --check" in result.stderr
     assert not (tmp_path / "m").exists()
+
+
+def test_expected_seconds__counts_the_layers_that_are_kronecker_products(tmp_path: Path) -> None:
+    found = []
+    for width in (100, 400):
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Flatten(), torch.nn.Linear(8, width))
+        fisher = fk.EmpiricalFisher(
+            model, (torch.zeros(2, 2, dtype=torch.long), torch.zeros(2).long()), structure="kfac"
+        )
+        fisher.save(tmp_path / f"{width}.safetensors")
+        found.append(io.read_header(tmp_path / f"{width}.safetensors", "test"))
+    small, large = (_operations(header) for header in found)
+    assert small == (9 * 100) ** 3 / 3
+    assert large == 22.5 * (400**3 + 9**3) + 60 * 2 * 409 * 3600
+    assert expected_seconds(found) > 0
+    assert expected_seconds([]) == 0

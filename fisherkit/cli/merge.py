@@ -39,12 +39,17 @@ from fisherkit.io.fisher_file import index_of
 from fisherkit.io.model_files import FOLDER_NAMES, ModelFiles, targets
 from fisherkit.memory import readable
 from fisherkit.merging import MergePolicy
+from fisherkit.merging.blocks import expected_seconds
 from fisherkit.merging.export import beside_weights, copy_beside
 from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
+from fisherkit.progress import duration
 
 CALL = "fisherkit merge"
+
+WORTH_SAYING = 5.0
+"""Seconds from which the expected time is said."""
 
 FARTHER = 1.01
 """`BlockInfo.against_average` from which --verbose says it: docs/merging.md has how often it was right."""
@@ -272,7 +277,12 @@ class Merge:
         files = {file for model in self.model for file in ModelFiles(model, CALL).paths if file.is_file()}
         models = f"{len(self.model)} models ({readable(sum(file.stat().st_size for file in files))})"
         fishers = sum(io.read_header(path, CALL).nbytes for path in self.fisher or ())
-        return f"{models} by their Fishers ({readable(fishers)})" if self.fisher else models
+        if not self.fisher:
+            return models
+        solved = self.fisher if METHODS[self.method][0] is merging.merge else []  # RegMean takes a step or two
+        seconds = expected_seconds([io.read_header(path, CALL) for path in solved])
+        time_said = f", about {duration(seconds)} on one CPU core" if seconds >= WORTH_SAYING else ""
+        return f"{models} by their Fishers ({readable(fishers)}){time_said}"
 
     def _tell(self, path: Path, info: merging.MergeInfo, seconds: float) -> None:
         if self.as_json:
