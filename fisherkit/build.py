@@ -26,8 +26,9 @@ from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.generic import now
 from fisherkit.rows.later import FEWEST, LaterRows, products_before_rows
-from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally, now
+from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally
 from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, matrix_free
 from fisherkit.rows.verified import fingerprint, remember

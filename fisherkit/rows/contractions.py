@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.rows.batch_axis import product_terms
 from fisherkit.rows.derived import Derived
 from fisherkit.rows.rules import LinearRule, Use
 
@@ -90,7 +91,7 @@ def contraction(
     if read is None or not all(isinstance(one, Tensor) for one in read[:2]) or (of(read[0]) and of(read[1])):
         return None
     first, second, bias, terms, offsets = read
-    left, right, out = terms or _product(first.ndim, second.ndim)
+    left, right, out = terms or product_terms(first.ndim, second.ndim)
     x, weight, letters, transposed = first, second, *_letters(left, right, out)
     if of(second) is None and (of(first) is not None or of(bias) is None):
         x, weight, letters, transposed = second, first, *_letters(right, left, out)
@@ -151,14 +152,6 @@ def _terms(equation: Any, operands: Any) -> tuple[str, str, str] | None:
     more = [x.ndim - len(term) + 3 if "." in term else 0 for x, term in zip(operands, pair, strict=True)]
     first, second = (t.replace("...", free[16 - n : 16]) for t, n in zip(pair, more, strict=True))
     return first, second, out.replace("...", free[16 - max(more) : 16])
-
-
-def _product(left: int, right: int) -> tuple[str, str, str]:
-    """The axes of a matrix product of operands with so many axes; leading ones are broadcast from the right."""
-    batch = ascii_letters[: max(left, right, 2) - 2]
-    first, second = batch[len(batch) - max(0, left - 2) :], batch[len(batch) - max(0, right - 2) :]
-    rows, columns = "X" if left > 1 else "", "Z" if right > 1 else ""
-    return f"{first}{rows}Y", f"{second}Y{columns}", f"{batch}{rows}{columns}"
 
 
 def _letters(x: str, weight: str, out: str) -> tuple[Letters | None, bool]:

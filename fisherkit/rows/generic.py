@@ -105,16 +105,10 @@ def looped_rows(
     for n in range(batch.size):
         z = batch.take(slice(n, n + 1)).call(model)[0]
         for k, vector in enumerate(v[:, n]):
-            torch.cat([g.flatten() for g in gradients(z, own, vector)], out=rows[k, n])
+            found = pulled_back(z, own, vector) if z.requires_grad else [None] * len(own)
+            flat = [dense_gradient(p, g).flatten() for p, g in zip(own, found, strict=True)]
+            torch.cat(flat, out=rows[k, n])
     return rows
-
-
-def gradients(z: Tensor, parameters: list[Tensor], vector: Tensor) -> list[Tensor]:
-    """Jᵀ v of one example by parameter; zero for those that the outputs do not depend on."""
-    if not z.requires_grad:
-        return [torch.zeros_like(p) for p in parameters]
-    found = pulled_back(z, parameters, vector)
-    return [dense_gradient(p, g) for p, g in zip(parameters, found, strict=True)]
 
 
 def dense_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
@@ -179,11 +173,13 @@ def loop_is_cheaper(
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    start = now()
+    start = now(device)
     function()
-    return now() - start
+    return now(device) - start
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

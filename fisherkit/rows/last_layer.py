@@ -142,18 +142,17 @@ class Head:
     @classmethod
     def of(cls, linearized: Linearized, outputs: Outputs) -> Head | None:
         """Of a batch; None where the outputs are not the layer's, or are used beside."""
-        use = head_use(linearized)
-        if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
+        found = _closed_form(linearized, outputs, only=False)
+        if found is None:
             return None
-        plan, watched = linearized.plan, linearized.watched
+        (use, slot), plan, watched = found, linearized.plan, linearized.watched
         h = use.input.reshape(*outputs.z.shape[:2], -1)
-        a, transposed = use.rule.activations(use)[:].reshape(h.shape), isinstance(use.rule, ContractionRule)
-        rows = LastLayerRows(a, outputs, bias=use.bias is not None, transposed=transposed)
         rest = plan.restricted([name for name in plan.space.names if name not in use.names])
         uses = [one for one in watched.uses if one is not use]
         below = Linearized(rest, linearized.batch, replace(watched, z=h, uses=uses))
         weight = plan.parameters[use.names[0]].detach()
-        return cls(UnitSlot(use.names, rows), below, outputs, weight.mT if transposed else weight)
+        transposed = isinstance(use.rule, ContractionRule)
+        return cls(slot, below, outputs, weight.mT if transposed else weight)
 
     def vectors(self) -> OutputVectors:
         """Columns of a root of Wᵀ H W for every position, ``[n·P, I, 1, I]``."""
@@ -179,33 +178,16 @@ class Head:
 
 def last_layer_rows(linearized: Linearized, outputs: Outputs) -> Rows | None:
     """The rows, if all chosen parameters are in a linear layer whose outputs are the model's; None if not."""
-    use = _only_use(linearized)
-    if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
-        return None
-    a = use.rule.activations(use)[:].reshape(*outputs.z.shape[:2], -1)
-    rows = LastLayerRows(a, outputs, bias=use.bias is not None, transposed=isinstance(use.rule, ContractionRule))
-    return Rows(linearized.plan.space, [UnitSlot(linearized.plan.units[0].names, rows)])
+    found = _closed_form(linearized, outputs, only=True)
+    return None if found is None else Rows(linearized.plan.space, [found[1]])
 
 
-def is_last_layer(linearized: Linearized) -> bool:
-    """Whether all chosen parameters are in a linear layer whose outputs are the model's.
+def last_width(linearized: Linearized, *, only: bool) -> int:
+    """Inputs of a last layer whose closed form is known, as `_last_use` finds it; 0 if there is none.
 
     Cost: a backward pass. A gradient that arrives unchanged says what the graph cannot: that no hook changes it.
     """
-    if _only_use(linearized) is None:
-        return False
-    z = linearized.z
-    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-    found = linearized.watched.backward(v.unsqueeze(0))[0]
-    return found is not None and torch.equal(found.flatten(), v.flatten())
-
-
-def head_width(linearized: Linearized) -> int:
-    """Inputs of a last layer above others; 0 if there is none whose closed form is known.
-
-    Cost: a backward pass, as of `is_last_layer`.
-    """
-    use, z = head_use(linearized), linearized.z
+    use, z = _last_use(linearized, only=only), linearized.z
     if use is None:
         return 0
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
@@ -213,35 +195,37 @@ def head_width(linearized: Linearized) -> int:
     return use.input.shape[-1] if found is not None and torch.equal(found.flatten(), v.flatten()) else 0
 
 
-def head_use(linearized: Linearized) -> Use | None:
-    """The use of a layer whose outputs are z, above others that all have a rule, and in whose dtype all is."""
-    plan, uses = linearized.plan, linearized.watched.uses
-    last = [use for use in uses if use.edge.node is not None and _reshaped(linearized.z, use.edge)]
-    if len(last) != 1 or len(uses) < 2 or plan.generic or sum(last[0].names[0] in use.names for use in uses) != 1:
+def _last_use(linearized: Linearized, *, only: bool) -> Use | None:
+    """The use of a linear layer, as its unit has it, whose outputs are z, if nothing else acts on gradients.
+
+    It is the ``only`` one of chosen parameters, or above others that all have a rule, and in whose dtype all is.
+    """
+    plan, watched, z = linearized.plan, linearized.watched, linearized.z
+    last = [use for use in watched.uses if use.edge.node is not None and _reshaped(z, use.edge)]
+    if len(last) != 1 or plan.generic or linearized.unruled or watched.hooked:
         return None
-    use = _usable(linearized, last[0])
-    alike = use is not None and use.input.dtype == linearized.z.dtype == plan.dtype and use.input.requires_grad
-    return use if alike else None
-
-
-def _only_use(linearized: Linearized) -> Use | None:
-    """The layer's use: the only one of chosen parameters in this batch, with a rule that holds, and z its output."""
-    plan, uses = linearized.plan, linearized.watched.uses
-    if len(plan.units) != 1 or len(plan.ruled) != 1 or len(uses) != 1:
-        return None
-    return _usable(linearized, uses[0]) if _reshaped(linearized.z, uses[0].edge) else None
-
-
-def _usable(linearized: Linearized, use: Use) -> Use | None:
-    """A last use, if it is that of a linear layer as its unit has it, and nothing else acts on gradients."""
-    if linearized.unruled or linearized.watched.hooked:
+    use, count = last[0], len(watched.uses)
+    if (len(plan.units) != 1 or count != 1) if only else count < 2:
         return None
     # Weights that are made of parameters, seen transposed or in another shape, have rows of another form.
-    unit = next((unit for unit in linearized.plan.ruled if unit.names == use.names), None)
-    if type(unit) is not RuledUnit or not use.plain or use.turned or unit.shape is None:
+    unit = next((unit for unit in plan.ruled if unit.names == use.names), None)
+    if type(unit) is not RuledUnit or not use.plain or use.turned or unit.shape is None or use.weight is None:
+        return None
+    if sum(use.names[0] in other.names for other in watched.uses) != 1:
         return None
     linear = type(use.rule) is LinearRule or (isinstance(use.rule, ContractionRule) and use.rule.name == "addmm")
-    return use if linear and use.weight is not None else None
+    alike = only or (use.input.dtype == z.dtype == plan.dtype and use.input.requires_grad)
+    return use if linear and alike else None
+
+
+def _closed_form(linearized: Linearized, outputs: Outputs, *, only: bool) -> tuple[Use, UnitSlot] | None:
+    """The last layer and its rows in a batch; None where the outputs are not the layer's, or are used beside."""
+    use = _last_use(linearized, only=only)
+    if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
+        return None
+    a = use.rule.activations(use)[:].reshape(*outputs.z.shape[:2], -1)
+    transposed = isinstance(use.rule, ContractionRule)
+    return use, UnitSlot(use.names, LastLayerRows(a, outputs, bias=use.bias is not None, transposed=transposed))
 
 
 def _reshaped(z: Tensor, edge: GradientEdge) -> bool:

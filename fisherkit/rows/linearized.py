@@ -27,7 +27,7 @@ from fisherkit.rows.plan import Plan, forward, propose, tolerance
 from fisherkit.rows.rules import in_dtype
 from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
-from fisherkit.rows.units import RuledUnit, Unit
+from fisherkit.rows.units import Pulled, RuledUnit, Unit
 from fisherkit.rows.watched import Watched
 
 
@@ -138,13 +138,12 @@ class Linearized:
             self._unrule_silent(gradients)
         factor = scale if known is None else known.scale
         factor = None if factor is None else factor.to(dtype).reshape(-1, self.batch.size, 1, 1)
+        pulled = Pulled(
+            self.watched.uses, gradients, arrangements, own.to(dtype), selection, factor, self._activations
+        )  # fmt: skip
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
-            made = None
-            if not self.unruled.intersection(unit.names):
-                made = unit.made(
-                    self.watched.uses, gradients, arrangements, own.to(dtype), selection, self._activations, factor
-                )  # fmt: skip
+            made = None if self.unruled.intersection(unit.names) else unit.made(pulled)
             if made is None:
                 self.unruled.update(unit.names)
             else:
@@ -195,27 +194,24 @@ class Linearized:
             with plan.quiet():
                 gradients = self.watched.backward(v.unsqueeze(0))
                 arrangements = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
+                selection, wide = RowSelection(1, self.batch.size, v.device), v.to(plan.dtype).unsqueeze(0)
+                pulled = Pulled(self.watched.uses, gradients, arrangements, wide, selection)
                 for unit in propose(plan, self.watched, [name for name in plan.space.names if name in newly_ruled]):
-                    units.append(self._adopted(unit, gradients, arrangements, v))
+                    units.append(self._adopted(unit, pulled, v))
         plan = replace(plan, vectorised=plan.vectorised and not names, unused=plan.unused - newly_ruled)
         return plan.with_units(unit.copied() for unit in units)
 
-    def _adopted(
-        self, unit: Unit, gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None], v: Tensor
-    ) -> Unit:
-        if isinstance(unit, RuledUnit):
-            dtype, uses = self.plan.dtype, self.watched.uses
-            selection = RowSelection(1, self.batch.size, v.device)
-            made = unit.made(uses, gradients, arrangements, v.to(dtype).unsqueeze(0), selection)
-            own = torch.autograd.grad(
-                self.z, [self.plan.parameters[name] for name in unit.names], v, retain_graph=True
-            )  # fmt: skip
-            expected = torch.cat([g.flatten() for g in own]).to(dtype)
-            if made is not None and made.rows.size == len(expected):
-                total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
-                if bool((total - expected).norm() <= self._tolerance(dtype) * expected.norm()):
-                    weight = self.plan.parameters[unit.names[0]].shape
-                    return unit.confirmed(uses, arrangements, made.rows, weight)
+    def _adopted(self, unit: Unit, pulled: Pulled, v: Float[Tensor, "B ..."]) -> Unit:
+        """The unit, if the sum of its rows is the gradient that autograd finds; without a rule if not."""
+        made = unit.made(pulled) if isinstance(unit, RuledUnit) else None
+        parameters = [self.plan.parameters[name] for name in unit.names]
+        if isinstance(unit, RuledUnit) and made is not None:
+            own = torch.autograd.grad(self.z, parameters, v, retain_graph=True)
+            expected = torch.cat([g.flatten() for g in own]).to(pulled.v.dtype)
+            total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
+            allowed = self._tolerance(expected.dtype) * expected.norm()
+            if total.shape == expected.shape and bool((total - expected).norm() <= allowed):
+                return unit.confirmed(pulled, made.rows, parameters[0].shape)
         return Unit(unit.names, f"autograd does not confirm a rule for {unit.names[0]}", unit.numbers)
 
     def _arrangements(

@@ -26,12 +26,12 @@ from fisherkit.rows.base import UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
 from fisherkit.rows.hidden import refuse_hidden
-from fisherkit.rows.ownership import Arrangement, coarser, codes
+from fisherkit.rows.ownership import coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
+from fisherkit.rows.units import DerivedUnit, Form, Pulled, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace
 
@@ -350,11 +350,10 @@ def _units(
     gradients, *multiplied = (_combined(at_uses, row) for row in (torch.ones_like(numbers[0]), *numbers))
     arrangements = watched.arrangements(gradients, [] if watched.regular else multiplied)
     stacked = [None if g is None else g.unsqueeze(0) for g in gradients]
-    units = [
-        one
-        for unit in propose(plan, watched, plan.space.names)
-        for one in _verified(plan, unit, watched, stacked, arrangements, v, reference)
-    ]
+    uses, selection = [in_dtype(use, plan.dtype) for use in watched.uses], RowSelection(1, v.shape[1], v.device)
+    pulled = Pulled(uses, stacked, arrangements, v.to(plan.dtype), selection)
+    proposed = propose(plan, watched, plan.space.names)
+    units = [one for unit in proposed for one in _verified(plan, unit, pulled, reference)]
     confirmed = {name for unit in units if isinstance(unit, RuledUnit) for name in unit.names}
     # What is written to in place, as by an activation, has no gradient to look at.
     unclear = [
@@ -683,27 +682,17 @@ def _numbers(plan: Plan, names: Sequence[str]) -> int:
     return sum(plan.parameters[name].numel() for name in names)
 
 
-def _verified(
-    plan: Plan,
-    unit: Unit,
-    watched: Watched,
-    gradients: Sequence[Tensor | None],
-    arrangements: Sequence[Arrangement | None],
-    v: Float[Tensor, "1 B ..."],
-    reference: _Reference,
-) -> list[Unit]:
+def _verified(plan: Plan, unit: Unit, pulled: Pulled, reference: _Reference) -> list[Unit]:
     """The unit if autograd confirms its rows, or its parameters as generic units."""
     if not isinstance(unit, RuledUnit):
         return [unit]
-    dtype = plan.dtype
-    uses = [in_dtype(use, dtype) for use in watched.uses]
     reason = f"autograd does not confirm the {unit.rule_name} rule here"
     try:
-        made = unit.made(uses, gradients, arrangements, v.to(dtype), RowSelection(1, v.shape[1], v.device))
+        made = unit.made(pulled)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a rule that does not know this form of use
         made, reason = None, f"the {unit.rule_name} rule fails here: {str(error).splitlines()[0]}"
     if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
-        return [unit.confirmed(uses, arrangements, made.rows, plan.parameters[unit.names[0]].shape)]
+        return [unit.confirmed(pulled, made.rows, plan.parameters[unit.names[0]].shape)]
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 

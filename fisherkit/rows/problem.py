@@ -10,7 +10,6 @@ import contextlib
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -31,7 +30,8 @@ from fisherkit.rows.base import TILE
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.first_batch import plan_of
-from fisherkit.rows.last_layer import Head, head_width, is_last_layer, last_layer_rows
+from fisherkit.rows.generic import now
+from fisherkit.rows.last_layer import Head, last_layer_rows, last_width
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.one_by_one import MOST, OneByOne
 from fisherkit.rows.plan import (
@@ -315,7 +315,7 @@ class Problem:
             slots = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place)
             tried[key], tried["outputs", key] = slots.number, slots.mask.shape[1]
         self.vectors_per_example = tried[key]
-        self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
+        self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_width(only=True) > 0
         self.head = (
             self._head(tried["outputs", key])
             if self.summed and kind.of_hessian and not plan.looped and not self.rowless
@@ -371,23 +371,22 @@ class Problem:
 
     def _head(self, positions: int) -> int:
         """Inputs of a last layer that has more outputs than vectors go back from, of which there are then so many."""
-        plan, total = self.plan, self.vectors_per_example
-        if "head" not in plan.tried:
-            self.confirm()
-            with plan.quiet():
-                plan.tried["head"] = head_width(Linearized.probe(plan))
-        width = plan.tried["head"]
+        total = self.vectors_per_example
+        width = self._last_width(only=False)
         if not width or width * positions >= total or positions * width**2 > TILE:
             return 0
         self.vectors_per_example = width * positions
         return width
 
-    def _last_layer(self) -> bool:
-        """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
-        if "last layer" not in self.plan.tried:
+    def _last_width(self, *, only: bool) -> int:
+        """Inputs of a last layer, the only one that was chosen or above others, if its sums are known; tried once."""
+        tried, key = self.plan.tried, "last layer" if only else "head"
+        if key not in tried:
+            if not only:
+                self.confirm()
             with self.plan.quiet():
-                self.plan.tried["last layer"] = is_last_layer(Linearized.probe(self.plan))
-        return bool(self.plan.tried["last layer"])
+                tried[key] = last_width(Linearized.probe(self.plan), only=only)
+        return tried[key]
 
     def forecast(self) -> tuple[int, float] | None:
         """Backward passes that reading the data once takes, and their seconds at most; None where N is not known.
@@ -700,13 +699,6 @@ class Problem:
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         outputs, counts = self._outputs(batch, raw, start, call)
         return Slots.of(outputs, self.kind, self.token, counts)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _graph(device: torch.device) -> int:
