@@ -27,10 +27,9 @@ from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.generic import now
-from fisherkit.rows.later import FEWEST, LaterRows, products_before_rows
 from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally
 from fisherkit.rows.shared import SharedRows
-from fisherkit.rows.streamed import StreamedRows, matrix_free
+from fisherkit.rows.streamed import FEWEST, LaterRows, StreamedRows, matrix_free, products_before_rows
 from fisherkit.rows.verified import fingerprint, remember
 from fisherkit.space import ParameterSpace
 from fisherkit.structures import Names, Part, Parts, Structure, Sums
@@ -464,8 +463,7 @@ class Builder:
         scale: float | Callable[[], float]
         need = f"rows would take {readable(self.needed)}"
         if later is not None:
-            streamed = StreamedRows(problem)
-            rows = LaterRows(streamed, functools.partial(self._made_later, type(structure), streamed), later)
+            rows = streamed = LaterRows(problem, functools.partial(self._made_later, type(structure)), later)
             for _ in source:  # so that data that change until they are used are refused
                 pass
             tally, scale = streamed, lambda: self._scale(streamed.some())

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.operators import LowRankOperator, unwrap
-from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.largest import LargestRows
+from fisherkit.rows.collection import LargestRows, Rows, UnitSlot
 from fisherkit.rows.stored import StoredRows
 from fisherkit.space import ParameterSpace
 from fisherkit.testing import check_fisher

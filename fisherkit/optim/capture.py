@@ -30,7 +30,7 @@ from fisherkit.optim.watch import Watch
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Processes
 from fisherkit.randomness import RngState, device_generators, rng_state, untouched_rng
-from fisherkit.rows.base import TILE
+from fisherkit.rows.base import TILE, RowSelection
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
@@ -39,7 +39,6 @@ from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, forward, has_own_gradients, influenced, require_alike_in_parts
 from fisherkit.rows.record import Recorder
-from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.verified import fingerprint
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace, Selection
@@ -386,7 +385,7 @@ class Capture:
         seen = self._see(one, one.z)
         slots = Slots.of(seen.outputs, self.rule, False, seen.counts, traced=False)
         self._choose(one.plan, slots)
-        found = [one.found.get(id(edge)) for edge in linearized.edges]
+        found = [one.found.get(id(edge)) for edge in linearized.watched.edges]
         gradients = [None if g is None else g.unsqueeze(0) for g in found]
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:

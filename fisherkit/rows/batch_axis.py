@@ -204,7 +204,11 @@ class Tracker:
         ]
         if elementwise:
             with contextlib.suppress(RuntimeError):  # a tensor of someone's transform tells none
-                self.numbers += [t.item() for t in given if self._is_number(t)]
+                self.numbers += [
+                    t.item()
+                    for t in given
+                    if t.numel() == 1 and not t.requires_grad and self._status(t) is Mark.FREE  # one constant
+                ]
         if not outputs or (function in CONSTANTS and not self._of_examples((args[1:], kwargs))):
             return
         ids = set(map(id, outputs))
@@ -256,10 +260,6 @@ class Tracker:
             self.met = True
         decides = any(map(self._is_real, told)) and not self._holds_for_parts(told[0], output)
         self.decided = self.decided or decides
-
-    def _is_number(self, tensor: Tensor) -> bool:
-        """Whether it is one constant."""
-        return tensor.numel() == 1 and not tensor.requires_grad and self._status(tensor) is Mark.FREE
 
     def _of_examples(self, arguments: Any) -> bool:
         """Whether numbers of examples are among them."""

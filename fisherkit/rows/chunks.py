@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fisherkit.data import Batch
 from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors, vectors_of
+from fisherkit.rows.base import RowSelection
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.selection import RowSelection
 
 
 @dataclass(frozen=True)

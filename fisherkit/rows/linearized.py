@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
+from fisherkit.rows.base import RowSelection
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.differentiable import scales
 from fisherkit.rows.generic import looped_rows, unreached
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.plan import Plan, forward, propose, tolerance
 from fisherkit.rows.rules import in_dtype
-from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.stored import StoredRows
 from fisherkit.rows.units import Pulled, RuledUnit, Unit
 from fisherkit.rows.watched import Watched
@@ -36,7 +35,7 @@ class Known:
     """Gradients of another backward pass, of which the wanted rows are multiples.
 
     Args:
-        gradients: ``[k, *output]`` at each of the `Linearized.edges`; None where nothing depends on an output.
+        gradients: ``[k, *output]`` at each of the `Watched.edges`; None where nothing depends on an output.
         scale: by example, what turns them into those of the wanted vectors.
         multiplied: of the same pass, as `Watched.multiplied` makes them; None to make them from the graph.
     """
@@ -56,6 +55,7 @@ class Linearized:
         shown: whether its graph has shown that parameters are used as they were when the plan was verified.
 
     Attributes:
+        z: the outputs, ``[B, ...]``.
         unruled: parameters of units whose rule does not hold in this batch.
         untold: whether some are only there because the graph was let go that would have told.
     """
@@ -66,7 +66,7 @@ class Linearized:
         known = plan.probed is not None and plan.probed.hooked
         uses, exchanging = [in_dtype(use, dtype) for use in watched.uses], watched.exchanging and not known
         same = exchanging == watched.exchanging and all(a is b for a, b in zip(uses, watched.uses, strict=True))
-        self.watched = watched if same else replace(watched, uses=uses, exchanging=exchanging)
+        self.watched, self.z = watched if same else replace(watched, uses=uses, exchanging=exchanging), watched.z
         self.unruled, self.untold, self._spent = set() if shown else plan.unruled(self.watched), False, False
         self._activations: dict[tuple[str, ...], Any] = {}
         self._arranged: Sequence[Arrangement | None] | None = None
@@ -93,16 +93,6 @@ class Linearized:
             return self.watched.followed
         with self.plan.quiet():
             return forward(self.plan, self.batch.take(torch.tensor([0, 0]))).followed
-
-    @property
-    def z(self) -> Tensor:
-        """The outputs, ``[B, ...]``."""
-        return self.watched.z
-
-    @property
-    def edges(self) -> list[GradientEdge]:
-        """Where gradients are asked for: the outputs of all uses."""
-        return self.watched.edges
 
     @property
     def newly_ruled(self) -> set[str]:
@@ -297,7 +287,7 @@ class Linearized:
 
     def _batched_agrees(self) -> bool:
         """Tried with two, checked with one."""
-        edges = self.edges
+        edges = self.watched.edges
         if not edges:
             return True
         last = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)

@@ -6,6 +6,7 @@ take what a loop written by hand takes. Layers' inputs and gradients are put tog
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherkit.data import Batch
+from fisherkit.rows.base import RowSelection
 from fisherkit.rows.batch_axis import tensors
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.contractions import ContractionRule
@@ -26,8 +28,7 @@ from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.ownership import Arrangement, Regular, coarser
 from fisherkit.rows.plan import Plan, forward
 from fisherkit.rows.record import DROPOUTS, Recorder
-from fisherkit.rows.rules import ElementwiseRule, Use
-from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.rules import ElementwiseRule
 from fisherkit.rows.units import RuledUnit
 from fisherkit.rows.watched import Watched
 
@@ -136,7 +137,12 @@ class _Alike(Linearized):
             alive: list[Tensor | None] = [None] * len(uses)
             if self.watched.by_owner:
                 found, _ = self._back(self._drawn(counting).unsqueeze(0))
-                alive = [_alive(g, n, self.z.device) for g, n in zip(found, entries, strict=True)]
+                alive = [
+                    torch.zeros(n, dtype=torch.bool, device=self.z.device)
+                    if g is None
+                    else g.reshape(n, -1).ne(0).any(1)
+                    for g, n in zip(found, entries, strict=True)
+                ]
             self._arranged = [Regular(size, n // size, one) for n, one in zip(entries, alive, strict=True)]
         return self._arranged
 
@@ -163,13 +169,6 @@ class _Alike(Linearized):
             return None
         whole = [torch.cat([torch.zeros_like(like) if g is None else g for g in row]) for row in found]
         return whole[0].unsqueeze(0) if len(whole) == 1 else torch.stack(whole)
-
-
-def _alive(gradient: Tensor | None, entries: int, device: torch.device) -> Bool[Tensor, "E"]:
-    """Which entries have a gradient."""
-    if gradient is None:
-        return torch.zeros(entries, dtype=torch.bool, device=device)
-    return gradient.reshape(entries, -1).ne(0).any(1)
 
 
 class _SeenOnce(Recorder):
@@ -232,16 +231,9 @@ def _by_example(plan: Plan, batch: Batch, follow: bool) -> list[Watched]:
 
 def _form(watched: Watched) -> tuple[Any, ...]:
     """What two examples must agree in to be put together."""
-    uses = ((use.rule, *use.sources, use.turned, use.output_shape, _input(use).shape) for use in watched.uses)
-    first = all(
-        use.lead[:1] == _input(use).shape[:1] != () and use.slices is None for use in watched.uses
-    )  # fmt: skip
+    uses = ((use.rule, *use.sources, use.turned, use.output_shape, use.input.shape) for use in watched.uses)
+    first = all(use.lead[:1] == use.input.shape[:1] != () and use.slices is None for use in watched.uses)
     return *uses, watched.outside_rules, watched.random, None if first else id(watched)
-
-
-def _input(use: Use) -> Tensor:
-    found: Tensor = use.arguments[use.rule.input_name]
-    return found
 
 
 def _together(passes: Sequence[Watched]) -> Watched:
@@ -252,13 +244,11 @@ def _together(passes: Sequence[Watched]) -> Watched:
     uses = [
         replace(
             same[0],
-            arguments={**same[0].arguments, same[0].rule.input_name: torch.cat([_input(use).detach() for use in same])},
+            arguments={**same[0].arguments, same[0].rule.input_name: torch.cat([use.input.detach() for use in same])},
             output_shape=(size * same[0].output_shape[0], *same[0].output_shape[1:]),
         )
         for same in zip(*(one.uses for one in passes), strict=True)
     ]
     z = torch.cat([one.z.detach() for one in passes])
-    coarsest = first.coarsest
-    for one in passes:
-        coarsest = coarser(coarsest, one.coarsest)
+    coarsest = functools.reduce(coarser, (one.coarsest for one in passes))
     return replace(first, batch=size, z=z, uses=uses, coarsest=coarsest, proven=True)

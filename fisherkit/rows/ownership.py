@@ -72,14 +72,11 @@ class Regular:
     def described(self, lead: torch.Size) -> str:
         """Where the batch lies, for `coverage`."""
         if len(lead) == 1:
-            inner = lead[0] // self.batch
-            return "batch first" if lead[0] == self.batch else f"flattened, {self._major(inner)} major"
+            major = "batch" if self.inner == lead[0] // self.batch else "position"
+            return "batch first" if lead[0] == self.batch else f"flattened, {major} major"
         places = [i for i, size in enumerate(lead) if size == self.batch and lead[i + 1 :].numel() == self.inner]
         names = ("batch first", "batch second")
         return next((names[i] for i in places if i < len(names)), "batch inside")
-
-    def _major(self, inner: int) -> str:
-        return "batch" if self.inner == inner else "position"
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,14 +133,11 @@ def codes(batch: int, like: Tensor) -> Float[Tensor, "q B"]:
     """
     base = 2 * LEVELS.get(like.dtype, 8)
     digits = max(1, math.ceil(math.log(batch, base))) if batch > 1 else 1
-    names = torch.randperm(base**digits if base**digits <= 1 << 16 else batch, generator=_generator())[:batch]
+    generator = torch.Generator().manual_seed(0)
+    names = torch.randperm(base**digits if base**digits <= 1 << 16 else batch, generator=generator)[:batch]
     digit = torch.stack([names // base**q % base for q in range(digits)])
     size = 2.0 ** (digit // 2 * (4 * SPREAD / base) - SPREAD)  # powers of two, exact, where the dtype has few digits
     return torch.where(digit % 2 == 0, size, -size).to(like)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:

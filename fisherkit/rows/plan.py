@@ -22,7 +22,7 @@ from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError, listed
 from fisherkit.randomness import Draws, rng_places, untouched_rng
-from fisherkit.rows.base import UnitRows
+from fisherkit.rows.base import RowSelection, UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
 from fisherkit.rows.hidden import refuse_hidden
@@ -30,7 +30,6 @@ from fisherkit.rows.ownership import coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import Use, in_dtype
-from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import DerivedUnit, Form, Pulled, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace

@@ -26,7 +26,7 @@ from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
-from fisherkit.rows.base import TILE
+from fisherkit.rows.base import TILE, RowSelection
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.first_batch import plan_of
@@ -46,7 +46,6 @@ from fisherkit.rows.plan import (
     two_of,
 )
 from fisherkit.rows.record import refuse_train_mode
-from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import RuledUnit
 from fisherkit.rows.verified import changed_attributes, fingerprint, forget, is_shown
 from fisherkit.rows.watched import Watched

@@ -96,12 +96,9 @@ def in_dtype(use: Use, dtype: torch.dtype) -> Use:
     if not x.is_floating_point() or x.dtype == dtype:
         return use
     parameters = use.rule.weight_name, use.rule.bias_name  # only their shapes are asked for
-    others = {n: v.detach().to(dtype) for n, v in use.arguments.items() if n not in parameters and _is_floating(v)}
+    own = {n: v for n, v in use.arguments.items() if n not in parameters and isinstance(v, Tensor)}
+    others = {name: value.detach().to(dtype) for name, value in own.items() if value.is_floating_point()}
     return replace(use, arguments={**use.arguments, **others})
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class Rule(ABC):
@@ -204,8 +201,7 @@ class GroupedConvolutionRule(ConvolutionRule):
         groups = use.arguments["groups"]
         left = g.unflatten(-1, (groups, -1))
         right = _per_row(a, g, example).unflatten(-1, (groups, -1))
-        weight = [torch.einsum("rtgo,rtgi->rgoi", left, right).flatten(1)] if use.weight else []
-        return StoredRows(torch.cat(weight + ([g.sum(1)] if use.bias else []), 1))
+        return _written(use, lambda: torch.einsum("rtgo,rtgi->rgoi", left, right), g)
 
 
 class TransposedConvolutionRule(Rule):
@@ -243,8 +239,7 @@ class TransposedConvolutionRule(Rule):
         outputs = use.output_shape[1]
         left = _per_row(a, g, example).unflatten(-1, (groups, -1))
         right = g[..., :-outputs].unflatten(-1, (groups, -1))
-        weight = [torch.einsum("rtgi,rtgo->rgio", left, right).flatten(1)] if use.weight else []
-        return StoredRows(torch.cat(weight + ([g[..., -outputs:].sum(1)] if use.bias else []), 1))
+        return _written(use, lambda: torch.einsum("rtgi,rtgo->rgio", left, right), g[..., -outputs:])
 
 
 class EmbeddingRule(Rule):
@@ -300,8 +295,13 @@ class NormalizationRule(Rule):
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Stored: there are as many parameters as features."""
-        weight = [(g * _per_row(a, g, example)).sum(1)] if use.weight else []
-        return StoredRows(torch.cat(weight + ([g.sum(1)] if use.bias else []), 1))
+        return _written(use, lambda: (g * _per_row(a, g, example)).sum(1), g)
+
+
+def _written(use: Use, weight: Callable[[], Tensor], bias: Float[Tensor, "R T o"]) -> StoredRows:
+    """The weight's rows, if it was chosen, and behind them the bias's, a sum over positions."""
+    own = [weight().flatten(1)] if use.weight else []
+    return StoredRows(torch.cat(own + ([bias.sum(1)] if use.bias else []), 1))
 
 
 def _tuple(value: int | tuple[int, ...] | list[int], dims: int) -> tuple[int, ...]:

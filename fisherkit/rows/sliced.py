@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import UnitRows
+from fisherkit.rows.base import RowSelection, UnitRows
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.ownership import Owned
-from fisherkit.rows.selection import RowSelection
 
 Part = tuple[Tensor, FactoredRows]
 """Which rows use a slice, and these over it."""

@@ -15,14 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import UnitRows
+from fisherkit.rows.base import RowSelection, UnitRows
 from fisherkit.rows.collection import UnitSlot
 from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.ownership import Arrangement, Regular
 from fisherkit.rows.patches import Activations, Patches
 from fisherkit.rows.rules import LinearRule, Rule, Use
-from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.sliced import SlicedRows
 from fisherkit.rows.sparse import SparseRows
 from fisherkit.rows.stored import StoredRows

@@ -27,6 +27,7 @@ from torch import nn
 
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
+from fisherkit.rows.base import RowSelection
 from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.hidden import uses_are_all
@@ -35,7 +36,6 @@ from fisherkit.rows.plan import Findings, Plan, Probe, forward, make_plan, probe
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import RULES, Use
-from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import RuledUnit, SharedUnit
 from fisherkit.rows.watched import Watched
 from fisherkit.space import ParameterSpace

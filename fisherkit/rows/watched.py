@@ -117,7 +117,11 @@ class Watched:
     @cached_property
     def shown(self) -> list[Regular | None]:
         """Whose the entries of each use are, by the pass itself; None where it does not show it."""
-        return [self._regular(use) for use in self.uses]
+        if self.by_owner:
+            return [None] * len(self.uses)
+        if self.batch == 1:
+            return [Regular(1, use.lead.numel()) for use in self.uses]
+        return [None if self.exchanging else self._by_axis(use) for use in self.uses]
 
     @property
     def regular(self) -> bool:
@@ -224,14 +228,6 @@ class Watched:
         if batched:
             return torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
         return pulled_back(self.z, edges, v, keep=keep)
-
-    def _regular(self, use: Use) -> Regular | None:
-        """By the pass itself."""
-        if self.by_owner:
-            return None
-        if self.batch == 1:
-            return Regular(1, use.lead.numel())
-        return None if self.exchanging else self._by_axis(use)
 
     def _by_axis(self, use: Use) -> Regular | None:
         lead = use.lead
