@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, cast
@@ -144,10 +145,6 @@ class Builder:
         self.needed = 0
         self.foretold = False
 
-    def set_budget(self, budget: int) -> None:
-        """Have another one, as of the run that is gone on with."""
-        self.budget = self.settings["memory_budget"] = budget
-
     def build(self, structure: type[Structure]) -> Built:
         """The operator of a structure."""
         return self._planned(lambda: self._built(structure))
@@ -254,13 +251,9 @@ class Builder:
                 keeper.keep(number, [part.operator for part in parts.values()], self._result(operator, parts, tally))
                 del operator, parts
         if not made:
-            # Which compares the data with those of the parts.
-            self._read() if self.processes is None else self.processes.each("reading the data", self._read)
+            read = functools.partial(deque, self.problem.source, 0)  # compares the data with those of the parts
+            read() if self.processes is None else self.processes.each("reading the data", read)
         return None
-
-    def _read(self) -> None:
-        for _ in self.problem.source:
-            pass
 
     def _foreseen(self, kind: type[Structure], to_file: bool) -> BuildPlan:
         structure = self._chosen(kind)
@@ -400,14 +393,16 @@ class Builder:
         keep = readings < structure.passes
         chunks = self._counted(self.problem.chunks(description, compared=readings * parts > 1), readings * parts)
         sums: Sums = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
-        while (going := _next_pass(structure, sums)) is not None:
+        while True:
+            with (
+                checked_together()
+            ):  # of matrices that are decomposed for it, what is wrong with one is seen in the end
+                going = structure.next_pass(sums)
+            if going is None:
+                return sums
             del sums  # of which the next pass has what it needs
-            sums = self._added(going, kept if keep else self.problem.chunks(description))
-        return sums
-
-    def _added(self, sums: Sums, chunks: Iterable[Chunk]) -> Sums:
-        """With another pass's, of examples that have been counted."""
-        return self._met(lambda: sums.added(chunks), counted=True)
+            again = kept if keep else self.problem.chunks(description)
+            sums = self._met(functools.partial(going.added, again), counted=True)
 
     def _met(self, add: Callable[[], Sums], counted: bool = False) -> Sums:
         """What a pass adds up; of several processes, what all of them add up, and the examples of all."""
@@ -580,12 +575,6 @@ class Builder:
         rules = {plan.rule_name(unit) for unit in units}
         reason = "; ".join(filter(None, (units[0].reason if part.kept else "", part.reason)))
         return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.nbytes, reason)
-
-
-def _next_pass(structure: Structure, sums: Sums) -> Sums | None:
-    """Of matrices that are decomposed for it, what is wrong with one is seen in the end."""
-    with checked_together():
-        return structure.next_pass(sums)
 
 
 def _noting(chunks: Iterable[Chunk], kept: list[Chunk]) -> Iterator[Chunk]:

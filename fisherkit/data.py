@@ -658,18 +658,13 @@ def _generators_of(loader: DataLoader[Any]) -> list[torch.Generator]:
     return list(found.values())
 
 
-def _sampler(loader: DataLoader[Any]) -> object:
-    found: object = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    while type(found) is BatchSampler:
-        found = found.sampler
-    return found
-
-
 def _disorder(data: object) -> str:
     """What is wrong with the order of a loader; nothing if it is fixed, or if the data are no loader of a data set."""
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
         return ""
-    sampler = _sampler(data)
+    sampler: object = data.sampler if data.batch_sampler is None else data.batch_sampler
+    while type(sampler) is BatchSampler:
+        sampler = sampler.sampler
     drawn = isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler))
     if isinstance(sampler, DistributedSampler):
         drawn, fixed = sampler.shuffle, not sampler.shuffle and sampler.num_replicas == 1

@@ -31,8 +31,8 @@ from fisherkit.operators import BlockDiagonalOperator, FisherOperator, Forwardin
 from fisherkit.operators.files import FisherFile
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group, Processes
-from fisherkit.rows.first_batch import joint_plan, plan_of
 from fisherkit.rows.problem import Problem
+from fisherkit.rows.verified import joint_plan, plan_of
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import Names, Structure, structure_named
 from fisherkit.vectors import rule_of
@@ -388,7 +388,7 @@ def build_file(
     )
     known = parts.first(lambda file: {key: file.known[key] for key in ("budget", "data") if file.known})
     if known:
-        builder.set_budget(known["budget"])
+        builder.budget = builder.settings["memory_budget"] = known["budget"]
         own = known["data"] if builder.processes is None else known["data"][builder.processes.rank]
         source.expect(own, io.record_of(path).name)
     with without_autocast():
@@ -396,20 +396,17 @@ def build_file(
 
     def finish(file: io.PartsFile) -> None:
         if built is None:
-            file.close(BlockDiagonalOperator.tag, plan.space, recorded | _joint(file.records, plan.space))
+            # N and R are those of each part.
+            entries = [entry for one in file.records for entry in Coverage.from_json(one["coverage"]).entries]
+            entries.sort(key=lambda entry: plan.space.names.index(entry.parameters[0]))
+            joint = {**file.records[0], "coverage": Coverage(tuple(entries)).to_json()}
+            file.close(BlockDiagonalOperator.tag, plan.space, recorded | joint)
         else:
             built.operator.metadata = recorded | _counted(built)
             built.operator.save(path, max_shard_size=max_shard_size)
 
     parts.first(finish)
     return open_file(path)
-
-
-def _joint(records: Sequence[Mapping[str, Any]], space: ParameterSpace) -> dict[str, str]:
-    """What is recorded of all parts; N and R are those of each."""
-    entries = [entry for one in records for entry in Coverage.from_json(one["coverage"]).entries]
-    entries.sort(key=lambda entry: space.names.index(entry.parameters[0]))
-    return {**records[0], "coverage": Coverage(tuple(entries)).to_json()}
 
 
 class _Parts:

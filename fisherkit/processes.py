@@ -117,7 +117,13 @@ class Processes:
             raise error
         failed = {rank: text for rank, text in enumerate(told) if text is not None}
         if failed:
-            raise self._failed(what, failed)
+            texts = [f"rank {rank}: {text}" for rank, text in failed.items()]
+            raise ProcessError(
+                call=what,
+                got=f"an error in {listed(f'rank {rank}' for rank in failed)} of {self.size}; {texts[0][:2000]}",
+                expected="no error in any process", why="the result is that of all processes together",
+                try_="what that process's own error says",
+            )  # fmt: skip
         return result  # type: ignore[return-value]
 
     def by_first(self, what: str, function: Callable[[], T]) -> T:
@@ -185,14 +191,6 @@ class Processes:
         owner = self.owners(costs)
         own = self.each("sharing out work", lambda: {k: function(k) for k in costs if owner[k] == self.rank})
         return {key: self.sent_by(owner[key], own.get(key)) for key in costs}
-
-    def _failed(self, what: str, failed: Mapping[int, str]) -> ProcessError:
-        texts = [f"rank {rank}: {text}" for rank, text in failed.items()]
-        return ProcessError(
-            call=what, got=f"an error in {listed(f'rank {rank}' for rank in failed)} of {self.size}; {texts[0][:2000]}",
-            expected="no error in any process", why="the result is that of all processes together",
-            try_="what that process's own error says",
-        )  # fmt: skip
 
     @contextlib.contextmanager
     def _connected(self) -> Any:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import NonFiniteError, listed
-from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.base import StoredRows, UnitRows, spans
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.stored import StoredRows
 from fisherkit.space import ParameterSpace
 
 GROUP = 1 << 30

@@ -18,14 +18,13 @@ from torch import Tensor
 from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
-from fisherkit.rows.base import RowSelection
+from fisherkit.rows.base import RowSelection, StoredRows
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.differentiable import scales
 from fisherkit.rows.generic import looped_rows, unreached
 from fisherkit.rows.ownership import Arrangement
 from fisherkit.rows.plan import Plan, forward, propose, tolerance
 from fisherkit.rows.rules import in_dtype
-from fisherkit.rows.stored import StoredRows
 from fisherkit.rows.units import Pulled, RuledUnit, Unit
 from fisherkit.rows.watched import Watched
 
@@ -72,15 +71,10 @@ class Linearized:
         self._arranged: Sequence[Arrangement | None] | None = None
 
     @classmethod
-    def at(cls, plan: Plan, batch: Batch) -> Linearized:
-        """By a forward pass."""
-        return cls(plan, batch, forward(plan, batch))
-
-    @classmethod
     def probe(cls, plan: Plan) -> Linearized:
         """The model at the examples that the plan was verified on, by the pass that did it if that is still there."""
-        watched = plan.probe.watched
-        return cls.at(plan, plan.probe.batch) if watched is None else cls(plan, plan.probe.batch, watched)
+        watched, batch = plan.probe.watched, plan.probe.batch
+        return cls(plan, batch, forward(plan, batch) if watched is None else watched)
 
     def by_owner(self) -> None:
         """Look at which entries outputs depend on, whatever the forward pass shows."""

@@ -290,7 +290,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         watched, random = probed(plan, probe)
         z, plan = watched.z, replace(plan, coarsest=watched.coarsest, draws=random)
         _check_outputs(z, probe.place)
-        kept, numbers = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
+        kept, numbers = _refuse_interaction(model, batch, z, tolerance(z.dtype, plan.coarsest))
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
@@ -430,7 +430,7 @@ class _Reference:
                 try_="look for √, log or division at 0 in the model",
             )
         self.scale = self.norms.norm()
-        self.tolerance = _tolerance(plan.example_parameter.dtype, plan)
+        self.tolerance = tolerance(plan.example_parameter.dtype, plan.coarsest)
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale."""
@@ -445,10 +445,6 @@ class _Reference:
             errors += [part.sub_(row[place].flatten()).norm() for place, part in zip(places, parts, strict=True)]
         own = self.norms[:, places].norm()
         return bool(torch.stack(errors).norm() <= self.tolerance * torch.maximum(own, 1e-3 * self.scale))
-
-
-def _tolerance(dtype: torch.dtype, plan: Plan) -> float:
-    return tolerance(dtype, plan.coarsest)
 
 
 def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
@@ -500,8 +496,11 @@ def alone(model: Callable[..., Any], batch: Batch, n: int) -> Tensor:
 
 def require_alike(found: Tensor, expected: Tensor, allowed: Tensor, place: str = "") -> None:
     """Refuse outputs of the same examples that differ from pass to pass, in the batch at ``place``."""
-    if found.shape == expected.shape and bool(_distance(found, expected) <= allowed):
-        return
+    if found.shape == expected.shape:
+        # Example by example where the difference would be large, as of a vocabulary.
+        pairs = [(found, expected)] if found.numel() <= LARGE else zip(found, expected, strict=True)
+        if bool(torch.stack([(a - b).norm() for a, b in pairs]).norm() <= allowed):
+            return
     error = influenced(place)
     if found.shape[1:] != expected.shape[1:]:
         error = ModelError(
@@ -581,13 +580,6 @@ def influenced(place: str = "", what: str = "outputs") -> ModelError:
     )
 
 
-def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """‖one − other‖, example by example where the difference would be large, as of a vocabulary."""
-    if one.numel() <= LARGE:
-        return (one - other).norm()
-    return torch.stack([(a - b).norm() for a, b in zip(one, other, strict=True)]).norm()
-
-
 def _check_outputs(z: Tensor, place: str) -> None:
     call = "the model's forward pass"
     if not z.is_floating_point():
@@ -607,7 +599,7 @@ def _refuse_chance(plan: Plan, probe: Batch, z: Tensor) -> None:
     """More passes for a model that draws random numbers: stochastic depth changes few examples at a time."""
     for _ in range(32):
         again = probe.call(plan.model)
-        if again.shape != z.shape or bool((again - z).norm() > _tolerance(z.dtype, plan) * z.norm()):
+        if again.shape != z.shape or bool((again - z).norm() > tolerance(z.dtype, plan.coarsest) * z.norm()):
             raise ModelError(
                 call="the Fisher of this model",
                 got="outputs that change from pass to pass",

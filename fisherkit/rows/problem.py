@@ -29,7 +29,6 @@ from fisherkit.progress import bar, beside
 from fisherkit.rows.base import TILE, RowSelection
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.generic import now
 from fisherkit.rows.last_layer import Head, last_layer_rows, last_width
 from fisherkit.rows.linearized import Linearized
@@ -47,7 +46,7 @@ from fisherkit.rows.plan import (
 )
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.units import RuledUnit
-from fisherkit.rows.verified import changed_attributes, fingerprint, forget, is_shown
+from fisherkit.rows.verified import changed_attributes, fingerprint, forget, is_shown, plan_of
 from fisherkit.rows.watched import Watched
 
 LONG = 600.0

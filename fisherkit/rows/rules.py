@@ -22,13 +22,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fisherkit.rows.base import UnitRows
+from fisherkit.rows.base import StoredRows, UnitRows
 from fisherkit.rows.batch_axis import Axis
 from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.patches import Activations, Patches
 from fisherkit.rows.sparse import SparseRows
-from fisherkit.rows.stored import StoredRows
 
 
 @dataclass(frozen=True)

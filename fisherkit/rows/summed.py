@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import TILE, UnitRows, spans, sum_by
+from fisherkit.rows.base import TILE, StoredRows, UnitRows, spans, sum_by
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.sparse import SparseRows
-from fisherkit.rows.stored import StoredRows
 
 FORMS: tuple[type[UnitRows], ...] = (FactoredRows, SparseRows, StoredRows)
 """What parts can be; files have their places."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import RowSelection, UnitRows
+from fisherkit.rows.base import RowSelection, StoredRows, UnitRows
 from fisherkit.rows.collection import UnitSlot
 from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
@@ -24,7 +24,6 @@ from fisherkit.rows.patches import Activations, Patches
 from fisherkit.rows.rules import LinearRule, Rule, Use
 from fisherkit.rows.sliced import SlicedRows
 from fisherkit.rows.sparse import SparseRows
-from fisherkit.rows.stored import StoredRows
 from fisherkit.rows.summed import SumRows
 
 Form = tuple[Rule, str | Derived | None, str | Derived | None, bool]
