@@ -2,8 +2,8 @@
 
 `record` watches a forward pass; `rules` know what each function's parameter gradient is made of; `plan` verifies them
 against autograd and chooses representations; `linearized` makes the rows of one batch and `problem` loops over the
-data. `base` (written out), `factored`, `sparse`, `sliced` and `summed` keep rows; `collection` puts the units side by side;
-`streamed` remakes them on demand. Nothing here knows a kind, a structure or a normalization.
+data. `base` (written out), `factored`, `sparse`, `sliced` and `summed` keep rows; `collection` puts the units side by
+side; `streamed` remakes them on demand. Nothing here knows a kind, a structure or a normalization.
 """
 
 from collections.abc import Sequence

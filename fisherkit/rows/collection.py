@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import NonFiniteError, listed
-from fisherkit.rows.base import StoredRows, UnitRows, spans
+from fisherkit.rows.base import StoredRows, UnitRows
 from fisherkit.rows.factored import FactoredRows
+from fisherkit.rows.summed import unit_gram
 from fisherkit.space import ParameterSpace
 
 GROUP = 1 << 30
@@ -151,7 +152,7 @@ class Rows(RowSource):
     ) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "R S"]]]:
         """The units' summands of J J'ᵀ, each with the names of its parameters; units may be kept in different ways."""
         for mine, theirs in zip(self.slots, other.slots, strict=True):
-            yield mine.names, _unit_gram(mine.rows, theirs.rows, precise)
+            yield mine.names, unit_gram(mine.rows, theirs.rows, precise)
 
     def same_units(self, other: Rows) -> bool:
         """Whether both have the same units in the same order, however they are kept."""
@@ -364,15 +365,3 @@ def squared_norms(rows: Rows) -> Float[Tensor, "R"]:
 def _form(slot: UnitSlot) -> tuple[object, ...]:
     options = {key: value for key, value in slot.rows.options().items() if key.split(".")[-1] != "count"}
     return slot.names, slot.rows.form, tuple(options.items())
-
-
-def _unit_gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor, "R S"]:
-    """J J'ᵀ of one unit, in float64; rows of another representation are written out a few at a time."""
-    if type(mine) is type(theirs):
-        return mine.gram(theirs, precise)
-    some_at_a_time = (theirs.some(span) for span in spans(theirs.count, 2 * theirs.size))
-    if isinstance(mine, StoredRows):
-        return torch.cat([mine.gram(StoredRows(some.dense()), precise) for some in some_at_a_time], 1)
-    mine = mine.double() if precise else mine
-    columns = ((some.double() if precise else some).dense().mT for some in some_at_a_time)
-    return torch.cat([mine.matmul(own).double() for own in columns], 1)

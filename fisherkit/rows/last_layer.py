@@ -28,11 +28,10 @@ from fisherkit.outputs import Outputs, OutputVectors
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.contractions import ContractionRule
 from fisherkit.rows.factored import CACHED, FactoredRows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.plan import Plan
-from fisherkit.rows.rules import LinearRule, Use
+from fisherkit.rows.rules import ContractionRule, LinearRule, Use
 from fisherkit.rows.units import RuledUnit
 from fisherkit.space import ParameterSpace
 

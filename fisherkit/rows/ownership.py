@@ -177,26 +177,18 @@ def owners(
 
 def _nearest(keys: Float[Tensor, "q B"], found: Float[Tensor, "q E"]) -> Int[Tensor, "E"]:
     """The example whose keys are nearest."""
-    if len(keys) > 1:
-        # Several digits: each is rounded to the nearest that there is, then they are looked up together.
-        levels = [torch.unique(row) for row in keys]
-        rounded = [_rounded(level, row) for level, row in zip(levels, found, strict=True)]
-        own = [torch.searchsorted(level, row) for level, row in zip(levels, keys, strict=True)]
-        base = max(len(level) for level in levels)
-        index = sum(digit * base**q for q, digit in enumerate(rounded))
-        names = sum(digit * base**q for q, digit in enumerate(own))
-        return _lookup(torch.as_tensor(names), torch.as_tensor(index))
-    return _lookup(keys[0], found[0])
+    # Each digit is rounded to the nearest that there is, then all are looked up together.
+    names, index = torch.zeros_like(keys[0]), torch.zeros_like(found[0])
+    for key, value in zip(keys, found, strict=True):
+        level = torch.unique(key)
+        names = names * len(level) + torch.searchsorted(level, key)
+        index = index * len(level) + _rounded(level, value)
+    order = torch.argsort(names)
+    return order[_rounded(names[order], index)]
 
 
 def _rounded(level: Float[Tensor, "L"], values: Float[Tensor, "E"]) -> Int[Tensor, "E"]:
-    middle = (level[1:] + level[:-1]) / 2
-    return torch.bucketize(values, middle)
-
-
-def _lookup(names: Tensor, values: Tensor) -> Int[Tensor, "E"]:
-    order = torch.argsort(names)
-    return order[_rounded(names[order].double(), values.double())]
+    return torch.bucketize(values, (level[1:] + level[:-1]) / 2)
 
 
 def arrangement(owner: Int[Tensor, "E"], lead: torch.Size, batch: int) -> Arrangement:

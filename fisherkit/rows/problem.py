@@ -31,8 +31,7 @@ from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.generic import now
 from fisherkit.rows.last_layer import Head, last_layer_rows, last_width
-from fisherkit.rows.linearized import Linearized
-from fisherkit.rows.one_by_one import MOST, OneByOne
+from fisherkit.rows.linearized import MOST, Linearized, OneByOne
 from fisherkit.rows.plan import (
     Plan,
     alone,
