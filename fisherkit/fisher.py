@@ -20,21 +20,21 @@ from fisherkit import io, likelihoods
 from fisherkit._version import __version__
 from fisherkit.arguments import check_choice, check_positive
 from fisherkit.arithmetic import without_autocast
-from fisherkit.build import Builder, BuildPlan, Built
+from fisherkit.build import Builder, BuildPlan, Built, PartsFile
 from fisherkit.coverage import Coverage
 from fisherkit.data import Data, Source, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import weight_hashes
-from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ForwardingOperator, open_file, state_of
+from fisherkit.operators import BlockDiagonalOperator, ForwardingOperator, open_file
 from fisherkit.operators.files import FisherFile
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group, Processes
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.verified import joint_plan, plan_of
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.structures import Names, Structure, structure_named
+from fisherkit.structures import Structure, structure_named
 from fisherkit.vectors import rule_of
 from fisherkit.wrappers import unwrapped, with_full_weights, wrapped_in
 
@@ -153,7 +153,7 @@ class FisherApproximation(ForwardingOperator):
         super().__init__(self.held.space, dtype=self.held.dtype, device=self.held.device)
         self.likelihood, self.structure = asked.builder.problem.likelihood, structure
         self.dropped_share = built.dropped_share
-        self._metadata = asked.recorded | _described(built)
+        self._metadata = asked.recorded | built.described()
         self._hashes: Callable[[], tuple[str, str]] | None = asked.hashes
 
     def _built_later(self, built: Built) -> None:
@@ -299,18 +299,6 @@ def _hashed(recorded: dict[str, str], hashes: Callable[[], tuple[str, str]]) -> 
     return {**recorded, "parameters_hash": whole, "covered_hash": recorded["covered_hash"] + covered}
 
 
-def _described(built: Built) -> dict[str, str]:
-    """What a build adds to what is recorded, but for its numbers of examples and rows."""
-    share = {} if built.dropped_share is None else {"dropped_share": repr(built.dropped_share)}
-    return {"coverage": built.coverage.to_json(), **share}
-
-
-def _counted(built: Built) -> dict[str, str]:
-    """All that it adds."""
-    tally = built.tally.some()
-    return {"examples": str(tally.examples), "rows": str(tally.rows), **_described(built)}
-
-
 def plan(
     model: nn.Module, data: Data, kind: str | OutputRule = "ef", *, to_file: bool = False, **options: Any
 ) -> BuildPlan:  # fmt: skip
@@ -383,7 +371,7 @@ def build_file(
         "threads": str(torch.get_num_threads()), "chunk_size": str(options.get("chunk_size")),
         "shift_labels": str(builder.problem.shift_labels),
     } | ({} if builder.processes is None else {"processes": str(builder.processes.size)})  # fmt: skip
-    parts = _Parts(
+    parts = PartsFile(
         builder, lambda data: io.PartsFile(path, settings, data, largest=max_shard_size, overwrite=overwrite, call=call)
     )
     known = parts.first(lambda file: {key: file.known[key] for key in ("budget", "data") if file.known})
@@ -402,43 +390,11 @@ def build_file(
             joint = {**file.records[0], "coverage": Coverage(tuple(entries)).to_json()}
             file.close(BlockDiagonalOperator.tag, plan.space, recorded | joint)
         else:
-            built.operator.metadata = recorded | _counted(built)
+            built.operator.metadata = recorded | built.counted()
             built.operator.save(path, max_shard_size=max_shard_size)
 
     parts.first(finish)
     return open_file(path)
-
-
-class _Parts:
-    """Finished parts go to a file, which of several processes the first one makes."""
-
-    def __init__(self, builder: Builder, make: Callable[[Callable[[], list[Any]]], io.PartsFile]) -> None:
-        self.builder, self._data = builder, list[Any]()
-        processes = builder.processes
-
-        def begun() -> io.PartsFile | None:
-            return make(lambda: self._data) if processes is None or processes.rank == 0 else None
-
-        self._file: Any = begun() if processes is None else processes.each("build_file", begun)
-
-    def first(self, work: Callable[[io.PartsFile], T]) -> T:
-        """What the first process does with the file, and what comes of it, in all of them."""
-        processes = self.builder.processes
-        return work(self._file) if processes is None else processes.by_first("build_file", lambda: work(self._file))
-
-    def begin(self, parts: Sequence[Names], plan: str) -> Sequence[Names]:
-        """As the file knows them."""
-        return self.first(lambda file: file.begin(parts, plan, self.builder.budget))
-
-    def finished(self, number: int) -> bool:
-        """Whether it is in the file."""
-        return self.first(lambda file: file.finished(number))
-
-    def keep(self, number: int, blocks: Sequence[FisherOperator], built: Built) -> None:
-        """Write it, with what tells the data, every process's, from others."""
-        processes, digests = self.builder.processes, self.builder.problem.source.digests
-        self._data = digests if processes is None else processes.gathered(digests)
-        self.first(lambda file: file.put(number, [state_of(block) for block in blocks], _counted(built)))
 
 
 def _asked(

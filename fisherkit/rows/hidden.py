@@ -23,7 +23,7 @@ from fisherkit.rows.rules import Use
 
 def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, z: Tensor) -> None:
     """Refuse parameters without a gradient that a custom function's outputs change with."""
-    if not custom_functions(graph_nodes(z.grad_fn)):
+    if not custom_functions(graph_of(z.grad_fn)):
         return
     generator = torch.Generator().manual_seed(0)
     moved = {
@@ -70,9 +70,9 @@ def refuse_reentrant(
     Cost: a look at the graph.
     """
     wanted = set(nodes)
-    checkpoints = [node for node in graph_nodes(z.grad_fn) if "CheckpointFunction" in node.name()]
+    checkpoints = [node for node in graph_of(z.grad_fn) if "CheckpointFunction" in node.name()]
     if not cut and (
-        not checkpoints or not (hidden or any(node in wanted for one in checkpoints for node in graph_nodes(one)))
+        not checkpoints or not (hidden or any(node in wanted for one in checkpoints for node in graph_of(one)))
     ):
         return
     what = f"around {listed(map(repr, hidden), 3)}" if hidden else "between the outputs and chosen parameters"
@@ -128,14 +128,9 @@ def uses_are_all(
     return True
 
 
-def graph_of(z: Tensor) -> dict[Node, Sequence[Node]]:
-    """The nodes of a tensor's graph, each with those that follow it on the way to the leaves."""
-    return _followed((z.grad_fn,), (), _following)
-
-
-def graph_nodes(*starts: Node | None, stops: Collection[Node] = ()) -> list[Node]:
-    """All nodes of a graph before some others, each once."""
-    return list(_followed(starts, stops, _following))
+def graph_of(start: Node | None) -> dict[Node, Sequence[Node]]:
+    """The nodes of a graph from one on, each with those that follow it on the way to the leaves."""
+    return _followed((start,), (), _following)
 
 
 def _following(node: Node) -> list[Node]:

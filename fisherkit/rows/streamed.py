@@ -34,7 +34,7 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.differentiable import differentiable, functional_call
-from fisherkit.rows.hidden import graph_nodes
+from fisherkit.rows.hidden import graph_of
 from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.rows.problem import Metric, Problem, Tally
 from fisherkit.rows.record import Recorder
@@ -312,7 +312,7 @@ def _columns(
 def _is_uneven(plan: Plan, watched: Watched) -> bool:
     """Whether a table's vectors have other gradients than derivatives: a padding token's, and those by frequency."""
     modules = [(getattr(m, "padding_idx", None), getattr(m, "scale_grad_by_freq", False)) for m in plan.model.modules()]
-    nodes: Any = (node for node in graph_nodes(watched.z.grad_fn) if node.name().startswith(_LOOKUPS))
+    nodes: Any = (node for node in graph_of(watched.z.grad_fn) if node.name().startswith(_LOOKUPS))
     # Of no padding, a node says the largest integer.
     seen = [(None if n._saved_padding_idx >= 1 << 63 else 0, n._saved_scale_grad_by_freq) for n in nodes]
     return any(padding is not None or scaled for padding, scaled in (*modules, *seen))

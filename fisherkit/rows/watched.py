@@ -146,7 +146,7 @@ class Watched:
     @cached_property
     def graph(self) -> dict[Node, Sequence[Node]]:
         """The nodes of the outputs' graph, each with those that follow it."""
-        return graph_of(self.z)
+        return graph_of(self.z.grad_fn)
 
     @property
     def by_content(self) -> bool:
