@@ -34,12 +34,11 @@ from fisherkit.rows.base import TILE, RowSelection
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
-from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, forward, has_own_gradients, influenced, require_alike_in_parts
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.verified import fingerprint, plan_of_call
-from fisherkit.rows.watched import Watched
+from fisherkit.rows.watched import Watched, refuse_reentrant
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.wrappers import full
 

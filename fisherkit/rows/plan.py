@@ -25,13 +25,12 @@ from fisherkit.randomness import Draws, rng_places, untouched_rng
 from fisherkit.rows.base import RowSelection, UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
-from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.ownership import coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import Use, in_dtype
 from fisherkit.rows.units import DerivedUnit, Form, Pulled, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
-from fisherkit.rows.watched import Watched
+from fisherkit.rows.watched import Watched, refuse_hidden
 from fisherkit.space import ParameterSpace
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}

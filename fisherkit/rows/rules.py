@@ -183,16 +183,14 @@ class ConvolutionRule(LinearRule):
 
     def activations(self, use: Use) -> Patches:
         """Patches, channels first as in the weight."""
-        x = use.arguments["input"].detach()
-        dims = x.ndim - 2
-        kernel = tuple(use.arguments["weight"].shape[2:])
-        stride, dilation = _tuple(use.arguments.get("stride", 1), dims), _tuple(use.arguments.get("dilation", 1), dims)
-        padding = use.arguments.get("padding", 0)
+        kernel, padding = tuple(use.arguments["weight"].shape[2:]), use.arguments.get("padding", 0)
+        stride, dilation = _each_axis(use, stride=1, dilation=1)
         if padding == "same":
             total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            return Patches(x, kernel, stride, dilation, tuple((t // 2, t - t // 2) for t in total))
-        both = _tuple(0 if padding == "valid" else padding, dims)
-        return Patches(x, kernel, stride, dilation, tuple((p, p) for p in both))
+            pads = tuple((t // 2, t - t // 2) for t in total)
+        else:
+            pads = tuple((0, 0) if padding == "valid" else (p, p) for p in _each_axis(use, padding=0)[0])
+        return Patches(use.arguments["input"].detach(), kernel, stride, dilation, pads)
 
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """Channels last."""
@@ -224,13 +222,8 @@ class TransposedConvolutionRule(Rule):
 
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """Patches of the gradient; behind them the bias's gradient, put at the first position and zero elsewhere."""
-        dims = gradient.ndim - 3
         kernel, size = use.arguments["weight"].shape[2:], use.arguments["input"].shape[2:]
-        stride, dilation = _tuple(use.arguments.get("stride", 1), dims), _tuple(use.arguments.get("dilation", 1), dims)
-        padding, extra = (
-            _tuple(use.arguments.get("padding", 0), dims),
-            _tuple(use.arguments.get("output_padding", 0), dims),
-        )
+        stride, dilation, padding, extra = _each_axis(use, stride=1, dilation=1, padding=0, output_padding=0)
         flat = gradient.flatten(0, 1)
         # Output index = stride · input index + dilation · kernel index − padding, so the last window may end before or
         # after the output does: a negative pad crops what output_padding added.
@@ -310,9 +303,14 @@ def _written(use: Use, weight: Callable[[], Tensor], bias: Float[Tensor, "R T o"
     return StoredRows(torch.cat(own + ([bias.sum(1)] if use.bias else []), 1))
 
 
-def _tuple(value: int | tuple[int, ...] | list[int], dims: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
+def _each_axis(use: Use, **defaults: int) -> list[tuple[int, ...]]:
+    """Settings of a convolution, a number for each axis."""
+    dims, found = use.arguments["weight"].ndim - 2, []
+    for name, default in defaults.items():
+        value = use.arguments.get(name, default)
+        values = (value,) if isinstance(value, (int, str)) else tuple(value)
+        found.append(values * dims if len(values) == 1 else values)
+    return found
 
 
 class ElementwiseRule(Rule):

@@ -34,12 +34,11 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.differentiable import differentiable, functional_call
-from fisherkit.rows.hidden import graph_of
 from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.rows.problem import Metric, Problem, Tally
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.units import RuledUnit
-from fisherkit.rows.watched import Watched
+from fisherkit.rows.watched import Watched, graph_of
 from fisherkit.space import ParameterSpace
 
 FEW_VECTORS = 2

@@ -40,14 +40,13 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import RowSelection
 from fisherkit.rows.differentiable import kept_whole, pulled_back
 from fisherkit.rows.generic import dense_gradient
-from fisherkit.rows.hidden import uses_are_all
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Findings, Plan, Probe, forward, make_plan, probed, tolerance, two_of
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import RULES, Use
 from fisherkit.rows.units import RuledUnit, SharedUnit
-from fisherkit.rows.watched import Watched
+from fisherkit.rows.watched import Watched, uses_are_all
 from fisherkit.space import ParameterSpace
 
 MOST = 32
