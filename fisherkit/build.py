@@ -249,7 +249,8 @@ class Builder:
                 keeper.keep(number, [part.operator for part in parts.values()], self._result(operator, parts, tally))
                 del operator, parts
         if not made:
-            read = functools.partial(deque, self.problem.source, 0)  # compares the data with those of the parts
+            # Which compares the data with those of the parts.
+            read: Callable[[], object] = functools.partial(deque, self.problem.source, 0)
             read() if self.processes is None else self.processes.each("reading the data", read)
         return None
 

@@ -259,7 +259,7 @@ class Capture:
         plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
         if plan.unused or any(unit.without_use for unit in plan.generic):
             with plan.quiet():
-                linearized = Linearized.at(plan, batch)
+                linearized = Linearized(plan, batch, forward(plan, batch))
                 self._used |= _used(linearized.watched)
                 plan = linearized.replanned() if linearized.newly_ruled else plan
         # As in torch, a parameter that the loss does not depend on is left alone.
