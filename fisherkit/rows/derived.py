@@ -169,7 +169,8 @@ class Derivations:
             if tensor.requires_grad and self.of(tensor) is None:
                 layout = _layout(function, args, own, tensor) if isinstance(output, Tensor) else None
                 slices = None if layout else _slices(function, args, kwargs, own, place, tensor)
-                made = Derived(names, self._leaves, functools.partial(lambda place: call()[place], place), layout, slices)
+                make = functools.partial(lambda place: call()[place], place)
+                made = Derived(names, self._leaves, make, layout, slices)
                 if layout is None and not (slices is not None and is_gather(function, args)):
                     _ = made.tensor  # now, before anything that it is made of may change in place
                 self._known[id(tensor)] = tensor, made

@@ -153,16 +153,12 @@ class Head:
         transposed = isinstance(use.rule, ContractionRule)
         return cls(slot, below, outputs, weight.mT if transposed else weight)
 
-    def vectors(self) -> OutputVectors:
-        """Columns of a root of Wᵀ H W for every position, ``[n·P, I, 1, I]``."""
-        forms = self.outputs.hessian_forms(self.weight, CACHED)
+    def slots(self, counts: tuple[int, int]) -> Slots:
+        """Columns of a root of Wᵀ H W for every position, in place of the outputs' vectors; ``counts`` as in `Slots.of`."""
+        forms, positions = self.outputs.hessian_forms(self.weight, CACHED), self.outputs.z.shape[1]
         values, basis = torch.linalg.eigh((forms + forms.mT) / 2)
         root = basis * values.clamp_min(0).sqrt().unsqueeze(1)  # below 0 is rounding
-        return OutputVectors(root.mT.unsqueeze(2))
-
-    def slots(self, counts: tuple[int, int]) -> Slots:
-        """The vectors, in the place of those of the outputs; ``counts`` as in `Slots.of`."""
-        found, positions = self.vectors(), self.outputs.z.shape[1]
+        found = OutputVectors(root.mT.unsqueeze(2))  # [n·P, I, 1, I]
         number, several = found.number * positions, positions > 1
         return Slots(found, self.outputs.mask, several, number, counts[0], self.outputs.whole, None)
 

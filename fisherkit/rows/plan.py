@@ -29,7 +29,7 @@ from fisherkit.rows.ownership import coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import Use, in_dtype
-from fisherkit.rows.units import DerivedUnit, Form, Pulled, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
+from fisherkit.rows.units import DerivedUnit, Pulled, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
 from fisherkit.rows.watched import Watched, refuse_hidden
 from fisherkit.space import ParameterSpace
 
@@ -54,27 +54,21 @@ class Probe:
     Attributes:
         hooked: as of the forward pass.
         assumed: whether nothing has confirmed the plan yet.
+        z: the outputs of the forward pass, if there was one.
     """
 
     def __init__(
         self, batch: Batch, watched: Watched | None, alone: bool = False, *, alike: bool = False
     ) -> None:  # fmt: skip
         self._first, self.watched, self._alone, self.alike = batch, watched, alone, alike
-        self._z = None if watched is None else watched.z.detach()
         self.hooked, self.assumed = watched is not None and watched.hooked, watched is None
+        if watched is not None:
+            self.batch, self.z = batch, watched.z.detach()
 
     @cached_property
     def batch(self) -> Batch:
         """The two examples."""
-        first = self._first
-        return first if self._z is not None else first.take(two_of(first, self._alone))
-
-    @property
-    def z(self) -> Tensor:
-        """Their outputs."""
-        if self._z is None:
-            raise LookupError("a plan that nothing has confirmed")
-        return self._z
+        return self._first.take(two_of(self._first, self._alone))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -639,7 +633,10 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen), turned=own[0].turned))
             placed.update(chosen)
         elif plain and name not in outside:
-            units.append(_alone(name, list(dict.fromkeys(form_of(use) for use in seen[name])), _numbers(plan, (name,))))
+            forms, size = list(dict.fromkeys(form_of(use) for use in seen[name])), _numbers(plan, (name,))
+            shared = len(forms) > 1
+            alone = RuledUnit((name,), forms[0][0], size, turned=forms[0][3])
+            units.append(SharedUnit(name, forms, size) if shared else alone)
         elif own and free:
             rules = list(dict.fromkeys(use.rule for use in own))
             chosen = tuple(sorted(members, key=plan.space.names.index))
@@ -651,13 +648,6 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             without_use = not own and name not in outside
             units.append(Unit((name,), reason, _numbers(plan, (name,)), without_use=without_use))
     return units
-
-
-def _alone(name: str, forms: Sequence[Form], numbers: int) -> RuledUnit:
-    """A unit of one parameter, apart from those that it is used with."""
-    if len(forms) > 1:
-        return SharedUnit(name, forms, numbers)
-    return RuledUnit((name,), forms[0][0], numbers, turned=forms[0][3])
 
 
 def _together(name: str, seen: Mapping[str, Sequence[Use]]) -> list[str]:
