@@ -79,15 +79,10 @@ SHARED = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Arguments for the model and the targets, examples along axis 0.
+    """Arguments for the model and the targets, ``size`` examples along axis 0; targets None for unlabelled data.
 
-    Args:
-        args: positional arguments.
-        kwargs: keyword arguments.
-        targets: labels or values; None for unlabelled data.
-        size: B.
-        axes: which of the inputs' tensors have the batch axis, by their place; the first batch decides for all.
-        place: its own among all batches, for errors.
+    ``axes`` says which of the inputs' tensors have the batch axis, by their place; the first batch decides for all.
+    ``place`` is its own among all batches, for errors.
     """
 
     args: tuple[Any, ...]
@@ -384,11 +379,9 @@ class Source:
         return self._compared(self.once())
 
     def once(self, state: RngState | None = None, *, settled: bool = True) -> Iterator[Batch]:
-        """A pass that is compared with no other.
+        """A pass that is compared with no other; its generators start in a state, or where the source found them.
 
-        Args:
-            state: where the generators start; None for where they were when the source was made.
-            settled: whether `first` tells of all batches which inputs all examples share; else each for itself.
+        ``settled`` if `first` tells of all batches which inputs all examples share; else each for itself.
         """
         for number, raw in enumerate(self.batches if self.listed else self._drawn(state)):
             yield self._batch(raw, number, self._axes if settled else None)

@@ -28,16 +28,7 @@ Group = Any
 
 
 class Processes:
-    """The processes of a group, this one among them.
-
-    Args:
-        group: as `torch.distributed` takes it; None for the default group.
-        device: of the tensors that are exchanged.
-
-    Attributes:
-        rank: of this process in the group.
-        size: how many there are.
-    """
+    """The processes of a group (None for the default one), this one among them; tensors travel on the device."""
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.group, self.device = group, device
@@ -175,9 +166,7 @@ class Processes:
     def owners(self, costs: Mapping[K, float], load: list[float] | None = None) -> dict[K, int]:
         """Which rank has which key: the costliest first, to the rank that has least to do.
 
-        Args:
-            costs: the same in all processes.
-            load: what each rank has to do already; changed.
+        Costs are the same in all processes; ``load`` is what each rank has to do already, and is changed.
         """
         load = [0.0] * self.size if load is None else load
         owner: dict[K, int] = {}

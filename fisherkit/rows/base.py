@@ -36,14 +36,7 @@ R = TypeVar("R", bound="UnitRows")
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Which (example, vector) slots of one chunk of output vectors are rows, by example and then by vector.
-
-    Args:
-        vectors: k, vectors in the chunk.
-        batch: B, examples.
-        device: where row indices live.
-        keep: which slots ``[B, k]`` are rows; None for all.
-    """
+    """Which slots of k vectors and B examples are rows, by example and then by vector; ``keep`` is None for all."""
 
     vectors: int
     batch: int
@@ -74,12 +67,7 @@ class RowSelection:
 
 
 class UnitRows(ABC):
-    """R rows over d parameters.
-
-    Args:
-        count: R.
-        size: d.
-    """
+    """R rows (``count``) over d parameters (``size``)."""
 
     form: ClassVar[str]
 
@@ -96,12 +84,7 @@ class UnitRows(ABC):
 
     @abstractmethod
     def gram(self: R, other: R, precise: bool = True) -> Float[Tensor, "R S"]:
-        """J J'ᵀ against rows of the same representation, in float64.
-
-        Args:
-            other: J'.
-            precise: multiply in float64 too; else as `inner_products` says.
-        """
+        """J J'ᵀ against rows of the same representation, in float64; ``precise`` as in `inner_products`."""
 
     @abstractmethod
     def squared_sum(self) -> Float[Tensor, "d"]:
@@ -117,11 +100,9 @@ class UnitRows(ABC):
 
     @abstractmethod
     def reordered(self: R, order: Int[Tensor, "R"], regular: bool = False) -> R:
-        """Some or all of the rows in another order.
+        """Some or all of the rows in another order, by their old places, each at most once.
 
-        Args:
-            order: the new rows' old places, each at most once.
-            regular: whether the new rows are ordered by example and every example has equally many.
+        ``regular`` says that the new ones are ordered by example and every example has equally many.
         """
 
     def some(self: R, span: slice) -> R:
@@ -221,13 +202,10 @@ def aligned_product(x: Float[Tensor, "... d"], u: Float[Tensor, "d K"]) -> Float
 
 
 def inner_products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -> Float[Tensor, "R S"]:
-    """X Yᵀ in float64.
+    """X Yᵀ in float64; of a Gram, where y is x, one half is computed.
 
-    Args:
-        x: rows.
-        y: rows; the same object for a Gram, of which one half is computed.
-        precise: multiply in float64. Else float32 products are summed over `BLOCK` columns in float32 and over blocks
-            in float64, so that the error stays that of a few roundings of the rows themselves.
+    Multiplied in float64 too if ``precise``. Else float32 products are summed over `BLOCK` columns in float32 and over
+    blocks in float64, so that the error stays that of a few roundings of the rows themselves.
     """
     if x is y and x.shape[0] >= HALVED:
         half = x.shape[0] // 2
@@ -256,11 +234,7 @@ def _products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -
 
 
 class StoredRows(UnitRows):
-    """Rows written out: right for small parameters and for layers with many shared positions.
-
-    Args:
-        values: ``[R, d]``.
-    """
+    """Rows written out: right for small parameters and for layers with many shared positions."""
 
     form = "stored"
 

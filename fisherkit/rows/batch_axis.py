@@ -50,18 +50,10 @@ Status = Axis | Mark
 
 
 class Call(NamedTuple):
-    """A function call as the rules of this file see it.
+    """A function call as the rules of this file see it, with what is known of each tensor among its arguments.
 
-    Args:
-        batch: number of examples.
-        args: positional arguments.
-        kwargs: keyword arguments.
-        operands: the tensors among them with what is known of each.
-        output: a tensor that it returned.
-        function: the function.
-        first: whether the output is the first that it returned.
-        constants: operands with an entry for each example that do not depend on one, as rules find them, and the axis
-            of these entries.
+    ``first`` says whether the output is the first that it returned. ``constants`` are operands with an entry for each
+    example that do not depend on one, as rules find them, and the axis of these entries.
     """
 
     batch: int

@@ -28,14 +28,7 @@ GROUP = 1 << 30
 
 
 class RowSource(ABC):
-    """R rows over D parameters, wherever they are.
-
-    Args:
-        space: the parameters.
-
-    Attributes:
-        in_memory: whether reading them again costs no pass over data.
-    """
+    """R rows over D parameters, wherever they are; ``in_memory`` if reading them again costs no pass over data."""
 
     in_memory = False
 
@@ -80,11 +73,8 @@ class RowSource(ABC):
 class UnitSlot:
     """One unit's rows and the parameters they are over.
 
-    Args:
-        names: the parameters.
-        rows: the rows.
-        exists: fresh from a batch, which positions ``[B, T]`` of each example outputs depend on, where that was looked
-            at; None where the forward pass shows whose all are.
+    Fresh from a batch, ``exists`` says which positions ``[B, T]`` of each example outputs depend on, where that was
+    looked at; None where the forward pass shows whose all are.
     """
 
     names: tuple[str, ...]
@@ -93,12 +83,7 @@ class UnitSlot:
 
 
 class Rows(RowSource):
-    """Rows that lie in memory.
-
-    Args:
-        space: the parameters.
-        slots: the units, which partition the space's names.
-    """
+    """Rows that lie in memory, of units that partition the space's names."""
 
     in_memory = True
 
@@ -314,16 +299,10 @@ class Rows(RowSource):
 
 
 class LargestRows:
-    """The ``most`` rows of largest norm among all that were added, in the order in which they came.
+    """The ``most`` rows of largest norm among all that were added, so far ``seen``, in the order in which they came.
 
-    Of rows of equal norm the earlier one is kept, so that it does not matter in which pieces rows come. At most
-    ``2 * most`` rows are held, and those of one piece.
-
-    Args:
-        most: how many to keep.
-
-    Attributes:
-        seen: how many rows were added.
+    Of rows of equal norm the earlier one is kept, so that it does not matter in which pieces rows come. At most ``2 *
+    most`` rows are held, and those of one piece.
     """
 
     def __init__(self, most: int) -> None:

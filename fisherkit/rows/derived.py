@@ -25,18 +25,12 @@ SAME, TURNED = "same", "turned"
 
 
 class Derived:
-    """A tensor made of chosen parameters.
+    """A tensor that is made of ``names``, chosen parameters for which ``leaves`` stand.
 
-    Args:
-        names: the parameters.
-        leaves: what stands for them.
-        make: makes the tensor of the leaves.
-        layout: `SAME` if it has its only parameter's entries in their order, `TURNED` if it is that matrix transposed.
-
-    Attributes:
-        lookup: of rows of a table, the rule and the arguments of the function that looked them up.
-        slices: of slices of its only parameter, which one each entry of the leading axes is, and whether the last two
-            axes have changed places.
+    Its ``layout`` is `SAME` if it has its only parameter's entries in their order, `TURNED` if it is that matrix
+    transposed. ``slices`` of its only parameter: which one each entry of the leading axes is, and whether the last two
+    axes have changed places. ``lookup`` of rows of a table: the rule and the arguments of the function that looked them
+    up.
     """
 
     def __init__(
@@ -103,11 +97,7 @@ class Derived:
 
 
 class Derivations:
-    """Which tensors of one forward pass are made of chosen parameters.
-
-    Args:
-        names: ``id`` of each chosen parameter to its name.
-    """
+    """Which tensors of one forward pass are made of chosen parameters, whose ``id`` tells their names."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         self._names = names

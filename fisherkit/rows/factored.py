@@ -30,13 +30,8 @@ LONGEST = 1 << 13
 class FactoredRows(UnitRows):
     """R rows of a weight ``[O, I]`` (or ``[I, O]`` if transposed), with a bias ``[O]`` after it if asked.
 
-    Args:
-        activations: ``[N, T, I]``, or a convolution's patches.
-        gradients: ``[R, T, O]``.
-        example: which example each row belongs to, ``[R]``; None if the rows are ordered by example and every example
-            has R / N of them.
-        bias: whether the unit has a bias behind the weight.
-        transposed: whether the weight is stored ``[I, O]``.
+    Of activations ``[N, T, I]`` or a convolution's patches, and gradients ``[R, T, O]``. ``example`` is the one that
+    each row belongs to, ``[R]``; None if the rows are ordered by example and every example has R / N of them.
     """
 
     form = "factored"
@@ -166,11 +161,7 @@ class FactoredRows(UnitRows):
         return rows
 
     def chunks(self, *, constant: bool = False) -> Iterator[tuple[slice, Float[Tensor, "n T I1"]]]:
-        """The activations; patches a few examples at a time.
-
-        Args:
-            constant: append the bias's constant input, if there is one.
-        """
+        """The activations, patches a few examples at a time; with ``constant`` the bias's input, if there is one."""
         a, constant = self.activations, constant and self.bias
         if isinstance(a, Tensor):
             yield slice(0, len(a)), torch.nn.functional.pad(a, (0, 1), value=1.0) if constant else a
@@ -236,8 +227,7 @@ class FactoredRows(UnitRows):
     def _owners(self, cost: int) -> Iterator[tuple[slice, Float[Tensor, "n T I"]]]:
         """Spans of rows with the activations of their examples, once for an example where it has rows of its own.
 
-        Args:
-            cost: entries of the largest temporary for one example, or one row where rows are listed one by one.
+        ``cost`` is the entries of the largest temporary for one example, or one row where rows are listed one by one.
         """
         step = max(1, CACHED // max(1, cost))
         units = self.activations.shape[0] if self.each else self.count

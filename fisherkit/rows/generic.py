@@ -31,16 +31,9 @@ def generic_rows(
     model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, v: Float[Tensor, "k B ..."],
     *, idle: Collection[str], vectorised: bool, numbers: int,
 ) -> Float[Tensor, "k B d"]:  # fmt: skip
-    """Rows in one of the two ways, some examples at a time.
+    """Rows over the model's own parameters, d entries in all, some examples at a time: by ``torch.func`` or the loop.
 
-    Args:
-        model: the model.
-        parameters: the model's own, d entries in all.
-        batch: B examples.
-        v: k vectors for each example, in the shape of the model's outputs.
-        idle: parameters that no output of the batch depends on.
-        vectorised: by ``torch.func`` instead of the loop.
-        numbers: entries that one example takes on the way, beside its rows.
+    No output depends on ``idle`` ones; ``numbers`` are the entries that one example takes on the way, beside its rows.
     """
     live = {name: p for name, p in parameters.items() if name not in idle}
     own = sum(p.numel() for p in live.values())

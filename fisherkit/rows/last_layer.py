@@ -43,14 +43,7 @@ _RESHAPES = {
 
 
 class LastLayerRows(FactoredRows):
-    """Rows of a batch that are never made: what is asked of single ones fails for want of gradients.
-
-    Args:
-        activations: the layer's inputs, ``[B, P, I]``.
-        z: the outputs ``[B, P, O]``, which are the layer's.
-        bias: whether the unit has a bias behind the weight.
-        transposed: whether the weight is stored ``[I, O]``.
-    """
+    """Rows of a batch ``[B, P, I]`` that are never made: what is asked of single ones fails for want of gradients."""
 
     form = "closed form"
 
@@ -104,13 +97,7 @@ class LastLayerRows(FactoredRows):
 
 
 class WithoutHead(Rows):
-    """Rows of the layers below, with the last layer's closed form in a batch's first chunk.
-
-    Args:
-        space: the parameters.
-        slots: the units.
-        count: how many rows they stand for.
-    """
+    """Rows of the layers below, with the last layer's closed form in a batch's first chunk, in place of ``count``."""
 
     def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot], count: int) -> None:
         super().__init__(space, slots)
@@ -124,13 +111,9 @@ class WithoutHead(Rows):
 
 @dataclass(frozen=True)
 class Head:
-    """A batch at which the model ends in a linear layer of many outputs.
+    """A batch at which the model ends in a linear layer of many outputs, of which ``slot`` is the closed form.
 
-    Args:
-        slot: the layer's closed form.
-        below: the rest of the model, whose outputs are the layer's inputs ``[n, P, I]``.
-        outputs: the model's.
-        weight: ``[O, I]``.
+    ``below`` is the rest of the model, whose outputs are the layer's inputs ``[n, P, I]``.
     """
 
     slot: UnitSlot
@@ -154,7 +137,7 @@ class Head:
         return cls(slot, below, outputs, weight.mT if transposed else weight)
 
     def slots(self, counts: tuple[int, int]) -> Slots:
-        """Columns of a root of Wᵀ H W for every position, in place of the outputs' vectors; ``counts`` as in `Slots.of`."""
+        """Columns of a root of Wᵀ H W for every position, not the outputs' vectors; ``counts`` as in `Slots.of`."""
         forms, positions = self.outputs.hessian_forms(self.weight, CACHED), self.outputs.z.shape[1]
         values, basis = torch.linalg.eigh((forms + forms.mT) / 2)
         root = basis * values.clamp_min(0).sqrt().unsqueeze(1)  # below 0 is rounding

@@ -40,12 +40,10 @@ from fisherkit.rows.watched import Watched
 
 @dataclass(frozen=True)
 class Known:
-    """Gradients of another backward pass, of which the wanted rows are multiples.
+    """Gradients ``[k, *output]`` of another backward pass at each of the `Watched.edges`, of which rows are multiples.
 
-    Args:
-        gradients: ``[k, *output]`` at each of the `Watched.edges`; None where nothing depends on an output.
-        scale: by example, what turns them into those of the wanted vectors.
-        multiplied: of the same pass, as `Watched.multiplied` makes them; None to make them from the graph.
+    ``scale`` turns them, by example, into those of the wanted vectors; ``multiplied`` are of the same pass, as
+    `Watched.multiplied` makes them, or None to make them from the graph.
     """
 
     gradients: Sequence[Tensor | None]
@@ -54,18 +52,11 @@ class Known:
 
 
 class Linearized:
-    """The model at one batch.
+    """The model at one batch, with outputs ``z`` ``[B, ...]``.
 
-    Args:
-        plan: how rows are made.
-        batch: the examples.
-        watched: the forward pass.
-        shown: whether its graph has shown that parameters are used as they were when the plan was verified.
-
-    Attributes:
-        z: the outputs, ``[B, ...]``.
-        unruled: parameters of units whose rule does not hold in this batch.
-        untold: whether some are only there because the graph was let go that would have told.
+    ``shown`` if the graph has shown that parameters are used as they were when the plan was verified. ``unruled`` are
+    parameters of units whose rule does not hold in this batch; ``untold`` if some of them are only there because the
+    graph was let go that would have told.
     """
 
     def __init__(self, plan: Plan, batch: Batch, watched: Watched, *, shown: bool = False) -> None:
@@ -328,13 +319,7 @@ MOST = 32
 
 
 class OneByOne:
-    """The model at one batch, as `Linearized`.
-
-    Args:
-        plan: how rows are made.
-        batch: the examples.
-        follow: whether it will be asked whether the passes are `followed`.
-    """
+    """The model at one batch, as `Linearized`; to ``follow`` if it will be asked whether the passes are `followed`."""
 
     def __init__(self, plan: Plan, batch: Batch, *, follow: bool = False) -> None:
         watched = _by_example(plan, batch, follow)
@@ -467,10 +452,6 @@ class _SeenOnce(Recorder):
 
     Whose a position is, is no question then: functions that are given no parameter under a rule run as they are, until
     something is made of one that was not verified.
-
-    Args:
-        names: ``id`` of each parameter that is looked for to its name.
-        coarsest: as the plan knows it.
     """
 
     def __init__(self, names: Mapping[int, str], coarsest: torch.dtype) -> None:

@@ -34,13 +34,10 @@ SPREAD = 4
 
 @dataclass(frozen=True)
 class Regular:
-    """Entries that lie as ``outer × batch × inner``.
+    """Entries that lie as ``outer × batch × inner``: so many neighbouring ones of an example.
 
-    Args:
-        batch: B.
-        inner: neighbouring entries of one example.
-        alive: which entries the outputs depend on, where that was looked at; None where the forward pass says whose
-            they are.
+    Outputs depend on those that are ``alive``, where that was looked at; None where the forward pass says whose they
+    are.
     """
 
     batch: int
@@ -81,12 +78,7 @@ class Regular:
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """Entries with an owner each.
-
-    Args:
-        owner: the example of each entry, -1 of entries that nothing depends on.
-        batch: B.
-    """
+    """Entries with an owner each: an example, or -1 where nothing depends on an entry."""
 
     owner: Int[Tensor, "E"]
     batch: int
@@ -151,11 +143,8 @@ def owners(
 ) -> Int[Tensor, "E"] | None:  # fmt: skip
     """The example that each entry belongs to, -1 for entries without a gradient; None if one belongs to several.
 
-    Args:
-        gradient: of some output vectors.
-        multiplied: of the same times each row of numbers.
-        numbers: as `codes` makes them, one for each example and pass.
-        coarsest: dtype that the gradients went through, if it rounds more than their own.
+    By gradients of some vectors, and of these times each row of ``numbers`` (`codes`); ``coarsest`` is a dtype that
+    they went through, if it rounds more than their own.
     """
     dtype = coarser(gradient.dtype, coarsest)
     tolerance, floor = RATIO.get(dtype, 5e-2), FLOOR.get(dtype, 1e-2)

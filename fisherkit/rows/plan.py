@@ -44,17 +44,9 @@ LARGE = 1 << 20
 class Probe:
     """The examples that a plan is verified on, and their forward pass, which all that is found out on them shares.
 
-    Args:
-        batch: two examples, or the one that a model takes alone; without a pass, a batch that begins with them.
-        watched: their forward pass, with its graph; dropped when rows of the data are made. None of a plan that is
-            known from before and has yet to be confirmed, by the first pass over the data.
-        alone: whether the model takes one example at a time.
-        alike: whether their outputs have been compared with those in other company.
-
-    Attributes:
-        hooked: as of the forward pass.
-        assumed: whether nothing has confirmed the plan yet.
-        z: the outputs of the forward pass, if there was one.
+    Of a plan that is known from before and has yet to be confirmed, by the first pass over the data, there is no pass
+    (``assumed``), and ``batch`` only begins with them. ``watched`` has the graph, and is dropped when rows of the data
+    are made; ``hooked`` and the outputs ``z`` stay. ``alike`` if these were compared with those in other company.
     """
 
     def __init__(
@@ -111,13 +103,8 @@ class Findings:
 class Plan(Findings):
     """How the rows of a model are made.
 
-    Args:
-        model: the model.
-        space: the chosen parameters.
-        parameters: the same by name.
-        versions: how often each had been written to.
-        key: what the findings are kept under (`rows.verified`); None before.
-        probed: the examples that it was verified on; None while it is being made.
+    ``versions`` is how often each parameter had been written to, ``key`` what the findings are kept under
+    (`rows.verified`), and ``probed`` the examples that it was verified on; both None before.
     """
 
     model: nn.Module
@@ -257,13 +244,9 @@ class Plan(Findings):
 
 
 def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: bool = False) -> Plan:
-    """Probe the model on two examples and verify every rule.
+    """Probe the model on the first two examples of a batch (one is used twice), on its device, and verify every rule.
 
-    Args:
-        model: the model, in a deterministic mode.
-        space: the chosen parameters.
-        batch: a first batch on the model's device; its first two examples are used (one is used twice).
-        alone: the batch has one example, and the model takes one at a time: it is used once.
+    With ``alone``, of a model that takes one example at a time, one is used once.
 
     Raises:
         ModelError: dropout or batch statistics in train mode, or examples of a batch that influence each other.
@@ -390,13 +373,7 @@ def forward(plan: Plan, batch: Batch, *, positions: bool = False) -> Watched:
 
 
 class _Reference:
-    """Autograd's own gradients of each of the probe's examples.
-
-    Attributes:
-        at_uses: at the uses of parameters.
-        rows: at the parameters.
-        unreached: names of the parameters that no output depends on.
-    """
+    """Autograd's gradients of each of the probe's examples, at the uses and the parameters, and what is unreached."""
 
     def __init__(self, plan: Plan, probe: Batch, watched: Watched, v: Tensor) -> None:
         own, uses = list(plan.parameters.values()), len(watched.uses)
@@ -450,9 +427,6 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
 
     Also how many numbers a graph keeps for one example, and, as of a `Watched`, those that the model has for one alone.
     Some of the batch, the two among them, go forwards and backwards, one of the two beside itself and the other alone.
-
-    Raises:
-        ModelError: they do.
     """
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)

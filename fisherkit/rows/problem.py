@@ -92,13 +92,7 @@ class Tally(NamedTuple):
 
 
 class BetterPlanError(Exception):
-    """A batch has shown what the plan did not know; whoever can start again does so with the new plan.
-
-    Args:
-        plan: the new one.
-        by_owner: as in `Problem`.
-        batch: that has shown it.
-    """
+    """A batch has shown what the plan did not know; whoever can start again does so with the new plan."""
 
     def __init__(self, plan: Plan, by_owner: bool | None, batch: Batch) -> None:
         super().__init__("a better plan")
@@ -107,20 +101,15 @@ class BetterPlanError(Exception):
 
 @dataclass
 class Problem:
-    """Everything that defines the rows.
+    """Everything that defines the rows: plan, data, likelihood, kind, and how these are read.
 
     Args:
-        plan: how rows are made.
-        source: the data.
-        likelihood: p(y | z).
-        kind: the kind, as functions of outputs.
         token: whether every position is an example.
         shift_labels: whether labels belong to the position before theirs.
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
-        progress: show a progress bar.
         summed: whether nothing but sums over rows is wanted: squares, or second moments of their factors.
-        vectors_per_example: M, found by `measure`.
-        rowless: whether those sums need no rows (`rows.last_layer`), found by `measure`.
+        vectors_per_example, rowless, fold, head: found by `measure`: M; whether those sums need no rows; positions of
+            an example that are examples of their own; inputs of a last layer that vectors are led through at once.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         probabilities_sought: whether outputs have been looked at for probabilities in the place of logits, for which
@@ -131,8 +120,6 @@ class Problem:
         processes: that each have a part of the data; None for one alone.
         offset: how many examples the ranks before this one have, where examples are known by their place.
         folds: whether positions may become examples of their own where vectors are of single ones.
-        fold: positions of an example that do, found by `measure`.
-        head: inputs of a last layer that vectors are led through once and for all (`rows.last_layer`); 0 for none.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
         settled: what `fingerprint` says of the model before such passes; None during the build.
         compared: which batches have been compared with themselves in parts.
@@ -565,9 +552,9 @@ class Problem:
             ModelError: they do.
 
         Cost: two forward passes of an example for each size of batches that a model has not met; one of the batch for
-        each answer to what the model asks of a whole batch that is new, as whether any example is padded, and of
-        each size in a build where functions do not keep examples apart. One of every batch where its numbers may decide
-        what becomes of its examples, as in experts with a capacity.
+        each answer to what the model asks of a whole batch that is new, as whether any example is padded, and of each
+        size in a build where functions do not keep examples apart. One of every batch where its numbers may decide what
+        becomes of its examples, as in experts with a capacity.
         """
         if batch.size == 1:
             return

@@ -26,11 +26,8 @@ class RecurrentRule(LinearRule):
 class LinearMap:
     """Output = input Wᵀ + b at all steps of one layer in one direction, as far as gradients go.
 
-    Args:
-        input: ``[B, T, I]``, ``[T, B, I]`` where steps come first, or ``[E, I]`` of packed sequences; without a graph.
-        weight: ``[O, I]``.
-        bias: ``[O]``, or None.
-        output: what has the gradient of the output, which lies as the input does.
+    The input is ``[B, T, I]``, ``[T, B, I]`` where steps come first, or ``[E, I]`` of packed sequences, without a
+    graph.
     """
 
     input: Tensor

@@ -265,11 +265,8 @@ class EmbeddingRule(Rule):
 class NormalizationRule(Rule):
     """Output = weight ∘ normalized input + bias, the statistics being functions of the example or constants.
 
-    Args:
-        name: the function's name.
-        signature: its argument names.
-        function: the function itself, to normalize without weight and bias.
-        channels_second: whether features are axis 1 (batch and group norms) and not the last axes.
+    The ``function`` itself normalizes; features are axis 1 (batch and group norms) if ``channels_second``, or the last
+    axes.
     """
 
     def __init__(self, name: str, signature: str, function: Callable[..., Tensor], *, channels_second: bool) -> None:
@@ -314,12 +311,7 @@ def _each_axis(use: Use, **defaults: int) -> list[tuple[int, ...]]:
 
 
 class ElementwiseRule(Rule):
-    """Output = input ∘ w or input ± w, the parameter w broadcast over examples: positions added, scales multiplied.
-
-    Args:
-        name: the function's name.
-        product: whether it multiplies.
-    """
+    """Output = input ∘ w (a ``product``) or input ± w, w broadcast over examples, as positions and scales are."""
 
     def __init__(self, name: str, *, product: bool) -> None:
         super().__init__(name, "input weight")
@@ -420,15 +412,9 @@ def rule_for(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
 
 @dataclass(frozen=True)
 class Letters:
-    """The axes of a product.
+    """The axes of a product: the input's, and the output's in their order, ``lead``, ``outputs`` and ``columns``.
 
-    Args:
-        input: of the input.
-        lead: of the output that count entries, which come first.
-        outputs: of the output that are features.
-        columns: of the output behind them, which are positions.
-        contracted: summed over.
-        slices: of the lead that choose a slice of the weight.
+    The lead counts entries, some of whose axes choose a slice of the weight; columns are positions.
     """
 
     input: str
@@ -442,9 +428,7 @@ class Letters:
 class ContractionRule(LinearRule):
     """Output = the sum over axes of input and weight that the call's ``letters`` say, plus a bias.
 
-    Args:
-        name: the function's name.
-        transposed: whether the weight has its contracted axes before its outputs.
+    ``transposed`` if the weight has its contracted axes before its outputs.
     """
 
     def __init__(self, name: str, transposed: bool) -> None:

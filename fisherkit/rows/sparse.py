@@ -16,14 +16,9 @@ from fisherkit.rows.base import UnitRows, spans, sum_by
 
 
 class SparseRows(UnitRows):
-    """R rows of a table ``[V, E]``.
+    """R rows of a table ``[V, E]``: of n entries the row, the table's row, and the values ``[n, E]``.
 
-    Args:
-        row: row of each entry, ``[n]``.
-        token: table row of each entry, ``[n]``; a pair (row, token) occurs once.
-        values: ``[n, E]``.
-        count: R.
-        vocabulary: V.
+    A pair (row, token) occurs once.
     """
 
     form = "sparse"

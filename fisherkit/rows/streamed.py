@@ -57,11 +57,7 @@ _LOOKUPS = "EmbeddingBackward", "EmbeddingBagBackward"
 
 
 class StreamedRows(RowSource):
-    """Rows over the data.
-
-    Args:
-        problem: model, data and kind.
-    """
+    """Rows over the data of a problem."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.plan.space)
@@ -158,12 +154,9 @@ class StreamedRows(RowSource):
 
 
 class LaterRows(StreamedRows):
-    """Rows that do not exist yet: products are made without them as long as they are fewer than pay.
+    """Rows that do not exist yet, which ``make`` makes of these, once and for all.
 
-    Args:
-        problem: as of `StreamedRows`.
-        make: makes the rows, once and for all, of these.
-        products: how many columns may be multiplied without them.
+    Products are made without them as long as no more columns than ``products`` are multiplied.
     """
 
     def __init__(self, problem: Problem, make: Callable[[LaterRows], RowSource], products: float) -> None:
@@ -201,12 +194,7 @@ def products_before_rows(plan: Plan, vectors: int, examples: int) -> float:
 
 
 class ThinnedSource(Source):
-    """Every k-th example of the data.
-
-    Args:
-        source: all of it.
-        stride: k.
-    """
+    """Every k-th example of the data (``stride``)."""
 
     def __init__(self, source: Source, stride: int) -> None:
         super().__init__(source.batches, source.model)

@@ -26,11 +26,7 @@ S = TypeVar("S")
 
 
 class SumRows(UnitRows):
-    """R rows, each the sum of the parts' rows.
-
-    Args:
-        parts: of equally many rows over the same parameters.
-    """
+    """R rows, each the sum of the parts' rows, of which there are equally many over the same parameters."""
 
     form = "summed"
 

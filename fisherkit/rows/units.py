@@ -32,17 +32,12 @@ Form = tuple[Rule, str | Derived | None, str | Derived | None, bool]
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a backward pass brought to the uses of a forward pass.
+    """What a backward pass brought to the uses of a forward pass: gradients ``[k, *output]`` at each, for vectors v.
 
-    Args:
-        uses: of the forward pass, with inputs in the parameters' dtype.
-        gradients: at each of them, ``[k, *output]``; None where nothing depends on an output.
-        arrangements: how the entries of each lie; None where one belongs to several examples.
-        v: the output vectors, in the parameters' dtype.
-        selection: which of them are rows.
-        scale: by vector and example, or by example alone for all vectors, what turns the gradients into those of v; as
-            for entries, in their dtype.
-        cache: activations of the units, for other vectors of the same pass that lie in the same way.
+    Inputs of the uses and v are in the parameters' dtype, and ``selection`` says which vectors are rows. A gradient is
+    None where nothing depends on an output, an arrangement where an entry belongs to several examples. ``scale`` is by
+    vector and example, or by example alone for all vectors, what turns the gradients into those of v. The ``cache`` has
+    activations of the units, for other vectors of the same pass that lie in the same way.
     """
 
     uses: Sequence[Use]
@@ -55,16 +50,10 @@ class Pulled:
 
 
 class Unit:
-    """A parameter without a rule; its rows are written out.
+    """A parameter without a rule, whose rows take so many ``numbers``, written out; several only in ruled units.
 
-    Args:
-        names: its name; more than one only in ruled units.
-        reason: why it is handled as it is, for `coverage`.
-        numbers: how many numbers a row takes when it is written out.
-        without_use: whether no function was seen to use it.
-
-    Attributes:
-        fold: positions of an example that are examples of their own here, each with its share of the vectors.
+    ``reason`` is why it is handled as it is, for `coverage`; ``without_use`` if no function was seen to use it.
+    ``fold`` positions of an example are examples of their own here, each with its share of the vectors.
     """
 
     def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, without_use: bool = False) -> None:
@@ -84,14 +73,9 @@ class Unit:
 
 
 class RuledUnit(Unit):
-    """Weight then bias, or either, under a layer rule.
+    """Weight then bias, or either, under a layer rule; ``turned`` if its uses see the weight transposed.
 
-    Args:
-        names: of the weight and the bias that were chosen.
-        rule: the rule.
-        numbers: as in `Unit`.
-        form: that of the uses that count, for the parts of a shared unit; None for all.
-        turned: whether its uses see the weight transposed.
+    ``form`` is that of the uses that count, for the parts of a shared unit; None for all.
 
     Attributes:
         place: where the batch lies in its uses, in words.
@@ -231,13 +215,7 @@ class RuledUnit(Unit):
 
 
 class SharedUnit(RuledUnit):
-    """One parameter under several rules, or beside several others: its row is the sum of what each brings.
-
-    Args:
-        name: the parameter.
-        forms: of its uses.
-        numbers: as in `Unit`.
-    """
+    """One parameter under several rules, or beside several others: its row is the sum of what each brings."""
 
     def __init__(self, name: str, forms: Sequence[Form], numbers: int) -> None:
         super().__init__((name,), forms[0][0], numbers)
@@ -282,12 +260,7 @@ class SharedUnit(RuledUnit):
 
 
 class DerivedUnit(RuledUnit):
-    """Parameters of which something was made before it met data: rows of that by its function's rule, pulled back.
-
-    Args:
-        sizes: of the parameters that are made something of together, by name.
-        rules: of the functions that met data.
-    """
+    """Parameters of which something was made before it met data: rows of that by its function's rule, pulled back."""
 
     def __init__(self, sizes: Mapping[str, int], rules: Sequence[Rule]) -> None:
         super().__init__(tuple(sizes), rules[0], sum(sizes.values()))

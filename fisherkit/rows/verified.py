@@ -60,14 +60,10 @@ def plan_for(
     model: nn.Module, space: ParameterSpace, batch: Batch, *, assume: bool = False,
     own: Mapping[str, nn.Parameter] | None = None,
 ) -> Plan:  # fmt: skip
-    """How rows are made: as verified before, or verified now.
+    """How rows are made: as verified before, or verified now, of a first batch on the model's device.
 
-    Args:
-        model: the model.
-        space: the chosen parameters.
-        batch: a first batch on the model's device.
-        assume: whether what is known may be confirmed later, by the graph of the first pass over the data.
-        own: the model's parameters by name, if they are known.
+    With ``assume``, what is known may be confirmed later, by the graph of the first pass over the data. ``own`` are the
+    model's parameters by name, if they are known.
 
     Raises:
         ModelError: as `make_plan`.
@@ -95,11 +91,7 @@ def plan_for(
 
 
 def plan_again(plan: Plan, batch: Batch) -> Plan | None:
-    """A plan that was made a moment ago, for a batch of other data; None if it has another form.
-
-    Args:
-        plan: made of data of the same model in the same call.
-        batch: a first batch on the model's device.
+    """A plan of the same model that was made a moment ago, for a batch of other data; None if it has another form.
 
     Cost: a forward pass of two examples.
     """
@@ -295,21 +287,12 @@ def plan_of(
     model: nn.Module, space: ParameterSpace, source: Source, *, assume: bool = False,
     own: Mapping[str, nn.Parameter] | None = None,
 ) -> Plan:  # fmt: skip
-    """How the rows of a model on these data are made.
-
-    Args:
-        model: the model.
-        space: the chosen parameters.
-        source: the data.
-        assume: as of `plan_for`.
-        own: likewise.
+    """How the rows of a model on these data are made; ``assume`` and ``own`` as of `plan_for`, which is what it costs.
 
     Raises:
         DataError: the model fails over its inputs, and what is wrong with them can be told.
         ModelError: it fails over other dtypes.
         Exception: what the model raises otherwise.
-
-    Cost: as `plan_for`.
     """
     device, _ = model_device(model, space.names, own)
     first = source.first()

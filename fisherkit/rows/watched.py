@@ -34,27 +34,18 @@ from fisherkit.rows.rules import Use
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """A forward pass.
+    """A forward pass of ``batch`` examples to outputs ``z``, and the uses of chosen parameters under a rule.
 
     Args:
-        batch: number of examples.
-        z: the outputs, ``[B, ...]``.
-        uses: of chosen parameters under a rule.
         outside_rules: chosen parameters that functions without a rule used.
         coarsest: the floating dtype that rounds most, of all that is differentiated.
         proven: whether the pass shows whose the entries of uses with an axis are.
         by_owner: whether it is looked at which entries outputs depend on, whatever the pass shows.
-        random: whether dropout was active.
-        casts: whether a module was cast in place.
+        random, casts, packed: as of a `Recorder`.
         hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients.
         exchanging: whether hooks may hand gradients to other examples; not if the probe's were seen not to.
-        packed: as of a `Recorder`.
+        met, read, decided, placed: as of a `Tracker`; ``numbers`` likewise, as one.
         positions: how many positions of the inputs the outputs keep apart; 0 if that is not shown, or not looked at.
-        met: as of a `Tracker`.
-        read: likewise.
-        decided: likewise.
-        numbers: likewise, as one.
-        placed: likewise.
     """
 
     batch: int
@@ -207,11 +198,10 @@ class Watched:
     def arrangements(
         self, gradients: Sequence[Tensor | None], multiplied: Sequence[Sequence[Tensor | None]]
     ) -> list[Arrangement | None]:
-        """How the entries of each use lie; None where one belongs to several examples.
+        """How the entries of each use lie, by gradients there; None where one belongs to several examples.
 
-        Args:
-            gradients: at the uses, for one output vector an example.
-            multiplied: for the same as `multiplied` makes them; none where the pass itself shows whose all entries are.
+        ``multiplied`` are those that `multiplied` makes for the same vectors; none where the pass itself shows whose
+        all are.
         """
         return [
             shown or self._asked(use, gradient, [one[i] for one in multiplied])
@@ -308,17 +298,11 @@ def refuse_reentrant(
 ) -> None:
     """Refuse checkpoints with use_reentrant=True that hide uses, or that a gradient on its way to one must pass.
 
-    Args:
-        z: outputs, with their graph.
-        nodes: of the uses' outputs.
-        hidden: parameters whose uses were not seen.
-        call: for errors.
-        cut: whether the parameters that were not seen were used without a graph, of which nothing is left to look at.
+    Between z and the ``nodes`` of the uses' outputs. Uses of ``hidden`` parameters were not seen; ``cut`` if these were
+    used without a graph, of which nothing is left to look at.
 
     Raises:
         ModelError: there is one.
-
-    Cost: a look at the graph.
     """
     wanted = set(nodes)
     checkpoints = [node for node in graph_of(z.grad_fn) if "CheckpointFunction" in node.name()]
@@ -342,13 +326,7 @@ def uses_are_all(
 ) -> bool:
     """Whether the graph shows that outputs depend on parameters through these uses alone, whose inputs are unchanged.
 
-    Args:
-        z: outputs, with their graph.
-        graph: their `graph_of`.
-        uses: that a recorder saw on the way to them.
-        parameters: the chosen ones, by name.
-
-    Cost: a look at the graph.
+    Cost: a look at the graph, which is z's `graph_of`.
     """
     names = {id(p): name for name, p in parameters.items()}
     own: dict[Node, set[str]] = {}
