@@ -245,11 +245,7 @@ class Batch:
         return self.fresh().handed(model)
 
     def fresh(self) -> Batch:
-        """With copies of the inputs.
-
-        Layers that work in place must not reach the caller's tensors, and rows, which keep layers' inputs, must not
-        change when the caller refills them.
-        """
+        """With copies of the inputs: layers work in place, rows keep layers' inputs, and callers refill them."""
         args, kwargs = _map_tensors(self.args, Tensor.clone), _map_tensors(self.kwargs, Tensor.clone)
         return Batch(args, kwargs, self.targets, self.size, self.axes, self.place)
 
@@ -333,14 +329,8 @@ def _checked_targets(targets: Any, call: str) -> Tensor | None:
 class Source:
     """Data that can be read again and again in the same order without touching the global random generators.
 
-    The first pass records a hash of each batch (`Batch.digest`), and later ones are compared with it.
-
-    Args:
-        data: one batch or a re-iterable of batches.
-        model: the model that the data are for; None if none is called.
-
-    Attributes:
-        listed: whether reading them runs nobody's code.
+    One batch, or what can be iterated again and again, for a model if one is called; ``listed`` if reading them runs
+    nobody's code. The first pass records a hash of each batch (`Batch.digest`), and later ones are compared with it.
 
     Cost: a hash reads every number of a batch twice, where it lies, and makes a few sums of it.
     """

@@ -78,12 +78,7 @@ class Findings:
         calls: what its uses on two examples were given, to be compared; None before it is kept.
         custom: names of the autograd functions written in Python in their graph, which may forbid what was tried.
         draws: whether a pass draws random numbers, of which no output was seen to depend.
-        tried: a cache, which all that have these findings share, of what is found out when it is first needed:
-            "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
-            whether products need no rows; "last layer"; "not shown", that a graph does not tell whether a plan holds;
-            "silent", that some layer's outputs are of no consequence in some batch; which batches were compared with
-            others; by link, whether outputs are known to be no probabilities; and by kind and likelihood, how many
-            vectors an example has.
+        tried: a cache, which all that have these findings share, of what is found out when it is first needed.
     """
 
     units: tuple[Unit, ...] = ()

@@ -391,7 +391,7 @@ def _rewrites(model: nn.Module, batch: Batch) -> bool:
 
 
 def _refuse_state(error: Exception, model: nn.Module, first: Batch, *, fails: bool) -> None:
-    """Raise what a failure of tensors that a model keeps from one batch for the next means.
+    """Raise what a failure of tensors that a model keeps from one batch for the next means, if it is one.
 
     Raises:
         ModelError: it keeps some, by the sizes that the error names, or fails in one pass after another alone.
