@@ -67,7 +67,12 @@ class RowSelection:
 
 
 class UnitRows(ABC):
-    """R rows (``count``) over d parameters (``size``)."""
+    """R rows over d parameters.
+
+    Args:
+        count: R.
+        size: d.
+    """
 
     form: ClassVar[str]
 
@@ -84,7 +89,12 @@ class UnitRows(ABC):
 
     @abstractmethod
     def gram(self: R, other: R, precise: bool = True) -> Float[Tensor, "R S"]:
-        """J J'ᵀ against rows of the same representation, in float64; ``precise`` as in `inner_products`."""
+        """J J'ᵀ against rows of the same representation, in float64.
+
+        Args:
+            other: J'.
+            precise: multiply in float64 too; else as `inner_products` says.
+        """
 
     @abstractmethod
     def squared_sum(self) -> Float[Tensor, "d"]:
@@ -100,9 +110,11 @@ class UnitRows(ABC):
 
     @abstractmethod
     def reordered(self: R, order: Int[Tensor, "R"], regular: bool = False) -> R:
-        """Some or all of the rows in another order, by their old places, each at most once.
+        """Some or all of the rows in another order.
 
-        ``regular`` says that the new ones are ordered by example and every example has equally many.
+        Args:
+            order: the new rows' old places, each at most once.
+            regular: whether the new rows are ordered by example and every example has equally many.
         """
 
     def some(self: R, span: slice) -> R:
@@ -234,7 +246,11 @@ def _products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -
 
 
 class StoredRows(UnitRows):
-    """Rows written out: right for small parameters and for layers with many shared positions."""
+    """Rows written out as one matrix: right for small parameters and for layers with many shared positions.
+
+    Args:
+        values: ``[R, d]``.
+    """
 
     form = "stored"
 

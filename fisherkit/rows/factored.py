@@ -30,8 +30,13 @@ LONGEST = 1 << 13
 class FactoredRows(UnitRows):
     """R rows of a weight ``[O, I]`` (or ``[I, O]`` if transposed), with a bias ``[O]`` after it if asked.
 
-    Of activations ``[N, T, I]`` or a convolution's patches, and gradients ``[R, T, O]``. ``example`` is the one that
-    each row belongs to, ``[R]``; None if the rows are ordered by example and every example has R / N of them.
+    Args:
+        activations: ``[N, T, I]``, or a convolution's patches.
+        gradients: ``[R, T, O]``.
+        example: which example each row belongs to, ``[R]``; None if the rows are ordered by example and every example
+            has R / N of them.
+        bias: whether the unit has a bias behind the weight.
+        transposed: whether the weight is stored ``[I, O]``.
     """
 
     form = "factored"

@@ -478,11 +478,7 @@ def require_alike(found: Tensor, expected: Tensor, allowed: Tensor, place: str =
 
 
 def require_alike_in_parts(plan: Plan, batch: Batch, seen: Watched, call: str) -> None:
-    """Refuse a batch whose examples have other outputs in parts of it, or where a statistic decides alone.
-
-    Raises:
-        ModelError: they have.
-    """
+    """Refuse a batch whose examples have other outputs in parts of it, or alone where a statistic decides."""
     z = seen.z.detach()
     for piece in _pieces(batch.size, z.device, alone=seen.decided):
         with plan.quiet():

@@ -254,13 +254,7 @@ class Problem:
         return self.likelihood.as_outputs(outputs.masked(found.reshape(directions.shape)), raw.shape)
 
     def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str) -> tuple[Outputs, tuple[int, int]]:
-        """The model's outputs as ``[B, P, C]``, finite, with checked targets; how many examples and positions count.
-
-        Raises:
-            DataError: targets that are missing or do not fit.
-
-        Cost: two waits for the device.
-        """
+        """The model's outputs as ``[B, P, C]``, finite, with checked targets; how many examples and positions count."""
         raw = raw.detach()
         if batch.targets is None and self.kind.needs_targets:
             raise DataError(
@@ -335,11 +329,7 @@ class Problem:
         return z.ndim == 3 and self.likelihood.class_axis % 3 == 2
 
     def _folded(self, linearized: Linearized | OneByOne, batch: Batch) -> tuple[Linearized, Batch] | None:
-        """A batch whose positions are examples of their own; None where none has several.
-
-        Raises:
-            BetterPlanError: they are not apart in this batch.
-        """
+        """A batch whose positions are examples of their own, as they are apart here; None where none has several."""
         if self.fold == 1 or linearized.z.ndim < 3 or linearized.z.shape[1] == 1:
             return None
         apart = None  # an attention mask says of the inputs' positions, example by example, which are data
@@ -420,11 +410,7 @@ class Problem:
         return self.token or self.kind.positionwise
 
     def confirm(self) -> None:
-        """Begin again with a plan that two examples confirm, where nothing has confirmed this one.
-
-        Raises:
-            BetterPlanError: with that plan.
-        """
+        """Begin again with a plan that two examples confirm, where nothing has confirmed this one."""
         if self.plan.probe.assumed:
             plan = plan_of(self.plan.model, self.plan.space, self.source)
             raise BetterPlanError(plan, self.by_owner, self.source.first())
@@ -432,16 +418,10 @@ class Problem:
     def _micro_batches(
         self, description: str, *, compared: bool = True, shows: bool = False
     ) -> Iterator[tuple[Batch, int, str]]:
-        """Pieces of batches on the model's device, their first example's place in the data, and a name for errors.
-
-        With ``shows``, what is done with the first confirms the plan.
-
-        Raises:
-            DataError: there is no batch.
-        """
+        """Pieces of batches on the device, each with its first example's place in the data and a name for errors."""
         if not (shows and self.plan.probe.assumed and self.source.listed):  # else nobody's code has run since the plan
             self.refuse_changed()
-        if not shows:
+        if not shows:  # where what is done with the first does not confirm the plan
             self.confirm()
         self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
@@ -459,11 +439,7 @@ class Problem:
             raise DataError(call="data", got="no batch", expected="at least one example")
 
     def refuse_changed(self) -> None:
-        """Refuse a model that is not what it was when the Fisher was built: its rows would be another Fisher's.
-
-        Raises:
-            ModelError: naming the parameters where it is known which; or dropout or batch statistics in train mode.
-        """
+        """Refuse a model that is not what it was when the Fisher was built: its rows would be another Fisher's."""
         own = dict(self.plan.model.named_parameters())
         changed = [
             name

@@ -16,9 +16,14 @@ from fisherkit.rows.base import UnitRows, spans, sum_by
 
 
 class SparseRows(UnitRows):
-    """R rows of a table ``[V, E]``: of n entries the row, the table's row, and the values ``[n, E]``.
+    """R rows of a table ``[V, E]``.
 
-    A pair (row, token) occurs once.
+    Args:
+        row: row of each entry, ``[n]``.
+        token: table row of each entry, ``[n]``; a pair (row, token) occurs once.
+        values: ``[n, E]``.
+        count: R.
+        vocabulary: V.
     """
 
     form = "sparse"
