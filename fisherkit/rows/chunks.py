@@ -95,14 +95,17 @@ class Slots:
             return v[:, some].transpose(0, 1)
         if isinstance(v, Columns) and not self.flat and v.whole is not None and some == slice(0, self.number):
             return v.whole().transpose(0, 1)
+        index = torch.arange(some.start, some.stop, device=self.mask.device)
         batch, positions = self.mask.shape
-        examples = torch.arange(batch, device=self.mask.device)
-        position, vector = (one.unsqueeze(1) for one in self._places(some))
-        unit = examples * (positions if self.flat else 1) + position
-        own = self.found.select(unit.flatten(), vector.expand_as(unit).flatten()).unflatten(0, unit.shape)
+        examples, found = torch.arange(batch, device=index.device), self.found
         if not self.flat:
-            return own
-        index, whole = position[:, 0], own.new_zeros(*unit.shape, positions, own.shape[-1])
+            shape = len(index), batch
+            own = found.select(examples.expand(shape).flatten(), index.unsqueeze(1).expand(shape).flatten())
+            return own.unflatten(0, shape)
+        position, vector = (index // found.number).unsqueeze(1), (index % found.number).unsqueeze(1)
+        unit = examples * positions + position
+        own = found.select(unit.flatten(), vector.expand_as(unit).flatten()).unflatten(0, unit.shape)
+        whole = own.new_zeros(*unit.shape, positions, own.shape[-1])
         whole[torch.arange(len(index), device=index.device).unsqueeze(1), examples, position] = own.squeeze(2)
         return whole
 
@@ -111,17 +114,16 @@ class Slots:
         found, mask = self.found, self.mask
         if self.whole and found.keep is None:
             return None
-        position, vector = self._places(some)
-        counts = mask if self.flat else mask.any(1, keepdim=True)
-        keep = counts[:, position]
-        if found.keep is not None:
-            keep = keep & found.keep.reshape(*counts.shape, -1)[:, position, vector]
+        if not self.flat:
+            keep = mask.any(1, keepdim=True).expand(-1, some.stop - some.start)
+            keep = keep if found.keep is None else keep & found.keep[:, some]
+        else:
+            index = torch.arange(some.start, some.stop, device=mask.device)
+            position, vector = index // found.number, index % found.number
+            keep = mask[:, position]
+            if found.keep is not None:
+                keep = keep & found.keep.reshape(*mask.shape, -1)[:, position, vector]
         return None if bool(keep.all()) else keep
-
-    def _places(self, some: slice) -> tuple[Int[Tensor, "k"], Int[Tensor, "k"]]:
-        """Of some slots the position, 0 where all of an example's share their vectors, and the vector."""
-        index = torch.arange(some.start, some.stop, device=self.mask.device)
-        return index // self.found.number, index % self.found.number
 
     def chunks(
         self, batch: Batch, step: int, make_rows: Callable[[Float[Tensor, "k B P C"], RowSelection], Rows]
