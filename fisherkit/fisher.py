@@ -420,13 +420,13 @@ def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Sel
 def _refuse_unfit(call: str, o: SimpleNamespace, structure: type[Structure]) -> None:
     """Refuse settings that the structure, or another setting, leaves without a meaning."""
 
-    def refuse(setting: str, expected: str, why: str, advice: str) -> None:
-        got = f"{setting}={getattr(o, setting)!r} with structure={structure.name!r}"
+    def refuse(setting: str, expected: str, why: str, advice: str, beside: str = "structure") -> None:
+        got = f"{setting}={getattr(o, setting)!r} with {beside}={getattr(o, beside)!r}"
         raise InvalidArgumentError(call=call, got=got, expected=expected, why=why, try_=advice)
 
     if o.storage == "stream" and o.max_rows is not None:
-        why = "which of max_rows are the largest is known when all have been made, once"
-        refuse("storage", 'storage="auto" or "rows"', why, "max_rows=None")
+        why = "which rows are the largest is known when all have been made, once"
+        refuse("storage", 'storage="auto" or "rows"', why, "max_rows=None", "max_rows")
     if o.storage != "auto" and structure.name != "full":
         why = "no other structure is made of the rows of the whole matrix"
         refuse("storage", 'storage="auto"', why, 'structure="full"')
