@@ -153,6 +153,11 @@ class KroneckerOperator(FisherOperator):
         """A and G; not to be changed."""
         return self.activation, self.gradient
 
+    @property
+    def eigenbases(self) -> tuple[Float[Tensor, "J r"], Float[Tensor, "O s"], Float[Tensor, "s r"]]:
+        """U_A, U_G and e, computed once."""
+        return self._eigen.eigenbases
+
     inversion = "cheap"
 
     @property
@@ -279,6 +284,11 @@ class EigenKroneckerOperator(FisherOperator):
     def layout(self) -> LayerLayout:
         """Which parameter lies where on the grid that the bases act on."""
         return self._layout
+
+    @property
+    def eigenbases(self) -> tuple[Float[Tensor, "J r"], Float[Tensor, "O s"], Float[Tensor, "s r"]]:
+        """U_A, U_G and e; not to be changed."""
+        return self.activation_basis, self.gradient_basis, self.eigenvalue_grid
 
     @property
     def _outer_values(self) -> tuple[Float[Tensor, "s"], Float[Tensor, "r"], Float[Tensor, ""]] | None:
