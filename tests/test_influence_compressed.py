@@ -58,11 +58,8 @@ def expected(compress: int | float, damping: float) -> list[Tensor]:
     """Each layer's scores by brute force: rows written out, eigenvectors made here, and the formula."""
     found = []
     for (a, g), (b, h) in zip(layers(X, Y), layers(*QUERIES), strict=True):
-        on_inputs, on_outputs = (torch.linalg.eigh(side.mT @ side / len(X)) for side in (a, g))
-        pairs = [
-            (float(e_a * e_g), i, j)
-            for i, e_a in enumerate(on_inputs.eigenvalues.clamp_min(0)) for j, e_g in enumerate(on_outputs.eigenvalues.clamp_min(0))
-        ]  # fmt: skip
+        (e_a, u_a), (e_g, u_g) = (torch.linalg.eigh(side.mT @ side / len(X)) for side in (a, g))
+        pairs = [(max(float(x * y), 0.0), i, j) for i, x in enumerate(e_a) for j, y in enumerate(e_g)]
         if isinstance(compress, int):
             first, second = a.shape[1] - compress, g.shape[1] - compress
             kept = [pair for pair in pairs if pair[1] >= first and pair[2] >= second]
@@ -77,7 +74,7 @@ def expected(compress: int | float, damping: float) -> list[Tensor]:
             kept = [pair for pair in pairs if pair[1] in rows and pair[2] in columns]
         score = torch.zeros(len(b), len(a), dtype=F64)
         for e, i, j in kept:
-            u, v = on_inputs.eigenvectors[:, i], on_outputs.eigenvectors[:, j]
+            u, v = u_a[:, i], u_g[:, j]
             score += torch.outer((b @ u) * (h @ v), (a @ u) * (g @ v)) / (e + damping)
         found.append(score / len(X))
     return found
@@ -131,10 +128,8 @@ def test_the_error__is_that_of_the_scores(asked: Any) -> None:
         others = ~torch.eye(10, dtype=torch.bool)
         whole, found = whole[others].view(10, 9), found[others].view(10, 9)
     errors = (found - whole).norm(dim=1) / whole.norm(dim=1)
-    ranks_of = [
-        torch.stack([torch.tensor([(row < one).sum() for one in row]).double() for row in s]) for s in (whole, found)
-    ]
-    rank = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*ranks_of, strict=True)])
+    places = [s.argsort(1).argsort(1).double() for s in (whole, found)]
+    rank = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*places, strict=True)])
     told = rows.compression
     assert told is not None
     assert (told.error, told.worst) == (pytest.approx(float(errors.median())), pytest.approx(float(errors.max())))
@@ -156,7 +151,9 @@ def test_bytes__are_those_that_a_block_takes() -> None:
     assert set(told.whole) == {"0.weight", "2.weight", "2.bias"}
     for one, number in ((rows, told.bytes), (whole, told.whole_bytes)):
         (block,) = one
-        assert number == pytest.approx(sum(t.nbytes for t in block.rows.numbers) / 8, rel=0.01)
+        assert number == pytest.approx(
+            sum(t.nbytes for slot in block.rows.slots for t in slot.rows.tensors().values()) / 8, abs=1
+        )
     assert told.bytes < told.whole_bytes
 
 
@@ -172,7 +169,8 @@ def test_too_large_an_error__is_refused_before_anything_is_kept(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"compress": 0}, "compress=0"), ({"compress": 1.0}, "a share between 0 and 1"), ({"compress": -0.1}, "a share"),
+        ({"compress": 0}, "compress=0"), ({"compress": 1.0}, "a share between 0 and 1"),
+        ({"compress": -0.1}, "a share"),
         ({"compress": "0.5"}, "of type str"), ({"compress": True}, "of type bool"),
         ({"compress": 0.5, "by": "token"}, "either of them"), ({"compress": 0.5, "checked": 0}, "checked=0"),
     ],
@@ -184,7 +182,7 @@ def test_bad_input__is_refused(options: Any, words: str) -> None:
 
 @pytest.mark.parametrize("structure", ["full", "diagonal", "block"])
 def test_a_fisher_without_factors__is_refused(structure: str) -> None:
-    with pytest.raises(fk.InvalidArgumentError, match="without Kronecker factors.*kfac"):
+    with pytest.raises(fk.InvalidArgumentError, match=r"without Kronecker factors.*kfac"):
         influence(structure=structure).prepare((X, Y), compress=0.5)
 
 
@@ -238,8 +236,13 @@ def test_an_interrupted_run__goes_on_to_the_same_bytes(
         with pytest.raises(fk.InvalidArgumentError, match="not finished"):
             influence().read(tmp_path / "rows")
     alive()
-    influence(memory_budget=9_000).prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+    influence().prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
     assert contents(tmp_path / "rows") == contents(tmp_path / "whole")
+    # Another budget would cut otherwise; the run goes on as it began. Its error is measured a few queries at a time.
+    (tmp_path / "rows" / "rows-000001.safetensors").unlink()
+    influence(memory_budget=9_000).prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+    before, after = (contents(tmp_path / name) for name in ("whole", "rows"))
+    assert [name for name in before if before[name] != after[name]] in ([], ["manifest.json"])
 
 
 def test_rows_of_something_else__are_refused_and_left(tmp_path: Path) -> None:

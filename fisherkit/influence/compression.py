@@ -129,10 +129,6 @@ class LayerBasis:
             )
         return StoredRows(torch.cat([grid if places is None else grid[:, places] for grid in grids]))
 
-    def numbers_per_row(self, probe: Rows) -> int:
-        """What such a row takes."""
-        return self.turned(probe.part(self.names)).row_numbers
-
     def check(self, block: FisherOperator) -> None:
         """ValueError unless F is on the eigenvectors what the values say."""
         on_inputs, on_outputs, values = (self.tensors[name] for name in ("inputs", "outputs", "values"))
@@ -228,7 +224,10 @@ class Basis:
             blocks = {block.space.names: block for block in fisher._blocks()}
             layers = []
             for i, names in enumerate(map(tuple, io.parse(header["names"]))):
-                own = {key.partition(".")[2]: t for key, t in tensors.items() if key.partition(".")[0] == str(i)}
+                # Copied: where numbers lie in memory may change the last bits of products with them.
+                own = {
+                    key.partition(".")[2]: t.clone() for key, t in tensors.items() if key.partition(".")[0] == str(i)
+                }
                 layers.append(LayerBasis(names, _layout(blocks[names]), own))
                 layers[-1].check(blocks[names])
             return cls(fisher, damping, io.parse(header["compress"]), layers)
@@ -281,22 +280,23 @@ class Measured:
     """What was found on the examples of one process.
 
     Args:
-        squares: sums of rows' squares in (F + λI)⁻¹, compressed and whole.
+        sizes: of all rows, compressed and whole: squares in (F + λI)⁻¹, then bytes.
         errors: of each query.
         correlations: of each query.
         checked: how many training examples.
     """
 
-    squares: tuple[float, float]
+    sizes: tuple[tuple[float, float], tuple[int, int]]
     errors: Float[Tensor, "Q"]
     correlations: Float[Tensor, "Q"]
     checked: int
 
     @classmethod
     def of(cls, inverse: Factorization, basis: Basis, sample: Rows, queries: Rows | None, most: int) -> Measured:
-        """On a sample of whole rows and on queries, so many at a time; None to take the sample's own, but for itself."""
+        """On a sample of whole rows and on queries, so many at a time; None for the sample, without their own rows."""
         short = basis.turned(sample)
         squares = float(basis.inverse._row_squares(short).sum()), float(inverse._row_squares(sample).sum())
+        taken = _bytes(short), _bytes(sample)
         asked, pairs = sample if queries is None else queries, []
         for start in range(0, asked.count, most):
             some = asked.some(slice(start, min(start + most, asked.count)))
@@ -312,19 +312,25 @@ class Measured:
         ranks = [scores.argsort(1).argsort(1).double() for scores in (whole, found)]
         centred = [one - one.mean(1, keepdim=True) for one in ranks]
         correlations = (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
-        return cls(squares, errors.nan_to_num(0.0).cpu(), correlations.nan_to_num(1.0).cpu(), sample.count)
+        return cls((squares, taken), errors.nan_to_num(0.0).cpu(), correlations.nan_to_num(1.0).cpu(), sample.count)
 
     @staticmethod
-    def report(parts: Sequence[Measured], basis: Basis, own: int, whole: int) -> Compression:
-        """Of all processes, with the bytes of an example's rows."""
-        errors, correlations = (
-            torch.cat(some) for some in zip(*((p.errors, p.correlations) for p in parts), strict=True)
+    def report(parts: Sequence[Measured], basis: Basis) -> Compression:
+        """Of all processes."""
+        checked = sum(part.checked for part in parts)
+        squares, taken = (
+            [sum(pair) for pair in zip(*some, strict=True)] for some in zip(*(p.sizes for p in parts), strict=True)
         )
-        square, total = (sum(some) for some in zip(*(part.squares for part in parts), strict=True))
+        errors, correlations = (torch.cat([getattr(p, name) for p in parts]) for name in ("errors", "correlations"))
         return Compression(
-            basis.compress, own, whole, basis.whole, square / total if total else 1.0, float(errors.median()),
-            float(errors.max()), float(correlations.median()), sum(part.checked for part in parts),
+            basis.compress, round(taken[0] / checked), round(taken[1] / checked), basis.whole, squares[0] / squares[1],
+            float(errors.median()), float(errors.max()), float(correlations.median()), checked,
         )  # fmt: skip
+
+
+def _bytes(rows: Rows) -> int:
+    """That a file would take."""
+    return sum(tensor.nbytes for slot in rows.slots for tensor in slot.rows.tensors().values())
 
 
 def refuse_error(found: Compression, most: float | None) -> None:

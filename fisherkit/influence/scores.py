@@ -187,10 +187,7 @@ class InfluenceScores:
             return Measured.of(self._inverse, basis, rows.sample(live, stride), asked, most)
 
         own = by_all(processes, measured)
-        whole = live.problem.row_bytes(rows.space.names)
-        numbers = sum(layer.numbers_per_row(probe) for layer in basis.layers)
-        size = live.problem.row_bytes(basis.whole) + numbers * torch.finfo(rows.dtype).bits // 8
-        report = Measured.report([own] if processes is None else processes.gathered(own), basis, size, whole)
+        report = Measured.report([own] if processes is None else processes.gathered(own), basis)
         return LiveBlocks(live.problem, live.limit, live.settings | {"compress": basis.settings}, basis, report)
 
     @without_autocast()
