@@ -117,6 +117,10 @@ def test_all_eigenvectors__give_the_scores_of_whole_rows(family: str, structure:
         assert rows.compression.error < 1e-9 > abs(rows.compression.captured - 1)
 
 
+def near(value: Tensor) -> Any:
+    return pytest.approx(float(value), rel=1e-5)
+
+
 @pytest.mark.parametrize("asked", [None, QUERIES])
 def test_the_error__is_that_of_the_scores(asked: Any) -> None:
     scores = influence(structure="ekfac")
@@ -132,10 +136,10 @@ def test_the_error__is_that_of_the_scores(asked: Any) -> None:
     rank = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*places, strict=True)])
     told = rows.compression
     assert told is not None
-    assert (told.error, told.worst) == (pytest.approx(float(errors.median())), pytest.approx(float(errors.max())))
-    assert told.rank_correlation == pytest.approx(float(rank.median()))
+    assert (told.error, told.worst) == (near(errors.median()), near(errors.max()))
+    assert told.rank_correlation == near(rank.median())
     short, full = (scores.self_influence(one) for one in (scores.prepare(sample, compress=0.7), sample))
-    assert told.captured == pytest.approx(float(short.sum() / full.sum()))
+    assert told.captured == near(short.sum() / full.sum())
     assert told.checked == 10
     assert 0 < told.captured < 1
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.data import Batch, Source
 from fisherkit.errors import FileFormatError, InvalidArgumentError
-from fisherkit.influence.compression import FILE as BASIS
-from fisherkit.influence.compression import Basis, Compression
+from fisherkit.influence.compression import FILE, Basis, Compression
 from fisherkit.operators import FisherOperator
 from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
@@ -306,9 +305,9 @@ def read_blocks(folder: str | Path, fisher: FisherOperator, damping: float) -> F
         )  # fmt: skip
     known, basis = manifest["settings"].get("compress"), None
     if known is not None:
-        basis = Basis.read(path / BASIS, fisher, damping)
+        basis = Basis.read(path / FILE, fisher, damping)
         if basis.settings != known:
-            raise _damaged(path / BASIS, "it is not the one of the manifest")
+            raise _damaged(path / FILE, "it is not the one of the manifest")
     space = fisher.space if basis is None else basis.space
     return FolderBlocks(path, space, fisher.device, manifest, basis)
 
@@ -412,7 +411,7 @@ def _folder(folder: str | Path) -> Path:
         raise InvalidArgumentError(call=CALL, got=str(path), expected="a folder, or a new one in a folder that exists")
     path.mkdir(exist_ok=True)
     others = (other.name for other in path.iterdir() if not other.name.endswith(".part"))  # of a killed run
-    if not (path / MANIFEST).exists() and any(name != BASIS for name in others):
+    if not (path / MANIFEST).exists() and any(name != FILE for name in others):
         raise InvalidArgumentError(
             call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
         )
@@ -425,7 +424,7 @@ def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
         begun = {"format": FORMAT, "version": VERSION, "limit": largest, "settings": live.settings, "blocks": []}
         if live.basis is not None:
             begun["made"] = live.limit
-            live.basis.write(path / BASIS)
+            live.basis.write(path / FILE)
         _write_manifest(path, begun)
         return begun
     manifest, settings = _manifest(path), live.settings
@@ -443,7 +442,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = dict(io.parse(file.read_text(encoding="utf-8")))
         # Those from before there were checksums have none.
-        if io.CHECKSUM in manifest and manifest[io.CHECKSUM] != io.seal(manifest):
+        if manifest.pop(io.CHECKSUM, seal := io.seal(manifest)) != seal:
             raise ValueError("it is not what was written, by its checksum")
         version, manifest["settings"] = int(manifest["version"]), dict(manifest["settings"])
         int(manifest["limit"])

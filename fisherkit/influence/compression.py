@@ -322,10 +322,13 @@ class Measured:
             [sum(pair) for pair in zip(*some, strict=True)] for some in zip(*(p.sizes for p in parts), strict=True)
         )
         errors, correlations = (torch.cat([getattr(p, name) for p in parts]) for name in ("errors", "correlations"))
-        return Compression(
-            basis.compress, round(taken[0] / checked), round(taken[1] / checked), basis.whole, squares[0] / squares[1],
-            float(errors.median()), float(errors.max()), float(correlations.median()), checked,
-        )  # fmt: skip
+        # Rounded, so that the same rows are told by the same text.
+        share, error, worst, rank = (
+            float(f"{float(value):.6g}")
+            for value in (squares[0] / squares[1], errors.median(), errors.max(), correlations.median())
+        )
+        size, whole = (round(total / checked) for total in taken)
+        return Compression(basis.compress, size, whole, basis.whole, share, error, worst, rank, checked)
 
 
 def _bytes(rows: Rows) -> int:

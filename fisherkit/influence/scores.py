@@ -21,7 +21,6 @@ from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries, compressed_groups
 from fisherkit.influence.blocks import (
-    BASIS,
     MOST,
     KeptBlocks,
     LiveBlocks,
@@ -34,7 +33,7 @@ from fisherkit.influence.blocks import (
     read_blocks,
     write_blocks,
 )
-from fisherkit.influence.compression import Basis, LayerBasis, Measured, check_compress, refuse_error
+from fisherkit.influence.compression import FILE, Basis, LayerBasis, Measured, check_compress, refuse_error
 from fisherkit.influence.model_rows import Measurement, ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
@@ -159,36 +158,39 @@ class InfluenceScores:
         if compress is not None:
             check_compress(compress, token=by == "token")
             check_count("prepare", "checked", checked)
-            live = self._compressed(live, compress, folder, queries, checked, processes)
-            refuse_error(live.compression, most_error)
-            largest = max(1, min(MOST, self._model_rows.budget // 8 // live.compression.bytes))
+            live, size = self._compressed(live, compress, most_error, folder, queries, checked, processes)
+            largest = max(1, min(MOST, self._model_rows.budget // 8 // size))
         return KeptBlocks(live) if folder is None else write_blocks(folder, live, largest, processes)
 
     def _compressed(
-        self, live: LiveBlocks, compress: int | float, folder: str | Path | None, queries: Data | None, checked: int,
-        processes: Processes | None,
-    ) -> LiveBlocks:  # fmt: skip
-        """The rows over leading eigenvectors, whose error is measured."""
+        self, live: LiveBlocks, compress: int | float, most_error: float | None, folder: str | Path | None,
+        queries: Data | None, checked: int, processes: Processes | None,
+    ) -> tuple[LiveBlocks, int]:  # fmt: skip
+        """The rows over leading eigenvectors, whose error is measured, and the bytes that one takes."""
         rows, damping = self._model_rows, self.damping
         probe = rows.probe(live)
-        known = None if folder is None else Path(folder) / BASIS
+        known = None if folder is None else Path(folder) / FILE
 
         def chosen() -> tuple[LayerBasis, ...]:
-            found = None if known is None or not known.exists() else Basis.read(known, rows.fisher, damping)
-            same = found is not None and found.compress == compress
-            return (found if same else Basis.of(rows.fisher, damping, compress, probe)).layers
+            if known is not None and known.exists():
+                found = Basis.read(known, rows.fisher, damping)
+                if found.compress == compress:
+                    return found.layers
+            return Basis.of(rows.fisher, damping, compress, probe).layers
 
         basis = Basis(rows.fisher, damping, compress, by_first(processes, chosen))
 
         def measured() -> Measured:
             stride, most = max(1, live.count() // checked), rows.room(2 * rows.space.size)
             asked = None if queries is None else rows.queries(queries, "loss")
-            asked = asked and rows.sample(asked, max(1, asked.count() // checked))
-            return Measured.of(self._inverse, basis, rows.sample(live, stride), asked, most)
+            some = None if asked is None else rows.sample(asked, max(1, asked.count() // checked))
+            return Measured.of(self._inverse, basis, rows.sample(live, stride), some, most)
 
         own = by_all(processes, measured)
         report = Measured.report([own] if processes is None else processes.gathered(own), basis)
-        return LiveBlocks(live.problem, live.limit, live.settings | {"compress": basis.settings}, basis, report)
+        refuse_error(report, most_error)
+        settings = live.settings | {"compress": basis.settings}
+        return LiveBlocks(live.problem, live.limit, settings, basis, report), report.bytes
 
     @without_autocast()
     def read(self, folder: str | Path) -> RowBlocks:
