@@ -68,6 +68,8 @@ class Compression:
             f"{self.bytes:,} bytes an example and not {self.whole_bytes:,}; {100 * self.captured:.3g}% of their "
             f"square in (F + λI)⁻¹; scores off by {self.error:.2g} (median; largest {self.worst:.2g}), rank "
             f"correlation {self.rank_correlation:.3g}, on {self.checked:,} examples"
+            + f"; whole in {len(self.whole):,} parameters without factors"
+            * bool(self.whole)
         )
 
 
