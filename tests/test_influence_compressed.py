@@ -145,7 +145,7 @@ def test_the_error__is_that_of_the_scores(asked: Any) -> None:
 
 
 def test_bytes__are_those_that_a_block_takes() -> None:
-    net = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 3))
+    net = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 80), nn.LayerNorm(80), nn.Linear(80, 3))
     x, y = torch.randint(20, (8, 30)), torch.randint(3, (8, 30))
     loss = fk.likelihoods.Categorical(class_axis=-1)
     scores = InfluenceScores(fk.ExactFisher(net, (x, y), structure="kfac", likelihood=loss), net)
@@ -173,8 +173,8 @@ def test_too_large_an_error__is_refused_before_anything_is_kept(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"compress": 0}, "compress=0"), ({"compress": 1.0}, "a share between 0 and 1"),
-        ({"compress": -0.1}, "a share"),
+        ({"compress": 0}, "compress=0"), ({"compress": 1.5}, "a number from 0 to 1"),
+        ({"compress": -0.1}, "a number from 0 to 1"),
         ({"compress": "0.5"}, "of type str"), ({"compress": True}, "of type bool"),
         ({"compress": 0.5, "by": "token"}, "either of them"), ({"compress": 0.5, "checked": 0}, "checked=0"),
     ],

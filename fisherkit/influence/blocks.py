@@ -222,13 +222,7 @@ MANIFEST = "manifest.json"
 class FolderBlocks(RowBlocks):
     """Blocks in the files that a manifest names, mapped into memory one by one, to a device.
 
-    Args:
-        folder: where.
-        space: what the rows are over.
-        device: where they are wanted.
-        manifest: the folder's.
-        basis: of compressed rows.
-        entries: those of the manifest's blocks that are meant; None for all.
+    ``entries`` are those of the manifest's blocks that are meant; None for all.
     """
 
     def __init__(
@@ -260,12 +254,8 @@ def write_blocks(
 ) -> FolderBlocks:
     """Write the blocks that are missing or damaged; those of another model, other data or settings are refused.
 
-    Args:
-        folder: where.
-        live: the rows as they are made.
-        largest: most examples in a file.
-        processes: those that write, each the rows of its own data, in the order of their ranks; None for this one
-            alone. The folder is the same, whoever wrote it. Blocks of this process are given back.
+    A file has at most ``largest`` examples. Of several processes each writes the rows of its own data, in the order of
+    the ranks, and is given its own; the folder is the same, whoever wrote it.
     """
     path = _folder(folder)
     manifest = by_first(processes, lambda: _begun(path, live, largest))

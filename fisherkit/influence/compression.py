@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.arguments import check_count, is_integer, is_number
-from fisherkit.errors import FileFormatError, InvalidArgumentError, InvalidTypeError
+from fisherkit.arguments import check_count, check_number, is_integer
+from fisherkit.errors import FileFormatError, InvalidArgumentError
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators import BlockDiagonalOperator, DiagonalOperator, FisherOperator
 from fisherkit.operators.composite import join
-from fisherkit.operators.factorization import Factorization, aligned
+from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.collection import Rows, UnitSlot
@@ -89,10 +89,15 @@ class LayerBasis:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, block: FisherOperator, damping: float, compress: int | float, positions: int) -> LayerBasis:
-        """Of so many eigenvectors a side, or of the fewest with this share of the layer's effective dimension."""
-        on_inputs, on_outputs, values = _eigenbases(block)
-        values = values.double()
+    def of(
+        cls, block: FisherOperator, bases: tuple[Tensor, Tensor, Tensor], damping: float, compress: int | float, *,
+        factors: bool,
+    ) -> LayerBasis:  # fmt: skip
+        """Of so many eigenvectors a side, or of the fewest pairs with this share of the layer's effective dimension.
+
+        Rows of a single position stay two factors, over all pairs of the eigenvectors that are chosen.
+        """
+        on_inputs, on_outputs, values = bases[0], bases[1], bases[2].double()
         if isinstance(compress, int):
             rows = values.sum(1).topk(min(compress, len(values))).indices
             columns = values.sum(0).topk(min(compress, values.shape[1])).indices
@@ -107,10 +112,9 @@ class LayerBasis:
             kept = kept.unflatten(0, values.shape)
         rows, columns = kept.any(1), kept.any(0)
         kept = kept[rows][:, columns]
-        # Two factors may be fewer numbers than some entries of their product.
         found = {"inputs": on_inputs[:, columns].contiguous(), "outputs": on_outputs[:, rows].contiguous()}
         values = values[rows][:, columns]
-        if not bool(kept.all()) and positions * sum(kept.shape) > int(kept.sum()):
+        if not (factors or bool(kept.all())):
             found["places"] = kept.flatten().nonzero().squeeze(1)
             values = values[kept]
         return cls(block.space.names, _layout(block), {**found, "values": values.flatten()})
@@ -181,17 +185,16 @@ class Basis:
     @classmethod
     def of(cls, fisher: FisherOperator, damping: float, compress: int | float, probe: Rows) -> Basis:
         """Chosen anew; the probe is some rows as they are made."""
-        blocks = [block for block in fisher._blocks() if block.eigenbases is not None]
-        if not blocks or not aligned([block.space for block in fisher._blocks()], probe):
+        found = [(block, bases) for block in fisher._blocks() if (bases := block.eigenbases) is not None]
+        home = {name: block for block, _ in found for name in block.space.names}
+        if not found or any(len({home.get(name) for name in slot.names}) > 1 for slot in probe.slots):
             raise InvalidArgumentError(
-                call=CALL, got="a Fisher without Kronecker factors" if not blocks else "layers that share parameters",
+                call=CALL, got="a Fisher without Kronecker factors" if not found else "layers that share parameters",
                 expected="one of layers with eigenvectors of their own, that rows are taken into",
                 try_='structure="kfac" or "ekfac"; shard=False; or whole rows, without compress=',
             )  # fmt: skip
-        positions = {
-            slot.names[0]: slot.rows.positions if isinstance(slot.rows, FactoredRows) else 2 for slot in probe.slots
-        }
-        layers = [LayerBasis.of(b, damping, compress, positions.get(b.space.names[0], 2)) for b in blocks]
+        single = {s.names[0] for s in probe.slots if isinstance(s.rows, FactoredRows) and s.rows.positions == 1}
+        layers = [LayerBasis.of(b, own, damping, compress, factors=b.space.names[0] in single) for b, own in found]
         return cls(fisher, damping, compress, layers)
 
     def turned(self, rows: Rows) -> Rows:
@@ -241,13 +244,6 @@ class Basis:
             ) from error  # fmt: skip
 
 
-def _eigenbases(block: FisherOperator) -> tuple[Tensor, Tensor, Tensor]:
-    found = block.eigenbases
-    if found is None:
-        raise LookupError(f"{block!r} has no eigenvectors of two factors")
-    return found
-
-
 def _layout(block: FisherOperator) -> LayerLayout:
     if block.layout is None:
         raise LookupError(f"no layer's grid for {', '.join(block.space.names)}")
@@ -255,23 +251,16 @@ def _layout(block: FisherOperator) -> LayerLayout:
 
 
 def check_compress(compress: object, *, token: bool) -> None:
-    """A rank from 1 on, or a share between 0 and 1; not of rows by token."""
+    """A count from 1 on, or a share up to 1; not of rows by token."""
     if token:
         raise InvalidArgumentError(
             call=CALL, got='by="token" with compress=', expected="either of them",
             why="a position's row is two vectors of a layer, which is little already",
         )  # fmt: skip
-    if is_number(compress) and not is_integer(compress):
-        if not 0 < compress < 1:
-            raise InvalidArgumentError(
-                call=CALL, got=f"compress={compress}", expected="a share between 0 and 1, or an integer from 1 on"
-            )
-    elif not is_integer(compress):
-        raise InvalidTypeError(
-            call=CALL, got=f"compress of type {type(compress).__name__}", expected="an integer or a float"
-        )
-    else:
+    if is_integer(compress):
         check_count(CALL, "compress", compress)
+    else:
+        check_number(CALL, "compress", compress, most=1)
 
 
 # -- the error ---------------------------------------------------------------------------------------------------------
