@@ -190,6 +190,14 @@ def test_a_fisher_without_factors__is_refused(structure: str) -> None:
         influence(structure=structure).prepare((X, Y), compress=0.5)
 
 
+def test_too_few_examples_to_measure_on__are_refused() -> None:
+    for train in ((X[:1], Y[:1]), (X, torch.full_like(Y, -100))):
+        with pytest.raises(fk.InvalidArgumentError, match="fewer than two examples"):
+            influence().prepare(train, compress=0.5)
+    rows = influence().prepare((X[:2], Y[:2]), compress=0.5)
+    assert influence().scores(QUERIES, rows).shape == (6, 2)
+
+
 def test_approximate_scores__refuse_compressed_rows() -> None:
     scores = influence()
     with pytest.raises(fk.InvalidArgumentError, match="compressed rows"):
@@ -296,12 +304,14 @@ def test_a_damaged_file__is_refused(name: str, tmp_path: Path) -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-def write(rank: int, size: int, folder: str, compress: Any, wrong: bool) -> Any:
+def write(rank: int, size: int, folder: str, compress: Any, wrong: str) -> Any:
     """A process's part of the rows, and what it reads back."""
     net = model()
+    if wrong == "weights" and rank == 1:
+        net[0].weight.data.add_(1)
     scores = InfluenceScores(fk.EmpiricalFisher(net, (X, Y), structure="kfac", group=False), net)
     own = cut_data()[:1] if rank == 0 else cut_data()[1:]
-    if wrong and rank == 1:
+    if wrong == "data" and rank == 1:
         own = [(X[:3], Y[:3] - 200)]
     rows: RowBlocks = scores.prepare(own, folder=folder, compress=compress)
     whole = scores.read(folder)
@@ -313,7 +323,7 @@ def test_two_processes__write_what_one_writes(compress: Any, tmp_path: Path) -> 
     one = influence()
     rows = one.prepare(cut_data(), folder=tmp_path / "one", compress=compress)
     for _ in range(2):  # made, and there
-        found = ranks.run(2, write, str(tmp_path / "two"), compress, False)
+        found = ranks.run(2, write, str(tmp_path / "two"), compress, "")
         for examples, (count, scores, index) in zip((13, 27), found, strict=True):
             assert count == examples
             same(scores, one.scores(QUERIES, rows))
@@ -325,7 +335,10 @@ def test_two_processes__write_what_one_writes(compress: Any, tmp_path: Path) -> 
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_an_error_in_one_process__is_one_in_all(tmp_path: Path) -> None:
-    found = ranks.run(2, write, str(tmp_path / "rows"), 0.8, True)
-    assert "rank 1" in found[0]
+@pytest.mark.parametrize(("wrong", "words"), [("data", "an error in rank 1"), ("weights", "another parameters_hash")])
+def test_an_error_in_one_process__is_one_in_all(wrong: str, words: str, tmp_path: Path) -> None:
+    found = ranks.run(2, write, str(tmp_path / "rows"), 0.8, wrong)
     assert "ProcessError" in found[0]
+    assert words in found[0]
+    assert "Error" in found[1]
+    assert not (tmp_path / "rows").exists()

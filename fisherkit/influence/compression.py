@@ -289,6 +289,8 @@ class Measured:
         squares = float(basis.inverse._row_squares(short).sum()), float(inverse._row_squares(sample).sum())
         taken = _bytes(short), _bytes(sample)
         asked, pairs = sample if queries is None else queries, []
+        if sample.count < 2 or not asked.count:
+            return cls((squares, taken), torch.empty(0), torch.empty(0), sample.count)
         for start in range(0, asked.count, most):
             some = asked.some(slice(start, min(start + most, asked.count)))
             pairs.append([
@@ -313,6 +315,11 @@ class Measured:
             [sum(pair) for pair in zip(*some, strict=True)] for some in zip(*(p.sizes for p in parts), strict=True)
         )
         errors, correlations = (torch.cat([getattr(p, name) for p in parts]) for name in ("errors", "correlations"))
+        if not len(errors):
+            raise InvalidArgumentError(
+                call=CALL, got="fewer than two examples with a label that counts",
+                expected="some, on which the error is measured", try_="queries=, or whole rows",
+            )  # fmt: skip
         # Rounded, so that the same rows are told by the same text.
         share, error, worst, rank = (
             float(f"{float(value):.6g}")

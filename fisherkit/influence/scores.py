@@ -132,8 +132,9 @@ class InfluenceScores:
                 this, ‖compressed − whole‖ / ‖whole‖, in the median over the queries.
             queries: on which that is measured; None for the training examples that are checked, each with the others.
             checked: on how many training examples, at least about, scores by whole rows are computed for it.
-            group: processes that keep rows in one folder, each those of its own data, in the order of their ranks.
-                None for the default group, where there is one, False for this process alone.
+            group: processes that compress alike and keep rows in one folder, each those of its own data, in the order
+                of their ranks. None for the default group, where there is one, False for this process alone. Whole
+                rows in memory are each process's own.
 
         Returns:
             The rows, of several processes this one's own (`read` has all). Their ``compression`` says what became of
@@ -152,7 +153,11 @@ class InfluenceScores:
         """
         check_choice("prepare", "by", by, (None, "token"))
         self._model_rows.begin()
-        processes = None if folder is None else Processes.of(group, self._model_rows.device, "prepare")
+        alone = folder is None and compress is None
+        processes = None if alone else Processes.of(group, self._model_rows.device, "prepare")
+        if processes is not None:
+            settings = self._model_rows.settings(token=by == "token")
+            processes.require_same("prepare", settings | {"compress": compress, "most_error": most_error})
         live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
         largest = live.limit
         if compress is not None:
