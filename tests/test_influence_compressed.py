@@ -194,8 +194,9 @@ def test_too_few_examples_to_measure_on__are_refused() -> None:
     for train in ((X[:1], Y[:1]), (X, torch.full_like(Y, -100))):
         with pytest.raises(fk.InvalidArgumentError, match="fewer than two examples"):
             influence().prepare(train, compress=0.5)
-    rows = influence().prepare((X[:2], Y[:2]), compress=0.5)
-    assert influence().scores(QUERIES, rows).shape == (6, 2)
+    scores = influence()
+    rows = scores.prepare((X[:2], Y[:2]), compress=0.5)
+    assert scores.scores(QUERIES, rows).shape == (6, 2)
 
 
 def test_approximate_scores__refuse_compressed_rows() -> None:
@@ -258,7 +259,7 @@ def test_an_interrupted_run__goes_on_to_the_same_bytes(
 
 
 def test_rows_of_something_else__are_refused_and_left(tmp_path: Path) -> None:
-    influence().prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+    kept = influence().prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
     before = contents(tmp_path / "rows")
     for compress in (None, 0.7, 3):
         with pytest.raises(fk.InvalidArgumentError, match="rows with another compress"):
@@ -270,6 +271,9 @@ def test_rows_of_something_else__are_refused_and_left(tmp_path: Path) -> None:
     assert contents(tmp_path / "rows") == before
     # Another damping is another inverse of the same matrix.
     damped = influence(damping=0.3)
+    for other in (influence(), damped):
+        with pytest.raises(fk.InvalidArgumentError, match="another Fisher or damping"):
+            other.scores(QUERIES, kept)
     same(damped.scores(QUERIES, damped.read(tmp_path / "rows")), sum(expected_on(tmp_path / "rows", 0.3)))
 
 
@@ -287,7 +291,8 @@ def expected_on(folder: Path, damping: float) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ["rows-000001.safetensors", "basis.safetensors", "manifest.json"])
 def test_a_damaged_file__is_refused(name: str, tmp_path: Path) -> None:
-    rows = influence().prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+    scores = influence()
+    rows = scores.prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
     path = tmp_path / "rows" / name
     content = bytearray(path.read_bytes())
     content[len(content) * 3 // 4] ^= 1
@@ -296,9 +301,9 @@ def test_a_damaged_file__is_refused(name: str, tmp_path: Path) -> None:
         list(influence().read(tmp_path / "rows"))
     if name.startswith("rows"):
         with pytest.raises(fk.FileFormatError, match=r"rows-000001.safetensors, which is missing or damaged"):
-            influence().scores(QUERIES, rows)
-        influence().prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
-        same(influence().scores(QUERIES, rows), sum(expected(0.8, influence().damping)))
+            scores.scores(QUERIES, rows)
+        scores.prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+        same(scores.scores(QUERIES, rows), sum(expected(0.8, scores.damping)))
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ class Basis:
     def __init__(
         self, fisher: FisherOperator, damping: float, compress: int | float, layers: Sequence[LayerBasis]
     ) -> None:
-        self.compress, self.layers = compress, tuple(layers)
+        self.fisher, self.damping, self.compress, self.layers = fisher, damping, compress, tuple(layers)
         taken = {name for layer in layers for name in layer.names}
         self.whole = tuple(name for name in fisher.space.names if name not in taken)
         rest = fisher.space.restrict(self.whole) if self.whole else ParameterSpace((), ())

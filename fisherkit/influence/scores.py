@@ -179,7 +179,7 @@ class InfluenceScores:
         def chosen() -> tuple[LayerBasis, ...]:
             if known is not None and known.exists():
                 found = Basis.read(known, rows.fisher, damping)
-                if found.compress == compress:
+                if repr(found.compress) == repr(compress):
                     return found.layers
             return Basis.of(rows.fisher, damping, compress, probe).layers
 
@@ -430,6 +430,13 @@ class InfluenceScores:
                 call="scores(train)", got=f"rows prepared with another {', '.join(changed)}",
                 expected="rows of this model, over the Fisher's parameters, of the same loss",
                 why="∇ℓ and F must be taken at one point", try_="prepare(train) of this InfluenceScores",
+            )  # fmt: skip
+        basis = train.basis
+        if basis is not None and (basis.fisher is not self._model_rows.fisher or basis.damping != self.damping):
+            raise InvalidArgumentError(
+                call="scores(train)", got="rows that were compressed for another Fisher or damping",
+                expected="those of this InfluenceScores", why="the eigenvectors are the Fisher's, with its inverse",
+                try_="read(folder) or prepare(train, compress=...) of this InfluenceScores",
             )  # fmt: skip
         return train
 
