@@ -64,14 +64,15 @@ def expected(compress: int | float, damping: float) -> list[Tensor]:
             first, second = a.shape[1] - compress, g.shape[1] - compress
             kept = [pair for pair in pairs if pair[1] >= first and pair[2] >= second]
         else:
-            # Of single vectors, all pairs of the eigenvectors that are among the chosen.
+            # Unless they are fewer numbers than two vectors, all pairs of the eigenvectors that are among the chosen.
             share = [e / (e + damping) for e, _, _ in pairs]
             order, total, kept = sorted(range(len(pairs)), key=lambda k: -share[k]), 0.0, []
             while total < compress * sum(share):
                 kept.append(pairs[order[len(kept)]])
                 total += share[order[len(kept) - 1]]
             rows, columns = {i for _, i, _ in kept}, {j for _, _, j in kept}
-            kept = [pair for pair in pairs if pair[1] in rows and pair[2] in columns]
+            if len(kept) >= len(rows) + len(columns):
+                kept = [pair for pair in pairs if pair[1] in rows and pair[2] in columns]
         score = torch.zeros(len(b), len(a), dtype=F64)
         for e, i, j in kept:
             u, v = u_a[:, i], u_g[:, j]
@@ -159,6 +160,9 @@ def test_bytes__are_those_that_a_block_takes() -> None:
             sum(t.nbytes for slot in block.rows.slots for t in slot.rows.tensors().values()) / 8, abs=1
         )
     assert told.bytes < told.whole_bytes
+    few = scores.prepare((x[:, :2], y[:, :2]), compress=0.99).compression  # two factors are fewer numbers there
+    assert few is not None
+    assert few.bytes < few.whole_bytes
 
 
 def test_too_large_an_error__is_refused_before_anything_is_kept(tmp_path: Path) -> None:

@@ -90,12 +90,12 @@ class LayerBasis:
 
     @classmethod
     def of(
-        cls, block: FisherOperator, bases: tuple[Tensor, Tensor, Tensor], damping: float, compress: int | float, *,
-        factors: bool,
+        cls, block: FisherOperator, bases: tuple[Tensor, Tensor, Tensor], damping: float, compress: int | float,
+        positions: int,
     ) -> LayerBasis:  # fmt: skip
         """Of so many eigenvectors a side, or of the fewest pairs with this share of the layer's effective dimension.
 
-        Rows of a single position stay two factors, over all pairs of the eigenvectors that are chosen.
+        Where so many positions' two factors are fewer numbers, all pairs of the eigenvectors that are chosen are kept.
         """
         on_inputs, on_outputs, values = bases[0], bases[1], bases[2].double()
         if isinstance(compress, int):
@@ -114,7 +114,7 @@ class LayerBasis:
         kept = kept[rows][:, columns]
         found = {"inputs": on_inputs[:, columns].contiguous(), "outputs": on_outputs[:, rows].contiguous()}
         values = values[rows][:, columns]
-        if not (factors or bool(kept.all())):
+        if not bool(kept.all()) and int(kept.sum()) < positions * sum(kept.shape):
             found["places"] = kept.flatten().nonzero().squeeze(1)
             values = values[kept]
         return cls(block.space.names, _layout(block), {**found, "values": values.flatten()})
@@ -193,8 +193,8 @@ class Basis:
                 expected="one of layers with eigenvectors of their own, that rows are taken into",
                 try_='structure="kfac" or "ekfac"; shard=False; or whole rows, without compress=',
             )  # fmt: skip
-        single = {s.names[0] for s in probe.slots if isinstance(s.rows, FactoredRows) and s.rows.positions == 1}
-        layers = [LayerBasis.of(b, own, damping, compress, factors=b.space.names[0] in single) for b, own in found]
+        positions = {s.names[0]: s.rows.positions for s in probe.slots if isinstance(s.rows, FactoredRows)}
+        layers = [LayerBasis.of(b, own, damping, compress, positions.get(b.space.names[0], b.size)) for b, own in found]
         return cls(fisher, damping, compress, layers)
 
     def turned(self, rows: Rows) -> Rows:
