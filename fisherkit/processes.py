@@ -200,14 +200,14 @@ class Processes:
 
 
 class Share:
-    """Every size-th batch of some data that can be iterated again and again, from the rank-th on."""
+    """Some batches of data that can be iterated again and again: every step-th from start to stop, as of a slice."""
 
-    def __init__(self, batches: Iterable[Any], rank: int, size: int) -> None:
-        self.batches, self.rank, self.size = batches, rank, size
+    def __init__(self, batches: Iterable[Any], start: int, stop: int | None = None, step: int = 1) -> None:
+        self.batches, self.span = batches, (start, stop, step)
 
     def __iter__(self) -> Iterator[Any]:
         """One pass."""
-        return itertools.islice(iter(self.batches), self.rank, None, self.size)
+        return itertools.islice(iter(self.batches), *self.span)
 
 
 def world_size() -> int:

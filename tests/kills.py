@@ -52,7 +52,7 @@ def start(folder: Path, rows: Path, out: Path) -> list[Running]:
 
 def blocks(rows: Path) -> list[Path]:
     """The finished blocks."""
-    return sorted(rows.glob("*-of-2/rows-*.safetensors"))
+    return sorted(rows.glob("rows-*.safetensors"))
 
 
 def numbers(value: Any) -> Any:

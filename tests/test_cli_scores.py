@@ -157,6 +157,26 @@ def test_scores__are_those_of_influence_scores(measurement: str, options: tuple[
     assert (told["computed"]["examples"], told["computed"]["train"], told["computed"]["queries"]) == (24, 24, 6)
 
 
+@pytest.mark.parametrize("rows", [(), ("--rows", "rows")])
+@pytest.mark.parametrize(("given", "compress"), [("3", 3), ("0.9", 0.9)])
+def test_scores__of_compressed_rows_say_how_far_off_they_are(
+    folder: Path, rows: tuple[str, ...], given: str, compress: float
+) -> None:
+    words = "scored_module:make", "--kind", "exact", "--compress", given, "--top", "4", *rows
+    told = found(*words, "--most-error", "3")
+    model, train, queries = parts()
+    influence = fk.influence.InfluenceScores(fk.ExactFisher(model, train, structure="ekfac"), model)
+    kept = influence.prepare(train, compress=compress, queries=queries)
+    top = influence.top(queries, kept, 4)
+    for i, query in enumerate(told["queries"]):
+        assert_same(query["helpful"], top.helpful[i], top.helpful_index[i], 1)
+    assert kept.compression is not None
+    assert told["computed"]["compression"] == {**vars(kept.compression), "whole": [*kept.compression.whole]}
+    assert f"scores off by {kept.compression.error:.2g}" in " ".join(run(*words).stdout.split())
+    refused = run(*words, "--most-error", "1e-9")
+    assert (refused.exit_code, "expected at most --most-error 1e-09" in refused.stderr) == (1, True)
+
+
 @pytest.mark.usefixtures("folder")
 def test_scores__worst_keeps_the_queries_with_the_largest_loss() -> None:
     whole, some = found("scored_module:make"), found("scored_module:make", "--worst", "3")
@@ -324,6 +344,9 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:no_examples", "--fisher", "f"), ("no batch",)),
         (("scored_module:make", "--worst", "2", "--max-length", "3"), ("--max-length with a function",)),
         (("scored_module:make", "--rows", "no/rows"), ("scores --rows: got a folder that does not exist: ", "no")),
+        (("scored_module:make", "--most-error", "0.1"), ("--most-error without --compress",)),
+        (("scored_module:make", "--structure", "full", "--compress", "0.5"), ("without Kronecker factors",)),
+        (("scored_module:make", "--compress", "2.5"), ("got --compress 2.5; expected a number from 0 to 1",)),
         (("scored_module:make", "--absolute-damping"), ("without --damping",)),
         (("scored_module:make", "--params", "head.*"), ("matches no parameter",)),
         (("scored_module:make", "--fisher", "f", "--kind", "ef"), ("--kind beside --fisher",)),

@@ -168,7 +168,7 @@ def test_relatif__computes_an_example_s_own_once_for_all_blocks_of_queries(
     scores, _ = influence(memory_budget=10_000)
     train = scores.prepare(cut(2, 4, 1)) if prepared else cut(2, 4, 1)
     squares, made = scores._squares, []
-    monkeypatch.setattr(scores, "_squares", lambda block: made.append(block.size) or squares(block))
+    monkeypatch.setattr(scores, "_squares", lambda block, of: made.append(block.size) or squares(block, of))
     blocks = list(scores._query_blocks((X, Y), scores._training(train, token=False), "loss"))
     assert len(blocks) > 1
     same(scores.scores((X, Y), train, normalize="relatif"), expected)
@@ -181,11 +181,12 @@ def test_relatif__computes_an_example_s_own_once_for_all_blocks_of_queries(
 
 def test_once_per_example__later_passes_may_cut_the_data_otherwise() -> None:
     scores, _ = influence()
-    own, made = scores._squares(next(iter(scores.prepare((X, Y))))), []
+    rows = scores.prepare((X, Y))
+    own, made = scores._squares(next(iter(rows)), rows), []
 
     def squares(block: RowBlock) -> Tensor:
         made.append(block.size)
-        return scores._squares(block)
+        return scores._squares(block, rows)
 
     once = OncePerExample(squares)
     for sizes in ((2, 4, 1), (3, 3, 1), (7,)):

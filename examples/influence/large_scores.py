@@ -90,6 +90,8 @@ def step(name: str, work: Callable[[], Any], before: int, **more: Any) -> Any:
     line = {"step": name, "seconds": round(time.perf_counter() - began, 1), "peak_mb": round((peak() - before) / 1e6)}
     if isinstance(result, fk.influence.ApproximateScores):
         line |= {"median_error": float(result.error.median()), "scores_mb": round(result.scores.nbytes / 1e6)}
+    if isinstance(result, fk.influence.RowBlocks) and result.compression is not None:
+        line |= vars(result.compression)
     print(json.dumps(line | more), flush=True)
     return result
 
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--structure", default="kfac")
     parser.add_argument("--budget-mb", type=int, default=200)
     parser.add_argument("--rank", type=int, default=16, help="of queries, in the low-rank approximation")
+    parser.add_argument("--compress", type=float, help="rows too, to this share of their effective dimension")
     parser.add_argument("--exact", action="store_true", help="exact scores too")
     parser.add_argument("--fit", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -126,6 +129,8 @@ def main() -> None:
     before = peak()
     print(json.dumps({"parameters": fisher.size, **{k: v for k, v in vars(options).items() if k != "folder"}}))
     rows = step("prepare", lambda: influence.prepare(train, folder=folder / "rows"), before)
+    if options.compress is not None:
+        step("compress", lambda: influence.prepare(train, compress=options.compress, queries=queries), before)
     low_rank = fk.influence.LowRankQueries(options.rank)
     step("low rank", lambda: influence.approximate_scores(queries, rows, low_rank), before)
     x, y = next(iter(queries))

@@ -93,7 +93,7 @@ class Estimate(ModelOptions):
                 named = _size(model, options["params"], data)
                 say(f"{self.model}: {named}. Estimating {self.kind}, {self.structure} ...")
             start = time.perf_counter()
-            own = data if size == 1 else Share(Source(data).batches, rank, size)
+            own = data if size == 1 else Share(Source(data).batches, rank, step=size)
             with _parts_are_told(self.out) if rank == 0 else contextlib.nullcontext():
                 found = build_file(
                     self.out, model, own, max_shard_size=self.max_shard_size, overwrite=self.overwrite, **options

@@ -28,11 +28,11 @@ from fisherkit.cli.text import number
 from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
-from fisherkit.influence import InfluenceScores, RowBlocks, TopScores
+from fisherkit.influence import Compression, InfluenceScores, RowBlocks, TopScores
 from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
-from fisherkit.processes import Processes, started
+from fisherkit.processes import Group, Processes, started
 from fisherkit.processes import Share as BatchShare
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.structures import structure_named
@@ -95,6 +95,17 @@ class Scores(ModelOptions):
             "Of several processes, a folder in it for each.", "made anew",
         ),
     ] = None  # fmt: skip
+    compress: Annotated[
+        float | None,
+        option(
+            "C", "Keep of training rows what they have in each layer's leading eigenvectors: a share below 1 of its "
+            "effective dimension, or so many on either side.", "whole rows", min=0,
+        ),
+    ] = None  # fmt: skip
+    most_error: Annotated[
+        float | None,
+        option("E", "Refuse --compress if it changes a query's scores by more, in the median.", "any", min=0),
+    ] = None
     own: Annotated[int, typer.Option("--self", metavar="N", min=0, help="List the N largest self-influences too.")] = 0
     out: Annotated[
         Path | None, option("FOLDER", "Write scores.html, a page to show, and scores.json there.", "none")
@@ -133,6 +144,10 @@ class Scores(ModelOptions):
         if self.absolute_damping and self.damping is None:
             raise InvalidArgumentError(
                 call=CALL, got="--absolute-damping without --damping", expected="λ itself", try_="--damping 1e-3"
+            )
+        if self.most_error is not None and self.compress is None:
+            raise InvalidArgumentError(
+                call=CALL, got="--most-error without --compress", expected="both", why="whole rows have no such error"
             )
         if self.save_fisher is not None:
             check_fisher_file(self.save_fisher, f"{CALL} --save-fisher", overwrite=self.overwrite)
@@ -190,7 +205,7 @@ class Scores(ModelOptions):
                 loss for _, batch in subject.numbered("queries") for *_, loss in subject.outcomes(batch, likelihood)
             ]
             order = sorted(order, key=lambda i: -losses[i])[: self.worst]
-        queries, own = self._scored(subject, likelihood, influence, sorted(order), min(self.top, train))
+        queries, own, compression = self._scored(subject, likelihood, influence, sorted(order), min(self.top, train))
         computed = SimpleNamespace(
             model=self.model,
             kind=self.kind if self.fisher is None else spelled(fisher.metadata),
@@ -198,6 +213,7 @@ class Scores(ModelOptions):
             likelihood=likelihood.recorded, measurement=self.measurement, normalize=self.normalize,
             # a multiple of the mean eigenvalue; None if λ was given itself
             relative_damping=damping.scale if isinstance(damping, RelativeDamping) else None,
+            compression=None if compression is None else vars(compression),
             damping=float(influence.damping), examples=influence.examples, parameters=fisher.size, train=train,
             queries=count, fisher_seconds=fisher_seconds, score_seconds=time.perf_counter() - start,
             fisher_file=None if self.fisher is None else str(self.fisher),
@@ -217,17 +233,15 @@ class Scores(ModelOptions):
 
     def _scored(
         self, subject: Subject, likelihood: Likelihood, influence: InfluenceScores, kept: list[int], top: int
-    ) -> tuple[dict[int, Query], tuple[Example, ...]]:
-        """The queries by their place in the data, and the largest self-influences."""
+    ) -> tuple[dict[int, Query], tuple[Example, ...], Compression | None]:
+        """The queries by their place in the data, the largest self-influences, and how rows were compressed."""
         share = subject.share()
-        found, squares = self._of_share(
-            influence, share, [some.raw for _, some in subject.chosen("queries", kept)], top
-        )
+        asked = [some.raw for _, some in subject.chosen("queries", kept)]
+        found, squares, told = self._of_share(influence, share, asked, top)
         if share.processes is not None:
-            everyones = share.processes.gathered((found, squares, share.places))
-            found = _joined([(one, places) for one, _, places in everyones if one is not None], top)
-            places = torch.cat([own for _, _, own in everyones])
-            squares = torch.cat([one for _, one, _ in everyones])[places.argsort()] if self.own else squares
+            everyones = share.processes.gathered((found, squares, share.start))
+            found = _joined([(one, start) for one, _, start in everyones if one is not None], top)
+            squares = torch.cat([one for _, one, _ in everyones])
         helpful = [[p for p in pairs if p[0] > 0] for pairs in map(_pairs, found.helpful, found.helpful_index)]
         harmful = [[p for p in pairs if p[0] < 0] for pairs in map(_pairs, found.harmful, found.harmful_index)]
         own: list[tuple[float, int]] = []
@@ -241,33 +255,34 @@ class Scores(ModelOptions):
             return tuple(replace(train[index], score=score) for score, index in pairs)
 
         rows = zip(kept, helpful, harmful, strict=True)
-        return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own)
+        return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own), told
 
     def _of_share(
         self, influence: InfluenceScores, share: Share, queries: list[Any], top: int
-    ) -> tuple[Any, Tensor]:  # fmt: skip
+    ) -> tuple[Any, Tensor, Compression | None]:
         """The extremes and the self-influences of this process's training examples; None for the former of none."""
-        if not len(share.places):
-            return None, torch.empty(0, dtype=torch.float64)
+        if not share.examples:
+            return None, torch.empty(0, dtype=torch.float64), None
         train: Data | RowBlocks = share.data
-        if self.rows is not None:
-            folder = self.rows
-            if share.processes is not None:
-                self.rows.mkdir(exist_ok=True)
-                folder = self.rows / f"{share.processes.rank + 1}-of-{share.processes.size}"
-            train = influence.prepare(share.data, folder=folder)
+        if self.rows is not None or self.compress is not None:
+            compress = self.compress
+            train = influence.prepare(
+                share.data, folder=self.rows, most_error=self.most_error, queries=queries, group=share.group,
+                compress=int(compress) if compress is not None and compress.is_integer() else compress,
+            )  # fmt: skip
         found = influence.top(
-            queries, train, min(top, len(share.places)), measurement=self.measurement, normalize=self.normalize
+            queries, train, min(top, share.examples), measurement=self.measurement, normalize=self.normalize
         )  # fmt: skip
-        return found, influence.self_influence(train) if self.own else torch.empty(0)
+        own = influence.self_influence(train) if self.own else torch.empty(0)
+        return found, own, train.compression if isinstance(train, RowBlocks) else None
 
 
-def _joined(found: list[tuple[TopScores, Tensor]], top: int) -> TopScores:
-    """The extremes of all processes' examples, whose places in the data come with them; of equal ones the earlier."""
+def _joined(found: list[tuple[TopScores, int]], top: int) -> TopScores:
+    """The extremes of all processes' examples, of which come with them where they begin; of equal ones the earlier."""
 
     def side(name: str, largest: bool) -> tuple[Tensor, Tensor]:
         values = torch.cat([getattr(one, name) for one, _ in found], 1)
-        index = torch.cat([places.to(one.helpful.device)[getattr(one, f"{name}_index")] for one, places in found], 1)
+        index = torch.cat([start + getattr(one, f"{name}_index") for one, start in found], 1)
         order = index.argsort(1)
         values, index = values.gather(1, order), index.gather(1, order)
         first = values.sort(dim=1, descending=largest, stable=True).indices[:, :top]
@@ -284,11 +299,16 @@ def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
 
 
 class Share(NamedTuple):
-    """The training batches of one process: the places of their examples in all data, and the group if there is one."""
+    """The training batches of one process: how many examples, after how many others, and whom it shares with.
+
+    ``group`` has the processes that have examples.
+    """
 
     data: Data
-    places: Tensor
+    start: int
+    examples: int
     processes: Processes | None
+    group: Group
 
 
 @dataclass(frozen=True)
@@ -310,14 +330,17 @@ class Subject:
         return 0 if processes is None else processes.rank
 
     def share(self) -> Share:
-        """The training batches of this process."""
+        """The training batches of this process, which are neighbours."""
         processes = Processes.of(None, next(self.model.parameters()).device, CALL)
-        spans = [torch.arange(start, start + batch.size) for start, batch in self.numbered("train")]
+        sizes = [batch.size for _, batch in self.numbered("train")]
         if processes is None:
-            return Share(self.train, torch.cat(spans), None)
-        own = spans[processes.rank :: processes.size]
-        batches = BatchShare(Source(self.train, self.model).batches, processes.rank, processes.size)
-        return Share(batches, torch.cat([torch.empty(0, dtype=torch.long), *own]), processes)
+            return Share(self.train, 0, sum(sizes), None, None)
+        bounds = [-(-len(sizes) * rank // processes.size) for rank in range(processes.size + 1)]
+        some = [rank for rank in range(processes.size) if bounds[rank] < bounds[rank + 1]]
+        group = None if len(some) == processes.size else torch.distributed.new_group(some)
+        first, last = bounds[processes.rank], bounds[processes.rank + 1]
+        batches = BatchShare(Source(self.train, self.model).batches, first, last)
+        return Share(batches, sum(sizes[:first]), sum(sizes[first:last]), processes, group)
 
     def numbered(self, split: str) -> Iterator[tuple[int, Batch]]:
         """Batches with the place of their first example."""

@@ -5,8 +5,9 @@
 
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries
 from fisherkit.influence.blocks import RowBlocks
+from fisherkit.influence.compression import Compression
 from fisherkit.influence.scores import InfluenceScores, TopScores
 
 __all__ = [
-    "ApproximateScores", "InfluenceScores", "LowRankQueries", "RowBlocks", "TopScores",
+    "ApproximateScores", "Compression", "InfluenceScores", "LowRankQueries", "RowBlocks", "TopScores",
 ]  # fmt: skip

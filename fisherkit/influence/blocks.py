@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -24,11 +24,16 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.data import Batch, Source
 from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.influence.compression import FILE, Basis, Compression
+from fisherkit.operators import FisherOperator
+from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
 from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
+
+T = TypeVar("T")
 
 MOST = 2048
 """Examples in a block: from here on products are as fast as they get."""
@@ -70,10 +75,14 @@ class RowBlocks(ABC):
 
     Args:
         settings: what the rows depend on beside the data, as JSON has it (`ModelRows.settings`).
+        basis: the leading eigenvectors that they are over, if they are compressed.
+        compression: what that costs, as far as it was measured; None for whole rows.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: dict[str, Any], basis: Basis | None = None, compression: Compression | None = None
+    ) -> None:
+        self.settings, self.basis, self.compression = settings, basis, compression
 
     @abstractmethod
     def __iter__(self) -> Iterator[RowBlock]:
@@ -91,14 +100,22 @@ class RowBlocks(ABC):
 class LiveBlocks(RowBlocks):
     """Blocks of at most so many examples, made from the data in every pass."""
 
-    def __init__(self, problem: Problem, limit: int, settings: dict[str, Any]) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, problem: Problem, limit: int, settings: dict[str, Any], basis: Basis | None = None,
+        compression: Compression | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(settings, basis, compression)
         self.problem, self.limit = problem, limit
+
+    def of(self, problem: Problem | None = None, limit: int | None = None) -> LiveBlocks:
+        """The same of other data, or in other blocks."""
+        return LiveBlocks(problem or self.problem, limit or self.limit, self.settings, self.basis, self.compression)
 
     def __iter__(self) -> Iterator[RowBlock]:
         problem = replace(self.problem, source=LimitedSource(self.problem.source, self.limit))
         for chunk in problem.batches("rows"):
-            yield RowBlock(chunk.rows, chunk.owner, chunk.counted_positions[0])
+            rows = chunk.rows if self.basis is None else self.basis.turned(chunk.rows)
+            yield RowBlock(rows, chunk.owner, chunk.counted_positions[0])
 
     def count(self) -> int:
         """What the data say."""
@@ -108,17 +125,24 @@ class LiveBlocks(RowBlocks):
         """Without the model; a loader may drop or merge examples of its data set."""
         return sum(batch.size for batch in self.problem.source)
 
+    @property
+    def space(self) -> ParameterSpace:
+        """What the rows are over."""
+        return self.problem.plan.space if self.basis is None else self.basis.space
+
     def row_bytes(self) -> int:
         """What one example's rows take."""
+        if self.compression is not None:
+            return self.compression.bytes
         return self.problem.row_bytes(self.problem.plan.space.names)
 
 
 class KeptBlocks(RowBlocks):
     """All blocks, in memory."""
 
-    def __init__(self, blocks: Sequence[RowBlock], settings: dict[str, Any]) -> None:
-        super().__init__(settings)
-        self.blocks = blocks
+    def __init__(self, live: LiveBlocks) -> None:
+        super().__init__(live.settings, live.basis, live.compression)
+        self.blocks = list(live)
 
     def __iter__(self) -> Iterator[RowBlock]:
         return iter(self.blocks)
@@ -196,14 +220,24 @@ MANIFEST = "manifest.json"
 
 
 class FolderBlocks(RowBlocks):
-    """Blocks in the files that a manifest names, read one by one, to a device."""
+    """Blocks in the files that a manifest names, mapped into memory one by one, to a device.
 
-    def __init__(self, folder: Path, space: ParameterSpace, device: torch.device, manifest: dict[str, Any]) -> None:
-        super().__init__(manifest["settings"])
-        self.folder, self.space, self.device, self.manifest = folder, space, device, manifest
+    ``entries`` are those of the manifest's blocks that are meant; None for all.
+    """
+
+    def __init__(
+        self, folder: Path, space: ParameterSpace, device: torch.device, manifest: dict[str, Any],
+        basis: Basis | None = None, entries: list[dict[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        found = manifest.get("compression")
+        super().__init__(
+            manifest["settings"], basis, found and Compression(**{**found, "whole": tuple(found["whole"])})
+        )
+        self.folder, self.space, self.device = folder, space, device
+        self.entries = manifest["blocks"] if entries is None else entries
 
     def __iter__(self) -> Iterator[RowBlock]:
-        for entry in self.manifest["blocks"]:
+        for entry in self.entries:
             path = self.folder / entry["file"]
             header, tensors = _read(path, self.device)
             if header[io.CHECKSUM] != entry["checksum"]:
@@ -212,28 +246,70 @@ class FolderBlocks(RowBlocks):
 
     def count(self) -> int:
         """Of the manifest."""
-        return sum(entry["examples"] for entry in self.manifest["blocks"])
+        return sum(entry["examples"] for entry in self.entries)
 
 
-def write_blocks(folder: str | Path, live: LiveBlocks) -> FolderBlocks:
-    """Write the blocks that are missing or damaged; those of another model, other data or settings are refused."""
+def write_blocks(
+    folder: str | Path, live: LiveBlocks, largest: int, processes: Processes | None = None
+) -> FolderBlocks:
+    """Write the blocks that are missing or damaged; those of another model, other data or settings are refused.
+
+    A file has at most ``largest`` examples. Of several processes each writes the rows of its own data, in the order of
+    the ranks, and is given its own; the folder is the same, whoever wrote it.
+    """
     path = _folder(folder)
-    manifest = _begun(path, live.settings, live.limit)
+    manifest = by_first(processes, lambda: _begun(path, live, largest))
     problem, limit = live.problem, int(manifest["limit"])
-    space, device = problem.plan.space, problem.plan.example_parameter.device
-    source = LimitedSource(problem.source, limit)
+    device, source = problem.plan.example_parameter.device, LimitedSource(problem.source, limit)
+    live = live.of(limit=int(manifest.get("made", limit)))
+    first = 0 if processes is None else processes.before(lambda: sum(1 for _ in source))
     # All that is there is known to be of these data before anything is written: what is refused is left as it was.
-    entries = _there(path, source, device) if any(path.glob("rows-*.safetensors")) else {}
-    shown = bar(None, "rows", "blocks", shown=problem.progress)
-    for number, (place, batch) in enumerate(beside(shown, source.numbered())):
-        if number not in entries:
-            one = replace(problem, source=_OneBatch(batch, place), progress=False)
-            checksum = _write(path / _name(number), joined(list(LiveBlocks(one, limit, live.settings))), batch)
-            entries[number] = _entry(number, batch, checksum)
-        shown.update()
-    manifest["blocks"] = [entries[number] for number in sorted(entries)]
-    _write_manifest(path, manifest)
-    return FolderBlocks(path, space, device, manifest)
+    own = by_all(processes, lambda: _there(path, source, device, first))
+
+    def write() -> list[dict[str, Any]]:
+        shown = bar(None, "rows", "blocks", shown=problem.progress)
+        for number, (place, batch) in enumerate(beside(shown, source.numbered()), first):
+            if number not in own:
+                one = replace(problem, source=_OneBatch(batch, place), progress=False)
+                own[number] = _entry(number, batch, _write(path / _name(number), joined(list(live.of(one))), batch))
+            shown.update()
+        return [own[number] for number in sorted(own)]
+
+    entries = by_all(processes, write)
+    everyones = [entries] if processes is None else processes.gathered(entries)
+    manifest["blocks"] = [entry for some in everyones for entry in some]
+    if live.compression is not None:
+        manifest["compression"] = vars(live.compression)
+    by_first(processes, lambda: _write_manifest(path, manifest))
+    return FolderBlocks(path, live.space, device, manifest, live.basis, entries)
+
+
+def read_blocks(folder: str | Path, fisher: FisherOperator, damping: float) -> FolderBlocks:
+    """All blocks of a folder that was written to its end, for a Fisher over the parameters of the rows."""
+    path = io.as_path(folder, CALL)
+    manifest = _manifest(path)
+    if not manifest["blocks"]:
+        raise InvalidArgumentError(
+            call="read(folder)", got=f"{path}, whose rows are not finished", expected="those of a prepare that ended",
+            try_="prepare(train, folder=...) again, which goes on from what is there",
+        )  # fmt: skip
+    known, basis = manifest["settings"].get("compress"), None
+    if known is not None:
+        basis = Basis.read(path / FILE, fisher, damping)
+        if basis.settings != known:
+            raise _damaged(path / FILE, "it is not the one of the manifest")
+    space = fisher.space if basis is None else basis.space
+    return FolderBlocks(path, space, fisher.device, manifest, basis)
+
+
+def by_all(processes: Processes | None, function: Callable[[], T]) -> T:
+    """A function in this process, whose error is one in all of them."""
+    return function() if processes is None else processes.each(CALL, function)
+
+
+def by_first(processes: Processes | None, function: Callable[[], T]) -> T:
+    """What a function gives that the first process alone calls."""
+    return function() if processes is None else processes.by_first(CALL, function)
 
 
 class _OneBatch(Source):
@@ -300,10 +376,10 @@ def _damaged(path: Path, reason: str) -> FileFormatError:
 # -- the folder and its manifest ---------------------------------------------------------------------------------------
 
 
-def _there(path: Path, source: LimitedSource, device: torch.device) -> dict[int, dict[str, Any]]:
+def _there(path: Path, source: LimitedSource, device: torch.device, first: int) -> dict[int, dict[str, Any]]:
     """The blocks that need not be made, by number; those of other examples are refused."""
     found, start = {}, 0
-    for number, batch in enumerate(source):
+    for number, batch in enumerate(source, first):
         try:
             header, _ = _read(path / _name(number), device)
         except FileFormatError:
@@ -324,27 +400,41 @@ def _folder(folder: str | Path) -> Path:
     if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
         raise InvalidArgumentError(call=CALL, got=str(path), expected="a folder, or a new one in a folder that exists")
     path.mkdir(exist_ok=True)
+    others = (other.name for other in path.iterdir() if not other.name.endswith(".part"))  # of a killed run
+    if not (path / MANIFEST).exists() and any(name != FILE for name in others):
+        raise InvalidArgumentError(
+            call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
+        )
     return path
 
 
-def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
+def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
     """The manifest that is there, or a new one."""
-    file = path / MANIFEST
-    if not file.exists():
-        if any(not other.name.endswith(".part") for other in path.iterdir()):  # a killed run may leave parts
-            raise InvalidArgumentError(
-                call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
-            )
-        begun = {"format": FORMAT, "version": VERSION, "limit": limit, "settings": settings, "blocks": []}
+    if not (path / MANIFEST).exists():
+        begun = {"format": FORMAT, "version": VERSION, "limit": largest, "settings": live.settings, "blocks": []}
+        if live.basis is not None:
+            begun["made"] = live.limit
+            live.basis.write(path / FILE)
         _write_manifest(path, begun)
         return begun
+    manifest, settings = _manifest(path), live.settings
+    known = manifest["settings"]
+    changed = sorted(key for key in settings.keys() | known.keys() if settings.get(key) != known.get(key))
+    if changed:
+        raise _other(path, f"rows with another {', '.join(changed)}")
+    return manifest
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest that is there."""
+    file = path / MANIFEST
     advice = "another folder, or delete this one: its rows are then made again"
     try:
         manifest: dict[str, Any] = dict(io.parse(file.read_text(encoding="utf-8")))
         # Those from before there were checksums have none.
-        if io.CHECKSUM in manifest and manifest[io.CHECKSUM] != io.seal(manifest):
+        if manifest.pop(io.CHECKSUM, seal := io.seal(manifest)) != seal:
             raise ValueError("it is not what was written, by its checksum")
-        known, version = dict(manifest["settings"]), int(manifest["version"])
+        version, manifest["settings"] = int(manifest["version"]), dict(manifest["settings"])
         int(manifest["limit"])
     except (OSError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise FileFormatError(
@@ -356,9 +446,6 @@ def _begun(path: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
             call=CALL, got=f"a manifest of format {manifest.get('format')!r}, version {version} in {path}",
             expected=f"{FORMAT!r}, version {VERSION}", try_=advice,
         )  # fmt: skip
-    changed = sorted(key for key in settings.keys() | known.keys() if settings.get(key) != known.get(key))
-    if changed:
-        raise _other(path, f"rows with another {', '.join(changed)}")
     return manifest
 
 

@@ -28,6 +28,7 @@ from fisherkit.errors import (
 )
 from fisherkit.fisher import FisherApproximation
 from fisherkit.influence.blocks import MOST, KeptBlocks, LiveBlocks, RowBlocks
+from fisherkit.influence.compression import Basis
 from fisherkit.likelihoods import Bernoulli, Categorical, GaussianNLL, Likelihood
 from fisherkit.memory import available_memory
 from fisherkit.model_inputs import is_causal
@@ -216,11 +217,12 @@ class ModelRows:
         source = self._source(data)
         return self._blocks(self._plan(source), source, rule, token)
 
-    def queries(self, data: Data, measurement: Measurement) -> LiveBlocks:
-        """Rows of a measurement."""
+    def queries(self, data: Data, measurement: Measurement, basis: Basis | None = None) -> LiveBlocks:
+        """Rows of a measurement; over a basis, those that meet compressed ones."""
         source = self._source(data)
         rule = query_rule(measurement, labelled=source.first().targets is not None)
-        return self._blocks(self._plan(source), source, rule, token=False)
+        live = self._blocks(self._plan(source), source, rule, token=False)
+        return LiveBlocks(live.problem, live.limit, live.settings, basis)
 
     def begin(self) -> None:
         """Look at the weights once, at the beginning of a call, and refuse ones that have changed."""
@@ -262,13 +264,13 @@ class ModelRows:
         if not isinstance(blocks, LiveBlocks):
             return blocks
         fit = blocks.row_bytes() * blocks.count() <= self.budget // 4
-        return KeptBlocks(list(blocks), blocks.settings) if fit else blocks
+        return KeptBlocks(blocks) if fit else blocks
 
     def sample(self, blocks: RowBlocks, stride: int) -> Rows:
         """Rows of every so-many-th example; each has one, if it counts."""
         if isinstance(blocks, LiveBlocks):
             source = ThinnedSource(blocks.problem.source, stride)
-            blocks = LiveBlocks(replace(blocks.problem, source=source), blocks.limit, blocks.settings)
+            blocks = blocks.of(replace(blocks.problem, source=source))
             return Rows.cat([block.rows for block in blocks])
         taken: list[Rows] = []
         seen = 0

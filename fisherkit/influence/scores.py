@@ -21,18 +21,24 @@ from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries, compressed_groups
 from fisherkit.influence.blocks import (
+    MOST,
     KeptBlocks,
     LiveBlocks,
     OncePerExample,
     RowBlock,
     RowBlocks,
+    by_all,
+    by_first,
     in_groups,
+    read_blocks,
     write_blocks,
 )
+from fisherkit.influence.compression import FILE, Basis, LayerBasis, Measured, check_compress, refuse_error
 from fisherkit.influence.model_rows import Measurement, ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
-from fisherkit.operators.factorization import RowProducts
+from fisherkit.operators.factorization import Factorization, RowProducts
+from fisherkit.processes import Group, Processes
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
 
@@ -108,8 +114,10 @@ class InfluenceScores:
 
     @without_autocast()
     def prepare(
-        self, train: Data, *, folder: str | Path | None = None, by: Literal["token"] | None = None
-    ) -> RowBlocks:
+        self, train: Data, *, folder: str | Path | None = None, by: Literal["token"] | None = None,
+        compress: int | float | None = None, most_error: float | None = None, queries: Data | None = None,
+        checked: int = 64, group: Group = None,
+    ) -> RowBlocks:  # fmt: skip
         """Training rows made once, for any number of calls that take ``train``.
 
         Args:
@@ -117,23 +125,90 @@ class InfluenceScores:
             folder: keep them there, a file a block, instead of in memory. A call that was interrupted, given the same
                 batches, goes on from what it left, to the same bytes; damaged blocks are made again.
             by: "token" for calls with ``by="token"``; rows without it are for all others, also ``by="module"``.
+            compress: keep of each layer's rows what they have in the leading eigenvectors of its Kronecker factors:
+                those of so many on either side (an integer), or the fewest pairs that have this share of the layer's
+                effective dimension Σ e/(e + λ) (a float below 1). Layers without factors stay whole.
+            most_error: refuse, before rows are kept, if a query's scores by compressed rows are farther off than
+                this, ‖compressed − whole‖ / ‖whole‖, in the median over the queries.
+            queries: on which that is measured; None for the training examples that are checked, each with the others.
+            checked: on how many training examples, at least about, scores by whole rows are computed for it.
+            group: processes that compress alike and keep rows in one folder, each those of its own data, in the order
+                of their ranks. None for the default group, where there is one, False for this process alone. Whole
+                rows in memory are each process's own.
+
+        Returns:
+            The rows, of several processes this one's own (`read` has all). Their ``compression`` says what became of
+            compressed ones.
 
         Raises:
             DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
             ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
-            InvalidArgumentError: an unknown ``by``; the folder holds rows of another model or other data, or cannot be
-                made.
+            InvalidArgumentError: an unknown ``by``; a bad ``compress``, or one that leaves too large an error; the
+                folder holds rows of another model or other data, or cannot be made.
             FileFormatError: the folder's manifest is damaged.
+            ProcessError: another process of the group failed.
 
         Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form; a
-        reading of the blocks that are there.
+        reading of the blocks that are there. Compressed, another pass over the examples that are checked.
         """
         check_choice("prepare", "by", by, (None, "token"))
         self._model_rows.begin()
-        blocks = self._model_rows.live(train, EmpiricalVectors(), token=by == "token")
-        if folder is not None:
-            return write_blocks(folder, blocks)
-        return KeptBlocks(list(blocks), blocks.settings)
+        alone = folder is None and compress is None
+        processes = None if alone else Processes.of(group, self._model_rows.device, "prepare")
+        if processes is not None:
+            settings = self._model_rows.settings(token=by == "token")
+            processes.require_same("prepare", settings | {"compress": compress, "most_error": most_error})
+        live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
+        largest = live.limit
+        if compress is not None:
+            check_compress(compress, token=by == "token")
+            check_count("prepare", "checked", checked)
+            live, size = self._compressed(live, compress, most_error, folder, queries, checked, processes)
+            largest = max(1, min(MOST, self._model_rows.budget // 8 // size))
+        return KeptBlocks(live) if folder is None else write_blocks(folder, live, largest, processes)
+
+    def _compressed(
+        self, live: LiveBlocks, compress: int | float, most_error: float | None, folder: str | Path | None,
+        queries: Data | None, checked: int, processes: Processes | None,
+    ) -> tuple[LiveBlocks, int]:  # fmt: skip
+        """The rows over leading eigenvectors, whose error is measured, and the bytes that one takes."""
+        rows, damping = self._model_rows, self.damping
+        probe = rows.probe(live)
+        known = None if folder is None else Path(folder) / FILE
+
+        def chosen() -> tuple[LayerBasis, ...]:
+            if known is not None and known.exists():
+                found = Basis.read(known, rows.fisher, damping)
+                if repr(found.compress) == repr(compress):
+                    return found.layers
+            return Basis.of(rows.fisher, damping, compress, probe).layers
+
+        basis = Basis(rows.fisher, damping, compress, by_first(processes, chosen))
+
+        def measured() -> Measured:
+            stride, most = max(1, live.count() // checked), rows.room(2 * rows.space.size)
+            asked = None if queries is None else rows.queries(queries, "loss")
+            some = None if asked is None else rows.sample(asked, max(1, asked.count() // checked))
+            return Measured.of(self._inverse, basis, rows.sample(live, stride), some, most)
+
+        own = by_all(processes, measured)
+        report = Measured.report([own] if processes is None else processes.gathered(own), basis)
+        refuse_error(report, most_error)
+        settings = live.settings | {"compress": basis.settings}
+        return LiveBlocks(live.problem, live.limit, settings, basis, report), report.bytes
+
+    @without_autocast()
+    def read(self, folder: str | Path) -> RowBlocks:
+        """Training rows that `prepare` has kept in a folder, without the data; those of all processes that wrote them.
+
+        Raises:
+            FileFormatError: the manifest, or the file of the eigenvectors, is missing, damaged, or of another Fisher.
+            InvalidArgumentError: rows that are not finished, or of another model.
+            ModelError: weights that have changed since the construction.
+        """
+        self._model_rows.begin()
+        blocks = read_blocks(folder, self._model_rows.fisher, self.damping)
+        return self._training(blocks, token=bool(blocks.settings.get("token")))
 
     @overload
     def scores(
@@ -186,7 +261,7 @@ class InfluenceScores:
         train = self._training(train, token=by == "token")
         if groups is not None and groups.shape != (train.count(),):
             _check_group_count(groups, train.counted())  # before anything is computed
-        weights = self._weights(normalize)
+        weights = self._weights(normalize, train)
         whole: dict[str, list[Tensor]] = {}
         for block, form, others in self._query_blocks(queries, train, measurement):
             found: dict[str, list[Tensor]] = {}
@@ -227,7 +302,7 @@ class InfluenceScores:
         self._model_rows.begin()
         tops: list[tuple[Tensor, ...]] = []
         train = self._training(train, token=False)
-        weights = self._weights(normalize)
+        weights = self._weights(normalize, train)
         for block, form, others in self._query_blocks(queries, train, measurement):
             none = torch.empty(block.size, 0, dtype=self._model_rows.dtype, device=self._model_rows.device)
             helpful = harmful = none, none.long()
@@ -276,10 +351,15 @@ class InfluenceScores:
         check_count(call, "checked", checked)
         self._model_rows.begin()
         blocks = self._training(train, token=False)
+        if blocks.basis is not None:
+            raise InvalidArgumentError(
+                call=call, got="compressed rows", expected="whole ones", why="its error is that of one approximation",
+                try_="scores(queries, train), whose error compressed rows have told",
+            )  # fmt: skip
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
         form = self._inverse._unit_products(sample)
         live, most = self._model_rows.queries(queries, measurement), self._model_rows.room(form.numbers_per_query)
-        live = LiveBlocks(live.problem, min(most, live.limit), live.settings)
+        live = live.of(limit=min(most, live.limit))
         dtype, device, count = self._model_rows.dtype, self._model_rows.device, live.counted()
         scores = torch.empty(count, blocks.counted(), dtype=dtype, device=device)
         errors, first = torch.empty(count, dtype=dtype, device=device), 0
@@ -309,7 +389,7 @@ class InfluenceScores:
         """
         self._model_rows.begin()
         blocks = self._training(train, token=False)
-        return _finite(torch.cat([self._scale * self._squares(block) for block in blocks]), "self_influence")
+        return _finite(torch.cat([self._scale * self._squares(block, blocks) for block in blocks]), "self_influence")
 
     @without_autocast()
     def leverages(self, data: Data) -> Float[Tensor, "N"]:
@@ -330,7 +410,7 @@ class InfluenceScores:
         """
         self._model_rows.begin()
         blocks = self._model_rows.live(data, ExactVectors(), token=False)
-        return _finite(torch.cat([self._scale * self._squares(block) for block in blocks]), "leverages")
+        return _finite(torch.cat([self._scale * self._squares(block, blocks) for block in blocks]), "leverages")
 
     # -- shared --------------------------------------------------------------------------------------------------------
 
@@ -351,30 +431,37 @@ class InfluenceScores:
                 expected="rows of this model, over the Fisher's parameters, of the same loss",
                 why="∇ℓ and F must be taken at one point", try_="prepare(train) of this InfluenceScores",
             )  # fmt: skip
+        basis = train.basis
+        if basis is not None and (basis.fisher is not self._model_rows.fisher or basis.damping != self.damping):
+            raise InvalidArgumentError(
+                call="scores(train)", got="rows that were compressed for another Fisher or damping",
+                expected="those of this InfluenceScores", why="the eigenvectors are the Fisher's, with its inverse",
+                try_="read(folder) or prepare(train, compress=...) of this InfluenceScores",
+            )  # fmt: skip
         return train
 
     def _query_blocks(
         self, queries: Data, train: RowBlocks, measurement: Measurement
     ) -> Iterator[tuple[RowBlock, RowProducts, RowBlocks]]:
         """The queries in blocks that memory has room for, the form that suits them, and the other side."""
-        live = self._model_rows.queries(queries, measurement)
-        count, others = live.count(), train.count()
-        form = self._inverse._row_products(self._model_rows.probe(train), count, others)
+        live = self._model_rows.queries(queries, measurement, train.basis)
+        count, others, inverse = live.count(), train.count(), self._inverse_for(train)
+        form = inverse._row_products(self._model_rows.probe(train), count, others)
         most = self._model_rows.room(form.numbers_per_query)
         if count > most:
             # Each block of queries meets all others: what counts is a block's own number.
             train = self._model_rows.kept(train)
-            form = self._inverse._row_products(self._model_rows.probe(train), most, others)
+            form = inverse._row_products(self._model_rows.probe(train), most, others)
             most = self._model_rows.room(form.numbers_per_query)
-            live = LiveBlocks(live.problem, most, live.settings)
+            live = live.of(limit=most)
         for block in in_groups(live, most):
             yield block, form, train
 
-    def _weights(self, normalize: str | None) -> OncePerExample | None:
+    def _weights(self, normalize: str | None, train: RowBlocks) -> OncePerExample | None:
         """What each training example's scores are multiplied by for ℓ-RelatIF; None for nothing."""
 
         def reciprocal_norms(block: RowBlock) -> Float[Tensor, "B"]:
-            norms = self._squares(block).sqrt()
+            norms = self._squares(block, train).sqrt()
             return torch.where(norms > 0, norms.reciprocal(), 0)
 
         return None if normalize is None else OncePerExample(reciprocal_norms)
@@ -404,8 +491,12 @@ class InfluenceScores:
         part = queries.by_example(part.movedim(-1, 0))
         return (part * scale).to(self._model_rows.dtype)
 
-    def _squares(self, block: RowBlock) -> Float[Tensor, "B"]:
-        squares = self._inverse._row_squares(block.rows).clamp_min(0)  # rounding may leave a little less
+    def _inverse_for(self, blocks: RowBlocks) -> Factorization:
+        """(F + λI)⁻¹ over what the rows are over."""
+        return self._inverse if blocks.basis is None else blocks.basis.inverse
+
+    def _squares(self, block: RowBlock, blocks: RowBlocks) -> Float[Tensor, "B"]:
+        squares = self._inverse_for(blocks)._row_squares(block.rows).clamp_min(0)  # rounding may leave a little less
         return block.by_example(squares).to(self._model_rows.dtype)
 
 

@@ -47,7 +47,7 @@ OPTIONAL_HOOKS = (
     "_factorize", "_plus", "_gram", "_trace", "_frobenius", "_eigenvalues", "_eigenvectors", "_effective_dimension",
     "_rank_bound", "_to_dense", "_converted", "_write", "_made_of", "_terms", "_blocks", "_blocks_of_node",
     "is_diagonal", "is_dense", "is_sharded", "inversion", "decomposed_side", "nbytes", "together", "stored_rows",
-    "layout", "factors",
+    "layout", "factors", "eigenbases",
     "_nearest_kronecker", "_approximate_inverse", "_usual_damping", "_average", "_moment", "_packed",
 )  # fmt: skip
 """What a structure may override, each with a default; beside these are the abstract methods."""
@@ -583,6 +583,11 @@ class FisherOperator(ABC):
     @property
     def factors(self) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]] | None:
         """A and G with F = G ⊗ A on its `layout`, where F is such a product."""
+        return None
+
+    @property
+    def eigenbases(self) -> tuple[Float[Tensor, "J r"], Float[Tensor, "O s"], Float[Tensor, "s r"]] | None:
+        """U_A, U_G and e with F (U_G ⊗ U_A) = (U_G ⊗ U_A) diag(e) on its `layout`, where such are cheap."""
         return None
 
     def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]] | None:

@@ -168,6 +168,11 @@ class KroneckerOperator(LayerOperator):
         return self.activation, self.gradient
 
     @property
+    def eigenbases(self) -> tuple[Float[Tensor, "J r"], Float[Tensor, "O s"], Float[Tensor, "s r"]]:
+        """U_A, U_G and e, computed once."""
+        return self._eigen.eigenbases
+
+    @property
     def decomposed_side(self) -> int:
         """The side of the larger factor."""
         return max(len(self.activation), len(self.gradient))
@@ -278,6 +283,11 @@ class EigenKroneckerOperator(LayerOperator):
         whole = activation.rest is None and gradient.rest is None
         leading = None if whole else (activation, gradient)
         return cls(space, activation.basis, gradient.basis, grid, transposed, decomposed=True, leading=leading)
+
+    @property
+    def eigenbases(self) -> tuple[Float[Tensor, "J r"], Float[Tensor, "O s"], Float[Tensor, "s r"]]:
+        """U_A, U_G and e; not to be changed."""
+        return self.activation_basis, self.gradient_basis, self.eigenvalue_grid
 
     @property
     def _outer_values(self) -> tuple[Float[Tensor, "s"], Float[Tensor, "r"], Float[Tensor, ""]] | None:
