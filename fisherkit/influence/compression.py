@@ -25,10 +25,9 @@ from fisherkit.operators import BlockDiagonalOperator, DiagonalOperator, FisherO
 from fisherkit.operators.composite import join
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.base import StoredRows, UnitRows, spans
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.stored import StoredRows
 from fisherkit.space import ParameterSpace
 
 CALL = "prepare(compress)"
