@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.structures import nkp
+from tests import by_hand
 
 KINDS = [fk.EmpiricalFisher, fk.ExactFisher]
 
@@ -142,7 +143,7 @@ def test_optimizer__goes_on_bit_for_bit(options: dict[str, float]) -> None:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        ends.append(by_hand.weights(model))
     assert torch.equal(*ends)
 
 
@@ -151,10 +152,6 @@ def test_file__comes_back(tmp_path: Path) -> None:
     fisher = fk.ExactFisher(model, data, structure="nkp")
     fisher.save(tmp_path / "f.safetensors")
     torch.testing.assert_close(fk.load(tmp_path / "f.safetensors").to_dense(), fisher.to_dense())
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_applications__take_it() -> None:
@@ -168,7 +165,7 @@ def test_applications__take_it() -> None:
 
     penalty = fk.continual.EWC(first, strength=2.0, normalize=None)
     penalty.consolidate(fishers[0])
-    change = flat(second) - flat(first)
+    change = by_hand.weights(second) - by_hand.weights(first)
     with torch.no_grad():
         for p, q in zip(first.parameters(), second.parameters(), strict=True):
             p.copy_(q)
@@ -176,16 +173,14 @@ def test_applications__take_it() -> None:
 
     first, _ = task("biased")
     merged = fk.merging.merge([first, second], fishers, damping=1e-3, normalize=None, output_damping=0.0)
-    total, ends = (matrices[0] + matrices[1]) / 2, (flat(first), flat(second))
+    total, ends = (matrices[0] + matrices[1]) / 2, (by_hand.weights(first), by_hand.weights(second))
     weighed = (matrices[0] @ ends[0] + matrices[1] @ ends[1]) / 2 + 1e-3 * (ends[0] + ends[1]) / 2
     expected = torch.linalg.solve(total + 1e-3 * eye, weighed)
     found = torch.cat([merged[name].flatten() for name in fishers[0].space.names])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
     x, y = data[0]
-    losses = F.cross_entropy(second(x), y, reduction="none")
-    rows = [torch.autograd.grad(loss, list(second.parameters()), retain_graph=True) for loss in losses]
-    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    J = by_hand.rows(second, (x, y))
     scores = fk.influence.InfluenceScores(fishers[1], second, damping=0.1).scores((x[:2], y[:2]), (x, y))
     expected = J[:2] @ torch.linalg.solve(matrices[1] + 0.1 * eye, J.T) / fishers[1].examples
     torch.testing.assert_close(scores, expected, rtol=1e-7, atol=1e-9)

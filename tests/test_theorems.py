@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
+from tests import by_hand
 from tests.reference.fisher import Problem, block_indices, forward_one, rows
 from tests.reference.outputs import Kind, gradient
 from tests.theorem_cases import KINDS, build, error, gradients, problem
@@ -234,9 +235,7 @@ def test_exact__with_gaussian_likelihood_is_the_jacobians_gram_whatever_the_targ
 
 def _jacobian(of: Problem, n: int) -> Tensor:
     z = forward_one(of, n).reshape(-1)
-    parameters = list(of.chosen().values())
-    found = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in z]
-    return torch.stack([torch.cat([g.reshape(-1) for g in grads]) for grads in found])
+    return torch.stack([by_hand.gradient(entry, of.chosen().values()) for entry in z])
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
