@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 ANNOTATIONS_CHECKED = {
-    "test_accumulators", "test_likelihoods", "test_optim_averages", "test_preconditioner",
+    "test_likelihoods", "test_optim_averages", "test_preconditioner",
     "test_row_forms", "test_rules", "test_sampled", "test_truncated",
 }  # fmt: skip
 """Files of tests that run with the package's shape annotations enforced, beside the conformance tests in float32.
