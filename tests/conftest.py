@@ -95,6 +95,11 @@ def without_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "fisher.safetensors"
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return text_models().make_tokenizer(tmp_path_factory.mktemp("words"))

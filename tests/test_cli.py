@@ -183,11 +183,6 @@ STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac", "nkp")
 show = partial(commands.run, "show")
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "fisher.safetensors"
-
-
 @pytest.mark.parametrize("size", [None, 300])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_json__has_the_matrixs_numbers(structure: str, size: int | None, path: Path) -> None:

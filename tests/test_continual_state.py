@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import warnings
 from typing import Any
@@ -18,6 +17,7 @@ from fisherkit.continual import EWC
 from tests.operator_cases import DTYPES
 from tests.small_data import mlp
 from tests.test_continual import STRUCTURES, flat, learned, move, task
+from tests.test_optim_resume import through_file as through_a_file
 
 Learned = tuple[nn.Module, EWC, Any]
 
@@ -26,13 +26,6 @@ def of(structure: str, dtype: torch.dtype = torch.float64, **options: Any) -> Le
     return learned(
         lambda model, t: fk.ExactFisher(model, task(t, dtype), structure=structure), 3, dtype, decay=0.6, **options
     )
-
-
-def through_a_file(state: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,13 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import fisherkit as fk
 from examples.influence.evaluation import plain_rankings
 from tests import by_hand
+from tests.small_data import normal, same
 
 N = 12
 F64 = torch.float64
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 X, Y = normal(N, 4), torch.arange(N) % 3
@@ -55,10 +52,6 @@ def brute(
     """The empirical Fisher by one gradient an example; ``call(n)`` gives the outputs of example n alone, [1, C]."""
     one = [by_hand.gradient(loss(call(n), y[None], reduction="sum"), model) for n, y in enumerate(targets)]
     return torch.stack(one).T @ torch.stack(one) / len(one)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
 
 
 class Triple(NamedTuple):

@@ -21,15 +21,12 @@ from tests import by_hand
 from tests.reference import fisher as reference
 from tests.reference.models import EVERY_FORM, FAMILIES
 from tests.reference.outputs import EF
+from tests.small_data import normal as random
 from tests.snapshot import untouched
 from tests.tolerances import CONFORMANCE
 
 F64 = torch.float64
 SPACE = ParameterSpace(("a", "b"), ((2, 3), (2,)))
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def dense(seed: int = 0, rank: int = 8) -> tuple[FisherOperator, Tensor]:

@@ -18,10 +18,7 @@ from tests.bad_input import X, Y, mlp
 from tests.optim_cases import backward, close, damped, fisher, jacobian, problem
 from tests.optim_loops import natural
 from tests.reference.fisher import Problem
-
-
-def gradients(model: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+from tests.test_optim_averages import gradients
 
 
 def stepped(preconditioner: Any, of: Problem) -> Tensor:

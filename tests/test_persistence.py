@@ -23,11 +23,6 @@ def tensors(state: io.State) -> list[torch.Tensor]:
     return [*state.tensors.values(), *(tensor for child in state.children for tensor in tensors(child))]
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "fisher.safetensors"
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", CASES)
 def test_load__gives_back_the_saved_operator(name: str, dtype: torch.dtype, path: Path) -> None:

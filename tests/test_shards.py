@@ -27,11 +27,6 @@ from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kroneck
 F64 = torch.float64
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "fisher.safetensors"
-
-
 def index_of(path: Path) -> Path:
     return path.parent / "fisher.safetensors.index.json"
 

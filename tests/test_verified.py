@@ -249,22 +249,16 @@ def test_verified__a_parameters_hook_that_does_something_else_now(
     assert next(e for e in found.coverage().entries if "last.weight" in e.parameters).rule == "loop"
 
 
-@pytest.mark.parametrize("way", ["layer's", "data"])
+@pytest.mark.parametrize(
+    ("way", "chosen"), [("layer's", None), ("data", None), ("behind a layer", ["layer.weight"])], ids=str
+)
 def test_verified__a_known_layers_input_that_is_written_to_since_is_named(
-    way: str, data: tuple[Tensor, Tensor]
+    way: str, chosen: list[str] | None, data: tuple[Tensor, Tensor]
 ) -> None:
+    """Also that of a layer that was not chosen."""
     model = Hidden().double()
-    fk.EmpiricalFisher(model, data)
-    model.config["way"] = way
-    for _ in range(2):
-        with pytest.raises(fk.ModelError, match="in place"):
-            fk.EmpiricalFisher(model, data)
-
-
-def test_verified__an_input_of_a_layer_that_was_not_chosen_is_written_to(data: tuple[Tensor, Tensor]) -> None:
-    model, chosen = Hidden().double(), ["layer.weight"]
     fk.EmpiricalFisher(model, data, params=chosen)
-    model.config["way"] = "behind a layer"
+    model.config["way"] = way
     for _ in range(2):
         with pytest.raises(fk.ModelError, match="in place"):
             fk.EmpiricalFisher(model, data, params=chosen)

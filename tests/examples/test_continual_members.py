@@ -22,13 +22,10 @@ from examples.continual.modules import MODULES, Heads, LastState, Reader, Task
 from examples.continual.report_claims import claims
 from examples.continual.report_libraries import chosen_elsewhere, laplace, libraries
 from examples.continual.summary import Curve, curves, one_for_all, span, verdict
+from tests.small_data import normal
 
 F64 = torch.float64
 STRENGTHS = (0.5, 3.0)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def models(name: str) -> list[Heads]:

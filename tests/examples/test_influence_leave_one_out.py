@@ -32,6 +32,7 @@ from examples.influence.evaluation import (
 from examples.influence.evaluation.statistics import multiplicities
 from examples.influence.settings import Pair
 from examples.shared.tasks import docstring_text, minilm
+from tests.small_data import normal as random
 
 F64 = torch.float64
 N, Q, D, C = 120, 5, 4, 3
@@ -40,10 +41,6 @@ RECIPE = TrainingRecipe(epochs=400, learning_rate=0.5, momentum=0.9, weight_deca
 """Whole-batch training of a strongly convex loss: it ends at the optimum."""
 NEAR = replace(RECIPE, epochs=150)
 """It ends near enough for rank correlations."""
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def softmax(seed: int) -> nn.Module:
