@@ -75,12 +75,7 @@ class State:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: under one key, or cut along its first axis under several.
-
-    Args:
-        keys: its names in the file, in order.
-        rows: length of each part's first axis; empty for a tensor in one piece.
-    """
+    """Where a tensor lies: under one key, or cut along its first axis under several."""
 
     keys: tuple[str, ...]
     rows: tuple[int, ...] = ()
@@ -293,19 +288,7 @@ def header_at(path: Path) -> dict[str, str] | None:
 
 @dataclass(frozen=True)
 class FisherHeader:
-    """All of a Fisher file but its tensors.
-
-    Args:
-        path: the file or the index.
-        space: the parameters.
-        metadata: what was recorded.
-        root: the operator, its tensors still in the file.
-        files: which file holds the tensor of each key.
-        checksums: of the tensors, if the file has any.
-        save: what tells this save's files from others': an entry of each shard's header, or a single file's place on
-            the disk and time.
-        call: the public call, for errors.
-    """
+    """All of a Fisher file but its tensors; ``save`` tells the files of this save from others'."""
 
     path: Path
     space: ParameterSpace

@@ -129,15 +129,7 @@ def _factors(
 
 @dataclass(frozen=True)
 class BlockwiseMerge:
-    """The problem, ready to be solved block by block.
-
-    Args:
-        job: the models, their weights, the center, the policy.
-        sources: F_t.
-        scales: c_t of each block, and λ.
-        output_damping: ρ.
-        infos: how each block was solved; filled while `solutions` runs.
-    """
+    """The problem, ready to be solved block by block; ``infos`` is filled while `solutions` runs."""
 
     job: Job
     sources: Sequence[FisherSource]

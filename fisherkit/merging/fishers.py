@@ -30,16 +30,7 @@ Names: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class FisherSource:
-    """Independent diagonal blocks of one Fisher.
-
-    Args:
-        space: all its parameters.
-        metadata: what was recorded when it was built.
-        blocks: names of each of the finest independent blocks.
-        device: where they are once read.
-        read: the operator over some whole blocks.
-        recorded: names to those under which they were measured, where these differ.
-    """
+    """Independent diagonal blocks of one Fisher; ``recorded`` are the names at its measurement, where they differ."""
 
     space: ParameterSpace
     metadata: Mapping[str, str]

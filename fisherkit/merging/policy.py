@@ -105,14 +105,7 @@ def checked(policy: MergePolicy | None, call: str, uncovered: str) -> MergePolic
 
 @dataclass(frozen=True)
 class Entry:
-    """What becomes of one name.
-
-    Args:
-        shape: of the result.
-        dtype: of the result.
-        action: "merged", "averaged", "first", "center", "equal", "tied" or "skipped".
-        owner: the name whose tensor a tied one shares.
-    """
+    """What becomes of one name: ``action`` is as in `MergeInfo`; a tied one shares the tensor of ``owner``."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -557,7 +557,7 @@ class EigenProducts(RowProducts):
     def __init__(self, inverse: _EigenKroneckerFactorization) -> None:
         numbers = inverse._weights.both.numel()
         super().__init__(numbers, 2 * numbers)
-        self._inverse = inverse
+        self.solve = partial(_EigenSolution, inverse)
 
     @staticmethod
     def worthwhile(rows: FactoredRows, queries: int, others: int) -> bool:
@@ -566,12 +566,10 @@ class EigenProducts(RowProducts):
         turned = others * rows.positions * (width**2 + outputs**2)
         return turned <= queries * width * outputs * (width + outputs)
 
-    def solve(self, queries: Rows) -> RowSolution:
-        """Queries turned, written out and weighed."""
-        return _EigenSolution(self._inverse, queries)
-
 
 class _EigenSolution(RowSolution):
+    """Queries turned, written out and weighed."""
+
     def __init__(self, inverse: _EigenKroneckerFactorization, queries: Rows) -> None:
         self._inverse, self._queries, self._factored = inverse, queries, inverse._factored(queries)
         self._weighed = None if self._factored is None else inverse._weighed(self._factored)

@@ -133,11 +133,9 @@ class LowRankOperator(FisherOperator):
         if side == "gram" and damping > 0 and isinstance(self.row_source, (Rows, SharedRows)):
             return _GramFactorization(self, self.row_source, damping)
         if side != "none":
-            return self._as_dense()._factorize(damping, tolerance, max_steps)
+            dense = (self.scale * self.row_source.normal_matrix()).to(self.dtype)
+            return DenseOperator(self.space, dense)._factorize(damping, tolerance, max_steps)
         return IterativeFactorization(self, damping, tolerance, max_steps)
-
-    def _as_dense(self) -> DenseOperator:
-        return DenseOperator(self.space, (self.scale * self.row_source.normal_matrix()).to(self.dtype))
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         small, _ = self._small_matrix("eigenvalues", "fk.estimators.lanczos_eigenvalues(fisher, k)")
@@ -390,7 +388,8 @@ class GramProducts(RowProducts):
     def squares(self, rows: Rows) -> Float[Tensor, "R"]:
         """rᵀ(F + λI)⁻¹r of each row, float64."""
         rows = self._alike(rows)
-        norms = rows.weighted_squares(self._ones(rows)).double()
+        ones = torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
+        norms = rows.weighted_squares(ones).double()
         parts = []
         for span in spans(rows.count, 4 * self.rows.count):
             k = self.rows.cross_gram(rows.some(span), self.precise)
@@ -411,9 +410,6 @@ class GramProducts(RowProducts):
     def _alike(self, rows: Rows) -> Rows:
         """In J's dtype, which is a wider one than the model's for half precision."""
         return rows.double() if self.rows.dtype == torch.float64 and rows.dtype != torch.float64 else rows
-
-    def _ones(self, rows: Rows) -> Tensor:
-        return torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
 
 
 class _GramSolution(RowSolution):
