@@ -1,7 +1,5 @@
 """Rows, Fishers and steps of models outside the zoo: one autograd call a row, each example alone, no package code."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Plain training loops with the optimizers, and where they come to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sums and multiples of operators: what folds, what is solved, and quadratic forms that are joined."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """What construction and operations refuse, with which message."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

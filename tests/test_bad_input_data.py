@@ -1,7 +1,5 @@
 """Data and models that are refused, with which message."""
 
-from __future__ import annotations
-
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any

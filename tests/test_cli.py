@@ -1,7 +1,5 @@
 """The commands: help, tables, and those that show and audit Fisher files."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

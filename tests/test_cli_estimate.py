@@ -1,7 +1,5 @@
 """``fisherkit estimate`` on Hugging Face folders and on functions of one's own; the truth is autograd, text by text."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

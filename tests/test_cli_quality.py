@@ -1,7 +1,5 @@
 """``fisherkit quality`` on a model of one's own, and the commands on the losses that people train with."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,7 +1,5 @@
 """Examples that influence each other, states that batches leave, and what they are told."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable

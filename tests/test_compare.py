@@ -1,7 +1,5 @@
 """Tables of updates against the formulas, what is refused of them, and their pictures."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """EWC: values and gradients against sums written out, in any loop, for every kind and structure."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """EWC: what is refused with which message, what is allowed by name, and strengths of other libraries."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """EWC saved, resumed, copied and moved, and the rates at which its penalty is stable."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -4,8 +4,6 @@ Every model is compared with one autograd call an example on the example alone, 
 lengths, down to one example.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Every form of data gives the same Fisher, in every pass."""
 
-from __future__ import annotations
-
 import random
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence

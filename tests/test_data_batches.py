@@ -1,7 +1,5 @@
 """Batches in the forms that people have: right, or told how; shared inputs, ragged batches, one example at a time."""
 
-from __future__ import annotations
-
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator

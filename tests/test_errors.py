@@ -1,7 +1,5 @@
 """Errors, and the checks of arguments that raise them."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Measures of updates, the loss gradient, and the audit of other libraries' Fishers."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a user adds: a likelihood, a kind, a structure, each a small class, and everything else works with it."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Fishers from torch's optimizers, and into files that transformers loads."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The Gram matrix is made once, with usual damping and without any rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What one example is: nodes of graphs, and classes on axis 1."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 The truth is the same weights in float64, one autograd call a row, up to what the model's own passes round.
 """
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Parameters that autograd finds in no usual way: behind checkpoints and custom functions, sparse, or not at all."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ The truth here is ``model(**batch, labels=labels).loss`` and autograd, so that l
 averaging are the library's word and not this package's.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Labels that a Hugging Face model takes as inputs too, and positions without: its own loss is the truth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Kinds and structures by their names."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Kronecker structures, and every operation of every structure, against the reference."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any

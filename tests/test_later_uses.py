@@ -1,7 +1,5 @@
 """Uses of a parameter that the first two examples, or an earlier build of the same model, did not show."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

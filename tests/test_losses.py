@@ -4,8 +4,6 @@ The reference is the module itself with reduction="sum" on the example alone; it
 are torch's. It shares no code with the package.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings

@@ -3,8 +3,6 @@
 A step is compared with the damped matrix by brute force, and with the gradient of the user's own loss.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

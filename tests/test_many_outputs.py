@@ -3,8 +3,6 @@
 The reference makes each position's loss Hessian in z and Jacobian by automatic differentiation of torch's own losses.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Merging against one dense system, for every structure, method and setting; and the theorems it must obey."""
 
-from __future__ import annotations
-
 import copy
 import functools
 

@@ -1,7 +1,5 @@
 """Baselines of merging, merging layer by layer, and the line search between two models."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

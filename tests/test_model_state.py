@@ -1,7 +1,5 @@
 """The hash of a model's weights, and what a Fisher says of itself."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

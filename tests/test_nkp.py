@@ -1,7 +1,5 @@
 """Structures beside the reference: nearest Kronecker products, and factors kept in a coarser dtype."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

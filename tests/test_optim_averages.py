@@ -1,7 +1,5 @@
 """Averages of curvature over steps, and the sums that they are made of."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

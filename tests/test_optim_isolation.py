@@ -1,7 +1,5 @@
 """Optimizers beside each other, exceptions, copies, and models of every kind."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle

@@ -1,7 +1,5 @@
 """The optimizers in training loops as people write them: which batches a step is made of."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

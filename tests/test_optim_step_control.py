@@ -1,7 +1,5 @@
 """What bounds an optimizer's steps, and what it warns of."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

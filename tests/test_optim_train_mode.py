@@ -1,7 +1,5 @@
 """Train mode: dropout, batch norm, mixed precision and skipped steps."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any

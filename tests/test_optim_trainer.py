@@ -1,7 +1,5 @@
 """Optimizers and EWC under transformers' Trainer, Accelerate, and closures as in Lightning."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path

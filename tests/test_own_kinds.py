@@ -1,7 +1,5 @@
 """Kinds and likelihoods of users."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Whose each position is: models that pack, route, sort and fold examples, against one autograd call an example."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 

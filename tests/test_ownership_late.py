@@ -1,7 +1,5 @@
 """Whose entries are: batches that nothing tells apart, and positions that are apart."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fisher files: every tensor comes back bit by bit, and nothing else is taken for one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Optimizers of several processes: checkpoints, parameters that some processes do not use, and nothing that drifts."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 import warnings

@@ -1,7 +1,5 @@
 """LSTM, GRU and RNN by rule: their linear maps, which the kernels hide, against one autograd call an example."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

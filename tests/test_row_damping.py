@@ -1,7 +1,5 @@
 """What an optimizer inverts: damping for each row, and the leading part of large factors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Second moments and inner products: sums without copies, and their digits."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Fisher files in shards: what lies where, what an interruption leaves, and what is refused."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

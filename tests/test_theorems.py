@@ -3,8 +3,6 @@
 The numbers of the empirical and improved kinds are those of Wu, Yu, Zhang, Woodland, arXiv 2406.06420 ("the paper").
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

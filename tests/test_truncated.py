@@ -3,8 +3,6 @@
 Extreme logits are compared with the definition evaluated in a hundred decimal digits.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A model, its data and the process come back untouched, also by exceptions."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Findings about a model are used again, and only where they still hold."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable

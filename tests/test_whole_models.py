@@ -1,7 +1,5 @@
 """Whatever way rows are made, the model comes back whole: identities, ties, plain attributes, buffers, copies."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings

@@ -1,7 +1,5 @@
 """Compiled models, data parallelism and averaged weights: parameters go by their names without wrappers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path

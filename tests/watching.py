@@ -1,7 +1,5 @@
 """What kernels make."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Small data, models and recipes that the tests of retraining share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

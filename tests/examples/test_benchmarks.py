@@ -1,7 +1,5 @@
 """The benchmarks, and those of influence scores."""
 
-from __future__ import annotations
-
 import gc
 import json
 import time

@@ -1,7 +1,5 @@
 """Members of stacks, and the report of the continual experiment."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

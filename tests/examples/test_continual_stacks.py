@@ -1,7 +1,5 @@
 """The continual-learning benches: stacks are plain models, stacked penalties the definition, and the command runs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """The influence experiment: its page, runs, candidates and peers."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from functools import partial

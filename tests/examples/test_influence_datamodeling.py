@@ -1,7 +1,5 @@
 """The linear datamodeling score, its intervals and its ceiling, against scipy and by properties."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """Influence scores against leaving one out, mislabelled examples, and texts."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The paper's experiment: its page and its optimisation."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from itertools import pairwise

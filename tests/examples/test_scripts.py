@@ -1,7 +1,5 @@
 """Scripts of the repository, the demo, and the figures of the optimizers."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
