@@ -395,8 +395,7 @@ class TextBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.cut = 0
-        for start in range(0, len(self.texts), self.size):
-            yield self._batch(slice(start, start + self.size))
+        yield from (self._batch(slice(start, start + self.size)) for start in range(0, len(self.texts), self.size))
 
     def _batch(self, place: slice) -> dict[str, Tensor]:
         texts = self.texts[place]

@@ -10,15 +10,6 @@ from fisherkit.merging.policy import MergePolicy
 from fisherkit.merging.second_moment import from_optimizer
 
 __all__ = [
-    "BlockInfo",
-    "MergeInfo",
-    "MergePolicy",
-    "average",
-    "from_optimizer",
-    "line_search",
-    "merge",
-    "merge_layers",
-    "regmean",
-    "task_arithmetic",
-    "to_mergekit",
-]
+    "BlockInfo", "MergeInfo", "MergePolicy", "average", "from_optimizer", "line_search", "merge", "merge_layers",
+    "regmean", "task_arithmetic", "to_mergekit",
+]  # fmt: skip

@@ -199,9 +199,7 @@ class Job:
     def _path(self) -> Path:
         """The target's path, which must not be a model's."""
         if not isinstance(self.out, (str, Path)):
-            raise InvalidTypeError(
-                call=self.call, got=f"out of type {type(self.out).__name__}", expected="a path or None"
-            )
+            raise InvalidTypeError(call=self.call, got=f"out of type {type(self.out).__name__}", expected="a path")
         ours = {place.resolve() for place in targets(Path(self.out))}
         for model in (*self.models, *([self.center] if self.center else [])):
             if ours & {file.resolve() for file in model.files}:

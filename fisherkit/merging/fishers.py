@@ -162,6 +162,21 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str], call: s
     return blocks
 
 
+def check_fits(source: FisherSource, model: ModelSource, label: str, call: str) -> None:
+    """Refuse a Fisher over what its model lacks or has in another shape."""
+    odd = [
+        f"{name!r} ({list(shape)} and {list(model.shapes[name])})" if name in model.shapes else repr(name)
+        for name, shape in zip(source.space.names, source.space.shapes, strict=True) if model.shapes.get(name) != shape
+    ]  # fmt: skip
+    if odd:
+        raise InvalidArgumentError(
+            call=call, got=f"{label} over parameters that {model.label} lacks or has in another shape: {listed(odd)}",
+            expected="the Fisher of this model",
+            why="a tied parameter has only the name of the first module that holds it",
+            try_="another model, another order of fishers, or the Fisher measured again",
+        )  # fmt: skip
+
+
 def check_measured(
     models: Sequence[ModelSource], sources: Sequence[FisherSource], other_weights: str, call: str
 ) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from fisherkit.merging.fishers import (
     FisherSource,
     Names,
     activations,
+    check_fits,
     check_measured,
     joined_blocks,
     open_fishers,
@@ -44,7 +45,7 @@ from fisherkit.merging.models import (
     read_double,
     weighted_average,
 )
-from fisherkit.merging.policy import Entries, MergePolicy, check_center, checked, decide
+from fisherkit.merging.policy import Decision, Entries, MergePolicy, check_center, checked
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping
 from fisherkit.progress import bar
 from fisherkit.space import ParameterSpace
@@ -194,7 +195,7 @@ def _merged(
     call = job.call
     unverified = check_measured(job.models, measured, job.policy.other_weights, call)
     covered = [name for name in sources[0].space.names if all(name in source.space.slices for source in sources)]
-    entries = decide(job.models, covered, job.center, job.policy, call)
+    entries = Decision(job.models, set(covered), job.center, job.policy, call).entries()
     blocks = _blocks(entries, job, sources, [name for name in covered if entries[name].action == "merged"])
     scales = measure(sources, blocks, job.weights, normalize, damping, call, progress=job.progress)
     problem = BlockwiseMerge(job, sources, scales, output_damping)
@@ -249,20 +250,7 @@ def _center(center: str | Model, call: str) -> ModelSource | None:
 def _blocks(entries: Entries, job: Job, sources: Sequence[FisherSource], merged: Sequence[str]) -> list[Names]:
     """The joined partition of the names that are merged, once Fishers and center are known to fit the models."""
     for number, (model, source) in enumerate(zip(job.models, sources, strict=True), 1):
-        shapes = dict(zip(source.space.names, source.space.shapes, strict=True))
-        unknown = [name for name in shapes if name not in model.shapes]
-        odd = [
-            f"{name!r} ({list(shape)} and {list(model.shapes[name])})"
-            for name, shape in shapes.items() if model.shapes.get(name, shape) != shape
-        ]  # fmt: skip
-        wrong = [f"lacks: {unknown}"] * bool(unknown) + [f"has in another shape: {', '.join(odd)}"] * bool(odd)
-        if wrong:
-            raise InvalidArgumentError(
-                call=job.call, got=f"Fisher {number} over parameters that model {number} {' and '.join(wrong)}",
-                expected="the Fisher of this model",
-                why="a tied parameter has only the name of the first module that holds it",
-                try_="another order of fishers, or the Fisher measured again",
-            )  # fmt: skip
+        check_fits(source, model, f"Fisher {number}", job.call)
     _check_some(merged, job.call)
     if job.center is not None:
         check_center(job.center, {name: entries[name].shape for name in merged}, job.call)
@@ -321,7 +309,7 @@ def averaged(
     job = Job(
         call, sources, check_weights(weights, len(sources), call), None, allowed, out, overwrite, return_info, progress
     )
-    return job.result(decide(sources, (), None, allowed, call), ())
+    return job.result(Decision(sources, (), None, allowed, call).entries(), ())
 
 
 def task_arithmetic(
@@ -373,7 +361,7 @@ def task_arithmetic(
         if all(name not in m.buffers and m.dtypes.get(name, torch.float32).is_floating_point for m in everything)
         and any(name in m.shapes and name not in m.aliases for m in everything)  # else it is tied
     ]  # fmt: skip
-    entries = decide(everything, parameters, start, allowed, call)
+    entries = Decision(everything, set(parameters), start, allowed, call).entries()
 
     def merged() -> Iterator[tuple[str, Tensor]]:
         for name in (name for name, entry in entries.items() if entry.action == "merged"):
@@ -465,7 +453,7 @@ def merge_layers(
     own = check_weights(weights, len(sources), call)
     allowed = checked(policy, call, "refuse")
     job = Job(call, sources, own, None, allowed, out, overwrite, return_info, progress)
-    entries = decide(sources, [name for names in order for name in names], None, allowed, call)
+    entries = Decision(sources, {name for names in order for name in names}, None, allowed, call).entries()
     order = [names for stage in order if (names := tuple(n for n in stage if entries[n].action == "merged"))]
     _check_some(order, call)
     settings = {"damping": damping, "normalize": normalize, "output_damping": output_damping, "policy": policy}
