@@ -3,8 +3,6 @@
 A message is judged by pieces of it: the call, what was got with its value, and what was expected or what to try.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Commands run as a user types them, here or in a process of their own, and modules in the current folder."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

@@ -4,8 +4,6 @@ Owns the list of kinds, which cells of kinds × families × structures are teste
 knows no structure's algebra.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

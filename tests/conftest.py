@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 ANNOTATIONS_CHECKED = {
-    "test_accumulators", "test_likelihoods", "test_optim_averages", "test_preconditioner",
+    "test_likelihoods", "test_optim_averages", "test_preconditioner",
     "test_row_forms", "test_rules", "test_sampled", "test_truncated",
 }  # fmt: skip
 """Files of tests that run with the package's shape annotations enforced, beside the conformance tests in float32.
@@ -93,6 +93,11 @@ def without_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)  # slow, and of use after a power cut only
         yield
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "fisher.safetensors"
 
 
 @pytest.fixture(scope="session")

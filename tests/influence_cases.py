@@ -1,7 +1,5 @@
 """Influence scores by brute force: gradients one by one from the reference, a dense inverse, and the formula."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -6,8 +6,6 @@ do not count are left out where a layer's positions are the outputs' own. And wh
 eigenbasis will do, so that the package's is checked and then used.
 """
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache

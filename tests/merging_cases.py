@@ -4,8 +4,6 @@ Shares no formula with the package: Fishers come as dense matrices of `tests.ope
 averages over outputs are loops over entries.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product

@@ -3,8 +3,6 @@
 Shares no formula with the package: places in the flat order are counted, products of factors are double loops.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import product
 

@@ -3,8 +3,6 @@
 Everything that the optimizers are compared with is made here or in `tests.reference`, of autograd and dense matrices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

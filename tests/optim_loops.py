@@ -1,17 +1,15 @@
 """Plain training loops with the optimizers, and where they come to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
 from tests.bad_input import X, Y, mlp
+from tests.by_hand import weights as flat
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "ief-gram": {"kind": "ief", "gram_damping": 1e-2},
@@ -25,10 +23,6 @@ each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTING
 
 def natural(model: nn.Module, lr: float = 0.1, **options: Any) -> fk.optim.NaturalGradient:
     return fk.optim.NaturalGradient(model, lr, **({"gram_damping": 1e-2} | options))
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def backward(model: nn.Module, x: Tensor = X, y: Tensor = Y) -> Tensor:

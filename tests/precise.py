@@ -3,8 +3,6 @@
 Shares no formula with the package: no closed form, no logarithm, no square root.
 """
 
-from __future__ import annotations
-
 from decimal import Decimal, localcontext
 
 import torch

@@ -1,7 +1,5 @@
 """Run a function in several processes of a gloo group on this machine, and collect what each returns or raises."""
 
-from __future__ import annotations
-
 import datetime
 import multiprocessing
 import tempfile

@@ -1,7 +1,5 @@
 """One model with a bit of everything that could be left changed, and four batches for it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Seven examples, a small model for them, and ways to cut them into batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 A snapshot holds values and identities: a parameter that was replaced by an equal one counts as touched.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

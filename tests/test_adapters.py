@@ -3,8 +3,6 @@
 The truth is PEFT's own ``merge_and_unload``, and autograd with respect to the merged weights, one call a row.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable

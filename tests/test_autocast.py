@@ -1,7 +1,5 @@
 """Calls inside a caller's ``torch.autocast``: the package's own arithmetic and its own passes are as outside of it."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping

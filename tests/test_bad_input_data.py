@@ -1,17 +1,19 @@
-"""Bad data and bad labels: each refused with advice, the batch named."""
-
-from __future__ import annotations
+"""Data and models that are refused, with which message."""
 
 from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
-from tests.bad_input import Case, X, Y, check, ef, ids, mlp, normal
+from tests import by_hand
+from tests.bad_input import F64, Case, X, Y, check, ef, ids, mlp, normal, wrapped
+from tests.reference.zoo import Compose
 
 TYPE = fk.InvalidTypeError
 
@@ -178,3 +180,224 @@ def test_construction__refuses_bad_data(name: str) -> None:
 @pytest.mark.parametrize("name", ids(LABELS))
 def test_construction__refuses_bad_labels(name: str) -> None:
     check(LABELS[name])
+
+
+# -- models without a well-defined Fisher in their present state -------------------------------------------------------
+
+
+MODEL, BAD_DATA = fk.ModelError, fk.DataError
+EVAL = "Try: model.eval()"
+SEQUENCE = normal(6, 3, 4)
+
+
+def in_train_mode(layer: nn.Module) -> object:
+    """An MLP with the layer, by the name "1", in the middle."""
+    return ef(mlp(layer.double()).train())
+
+
+def recurrent(layer: nn.Module) -> object:
+    model = wrapped(lambda m, x: m.body(x)[0][:, -1], layer).train()
+    return ef(model, (SEQUENCE, Y))
+
+
+def attention() -> object:
+    model = wrapped(lambda m, x: m.body(x, x, x)[0].mean(1), nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True))
+    return ef(model.train(), (SEQUENCE, Y))
+
+
+def outputs(function: Callable[[Any, Tensor], Any], **options: Any) -> object:
+    """A model in eval mode with these outputs."""
+    return ef(wrapped(function), **options)
+
+
+COUPLED = "Batch statistics couple the examples of a batch"
+RANDOM = "Dropout makes every pass different"
+
+TRAIN_MODE: dict[str, Case] = {
+    "dropout": Case(lambda: in_train_mode(nn.Dropout(0.3)), MODEL,
+        ("got Dropout '1' in train mode", "eval mode", RANDOM, EVAL)),
+    "channel dropout": Case(lambda: in_train_mode(nn.Dropout1d(0.3)), MODEL, ("got Dropout1d '1' in train mode", EVAL)),
+    "alpha dropout": Case(lambda: in_train_mode(nn.AlphaDropout(0.3)), MODEL,
+        ("got AlphaDropout '1' in train mode", EVAL)),
+    "nested dropout": Case(lambda: in_train_mode(nn.Sequential(nn.Identity(), nn.Dropout())), MODEL,
+        ("Dropout '1.1' in train mode",)),
+    "batch norm": Case(lambda: in_train_mode(nn.BatchNorm1d(5)), MODEL,
+        ("BatchNorm1d '1' in train mode", COUPLED, EVAL)),
+    "recurrent dropout": Case(lambda: recurrent(nn.LSTM(4, 3, num_layers=2, dropout=0.2, batch_first=True)), MODEL,
+        ("got LSTM 'body' in train mode", RANDOM, EVAL)),
+    "attention dropout": Case(attention, MODEL, ("got MultiheadAttention 'body' in train mode", RANDOM, EVAL)),
+    "randomized ReLU": Case(lambda: in_train_mode(nn.RReLU()), MODEL, ("rrelu", "deterministic", EVAL)),
+    "functional dropout": Case(lambda: outputs(lambda m, x: m.body(F.dropout(x, 0.2, True))), MODEL,
+        ("the model's forward pass: got an active dropout", "a deterministic model", EVAL)),
+    "functional dropout by default": Case(lambda: outputs(lambda m, x: m.body(F.dropout(x))), MODEL,
+        ("got an active dropout", EVAL)),
+    "dropout in a functional attention": Case(
+        lambda: outputs(lambda m, x: m.body(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1))), MODEL,
+        ("got an active scaled_dot_product_attention", "With dropout every pass has another Fisher", EVAL)),
+    "low-level dropout": Case(lambda: outputs(lambda m, x: m.body(torch.dropout(x, 0.5, True))), MODEL,
+        ("deterministic", EVAL)),
+}  # fmt: skip
+
+REST = ("an output", "changes with the rest of its batch", "examples that do not influence each other", EVAL)
+LARGEST_FIRST = torch.cat([10 * X[:1], X[1:]])
+SORTED_START = torch.cat([X.sort(0).values[:2] - 5, X[2:]])
+
+
+def own_statistics() -> Compose:
+    """Batch norm by hand, the same in train and eval mode."""
+    return Compose(lambda m, x: m.body((x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-3)), body=mlp())
+
+
+INTERACTION: dict[str, Case] = {
+    "batch mean subtracted": Case(lambda: outputs(lambda m, x: m.body(x - x.mean(0))), MODEL, REST),
+    "batch softmax": Case(lambda: outputs(lambda m, x: m.body(x).softmax(0)), MODEL, REST),
+    "sorted along the batch": Case(lambda: outputs(lambda m, x: m.body(x.sort(0).values)), MODEL, REST),
+    "batch statistics by hand": Case(lambda: ef(own_statistics().eval()), MODEL, REST),
+    "batch norm without running statistics": Case(
+        lambda: ef(mlp(nn.BatchNorm1d(5, track_running_stats=False).double()).eval()), MODEL, REST),
+    "attention over the batch": Case(lambda: outputs(lambda m, x: m.body(F.scaled_dot_product_attention(x, x, x))),
+        MODEL, REST),
+    "scaled by the batch's largest, which comes first": Case(
+        lambda: outputs(lambda m, x: m.body(x / x.abs().amax()), data=(LARGEST_FIRST, Y)), MODEL, REST),
+    "sorted along the batch, the first two in order": Case(
+        lambda: outputs(lambda m, x: m.body(x.sort(0).values), data=(SORTED_START, Y)), MODEL, REST),
+    "batch mean subtracted, a batch of one first": Case(
+        lambda: outputs(lambda m, x: m.body(x - x.mean(0)), data=[(X[:1], Y[:1]), (X[1:], Y[1:])]), MODEL, REST),
+    "noise in forward": Case(lambda: outputs(lambda m, x: m.body(x + torch.randn_like(x))), MODEL,
+        ("a deterministic forward pass", EVAL)),
+    "noise in forward, one example": Case(
+        lambda: outputs(lambda m, x: m.body(x + torch.randn_like(x)), data=(X[:1], Y[:1])), MODEL,
+        ("deterministic", EVAL)),
+    "embedding with max_norm": Case(
+        lambda: ef(wrapped(lambda m, x: m.body(x).sum(1), nn.Embedding(9, 3, max_norm=1.0)), (Y.reshape(3, 2), Y[:3])),
+        MODEL,
+        ("got an embedding with max_norm", "max_norm=None", "It changes the table", "Try: renormalize the table once")),
+}  # fmt: skip
+
+
+def images(m: Any, x: Tensor) -> Tensor:
+    """Logits (B, C, H, W)."""
+    z: Tensor = m.body(x)
+    return z[:, :, None, None].expand(-1, -1, 2, 2)
+
+
+def not_a_number(m: Any, x: Tensor) -> Tensor:
+    """NaN for large inputs only."""
+    z: Tensor = m.body(x)
+    return torch.where(x.sum(1, keepdim=True) > 50, float("nan"), z)
+
+
+def infinite_slope(m: Any, x: Tensor) -> Tensor:
+    """Finite outputs whose gradient is not: √ at 0."""
+    z: Tensor = m.body(x)
+    return z + (0 * z).sqrt()
+
+
+def no_gradient() -> Compose:
+    """Inference code that a user forgot to make trainable."""
+    return Compose(torch.no_grad()(lambda m, x: m.body(x)), body=mlp())
+
+
+FORWARD = "the model's forward pass: got"
+ADVICE_FOR_IMAGES = "Try: z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W)"
+
+OUTPUTS: dict[str, Case] = {
+    "images of logits": Case(lambda: outputs(images), BAD_DATA,
+        ("got outputs of shape (B, 3, 2, 2)", "(B, C) or (B, T, C)", ADVICE_FOR_IMAGES)),
+    "images for gaussian": Case(lambda: outputs(images, data=(X, normal(6, 3, 2, 2)), likelihood="gaussian"), BAD_DATA,
+        (ADVICE_FOR_IMAGES,)),
+    "one number an example": Case(lambda: outputs(lambda m, x: m.body(x).sum(1)), BAD_DATA,
+        ("got outputs of shape (B);", "one output for each class", 'Try: likelihood="bernoulli" for one logit')),
+    "one class": Case(lambda: ef(mlp(outputs=1).eval(), (X, 0 * Y)), BAD_DATA,
+        ("got outputs of shape (B, 1)", "at least two classes", 'Try: likelihood="bernoulli"')),
+    "one number a batch": Case(lambda: outputs(lambda m, x: m.body(x).sum()), MODEL,
+        (FORWARD, "outputs of shape []", "Examples lie along axis 0")),
+    "batch axis lost": Case(lambda: outputs(lambda m, x: m.body(x).sum(0, keepdim=True)), MODEL,
+        (FORWARD, "outputs of shape [1, 3] for 2")),
+    "tuple": Case(lambda: outputs(lambda m, x: (m.body(x), x)), MODEL,
+        (FORWARD + " a tuple", "a tensor of outputs, or an object with .logits",
+            "Try: a small nn.Module around the model")),
+    "nothing": Case(lambda: outputs(lambda m, x: None), MODEL, (FORWARD + " a NoneType", "Try:")),
+    "mapping without logits": Case(lambda: outputs(lambda m, x: {"scores": m.body(x)}), MODEL,
+        (FORWARD + " a dict", "with .logits")),
+    "NaN": Case(lambda: ef(data=(X * float("nan"), Y)), fk.NonFiniteError,
+        ("data, batch 0: got model outputs with NaN or infinite entries", "finite outputs",
+            "Try: check the inputs of this batch")),
+    "NaN in a later batch": Case(lambda: outputs(not_a_number, data=[(X, Y), (X + 99, Y)]), fk.NonFiniteError,
+        ("data, batch 1: got model outputs",)),
+    "infinite weights": Case(lambda: outputs(lambda m, x: m.body(x) / 0), fk.NonFiniteError,
+        ("with NaN or infinite entries",)),
+    "NaN gradients": Case(lambda: outputs(infinite_slope), fk.NonFiniteError, ("NaN", "gradient")),
+    "class indices": Case(lambda: outputs(lambda m, x: F.one_hot(m.body(x).argmax(1), 3)), MODEL,
+        (FORWARD, "torch.int64")),
+    "complex": Case(lambda: outputs(lambda m, x: torch.complex(m.body(x), m.body(x))), MODEL,
+        (FORWARD, "torch.complex128")),
+    "detached": Case(lambda: outputs(lambda m, x: m.body(x).detach()), MODEL, (FORWARD, "gradient")),
+    "forward without gradients": Case(lambda: ef(no_gradient().eval()), MODEL, (FORWARD, "gradient")),
+    "meta device": Case(lambda: ef(mlp().to("meta").eval()), MODEL, ("meta",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ids(TRAIN_MODE))
+def test_construction__refuses_train_mode(name: str) -> None:
+    check(TRAIN_MODE[name])
+
+
+@pytest.mark.parametrize("name", ids(INTERACTION))
+def test_construction__refuses_examples_that_interact_and_random_models(name: str) -> None:
+    check(INTERACTION[name])
+
+
+@pytest.mark.parametrize("name", ids(OUTPUTS))
+def test_construction__refuses_bad_outputs(name: str) -> None:
+    check(OUTPUTS[name])
+
+
+def stochastic_depth(m: Any, x: Tensor) -> Tensor:
+    """Every example skips the branch with probability 0.1, whatever the mode."""
+    keep = (torch.rand(x.shape[0], 1) > 0.1).to(x.dtype)
+    z: Tensor = m.body(x)
+    return keep * z + 0.1 * x[:, :3]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_construction__refuses_models_that_are_random_now_and_then(seed: int) -> None:
+    """Two passes agree by chance four times out of five."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with pytest.raises(fk.ModelError, match="deterministic"):
+            outputs(stochastic_depth)
+
+
+HARMLESS: dict[str, Callable[[], nn.Module]] = {
+    "dropout in eval mode": lambda: mlp(nn.Dropout(0.5)).eval(),
+    "dropout of rate 0 in train mode": lambda: mlp(nn.Dropout(0.0)).train(),
+    "batch norm in eval mode": lambda: mlp(nn.BatchNorm1d(5).double()).eval(),
+    "randomized ReLU in eval mode": lambda: mlp(nn.RReLU()).eval(),
+    "functional dropout switched off": lambda: wrapped(lambda m, x: m.body(F.dropout(x, 0.5, m.training))),
+    "random numbers without effect": lambda: wrapped(lambda m, x: m.body(x + 0 * torch.rand_like(x))),
+}
+
+
+@pytest.mark.parametrize("name", ids(HARMLESS))
+def test_construction__accepts_what_only_looks_random(name: str) -> None:
+    assert ef(HARMLESS[name]()).examples == 6
+
+
+def test_construction__a_layer_used_in_a_new_way_in_a_later_batch_goes_the_slow_exact_way() -> None:
+    class Switching(nn.Module):
+        """The second weight works with the first layer's bias once the inputs are large."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 5, dtype=F64), nn.Linear(5, 3, dtype=F64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if float(x.mean()) > 50:
+                return F.linear(self.first(x).tanh(), self.second.weight, self.first.bias[:3] * 1)
+            return self.second(self.first(x).tanh())
+
+    model, data = Switching(), [(X, Y), (X + 99, Y)]
+    fisher = ef(model, data)
+    torch.testing.assert_close(fisher.trace(), by_hand.rows(model, data).square().sum() / fisher.examples)
+    assert {entry.rule for entry in fisher.coverage().entries} >= {"loop"}

@@ -1,7 +1,5 @@
 """A solve that is interrupted and called again goes on from its last iterate; no file is taken for another's."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable, Iterator

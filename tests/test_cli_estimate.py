@@ -1,7 +1,5 @@
 """``fisherkit estimate`` on Hugging Face folders and on functions of one's own; the truth is autograd, text by text."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fisherkit as fk
-from tests import commands
+from tests import by_hand, commands
 from tests.commands import own_module
 from tests.text_models import LABELS, SIZES, TEXTS, WORDS, jsonl, make_classifier, saved
 
@@ -50,8 +48,7 @@ def test_estimate__a_classifiers_fisher_is_that_of_its_own_loss(
         one = batch(tokenizer, [text], torch.tensor([model.config.label2id[label]]))
         outputs = model(**one)
         (u,) = torch.autograd.grad(outputs.loss, outputs.logits, retain_graph=True)
-        gradient = torch.autograd.grad(outputs.loss, list(model.parameters()))
-        rows.append(torch.cat([g.flatten() for g in gradient]) / u.norm())
+        rows.append(by_hand.gradient(outputs.loss, model) / u.norm())
     torch.testing.assert_close(found.diagonal(), torch.stack(rows).square().mean(0), rtol=1e-9, atol=1e-12)
     assert found.metadata["kind"] == "ief"
     assert found.metadata["likelihood"] == "categorical"
@@ -96,7 +93,7 @@ def test_estimate__a_causal_model_needs_no_labels(tokenizer: Any, tmp_path: Path
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         # Not the model's own loss, which is in float32 whatever the model is in.
         loss = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
-        squares.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).square())
+        squares.append(by_hand.gradient(loss, model).square())
     expected = torch.stack(squares).mean(0)
     torch.testing.assert_close(fk.load(tmp_path / "f").diagonal(), expected, rtol=1e-8, atol=1e-12)
     assert told["trace"] == pytest.approx(float(expected.sum()))

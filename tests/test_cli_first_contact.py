@@ -1,7 +1,5 @@
 """The commands as somebody meets them who types them for the first time: words, widths, defaults, bars, bytes."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import inspect

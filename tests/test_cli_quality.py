@@ -1,6 +1,4 @@
-"""``fisherkit quality`` on a model of one's own, its files, and what it says when it cannot."""
-
-from __future__ import annotations
+"""``fisherkit quality`` on a model of one's own, and the commands on the losses that people train with."""
 
 import csv
 import json
@@ -10,10 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import fisherkit as fk
 from fisherkit.evaluation import QualityTable
 from tests import commands
-from tests.commands import own_module
+from tests.commands import own_module, run
+from tests.test_losses import W, X, Y, mlp
 
 MODULE = """
 import torch
@@ -50,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-run = partial(commands.run, "quality")
+quality = partial(commands.run, "quality")
 
 
 def test_module__of_the_current_folder_comes_before_another_of_its_name(
@@ -61,12 +63,12 @@ def test_module__of_the_current_folder_comes_before_another_of_its_name(
     for place, text in ((other, "def another(): ...\n"), (folder, MODULE)):
         (place / "a_common_name.py").write_text(text)
     monkeypatch.setattr("sys.path", [str(other), str(folder), *sys.path])
-    result = run("a_common_name:make", "--kinds", "sgd", "--structures", "full")
+    result = quality("a_common_name:make", "--kinds", "sgd", "--structures", "full")
     assert result.exit_code == 0, result.output
 
 
 def test_quality__prints_a_table_and_writes_files(folder: Path) -> None:
-    result = run(
+    result = quality(
         "users_module:make", "--kinds", "sgd, ief,truncated:1", "--structures", "full,kfac", "--dampings", "1e-4,0.1",
         "--batches", "5", "--out", "found",
     )  # fmt: skip
@@ -75,7 +77,7 @@ def test_quality__prints_a_table_and_writes_files(folder: Path) -> None:
     for text in ("γ/γ_SGD", "truncated:1  full", "ief          kfac", "0.0001"):
         assert text in result.stdout
     assert f"Wrote {Path('found/quality.csv')}" in result.stdout
-    refused = run("users_module:make", "--out", "found").stderr
+    refused = quality("users_module:make", "--out", "found").stderr
     assert "found/quality.png to write, which are there; expected another name. Try: --overwrite" in refused
     assert sorted(os.listdir("found")) == ["quality.csv", "quality.json", "quality.png"]
     with (folder / "found/quality.csv").open(encoding="utf-8") as file:
@@ -87,14 +89,14 @@ def test_quality__prints_a_table_and_writes_files(folder: Path) -> None:
     assert [float(row["gamma"]) for row in rows] == [row.gamma for table in tables for row in table.rows]
     assert found["settings"]["dampings"] == [1e-4, 0.1]
     assert (folder / "found/quality.png").read_bytes().startswith(b"\x89PNG")
-    assert run("users_module:make", "--kinds", "sgd", "--out", "found", "--overwrite").exit_code == 0
+    assert quality("users_module:make", "--kinds", "sgd", "--out", "found", "--overwrite").exit_code == 0
     assert sorted(os.listdir("found")) == ["quality.csv", "quality.json"]  # no picture of another comparison
 
 
 @pytest.mark.usefixtures("folder")
 def test_quality__takes_one_batch_and_writes_nothing_unasked(folder: Path) -> None:
     before = set(folder.rglob("*"))
-    result = run("users_module:one_batch", "--kinds", "ef", "--drop-duplicates", "0.9", "--dampings", "1e-3")
+    result = quality("users_module:one_batch", "--kinds", "ef", "--drop-duplicates", "0.9", "--dampings", "1e-3")
     assert result.exit_code == 0, result.output
     assert "mean of 1 batch, 12 examples" in result.stdout
     assert "near-duplicates left out" in result.stdout
@@ -121,7 +123,7 @@ def test_quality__takes_one_batch_and_writes_nothing_unasked(folder: Path) -> No
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_quality__says_what_is_wrong(arguments: list[str], message: str) -> None:
-    result = run(*arguments)
+    result = quality(*arguments)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
@@ -130,6 +132,88 @@ def test_quality__says_what_is_wrong(arguments: list[str], message: str) -> None
 
 @pytest.mark.usefixtures("folder")
 def test_quality__a_broken_module_shows_its_own_error() -> None:
-    result = run("broken_module:make")
+    result = quality("broken_module:make")
     assert isinstance(result.exception, ModuleNotFoundError)
     assert result.exception.name == "a_module_that_is_not_there"
+
+
+# -- commands on the losses that people train with ---------------------------------------------------------------------
+
+
+FUNCTIONS = """
+import torch
+from torch import nn
+from tests.test_losses import W, X, Y, CASES, mlp
+
+def make():
+    torch.manual_seed(0)
+    return mlp()().double(), [(X, Y)]
+
+def scored():
+    model, data = make()
+    return model, data, data
+
+def loss():
+    return nn.CrossEntropyLoss(weight=W, label_smoothing=0.1)
+
+def counts():
+    case = CASES["poisson"]
+    return case.model(), [(case.x, case.y)], [(case.x, case.y)]
+
+def nothing():
+    return nn.L1Loss()
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_module(tmp_path, monkeypatch, "own_losses", FUNCTIONS)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return mlp()().double()
+
+
+def test_estimate__takes_a_loss_module() -> None:
+    result = run("estimate", "own_losses:make", "--likelihood", "own_losses:loss", "--kind", "exact",
+                 "--structure", "diagonal", "--out", "f.safetensors")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    right = fk.ExactFisher(model(), (X, Y), likelihood=nn.CrossEntropyLoss(weight=W, label_smoothing=0.1))
+    found = fk.load("f.safetensors")
+    torch.testing.assert_close(found.diagonal(), right.diagonal())
+    assert found.metadata["likelihood"] == right.metadata["likelihood"]
+    assert "label_smoothing=0.1" in result.stdout
+
+
+def test_estimate__says_what_a_likelihood_can_be() -> None:
+    for text, words in (("weibull", "package.module:function"), ("own_losses:nothing", "L1Loss")):
+        result = run("estimate", "own_losses:make", "--likelihood", text, "--out", "f.safetensors")
+        assert result.exit_code != 0
+        assert words in " ".join((result.output + str(result.exception)).split())
+
+
+def test_quality__takes_a_loss_module() -> None:
+    result = run("quality", "own_losses:make", "--likelihood", "own_losses:loss", "--kinds", "sgd,ef,truncated:2")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(("function", "likelihood"), [("scored", "own_losses:loss"), ("counts", "poisson")])
+def test_scores__take_a_loss_module(function: str, likelihood: str) -> None:
+    result = run("scores", f"own_losses:{function}", "--likelihood", likelihood, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert likelihood.partition(":")[0] in ("poisson", "own_losses")
+    text = json.dumps(found)
+    assert ("label_smoothing=0.1" in text) == (function == "scored")
+
+
+def test_scores__of_a_file_whose_loss_has_settings_ask_for_it() -> None:
+    loss = nn.CrossEntropyLoss(weight=W, label_smoothing=0.1)
+    fk.TruncatedFisher(model(), (X, Y), likelihood=loss, structure="ekfac").save("f.safetensors")
+    result = run("scores", "own_losses:scored", "--fisher", "f.safetensors")
+    assert result.exit_code != 0
+    words = " ".join((result.output + str(result.exception)).split())
+    assert "says nothing of weights" in words
+    result = run("scores", "own_losses:scored", "--fisher", "f.safetensors", "--likelihood", "own_losses:loss")
+    assert result.exit_code == 0, result.output

@@ -1,7 +1,5 @@
 """Commands that are stopped, from outside the process: what they say, and that nothing temporary stays behind."""
 
-from __future__ import annotations
-
 import signal
 import time
 from pathlib import Path

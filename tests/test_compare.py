@@ -1,10 +1,11 @@
-"""`compare` against formulas on dense matrices and the paper's toy example, and what it promises of its data."""
-
-from __future__ import annotations
+"""Tables of updates against the formulas, what is refused of them, and their pictures."""
 
 import json
 import math
 import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit import build
-from fisherkit.evaluation import QualityRow, QualityTable, compare
+from fisherkit.evaluation import QualityRow, QualityTable, average, compare, plot_damping
 from tests import snapshot
 from tests.reference import updates as reference
 from tests.test_evaluation import line
@@ -329,3 +330,126 @@ def test_table__as_text_and_dict() -> None:
     assert "γ/γ_SGD" in text
     assert re.search(r"truncated:1 +full +0\.001 ", text)
     assert QualityTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+# -- what `compare` refuses --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kinds": ("newton",)}, fk.InvalidArgumentError, "expected one of ['sgd', 'ef'"),
+        ({"kinds": ("ef:2",)}, fk.InvalidArgumentError, "'ef' has no setting"),
+        ({"kinds": ("sf:0",)}, fk.InvalidArgumentError, "draws=0, not 1 or more"),
+        ({"kinds": ("truncated:0",)}, fk.InvalidArgumentError, "rank=0, not 1 or more"),
+        ({"kinds": ("truncated:1.5",)}, fk.InvalidArgumentError, "tolerance=1.5, not a number from 0 to below 1"),
+        ({"kinds": ("truncated:",)}, fk.InvalidArgumentError, "got kind='truncated:'"),
+        ({"kinds": ("ief:2",)}, fk.InvalidArgumentError, "power=2, not a number from 0 to 1"),
+        ({"kinds": "ef"}, fk.InvalidTypeError, 'kinds=("...",)'),
+        ({"kinds": ("ef", "ief", "ef")}, fk.InvalidArgumentError, "kinds with 'ef' twice"),
+        ({"gram_dampings": (1e-3, 1e-3)}, fk.InvalidArgumentError, "gram_dampings with 0.001 twice"),
+        ({"kinds": ()}, fk.InvalidArgumentError, "got no kinds"),
+        ({"kinds": (1,)}, fk.InvalidTypeError, "a kind of type int"),
+        ({"structures": ("dense",)}, fk.InvalidArgumentError, "structure='dense'"),
+        ({"gram_dampings": (0.0,)}, fk.InvalidArgumentError, "gram damping 0.0"),
+        ({"gram_dampings": (math.inf,)}, fk.InvalidArgumentError, "gram damping inf"),
+        ({"gram_dampings": ("1",)}, fk.InvalidTypeError, "a damping of type str"),
+        ({"gram_dampings": 1e-3}, fk.InvalidTypeError, "gram_dampings of type float"),
+        ({"gram_dampings": ()}, fk.InvalidArgumentError, "no gram_dampings"),
+        ({"drop_duplicates": 1.0}, fk.InvalidArgumentError, "a cosine between 0 and 1"),
+        ({"drop_duplicates": "yes"}, fk.InvalidTypeError, "drop_duplicates of type str"),
+        ({"seed": 0.5}, fk.InvalidTypeError, "seed of type float"),
+        ({"likelihood": "weibull"}, fk.InvalidArgumentError, "weibull"),
+        ({"example": "word"}, fk.InvalidArgumentError, "example='word'"),
+    ],
+    ids=str,
+)
+def test_compare__refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        compare(network(), data(), **options)
+
+
+def test_compare__refuses_other_models_and_batches() -> None:
+    model, (x, y) = network(), data()
+    stranger: Any = model.forward
+    with pytest.raises(fk.InvalidTypeError, match="as model"):
+        compare(stranger, (x, y))
+    with pytest.raises(fk.InvalidTypeError, match="a batch of type"):
+        compare(model, x)
+    with pytest.raises(fk.DataError, match="no targets"):
+        compare(model, (x, None))
+    with pytest.raises(fk.ModelError):
+        compare(nn.Sequential(model, nn.Dropout(0.5)), (x, y))
+    with pytest.raises(fk.DataError, match="no example with a label"):
+        compare(model, (x, torch.full_like(y, -100)))
+
+
+def test_compare__refuses_duplicate_tokens_in_structures_built_from_data() -> None:
+    x, y = data(12)
+    batch = x.reshape(4, 3, 5), y.reshape(4, 3)
+    with pytest.raises(fk.InvalidArgumentError, match="tokens cannot be taken out"):
+        compare(network(), batch, structures=("kfac",), example="token", drop_duplicates=0.9)
+
+
+def test_compare__takes_one_batch_and_says_so() -> None:
+    x, y = data(12)
+    for batches in ([(x, y)], [(x, y), (x, y)]):
+        with pytest.raises(fk.InvalidTypeError, match=r"a list of \d batches; expected one batch"):
+            compare(network(), batches)
+
+
+def test_compare__says_which_kind_a_loss_does_not_have() -> None:
+    """SF is among the default kinds, and a weighted loss has no labels to draw."""
+    x, y = data()
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype))
+    with pytest.raises(
+        fk.InvalidArgumentError, match=r"^compare, kind 'sf', structure 'full': .*kinds= or structures="
+    ):
+        compare(network(), (x, y), likelihood=weighted)
+    assert len(compare(network(), (x, y), likelihood=weighted, kinds=("sgd", "ef"), gram_dampings=(0.1,)).rows) == 2
+
+
+# -- pictures and averages of `compare`'s tables -----------------------------------------------------------------------
+
+
+def tables() -> list[QualityTable]:
+    kinds, structures = ("sgd", "ef", "ief"), ("full", "diagonal")
+    return [
+        compare(network(), data(seed=s), kinds=kinds, structures=structures, gram_dampings=(1e-3, 1e-1)) for s in (1, 2)
+    ]
+
+
+def test_average__is_mean_and_deviation_over_batches() -> None:
+    both = tables()
+    found = average(both)
+    values = [table.rows[1].relative_gamma for table in both]
+    assert found["ef", "full", 1e-3] == pytest.approx((statistics.fmean(values), statistics.stdev(values)))
+    assert found["sgd", "none", None] == (1.0, 0.0)
+    assert average(both[:1])["ef", "full", 1e-3] == (values[0], 0.0)
+
+
+def test_average__refuses_tables_of_different_updates() -> None:
+    one, two = tables()
+    with pytest.raises(fk.InvalidArgumentError, match="different kinds"):
+        average([one, replace(two, rows=two.rows[1:])])
+    with pytest.raises(fk.InvalidArgumentError, match="no table"):
+        average([])
+
+
+def test_plots__are_files(tmp_path: Path) -> None:
+    both = tables()
+    plot_damping(both[0], tmp_path / "one.png")
+    plot_damping(both, tmp_path / "two.svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.svg"]
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "two.svg").read_text(encoding="utf-8")
+
+
+def test_plots__say_what_they_cannot_draw(tmp_path: Path) -> None:
+    table = tables()[0]
+    alone = replace(table, rows=table.rows[:1])
+    with pytest.raises(fk.InvalidArgumentError, match="alone"):
+        plot_damping(alone, tmp_path / "run.png")
+    with pytest.raises(fk.InvalidArgumentError, match="a folder that does not exist"):
+        plot_damping(table, tmp_path / "none" / "run.png")
+    assert list(tmp_path.iterdir()) == []

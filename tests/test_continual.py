@@ -1,7 +1,5 @@
 """EWC: values and gradients against sums written out, in any loop, for every kind and structure."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +14,7 @@ from fisherkit.continual import EWC
 from fisherkit.errors import NoClosedFormError
 from fisherkit.operators import SumOperator
 from tests.axes import paired
+from tests.by_hand import weights as flat
 from tests.operator_cases import DTYPES, TOLERANCE, normal
 from tests.small_data import mlp
 from tests.snapshot import untouched
@@ -35,10 +34,6 @@ def task(seed: int, dtype: torch.dtype = F64, number: int = 12, features: slice 
     x = torch.zeros(number, 4, dtype=dtype)
     x[:, features] = normal(number, 4, seed=seed, dtype=dtype)[:, features]
     return x, (x.double() @ normal(4, 3, seed=seed + 100)).argmax(1)
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 def gradient(model: nn.Module) -> Tensor:

@@ -1,7 +1,5 @@
 """EWC in Avalanche, against a loop written out."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 

@@ -1,7 +1,5 @@
 """EWC in Lightning, against loops written out: accumulation, clipping, precision, manual optimization, checkpoints."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Every model is compared with one autograd call an example on the example alone, 
 lengths, down to one example.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fisherkit as fk
+from tests import by_hand
 
 WIDTH, HEADS, CLASSES, LONGEST = 4, 2, 3, 8
 Body = Callable[["Model", Tensor], Tensor]
@@ -226,22 +225,6 @@ def batches(sizes: tuple[int, ...] = (3, 1, 4)) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def rows(m: nn.Module, data: list[tuple[Tensor, Tensor]], *, exact: bool) -> Tensor:
-    """Jᵀ v by one autograd call each, on each example alone."""
-    found = []
-    for x, y in data:
-        for n in range(len(x)):
-            z = m(x[n : n + 1])[0]
-            p = z.detach().softmax(-1)
-            root = torch.diag(p.sqrt()) - p.unsqueeze(1) * p.sqrt()
-            for v in root.mT if exact else (p - F.one_hot(y[n], CLASSES)).unsqueeze(0):
-                own = torch.autograd.grad(
-                    z, list(m.parameters()), v, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                found.append(torch.cat([g.flatten() for g in own]))
-    return torch.stack(found)
-
-
 def generic(fisher: fk.FisherApproximation) -> list[str]:
     return [name for e in fisher.coverage().entries if e.rule in ("torch.func", "loop") for name in e.parameters]
 
@@ -250,8 +233,7 @@ def generic(fisher: fk.FisherApproximation) -> list[str]:
 @pytest.mark.parametrize("name", BODIES)
 def test_fisher__is_that_of_one_autograd_call_an_example(name: str, exact: bool) -> None:
     m, data = model(name), batches()
-    j = rows(m, data, exact=exact)
-    expected = j.mT @ j / sum(len(y) for _, y in data)
+    expected = by_hand.fisher(m, data, "exact" if exact else "ef")
     kind = fk.ExactFisher if exact else fk.EmpiricalFisher
     for budget in (None, 1):
         fisher = kind(m, data, memory_budget=budget)
@@ -268,16 +250,16 @@ def test_natural_gradient__sees_each_examples_row_and_leaves_the_gradient_as_it_
     m, (data, *_) = model(name), batches()
     x, y = data
     own = torch.autograd.grad(F.cross_entropy(m(x), y), list(m.parameters()), allow_unused=True, materialize_grads=True)
-    j = rows(m, [data], exact=False)
+    j = by_hand.rows(m, [data])
     used = torch.cat([torch.full((p.numel(),), bool(g.any())) for p, g in zip(m.parameters(), own, strict=True)])
-    expected = torch.linalg.solve(j.mT @ j / len(j) + 1e-2 * torch.eye(j.shape[1], dtype=j.dtype), j.mean(0))
+    expected = by_hand.natural(j, 1e-2)
     optimizer = fk.optim.NaturalGradient(m, lr=1.0, kind="ef", damping=1e-2)
-    before = torch.cat([p.detach().flatten().clone() for p in m.parameters()])
+    before = by_hand.weights(m)
     F.cross_entropy(m(x), y).backward()
     for p, g in zip(m.parameters(), own, strict=True):
         assert p.grad is None or (p.grad - g).norm() <= 1e-13 * g.norm()
     optimizer.step()
-    step = before - torch.cat([p.detach().flatten() for p in m.parameters()])
+    step = before - by_hand.weights(m)
     assert (step - expected)[used].norm() <= 1e-6 * expected.norm()
 
 
@@ -300,12 +282,11 @@ def test_kfac__of_a_matrix_product_is_that_of_the_layer(structure: str) -> None:
 def test_checkpoints__compute_again_what_was_seen(name: str) -> None:
     """What a checkpoint saves when it computes again must have the shapes of the first time."""
     m, data = model(name), batches()
-    expected = rows(m, data, exact=False)
+    truth = by_hand.fisher(m, data)
     inner, _ = BODIES[name]
     m.body = lambda own, x: checkpoint(inner, own, x, use_reentrant=False)
     fisher = fk.EmpiricalFisher(m, data)
     found = fisher @ torch.eye(fisher.size, dtype=fisher.dtype)
-    truth = expected.mT @ expected / len(expected)
     assert (found - truth).norm() <= 1e-7 * truth.norm()
 
 
@@ -313,14 +294,11 @@ def test_checkpoints__compute_again_what_was_seen(name: str) -> None:
 def test_natural_gradient__with_checkpoints_in_train_mode_only(name: str) -> None:
     m, (data, *_) = model(name), batches()
     x, y = data
-    j, inner = rows(m, [data], exact=False), m.body
+    j, inner = by_hand.rows(m, [data]), m.body
     m.body = lambda own, x: checkpoint(inner, own, x, use_reentrant=False) if own.training else inner(own, x)
-    expected = torch.linalg.solve(j.mT @ j / len(j) + 1e-2 * torch.eye(j.shape[1], dtype=j.dtype), j.mean(0))
+    expected = by_hand.natural(j, 1e-2)
     optimizer = fk.optim.NaturalGradient(m.train(), lr=1.0, kind="ef", damping=1e-2)
-    before = torch.cat([p.detach().flatten().clone() for p in m.parameters()])
-    F.cross_entropy(m(x), y).backward()
-    optimizer.step()
-    step = before - torch.cat([p.detach().flatten() for p in m.parameters()])
+    step = by_hand.stepped(m, optimizer, x, y)
     assert (step - expected).norm() <= 1e-6 * expected.norm()
 
 
@@ -340,5 +318,5 @@ def test_half_of_a_sum__has_the_dtype_that_it_has_without_being_watched() -> Non
     torch.manual_seed(0)
     m, x, y = Scaled(), torch.randn(5, WIDTH), torch.randint(CLASSES, (5,))
     found = fk.EmpiricalFisher(m, (x, y)).diagonal()
-    expected = rows(m, [(x.unsqueeze(1)[:, 0], y)], exact=False).square().mean(0)
+    expected = by_hand.rows(m, [(x.unsqueeze(1)[:, 0], y)]).square().mean(0)
     assert (found - expected).norm() <= 5e-2 * expected.norm()

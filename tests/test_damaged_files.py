@@ -3,8 +3,6 @@
 Damages are drawn at random, from seeds, over every kind of file that the package writes.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import struct

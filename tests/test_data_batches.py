@@ -1,7 +1,5 @@
 """Batches in the forms that people have: right, or told how; shared inputs, ragged batches, one example at a time."""
 
-from __future__ import annotations
-
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -15,13 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
 from examples.influence.evaluation import plain_rankings
+from tests import by_hand
+from tests.small_data import normal, same
 
 N = 12
 F64 = torch.float64
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 X, Y = normal(N, 4), torch.arange(N) % 3
@@ -52,16 +48,8 @@ def brute(
     model: nn.Module, call: Callable[[int], Tensor], targets: Tensor = Y, loss: Any = nn.functional.cross_entropy
 ) -> Tensor:
     """The empirical Fisher by one gradient an example; ``call(n)`` gives the outputs of example n alone, [1, C]."""
-    rows = []
-    for n in range(len(targets)):
-        gradients = torch.autograd.grad(loss(call(n), targets[n : n + 1], reduction="sum"), list(model.parameters()))
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    stacked = torch.stack(rows)
-    return stacked.T @ stacked / len(rows)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+    one = [by_hand.gradient(loss(call(n), y[None], reduction="sum"), model) for n, y in enumerate(targets)]
+    return torch.stack(one).T @ torch.stack(one) / len(one)
 
 
 class Triple(NamedTuple):
@@ -435,10 +423,10 @@ def test_alone__an_optimizer_steps_on_one_example() -> None:
     x, y = PICTURES[0]
     gradient = fk.evaluation.loss_gradient(model, [(x, y)])
     optimizer = fk.optim.NaturalGradient(model, lr=1.0, kind="ef", damping=0.5)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    before = by_hand.weights(model)
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
-    moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    moved = before - by_hand.weights(model)
     torch.testing.assert_close(moved, gradient / (0.5 + gradient @ gradient), rtol=1e-7, atol=1e-10)
 
 

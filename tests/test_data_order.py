@@ -1,7 +1,5 @@
 """Data whose order or content changes between passes is refused; what cannot change is not."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ The blocks of one page run in order in one namespace, in an empty folder. A ``te
 is its output. mkdocs checks links inside the site (``make docs``); here are README's, and what no builder checks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

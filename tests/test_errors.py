@@ -1,18 +1,23 @@
-"""What all errors share."""
+"""Errors, and the checks of arguments that raise them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import fisherkit as fk
 from examples.influence.evaluation import Retraining
 from fisherkit import errors
+from fisherkit.arguments import check_count, check_positive, is_integer
 from fisherkit.errors import FisherkitError, MissingFileError, listed
-from fisherkit.operators import open_file
+from fisherkit.merging import MergePolicy
+from fisherkit.operators import DiagonalOperator, open_file
+from fisherkit.randomness import untouched_rng
 
 
 def test_errors__are_a_builtin_exception_too() -> None:
@@ -48,3 +53,88 @@ def test_missing_file__is_a_file_not_found_error(name: str, tmp_path: Path) -> N
 )
 def test_listed__shows_the_first_and_counts_the_others(count: int, text: str) -> None:
     assert listed(iter("abcdefghijklmnopqrstuvwxyz"[:count]), 3, "; ") == text
+
+
+# -- checks of numbers and devices -------------------------------------------------------------------------------------
+
+
+def test_is_integer__takes_no_truth_values() -> None:
+    assert is_integer(0)
+    assert is_integer(-3)
+    assert not any(is_integer(value) for value in (True, False, 1.0, "1", None))
+
+
+@pytest.mark.parametrize("value", [1, 7, None])
+def test_checks__let_counts_pass(value: int | None) -> None:
+    check_positive("call", "name", value)
+    check_count("call", "name", value, optional=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(0, fk.InvalidArgumentError), (True, fk.InvalidTypeError), (2.0, fk.InvalidTypeError), ("3", fk.InvalidTypeError)],
+)
+def test_checks__refuse_all_else_with_the_argument_s_name(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"call: got name.* or None"):
+        check_positive("call", "name", value)
+    with pytest.raises(fk.InvalidArgumentError, match=f"call: got name={value!r}; expected an integer, 1 or more, or"):
+        check_count("call", "name", value, optional=True)
+    with pytest.raises(fk.InvalidArgumentError, match=r"1 or more\.$"):
+        check_count("call", "name", None)
+
+
+@pytest.mark.parametrize(
+    ("device", "why"), [("foo", "no such kind of device"), ("meta", "have no values"), ("cuda:99", "")], ids=str
+)
+def test_device__that_is_not_there_is_refused_with_those_that_are(device: str, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    DiagonalOperator(fk.ParameterSpace(("w",), ((2,),)), torch.ones(2)).save(path)
+    for call in (
+        lambda: fk.load(path, device=device), lambda: open_file(path, device=device),
+        lambda: MergePolicy(device=device),
+    ):  # fmt: skip
+        with pytest.raises(fk.InvalidArgumentError, match=rf"device='{device}'(?s:.*)this machine: cpu(?s:.*){why}"):
+            call()
+
+
+# -- global generators are put back wherever they were -----------------------------------------------------------------
+
+
+LEGACY: Any = np.random  # the global functions that users' code draws from
+
+DRAWS: dict[str, Callable[[], Any]] = {
+    "nothing": lambda: None, "torch": lambda: torch.rand(1), "python": random.random,
+    "python's normal": lambda: random.gauss(0, 1), "numpy": lambda: LEGACY.rand(), "numpy's normal": LEGACY.randn,
+    "numpy, a whole state": lambda: LEGACY.bytes(4 * 624), "numpy, another seed": lambda: LEGACY.seed(3),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["fresh", "a kept normal", "another kind"])
+def numpy(request: pytest.FixtureRequest) -> Iterator[str]:
+    """NumPy's global generator in several states; a kept normal number is drawn without moving the generator."""
+    before, state = LEGACY.get_bit_generator(), LEGACY.get_state()
+    LEGACY.seed(0)
+    if request.param == "a kept normal":
+        LEGACY.randn()
+    if request.param == "another kind":
+        LEGACY.set_bit_generator(np.random.PCG64(0))
+    yield request.param
+    LEGACY.set_bit_generator(before)
+    LEGACY.set_state(state)
+
+
+def places() -> list[str]:
+    return [str(random.getstate()), str(LEGACY.get_state(legacy=False)), str(torch.get_rng_state().tolist())]
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_untouched_rng__puts_back_what_was_drawn_and_says_so(name: str, numpy: str) -> None:
+    if numpy == "another kind" and name == "numpy, another seed":
+        pytest.skip("NumPy seeds only a Mersenne twister")
+    before = places()
+    with np.printoptions(threshold=10_000), untouched_rng([]) as draws:
+        DRAWS[name]()
+        moved = places() != before
+    assert places() == before
+    assert draws.happened == (name != "nothing")
+    assert moved == (name != "nothing")

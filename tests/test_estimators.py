@@ -1,7 +1,5 @@
 """Hutchinson and Lanczos against dense eigendecompositions."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

@@ -1,27 +1,30 @@
-"""γ and its floor against their formulas and the paper's toy example."""
-
-from __future__ import annotations
+"""Measures of updates, the loss gradient, and the audit of other libraries' Fishers."""
 
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.evaluation import approximation_quality, loss_gradient, quality_floor
-from fisherkit.operators import DenseOperator, FisherOperator
+from fisherkit.evaluation import approximation_quality, audit, loss_gradient, quality_floor
+from fisherkit.operators import DenseOperator, DiagonalOperator, FisherOperator
 from fisherkit.space import ParameterSpace
+from tests import by_hand
+from tests.reference import fisher as reference
+from tests.reference.models import EVERY_FORM, FAMILIES
+from tests.reference.outputs import EF
+from tests.small_data import normal as random
+from tests.snapshot import untouched
+from tests.tolerances import CONFORMANCE
 
 F64 = torch.float64
 SPACE = ParameterSpace(("a", "b"), ((2, 3), (2,)))
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def dense(seed: int = 0, rank: int = 8) -> tuple[FisherOperator, Tensor]:
@@ -148,3 +151,316 @@ def test_quality_floor__refuses_a_zero_gradient_and_a_singular_matrix() -> None:
         quality_floor(operator, torch.zeros(8, dtype=F64))
     with pytest.raises(fk.SingularMatrixError):
         quality_floor(operator, random(8), damping=0.0)
+
+
+# -- ∇L ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*EVERY_FORM, "mapping_batch", "mapping_batch_logits", "frozen_bias"])
+def test_loss_gradient__is_the_mean_of_the_references_rows(family: str) -> None:
+    problem = FAMILIES[family].problem()
+    rows = reference.rows(problem, EF)
+    options = {"likelihood": problem.likelihood, "example": problem.example}
+    data = (problem.inputs, problem.targets)
+    if not isinstance(problem.inputs, Tensor):
+        data = {**problem.inputs, "labels": problem.targets}  # type: ignore[assignment]
+    with untouched(problem.model, data):
+        mean = loss_gradient(problem.model, data, **options)
+    torch.testing.assert_close(mean, rows.matrix.sum(0) / rows.count, rtol=1e-8, atol=1e-12)
+
+
+class Tokens(nn.Module):
+    """(B, T) token ids to (B, T, C) logits that depend on all earlier tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(ids).cumsum(1)))
+
+
+def tokens() -> tuple[nn.Module, Tensor, Tensor]:
+    """Labels with ignored ones: some in the first example, all in the second."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, ids, labels = Tokens().to(F64), torch.randint(7, (4, 5)), torch.randint(7, (4, 5))
+    labels[0, :2] = labels[1] = -100
+    return model, ids, labels
+
+
+@pytest.mark.parametrize(("example", "count"), [("sequence", 3), ("token", 13)])
+@pytest.mark.parametrize("normalization", ["mean", "sum"])
+def test_loss_gradient__skips_ignored_labels_and_counts_as_the_fisher(
+    example: str, count: int, normalization: str
+) -> None:
+    model, ids, labels = tokens()
+    loss = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum")
+    got = loss_gradient(model, (ids, labels), example=example, normalization=normalization)
+    fisher = fk.ExactFisher(model, (ids, labels), example=example, normalization=normalization)
+    assert fisher.examples == count
+    torch.testing.assert_close(got, by_hand.gradient(loss, model) / (count if normalization == "mean" else 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_loss_gradient__does_not_depend_on_batches(dtype: torch.dtype) -> None:
+    model, ids, labels = tokens()
+    model = model.to(dtype)
+    whole = loss_gradient(model, (ids, labels))
+    assert whole.dtype == dtype
+    pieces = loss_gradient(model, [(ids[:3], labels[:3]), (ids[3:], labels[3:])])
+    assert (whole - pieces).norm() <= CONFORMANCE[dtype] * whole.norm()
+
+
+def test_loss_gradient__is_over_the_chosen_parameters() -> None:
+    model, ids, labels = tokens()
+    whole = loss_gradient(model, (ids, labels))
+    model.requires_grad_(False)
+    torch.testing.assert_close(loss_gradient(model, (ids, labels), params=["head.weight", "head.bias"]), whole[28:])
+
+
+def test_loss_gradient__shifts_labels_for_causal_models() -> None:
+    model, ids, _ = tokens()
+    causal = type("TinyForCausalLM", (Tokens,), {})()
+    causal.load_state_dict(model.state_dict())
+    loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / 4
+    expected = by_hand.gradient(loss, model)
+    for found in (
+        loss_gradient(causal.to(F64), {"ids": ids, "labels": ids}),
+        loss_gradient(model, {"ids": ids, "labels": ids}, shift_labels=True),
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_loss_gradient__is_that_of_bfloat16_models() -> None:
+    model = nn.Linear(3, 2).to(torch.bfloat16)
+    data = torch.ones(4, 3, dtype=torch.bfloat16), torch.tensor([0, 1, 1, 1])
+    got = loss_gradient(model, data)
+    assert got.dtype == torch.bfloat16
+    loss = F.cross_entropy(model(data[0]).float(), data[1])
+    torch.testing.assert_close(got, by_hand.gradient(loss, model), rtol=2e-2, atol=2e-2)
+
+
+class NoGraph(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+X, Y = torch.ones(2, 3), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "error", "message"),
+    [
+        (nn.Linear(3, 2), (X, Y), {"example": "word"}, fk.InvalidArgumentError, "example='word'"),
+        (nn.Linear(3, 2), (X, Y), {"normalization": "max"}, fk.InvalidArgumentError, "normalization='max'"),
+        (nn.Linear(3, 2), (X, Y), {"likelihood": "weibull"}, fk.InvalidArgumentError, "'weibull'"),
+        (nn.Linear(3, 2), (X, Y), {"params": ["w"]}, fk.UnknownParameterError, "'w'"),
+        (torch.relu, (X, Y), {}, fk.InvalidTypeError, "expected a torch.nn.Module"),
+        (nn.Linear(3, 2), (X, None), {}, fk.DataError, "got no targets"),
+        (nn.Linear(3, 2), [], {}, fk.DataError, "no example with a label that counts"),
+        (nn.Linear(3, 2), (X, Y * 0 - 100), {}, fk.DataError, "no example with a label that counts"),
+        (nn.Linear(3, 2), (X, Y + 5), {}, fk.DataError, "got labels 5, 6; expected 0 to 1"),
+        (nn.Linear(3, 2), (X / 0, Y), {}, fk.NonFiniteError, "NaN or infinite"),
+        (nn.Sequential(nn.Linear(3, 2), nn.Dropout()), (X, Y), {}, fk.ModelError, "Dropout '1' in train mode"),
+        (NoGraph(3, 2), (X, Y), {}, fk.ModelError, "outputs that do not depend on the parameters"),
+    ],
+)
+def test_loss_gradient__refuses(model: Any, data: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        loss_gradient(model, data, **options)
+
+
+# -- other people's Fishers beside the exact one -----------------------------------------------------------------------
+
+
+N, BATCH = 480, 12
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+@pytest.fixture(scope="module")
+def data(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Labels drawn from the model, so that the mean gradient vanishes."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(N, 4, generator=generator).double()
+    return x, torch.multinomial(model(x).softmax(1), 1, generator=generator).squeeze(1).detach()
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> list[dict[str, Tensor]]:
+    """Of the mean loss of each batch."""
+    found = []
+    for start in range(0, len(x), batch):
+        loss = F.cross_entropy(model(x[start : start + batch]), y[start : start + batch])
+        values = torch.autograd.grad(loss, list(model.parameters()))
+        found.append(dict(zip(dict(model.named_parameters()), values, strict=True)))
+    return found
+
+
+def squared(gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([g[name].square() for g in gradients]).mean(0) for name in gradients[0]}
+
+
+def test_audit__squared_batch_gradients_are_too_small_by_about_the_batch(
+    model: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    exact = fk.EmpiricalFisher(model, data, structure="diagonal")
+    found = audit(squared(gradients(model, *data, BATCH)), exact, batch_size=BATCH)
+    assert found.compared == "diagonal"
+    assert 0.7 < found.strength_ratio / BATCH < 1.4
+    assert found.total.cosine > 0.9
+    assert any("squared gradients of batches" in text for text in found.explanations)
+    assert "squared gradients of batches" in str(found)
+
+
+def test_audit__squared_gradients_of_examples_are_the_empirical_fisher(
+    model: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    found = audit(squared(gradients(model, *data, 1)), fk.EmpiricalFisher(model, data, structure="full"))
+    assert found.total.cosine == pytest.approx(1, abs=1e-12)
+    assert found.total.scale == pytest.approx(1, abs=1e-12)
+    assert found.strength_ratio == pytest.approx(1, abs=1e-12)
+    assert [part.name for part in found.parts] == list(dict(model.named_parameters()))
+    assert found.explanations == ("1: the same normalization",)
+
+
+def test_audit__matrices_by_blocks_are_numpys(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    other, exact = (cls(model, data, structure="kfac") for cls in (fk.EmpiricalFisher, fk.ExactFisher))
+    found = audit(other, exact)
+    a, f = other.to_dense().numpy(), exact.to_dense().numpy()
+    assert found.compared == "matrix"
+    assert found.total.cosine == pytest.approx(np.vdot(a, f) / np.linalg.norm(a) / np.linalg.norm(f))
+    assert found.total.scale == pytest.approx(np.vdot(a, f) / np.vdot(f, f))
+    assert found.total.trace_ratio == pytest.approx(np.trace(a) / np.trace(f))
+    block = slice(0, 25)
+    cosine = np.vdot(a[block, block], f[block, block]) / np.linalg.norm(a[block, block])
+    assert found.parts[0].cosine == pytest.approx(cosine / np.linalg.norm(f[block, block]))
+
+
+def test_audit__a_blockwise_fisher_beside_a_full_one_counts_what_it_leaves_out(
+    model: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    other, exact = fk.EmpiricalFisher(model, data, structure="block"), fk.EmpiricalFisher(model, data)
+    found = audit(other, exact)
+    a, f = other.to_dense().numpy(), exact.to_dense().numpy()
+    assert len(found.parts) == 1
+    assert found.total.cosine == pytest.approx(np.vdot(a, f) / np.linalg.norm(a) / np.linalg.norm(f))
+    assert found.total.trace_ratio == pytest.approx(1)
+
+
+def test_audit__a_multiple_is_a_cosine_of_one_and_its_factor(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    exact = fk.ExactFisher(model, data)
+    for factor, text in ((0.5, "½"), (float(N), "N = 480"), (1 / N, "1/N = 1/480")):
+        found = audit(factor * exact, exact)
+        assert found.total.cosine == pytest.approx(1)
+        assert found.total.scale == pytest.approx(factor)
+        assert found.strength_ratio == pytest.approx(1 / factor)
+        assert found.explanations[0].startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "averaged", "text"),
+    [
+        ("mean", "batches", "1/B = 1/12: squared gradients of batches (of mean losses), averaged"),
+        ("mean", "examples", "1/B² = 1/12²"),
+        ("mean", "nothing", "N/B² = 480/12²"),
+        ("sum", "batches", "B = 12: squared gradients of batches (of summed losses), averaged"),
+        ("sum", "examples", "1: squared gradients of batches (of summed losses), summed and divided"),
+        ("sum", "nothing", "N = 480: squared gradients of batches (of summed losses), summed"),
+    ],
+)
+def test_audit__explains_every_common_loop_over_batches(
+    model: nn.Module, data: tuple[Tensor, Tensor], reduction: str, averaged: str, text: str
+) -> None:
+    exact = fk.EmpiricalFisher(model, data, structure="diagonal")
+    size = BATCH if reduction == "sum" else 1
+    divisor = {"batches": N // BATCH, "examples": N, "nothing": 1}[averaged]
+    factor = size**2 * (N // BATCH) / divisor
+    found = audit({n: factor * t for n, t in squared(gradients(model, *data, BATCH)).items()}, exact, batch_size=BATCH)
+    assert any(explanation.startswith(text) for explanation in found.explanations)
+
+
+def test_audit__coincidences_are_all_named_as_candidates(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    exact = fk.EmpiricalFisher(model, (data[0][:256], data[1][:256]), structure="diagonal")
+    found = audit(16 * exact, exact, batch_size=16)
+    assert [text.partition(":")[0] for text in found.explanations] == ["B = 16", "N/B = 256/16"]
+    assert str(found).endswith("several candidates: the scale alone does not tell which")
+
+
+def test_audit__another_direction_is_not_explained_by_a_scale(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    exact = fk.EmpiricalFisher(model, data, structure="diagonal")
+    diagonal = exact.diagonal()
+    other = diagonal.flip(0)
+    found = audit(other * (diagonal.square().sum() / (other * diagonal).sum()), exact)
+    assert found.total.cosine < 0.9
+    assert found.total.scale == pytest.approx(1)
+    assert found.explanations == ()
+    assert "the direction differs" in str(found)
+
+
+def test_audit__leaves_what_it_reads_as_it_was(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    exact, diagonal = fk.ExactFisher(model, data), torch.rand(exact_size(model)).double()
+    before, state = diagonal.clone(), torch.get_rng_state()
+    audit(diagonal, exact)
+    assert torch.equal(diagonal, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def exact_size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_audit__bad_input_is_an_error_that_says_so(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    exact = fk.ExactFisher(model, data)
+    size = exact.size
+    with pytest.raises(fk.InvalidTypeError, match="expected a FisherOperator"):
+        audit([1.0], exact)  # type: ignore[arg-type]
+    with pytest.raises(fk.InvalidTypeError, match="as exact"):
+        audit(exact, torch.ones(size))  # type: ignore[arg-type]
+    with pytest.raises(fk.InvalidArgumentError, match="shape"):
+        audit(torch.ones(size + 1).double(), exact)
+    with pytest.raises(fk.InvalidArgumentError, match="negative"):
+        audit(-torch.ones(size).double(), exact)
+    with pytest.raises(fk.InvalidArgumentError, match="the same names"):
+        audit(fk.ExactFisher(model, data, params=["0.weight"]), exact)
+    with pytest.raises(fk.InvalidArgumentError, match="compare='rows'"):
+        audit(exact, exact, compare="rows")
+    with pytest.raises(fk.InvalidArgumentError, match="batch_size=0"):
+        audit(exact, exact, batch_size=0)
+    zero = DiagonalOperator(exact.space, torch.zeros(size).double())
+    with pytest.raises(fk.InvalidArgumentError, match="an exact Fisher that is zero"):
+        audit(exact, zero)
+    with pytest.raises(fk.InvalidArgumentError, match=r"^audit: got a Fisher that is zero"):
+        audit(zero, exact)
+
+
+def test_audit__a_dict_that_does_not_fit_is_named_with_what_to_do(
+    model: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    exact = fk.EmpiricalFisher(model, data, structure="diagonal")
+    own = exact.space.unflatten(exact.diagonal())
+    for other, words in (
+        ({"0.weight": own["0.weight"]}, r"^audit: got a dict with missing names \['0.bias', .*"),
+        (own | {"more": torch.ones(1)}, r"^audit: got a dict .* unknown names \['more'\]"),
+    ):
+        with pytest.raises(fk.UnknownParameterError, match=words):
+            audit(other, exact)
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module."):
+        assert audit({prefix + name: t for name, t in own.items()}, exact) == audit(own, exact)
+    with pytest.raises(fk.InvalidArgumentError, match=r"^audit: got shape \[4, 5\] for '0.weight'; expected \[5, 4\]"):
+        audit(own | {"0.weight": own["0.weight"].T}, exact)
+    with pytest.raises(fk.InvalidTypeError, match=r"^audit: got a float for '0.bias'"):
+        audit(own | {"0.bias": 1.0}, exact)  # type: ignore[dict-item]
+
+
+def test_audit__a_block_too_large_to_write_out_is_refused_with_advice() -> None:
+    space = fk.ParameterSpace(("w",), ((5000,),))
+    big = DiagonalOperator(space, torch.ones(5000))
+    assert audit(big, big).total.scale == 1
+    with pytest.raises(fk.MemoryBudgetError, match='compare="diagonal"'):
+        audit(big, big, compare="matrix")

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fisherkit as fk
 from fisherkit.rows.base import RowSelection
 from fisherkit.rows.sliced import SlicedRows
+from tests import by_hand
+from tests.watching import Largest
 
 WIDTH, CLASSES = 4, 3
 
@@ -150,25 +150,6 @@ def made(product: Products, seed: int, number: int = 9, most: int = 5) -> tuple[
     return model, [((x[i:j], mask[i:j]), y[i:j]) for i, j in itertools.pairwise(cuts)]
 
 
-def rows(model: nn.Module, data: list[tuple[Any, Tensor]], kind: str) -> Tensor:
-    """One autograd call a row; [N, M, D]."""
-    found = []
-    for (x, mask), y in data:
-        for n in range(len(y)):
-            z = model(x[n : n + 1], mask[n : n + 1])[0]
-            p = z.detach().softmax(0)
-            root = p.sqrt().diag() - torch.outer(p, p.sqrt())
-            vectors = root.T if kind == "exact" else [p - F.one_hot(y[n], CLASSES)]
-            own = []
-            for v in vectors:
-                g = torch.autograd.grad(
-                    z, list(model.parameters()), v, retain_graph=True, materialize_grads=True, allow_unused=True
-                )
-                own.append(torch.cat([one.flatten() for one in g]))
-            found.append(torch.stack(own))
-    return torch.stack(found)
-
-
 KINDS = {"exact": fk.ExactFisher, "ef": fk.EmpiricalFisher}
 
 
@@ -182,8 +163,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 def test_rows__equal_autograd_s_and_are_kept_by_slice(product: Products, kind: str) -> None:
     for seed in range(ALL.index(product), (2 if kind == "ef" else 1) * len(ALL), len(ALL)):
         model, data = made(product, seed)
-        expected = rows(model, data, kind).flatten(0, 1)
-        whole = expected.T @ expected / 9
+        whole = by_hand.fisher(model, data, kind)
         full = KINDS[kind](model, data)
         covered = {name: entry.rule for entry in full.coverage().entries for name in entry.parameters}
         assert {covered[name] for name in EXPERTS}.isdisjoint({"loop", "torch.func"}), full.coverage()
@@ -196,8 +176,7 @@ def test_rows__equal_autograd_s_and_are_kept_by_slice(product: Products, kind: s
 @pytest.mark.parametrize("product", [by_matmul, gathered_turned, all_by_baddbmm])
 def test_blocks_streams_and_files__are_the_same(product: Products, tmp_path: Path) -> None:
     model, data = made(product, 40)
-    expected = rows(model, data, "exact").flatten(0, 1)
-    whole = expected.T @ expected / 9
+    whole = by_hand.fisher(model, data, "exact")
     block = fk.ExactFisher(model, data, structure="block").to_dense()
     close(block, whole * (block != 0))
     v = torch.randn(len(whole), 2).to(whole)
@@ -212,7 +191,7 @@ def test_kronecker__has_exact_blocks_or_the_exact_diagonal_of_experts_and_says_s
     model, data = made(by_linear, 2)
     widen(model, 16, 5)
     fisher = fk.EmpiricalFisher(model, data, structure=structure)
-    expected = rows(model, data, "ef").flatten(0, 1).square().mean(0)
+    expected = by_hand.rows(model, data).square().mean(0)
     for name in EXPERTS:
         at = fisher.space.slices[name]
         close(fisher.diagonal()[at], expected[at])
@@ -226,14 +205,8 @@ def test_natural_gradient__a_step_is_damped_least_squares(product: Products) -> 
     model, data = made(product, 3)
     optimizer = fk.optim.NaturalGradient(model, lr=0.5, damping=0.1, kind="ef")
     for inputs, y in data:  # every batch routes in its own way
-        own = rows(model, [(inputs, y)], "ef").flatten(0, 1)
-        before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        optimizer.zero_grad()
-        F.cross_entropy(model(*inputs), y).backward()
-        optimizer.step()
-        step = before - nn.utils.parameters_to_vector(model.parameters()).detach()
-        damped = own.T @ own / len(own) + 0.1 * torch.eye(len(before), dtype=own.dtype)
-        close(step, 0.5 * torch.linalg.solve(damped, own.mean(0)))
+        expected = by_hand.natural(by_hand.rows(model, (inputs, y)), 0.1)
+        close(by_hand.stepped(model, optimizer, inputs, y), 0.5 * expected)
     optimizer.close()
 
 
@@ -254,20 +227,7 @@ class Unusual(nn.Module):
 def test_rows__of_calls_that_look_alike_are_right() -> None:
     torch.manual_seed(0)
     model, data = Unusual().double(), made(by_linear, 1)[1]
-    expected = rows(model, data, "ef").flatten(0, 1)
-    close(fk.EmpiricalFisher(model, data).to_dense(), expected.T @ expected / 9)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most entries of a tensor that is made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        self.entries = max([self.entries, *sizes])
-        return output
+    close(fk.EmpiricalFisher(model, data).to_dense(), by_hand.fisher(model, data))
 
 
 @pytest.mark.parametrize("product", [by_linear, gathered, all_by_bmm])

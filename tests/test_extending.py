@@ -1,7 +1,5 @@
 """What a user adds: a likelihood, a kind, a structure, each a small class, and everything else works with it."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from fisherkit.cli import app
 from fisherkit.operators import DiagonalOperator
 from fisherkit.rows.base import UnitRows
 from fisherkit.space import ParameterSpace
+from tests import by_hand
 from tests.reference.fisher import Problem
 from tests.theorem_cases import assert_below, build, error, metric, problem
 
@@ -53,16 +52,9 @@ def counts() -> tuple[nn.Module, Tensor, Tensor]:
         return model, x, torch.poisson(torch.full((8, 2), 1.5)).double()
 
 
-def poisson_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Per-sample gradients of torch's own loss."""
-    losses = [nn.functional.poisson_nll_loss(model(a), b, reduction="sum") for a, b in zip(x, y, strict=True)]
-    grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
-    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in grads])
-
-
 def test_likelihood__empirical_kinds_are_made_of_its_gradients(counts: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = counts
-    j = poisson_gradients(model, x, y)
+    j = by_hand.rows(model, (x, y), loss=nn.functional.poisson_nll_loss)
     s = (model(x).exp() - y).square().sum(1).detach()
     ef, ief = (kind(model, (x, y), likelihood=Poisson()) for kind in (fk.EmpiricalFisher, fk.ImprovedEmpiricalFisher))
     assert error(ef.to_dense(), j.T @ j / 8) < 1e-12
@@ -306,10 +298,10 @@ def test_structure__is_averaged_and_resumed_by_both_optimizers(ema: float) -> No
     assert error(steps[0], gradient / (average + 0.1)) < 1e-12
     assert torch.equal(*steps)
     optimizer = fk.optim.NaturalGradient(of.model, 0.5, kind="ef", structure="scalar", damping=0.1)
-    before = torch.cat([p.detach().flatten() for p in of.model.parameters()])
+    before = by_hand.weights(of.model)
     nn.functional.cross_entropy(of.model(half[1].inputs), half[1].targets).backward()
     optimizer.step()
-    after = torch.cat([p.detach().flatten() for p in of.model.parameters()])
+    after = by_hand.weights(of.model)
     assert error(before - after, 0.5 * gradient / (means[1] + 0.1)) < 1e-12
 
 
@@ -326,12 +318,10 @@ def test_structure__is_what_applications_take() -> None:
     assert float(ewc.penalty().detach()) == pytest.approx(float(d.sum()) * 0.01, rel=1e-9)
     other = build(fk.EmpiricalFisher, of, structure="scalar")
     state = fk.merging.merge([merged, of.model], [fisher, other], damping=1e-8, normalize=None)
-    start, end = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (merged, of.model))
+    start, end = map(by_hand.weights, (merged, of.model))
     expected = (d * start + other.diagonal() * end) / (d + other.diagonal())
     assert error(torch.cat([state[n].flatten() for n in fisher.space.names]), expected) < 1e-5
     scores = fk.influence.InfluenceScores(other, of.model, damping=0.1)
     found = scores.scores((of.inputs[:2], of.targets[:2]), (of.inputs, of.targets))
-    losses = nn.functional.cross_entropy(of.model(of.inputs), of.targets, reduction="none")
-    rows = [torch.autograd.grad(loss, list(of.model.parameters()), retain_graph=True) for loss in losses]
-    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    J = by_hand.rows(of.model, (of.inputs, of.targets))
     assert error(found, J[:2] @ (J / (other.diagonal() + 0.1)).T / other.examples) < 1e-10

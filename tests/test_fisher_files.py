@@ -1,7 +1,5 @@
 """`split` and `open_file`: an operator's independent blocks, in memory and one by one from a file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar

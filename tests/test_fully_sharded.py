@@ -1,7 +1,5 @@
 """Models that `fully_shard` has sharded (FSDP2): what is measured on them is what is measured on the whole model."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard

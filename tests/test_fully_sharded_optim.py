@@ -1,8 +1,6 @@
 """Optimizers of models that `fully_shard` has sharded (FSDP2): steps are those of the whole model, by one process or
 by `DistributedDataParallel` where each process draws or averages for itself."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import tempfile

@@ -3,8 +3,6 @@
 The truth is the same weights in float64, one autograd call a row, up to what the model's own passes round.
 """
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.rows.differentiable import TARGETS, scales
+from tests import by_hand
 from tests.tolerances import HALF
 
 DTYPES = list(HALF)
@@ -78,18 +77,7 @@ def case(family: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
 def truth(model: nn.Module, x: Tensor, y: Tensor, kind: str = "ef") -> Tensor:
     """F in float64 at the half model's own weights, one autograd call a row."""
     wide = copy.deepcopy(model).double()
-    parameters = list(wide.parameters())
-    rows = []
-    for n in range(len(y)):
-        one = x[n : n + 1]
-        z = wide(one.double() if one.is_floating_point() else one)[0]
-        p = z.detach().softmax(0)
-        vectors = [p - F.one_hot(y[n], len(p))] if kind == "ef" else (p.sqrt().diag() - torch.outer(p, p.sqrt())).mT
-        for v in vectors:
-            found = torch.autograd.grad(z, parameters, v, retain_graph=True)
-            rows.append(torch.cat([g.flatten() for g in found]))
-    j = torch.stack(rows)
-    return j.mT @ j / len(y)
+    return by_hand.fisher(wide, (x.double() if x.is_floating_point() else x, y), kind)
 
 
 def error(got: Tensor, expected: Tensor) -> float:

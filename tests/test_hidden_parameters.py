@@ -1,7 +1,5 @@
 """Parameters that autograd finds in no usual way: behind checkpoints and custom functions, sparse, or not at all."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +12,7 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint, checkpoint_se
 
 import fisherkit as fk
 from fisherkit.kinds import KINDS
+from tests import by_hand
 
 F64 = torch.float64
 STRUCTURES = ["full", "block", "diagonal", "kfac", "ekfac"]
@@ -31,17 +30,9 @@ def batch(size: int = 7, features: int = 4) -> tuple[Tensor, Tensor]:
     return x, torch.randint(3, (size,), generator=generator)
 
 
-def second_moment(model: nn.Module, data: tuple[Any, Tensor], names: list[str] | tuple[str, ...]) -> Tensor:
-    """Σ_n g_n g_nᵀ / N by one backward pass an example."""
-    own, (x, y) = dict(model.named_parameters()), data
-    rows = []
-    for n in range(len(y)):
-        loss = F.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
-        found = torch.autograd.grad(loss, [own[name] for name in names], allow_unused=True)
-        dense = [torch.zeros_like(own[k]) if g is None else g.to_dense() for k, g in zip(names, found, strict=True)]
-        rows.append(torch.cat([g.flatten() for g in dense]))
-    stacked = torch.stack(rows)
-    return stacked.mT @ stacked / len(y)
+def named(model: nn.Module, fisher: Any) -> list[Tensor]:
+    """The parameters of a Fisher."""
+    return [model.get_parameter(name) for name in fisher.space.names]
 
 
 # -- reentrant checkpoints ---------------------------------------------------------------------------------------------
@@ -77,7 +68,7 @@ def test_checkpoint__reentrant_is_as_if_it_were_not(way: str, params: list[str] 
     model, data = seeded(Checkpointed), batch()
     model.way = way  # type: ignore[assignment]
     fisher = fk.EmpiricalFisher(model, data, params=params)
-    expected = second_moment(plain(model), data, fisher.space.names)
+    expected = by_hand.fisher(twin := plain(model), data, of=named(twin, fisher))
     torch.testing.assert_close(fisher.to_dense(), expected)
     gradient = fk.evaluation.loss_gradient(model, data, params=params)
     torch.testing.assert_close(gradient, fk.evaluation.loss_gradient(plain(model), data, params=params))
@@ -206,7 +197,7 @@ def test_custom_function__leaves_the_rest_and_spare_parameters_alone() -> None:
     model, data = seeded(Opaque), batch()
     names = ["a.weight", "c.weight", "spare"]
     fisher = fk.EmpiricalFisher(model, data, params=names)
-    torch.testing.assert_close(fisher.to_dense(), second_moment(model, data, fisher.space.names))
+    torch.testing.assert_close(fisher.to_dense(), by_hand.fisher(model, data, of=named(model, fisher)))
 
 
 # -- sparse gradients --------------------------------------------------------------------------------------------------
@@ -243,7 +234,7 @@ def test_sparse__gradients_give_the_dense_result(name: str) -> None:
     model, data = seeded(SPARSE[name]), words()
     for params in (None, lambda key, p: key.endswith(("2.weight", "head.weight"))):
         fisher = fk.EmpiricalFisher(model, data, params=params)
-        expected = second_moment(model, data, fisher.space.names)
+        expected = by_hand.fisher(model, data, of=named(model, fisher))
         torch.testing.assert_close(fisher.to_dense(), expected)
         for structure in STRUCTURES[1:]:
             diagonal = fk.EmpiricalFisher(model, data, params=params, structure=structure).diagonal()
@@ -254,8 +245,7 @@ def test_sparse__gradients_give_the_dense_result(name: str) -> None:
         torch.testing.assert_close(fk.ExactFisher(model, data, params=params, memory_budget=1) @ v, exact @ v)
     gradient = fk.evaluation.loss_gradient(model, data)
     loss = F.cross_entropy(model(data[0]), data[1])
-    parts = torch.autograd.grad(loss, list(model.parameters()))
-    torch.testing.assert_close(gradient, torch.cat([g.to_dense().flatten() for g in parts]))
+    torch.testing.assert_close(gradient, by_hand.gradient(loss, model))
 
 
 @pytest.mark.parametrize("name", ["embedding", "mean"])
@@ -271,7 +261,7 @@ def test_sparse__optimizers_step_as_with_dense_gradients(optimizer: str, name: s
         F.cross_entropy(model(x), y).backward()
         o.step()
         o.close()
-        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        steps.append(by_hand.weights(model))
     torch.testing.assert_close(*steps)
 
 
@@ -381,9 +371,7 @@ def test_unused__in_the_first_examples_and_used_later() -> None:
     data = [(x[:3], y[:3]), (torch.cat([x[3:4] * 0 + 6, x[3:4] * 0 + 7]), y[3:5])]
     model = seeded(Gated)
     fisher = fk.EmpiricalFisher(model, data)
-    expected = second_moment(
-        model, (torch.cat([d[0] for d in data]), torch.cat([d[1] for d in data])), fisher.space.names
-    )
+    expected = by_hand.fisher(model, data)
     torch.testing.assert_close(fisher.to_dense(), expected)
 
 

@@ -4,8 +4,6 @@ The truth here is ``model(**batch, labels=labels).loss`` and autograd, so that l
 averaging are the library's word and not this package's.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.kinds import KINDS
+from tests import by_hand
 from tests.reference import fisher as reference
 from tests.reference.outputs import EXACT, IGNORE_INDEX, Kind, truncated_kind
 
@@ -147,7 +146,6 @@ def counted(labels: Tensor, causal: bool) -> int:
 
 def own_loss_rows(model: nn.Module, batch: Batch, causal: bool) -> Tensor:
     """Gradients of each example's summed loss: the model's mean times the number of labels in it; [N, D]."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for n in range(len(batch["labels"])):
         single = one(batch, n)
@@ -155,8 +153,7 @@ def own_loss_rows(model: nn.Module, batch: Batch, causal: bool) -> Tensor:
         if number == 0:
             continue
         loss = number * model(**single).loss
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        rows.append(by_hand.gradient(loss, model))
     return torch.stack(rows)
 
 

@@ -1,7 +1,5 @@
 """Labels that a Hugging Face model takes as inputs too, and positions without: its own loss is the truth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import fisherkit as fk
+from tests import by_hand
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
@@ -132,14 +131,12 @@ MODELS: dict[str, Callable[[], Case]] = {
 
 def rows(model: nn.Module, batch: dict[str, Tensor], *, shift: bool = False) -> Tensor:
     """Gradients of each example's summed loss by the model's own mean over its labels; [N, D]."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
     found = []
     for n in range(len(batch["labels"])):
         single = {name: tensor[n : n + 1] for name, tensor in batch.items()}
         counted = single["labels"][:, 1:] if shift else single["labels"]
         loss = int((counted != IGNORED).sum()) * model(**single).loss
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        found.append(by_hand.gradient(loss, model))
     return torch.stack(found)
 
 
@@ -212,12 +209,12 @@ def test_optimizer__of_an_encoder_decoder_steps_on_its_own_loss() -> None:
     own = rows(model, batch)
     gradient = own.mean(0)
     optimizer = fk.optim.NaturalGradient(model, lr=1.0, kind="ef", damping=0.5)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    before = by_hand.weights(model)
     z = model(**batch).logits
     loss = nn.functional.cross_entropy(z.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / 4
     loss.backward()
     optimizer.step()
-    moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    moved = before - by_hand.weights(model)
     f = own.T @ own / 4
     close(moved, torch.linalg.solve(f + 0.5 * torch.eye(len(f), dtype=F64), gradient), 1e-6)
 
@@ -321,8 +318,7 @@ def test_ef__of_virtual_tokens_in_a_token_classifier() -> None:
     for n in range(4):  # this model's own loss does not know its virtual tokens
         z = model(input_ids=batch["input_ids"][n : n + 1]).logits[0, 2:]
         loss = nn.functional.cross_entropy(z, targets[n], reduction="sum")
-        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        found.append(by_hand.gradient(loss, model))
     own = torch.stack(found)
     close(fk.EmpiricalFisher(model, batch).to_dense(), own.T @ own / 4)
 

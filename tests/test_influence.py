@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fisherkit as fk
 from fisherkit.influence import InfluenceScores, model_rows
 from fisherkit.influence.blocks import OncePerExample, RowBlock
+from tests import by_hand
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
 from tests.small_data import F64, X, Y, cut, mlp, normal, same
@@ -30,11 +31,7 @@ def influence(structure: str = "full", **options: Any) -> tuple[InfluenceScores,
 
 def gradients(model: nn.Module, values: Tensor) -> Tensor:
     """Of each value, [B, D]."""
-    found = []
-    for value in values:
-        parts = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
-        found.append(torch.cat([g.flatten() for g in parts]))
-    return torch.stack(found)
+    return torch.stack([by_hand.gradient(value, model) for value in values])
 
 
 def expected(scores: InfluenceScores, model: nn.Module, values: Tensor) -> Tensor:

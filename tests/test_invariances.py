@@ -3,8 +3,6 @@
 Where the reference is not the other side, both are the package's, in two ways that must agree.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace

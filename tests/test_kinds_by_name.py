@@ -1,7 +1,7 @@
-"""One spelling of kinds with their settings, for optimizers, tables and commands."""
+"""Kinds and structures by their names."""
 
-from __future__ import annotations
-
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fisherkit as fk
+from fisherkit.structures import structures
 from fisherkit.vectors import rule_of, spelled, spellings
 
 CASES = {
@@ -63,3 +64,22 @@ def test_step__takes_a_setting_and_a_seed() -> None:
         fk.optim.NaturalGradient(model, lr=0.1, kind=kind, damping=1e-2).close()
         fk.optim.Preconditioner(model, kind=kind, damping=1e-2).close()
     assert fk.optim.RowDamped("truncated:1", 0.1).kind_options() == {"rank": "1", "row_damping": "0.1"}
+
+
+# -- the list of structures --------------------------------------------------------------------------------------------
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "choose-a-structure.md"
+OWN = {name: one.meaning for name, one in structures().items() if one.__module__.startswith("fisherkit.")}
+
+
+def test_page__has_the_names_and_meanings_of_the_registry() -> None:
+    table = PAGE.read_text(encoding="utf-8").partition("|---|")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (\w+) \| ([^|]+) \|", table, re.MULTILINE)
+    assert dict(rows) == OWN
+    assert list(OWN) == ["full", "block", "diagonal", "kfac", "ekfac", "nkp"]
+
+
+def test_name__that_is_not_known_is_refused_with_the_list() -> None:
+    with pytest.raises(fk.InvalidArgumentError, match=r"structure='kfak'.*'full', 'block', 'diagonal'"):
+        fk.structures.structure_named("kfak", "here")

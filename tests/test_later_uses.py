@@ -1,7 +1,5 @@
 """Uses of a parameter that the first two examples, or an earlier build of the same model, did not show."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from tests import by_hand
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TOKENS = torch.randint(1, 6, (8, 4), generator=torch.Generator().manual_seed(0))
@@ -29,19 +28,9 @@ class Model(nn.Module):
         return self.function(x, *self.own, **self.settings)
 
 
-def reference(model: nn.Module, x: Tensor) -> Tensor:
-    """JᵀJ/N by one autograd call an output."""
-    rows = []
-    for n in range(len(x)):
-        for z in model(x[n : n + 1].clone()).flatten():
-            found = torch.autograd.grad(z, list(model.parameters()), retain_graph=True, materialize_grads=True)
-            rows.append(torch.cat([g.flatten() for g in found]))
-    j = torch.stack(rows)
-    return j.mT @ j / len(x)
-
-
 def check(model: nn.Module, x: Tensor, **options: Any) -> None:
-    fisher, expected = fk.ExactFisher(model, (x, None), likelihood="gaussian", **options), reference(model, x)
+    fisher = fk.ExactFisher(model, (x, None), likelihood="gaussian", **options)
+    expected = by_hand.fisher(model, (x, None), "gaussian")
     eye = torch.eye(fisher.size, dtype=torch.float64)
     expected = torch.diag(expected.diagonal()) if options.get("structure") == "diagonal" else expected
     torch.testing.assert_close(fisher @ eye, expected)
@@ -112,7 +101,7 @@ def test_several_vectors__of_a_kernel_that_takes_examples_for_vectors(
 
     model = Model(solved, (3, 3))
     fisher = fk.ExactFisher(model, [(x, None) for x in X.split(sizes)], likelihood="gaussian", **options)
-    expected = reference(model, X)
+    expected = by_hand.fisher(model, (X, None), "gaussian")
     expected = torch.diag(expected.diagonal()) if options.get("structure") == "diagonal" else expected
     torch.testing.assert_close(fisher @ torch.eye(fisher.size, dtype=torch.float64), expected)
 
@@ -154,4 +143,89 @@ def test_streamed_products__of_a_function_without_forward_derivative_in_a_later_
     fisher = fk.ExactFisher(model, [(X, None), (x[6:], None)], likelihood="gaussian", storage="stream")
     v = torch.randn(12, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for _ in range(2):
-        torch.testing.assert_close(fisher @ v, reference(model, x) @ v)
+        torch.testing.assert_close(fisher @ v, by_hand.fisher(model, (x, None), "gaussian") @ v)
+
+
+# -- layers of no consequence in some batch ----------------------------------------------------------------------------
+
+
+class Sometimes(nn.Module):
+    """A layer that is always used, and of consequence only where the first input is positive.
+
+    Args:
+        in_place: its output is overwritten where it is not; else it is left alone.
+    """
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.body, self.extra, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 5)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, e = self.body(x).tanh(), self.extra(x)
+        if bool(x[0, 0] > 0):
+            return self.head(h + e)
+        return self.head(h + e.zero_().add(1.0) if self.in_place else h)
+
+
+def batches(*signs: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for sign in signs:
+        x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+        x[:, 0] = sign * x[:, 0].abs()
+        found.append((x, torch.randint(5, (6,), generator=generator)))
+    return found
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("signs", [(1, -1, 1), (-1, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("structure", ["diagonal", "ekfac", "full", "block"])
+def test_build__of_a_layer_that_is_silent_in_some_batch(structure: str, signs: tuple[int, ...], in_place: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Sometimes(in_place).double(), batches(*signs)
+    expected = by_hand.rows(model, data).square().mean(0)
+    whole = fk.EmpiricalFisher(model, data, structure=structure)
+    if structure == "ekfac":
+        torch.testing.assert_close(whole.trace(), expected.sum())
+    else:
+        torch.testing.assert_close(whole.diagonal(), expected)
+
+
+@pytest.mark.parametrize("structure", ["ekfac", "nkp"])
+def test_build__in_parts_of_a_layer_that_is_silent_in_a_later_batch(structure: str) -> None:
+    torch.manual_seed(0)
+    model, data = Sometimes(False).double(), batches(1, -1, 1)
+    budget = fk.plan(model, batches(1, 1), structure=structure).result_bytes
+    found = fk.EmpiricalFisher(model, data, structure=structure, memory_budget=budget)
+    torch.manual_seed(0)
+    fresh = Sometimes(False).double()
+    whole = fk.EmpiricalFisher(fresh, data, structure=structure)
+    torch.testing.assert_close(found.to_dense(), whole.to_dense())
+
+
+class Mixing(nn.Module):
+    """Positions that are apart only where the first input is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).tanh()
+        return self.head(h if bool(x[0, 0, 0] > 0) else h + h.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_build__of_positions_that_are_mixed_in_a_later_batch(in_parts: bool) -> None:
+    torch.manual_seed(0)
+    model, generator = Mixing().double(), torch.Generator().manual_seed(0)
+    data = [(torch.randn(4, 6, 3, generator=generator, dtype=torch.float64), torch.zeros(4, 6).long()) for _ in "ab"]
+    for (x, _), sign in zip(data, (1, -1), strict=True):
+        x[..., 0] = sign * x[..., 0].abs()
+    options = {"structure": "ekfac"}
+    if in_parts:
+        options["memory_budget"] = fk.plan(model, data[:1], "exact", **options).result_bytes
+        assert len(fk.plan(model, data[:1], "exact", **options).parts) > 1
+    found = fk.ExactFisher(model, data, **options)
+    torch.testing.assert_close(found.trace(), fk.ExactFisher(model, data, storage="rows").trace())

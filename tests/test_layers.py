@@ -1,7 +1,5 @@
 """The package's inner order: operators are asked what they can, not what they are, and imports go down only."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 The loss itself is the reference's, which shares no code with the package.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

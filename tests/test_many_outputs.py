@@ -3,8 +3,6 @@
 The reference makes each position's loss Hessian in z and Jacobian by automatic differentiation of torch's own losses.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.rows.problem import Problem
 from fisherkit.vectors import ExactVectors
+from tests import by_hand
 from tests.reference.zoo import Compose
 
 F64 = torch.float64
@@ -91,9 +90,7 @@ def positions(
             if label is not None and not label.is_floating_point() and int(label) == -100:
                 continue
             h = torch.autograd.functional.hessian(lambda u, label=label: loss(u, label), flat[t].detach())
-            j = torch.stack(
-                [torch.cat([g.flatten() for g in torch.autograd.grad(f, own, retain_graph=True)]) for f in flat[t]]
-            )
+            j = torch.stack([by_hand.gradient(f, own) for f in flat[t]])
             yield n, h, j, torch.cat([a[t], a.new_ones(1)])
 
 

@@ -15,6 +15,7 @@ from fisherkit.rows.base import StoredRows
 from fisherkit.rows.collection import LargestRows, Rows, UnitSlot
 from fisherkit.space import ParameterSpace
 from fisherkit.testing import check_fisher
+from tests import by_hand
 from tests.conformance_cases import KINDS, build, problem, reference_rows, relative_error
 from tests.reference.models import EVERY_FORM
 from tests.test_invariances import batches
@@ -64,9 +65,8 @@ class Softmax:
             z = self.model(x)
             p = z.detach().softmax(0)
             most = torch.linalg.cholesky((torch.diag(p) - torch.outer(p, p))[:-1, :-1])
-            for v in torch.cat([most, -most.sum(0, keepdim=True)]).mT:  # S's columns add up to 0
-                grads = torch.autograd.grad((z * v).sum(), list(self.model.parameters()), retain_graph=True)
-                found.append(torch.cat([g.flatten() for g in grads]))
+            s = torch.cat([most, -most.sum(0, keepdim=True)])  # whose columns add up to 0
+            found += [by_hand.gradient(z, self.model, v) for v in s.mT]
         self.rows = torch.stack(found)
 
     def build(self, **options: Any) -> fk.ExactFisher:

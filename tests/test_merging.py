@@ -1,7 +1,5 @@
 """Merging against one dense system, for every structure, method and setting; and the theorems it must obey."""
 
-from __future__ import annotations
-
 import copy
 import functools
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.merging import MergePolicy, blocks
 from fisherkit.operators import DiagonalOperator, KroneckerOperator, kronecker_sum
+from tests import by_hand
 from tests import merging_cases as mc
 from tests import operator_cases as oc
 from tests.merging_cases import F64
@@ -176,21 +175,11 @@ def tasks(count: int = 2, sizes: tuple[int, ...] = (7, 9)) -> tuple[list[nn.Modu
     return models, data
 
 
-def outer_products(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
-    """EF by one backward pass for each example."""
-    total: Tensor = torch.zeros(())
-    for x, y in zip(*data, strict=True):
-        loss = nn.functional.cross_entropy(model(x.unsqueeze(0)), y.unsqueeze(0))
-        gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
-        total = total + torch.outer(gradient, gradient) / len(data[0])
-    return total
-
-
 @pytest.mark.parametrize("method", ["auto", "direct", "cg"])
 def test_merge__of_rows_stacks_them(method) -> None:
     models, data = tasks()
     fishers = [fk.EmpiricalFisher(m, d, structure="full") for m, d in zip(models, data, strict=True)]
-    dense = [outer_products(m, d) for m, d in zip(models, data, strict=True)]
+    dense = [by_hand.fisher(m, d) for m, d in zip(models, data, strict=True)]
     states = [m.state_dict() for m in models]
     for damping in (1e-1, 1e-6):
         expected = mc.brute_force(states, dense, fishers[0].space, [0.5, 0.5], damping)
@@ -206,7 +195,7 @@ def test_merge__output_damping_of_rows_is_by_module() -> None:
     states = [m.state_dict() for m in models]
     mixed = []
     for model, d in zip(models, data, strict=True):
-        matrix = outer_products(model, d)
+        matrix = by_hand.fisher(model, d)
         mean = torch.block_diag(mc.averaged(matrix[:16, :16], 3, 4, True), mc.averaged(matrix[16:, 16:], 4, 3, True))
         mixed.append((matrix + mean) / 2)
     expected = mc.brute_force(states, mixed, fishers[0].space, [0.5, 0.5], 1e-4)

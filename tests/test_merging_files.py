@@ -1,7 +1,5 @@
 """Merging from and to files: what is read, what is written, and that nothing is lost or half there."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What becomes of names that are not merged, and of models and Fishers that do not fit: refused, with the flag."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

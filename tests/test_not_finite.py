@@ -1,7 +1,5 @@
 """NaN and infinity that finite outputs hide: refused by batch and module, wherever rows, sums and scores are made."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Matrices without an inverse, tensors that make no operator, bad vectors, numbers and sums: each is refused."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

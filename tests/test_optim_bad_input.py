@@ -1,7 +1,5 @@
 """What the optimizers refuse, when, and in which words."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

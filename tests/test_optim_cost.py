@@ -3,8 +3,6 @@
 Counts and no times, so that they are the same on every machine. Bounds have a few calls of room.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

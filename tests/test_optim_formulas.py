@@ -1,7 +1,5 @@
 """One step of the optimizers equals its formula, written out in float64 with dense matrices and loops over examples."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The optimizers in training loops as people write them: which batches a step is made of."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from tests import by_hand
 from tests.bad_input import X, Y, mlp, normal
 from tests.optim_cases import close
 from tests.optim_loops import backward, each_setting, expected, flat, made, natural, train
@@ -287,14 +286,7 @@ def test_accumulation__takes_a_layer_that_a_later_pass_uses_first(kind: str, str
         steps.append(before - flat(model))
         if structure == "full" and kind == "ef":
             torch.manual_seed(3)
-            model, rows = Late().double(), []
-            for n in range(6):
-                loss = F.cross_entropy(model(x[n : n + 1]), Y[n : n + 1])
-                own = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, allow_unused=True)
-                rows.append(torch.cat([g.flatten() for g in own]))
-            j = torch.stack(rows)
-            right = torch.linalg.solve(j.mT @ j / 6 + 1e-2 * torch.eye(j.shape[1]).double(), j.mean(0))
-            close(steps[-1], right)
+            close(steps[-1], by_hand.natural(by_hand.rows(Late().double(), (x, Y)), 1e-2))
     close(steps[0], steps[1])
 
 

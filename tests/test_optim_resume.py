@@ -1,7 +1,5 @@
 """Training that is stopped and goes on from a file takes the same steps, to the last bit."""
 
-from __future__ import annotations
-
 import copy
 import io
 from typing import Any

@@ -1,7 +1,5 @@
 """Train mode: dropout, batch norm, mixed precision and skipped steps."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.errors import ModelError
+from tests import by_hand
 from tests.bad_input import F64, X, Y, mlp, normal
 from tests.optim_cases import close
 from tests.optim_loops import backward, flat, natural
@@ -55,14 +54,7 @@ def test_dropout__rows_are_those_of_the_masks_that_the_loss_saw(kind: str) -> No
         for n in range(len(Y)):
             p = torch.softmax(z[n].detach(), -1)
             H = torch.diag(p) - torch.outer(p, p)
-            Jz = torch.stack(
-                [
-                    torch.cat(
-                        [g.flatten() for g in torch.autograd.grad(z[n, c], list(twin.parameters()), retain_graph=True)]
-                    )
-                    for c in range(3)
-                ]
-            )
+            Jz = torch.stack([by_hand.gradient(entry, twin) for entry in z[n]])
             F_dense += Jz.T @ H @ Jz / len(Y)
         expected = torch.linalg.solve(F_dense + DAMPING * torch.eye(len(F_dense), dtype=F64), J.mean(0))
         optimizer = natural(model, 1.0, kind="exact", damping=DAMPING, gram_damping=None)

@@ -1,16 +1,18 @@
-"""Kinds of a user's own: what their rule may answer, and where it does not count."""
-
-from __future__ import annotations
+"""Kinds and likelihoods of users."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from fisherkit.likelihoods import Bernoulli, Categorical, Gaussian, GaussianNLL, Likelihood, Poisson
 from fisherkit.outputs import Columns
+from tests import by_hand
 
 F64 = torch.float64
 N, T, C = 5, 4, 3
@@ -58,8 +60,7 @@ def reference() -> Tensor:
         counted += bool(keep.any())
         for make in (lambda z: z.softmax(-1), torch.tanh):
             z = model(x[n])
-            grads = torch.autograd.grad((z * make(z.detach()))[keep].sum(), list(model.parameters()))
-            rows.append(torch.cat([g.flatten() for g in grads]))
+            rows.append(by_hand.gradient((z * make(z.detach()))[keep].sum(), model))
     J = torch.stack(rows)
     return J.T @ J / counted
 
@@ -136,3 +137,272 @@ def test_vectors__are_checked_in_an_optimizer_and_under_row_damping() -> None:
         with pytest.raises(fk.InvalidTypeError, match=r"Answer\.output_vectors: got a Tensor"):
             nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
         optimizer.close()
+
+
+# -- a likelihood on top of a built-in one -----------------------------------------------------------------------------
+
+
+def classified() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4).double()
+    return model, torch.randn(30, 5, dtype=F64), torch.randint(4, (30,))
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+class Smoothed(Categorical):
+    """cross_entropy(label_smoothing=e): H is Categorical's, the gradient is not."""
+
+    name = "smoothed"
+
+    def __init__(self, e: float) -> None:
+        super().__init__()
+        self.e = e
+
+    def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        c = z.shape[-1]
+        return super().gradient(z, target) + self.e * (F.one_hot(self._valid(target), c).to(z) - 1 / c)
+
+
+class Noise(Gaussian):
+    """A variance of ¼ in the gradient alone."""
+
+    def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        return (z - target) / 0.25
+
+
+class FullNoise(Noise):
+    """The same in all that follows from it."""
+
+    def hessian_factor(self, z: Tensor) -> Tensor:
+        return 2 * torch.eye(z.shape[-1], dtype=z.dtype).expand(*z.shape, -1)
+
+    def sample(self, z: Tensor, uniform: Tensor) -> Tensor:
+        return z + 0.5 * torch.special.ndtri(uniform)
+
+
+def test_changed_gradient__leaves_no_closed_form_that_followed_from_it() -> None:
+    model, x, y = classified()
+    own, torchs = Smoothed(0.1), nn.CrossEntropyLoss(label_smoothing=0.1)
+    exact = fk.ExactFisher(model, (x, y), likelihood=own).to_dense()
+    assert error(exact, fk.ExactFisher(model, (x, y)).to_dense()) < 1e-12
+    for rank in (1, 2, 3):
+        found = fk.TruncatedFisher(model, (x, y), likelihood=own, rank=rank).to_dense()
+        assert error(found, fk.TruncatedFisher(model, (x, y), likelihood=torchs, rank=rank).to_dense()) < 1e-9
+        assert float(torch.linalg.eigvalsh(exact - found).min()) > -1e-12
+    assert error(found, exact) < 1e-10
+
+
+def test_changed_gradient__draws_no_labels_of_another_loss() -> None:
+    model, x, y = classified()
+    for likelihood, targets in ((Smoothed(0.1), y), (Noise(), None)):
+        with pytest.raises(fk.InvalidArgumentError, match="inherits sample"):
+            fk.SampledFisher(model, (x, targets), likelihood=likelihood)
+
+
+def test_changed_gradient__refuses_an_inherited_hessian_that_is_not_its_derivative() -> None:
+    model, x, _ = classified()
+    y = torch.zeros(30, 4, dtype=F64)
+    for make in (fk.ExactFisher, fk.TruncatedFisher):
+        with pytest.raises(fk.InvalidArgumentError, match="hessian_factor does not belong to its gradient"):
+            make(model, (x, y), likelihood=Noise())
+    with pytest.raises(fk.InvalidArgumentError, match="hessian_factor does not belong to its gradient"):
+        fk.ExactFisher(model, (x, None), likelihood=Noise(), memory_budget=1) @ torch.ones(24, dtype=F64)
+
+
+def test_changed_methods_together__are_used_for_all_that_follows() -> None:
+    model, x, _ = classified()
+    y = torch.randn(30, 4, dtype=F64)
+    for kind, options in (
+        (fk.EmpiricalFisher, {}), (fk.ExactFisher, {}), (fk.TruncatedFisher, {"rank": 2}),
+        (fk.TruncatedFisher, {"rank": 4}), (fk.SampledFisher, {"draws": 3}),
+    ):  # fmt: skip
+        make: Any = kind
+        found, right = (
+            make(model, (x, y), likelihood=likelihood, **options).to_dense()
+            for likelihood in (FullNoise(), Gaussian(variance=0.25))
+        )
+        assert error(found, right) < 1e-9
+
+
+def test_changed_factor__is_behind_products_diagonals_and_columns() -> None:
+    class Doubled(Bernoulli):
+        def hessian_factor(self, z: Tensor) -> Tensor:
+            return 2 * super().hessian_factor(z)
+
+    z, w = torch.randn(3, 4, dtype=F64), torch.randn(3, 4, dtype=F64)
+    plain, own = Bernoulli(), Doubled()
+    assert error(own.hessian_matmul(z, w), 4 * plain.hessian_matmul(z, w)) < 1e-12
+    assert error(own.hessian_diagonal(z), 4 * plain.hessian_diagonal(z)) < 1e-12
+    assert (
+        error(own.hessian_columns(z, torch.tensor([0, 1, 2])), 2 * plain.hessian_columns(z, torch.tensor([0, 1, 2])))
+        < 1e-12
+    )
+    assert not own.columnwise
+    assert plain.columnwise
+
+
+@pytest.mark.parametrize("method", ["hessian_matmul", "hessian_diagonal", "hessian_columns"])
+def test_closed_form__that_is_not_the_factors_is_refused(method: str) -> None:
+    def tripled(self: Likelihood, z: Tensor, *args: Any) -> Tensor:
+        return 3 * getattr(Poisson, method)(self, z, *args)
+
+    model, x, _ = classified()
+    own = type("Tripled", (Poisson,), {method: tripled})()
+    with pytest.raises(
+        fk.InvalidArgumentError, match=f"a Tripled whose {method} does not belong to its hessian_factor"
+    ):
+        fk.ExactFisher(model, (x, None), likelihood=own)
+
+
+def test_mixin__counts_as_what_the_class_changed() -> None:
+    class Scale:
+        def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+            return 3 * Poisson.gradient(self, z, target)  # type: ignore[arg-type]
+
+    class Mixed(Scale, Poisson):  # type: ignore[misc]
+        pass
+
+    model, x, _ = classified()
+    with pytest.raises(fk.InvalidArgumentError, match="does not belong to its gradient"):
+        fk.ExactFisher(model, (x, torch.ones(30, 4, dtype=F64)), likelihood=Mixed())
+    assert Mixed().target_from_gradient(x, x) is None
+
+
+def test_subclass_of_a_subclass__keeps_what_its_parent_derived() -> None:
+    class Child(Smoothed):
+        name = "child"
+
+    model, x, y = classified()
+    found, right = (fk.TruncatedFisher(model, (x, y), likelihood=own, rank=3) for own in (Child(0.1), Smoothed(0.1)))
+    assert error(found.to_dense(), right.to_dense()) < 1e-12
+
+
+def test_inverse_form__of_a_gradient_outside_the_hessians_range_is_infinite() -> None:
+    """So that the truncated kind starts with a pivot and stays below the exact matrix."""
+
+    class Shifted(Likelihood):
+        name = "shifted"
+
+        def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+            return z.softmax(-1)
+
+        def hessian_factor(self, z: Tensor) -> Tensor:
+            return Categorical().hessian_factor(z)
+
+        def sample(self, z: Tensor, uniform: Tensor) -> Tensor:
+            return z
+
+    model, x, _ = classified()
+    assert bool(torch.isinf(Shifted().hessian_inverse_form(x, x)).all())
+    exact = fk.ExactFisher(model, (x, x[:, :4]), likelihood=Shifted()).to_dense()
+    for rank in (1, 2, 3):
+        found = fk.TruncatedFisher(model, (x, x[:, :4]), likelihood=Shifted(), rank=rank).to_dense()
+        assert float(torch.linalg.eigvalsh(exact - found).min()) > -1e-12
+    assert error(found, exact) < 1e-10
+
+
+def test_frozen_dataclass__may_be_a_likelihood() -> None:
+    @dataclass(frozen=True)
+    class Scaled(Gaussian):  # type: ignore[misc]  # the base is no frozen dataclass
+        scale: float = 2.0
+
+        def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+            return self.scale * (z - target)
+
+        def hessian_factor(self, z: Tensor) -> Tensor:
+            return self.scale**0.5 * torch.eye(z.shape[-1], dtype=z.dtype).expand(*z.shape, -1)
+
+    model, x, _ = classified()
+    found, right = (fk.ExactFisher(model, (x, None), likelihood=own) for own in (Scaled(), Gaussian(variance=0.5)))
+    assert error(found.to_dense(), right.to_dense()) < 1e-12
+
+
+def test_name__of_a_subclass_is_never_the_built_in_ones() -> None:
+    """A file that says "categorical" is read as categorical."""
+
+    class Unnamed(Categorical):
+        pass
+
+    model, x, y = classified()
+    assert fk.EmpiricalFisher(model, (x, y), likelihood=Unnamed()).metadata["likelihood"] == "Unnamed"
+    recorded = fk.EmpiricalFisher(model, (x, y), likelihood=Categorical(ignore_index=3)).metadata["likelihood"]
+    assert recorded == "categorical(ignore_index=3)"
+
+
+def test_optimizer__asks_a_subclass_for_its_own_targets() -> None:
+    model, x, y = classified()
+    optimizer = fk.optim.NaturalGradient(model, lr=0.1, damping=1e-2, likelihood=Smoothed(0.1))
+    with pytest.raises(fk.ModelError, match="target_from_gradient"):
+        F.cross_entropy(model(x), y, label_smoothing=0.1).backward()
+    optimizer.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Categorical(class_axis=2), "-1 or 1"),
+        (lambda: Categorical(label_smoothing=1.5), "from 0 to 1"),
+        (lambda: Categorical(weight=[-1.0, 1.0]), "from 0 on"),
+        (lambda: Categorical(weight=torch.ones(2, 2)), "All examples share"),
+        (lambda: Gaussian(variance=0.0), "above 0"),
+        (lambda: Gaussian(variance=[1.0, float("nan")]), "above 0"),
+        (lambda: Bernoulli(pos_weight=torch.ones(5, 2)), "All examples share"),
+        (lambda: fk.likelihoods.resolve(nn.PoissonNLLLoss(log_input=False)), "log-rates"),
+        (lambda: Categorical(class_axis="last"), "class_axis='last'.*-1 or 1"),  # type: ignore[arg-type]
+        (lambda: Categorical(class_axis=True), "class_axis=True.*-1 or 1"),
+        (lambda: Bernoulli(pos_weight=[]), r"shape \[0\]"),
+        (lambda: GaussianNLL(eps=-1.0), "eps=-1.0"),
+    ],
+    ids=[
+        "axis", "smoothing", "negative weight", "weights by example", "variance", "nan", "pos_weight", "rates",
+        "axis in words", "axis True", "no weight", "negative eps",
+    ],
+)  # fmt: skip
+def test_settings__that_are_none_are_refused(make: Any, words: str) -> None:
+    with pytest.raises(fk.InvalidArgumentError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Categorical(weight="balanced"), "weight of type str"),  # type: ignore[arg-type]
+        (lambda: Bernoulli(pos_weight=[1.0, None]), "pos_weight of type list"),  # type: ignore[list-item]
+        (lambda: Gaussian(variance=None), "variance of type NoneType"),  # type: ignore[arg-type]
+        (lambda: Gaussian(variance=[[1.0], [2.0, 3.0]]), "variance of type list"),  # type: ignore[list-item]
+        (lambda: Gaussian(variance=1j), "variance of type complex"),  # type: ignore[arg-type]
+        (lambda: GaussianNLL(eps="small"), "eps of type str"),  # type: ignore[arg-type]
+        (lambda: Categorical(label_smoothing=None), "label_smoothing of type NoneType"),  # type: ignore[arg-type]
+        (lambda: Categorical(ignore_index=None), "ignore_index of type NoneType"),  # type: ignore[arg-type]
+        (lambda: Categorical(ignore_index="pad"), "ignore_index of type str"),  # type: ignore[arg-type]
+    ],
+    ids=["weight", "pos_weight", "None", "ragged", "complex", "eps", "smoothing", "no index", "index"],
+)
+def test_settings__of_another_type_are_refused(make: Any, words: str) -> None:
+    with pytest.raises(fk.InvalidTypeError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.L1Loss(), nn.HuberLoss(), nn.SmoothL1Loss(), nn.BCELoss(), nn.KLDivLoss(), nn.Linear(2, 2)], ids=str
+)
+def test_other_modules__are_refused_with_advice(loss: nn.Module) -> None:
+    model, x, y = classified()
+    with pytest.raises(fk.InvalidTypeError, match="Try: a "):
+        fk.EmpiricalFisher(model, (x, y), likelihood=loss)
+
+
+def test_repr__says_the_settings_that_are_not_the_default() -> None:
+    assert repr(Poisson()) == "Poisson()"
+    assert repr(Categorical(ignore_index=3, label_smoothing=0.1)) == "Categorical(ignore_index=3, label_smoothing=0.1)"
+    assert repr(Bernoulli(pos_weight=[1, 2])) == "Bernoulli(pos_weight=[1 2])"
+
+
+def test_functions_and_classes__are_refused_with_advice() -> None:
+    model, x, y = classified()
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss):
+        with pytest.raises(fk.InvalidTypeError, match=r"got the .*as in nn.CrossEntropyLoss\(\)"):
+            fk.EmpiricalFisher(model, (x, y), likelihood=loss)  # type: ignore[arg-type]

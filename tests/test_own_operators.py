@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fisherkit as fk
 from fisherkit.evaluation import approximation_quality, audit, quality_floor
@@ -26,6 +26,7 @@ from fisherkit.operators.normalization import frobenius_norm
 from fisherkit.operators.outputs_average import average_over_outputs, mix_with_average
 from fisherkit.space import ParameterSpace
 from fisherkit.testing import check_fisher
+from tests import by_hand
 from tests import merging_cases as mc
 from tests import operator_cases as oc
 from tests.small_data import F64, X, Y, mlp, normal
@@ -333,11 +334,7 @@ def test_ewc__penalty_is_the_quadratic_form_of_both_tasks() -> None:
 def test_influence__scores_are_those_of_the_dense_inverse(make) -> None:
     model = mlp()
     operator, matrix = make(SPACE)
-    rows = []
-    for x, y in zip(X, Y, strict=True):
-        loss = nn.functional.cross_entropy(model(x), y)
-        rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))]))
-    gradients = torch.stack(rows)
+    gradients = by_hand.rows(model, (X, Y))
     options = {"likelihood": "categorical", "examples": len(X)}
     scores = fk.influence.InfluenceScores(operator, model, damping=0.3, **options)
     inverse = torch.linalg.inv(matrix + 0.3 * torch.eye(len(matrix), dtype=F64))

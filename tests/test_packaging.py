@@ -1,7 +1,5 @@
 """What a package index shows of the package."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import sys

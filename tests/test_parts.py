@@ -1,7 +1,5 @@
 """Builds in parts: the whole build's matrix, the same bytes after an interruption, and the plan before."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -4,8 +4,6 @@ Their conventions are stated and asserted, not adapted to silently. Each gets it
 work with hooks on it. They are imported without a fallback: `make test` installs them; a skipped cross-check is none.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Fisher files: every tensor comes back bit by bit, and nothing else is taken for one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import ClassVar
@@ -21,11 +19,6 @@ from tests.operator_cases import CASES, LAYER, block_diagonal, diagonal, kroneck
 
 def tensors(state: io.State) -> list[torch.Tensor]:
     return [*state.tensors.values(), *(tensor for child in state.children for tensor in tensors(child))]
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "fisher.safetensors"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -1,7 +1,5 @@
 """Kronecker factors do not depend on how the data are cut: batch sizes, chunks, order."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A sample of the rows as preconditioner: it changes how fast conjugate gradients are, never what they find."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

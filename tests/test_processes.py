@@ -1,7 +1,5 @@
 """Fishers of several processes: equal to that of one process with all the data, and an error in all where one fails."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -1,7 +1,5 @@
 """Optimizers of several processes: checkpoints, parameters that some processes do not use, and nothing that drifts."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 import warnings
@@ -17,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fisherkit as fk
 from tests import ranks
+from tests.by_hand import weights as flat
 from tests.test_processes import Routed, batches_of, network, train
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -30,10 +29,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def optimizer_for(model: nn.Module, name: str, group: Any) -> fk.optim.NaturalGradient:
     return fk.optim.NaturalGradient(model, lr=0.1, group=group, **OPTIONS[name])
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def same_everywhere(value: Tensor) -> bool:

@@ -1,7 +1,5 @@
 """LSTM, GRU and RNN by rule: their linear maps, which the kernels hide, against one autograd call an example."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fisherkit as fk
 from fisherkit.rows import recurrent
+from tests import by_hand
 from tests.snapshot import untouched
 
 F64 = torch.float64
@@ -69,21 +68,13 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.randint(1, 6, (N,), generator=generator), torch.randint(3, (N,), generator=generator)
 
 
-def rows(model: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-    found = []
-    for n in range(N):
-        loss = F.cross_entropy(model(*(one[n : n + 1] for one in inputs)), y[n : n + 1])
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-    return torch.stack(found)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("structure", ["full", "diagonal"])
 def test_rows__are_those_of_single_examples(structure: str, form: str, packed: bool) -> None:
     model, (x, lengths, y) = Net(form).double(), data()
     inputs = (x, lengths) if packed else (x,)
-    j = rows(model, inputs, y)
+    j = by_hand.rows(model, (inputs, y))
     batches = [(tuple(one[some] for one in inputs), y[some]) for some in (slice(4), slice(4, N))]
     with untouched(model, batches):
         fisher = fk.EmpiricalFisher(model, batches, structure=structure)
@@ -99,7 +90,7 @@ def test_rows__with_steps_first_and_with_learned_states(form: str, first: bool, 
     if form == "tanh" and learned:
         pytest.skip("two layers, one state")
     model, (x, _, y) = Net(form, first=first, learned=learned).double(), data()
-    j = rows(model, (x,), y)
+    j = by_hand.rows(model, (x, y))
     fisher = fk.EmpiricalFisher(model, (x, y), structure="full")
     torch.testing.assert_close(fisher.to_dense(), j.mT @ j / N)
 
@@ -107,21 +98,14 @@ def test_rows__with_steps_first_and_with_learned_states(form: str, first: bool, 
 @pytest.mark.parametrize("form", ["lstm projected", "gru both ways"])
 def test_exact__is_the_reference_s(form: str) -> None:
     model, (x, _, y) = Net(form).double(), data()
-    own, parameters = [], list(model.parameters())
-    for n in range(N):
-        z = model(x[n : n + 1])[0]
-        p = z.detach().softmax(0)
-        outputs = [torch.autograd.grad(one, parameters, retain_graph=True) for one in z]
-        j = torch.stack([torch.cat([g.flatten() for g in found]) for found in outputs])
-        own.append(j.mT @ (p.diag() - p.outer(p)) @ j)
     fisher = fk.ExactFisher(model, (x, y), structure="full")
-    torch.testing.assert_close(fisher.to_dense(), torch.stack(own).mean(0))
+    torch.testing.assert_close(fisher.to_dense(), by_hand.fisher(model, (x, y), "exact"))
 
 
 @pytest.mark.parametrize("names", [["rnn.weight_hh_l0"], ["rnn.bias_ih_l0"], ["rnn.weight_ih_l1", "rnn.bias_hh_l0"]])
 def test_rows__of_some_parameters(names: list[str]) -> None:
     model, (x, _, y) = Net("gru both ways").double(), data()
-    j = rows(model, (x,), y)
+    j = by_hand.rows(model, (x, y))
     space = fk.EmpiricalFisher(model, (x, y), structure="diagonal").space
     fisher = fk.EmpiricalFisher(model, (x, y), structure="diagonal", params=lambda name, _: name in names)
     expected = [j[:, space.slices[name]] for name in fisher.space.names]
@@ -135,7 +119,7 @@ def test_kfac__has_a_pair_for_each_linear_map() -> None:
     assert {e.structure for e in fisher.coverage().entries} == {"kfac"}
 
 
-def by_hand(rnn: nn.RNNBase, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+def unrolled(rnn: nn.RNNBase, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Outputs of one example and one layer, step by step; both maps' inputs, with 1 for the bias, and outputs."""
     w, u, b, c = (getattr(rnn, f"{name}_l0") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
     one, h, cell = x.new_ones(1), x.new_zeros(4), x.new_zeros(4)
@@ -172,7 +156,7 @@ def test_kfac__factors_are_those_of_the_unrolled_maps(layer: type[nn.RNNBase], s
     x, _, y = data()
     inputs, states, at_inputs, at_states, per_example = [], [], [], [], []
     for n in range(N):
-        found, of_inputs, of_states, from_inputs, from_states = by_hand(model.rnn, x[n])
+        found, of_inputs, of_states, from_inputs, from_states = unrolled(model.rnn, x[n])
         loss = F.cross_entropy(model.head(found.sum(0))[None], y[n : n + 1])
         gradients = torch.autograd.grad(loss, [*from_inputs, *from_states])
         inputs, states = [*inputs, *of_inputs], [*states, *of_states]
@@ -215,7 +199,7 @@ def test_steps__are_judged_by_torch_s_own_kernel(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(recurrent._STEPS, "rnn_tanh", wrong)
     model, (x, _, y) = Net("tanh").double(), data()
     fisher = fk.EmpiricalFisher(model, (x, y), structure="diagonal")
-    torch.testing.assert_close(fisher.diagonal(), rows(model, (x,), y).square().mean(0))
+    torch.testing.assert_close(fisher.diagonal(), by_hand.rows(model, (x, y)).square().mean(0))
     assert "loop" in {e.rule for e in fisher.coverage().entries}
 
 
@@ -244,16 +228,12 @@ def test_cost__does_not_grow_with_examples() -> None:
 @pytest.mark.parametrize("form", ["lstm", "gru without bias"])
 def test_optimizer__the_gradient_and_rows_are_those_of_the_model(form: str) -> None:
     model, (x, _, y) = Net(form).double(), data()
-    j = rows(model, (x,), y)
+    j = by_hand.rows(model, (x, y))
     optimizer = fk.optim.NaturalGradient(model, 1.0, kind="ef", damping=0.1)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    F.cross_entropy(model(x), y).backward()
-    grad = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(grad, j.mean(0))
-    optimizer.step()
-    step = torch.linalg.solve(j.mT @ j / N + 0.1 * torch.eye(len(before), dtype=F64), grad)
-    after = torch.cat([p.detach().flatten() for p in model.parameters()])
-    torch.testing.assert_close(before - after, step)
+    step = by_hand.stepped(model, optimizer, x, y)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradient, j.mean(0))
+    torch.testing.assert_close(step, by_hand.natural(j, 0.1))
 
 
 class Checkpointed(Net):
@@ -273,7 +253,7 @@ class Checkpointed(Net):
 @pytest.mark.parametrize("embedded", [False, True])
 def test_rows__of_a_checkpointed_layer(embedded: bool, form: str) -> None:
     model, (x, _, y) = Checkpointed(form, embedded).double(), data()
-    expected = rows(model, (x,), y).square().mean(0)
+    expected = by_hand.rows(model, (x, y)).square().mean(0)
     for structure in ("full", "diagonal"):
         fisher = fk.EmpiricalFisher(model, (x, y), structure=structure)
         torch.testing.assert_close(fisher.diagonal(), expected)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.operators import unwrap
 from fisherkit.rows import rules
+from tests import by_hand
 from tests.reference.fisher import full, rows
 from tests.reference.models import FAMILIES
 from tests.reference.outputs import EF
 from tests.reference.zoo import Compose
-from tests.test_later_uses import Model, X, check, reference
+from tests.test_later_uses import Model, X, check
 
 
 def build(name: str, **options: object) -> fk.EmpiricalFisher:
@@ -237,10 +238,7 @@ def test_positions__that_all_examples_share_have_rows_of_their_own(how: str, bat
     # Batches of another size than the first, down to one example.
     data = [(x[:3], y[:3]), (x[3:], y[3:])] if batch > 3 else (x, y)
     fisher = fk.EmpiricalFisher(model, data)
-    losses = [F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]) for n in range(batch)]
-    own = list(model.parameters())
-    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, own)]) for loss in losses]
-    expected = sum(torch.outer(g, g) for g in gradients) / batch
+    expected = by_hand.fisher(model, (x, y))
     assert (fisher.to_dense() - expected).norm() <= 1e-12 * expected.norm()
     assert generic_names(fisher) == set()
 
@@ -276,4 +274,4 @@ def test_last_layer__of_a_view_of_another_shape(structure: str) -> None:
 
     model = Model(viewed, (3, 2), (2, 7))
     fisher = fk.ExactFisher(model, (X, None), likelihood="gaussian", structure=structure)
-    torch.testing.assert_close(fisher.to_dense()[6:, 6:], reference(model, X)[6:, 6:])
+    torch.testing.assert_close(fisher.to_dense()[6:, 6:], by_hand.fisher(model, (X, None), "gaussian")[6:, 6:])

@@ -3,8 +3,6 @@
 Statistical tests have fixed seeds, so that they cannot fail by chance once they have passed.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Fishers whose blocks are shared out to processes: equal to the whole one, each process with its share of bytes."""
 
-from __future__ import annotations
-
 import functools
 import tempfile
 import types

@@ -1,7 +1,5 @@
 """Conjugate gradients against dense solves."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

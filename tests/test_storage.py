@@ -21,6 +21,7 @@ from fisherkit.rows import streamed as later
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.streamed import LaterRows, products_before_rows
 from fisherkit.testing import check_fisher
+from tests import by_hand
 from tests.snapshot import untouched
 
 F64 = torch.float64
@@ -94,20 +95,6 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     assert float((got - expected).norm()) <= tolerance * float(expected.norm())
 
 
-def by_hand(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The exact Fisher, one backward pass a column of the output Hessian's root."""
-    total, parameters = torch.zeros(()), list(model.parameters())
-    for x, _ in data:
-        for one in x:
-            z = model(one[None])[0]
-            p = z.detach().softmax(0)
-            root = torch.diag(p.sqrt()) - torch.outer(p, p.sqrt())
-            found = [torch.autograd.grad(z, parameters, v, retain_graph=True) for v in root.T]
-            rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in found])
-            total = total + rows.T @ rows
-    return total / sum(len(x) for x, _ in data)
-
-
 # -- the same matrix ---------------------------------------------------------------------------------------------------
 
 OPERATIONS: dict[str, Callable[[fk.FisherApproximation], Tensor]] = {
@@ -153,7 +140,7 @@ def test_later__every_operation_is_that_of_kept_rows(operation: str, kind: str) 
 @pytest.mark.parametrize("storage", ["auto", "rows", "stream"])
 def test_storage__is_the_matrix_by_hand(storage: str) -> None:
     model, data = perceptron(), batches()
-    dense = by_hand(model, data)
+    dense = by_hand.fisher(model, data, "exact")
     fisher = fk.ExactFisher(model, data, storage=storage)
     close(fisher @ vectors(fisher, 1), dense @ vectors(fisher, 1))
     if storage != "stream":  # `test_invariances` has streamed rows

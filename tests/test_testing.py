@@ -1,7 +1,5 @@
 """`check_fisher` as a user meets it: it accepts a right operator, and says what is wrong with any other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fisherkit as fk
 from fisherkit import optim
@@ -22,6 +19,8 @@ from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.sparse import SparseRows
 from fisherkit.rows.summed import SumRows
 from fisherkit.testing import check_fisher
+from tests import by_hand
+from tests.watching import Largest
 
 VOCABULARY, WIDTH = 23, 4
 
@@ -111,36 +110,16 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-8)
 
 
-def gradients(model: nn.Module, value: Tensor) -> Tensor:
-    return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)]
-    )
-
-
-def brute_force(model: nn.Module, data: list[tuple[Tensor, Tensor]], kind: str) -> Tensor:
-    """The Fisher by one autograd call a row."""
-    total, count = torch.zeros(0), 0
-    for x, y in data:
-        for ids, label in zip(x, y, strict=True):
-            p = model(ids[None])[0].softmax(0).detach()
-            each = [(int(label), 1.0)] if kind == "empirical" else [(c, float(p[c])) for c in range(len(p))]
-            for c, weight in each:
-                row = gradients(model, F.cross_entropy(model(ids[None]), torch.tensor([c])))
-                total = total + weight * torch.outer(row, row) if count else weight * torch.outer(row, row)
-                count += 1
-    return total / sum(len(y) for _, y in data)
-
-
 def rules(fisher: fk.Fisher) -> dict[str, str]:
     return {name: entry.rule for entry in fisher.coverage().entries for name in entry.parameters}
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", ["empirical", "exact"])
+@pytest.mark.parametrize("kind", ["ef", "exact"])
 def test_fisher__of_a_shared_parameter_is_autograd_s(name: str, kind: str, tmp_path: Path) -> None:
     model, data = problem(name)
-    make = fk.EmpiricalFisher if kind == "empirical" else fk.ExactFisher
-    expected = brute_force(model, data, kind)
+    make = fk.EmpiricalFisher if kind == "ef" else fk.ExactFisher
+    expected = by_hand.fisher(model, data, kind)
     full = make(model, data)
     close(full.to_dense(), expected)
     assert "+" in rules(full)[MODELS[name][2]]
@@ -177,7 +156,7 @@ def test_kronecker__is_the_exact_diagonal_of_a_tied_weight_and_says_so(structure
     model = Tied(80).double()
     data = [(torch.randint(80, (4, t)), torch.randint(80, (4,))) for t in (3, 5)]
     fisher = fk.EmpiricalFisher(model, data, structure=structure)
-    close(fisher.diagonal()[: 80 * WIDTH], brute_force(model, data, "empirical").diagonal()[: 80 * WIDTH])
+    close(fisher.diagonal()[: 80 * WIDTH], by_hand.fisher(model, data).diagonal()[: 80 * WIDTH])
     entry = next(e for e in fisher.coverage().entries if "embed.weight" in e.parameters)
     assert "diagonal" in entry.structure
     assert entry.rule == "embedding + linear"
@@ -193,7 +172,7 @@ def test_rows__of_a_batch_that_uses_one_of_two_are_right() -> None:
     torch.manual_seed(0)
     model = Sometimes().double()
     data = [(torch.randint(VOCABULARY, (3, t)), torch.randint(VOCABULARY, (3,))) for t in (3, 4)]
-    expected = brute_force(model, data, "empirical")
+    expected = by_hand.fisher(model, data)
     fisher = fk.EmpiricalFisher(model, data)
     close(fisher.to_dense(), expected)
     close(fk.EmpiricalFisher(model, data, structure="diagonal").diagonal(), expected.diagonal())
@@ -201,11 +180,10 @@ def test_rows__of_a_batch_that_uses_one_of_two_are_right() -> None:
 
 def test_influence__scores_are_those_of_the_gradients() -> None:
     model, data = problem("tied", (4,))
-    (x, y), damping = data[0], 0.1
+    damping = 0.1
     scores = InfluenceScores(fk.EmpiricalFisher(model, data), model, damping=damping).scores(data[0], data[0])
-    rows = torch.stack([gradients(model, F.cross_entropy(model(a[None]), b[None])) for a, b in zip(x, y, strict=True)])
-    F_ = rows.mT @ rows / len(rows)
-    own = rows @ torch.linalg.solve(F_ + damping * torch.eye(len(F_), dtype=F_.dtype), rows.mT)
+    rows = by_hand.rows(model, data)
+    own = rows @ torch.linalg.solve(by_hand.damped(rows.mT @ rows / len(rows), damping), rows.mT)
     ratio = scores / own
     close(ratio, ratio.flatten()[0].expand_as(ratio))
 
@@ -213,28 +191,9 @@ def test_influence__scores_are_those_of_the_gradients() -> None:
 def test_natural_gradient__a_step_is_damped_least_squares() -> None:
     model, data = problem("tied", (4,))
     x, y = data[0]
-    rows = torch.stack([gradients(model, F.cross_entropy(model(a[None]), b[None])) for a, b in zip(x, y, strict=True)])
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    rows = by_hand.rows(model, data)
     optimizer = optim.NaturalGradient(model, lr=0.5, damping=0.1, kind="ef")
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    step = before - torch.cat([p.detach().flatten() for p in model.parameters()])
-    fisher = rows.mT @ rows / len(rows)
-    expected = torch.linalg.solve(fisher + 0.1 * torch.eye(len(fisher), dtype=fisher.dtype), rows.mean(0))
-    close(step, 0.5 * expected)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most entries of a tensor that is made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                self.entries = max(self.entries, tensor.numel())
-        return output
+    close(by_hand.stepped(model, optimizer, x, y), 0.5 * by_hand.natural(rows, 0.1))
 
 
 def test_memory__no_row_over_the_table_is_made_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:

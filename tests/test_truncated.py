@@ -3,8 +3,6 @@
 Extreme logits are compared with the definition evaluated in a hundred decimal digits.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +10,6 @@ import mpmath
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherkit as fk
 from fisherkit.likelihoods import Categorical
@@ -20,6 +17,7 @@ from tests.precise import precise_metric
 from tests.reference.fisher import Problem, elements, forward_one
 from tests.reference.outputs import IGNORE_INDEX, Kind, counted_positions, gradient, hessian, truncated
 from tests.theorem_cases import assert_below, build, error, gradients, metric, problem, table
+from tests.watching import Largest
 
 FAMILIES = [
     "mlp", "mlp_no_bias", "gaussian_vector", "bernoulli_multilabel", "token_mlp", "token_mlp_by_token", "mapping_batch",
@@ -253,25 +251,13 @@ def test_softmax__repeated_probabilities_leave_the_order_of_ties_open_but_nothin
         assert float(found[0].trace()) == pytest.approx(float(expected[0].trace()), rel=1e-10)
 
 
-class Largest(TorchDispatchMode):
-    """Remember the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.numel = max(self.numel, result.numel())
-        return result
-
-
 def test_softmax__of_a_thousand_classes_costs_a_few_vectors_never_a_matrix() -> None:
     generator = torch.Generator().manual_seed(0)
     z = 2 * torch.randn(4, 1000, dtype=torch.float64, generator=generator)
     y = torch.randint(1000, (4,), generator=generator)
     with Largest() as largest:
         fisher = _table_fisher(z, y, rank=3, normalization="sum")
-    assert largest.numel <= 3 * 4 * 4 * 1000  # rank × examples × the table's parameters
+    assert largest.entries <= 3 * 4 * 4 * 1000  # rank × examples × the table's parameters
     assert fisher.rows == 12
     p = torch.softmax(z[0], -1)
     h = p.diag() - torch.outer(p, p)

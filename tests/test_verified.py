@@ -1,7 +1,5 @@
 """Findings about a model are used again, and only where they still hold."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.rows import verified
 from fisherkit.rows.plan import make_plan
+from tests import by_hand
 
 
 class Switched(nn.Module):
@@ -55,16 +54,6 @@ def verifications(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return found
 
 
-def dense(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
-    """By a loop over examples."""
-    rows = []
-    for x, y in zip(*data, strict=True):
-        loss = nn.functional.cross_entropy(model(x[None]), y[None])
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-    j = torch.stack(rows)
-    return j.T @ j / len(rows)
-
-
 def test_verified__once_for_all_kinds_structures_and_values(
     model: nn.Module, data: tuple[Tensor, Tensor], verifications: list[nn.Module]
 ) -> None:
@@ -75,7 +64,7 @@ def test_verified__once_for_all_kinds_structures_and_values(
         model.layer.weight.mul_(2)
     fisher = fk.EmpiricalFisher(model, data)
     assert len(verifications) == 1
-    torch.testing.assert_close(fisher.to_dense(), dense(model, data), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(fisher.to_dense(), by_hand.fisher(model, data), rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(fk.EmpiricalFisher(model, data, memory_budget=1) @ fisher.diagonal(),
                                fisher @ fisher.diagonal(), rtol=1e-10, atol=1e-14)  # fmt: skip
 
@@ -116,7 +105,7 @@ def test_verified__anew_when_the_model_has_changed(
     change(model)
     fisher = fk.EmpiricalFisher(model, data)
     assert len(verifications) == 2
-    torch.testing.assert_close(fisher.to_dense(), dense(model, data), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(fisher.to_dense(), by_hand.fisher(model, data), rtol=1e-10, atol=1e-14)
 
 
 def test_verified__anew_for_other_parameters_and_other_inputs(
@@ -221,7 +210,7 @@ def test_verified__anew_for_what_hides_in_a_known_pass(
         fk.EmpiricalFisher(model, data, structure=structure)
     model.config["way"] = way
     for _ in range(2):
-        found, expected = fk.EmpiricalFisher(model, data, structure=structure), dense(model, data)
+        found, expected = fk.EmpiricalFisher(model, data, structure=structure), by_hand.fisher(model, data)
         expected = expected if structure == "full" else expected.diagonal().diag()
         torch.testing.assert_close(found.to_dense(), expected, rtol=1e-10, atol=1e-14)
     assert len(verifications) == 2
@@ -251,29 +240,23 @@ def test_verified__a_parameters_hook_that_does_something_else_now(
     model.last.weight.register_hook(lambda g: g * scale["of gradients"])
     fk.EmpiricalFisher(model, data, structure=structure)
     scale["of gradients"] = 3.0
-    found, expected = fk.EmpiricalFisher(model, data, structure=structure), dense(model, data)
+    found, expected = fk.EmpiricalFisher(model, data, structure=structure), by_hand.fisher(model, data)
     expected = expected if structure == "full" else expected.diagonal().diag()
     torch.testing.assert_close(found.to_dense(), expected, rtol=1e-10, atol=1e-14)
     assert len(verifications) == 1  # each example's own backward pass meets the hook as it is
     assert next(e for e in found.coverage().entries if "last.weight" in e.parameters).rule == "loop"
 
 
-@pytest.mark.parametrize("way", ["layer's", "data"])
+@pytest.mark.parametrize(
+    ("way", "chosen"), [("layer's", None), ("data", None), ("behind a layer", ["layer.weight"])], ids=str
+)
 def test_verified__a_known_layers_input_that_is_written_to_since_is_named(
-    way: str, data: tuple[Tensor, Tensor]
+    way: str, chosen: list[str] | None, data: tuple[Tensor, Tensor]
 ) -> None:
+    """Also that of a layer that was not chosen."""
     model = Hidden().double()
-    fk.EmpiricalFisher(model, data)
-    model.config["way"] = way
-    for _ in range(2):
-        with pytest.raises(fk.ModelError, match="in place"):
-            fk.EmpiricalFisher(model, data)
-
-
-def test_verified__an_input_of_a_layer_that_was_not_chosen_is_written_to(data: tuple[Tensor, Tensor]) -> None:
-    model, chosen = Hidden().double(), ["layer.weight"]
     fk.EmpiricalFisher(model, data, params=chosen)
-    model.config["way"] = "behind a layer"
+    model.config["way"] = way
     for _ in range(2):
         with pytest.raises(fk.ModelError, match="in place"):
             fk.EmpiricalFisher(model, data, params=chosen)
@@ -301,16 +284,9 @@ def test_hook_on_a_parameter__that_the_first_two_examples_do_not_show(structure:
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
         x, y = torch.randn(9, 4).double(), torch.arange(9) % 3
     x[2:] *= 8
-    largest = 0.0
-    for n in range(2):
-        loss = nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
-        largest = max(largest, float(torch.autograd.grad(loss, model[0].weight)[0].abs().max()))
+    largest = float(by_hand.rows(model, (x[:2], y[:2]))[:, :20].abs().max())
     model[0].weight.register_hook(lambda g: g.clamp(-2 * largest, 2 * largest))
-    rows = []
-    for n in range(9):
-        loss = nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
-    j = torch.stack(rows)
+    j = by_hand.rows(model, (x, y))
     assert bool((j[:, :20].abs() >= 2 * largest - 1e-12).any())  # where the hook acts
     for _ in range(2):
         fisher = fk.EmpiricalFisher(model, (x, y), structure=structure)

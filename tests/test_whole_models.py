@@ -1,7 +1,5 @@
 """Whatever way rows are made, the model comes back whole: identities, ties, plain attributes, buffers, copies."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings
@@ -16,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fisherkit as fk
 from fisherkit.rows import plan
+from tests import by_hand
 from tests.snapshot import of_model, untouched
 
 F64 = torch.float64
@@ -214,19 +213,6 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(x[:4], y[:4]), (x[4:], y[4:])]
 
 
-def rows_by_hand(model: Base, names: list[str]) -> Tensor:
-    """One backward pass an example, on a copy with a plain forward."""
-    parameters = dict(model.named_parameters())
-    found = []
-    for x, y in batches():
-        for n in range(len(x)):
-            loss = F.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
-            grads = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
-            pairs = zip(grads, names, strict=True)
-            found.append(torch.cat([(torch.zeros_like(parameters[k]) if g is None else g).flatten() for g, k in pairs]))
-    return torch.stack(found)
-
-
 def by_rules(model: nn.Module) -> Any:
     return fk.EmpiricalFisher(model, batches(), structure="kfac").trace()
 
@@ -316,7 +302,7 @@ def test_rows__are_those_of_single_examples(name: str) -> None:
     reference = copy.deepcopy(model)
     if isinstance(reference, Checkpointed):
         reference.reentrant = False
-    rows = rows_by_hand(reference, fisher.space.names)
+    rows = by_hand.rows(reference, batches(), of=map(reference.get_parameter, fisher.space.names))
     torch.testing.assert_close(fisher.to_dense(), rows.mT @ rows)
     exact = fk.ExactFisher(model, batches(), likelihood="gaussian", structure="diagonal", memory_budget=10**9)
     again = fk.ExactFisher(model, batches(), likelihood="gaussian", memory_budget=1)

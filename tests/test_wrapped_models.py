@@ -1,7 +1,5 @@
 """Compiled models, data parallelism and averaged weights: parameters go by their names without wrappers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from fisherkit.operators import split
 from fisherkit.operators.persistence import renamed
 from fisherkit.space import ParameterSpace
 from fisherkit.wrappers import matching, plain, unwrapped, wrapped_in
+from tests import by_hand
 from tests.axes import paired
 
 F64 = torch.float64
@@ -75,17 +74,7 @@ def exact_merge(models: Sequence[nn.Module], damping: float) -> dict[str, Tensor
     size = sum(p.numel() for p in models[0].parameters())
     left, right = torch.zeros(size, size, dtype=F64), torch.zeros(size, dtype=F64)
     for model in models:
-        parameters = list(model.parameters())
-        theta = torch.cat([p.detach().flatten() for p in parameters])
-        fisher = torch.zeros(len(theta), len(theta), dtype=F64)
-        for x in DATA[0]:
-            z = model(x[None])[0]
-            p = z.softmax(-1).detach()
-            rows = [
-                torch.cat([g.flatten() for g in torch.autograd.grad(zc, parameters, retain_graph=True)]) for zc in z
-            ]
-            jacobian = torch.stack(rows)
-            fisher += jacobian.T @ (p.diag() - torch.outer(p, p)) @ jacobian / len(DATA[0])
+        theta, fisher = by_hand.weights(model), by_hand.fisher(model, DATA, "exact")
         left, right = left + fisher / len(models), right + fisher @ theta / len(models)
         thetas.append(theta)
     center = torch.stack(thetas).mean(0)

@@ -1,7 +1,5 @@
 """Tiny Hugging Face folders: a tokenizer of a few words, and models from configurations."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

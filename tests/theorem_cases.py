@@ -4,8 +4,6 @@ A :func:`table` has the identity as its Jacobian, so that its Fisher is the outp
 output space can be read off through the public interface.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,19 +1,14 @@
 """Small data, models and recipes that the tests of retraining share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from examples.influence.evaluation import TrainingRecipe
+from tests.small_data import normal as random
 
 F64 = torch.float64
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def mlp(seed: int) -> nn.Module:

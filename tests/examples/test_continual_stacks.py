@@ -1,7 +1,5 @@
 """The continual-learning benches: stacks are plain models, stacked penalties the definition, and the command runs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,14 +12,11 @@ from examples.continual.methods import KINDS, METHODS, STRUCTURES, Method
 from examples.continual.penalties import FactoredTerm, LinearizedTerm, Penalty
 from examples.continual.stacked import Pass, Perceptron, Stack, with_ones
 from examples.continual.training import Training, initial, learn, orders, sequence
+from tests.small_data import normal
 
 F64 = torch.float64
 WIDTHS, SEEDS, EACH = (6, 5, 4, 3), (0, 1), 3
 STRENGTHS = torch.tensor([0.5, 2.0, 8.0], dtype=F64).repeat(len(SEEDS))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 @pytest.fixture

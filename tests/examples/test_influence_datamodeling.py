@@ -1,7 +1,5 @@
 """The linear datamodeling score, its intervals and its ceiling, against scipy and by properties."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any
@@ -23,13 +21,10 @@ from examples.influence.evaluation.statistics import (
     resampled_spearman,
     spearman,
 )
+from tests.small_data import normal as random
 
 F64 = torch.float64
 QUICK = settings(max_examples=20, deadline=None)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def tied(*shape: int, seed: int = 0) -> Tensor:

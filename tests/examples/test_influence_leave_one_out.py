@@ -1,26 +1,36 @@
-"""Leave-one-out by retraining, on a convex model whose optimum is known by other means."""
-
-from __future__ import annotations
+"""Influence scores against leaving one out, mislabelled examples, and texts."""
 
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
 import fisherkit as fk
+from examples.influence import text
 from examples.influence.evaluation import (
     TrainingRecipe,
+    flip_labels,
     leave_one_out,
     linear_datamodeling_score,
+    mislabel_detection,
+    plain_rankings,
     random_subsets,
     retrain,
 )
+from examples.influence.evaluation.statistics import multiplicities
+from examples.influence.settings import Pair
+from examples.shared.tasks import docstring_text, minilm
+from tests.small_data import normal as random
 
 F64 = torch.float64
 N, Q, D, C = 120, 5, 4, 3
@@ -29,10 +39,6 @@ RECIPE = TrainingRecipe(epochs=400, learning_rate=0.5, momentum=0.9, weight_deca
 """Whole-batch training of a strongly convex loss: it ends at the optimum."""
 NEAR = replace(RECIPE, epochs=150)
 """It ends near enough for rank correlations."""
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def softmax(seed: int) -> nn.Module:
@@ -138,3 +144,171 @@ def test_leave_one_out__refuses_scores_that_do_not_fit() -> None:
     one = leave_one_out(softmax, TRAIN, QUERIES, [1], BRIEF, seeds=(0,))
     with pytest.raises(fk.errors.InvalidArgumentError, match="two or more"):
         one.correlation(random(Q, N))
+
+
+# -- mislabel detection ------------------------------------------------------------------------------------------------
+
+
+QUICK = settings(max_examples=20, deadline=None)
+
+
+@pytest.mark.smoke
+@QUICK
+@given(seed=st.integers(0, 1000), ties=st.booleans(), wrong=st.integers(1, 19))
+def test_mislabel_detection__is_scikit_learns(seed: int, ties: bool, wrong: int) -> None:
+    ranking = random(20, seed=seed)
+    ranking = ranking.round() if ties else ranking
+    mislabelled = torch.arange(20) < wrong
+    got = mislabel_detection({"own": ranking}, mislabelled, resamples=2)["own"]
+    assert got.auroc == pytest.approx(roc_auc_score(mislabelled, ranking), abs=1e-12)
+    assert got.average_precision == pytest.approx(average_precision_score(mislabelled, ranking), abs=1e-12)
+
+
+def test_mislabel_detection__intervals_are_percentiles_of_resampled_values() -> None:
+    mislabelled = torch.arange(60) < 15
+    ranking = (random(60) + 1.0 * mislabelled).mul(2).round()
+    got = mislabel_detection({"own": ranking}, mislabelled, resamples=50, confidence=0.9, seed=3)["own"]
+    generator = torch.Generator().manual_seed(3)
+    counts = torch.cat([multiplicities(n, 50, generator) for n in (15, 45)], 1).long()
+    areas, precisions = [], []
+    for count in counts:
+        index = torch.arange(60).repeat_interleave(count)
+        areas.append(roc_auc_score(mislabelled[index], ranking[index]))
+        precisions.append(average_precision_score(mislabelled[index], ranking[index]))
+    assert got.auroc_interval == pytest.approx(tuple(np.quantile(areas, [0.05, 0.95])))
+    assert got.precision_interval == pytest.approx(tuple(np.quantile(precisions, [0.05, 0.95])))
+    assert str(got).startswith(f"AUROC {got.auroc:.3f} [")
+
+
+@QUICK
+@given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3))
+def test_mislabel_detection__ignores_order_and_scale_and_is_1_for_the_truth(seed: int, scale: float) -> None:
+    ranking, mislabelled = random(30, seed=seed), torch.arange(30) < 7
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
+    rankings = {"own": ranking, "scaled": ranking * scale, "truth": mislabelled.double(), "opposite": -ranking}
+    got = mislabel_detection(rankings, mislabelled, resamples=3)
+    other = mislabel_detection({"own": ranking[order]}, mislabelled[order], resamples=3)
+    for detection in (other["own"], got["scaled"]):
+        assert detection.auroc == pytest.approx(got["own"].auroc)
+        assert detection.average_precision == pytest.approx(got["own"].average_precision)
+    assert got["truth"].auroc_interval == got["truth"].precision_interval == (1, 1)
+    assert got["opposite"].auroc == pytest.approx(1 - got["own"].auroc)
+
+
+def test_flip_labels__changes_what_it_says() -> None:
+    labels = torch.arange(100) % 5
+    flipped, wrong = flip_labels(labels, 0.2, classes=5, seed=3)
+    assert int(wrong.sum()) == 20
+    assert torch.equal(flipped != labels, wrong)
+    assert int(flipped.min()) >= 0
+    assert int(flipped.max()) < 5
+    assert torch.equal(flipped, flip_labels(labels, 0.2, classes=5, seed=3)[0])
+
+
+class Keywords(nn.Module):
+    """Takes keywords, has a parameter that is not trained and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.first.bias.requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)) * self.scale)
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
+def test_plain_rankings__are_one_backward_pass_an_example(likelihood: str) -> None:
+    torch.manual_seed(0)
+    model, x = Keywords().double(), random(11, 4)
+    targets = {"categorical": torch.arange(11) % 3, "gaussian": random(11, 3, seed=1)}.get(
+        likelihood, (random(11, 3, seed=1) > 0).double()
+    )
+    losses = {
+        "categorical": lambda z, y: F.cross_entropy(z, y),
+        "gaussian": lambda z, y: 0.5 * (z - y).square().sum(),
+        "bernoulli": lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="sum"),
+    }
+    batches = [({"x": x[:6]}, targets[:6]), ({"x": x[6:]}, targets[6:])]
+    got = plain_rankings(model, batches, likelihood=likelihood)
+    for n in range(11):
+        model.zero_grad()
+        loss = losses[likelihood](model(x[n : n + 1]), targets[n : n + 1])
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+        torch.testing.assert_close(got["loss"][n], loss.detach())
+        torch.testing.assert_close(got["gradient norm"][n], norm)
+    model.zero_grad()
+
+
+RANKING, WRONG = random(10), torch.arange(10) < 3
+
+
+@pytest.mark.parametrize(
+    ("rankings", "mislabelled", "error", "message"),
+    [
+        ({}, WRONG, fk.errors.InvalidArgumentError, "0 rankings"),
+        ({"a": RANKING}, WRONG & False, fk.errors.InvalidArgumentError, "0 of 10 examples mislabelled"),
+        ({"a": RANKING}, WRONG | True, fk.errors.InvalidArgumentError, "10 of 10"),
+        ({"a": RANKING}, WRONG.long(), fk.errors.InvalidTypeError, "boolean"),
+        ({"a": RANKING[:9]}, WRONG, fk.errors.InvalidArgumentError, "rankings['a'] of shape [9]"),
+        ({"a": RANKING.log()}, WRONG, fk.errors.NonFiniteError, "rankings['a'] with NaN"),
+        ({"a": [1.0] * 10}, WRONG, fk.errors.InvalidTypeError, "list"),
+    ],
+)
+def test_mislabel_detection__refuses(rankings: Any, mislabelled: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        mislabel_detection(rankings, mislabelled)
+
+
+@pytest.mark.parametrize("options", [{"fraction": 0.0, "classes": 5}, {"fraction": 0.5, "classes": 4}])
+def test_flip_labels__refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(fk.errors.InvalidArgumentError, match="flip_labels"):
+        flip_labels(torch.arange(100) % 5, **options)
+
+
+def test_plain_rankings__refuses_data_without_targets() -> None:
+    with pytest.raises(fk.errors.DataError, match="no targets"):
+        plain_rankings(nn.Linear(4, 3), (torch.ones(2, 4), None))
+
+
+# -- the text model of the influence experiments is the end of the whole encoder ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[Pair, Pair, int]:
+    return text.data()
+
+
+def test_data__is_what_the_task_has(data: tuple[Pair, Pair, int]) -> None:
+    train, queries, classes = data
+    for (inputs, labels), count in ((train, text.TRAIN), (queries, text.QUERIES)):
+        assert inputs.shape == (count, text.TOKENS, 385)
+        assert len(labels) == count
+        assert set(inputs[..., -1].unique().tolist()) == {0.0, 1.0}
+    assert classes == 10
+
+
+def test_build__is_the_rest_of_the_encoder(data: tuple[Pair, Pair, int]) -> None:
+    inputs, labels = (tensor[:6] for tensor in data[0])
+    task = docstring_text(tokens=text.TOKENS)
+    tokens = task.train.inputs
+    assert isinstance(tokens, dict)
+    assert torch.equal(labels, task.train.labels[:6])
+    model, encoder = text.build(0, data[2]), minilm().eval()
+    assert isinstance(model, text.Tail)
+    with torch.no_grad():
+        hidden = encoder(**{name: tensor[:6] for name, tensor in tokens.items()}).last_hidden_state
+        real = tokens["attention_mask"][:6, :, None]
+        expected = model.head((hidden * real).sum(1) / real.sum(1))  # LoRA begins as nothing
+        torch.testing.assert_close(model(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_build__trains_lora_and_the_head(data: tuple[Pair, Pair, int]) -> None:
+    model = text.build(3, data[2])
+    trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(shape.numel() for shape in trained.values()) == 2 * 2 * text.RANK * (384 + 384) + 385 * 10
+    assert all("lora" in name or name.startswith("head.") for name in trained)
+    again = text.build(3, data[2])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))

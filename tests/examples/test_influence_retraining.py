@@ -1,7 +1,5 @@
 """Retraining against an ordinary training loop, models to be scored, and what is refused."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

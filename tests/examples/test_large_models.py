@@ -1,7 +1,5 @@
 """`examples.large_models` counts what fisherkit builds for a small model of the same shape."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

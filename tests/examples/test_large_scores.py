@@ -1,7 +1,5 @@
 """The scripts of examples/influence run, at small sizes, and compute what they say."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

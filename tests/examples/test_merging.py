@@ -1,7 +1,5 @@
 """The merging experiments: their suites and summaries, the setting that they propose, and both parts at tiny sizes."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The tasks of the paper's reproduction, and the experiment on quality, at tiny sizes."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

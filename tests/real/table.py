@@ -6,8 +6,6 @@ Costs are counted, not timed, in gradients: one forward and one backward pass of
 also verifies the rules; later ones find them known.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections import Counter

@@ -5,8 +5,6 @@ autograd. A parameter that goes the generic way is exact too but costs a pass an
 pinned here, so that a rule that is lost shows.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from typing import Any, NamedTuple

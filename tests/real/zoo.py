@@ -5,8 +5,6 @@ from their initialization, where gains are one and biases zero, so that a term t
 of Fisher matrices.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The paper's updates and γ, example by example and class by class, by formulas written out on dense matrices."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
