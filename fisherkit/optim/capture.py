@@ -191,6 +191,7 @@ class Capture:
             self._refuse_unfit(plan, coupled, random=recorder.random)
         again = bool(plan.generic or coupled or not watched.regular or plan.unruled(watched))
         keep = batch if again else Batch((), _masks(batch), None, batch.size)
+        watched = replace(watched, by_owner=True) if self._by_owner(plan, batch, watched) else watched
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         uses = with_own_inputs(own, batch.batched)
         watched = watched.replaced(uses=uses) if len(own) == len(watched.uses) else replace(watched, uses=uses)
@@ -276,6 +277,13 @@ class Capture:
             with plan.quiet():
                 told = told.replaced(z=forward(plan, batch).z)
             self._compare(plan, batch, told)
+
+    def _by_owner(self, plan: Plan, batch: Batch, seen: Watched) -> bool:
+        """Whether Kronecker factors count the positions of one example that outputs depend on, as those of several."""
+        if batch.size > 1 or self._written_out or seen.followed or plan.alone:
+            return False
+        with self._in_eval():
+            return not Linearized(plan, batch.to(plan.example_parameter.device), seen).followed
 
     def _compare(self, plan: Plan, batch: Batch, seen: Watched) -> None:
         call = f"{self.call}, forward pass"
@@ -461,7 +469,8 @@ class Capture:
         with self._watch.quiet(), untouched_rng([], one.rng, others), differentiable(self.model, parameters):
             with recorder:
                 z = one.batch.call(self.model)
-            return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
+            seen = replace(Watched.seen(recorder, z), by_owner=one.watched.by_owner)
+            return self._own_rows(one, Linearized(plan, one.batch, seen))
 
 
 def runs(leaves: Iterable[Any]) -> bool:
