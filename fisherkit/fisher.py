@@ -303,6 +303,7 @@ class _Asked:
             plan, source, resolved, rule, example == "token",
             is_causal(model) if shift_labels is None else shift_labels, chunk_size,
             progress and (processes is None or processes.rank == 0), processes=processes,
+            shift_guessed=shift_labels is None,
             offset=0 if processes is None or not rule.random else processes.before(source.count),
         )  # fmt: skip
         builder = Builder(

@@ -178,3 +178,9 @@ def test_construction__refuses_bad_data(name: str) -> None:
 @pytest.mark.parametrize("name", ids(LABELS))
 def test_construction__refuses_bad_labels(name: str) -> None:
     check(LABELS[name])
+
+
+def test_ids_that_are_floats__are_told_apart_from_dtypes_that_do_not_go_together() -> None:
+    model = nn.Sequential(nn.Embedding(6, 3), nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(fk.DataError, match=r"float32 where a table of embeddings.*x.long\(\)"):
+        fk.EmpiricalFisher(model, (torch.zeros(5, 4), torch.zeros(5).long()))

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arithmetic import HALF
-from fisherkit.data import Batch, Source, check_finite
+from fisherkit.data import Batch, Source, check_finite, warn_of_unshifted
 from fisherkit.errors import DataError, ModelError, ProcessError, listed
 from fisherkit.likelihood import Likelihood
 from fisherkit.model_state import parameters_hash
@@ -120,6 +120,7 @@ class Problem:
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         probabilities_sought: whether outputs have been looked at for probabilities in the place of logits, for which
             two examples are too few.
+        shift_guessed: whether nobody has said whether labels belong to the position before theirs.
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
@@ -147,6 +148,7 @@ class Problem:
     most_examples: int | None = None
     revisable: bool = False
     probabilities_sought: bool = True
+    shift_guessed: bool = False
     by_owner: bool | None = None
     budget: int | None = None
     processes: Processes | None = None
@@ -289,6 +291,8 @@ class Problem:
             check_finite(raw, call)
         if not self.probabilities_sought:
             self.probabilities_sought = True
+            if self.shift_guessed and not self.shift_labels:
+                warn_of_unshifted(batch, target, mask)
             likelihood, tried = self.likelihood, self.plan.tried
             if ("logits", likelihood.link) not in tried and warn_of_probabilities(
                 self.plan.model, z[mask], likelihood.link, likelihood.name
