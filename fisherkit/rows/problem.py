@@ -216,8 +216,7 @@ class Problem:
 
     def _tally(self, batch: Batch, start: int, call: str, matrix_free: bool, watched: Watched) -> Tally:
         slots = self._slots(batch, watched.z, start, call)
-        self._refuse_influence(batch, start, watched, call)
-        if matrix_free and not self.company.has_own_gradients(self.plan, batch, start, watched):
+        if not self._judge(batch, start, watched, call, gradients=matrix_free):
             raise influenced(call, "gradients")
         keep = slots.keep(slice(0, slots.number))
         rows = batch.size * slots.number if keep is None else int(keep.sum())
@@ -291,7 +290,7 @@ class Problem:
             check_finite(raw, call)
         if not self.probabilities_sought:
             self.probabilities_sought = True
-            if self.shift_guessed and not self.shift_labels:
+            if self.shift_guessed and not self.shift_labels and target is not None and target.ndim == 2 < raw.ndim:
                 warn_of_unshifted(batch, target, mask)
             likelihood, tried = self.likelihood, self.plan.tried
             if ("logits", likelihood.link) not in tried and warn_of_probabilities(
@@ -556,16 +555,12 @@ class Problem:
         plan.probe.assumed = False
         return Linearized(plan, batch, watched, shown=assumed)
 
-    def _refuse_influence(self, batch: Batch, start: int, seen: Watched, call: str) -> None:
+    def _judge(self, batch: Batch, start: int, seen: Watched, call: str, *, gradients: bool = True) -> bool:
+        """Refuse examples that influence each other; whether their gradients are their own, if that is asked."""
         self.company.refuse_influence(self.plan, batch, start, seen, call)
         if (seen.custom or seen.hooked) and not self.kind.along_gradient:
             self.plan.seen_with(seen).refuse_nonlinear(call)
-
-    def _judge(self, batch: Batch, start: int, linearized: Linearized, call: str) -> None:
-        """Refuse examples that influence each other; where only gradients do, rows go the slow exact way."""
-        self._refuse_influence(batch, start, linearized.watched, call)
-        if not self.company.has_own_gradients(self.plan, batch, start, linearized.watched):
-            linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
+        return not gradients or self.company.has_own_gradients(self.plan, batch, start, seen)
 
     def _without_rows(self, linearized: Linearized | OneByOne, outputs: Outputs) -> Rows | None:
         """What sums need of the last layer alone, if they need no rows."""
@@ -584,7 +579,8 @@ class Problem:
             raise BetterPlanError(self.plan, True, batch)
         outputs, counts = self._outputs(batch, linearized.z, start, call)
         if in_company and isinstance(linearized, Linearized):
-            self._judge(batch, start, linearized, call)
+            if not self._judge(batch, start, linearized.watched, call):  # then rows go the slow exact way
+                linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
         last = self._without_rows(linearized, outputs)
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs, batch, counts)
