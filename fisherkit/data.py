@@ -559,7 +559,8 @@ def _elsewhere(others: Sequence[torch.Generator]) -> RngState:
 
 def warn_of_unshifted(batch: Batch, labels: Tensor, mask: Tensor) -> None:
     """Warn of labels ``[B, T]`` that are the inputs at their own places, as a causal model's before the shift."""
-    if labels.is_floating_point() or labels.numel() < 8 or labels.shape[1] < 2:
+    # An encoder-decoder is given its labels.
+    if labels.is_floating_point() or labels.numel() < 8 or labels.shape[1] < 2 or "labels" in batch.kwargs:
         return
     ids = (x for x in batch.inputs if x.shape == labels.shape and x.dtype in (torch.int64, torch.int32))
     if any(bool(((x == labels) | ~mask).all()) for x in ids):

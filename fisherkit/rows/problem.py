@@ -578,9 +578,9 @@ class Problem:
         elif self.by_owner is not None and not linearized.followed:
             raise BetterPlanError(self.plan, True, batch)
         outputs, counts = self._outputs(batch, linearized.z, start, call)
-        if in_company and isinstance(linearized, Linearized):
-            if not self._judge(batch, start, linearized.watched, call):  # then rows go the slow exact way
-                linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
+        watched = linearized.watched if in_company and isinstance(linearized, Linearized) else None
+        if watched is not None and not self._judge(batch, start, watched, call):  # rows go the slow exact way
+            linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
         last = self._without_rows(linearized, outputs)
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs, batch, counts)
