@@ -34,7 +34,7 @@ from torch.utils.data import (
 )
 
 from fisherkit.arithmetic import all_finite
-from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError, listed
+from fisherkit.errors import DataError, InvalidTypeError, ModelError, NonFiniteError, listed, warn
 from fisherkit.model_inputs import DECODER_INPUTS, ModelInputs, virtual_tokens
 from fisherkit.model_state import tensors_hash
 from fisherkit.randomness import RngState, rng_state, untouched_rng
@@ -538,6 +538,19 @@ def _elsewhere(others: Sequence[torch.Generator]) -> RngState:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  users' code draws from it
         return rng_state(others)
+
+
+def warn_of_unshifted(batch: Batch, labels: Tensor, mask: Tensor) -> None:
+    """Warn of labels ``[B, T]`` that are the inputs at their own places, as a causal model's before the shift."""
+    # An encoder-decoder is given its labels.
+    if labels.is_floating_point() or labels.numel() < 8 or labels.shape[1] < 2 or "labels" in batch.kwargs:
+        return
+    ids = (x for x in batch.inputs if x.shape == labels.shape and x.dtype in (torch.int64, torch.int32))
+    if any(bool(((x == labels) | ~mask).all()) for x in ids):
+        warn(
+            f"{batch.place}: labels are the model's input ids, each at its own position, which is not what a model of "
+            "the next token predicts. Try: shift_labels=True for such a model; shift_labels=False if this is meant."
+        )
 
 
 def check_finite(z: Tensor, call: str) -> None:

@@ -268,6 +268,7 @@ class _Asked(NamedTuple):
             plan, source, resolved, rule, o.example == "token",
             is_causal(model) if o.shift_labels is None else o.shift_labels, o.chunk_size,
             o.progress and (processes is None or processes.rank == 0), processes=processes,
+            shift_guessed=o.shift_labels is None,
             offset=0 if processes is None or not rule.random else processes.before(source.count),
         )  # fmt: skip
         builder = Builder(

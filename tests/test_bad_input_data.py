@@ -401,3 +401,9 @@ def test_construction__a_layer_used_in_a_new_way_in_a_later_batch_goes_the_slow_
     fisher = ef(model, data)
     torch.testing.assert_close(fisher.trace(), by_hand.rows(model, data).square().sum() / fisher.examples)
     assert {entry.rule for entry in fisher.coverage().entries} >= {"loop"}
+
+
+def test_ids_that_are_floats__are_told_apart_from_dtypes_that_do_not_go_together() -> None:
+    model = nn.Sequential(nn.Embedding(6, 3), nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(fk.DataError, match=r"float32 where a table of embeddings.*x.long\(\)"):
+        fk.EmpiricalFisher(model, (torch.zeros(5, 4), torch.zeros(5).long()))

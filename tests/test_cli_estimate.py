@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import fisherkit as fk
 from tests import by_hand, commands
 from tests.commands import own_module
-from tests.text_models import LABELS, SIZES, TEXTS, WORDS, jsonl, make_classifier, saved
+from tests.text_models import LABELS, SIZES, TEXTS, WORDS, jsonl, make_classifier, make_tokenizer, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
@@ -239,3 +239,30 @@ def test_estimate__draws_some_of_the_texts_and_counts_those_that_are_cut(
     told = json.loads(result.stdout)
     assert (told["examples"], told["max_length"]) == (3, 4)
     assert told["texts_at_max_length"] >= 1
+
+
+def test_estimate__cuts_texts_to_the_positions_behind_a_padding_row(tmp_path: Path) -> None:
+    """RoBERTa's first position has the number behind the padding token's; its tokenizer may say no length."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(**SIZES, pad_token_id=1, num_labels=3)
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.model_max_length = int(1e30)
+    folder = saved(transformers.RobertaForSequenceClassification(config), tokenizer, tmp_path / "model")
+    source = jsonl(tmp_path / "texts.jsonl", [{"text": "a graph of " * 9, "label": n % 3} for n in range(3)])
+    result = run(folder, "--data", source, "--out", tmp_path / "f", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["max_length"] == SIZES["max_position_embeddings"] - 2
+
+
+def test_plan__is_told_by_one_of_torchrun_s_processes(
+    classifier: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        result = run(classifier, "--data", data, "--plan")
+        assert result.exit_code == 0, result.output
+        told.append(result.stdout)
+    assert told[0]
+    assert not told[1]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ import fisherkit as fk
 from fisherkit import io
 from fisherkit.merging.blocks import _operations, expected_seconds
 from tests import commands
-from tests.text_models import LABELS, TEXTS, make_classifier, make_tokenizer, saved
+from tests.text_models import LABELS, TEXTS, jsonl, make_classifier, make_tokenizer, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap over fused attention
 
@@ -413,6 +414,29 @@ def test_merge__refuses_a_check_of_what_has_no_loss(options: list[str], tasks: P
     assert result.exit_code == 1
     assert f"--check with {' '.join(options)}" in result.stderr
     assert f"Try: leave out {' '.join(options)}, or --check" in result.stderr
+    assert not (tmp_path / "m").exists()
+
+
+def test_merge__refuses_a_check_of_causal_texts_of_one_token(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=12, n_positions=16, n_embd=4, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    plain = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2}, "[UNK]")),
+        pad_token="[PAD]",
+    )  # fmt: skip
+    folders = [saved(model, plain, tmp_path / name) for name in ("a", "b")]
+    texts = jsonl(tmp_path / "texts.jsonl", [{"text": "a"}, {"text": "a"}])
+    fishers = []
+    for folder in folders:
+        fishers.append(tmp_path / f"{folder.name}.f")
+        fk.EmpiricalFisher(
+            model.eval(), (torch.ones(2, 3).long(), torch.ones(2, 3).long()), structure="diagonal"
+        ).save(fishers[-1])  # fmt: skip
+    pairs = zip(folders, fishers, strict=True)
+    sources = [word for folder, fisher in pairs for word in ("--model", folder, "--fisher", fisher)]
+    result = merged(*sources, "--check", texts, "--out", tmp_path / "m")
+    assert result.exit_code == 1
+    assert "texts of one token" in result.stderr
     assert not (tmp_path / "m").exists()
 
 

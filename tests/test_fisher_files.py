@@ -345,3 +345,10 @@ def test_read__refuses_a_file_that_was_replaced_since(tmp_path: Path) -> None:
         kronecker(F64, seed=1)[0].save(tmp_path / "f", size)
         with pytest.raises(FileFormatError, match=r"(f of another save|no file f-).*open it again"):
             file.read(LAYER.names)
+
+
+def test_load__of_what_torch_save_wrote_says_so(tmp_path: Path) -> None:
+    for old in (False, True):
+        torch.save({"weight": torch.zeros(3)}, tmp_path / "f", _use_new_zipfile_serialization=not old)
+        with pytest.raises(fk.FileFormatError, match=r"torch.save or pickle.*torch.load"):
+            fk.load(tmp_path / "f")

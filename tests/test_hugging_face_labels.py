@@ -1,5 +1,6 @@
 """Labels that a Hugging Face model takes as inputs too, and positions without: its own loss is the truth."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -349,3 +350,31 @@ def test_classes_on_axis_1__of_a_causal_model_are_refused(positions: int) -> Non
         with pytest.raises(fk.InvalidArgumentError, match=r"expected the last axis"):
             make()
     assert fk.EmpiricalFisher(model, data, likelihood=fk.likelihoods.Categorical(class_axis=-1)).rows == 3
+
+
+class Wrapped(nn.Module):
+    """A causal model in a module of a user's own, which does not say what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(vocab_size=12, n_positions=16, n_embd=4, n_layer=1, n_head=2)
+        self.inner = transformers.GPT2LMHeadModel(config).eval()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(ids).logits  # type: ignore[no-any-return]
+
+
+def test_labels__that_are_the_input_ids_in_their_places_are_warned_of() -> None:
+    model, ids = Wrapped(), torch.randint(12, (3, 5), generator=torch.Generator().manual_seed(0))
+    padded = ids.clone()
+    padded[0, 3:] = -100
+    for labels in (ids, padded):
+        with pytest.warns(UserWarning, match="shift_labels=True"):
+            fk.EmpiricalFisher(model, (ids, labels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.EmpiricalFisher(model, (ids, ids.roll(-1, 1)))
+        for shift in (True, False):
+            fk.EmpiricalFisher(model, (ids, ids), shift_labels=shift)
+        fk.EmpiricalFisher(model.inner, (ids, ids))

@@ -319,3 +319,18 @@ def test_each_call__plans_once_and_hashes_the_weights_once(call: str, monkeypatc
     counts.update(plan_of=0, parameters_hash=0)
     calls[call]()
     assert counts == {"plan_of": 1, "parameters_hash": 1, "measured_at": 0}
+
+
+def test_groups__with_huge_numbers_are_refused_before_there_is_a_column_for_each() -> None:
+    model = mlp()
+    scores = InfluenceScores(fk.ExactFisher(model, (X, Y)), model)
+    with pytest.raises(fk.InvalidArgumentError, match="return_inverse"):
+        scores.scores(QUERIES, (X, Y), groups=10**11 * torch.arange(len(X)))
+
+
+def test_path__in_the_place_of_data_says_what_prepare_takes() -> None:
+    model = mlp()
+    scores = InfluenceScores(fk.ExactFisher(model, (X, Y)), model)
+    for call in (lambda: scores.prepare("rows"), lambda: scores.scores(QUERIES, "rows")):
+        with pytest.raises(fk.InvalidTypeError, match=r"prepare\(train, folder=path\)"):
+            call()

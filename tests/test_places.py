@@ -169,3 +169,62 @@ def test_places__that_count_from_the_first_look_on(way: str) -> None:
     for data in ([X[:2]], [X[:6]], [X[:1], X[1:3]]):
         one = model(lambda h: WAYS[way](h) if way in GRADIENTS or len(h) > 4 else h, lambda x: True)
         refused_or_right(one, data, structure="diagonal")
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------------
+
+
+class Trained(nn.Module):
+    """The same with dropout before the last layer, and whether it counts noted by the mode."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], on: Callable[[Tensor], bool], dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.dropout = nn.Linear(3, 3).double(), nn.Linear(3, 2).double(), nn.Dropout(dropout)
+        self.change, self.on = change, on
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = self.change(h) if self.on(x) else h
+        return self.last(self.dropout(h.tanh()))  # type: ignore[no-any-return]
+
+
+STEPS: list[dict[str, Any]] = [{"kind": "ef"}, {"kind": "exact"}, {"kind": "ef", "structure": "kfac"}]
+MEETING: dict[str, Callable[[Tensor], Tensor]] = {
+    **WAYS,
+    "room for a few": lambda h: h * ((h[:, 0].detach() > 0).cumsum(0) <= 2)[:, None],
+    "order": lambda h: h * (1 + h[:, 0].detach().argsort().argsort())[:, None],
+    "noise of company": lambda h: h + h.detach().flip(0),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("way", MEETING)
+def test_step__of_a_later_batch_in_which_places_or_company_count(way: str, dropout: float) -> None:
+    options = STEPS[len(way) % 3]
+    net = Trained(MEETING[way], lambda x: len(x) == 7, dropout)
+    optimizer = fk.optim.NaturalGradient(net, lr=0.1, damping=0.1, **options)
+
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), torch.arange(len(x)) % 2).backward()
+        optimizer.step()
+
+    step(X[:12])
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(fk.ModelError, match="change"):
+        step(X[12:19])
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    step(X[19:])
+
+
+def test_step__looks_at_nothing_again_where_nothing_meets() -> None:
+    sizes: list[int] = []
+    net = Trained(lambda h: h, lambda x: sizes.append(len(x)) is None, 0.3)
+    optimizer = fk.optim.NaturalGradient(net, lr=0.1, damping=0.1, kind="ef")
+    for _ in range(3):
+        sizes.clear()
+        F.cross_entropy(net(X), torch.arange(len(X)) % 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sizes == [len(X)]

@@ -1,11 +1,13 @@
 """Kronecker factors do not depend on how the data are cut: batch sizes, chunks, order."""
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
@@ -182,3 +184,22 @@ def test_kfac__counts_all_positions_where_the_axis_is_followed_and_else_those_th
         moment += g[0].mT @ g[0] / 4
     expected = torch.kron(moment, inputs.mT @ inputs / len(inputs))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["ef", "exact"])
+@pytest.mark.parametrize("made", [*WHOLE, OneHead])
+def test_steps__of_kronecker_factors_do_not_depend_on_how_batches_are_cut(
+    made: Callable[[random.Random], nn.Module], kind: str
+) -> None:
+    for seed in range(3):
+        model, x, mask, y = case(seed, made)
+        found = []
+        for size in (len(x), 4, 1):
+            own = copy.deepcopy(model)
+            optimizer = fk.optim.NaturalGradient(own, lr=1.0, kind=kind, structure="kfac", damping=0.1)
+            for i in torch.arange(len(x)).split(size):
+                z = own(x[i], mask[i])
+                (F.cross_entropy(z.flatten(0, -2), y[i].flatten(), reduction="sum") / len(x)).backward()
+            optimizer.step()
+            found.append(torch.cat([p.detach().flatten() for p in own.parameters()]))
+        torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-8, atol=1e-10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -103,6 +104,8 @@ class Estimate(ModelOptions):
                 typer.echo(json.dumps(summary, ensure_ascii=False) if self.as_json else _as_text(summary))
 
     def _plan(self) -> None:
+        if int(os.environ.get("RANK", "0")):  # of torchrun's processes, one says it
+            return
         model, data, options = self._asked()
         found = plan(model, data, to_file=True, **options)
         typer.echo(json.dumps(asdict(found)) if self.as_json else str(found))

@@ -34,7 +34,7 @@ from fisherkit.cli.options import (
     numbers_or,
     option,
 )
-from fisherkit.cli.sources import ModelOptions, TextBatches, load_likelihood
+from fisherkit.cli.sources import IGNORE, ModelOptions, TextBatches, load_likelihood
 from fisherkit.cli.text import table
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
 from fisherkit.fisher import FisherApproximation
@@ -237,7 +237,14 @@ class Merge:
                 else f"leave out {' and '.join(odd)}, or --check",
             )  # fmt: skip
         files: dict[str, Path | None] = {f"--check {path}": path for path in self.check}
-        return ModelOptions(device=self.device, dtype=self.dtype).texts(str(self.model[0]), files, CALL) or []
+        found = ModelOptions(device=self.device, dtype=self.dtype).texts(str(self.model[0]), files, CALL) or []
+        for flag, own in zip(files, found, strict=True):
+            if own.folder.causal and not all((batch["labels"][:, 1:] != IGNORE).any() for batch in own):
+                _refuse(
+                    f"{flag} with a batch of texts of one token", "texts of two tokens or more",
+                    "a causal model's loss is that of the tokens after the first, and of none it is no number",
+                )  # fmt: skip
+        return found
 
     @property
     def _folders(self) -> bool:

@@ -386,7 +386,11 @@ class TextBatches:
     ) -> None:
         self.folder, self.model, self.texts, self.size, self.call = folder, model, texts, size, call
         config = folder.config
-        most = min(folder.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 512)
+        # Tables of positions with a padding row begin behind it, as RoBERTa's.
+        tables: Any = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
+        padded = [table for table in tables if getattr(table, "padding_idx", None) is not None]
+        rows = [table.num_embeddings - table.padding_idx - 1 for table in padded]
+        most = min(folder.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 512, *rows)
         self.max_length, self.cut = min(max_length or most, most), 0
         self._labels = [] if folder.causal else [self._label(text) for text in texts]
 

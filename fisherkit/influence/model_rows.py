@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -191,6 +192,7 @@ class ModelRows:
         self.likelihood = _likelihood(likelihood, fisher)
         self.chunk_size, self.progress = chunk_size, progress
         self.budget = available_memory(self.device) // 2 if memory_budget is None else memory_budget
+        self._shift_guessed = shift_labels is None
         self.shift_labels = is_causal(model) if shift_labels is None else shift_labels
         self._modules = {name: module for module, names in self.space.blocks.items() for name in names}
 
@@ -236,6 +238,12 @@ class ModelRows:
 
     def _source(self, data: Data) -> Source:
         """The data, once their order is known to be fixed."""
+        if isinstance(data, (str, Path)):
+            raise InvalidTypeError(
+                call=CALL, got=f"the path {str(data)!r} as data", expected="batches, or what prepare() made of them",
+                why="a folder of rows is read beside the data that it belongs to",
+                try_="rows = scores.prepare(train, folder=path), and scores.scores(queries, rows)",
+            )  # fmt: skip
         source = Source(data, self.model)
         source.keep_order(CALL)
         return source
@@ -296,7 +304,7 @@ class ModelRows:
     def _blocks(self, plan: Plan, source: Source, rule: OutputRule, token: bool) -> LiveBlocks:
         problem = Problem(
             plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress,
-            budget=self.budget,
+            budget=self.budget, shift_guessed=self._shift_guessed,
         )  # fmt: skip
         problem.measure()
         # Products may write a block's rows out. Kept, they have as few numbers as can be.

@@ -522,6 +522,10 @@ def _first(
     return values[:, :k], index.gather(1, order[:, :k])
 
 
+MANY = 1 << 20
+"""Groups that may be empty."""
+
+
 def _check_options(by: Any, groups: Any, normalize: Any) -> None:
     """Refuse what is not allowed and what does not go together."""
     call = "scores"
@@ -531,6 +535,13 @@ def _check_options(by: Any, groups: Any, normalize: Any) -> None:
         raise InvalidTypeError(call=call, got=f"groups of {groups.dtype}", expected="a tensor of integers")
     if groups is not None and groups.numel() and int(groups.long().min()) < 0:
         raise InvalidArgumentError(call=call, got=f"group {int(groups.long().min())}", expected="0 or more")
+    if groups is not None and groups.numel() and int(groups.long().max()) >= max(MANY, groups.numel()):
+        raise InvalidArgumentError(
+            call=call, got=f"group {int(groups.long().max()):,} of {groups.numel():,} examples",
+            expected="numbers from 0 on, without large gaps",
+            why="there is a column of scores for every number up to it",
+            try_="ids, groups = torch.unique(groups, return_inverse=True), and ids[j] is group j",
+        )  # fmt: skip
     check_choice(call, "by", by, (None, "module", "token"))
     check_choice(call, "normalize", normalize, (None, "relatif"))
     if by == "token" and (groups is not None or normalize is not None):

@@ -334,6 +334,13 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     except FileFormatError:
         raise
     except (*UNREADABLE, AttributeError) as error:
+        with found.open("rb") as file:
+            if file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip archive or a pickle
+                raise FileFormatError(
+                    call=call, got=f"{found.name}, a file of torch.save or pickle",
+                    expected="one written by fisher.save",
+                    try_="torch.load, for what torch.save wrote; fisher.save(path) keeps a Fisher",
+                ) from error  # fmt: skip
         # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
         name = f"an index {found.name}" if indexed else "a file"
         raise damaged(call, error, name=name) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -33,9 +34,10 @@ from fisherkit.randomness import RngState, device_generators, rng_state, untouch
 from fisherkit.rows.base import TILE, RowSelection
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.company import Company
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Known, Linearized
-from fisherkit.rows.plan import Plan, forward, has_own_gradients, influenced, require_alike_in_parts
+from fisherkit.rows.plan import Plan, forward, influenced
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.verified import fingerprint, plan_of_call
 from fisherkit.rows.watched import Watched, refuse_reentrant
@@ -75,6 +77,7 @@ class Capture:
         self.finished: list[Captured] = []
         self.first: Tensor | None = None  # the largest output of the first pass
         self.examples = self.offset = self._passes = 0
+        self._company = Company()
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
         self._used: set[str] = set()
@@ -170,8 +173,11 @@ class Capture:
         watched = Watched.seen(recorder, z)
         if self._new(watched, plan):
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
-        if watched.decided and batch.size > 1:
-            self._refuse_influence(plan, batch)
+        self._refuse_influence(plan, batch, watched, coupled)
+        if plan.nonlinear:  # rows along the gradient are multiples of the user's, but for those without a rule
+            ruled = {name for unit in plan.ruled for name in unit.names}
+            multiples = self.rule.along_gradient and not coupled
+            plan.refuse_nonlinear(f"{self.call}, forward pass", ruled if multiples else None)
         hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
         cut = [name for name in hidden if name in recorder.without_graph]
         if cut or id(plan) not in self._seen:
@@ -182,6 +188,7 @@ class Capture:
             self._refuse_unfit(plan, coupled, random=recorder.random)
         again = bool(plan.generic or coupled or not watched.regular or plan.unruled(watched))
         keep = batch if again else Batch((), _masks(batch), None, batch.size)
+        watched = replace(watched, by_owner=True) if self._by_owner(plan, batch, watched) else watched
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         uses = with_own_inputs(own, batch.batched)
         watched = watched.replaced(uses=uses) if len(own) == len(watched.uses) else replace(watched, uses=uses)
@@ -236,23 +243,50 @@ class Capture:
             for module in training:
                 module.training = True
 
-    def _refuse_influence(self, plan: Plan, batch: Batch) -> None:
-        """Refuse a batch of which a statistic decides what becomes of examples, as it would not for each alone.
+    def _refuse_influence(self, plan: Plan, batch: Batch, seen: Watched, coupled: list[str]) -> None:
+        """Refuse a batch whose examples have other outputs or gradients than in other company, as builds do.
+
+        Passes of our own are in the model's own mode; in eval mode where that one draws numbers or couples examples.
 
         Raises:
-            ModelError: it does.
+            ModelError: they have.
 
-        Cost: a forward pass of the batch, and two of each of its examples with a backward pass.
+        Cost: as of `Company`, and a forward pass of the batch in eval mode.
         """
-        call = f"{self.call}, forward pass"
+        chance = seen.random or seen.drawn
+        told = seen.replaced(drawn=False, numbers=batch.size if seen.drawn else seen.numbers)
+        if not self._company.is_due(plan, batch.size, None, told):
+            return
         batch = batch.to(plan.example_parameter.device)
+        if not (chance or coupled or torch.is_autocast_enabled(plan.example_parameter.device.type)):
+            probe = copy(plan.probe)  # whose outputs are those of eval mode
+            probe.alike = not self.model.training
+            try:
+                with self._watch.quiet(), without_autocast():
+                    self._compare(replace(plan, probed=probe), batch, told)
+                return
+            except ModelError:
+                with self._watch.quiet(), without_autocast(), plan.quiet():
+                    again = batch.call(self.model).detach()
+                if not self.model.training or torch.equal(again, seen.z.detach()):
+                    raise  # else it draws numbers that were not seen
         with self._in_eval():
             with plan.quiet():
-                seen = replace(forward(plan, batch), decided=True)
-            require_alike_in_parts(plan, batch, seen, call)
-            if not has_own_gradients(plan, batch, seen):
-                error = influenced(call, "gradients")
-                raise error
+                told = told.replaced(z=forward(plan, batch).z)
+            self._compare(plan, batch, told)
+
+    def _by_owner(self, plan: Plan, batch: Batch, seen: Watched) -> bool:
+        """Whether Kronecker factors count the positions of one example that outputs depend on, as those of several."""
+        if batch.size > 1 or self._written_out or seen.followed or plan.alone:
+            return False
+        with self._in_eval():
+            return not Linearized(plan, batch.to(plan.example_parameter.device), seen).followed
+
+    def _compare(self, plan: Plan, batch: Batch, seen: Watched) -> None:
+        call = f"{self.call}, forward pass"
+        self._company.refuse_influence(plan, batch, None, seen, call)
+        if not self._company.has_own_gradients(plan, batch, None, seen):
+            raise influenced(call, "gradients")
 
     def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:
         """A plan for the parameters that the outputs depend on, with what the whole batch shows beside two examples."""
@@ -432,7 +466,8 @@ class Capture:
         with self._watch.quiet(), untouched_rng([], one.rng, others), differentiable(self.model, parameters):
             with recorder:
                 z = one.batch.call(self.model)
-            return self._own_rows(one, Linearized(plan, one.batch, Watched.seen(recorder, z)))
+            seen = replace(Watched.seen(recorder, z), by_owner=one.watched.by_owner)
+            return self._own_rows(one, Linearized(plan, one.batch, seen))
 
 
 def runs(leaves: Iterable[Any]) -> bool:

@@ -52,18 +52,20 @@ def lifted(captured: Sequence[Captured]) -> list[Captured]:
 
     Passes that lack parameters for another reason, as that they were frozen, are left as they are.
     """
-    widest = max(captured, key=lambda one: one.plan.space.size, default=None)
-    if widest is None:
-        return []
-    plan = widest.plan
-    return [one if one.plan.space == plan.space else _over(one, plan) for one in captured]
+    plans = [one.plan for one in captured]
+    plan = max(plans, key=lambda plan: (plan.space.size, sum(len(u.names) for u in plan.ruled)), default=None)
+    return [one if plan is None or one.plan is plan else _over(one, plan) for one in captured]
 
 
 def _over(one: Captured, plan: Plan) -> Captured:
-    own = {slot.names for slot in one.chunks[0].rows.slots}
+    # Those without a rule, which the other plan may have, as long as nothing used them.
+    unused = {unit.names for unit in one.plan.units if unit.without_use}
+    if any(s.names in unused and bool(s.rows.floating.any()) for chunk in one.chunks for s in chunk.rows.slots):
+        return one
+    own = {slot.names for slot in one.chunks[0].rows.slots} - unused
     new = {unit.names for unit in plan.units} - own
-    idle = {name for names in new for name in names}
-    if not own <= {unit.names for unit in plan.units} or not idle <= one.names or idle & set(one.plan.space.names):
+    idle, used = ({name for names in some for name in names} for some in (new, own))
+    if not own <= {unit.names for unit in plan.units} or not idle <= one.names or idle & used or not new - unused:
         return one
     chunks = []
     for chunk in one.chunks:

@@ -119,8 +119,9 @@ class Tracker:
 
     Attributes:
         lost: whether something differentiable was written to unseen.
-        met: whether numbers without a gradient that may be of several examples, as their order or statistics, or drawn,
-            came to what is differentiated or to where nothing follows them.
+        met: whether numbers without a gradient that may be of several examples, as their order or statistics, came to
+            what is differentiated or to where nothing follows them.
+        drawn: whether random numbers were drawn.
         read: what Python was told of several examples, in yes, no and whole numbers, as whether any is padded.
         decided: whether a statistic of real numbers came to what is differentiated or to Python, so that it may decide
             for a batch and for parts of it alike, and otherwise for some example alone.
@@ -132,7 +133,7 @@ class Tracker:
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.lost = self.met = self.placed = self.decided = self.reduced = False
+        self.lost = self.met = self.drawn = self.placed = self.decided = self.reduced = False
         self.read: list[int] = []
         self.numbers: list[float] = []
         self._known: dict[int, tuple[weakref.ref[Tensor], int, bool, Status]] = {}
@@ -187,7 +188,7 @@ class Tracker:
                 self.decided = self.decided or ("out" in kwargs and self._tells(given))  # which is a constant after
             return
         outputs = [output] if isinstance(output, Tensor) else tensors(output)
-        self.met = self.met or function in DRAWS
+        self.drawn = self.drawn or function in DRAWS
         if function in READS or (self._ragged and function in SIZES):
             self._hear(function, args, output)
         elementwise = BECOMES.get(function) is _elementwise

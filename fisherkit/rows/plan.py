@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fisherkit.arithmetic import all_finite, at_least_single
+from fisherkit.arithmetic import HALF, all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError, listed
 from fisherkit.randomness import Draws, rng_places, untouched_rng
@@ -78,6 +79,7 @@ class Findings:
         calls: what its uses on two examples were given, to be compared; None before it is kept.
         custom: names of the autograd functions written in Python in their graph, which may forbid what was tried.
         draws: whether a pass draws random numbers, of which no output was seen to depend.
+        nonlinear: parameters whose gradients are not linear in those at the outputs.
         tried: a cache, which all that have these findings share, of what is found out when it is first needed.
     """
 
@@ -91,6 +93,7 @@ class Findings:
     calls: Hashable = None
     custom: frozenset[str] = frozenset()
     draws: bool = False
+    nonlinear: frozenset[str] = frozenset()
     tried: dict[Hashable, int] = field(default_factory=dict)
 
 
@@ -215,6 +218,34 @@ class Plan(Findings):
         """The space's blocks, joined where a unit spans two modules."""
         return tuple(self.space.joined_blocks(unit.names for unit in self.units))
 
+    def seen_with(self, seen: Watched) -> Plan:
+        """With what users' functions and hooks in a later batch, which two examples did not meet, make of gradients."""
+        new = seen.custom - self.custom or (seen.hooked and not self.probe.hooked)
+        if not new or ("linear", seen.custom, seen.hooked) in self.tried:
+            return self
+        found = replace(self, nonlinear=self.nonlinear | nonlinear(self, seen))
+        if not found.nonlinear:
+            self.tried["linear", seen.custom, seen.hooked] = 1
+        return found
+
+    def refuse_nonlinear(self, call: str, names: Collection[str] | None = None) -> None:
+        """Refuse rows of other vectors, or multiples of vectors, than autograd itself is given.
+
+        Raises:
+            ModelError: gradients of some parameters, of these ``names``, are not linear in the outputs' gradients.
+        """
+        found = sorted(self.nonlinear if names is None else self.nonlinear.intersection(names))
+        if found:
+            raise ModelError(
+                call=call,
+                got=f"gradients of {listed(map(repr, found), 4)} that are not linear in the outputs' gradient",
+                expected="a backward pass of derivatives, which doubles with its vector",
+                why="an autograd function or a hook of yours changes gradients on the way, as by clipping or signs, so "
+                "that rows depend on the vectors' size and sign: there is no such matrix",
+                try_="the model without it (handle.remove()), params= without these parameters, or a Fisher of kind "
+                '"ef" or "ief", whose rows are what autograd gives for the loss gradient',
+            )  # fmt: skip
+
     def unruled(self, watched: Watched) -> set[str]:
         """Parameters of units whose rule does not hold in a pass, because they are used in another way there."""
         outside, uses = watched.outside_rules, watched.uses
@@ -279,7 +310,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         generic = _numbers_without_rule(units)
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
-            custom=watched.custom,
+            custom=watched.custom, nonlinear=nonlinear(plan, watched),
             tried={("numbers", watched.numbers): 1} if numbers == watched.numbers else {},
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
@@ -412,6 +443,38 @@ class _Reference:
         return bool(torch.stack(errors).norm() <= self.tolerance * torch.maximum(own, 1e-3 * self.scale))
 
 
+def nonlinear(plan: Plan, watched: Watched) -> frozenset[str]:
+    """The parameters whose gradients do not follow a multiple or a sum of output vectors, as clipped ones do not.
+
+    Cost: none where the graph has neither functions nor hooks of users; else five backward passes of the probe.
+    """
+    own, z = plan.parameters, watched.z
+    if not (watched.hooked or watched.custom or any(p._backward_hooks for p in own.values())):
+        return frozenset()
+    v, w = torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(z)
+    large = 2.0 ** (5 if {watched.coarsest, z.dtype}.intersection(HALF) else 30)
+
+    def back(vector: Tensor, scale: float = 1.0) -> list[Tensor]:
+        grads = pulled_back(z, list(own.values()), vector * scale)
+        found = [dense_gradient(p, g) / scale for p, g in zip(own.values(), grads, strict=True)]
+        overflows = abs(scale) > 32 and not all_finite(*found)  # in half precision that no forward pass shows
+        return back(vector, math.copysign(32, scale)) if overflows else found
+
+    one = back(v)
+    names: set[str] = set()
+    both = [a + b for a, b in zip(one, back(w), strict=True)]
+    for expected, got in ((both, back(v + w)), (one, back(v, -large)), (one, back(v, 1 / large))):
+        errors = torch.stack([(a - b).norm() for a, b in zip(expected, got, strict=True)])
+        norms = torch.stack([a.norm() for a in expected])
+        right = errors <= _tolerance(z.dtype, plan) * torch.maximum(norms, 1e-3 * norms.norm())
+        names.update(name for name, holds in zip(own, right.tolist(), strict=True) if not holds)
+    return frozenset(names)
+
+
+def _tolerance(dtype: torch.dtype, plan: Plan) -> float:
+    return tolerance(dtype, plan.coarsest)
+
+
 def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
     """What rounding explains where numbers of a dtype went through a coarser one."""
     return TOLERANCE.get(coarser(dtype, coarsest), 5e-2)
@@ -475,52 +538,6 @@ def require_alike(found: Tensor, expected: Tensor, allowed: Tensor, place: str =
             "pad_packed_sequence(..., total_length=x.shape[1]); labels of ignore_index where there is padding",
         )
     raise error
-
-
-def require_alike_in_parts(plan: Plan, batch: Batch, seen: Watched, call: str) -> None:
-    """Refuse a batch whose examples have other outputs in parts of it, or alone where a statistic decides."""
-    z = seen.z.detach()
-    for piece in _pieces(batch.size, z.device, alone=seen.decided):
-        with plan.quiet():
-            torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
-            if seen.decided:
-                again = alone(plan.model, batch, int(piece))
-            else:
-                again = batch.take(piece).call(plan.model).detach()
-        allowed = z[piece].norm().maximum(z.norm() * (len(piece) / batch.size) ** 0.5)
-        require_alike(again, z[piece].expand_as(again), tolerance(z.dtype, plan.coarsest) * allowed, call)
-
-
-def has_own_gradients(plan: Plan, batch: Batch, seen: Watched) -> bool:
-    """Whether gradients of a batch are the sum of those of its parts, or of its examples where a statistic decides."""
-    z, own = seen.z, list(plan.parameters.values())
-    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-    with plan.quiet():
-        found = pulled_back(z, own, v)
-        if all(g is None for g in found):  # a pass that leads to other leaves
-            found = pulled_back(batch.call(plan.model), own, v)
-        whole = _flat(own, found)
-        sums = torch.zeros_like(whole)
-        for piece in _pieces(batch.size, z.device, few=1, alone=seen.decided):
-            sums += _flat(own, pulled_back(batch.take(piece).call(plan.model), own, v[piece]))
-    return bool((whole - sums).norm() <= tolerance(plan.example_parameter.dtype, plan.coarsest) * sums.norm())
-
-
-def _pieces(size: int, device: torch.device, *, few: int = 2, alone: bool = False) -> Sequence[Tensor]:
-    """An example and halves of the others, in another order; of so ``few`` the first one, as often as there are.
-
-    With ``alone``, each by itself.
-    """
-    if alone:
-        return torch.arange(size, device=device).split(1)
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device)
-    # Halves may have the same mean, or be told the same, as the whole; one example rarely is.
-    return [order[:1], *order[1:].chunk(2)] if size > few else [torch.zeros_like(order)]
-
-
-def _flat(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> Tensor:
-    """Gradients as one vector."""
-    return torch.cat([dense_gradient(p, g).flatten() for p, g in zip(parameters, found, strict=True)])
 
 
 def influenced(place: str = "", what: str = "outputs") -> ModelError:

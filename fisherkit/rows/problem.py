@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.data import Batch, Source, check_finite
+from fisherkit.arithmetic import HALF
+from fisherkit.data import Batch, Source, check_finite, warn_of_unshifted
 from fisherkit.errors import DataError, ModelError, ProcessError, listed
 from fisherkit.likelihood import Likelihood
 from fisherkit.model_state import parameters_hash
@@ -29,20 +30,11 @@ from fisherkit.progress import bar, beside
 from fisherkit.rows.base import TILE, RowSelection
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
+from fisherkit.rows.company import Company
 from fisherkit.rows.generic import now
 from fisherkit.rows.last_layer import Head, last_layer_rows, last_width
 from fisherkit.rows.linearized import MOST, Linearized, OneByOne
-from fisherkit.rows.plan import (
-    Plan,
-    alone,
-    forward,
-    has_own_gradients,
-    influenced,
-    require_alike,
-    require_alike_in_parts,
-    tolerance,
-    two_of,
-)
+from fisherkit.rows.plan import Plan, forward, influenced, tolerance
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.units import RuledUnit
 from fisherkit.rows.verified import changed_attributes, fingerprint, forget, is_shown, plan_of
@@ -114,6 +106,7 @@ class Problem:
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         probabilities_sought: whether outputs have been looked at for probabilities in the place of logits, for which
             two examples are too few.
+        shift_guessed: whether nobody has said whether labels belong to the position before theirs.
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
@@ -122,7 +115,7 @@ class Problem:
         folds: whether positions may become examples of their own where vectors are of single ones.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
         settled: what `fingerprint` says of the model before such passes; None during the build.
-        compared: which batches have been compared with themselves in parts.
+        company: which batches have been compared with their parts.
     """
 
     plan: Plan
@@ -139,6 +132,7 @@ class Problem:
     most_examples: int | None = None
     revisable: bool = False
     probabilities_sought: bool = True
+    shift_guessed: bool = False
     by_owner: bool | None = None
     budget: int | None = None
     processes: Processes | None = None
@@ -148,7 +142,7 @@ class Problem:
     fold: int = 1
     head: int = 0
     settled: Hashable = None
-    compared: dict[Hashable, bool] = field(default_factory=dict)
+    company: Company = field(default_factory=Company)
 
     @functools.cached_property
     def examples(self) -> int:
@@ -206,8 +200,7 @@ class Problem:
 
     def _tally(self, batch: Batch, start: int, call: str, matrix_free: bool, watched: Watched) -> Tally:
         slots = self._slots(batch, watched.z, start, call)
-        self._refuse_influence(batch, start, watched, call)
-        if matrix_free and not self._has_own_gradients(batch, start, watched):
+        if not self._judge(batch, start, watched, call, gradients=matrix_free):
             raise influenced(call, "gradients")
         keep = slots.keep(slice(0, slots.number))
         rows = batch.size * slots.number if keep is None else int(keep.sum())
@@ -275,6 +268,8 @@ class Problem:
             check_finite(raw, call)
         if not self.probabilities_sought:
             self.probabilities_sought = True
+            if self.shift_guessed and not self.shift_labels and target is not None and target.ndim == 2 < raw.ndim:
+                warn_of_unshifted(batch, target, mask)
             likelihood, tried = self.likelihood, self.plan.tried
             if ("logits", likelihood.link) not in tried and warn_of_probabilities(
                 self.plan.model, z[mask], likelihood.link, likelihood.name
@@ -287,6 +282,8 @@ class Problem:
     def measure(self) -> None:
         """Find out on two examples how many vectors the kind has."""
         plan, tried, kind = self.plan, self.plan.tried, self.kind
+        if plan.nonlinear and (not kind.along_gradient or plan.coarsest in HALF):
+            plan.refuse_nonlinear("the Fisher of this model")
         key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
         if key not in tried:
             self.confirm()
@@ -517,72 +514,12 @@ class Problem:
         plan.probe.assumed = False
         return Linearized(plan, batch, watched, shown=assumed)
 
-    def _refuse_influence(self, batch: Batch, start: int, seen: Watched, call: str) -> None:
-        """Refuse a batch in which examples have other outputs than in other company.
-
-        Where functions on the way may have mixed examples, all are compared with themselves in parts of the batch;
-        elsewhere two with themselves in a batch of their own, since what is done to all may depend on how many they
-        are.
-
-        Raises:
-            ModelError: they do.
-
-        Cost: two forward passes of an example for each size of batches that a model has not met; one of the batch for
-        each answer to what the model asks of a whole batch that is new, as whether any example is padded, and of each
-        size in a build where functions do not keep examples apart. One of every batch where its numbers may decide what
-        becomes of its examples, as in experts with a capacity.
-        """
-        if batch.size == 1:
-            return
-        tried, told, size = self.plan.tried, ("told", seen.read), ("company", batch.size, seen.numbers)
-        if seen.by_content or not seen.proven:
-            key = start if seen.by_content else 0, batch.size
-            if key not in self.compared:
-                require_alike_in_parts(self.plan, batch, seen, call)
-                self.compared[key] = True
-        elif seen.read and told not in tried:
-            require_alike_in_parts(self.plan, batch, seen, call)
-            tried[told] = tried[size] = 1
-        elif size not in tried:
-            self._compare_two(batch, seen, call)
-            tried[size] = 1
-
-    def _compare_two(self, batch: Batch, seen: Watched, call: str) -> None:
-        plan, z, probe = self.plan, seen.z.detach(), self.plan.probe
-        two = batch.take(two_of(batch))
-        pairs = zip(two.inputs, probe.batch.inputs, strict=False)
-        allowed = tolerance(z.dtype, plan.coarsest) * z[:2].norm().maximum(z.norm() * (2 / batch.size) ** 0.5)
-        if probe.alike and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
-            require_alike(probe.z, z[:2], allowed, call)
-            return
-        with plan.quiet():
-            for n in range(2):
-                again = alone(plan.model, two, n)
-                require_alike(again, z[[n] * len(again)], allowed, call)
-
-    def _has_own_gradients(self, batch: Batch, start: int, seen: Watched) -> bool:
-        """Whether gradients in a batch are its examples' own, where hooks or functions of users may make others.
-
-        So may numbers that the model's two first examples did not bring, as those that depend on the batch's size.
-
-        Cost: none where there are none, else a forward and two backward passes of a batch of each size, and one forward
-        pass more where the batch's own has led to other leaves than the parameters.
-        """
-        tried, numbers = self.plan.tried, ("numbers", seen.numbers)
-        key = "gradients", batch.size, start if seen.decided else None
-        if batch.size == 1 or not (seen.own_gradients or numbers not in tried):
-            return True
-        if key not in self.compared:
-            self.compared[key] = has_own_gradients(self.plan, batch, seen)
-        if self.compared[key]:
-            tried[numbers] = 1
-        return self.compared[key]
-
-    def _judge(self, batch: Batch, start: int, linearized: Linearized, call: str) -> None:
-        """Refuse examples that influence each other; where only gradients do, rows go the slow exact way."""
-        self._refuse_influence(batch, start, linearized.watched, call)
-        if not self._has_own_gradients(batch, start, linearized.watched):
-            linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
+    def _judge(self, batch: Batch, start: int, seen: Watched, call: str, *, gradients: bool = True) -> bool:
+        """Refuse examples that influence each other; whether their gradients are their own, if that is asked."""
+        self.company.refuse_influence(self.plan, batch, start, seen, call)
+        if (seen.custom or seen.hooked) and not self.kind.along_gradient:
+            self.plan.seen_with(seen).refuse_nonlinear(call)
+        return not gradients or self.company.has_own_gradients(self.plan, batch, start, seen)
 
     def _without_rows(self, linearized: Linearized | OneByOne, outputs: Outputs) -> Rows | None:
         """What sums need of the last layer alone, if they need no rows."""
@@ -600,8 +537,9 @@ class Problem:
         elif self.by_owner is not None and not linearized.followed:
             raise BetterPlanError(self.plan, True, batch)
         outputs, counts = self._outputs(batch, linearized.z, start, call)
-        if in_company and isinstance(linearized, Linearized):
-            self._judge(batch, start, linearized, call)
+        watched = linearized.watched if in_company and isinstance(linearized, Linearized) else None
+        if watched is not None and not self._judge(batch, start, watched, call):  # rows go the slow exact way
+            linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
         last = self._without_rows(linearized, outputs)
         if last is not None:
             yield Chunk.whole_batch(last.finite(call), outputs, batch, counts)

@@ -33,6 +33,7 @@ from fisherkit.errors import FisherkitError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
+from fisherkit.rows.company import Company
 from fisherkit.rows.differentiable import differentiable, functional_call
 from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.rows.problem import Metric, Problem, Tally
@@ -220,7 +221,8 @@ def thinned(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
     Cost: streamed, reading the data once, and the rows of the examples that are taken.
     """
     if isinstance(rows, StreamedRows):
-        problem = replace(rows.problem, source=ThinnedSource(rows.problem.source, stride), progress=False, compared={})
+        source = ThinnedSource(rows.problem.source, stride)
+        problem = replace(rows.problem, source=source, progress=False, company=Company())
         return Rows.cat([chunk.rows for chunk in problem.batches("sample")])
     return rows.reordered(torch.arange(first, rows.count, stride, device=rows.device)).compact()
 

@@ -468,6 +468,12 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
             why=f"the backward pass fails: {str(error).splitlines()[0]}",
             try_="x = x + y instead of x += y, or a layer that reads x.clone()",
         ) from error  # fmt: skip
+    real = [f"{n} of {x.dtype}" for n, x in zip(first.names, first.inputs, strict=True) if x.is_floating_point()]
+    if isinstance(error, RuntimeError) and "'indices' to have one of" in str(error) and real:
+        raise DataError(
+            call=first.place, got=f"{listed(real)} where a table of embeddings is asked for rows",
+            expected="ids of torch.int64 or int32", why=reason, try_="x.long(), or ids that were never made floats",
+        ) from error  # fmt: skip
     # Models may well cast their inputs: only what torch itself says of types is put into our words.
     if not isinstance(error, RuntimeError) or "type" not in str(error):
         return

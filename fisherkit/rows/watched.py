@@ -44,7 +44,7 @@ class Watched:
         random, casts, packed: as of a `Recorder`.
         hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients.
         exchanging: whether hooks may hand gradients to other examples; not if the probe's were seen not to.
-        met, read, decided, placed: as of a `Tracker`; ``numbers`` likewise, as one.
+        met, drawn, read, decided, placed: as of a `Tracker`; ``numbers`` likewise, as one.
         positions: how many positions of the inputs the outputs keep apart; 0 if that is not shown, or not looked at.
     """
 
@@ -60,6 +60,7 @@ class Watched:
     hooked: bool = False
     exchanging: bool = False
     met: bool = False
+    drawn: bool = False
     read: tuple[int, ...] = ()
     decided: bool = False
     numbers: int = 0
@@ -94,7 +95,7 @@ class Watched:
         return cls(
             recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
             casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, packed=recorder.packed,
-            positions=recorder.positions(z), met=seen.met, read=tuple(seen.read),
+            positions=recorder.positions(z), met=seen.met, drawn=seen.drawn, read=tuple(seen.read),
             decided=seen.decided or (seen.reduced and not proven),
             numbers=hash(tuple(seen.numbers)), placed=seen.placed,
         )  # fmt: skip
@@ -151,12 +152,13 @@ class Watched:
         Where gradients alone lead from one to another, owners tell; and what Python does when it is told something
         (``read``), it does for all batches of which it is told the same.
         """
-        return self.met or self.decided or bool(self.custom)
+        return self.met or self.drawn or self.decided or bool(self.custom)
 
     @property
     def own_gradients(self) -> bool:
         """Whether gradients may depend on places and company where outputs do not, as by hooks and users' functions."""
-        return self.placed or self.met or self.decided or not self.proven or self.hooked or bool(self.custom)
+        met = self.placed or self.met or self.drawn or self.decided
+        return met or not self.proven or self.hooked or bool(self.custom)
 
     def by_position(self) -> Watched | None:
         """The same with every position an example of its own; None where entries do not lie by example and position.

@@ -1,0 +1,152 @@
+"""Whether examples have the outputs and gradients in a batch that they have in other company.
+
+What a forward pass was seen to do says which batches are compared with parts of themselves, or with two examples alone.
+Builds and training steps ask alike. Knows no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fisherkit.data import Batch
+from fisherkit.rows.differentiable import pulled_back
+from fisherkit.rows.generic import dense_gradient
+from fisherkit.rows.plan import Plan, alone, require_alike, tolerance, two_of
+from fisherkit.rows.watched import Watched
+
+
+@dataclass
+class Company:
+    """What has been compared of a model's batches.
+
+    In its methods, ``place`` is that of a batch in data which are read again and again; None where each is met once.
+    """
+
+    _compared: dict[Hashable, int] = field(default_factory=dict)
+
+    def is_due(self, plan: Plan, size: int, place: int | None, seen: Watched) -> bool:
+        """Whether a batch is to be compared, or its gradients."""
+        noted, keys, _ = self._outputs(plan, size, place, seen)
+        asked = seen.own_gradients or ("numbers", seen.numbers) not in plan.tried
+        kept, key = self._gradients(size, place, seen)
+        return size > 1 and (not keys <= noted.keys() or (asked and key not in kept))
+
+    def refuse_influence(self, plan: Plan, batch: Batch, place: int | None, seen: Watched, call: str) -> None:
+        """Refuse a batch in which examples have other outputs than in other company.
+
+        Where functions on the way may have mixed examples, all are compared with themselves in parts of the batch;
+        elsewhere two with themselves in a batch of their own, since what is done to all may depend on how many they
+        are.
+
+        Raises:
+            ModelError: they do.
+
+        Cost: two forward passes of an example for each size of batches that a model has not met; one of the batch for
+        each answer to what the model asks of a whole batch that is new, as whether any example is padded, and of
+        each size in a build where functions do not keep examples apart. One of every batch where its numbers may decide
+        what becomes of its examples, as in experts with a capacity.
+        """
+        noted, keys, parts = self._outputs(plan, batch.size, place, seen)
+        if batch.size > 1 and not keys <= noted.keys():
+            (_require_alike_in_parts if parts else _compare_two)(plan, batch, seen, call)
+            noted.update(dict.fromkeys(keys, True))
+
+    def has_own_gradients(self, plan: Plan, batch: Batch, place: int | None, seen: Watched) -> bool:
+        """Whether gradients in a batch are its examples' own, where hooks or functions of users may make others.
+
+        So may numbers that the model's two first examples did not bring, as those that depend on the batch's size.
+
+        Cost: none where there are none, else a forward and two backward passes of a batch of each size, and one forward
+        pass more where the batch's own has led to other leaves than the parameters.
+        """
+        if batch.size == 1 or not (seen.own_gradients or ("numbers", seen.numbers) not in plan.tried):
+            return True
+        kept, key = self._gradients(batch.size, place, seen)
+        if key not in kept:
+            kept[key] = _has_own_gradients(plan, batch, seen)
+        if kept[key]:
+            plan.tried["numbers", seen.numbers] = 1
+        return bool(kept[key])
+
+    def _outputs(
+        self, plan: Plan, size: int, place: int | None, seen: Watched
+    ) -> tuple[dict[Hashable, int], set[Hashable], bool]:
+        """Where it is noted that outputs were compared, under which keys, and whether all of a batch have to be."""
+        content = seen.by_content
+        if content or not seen.proven:
+            return {} if content and place is None else self._compared, {(place if content else 0, size)}, True
+        told, alike = ("told", seen.read), ("company", size, seen.numbers)
+        parts = bool(seen.read) and told not in plan.tried
+        return plan.tried, {alike, told} if parts else {alike}, parts
+
+    def _gradients(self, size: int, place: int | None, seen: Watched) -> tuple[dict[Hashable, int], Hashable]:
+        """Where it is noted that gradients were compared, and under which key."""
+        return {} if seen.decided and place is None else self._compared, ("gradients", size, seen.decided and place)
+
+
+def _compare_two(plan: Plan, batch: Batch, seen: Watched, call: str) -> None:
+    z, probe = seen.z.detach(), plan.probe
+    two = batch.take(two_of(batch))
+    pairs = zip(two.inputs, probe.batch.inputs, strict=False)
+    allowed = tolerance(z.dtype, plan.coarsest) * z[:2].norm().maximum(z.norm() * (2 / batch.size) ** 0.5)
+    if probe.alike and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+        require_alike(probe.z, z[:2], allowed, call)
+        return
+    with plan.quiet():
+        for n in range(2):
+            again = alone(plan.model, two, n)
+            require_alike(again, z[[n] * len(again)], allowed, call)
+
+
+def _require_alike_in_parts(plan: Plan, batch: Batch, seen: Watched, call: str) -> None:
+    """Refuse a batch whose examples have other outputs in parts of it, or where a statistic decides alone.
+
+    Raises:
+        ModelError: they have.
+    """
+    z = seen.z.detach()
+    for piece in _pieces(batch.size, z.device, alone=seen.decided):
+        with plan.quiet():
+            torch.rand(1, device=z.device)  # else a model that draws would draw what it drew before
+            if seen.decided:
+                again = alone(plan.model, batch, int(piece))
+            else:
+                again = batch.take(piece).call(plan.model).detach()
+        allowed = z[piece].norm().maximum(z.norm() * (len(piece) / batch.size) ** 0.5)
+        require_alike(again, z[piece].expand_as(again), tolerance(z.dtype, plan.coarsest) * allowed, call)
+
+
+def _has_own_gradients(plan: Plan, batch: Batch, seen: Watched) -> bool:
+    """Whether gradients of a batch are the sum of those of its parts, or of its examples where a statistic decides."""
+    z, own = seen.z, list(plan.parameters.values())
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+    with plan.quiet():
+        found = pulled_back(z, own, v)
+        if all(g is None for g in found):  # a pass that leads to other leaves
+            found = pulled_back(batch.call(plan.model), own, v)
+        whole = _flat(own, found)
+        sums = torch.zeros_like(whole)
+        for piece in _pieces(batch.size, z.device, few=1, alone=seen.decided):
+            sums += _flat(own, pulled_back(batch.take(piece).call(plan.model), own, v[piece]))
+    return bool((whole - sums).norm() <= tolerance(plan.example_parameter.dtype, plan.coarsest) * sums.norm())
+
+
+def _pieces(size: int, device: torch.device, *, few: int = 2, alone: bool = False) -> Sequence[Tensor]:
+    """An example and halves of the others, in another order; of so ``few`` the first one, as often as there are.
+
+    With ``alone``, each by itself.
+    """
+    if alone:
+        return torch.arange(size, device=device).split(1)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(device)
+    # Halves may have the same mean, or be told the same, as the whole; one example rarely is.
+    return [order[:1], *order[1:].chunk(2)] if size > few else [torch.zeros_like(order)]
+
+
+def _flat(parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> Tensor:
+    """Gradients as one vector."""
+    return torch.cat([dense_gradient(p, g).flatten() for p, g in zip(parameters, found, strict=True)])

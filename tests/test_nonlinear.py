@@ -1,0 +1,140 @@
+"""Backward passes that are no derivatives: gradients that functions or hooks of users clip, sign or throw away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fisherkit as fk
+
+Change = Callable[[Tensor], Tensor]
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+CHANGES: dict[str, Change] = {
+    "clipped": lambda g: g.clamp(-0.05, 0.05),
+    "clipped far out": lambda g: g.clamp(-1e4, 1e4),
+    "clipped by norm": lambda g: g * (0.1 / g.norm()).clamp(max=1.0),
+    "sign": lambda g: g.sign(),
+    "guided": lambda g: g.clamp(min=0),
+    "largest": lambda g: g * (g.abs() >= g.abs().amax(1, keepdim=True)) if g.ndim > 1 else g,
+    "small ones dropped": lambda g: g.where(g.abs() > 1e-4, 0.0),
+}
+LINEAR: dict[str, Change] = {"itself": lambda g: g, "half": lambda g: g / 2, "reversed": lambda g: -g}
+
+
+def by_function(h: Tensor, change: Change) -> Tensor:
+    class Changed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            return h.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *g: Tensor) -> Tensor:
+            return change(g[0])
+
+    return Changed.apply(h)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def by_tensor(h: Tensor, change: Change) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(change)
+    return h
+
+
+class Net(nn.Module):
+    """A change of the gradient between two layers."""
+
+    def __init__(self, change: Change, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+        self.change, self.way = change, way
+        if way == "module":
+            self.last.register_full_backward_hook(lambda _m, grads, _o: (change(grads[0]),))
+        elif way == "parameter":
+            self.first.weight.register_hook(change)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        h = {"function": by_function, "tensor": by_tensor}.get(self.way, lambda h, _: h)(h, self.change)
+        return self.last(h)  # type: ignore[no-any-return]
+
+
+WAYS = ["function", "tensor", "module", "parameter"]
+KINDS: dict[str, Any] = {"exact": fk.ExactFisher, "sf": fk.SampledFisher, "truncated": fk.TruncatedFisher}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"structure": "diagonal"}, {"structure": "kfac"}, {"storage": "stream"}], ids=str
+)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("way", WAYS)
+def test_matrix__that_would_depend_on_the_vectors_size_is_refused(
+    way: str, change: str, options: dict[str, Any]
+) -> None:
+    kind = list(KINDS.values())[len(way + change) % 3]
+    net = Net(CHANGES[change], way)
+    for _ in range(2):
+        with pytest.raises(fk.ModelError, match=r"'first.weight'.* not linear"):
+            kind(net, (X, Y), **options) @ torch.ones(31, dtype=torch.float64)
+    fk.ExactFisher(net, (X, Y), params=["last.*"], **options)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *LINEAR])
+@pytest.mark.parametrize("way", WAYS)
+def test_rows__of_the_loss_gradient_are_what_autograd_gives(way: str, change: str) -> None:
+    net = Net((CHANGES | LINEAR)[change], way)
+    for kind, power in ((fk.EmpiricalFisher, 0.0), (fk.ImprovedEmpiricalFisher, 1.0)):
+        rows = []
+        for n in range(len(X)):
+            z = net(X[n : n + 1])
+            (u,) = torch.autograd.grad(F.cross_entropy(z, Y[n : n + 1]), z, retain_graph=True)
+            found = torch.autograd.grad(z, list(net.parameters()), u / u.norm() ** power)
+            rows.append(torch.cat([g.flatten() for g in found]))
+        j = torch.stack(rows)
+        torch.testing.assert_close(kind(net, (X, Y)) @ torch.eye(31, dtype=torch.float64), j.mT @ j / len(X))
+
+
+@pytest.mark.parametrize("change", LINEAR)
+@pytest.mark.parametrize("way", WAYS)
+def test_matrix__of_gradients_that_are_changed_linearly(way: str, change: str) -> None:
+    net = Net(LINEAR[change], way)
+    rows = []
+    for n in range(len(X)):
+        z = net(X[n : n + 1])[0]
+        rows += [
+            torch.cat([g.flatten() for g in torch.autograd.grad(one, list(net.parameters()), retain_graph=True)])
+            for one in z
+        ]
+    j = torch.stack(rows)
+    found = fk.ExactFisher(net, (X, None), likelihood="gaussian") @ torch.eye(31, dtype=torch.float64)
+    torch.testing.assert_close(found, j.mT @ j / len(X))
+
+
+def test_hook__that_is_put_on_after_a_build() -> None:
+    net = Net(LINEAR["itself"], "none")
+    fk.ExactFisher(net, (X, Y))
+    handle = net.first.weight.register_hook(CHANGES["clipped"])
+    with pytest.raises(fk.ModelError, match="not linear"):
+        fk.ExactFisher(net, (X, Y))
+    handle.remove()
+    fk.ExactFisher(net, (X, Y))
+
+
+@pytest.mark.parametrize("options", [{"kind": "ef"}, {"kind": "exact"}, {"kind": "sf", "structure": "kfac"}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_step__of_gradients_that_are_clipped(way: str, options: dict[str, Any]) -> None:
+    net = Net(CHANGES["clipped"], way)
+    optimizer = fk.optim.NaturalGradient(net, lr=0.1, damping=0.1, **options)
+    if options["kind"] == "ef" and way == "parameter":
+        F.cross_entropy(net(X), Y).backward()
+        optimizer.step()
+        return
+    with pytest.raises(fk.ModelError, match="not linear"):
+        net(X)
